@@ -1,0 +1,308 @@
+"""What a ``topology.yaml`` may say (apiVersion ``pdtransport/v1``), and :func:`load`, which reads one.
+
+``transport:`` is :class:`pdtransport.settings.Settings` and ``router:`` is
+:class:`pdtransport.router.settings.RouterSettings`, less what pdlaunch itself sets for each instance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from pdtransport.launch.cores import MAX_CORE, parse_cores
+from pdtransport.router.settings import RouterSettings
+from pdtransport.settings import Settings
+
+API_VERSION = "pdtransport/v1"
+MAX_INSTANCES = 64  # a role's instances on one machine
+MAX_FLAGS = 256
+
+# vLLM flags that pdlaunch sets itself, and where their value belongs in a topology.
+OWN_FLAGS: Mapping[str, str] = {
+    "model": "model.id",
+    "revision": "model.revision",
+    "served-model-name": "model.served_name",
+    "dtype": "model.dtype",
+    "block-size": "model.block_size",
+    "max-model-len": "model.max_model_len",
+    "tensor-parallel-size": "roles.<role>.tp",
+    "port": "roles.<role>.port",
+    "host": "nothing: servers listen on 127.0.0.1 and clients reach them through router.host",
+    "kv-transfer-config": "transport and kv_load_failure_policy",
+}
+FLAG_ALIASES = {"tp": "tensor-parallel-size", "tensor-parallel": "tensor-parallel-size"}
+
+# Environment variables that pdlaunch sets itself.
+OWN_ENV: Mapping[str, str] = {
+    "VLLM_CPU_OMP_THREADS_BIND": "roles.<role>.cpu",
+    "CUDA_VISIBLE_DEVICES": "roles.<role>.gpus",
+    "PDTRANSPORT_CONTROL_HOST": "transport.control.host",
+    "PDTRANSPORT_CONTROL_PORT": "roles.<role>.control_port",
+}
+
+FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
+Count = Annotated[int, Strict()]
+Port = Annotated[int, Strict(), Field(ge=0, le=65535)]
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """A validation error whose text is shown as it is."""
+    return PydanticCustomError("topology", "{text}", {"text": text})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _flags(raw: Any) -> Any:
+    """vLLM flags by their long names, without dashes in front: ``max-num-seqs: 8``, ``enforce-eager: true``."""
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise wrong("a mapping of vLLM flags, such as {max-num-seqs: 8, enforce-eager: true}")
+    if len(raw) > MAX_FLAGS:
+        raise wrong(f"{len(raw)} flags; at most {MAX_FLAGS}")
+    flags: dict[str, FlagValue] = {}
+    for key, value in raw.items():
+        name = key.replace("_", "-")
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9.-]*", name):
+            raise wrong(f"{key!r} is no vLLM flag; write its long name without dashes in front, such as max-num-seqs")
+        canonical = FLAG_ALIASES.get(name, name)
+        if canonical.removeprefix("no-") in OWN_FLAGS:
+            raise wrong(f"{key}: pdlaunch sets --{canonical} itself, from {OWN_FLAGS[canonical.removeprefix('no-')]}")
+        if name in flags:
+            raise wrong(f"{key}: given twice, once with - and once with _")
+        flags[name] = value
+    return flags
+
+
+def _environment(raw: Any) -> Any:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise wrong("a mapping of environment variables, such as {OMP_NUM_THREADS: 4}")
+    env: dict[str, str] = {}
+    for key, value in raw.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise wrong(f"{key!r} is no name of an environment variable")
+        if key in OWN_ENV:
+            raise wrong(f"{key}: pdlaunch sets it itself, from {OWN_ENV[key]}")
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "\0" in str(value):
+            raise wrong(f"{key}: a value is text or a number; write true, false and the like in quotes")
+        env[key] = str(value)
+    return env
+
+
+def _ids(raw: Any) -> Any:
+    return parse_cores(raw) if isinstance(raw, str) else raw
+
+
+Flags = Annotated[dict[str, Any], BeforeValidator(_flags)]
+Environment = Annotated[dict[str, str], BeforeValidator(_environment)]
+Ids = Annotated[
+    tuple[Annotated[int, Strict(), Field(ge=0, le=MAX_CORE)], ...], BeforeValidator(_ids), Field(min_length=1)
+]
+
+
+class Model(_Section):
+    """The model; every instance serves the same one."""
+
+    id: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="Folder (relative to the topology file) or hub id. Starts with ./ ../ / or ~: always a folder.",
+    )
+    revision: str | None = Field(None, description="Revision of a hub id; one for all instances.")
+    served_name: str | None = Field(None, min_length=1, description="Name that clients use. Default: the topology's.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Data type of the weights.")
+    block_size: Annotated[int, Strict()] | None = Field(
+        None, ge=1, le=1024, description="Tokens in a KV page; equal on all instances. Default: vLLM's own choice."
+    )
+    max_model_len: Annotated[int, Strict()] | None = Field(
+        None, ge=1, description="Longest prompt and answer together, in tokens. Default: the model's own."
+    )
+
+
+class Host(_Section):
+    """A machine. This version starts processes on the machine that pdlaunch runs on, and on no other."""
+
+    via: str = Field("local", description="How pdlaunch starts processes there: local.")
+
+    @field_validator("via")
+    @classmethod
+    def _only_local(cls, value: str) -> str:
+        if value != "local":
+            raise wrong(f"{value!r} is not possible: this version launches on one machine; allowed: local")
+        return value
+
+
+class Defaults(_Section):
+    """What holds for all roles; a role's own value goes before."""
+
+    args: Flags = Field(default_factory=dict, description="vLLM flags. A role takes one out with null.")
+    env: Environment = Field(default_factory=dict, description="Environment variables.")
+    start_timeout_s: float = Field(
+        900.0, gt=0, le=86400, description="A server that is not up after this long ends the launch."
+    )
+    stop_timeout_s: float = Field(
+        20.0, gt=0, le=600, description="Processes get this long to end by themselves before they are killed."
+    )
+
+
+class Role(_Section):
+    """The instances of one role."""
+
+    count: Annotated[int, Strict()] = Field(1, ge=1, le=MAX_INSTANCES, description="Instances.")
+    tp: Annotated[int, Strict()] = Field(1, ge=1, le=64, description="Tensor-parallel workers in each instance.")
+    port: Port = Field(0, description="HTTP port of instance 0; instance i takes port + i. 0: free ones are picked.")
+    control_port: Port = Field(
+        0, description="Control port of instance 0's rank 0; each instance takes tp of them in a row. 0: picked."
+    )
+    cpu: Ids | None = Field(
+        None, description="CPU cores, shared out over the role's workers in this order. Default: an even share."
+    )
+    gpus: Ids | None = Field(None, description="GPUs, tp for each instance in this order. Unset: a CPU role.")
+    args: Flags = Field(default_factory=dict, description="vLLM flags, over those of defaults.")
+    env: Environment = Field(default_factory=dict, description="Environment variables, over those of defaults.")
+
+    @model_validator(mode="after")
+    def _devices(self) -> Role:
+        workers = self.count * self.tp
+        if self.cpu is not None and self.gpus is not None:
+            raise wrong("cpu and gpus exclude each other: a role runs on one kind of device")
+        if self.cpu is not None:
+            if len(set(self.cpu)) != len(self.cpu):
+                raise wrong("cpu names a core twice")
+            if len(self.cpu) % workers:
+                raise wrong(
+                    f"cpu lists {len(self.cpu)} cores for {workers} workers (count x tp); give each equally many"
+                )
+        if self.gpus is not None:
+            if len(self.gpus) != workers:
+                raise wrong(f"gpus lists {len(self.gpus)} for {workers} workers (count x tp); list one for each")
+            for start in range(0, workers, self.tp):
+                if len(set(self.gpus[start : start + self.tp])) != self.tp:
+                    raise wrong(f"instance {start // self.tp} would get one GPU twice; its tp workers need one each")
+        for key, ports in (("port", self.count), ("control_port", workers)):
+            if getattr(self, key) and getattr(self, key) + ports - 1 > 65535:
+                raise wrong(f"{key} + {ports - 1} lies beyond 65535")
+        return self
+
+
+class Roles(_Section):
+    prefill: Role = Field(description="Instances that compute prompts and push their KV pages.")
+    decode: Role = Field(description="Instances that receive pages and write answers.")
+
+
+class Preflight(_Section):
+    """What `pdlaunch up` proves before it says that all is well."""
+
+    golden_prompt: bool = Field(
+        True, description="Send a prompt through the router and directly to decode, and compare the tokens."
+    )
+    prompt: str = Field(
+        "import os\nimport sys\n\n\ndef main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n",
+        min_length=1,
+        max_length=100_000,
+        description="Its text; a line that makes it new to every cache is put in front.",
+    )
+    max_tokens: Annotated[int, Strict()] = Field(16, ge=1, le=4096, description="Tokens to compare.")
+    timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one answer.")
+
+
+def _version(value: Any) -> Any:
+    if value != API_VERSION:
+        raise wrong(f"{value!r} is not a version that this pdlaunch knows; allowed: {API_VERSION}")
+    return value
+
+
+class Topology(_Section):
+    """One disaggregated service."""
+
+    apiVersion: Annotated[str, BeforeValidator(_version)] = Field(description=f"Always {API_VERSION}.")  # noqa: N815
+    name: Name = Field(description="Names the run: letters a-z, digits and dashes.")
+    model: Model
+    hosts: dict[str, Host] = Field(default_factory=dict, description="Machines. Only {local: {via: local}} for now.")
+    defaults: Defaults = Field(default_factory=Defaults)
+    roles: Roles
+    transport: Settings = Field(default_factory=Settings, description="How pages move; the same for all instances.")
+    router: dict[str, Any] = Field(default_factory=dict, description="RouterSettings, but for prefill and decode.")
+    kv_load_failure_policy: Literal["recompute", "fail"] = Field(
+        "recompute", description="What decode does with a request whose pages did not arrive: compute them, or fail it."
+    )
+    preflight: Preflight = Field(default_factory=Preflight)
+
+    @field_validator("hosts")
+    @classmethod
+    def _one_host(cls, hosts: dict[str, Host]) -> dict[str, Host]:
+        if len(hosts) > 1:
+            raise wrong(f"{len(hosts)} hosts ({', '.join(hosts)}): this version launches on one machine; keep one")
+        return hosts
+
+    @field_validator("transport")
+    @classmethod
+    def _no_port(cls, transport: Settings) -> Settings:
+        if "port" in transport.control.model_fields_set:
+            raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
+        return transport
+
+    @field_validator("router")
+    @classmethod
+    def _router(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        for key in ("prefill", "decode"):
+            if key in raw:
+                raise wrong(f"{key}: pdlaunch fills in the servers itself; take it out")
+        # Placeholders: the real servers get their ports when the plan is made.
+        servers = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"]}
+        RouterSettings.model_validate({**raw, **servers})
+        return raw
+
+    @model_validator(mode="after")
+    def _fixed_ports_apart(self) -> Topology:
+        taken: dict[int, str] = {}
+        for key, port in self._fixed_ports():
+            if port in taken:
+                raise wrong(f"port {port} is wanted by {taken[port]} and by {key}; give each its own, or 0")
+            taken[port] = key
+        return self
+
+    def _fixed_ports(self) -> list[tuple[str, int]]:
+        ports = []
+        for name, role in self.by_role().items():
+            for key, count in (("port", role.count), ("control_port", role.count * role.tp)):
+                first = getattr(role, key)
+                ports += [(f"roles.{name}.{key}", first + offset) for offset in range(count) if first]
+        for key in ("port", "admin_port"):
+            value = self.router.get(key, 8000 if key == "port" else None)
+            if isinstance(value, int) and value:
+                ports.append((f"router.{key}", value))
+        return ports
+
+    def by_role(self) -> dict[str, Role]:
+        return {"prefill": self.roles.prefill, "decode": self.roles.decode}
+
+    def flags(self, role: Role) -> dict[str, Any]:
+        """The role's flags over the defaults'; null takes one out."""
+        merged = {**self.defaults.args, **role.args}
+        return {name: value for name, value in merged.items() if value is not None}
+
+    def environment(self, role: Role) -> dict[str, str]:
+        return {**self.defaults.env, **role.env}
+
+    @property
+    def served_name(self) -> str:
+        return self.model.served_name or self.name
+
+    def model_folder(self, base: Path) -> Path | None:
+        """The model's folder, ``base`` being the topology file's; None where ``model.id`` is a hub id."""
+        folder = Path(self.model.id).expanduser()
+        folder = folder if folder.is_absolute() else base / folder
+        if self.model.id.startswith((".", "/", "~")) or self.model.id.count("/") > 1 or folder.is_dir():
+            return folder.absolute()
+        return None

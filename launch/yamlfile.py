@@ -1,0 +1,157 @@
+"""YAML with places: what a topology file says, and on which line it says it.
+
+Safe loader only. Duplicate keys, keys that are not text, tabs, recursive anchors and anchor bombs are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pdtransport.errors import SettingsError
+
+MAX_BYTES = 1 << 20  # a topology of thousands of instances stays below this
+MAX_NODES = 100_000  # after expanding anchors: a file of 1 MB can otherwise expand to gigabytes
+MERGE_TAG = "tag:yaml.org,2002:merge"
+TEXT_TAG = "tag:yaml.org,2002:str"
+
+
+class TopologyError(SettingsError):
+    """A topology file can't be used. One line a problem: ``file:line:column: key.path: what is wrong``."""
+
+
+@dataclass(frozen=True)
+class Place:
+    line: int
+    column: int
+
+
+class YamlFile:
+    """A parsed YAML file. ``data`` is plain Python; :meth:`place` tells where a key path stands.
+
+    Raises:
+        TopologyError: unreadable, too large, or not well-formed; the text names the line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._root, self.data = _load(path)
+
+    def place(self, keys: Sequence[str | int]) -> Place:
+        """Where ``keys`` stands; where the file does not hold it, its nearest parent that it does hold."""
+        node, mark = self._root, self._root.start_mark if self._root is not None else None
+        for key in keys:
+            found = _child(node, key)
+            if found is None:
+                break
+            mark, node = found
+        return Place(1, 1) if mark is None else Place(mark.line + 1, mark.column + 1)
+
+    def problem(self, keys: Sequence[str | int], text: str) -> str:
+        """``file:line:column: key.path: text``"""
+        place = self.place(keys)
+        path = ".".join(str(key) for key in keys)
+        return f"{self.path}:{place.line}:{place.column}: {path + ': ' if path else ''}{text}"
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    text = _read(path)
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None, None
+        _check(root, path, set(), {})
+        # Merge keys (<<) are resolved inside the nodes here, so that places are found through them as well.
+        return root, loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        raise TopologyError(_syntax(path, text, error)) from None
+    except yaml.YAMLError as error:
+        raise TopologyError(f"{path}: not YAML text: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise TopologyError(f"{path}:1:1: nested too deeply to be a topology") from None
+    except (ValueError, OverflowError) as error:  # a scalar such as 2024-99-99 that its YAML type can't hold
+        raise TopologyError(f"{path}: a value can't be read: {error}; quote it if it is meant as text") from None
+    finally:
+        loader.dispose()
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise TopologyError(f"{path}: {error.strerror or error}") from None
+    if len(raw) > MAX_BYTES:
+        raise TopologyError(f"{path}: larger than {MAX_BYTES} bytes, so it is no topology file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise TopologyError(f"{path}:{line}: not UTF-8 text") from None
+
+
+def _syntax(path: Path, text: str, error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    problem = " ".join(part for part in (error.context, error.problem) if part)
+    if mark is None:
+        return f"{path}: malformed YAML: {problem}"
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if "\t" in line[: mark.column + 1] or "'\\t'" in problem:
+        problem = "a tab: YAML indents with spaces"
+    return f"{path}:{mark.line + 1}:{mark.column + 1}: malformed YAML: {problem}"
+
+
+def _check(node: Any, path: Path, above: set[int], sizes: dict[int, int]) -> int:
+    """Refuse what would be silently lost or blow up later; returns the node's expanded size."""
+    if id(node) in above:
+        raise TopologyError(_at(path, node, "an anchor that contains itself"))
+    if id(node) in sizes:
+        return sizes[id(node)]
+    above.add(id(node))
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node, path)
+        size += sum(_check(key, path, above, sizes) + _check(value, path, above, sizes) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_check(item, path, above, sizes) for item in node.value)
+    above.discard(id(node))
+    if size > MAX_NODES:
+        raise TopologyError(_at(path, node, f"expands to more than {MAX_NODES} values"))
+    sizes[id(node)] = size
+    return size
+
+
+def _check_keys(node: yaml.MappingNode, path: Path) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.tag == MERGE_TAG:
+            continue
+        if not isinstance(key, yaml.ScalarNode) or key.tag != TEXT_TAG:
+            shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            raise TopologyError(_at(path, key, f"{shown}: keys are text; write it in quotes"))
+        if key.value in first:
+            raise TopologyError(_at(path, key, f"{key.value}: this key stands already on line {first[key.value]}"))
+        first[key.value] = key.start_mark.line + 1
+
+
+def _at(path: Path, node: Any, text: str) -> str:
+    return f"{path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}: {text}"
+
+
+def _child(node: Any, key: str | int) -> tuple[Any, Any] | None:
+    """Mark of the key (or list item) and the value's node."""
+    if isinstance(node, yaml.MappingNode):
+        # The last wins: merged keys were put before the mapping's own.
+        for name, value in reversed(node.value):
+            if name.value == str(key):
+                return name.start_mark, value
+    elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+        item = node.value[key]
+        return item.start_mark, item
+    return None

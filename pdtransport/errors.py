@@ -1,0 +1,35 @@
+"""Errors that users meet. Each message is one line: cause, setting, remedy."""
+
+from __future__ import annotations
+
+
+class PDTransportError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class SettingsError(PDTransportError):
+    """A setting is unknown, out of range, or contradicts another."""
+
+
+class LinkUnavailable(PDTransportError):
+    """A link can't be used here or with this peer; the text says why."""
+
+
+class LinkError(PDTransportError):
+    """Moving bytes failed after the link was set up."""
+
+
+class PeerRefused(PDTransportError):
+    """The peer is not compatible; ``field`` names what differs."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class TransferFailed(PDTransportError):
+    """A transfer ended without its pages; ``code`` is one of :class:`pdtransport.protocol.messages.Code`."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code

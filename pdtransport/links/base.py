@@ -1,0 +1,118 @@
+"""The one interface behind which bytes move.
+
+A link moves *runs* (address, length) of a sender's memory into runs of a receiver's memory. Fragmentation may
+differ on the two sides; both lists describe the same byte stream in the same order.
+
+All methods are called from the transport's I/O thread; none may block longer than moving one batch takes. A link
+with work under way makes progress in :meth:`Link.progress`; :meth:`Link.fileno` wakes the I/O thread.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.kv.geometry import Region as Region  # links register these
+
+# shape (n, 2), dtype uint64: [address, nbytes] of each run, in stream order
+Runs = npt.NDArray[np.uint64]
+
+# One call when an operation ended: ``error`` is None, or one line saying why it failed.
+Done = Callable[["str | None"], None]
+
+
+@dataclass
+class LinkStats:
+    """Counters of one channel; bytes and seconds since it was opened."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    batches_sent: int = 0
+    batches_received: int = 0
+    seconds_moving: float = 0.0  # time this side spent inside copies and sends
+    errors: int = 0
+
+
+class Channel(ABC):
+    """One link to one peer incarnation."""
+
+    link: str
+    why: str  # one line: why this link carries the pair, and why better ones did not
+    one_sided: bool = False  # True: the sender writes the receiver's pages itself
+    stats: LinkStats
+
+    @abstractmethod
+    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+        """Offer ``runs`` under ``key`` (unique per channel, < 2**56).
+
+        The stream holds ``checksum_blocks`` equally long blocks (0: no checksums wanted). Returns
+        ``(offer, checksums)``: the offer travels to the receiver's :meth:`receive`, checksums are little-endian u64,
+        one a block. ``done`` is called once the link no longer reads the runs; links that read them when the
+        receiver asks call it on :meth:`release`.
+
+        Raises:
+            LinkBusy: no staging slot is free; try again after :meth:`Link.progress`.
+            LinkError: the channel is broken.
+        """
+
+    @abstractmethod
+    def release(self, key: int) -> None:
+        """The receiver has the batch, or will never want it: forget ``key``. Unknown keys are ignored."""
+
+    @abstractmethod
+    def receive(self, key: int, offer: bytes, runs: Runs, checksums: bytes, blocks: int, done: Done) -> None:
+        """Place the batch ``key`` into ``runs``, ``blocks`` equally long blocks, and verify ``checksums``
+        (empty: don't). ``done(None)`` after every byte is in place and verified; ``done("damaged: ...")`` on a
+        checksum mismatch. Bytes are written by this process only, and none after ``done`` or :meth:`fence`.
+        """
+
+    @abstractmethod
+    def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
+        """Receiver: stop placing ``keys``; ``done()`` once nothing of theirs can be written any more. Their
+        ``receive`` callbacks are not called after that."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The peer's incarnation ended: drop all work; callbacks still owed get an error. Never blocks, never raises."""
+
+
+class Link(ABC):
+    """One way to move bytes, in one process."""
+
+    name: str
+
+    @abstractmethod
+    def export(self) -> bytes:
+        """What a peer needs to know to reach this process; travels in Hello and Welcome."""
+
+    @abstractmethod
+    def connect(self, peer_export: bytes, peer_host: str) -> Channel:
+        """Open a channel to the peer that exported ``peer_export``.
+
+        Raises:
+            LinkUnavailable: it can't be used with that peer; the text says why.
+        """
+
+    @abstractmethod
+    def progress(self) -> bool:
+        """Advance work under way and run callbacks; True if anything happened."""
+
+    def fileno(self) -> int:
+        """A descriptor that turns readable when :meth:`progress` has work; -1 where there is none."""
+        return -1
+
+    def arm(self) -> bool:
+        """Call before sleeping on :meth:`fileno`; False: don't sleep, call :meth:`progress` first."""
+        return True
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all channels and give resources back."""
+
+
+class LinkBusy(Exception):
+    """All staging slots are in use; more become free as receivers take what was sent."""

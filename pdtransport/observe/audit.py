@@ -1,0 +1,44 @@
+"""A record of every block's bytes, for tests of byte equality. Off unless ``observe.audit_dir`` is set."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from pdtransport.kv.geometry import KVGeometry
+
+
+class Audit:
+    """Appends one JSON line a block: who, which block and heads, and the SHA-256 of its bytes in stream order."""
+
+    def __init__(self, directory: Path, engine: str, rank: int, geometry: KVGeometry) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in engine)
+        self._file = open(directory / f"{name}-{rank}-{os.getpid()}.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._geometry = geometry
+        self._rank = rank
+
+    def block(
+        self, transfer: str, role: str, peer: str, peer_rank: int, block: int, page: int, head_lo: int, head_hi: int
+    ) -> None:
+        digest = hashlib.sha256()
+        for address, nbytes in self._geometry.runs([page], head_lo, head_hi).tolist():
+            digest.update((ctypes.c_char * nbytes).from_address(address))
+        line = {
+            "transfer": transfer,
+            "role": role,
+            "peer": peer,
+            "peer_rank": peer_rank,
+            "rank": self._rank,
+            "block": block,
+            "head_lo": head_lo,
+            "head_hi": head_hi,
+            "sha256": digest.hexdigest(),
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

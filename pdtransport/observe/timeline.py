@@ -1,0 +1,57 @@
+"""When each step of a transfer happened, for the last transfers: the raw material of a request's waterfall."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TransferRecord:
+    """One transfer on one worker. ``events`` maps a step to the wall-clock second at which it happened first."""
+
+    transfer: str
+    role: str
+    peer: str = ""
+    state: str = "open"
+    code: str = ""
+    reason: str = ""
+    blocks: int = 0
+    skipped_blocks: int = 0
+    bytes: int = 0
+    link: str = ""
+    events: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, event: str, latest: bool = False) -> None:
+        """Note that ``event`` happens now; the first time counts, with ``latest`` the last."""
+        if latest or event not in self.events:
+            self.events[event] = time.time()
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__, events=dict(self.events))
+
+
+class Timeline:
+    """The last ``limit`` transfers of this worker, oldest first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._records: OrderedDict[tuple[str, str], TransferRecord] = OrderedDict()
+
+    def open(self, transfer: str, role: str) -> TransferRecord:
+        record = self._records[transfer, role] = TransferRecord(transfer, role)
+        while len(self._records) > self._limit:
+            self._records.popitem(last=False)
+        return record
+
+    def get(self, transfer: str, role: str) -> TransferRecord | None:
+        return self._records.get((transfer, role))
+
+    def records(self, transfer: str = "") -> list[TransferRecord]:
+        """Records of one transfer, or of all."""
+        if not transfer:
+            return list(self._records.values())
+        found = (self._records.get((transfer, role)) for role in ("producer", "consumer"))
+        return [record for record in found if record is not None]

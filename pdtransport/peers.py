@@ -1,0 +1,237 @@
+"""The peers of one worker: who is there, and which link carries pages between us.
+
+The receiver of pages chooses: it tries its links in order of preference, and the sender confirms or declines each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from pdtransport.control.channel import ControlChannel, Identity, PeerId, PeerUp
+from pdtransport.errors import LinkUnavailable
+from pdtransport.links.base import Channel, Link
+from pdtransport.links.negotiate import choose
+from pdtransport.protocol.messages import Code, LinkCall
+from pdtransport.settings import LinkSettings
+
+logger = logging.getLogger(__name__)
+
+Endpoint = tuple[str, int]
+# (peer, None) once pages can flow, (None, (code, reason)) if they never will
+OnPeer = Callable[["Peer | None", "tuple[Code, str] | None"], None]
+
+MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
+
+
+@dataclass
+class Peer:
+    """One live worker process at the other end."""
+
+    id: PeerId
+    host: str
+    world: int
+    exports: dict[str, bytes]
+    inbound: Channel | None = None  # they send to us over this
+    outbound: Channel | None = None  # we send to them over this
+    excluded: dict[str, str] = field(default_factory=dict)  # links that did not work with this peer, and why
+    offered: Channel | None = None  # chosen by us, not confirmed yet
+    refused: tuple[Code, str] | None = None
+    logged_rate: bool = False
+
+    def channels(self) -> list[Channel]:
+        """Each channel once."""
+        unique = {id(c): c for c in (self.inbound, self.outbound, self.offered) if c is not None}
+        return list(unique.values())
+
+    def status(self) -> dict[str, Any]:
+        channel = self.inbound or self.outbound
+        stats = channel.stats if channel else None
+        return {
+            "engine": self.id.engine,
+            "rank": self.id.rank,
+            "host": self.host,
+            "link": channel.link if channel else "",
+            "why": channel.why if channel else (self.refused[1] if self.refused else "no link chosen yet"),
+            "bandwidth_bytes_s": bandwidth(channel) if channel else None,
+            "bytes_sent": stats.bytes_sent if stats else 0,
+            "bytes_received": stats.bytes_received if stats else 0,
+            "batches_sent": stats.batches_sent if stats else 0,
+            "batches_received": stats.batches_received if stats else 0,
+            "link_errors": stats.errors if stats else 0,
+        }
+
+
+def bandwidth(channel: Channel) -> float | None:
+    """Bytes a second while bytes moved, over all that this side moved; None before anything did."""
+    stats = channel.stats
+    moved = stats.bytes_received + stats.bytes_sent
+    return moved / stats.seconds_moving if moved and stats.seconds_moving > 0 else None
+
+
+class Peers:
+    """Brings peers up and keeps track of them. Runs in the I/O thread."""
+
+    def __init__(
+        self,
+        control: ControlChannel,
+        links: dict[str, Link],
+        unavailable: dict[str, str],
+        settings: LinkSettings,
+        me: Identity,
+    ) -> None:
+        self._control = control
+        self._links = links
+        self._unavailable = unavailable
+        self._settings = settings
+        self._me = me
+        self._peers: dict[PeerId, Peer] = {}
+        self._by_endpoint: dict[Endpoint, PeerId] = {}
+        self._waiting: dict[Endpoint, list[OnPeer]] = {}
+
+    def __iter__(self) -> Any:
+        return iter(self._peers.values())
+
+    def get(self, peer: PeerId) -> Peer | None:
+        return self._peers.get(peer)
+
+    def want(self, endpoint: Endpoint, on_peer: OnPeer) -> None:
+        """Call ``on_peer`` once the worker at ``endpoint`` can send us pages, or can't."""
+        peer = self._peers.get(self._by_endpoint.get(endpoint, PeerId("", -1, 0)))
+        if peer is not None and peer.inbound is not None:
+            on_peer(peer, None)
+        elif peer is not None and peer.refused is not None:
+            on_peer(None, peer.refused)
+        else:
+            waiting = self._waiting.setdefault(endpoint, [])
+            if len(waiting) >= MAX_WAITERS:
+                on_peer(None, (Code.OVERLOADED, f"{MAX_WAITERS} transfers wait for {endpoint[0]}:{endpoint[1]}"))
+                return
+            waiting.append(on_peer)
+            self._control.connect(*endpoint)
+
+    # -- events of the control channel ---------------------------------------------------------------------------
+
+    def up(self, event: PeerUp) -> None:
+        peer = self._peers.get(event.peer)
+        if peer is None:
+            peer = Peer(event.peer, event.host, event.hello.world, dict(event.hello.links))
+            self._peers[event.peer] = peer
+        if event.endpoint is not None:
+            self._by_endpoint[event.endpoint] = event.peer
+            if peer.inbound is not None:
+                self._settle(peer)
+            elif peer.offered is None:
+                self._offer_next_link(peer)
+
+    def down(self, peer_id: PeerId, reason: str) -> None:
+        peer = self._peers.pop(peer_id, None)
+        if peer is None:
+            return
+        for channel in peer.channels():
+            channel.close()
+        for endpoint in [e for e, p in self._by_endpoint.items() if p == peer_id]:
+            del self._by_endpoint[endpoint]
+            self._fail_waiters(endpoint, (Code.PEER_LOST, reason))
+
+    def connect_failed(self, endpoint: Endpoint, reason: str, refused: bool) -> None:
+        self._fail_waiters(endpoint, (Code.REFUSED if refused else Code.PEER_LOST, reason))
+
+    def link_call(self, peer_id: PeerId, call: LinkCall) -> None:
+        """The twin's words about links; garbage is ignored."""
+        peer = self._peers.get(peer_id)
+        try:
+            body = msgpack.unpackb(call.body, raw=False)
+            verb, text = str(body["op"]), str(body.get("why", ""))[:400]
+        except Exception:  # noqa: BLE001 - whatever msgpack or a wrong shape raises
+            return
+        if peer is None:
+            return
+        if verb == "use":
+            self._confirm(peer, call.link)
+        elif peer.offered is not None and peer.offered.link == call.link:
+            if verb == "ok":
+                peer.inbound, peer.offered = peer.offered, None
+                logger.info(
+                    "pages from %s rank %d come over %s (%s)", peer.id.engine, peer.id.rank, call.link, peer.inbound.why
+                )
+                self._settle(peer)
+            elif verb == "no":
+                self._exclude(peer, call.link, f"the sender can't use it: {text}")
+                self._offer_next_link(peer)
+
+    def close(self) -> None:
+        for peer in list(self._peers.values()):
+            for channel in peer.channels():
+                channel.close()
+        self._peers.clear()
+
+    # -- choosing a link -----------------------------------------------------------------------------------------
+
+    def _offer_next_link(self, peer: Peer) -> None:
+        """As the receiver: open our end of the best link left and ask the sender to use it."""
+        links = {name: link for name, link in self._links.items() if name not in peer.excluded}
+        if peer.outbound is not None and peer.outbound.link in links:
+            channel = peer.outbound  # one channel serves both directions
+        else:
+            try:
+                channel = choose(
+                    links,
+                    {**self._unavailable, **peer.excluded},
+                    self._settings.order,
+                    self._settings.require,
+                    peer.exports,
+                    peer.host,
+                )
+            except LinkUnavailable as error:
+                peer.refused = (Code.REFUSED, str(error))
+                logger.error("no link to %s rank %d: %s", peer.id.engine, peer.id.rank, error)
+                self._settle(peer)
+                return
+        peer.offered = channel
+        self._say(peer, channel.link, "use")
+
+    def _confirm(self, peer: Peer, name: str) -> None:
+        """As the sender: open our end of the link that the receiver chose."""
+        if peer.outbound is not None and peer.outbound.link == name:
+            self._say(peer, name, "ok")
+            return
+        link = self._links.get(name)
+        if link is None:
+            self._say(peer, name, "no", self._unavailable.get(name, "it is not in links.order here"))
+            return
+        existing = next((c for c in (peer.inbound, peer.offered) if c is not None and c.link == name), None)
+        try:
+            peer.outbound = existing or link.connect(peer.exports.get(name, b""), peer.host)
+        except LinkUnavailable as error:
+            self._say(peer, name, "no", str(error))
+            return
+        logger.info("pages to %s rank %d go over %s (%s)", peer.id.engine, peer.id.rank, name, peer.outbound.why)
+        self._say(peer, name, "ok")
+
+    def _exclude(self, peer: Peer, name: str, why: str) -> None:
+        peer.excluded[name] = why
+        if peer.offered is not None and peer.offered is not peer.outbound:
+            peer.offered.close()
+        peer.offered = None
+
+    def _say(self, peer: Peer, link: str, verb: str, why: str = "") -> None:
+        body = msgpack.packb({"op": verb, "why": why[:400]})
+        if not self._control.send(peer.id, LinkCall(link=link, body=body)) and verb == "use":
+            self._exclude(peer, link, "the peer could not be asked")
+
+    def _settle(self, peer: Peer) -> None:
+        for endpoint in [e for e, p in self._by_endpoint.items() if p == peer.id]:
+            for on_peer in self._waiting.pop(endpoint, []):
+                if peer.refused is not None:
+                    on_peer(None, peer.refused)
+                else:
+                    on_peer(peer, None)
+
+    def _fail_waiters(self, endpoint: Endpoint, why: tuple[Code, str]) -> None:
+        for on_peer in self._waiting.pop(endpoint, []):
+            on_peer(None, why)

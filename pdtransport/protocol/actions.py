@@ -1,0 +1,116 @@
+"""What the machines ask their surroundings to do, and the limits that they are given. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from pdtransport.protocol.messages import Batch, Code, Message
+
+# Names one worker process for as long as it lives; opaque here.
+Peer = Hashable
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Deadlines in seconds, and bounds; the meaning of each stands in :mod:`pdtransport.settings`."""
+
+    retry_s: float = 0.25
+    answer_s: float = 5.0
+    arrival_s: float = 15.0
+    queue_s: float = 600.0
+    stall_s: float = 60.0
+    verify_s: float = 10.0
+    hold_s: float = 30.0
+    claim_s: float = 300.0
+    ack_s: float = 30.0
+    resends: int = 2
+    batch_bytes: int = 4 << 20
+    window_bytes: int = 64 << 20
+    max_transfers: int = 4096
+    tombstones: int = 16384
+    checksums: bool = True
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send ``message`` to ``peer``; it may get lost."""
+
+    peer: Peer
+    message: Message
+
+
+@dataclass(frozen=True)
+class Place:
+    """Consumer: bring ``batch`` into the granted pages and verify it; answer with ``placed``."""
+
+    transfer: str
+    peer: Peer
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Stop all work of this grant; answer with ``fenced`` once nothing of it can write any more."""
+
+    transfer: str
+    peer: Peer
+    generation: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Consumer: every page of ``transfer`` is here and verified. Said once; nothing follows."""
+
+    transfer: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Consumer: ``transfer`` failed and nothing can write its pages any more. Said once; nothing follows."""
+
+    transfer: str
+    code: Code
+    reason: str
+
+
+@dataclass(frozen=True)
+class Push:
+    """Producer: stage these blocks on the link; answer with ``pushed`` or ``push_failed``."""
+
+    transfer: str
+    peer: Peer
+    generation: int
+    seq: int
+    attempt: int
+    first_block: int
+    blocks: int
+    head_lo: int
+    head_hi: int
+    pages: bytes  # the consumer's page ids of these blocks (little-endian u32), where it gave them
+
+
+@dataclass(frozen=True)
+class Unstage:
+    """Producer: the receiver has this batch, or never will: the link may forget it."""
+
+    transfer: str
+    peer: Peer
+    generation: int
+    seq: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Producer: nobody reads the source pages of ``transfer`` any more. Said once; nothing follows.
+
+    ``code`` is None if every consumer acked.
+    """
+
+    transfer: str
+    code: Code | None
+    reason: str
+
+
+Action = Send | Place | Fence | Ready | Failed | Push | Unstage | Release

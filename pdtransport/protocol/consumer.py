@@ -1,0 +1,337 @@
+"""The decode side of one grant, as a pure state machine: messages, results and time in, actions out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Peer, Place, Ready, Send
+from pdtransport.protocol.digest import commit_digest
+from pdtransport.protocol.messages import (
+    Abort,
+    Accept,
+    Ack,
+    Batch,
+    Code,
+    Commit,
+    Grant,
+    Message,
+    Nack,
+    Received,
+    Revoke,
+    Revoked,
+)
+from pdtransport.protocol.states import CONSUMER_ENDS, ConsumerState, check_consumer_move
+
+POLL_EVERY = 4  # a grant that was accepted is said again every POLL_EVERY * retry_s, to notice a lost Abort
+
+
+@dataclass
+class _Slot:
+    """One batch as this side knows it."""
+
+    batch: Batch
+    placing: bool = True
+    verified: bool = False
+    damage: int = 0  # times it arrived damaged
+
+
+class ConsumerMachine:
+    """One grant to one prefill worker.
+
+    Args:
+        grant: what is granted; its generation is this machine's for life.
+        peer: the prefill worker.
+        block_bytes: bytes of one block of this grant (all layers, the granted heads).
+        one_sided: the producer writes our pages itself, so that giving them back needs its word.
+    """
+
+    def __init__(self, grant: Grant, peer: Peer, block_bytes: int, limits: Limits, one_sided: bool = False) -> None:
+        self.grant = grant
+        self.peer = peer
+        self.block_bytes = block_bytes
+        self.limits = limits
+        self.one_sided = one_sided
+        self.state = ConsumerState.GRANTING
+        self.code: Code | None = None
+        self.reason = ""
+        self.bytes_verified = 0
+        self._slots: dict[int, _Slot] = {}
+        self._commit: Commit | None = None
+        self._known = False
+        self._tokens_done = 0
+        self._local_fence = False
+        self._remote_fence = False
+        self._revoking = False
+        self._deadline = 0.0  # of the state we are in
+        self._resend_at = 0.0
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        """Send the grant. Call once."""
+        self._deadline = now + self.limits.answer_s
+        self._resend_at = now + self.limits.retry_s
+        return [Send(self.peer, self.grant)]
+
+    def on_message(self, message: Message, now: float) -> list[Action]:
+        """A message of this machine's generation. What no longer applies changes nothing."""
+        if self.state in CONSUMER_ENDS:
+            return self._answer_after_end(message)
+        if self.state is ConsumerState.FENCING:
+            if isinstance(message, Revoked):
+                self._remote_fence = True
+                return self._finish_fence()
+            return []
+        if isinstance(message, Accept):
+            return self._on_accept(message, now)
+        if isinstance(message, Batch):
+            return self._on_batch(message, now)
+        if isinstance(message, Commit):
+            return self._on_commit(message, now)
+        if isinstance(message, Abort):
+            self._remote_fence = True  # a producer says Abort only after its own fence
+            return self._give_up(message.code, message.reason, tell=False)
+        return []
+
+    def placed(self, seq: int, attempt: int, error: str | None, now: float) -> list[Action]:
+        """The link placed and verified a batch, or says in ``error`` why not (``damaged...`` may be sent again)."""
+        slot = self._slots.get(seq)
+        if self.state not in (ConsumerState.RECEIVING, ConsumerState.VERIFYING):
+            return []
+        if slot is None or not slot.placing or slot.batch.attempt != attempt:
+            return []
+        slot.placing = False
+        self._extend(now)
+        if error is None:
+            slot.verified = True
+            self.bytes_verified += slot.batch.nbytes
+            received: Action = Send(self.peer, self._received((seq,)))
+            return [received, *self._check_complete()]
+        if not error.startswith("damaged"):
+            return self._give_up(Code.LINK, error)
+        slot.damage += 1
+        if slot.damage > self.limits.resends:
+            return self._give_up(Code.DAMAGED, f"batch {seq}: {error}, {slot.damage} times")
+        self._resend_at = now + self.limits.retry_s
+        return [Send(self.peer, self._nack(((seq, attempt + 1),), error))]
+
+    def fenced(self) -> list[Action]:
+        """The link will not write for this grant any more."""
+        if self.state is not ConsumerState.FENCING:
+            return []
+        self._local_fence = True
+        return self._finish_fence()
+
+    def cancel(self, code: Code, reason: str) -> list[Action]:
+        """Give up, for a reason of this side."""
+        if self.state in CONSUMER_ENDS or self.state is ConsumerState.FENCING:
+            return []
+        return self._give_up(code, reason)
+
+    def peer_lost(self, reason: str, code: Code = Code.PEER_LOST) -> list[Action]:
+        """The producer is dead, as far as its writes go: its channel is closed."""
+        if self.state in CONSUMER_ENDS:
+            return []
+        self._remote_fence = True
+        if self.state is ConsumerState.FENCING:
+            return self._finish_fence()
+        return self._give_up(code, reason, tell=False)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time passed: send again what had no answer, end what waited too long."""
+        if self.state in CONSUMER_ENDS:
+            return []
+        if self.state is not ConsumerState.FENCING and now >= self._deadline:
+            return self._give_up(Code.TIMEOUT, self._timeout_text())
+        if now < self._resend_at:
+            return []
+        return self._send_again(now)
+
+    def next_deadline(self) -> float | None:
+        if self.state in CONSUMER_ENDS:
+            return None
+        if self.state is ConsumerState.FENCING:
+            return self._resend_at if self._revoking else None
+        return min(self._deadline, self._resend_at)
+
+    # -- what messages mean --------------------------------------------------------------------------------------
+
+    def _on_accept(self, accept: Accept, now: float) -> list[Action]:
+        first = self.state is ConsumerState.GRANTING
+        if first:
+            self._move(ConsumerState.WAITING)
+            self._resend_at = now + POLL_EVERY * self.limits.retry_s
+        if self.state is ConsumerState.WAITING and (first or accept.known != self._known):
+            # Each wait starts when the thing waited for could start: the request's arrival, then its turn.
+            self._deadline = now + (self.limits.queue_s if accept.known else self.limits.arrival_s)
+        if accept.tokens_done > self._tokens_done and self.state is ConsumerState.RECEIVING:
+            self._extend(now)
+        self._known = accept.known
+        self._tokens_done = max(self._tokens_done, accept.tokens_done)
+        return []
+
+    def _on_batch(self, batch: Batch, now: float) -> list[Action]:
+        slot = self._slots.get(batch.seq)
+        if slot is None:
+            problem = self._problem_with(batch)
+            if problem:
+                return self._give_up(Code.MISMATCH, problem)
+            self._slots[batch.seq] = _Slot(batch)
+        elif slot.verified:
+            return [Send(self.peer, self._received((batch.seq,)))]
+        elif slot.placing or batch.attempt <= slot.batch.attempt:
+            return []
+        else:
+            if self._shape(batch) != self._shape(slot.batch) or self._problem_with_checksums(batch):
+                return self._give_up(Code.MISMATCH, f"batch {batch.seq} changed its shape between attempts")
+            slot.batch, slot.placing = batch, True
+        if self.state in (ConsumerState.GRANTING, ConsumerState.WAITING):
+            self._move(ConsumerState.RECEIVING)
+        self._extend(now)
+        return [Place(self.grant.transfer, self.peer, batch)]
+
+    def _on_commit(self, commit: Commit, now: float) -> list[Action]:
+        if self._commit is not None:
+            return [] if commit == self._commit else self._give_up(Code.MISMATCH, "two different commits")
+        if commit.tokens != self.grant.tokens:
+            return self._give_up(
+                Code.MISMATCH, f"prefill committed {commit.tokens} tokens, decode asked for {self.grant.tokens}"
+            )
+        self._commit = commit
+        self._move(ConsumerState.VERIFYING)
+        self._deadline = now + self.limits.verify_s
+        self._resend_at = now + self.limits.retry_s
+        return self._check_complete()
+
+    def _answer_after_end(self, message: Message) -> list[Action]:
+        if self.state is ConsumerState.READY and isinstance(message, (Commit, Batch)):
+            return [Send(self.peer, self._ack())]
+        if self.state is ConsumerState.FAILED and isinstance(message, (Accept, Batch, Commit)):
+            return [Send(self.peer, self._revoke())]
+        return []
+
+    # -- completion ----------------------------------------------------------------------------------------------
+
+    def _check_complete(self) -> list[Action]:
+        commit = self._commit
+        if commit is None or len(self._slots) < commit.batches or not all(s.verified for s in self._slots.values()):
+            return []
+        batches = [self._slots[seq].batch for seq in sorted(self._slots)]
+        covered = sum(batch.blocks for batch in batches)
+        if len(batches) != commit.batches or (batches and batches[-1].seq != commit.batches - 1):
+            return self._give_up(Code.MISMATCH, f"{len(batches)} batches came, the commit names {commit.batches}")
+        if covered != self.grant.blocks:
+            return self._give_up(Code.MISMATCH, f"{covered} of {self.grant.blocks} granted blocks were committed")
+        places = ((batch.seq, *self._shape(batch)) for batch in batches)
+        if commit_digest(self.grant.digest, places) != commit.digest:
+            return self._give_up(Code.MISMATCH, "the commit's digest is not that of the batches received")
+        self._move(ConsumerState.READY)
+        return [Send(self.peer, self._ack()), Ready(self.grant.transfer)]
+
+    def _problem_with(self, batch: Batch) -> str:
+        grant = self.grant
+        end = batch.first_block + batch.blocks
+        if batch.first_block < grant.first_block or end > grant.first_block + grant.blocks:
+            return f"batch {batch.seq} holds blocks {batch.first_block}..{end}, outside the grant"
+        if batch.nbytes != batch.blocks * self.block_bytes:
+            return f"batch {batch.seq} holds {batch.nbytes} bytes, {batch.blocks * self.block_bytes} were expected"
+        for slot in self._slots.values():
+            other = slot.batch
+            if batch.first_block < other.first_block + other.blocks and other.first_block < end:
+                return f"batches {other.seq} and {batch.seq} overlap"
+        return self._problem_with_checksums(batch)
+
+    def _problem_with_checksums(self, batch: Batch) -> str:
+        if self.limits.checksums and len(batch.checksums) != 8 * batch.blocks:
+            return f"batch {batch.seq} came without its checksums; set integrity.checksum alike on both sides"
+        return ""
+
+    @staticmethod
+    def _shape(batch: Batch) -> tuple[int, int, int]:
+        return batch.first_block, batch.blocks, batch.nbytes
+
+    # -- giving up -----------------------------------------------------------------------------------------------
+
+    def _give_up(self, code: Code, reason: str, tell: bool = True) -> list[Action]:
+        self._move(ConsumerState.FENCING)
+        self.code, self.reason = code, reason
+        # Pages that only we write are safe after our own fence; the peer's word is needed where it writes them.
+        self._revoking = tell
+        self._remote_fence = self._remote_fence or not self.one_sided
+        actions: list[Action] = [Fence(self.grant.transfer, self.peer, self.grant.generation)]
+        if tell:
+            actions.append(Send(self.peer, self._revoke()))
+        return actions
+
+    def _finish_fence(self) -> list[Action]:
+        if not (self._local_fence and self._remote_fence):
+            return []
+        self._move(ConsumerState.FAILED)
+        assert self.code is not None
+        return [Failed(self.grant.transfer, self.code, self.reason)]
+
+    def _send_again(self, now: float) -> list[Action]:
+        wait = self.limits.retry_s
+        actions: list[Action] = []
+        if self.state is ConsumerState.FENCING:
+            if self._revoking:
+                actions = [Send(self.peer, self._revoke())]
+        elif self.state is ConsumerState.GRANTING:
+            actions = [Send(self.peer, self.grant)]
+        else:
+            wants = self._wants()
+            if wants:
+                actions = [Send(self.peer, self._nack(wants, "missing or damaged"))]
+            elif self.state is not ConsumerState.VERIFYING:
+                wait *= POLL_EVERY
+                actions = [Send(self.peer, self.grant)]
+        self._resend_at = now + wait
+        return actions
+
+    def _wants(self) -> tuple[tuple[int, int], ...]:
+        """Batches to ask for: damaged ones, and after the commit those that never came."""
+        wants = [
+            (seq, slot.batch.attempt + 1) for seq, slot in self._slots.items() if not slot.placing and not slot.verified
+        ]
+        if self._commit is not None:
+            wants += [(seq, 0) for seq in range(self._commit.batches) if seq not in self._slots][:256]
+        return tuple(wants)
+
+    def _timeout_text(self) -> str:
+        waits = {
+            ConsumerState.GRANTING: f"prefill did not answer for {self.limits.answer_s} s (deadlines.answer_s)",
+            ConsumerState.RECEIVING: f"no page came for {self.limits.stall_s} s (deadlines.stall_s)",
+            ConsumerState.VERIFYING: f"pages not complete {self.limits.verify_s} s after commit (deadlines.verify_s)",
+        }
+        if self.state is ConsumerState.WAITING:
+            if self._known:
+                return f"the request queued on prefill for {self.limits.queue_s} s (deadlines.queue_s)"
+            return f"the request did not reach prefill within {self.limits.arrival_s} s (deadlines.arrival_s)"
+        return waits[self.state]
+
+    # -- small helpers -------------------------------------------------------------------------------------------
+
+    def _extend(self, now: float) -> None:
+        """Progress: the running wait starts anew."""
+        self._deadline = now + (self.limits.verify_s if self.state is ConsumerState.VERIFYING else self.limits.stall_s)
+
+    def _move(self, new: ConsumerState) -> None:
+        check_consumer_move(self.state, new)
+        self.state = new
+
+    def _ack(self) -> Ack:
+        return Ack(transfer=self.grant.transfer, generation=self.grant.generation)
+
+    def _received(self, seqs: tuple[int, ...]) -> Received:
+        return Received(transfer=self.grant.transfer, generation=self.grant.generation, seqs=seqs)
+
+    def _nack(self, wants: tuple[tuple[int, int], ...], reason: str) -> Nack:
+        return Nack(transfer=self.grant.transfer, generation=self.grant.generation, wants=wants, reason=reason[:200])
+
+    def _revoke(self) -> Revoke:
+        return Revoke(
+            transfer=self.grant.transfer,
+            generation=self.grant.generation,
+            code=self.code or Code.CANCELLED,
+            reason=self.reason[:200],
+        )

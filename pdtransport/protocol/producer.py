@@ -1,0 +1,370 @@
+"""The prefill side of one grant, as a pure state machine: messages, results and time in, actions out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdtransport.protocol.actions import Action, Fence, Limits, Peer, Push, Send, Unstage
+from pdtransport.protocol.digest import commit_digest
+from pdtransport.protocol.messages import (
+    Abort,
+    Accept,
+    Ack,
+    Batch,
+    Code,
+    Commit,
+    Grant,
+    Message,
+    Nack,
+    Received,
+    Revoke,
+    Revoked,
+)
+from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState, check_producer_move
+
+MAX_RETRY_FACTOR = 16  # a commit without an answer is said again ever more slowly, up to this times retry_s
+
+
+@dataclass
+class _Out:
+    """One batch on its way."""
+
+    seq: int
+    first_block: int
+    blocks: int
+    attempt: int = 0
+    announced: Batch | None = None  # None while the link stages it, or while its pages wait to be recomputed
+    staging: bool = False
+    received: bool = False
+
+
+class ProducerMachine:
+    """What this prefill worker owes one decode worker.
+
+    Args:
+        grant: the decode worker's grant.
+        block_bytes: bytes of one block for the granted heads.
+        tokens: the request's prompt length.
+    """
+
+    def __init__(self, grant: Grant, peer: Peer, block_bytes: int, tokens: int, limits: Limits) -> None:
+        self.grant = grant
+        self.peer = peer
+        self.block_bytes = block_bytes
+        self.tokens = tokens
+        self.limits = limits
+        self.state = ProducerState.STREAMING
+        self.code: Code | None = None
+        self.reason = ""
+        self.bytes_pushed = 0
+        self._batch_blocks = max(1, limits.batch_bytes // block_bytes)
+        # One batch may always go, or a window smaller than a batch would never open.
+        self._window = max(min(limits.window_bytes, grant.window_bytes), self._batch_blocks * block_bytes)
+        self._end = grant.first_block + grant.blocks
+        self._next_block = grant.first_block
+        self._ready = 0  # leading blocks of the request whose KV is final
+        self._out: list[_Out] = []
+        self._in_flight = 0
+        self._commit: Commit | None = None
+        self._tokens_done = 0
+        self._last_words: Message | None = None  # what to say once fenced
+        self._deadline = float("inf")
+        self._resend_at = float("inf")
+        self._retry = limits.retry_s
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        return [Send(self.peer, self._accept()), *self._advance(now)]
+
+    def pages_ready(self, blocks: int, tokens_done: int, now: float) -> list[Action]:
+        """The first ``blocks`` blocks of the request are final (fewer than before after a preemption)."""
+        self._tokens_done = tokens_done
+        rewound = blocks < self._ready
+        self._ready = blocks
+        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+            return []
+        if rewound:
+            return self._rewind(now)
+        return self._advance(now)
+
+    def pushed(self, seq: int, attempt: int, checksums: bytes, offer: bytes, now: float) -> list[Action]:
+        """The link staged a batch (one-sided links: wrote it)."""
+        out = self._find(seq)
+        if out is None or not out.staging or out.attempt != attempt or self.state is ProducerState.FENCING:
+            return []
+        out.staging = False
+        out.announced = Batch(
+            transfer=self.grant.transfer,
+            generation=self.grant.generation,
+            seq=seq,
+            attempt=attempt,
+            first_block=out.first_block,
+            blocks=out.blocks,
+            nbytes=out.blocks * self.block_bytes,
+            checksums=checksums,
+            offer=offer,
+        )
+        self.bytes_pushed += out.announced.nbytes
+        self._arm_retry(now)
+        return [Send(self.peer, out.announced), *self._advance(now)]
+
+    def push_failed(self, seq: int, attempt: int, error: str) -> list[Action]:
+        out = self._find(seq)
+        if out is None or not out.staging or out.attempt != attempt:
+            return []
+        return self.cancel(Code.LINK, error)
+
+    def on_message(self, message: Message, now: float) -> list[Action]:
+        """A message of this machine's generation. What no longer applies changes nothing."""
+        if self.state in PRODUCER_ENDS:
+            return self._answer_after_end(message)
+        if self.state is ProducerState.FENCING:
+            if isinstance(message, Revoke):
+                self._last_words = self._revoked()
+            return []
+        if isinstance(message, Grant):
+            return [Send(self.peer, self._accept())]
+        if isinstance(message, Received):
+            return self._on_received(message, now)
+        if isinstance(message, Nack):
+            return self._on_nack(message, now)
+        if isinstance(message, Ack):
+            return self._on_ack()
+        if isinstance(message, Revoke):
+            return self._stop(message.code, message.reason, self._revoked())
+        return []
+
+    def fenced(self) -> list[Action]:
+        """Nothing of this grant is being read or written by the link any more."""
+        if self.state is not ProducerState.FENCING:
+            return []
+        self._move(ProducerState.ENDED)
+        return [Send(self.peer, self._last_words)] if self._last_words is not None else []
+
+    def cancel(self, code: Code, reason: str) -> list[Action]:
+        """Give up, for a reason of this side."""
+        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+            return []
+        return self._stop(code, reason, self._abort(code, reason))
+
+    def peer_lost(self, reason: str) -> list[Action]:
+        """The consumer is dead: its channel is closed, so nothing of ours is under way."""
+        if self.state in PRODUCER_ENDS:
+            return []
+        if self.state is ProducerState.FENCING:
+            self._last_words = None
+            return self.fenced()
+        self.code, self.reason = Code.PEER_LOST, reason
+        self._move(ProducerState.ENDED)
+        return self._unstage_all()
+
+    def tick(self, now: float) -> list[Action]:
+        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+            return []
+        if now >= self._deadline:
+            return self.cancel(Code.TIMEOUT, self._timeout_text())
+        if now < self._resend_at:
+            return []
+        return self._send_again(now)
+
+    def next_deadline(self) -> float | None:
+        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+            return None
+        soonest = min(self._deadline, self._resend_at)
+        return None if soonest == float("inf") else soonest
+
+    # -- pushing -------------------------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> list[Action]:
+        """Push what is final and fits the window; commit after the last block."""
+        actions: list[Action] = []
+        for out in self._out:  # attempts that waited for their pages
+            if out.announced is None and not out.staging and not out.received and self._has_pages(out):
+                actions.append(self._push(out))
+        limit = min(self._ready, self._end)
+        while self._next_block < limit:
+            blocks = min(self._batch_blocks, limit - self._next_block)
+            if self._in_flight + blocks * self.block_bytes > self._window:
+                break
+            out = _Out(len(self._out), self._next_block, blocks)
+            self._out.append(out)
+            self._next_block += blocks
+            self._in_flight += blocks * self.block_bytes
+            actions.append(self._push(out))
+        return actions + self._maybe_commit(now)
+
+    def _push(self, out: _Out) -> Push:
+        out.staging = True
+        lo = 4 * (out.first_block - self.grant.first_block)
+        return Push(
+            transfer=self.grant.transfer,
+            peer=self.peer,
+            generation=self.grant.generation,
+            seq=out.seq,
+            attempt=out.attempt,
+            first_block=out.first_block,
+            blocks=out.blocks,
+            head_lo=self.grant.head_lo,
+            head_hi=self.grant.head_hi,
+            pages=self.grant.pages[lo : lo + 4 * out.blocks],
+        )
+
+    def _maybe_commit(self, now: float) -> list[Action]:
+        if self.state is not ProducerState.STREAMING or self._next_block < self._end or self._ready < self._end:
+            return []
+        if any(out.announced is None and not out.received for out in self._out):
+            return []
+        places = [(out.seq, out.first_block, out.blocks, out.blocks * self.block_bytes) for out in self._out]
+        self._commit = Commit(
+            transfer=self.grant.transfer,
+            generation=self.grant.generation,
+            batches=len(places),
+            tokens=self.tokens,
+            digest=commit_digest(self.grant.digest, places),
+        )
+        self._move(ProducerState.COMMITTING)
+        self._deadline = now + self.limits.ack_s
+        self._retry = self.limits.retry_s
+        self._resend_at = now + self._retry
+        return [Send(self.peer, self._commit)]
+
+    def _rewind(self, now: float) -> list[Action]:
+        """The engine took pages back. Batches that decode has are safe; the others are staged again once their
+        pages are recomputed. Whoever still reads the old bytes finds that their checksum is wrong."""
+        lost = [out for out in self._out if not out.received and not self._has_pages(out)]
+        if not lost:
+            return []
+        if not self.limits.checksums:
+            return self.cancel(Code.PREEMPTED, "prefill was preempted before its pages were delivered")
+        actions: list[Action] = []
+        for out in lost:
+            if out.announced is not None or out.staging:
+                actions.append(self._unstage(out))
+            out.announced, out.staging = None, False
+            out.attempt += 1
+        return actions
+
+    # -- what messages mean --------------------------------------------------------------------------------------
+
+    def _on_received(self, message: Received, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for seq in message.seqs:
+            out = self._find(seq)
+            if out is None or out.received:
+                continue
+            if out.announced is None and not out.staging and out.attempt == 0:
+                continue  # never announced: not ours to believe
+            out.received, out.staging = True, False
+            self._in_flight -= out.blocks * self.block_bytes
+            actions.append(self._unstage(out))
+            self._extend(now)
+        return actions + self._advance(now)
+
+    def _on_nack(self, message: Nack, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for seq, wanted in message.wants:
+            out = self._find(seq)
+            if out is None or out.received or out.staging or out.announced is None:
+                continue
+            if wanted <= out.attempt:
+                actions.append(Send(self.peer, out.announced))
+            elif wanted == out.attempt + 1:
+                if wanted > self.limits.resends:
+                    return [*actions, *self.cancel(Code.DAMAGED, f"batch {seq} was refused {wanted} times")]
+                actions.append(self._unstage(out))
+                out.attempt, out.announced = wanted, None
+                if self._has_pages(out):
+                    actions.append(self._push(out))
+        return actions
+
+    def _on_ack(self) -> list[Action]:
+        if self.state is not ProducerState.COMMITTING:
+            return self.cancel(Code.MISMATCH, "decode acked what was not committed")
+        self._move(ProducerState.DONE)
+        return self._unstage_all()
+
+    def _answer_after_end(self, message: Message) -> list[Action]:
+        if isinstance(message, Revoke):
+            return [Send(self.peer, self._revoked())]
+        if self.state is ProducerState.ENDED and isinstance(message, (Grant, Nack, Received)):
+            return [Send(self.peer, self._abort(self.code or Code.CANCELLED, self.reason))]
+        return []
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def _stop(self, code: Code, reason: str, last_words: Message) -> list[Action]:
+        self._move(ProducerState.FENCING)
+        self.code, self.reason = code, reason
+        self._last_words = last_words
+        return [*self._unstage_all(), Fence(self.grant.transfer, self.peer, self.grant.generation)]
+
+    def _unstage_all(self) -> list[Action]:
+        left = [out for out in self._out if (out.staging or out.announced is not None) and not out.received]
+        return [self._unstage(out) for out in left]
+
+    def _unstage(self, out: _Out) -> Unstage:
+        return Unstage(self.grant.transfer, self.peer, self.grant.generation, out.seq, out.attempt)
+
+    def _send_again(self, now: float) -> list[Action]:
+        self._retry = min(self._retry * 2, MAX_RETRY_FACTOR * self.limits.retry_s)
+        self._resend_at = now + self._retry
+        if self._commit is not None:
+            return [Send(self.peer, self._commit)]
+        for out in self._out:  # the oldest one without a receipt: its Batch or its Received may be lost
+            if out.announced is not None and not out.received:
+                return [Send(self.peer, out.announced)]
+        self._resend_at, self._deadline = float("inf"), float("inf")
+        return []
+
+    def _timeout_text(self) -> str:
+        if self.state is ProducerState.COMMITTING:
+            return f"decode did not ack for {self.limits.ack_s} s (deadlines.ack_s)"
+        return f"decode took no page for {self.limits.stall_s} s (deadlines.stall_s)"
+
+    # -- small helpers -------------------------------------------------------------------------------------------
+
+    def _arm_retry(self, now: float) -> None:
+        """An announced batch waits for its receipt from here on."""
+        if self._resend_at == float("inf"):
+            self._retry = self.limits.retry_s
+            self._resend_at = now + self._retry
+        if self._deadline == float("inf"):
+            self._deadline = now + self.limits.stall_s
+
+    def _extend(self, now: float) -> None:
+        """A receipt came: what is still without one waits anew; without any, there is nothing to wait for."""
+        self._retry = self.limits.retry_s
+        self._resend_at = now + self._retry
+        if self.state is ProducerState.COMMITTING:
+            self._deadline = now + self.limits.ack_s
+        elif any(out.announced is not None and not out.received for out in self._out):
+            self._deadline = now + self.limits.stall_s
+        else:
+            self._resend_at = self._deadline = float("inf")
+
+    def _has_pages(self, out: _Out) -> bool:
+        return out.first_block + out.blocks <= self._ready
+
+    def _find(self, seq: int) -> _Out | None:
+        return self._out[seq] if seq < len(self._out) else None
+
+    def _move(self, new: ProducerState) -> None:
+        check_producer_move(self.state, new)
+        self.state = new
+
+    def _accept(self) -> Accept:
+        return Accept(
+            transfer=self.grant.transfer, generation=self.grant.generation, known=True, tokens_done=self._tokens_done
+        )
+
+    def _abort(self, code: Code, reason: str) -> Abort:
+        return Abort(
+            transfer=self.grant.transfer,
+            generation=self.grant.generation,
+            code=Code.PEER_CANCELLED if code is Code.CANCELLED else code,
+            reason=reason[:200],
+        )
+
+    def _revoked(self) -> Revoked:
+        return Revoked(transfer=self.grant.transfer, generation=self.grant.generation)

@@ -1,0 +1,90 @@
+"""Every state of a hand-off and every move between them, as tables.
+
+Everything that affects a state stands here; the machines in :mod:`consumer` and :mod:`producer` refuse a move that the
+table does not list. ``docs/protocol.md`` is drawn from these tables by :mod:`pdtransport.protocol.diagram`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class ConsumerState(str, Enum):
+    """One grant of a decode worker to one prefill worker."""
+
+    GRANTING = "granting"  # the grant is on its way; nothing heard yet
+    WAITING = "waiting"  # accepted; no batch yet (prefill queues or computes)
+    RECEIVING = "receiving"  # batches are arriving
+    VERIFYING = "verifying"  # committed; the last batches are being placed and verified
+    READY = "ready"  # every page is here and verified: the pages belong to the engine
+    FENCING = "fencing"  # given up; waiting until nothing can write the pages any more
+    FAILED = "failed"  # given up; the pages are free
+
+
+class ProducerState(str, Enum):
+    """What a prefill worker owes one decode worker that granted."""
+
+    STREAMING = "streaming"  # pushing pages as prefill finishes them
+    COMMITTING = "committing"  # all pages announced; waiting for the ack
+    DONE = "done"  # acked
+    FENCING = "fencing"  # revoked; waiting until no write of ours is under way
+    ENDED = "ended"  # revoked, aborted or the peer is lost; nothing of ours can write any more
+
+
+CONSUMER_MOVES: dict[ConsumerState, dict[ConsumerState, str]] = {
+    ConsumerState.GRANTING: {
+        ConsumerState.WAITING: "Accept",
+        ConsumerState.RECEIVING: "Batch",
+        ConsumerState.VERIFYING: "Commit",
+        ConsumerState.FENCING: "Abort, cancel, deadline, peer lost",
+    },
+    ConsumerState.WAITING: {
+        ConsumerState.RECEIVING: "Batch",
+        ConsumerState.VERIFYING: "Commit",
+        ConsumerState.FENCING: "Abort, cancel, deadline, peer lost",
+    },
+    ConsumerState.RECEIVING: {
+        ConsumerState.VERIFYING: "Commit",
+        ConsumerState.FENCING: "Abort, damage, cancel, deadline, peer lost",
+    },
+    ConsumerState.VERIFYING: {
+        ConsumerState.READY: "all verified / Ack",
+        ConsumerState.FENCING: "Abort, damage, cancel, deadline, peer lost",
+    },
+    ConsumerState.FENCING: {ConsumerState.FAILED: "link fenced, and (one-sided links) Revoked or peer dead"},
+    ConsumerState.READY: {},
+    ConsumerState.FAILED: {},
+}
+
+PRODUCER_MOVES: dict[ProducerState, dict[ProducerState, str]] = {
+    ProducerState.STREAMING: {
+        ProducerState.COMMITTING: "last batch announced / Commit",
+        ProducerState.FENCING: "Revoke, cancel, deadline",
+        ProducerState.ENDED: "peer lost",
+    },
+    ProducerState.COMMITTING: {
+        ProducerState.DONE: "Ack",
+        ProducerState.FENCING: "Revoke, cancel, deadline",
+        ProducerState.ENDED: "peer lost",
+    },
+    ProducerState.FENCING: {ProducerState.ENDED: "no write under way / Revoked"},
+    ProducerState.DONE: {},
+    ProducerState.ENDED: {},
+}
+
+CONSUMER_ENDS = frozenset(state for state, moves in CONSUMER_MOVES.items() if not moves)
+PRODUCER_ENDS = frozenset(state for state, moves in PRODUCER_MOVES.items() if not moves)
+
+
+class IllegalMove(AssertionError):
+    """A machine tried a move that its table does not list: a bug in this package."""
+
+
+def check_consumer_move(old: ConsumerState, new: ConsumerState) -> None:
+    if new not in CONSUMER_MOVES[old]:
+        raise IllegalMove(f"consumer {old.value} -> {new.value}")
+
+
+def check_producer_move(old: ProducerState, new: ProducerState) -> None:
+    if new not in PRODUCER_MOVES[old]:
+        raise IllegalMove(f"producer {old.value} -> {new.value}")

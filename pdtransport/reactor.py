@@ -1,0 +1,183 @@
+"""One I/O thread: sockets, link descriptors, timers, and calls posted from other threads."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+import zmq
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_POSTED_CALLS = 1 << 16  # calls waiting for the I/O thread; more means that it is stuck
+MAX_SLEEP_S = 1.0
+
+
+class Work(Protocol):
+    """What the reactor drives. All methods run in the I/O thread."""
+
+    def sockets(self) -> list[zmq.Socket[bytes]]: ...
+
+    def descriptors(self) -> list[int]: ...
+
+    def turn(self, now: float) -> bool:
+        """Do what is due; True if there is more to do at once."""
+        ...
+
+    def arm(self) -> bool:
+        """About to sleep; False: there is work after all."""
+        ...
+
+    def next_deadline(self) -> float | None: ...
+
+    def close(self) -> None: ...
+
+
+class ReactorStopped(RuntimeError):
+    """The I/O thread has ended."""
+
+
+class Reactor:
+    """Runs a :class:`Work` in a daemon thread.
+
+    Args:
+        make: builds the work inside the I/O thread (ZeroMQ sockets must not change threads).
+        name: of the thread.
+    """
+
+    def __init__(self, make: Callable[[Reactor], Work], name: str) -> None:
+        self._make = make
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
+        self._stopping = False
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self, timeout_s: float = 30.0) -> None:
+        """Start the thread; what ``make`` raises is raised here."""
+        self._thread.start()
+        self._started.result(timeout_s)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Run ``call`` in the I/O thread, soon. Its errors are logged.
+
+        Raises:
+            ReactorStopped: the thread has ended, or does not keep up.
+        """
+        if self._stopping:
+            raise ReactorStopped("the transport is closed")
+        if len(self._calls) >= MAX_POSTED_CALLS:
+            raise ReactorStopped("the transport's I/O thread does not answer")
+        self._calls.append(call)
+        self.wake()
+
+    def ask(self, call: Callable[[], T], timeout_s: float = 10.0) -> T:
+        """Run ``call`` in the I/O thread and return what it returns; from the I/O thread itself, at once."""
+        if threading.current_thread() is self._thread:
+            return call()
+        answer: Future[T] = Future()
+
+        def answered() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - handed to the asking thread
+                answer.set_exception(error)
+
+        self.post(answered)
+        return answer.result(timeout_s)
+
+    def wake(self) -> None:
+        try:
+            self._wake_in.send(b"\0")
+        except BlockingIOError:  # enough wake-ups are waiting already
+            pass
+        except OSError:
+            if not self._stopping:
+                raise
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the thread and close the work. Safe to call twice."""
+        if not self._stopping:
+            self._stopping = True
+            self.wake()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                logger.error("the I/O thread did not end within %s s", timeout_s)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        _leave_pinned_cores()
+        try:
+            work = self._make(self)
+        except BaseException as error:  # noqa: BLE001 - raised again by start()
+            self._started.set_exception(error)
+            self._close_wakeup()
+            return
+        self._started.set_result(None)
+        try:
+            while not self._stopping:
+                self._one_turn(work)
+        finally:
+            self._drain_calls()
+            work.close()
+            self._close_wakeup()
+
+    def _one_turn(self, work: Work) -> None:
+        try:
+            self._drain_calls()
+            if work.turn(time.monotonic()) or self._calls or not work.arm():
+                return
+            self._sleep(work)
+        except Exception:
+            # A bug must not take the engine along: transfers end through their deadlines.
+            logger.exception("error in the I/O thread")
+            time.sleep(0.01)
+
+    def _sleep(self, work: Work) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake_out, zmq.POLLIN)
+        for item in (*work.sockets(), *work.descriptors()):
+            poller.register(item, zmq.POLLIN)
+        deadline = work.next_deadline()
+        wait = MAX_SLEEP_S if deadline is None else min(MAX_SLEEP_S, max(0.0, deadline - time.monotonic()))
+        poller.poll(max(1, round(wait * 1000)) if wait > 0 else 0)
+        try:
+            while self._wake_out.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _drain_calls(self) -> None:
+        while self._calls:
+            call = self._calls.popleft()
+            try:
+                call()
+            except Exception:
+                logger.exception("error in a call to the I/O thread")
+
+    def _close_wakeup(self) -> None:
+        self._stopping = True
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+def _leave_pinned_cores() -> None:
+    """An engine may have pinned the thread that started us to its compute cores; I/O may run on any core the
+    process' cgroup allows, so that it stays out of the model's way."""
+    try:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    except (AttributeError, OSError):
+        pass

@@ -1,0 +1,262 @@
+"""One client request: parsed once, never serialized again.
+
+The top level of the body is read member by member, and each member's place in the text is kept. Prefill's body is
+joined from those pieces of text, and decode's is the client's own bytes with one member put in front, so that a
+prompt of 16,000 token ids is parsed once and re-encoded never.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import Any, Literal
+
+from pdtransport.router.api_errors import ApiError
+
+Api = Literal["completions", "chat"]
+
+PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+_PROMPT_KEY: dict[Api, str] = {"completions": "prompt", "chat": "messages"}
+
+# Prefill computes one token and its answer's content is thrown away, so what only shapes content is left out.
+_NOT_FOR_PREFILL = frozenset(
+    {
+        "best_of",
+        "kv_transfer_params",
+        "logprob_token_ids",
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "min_tokens",
+        "n",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "stream",
+        "stream_interval",
+        "stream_options",
+        "top_logprobs",
+    }
+)
+_FOR_PREFILL: dict[Api, bytes] = {
+    "completions": b'"n":1,"stream":false,"max_tokens":1',
+    "chat": b'"n":1,"stream":false,"max_tokens":1,"max_completion_tokens":1',
+}
+
+_skip_space = re.compile(r"[ \t\n\r]*").match
+_value = json.JSONDecoder().raw_decode
+_DIGEST_BYTES = 16
+CHARS_PER_TOKEN = 4  # rough, for load estimates of prompts that are text
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a request was not disaggregated: a code for metrics, a sentence for people."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asked for."""
+
+    api: Api
+    raw: bytes  # the client's body
+    brace: int  # offset of the byte after the body's opening brace
+    prefill_head: bytes  # prefill's body but for kv_transfer_params and the closing brace
+    drop_null: bytes | None  # decode's body without the client's `"kv_transfer_params": null`, where it sent that
+    stream: bool
+    model: str
+    prompt_tokens: int  # exact for token ids, else an estimate
+    prompt_bytes: int
+    prefix_keys: tuple[bytes, ...]  # digest of the prompt's first 1, 2, ... chunks
+    alone: Reason | None  # set: the hand-off can't serve it
+
+    def for_prefill(self, params: dict[str, Any]) -> bytes:
+        """Prefill's body: one token, not streamed, with ``params`` as its kv_transfer_params."""
+        return b"".join((self.prefill_head, b',"kv_transfer_params":', _dumps(params), b"}"))
+
+    def for_decode(self, params: dict[str, Any] | None) -> bytes:
+        """Decode's body: the client's bytes, with ``params`` as its kv_transfer_params."""
+        if params is None:
+            return self.raw
+        member = b'"kv_transfer_params":' + _dumps(params)
+        if self.drop_null is not None:
+            return b"".join((b"{", member, b"," if self.drop_null else b"", self.drop_null, b"}"))
+        return b"".join((self.raw[: self.brace], member, b",", self.raw[self.brace :]))
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int) -> Call:
+    """Parse a client's body.
+
+    Raises:
+        ApiError: 400, the body is not a JSON object, or carries what only the router may set.
+    """
+    text, members = _split(raw)
+    _check_reserved(members)
+    prompt = members.get(_PROMPT_KEY[api])
+    prompt_text = text[prompt.start : prompt.end] if prompt else ""
+    alone = _why_alone(api, members)
+    model = members["model"].value if "model" in members else None
+    return Call(
+        api=api,
+        raw=raw,
+        brace=raw.index(b"{") + 1,
+        prefill_head=b"" if alone else _prefill_head(api, text, members),
+        drop_null=_joined(text, members, {"kv_transfer_params"}) if "kv_transfer_params" in members else None,
+        stream="stream" in members and bool(members["stream"].value),
+        model=model if isinstance(model, str) else "",
+        prompt_tokens=_count(prompt.value if prompt else None, prompt_text),
+        prompt_bytes=len(prompt_text) if prompt_text.isascii() else len(prompt_text.encode()),
+        prefix_keys=_prefix_keys(api, prompt_text, members, chunk_chars, chunks),
+        alone=alone,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    value: Any
+    key_start: int
+    start: int
+    end: int
+
+
+def _split(raw: bytes) -> tuple[str, dict[str, _Member]]:
+    """The body's text and its top-level members. A key given twice is refused: servers would differ on its value."""
+    try:
+        text = raw.decode("utf-8")
+        at = _after(text, 0)
+        if text[at : at + 1] not in {"{", ""}:
+            _value(text, at)  # tells bad JSON from JSON that is no object
+            raise ApiError(400, "the request body must be a JSON object", code="not_an_object")
+        return text, _members(text, at)
+    except UnicodeDecodeError:
+        raise ApiError(400, "the request body is not UTF-8", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise ApiError(
+            400, f"the request body is not valid JSON: {error.msg} at character {error.pos}", code="invalid_json"
+        ) from None
+    except RecursionError:
+        raise ApiError(400, "the request body is nested too deeply", code="invalid_json") from None
+    except ValueError:  # an integer of thousands of digits
+        raise ApiError(400, "the request body holds a number that is too long", code="invalid_json") from None
+
+
+def _after(text: str, at: int) -> int:
+    match = _skip_space(text, at)
+    return match.end() if match else at
+
+
+def _expect(text: str, at: int, character: str) -> int:
+    if text[at : at + 1] != character:
+        raise json.JSONDecodeError(f"Expecting '{character}'", text, at)
+    return at + 1
+
+
+def _members(text: str, at: int) -> dict[str, _Member]:
+    members: dict[str, _Member] = {}
+    at = _after(text, _expect(text, at, "{"))
+    if text[at : at + 1] == "}":
+        _end(text, at + 1)
+        return members
+    while True:
+        key_start = at
+        key, at = scanstring(text, _expect(text, at, '"'), True)
+        at = _after(text, _expect(text, _after(text, at), ":"))
+        start = at
+        value, at = _value(text, start)
+        if key in members:
+            raise ApiError(400, f"the request body has {key[:64]!r} twice", code="invalid_json", param=key[:64])
+        members[key] = _Member(value, key_start, start, at)
+        at = _after(text, at)
+        if text[at : at + 1] == "}":
+            _end(text, at + 1)
+            return members
+        at = _after(text, _expect(text, at, ","))
+
+
+def _end(text: str, at: int) -> None:
+    at = _after(text, at)
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+
+
+def _check_reserved(members: dict[str, _Member]) -> None:
+    own = members.get("kv_transfer_params")
+    extra = members.get("vllm_xargs")
+    smuggled = extra is not None and isinstance(extra.value, dict) and "kv_transfer_params" in extra.value
+    if (own is not None and own.value is not None) or smuggled:
+        raise ApiError(
+            400,
+            "kv_transfer_params is set by the router: leave it out, or talk to the servers directly",
+            param="kv_transfer_params",
+            code="reserved_parameter",
+        )
+
+
+def _joined(text: str, members: dict[str, _Member], without: frozenset[str] | set[str]) -> bytes:
+    kept = (text[member.key_start : member.end] for key, member in members.items() if key not in without)
+    return ",".join(kept).encode()
+
+
+def _prefill_head(api: Api, text: str, members: dict[str, _Member]) -> bytes:
+    return b"".join((b"{", _joined(text, members, _NOT_FOR_PREFILL), b",", _FOR_PREFILL[api]))
+
+
+def _why_alone(api: Api, members: dict[str, _Member]) -> Reason | None:
+    """What the hand-off can't serve: it carries one prompt's pages to one sequence, and no prompt logprobs."""
+
+    def given(key: str) -> Any:
+        return members[key].value if key in members else None
+
+    for key in ("n", "best_of"):
+        if given(key) not in (None, 1):
+            return Reason(key, f"{key} asks for several sequences and a hand-off serves one")
+    if given("use_beam_search"):
+        return Reason("beam_search", "beam search branches and a hand-off serves one sequence")
+    if given("echo"):
+        return Reason("echo", "echo returns the prompt, which decode must compute")
+    if given("prompt_logprobs") is not None:
+        return Reason("prompt_logprobs", "prompt_logprobs need the whole prompt computed where the answer is made")
+    if given("prompt_embeds") is not None:
+        return Reason("prompt_embeds", "prompt_embeds carry no tokens to match pages by")
+    return _why_prompt_alone(api, given(_PROMPT_KEY[api]))
+
+
+def _why_prompt_alone(api: Api, prompt: Any) -> Reason | None:
+    if isinstance(prompt, str):
+        return None
+    if isinstance(prompt, list) and prompt:
+        if api == "chat" or isinstance(prompt[0], int):
+            return None
+        return Reason("batch", f"a batch of {len(prompt)} prompts shares one body and a hand-off serves one prompt")
+    return Reason("no_prompt", f"the body has no usable {_PROMPT_KEY[api]}")
+
+
+def _count(prompt: Any, prompt_text: str) -> int:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    return len(prompt_text) // CHARS_PER_TOKEN
+
+
+def _prefix_keys(
+    api: Api, prompt_text: str, members: dict[str, _Member], chunk_chars: int, chunks: int
+) -> tuple[bytes, ...]:
+    """Digests of the prompt's growing prefixes, whole chunks only, apart by model and cache salt."""
+    whole = min(len(prompt_text) // chunk_chars, chunks)
+    if not whole:
+        return ()
+    seed = [api, *(members[key].value if key in members else None for key in ("model", "cache_salt"))]
+    running = blake2b(json.dumps(seed, default=str).encode(), digest_size=_DIGEST_BYTES)
+    keys = []
+    for index in range(whole):
+        running.update(prompt_text[index * chunk_chars : (index + 1) * chunk_chars].encode())
+        keys.append(running.digest())
+    return tuple(keys)

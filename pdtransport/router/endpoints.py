@@ -1,0 +1,182 @@
+"""The servers behind the router: whether they can serve, how much they have to do, and how prefill is reached."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pdtransport.router.settings import EndpointSettings, RouterSettings
+
+log = logging.getLogger("pdtransport.router")
+
+Role = Literal["prefill", "decode"]
+MAX_ERROR_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class ControlAddress:
+    """Where rank 0's worker of a prefill server is asked for pages; rank r listens on ``port + r``."""
+
+    host: str
+    port: int
+    tp_size: int
+
+    def params(self, transfer_id: str) -> dict[str, Any]:
+        """kv_transfer_params for a decode server that is dispatched together with prefill."""
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": transfer_id,
+            "remote_host": self.host,
+            "remote_port": self.port,
+            "tp_size": self.tp_size,
+        }
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """One server in one role."""
+
+    role: Role
+    settings: EndpointSettings
+    healthy: bool = True  # until a check or a request says otherwise
+    last_error: str = ""
+    requests: int = 0
+    failures: int = 0
+    failures_in_row: int = 0
+    inflight: int = 0
+    inflight_tokens: int = 0
+    ejected_until: float = 0.0
+    picked: int = 0  # when it was last chosen, on the fleet's counter; breaks ties
+    engine_id: str = ""
+    restarts: int = 0
+    learned: ControlAddress | None = None
+    check_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def url(self) -> str:
+        return self.settings.url
+
+    @property
+    def load(self) -> int:
+        """Prefill: prompt tokens under way. Decode: requests under way."""
+        return self.inflight_tokens if self.role == "prefill" else self.inflight
+
+    @property
+    def control(self) -> ControlAddress | None:
+        """The configured address, with the learned number of ranks; else the learned address; else None."""
+        host, port = self.settings.control_host, self.settings.control_port
+        if host is None or port is None:
+            return self.learned
+        return ControlAddress(host, port, self.learned.tp_size if self.learned else self.settings.tp_size)
+
+    def begin(self, tokens: int) -> Callable[[], None]:
+        """Count a request in; the returned function counts it out, once."""
+        self.requests += 1
+        self.inflight += 1
+        self.inflight_tokens += tokens
+        live = [tokens]
+
+        def end() -> None:
+            if live:
+                self.inflight -= 1
+                self.inflight_tokens -= live.pop()
+
+        return end
+
+    def learn(self, params: dict[str, Any]) -> None:
+        """Remember the control address and identity in a prefill answer's kv_transfer_params."""
+        host, port = params.get("remote_host"), params.get("remote_port")
+        ranks, engine = params.get("tp_size", 1), params.get("remote_engine_id")
+        if isinstance(engine, str) and engine != self.engine_id:
+            if self.engine_id:
+                self.restarts += 1
+                log.warning("prefill server %s restarted: its engine id changed", self.name)
+            self.engine_id = engine
+        if isinstance(host, str) and isinstance(port, int) and isinstance(ranks, int):
+            address = ControlAddress(host, port, ranks)
+            if address != self.learned:
+                self.learned = address
+                self._tell_mismatch()
+
+    def _tell_mismatch(self) -> None:
+        control, learned = self.control, self.learned
+        if control and learned and (control.host, control.port) != (learned.host, learned.port):
+            log.warning(
+                "prefill server %s says its control channel is %s:%d, the configured %s:%d is used: "
+                "check control_host and control_port",
+                self.name, learned.host, learned.port, control.host, control.port,
+            )  # fmt: skip
+
+    def succeeded(self) -> None:
+        self.failures_in_row = 0
+        self.ejected_until = 0.0
+
+    def failed(self, why: str, *, unreachable: bool, health: Any) -> None:
+        """Count a failed request. ``unreachable``: nobody answered, so what was learned may belong to a dead process."""
+        self.failures += 1
+        self.failures_in_row += 1
+        if self.failures_in_row >= health.eject_after:
+            self.ejected_until = time.monotonic() + health.eject_s
+        if unreachable:
+            self.learned = None
+            self.set_healthy(False, why)
+        self.last_error = why[:MAX_ERROR_CHARS]
+        self.check_now.set()
+
+    def set_healthy(self, healthy: bool, why: str = "") -> None:
+        if healthy != self.healthy:
+            log.warning("%s server %s is %s%s", self.role, self.name, "healthy" if healthy else "unhealthy: ", why)
+        if healthy and not self.healthy:
+            self.succeeded()
+        self.healthy = healthy
+        self.last_error = "" if healthy else why[:MAX_ERROR_CHARS]
+
+    def describe(self) -> dict[str, Any]:
+        """State for /pd/status, as JSON."""
+        control = self.control
+        return {
+            "name": self.name,
+            "url": self.url,
+            "healthy": self.healthy,
+            "last_error": self.last_error or None,
+            "spared": self.ejected_until > time.monotonic(),
+            "requests": self.requests,
+            "failures": self.failures,
+            "inflight": self.inflight,
+            "inflight_tokens": self.inflight_tokens,
+            "restarts": self.restarts,
+            "control": None if control is None else f"{control.host}:{control.port}",
+            "control_from": None if control is None else "answer" if control is self.learned else "settings",
+            "tp_size": None if control is None else control.tp_size,
+        }
+
+
+class Fleet:
+    """All servers."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.prefill = tuple(Endpoint("prefill", endpoint) for endpoint in settings.prefill)
+        self.decode = tuple(Endpoint("decode", endpoint) for endpoint in settings.decode)
+
+    @property
+    def all(self) -> tuple[Endpoint, ...]:
+        return self.prefill + self.decode
+
+    def of(self, role: Role) -> tuple[Endpoint, ...]:
+        return self.prefill if role == "prefill" else self.decode
+
+
+def usable(endpoints: Iterable[Endpoint], without: Iterable[Endpoint] = ()) -> list[Endpoint]:
+    """Healthy servers, those that were ejected for failing requests only if there is no other."""
+    now = time.monotonic()
+    healthy = [endpoint for endpoint in endpoints if endpoint.healthy and endpoint not in without]
+    return [endpoint for endpoint in healthy if endpoint.ejected_until <= now] or healthy

@@ -1,0 +1,266 @@
+"""What the router can be told. One model serves ``pdrouter``, the ``router:`` section of ``topology.yaml`` and Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from pdtransport.errors import SettingsError
+from pdtransport.settings import one_line
+
+MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
+MAX_API_KEYS = 64  # every request is compared with each of them
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class EndpointSettings(_Section):
+    """One vLLM server."""
+
+    url: str = Field(description="Base URL of the server, without /v1: http://127.0.0.1:8100")
+    name: str = Field("", description="Name in headers, traces and metrics. Default: host:port of the URL.")
+    control_host: str | None = Field(
+        None, description="Address of rank 0's control channel. Default: learned from prefill's first answer."
+    )
+    control_port: int | None = Field(None, ge=1, le=65535, description="Port of rank 0's control channel.")
+    tp_size: int = Field(1, ge=1, le=1024, description="Tensor-parallel ranks; used until an answer tells.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("url"), str):
+            url = data["url"].strip().rstrip("/")
+            data = {**data, "url": url, "name": data.get("name") or urlsplit(url).netloc}
+        return data
+
+    @model_validator(mode="after")
+    def _usable(self) -> EndpointSettings:
+        parts = urlsplit(self.url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError(f"{self.url!r} is no server URL: give http://HOST:PORT")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("a server URL takes no user, password, query or fragment")
+        if not self.name.isprintable() or len(self.name) > 128:
+            raise ValueError("a name has at most 128 printable characters")
+        if (self.control_host is None) != (self.control_port is None):
+            raise ValueError("control_host and control_port must be set together")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> EndpointSettings:
+        """Parse ``URL[@CONTROL_HOST:PORT[/TP_SIZE]]``.
+
+        Raises:
+            ValueError: one line saying what is wrong.
+        """
+        url, at, control = text.partition("@")
+        if not at:
+            return cls(url=url)
+        address, _, ranks = control.partition("/")
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdecimal() or (ranks and not ranks.isdecimal()):
+            raise ValueError(f"{control!r} is no control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE")
+        return cls(url=url, control_host=host.strip("[]"), control_port=int(port), tp_size=int(ranks or 1))
+
+
+def _endpoint(value: Any) -> Any:
+    return EndpointSettings.parse(value) if isinstance(value, str) else value
+
+
+_Endpoint = Annotated[EndpointSettings, BeforeValidator(_endpoint)]
+
+
+class RouterTimeouts(_Section):
+    """Every wait of the router."""
+
+    connect_s: float = Field(5.0, gt=0, le=600, description="Opening a connection to a server.")
+    prefill_s: float = Field(
+        600.0, gt=0, le=86400, description="Prefill's whole answer, its queue included; then decode serves alone."
+    )
+    first_byte_s: float = Field(
+        900.0, gt=0, le=86400, description="A streamed answer's first bytes from decode, its queue included."
+    )
+    stall_s: float = Field(300.0, gt=0, le=86400, description="Longest silence of decode within an answer.")
+    client_stall_s: float = Field(
+        120.0, gt=0, le=86400, description="A client that takes nothing for this long is disconnected."
+    )
+    client_body_s: float = Field(60.0, gt=0, le=3600, description="Receiving a client's whole request body.")
+    total_s: float = Field(3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte.")
+    drain_s: float = Field(10.0, ge=0, le=3600, description="Requests under way get this long when the router stops.")
+    worker_status_s: float = Field(1.0, gt=0, le=60, description="Asking workers for their part of a trace.")
+
+
+class RouterHealth(_Section):
+    """When a server counts as healthy."""
+
+    interval_s: float = Field(2.0, gt=0, le=3600, description="Interval between GET /health of each server.")
+    timeout_s: float = Field(5.0, gt=0, le=600, description="A health check unanswered for this long has failed.")
+    backoff_max_s: float = Field(
+        30.0, gt=0, le=3600, description="An unhealthy server is checked at intervals that double up to this."
+    )
+    failures: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="Unanswered checks in a row that make a server unhealthy (a refused one does at once).",
+    )
+    eject_after: int = Field(
+        3, ge=1, le=1000, description="Failed requests in a row after which a server is spared, if another can serve."
+    )
+    eject_s: float = Field(10.0, gt=0, le=3600, description="How long such a server is spared.")
+
+
+class RouterPlacement(_Section):
+    """Which server gets a request."""
+
+    affinity_entries: int = Field(
+        65536,
+        ge=0,
+        le=1 << 22,
+        description="Prompt-prefix chunks remembered for each role, about 200 bytes each. 0: none.",
+    )
+    affinity_chunk_chars: int = Field(
+        1024, ge=64, le=1 << 20, description="Characters of the prompt's JSON text in one chunk."
+    )
+    affinity_chunks: int = Field(64, ge=1, le=4096, description="Chunks of one prompt that are looked at.")
+    affinity_margin_tokens: int = Field(
+        16384,
+        ge=0,
+        description="A prefill server keeps its prefixes while it queues at most this many more prompt tokens.",
+    )
+    affinity_margin_requests: int = Field(
+        8, ge=0, description="A decode server keeps its prefixes while it runs at most this many more requests."
+    )
+
+
+class RouterSettings(_Section):
+    """Everything that the router can be told."""
+
+    prefill: tuple[_Endpoint, ...] = Field(
+        min_length=1, max_length=MAX_ENDPOINTS, description="Prefill servers, each URL[@CONTROL_HOST:PORT[/TP_SIZE]]."
+    )
+    decode: tuple[_Endpoint, ...] = Field(
+        min_length=1, max_length=MAX_ENDPOINTS, description="Decode servers, each URL[@CONTROL_HOST:PORT[/TP_SIZE]]."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 lets the system choose.")
+    admin_host: str = Field("127.0.0.1", description="Address that the admin port listens on.")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Serve /pd/* here and nowhere else. Unset: on the main port, for loopback clients only.",
+    )
+    dispatch: Literal["concurrent", "serial"] = Field(
+        "concurrent",
+        description="concurrent: prefill and decode get a request at once. serial: decode gets it after prefill's answer.",
+    )
+    api_key: SecretStr | None = Field(None, description="Key that clients must send as Authorization: Bearer KEY.")
+    api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
+    upstream_api_key: SecretStr | None = Field(
+        None,
+        description="Key that the servers want. Unset: a client's Authorization header passes through, unless "
+        "api_key or api_key_file is set.",
+    )
+    upstream_api_key_file: Path | None = Field(None, description="File with the key that the servers want.")
+    max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413).")
+    max_inflight: int = Field(1024, ge=1, le=1 << 20, description="More requests at once are refused (503).")
+    max_buffered_bytes: int = Field(
+        512 << 20,
+        ge=1024,
+        description="Request bodies held at once; more are refused (503). Memory is up to 5 times this.",
+    )
+    max_connections: int = Field(4096, ge=1, le=1 << 20, description="Client connections; more are closed at once.")
+    max_header_bytes: int = Field(
+        16384, ge=1024, le=1 << 20, description="Longest header line of a client or a server."
+    )
+    max_prefill_response_bytes: int = Field(
+        8 << 20, ge=4096, le=1 << 30, description="A larger answer of prefill counts as failed."
+    )
+    stream_buffer_bytes: int = Field(
+        65536,
+        ge=1024,
+        le=16 << 20,
+        description="Bytes of an answer that are read ahead of a slow client (up to twice).",
+    )
+    upstream_connections: int = Field(
+        1024, ge=1, le=1 << 20, description="Connections to one server; more requests wait for one."
+    )
+    keep_alive_s: float = Field(75.0, gt=0, le=3600, description="An idle client connection is kept this long.")
+    upstream_keep_alive_s: float = Field(
+        4.0, ge=0.1, le=3600, description="An idle server connection is kept this long (vLLM closes its own after 5)."
+    )
+    min_disagg_tokens: int = Field(
+        0, ge=0, description="Prompts of fewer tokens (characters / 4 where only text is known) go to decode alone."
+    )
+    min_disagg_bytes: int = Field(0, ge=0, description="Prompts of fewer bytes of JSON go to decode alone.")
+    prefill_retries: int = Field(1, ge=0, le=10, description="Other prefill servers tried before decode serves alone.")
+    decode_retries: int = Field(1, ge=0, le=10, description="Times that a failed decode is tried again.")
+    retry_after_s: int = Field(1, ge=0, le=3600, description="Retry-After of a 503.")
+    traces: int = Field(1024, ge=0, le=1 << 20, description="Requests whose timeline is remembered.")
+    timeouts: RouterTimeouts = RouterTimeouts()
+    health: RouterHealth = RouterHealth()
+    placement: RouterPlacement = RouterPlacement()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> RouterSettings:
+        for role, endpoints in (("prefill", self.prefill), ("decode", self.decode)):
+            names = [endpoint.name for endpoint in endpoints]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"two {role} servers are called {twice[0]!r}: give each its own URL or name")
+        return self
+
+    @classmethod
+    def build(cls, raw: dict[str, Any], *, where: str = "router") -> RouterSettings:
+        """Validate ``raw``.
+
+        Raises:
+            SettingsError: one line that names the key and what is wrong with it.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise SettingsError(f"{where}: {one_line(error)}") from None
+
+    def client_keys(self) -> tuple[str, ...]:
+        """Keys of which a client must show one; empty: no key is asked for.
+
+        Raises:
+            SettingsError: a key file can't be read or holds no key.
+        """
+        keys = [self.api_key.get_secret_value()] if self.api_key else []
+        if self.api_key_file is not None:
+            keys += _read_keys(self.api_key_file, "api_key_file")
+        if len(keys) > MAX_API_KEYS:
+            raise SettingsError(f"api_key_file: {len(keys)} keys, at most {MAX_API_KEYS} are allowed")
+        return tuple(keys)
+
+    def server_key(self) -> str | None:
+        """The key sent to servers, if one is set.
+
+        Raises:
+            SettingsError: the key file can't be read or holds no key.
+        """
+        if self.upstream_api_key is not None:
+            return self.upstream_api_key.get_secret_value()
+        if self.upstream_api_key_file is not None:
+            return _read_keys(self.upstream_api_key_file, "upstream_api_key_file")[0]
+        return None
+
+
+def _read_keys(path: Path, setting: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"{setting}: can't read {path}: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise SettingsError(f"{setting}: {path} holds no key: write one a line, or leave the setting out")
+    return keys

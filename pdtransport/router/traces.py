@@ -1,0 +1,108 @@
+"""Timelines of recent requests, in a bounded ring."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import Any
+
+MAX_MODEL_CHARS = 128
+MAX_WHY_CHARS = 300
+
+
+class Trace:
+    """What happened to one request. Events are seconds since its arrival; those of a retry replace earlier ones."""
+
+    def __init__(self, api: str) -> None:
+        self._arrived = time.perf_counter()
+        self.at = time.time()  # unix seconds of the arrival, to lay beside the workers' events
+        self.api = api
+        self.model = ""
+        self.stream = False
+        self.prompt_tokens = 0
+        self.prompt_bytes = 0
+        self.events: dict[str, float] = {}
+        self.dispatches: list[dict[str, Any]] = []
+        self.path = ""
+        self.why_alone: str | None = None
+        self.note: str | None = None
+        self.outcome = "running"
+        self.status: int | None = None
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._arrived
+
+    def mark(self, event: str) -> None:
+        self.events[event] = self.elapsed()
+
+    def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
+        """A new dispatch; its answer's events are not known yet."""
+        for event in ("prefill_response", "decode_first_byte", "first_token"):
+            self.events.pop(event, None)
+        self.mark("route")
+        self.dispatches.append(
+            {
+                "transfer_id": transfer_id,
+                "order": order,
+                "why_order": why_order,
+                "prefill": prefill,
+                "decode": decode,
+                "at": self.events["route"],
+                "failure": None,
+            }
+        )
+
+    def failure(self, why: str) -> None:
+        """The last dispatch failed."""
+        self.dispatches[-1]["failure"] = why[:MAX_WHY_CHARS]
+
+    def as_json(self) -> dict[str, Any]:
+        last = self.dispatches[-1] if self.dispatches else {}
+        return {
+            "transfer_id": last.get("transfer_id"),
+            "at": self.at,
+            "api": self.api,
+            "model": self.model[:MAX_MODEL_CHARS],
+            "stream": self.stream,
+            "prompt_tokens_estimate": self.prompt_tokens,
+            "prompt_bytes": self.prompt_bytes,
+            "path": self.path,
+            "why_not_disaggregated": self.why_alone,
+            "dispatch": last.get("order"),
+            "prefill": last.get("prefill"),
+            "decode": last.get("decode"),
+            "outcome": self.outcome,
+            "status": self.status,
+            "note": self.note,
+            "retries": max(len(self.dispatches) - 1, 0),
+            "events": {name: round(seconds, 6) for name, seconds in self.events.items()},
+            "dispatches": self.dispatches,
+        }
+
+
+class Traces:
+    """The last ``bound`` requests that were dispatched, found by any of their transfer ids."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._recent: OrderedDict[int, Trace] = OrderedDict()
+        self._by_transfer: dict[str, Trace] = {}
+
+    def add(self, trace: Trace) -> None:
+        """Remember the trace's latest dispatch. Its number of dispatches is bounded by the retry settings."""
+        if self._bound == 0:
+            return
+        self._recent[id(trace)] = trace
+        self._by_transfer[trace.dispatches[-1]["transfer_id"]] = trace
+        while len(self._recent) > self._bound:
+            _, oldest = self._recent.popitem(last=False)
+            for dispatch in oldest.dispatches:
+                self._by_transfer.pop(dispatch["transfer_id"], None)
+
+    def get(self, transfer_id: str) -> Trace | None:
+        return self._by_transfer.get(transfer_id)
+
+    def newest(self, limit: int) -> list[Trace]:
+        """Up to ``limit`` traces, newest first."""
+        traces = reversed(self._recent.values())
+        return [trace for trace, _ in zip(traces, range(limit), strict=False)]

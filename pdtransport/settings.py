@@ -1,0 +1,221 @@
+"""One tree of settings: the connector's ``kv_connector_extra_config``, ``topology.yaml`` and the Python API
+all parse into these models, so a setting has one name, one default and one description.
+
+Units are in the names: ``_s`` seconds, ``_bytes`` bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pdtransport.errors import SettingsError
+
+LinkName = Literal["cma", "ucx"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ControlSettings(_Section):
+    """The ZeroMQ control channel."""
+
+    host: str = Field("127.0.0.1", description="Address that this instance binds and that peers reach it at.")
+    port: int = Field(
+        7670,
+        ge=0,
+        le=65535,
+        description="Port of rank 0; rank r binds port + r. 0 lets the system choose (Python API only).",
+    )
+    heartbeat_s: float = Field(0.5, gt=0, le=60, description="Interval between heartbeats on an open connection.")
+    liveness_s: float = Field(
+        5.0, gt=0, le=600, description="A peer that was silent for this long is dead; its transfers end."
+    )
+    connect_s: float = Field(5.0, gt=0, le=600, description="A peer that did not answer Hello for this long failed.")
+    max_frame_bytes: int = Field(
+        4 << 20, ge=4096, le=64 << 20, description="Larger control frames are refused before they are read."
+    )
+    curve_public_key_file: Path | None = Field(
+        None, description="CURVE key pair of this instance; made with `pdlaunch keys`. Unset: no encryption."
+    )
+    curve_secret_key_file: Path | None = Field(None, description="Secret half of this instance's CURVE key pair.")
+    curve_server_key: str | None = Field(
+        None,
+        description="Z85 public key that peers we connect to must hold. Default: our own public key (one shared pair).",
+    )
+    curve_allowed_keys: tuple[str, ...] | None = Field(
+        None, description="Z85 public keys that may connect. Default: only our own public key (one shared pair)."
+    )
+    allow_plaintext: bool = Field(
+        False, description="Permit a non-loopback host without CURVE (a trusted, isolated network)."
+    )
+
+    @model_validator(mode="after")
+    def _closed_by_default(self) -> ControlSettings:
+        if (self.curve_public_key_file is None) != (self.curve_secret_key_file is None):
+            raise ValueError("curve_public_key_file and curve_secret_key_file must be set together")
+        loopback = self.host in {"localhost", "::1"} or self.host.startswith("127.")
+        if not loopback and self.curve_secret_key_file is None and not self.allow_plaintext:
+            raise ValueError(
+                f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: set "
+                "curve_public_key_file and curve_secret_key_file, or allow_plaintext: true on a trusted network"
+            )
+        return self
+
+
+class LinkSettings(_Section):
+    """How page bytes move between a pair of workers."""
+
+    order: tuple[LinkName, ...] = Field(
+        ("cma", "ucx"),
+        min_length=1,
+        description="Links to try for a pair, best first; the first that both ends can use is taken.",
+    )
+    require: LinkName | None = Field(
+        None, description="Refuse a peer that can't use this link, instead of taking a slower one."
+    )
+    batch_bytes: int = Field(
+        4 << 20, ge=64 << 10, le=256 << 20, description="Largest batch: pages gathered into one send."
+    )
+    window_bytes: int = Field(
+        64 << 20, ge=256 << 10, description="Bytes that one transfer may have announced and not yet received by decode."
+    )
+    staging_bytes: int = Field(
+        32 << 20,
+        ge=512 << 10,
+        description="Size of the ring of staging slots that the ucx link gathers into and receives into, each.",
+    )
+    min_bandwidth_bytes_s: float = Field(
+        0, ge=0, description="Refuse a pair whose measured bandwidth lies below this. 0: measure and report only."
+    )
+    probe_bytes: int = Field(
+        8 << 20,
+        ge=0,
+        le=1 << 30,
+        description="Bytes moved once per pair to measure its bandwidth. 0 skips the measurement.",
+    )
+
+
+class DeadlineSettings(_Section):
+    """Every wait ends. A deadline starts when the thing waited for could start."""
+
+    retry_s: float = Field(0.25, gt=0, le=60, description="A message that needs an answer is sent again after this.")
+    answer_s: float = Field(5.0, gt=0, le=600, description="A live peer that answers nothing for this long has failed.")
+    arrival_s: float = Field(
+        15.0,
+        gt=0,
+        le=3600,
+        description="How long a granted transfer may stay unknown to prefill (its request got lost).",
+    )
+    queue_s: float = Field(
+        600.0,
+        gt=0,
+        le=86400,
+        description="How long a request may queue on a live prefill instance before its first page.",
+    )
+    stall_s: float = Field(60.0, gt=0, le=3600, description="Longest pause between batches once pages flow.")
+    verify_s: float = Field(10.0, gt=0, le=600, description="From commit to all pages placed and verified.")
+    hold_s: float = Field(
+        30.0, gt=0, le=3600, description="How long prefill keeps finished pages that no decode instance has claimed."
+    )
+    claim_s: float = Field(
+        300.0,
+        gt=0,
+        le=86400,
+        description="How long prefill keeps pages for a decode instance that claimed them and is queueing.",
+    )
+    ack_s: float = Field(
+        30.0, gt=0, le=3600, description="From commit until decode's ack; then prefill frees its pages."
+    )
+    resends: int = Field(
+        2, ge=0, le=100, description="Times that a batch which arrived damaged is sent again before the transfer fails."
+    )
+
+
+class IntegritySettings(_Section):
+    checksum: Literal["full", "off"] = Field(
+        "full", description="Checksum every page at its source and verify it at its destination, or trust the link."
+    )
+
+
+class ObserveSettings(_Section):
+    recent_transfers: int = Field(
+        512, ge=0, le=65536, description="Finished transfers whose timeline a worker remembers."
+    )
+    audit_dir: Path | None = Field(
+        None,
+        description="Write the SHA-256 of each sent and received block here, a JSON line each (for tests; slow).",
+    )
+
+
+class Settings(_Section):
+    """Everything that one instance of pdtransport can be told."""
+
+    control: ControlSettings = ControlSettings()
+    links: LinkSettings = LinkSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+    integrity: IntegritySettings = IntegritySettings()
+    observe: ObserveSettings = ObserveSettings()
+    max_transfers: int = Field(
+        4096,
+        ge=1,
+        le=1 << 20,
+        description="Live transfers, and early grants, that an instance holds; more are refused.",
+    )
+    tombstones: int = Field(
+        16384,
+        ge=16,
+        le=1 << 22,
+        description="Ended transfers that an instance remembers, to answer late messages about them.",
+    )
+    model_id: str | None = Field(
+        None, description="Name of the weights for the compatibility check, where paths differ between hosts."
+    )
+    idle_wait_s: float = Field(
+        0.004,
+        ge=0,
+        le=0.1,
+        description="How long an engine step with nothing to compute waits for a transfer to end, instead of polling.",
+    )
+
+    @field_validator("model_id")
+    @classmethod
+    def _not_blank(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("model_id is blank: leave it out or give the weights a name")
+        return value
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any] | None, *, where: str = "kv_connector_extra_config") -> Settings:
+        """Parse ``raw``, with ``PDTRANSPORT_CONTROL_HOST`` and ``_PORT`` as defaults for what it leaves out.
+
+        Raises:
+            SettingsError: one line that names the key, what is wrong and what is allowed.
+        """
+        data = dict(raw or {})
+        control = dict(data.get("control") or {}) if isinstance(data.get("control") or {}, dict) else data["control"]
+        if isinstance(control, dict):
+            for key, variable in (("host", "PDTRANSPORT_CONTROL_HOST"), ("port", "PDTRANSPORT_CONTROL_PORT")):
+                if key not in control and os.environ.get(variable):
+                    control[key] = os.environ[variable]
+        data["control"] = control
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise SettingsError(f"{where}: {one_line(error)}") from None
+
+
+def one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error as ``key.path: what is wrong``, and how many more there are."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"]) or "value"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{path}: {message}{more}"

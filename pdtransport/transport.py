@@ -1,0 +1,229 @@
+"""The engine-free Python API: hand KV pages from one process to another.
+
+One :class:`Transport` serves one worker (one rank) in any mix of roles: it *offers* the pages of requests that it
+prefilled, and *receives* pages of requests that others did. All methods may be called from any thread; what ends later
+is a :class:`concurrent.futures.Future` that can also be awaited.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+from pdtransport.control.channel import Identity
+from pdtransport.errors import TransferFailed
+from pdtransport.exchange import Exchange, Fetch, Outcome
+from pdtransport.kv.geometry import KVGeometry
+from pdtransport.links.base import Region
+from pdtransport.links.negotiate import open_links
+from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
+from pdtransport.reactor import Reactor
+from pdtransport.settings import Settings
+
+OnOutcome = Callable[[Outcome], None]
+
+
+class Handle:
+    """A transfer on its way. ``await handle`` or ``handle.result(timeout)`` gives its :class:`Outcome`."""
+
+    def __init__(self, transport: Transport, transfer: str, on_end: OnOutcome | None) -> None:
+        self.transfer = transfer
+        self.future: Future[Outcome] = Future()
+        self._transport = transport
+        self._on_end = on_end
+
+    def _ended(self, outcome: Outcome) -> None:
+        if not self.future.done():
+            self.future.set_result(outcome)
+        if self._on_end is not None:
+            self._on_end(outcome)
+
+    def result(self, timeout_s: float | None) -> Outcome:
+        """Wait for the end.
+
+        Raises:
+            TransferFailed: it ended without its pages.
+            concurrent.futures.TimeoutError: it has not ended within ``timeout_s``.
+        """
+        return _checked(self.future.result(timeout_s))
+
+    def __await__(self) -> Generator[Any, None, Outcome]:
+        import asyncio
+
+        outcome = yield from asyncio.wrap_future(self.future).__await__()
+        return _checked(outcome)
+
+
+class Offer(Handle):
+    """Pages of one request that this worker prefills: say what is ready, then that it is finished."""
+
+    def ready(self, pages: Sequence[int], tokens: int) -> None:
+        """The first ``tokens`` prompt tokens are computed. ``pages[i]`` is the page of block i; a block counts as
+        final once all its tokens are, the last one once the whole prompt is. Fewer tokens than before say that the
+        engine took pages back (preemption)."""
+        pages = list(pages)
+        self._transport._call(lambda exchange: exchange.pages_ready(self.transfer, pages, tokens))
+
+    def finish(self) -> None:
+        """The request is through; its pages stay until decode has them (or a deadline ends the wait)."""
+        self._transport._call(lambda exchange: exchange.finish(self.transfer))
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Give up; the outcome arrives once nothing reads the pages any more."""
+        self._transport._call(lambda exchange: exchange.cancel_source(self.transfer, Code.CANCELLED, reason))
+
+
+class Receipt(Handle):
+    """Pages of one request that another worker prefills for us. The pages are ours alone again once it ended."""
+
+    def cancel(self, reason: str = "cancelled") -> None:
+        """Give up; the outcome arrives once nothing writes the pages any more."""
+        self._transport._call(lambda exchange: exchange.cancel_fetch(self.transfer, Code.CANCELLED, reason))
+
+
+class Transport:
+    """One worker's side of pdtransport.
+
+    Args:
+        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close`.
+        settings: see :mod:`pdtransport.settings`.
+        engine: name of the instance; workers of one instance share it and differ in ``rank`` of ``world``.
+        fingerprint: facts that must be equal on both ends beside the geometry (model, dtype, backend, ...).
+        regions: memory that links may touch; default: what the geometry spans.
+        port: control port of this worker; default ``settings.control.port + rank``. 0: any free one.
+
+    Raises:
+        SettingsError: a setting can't be used here (a port in use, a bad key file).
+        LinkUnavailable: no link of ``settings.links.order`` works here, or the required one does not.
+    """
+
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        settings: Settings | None = None,
+        *,
+        engine: str = "",
+        rank: int = 0,
+        world: int = 1,
+        role: str = "both",
+        fingerprint: dict[str, FingerprintValue] | None = None,
+        regions: Sequence[Region] | None = None,
+        port: int | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.geometry = geometry
+        self.engine = engine or f"pdt-{uuid.uuid4().hex[:12]}"
+        self.rank = rank
+        memory = list(regions) if regions is not None else geometry.regions()
+
+        def make(_reactor: Reactor) -> Exchange:
+            opened = open_links(self.settings.links, memory)
+            me = Identity(
+                engine=self.engine,
+                rank=rank,
+                world=world,
+                incarnation=secrets.randbits(62) | 1,
+                fingerprint={**fingerprint_of(geometry, world), **(fingerprint or {})},
+                links={name: link.export() for name, link in opened.links.items()},
+            )
+            self._exchange = Exchange(self.settings, me, geometry, opened.links, opened.unavailable, role, port)
+            return self._exchange
+
+        self._reactor = Reactor(make, name=f"pdtransport-{rank}")
+        self._reactor.start()
+        self.host = self.settings.control.host
+        self.port = int(self._exchange.endpoint.rsplit(":", 1)[1])
+
+    # -- prefill -------------------------------------------------------------------------------------------------
+
+    def offer(self, transfer: str, key: bytes, tokens: int, on_end: OnOutcome | None = None) -> Offer:
+        """Announce a request of ``tokens`` prompt tokens whose pages will be handed over as ``transfer``.
+
+        ``key`` is the content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must name the same.
+        ``on_end`` runs in the I/O thread and must not block.
+        """
+        offer = Offer(self, transfer, on_end)
+        self._call(lambda exchange: exchange.open(transfer, key, tokens, offer._ended))
+        return offer
+
+    def withdraw(self, transfer: str, timeout_s: float) -> None:
+        """The engine takes this request's pages back (preemption): when this returns, no link reads them any more.
+        What decode has not received is sent again once the pages are computed again. Unknown ids are ignored.
+
+        Raises:
+            concurrent.futures.TimeoutError: the I/O thread did not answer; the pages must not be reused.
+        """
+        self._reactor.ask(lambda: self._exchange.pages_ready(transfer, [], 0), timeout_s)
+
+    # -- decode --------------------------------------------------------------------------------------------------
+
+    def receive(
+        self,
+        transfer: str,
+        key: bytes,
+        tokens: int,
+        pages: Sequence[int],
+        *,
+        host: str,
+        port: int,
+        ranks: int = 1,
+        first_block: int = 0,
+        on_end: OnOutcome | None = None,
+    ) -> Receipt:
+        """Take blocks ``first_block ..`` of ``transfer`` into ``pages`` from the ``ranks`` prefill workers whose
+        control channels listen at ``port``, ``port + 1``, ... of ``host``.
+
+        With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
+        """
+        receipt = Receipt(self, transfer, on_end)
+        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages))
+        self._call(lambda exchange: exchange.fetch(wanted, receipt._ended))
+        return receipt
+
+    def claim(self, transfer: str, *, host: str, port: int, ranks: int = 1) -> None:
+        """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
+        self._call(lambda exchange: exchange.claim(transfer, host, port, ranks))
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    def status(self, transfer: str = "", timeout_s: float = 5.0) -> dict[str, Any]:
+        """Counters, peers, links with their measured bandwidth, and the timelines of recent transfers."""
+        return self._reactor.ask(lambda: self._exchange.status(transfer), timeout_s)
+
+    def close(self) -> None:
+        """End all transfers and give every resource back. Safe to call twice."""
+        self._reactor.stop()
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, call: Callable[[Exchange], None]) -> None:
+        self._reactor.post(lambda: call(self._exchange))
+
+
+def fingerprint_of(geometry: KVGeometry, world: int) -> dict[str, FingerprintValue]:
+    """What two geometries must agree on (``tp_size`` may differ where heads can be split)."""
+    return {
+        "protocol_version": PROTOCOL_VERSION,
+        "block_size": geometry.block_size,
+        "layers": len(geometry.layers),
+        "kv_heads": geometry.total_heads,
+        "kv_slot_bytes": geometry.slot_bytes,
+        "kv_layout": "HNC" if geometry.heads_first else "NHC",
+        "tp_size": world,
+    }
+
+
+def _checked(outcome: Outcome) -> Outcome:
+    if not outcome.ok:
+        raise TransferFailed(f"{outcome.transfer}: {outcome.reason} ({outcome.code})", outcome.code)
+    return outcome

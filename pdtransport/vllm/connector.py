@@ -1,0 +1,154 @@
+"""vLLM's view of pdtransport: each hook in one line, the work in :mod:`scheduler` and :mod:`worker`.
+
+Tested with vLLM 0.32 (the V1 connector interface with ``[blocks, heads, tokens, content]`` KV views, new in 0.29).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from pdtransport.settings import Settings
+from pdtransport.vllm.geometry import control_port
+from pdtransport.vllm.metadata import Commands
+from pdtransport.vllm.scheduler import SchedulerSide
+from pdtransport.vllm.worker import WorkerSide
+
+try:  # new in vLLM 0.30; without it failed loads are not told apart from finished ones
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+except ImportError as error:  # pragma: no cover - another vLLM
+    raise ImportError("pdtransport needs vLLM 0.30 or newer: failed loads can't be reported to older ones") from error
+
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:  # pragma: no cover - another vLLM
+    CacheHitSource = None  # type: ignore[assignment,misc]
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class PDTransportConnector(KVConnectorBase_V1):
+    """``kv_role`` kv_producer hands pages over, kv_consumer takes them, kv_both does both.
+
+    ``kv_connector_extra_config`` is a :class:`pdtransport.settings.Settings`.
+    """
+
+    if CacheHitSource is not None:
+        _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = self._kv_transfer_config
+        settings = Settings.parse(config.kv_connector_extra_config)
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError("pdtransport does not hand over pipeline-parallel shards yet: use tensor parallelism")
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(
+                settings,
+                producer=config.is_kv_producer,
+                consumer=config.is_kv_consumer,
+                block_size=vllm_config.cache_config.block_size,
+                engine=str(config.engine_id),
+                port=control_port(settings, vllm_config),
+                ranks=parallel.tensor_parallel_size,
+            )
+        else:
+            self._worker = WorkerSide(settings, vllm_config, str(config.kv_role))
+
+    # -- scheduler -----------------------------------------------------------------------------------------------
+
+    @property
+    def scheduler(self) -> SchedulerSide:
+        assert self._scheduler is not None, "a scheduler hook was called in a worker"
+        return self._scheduler
+
+    def on_new_request(self, request: Request) -> None:
+        self.scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self.scheduler.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self.scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Commands:
+        return self.scheduler.build(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self.scheduler.update_output(connector_output)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.scheduler.finished(request, block_ids)
+
+    def has_pending_push_work(self) -> bool:
+        return self.scheduler.has_pending_work()
+
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
+        return self._kv_cache_config.transfer_group_ids
+
+    # -- worker --------------------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> WorkerSide:
+        assert self._worker is not None, "a worker hook was called in the scheduler"
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self.worker.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: Commands) -> None:
+        self.worker.before_forward(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: Commands) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self.worker.before_forward(connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Loads began when the step's metadata was bound."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Requests are scheduled only after their pages arrived whole."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        """Pages leave per step, not per layer."""
+
+    def wait_for_save(self) -> None:
+        self.worker.after_forward(self._commands)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        # On some runners the metadata is cleared before this call; then the step did compute.
+        computes = self._commands.computes if self.has_connector_metadata() else True
+        sent, received, failed = self.worker.collect(computes)
+        return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        results = self.get_transfer_results(finished_req_ids)
+        return results.finished_sending, results.finished_recving
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+    @property
+    def _commands(self) -> Commands:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, Commands)
+        return metadata

@@ -1,0 +1,95 @@
+"""What the scheduler's half of the connector tells the workers each step: commands, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Union
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+
+@dataclass(frozen=True)
+class Open:
+    """Prefill: this request's pages will be handed over as ``transfer``."""
+
+    req_id: str
+    transfer: str
+    key: bytes
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``."""
+
+    transfer: str
+    pages: list[int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Prefill: the engine took this request's pages back; they are overwritten in this very step."""
+
+    transfer: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Prefill: the request is through; report ``finished_sending`` once its pages are free."""
+
+    req_id: str
+    transfer: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Prefill: the request was aborted; report ``finished_sending`` once its pages are free."""
+
+    req_id: str
+    transfer: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Decode: this request is known here, but has no pages yet."""
+
+    transfer: str
+    host: str
+    port: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """Decode: take blocks ``first_block ..`` into ``pages``. Without pages nothing is reported to the scheduler:
+    decode holds the prefix already, or the request is gone, and prefill learns that it may free its pages."""
+
+    req_id: str
+    transfer: str
+    key: bytes
+    tokens: int
+    first_block: int
+    pages: list[int]
+    host: str
+    port: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Decode: the request was aborted while its pages were on their way."""
+
+    transfer: str
+
+
+Command = Union[Open, Pages, Rewind, Finish, Drop, Claim, Take, Cancel]
+
+
+@dataclass
+class Commands(KVConnectorMetadata):
+    """``before``: to be done before the step's forward pass may touch a page; ``after``: once it is computed."""
+
+    before: list[Command] = field(default_factory=list)
+    after: list[Command] = field(default_factory=list)
+    computes: bool = True  # False: nothing to compute in this step, the engine only waits

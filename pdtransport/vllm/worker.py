@@ -1,0 +1,184 @@
+"""The half of the connector that lives in each worker: hands commands to the transport, collects what ended."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from pdtransport.exchange import Outcome
+from pdtransport.settings import Settings
+from pdtransport.transport import Offer, Receipt, Transport
+from pdtransport.vllm.geometry import KVCaches, describe
+from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
+
+
+class WorkerSide:
+    """One per tensor-parallel rank."""
+
+    def __init__(self, settings: Settings, config: VllmConfig, role: str) -> None:
+        self._settings = settings
+        self._config = config
+        self._role = role
+        self._transport: Transport | None = None
+        self._ratio = 1
+        self._offers: dict[str, Offer] = {}
+        self._receipts: dict[str, Receipt] = {}
+        self._changed = threading.Condition()
+        # Written by the I/O thread and by the worker's own, under the condition's lock:
+        self._released: set[str] = set()  # transfers whose pages are free
+        self._closing: dict[str, str] = {}  # transfer -> request that waits for that
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._failed: set[str] = set()
+
+    def register(self, kv_caches: KVCaches) -> None:
+        """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
+        described = describe(kv_caches, self._config, self._settings)
+        self._ratio = described.kernel_blocks_per_block
+        transfer_config = self._config.kv_transfer_config
+        assert transfer_config is not None
+        self._transport = Transport(
+            described.geometry,
+            self._settings,
+            engine=str(transfer_config.engine_id),
+            rank=described.rank,
+            world=described.ranks,
+            role=self._role,
+            fingerprint=described.fingerprint,
+            regions=described.regions,
+            port=described.port,
+        )
+        logger.info(
+            "pdtransport: rank %d of %d listens on %s:%d",
+            described.rank,
+            described.ranks,
+            self._transport.host,
+            self._transport.port,
+        )
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def before_forward(self, commands: Commands) -> None:
+        """Idempotent: vLLM's two model runners call it from different hooks."""
+        todo, commands.before = commands.before, []
+        for command in todo:
+            self._do(command)
+
+    def after_forward(self, commands: Commands) -> None:
+        todo, commands.after = commands.after, []
+        for command in todo:
+            self._do(command)
+
+    def _do(self, command: Command) -> None:
+        transport = self._transport
+        assert transport is not None, "commands before register_kv_caches"
+        if isinstance(command, Open):
+            self._offers[command.transfer] = transport.offer(
+                command.transfer, command.key, command.tokens, self._source_ended
+            )
+        elif isinstance(command, Pages):
+            offer = self._offers.get(command.transfer)
+            if offer is not None:
+                offer.ready(self._kernel_pages(command.pages), command.tokens)
+        elif isinstance(command, Rewind):
+            transport.withdraw(command.transfer, REWIND_S)
+        elif isinstance(command, (Finish, Drop)):
+            self._close_offer(command)
+        elif isinstance(command, Claim):
+            transport.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
+        elif isinstance(command, Take):
+            self._take(transport, command)
+        elif isinstance(command, Cancel):
+            receipt = self._receipts.get(command.transfer)
+            if receipt is not None:
+                receipt.cancel("the request was aborted on decode")
+
+    def _close_offer(self, command: Finish | Drop) -> None:
+        with self._changed:
+            if command.transfer in self._released:
+                self._released.discard(command.transfer)
+                self._sent.add(command.req_id)
+            else:
+                self._closing[command.transfer] = command.req_id
+        offer = self._offers.pop(command.transfer, None)
+        if offer is None:
+            return
+        if isinstance(command, Finish):
+            offer.finish()
+        else:
+            offer.cancel("the request was aborted on prefill")
+
+    def _take(self, transport: Transport, take: Take) -> None:
+        kernel_blocks = -(-take.tokens // transport.geometry.block_size)
+        first = min(take.first_block * self._ratio, kernel_blocks)
+        pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
+
+        def ended(outcome: Outcome) -> None:
+            self._receipts.pop(take.transfer, None)
+            if take.pages:
+                self._sink_ended(take.req_id, outcome)
+
+        receipt = transport.receive(
+            take.transfer,
+            take.key,
+            take.tokens,
+            pages,
+            host=take.host,
+            port=take.port,
+            ranks=take.ranks,
+            first_block=first,
+            on_end=ended,
+        )
+        self._receipts[take.transfer] = receipt
+        if receipt.future.done():  # it ended in the I/O thread before we noted it
+            self._receipts.pop(take.transfer, None)
+
+    def _kernel_pages(self, blocks: list[int]) -> list[int]:
+        """The attention kernel's blocks, of which a scheduler's block holds ``ratio``."""
+        if self._ratio == 1:
+            return blocks
+        return [block * self._ratio + i for block in blocks for i in range(self._ratio)]
+
+    # -- what ended (called in the I/O thread) -------------------------------------------------------------------
+
+    def _source_ended(self, outcome: Outcome) -> None:
+        with self._changed:
+            req_id = self._closing.pop(outcome.transfer, None)
+            if req_id is None:
+                self._released.add(outcome.transfer)
+            else:
+                self._sent.add(req_id)
+            self._changed.notify()
+
+    def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
+        with self._changed:
+            self._received.add(req_id)
+            if not outcome.ok:
+                self._failed.add(req_id)
+            self._changed.notify()
+
+    def collect(self, computes: bool) -> tuple[set[str], set[str], set[str]]:
+        """``(finished sending, finished receiving, failed receiving)`` since the last call, each request once.
+
+        In a step that computes nothing the engine only waits for us: wait here, a little, for the next end, instead of
+        letting it spin through empty steps.
+        """
+        with self._changed:
+            if not computes and not (self._sent or self._received):
+                self._changed.wait(self._settings.idle_wait_s)
+            sent, self._sent = self._sent, set()
+            received, self._received = self._received, set()
+            failed, self._failed = self._failed, set()
+        return sent, received, failed

@@ -1,0 +1,15 @@
+"""Builds the optional CPU page kernels; everything else stands in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "pdtransport.kernels._pages",
+            sources=["kernels/csrc/pages.c"],
+            extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-Wall"],
+            # Without a C compiler the package installs all the same and uses the numpy reference.
+            optional=True,
+        )
+    ]
+)
