@@ -32,7 +32,7 @@ OWN_FLAGS: Mapping[str, str] = {
     "max-model-len": "model.max_model_len",
     "tensor-parallel-size": "roles.<role>.tp",
     "port": "roles.<role>.port",
-    "host": "nothing: servers listen on 127.0.0.1 and clients reach them through router.host",
+    "host": "no key: servers listen on 127.0.0.1, and clients reach them through the router (router.host)",
     "kv-transfer-config": "transport and kv_load_failure_policy",
 }
 FLAG_ALIASES = {"tp": "tensor-parallel-size", "tensor-parallel": "tensor-parallel-size"}
@@ -45,15 +45,14 @@ OWN_ENV: Mapping[str, str] = {
     "PDTRANSPORT_CONTROL_PORT": "roles.<role>.control_port",
 }
 
-FlagValue = bool | int | float | str | list[Any] | dict[str, Any] | None
 Count = Annotated[int, Strict()]
 Port = Annotated[int, Strict(), Field(ge=0, le=65535)]
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
 
 
-def wrong(text: str) -> PydanticCustomError:
-    """A validation error whose text is shown as it is."""
-    return PydanticCustomError("topology", "{text}", {"text": text})
+def wrong(text: str, key: str | None = None) -> PydanticCustomError:
+    """A validation error whose text is shown as it is; ``key``: at this key of the mapping."""
+    return PydanticCustomError("topology", "{text}", {"text": text, "key": key})
 
 
 class _Section(BaseModel):
@@ -68,16 +67,17 @@ def _flags(raw: Any) -> Any:
         raise wrong("a mapping of vLLM flags, such as {max-num-seqs: 8, enforce-eager: true}")
     if len(raw) > MAX_FLAGS:
         raise wrong(f"{len(raw)} flags; at most {MAX_FLAGS}")
-    flags: dict[str, FlagValue] = {}
+    flags: dict[str, Any] = {}
     for key, value in raw.items():
         name = key.replace("_", "-")
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9.-]*", name):
-            raise wrong(f"{key!r} is no vLLM flag; write its long name without dashes in front, such as max-num-seqs")
+            raise wrong("no vLLM flag; write its long name without dashes in front, such as max-num-seqs", key)
         canonical = FLAG_ALIASES.get(name, name)
-        if canonical.removeprefix("no-") in OWN_FLAGS:
-            raise wrong(f"{key}: pdlaunch sets --{canonical} itself, from {OWN_FLAGS[canonical.removeprefix('no-')]}")
+        own = canonical.removeprefix("no-")
+        if own in OWN_FLAGS:
+            raise wrong(f"pdlaunch sets --{own} itself, from {OWN_FLAGS[own]}", key)
         if name in flags:
-            raise wrong(f"{key}: given twice, once with - and once with _")
+            raise wrong("given twice, once with - and once with _", key)
         flags[name] = value
     return flags
 
@@ -90,11 +90,11 @@ def _environment(raw: Any) -> Any:
     env: dict[str, str] = {}
     for key, value in raw.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            raise wrong(f"{key!r} is no name of an environment variable")
+            raise wrong("no name of an environment variable", key)
         if key in OWN_ENV:
-            raise wrong(f"{key}: pdlaunch sets it itself, from {OWN_ENV[key]}")
+            raise wrong(f"pdlaunch sets it itself, from {OWN_ENV[key]}", key)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "\0" in str(value):
-            raise wrong(f"{key}: a value is text or a number; write true, false and the like in quotes")
+            raise wrong("must be text or a number; write true, false and the like in quotes", key)
         env[key] = str(value)
     return env
 
@@ -103,8 +103,22 @@ def _ids(raw: Any) -> Any:
     return parse_cores(raw) if isinstance(raw, str) else raw
 
 
+# The real servers get their ports when the plan is made.
+_PLACEHOLDERS = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"]}
+
+
+def _router(raw: Any) -> Any:
+    if not isinstance(raw, dict):
+        return _PLACEHOLDERS if raw is None else raw
+    for key in _PLACEHOLDERS:
+        if key in raw:
+            raise wrong("pdlaunch fills in the servers itself; take it out", key)
+    return {**raw, **_PLACEHOLDERS}
+
+
 Flags = Annotated[dict[str, Any], BeforeValidator(_flags)]
 Environment = Annotated[dict[str, str], BeforeValidator(_environment)]
+Router = Annotated[RouterSettings, BeforeValidator(_router)]
 Ids = Annotated[
     tuple[Annotated[int, Strict(), Field(ge=0, le=MAX_CORE)], ...], BeforeValidator(_ids), Field(min_length=1)
 ]
@@ -225,14 +239,17 @@ def _version(value: Any) -> Any:
 class Topology(_Section):
     """One disaggregated service."""
 
-    apiVersion: Annotated[str, BeforeValidator(_version)] = Field(description=f"Always {API_VERSION}.")  # noqa: N815
+    apiVersion: Annotated[str, BeforeValidator(_version)] = Field(description=f"Always {API_VERSION}.")
     name: Name = Field(description="Names the run: letters a-z, digits and dashes.")
     model: Model
     hosts: dict[str, Host] = Field(default_factory=dict, description="Machines. Only {local: {via: local}} for now.")
     defaults: Defaults = Field(default_factory=Defaults)
     roles: Roles
     transport: Settings = Field(default_factory=Settings, description="How pages move; the same for all instances.")
-    router: dict[str, Any] = Field(default_factory=dict, description="RouterSettings, but for prefill and decode.")
+    router: Router = Field(
+        default_factory=lambda: RouterSettings.model_validate(_PLACEHOLDERS),
+        description="RouterSettings, but for prefill and decode.",
+    )
     kv_load_failure_policy: Literal["recompute", "fail"] = Field(
         "recompute", description="What decode does with a request whose pages did not arrive: compute them, or fail it."
     )
@@ -252,17 +269,6 @@ class Topology(_Section):
             raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
         return transport
 
-    @field_validator("router")
-    @classmethod
-    def _router(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        for key in ("prefill", "decode"):
-            if key in raw:
-                raise wrong(f"{key}: pdlaunch fills in the servers itself; take it out")
-        # Placeholders: the real servers get their ports when the plan is made.
-        servers = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"]}
-        RouterSettings.model_validate({**raw, **servers})
-        return raw
-
     @model_validator(mode="after")
     def _fixed_ports_apart(self) -> Topology:
         taken: dict[int, str] = {}
@@ -273,16 +279,13 @@ class Topology(_Section):
         return self
 
     def _fixed_ports(self) -> list[tuple[str, int]]:
-        ports = []
+        ports: list[tuple[str, int | None]] = []
         for name, role in self.by_role().items():
             for key, count in (("port", role.count), ("control_port", role.count * role.tp)):
                 first = getattr(role, key)
                 ports += [(f"roles.{name}.{key}", first + offset) for offset in range(count) if first]
-        for key in ("port", "admin_port"):
-            value = self.router.get(key, 8000 if key == "port" else None)
-            if isinstance(value, int) and value:
-                ports.append((f"router.{key}", value))
-        return ports
+        ports += [(f"router.{key}", getattr(self.router, key)) for key in ("port", "admin_port")]
+        return [(key, port) for key, port in ports if port]
 
     def by_role(self) -> dict[str, Role]:
         return {"prefill": self.roles.prefill, "decode": self.roles.decode}

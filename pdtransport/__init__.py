@@ -1,6 +1,6 @@
 """KV-cache transport for disaggregated prefill and decode.
 
-The Python API is :class:`Transport`; everything else is reached through vLLM's ``--kv-transfer-config`` or ``pdlaunch``.
+The Python API is :class:`Transport`; the other ways in are vLLM's ``--kv-transfer-config`` and ``pdlaunch``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,23 @@ _HOME = {
     "request_key": "pdtransport.kv.keys",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "KVGeometry",
+    "LayerPages",
+    "LinkError",
+    "LinkUnavailable",
+    "Offer",
+    "Outcome",
+    "PDTransportError",
+    "PeerRefused",
+    "Receipt",
+    "Region",
+    "Settings",
+    "SettingsError",
+    "TransferFailed",
+    "Transport",
+    "request_key",
+]
 __version__ = "0.1.0"
 
 

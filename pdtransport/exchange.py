@@ -70,6 +70,7 @@ class Outcome:
     blocks: int = 0
     nbytes: int = 0
     link: str = ""
+    events: dict[str, float] = field(default_factory=dict, repr=False)  # step -> wall-clock second
 
 
 OnOutcome = Callable[[Outcome], None]
@@ -460,7 +461,14 @@ class Exchange:
                 logger.warning("transfer %s failed (%s): %s", transfer, code.value, reason)
         self._counters["fetches_failed" if code else "fetches_ok"] += 1
         outcome = Outcome(
-            transfer, code is None, code.value if code else "", reason, len(sink.pages), sink.nbytes, record.link
+            transfer,
+            code is None,
+            code.value if code else "",
+            reason,
+            len(sink.pages),
+            sink.nbytes,
+            record.link,
+            dict(record.events),
         )
         self._tell(sink.on_end, outcome)
 
@@ -565,6 +573,7 @@ class Exchange:
             len(source.pages),
             source.nbytes,
             source.record.link,
+            dict(source.record.events),
         )
         self._tell(source.on_end, outcome)
 

@@ -1,1 +1,6 @@
+"""The OpenAI-compatible front door: picks a prefill and a decode server for each request, and survives their failing."""
 
+from pdtransport.router.server import Router
+from pdtransport.router.settings import EndpointSettings, RouterSettings
+
+__all__ = ["EndpointSettings", "Router", "RouterSettings"]

@@ -28,6 +28,7 @@ class ApiError(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
         close: bool = False,
+        raw: bytes | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,8 +38,11 @@ class ApiError(Exception):
         self.param = param
         self.headers = headers or {}
         self.close = close  # the request's body was not read to its end
+        self.raw = raw  # a server's own error body, passed on as it is
 
     def body(self) -> bytes:
+        if self.raw is not None:
+            return self.raw
         return error_body(self.message, self.kind, self.code, self.param)
 
     def response(self) -> web.Response:

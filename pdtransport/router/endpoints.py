@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pdtransport.router.settings import EndpointSettings, RouterSettings
+from pdtransport.router.settings import EndpointSettings, RouterHealth, RouterSettings
 
 log = logging.getLogger("pdtransport.router")
 
 Role = Literal["prefill", "decode"]
+# How a request to a server failed: nobody answered, the connection broke, too slow, an error status, nonsense.
+Failure = Literal["connect", "disconnected", "timeout", "status", "protocol"]
 MAX_ERROR_CHARS = 300
 
 
@@ -120,21 +122,24 @@ class Endpoint:
         self.failures_in_row = 0
         self.ejected_until = 0.0
 
-    def failed(self, why: str, *, unreachable: bool, health: Any) -> None:
-        """Count a failed request. ``unreachable``: nobody answered, so what was learned may belong to a dead process."""
+    def failed(self, why: str, how: Failure, health: RouterHealth) -> None:
+        """Count a failed request, and have the server checked soon."""
         self.failures += 1
         self.failures_in_row += 1
         if self.failures_in_row >= health.eject_after:
             self.ejected_until = time.monotonic() + health.eject_s
-        if unreachable:
-            self.learned = None
+        if how in {"connect", "disconnected"}:
+            self.learned = None  # it may belong to a process that is gone
+        if how == "connect":
             self.set_healthy(False, why)
         self.last_error = why[:MAX_ERROR_CHARS]
         self.check_now.set()
 
     def set_healthy(self, healthy: bool, why: str = "") -> None:
         if healthy != self.healthy:
-            log.warning("%s server %s is %s%s", self.role, self.name, "healthy" if healthy else "unhealthy: ", why)
+            log.warning(
+                "%s server %s is %s%s", self.role, self.name, "healthy" if healthy else "unhealthy: ", why
+            )
         if healthy and not self.healthy:
             self.succeeded()
         self.healthy = healthy

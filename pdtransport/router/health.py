@@ -35,7 +35,9 @@ class Prober:
         """One health check."""
         timeout = ClientTimeout(total=self._settings.timeout_s)
         try:
-            async with self._session.get(f"{endpoint.url}/health", timeout=timeout, allow_redirects=False) as response:
+            async with self._session.get(
+                f"{endpoint.url}/health", timeout=timeout, allow_redirects=False
+            ) as response:
                 status = response.status
         except ClientConnectorError as error:
             self._refused(endpoint, f"can't connect: {error.os_error.strerror or error.os_error}")

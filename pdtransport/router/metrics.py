@@ -17,7 +17,7 @@ def _escape(value: str) -> str:
 def sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
     """One line of the exposition."""
     inside = ",".join(f'{key}="{_escape(text)}"' for key, text in labels)
-    return f"{name}{{{inside}}} {value:g}" if inside else f"{name} {value:g}"
+    return f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"
 
 
 def _head(name: str, kind: str, text: str) -> list[str]:
@@ -71,7 +71,9 @@ class Metrics:
     """All series of one router."""
 
     def __init__(self) -> None:
-        self.requests = Counter("pdrouter_requests_total", "Requests that ended, by outcome.", "api", "path", "outcome")
+        self.requests = Counter(
+            "pdrouter_requests_total", "Requests that ended, by outcome.", "api", "path", "outcome"
+        )
         self.alone = Counter(
             "pdrouter_not_disaggregated_total", "Requests that decode served alone, by reason.", "reason"
         )
@@ -85,11 +87,18 @@ class Metrics:
             _FAST_S,
             "path",
         )
-        self.prefill = Histogram("pdrouter_prefill_seconds", "From dispatch to prefill's answer.", _SLOW_S, "order")
-        self.first_token = Histogram(
-            "pdrouter_first_token_seconds", "From arrival to the first bytes of a streamed answer.", _SLOW_S, "path"
+        self.prefill = Histogram(
+            "pdrouter_prefill_seconds", "From dispatch to prefill's answer.", _SLOW_S, "order"
         )
-        self.duration = Histogram("pdrouter_request_seconds", "From arrival to the last byte.", _SLOW_S, "path")
+        self.first_token = Histogram(
+            "pdrouter_first_token_seconds",
+            "From arrival to the first bytes of a streamed answer.",
+            _SLOW_S,
+            "path",
+        )
+        self.duration = Histogram(
+            "pdrouter_request_seconds", "From arrival to the last byte.", _SLOW_S, "path"
+        )
 
     def lines(self) -> list[str]:
         series = (

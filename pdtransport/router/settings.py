@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from pdtransport.errors import SettingsError
 from pdtransport.settings import one_line
@@ -64,7 +72,9 @@ class EndpointSettings(_Section):
         address, _, ranks = control.partition("/")
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdecimal() or (ranks and not ranks.isdecimal()):
-            raise ValueError(f"{control!r} is no control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE")
+            raise ValueError(
+                f"{control!r} is no control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE"
+            )
         return cls(url=url, control_host=host.strip("[]"), control_port=int(port), tp_size=int(ranks or 1))
 
 
@@ -80,7 +90,10 @@ class RouterTimeouts(_Section):
 
     connect_s: float = Field(5.0, gt=0, le=600, description="Opening a connection to a server.")
     prefill_s: float = Field(
-        600.0, gt=0, le=86400, description="Prefill's whole answer, its queue included; then decode serves alone."
+        600.0,
+        gt=0,
+        le=86400,
+        description="Prefill's whole answer, its queue included; then decode serves alone.",
     )
     first_byte_s: float = Field(
         900.0, gt=0, le=86400, description="A streamed answer's first bytes from decode, its queue included."
@@ -90,8 +103,12 @@ class RouterTimeouts(_Section):
         120.0, gt=0, le=86400, description="A client that takes nothing for this long is disconnected."
     )
     client_body_s: float = Field(60.0, gt=0, le=3600, description="Receiving a client's whole request body.")
-    total_s: float = Field(3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte.")
-    drain_s: float = Field(10.0, ge=0, le=3600, description="Requests under way get this long when the router stops.")
+    total_s: float = Field(
+        3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte."
+    )
+    drain_s: float = Field(
+        10.0, ge=0, le=3600, description="Requests under way get this long when the router stops."
+    )
     worker_status_s: float = Field(1.0, gt=0, le=60, description="Asking workers for their part of a trace.")
 
 
@@ -99,7 +116,9 @@ class RouterHealth(_Section):
     """When a server counts as healthy."""
 
     interval_s: float = Field(2.0, gt=0, le=3600, description="Interval between GET /health of each server.")
-    timeout_s: float = Field(5.0, gt=0, le=600, description="A health check unanswered for this long has failed.")
+    timeout_s: float = Field(
+        5.0, gt=0, le=600, description="A health check unanswered for this long has failed."
+    )
     backoff_max_s: float = Field(
         30.0, gt=0, le=3600, description="An unhealthy server is checked at intervals that double up to this."
     )
@@ -110,7 +129,10 @@ class RouterHealth(_Section):
         description="Unanswered checks in a row that make a server unhealthy (a refused one does at once).",
     )
     eject_after: int = Field(
-        3, ge=1, le=1000, description="Failed requests in a row after which a server is spared, if another can serve."
+        3,
+        ge=1,
+        le=1000,
+        description="Failed requests in a row after which a server is spared, if another can serve.",
     )
     eject_s: float = Field(10.0, gt=0, le=3600, description="How long such a server is spared.")
 
@@ -134,7 +156,9 @@ class RouterPlacement(_Section):
         description="A prefill server keeps its prefixes while it queues at most this many more prompt tokens.",
     )
     affinity_margin_requests: int = Field(
-        8, ge=0, description="A decode server keeps its prefixes while it runs at most this many more requests."
+        8,
+        ge=0,
+        description="A decode server keeps its prefixes while it runs at most this many more requests.",
     )
 
 
@@ -142,10 +166,14 @@ class RouterSettings(_Section):
     """Everything that the router can be told."""
 
     prefill: tuple[_Endpoint, ...] = Field(
-        min_length=1, max_length=MAX_ENDPOINTS, description="Prefill servers, each URL[@CONTROL_HOST:PORT[/TP_SIZE]]."
+        min_length=1,
+        max_length=MAX_ENDPOINTS,
+        description="Prefill servers, each URL[@CONTROL_HOST:PORT[/TP_SIZE]].",
     )
     decode: tuple[_Endpoint, ...] = Field(
-        min_length=1, max_length=MAX_ENDPOINTS, description="Decode servers, each URL[@CONTROL_HOST:PORT[/TP_SIZE]]."
+        min_length=1,
+        max_length=MAX_ENDPOINTS,
+        description="Decode servers, each URL[@CONTROL_HOST:PORT[/TP_SIZE]].",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 lets the system choose.")
@@ -160,7 +188,9 @@ class RouterSettings(_Section):
         "concurrent",
         description="concurrent: prefill and decode get a request at once. serial: decode gets it after prefill's answer.",
     )
-    api_key: SecretStr | None = Field(None, description="Key that clients must send as Authorization: Bearer KEY.")
+    api_key: SecretStr | None = Field(
+        None, description="Key that clients must send as Authorization: Bearer KEY."
+    )
     api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
     upstream_api_key: SecretStr | None = Field(
         None,
@@ -168,14 +198,18 @@ class RouterSettings(_Section):
         "api_key or api_key_file is set.",
     )
     upstream_api_key_file: Path | None = Field(None, description="File with the key that the servers want.")
-    max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413).")
+    max_body_bytes: int = Field(
+        16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413)."
+    )
     max_inflight: int = Field(1024, ge=1, le=1 << 20, description="More requests at once are refused (503).")
     max_buffered_bytes: int = Field(
         512 << 20,
         ge=1024,
         description="Request bodies held at once; more are refused (503). Memory is up to 5 times this.",
     )
-    max_connections: int = Field(4096, ge=1, le=1 << 20, description="Client connections; more are closed at once.")
+    max_connections: int = Field(
+        4096, ge=1, le=1 << 20, description="Client connections; more are closed at once."
+    )
     max_header_bytes: int = Field(
         16384, ge=1024, le=1 << 20, description="Longest header line of a client or a server."
     )
@@ -191,15 +225,24 @@ class RouterSettings(_Section):
     upstream_connections: int = Field(
         1024, ge=1, le=1 << 20, description="Connections to one server; more requests wait for one."
     )
-    keep_alive_s: float = Field(75.0, gt=0, le=3600, description="An idle client connection is kept this long.")
+    keep_alive_s: float = Field(
+        75.0, gt=0, le=3600, description="An idle client connection is kept this long."
+    )
     upstream_keep_alive_s: float = Field(
-        4.0, ge=0.1, le=3600, description="An idle server connection is kept this long (vLLM closes its own after 5)."
+        4.0,
+        ge=0.1,
+        le=3600,
+        description="An idle server connection is kept this long (vLLM closes its own after 5).",
     )
     min_disagg_tokens: int = Field(
-        0, ge=0, description="Prompts of fewer tokens (characters / 4 where only text is known) go to decode alone."
+        0,
+        ge=0,
+        description="Prompts of fewer tokens (characters / 4 where only text is known) go to decode alone.",
     )
     min_disagg_bytes: int = Field(0, ge=0, description="Prompts of fewer bytes of JSON go to decode alone.")
-    prefill_retries: int = Field(1, ge=0, le=10, description="Other prefill servers tried before decode serves alone.")
+    prefill_retries: int = Field(
+        1, ge=0, le=10, description="Other prefill servers tried before decode serves alone."
+    )
     decode_retries: int = Field(1, ge=0, le=10, description="Times that a failed decode is tried again.")
     retry_after_s: int = Field(1, ge=0, le=3600, description="Retry-After of a 503.")
     traces: int = Field(1024, ge=0, le=1 << 20, description="Requests whose timeline is remembered.")

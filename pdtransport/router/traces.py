@@ -25,6 +25,7 @@ class Trace:
         self.dispatches: list[dict[str, Any]] = []
         self.path = ""
         self.why_alone: str | None = None
+        self.why_code: str | None = None
         self.note: str | None = None
         self.outcome = "running"
         self.status: int | None = None
@@ -35,7 +36,9 @@ class Trace:
     def mark(self, event: str) -> None:
         self.events[event] = self.elapsed()
 
-    def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
+    def dispatch(
+        self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str
+    ) -> None:
         """A new dispatch; its answer's events are not known yet."""
         for event in ("prefill_response", "decode_first_byte", "first_token"):
             self.events.pop(event, None)
@@ -68,6 +71,7 @@ class Trace:
             "prompt_bytes": self.prompt_bytes,
             "path": self.path,
             "why_not_disaggregated": self.why_alone,
+            "why_code": self.why_code,
             "dispatch": last.get("order"),
             "prefill": last.get("prefill"),
             "decode": last.get("decode"),

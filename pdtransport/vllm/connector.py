@@ -14,6 +14,7 @@ from pdtransport.settings import Settings
 from pdtransport.vllm.geometry import control_port
 from pdtransport.vllm.metadata import Commands
 from pdtransport.vllm.scheduler import SchedulerSide
+from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
 from pdtransport.vllm.worker import WorkerSide
 
 try:  # new in vLLM 0.30; without it failed loads are not told apart from finished ones
@@ -142,6 +143,23 @@ class PDTransportConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         results = self.get_transfer_results(finished_req_ids)
         return results.finished_sending, results.finished_recving
+
+    def get_kv_connector_stats(self) -> PDTransportStats | None:
+        return self._worker.take_stats() if self._worker is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PDTransportStats:
+        return PDTransportStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PDTransportPromMetrics:
+        return PDTransportPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self._worker is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
@@ -83,7 +82,7 @@ class Cancel:
     transfer: str
 
 
-Command = Union[Open, Pages, Rewind, Finish, Drop, Claim, Take, Cancel]
+Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.geometry import KVCaches, describe
 from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,7 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._failed: set[str] = set()
+        self._stats = PDTransportStats()
 
     def register(self, kv_caches: KVCaches) -> None:
         """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
@@ -155,6 +157,7 @@ class WorkerSide:
 
     def _source_ended(self, outcome: Outcome) -> None:
         with self._changed:
+            self._stats.record("producer", outcome)
             req_id = self._closing.pop(outcome.transfer, None)
             if req_id is None:
                 self._released.add(outcome.transfer)
@@ -164,6 +167,7 @@ class WorkerSide:
 
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._changed:
+            self._stats.record("consumer", outcome)
             self._received.add(req_id)
             if not outcome.ok:
                 self._failed.add(req_id)
@@ -182,3 +186,11 @@ class WorkerSide:
             received, self._received = self._received, set()
             failed, self._failed = self._failed, set()
         return sent, received, failed
+
+    def take_stats(self) -> PDTransportStats | None:
+        """What ended since the last call; None if nothing did."""
+        with self._changed:
+            if self._stats.is_empty():
+                return None
+            stats, self._stats = self._stats, PDTransportStats()
+        return stats

@@ -1,0 +1,148 @@
+"""Runs one command and sees to it that nothing of it outlives pdlaunch.
+
+pdlaunch starts this file as a script, once for each server: ``guard.py PARENT_PID GRACE_S COMMAND...``. The guard
+
+- is told by the kernel when pdlaunch dies, however that happens, and then stops the command;
+- adopts whatever the command's own children leave behind (a subreaper), so that engine cores and workers that moved to
+  sessions of their own are found as well;
+- exits only once no descendant is left: politely first (SIGTERM), by SIGKILL after ``GRACE_S`` seconds.
+
+It exits as the command did; 128 + n where signal n ended it. Standard library only, for it runs isolated from
+site-packages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+POLL_S = 0.05
+KILL_ROUNDS_S = 10.0  # after SIGKILL only processes stuck in the kernel remain; they are reported, not awaited
+
+_stop_at: float | None = None  # when the guard was told to stop, on the monotonic clock
+_hurry = False
+
+
+def _told_to_stop(number: int, frame: FrameType | None) -> None:
+    global _stop_at, _hurry
+    _hurry = _stop_at is not None and number == signal.SIGINT
+    _stop_at = _stop_at if _stop_at is not None else time.monotonic()
+
+
+def set_parent_death_signal(number: int) -> None:
+    """The kernel sends ``number`` to this process when its parent dies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def _become_subreaper() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def descendants(root: int) -> list[int]:
+    """Every live process below ``root``, itself not included."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended while we looked
+        if fields[0] not in "ZX":
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: list[int] = []
+    below = [root]
+    while below:
+        below = [child for parent in below for child in children.get(parent, ())]
+        found += below
+    return found
+
+
+def _signal_all(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _reap(main: int, status: int | None) -> int | None:
+    """Collect ended children; the main child's exit status once it is known."""
+    while True:
+        try:
+            pid, raw = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid == 0:
+            return status
+        if pid == main:
+            status = os.waitstatus_to_exitcode(raw)
+
+
+def _watch(main: int, grace_s: float) -> int:
+    """Wait for the command to end or for the order to stop; leave nothing behind. Its exit status."""
+    status: int | None = None
+    while status is None and _stop_at is None:
+        time.sleep(POLL_S)
+        status = _reap(main, status)
+    # The command's own shutdown first: it knows its children. What is left after it is told as well.
+    deadline = time.monotonic() + grace_s
+    told: set[int] = set()
+    while (left := descendants(os.getpid())) and time.monotonic() < deadline and not _hurry:
+        fresh = [pid for pid in left if pid not in told and (status is not None or pid == main)]
+        _signal_all(fresh, signal.SIGTERM)
+        told.update(fresh)
+        time.sleep(POLL_S)
+        status = _reap(main, status)
+    deadline = time.monotonic() + KILL_ROUNDS_S
+    while (left := descendants(os.getpid())) and time.monotonic() < deadline:
+        _signal_all(left, signal.SIGKILL)
+        time.sleep(POLL_S)
+        status = _reap(main, status)
+    if left:
+        print(f"pdlaunch guard: processes {left} did not end on SIGKILL", file=sys.stderr)
+    status = _reap(main, status)
+    return status if status is not None else -signal.SIGKILL
+
+
+def main(argv: list[str]) -> int:
+    parent, grace_s, command = int(argv[0]), float(argv[1]), argv[2:]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _told_to_stop)
+    set_parent_death_signal(signal.SIGTERM)
+    _become_subreaper()
+    if os.getppid() != parent:
+        return 128 + signal.SIGTERM  # pdlaunch died before the kernel was asked to tell us
+    me = os.getpid()
+
+    def before_exec() -> None:
+        # Should the guard itself be killed, the command is told to stop.
+        set_parent_death_signal(signal.SIGTERM)
+        if os.getppid() != me:
+            os._exit(1)
+
+    try:
+        child = subprocess.Popen(command, preexec_fn=before_exec, start_new_session=True)
+    except OSError as error:
+        print(f"pdlaunch guard: can't start {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    status = _watch(child.pid, grace_s)
+    child.returncode = status  # reaped above; Popen must not wait for it again
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,329 @@
+"""From a topology to what will run: ports, command lines, environment. Starts nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from pdtransport.errors import PDTransportError
+from pdtransport.launch.cores import format_cores, share_out
+from pdtransport.launch.topology import Role, Topology
+
+HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
+# Ports are picked below Linux's default range for outgoing connections, which could take one before a server binds it.
+PICK_PORTS = (20000, 32000)
+KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|_KEY$|APIKEY", re.IGNORECASE)
+
+
+class PlanError(PDTransportError):
+    """The topology is well-formed but can't be laid out on this machine."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One vLLM server."""
+
+    name: str
+    role: str
+    tp: int
+    port: int
+    control_host: str
+    control_port: int  # of rank 0; rank r has control_port + r
+    engine_id: str
+    cores: tuple[tuple[int, ...], ...]  # one entry a worker; empty: a GPU instance
+    gpus: tuple[int, ...]
+    argv: tuple[str, ...]
+    env: Mapping[str, str]  # over the environment of pdlaunch
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def control_ports(self) -> range:
+        return range(self.control_port, self.control_port + self.tp)
+
+
+@dataclass(frozen=True)
+class RouterPlan:
+    host: str
+    port: int
+    settings: Mapping[str, Any] = field(repr=False)  # RouterSettings as plain data, its secrets included
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches it."""
+        host = HOST if self.host in {"0.0.0.0", "::", ""} else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    model: str
+    served_name: str
+    instances: tuple[Instance, ...]
+    router: RouterPlan
+
+    def of(self, role: str) -> list[Instance]:
+        return [instance for instance in self.instances if instance.role == role]
+
+    def public(self) -> dict[str, Any]:
+        """As plain data for people and for ``--json``; secrets are masked."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "served_name": self.served_name,
+            "router": {"url": self.router.url, "host": self.router.host, "port": self.router.port},
+            "instances": [
+                {
+                    "name": instance.name,
+                    "role": instance.role,
+                    "url": instance.url,
+                    "control": [f"{instance.control_host}:{port}" for port in instance.control_ports],
+                    "engine_id": instance.engine_id,
+                    "cpu": [format_cores(cores) for cores in instance.cores],
+                    "gpus": list(instance.gpus),
+                    "command": list(instance.argv),
+                    "environment": {key: masked(key, value) for key, value in sorted(instance.env.items())},
+                }
+                for instance in self.instances
+            ],
+        }
+
+
+def masked(key: str, value: str) -> str:
+    return "********" if _SECRET.search(key) else value
+
+
+class Ports:
+    """Free TCP ports of this machine. Each port is handed out once; fixed ones are reserved first."""
+
+    def __init__(self, low: int = PICK_PORTS[0], high: int = PICK_PORTS[1]) -> None:
+        self._low, self._high = low, high
+        self._taken: set[int] = set()
+
+    def reserve(self, ports: Sequence[int]) -> None:
+        self._taken.update(ports)
+
+    def pick(self, count: int = 1, host: str = HOST) -> int:
+        """The first of ``count`` free ports in a row on ``host``.
+
+        Raises:
+            PlanError: there are none.
+        """
+        span = self._high - self._low - count + 1
+        offset = random.randrange(max(span, 1))
+        for step in range(max(span, 0)):
+            first = self._low + (offset + step) % span
+            wanted = range(first, first + count)
+            if self._taken.isdisjoint(wanted) and first_busy(host, wanted) is None:
+                self.reserve(wanted)
+                return first
+        raise PlanError(f"no {count} free ports in a row between {self._low} and {self._high}: set them by hand")
+
+
+def first_busy(host: str, ports: Sequence[int]) -> int | None:
+    """The first of ``ports`` on which nothing can listen now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with ExitStack() as stack:
+        for port in ports:
+            probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                probe.listen(1)
+            except OSError:
+                return port
+    return None
+
+
+Command = Callable[[Topology, Instance, str], Sequence[str]]
+
+
+def vllm_command(topology: Topology, instance: Instance, weights: str) -> list[str]:
+    """The server's command. As a module, for the `vllm` script needs a distribution of that name, and the CPU build has
+    another one."""
+    model, role = topology.model, topology.by_role()[instance.role]
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    argv += ["--model", weights, "--served-model-name", topology.served_name]
+    argv += ["--host", HOST, "--port", str(instance.port)]
+    named = {
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "block-size": model.block_size,
+        "max-model-len": model.max_model_len,
+        "tensor-parallel-size": instance.tp if instance.tp > 1 else None,
+    }
+    for name, value in {**named, **topology.flags(role)}.items():
+        argv += _flag(name, value)
+    return [*argv, "--kv-transfer-config", json.dumps(kv_transfer_config(topology, instance))]
+
+
+def kv_transfer_config(topology: Topology, instance: Instance) -> dict[str, Any]:
+    extra = topology.transport.model_dump(mode="json", exclude_unset=True)
+    extra["control"] = {**extra.get("control", {}), "host": instance.control_host, "port": instance.control_port}
+    return {
+        "kv_connector": "PDTransportConnector",
+        "kv_role": KV_ROLES[instance.role],
+        "engine_id": instance.engine_id,
+        "kv_load_failure_policy": topology.kv_load_failure_policy,
+        "kv_connector_extra_config": extra,
+    }
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if value is False:
+        return [f"--no-{name}"]
+    if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, (list, dict)) else str(value)]
+
+
+def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, command: Command = vllm_command) -> Plan:
+    """Lay ``topology`` out on this machine; ``base`` is the folder that its paths are relative to.
+
+    Raises:
+        PlanError: no free ports, or not enough of them.
+    """
+    topology = _absolute(topology, base)
+    ports = ports or Ports()
+    ports.reserve([port for role in topology.by_role().values() for port in _fixed(role)])
+    ports.reserve([port for port in (topology.router.port, topology.router.admin_port) if port])
+    folder = topology.model_folder(base)
+    model = str(folder) if folder else topology.model.id
+    cores = _cores(topology)
+    instances = []
+    for name, role in topology.by_role().items():
+        for index in range(role.count):
+            bare = _bare(topology, name, role, index, cores, ports)
+            argv = tuple(command(topology, bare, model))
+            env = _environment(topology, role, bare, local=folder is not None)
+            instances.append(Instance(**{**bare.__dict__, "argv": argv, "env": env}))
+    return Plan(topology.name, model, topology.served_name, tuple(instances), _router(topology, instances, ports))
+
+
+def _bare(
+    topology: Topology, name: str, role: Role, index: int, cores: dict[tuple[str, int], list[int]], ports: Ports
+) -> Instance:
+    host = topology.transport.control.host
+    return Instance(
+        name=f"{name}-{index}",
+        role=name,
+        tp=role.tp,
+        port=role.port + index if role.port else ports.pick(),
+        control_host=host,
+        control_port=role.control_port + index * role.tp if role.control_port else ports.pick(role.tp, host),
+        engine_id=f"{topology.name}-{name}-{index}",
+        cores=tuple(tuple(cores[name, index * role.tp + rank]) for rank in range(role.tp)) if not role.gpus else (),
+        gpus=role.gpus[index * role.tp : (index + 1) * role.tp] if role.gpus else (),
+        argv=(),
+        env={},
+    )
+
+
+def _fixed(role: Role) -> list[int]:
+    fixed = list(range(role.port, role.port + role.count)) if role.port else []
+    return fixed + (
+        list(range(role.control_port, role.control_port + role.count * role.tp)) if role.control_port else []
+    )
+
+
+def _cores(topology: Topology) -> dict[tuple[str, int], list[int]]:
+    """Cores of each worker of each CPU role. Roles that name none share what the others leave, evenly."""
+    shares: dict[tuple[str, int], list[int]] = {}
+    loose: list[tuple[str, int]] = []
+    free = sorted(os.sched_getaffinity(0))
+    for name, role in topology.by_role().items():
+        if role.gpus:
+            continue
+        workers = [(name, worker) for worker in range(role.count * role.tp)]
+        if role.cpu is None:
+            loose += workers
+            continue
+        shares.update(zip(workers, share_out(role.cpu, len(workers)), strict=True))
+        free = [core for core in free if core not in role.cpu]
+    if loose:
+        shares.update(zip(loose, share_out(free or sorted(os.sched_getaffinity(0)), len(loose)), strict=True))
+    return shares
+
+
+def _environment(topology: Topology, role: Role, instance: Instance, *, local: bool) -> dict[str, str]:
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        # Prefix hashes must not depend on the process; and a client's idle connection outlives vLLM's 5 seconds.
+        "PYTHONHASHSEED": "0",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if local:
+        env["HF_HUB_OFFLINE"] = "1"
+    if instance.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, instance.gpus))
+    else:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(format_cores(cores) for cores in instance.cores)
+    return {**env, **topology.environment(role)}
+
+
+def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> RouterPlan:
+    settings = topology.router.model_dump(exclude_unset=True)
+    settings["host"] = topology.router.host
+    settings["port"] = topology.router.port or ports.pick()
+    if topology.router.admin_port == 0:
+        settings["admin_port"] = ports.pick()
+    for role in KV_ROLES:
+        settings[role] = [
+            {
+                "url": instance.url,
+                "name": instance.name,
+                "control_host": instance.control_host,
+                "control_port": instance.control_port,
+                "tp_size": instance.tp,
+            }
+            for instance in instances
+            if instance.role == role
+        ]
+    return RouterPlan(topology.router.host, settings["port"], _plain(settings))
+
+
+def _plain(value: Any) -> Any:
+    """Settings as what JSON can hold."""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _absolute(topology: Topology, base: Path) -> Topology:
+    """Files that the settings name are relative to the topology file."""
+
+    def fixed(section: Any) -> Any:
+        updates: dict[str, Any] = {}
+        for name in section.model_fields_set:
+            value = getattr(section, name)
+            if isinstance(value, Path):
+                updates[name] = (base / value.expanduser()).absolute()
+            elif hasattr(value, "model_fields_set"):
+                updates[name] = fixed(value)
+        return section.model_copy(update=updates)
+
+    return topology.model_copy(update={"transport": fixed(topology.transport), "router": fixed(topology.router)})

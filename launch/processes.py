@@ -1,0 +1,137 @@
+"""Starts, watches and stops the processes of a topology. Each one runs under a guard (see :mod:`.guard`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pdtransport.launch import guard
+
+GUARD_EXTRA_S = 12.0  # after its grace period a guard still kills and collects for up to this long
+TAIL_BYTES = 256 << 10  # of a log that is read back
+POLL_S = 0.05
+
+
+class Process:
+    """One guarded process; its output goes to ``log``."""
+
+    def __init__(
+        self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path | None, grace_s: float
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.started = time.monotonic()
+        self._grace_s = grace_s
+        command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(grace_s), *argv]
+        with log.open("ab") as output:
+            # Its own session: a Ctrl-C at the terminal reaches pdlaunch, which stops things in order.
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env},
+                cwd=cwd,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the guard."""
+        return self._popen.pid
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def poll(self) -> int | None:
+        """Exit status, 128 + n for signal n; None while it runs."""
+        status = self._popen.poll()
+        return status if status is None or status >= 0 else 128 - status
+
+    def stop(self) -> None:
+        """Ask it to end; returns at once."""
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGTERM)
+
+    def hurry(self) -> None:
+        """After :meth:`stop`: kill what still runs, without waiting for the grace period."""
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """The last resort, for a guard that does not answer: kill it and all below it."""
+        for pid in [*guard.descendants(self.pid), self.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self._popen.wait(timeout=GUARD_EXTRA_S)
+
+    def tail(self, lines: int) -> list[str]:
+        """The last ``lines`` lines of its log."""
+        return read_tail(self.log)[-lines:]
+
+
+def read_tail(path: Path) -> list[str]:
+    """The lines in the last :data:`TAIL_BYTES` of a log; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            text = file.read(TAIL_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return []
+    # Progress bars write carriage returns: what counts is the text after the last one.
+    return [line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()]
+
+
+class Fleet:
+    """The processes of one run; leaving the ``with`` block ends every one of them."""
+
+    def __init__(self, folder: Path, *, grace_s: float = 20.0) -> None:
+        self.folder = folder
+        self.processes: list[Process] = []
+        self.hurried = False
+        self._grace_s = grace_s
+
+    def start(
+        self, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> Process:
+        log = self.folder / f"{name}.log"
+        log.unlink(missing_ok=True)
+        process = Process(name, argv, log=log, env=env or {}, cwd=cwd, grace_s=self._grace_s)
+        self.processes.append(process)
+        return process
+
+    def dead(self) -> Process | None:
+        """A process that ended although nobody asked it to."""
+        return next((process for process in self.processes if process.poll() is not None), None)
+
+    def stop(self) -> None:
+        """End all; returns once they are gone. A second Ctrl-C while it waits sets :attr:`hurried`."""
+        for process in reversed(self.processes):
+            process.stop()
+        deadline = time.monotonic() + self._grace_s + GUARD_EXTRA_S
+        told = False
+        while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
+            if self.hurried and not told:
+                told = True
+                for process in self.processes:
+                    process.hurry()
+            time.sleep(POLL_S)
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        self.processes.clear()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()

@@ -1,0 +1,115 @@
+"""/pd/*: timelines and state, for the people who run the router. No prompt, no answer and no key is in them."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from pdtransport.router.api_errors import ApiError
+from pdtransport.router.endpoints import Endpoint, Fleet
+from pdtransport.router.settings import RouterTimeouts
+from pdtransport.router.traces import Trace, Traces
+from pdtransport.router.workers import worker_status
+
+MAX_LISTED = 1000  # traces in one answer of /pd/traces
+_DEFAULT_LISTED = 100
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+
+
+def from_loopback(request: web.Request) -> bool:
+    """Whether the client itself is on this machine (and not behind a proxy that is)."""
+    if request.transport is None or any(name in request.headers for name in _FORWARDED):
+        return False
+    peer = request.transport.get_extra_info("peername")
+    try:
+        address = ipaddress.ip_address(peer[0])
+    except (ValueError, TypeError, IndexError):
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+class Admin:
+    """The handlers of /pd/*."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        traces: Traces,
+        timeouts: RouterTimeouts,
+        state: Callable[[], dict[str, Any]],
+        own_port: bool,
+    ) -> None:
+        self._fleet = fleet
+        self._traces = traces
+        self._timeouts = timeouts
+        self._state = state
+        self._own_port = own_port
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/pd/status", self.status),
+            web.get("/pd/traces", self.recent),
+            web.get("/pd/trace/{transfer_id}", self.one),
+        ]
+
+    def _check(self, request: web.Request) -> None:
+        if not self._own_port and not from_loopback(request):
+            raise ApiError(
+                403, "/pd/* is for clients on the router's own machine: set admin_port to serve it elsewhere",
+                kind="permission_error", code="loopback_only",
+            )  # fmt: skip
+
+    async def recent(self, request: web.Request) -> web.Response:
+        """The newest timelines; ``?limit=N`` of them."""
+        self._check(request)
+        text = request.query.get("limit", str(_DEFAULT_LISTED))
+        if not text.isdecimal() or len(text) > 9:
+            raise ApiError(400, "limit must be a whole number", param="limit", code="bad_limit")
+        traces = self._traces.newest(min(int(text), MAX_LISTED))
+        return web.json_response({"traces": [trace.as_json() for trace in traces]})
+
+    async def one(self, request: web.Request) -> web.Response:
+        """One timeline, with what the workers of both servers know of the same transfer."""
+        self._check(request)
+        transfer_id = request.match_info["transfer_id"]
+        trace = self._traces.get(transfer_id)
+        if trace is None:
+            raise ApiError(
+                404, "no such transfer_id among the last requests (setting: traces)", code="unknown_transfer"
+            )
+        answer = trace.as_json()
+        answer["workers"] = await self._workers(trace, transfer_id)
+        return web.json_response(answer)
+
+    async def _workers(self, trace: Trace, transfer_id: str) -> dict[str, Any]:
+        sent = next(one for one in trace.dispatches if one["transfer_id"] == transfer_id)
+        named = {"prefill": sent["prefill"], "decode": sent["decode"]}
+        found = {
+            role: next((one for one in self._fleet.all if one.role == role and one.name == name), None)
+            for role, name in named.items()
+        }
+        asked = {
+            role: endpoint for role, endpoint in found.items() if endpoint is not None and sent["prefill"]
+        }
+        return await self._ask(asked, transfer_id)
+
+    async def _ask(self, endpoints: dict[str, Endpoint], transfer_id: str) -> dict[str, Any]:
+        seconds = self._timeouts.worker_status_s
+        answers = await asyncio.gather(
+            *(worker_status(one, transfer_id, seconds) for one in endpoints.values())
+        )
+        return dict(zip(endpoints, answers, strict=True))
+
+    async def status(self, request: web.Request) -> web.Response:
+        """The router's state; ``?workers=1`` asks every worker whose control address is known for its own."""
+        self._check(request)
+        answer = self._state()
+        if request.query.get("workers", "0") not in {"", "0"}:
+            known = {f"{one.role} {one.name}": one for one in self._fleet.all}
+            answer["workers"] = await self._ask(known, "")
+        return web.json_response(answer)

@@ -1,0 +1,138 @@
+"""``pdrouter``: the router as a command. Its options are the fields of :class:`RouterSettings`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
+
+from pdtransport.errors import PDTransportError
+from pdtransport.router.server import Router
+from pdtransport.router.settings import RouterSettings
+
+_NOT_OPTIONS = {
+    "api_key",
+    "upstream_api_key",
+}  # a command line is seen by everybody on the machine: use the files
+_MANY = {"prefill", "decode"}
+
+
+def _options(
+    model: type[BaseModel], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _options(annotation, (*path, name))
+        elif name not in _NOT_OPTIONS:
+            yield (*path, name), field
+
+
+def _choices(field: FieldInfo) -> list[str] | None:
+    is_literal = typing.get_origin(field.annotation) is typing.Literal
+    return [str(value) for value in typing.get_args(field.annotation)] if is_literal else None
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    if _choices(field):
+        return None
+    annotation: Any = field.annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    names = {int: "N", float: "SECONDS", str: "TEXT"}
+    return names.get(annotation, "FILE")
+
+
+def parser() -> argparse.ArgumentParser:
+    """One option for each setting; nested ones are joined by a dash: --timeouts-connect-s."""
+    made = argparse.ArgumentParser(
+        prog="pdrouter", description="OpenAI-compatible router in front of vLLM prefill and decode servers."
+    )
+    for path, field in _options(RouterSettings):
+        help_text = (field.description or "").replace("%", "%%")
+        if path[-1] in _MANY:
+            made.add_argument(
+                f"--{path[-1]}",
+                dest=path[-1],
+                nargs="+",
+                action="extend",
+                required=True,
+                metavar="URL",
+                help=help_text,
+            )
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default is None or isinstance(default, SecretStr) else f" Default: {default}."
+        made.add_argument(
+            "--" + "-".join(path).replace("_", "-"), dest=".".join(path), choices=_choices(field),
+            metavar=_metavar(field), help=help_text + shown,
+        )  # fmt: skip
+    made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    return made
+
+
+def settings_from(arguments: argparse.Namespace) -> RouterSettings:
+    """Settings of a parsed command line.
+
+    Raises:
+        SettingsError: one line that names the setting and what is wrong.
+    """
+    raw: dict[str, Any] = {}
+    for path, _ in _options(RouterSettings):
+        value = getattr(arguments, path[-1] if path[-1] in _MANY else ".".join(path))
+        if value is None:
+            continue
+        inner = raw
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = value
+    return RouterSettings.build(raw, where="pdrouter")
+
+
+async def _run(settings: RouterSettings) -> None:
+    router = Router(settings)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _on_signal, ended, number)
+    await router.start()
+    print(f"pdrouter: listening on {router.url}, admin on {router.admin_url}", flush=True)
+    for endpoint in router.fleet.all:
+        state = "healthy" if endpoint.healthy else f"unhealthy: {endpoint.last_error}"
+        print(f"pdrouter: {endpoint.role} {endpoint.url} {state}", flush=True)
+    await ended.wait()
+    await router.stop()
+
+
+def _on_signal(ended: asyncio.Event, number: int) -> None:
+    if ended.is_set():  # the second one: don't wait for requests under way
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    ended.set()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pdrouter``; returns its exit status: 0 after a signal, 2 if it can't start."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        asyncio.run(_run(settings_from(arguments)))
+    except PDTransportError as error:
+        print(f"pdrouter: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What happens when a server fails before the client got a byte: another one, then decode alone, then an error.
+
+Every step down is visible: in the answer's x-pd-path header, in the trace and in the metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdtransport.router.api_errors import SERVER, ApiError, is_openai_error
+from pdtransport.router.attempt import Attempt, Dispatch, NoHandover
+from pdtransport.router.call import Call, Reason
+from pdtransport.router.endpoints import Endpoint, Fleet, usable
+from pdtransport.router.metrics import Metrics
+from pdtransport.router.placement import Placer
+from pdtransport.router.settings import RouterSettings
+from pdtransport.router.traces import Trace, Traces
+from pdtransport.router.upstream import Upstream, UpstreamError
+
+_BUSY = frozenset({408, 425, 429})  # a 4xx that says nothing about the request: another server may take it
+
+
+@dataclass
+class _Rungs:
+    """How far down one request is."""
+
+    alone: Reason | None
+    prefill_left: int
+    decode_left: int
+    avoid: set[Endpoint] = field(default_factory=set)
+    last: UpstreamError | None = None
+
+
+class Ladder:
+    """Dispatches requests until one attempt's answer begins."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        fleet: Fleet,
+        placer: Placer,
+        upstream: Upstream,
+        traces: Traces,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._fleet = fleet
+        self._placer = placer
+        self._upstream = upstream
+        self._traces = traces
+        self._metrics = metrics
+
+    async def open(self, call: Call, headers: list[tuple[str, str]], trace: Trace) -> Attempt:
+        """The attempt whose answer began; the caller relays it and closes the attempt.
+
+        Raises:
+            ApiError: no server could serve the request, or prefill says that it is wrong.
+        """
+        settings = self._settings
+        rungs = _Rungs(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
+        while True:  # each failure uses up a retry or ends disaggregation, so this ends
+            dispatch = self._place(call, rungs)
+            attempt = Attempt(dispatch, call.prompt_tokens, trace, self._upstream, settings, self._metrics)
+            self._note(attempt, trace, rungs)
+            try:
+                await attempt.open(call, headers)
+            except NoHandover:
+                attempt.close()
+                self._nothing_handed_over(dispatch, rungs, trace)
+            except UpstreamError as error:
+                attempt.close()
+                self._step_down(error, dispatch, rungs, trace)
+            except BaseException:
+                attempt.close()
+                raise
+            else:
+                return attempt
+
+    def _why_alone(self, call: Call) -> Reason | None:
+        if call.alone is not None:
+            return call.alone
+        tokens, size = self._settings.min_disagg_tokens, self._settings.min_disagg_bytes
+        if call.prompt_tokens < tokens:
+            return Reason("short_prompt", f"the prompt has fewer than min_disagg_tokens ({tokens}) tokens")
+        if call.prompt_bytes < size:
+            return Reason("short_prompt", f"the prompt has fewer than min_disagg_bytes ({size}) bytes")
+        return None
+
+    def _place(self, call: Call, rungs: _Rungs) -> Dispatch:
+        candidates = usable(self._fleet.decode, rungs.avoid) or usable(self._fleet.decode)
+        decode = self._placer.choose("decode", call.prefix_keys, candidates)
+        if decode is None:
+            raise self._final(rungs.last) if rungs.last else self._unavailable()
+        if rungs.alone is None:
+            candidates = usable(self._fleet.prefill, rungs.avoid) or usable(self._fleet.prefill)
+            prefill = self._placer.choose("prefill", call.prefix_keys, candidates)
+            if prefill is not None:
+                return self._ordered(decode, prefill)
+            rungs.alone = Reason("no_prefill", "no prefill server is healthy")
+        return Dispatch(decode, None, "alone", rungs.alone.code)
+
+    def _ordered(self, decode: Endpoint, prefill: Endpoint) -> Dispatch:
+        if self._settings.dispatch == "serial":
+            return Dispatch(decode, prefill, "serial", "dispatch is set to serial")
+        if prefill.control is None:
+            return Dispatch(decode, prefill, "serial", "prefill's control address is not known yet")
+        return Dispatch(decode, prefill, "concurrent", "dispatch is set to concurrent")
+
+    def _note(self, attempt: Attempt, trace: Trace, rungs: _Rungs) -> None:
+        dispatch = attempt.dispatch
+        prefill = dispatch.prefill.name if dispatch.prefill else None
+        trace.path = "disaggregated" if prefill else "decode-only"
+        trace.why_alone = rungs.alone.text if rungs.alone else None
+        trace.why_code = rungs.alone.code if rungs.alone else None
+        trace.dispatch(attempt.transfer_id, dispatch.order, dispatch.why_order, prefill, dispatch.decode.name)
+        self._traces.add(trace)
+
+    def _nothing_handed_over(self, dispatch: Dispatch, rungs: _Rungs, trace: Trace) -> None:
+        name = dispatch.prefill.name if dispatch.prefill else ""
+        rungs.alone = Reason("no_handover", f"prefill server {name} had nothing to hand over")
+        trace.failure(rungs.alone.text)
+        self._metrics.retries.add("prefill", "no_handover")
+
+    def _step_down(self, error: UpstreamError, dispatch: Dispatch, rungs: _Rungs, trace: Trace) -> None:
+        """Decide what the next attempt leaves out, or raise the request's final error."""
+        trace.failure(str(error))
+        rungs.last = error
+        if error.endpoint.role == "prefill":
+            self._after_prefill(error, rungs)
+        else:
+            self._after_decode(error, rungs)
+        self._metrics.retries.add(error.endpoint.role, error.how)
+
+    def _after_prefill(self, error: UpstreamError, rungs: _Rungs) -> None:
+        refused = 400 <= error.status < 500 and error.status not in _BUSY
+        if error.status == 400:  # decode would say the same of the same body, only later
+            raise self._final(error)
+        if refused:
+            rungs.alone = Reason("prefill_refused", str(error))
+            return
+        rungs.avoid.add(error.endpoint)
+        # A broken connection may have been an idle one that the server closed: the same server is worth another try.
+        others = usable(self._fleet.prefill, () if error.how == "disconnected" else rungs.avoid)
+        if error.how == "timeout" or not rungs.prefill_left or not others:
+            rungs.alone = Reason("prefill_failed", str(error))
+            return
+        rungs.prefill_left -= 1
+
+    def _after_decode(self, error: UpstreamError, rungs: _Rungs) -> None:
+        rungs.avoid.add(error.endpoint)
+        others = usable(self._fleet.decode, rungs.avoid)
+        again = others or usable(self._fleet.decode)
+        said_no = not others and error.how == "status"
+        if error.how == "timeout" or not rungs.decode_left or not again or (said_no and rungs.alone):
+            raise self._final(error)
+        rungs.decode_left -= 1
+        if said_no:
+            rungs.alone = Reason("decode_failed", f"{error} to a disaggregated request")
+
+    def _final(self, error: UpstreamError) -> ApiError:
+        """The error that the client gets: the server's own where it is in OpenAI's form."""
+        if error.status and is_openai_error(error.body):
+            return ApiError(error.status, str(error), code="upstream_error", raw=error.body)
+        if error.status == 400:
+            return ApiError(400, str(error), code="upstream_refused")
+        status, code = (504, "upstream_timeout") if error.how == "timeout" else (502, "upstream_error")
+        return ApiError(status, str(error), kind=SERVER, code=code)
+
+    def _unavailable(self) -> ApiError:
+        return ApiError(
+            503,
+            "no decode server is healthy: see /health of the router and the decode servers' logs",
+            kind=SERVER,
+            code="no_decode_server",
+            headers={"Retry-After": str(self._settings.retry_after_s)},
+        )

@@ -1,0 +1,173 @@
+"""Decode's answer on its way to the client: the same bytes, as they come, at the client's pace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from aiohttp import ClientError, web
+
+from pdtransport.router.api_errors import SERVER, error_body
+from pdtransport.router.attempt import Attempt
+from pdtransport.router.settings import RouterTimeouts
+from pdtransport.router.traces import Trace
+from pdtransport.router.upstream import end_to_end
+
+MAX_HELD_BYTES = 1 << 20  # of an unfinished event; a longer one is passed on in pieces
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+class WholeEvents:
+    """Passes on whole server-sent events and holds the beginning of an unfinished one.
+
+    No client can use half an event; and if decode dies in the middle of one, the error event that follows must not
+    be glued to it.
+    """
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        data = self._held + chunk if self._held else chunk
+        if data.endswith(b"\n\n"):
+            self._held = b""
+            return data
+        cut = max(at + len(end) if (at := data.rfind(end)) >= 0 else 0 for end in _EVENT_ENDS)
+        if len(data) - cut > MAX_HELD_BYTES:
+            cut = len(data)
+        self._held = data[cut:]
+        return data[:cut]
+
+    def rest(self) -> bytes:
+        held, self._held = self._held, b""
+        return held
+
+
+class Watch:
+    """One timer for an answer's waits: closes what is waited for too long. Costs nothing per chunk."""
+
+    def __init__(self, total_left_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time() + max(total_left_s, 0)
+        self._deadline = self._last
+        self._setting = "total_s"
+        self._close: Callable[[], None] = lambda: None
+        self._timer: asyncio.TimerHandle | None = None
+        self.expired = ""  # name of the setting whose time is up
+
+    def expect(self, setting: str, seconds: float, close: Callable[[], None]) -> None:
+        """From now on the wait is for something else: call ``close`` if it takes more than ``seconds``."""
+        deadline = self._loop.time() + seconds
+        self._deadline, self._setting = min((deadline, setting), (self._last, "total_s"))
+        self._close = close
+        if self._timer is None or self._timer.when() > self._deadline:
+            self.stop()
+            self._timer = self._loop.call_at(self._deadline, self._tick)
+
+    def _tick(self) -> None:
+        if self._loop.time() >= self._deadline:
+            self.expired = self._setting
+            self._timer = None
+            self._close()
+        else:
+            self._timer = self._loop.call_at(self._deadline, self._tick)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def pd_headers(trace: Trace) -> dict[str, str]:
+    """Which way a request went. Empty before its first dispatch."""
+    if not trace.dispatches:
+        return {}
+    last = trace.dispatches[-1]
+    path = trace.path if trace.why_alone is None else f"{trace.path}; {trace.why_alone}"
+    headers = {
+        "x-pd-transfer-id": last["transfer_id"],
+        "x-pd-decode": last["decode"],
+        "x-pd-path": "".join(c if c.isprintable() and c.isascii() else "?" for c in path),
+    }
+    if last["prefill"] is not None:
+        headers["x-pd-prefill"] = last["prefill"]
+    return headers
+
+
+class Relay:
+    """Carries one opened answer."""
+
+    def __init__(
+        self, request: web.Request, attempt: Attempt, trace: Trace, timeouts: RouterTimeouts
+    ) -> None:
+        if attempt.opened is None:
+            raise ValueError("the attempt has no answer yet")
+        self._request = request
+        self._upstream = attempt.opened.response
+        self._first = attempt.opened.first
+        self._trace = trace
+        self._timeouts = timeouts
+        self._watch = Watch(timeouts.total_s - trace.elapsed())
+        self._decode = attempt.dispatch.decode.name
+        self._events = WholeEvents() if self._is_stream() else None
+
+    async def run(self) -> web.StreamResponse:
+        """Pass the answer on to its end; the client's going away ends it with CancelledError or ConnectionError."""
+        response = web.StreamResponse(status=self._upstream.status, reason=self._upstream.reason)
+        for name, value in end_to_end(self._upstream.headers):
+            response.headers.add(name, value)
+        response.headers.update(pd_headers(self._trace))
+        try:
+            await response.prepare(self._request)
+            await self._pass_on(response)
+        finally:
+            self._watch.stop()
+        return response
+
+    def _is_stream(self) -> bool:
+        return self._upstream.headers.get("Content-Type", "").lower().startswith("text/event-stream")
+
+    async def _pass_on(self, response: web.StreamResponse) -> None:
+        chunk: bytes | None = self._first
+        while chunk:
+            await self._write(response, self._events.feed(chunk) if self._events else chunk)
+            chunk = await self._next()
+        if chunk is None:
+            await self._interrupted(response)
+        else:
+            if self._events:
+                await self._write(response, self._events.rest())
+            await response.write_eof()
+            self._trace.outcome = "ok" if self._upstream.status < 400 else "client_error"
+        self._trace.status = self._upstream.status
+
+    async def _next(self) -> bytes | None:
+        """More of the answer; empty at its end, None if decode failed."""
+        self._watch.expect("stall_s", self._timeouts.stall_s, self._upstream.close)
+        try:
+            return await self._upstream.content.readany()
+        except (ClientError, OSError, asyncio.TimeoutError):
+            return None
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        if data:
+            self._watch.expect("client_stall_s", self._timeouts.client_stall_s, self._drop_client)
+            await response.write(data)
+
+    def _drop_client(self) -> None:
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    async def _interrupted(self, response: web.StreamResponse) -> None:
+        """Decode failed in the middle of its answer: say so where the form allows it, else cut the connection."""
+        why = f"timeouts.{self._watch.expired} passed" if self._watch.expired else "it broke the connection"
+        message = f"decode server {self._decode} did not finish its answer: {why}"
+        self._trace.outcome = "interrupted"
+        self._trace.note = message
+        response.force_close()
+        if self._events is None:
+            self._drop_client()  # a cut body is the only way to tell that it is incomplete
+            return
+        body = error_body(message, SERVER, "upstream_interrupted")
+        await self._write(response, b"data: " + body + b"\n\n")
+        await response.write_eof()

@@ -1,0 +1,312 @@
+"""The router itself: its listening sockets, its routes, and the life of one request."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+from aiohttp import ClientError, ClientTimeout, web
+from aiohttp.typedefs import Handler
+
+from pdtransport.errors import SettingsError
+from pdtransport.router import metrics as prom
+from pdtransport.router.admin import Admin
+from pdtransport.router.admission import Admission, Seat
+from pdtransport.router.api_errors import SERVER, ApiError
+from pdtransport.router.attempt import Attempt
+from pdtransport.router.call import Api, parse
+from pdtransport.router.endpoints import Fleet, usable
+from pdtransport.router.health import Prober
+from pdtransport.router.ladder import Ladder
+from pdtransport.router.listening import Listener
+from pdtransport.router.metrics import Metrics
+from pdtransport.router.placement import Placer
+from pdtransport.router.relay import Relay, pd_headers
+from pdtransport.router.settings import RouterSettings
+from pdtransport.router.traces import Trace, Traces
+from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
+
+log = logging.getLogger("pdtransport.router")
+
+MAX_MODELS_BYTES = 4 << 20  # of a /v1/models answer
+_PROBE_CONNECTIONS = 4  # to one server, beside those that carry requests
+
+
+class Router:
+    """The front door. ``start``, then requests come in at :attr:`url`; ``stop`` ends it.
+
+    Raises:
+        SettingsError: a key file can't be used.
+    """
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.settings = settings
+        self._keys = tuple(key.encode() for key in settings.client_keys())
+        self._server_key = settings.server_key()
+        self._drop_authorization = bool(
+            self._keys
+        )  # it holds our key, which is none of the servers' business
+        self.metrics = Metrics()
+        self.fleet = Fleet(settings)
+        self._placer = Placer(settings.placement)
+        self._traces = Traces(settings.traces)
+        self._admission = Admission(settings)
+        self._began = time.monotonic()
+        self._stopping = False
+        self._stack = AsyncExitStack()
+        self._main: Listener | None = None
+        self._admin: Listener | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on (after start)."""
+        return self._main.port if self._main else self.settings.port
+
+    @property
+    def url(self) -> str:
+        return _url(self.settings.host, self.port)
+
+    @property
+    def admin_url(self) -> str:
+        """Where /pd/* is served."""
+        return _url(self.settings.admin_host, self._admin.port) if self._admin else self.url
+
+    async def start(self) -> None:
+        """Check every server once, then listen.
+
+        Raises:
+            SettingsError: an address can't be listened on.
+        """
+        settings = self.settings
+        try:
+            http = await self._stack.enter_async_context(session(settings, settings.upstream_connections))
+            self._probes = await self._stack.enter_async_context(session(settings, _PROBE_CONNECTIONS))
+            self._ladder = Ladder(
+                settings, self.fleet, self._placer, Upstream(settings, http), self._traces, self.metrics
+            )
+            prober = Prober(self.fleet, settings.health, self._probes)
+            self._stack.push_async_callback(prober.stop)
+            await prober.start()
+            await self._listen()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop listening, let requests end for ``timeouts.drain_s``, cancel the rest. May be called twice."""
+        self._stopping = True
+        await self._stack.aclose()
+
+    async def _listen(self) -> None:
+        settings = self.settings
+        admin = Admin(
+            self.fleet,
+            self._traces,
+            settings.timeouts,
+            self.describe,
+            own_port=settings.admin_port is not None,
+        )
+        routes: list[web.RouteDef] = [
+            web.post("/v1/completions", lambda request: self._serve(request, "completions")),
+            web.post("/v1/chat/completions", lambda request: self._serve(request, "chat")),
+            web.get("/v1/models", self._models),
+            web.get("/health", self._health),
+            web.get("/metrics", self._metrics),
+        ]
+        if settings.admin_port is None:
+            routes += admin.routes()
+        else:
+            self._admin = await self._open(
+                settings.admin_host, settings.admin_port, "admin_port", admin.routes()
+            )
+        self._main = await self._open(settings.host, settings.port, "port", routes)
+        if (
+            not self._keys
+            and not settings.host.startswith("127.")
+            and settings.host not in {"localhost", "::1"}
+        ):
+            log.warning("the router listens on %s and asks for no key: set api_key_file", settings.host)
+
+    async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef]) -> Listener:
+        app = web.Application(middlewares=[_openai_errors])
+        app.add_routes(routes)
+        listener = Listener(app, self.settings)
+        self._stack.push_async_callback(listener.stop)
+        try:
+            await listener.start(host, port)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise SettingsError(
+                f"{setting}: can't listen on {host}:{port}: {why}; choose another {setting}"
+            ) from None
+        return listener
+
+    def describe(self) -> dict[str, Any]:
+        """State for /pd/status, as JSON."""
+        return {
+            "uptime_s": round(time.monotonic() - self._began, 3),
+            "dispatch": self.settings.dispatch,
+            "inflight": self._admission.inflight,
+            "buffered_bytes": self._admission.buffered,
+            "affinity_entries": {role: self._placer.entries(role) for role in ("prefill", "decode")},
+            "prefill": [endpoint.describe() for endpoint in self.fleet.prefill],
+            "decode": [endpoint.describe() for endpoint in self.fleet.decode],
+        }
+
+    # -- the OpenAI endpoints ---------------------------------------------------------------------------------------
+
+    async def _serve(self, request: web.Request, api: Api) -> web.StreamResponse:
+        trace = Trace(api)
+        try:
+            self._authorize(request)
+            with self._admission.enter() as seat:
+                return await self._answer(request, api, trace, seat)
+        except ApiError as error:
+            trace.outcome = (
+                "refused" if not trace.dispatches else "failed" if error.status >= 500 else "client_error"
+            )
+            trace.status = error.status
+            trace.note = error.message[:300]
+            if trace.outcome == "refused":
+                self.metrics.refused.add(error.code or "other")
+            error.headers.update(pd_headers(trace))
+            raise
+        except (asyncio.CancelledError, ConnectionError):
+            trace.outcome = "stopped" if self._stopping else "client_disconnected"
+            raise
+        except BaseException:
+            trace.outcome = "failed"
+            raise
+        finally:
+            self._count(trace)
+
+    async def _answer(self, request: web.Request, api: Api, trace: Trace, seat: Seat) -> web.StreamResponse:
+        attempt = await self._dispatch(request, api, trace, seat)
+        seat.release()
+        try:
+            return await Relay(request, attempt, trace, self.settings.timeouts).run()
+        finally:
+            attempt.close()
+
+    async def _dispatch(self, request: web.Request, api: Api, trace: Trace, seat: Seat) -> Attempt:
+        raw = await seat.read(request)
+        trace.mark("received")
+        placement = self.settings.placement
+        call = parse(raw, api, chunk_chars=placement.affinity_chunk_chars, chunks=placement.affinity_chunks)
+        trace.model, trace.stream = call.model, call.stream
+        trace.prompt_tokens, trace.prompt_bytes = call.prompt_tokens, call.prompt_bytes
+        headers = request_headers(request.headers, self._server_key, self._drop_authorization)
+        return await self._ladder.open(call, headers, trace)
+
+    def _count(self, trace: Trace) -> None:
+        trace.mark("done")
+        events, path = trace.events, trace.path or "none"
+        self.metrics.requests.add(trace.api, path, trace.outcome)
+        if trace.why_code:
+            self.metrics.alone.add(trace.why_code)
+        if "dispatched" in events and len(trace.dispatches) == 1:
+            self.metrics.routing.observe(events["dispatched"] - events["received"], path)
+        if "first_token" in events:
+            self.metrics.first_token.observe(events["first_token"], path)
+        self.metrics.duration.observe(events["done"], path)
+
+    def _authorize(self, request: web.Request) -> None:
+        if not self._keys:
+            return
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        given = token.strip().encode("utf-8", "surrogateescape")
+        known = [
+            hmac.compare_digest(given, key) for key in self._keys
+        ]  # all of them: the time taken tells nothing
+        if scheme.lower() != "bearer" or not any(known):
+            raise ApiError(
+                401, "no valid API key: send it as Authorization: Bearer KEY",
+                kind="authentication_error", code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"}, close=True,
+            )  # fmt: skip
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        self._authorize(request)
+        headers = request_headers(request.headers, self._server_key, self._drop_authorization)
+        timeout = ClientTimeout(total=self.settings.health.timeout_s)
+        for endpoint in usable(self.fleet.decode):
+            try:
+                async with self._probes.get(
+                    f"{endpoint.url}/v1/models", headers=headers, timeout=timeout, allow_redirects=False
+                ) as answer:
+                    body = await answer.content.read(MAX_MODELS_BYTES)
+                    kept = [(k, v) for k, v in end_to_end(answer.headers) if k.lower() == "content-type"]
+                    while more := await answer.content.read(MAX_MODELS_BYTES):
+                        body += more
+                        if len(body) > MAX_MODELS_BYTES:
+                            raise ApiError(
+                                502, f"decode server {endpoint.name} lists too many models", kind=SERVER
+                            )
+                    return web.Response(status=answer.status, body=body, headers=dict(kept))
+            except (ClientError, OSError, asyncio.TimeoutError):
+                continue
+        raise ApiError(503, "no decode server answers GET /v1/models", kind=SERVER, code="no_decode_server")
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    async def _health(self, request: web.Request) -> web.Response:
+        roles = {
+            role: {"healthy": sum(one.healthy for one in self.fleet.of(role)), "of": len(self.fleet.of(role))}
+            for role in ("prefill", "decode")
+        }
+        good = all(role["healthy"] for role in roles.values())
+        return web.json_response(
+            {"status": "ok" if good else "degraded", **roles}, status=200 if good else 503
+        )
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        labels = {one: (("role", one.role), ("server", one.name)) for one in self.fleet.all}
+        lines = self.metrics.lines()
+        lines += prom.gauge("pdrouter_inflight", "Requests under way.", [((), self._admission.inflight)])
+        lines += prom.gauge(
+            "pdrouter_buffered_bytes", "Bytes of bodies held.", [((), self._admission.buffered)]
+        )
+        for name, text, attribute in (
+            ("pdrouter_server_healthy", "1 if the server's last check succeeded.", "healthy"),
+            ("pdrouter_server_inflight", "Requests under way at the server.", "inflight"),
+            ("pdrouter_server_inflight_tokens", "Prompt tokens under way at the server.", "inflight_tokens"),
+            ("pdrouter_server_restarts", "Times that a prefill server's engine id changed.", "restarts"),
+        ):
+            lines += prom.gauge(
+                name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all]
+            )
+        return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": prom.CONTENT_TYPE})
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@web.middleware
+async def _openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error leaves in OpenAI's form."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return error.response()
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        refusal = ApiError(
+            405, f"this path takes {allowed}", code="method_not_allowed", headers={"Allow": allowed}
+        )
+        return refusal.response()
+    except web.HTTPException as error:
+        return ApiError(
+            error.status, f"{error.reason}: the router has no such path", code="not_found"
+        ).response()
+    except ConnectionError:
+        raise
+    except Exception as error:
+        log.exception("a request failed in the router itself")
+        return ApiError(
+            500, f"the router failed: {type(error).__name__}", kind=SERVER, code="router_error"
+        ).response()

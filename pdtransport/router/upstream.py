@@ -1,0 +1,222 @@
+"""One HTTP request to one server."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    ConnectionTimeoutError,
+    DummyCookieJar,
+    TCPConnector,
+)
+
+from pdtransport.router.endpoints import Endpoint, Failure
+from pdtransport.router.settings import RouterSettings
+
+MAX_ERROR_BODY_BYTES = 64 << 10  # of a server's error answer; more is cut off
+_LARGE_BODY_BYTES = 1 << 20  # from here on aiohttp wants a file-like object, which it sends in pieces
+_READ_BYTES = 64 << 10
+_SSE_ERROR = b'data: {"error"'
+
+# Of one connection, not of the message: never passed on (RFC 9110, 7.6.1).
+_HOP_BY_HOP = frozenset(
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
+# Of the client's body or of its connection to us: the request to a server has its own.
+_NOT_FORWARDED = frozenset(
+    {"host", "content-length", "content-type", "content-encoding", "accept-encoding", "expect"}
+)
+
+
+class UpstreamError(Exception):
+    """A server did not serve a request. ``status`` and ``body`` are set if it said so itself."""
+
+    def __init__(
+        self, endpoint: Endpoint, how: Failure, why: str, status: int = 0, body: bytes = b""
+    ) -> None:
+        super().__init__(f"{endpoint.role} server {endpoint.name} {why}")
+        self.endpoint = endpoint
+        self.how = how
+        self.status = status
+        self.body = body
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillAnswer:
+    """Prefill's 2xx answer, of which only the hand-off counts. None: it has nothing to hand over."""
+
+    params: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Decode's answer, its first bytes in hand and the rest still to come."""
+
+    response: ClientResponse
+    first: bytes
+
+
+def session(settings: RouterSettings, connections: int) -> ClientSession:
+    """A client session whose connections, idle times and headers are bounded."""
+    return ClientSession(
+        connector=TCPConnector(
+            limit=0, limit_per_host=connections, keepalive_timeout=settings.upstream_keep_alive_s
+        ),
+        cookie_jar=DummyCookieJar(),  # one client's cookies must not reach another's requests
+        auto_decompress=False,
+        trust_env=False,
+        timeout=ClientTimeout(total=None, sock_connect=settings.timeouts.connect_s),
+        read_bufsize=settings.stream_buffer_bytes,
+        max_line_size=settings.max_header_bytes,
+        max_field_size=settings.max_header_bytes,
+        skip_auto_headers=("User-Agent",),
+    )
+
+
+def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The headers that concern the message and not the connection; bytes that are no text are not passed on."""
+    skip = _HOP_BY_HOP | {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    return [(k, v) for k, v in headers.items() if k.lower() not in skip and v.isprintable()]
+
+
+def request_headers(
+    headers: Mapping[str, str], key: str | None, drop_authorization: bool
+) -> list[tuple[str, str]]:
+    """What servers get of a client's headers; ``key`` replaces its Authorization."""
+    skip = _NOT_FORWARDED | ({"authorization"} if key is not None or drop_authorization else set())
+    kept = [(k, v) for k, v in end_to_end(headers) if k.lower() not in skip]
+    if key is not None:
+        kept.append(("Authorization", f"Bearer {key}"))
+    return [*kept, ("Content-Type", "application/json"), ("Accept-Encoding", "identity")]
+
+
+class Upstream:
+    """Sends requests to servers and says how they failed."""
+
+    def __init__(self, settings: RouterSettings, http: ClientSession) -> None:
+        self._settings = settings
+        self._http = http
+
+    async def prefill(
+        self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]], transfer_id: str
+    ) -> PrefillAnswer:
+        """Have prefill compute the prompt.
+
+        Raises:
+            UpstreamError: it failed or refused.
+        """
+        response = await self._post(endpoint, path, body, headers)
+        try:
+            await self._refuse_error(endpoint, response, from_status=300)
+            raw = await self._read(endpoint, response, self._settings.max_prefill_response_bytes, cut=False)
+        except BaseException:
+            response.close()
+            raise
+        return PrefillAnswer(_handover(endpoint, raw, transfer_id))
+
+    async def decode(
+        self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]], mark: Any
+    ) -> Opened:
+        """Open decode's answer: any 2xx or 4xx whose first bytes arrived. ``mark`` is told when its headers did.
+
+        Raises:
+            UpstreamError: it failed before the first bytes of an answer.
+        """
+        response = await self._post(endpoint, path, body, headers)
+        try:
+            mark("decode_first_byte")
+            await self._refuse_error(endpoint, response, from_status=500)
+            if 300 <= response.status < 400:
+                raise UpstreamError(endpoint, "protocol", f"answers with a redirect ({response.status})")
+            first = await self._read_some(endpoint, response)
+            if first.startswith(_SSE_ERROR):
+                _refuse_error_event(endpoint, first)
+        except BaseException:
+            response.close()
+            raise
+        return Opened(response, first)
+
+    async def _post(
+        self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]]
+    ) -> ClientResponse:
+        data = body if len(body) < _LARGE_BODY_BYTES else io.BytesIO(body)
+        try:
+            return await self._http.post(
+                endpoint.url + path, data=data, headers=headers, allow_redirects=False
+            )
+        except (ClientConnectorError, ConnectionTimeoutError) as error:
+            raise UpstreamError(endpoint, "connect", f"can't be reached: {_reason(error)}") from None
+        except (ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
+            raise UpstreamError(endpoint, "disconnected", f"broke the connection: {_reason(error)}") from None
+
+    async def _refuse_error(self, endpoint: Endpoint, response: ClientResponse, from_status: int) -> None:
+        if response.status >= from_status:
+            body = await self._read(endpoint, response, MAX_ERROR_BODY_BYTES, cut=True)
+            raise UpstreamError(endpoint, "status", f"answers {response.status}", response.status, body)
+
+    async def _read_some(self, endpoint: Endpoint, response: ClientResponse) -> bytes:
+        try:
+            return await response.content.readany()
+        except (ClientError, OSError, asyncio.TimeoutError) as error:
+            raise UpstreamError(endpoint, "disconnected", f"broke the connection: {_reason(error)}") from None
+
+    async def _read(self, endpoint: Endpoint, response: ClientResponse, bound: int, cut: bool) -> bytes:
+        """The body, at most ``bound`` bytes; a longer one is cut off or refused. Frees the connection."""
+        parts, size = [], 0
+        while part := await self._read_some(endpoint, response):
+            parts.append(part)
+            size += len(part)
+            if size > bound:
+                response.close()
+                if not cut:
+                    raise UpstreamError(
+                        endpoint, "protocol", f"answers more than max_prefill_response_bytes ({bound})"
+                    )
+                break
+        return b"".join(parts)[:bound]
+
+
+def _reason(error: BaseException) -> str:
+    """One line about a failed connection; never holds a header or a body."""
+    if isinstance(error, ClientConnectorError):
+        return error.os_error.strerror or type(error.os_error).__name__
+    return type(error).__name__
+
+
+def _handover(endpoint: Endpoint, raw: bytes, transfer_id: str) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise UpstreamError(endpoint, "protocol", "answers no JSON") from None
+    params = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
+    if params is None:
+        return None
+    if not isinstance(params, dict):
+        raise UpstreamError(endpoint, "protocol", "answers kv_transfer_params that are no object")
+    if params.get("transfer_id", transfer_id) != transfer_id:
+        raise UpstreamError(endpoint, "protocol", "answers about another transfer_id")
+    return params or None
+
+
+def _refuse_error_event(endpoint: Endpoint, first: bytes) -> None:
+    """A stream that begins with an error event of a server's own failure: nothing of it has to reach the client."""
+    event = first.split(b"\n\n", 1)[0].removeprefix(b"data: ").strip()
+    try:
+        code = json.loads(event)["error"]["code"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return
+    if isinstance(code, int) and 500 <= code < 600:
+        raise UpstreamError(endpoint, "status", f"ends its stream at once with error {code}", code, event)

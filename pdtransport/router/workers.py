@@ -1,0 +1,30 @@
+"""What the workers know about a transfer, asked over their control channel. Nothing else depends on the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pdtransport.router.endpoints import Endpoint
+
+
+async def worker_status(endpoint: Endpoint, transfer: str, timeout_s: float) -> dict[str, Any]:
+    """``{"ranks": [status or None, one a rank], "why": None or why there is none}``; never raises."""
+    control = endpoint.control
+    if control is None:
+        return {"ranks": None, "why": "its control address is not known: configure it, or send it a request"}
+    try:
+        from pdtransport.control.client import afetch_status
+    except ImportError as error:
+        return {"ranks": None, "why": f"this installation has no control client: {error}"}
+    asked = [
+        afetch_status(control.host, control.port + rank, transfer=transfer, timeout_s=timeout_s)
+        for rank in range(control.tp_size)
+    ]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    failed = [answer for answer in answers if isinstance(answer, BaseException)]
+    why = f"{type(failed[0]).__name__}: {failed[0]}"[:300] if failed else None
+    return {
+        "ranks": [None if isinstance(answer, BaseException) else answer for answer in answers],
+        "why": why,
+    }

@@ -1,0 +1,97 @@
+"""Transfers in vLLM's own log lines and Prometheus metrics (``vllm:pdtransport_*``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from pdtransport.exchange import Outcome
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+MAX_OBSERVATIONS = 4096  # transfers that ended within one reporting interval; more are counted in the totals only
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+@dataclass
+class PDTransportStats(KVConnectorStats):
+    """``data``: ``ended`` counts ``role/outcome``, ``bytes`` counts by role, ``exposed_s`` lists the seconds between
+    commit and the last verified page (what a request waited for beyond prefill)."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            self.reset()
+
+    def reset(self) -> None:
+        self.data = {"ended": {}, "bytes": {}, "exposed_s": []}
+
+    def record(self, role: str, outcome: Outcome) -> None:
+        key = f"{role}/{'ok' if outcome.ok else outcome.code}"
+        self.data["ended"][key] = self.data["ended"].get(key, 0) + 1
+        self.data["bytes"][role] = self.data["bytes"].get(role, 0) + outcome.nbytes
+        times = outcome.events
+        if role == "consumer" and "verified" in times and "committed" in times:
+            self._observe([max(0.0, times["verified"] - times["committed"])])
+
+    def _observe(self, seconds: list[float]) -> None:
+        room = MAX_OBSERVATIONS - len(self.data["exposed_s"])
+        self.data["exposed_s"] += seconds[:room]
+
+    def aggregate(self, other: KVConnectorStats) -> PDTransportStats:
+        for name in ("ended", "bytes"):
+            self.data[name] = dict(Counter(self.data[name]) + Counter(other.data[name]))
+        self._observe(other.data["exposed_s"])
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        values: dict[str, int | float] = {f"transfers {key}": count for key, count in self.data["ended"].items()}
+        values.update({f"MB {role}": round(count / 1e6, 1) for role, count in self.data["bytes"].items()})
+        exposed = sorted(self.data["exposed_s"])
+        if exposed:
+            values["exposed ms, median"] = round(1000 * exposed[len(exposed) // 2], 2)
+        return values
+
+    def is_empty(self) -> bool:
+        return not self.data["ended"]
+
+
+class PDTransportPromMetrics(KVConnectorPromMetrics):
+    """The same as Prometheus counters and a histogram."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._transfers = self._counter_cls(
+            name="vllm:pdtransport_transfers",
+            documentation="Transfers that ended, by role and outcome.",
+            labelnames=[*labelnames, "role", "outcome"],
+        )
+        self._bytes = self._counter_cls(
+            name="vllm:pdtransport_bytes",
+            documentation="Bytes of KV pages handed over (producer) or taken and verified (consumer).",
+            labelnames=[*labelnames, "role"],
+        )
+        self._exposed = self._histogram_cls(
+            name="vllm:pdtransport_exposed_seconds",
+            documentation="From prefill's commit to the last verified page on decode.",
+            buckets=SECONDS,
+            labelnames=labelnames,
+        )
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        labels = self.per_engine_labelvalues[engine_idx]
+        for key, count in transfer_stats_data["ended"].items():
+            self._transfers.labels(*labels, *key.split("/", 1)).inc(count)
+        for role, count in transfer_stats_data["bytes"].items():
+            self._bytes.labels(*labels, role).inc(count)
+        for seconds in transfer_stats_data["exposed_s"]:
+            self._exposed.labels(*labels).observe(seconds)

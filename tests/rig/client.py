@@ -1,0 +1,267 @@
+"""Requests to vLLM servers: plain ones, and disaggregated ones in both dispatch orders, as a router sends them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import aiohttp
+
+from tests.rig.servers import HOST, MODEL_NAME, Server
+
+REQUEST_S = 240.0
+ERROR_CHARS = 600
+
+Order = Literal["concurrent", "serial"]
+KVParams = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class RequestFailed(Exception):
+    """A server answered with an error; ``status`` is HTTP's."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"HTTP {status}: {text[:ERROR_CHARS]}")
+        self.status = status
+        self.text = text
+
+
+@dataclass
+class Answer:
+    """What a server said. Times are ``time.time`` seconds; ``margins`` holds, for each token, how far its log
+    probability lies above the runner-up's (only where log probabilities were asked for)."""
+
+    tokens: list[int]
+    finish: str | None
+    kv_params: dict[str, Any] | None
+    sent: float
+    first_token: float
+    done: float
+    margins: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_token - self.sent
+
+
+@dataclass
+class Handed:
+    """A disaggregated request: prefill's answer (None if it failed), decode's, and the transfer's id."""
+
+    transfer: str
+    prefill: Answer | None
+    decode: Answer
+    prefill_error: RequestFailed | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.decode.tokens
+
+
+def request_body(
+    prompt: Sequence[int],
+    max_tokens: int,
+    kv: KVParams | None = None,
+    *,
+    stream: bool = False,
+    logprobs: int | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "seed": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": stream,
+    }
+    if kv is not None:
+        body["kv_transfer_params"] = dict(kv)
+    if logprobs is not None:
+        body["logprobs"] = logprobs
+        body["return_tokens_as_token_ids"] = True
+    return {**body, **more}
+
+
+def margins_of(logprobs: Mapping[str, Any] | None) -> list[float]:
+    """Distance from each token to the runner-up, in nats."""
+    if not logprobs:
+        return []
+    margins = []
+    for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
+        others = [value for name, value in top.items() if name != token]
+        margins.append(top[token] - max(others))
+    return margins
+
+
+class Client:
+    """One HTTP session. Use as ``async with Client() as client``."""
+
+    def __init__(self, timeout_s: float = REQUEST_S) -> None:
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Client:
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def post(self, url: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response of a POST.
+
+        Raises:
+            RequestFailed: it is not 200.
+        """
+        assert self._session is not None, "use `async with Client()`"
+        async with self._session.post(url, json=body) as response:
+            if response.status != 200:
+                raise RequestFailed(response.status, await response.text())
+            yield response
+
+    async def get_text(self, url: str) -> str:
+        assert self._session is not None, "use `async with Client()`"
+        async with self._session.get(url) as response:
+            text = await response.text()
+            if response.status != 200:
+                raise RequestFailed(response.status, text)
+            return text
+
+    async def complete(
+        self, to: Server | str, prompt: Sequence[int], max_tokens: int, kv: KVParams | None = None, **more: Any
+    ) -> Answer:
+        """One completion of token ids.
+
+        Raises:
+            RequestFailed: the server answered with an error, or a stream carried one.
+        """
+        url = to if isinstance(to, str) else to.url
+        body = request_body(prompt, max_tokens, kv, **more)
+        sent = time.time()
+        async with self.post(f"{url}/v1/completions", body) as response:
+            if body["stream"]:
+                return await _read_stream(response, sent)
+            data = await response.json()
+        done = time.time()
+        choice = data["choices"][0]
+        if choice["finish_reason"] == "error":
+            raise RequestFailed(200, json.dumps(choice))
+        return Answer(
+            tokens=choice["token_ids"],
+            finish=choice["finish_reason"],
+            kv_params=data.get("kv_transfer_params"),
+            sent=sent,
+            first_token=done,
+            done=done,
+            margins=margins_of(choice.get("logprobs")),
+        )
+
+
+async def _read_stream(response: aiohttp.ClientResponse, sent: float) -> Answer:
+    answer = Answer([], None, None, sent, 0.0, 0.0)
+    async for raw in response.content:
+        line = raw.strip()
+        if not line.startswith(b"data: ") or line == b"data: [DONE]":
+            continue
+        data = json.loads(line[len(b"data: ") :])
+        if "error" in data:
+            raise RequestFailed(200, json.dumps(data["error"]))
+        for choice in data.get("choices", ()):
+            fresh = choice.get("token_ids") or []
+            if fresh and not answer.tokens:
+                answer.first_token = time.time()
+            answer.tokens += fresh
+            answer.finish = choice.get("finish_reason") or answer.finish
+            if answer.finish == "error":
+                raise RequestFailed(200, json.dumps(choice))
+    answer.done = time.time()
+    return answer
+
+
+def new_transfer() -> str:
+    """Minted per dispatch, as the router does."""
+    return secrets.token_hex(16)
+
+
+def to_prefill(server: Server, transfer: str) -> dict[str, Any]:
+    params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
+    if server.spec.connector == "nixl":  # its toy proxy sends these keys too, and no transfer id
+        del params["transfer_id"]
+        params |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
+    return params
+
+
+def to_decode(prefill: Server, transfer: str) -> dict[str, Any]:
+    """What decode is told when both are dispatched at once, before prefill answered."""
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "transfer_id": transfer,
+        "remote_host": HOST,
+        "remote_port": prefill.control_port,
+        "tp_size": prefill.spec.tp,
+    }
+
+
+async def hand_off(
+    client: Client,
+    prefill: Server,
+    decode: Server,
+    prompt: Sequence[int],
+    max_tokens: int,
+    order: Order = "concurrent",
+    *,
+    transfer: str | None = None,
+    **more: Any,
+) -> Handed:
+    """One disaggregated completion. ``more`` goes into decode's request.
+
+    Raises:
+        RequestFailed: decode answered with an error, or (serial) prefill did or said nothing to hand over.
+    """
+    transfer = transfer or new_transfer()
+    if order == "serial":
+        first = await client.complete(prefill, prompt, 1, to_prefill(prefill, transfer))
+        if not first.kv_params:
+            raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
+        return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **more))
+    decoding = asyncio.create_task(
+        client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), **more)
+    )
+    prefilling = asyncio.create_task(client.complete(prefill, prompt, 1, to_prefill(prefill, transfer)))
+    try:
+        answer = await decoding
+        (outcome,) = await asyncio.gather(prefilling, return_exceptions=True)
+    finally:
+        decoding.cancel()
+        prefilling.cancel()
+    if isinstance(outcome, RequestFailed):
+        return Handed(transfer, None, answer, outcome)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return Handed(transfer, outcome, answer)
+
+
+async def in_parallel(limit: int, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """Results of ``jobs`` in order, at most ``limit`` under way at a time. The first error ends all of them."""
+    gate = asyncio.Semaphore(limit)
+
+    async def run(job: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await job()
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(run(job)) for job in jobs]
+    return [task.result() for task in tasks]

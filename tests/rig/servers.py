@@ -1,0 +1,369 @@
+"""Start and stop real vLLM servers, each in a process group of its own with its log in a file."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY_LM = REPOSITORY / "examples" / "models" / "tiny-lm"
+MODEL_NAME = "tiny-lm"
+HOST = "127.0.0.1"
+
+START_S = 240.0  # 25 s on an idle machine with two cores, several at once and on a busy one far more
+TERM_S = 10.0  # after SIGTERM; then SIGKILL
+KILL_S = 10.0  # after SIGKILL, before we say that a process is stuck in the kernel
+POLL_S = 0.1
+LOG_LINES = 40
+ERROR_LINES = 12
+_FRAME = re.compile(r"\] +(File |[\^~]| )|Traceback")  # lines of a stack trace but its last
+PR_SET_PDEATHSIG = 1
+FIRST_PORT, LAST_PORT = 21400, 21499
+PORTS_VARIABLE = "PDTRANSPORT_TEST_PORTS"  # "first-last", where the default range is taken
+
+Connector = Literal["none", "pdtransport", "nixl"]
+KVRole = Literal["kv_producer", "kv_consumer", "kv_both"]
+
+
+class ServerFailed(Exception):
+    """A server did not come up, or ended; the text ends with its last log lines."""
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to start. Defaults are those of the token-equality tests: small chunks, blocks of 32 tokens, eager.
+
+    Args:
+        cores: ``VLLM_CPU_OMP_THREADS_BIND``: cores of each rank, ranks apart by ``|``.
+        max_batched_tokens: None leaves vLLM's default.
+        extra_config: ``kv_connector_extra_config`` without the control port, which the rig picks.
+    """
+
+    name: str
+    connector: Connector = "none"
+    kv_role: KVRole = "kv_both"
+    tp: int = 1
+    cores: str = "0"
+    block_size: int = 32
+    dtype: str = "bfloat16"
+    max_num_seqs: int = 16
+    max_model_len: int = 8192
+    max_batched_tokens: int | None = 256
+    kv_cache_bytes: int = 512 << 20
+    blocks: int | None = None
+    load_failure_policy: Literal["fail", "recompute"] | None = None
+    extra_config: Mapping[str, Any] = field(default_factory=dict)
+    args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    model: Path = TINY_LM
+
+    def numerics(self) -> dict[str, Any]:
+        """The flags that an answer's bits depend on."""
+        return {
+            "tp": self.tp,
+            "block_size": self.block_size,
+            "dtype": self.dtype,
+            "max_batched_tokens": self.max_batched_tokens,
+            "max_num_seqs": self.max_num_seqs,
+        }
+
+    def command(self, port: int, control_port: int) -> list[str]:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        flags: dict[str, Any] = {
+            "--model": self.model,
+            "--served-model-name": MODEL_NAME,
+            "--host": HOST,
+            "--port": port,
+            "--dtype": self.dtype,
+            "--block-size": self.block_size,
+            "--max-model-len": self.max_model_len,
+            "--max-num-seqs": self.max_num_seqs,
+            "--kv-cache-memory-bytes": self.kv_cache_bytes,
+            "--tensor-parallel-size": self.tp,
+            "--uvicorn-log-level": "warning",
+            "--seed": 0,
+        }
+        if self.max_batched_tokens is not None:
+            flags["--max-num-batched-tokens"] = self.max_batched_tokens
+        if self.blocks is not None:
+            flags["--num-gpu-blocks-override"] = self.blocks
+        if self.connector != "none":
+            flags["--kv-transfer-config"] = json.dumps(self.transfer_config(control_port))
+        for flag, value in flags.items():
+            command += [flag, str(value)]
+        return [*command, "--enforce-eager", *self.args]
+
+    def transfer_config(self, control_port: int) -> dict[str, Any]:
+        config: dict[str, Any] = {"kv_role": self.kv_role}
+        if self.load_failure_policy is not None:
+            config["kv_load_failure_policy"] = self.load_failure_policy
+        if self.connector == "nixl":
+            return {**config, "kv_connector": "NixlConnector"}
+        extra = {**self.extra_config, "control": {**self.extra_config.get("control", {}), "port": control_port}}
+        return {**config, "kv_connector": "PDTransportConnector", "kv_connector_extra_config": extra}
+
+    def environment(self, control_port: int) -> dict[str, str]:
+        env = dict(os.environ)
+        env["VLLM_CPU_OMP_THREADS_BIND"] = self.cores
+        env["VLLM_NO_USAGE_STATS"] = "1"
+        env["HF_HUB_OFFLINE"] = "1"
+        if self.connector == "nixl":
+            env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = HOST
+            env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(control_port)
+        return {**env, **self.env}
+
+
+class Ports:
+    """Hands out ports of one range that nobody listens on, never the same one twice while others are left."""
+
+    def __init__(self) -> None:
+        text = os.environ.get(PORTS_VARIABLE, f"{FIRST_PORT}-{LAST_PORT}")
+        first, _, last = text.partition("-")
+        self._first, self._last = int(first), int(last or first)
+        self._next = self._first
+
+    def take(self, count: int = 1) -> int:
+        """The first of ``count`` free ports in a row.
+
+        Raises:
+            RuntimeError: the range holds no such row.
+        """
+        for _ in range(self._last - self._first + 1):
+            if self._next + count - 1 > self._last:
+                self._next = self._first
+            port, self._next = self._next, self._next + 1
+            if all(is_free(p) for p in range(port, port + count)):
+                self._next = port + count
+                return port
+        raise RuntimeError(f"no {count} free ports in {self._first}-{self._last}: set {PORTS_VARIABLE}=first-last")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+_PORTS = Ports()
+
+
+def die_with_parent() -> Callable[[], None]:
+    """For ``preexec_fn``: the child gets SIGTERM when the thread that started it ends, however that happens."""
+    libc = ctypes.CDLL(None)  # loaded before the fork
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def group_members(pgid: int) -> list[int]:
+    """Process ids of a process group, zombies left out."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            stat = Path("/proc", entry, "stat").read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        state, _, group = stat.rpartition(")")[2].split()[:3]
+        if int(group) == pgid and state != "Z":
+            found.append(int(entry))
+    return found
+
+
+class Server:
+    """One running server. Use :func:`fleet`, which ends what it starts."""
+
+    def __init__(self, spec: ServerSpec, logs: Path) -> None:
+        self.spec = spec
+        self.port = _PORTS.take()
+        self.control_port = _PORTS.take(spec.tp)
+        self.log = logs / f"{spec.name}-{self.port}.log"
+        self.started_at = time.monotonic()
+        self.ready_s: float | None = None
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                spec.command(self.port, self.control_port),
+                env=spec.environment(self.control_port),
+                cwd=logs,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
+        self.pgid = self.process.pid
+
+    def __repr__(self) -> str:
+        return f"<Server {self.spec.name} on {self.port}>"
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    def tail(self, lines: int = LOG_LINES) -> str:
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(text[-lines:])
+
+    def first_errors(self, lines: int = ERROR_LINES) -> str:
+        """What the engine complained of first: the end of its log is the API server's, which only says that it died."""
+        text = self.log.read_text(errors="replace").splitlines()
+        found = [line for line in text if " ERROR " in line and not _FRAME.search(line)]
+        return "\n".join(found[:lines])
+
+    def failed(self, what: str) -> ServerFailed:
+        text = f"server {self.spec.name!r} {what}; last lines of {self.log}:\n{self.tail()}"
+        return ServerFailed(f"{text}\nfirst errors:\n{self.first_errors()}")
+
+    def healthy(self, timeout_s: float = 2.0) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=timeout_s) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def wait_ready(self, deadline: float) -> None:
+        """Wait until it answers.
+
+        Raises:
+            ServerFailed: it ended, or ``deadline`` (``time.monotonic``) passed.
+        """
+        while not self.healthy():
+            if self.process.poll() is not None:
+                raise self.failed(f"ended with status {self.process.returncode} before it was up")
+            if time.monotonic() > deadline:
+                raise self.failed("did not come up in time")
+            time.sleep(POLL_S)
+        self.ready_s = time.monotonic() - self.started_at
+
+    def must_live(self) -> None:
+        """Raises ServerFailed unless the server still runs and answers."""
+        if self.process.poll() is not None:
+            raise self.failed(f"ended with status {self.process.returncode}")
+        if not self.healthy(timeout_s=20.0):
+            raise self.failed("no longer answers /health")
+
+    def members(self) -> list[int]:
+        return group_members(self.pgid)
+
+    def workers(self) -> list[int]:
+        """Process ids of the model workers, by rank."""
+        named = []
+        for pid in self.members():
+            try:
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith("VLLM::Worker"):
+                named.append((title, pid))
+        return [pid for _, pid in sorted(named)]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process of the server."""
+        try:
+            os.killpg(self.pgid, number)
+        except ProcessLookupError:
+            pass
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would end it."""
+        self.signal(signal.SIGKILL)
+        self._gone_within(KILL_S)
+
+    def stop(self) -> None:
+        """End it: SIGTERM, then SIGKILL for what is left.
+
+        Raises:
+            ServerFailed: a process survived SIGKILL.
+        """
+        self.signal(signal.SIGCONT)  # a stopped process can't act on SIGTERM
+        self.process.terminate()
+        if not self._gone_within(TERM_S):
+            self.signal(signal.SIGKILL)
+            if not self._gone_within(KILL_S):
+                raise self.failed(f"left processes {self.members()} after SIGKILL")
+
+    def _gone_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.process.poll()  # reaps it
+            if not self.members():
+                return True
+            time.sleep(POLL_S)
+        return not self.members()
+
+
+_running: list[Server] = []
+
+
+def stop_all(servers: Iterable[Server]) -> None:
+    """Stop servers side by side; raises the first error after all were tried."""
+    servers = list(servers)
+    for server in servers:
+        server.signal(signal.SIGCONT)
+        server.process.terminate()
+    errors = []
+    for server in servers:
+        try:
+            server.stop()
+        except ServerFailed as error:
+            errors.append(error)
+        if server in _running:
+            _running.remove(server)
+    if errors:
+        raise errors[0]
+
+
+@atexit.register
+def _stop_leftovers() -> None:
+    stop_all(list(_running))
+
+
+def start(specs: Sequence[ServerSpec], logs: Path | None = None, timeout_s: float = START_S) -> list[Server]:
+    """Start servers side by side and wait until all answer; on failure none is left.
+
+    Raises:
+        ServerFailed: with the last log lines of the one that failed.
+    """
+    logs = logs or Path(tempfile.mkdtemp(prefix="pdtransport-rig-"))
+    servers: list[Server] = []
+    deadline = time.monotonic() + timeout_s
+    try:
+        for spec in specs:
+            server = Server(spec, logs)
+            servers.append(server)
+            _running.append(server)
+        for server in servers:
+            server.wait_ready(deadline)
+    except BaseException:
+        stop_all(servers)
+        raise
+    return servers
+
+
+@contextmanager
+def fleet(*specs: ServerSpec, logs: Path | None = None, timeout_s: float = START_S) -> Iterator[list[Server]]:
+    """Servers for the length of a ``with`` block."""
+    servers = start(specs, logs, timeout_s)
+    try:
+        yield servers
+    finally:
+        stop_all(servers)

@@ -1,0 +1,241 @@
+"""What one seed stands for: the machines, the links, the faults and the requests of a run."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+from pdtransport.protocol.actions import Limits
+
+TOTAL_HEADS = 4
+HEAD_BYTES = 16  # bytes of one head of one block, all layers
+BLOCK_SIZE = 4  # tokens a block
+PAGES = 40  # of each worker
+
+LINK_KINDS = ("direct", "slots", "onesided")
+
+SIM_LIMITS = Limits(
+    retry_s=0.25,
+    answer_s=3.0,
+    arrival_s=6.0,
+    queue_s=20.0,
+    stall_s=8.0,
+    verify_s=5.0,
+    hold_s=6.0,
+    claim_s=12.0,
+    ack_s=8.0,
+    resends=2,
+    batch_bytes=64,
+    window_bytes=256,
+    max_transfers=64,
+    tombstones=64,
+)
+
+
+@dataclass(frozen=True)
+class Net:
+    """Faults of the control channel, as probabilities a message; delays in seconds."""
+
+    latency: float = 0.002
+    jitter: float = 0.0
+    fifo: bool = True
+    drop: float = 0.0
+    duplicate: float = 0.0
+    replay: float = 0.0  # the same frame once more, seconds later
+    forge: float = 0.0  # the same frame once more, under a generation that is not the live one
+    flip: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Behaviour and faults of the links; probabilities a block, delays in seconds."""
+
+    copy_delay: float = 0.01
+    corrupt: float = 0.0
+    error: float = 0.0  # a batch
+    fence_delay: float = 0.02
+    slots: int = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    at: float
+    kind: str  # crash | stall | partition
+    who: str
+    other: str = ""
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One dispatch by the router. Times are seconds from the start; None: that never happens."""
+
+    transfer: str
+    prompt: int
+    blocks: int
+    producer: str
+    consumer: str
+    open_at: float | None
+    begin_at: float | None
+    held: int = 0  # leading blocks that decode has already
+    producer_prompt: int | None = None  # another prompt than decode's
+    step_s: float = 0.05
+    step_blocks: int = 2
+    preempt_at: tuple[float, ...] = ()  # seconds after open
+    resume_s: float = 0.2
+    lazy_finish_s: float = 0.0
+    producer_abort_at: float | None = None  # seconds after open
+    consumer_abort_at: float | None = None  # seconds after begin
+    open_twice: bool = False
+    begin_twice: bool = False
+    must_be_ready: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.blocks * BLOCK_SIZE - (self.prompt % BLOCK_SIZE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    seed: int
+    producers: dict[str, int] = field(default_factory=lambda: {"p0": 1})  # instance -> tensor-parallel size
+    consumers: dict[str, int] = field(default_factory=lambda: {"d0": 1})
+    links: dict[tuple[str, str], str] = field(default_factory=dict)  # default: direct
+    limits: Limits = SIM_LIMITS
+    net: Net = Net()
+    bytes: Bytes = Bytes()
+    faults: tuple[Fault, ...] = ()
+    requests: tuple[Request, ...] = ()
+    faults_end: float = 8.0  # from here on the network is whole and nobody stops
+    drop_once: str = ""  # the first message of this kind is lost
+
+    @property
+    def calm(self) -> bool:
+        """Nothing goes wrong but what engines do."""
+        return not (self.faults or self.net.drop or self.net.flip or self.bytes.corrupt or self.bytes.error)
+
+
+def plan_of(seed: int) -> Plan:
+    """The plan of a seed; a fifth of the seeds are calm."""
+    rng = random.Random(seed * 7919 + 17)
+    calm = rng.random() < 0.2
+    checksums = rng.random() < 0.93
+    # Without checksums the user trusts the link; one that reads pages after they were given back can't be trusted.
+    kinds = LINK_KINDS if checksums else ("slots", "onesided")
+    producers = {f"p{i}": rng.choice((1, 1, 2)) for i in range(rng.choice((1, 1, 2)))}
+    consumers = {f"d{i}": rng.choice((1, 1, 2)) for i in range(rng.choice((1, 1, 2)))}
+    links = {(p, d): rng.choice(kinds) for p in producers for d in consumers}
+    limits = replace(
+        SIM_LIMITS,
+        batch_bytes=rng.choice((16, 64, 128, 256)),
+        window_bytes=rng.choice((8, 64, 128, 1024)),
+        max_transfers=rng.choice((2, 64, 64)),
+        tombstones=rng.choice((16, 64)),
+        checksums=checksums,
+    )
+    net = _net(rng, calm)
+    data = Bytes(
+        copy_delay=rng.choice((0.002, 0.02, 0.15)),
+        corrupt=0.0 if calm or not checksums else rng.choice((0.0, 0.0, 0.02, 0.2)),
+        error=0.0 if calm else rng.choice((0.0, 0.0, 0.0, 0.02)),
+        fence_delay=rng.choice((0.0, 0.02, 0.3)),
+        slots=rng.choice((1, 2, 4)),
+    )
+    names = [*producers, *consumers]
+    requests = tuple(
+        _request(rng, i, list(producers), list(consumers), calm, limits) for i in range(rng.choice((1, 2, 3)))
+    )
+    faults = () if calm else tuple(_fault(rng, names) for _ in range(rng.choice((0, 0, 1, 1, 2))))
+    probes = (_probe(rng, list(producers), list(consumers)),)
+    return Plan(seed, producers, consumers, links, limits, net, data, faults, requests + probes)
+
+
+def _net(rng: random.Random, calm: bool) -> Net:
+    jitter = rng.choice((0.0, 0.01, 0.2))
+    fifo = rng.random() < 0.5
+    if calm:
+        copies = rng.choice((0.0, 0.0, 0.2, 1.0))
+        return Net(jitter=jitter, fifo=fifo, duplicate=copies, replay=rng.choice((0.0, 0.1)))
+    return Net(
+        jitter=rng.choice((jitter, 0.8)),
+        fifo=fifo,
+        drop=rng.choice((0.0, 0.05, 0.2, 0.4)),
+        duplicate=rng.choice((0.0, 0.1, 0.4)),
+        replay=rng.choice((0.0, 0.05, 0.2)),
+        forge=rng.choice((0.0, 0.1)),
+        flip=rng.choice((0.0, 0.0, 0.05)),
+    )
+
+
+def _fault(rng: random.Random, names: list[str]) -> Fault:
+    kind = rng.choice(("crash", "stall", "partition"))
+    who = rng.choice(names)
+    other = rng.choice([n for n in names if n[0] != who[0]])
+    return Fault(round(rng.uniform(0.0, 4.0), 3), kind, who, other, rng.choice((0.2, 1.0, 3.0)))
+
+
+def _request(
+    rng: random.Random, i: int, producers: list[str], consumers: list[str], calm: bool, limits: Limits
+) -> Request:
+    blocks = rng.randint(1, 8)
+    held = rng.choice((0, 0, 0, rng.randint(0, blocks), blocks))
+    order = rng.choice(("both", "both", "p first", "d first"))
+    start = rng.uniform(0.0, 1.5)
+    open_at = start + (rng.uniform(0.0, 3.0) if order == "d first" else 0.0)
+    begin_at = start + (rng.uniform(0.0, 3.0) if order == "p first" else 0.0)
+    preempts = tuple(sorted(rng.uniform(0.02, 0.8) for _ in range(rng.choice((0, 0, 1, 2)))))
+    request = Request(
+        transfer=f"t{i}",
+        prompt=100 * (i + 1) + rng.randint(0, 3),
+        blocks=blocks,
+        producer=rng.choice(producers),
+        consumer=rng.choice(consumers),
+        open_at=open_at,
+        begin_at=begin_at,
+        held=held,
+        step_s=rng.choice((0.0, 0.03, 0.2)),
+        step_blocks=rng.randint(1, 4),
+        preempt_at=preempts,
+        resume_s=rng.choice((0.05, 0.6)),
+        lazy_finish_s=rng.choice((0.0, 0.0, 0.5)),
+    )
+    if limits.max_transfers < 4:
+        return request
+    if calm and rng.random() < 0.8:
+        # With a dispatch order that a router would choose and no abort, nothing may fail.
+        return replace(request, must_be_ready=limits.checksums or not preempts)
+    return _trouble(rng, request)
+
+
+def _trouble(rng: random.Random, request: Request) -> Request:
+    changes: dict[str, object] = {}
+    if rng.random() < 0.25:
+        changes["producer_abort_at"] = rng.uniform(0.0, 1.5)
+    if rng.random() < 0.3:
+        changes["consumer_abort_at"] = rng.uniform(0.0, 1.5)
+    kind = rng.random()
+    if kind < 0.06:
+        changes["open_at"] = None
+    elif kind < 0.12:
+        changes["begin_at"] = None
+    elif kind < 0.2:
+        changes["producer_prompt"] = request.prompt + 4
+    elif kind < 0.28:
+        changes["open_twice"] = True
+    elif kind < 0.36:
+        changes["begin_twice"] = True
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+def _probe(rng: random.Random, producers: list[str], consumers: list[str]) -> Request:
+    """Sent once all faults are over: it must arrive."""
+    return Request(
+        transfer="probe",
+        prompt=9000,
+        blocks=rng.randint(1, 5),
+        producer=rng.choice(producers),
+        consumer=rng.choice(consumers),
+        open_at=16.0,
+        begin_at=16.0 + rng.uniform(-0.2, 0.2),
+        must_be_ready=True,
+    )
