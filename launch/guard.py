@@ -45,7 +45,8 @@ def set_parent_death_signal(number: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
-def _become_subreaper() -> None:
+def become_subreaper() -> None:
+    """Orphans below this process become its children, instead of the machine's first process's."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -123,7 +124,7 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _told_to_stop)
     set_parent_death_signal(signal.SIGTERM)
-    _become_subreaper()
+    become_subreaper()
     if os.getppid() != parent:
         return 128 + signal.SIGTERM  # pdlaunch died before the kernel was asked to tell us
     me = os.getpid()

@@ -10,11 +10,9 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import SecretStr
 
 from pdtransport.errors import PDTransportError
 from pdtransport.launch.cores import format_cores, share_out
@@ -52,6 +50,13 @@ class Instance:
         return f"http://{HOST}:{self.port}"
 
     @property
+    def place(self) -> str:
+        """Where it computes: ``CPU 0-3|4-7`` (one part a worker) or ``GPU 0,1``."""
+        if self.gpus:
+            return "GPU " + ",".join(map(str, self.gpus))
+        return "CPU " + "|".join(map(format_cores, self.cores))
+
+    @property
     def control_ports(self) -> range:
         return range(self.control_port, self.control_port + self.tp)
 
@@ -60,13 +65,18 @@ class Instance:
 class RouterPlan:
     host: str
     port: int
-    settings: Mapping[str, Any] = field(repr=False)  # RouterSettings as plain data, its secrets included
+    admin_host: str
+    admin_port: int | None  # None: /pd/* is served on the main port
+    argv: tuple[str, ...]
 
     @property
     def url(self) -> str:
         """Where this machine reaches it."""
-        host = HOST if self.host in {"0.0.0.0", "::", ""} else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return _url(self.host, self.port)
+
+    @property
+    def admin_url(self) -> str:
+        return self.url if self.admin_port is None else _url(self.admin_host, self.admin_port)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,11 @@ class Plan:
             "name": self.name,
             "model": self.model,
             "served_name": self.served_name,
-            "router": {"url": self.router.url, "host": self.router.host, "port": self.router.port},
+            "router": {
+                "url": self.router.url,
+                "admin_url": self.router.admin_url,
+                "command": list(self.router.argv),
+            },
             "instances": [
                 {
                     "name": instance.name,
@@ -202,7 +216,7 @@ def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, com
     Raises:
         PlanError: no free ports, or not enough of them.
     """
-    topology = _absolute(topology, base)
+    topology = resolved(topology, base)
     ports = ports or Ports()
     ports.reserve([port for role in topology.by_role().values() for port in _fixed(role)])
     ports.reserve([port for port in (topology.router.port, topology.router.admin_port) if port])
@@ -282,38 +296,45 @@ def _environment(topology: Topology, role: Role, instance: Instance, *, local: b
 
 
 def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> RouterPlan:
-    settings = topology.router.model_dump(exclude_unset=True)
-    settings["host"] = topology.router.host
-    settings["port"] = topology.router.port or ports.pick()
-    if topology.router.admin_port == 0:
-        settings["admin_port"] = ports.pick()
+    chosen = topology.router
+    port = chosen.port or ports.pick(host=chosen.host)
+    admin_port = ports.pick(host=chosen.admin_host) if chosen.admin_port == 0 else chosen.admin_port
+    if admin_port is None and not _serves_loopback(chosen.host):
+        # /pd/* on the main port answers loopback clients only, and pdlaunch could not be one.
+        admin_port = ports.pick(host=chosen.admin_host)
+    options = chosen.model_dump(mode="json", exclude_unset=True, exclude=set(KV_ROLES))
+    options |= {"host": chosen.host, "port": port}
+    if admin_port is not None:
+        options |= {"admin_port": admin_port}
+    argv = [sys.executable, "-m", "pdtransport.router.cli", *_options(options)]
     for role in KV_ROLES:
-        settings[role] = [
-            {
-                "url": instance.url,
-                "name": instance.name,
-                "control_host": instance.control_host,
-                "control_port": instance.control_port,
-                "tp_size": instance.tp,
-            }
-            for instance in instances
-            if instance.role == role
-        ]
-    return RouterPlan(topology.router.host, settings["port"], _plain(settings))
+        servers = [instance for instance in instances if instance.role == role]
+        argv += [f"--{role}", *(f"{one.url}@{one.control_host}:{one.control_port}/{one.tp}" for one in servers)]
+    return RouterPlan(chosen.host, port, chosen.admin_host, admin_port, tuple(argv))
 
 
-def _plain(value: Any) -> Any:
-    """Settings as what JSON can hold."""
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _serves_loopback(host: str) -> bool:
+    return host in {"localhost", "::1", "0.0.0.0", "::", ""} or host.startswith("127.")
 
 
-def _absolute(topology: Topology, base: Path) -> Topology:
+def _options(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
+    """Settings as options of `pdrouter`: nested ones are joined by a dash."""
+    options: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            options += _options(value, (*path, name))
+        elif value is not None:
+            options += ["--" + "-".join((*path, name)).replace("_", "-"), str(value)]
+    return options
+
+
+def _url(host: str, port: int) -> str:
+    """``http://host:port`` as this machine reaches what listens on ``host``."""
+    host = HOST if host in {"0.0.0.0", "::", ""} else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def resolved(topology: Topology, base: Path) -> Topology:
     """Files that the settings name are relative to the topology file."""
 
     def fixed(section: Any) -> Any:

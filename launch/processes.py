@@ -91,14 +91,32 @@ def read_tail(path: Path) -> list[str]:
     return [line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()]
 
 
-class Fleet:
-    """The processes of one run; leaving the ``with`` block ends every one of them."""
+def end_strays(root: int, timeout_s: float = GUARD_EXTRA_S) -> None:
+    """Kill every process below ``root`` and collect those that became its children."""
+    deadline = time.monotonic() + timeout_s
+    while (left := guard.descendants(root)) and time.monotonic() < deadline:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            except (ProcessLookupError, ChildProcessError):
+                pass
+        time.sleep(POLL_S)
 
-    def __init__(self, folder: Path, *, grace_s: float = 20.0) -> None:
+
+class Fleet:
+    """The processes of one run; leaving the ``with`` block ends every one of them.
+
+    ``adopt``: this process is a subreaper and has no other children, so whatever is left below it at the end (of a
+    guard that was itself killed) is a stray and ends too.
+    """
+
+    def __init__(self, folder: Path, *, grace_s: float = 20.0, adopt: bool = False) -> None:
         self.folder = folder
         self.processes: list[Process] = []
         self.hurried = False
         self._grace_s = grace_s
+        self._adopt = adopt
 
     def start(
         self, name: str, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
@@ -129,6 +147,8 @@ class Fleet:
             if process.poll() is None:
                 process.kill()
         self.processes.clear()
+        if self._adopt:
+            end_strays(os.getpid())
 
     def __enter__(self) -> Fleet:
         return self

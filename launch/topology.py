@@ -37,6 +37,9 @@ OWN_FLAGS: Mapping[str, str] = {
 }
 FLAG_ALIASES = {"tp": "tensor-parallel-size", "tensor-parallel": "tensor-parallel-size"}
 
+# Flags that shape KV pages or their content: prefill and decode must agree on them.
+SHARED_FLAGS = ("kv-cache-dtype", "attention-backend", "quantization", "hf-overrides", "load-format", "tokenizer")
+
 # Environment variables that pdlaunch sets itself.
 OWN_ENV: Mapping[str, str] = {
     "VLLM_CPU_OMP_THREADS_BIND": "roles.<role>.cpu",
@@ -113,6 +116,9 @@ def _router(raw: Any) -> Any:
     for key in _PLACEHOLDERS:
         if key in raw:
             raise wrong("pdlaunch fills in the servers itself; take it out", key)
+    for key in ("api_key", "upstream_api_key"):
+        if raw.get(key) is not None:
+            raise wrong(f"a topology holds no secrets: put the key into a file and name it in {key}_file", key)
     return {**raw, **_PLACEHOLDERS}
 
 
@@ -220,11 +226,11 @@ class Preflight(_Section):
     golden_prompt: bool = Field(
         True, description="Send a prompt through the router and directly to decode, and compare the tokens."
     )
-    prompt: str = Field(
-        "import os\nimport sys\n\n\ndef main(argv=None):\n    parser = argparse.ArgumentParser(description=__doc__)\n",
+    prompt: str | None = Field(
+        None,
         min_length=1,
         max_length=100_000,
-        description="Its text; a line that makes it new to every cache is put in front.",
+        description="Its text, a few KV pages long; a line that makes it new to every cache is put in front.",
     )
     max_tokens: Annotated[int, Strict()] = Field(16, ge=1, le=4096, description="Tokens to compare.")
     timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one answer.")
@@ -243,9 +249,9 @@ class Topology(_Section):
     name: Name = Field(description="Names the run: letters a-z, digits and dashes.")
     model: Model
     hosts: dict[str, Host] = Field(default_factory=dict, description="Machines. Only {local: {via: local}} for now.")
-    defaults: Defaults = Field(default_factory=Defaults)
+    defaults: Defaults = Defaults()
     roles: Roles
-    transport: Settings = Field(default_factory=Settings, description="How pages move; the same for all instances.")
+    transport: Settings = Field(Settings(), description="How pages move; the same for all instances.")
     router: Router = Field(
         default_factory=lambda: RouterSettings.model_validate(_PLACEHOLDERS),
         description="RouterSettings, but for prefill and decode.",
@@ -253,7 +259,7 @@ class Topology(_Section):
     kv_load_failure_policy: Literal["recompute", "fail"] = Field(
         "recompute", description="What decode does with a request whose pages did not arrive: compute them, or fail it."
     )
-    preflight: Preflight = Field(default_factory=Preflight)
+    preflight: Preflight = Preflight()
 
     @field_validator("hosts")
     @classmethod
@@ -268,6 +274,18 @@ class Topology(_Section):
         if "port" in transport.control.model_fields_set:
             raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
         return transport
+
+    @model_validator(mode="after")
+    def _same_pages(self) -> Topology:
+        prefill, decode = self.flags(self.roles.prefill), self.flags(self.roles.decode)
+        for name in SHARED_FLAGS:
+            if prefill.get(name) != decode.get(name):
+                raise wrong(
+                    f"args {name} is {prefill.get(name)!r} in prefill and {decode.get(name)!r} in decode, and pages "
+                    "would not fit: set it in defaults.args",
+                    "roles",
+                )
+        return self
 
     @model_validator(mode="after")
     def _fixed_ports_apart(self) -> Topology:

@@ -76,7 +76,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Push:
-    """Producer: stage these blocks on the link; answer with ``pushed`` or ``push_failed``."""
+    """Producer: stage these blocks on the link; answer with ``pushed`` or ``push_failed``.
+
+    One-sided links write the consumer's ``pages``, and answer once every byte has landed.
+    """
 
     transfer: str
     peer: Peer
@@ -92,7 +95,12 @@ class Push:
 
 @dataclass(frozen=True)
 class Unstage:
-    """Producer: the receiver has this batch, or never will: the link may forget it."""
+    """Producer: the receiver has this batch, or never will: the link may forget it.
+
+    If its Push has not been answered yet: withdraw it, no answer is needed. Only one-sided links answer even then,
+    with ``push_failed`` if the write had not begun, or with ``pushed`` after it landed: a posted write can't be called
+    back, and its successor must not start before.
+    """
 
     transfer: str
     peer: Peer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Peer, Place, Ready, Send
@@ -22,6 +23,7 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.protocol.states import CONSUMER_ENDS, ConsumerState, check_consumer_move
 
+MAX_WANTS = 256  # missing batches that one Nack asks for
 POLL_EVERY = 4  # a grant that was accepted is said again every POLL_EVERY * retry_s, to notice a lost Abort
 
 
@@ -161,12 +163,13 @@ class ConsumerMachine:
         if first:
             self._move(ConsumerState.WAITING)
             self._resend_at = now + POLL_EVERY * self.limits.retry_s
-        if self.state is ConsumerState.WAITING and (first or accept.known != self._known):
+        known = accept.known or self._known  # an older Accept may come in late
+        if self.state is ConsumerState.WAITING and (first or known != self._known):
             # Each wait starts when the thing waited for could start: the request's arrival, then its turn.
-            self._deadline = now + (self.limits.queue_s if accept.known else self.limits.arrival_s)
+            self._deadline = now + (self.limits.queue_s if known else self.limits.arrival_s)
         if accept.tokens_done > self._tokens_done and self.state is ConsumerState.RECEIVING:
             self._extend(now)
-        self._known = accept.known
+        self._known = known
         self._tokens_done = max(self._tokens_done, accept.tokens_done)
         return []
 
@@ -196,6 +199,10 @@ class ConsumerMachine:
         if commit.tokens != self.grant.tokens:
             return self._give_up(
                 Code.MISMATCH, f"prefill committed {commit.tokens} tokens, decode asked for {self.grant.tokens}"
+            )
+        if commit.batches > self.grant.blocks:
+            return self._give_up(
+                Code.MISMATCH, f"the commit names {commit.batches} batches for {self.grant.blocks} blocks"
             )
         self._commit = commit
         self._move(ConsumerState.VERIFYING)
@@ -254,7 +261,7 @@ class ConsumerMachine:
 
     def _give_up(self, code: Code, reason: str, tell: bool = True) -> list[Action]:
         self._move(ConsumerState.FENCING)
-        self.code, self.reason = code, reason
+        self.code, self.reason = code, reason or code.value
         # Pages that only we write are safe after our own fence; the peer's word is needed where it writes them.
         self._revoking = tell
         self._remote_fence = self._remote_fence or not self.one_sided
@@ -294,7 +301,8 @@ class ConsumerMachine:
             (seq, slot.batch.attempt + 1) for seq, slot in self._slots.items() if not slot.placing and not slot.verified
         ]
         if self._commit is not None:
-            wants += [(seq, 0) for seq in range(self._commit.batches) if seq not in self._slots][:256]
+            missing = ((seq, 0) for seq in range(self._commit.batches) if seq not in self._slots)
+            wants += itertools.islice(missing, MAX_WANTS)
         return tuple(wants)
 
     def _timeout_text(self) -> str:

@@ -19,12 +19,13 @@ PROTOCOL_VERSION = 1
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
 MAX_REASON = 512
+MAX_ATTEMPTS = 1000  # of one batch; an engine that is preempted more often has worse problems
 MAX_NESTING = 8
 
 TransferId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$")]
 Generation = Annotated[int, Field(ge=1, lt=1 << 63)]
 Seq = Annotated[int, Field(ge=0, lt=1 << 31)]
-Attempt = Annotated[int, Field(ge=0, le=1000)]
+Attempt = Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)]
 BlockIndex = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Reason = Annotated[str, Field(max_length=MAX_REASON)]
 Digest = Annotated[bytes, Field(min_length=16, max_length=32)]

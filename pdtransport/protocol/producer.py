@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pdtransport.protocol.actions import Action, Fence, Limits, Peer, Push, Send, Unstage
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
+    MAX_ATTEMPTS,
     Abort,
     Accept,
     Ack,
@@ -35,6 +36,9 @@ class _Out:
     attempt: int = 0
     announced: Batch | None = None  # None while the link stages it, or while its pages wait to be recomputed
     staging: bool = False
+    torn: bool = False  # one-sided: its pages were taken back while the link still reads them
+    said: bool = False  # some attempt was announced
+    refused: int = 0  # attempts that decode found damaged
     received: bool = False
 
 
@@ -61,6 +65,7 @@ class ProducerMachine:
         # One batch may always go, or a window smaller than a batch would never open.
         self._window = max(min(limits.window_bytes, grant.window_bytes), self._batch_blocks * block_bytes)
         self._end = grant.first_block + grant.blocks
+        self._writes = bool(grant.pages)  # one-sided: our link writes decode's pages, and can't call a write back
         self._next_block = grant.first_block
         self._ready = 0  # leading blocks of the request whose KV is final
         self._out: list[_Out] = []
@@ -91,9 +96,14 @@ class ProducerMachine:
     def pushed(self, seq: int, attempt: int, checksums: bytes, offer: bytes, now: float) -> list[Action]:
         """The link staged a batch (one-sided links: wrote it)."""
         out = self._find(seq)
-        if out is None or not out.staging or out.attempt != attempt or self.state is ProducerState.FENCING:
+        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+            return []
+        if out is None or not out.staging or out.attempt != attempt:
             return []
         out.staging = False
+        if out.torn:
+            return self._torn_landed(out)
+        out.said = True
         out.announced = Batch(
             transfer=self.grant.transfer,
             generation=self.grant.generation,
@@ -113,6 +123,8 @@ class ProducerMachine:
         out = self._find(seq)
         if out is None or not out.staging or out.attempt != attempt:
             return []
+        if out.torn and self.state not in PRODUCER_ENDS and self.state is not ProducerState.FENCING:
+            return self._torn_landed(out)
         return self.cancel(Code.LINK, error)
 
     def on_message(self, message: Message, now: float) -> list[Action]:
@@ -132,7 +144,8 @@ class ProducerMachine:
         if isinstance(message, Ack):
             return self._on_ack()
         if isinstance(message, Revoke):
-            return self._stop(message.code, message.reason, self._revoked())
+            code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
+            return self._stop(code, message.reason, self._revoked())
         return []
 
     def fenced(self) -> list[Action]:
@@ -211,7 +224,7 @@ class ProducerMachine:
         )
 
     def _maybe_commit(self, now: float) -> list[Action]:
-        if self.state is not ProducerState.STREAMING or self._next_block < self._end or self._ready < self._end:
+        if self.state is not ProducerState.STREAMING or self._next_block < self._end:
             return []
         if any(out.announced is None and not out.received for out in self._out):
             return []
@@ -231,19 +244,41 @@ class ProducerMachine:
 
     def _rewind(self, now: float) -> list[Action]:
         """The engine took pages back. Batches that decode has are safe; the others are staged again once their
-        pages are recomputed. Whoever still reads the old bytes finds that their checksum is wrong."""
+        pages are recomputed. Whoever still reads the old bytes finds that their checksum is wrong.
+
+        On one-sided links an announced batch has left these pages already, and decode may have verified it: it is
+        written again only if decode asks. One that is being written must land before its successor may start.
+        """
         lost = [out for out in self._out if not out.received and not self._has_pages(out)]
-        if not lost:
-            return []
-        if not self.limits.checksums:
+        if self._writes:
+            torn = [out for out in lost if out.staging and not out.torn]
+            for out in torn:
+                out.torn = True
+            return [self._unstage(out) for out in torn]
+        if not self.limits.checksums and any(out.announced is not None for out in lost):
             return self.cancel(Code.PREEMPTED, "prefill was preempted before its pages were delivered")
+        return self._restage(lost, now)
+
+    def _torn_landed(self, out: _Out) -> list[Action]:
+        """A write whose pages were taken back is through: it counts for nothing, and the next one may start."""
+        out.staging = out.torn = False
+        if out.attempt >= MAX_ATTEMPTS:
+            return self.cancel(Code.PREEMPTED, f"batch {out.seq} was taken back {out.attempt} times")
+        out.attempt += 1
+        return [self._push(out)] if self._has_pages(out) else []
+
+    def _restage(self, lost: list[_Out], now: float) -> list[Action]:
+        """Withdraw what was staged and push it again as a new attempt once its pages are there."""
         actions: list[Action] = []
         for out in lost:
-            if out.announced is not None or out.staging:
-                actions.append(self._unstage(out))
+            if out.announced is None and not out.staging:
+                continue  # this attempt has not begun
+            if out.attempt >= MAX_ATTEMPTS:
+                return [*actions, *self.cancel(Code.PREEMPTED, f"batch {out.seq} was taken back {out.attempt} times")]
+            actions.append(self._unstage(out))
             out.announced, out.staging = None, False
             out.attempt += 1
-        return actions
+        return actions + self._advance(now)
 
     # -- what messages mean --------------------------------------------------------------------------------------
 
@@ -253,8 +288,8 @@ class ProducerMachine:
             out = self._find(seq)
             if out is None or out.received:
                 continue
-            if out.announced is None and not out.staging and out.attempt == 0:
-                continue  # never announced: not ours to believe
+            if not out.said or (self._writes and out.staging):
+                continue  # never announced, or being written anew: not ours to believe
             out.received, out.staging = True, False
             self._in_flight -= out.blocks * self.block_bytes
             actions.append(self._unstage(out))
@@ -270,12 +305,10 @@ class ProducerMachine:
             if wanted <= out.attempt:
                 actions.append(Send(self.peer, out.announced))
             elif wanted == out.attempt + 1:
-                if wanted > self.limits.resends:
-                    return [*actions, *self.cancel(Code.DAMAGED, f"batch {seq} was refused {wanted} times")]
-                actions.append(self._unstage(out))
-                out.attempt, out.announced = wanted, None
-                if self._has_pages(out):
-                    actions.append(self._push(out))
+                out.refused += 1
+                if out.refused > self.limits.resends:
+                    return [*actions, *self.cancel(Code.DAMAGED, f"batch {seq} was refused {out.refused} times")]
+                actions += self._restage([out], now)
         return actions
 
     def _on_ack(self) -> list[Action]:
@@ -295,7 +328,7 @@ class ProducerMachine:
 
     def _stop(self, code: Code, reason: str, last_words: Message) -> list[Action]:
         self._move(ProducerState.FENCING)
-        self.code, self.reason = code, reason
+        self.code, self.reason = code, reason or code.value
         self._last_words = last_words
         return [*self._unstage_all(), Fence(self.grant.transfer, self.peer, self.grant.generation)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pdtransport.protocol.actions import Action, Limits, Peer, Release, Send
 from pdtransport.protocol.agenda import Agenda
@@ -15,6 +16,8 @@ from pdtransport.protocol.messages import (
     Code,
     ConsumerMessage,
     Grant,
+    Nack,
+    Received,
     Revoke,
     Revoked,
     TransferId,
@@ -24,6 +27,12 @@ from pdtransport.protocol.receiving import TransferOver
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
 
 _HOLD = "hold"  # agenda key of a request's own deadline, beside those of its grants
+
+
+class _Claimant(NamedTuple):
+    """Agenda key of a claim whose request has not arrived."""
+
+    peer: Peer
 
 
 @dataclass
@@ -81,6 +90,7 @@ class Sending:
         actions: list[Action] = []
         for key in [key for key in self._early_claims if key[0] == transfer]:
             request.claimed_by[key[1]] = self._early_claims.pop(key)
+            self._agenda.set((transfer, _Claimant(key[1])), None)
         for key in [key for key in self._early if key[0] == transfer]:
             grant, _ = self._early.pop(key)
             self._agenda.set(key, None)
@@ -127,7 +137,11 @@ class Sending:
         if isinstance(message, Grant):
             return self._on_grant(request, machine, peer, message, now)
         if isinstance(message, Revoke):
-            return self._on_revoke(request, peer, message)
+            return self._on_revoke(request, machine, peer, message)
+        if isinstance(message, (Received, Nack)) and request is None:
+            code, reason = self._over.get(message.transfer, (None, ""))
+            if code is not None:  # our Abort got lost
+                return [self._abort(peer, message, code, reason)]
         self.counters["stale_messages"] += 1
         return []
 
@@ -166,6 +180,7 @@ class Sending:
             self._agenda.set(key, None)
         for key in [key for key in self._early_claims if key[1] == peer]:
             del self._early_claims[key]
+            self._agenda.set((key[0], _Claimant(peer)), None)
         actions: list[Action] = []
         for transfer, request in list(self._requests.items()):
             machine = request.grants.get(peer)
@@ -183,6 +198,8 @@ class Sending:
             if (transfer, peer) in self._early:
                 del self._early[transfer, peer]
                 self.counters["early_grants_expired"] += 1
+            elif isinstance(peer, _Claimant):
+                self._early_claims.pop((transfer, peer.peer), None)
             elif request is not None and peer == _HOLD:
                 actions += self._hold_ended(transfer, request, now)
             elif request is not None and peer in request.grants:
@@ -226,12 +243,13 @@ class Sending:
         if key not in self._early:
             if len(self._early) >= self.limits.max_transfers:
                 text = f"{len(self._early)} grants wait for their requests (max_transfers)"
+                self._bury(grant.transfer, Code.OVERLOADED, text)  # a copy of this grant must meet the same answer
                 return [self._abort(peer, grant, Code.OVERLOADED, text)]
             # Decode gives up first; this bound is for a decode worker that forgot.
             until = now + 2 * self.limits.arrival_s
             self._early[key] = (grant, until)
             self._agenda.set(key, until)
-        elif grant.generation > self._early[key][0].generation:
+        elif grant.generation != self._early[key][0].generation:
             return [self._abort(peer, grant, Code.REUSED, "this transfer id was granted before; mint one per dispatch")]
         return [Send(peer, Accept(transfer=grant.transfer, generation=grant.generation, known=False))]
 
@@ -265,27 +283,35 @@ class Sending:
             return str(error)
         return ""
 
-    def _on_revoke(self, request: _Request | None, peer: Peer, message: Revoke) -> list[Action]:
-        """Of a grant that is not being served: nothing of ours can reach its pages."""
+    def _on_revoke(
+        self, request: _Request | None, machine: ProducerMachine | None, peer: Peer, message: Revoke
+    ) -> list[Action]:
+        """Of a grant that is not being served: nothing of ours can reach its pages, nor ever will, even if the grant
+        itself is still on its way."""
         key = (message.transfer, peer)
         early = self._early.get(key)
         if early is not None and early[0].generation == message.generation:
             del self._early[key]
             self._agenda.set(key, None)
-            if request is None:
-                # Its request may still arrive; decode will not take it any more.
-                self._bury(
-                    message.transfer, message.code, message.reason or "decode gave up before the request arrived"
-                )
-        return [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
+        code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
+        reason = message.reason or "decode gave up before prefill began"
+        actions: list[Action] = [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
+        if request is None:
+            if message.transfer not in self._over:
+                self._bury(message.transfer, code, reason)  # its request may still arrive: nobody will take it
+        elif machine is None:
+            request.cancelled = request.cancelled or (code, reason)
+            actions += self._maybe_release(message.transfer, request)
+        return actions
 
     def _on_claim(self, request: _Request | None, peer: Peer, message: Claim, now: float) -> list[Action]:
         if request is None:
             if message.transfer not in self._over and len(self._early_claims) < self.limits.max_transfers:
                 self._early_claims.setdefault((message.transfer, peer), now)
+                self._agenda.set((message.transfer, _Claimant(peer)), now + 2 * self.limits.arrival_s)
             return []
         since = request.claimed_by.setdefault(peer, now)
-        if request.finished and not request.grants:
+        if request.finished and peer not in request.grants:
             request.hold_until = max(request.hold_until, since + self.limits.claim_s)
             self._agenda.set((message.transfer, _HOLD), request.hold_until)
         return []
@@ -294,6 +320,8 @@ class Sending:
 
     def _hold_ended(self, transfer: TransferId, request: _Request, now: float) -> list[Action]:
         if request.consumers is not None and len(request.grants) >= request.consumers:
+            if request.ready < request.blocks:
+                return self.cancel(transfer, Code.CANCELLED, "the engine finished without computing the whole prompt")
             return []  # every consumer granted: their own deadlines rule
         self.counters["holds_expired"] += 1
         held = self.limits.claim_s if request.claimed_by else self.limits.hold_s
@@ -353,5 +381,6 @@ class Sending:
         return actions
 
     @staticmethod
-    def _abort(peer: Peer, grant: Grant, code: Code, reason: str) -> Action:
-        return Send(peer, Abort(transfer=grant.transfer, generation=grant.generation, code=code, reason=reason[:200]))
+    def _abort(peer: Peer, about: Grant | Received | Nack, code: Code, reason: str) -> Action:
+        code = Code.PEER_CANCELLED if code is Code.CANCELLED else code
+        return Send(peer, Abort(transfer=about.transfer, generation=about.generation, code=code, reason=reason[:200]))

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from pdtransport.router.api_errors import ApiError
 from pdtransport.router.endpoints import Endpoint, Fleet
-from pdtransport.router.settings import RouterTimeouts
+from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.workers import worker_status
 
@@ -40,15 +40,14 @@ class Admin:
         self,
         fleet: Fleet,
         traces: Traces,
-        timeouts: RouterTimeouts,
+        settings: RouterSettings,
         state: Callable[[], dict[str, Any]],
-        own_port: bool,
     ) -> None:
         self._fleet = fleet
         self._traces = traces
-        self._timeouts = timeouts
+        self._settings = settings
         self._state = state
-        self._own_port = own_port
+        self._own_port = settings.admin_port is not None
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -93,15 +92,13 @@ class Admin:
             role: next((one for one in self._fleet.all if one.role == role and one.name == name), None)
             for role, name in named.items()
         }
-        asked = {
-            role: endpoint for role, endpoint in found.items() if endpoint is not None and sent["prefill"]
-        }
+        asked = {role: endpoint for role, endpoint in found.items() if endpoint is not None and sent["prefill"]}
         return await self._ask(asked, transfer_id)
 
     async def _ask(self, endpoints: dict[str, Endpoint], transfer_id: str) -> dict[str, Any]:
-        seconds = self._timeouts.worker_status_s
+        seconds, control = self._settings.timeouts.worker_status_s, self._settings.control
         answers = await asyncio.gather(
-            *(worker_status(one, transfer_id, seconds) for one in endpoints.values())
+            *(worker_status(one, transfer_id, seconds, control) for one in endpoints.values())
         )
         return dict(zip(endpoints, answers, strict=True))
 

@@ -26,9 +26,7 @@ class Admission:
             ApiError: 503, there are max_inflight already.
         """
         if self.inflight >= self._settings.max_inflight:
-            raise self._full(
-                f"the router already serves max_inflight ({self._settings.max_inflight}) requests"
-            )
+            raise self._full(f"the router already serves max_inflight ({self._settings.max_inflight}) requests")
         return Seat(self, self._settings)
 
     def reserve(self, nbytes: int) -> None:
@@ -38,16 +36,12 @@ class Admission:
             ApiError: 503, bodies under way hold max_buffered_bytes already.
         """
         if self.buffered + nbytes > self._settings.max_buffered_bytes:
-            raise self._full(
-                f"the router already holds max_buffered_bytes ({self._settings.max_buffered_bytes})"
-            )
+            raise self._full(f"the router already holds max_buffered_bytes ({self._settings.max_buffered_bytes})")
         self.buffered += nbytes
 
     def _full(self, why: str) -> ApiError:
         retry = {"Retry-After": str(self._settings.retry_after_s)}
-        return ApiError(
-            503, f"{why}: try again later", kind=SERVER, code="overloaded", headers=retry, close=True
-        )
+        return ApiError(503, f"{why}: try again later", kind=SERVER, code="overloaded", headers=retry, close=True)
 
 
 class Seat:
@@ -110,6 +104,4 @@ class Seat:
 
     def _too_large(self) -> ApiError:
         bound = self._settings.max_body_bytes
-        return ApiError(
-            413, f"the body is larger than max_body_bytes ({bound})", code="body_too_large", close=True
-        )
+        return ApiError(413, f"the body is larger than max_body_bytes ({bound})", code="body_too_large", close=True)

@@ -95,12 +95,7 @@ class Attempt:
             if task is not None:
                 task.cancel()
         opened = self.opened
-        if (
-            opened is None
-            and self._decode is not None
-            and self._decode.done()
-            and not self._decode.cancelled()
-        ):
+        if opened is None and self._decode is not None and self._decode.done() and not self._decode.cancelled():
             opened = None if self._decode.exception() else self._decode.result()
         if opened is not None:
             opened.response.close()
@@ -112,9 +107,7 @@ class Attempt:
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # its failure was seen
         return task
 
-    async def _run_prefill(
-        self, prefill: Endpoint, call: Call, headers: list[tuple[str, str]]
-    ) -> PrefillAnswer:
+    async def _run_prefill(self, prefill: Endpoint, call: Call, headers: list[tuple[str, str]]) -> PrefillAnswer:
         path, body = PATHS[call.api], call.for_prefill(prefill_params(self.transfer_id))
         began = asyncio.get_running_loop().time()
         try:
@@ -133,9 +126,7 @@ class Attempt:
             prefill.learn(answer.params)
         return answer
 
-    async def _run_decode(
-        self, params: dict[str, Any] | None, call: Call, headers: list[tuple[str, str]]
-    ) -> Opened:
+    async def _run_decode(self, params: dict[str, Any] | None, call: Call, headers: list[tuple[str, str]]) -> Opened:
         path, body = PATHS[call.api], call.for_decode(params)
         decode = self.dispatch.decode
         try:
@@ -193,8 +184,6 @@ class Attempt:
 
     def _too_slow(self, endpoint: Endpoint, setting: str) -> UpstreamError:
         seconds = getattr(self._settings.timeouts, setting)
-        error = UpstreamError(
-            endpoint, "timeout", f"did not answer within timeouts.{setting} ({seconds:g} s)"
-        )
+        error = UpstreamError(endpoint, "timeout", f"did not answer within timeouts.{setting} ({seconds:g} s)")
         self._blame(error)
         return error

@@ -67,9 +67,7 @@ class Call:
     raw: bytes  # the client's body
     brace: int  # offset of the byte after the body's opening brace
     prefill_head: bytes  # prefill's body but for kv_transfer_params and the closing brace
-    drop_null: (
-        bytes | None
-    )  # decode's body without the client's `"kv_transfer_params": null`, where it sent that
+    drop_null: bytes | None  # decode's body without the client's `"kv_transfer_params": null`, where it sent that
     stream: bool
     model: str
     prompt_tokens: int  # exact for token ids, else an estimate
@@ -177,9 +175,7 @@ def _members(text: str, at: int) -> dict[str, _Member]:
         start = at
         value, at = _value(text, start)
         if key in members:
-            raise ApiError(
-                400, f"the request body has {key[:64]!r} twice", code="invalid_json", param=key[:64]
-            )
+            raise ApiError(400, f"the request body has {key[:64]!r} twice", code="invalid_json", param=key[:64])
         members[key] = _Member(value, key_start, start, at)
         at = _after(text, at)
         if text[at : at + 1] == "}":
@@ -230,9 +226,7 @@ def _why_alone(api: Api, members: dict[str, _Member]) -> Reason | None:
     if given("echo"):
         return Reason("echo", "echo returns the prompt, which decode must compute")
     if given("prompt_logprobs") is not None:
-        return Reason(
-            "prompt_logprobs", "prompt_logprobs need the whole prompt computed where the answer is made"
-        )
+        return Reason("prompt_logprobs", "prompt_logprobs need the whole prompt computed where the answer is made")
     if given("prompt_embeds") is not None:
         return Reason("prompt_embeds", "prompt_embeds carry no tokens to match pages by")
     return _why_prompt_alone(api, given(_PROMPT_KEY[api]))
@@ -244,9 +238,7 @@ def _why_prompt_alone(api: Api, prompt: Any) -> Reason | None:
     if isinstance(prompt, list) and prompt:
         if api == "chat" or isinstance(prompt[0], int):
             return None
-        return Reason(
-            "batch", f"a batch of {len(prompt)} prompts shares one body and a hand-off serves one prompt"
-        )
+        return Reason("batch", f"a batch of {len(prompt)} prompts shares one body and a hand-off serves one prompt")
     return Reason("no_prompt", f"the body has no usable {_PROMPT_KEY[api]}")
 
 

@@ -26,9 +26,7 @@ _NOT_OPTIONS = {
 _MANY = {"prefill", "decode"}
 
 
-def _options(
-    model: type[BaseModel], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+def _options(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     for name, field in model.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -55,7 +53,9 @@ def _metavar(field: FieldInfo) -> str | None:
 def parser() -> argparse.ArgumentParser:
     """One option for each setting; nested ones are joined by a dash: --timeouts-connect-s."""
     made = argparse.ArgumentParser(
-        prog="pdrouter", description="OpenAI-compatible router in front of vLLM prefill and decode servers."
+        prog="pdrouter",
+        allow_abbrev=False,
+        description="OpenAI-compatible router in front of vLLM prefill and decode servers.",
     )
     for path, field in _options(RouterSettings):
         help_text = (field.description or "").replace("%", "%%")
@@ -95,7 +95,7 @@ def settings_from(arguments: argparse.Namespace) -> RouterSettings:
         for name in path[:-1]:
             inner = inner.setdefault(name, {})
         inner[path[-1]] = value
-    return RouterSettings.build(raw, where="pdrouter")
+    return RouterSettings.build(raw, where="settings")
 
 
 async def _run(settings: RouterSettings) -> None:
@@ -123,9 +123,7 @@ def _on_signal(ended: asyncio.Event, number: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``pdrouter``; returns its exit status: 0 after a signal, 2 if it can't start."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(_run(settings_from(arguments)))
     except PDTransportError as error:

@@ -137,9 +137,7 @@ class Endpoint:
 
     def set_healthy(self, healthy: bool, why: str = "") -> None:
         if healthy != self.healthy:
-            log.warning(
-                "%s server %s is %s%s", self.role, self.name, "healthy" if healthy else "unhealthy: ", why
-            )
+            log.warning("%s server %s is %s%s", self.role, self.name, "healthy" if healthy else "unhealthy: ", why)
         if healthy and not self.healthy:
             self.succeeded()
         self.healthy = healthy

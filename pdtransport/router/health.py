@@ -8,6 +8,7 @@ from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTime
 
 from pdtransport.router.endpoints import Endpoint, Fleet
 from pdtransport.router.settings import RouterHealth
+from pdtransport.router.upstream import reason
 
 
 class Prober:
@@ -35,12 +36,10 @@ class Prober:
         """One health check."""
         timeout = ClientTimeout(total=self._settings.timeout_s)
         try:
-            async with self._session.get(
-                f"{endpoint.url}/health", timeout=timeout, allow_redirects=False
-            ) as response:
+            async with self._session.get(f"{endpoint.url}/health", timeout=timeout, allow_redirects=False) as response:
                 status = response.status
         except ClientConnectorError as error:
-            self._refused(endpoint, f"can't connect: {error.os_error.strerror or error.os_error}")
+            self._refused(endpoint, f"can't connect: {reason(error)}")
         except (ClientError, OSError, asyncio.TimeoutError) as error:
             self._unanswered[endpoint] = self._unanswered.get(endpoint, 0) + 1
             if self._unanswered[endpoint] >= self._settings.failures:

@@ -71,9 +71,7 @@ class Metrics:
     """All series of one router."""
 
     def __init__(self) -> None:
-        self.requests = Counter(
-            "pdrouter_requests_total", "Requests that ended, by outcome.", "api", "path", "outcome"
-        )
+        self.requests = Counter("pdrouter_requests_total", "Requests that ended, by outcome.", "api", "path", "outcome")
         self.alone = Counter(
             "pdrouter_not_disaggregated_total", "Requests that decode served alone, by reason.", "reason"
         )
@@ -87,18 +85,14 @@ class Metrics:
             _FAST_S,
             "path",
         )
-        self.prefill = Histogram(
-            "pdrouter_prefill_seconds", "From dispatch to prefill's answer.", _SLOW_S, "order"
-        )
+        self.prefill = Histogram("pdrouter_prefill_seconds", "From dispatch to prefill's answer.", _SLOW_S, "order")
         self.first_token = Histogram(
             "pdrouter_first_token_seconds",
             "From arrival to the first bytes of a streamed answer.",
             _SLOW_S,
             "path",
         )
-        self.duration = Histogram(
-            "pdrouter_request_seconds", "From arrival to the last byte.", _SLOW_S, "path"
-        )
+        self.duration = Histogram("pdrouter_request_seconds", "From arrival to the last byte.", _SLOW_S, "path")
 
     def lines(self) -> list[str]:
         series = (

@@ -33,9 +33,7 @@ class Affinity:
         return None
 
     def remember(self, keys: Sequence[bytes], endpoint: Endpoint) -> None:
-        for key in reversed(
-            keys
-        ):  # short prefixes last: they are shared by more prompts, so they should live longer
+        for key in reversed(keys):  # short prefixes last: they are shared by more prompts, so they should live longer
             self._last[key] = endpoint
             self._last.move_to_end(key)
         while len(self._last) > self._bound:

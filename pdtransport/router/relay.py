@@ -97,9 +97,7 @@ def pd_headers(trace: Trace) -> dict[str, str]:
 class Relay:
     """Carries one opened answer."""
 
-    def __init__(
-        self, request: web.Request, attempt: Attempt, trace: Trace, timeouts: RouterTimeouts
-    ) -> None:
+    def __init__(self, request: web.Request, attempt: Attempt, trace: Trace, timeouts: RouterTimeouts) -> None:
         if attempt.opened is None:
             raise ValueError("the attempt has no answer yet")
         self._request = request
@@ -164,7 +162,6 @@ class Relay:
         message = f"decode server {self._decode} did not finish its answer: {why}"
         self._trace.outcome = "interrupted"
         self._trace.note = message
-        response.force_close()
         if self._events is None:
             self._drop_client()  # a cut body is the only way to tell that it is incomplete
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -47,9 +48,7 @@ class Router:
         self.settings = settings
         self._keys = tuple(key.encode() for key in settings.client_keys())
         self._server_key = settings.server_key()
-        self._drop_authorization = bool(
-            self._keys
-        )  # it holds our key, which is none of the servers' business
+        self._drop_authorization = bool(self._keys)  # it holds our key, which is none of the servers' business
         self.metrics = Metrics()
         self.fleet = Fleet(settings)
         self._placer = Placer(settings.placement)
@@ -103,16 +102,10 @@ class Router:
 
     async def _listen(self) -> None:
         settings = self.settings
-        admin = Admin(
-            self.fleet,
-            self._traces,
-            settings.timeouts,
-            self.describe,
-            own_port=settings.admin_port is not None,
-        )
+        admin = Admin(self.fleet, self._traces, settings, self.describe)
         routes: list[web.RouteDef] = [
-            web.post("/v1/completions", lambda request: self._serve(request, "completions")),
-            web.post("/v1/chat/completions", lambda request: self._serve(request, "chat")),
+            web.post("/v1/completions", self._completions),
+            web.post("/v1/chat/completions", self._chat),
             web.get("/v1/models", self._models),
             web.get("/health", self._health),
             web.get("/metrics", self._metrics),
@@ -120,15 +113,9 @@ class Router:
         if settings.admin_port is None:
             routes += admin.routes()
         else:
-            self._admin = await self._open(
-                settings.admin_host, settings.admin_port, "admin_port", admin.routes()
-            )
+            self._admin = await self._open(settings.admin_host, settings.admin_port, "admin_port", admin.routes())
         self._main = await self._open(settings.host, settings.port, "port", routes)
-        if (
-            not self._keys
-            and not settings.host.startswith("127.")
-            and settings.host not in {"localhost", "::1"}
-        ):
+        if not self._keys and not settings.host.startswith("127.") and settings.host not in {"localhost", "::1"}:
             log.warning("the router listens on %s and asks for no key: set api_key_file", settings.host)
 
     async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef]) -> Listener:
@@ -139,10 +126,8 @@ class Router:
         try:
             await listener.start(host, port)
         except OSError as error:
-            why = error.strerror or str(error)
-            raise SettingsError(
-                f"{setting}: can't listen on {host}:{port}: {why}; choose another {setting}"
-            ) from None
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise SettingsError(f"{setting}: can't listen on {host}:{port}: {why}; choose another {setting}") from None
         return listener
 
     def describe(self) -> dict[str, Any]:
@@ -159,6 +144,12 @@ class Router:
 
     # -- the OpenAI endpoints ---------------------------------------------------------------------------------------
 
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, "completions")
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, "chat")
+
     async def _serve(self, request: web.Request, api: Api) -> web.StreamResponse:
         trace = Trace(api)
         try:
@@ -166,9 +157,7 @@ class Router:
             with self._admission.enter() as seat:
                 return await self._answer(request, api, trace, seat)
         except ApiError as error:
-            trace.outcome = (
-                "refused" if not trace.dispatches else "failed" if error.status >= 500 else "client_error"
-            )
+            trace.outcome = "refused" if not trace.dispatches else "failed" if error.status >= 500 else "client_error"
             trace.status = error.status
             trace.note = error.message[:300]
             if trace.outcome == "refused":
@@ -219,9 +208,7 @@ class Router:
             return
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")
-        known = [
-            hmac.compare_digest(given, key) for key in self._keys
-        ]  # all of them: the time taken tells nothing
+        known = [hmac.compare_digest(given, key) for key in self._keys]  # all of them: the time taken tells nothing
         if scheme.lower() != "bearer" or not any(known):
             raise ApiError(
                 401, "no valid API key: send it as Authorization: Bearer KEY",
@@ -243,9 +230,7 @@ class Router:
                     while more := await answer.content.read(MAX_MODELS_BYTES):
                         body += more
                         if len(body) > MAX_MODELS_BYTES:
-                            raise ApiError(
-                                502, f"decode server {endpoint.name} lists too many models", kind=SERVER
-                            )
+                            raise ApiError(502, f"decode server {endpoint.name} lists too many models", kind=SERVER)
                     return web.Response(status=answer.status, body=body, headers=dict(kept))
             except (ClientError, OSError, asyncio.TimeoutError):
                 continue
@@ -259,26 +244,20 @@ class Router:
             for role in ("prefill", "decode")
         }
         good = all(role["healthy"] for role in roles.values())
-        return web.json_response(
-            {"status": "ok" if good else "degraded", **roles}, status=200 if good else 503
-        )
+        return web.json_response({"status": "ok" if good else "degraded", **roles}, status=200 if good else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         labels = {one: (("role", one.role), ("server", one.name)) for one in self.fleet.all}
         lines = self.metrics.lines()
         lines += prom.gauge("pdrouter_inflight", "Requests under way.", [((), self._admission.inflight)])
-        lines += prom.gauge(
-            "pdrouter_buffered_bytes", "Bytes of bodies held.", [((), self._admission.buffered)]
-        )
+        lines += prom.gauge("pdrouter_buffered_bytes", "Bytes of bodies held.", [((), self._admission.buffered)])
         for name, text, attribute in (
             ("pdrouter_server_healthy", "1 if the server's last check succeeded.", "healthy"),
             ("pdrouter_server_inflight", "Requests under way at the server.", "inflight"),
             ("pdrouter_server_inflight_tokens", "Prompt tokens under way at the server.", "inflight_tokens"),
             ("pdrouter_server_restarts", "Times that a prefill server's engine id changed.", "restarts"),
         ):
-            lines += prom.gauge(
-                name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all]
-            )
+            lines += prom.gauge(name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all])
         return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": prom.CONTENT_TYPE})
 
 
@@ -295,18 +274,12 @@ async def _openai_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return error.response()
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
-        refusal = ApiError(
-            405, f"this path takes {allowed}", code="method_not_allowed", headers={"Allow": allowed}
-        )
+        refusal = ApiError(405, f"this path takes {allowed}", code="method_not_allowed", headers={"Allow": allowed})
         return refusal.response()
     except web.HTTPException as error:
-        return ApiError(
-            error.status, f"{error.reason}: the router has no such path", code="not_found"
-        ).response()
+        return ApiError(error.status, f"{error.reason}: the router has no such path", code="not_found").response()
     except ConnectionError:
         raise
     except Exception as error:
         log.exception("a request failed in the router itself")
-        return ApiError(
-            500, f"the router failed: {type(error).__name__}", kind=SERVER, code="router_error"
-        ).response()
+        return ApiError(500, f"the router failed: {type(error).__name__}", kind=SERVER, code="router_error").response()

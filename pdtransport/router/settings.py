@@ -1,4 +1,4 @@
-"""What the router can be told. One model serves ``pdrouter``, the ``router:`` section of ``topology.yaml`` and Python."""
+"""What the router can be told: one model for ``pdrouter``, the ``router:`` section of ``topology.yaml`` and Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from pdtransport.errors import SettingsError
-from pdtransport.settings import one_line
+from pdtransport.settings import ControlSettings, one_line
 
 MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
 MAX_API_KEYS = 64  # every request is compared with each of them
@@ -72,9 +72,7 @@ class EndpointSettings(_Section):
         address, _, ranks = control.partition("/")
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdecimal() or (ranks and not ranks.isdecimal()):
-            raise ValueError(
-                f"{control!r} is no control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE"
-            )
+            raise ValueError(f"{control!r} is no control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE")
         return cls(url=url, control_host=host.strip("[]"), control_port=int(port), tp_size=int(ranks or 1))
 
 
@@ -103,12 +101,8 @@ class RouterTimeouts(_Section):
         120.0, gt=0, le=86400, description="A client that takes nothing for this long is disconnected."
     )
     client_body_s: float = Field(60.0, gt=0, le=3600, description="Receiving a client's whole request body.")
-    total_s: float = Field(
-        3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte."
-    )
-    drain_s: float = Field(
-        10.0, ge=0, le=3600, description="Requests under way get this long when the router stops."
-    )
+    total_s: float = Field(3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte.")
+    drain_s: float = Field(10.0, ge=0, le=3600, description="Requests under way get this long when the router stops.")
     worker_status_s: float = Field(1.0, gt=0, le=60, description="Asking workers for their part of a trace.")
 
 
@@ -116,9 +110,7 @@ class RouterHealth(_Section):
     """When a server counts as healthy."""
 
     interval_s: float = Field(2.0, gt=0, le=3600, description="Interval between GET /health of each server.")
-    timeout_s: float = Field(
-        5.0, gt=0, le=600, description="A health check unanswered for this long has failed."
-    )
+    timeout_s: float = Field(5.0, gt=0, le=600, description="A health check unanswered for this long has failed.")
     backoff_max_s: float = Field(
         30.0, gt=0, le=3600, description="An unhealthy server is checked at intervals that double up to this."
     )
@@ -186,11 +178,9 @@ class RouterSettings(_Section):
     )
     dispatch: Literal["concurrent", "serial"] = Field(
         "concurrent",
-        description="concurrent: prefill and decode get a request at once. serial: decode gets it after prefill's answer.",
+        description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",
     )
-    api_key: SecretStr | None = Field(
-        None, description="Key that clients must send as Authorization: Bearer KEY."
-    )
+    api_key: SecretStr | None = Field(None, description="Key that clients must send as Authorization: Bearer KEY.")
     api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
     upstream_api_key: SecretStr | None = Field(
         None,
@@ -198,18 +188,14 @@ class RouterSettings(_Section):
         "api_key or api_key_file is set.",
     )
     upstream_api_key_file: Path | None = Field(None, description="File with the key that the servers want.")
-    max_body_bytes: int = Field(
-        16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413)."
-    )
+    max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413).")
     max_inflight: int = Field(1024, ge=1, le=1 << 20, description="More requests at once are refused (503).")
     max_buffered_bytes: int = Field(
         512 << 20,
         ge=1024,
         description="Request bodies held at once; more are refused (503). Memory is up to 5 times this.",
     )
-    max_connections: int = Field(
-        4096, ge=1, le=1 << 20, description="Client connections; more are closed at once."
-    )
+    max_connections: int = Field(4096, ge=1, le=1 << 20, description="Client connections; more are closed at once.")
     max_header_bytes: int = Field(
         16384, ge=1024, le=1 << 20, description="Longest header line of a client or a server."
     )
@@ -225,9 +211,7 @@ class RouterSettings(_Section):
     upstream_connections: int = Field(
         1024, ge=1, le=1 << 20, description="Connections to one server; more requests wait for one."
     )
-    keep_alive_s: float = Field(
-        75.0, gt=0, le=3600, description="An idle client connection is kept this long."
-    )
+    keep_alive_s: float = Field(75.0, gt=0, le=3600, description="An idle client connection is kept this long.")
     upstream_keep_alive_s: float = Field(
         4.0,
         ge=0.1,
@@ -240,12 +224,17 @@ class RouterSettings(_Section):
         description="Prompts of fewer tokens (characters / 4 where only text is known) go to decode alone.",
     )
     min_disagg_bytes: int = Field(0, ge=0, description="Prompts of fewer bytes of JSON go to decode alone.")
-    prefill_retries: int = Field(
-        1, ge=0, le=10, description="Other prefill servers tried before decode serves alone."
-    )
+    prefill_retries: int = Field(1, ge=0, le=10, description="Other prefill servers tried before decode serves alone.")
     decode_retries: int = Field(1, ge=0, le=10, description="Times that a failed decode is tried again.")
     retry_after_s: int = Field(1, ge=0, le=3600, description="Retry-After of a 503.")
     traces: int = Field(1024, ge=0, le=1 << 20, description="Requests whose timeline is remembered.")
+    curve_public_key_file: Path | None = Field(
+        None, description="CURVE key pair with which workers are asked for their status, where they want one."
+    )
+    curve_secret_key_file: Path | None = Field(None, description="Secret half of that pair.")
+    curve_server_key: str | None = Field(
+        None, description="Z85 public key that workers must hold. Default: our own public key (one shared pair)."
+    )
     timeouts: RouterTimeouts = RouterTimeouts()
     health: RouterHealth = RouterHealth()
     placement: RouterPlacement = RouterPlacement()
@@ -257,7 +246,18 @@ class RouterSettings(_Section):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"two {role} servers are called {twice[0]!r}: give each its own URL or name")
+        if (self.curve_public_key_file is None) != (self.curve_secret_key_file is None):
+            raise ValueError("curve_public_key_file and curve_secret_key_file must be set together")
         return self
+
+    @property
+    def control(self) -> ControlSettings:
+        """How workers are asked for their status."""
+        return ControlSettings(
+            curve_public_key_file=self.curve_public_key_file,
+            curve_secret_key_file=self.curve_secret_key_file,
+            curve_server_key=self.curve_server_key,
+        )
 
     @classmethod
     def build(cls, raw: dict[str, Any], *, where: str = "router") -> RouterSettings:

@@ -36,9 +36,7 @@ class Trace:
     def mark(self, event: str) -> None:
         self.events[event] = self.elapsed()
 
-    def dispatch(
-        self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str
-    ) -> None:
+    def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
         """A new dispatch; its answer's events are not known yet."""
         for event in ("prefill_response", "decode_first_byte", "first_token"):
             self.events.pop(event, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,17 +37,13 @@ _HOP_BY_HOP = frozenset(
     }
 )  # fmt: skip
 # Of the client's body or of its connection to us: the request to a server has its own.
-_NOT_FORWARDED = frozenset(
-    {"host", "content-length", "content-type", "content-encoding", "accept-encoding", "expect"}
-)
+_NOT_FORWARDED = frozenset({"host", "content-length", "content-type", "content-encoding", "accept-encoding", "expect"})
 
 
 class UpstreamError(Exception):
     """A server did not serve a request. ``status`` and ``body`` are set if it said so itself."""
 
-    def __init__(
-        self, endpoint: Endpoint, how: Failure, why: str, status: int = 0, body: bytes = b""
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, how: Failure, why: str, status: int = 0, body: bytes = b"") -> None:
         super().__init__(f"{endpoint.role} server {endpoint.name} {why}")
         self.endpoint = endpoint
         self.how = how
@@ -72,9 +69,7 @@ class Opened:
 def session(settings: RouterSettings, connections: int) -> ClientSession:
     """A client session whose connections, idle times and headers are bounded."""
     return ClientSession(
-        connector=TCPConnector(
-            limit=0, limit_per_host=connections, keepalive_timeout=settings.upstream_keep_alive_s
-        ),
+        connector=TCPConnector(limit=0, limit_per_host=connections, keepalive_timeout=settings.upstream_keep_alive_s),
         cookie_jar=DummyCookieJar(),  # one client's cookies must not reach another's requests
         auto_decompress=False,
         trust_env=False,
@@ -92,9 +87,7 @@ def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(k, v) for k, v in headers.items() if k.lower() not in skip and v.isprintable()]
 
 
-def request_headers(
-    headers: Mapping[str, str], key: str | None, drop_authorization: bool
-) -> list[tuple[str, str]]:
+def request_headers(headers: Mapping[str, str], key: str | None, drop_authorization: bool) -> list[tuple[str, str]]:
     """What servers get of a client's headers; ``key`` replaces its Authorization."""
     skip = _NOT_FORWARDED | ({"authorization"} if key is not None or drop_authorization else set())
     kept = [(k, v) for k, v in end_to_end(headers) if k.lower() not in skip]
@@ -149,18 +142,14 @@ class Upstream:
             raise
         return Opened(response, first)
 
-    async def _post(
-        self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]]
-    ) -> ClientResponse:
+    async def _post(self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]]) -> ClientResponse:
         data = body if len(body) < _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
-            return await self._http.post(
-                endpoint.url + path, data=data, headers=headers, allow_redirects=False
-            )
+            return await self._http.post(endpoint.url + path, data=data, headers=headers, allow_redirects=False)
         except (ClientConnectorError, ConnectionTimeoutError) as error:
-            raise UpstreamError(endpoint, "connect", f"can't be reached: {_reason(error)}") from None
+            raise UpstreamError(endpoint, "connect", f"can't be reached: {reason(error)}") from None
         except (ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
-            raise UpstreamError(endpoint, "disconnected", f"broke the connection: {_reason(error)}") from None
+            raise UpstreamError(endpoint, "disconnected", f"broke the connection: {reason(error)}") from None
 
     async def _refuse_error(self, endpoint: Endpoint, response: ClientResponse, from_status: int) -> None:
         if response.status >= from_status:
@@ -171,7 +160,7 @@ class Upstream:
         try:
             return await response.content.readany()
         except (ClientError, OSError, asyncio.TimeoutError) as error:
-            raise UpstreamError(endpoint, "disconnected", f"broke the connection: {_reason(error)}") from None
+            raise UpstreamError(endpoint, "disconnected", f"broke the connection: {reason(error)}") from None
 
     async def _read(self, endpoint: Endpoint, response: ClientResponse, bound: int, cut: bool) -> bytes:
         """The body, at most ``bound`` bytes; a longer one is cut off or refused. Frees the connection."""
@@ -182,17 +171,17 @@ class Upstream:
             if size > bound:
                 response.close()
                 if not cut:
-                    raise UpstreamError(
-                        endpoint, "protocol", f"answers more than max_prefill_response_bytes ({bound})"
-                    )
+                    raise UpstreamError(endpoint, "protocol", f"answers more than max_prefill_response_bytes ({bound})")
                 break
         return b"".join(parts)[:bound]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One line about a failed connection; never holds a header or a body."""
     if isinstance(error, ClientConnectorError):
-        return error.os_error.strerror or type(error.os_error).__name__
+        inner = error.os_error
+        plain = inner.errno is not None and inner.errno > 0  # names that don't resolve have codes of their own
+        return os.strerror(inner.errno) if plain else inner.strerror or type(inner).__name__
     return type(error).__name__
 
 

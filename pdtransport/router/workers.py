@@ -6,9 +6,12 @@ import asyncio
 from typing import Any
 
 from pdtransport.router.endpoints import Endpoint
+from pdtransport.settings import ControlSettings
 
 
-async def worker_status(endpoint: Endpoint, transfer: str, timeout_s: float) -> dict[str, Any]:
+async def worker_status(
+    endpoint: Endpoint, transfer: str, timeout_s: float, settings: ControlSettings
+) -> dict[str, Any]:
     """``{"ranks": [status or None, one a rank], "why": None or why there is none}``; never raises."""
     control = endpoint.control
     if control is None:
@@ -18,7 +21,7 @@ async def worker_status(endpoint: Endpoint, transfer: str, timeout_s: float) -> 
     except ImportError as error:
         return {"ranks": None, "why": f"this installation has no control client: {error}"}
     asked = [
-        afetch_status(control.host, control.port + rank, transfer=transfer, timeout_s=timeout_s)
+        afetch_status(control.host, control.port + rank, transfer=transfer, timeout_s=timeout_s, settings=settings)
         for rank in range(control.tp_size)
     ]
     answers = await asyncio.gather(*asked, return_exceptions=True)

@@ -237,9 +237,7 @@ async def hand_off(
         if not first.kv_params:
             raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
         return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **more))
-    decoding = asyncio.create_task(
-        client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), **more)
-    )
+    decoding = asyncio.create_task(client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), **more))
     prefilling = asyncio.create_task(client.complete(prefill, prompt, 1, to_prefill(prefill, transfer)))
     try:
         answer = await decoding
@@ -262,6 +260,10 @@ async def in_parallel(limit: int, jobs: Sequence[Callable[[], Awaitable[T]]]) ->
         async with gate:
             return await job()
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(run(job)) for job in jobs]
-    return [task.result() for task in tasks]
+    tasks = [asyncio.create_task(run(job)) for job in jobs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

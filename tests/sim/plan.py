@@ -10,7 +10,7 @@ from pdtransport.protocol.actions import Limits
 TOTAL_HEADS = 4
 HEAD_BYTES = 16  # bytes of one head of one block, all layers
 BLOCK_SIZE = 4  # tokens a block
-PAGES = 40  # of each worker
+PAGES = 40  # of each worker, where they are not scarce
 
 LINK_KINDS = ("direct", "slots", "onesided")
 
@@ -89,6 +89,7 @@ class Request:
     open_twice: bool = False
     begin_twice: bool = False
     must_be_ready: bool = False
+    within_s: float = 60.0  # of the later of open and begin, if it must be ready
 
     @property
     def tokens(self) -> int:
@@ -106,8 +107,10 @@ class Plan:
     bytes: Bytes = Bytes()
     faults: tuple[Fault, ...] = ()
     requests: tuple[Request, ...] = ()
+    pages: int = PAGES
     faults_end: float = 8.0  # from here on the network is whole and nobody stops
     drop_once: str = ""  # the first message of this kind is lost
+    drop_nth: int = -1  # this message of the run is lost, whatever it is
 
     @property
     def calm(self) -> bool:
@@ -135,19 +138,24 @@ def plan_of(seed: int) -> Plan:
     )
     net = _net(rng, calm)
     data = Bytes(
-        copy_delay=rng.choice((0.002, 0.02, 0.15)),
+        copy_delay=rng.choice((0.002, 0.02, 0.15, 0.6)),
         corrupt=0.0 if calm or not checksums else rng.choice((0.0, 0.0, 0.02, 0.2)),
         error=0.0 if calm else rng.choice((0.0, 0.0, 0.0, 0.02)),
         fence_delay=rng.choice((0.0, 0.02, 0.3)),
         slots=rng.choice((1, 2, 4)),
     )
+    scarce = rng.random() < 0.25
     names = [*producers, *consumers]
     requests = tuple(
-        _request(rng, i, list(producers), list(consumers), calm, limits) for i in range(rng.choice((1, 2, 3)))
+        _request(rng, i, list(producers), list(consumers), calm and not scarce, limits)
+        for i in range(rng.choice((1, 2, 3)))
     )
     faults = () if calm else tuple(_fault(rng, names) for _ in range(rng.choice((0, 0, 1, 1, 2))))
-    probes = (_probe(rng, list(producers), list(consumers)),)
-    return Plan(seed, producers, consumers, links, limits, net, data, faults, requests + probes)
+    # Where pages or places are scarce, others keep theirs until their holds have run out.
+    late = scarce or limits.max_transfers < 4
+    probe = _probe(rng, list(producers), list(consumers), at=70.0 if late else 16.0)
+    pages = rng.randint(8, 12) if scarce else PAGES
+    return Plan(seed, producers, consumers, links, limits, net, data, faults, (*requests, probe), pages)
 
 
 def _net(rng: random.Random, calm: bool) -> Net:
@@ -227,7 +235,7 @@ def _trouble(rng: random.Random, request: Request) -> Request:
     return replace(request, **changes)  # type: ignore[arg-type]
 
 
-def _probe(rng: random.Random, producers: list[str], consumers: list[str]) -> Request:
+def _probe(rng: random.Random, producers: list[str], consumers: list[str], at: float) -> Request:
     """Sent once all faults are over: it must arrive."""
     return Request(
         transfer="probe",
@@ -235,7 +243,8 @@ def _probe(rng: random.Random, producers: list[str], consumers: list[str]) -> Re
         blocks=rng.randint(1, 5),
         producer=rng.choice(producers),
         consumer=rng.choice(consumers),
-        open_at=16.0,
-        begin_at=16.0 + rng.uniform(-0.2, 0.2),
+        open_at=at,
+        begin_at=at + rng.uniform(-0.2, 0.2),
         must_be_ready=True,
+        within_s=10.0,
     )

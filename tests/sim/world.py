@@ -46,8 +46,8 @@ class Worker:
         if peer not in self.lost:
             self.world.transmit(self, peer, message)
 
-    def deliver(self, sender: PeerId, frame: bytes, forged: bool) -> None:
-        if sender in self.lost:
+    def deliver(self, sender: PeerId, frame: bytes, session: int, forged: bool = False) -> None:
+        if sender in self.lost or session != self.world.sessions[frozenset((sender, self.id))]:
             return  # the control channel dropped that connection
         try:
             message = decode(frame)
@@ -118,18 +118,20 @@ class Worker:
 class Instance:
     """One server: ``tp`` workers and an engine, which crash and stall together."""
 
-    def __init__(self, world: World, name: str, tp: int, make: Callable[[Instance, int], Worker]) -> None:
+    def __init__(self, world: World, name: str, tp: int, make: Callable[[World, Instance, int], Worker]) -> None:
         self.world = world
         self.name = name
         self.tp = tp
         self.incarnation = 1
         self.stalled_until = 0.0
         self.alive = True
+        self.born_at = self.died_at = world.now
         self._make = make
-        self.workers = [make(self, rank) for rank in range(tp)]
+        self.workers = [make(world, self, rank) for rank in range(tp)]
 
     def crash(self) -> list[PeerId]:
         self.alive = False
+        self.died_at = self.world.now
         for worker in self.workers:
             worker.alive = False
         return [worker.id for worker in self.workers]
@@ -137,8 +139,9 @@ class Instance:
     def restart(self) -> None:
         self.incarnation += 1
         self.alive = True
+        self.born_at = self.world.now
         self.stalled_until = 0.0
-        self.workers = [self._make(self, rank) for rank in range(self.tp)]
+        self.workers = [self._make(self.world, self, rank) for rank in range(self.tp)]
 
 
 class World:
@@ -153,10 +156,12 @@ class World:
         self.counters: Counter[str] = Counter()
         self.instances: dict[str, Instance] = {}
         self.cut: set[frozenset[str]] = set()
+        self.sessions: Counter[frozenset[PeerId]] = Counter()
         self._heap: list[tuple[float, int, Worker | None, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self._last_arrival: dict[tuple[PeerId, PeerId], float] = {}
         self._dropped_once = False
+        self._sent = 0
 
     # -- time ----------------------------------------------------------------------------------------------------
 
@@ -211,6 +216,8 @@ class World:
         lost = frozenset((sender.id.instance, to.instance)) in self.cut or (net.drop and rng.random() < net.drop)
         if kind == self.plan.drop_once and not self._dropped_once:
             self._dropped_once = lost = True
+        lost = lost or self._sent == self.plan.drop_nth
+        self._sent += 1
         if self.tracing:
             self.say(f"{sender.id} -> {to}: {short(message)}{'   LOST' if lost else ''}")
         if lost:
@@ -237,7 +244,7 @@ class World:
             delay = arrival - self.now
         target = self.worker(to)
         if target is not None:
-            self.at(delay, target, target.deliver, sender, frame, False)
+            self.at(delay, target, target.deliver, sender, frame, self.sessions[frozenset((sender, to))])
 
     def _damage(self, sender: Worker, to: PeerId, frame: bytes) -> None:
         """Flip or cut bytes. TCP and CURVE keep such frames from us; one that gets through must not decode into
@@ -252,7 +259,8 @@ class World:
         except WireError:
             target = self.worker(to)
             if target is not None:
-                self.at(self.net.latency, target, target.deliver, sender.id, bytes(data), False)
+                session = self.sessions[frozenset((sender.id, to))]
+                self.at(self.net.latency, target, target.deliver, sender.id, bytes(data), session)
 
     def _forge(self, sender: PeerId, to: PeerId, message: Any) -> None:
         """The same words about a live transfer, under a generation older or newer than the live one."""
@@ -262,7 +270,8 @@ class World:
             return
         older = live - self.rng.randint(1, 3)
         generation = older if older > 0 and self.rng.random() < 0.7 else live + self.rng.randint(1, 1000)
-        target.deliver(sender, encode(message.model_copy(update={"generation": generation})), True)
+        frame = encode(message.model_copy(update={"generation": generation}))
+        target.deliver(sender, frame, self.sessions[frozenset((sender, to))], True)
         target.check()
         target.rearm()
 
@@ -305,11 +314,26 @@ class World:
         for worker in here.workers:
             for peer in [w.id for w in there.workers]:
                 self.at(notice, worker, worker.lose, peer, "it fell silent")
-                self.at(max(seconds, notice) + 0.3, worker, self._reunite, worker, peer)
+                self.at(max(seconds, notice) + 0.3, worker, self._reconnect, worker, peer)
 
-    def _reunite(self, worker: Worker, peer: PeerId) -> None:
-        if self.worker(peer) is not None:
-            worker.lost.discard(peer)
+    def _reconnect(self, worker: Worker, peer: PeerId) -> None:
+        other = self.worker(peer)
+        if other is not None:
+            self.at(self.net.latency, other, self._reunite, worker, other)
+
+    def _reunite(self, worker: Worker, other: Worker) -> None:
+        """``worker`` had lost ``other``, which may not have noticed. Where links write the other's memory, a loss must
+        be mutual: ``other`` may hold a grant for pages that ``worker`` has long given to somebody else."""
+        if not worker.alive or other.id not in worker.lost:
+            return
+        if self.strict_sessions(worker.id, other.id):
+            other.lose(worker.id, "it came back in a new session")
+            self.sessions[frozenset((worker.id, other.id))] += 1
+        worker.lost.discard(other.id)
+        other.lost.discard(worker.id)
+
+    def strict_sessions(self, one: PeerId, other: PeerId) -> bool:
+        raise NotImplementedError
 
 
 def short(message: Message) -> str:

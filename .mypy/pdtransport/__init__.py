@@ -1,0 +1,1 @@
+/work/main/pdtransport/__init__.py

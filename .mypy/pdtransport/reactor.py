@@ -1,0 +1,1 @@
+/work/main/pdtransport/reactor.py

@@ -1,0 +1,55 @@
+# make help lists the targets. All of them work in .venv, which the first one makes; to use another environment that has
+# everything, say make PYTHON=/path/to/python TARGET.
+VENV ?= .venv
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(VENV)/bin/python
+ENV := env
+endif
+# More to say to pytest: make test ARGS="-k launch -x"
+ARGS ?=
+SOURCES := pdtransport kernels launch tests benchmarks examples scripts
+PRESENT := $(wildcard $(SOURCES))
+
+.PHONY: help env bench-env demo test test-fast lint format types bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env:  ## make .venv with vLLM, UCX and pdtransport; a second run does only what changed
+	@scripts/setup_env.sh $(VENV)
+
+bench-env:  ## env, and what the benchmarks compare with
+	@scripts/setup_env.sh $(VENV) --bench
+
+demo: $(ENV)  ## bring examples/quickstart.yaml up, complete prompts, compare with a plain server
+	$(PYTHON) -m pdtransport.launch.demo examples/quickstart.yaml
+
+test: $(ENV)  ## all tests, those that start vLLM included
+	$(PYTHON) -m pytest $(ARGS)
+
+test-fast: $(ENV)  ## unit tests and the simulator
+	$(PYTHON) -m pytest tests/unit tests/sim $(ARGS)
+
+lint: $(ENV) types  ## ruff and mypy
+	$(PYTHON) -m ruff check $(PRESENT)
+	$(PYTHON) -m ruff format --check $(PRESENT)
+
+# kernels/ and launch/ lie at the top but are pdtransport.kernels and pdtransport.launch: mypy reads a tree of links that
+# has the installed shape.
+types: $(ENV)
+	@mkdir -p .mypy/pdtransport && find .mypy/pdtransport -type l -delete
+	@ln -s $(abspath $(wildcard pdtransport/*) kernels launch) .mypy/pdtransport/
+	cd .mypy && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m mypy \
+		--config-file ../pyproject.toml --cache-dir ../.mypy_cache
+
+format: $(ENV)  ## let ruff format and mend what it can
+	$(PYTHON) -m ruff check --fix $(PRESENT)
+	$(PYTHON) -m ruff format $(PRESENT)
+
+bench: $(if $(ENV),bench-env)  ## the hand-off beside NIXL's, and the links
+	$(PYTHON) -m benchmarks.handoff --against nixl --lens 512,2048,4000
+	$(PYTHON) -m benchmarks.links
+
+clean:  ## remove what was built and cached, but not .venv
+	rm -rf build dist .mypy .mypy_cache .pytest_cache .ruff_cache .hypothesis .demo *.egg-info
+	find $(PRESENT) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""Page kernels for host memory: copy between lists of runs, checksum what they hold, read another process' pages.
+
+Runs are (n, 2) uint64 arrays of ``[address, nbytes]`` in stream order (:mod:`pdtransport.kernels.runs`); the caller
+vouches for every address of this process. With ``blocks`` > 0 a function also returns the checksums (uint64, shape
+(blocks,)) of that many equally long blocks of the stream, taken where the bytes arrived and in the same pass. A block's
+length must be a multiple of 8 bytes. ``README.md`` beside this file defines the checksum.
+
+The C kernels (``csrc/pages.c``) let go of the GIL; without them numpy does the work, see :data:`BACKEND`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Literal
+
+import numpy as np
+
+from pdtransport.kernels import reference
+from pdtransport.kernels.runs import Runs, as_runs, run, stream_bytes
+
+Checksums = reference.Checksums
+
+
+def _load() -> ctypes.CDLL | None:
+    try:
+        from pdtransport.kernels import _pages
+    except ImportError:  # built without a C compiler
+        return None
+    library = ctypes.CDLL(_pages.__file__)
+    pointer, count = ctypes.c_void_p, ctypes.c_uint64
+    for name, arguments in {
+        "pdt_checksum": (pointer, count, count, pointer),
+        "pdt_copy": (pointer, count, pointer, count, count, pointer),
+        "pdt_read_remote": (ctypes.c_int64, pointer, count, pointer, count, count, pointer),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return library
+
+
+_C = _load()
+BACKEND: Literal["c", "numpy"] = "c" if _C is not None else "numpy"
+
+
+def checksum(runs: Runs, blocks: int) -> Checksums:
+    """Checksums of ``blocks`` equally long blocks of the stream.
+
+    Raises:
+        ValueError: the stream can't be cut into that many blocks of whole 8-byte words.
+    """
+    if _C is None:
+        return reference.checksum(runs, blocks)
+    runs = as_runs(runs)
+    sums = _room(blocks)
+    _check(_C.pdt_checksum(runs.ctypes.data, len(runs), blocks, sums.ctypes.data), runs, runs, blocks)
+    return sums
+
+
+def copy_runs(src: Runs, dst: Runs, blocks: int = 0) -> Checksums:
+    """Copy the stream ``src`` into the runs ``dst``, which may be cut differently. The two must not overlap.
+
+    Raises:
+        ValueError: streams of different lengths, or ``blocks`` does not fit.
+    """
+    if _C is None:
+        return reference.copy_runs(src, dst, blocks)
+    src, dst = as_runs(src), as_runs(dst)
+    sums = _room(blocks)
+    code = _C.pdt_copy(src.ctypes.data, len(src), dst.ctypes.data, len(dst), blocks, sums.ctypes.data)
+    _check(code, src, dst, blocks)
+    return sums
+
+
+def gather(runs: Runs, address: int, blocks: int = 0) -> Checksums:
+    """Copy the stream ``runs`` to the contiguous memory at ``address``, as long as the stream.
+
+    Raises:
+        ValueError: as :func:`copy_runs`.
+    """
+    runs = as_runs(runs)
+    return copy_runs(runs, run(address, stream_bytes(runs)), blocks)
+
+
+def scatter(address: int, runs: Runs, blocks: int = 0) -> Checksums:
+    """Copy contiguous memory at ``address`` into ``runs``.
+
+    Raises:
+        ValueError: as :func:`copy_runs`.
+    """
+    runs = as_runs(runs)
+    return copy_runs(run(address, stream_bytes(runs)), runs, blocks)
+
+
+def read_remote(pid: int, remote: Runs, local: Runs, blocks: int = 0) -> Checksums:
+    """Copy ``remote`` runs of process ``pid`` into ``local`` runs of this one with process_vm_readv.
+
+    Raises:
+        ValueError: streams of different lengths, or ``blocks`` does not fit; nothing was written.
+        OSError: EFAULT (an address is not mapped), EPERM (not allowed to), ESRCH (no such process), ...; some of
+            ``local`` may have been written.
+    """
+    if _C is None:
+        return reference.read_remote(pid, remote, local, blocks)
+    remote, local = as_runs(remote), as_runs(local)
+    sums = _room(blocks)
+    code = _C.pdt_read_remote(
+        pid, remote.ctypes.data, len(remote), local.ctypes.data, len(local), blocks, sums.ctypes.data
+    )
+    _check(code, remote, local, blocks)
+    return sums
+
+
+def _room(blocks: int) -> Checksums:
+    if not 0 <= blocks <= 1 << 20:
+        raise ValueError(f"{blocks} blocks in one stream; 0 to {1 << 20} are allowed")
+    return np.empty(blocks, dtype=np.uint64)
+
+
+def _check(code: int, src: Runs, dst: Runs, blocks: int) -> None:
+    if code == 0:
+        return
+    if code == -errno.EINVAL and stream_bytes(src) != stream_bytes(dst):
+        raise ValueError(f"the source is {stream_bytes(src)} bytes long, the destination {stream_bytes(dst)}")
+    if code in (-errno.EINVAL, -errno.EOVERFLOW):
+        raise ValueError(
+            f"a stream of {stream_bytes(dst)} bytes does not hold {blocks} equally long blocks of whole words"
+        )
+    raise OSError(-code, os.strerror(-code))

@@ -1,0 +1,76 @@
+"""Lists of byte runs: a stream of bytes that lies scattered in memory.
+
+A list is an array of shape (n, 2), dtype uint64: ``[address, nbytes]`` of each run, in stream order.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Runs = npt.NDArray[np.uint64]
+
+MAX_RUN_BYTES = 1 << 40
+MAX_RUNS = 1 << 22  # with the line above: the length of a stream fits 64 bits, whatever a peer claims
+
+
+def as_runs(runs: npt.ArrayLike) -> Runs:
+    """``runs`` as a C-contiguous (n, 2) uint64 array.
+
+    Raises:
+        ValueError: another shape or dtype, more than ``MAX_RUNS`` runs, or a run longer than ``MAX_RUN_BYTES``.
+    """
+    array = np.asarray(runs)
+    if array.ndim != 2 or array.shape[1] != 2 or array.dtype != np.uint64:
+        raise ValueError(f"runs must be a (n, 2) uint64 array, not {array.shape} {array.dtype}")
+    if len(array) > MAX_RUNS:
+        raise ValueError(f"{len(array)} runs in one stream; at most {MAX_RUNS} are allowed")
+    if len(array) and int(array[:, 1].max()) > MAX_RUN_BYTES:
+        raise ValueError(f"a run is longer than {MAX_RUN_BYTES} bytes")
+    return np.ascontiguousarray(array)
+
+
+def run(address: int, nbytes: int) -> Runs:
+    """A list of one run."""
+    return np.array([[address, nbytes]], dtype=np.uint64)
+
+
+def stream_bytes(runs: Runs) -> int:
+    """Bytes of the whole stream."""
+    return int(runs[:, 1].sum())
+
+
+def merge_runs(runs: Runs) -> Runs:
+    """The same stream with runs joined where one ends at the next one's address; empty runs are dropped."""
+    kept = runs[runs[:, 1] > 0] if len(runs) and not runs[:, 1].all() else runs
+    if len(kept) < 2:
+        return kept
+    joins = kept[:-1, 0] + kept[:-1, 1] == kept[1:, 0]
+    if not joins.any():
+        return kept
+    starts = np.flatnonzero(np.concatenate(([True], ~joins)))
+    merged = np.empty((len(starts), 2), dtype=np.uint64)
+    merged[:, 0] = kept[starts, 0]
+    merged[:, 1] = np.add.reduceat(kept[:, 1], starts)
+    return merged
+
+
+def cut_runs(runs: Runs, bounds: list[int]) -> list[Runs]:
+    """The pieces of the stream between neighbouring ``bounds`` (ascending stream offsets, the last at most the
+    stream's length): ``len(bounds) - 1`` lists."""
+    ends = np.cumsum(runs[:, 1], dtype=np.uint64)
+    starts = ends - runs[:, 1]
+    pieces = []
+    for low, high in pairwise(bounds):
+        first = int(np.searchsorted(ends, np.uint64(low), side="right"))
+        last = int(np.searchsorted(starts, np.uint64(high), side="left"))
+        piece = runs[first:last].copy()
+        if len(piece):
+            skip = np.uint64(low) - starts[first]
+            piece[0, 0] += skip
+            piece[0, 1] -= skip
+            piece[-1, 1] -= ends[last - 1] - np.uint64(high) if ends[last - 1] > high else np.uint64(0)
+        pieces.append(piece)
+    return pieces

@@ -1,0 +1,209 @@
+"""``pdlaunch``: brings a disaggregated service up on this machine, proves that it works, and holds it.
+
+Exit status:
+  0    done; for `up`: stopped on request after it was up
+  1    `status`: nothing is up under that name, or a worker does not answer
+  2    the command line or the topology file is wrong
+  3    preflight found a reason not to start
+  4    a process did not start
+  5    a process ended while serving
+  6    the proof failed: the service runs, but does not do what it should
+  130  interrupted while starting (143: terminated, 129: hung up)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdtransport.errors import PDTransportError
+from pdtransport.launch import guard, preflight, prove, status
+from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
+from pdtransport.launch.processes import Fleet
+from pdtransport.launch.reading import load
+from pdtransport.launch.rundir import RunError, RunFolder, default_folder
+from pdtransport.launch.topology import Topology
+from pdtransport.launch.up import Interrupted, Launch, ProcessFailed, Say, Signals
+from pdtransport.launch.yamlfile import TopologyError, YamlFile
+
+OK, NOT_UP, USAGE, PREFLIGHT, NOT_STARTED, DIED, UNPROVEN = 0, 1, 2, 3, 4, 5, 6
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="pdlaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text in (
+        ("up", "start a topology, prove it, hold it until Ctrl-C"),
+        ("check", "validate a topology and show what would run; starts nothing"),
+        ("status", "ask the workers of a topology that is up how they are"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("topology", type=Path, metavar="TOPOLOGY", help="a topology file, such as topology.yaml")
+        verb.add_argument("--json", action="store_true", help="answer with one JSON object on standard output")
+        verb.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run's logs (default: one a name)")
+    verbs.choices["up"].add_argument("--no-proof", action="store_true", help="skip the golden prompt")
+    keys = verbs.add_parser("keys", help="make a CURVE key pair for the control channel")
+    keys.add_argument("folder", type=Path, metavar="DIR", help="folder to write the pair into; made if it is not there")
+    return made
+
+
+def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) -> int:
+    """Entry point; returns the exit status. ``command`` replaces the servers that `up` starts (for tests)."""
+    arguments = parser().parse_args(argv)
+    verbs: dict[str, Callable[[], int]] = {
+        "up": lambda: _up(arguments, command),
+        "check": lambda: _check(arguments),
+        "status": lambda: _status(arguments),
+        "keys": lambda: _keys(arguments),
+    }
+    try:
+        return verbs[arguments.verb]()
+    except TopologyError as error:
+        return _fail(error, USAGE)
+    except (PlanError, RunError) as error:
+        return _fail(error, PREFLIGHT)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _fail(error: object, exit_status: int) -> int:
+    for line in str(error).splitlines():
+        print(line if line.startswith("  ") else f"pdlaunch: {line}", file=sys.stderr)
+    return exit_status
+
+
+def _up(arguments: argparse.Namespace, command: Command) -> int:
+    topology, file = load(arguments.topology)
+    say = _sayer(arguments)
+    with RunFolder(_folder(arguments, topology)) as folder:
+        plan = make_plan(topology, file.path.parent, command=command)
+        if not _preflight(topology, plan, file, say, vllm=command is vllm_command):
+            return PREFLIGHT
+        guard.become_subreaper()
+        fleet = Fleet(folder.path, grace_s=topology.defaults.stop_timeout_s, adopt=True)
+        with Signals(fleet) as signals:
+            try:
+                return _run(arguments, topology, plan, fleet, folder, say)
+            finally:
+                signals.shield()
+                fleet.stop()
+
+
+def _run(
+    arguments: argparse.Namespace, topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder, say: Say
+) -> int:
+    launch = Launch(topology, plan, fleet, say)
+    serving = False
+    try:
+        say(f"{plan.name}: {len(plan.instances)} servers and a router; logs in {folder.path}")
+        launch.start()
+        folder.record({"pid": os.getpid(), "state": "proving", **plan.public()})
+        proof = None
+        if topology.preflight.golden_prompt and not arguments.no_proof:
+            proof = prove.prove(topology, plan, say, launch.check)
+        launch.check()
+        serving = True
+        folder.record({"pid": os.getpid(), "state": "serving", **plan.public()})
+        if arguments.json:
+            print(json.dumps({**plan.public(), "proof": proof.public() if proof else None}), flush=True)
+        say(_invitation(plan))
+        launch.hold()
+    except ProcessFailed as error:
+        return _fail(error, DIED if serving else NOT_STARTED)
+    except prove.ProofError as error:
+        return _fail(error, UNPROVEN)
+    except Interrupted as stop:
+        say(f"{stop}: stopping {plan.name}")
+        return OK if serving else 128 + stop.number
+    return OK
+
+
+def _preflight(topology: Topology, plan: Plan, file: YamlFile, say: Say, *, vllm: bool = True) -> bool:
+    """Tell the findings; whether none of them is an error."""
+    findings = preflight.check(topology, plan, file, vllm=vllm)
+    for finding in findings:
+        if finding.error:
+            _fail(finding.text, PREFLIGHT)
+        else:
+            say(f"warning: {finding.text}")
+    return not any(finding.error for finding in findings)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    topology, file = load(arguments.topology)
+    plan = make_plan(topology, file.path.parent)
+    if arguments.json:
+        findings = preflight.check(topology, plan, file)
+        told = [{"text": finding.text, "error": finding.error} for finding in findings]
+        print(json.dumps({**plan.public(), "findings": told}, indent=2))
+        return PREFLIGHT if any(finding.error for finding in findings) else OK
+    sound = _preflight(topology, plan, file, print)
+    _show(plan, topology)
+    return OK if sound else PREFLIGHT
+
+
+def _show(plan: Plan, topology: Topology) -> None:
+    public = plan.public()
+    print(f"{plan.name}: {plan.model} as {plan.served_name!r}")
+    for instance, shown in zip(plan.instances, public["instances"], strict=True):
+        picked = "" if topology.by_role()[instance.role].port else " (picked anew by `up`)"
+        print(f"\n{instance.name}: {instance.url}{picked}, control {' '.join(shown['control'])}, {instance.place}")
+        for key, value in shown["environment"].items():
+            print(f"  {key}={shlex.quote(value)}")
+        print(f"  {shlex.join(shown['command'])}")
+    print(f"\nrouter: {plan.router.url}\n  {shlex.join(plan.router.argv)}")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    topology, _ = load(arguments.topology)
+    found = status.collect(topology, _folder(arguments, topology), file_folder=arguments.topology.parent)
+    if found is None:
+        return _fail(f"{topology.name} is not up: start it with `pdlaunch up {arguments.topology}`", NOT_UP)
+    print(json.dumps(found, indent=2) if arguments.json else status.as_text(found))
+    return OK if found["healthy"] else NOT_UP
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from pdtransport.control import curve
+
+    try:
+        public, secret = curve.make_keys(arguments.folder.absolute())
+    except PDTransportError as error:
+        return _fail(error, USAGE)
+    print(
+        "# a new key pair; name it in the topology of every instance that shall talk to each other:\n"
+        f"transport:\n  control:\n    curve_public_key_file: {public}\n    curve_secret_key_file: {secret}"
+    )
+    return OK
+
+
+def _folder(arguments: argparse.Namespace, topology: Topology) -> Path:
+    return (arguments.run_dir or default_folder(topology.name)).absolute()
+
+
+def _sayer(arguments: argparse.Namespace) -> Say:
+    """Progress goes to standard output, or out of the way of ``--json``."""
+    stream: Any = sys.stderr if arguments.json else sys.stdout
+    return lambda text: print(text, file=stream, flush=True)
+
+
+def _invitation(plan: Plan) -> str:
+    body = json.dumps({"model": plan.served_name, "prompt": "import os\n", "max_tokens": 16})
+    return (
+        f"{plan.name} is up. Send requests to {plan.router.url}/v1, for example:\n"
+        f"  curl {plan.router.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
+        "Ctrl-C stops it."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Proves that a running topology is disaggregated and right: the same tokens as without, and pages that crossed.
+
+Every golden prompt starts with a line of its own, so that no cache holds it; and the plain answer is asked for under a
+cache salt of its own, so that decode computes it instead of reusing the pages that it is to be compared with.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from pdtransport.errors import PDTransportError
+from pdtransport.launch import web, workers
+from pdtransport.launch.plan import Instance, Plan
+from pdtransport.launch.topology import Topology
+
+MAX_PROMPTS = 8  # where a topology has more instances, the proof does not visit each
+GOLDEN_PROMPT = '''"""Word frequencies of text files."""
+
+import argparse
+import collections
+import re
+import sys
+
+
+def words(text):
+    """Yield the words of text in lower case."""
+    for match in re.finditer(r"[a-z']+", text.lower()):
+        yield match.group()
+
+
+def count(paths):
+    """Count the words of all files in paths; "-" is standard input."""
+    counter = collections.Counter()
+    for path in paths:
+        if path == "-":
+            counter.update(words(sys.stdin.read()))
+            continue
+        with open(path, encoding="utf-8") as file:
+            counter.update(words(file.read()))
+    return counter
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("paths", nargs="*", default=["-"], help="files to read")
+    parser.add_argument("-n", "--number", type=int, default=10, help="how many words to print")
+    parser.add_argument("-m", "--minimum", type=int, default=1, help="least number of times")
+    args = parser.parse_args(argv)
+    for word, times in count(args.paths).most_common(args.number):
+        if times >= args.minimum:
+            print(f"{times:8d} {word}")
+    return 0
+
+
+if __name__ == "__main__":
+'''
+
+
+class ProofError(PDTransportError):
+    """The service answers, but not as a disaggregated one must; the text says in what it fails."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """One golden prompt's way."""
+
+    transfer_id: str
+    prefill: str
+    decode: str
+    prompt_tokens: int
+    tokens: int
+    bytes: int
+    pages: int
+    seconds: float | None  # from decode's first batch to its last verified page
+    link: str
+    why: str
+    bandwidth_bytes_s: float | None  # of the link while bytes move, as decode's worker measures it
+
+    def line(self) -> str:
+        moved = f" in {self.seconds * 1e3:.1f} ms" if self.seconds else ""
+        return (
+            f"{self.prefill} -> {self.decode}: {self.tokens} tokens equal; {self.pages} pages, "
+            f"{workers.size(self.bytes)}{moved} over {self.link} at {workers.rate(self.bandwidth_bytes_s)} ({self.why})"
+        )
+
+
+@dataclass(frozen=True)
+class Proof:
+    crossings: tuple[Crossing, ...]
+
+    def public(self) -> dict[str, Any]:
+        return {"crossings": [asdict(crossing) for crossing in self.crossings]}
+
+
+def prove(topology: Topology, plan: Plan, say: Callable[[str], None], check: Callable[[], None]) -> Proof:
+    """Send golden prompts, enough for each instance to get one where requests go round.
+
+    ``check`` is called between steps; it raises if a process died.
+
+    Raises:
+        ProofError: tokens differ, or no page crossed.
+    """
+    crossings = []
+    for _ in range(min(max(len(plan.of("prefill")), len(plan.of("decode"))), MAX_PROMPTS)):
+        check()
+        try:
+            crossings.append(_one(topology, plan))
+        except (web.WebError, workers.WorkerError) as error:
+            check()  # a dead process explains it better
+            raise ProofError(f"the golden prompt failed: {error}") from None
+        say(f"proved: {crossings[-1].line()}")
+    return Proof(tuple(crossings))
+
+
+def _one(topology: Topology, plan: Plan) -> Crossing:
+    text = topology.preflight.prompt or GOLDEN_PROMPT
+    body = {
+        "model": plan.served_name,
+        "prompt": f"# {secrets.token_hex(16)}\n{text}",
+        "max_tokens": topology.preflight.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    timeout_s = topology.preflight.timeout_s
+    decoders = plan.of("decode")
+    before = {one.name: workers.received(_statuses(topology, one)) for one in decoders}
+    keys = topology.router.client_keys()
+    answer = web.post(f"{plan.router.url}/v1/completions", body, timeout_s, _bearer(keys[0] if keys else None))
+    disaggregated = _choice(answer, "the router")
+    decode = _named(decoders, answer.headers.get("x-pd-decode", ""), "decode")
+    statuses = _statuses(topology, decode, answer.headers.get("x-pd-transfer-id", ""))
+    total, seen = workers.received(statuses), before[decode.name]
+    crossing = _crossing(plan, decode, answer, statuses, (total[0] - seen[0], total[1] - seen[1]))
+    plain = web.post(
+        f"{decode.url}/v1/completions",
+        {**body, "cache_salt": secrets.token_hex(16)},
+        timeout_s,
+        _bearer(topology.router.server_key()),
+    )
+    _compare(disaggregated, _choice(plain, decode.name), crossing)
+    return crossing
+
+
+def _statuses(topology: Topology, instance: Instance, transfer: str = "") -> list[dict[str, Any]]:
+    control = topology.transport.control
+    return [workers.ask((instance.control_host, port), control, transfer) for port in instance.control_ports]
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _choice(answer: web.Answer, who: str) -> dict[str, Any]:
+    if answer.status != 200:
+        error = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
+        message = error.get("message", error) if isinstance(error, dict) else error
+        raise ProofError(f"the golden prompt failed: {who} answered {answer.status}: {str(message)[:500]}")
+    try:
+        choice: dict[str, Any] = answer.body["choices"][0]
+        return {"text": choice["text"], "token_ids": choice.get("token_ids")}
+    except (KeyError, IndexError, TypeError):
+        raise ProofError(f"the golden prompt failed: the answer of {who} holds no text") from None
+
+
+def _named(instances: Iterable[Instance], name: str, role: str) -> Instance:
+    """The instance that the router calls ``name``: host and port of its URL."""
+    found = next((one for one in instances if name in {one.name, urlsplit(one.url).netloc}), None)
+    if found is None:
+        raise ProofError(f"the router's answer does not say which {role} server it came from: is it pdtransport's?")
+    return found
+
+
+def _crossing(
+    plan: Plan, decode: Instance, answer: web.Answer, statuses: list[dict[str, Any]], received: tuple[int, int]
+) -> Crossing:
+    """``received``: bytes and pages that the decode instance took meanwhile."""
+    transfer_id = answer.headers.get("x-pd-transfer-id", "")
+    records = [
+        record
+        for status in statuses
+        for record in status.get("transfers", ())
+        if record.get("transfer") == transfer_id and record.get("role") != "producer"
+    ]
+    if min(received) <= 0:
+        raise ProofError(f"0 pages crossed: requests are not disaggregated because {_why_not(answer, records)}")
+    prefill = _named(plan.of("prefill"), answer.headers.get("x-pd-prefill", ""), "prefill")
+    peers = [peer for status in statuses for peer in status.get("peers", ()) if peer.get("engine") == prefill.engine_id]
+    peer: dict[str, Any] = peers[0] if peers else {}
+    return Crossing(
+        transfer_id=transfer_id,
+        prefill=prefill.name,
+        decode=decode.name,
+        prompt_tokens=answer.body["usage"]["prompt_tokens"],
+        tokens=answer.body["usage"]["completion_tokens"],
+        bytes=received[0],
+        pages=received[1],
+        seconds=_seconds(records),
+        link=str(peer.get("link") or "an unnamed link"),
+        why=str(peer.get("why") or "no reason given"),
+        bandwidth_bytes_s=peer.get("bandwidth_bytes_s"),
+    )
+
+
+def _why_not(answer: web.Answer, records: list[dict[str, Any]]) -> str:
+    for record in records:
+        if record.get("reason"):
+            return f"the transfer ended as {record.get('code') or record.get('state')}: {record['reason']}"
+    path, _, why = answer.headers.get("x-pd-path", "").partition("; ")
+    if why:
+        return f"the router says: {why}"
+    if path == "disaggregated":
+        return "decode asked for no pages (is the prompt shorter than one KV page? set preflight.prompt)"
+    return "the answer does not say why (is this port another router's?)"
+
+
+def _seconds(records: list[dict[str, Any]]) -> float | None:
+    """The longest stretch from a worker's first batch to its last verified page."""
+    spans = []
+    for record in records:
+        events = record.get("events", {})
+        end = events.get("verified", events.get("last_batch"))
+        if end is not None and "first_batch" in events:
+            spans.append(end - events["first_batch"])
+    return max(spans) if spans else None
+
+
+def _compare(disaggregated: dict[str, Any], plain: dict[str, Any], crossing: Crossing) -> None:
+    way = f"{crossing.prefill} -> {crossing.decode} (transfer {crossing.transfer_id})"
+    with_ids = disaggregated["token_ids"] is not None and plain["token_ids"] is not None
+    compared = "token_ids" if with_ids else "text"
+    if disaggregated[compared] == plain[compared]:
+        return
+    raise ProofError(
+        f"{way}: the disaggregated answer differs from the plain one.\n"
+        f"  disaggregated: {_short(disaggregated)}\n  plain:         {_short(plain)}"
+    )
+
+
+def _short(choice: dict[str, Any]) -> str:
+    return f"{choice['text']!r:.200} {choice['token_ids']!s:.300}"

@@ -1,0 +1,84 @@
+"""``pdlaunch status``: what a topology that is up does, as its workers and its router tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pdtransport.launch import web, workers
+from pdtransport.launch.plan import resolved
+from pdtransport.launch.rundir import is_up, read_record
+from pdtransport.launch.topology import Topology
+from pdtransport.settings import ControlSettings
+
+
+def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, Any] | None:
+    """The run's state; None where none of that name is up."""
+    record = read_record(folder) if is_up(folder) else None
+    if record is None:
+        return None
+    control = resolved(topology, file_folder).transport.control
+    instances = [_instance(instance, control) for instance in record["instances"]]
+    router = {**record["router"], "healthy": web.is_healthy(record["router"]["url"])}
+    healthy = router["healthy"] and all(instance["healthy"] for instance in instances)
+    return {
+        "name": record["name"],
+        "pid": record["pid"],
+        "state": record["state"],
+        "logs": str(folder),
+        "healthy": healthy,
+        "router": router,
+        "instances": instances,
+    }
+
+
+def _instance(instance: dict[str, Any], control: ControlSettings) -> dict[str, Any]:
+    ranks = [_rank(address, control) for address in instance["control"]]
+    answers = web.is_healthy(instance["url"])
+    return {
+        "name": instance["name"],
+        "role": instance["role"],
+        "url": instance["url"],
+        "healthy": answers and all("status" in rank for rank in ranks),
+        "server_answers": answers,
+        "ranks": ranks,
+    }
+
+
+def _rank(address: str, control: ControlSettings) -> dict[str, Any]:
+    host, _, port = address.rpartition(":")
+    try:
+        return {"control": address, "status": workers.ask((host, int(port)), control)}
+    except workers.WorkerError as error:
+        return {"control": address, "error": str(error)}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    state = found["state"] if found["healthy"] else f"{found['state']}, but not healthy"
+    lines = [f"{found['name']}: {state} (pid {found['pid']}, logs in {found['logs']})"]
+    router = found["router"]
+    lines.append(f"router      {router['url']}  {'healthy' if router['healthy'] else 'does not answer'}")
+    for instance in found["instances"]:
+        answers = "healthy" if instance["server_answers"] else "does not answer"
+        lines.append(f"{instance['name']:<11} {instance['url']}  {answers}")
+        for number, rank in enumerate(instance["ranks"]):
+            lines += [f"  rank {number}: {line}" for line in _rank_lines(rank)]
+    return "\n".join(lines)
+
+
+def _rank_lines(rank: dict[str, Any]) -> list[str]:
+    if "error" in rank:
+        return [rank["error"]]
+    status = rank["status"]
+    live = status.get("live", {})
+    counters = ", ".join(f"{name} {value}" for name, value in sorted(status.get("counters", {}).items()) if value)
+    lines = [f"up {status.get('uptime_s', 0):.0f} s, sending {live.get('producing', 0)}, "
+             f"receiving {live.get('consuming', 0)}; {counters or 'nothing moved yet'}"]  # fmt: skip
+    for peer in status.get("peers", ()):
+        lines.append(
+            f"peer {peer.get('engine')}/{peer.get('rank')} over {peer.get('link')} "
+            f"({workers.rate(peer.get('bandwidth_bytes_s'))} measured; {peer.get('why')}): "
+            f"sent {workers.size(int(peer.get('bytes_sent', 0)))}, "
+            f"received {workers.size(int(peer.get('bytes_received', 0)))}"
+        )
+    return lines

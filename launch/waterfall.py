@@ -1,0 +1,77 @@
+"""Where one request's time went, from the router's trace and decode's workers: a few bars of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH = 36  # columns of the bar
+
+# Milestones in their order, and what the stretch that ends in each is called.
+_STRETCHES: tuple[tuple[str, str], ...] = (
+    ("dispatched", "router chooses and dispatches"),
+    ("first_batch", "prefill queues and computes its first pages"),
+    ("last_batch", "pages cross while prefill computes the rest"),
+    ("verified", "commit, and decode verifies"),
+    ("first_token", "decode schedules and computes its first token"),
+    ("done", "decode writes the rest"),
+)
+
+
+def milestones(trace: Mapping[str, Any], total_s: float) -> dict[str, float]:
+    """Seconds since the request's arrival at which each milestone was passed; those that it never passed are left out.
+
+    ``total_s`` is the client's own measure of the whole.
+    """
+    events = trace.get("events", {})
+    found = {"done": total_s}
+    for name in ("dispatched", "first_token"):
+        if name in events:
+            found[name] = events[name]
+    for record in records(trace, "decode"):
+        for name in ("first_batch", "last_batch", "verified"):
+            if name in record.get("events", {}):
+                since = record["events"][name] - trace["at"]
+                # Of several workers the first batch is the earliest, the others the latest.
+                pick = min if name == "first_batch" else max
+                found[name] = pick(found.get(name, since), since)
+    return found
+
+
+def records(trace: Mapping[str, Any], role: str) -> list[dict[str, Any]]:
+    """What the workers of ``role`` remember of the transfer, one record a rank."""
+    ranks = (trace.get("workers", {}).get(role) or {}).get("ranks") or ()
+    return [record for rank in ranks if rank for record in rank.get("transfers", ())]
+
+
+def bars(passed: Mapping[str, float]) -> list[str]:
+    """One line a stretch: its bar on the request's own scale, its length, its name."""
+    total = max(passed["done"], 1e-6)
+    lines, at = [], 0.0
+    for name, text in _STRETCHES:
+        if name not in passed:
+            continue
+        until = min(max(passed[name], at), total)  # clocks of two processes differ by a little
+        lines.append(f"|{_bar(at, until, total)}| {(until - at) * 1e3:8.1f} ms  {text}")
+        at = until
+    return lines
+
+
+def _bar(start: float, end: float, total: float) -> str:
+    first = min(int(start / total * WIDTH), WIDTH - 1)
+    last = max(first + 1, round(end / total * WIDTH))
+    return " " * first + "=" * (last - first) + " " * (WIDTH - last)
+
+
+def moved(trace: Mapping[str, Any]) -> str:
+    """What crossed, or why nothing did."""
+    found: Sequence[dict[str, Any]] = records(trace, "decode")
+    total = sum(int(record.get("bytes", 0)) for record in found)
+    if total:
+        pages = sum(int(record.get("blocks", 0)) for record in found)
+        held = sum(int(record.get("skipped_blocks", 0)) for record in found)
+        skipped = f", {held} it held already" if held else ""
+        return f"{pages} pages, {total / 1e6:.2f} MB over {found[0].get('link') or 'an unnamed link'}{skipped}"
+    reasons = [record["reason"] for record in found if record.get("reason")]
+    why = reasons[0] if reasons else trace.get("why_not_disaggregated")
+    return f"no page crossed: {why or 'decode asked for none (the prompt is shorter than a page, or held already)'}"

@@ -1,0 +1,317 @@
+"""The control channel: who is there, and every message between them but the pages themselves.
+
+No thread of its own: the transport's I/O thread polls :meth:`ControlChannel.sockets`, and calls
+:meth:`~ControlChannel.receive` and :meth:`~ControlChannel.tick`. Nothing that arrives raises out of these.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+
+import zmq
+
+from pdtransport.control.curve import Gatekeeper, load_keys
+from pdtransport.control.dialer import Dialer
+from pdtransport.control.directory import Directory
+from pdtransport.control.events import (
+    ConnectFailed,
+    Endpoint,
+    Event,
+    Identity,
+    PeerDown,
+    PeerId,
+    PeerUp,
+    Received,
+    StatusAsked,
+)
+from pdtransport.control.handshake import checked_identity
+from pdtransport.control.limits import MAX_CONNECTIONS, MAX_FRAMES_A_TURN, TICK_GRAIN_S
+from pdtransport.control.listener import Listener
+from pdtransport.control.shared import COUNTERS, Shared, logger
+from pdtransport.control.sockets import Socket
+from pdtransport.errors import SettingsError
+from pdtransport.kv.fingerprint import plain
+from pdtransport.protocol.messages import Message, encode
+from pdtransport.settings import ControlSettings
+
+__all__ = [
+    "ConnectFailed",
+    "ControlChannel",
+    "Event",
+    "Identity",
+    "PeerDown",
+    "PeerId",
+    "PeerUp",
+    "Received",
+    "StatusAsked",
+]
+
+Step = Callable[[float], "list[Event] | None"]
+
+# Names and addresses as DNS and IP write them; libzmq gives other characters a meaning of its own.
+_HOST = re.compile(r"[A-Za-z0-9_.\-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9_.\-]+)?")
+
+
+class ControlChannel:
+    """One worker's control channel.
+
+    Args:
+        settings: address, intervals, limits and keys.
+        me: who we are; said in every handshake.
+        clock: monotonic seconds; the same as ``now`` in the calls below.
+        context: of ZeroMQ; default one of its own, ended by :meth:`close`.
+
+    Raises:
+        SettingsError: a CURVE key can't be used, or ``me`` does not fit into a Hello.
+    """
+
+    def __init__(
+        self,
+        settings: ControlSettings,
+        me: Identity,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        context: zmq.Context[Socket] | None = None,
+    ) -> None:
+        keys = load_keys(settings)
+        checked_identity(me)
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.version = 0  # grows whenever sockets() changes
+        self._own_context = context is None
+        self._context = context or _context()
+        self._directory = Directory(settings.liveness_s, self.counters)
+        self._shared = Shared(settings, me, keys, clock, self._context, self.counters, self._directory)
+        self._gate: Gatekeeper | None = None
+        self._listener: Listener | None = None
+        self._dialers: dict[Endpoint, Dialer] = {}
+        self._steps: dict[Socket, Step] = {}
+        self._poller = zmq.Poller()
+        self._pending: deque[Event] = deque()  # at most one a call of connect()
+        self._last_tick = clock()
+        self._turn = 0
+        self._closed = False
+
+    # -- connections -----------------------------------------------------------------------------------------------
+
+    def bind(self, port: int | None = None) -> str:
+        """Listen on ``port`` (default: settings' port + rank; 0: any free one) and return the endpoint's URL.
+
+        Raises:
+            SettingsError: the address can't be bound.
+        """
+        if self._listener is not None:
+            raise SettingsError(f"this control channel listens at {self._listener.endpoint} already")
+        if port is None:
+            base = self._shared.settings.port
+            port = base + self._shared.me.rank if base else 0
+        if self._shared.keys is not None and self._gate is None:
+            self._gate = Gatekeeper(self._context, self._shared.keys)  # before the socket that it guards
+        self._listener = Listener(port, self._shared)
+        self._sockets_changed()
+        return self._listener.endpoint
+
+    def connect(self, host: str, port: int) -> None:
+        """Wish for the peer at ``host:port``. PeerUp or ConnectFailed follows, unless it is up already; a peer that
+        goes down is looked for again in the background for a while."""
+        if self._closed:
+            return
+        endpoint, now = Endpoint(host, port), self._shared.clock()
+        dialer = self._dialers.get(endpoint)
+        if dialer is None:
+            problem = self._obstacle(endpoint)
+            if problem is not None:
+                self._pending.append(problem)
+                return
+            if not self._dialers and not len(self._directory):
+                self._last_tick = now  # there was nothing to look after until now
+            dialer = self._dialers[endpoint] = Dialer(endpoint, self._shared, now)
+        answer = dialer.want(now)
+        if answer is not None:
+            self._pending.append(answer)
+        elif dialer.redial:
+            self._dial(dialer)
+
+    def send(self, peer: PeerId, message: Message) -> bool:
+        """Send without waiting. False, and counted: that incarnation is not up, its connection is down or its queue
+        is full, or the message is longer than ``max_frame_bytes``."""
+        frame = encode(message)
+        limit = self._shared.settings.max_frame_bytes
+        if len(frame) > limit:
+            logger.error("a %s of %d bytes exceeds control.max_frame_bytes (%d)", message.kind, len(frame), limit)
+        elif not self._closed and self._directory.send(peer, frame):
+            return True
+        self.counters["send_failed"] += 1
+        return False
+
+    def sockets(self) -> list[Socket]:
+        """What to poll for reading. Changes with :attr:`version`."""
+        return list(self._steps)
+
+    def close(self) -> None:
+        """Close all at once; peers notice by themselves. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        for dialer in self._dialers.values():
+            dialer.hang_up()
+        if self._listener is not None:
+            self._listener.close()
+        if self._gate is not None:
+            self._gate.close()
+        self._steps.clear()
+        self._poller = zmq.Poller()
+        self._pending.clear()
+        self.version += 1
+        if self._own_context:
+            self._context.term()
+
+    def _obstacle(self, endpoint: Endpoint) -> ConnectFailed | None:
+        """Why there is no trying to reach ``endpoint``."""
+        host, port = endpoint
+        if not _HOST.fullmatch(host) or len(host) > 255:
+            return ConnectFailed(host, port, f"{plain(host, 80)!r} is no host name or address", "host", refused=True)
+        if not 1 <= port <= 65535:
+            return ConnectFailed(host, port, f"port {port} is not within 1..65535", "port", refused=True)
+        if len(self._dialers) >= MAX_CONNECTIONS and not self._make_room():
+            text = f"{MAX_CONNECTIONS} endpoints are connected already, {host}:{port} is one too many"
+            return ConnectFailed(host, port, text, "peers", refused=True)
+        return None
+
+    def _make_room(self) -> bool:
+        """Drop the unanswered endpoint that nobody has asked for longest."""
+        idle = [dialer for dialer in self._dialers.values() if dialer.peer is None and not dialer.waiting]
+        if idle:
+            self._drop(min(idle, key=Dialer.wanted_since))
+        return bool(idle)
+
+    def _dial(self, dialer: Dialer) -> None:
+        dialer.redial = False
+        dialer.hang_up()
+        try:
+            dialer.dial()
+        except zmq.ZMQError as error:
+            logger.error("no socket for %s:%d: %s", *dialer.endpoint, error)  # its deadline will tell who waits
+        self._sockets_changed()
+
+    def _drop(self, dialer: Dialer) -> None:
+        dialer.hang_up()
+        del self._dialers[dialer.endpoint]
+        self._sockets_changed()
+
+    def _sockets_changed(self) -> None:
+        """Collect what is open, and who handles it."""
+        steps: dict[Socket, Step] = {}
+        if self._gate is not None:
+            steps[self._gate.socket] = self._step_gate
+        for part in (*self._dialers.values(), self._listener):
+            if part is not None and part.socket is not None and part.monitor is not None:
+                steps[part.socket] = part.step
+                steps[part.monitor] = part.step_monitor
+        if steps.keys() != self._steps.keys():
+            self._poller = zmq.Poller()
+            for socket in steps:
+                self._poller.register(socket, zmq.POLLIN)
+            self.version += 1
+        self._steps = steps
+
+    # -- the I/O thread's turn ---------------------------------------------------------------------------------------
+
+    def receive(self, now: float, limit: int = MAX_FRAMES_A_TURN) -> list[Event]:
+        """Handle what has arrived, at most ``limit`` frames, every connection its share. What is left keeps the
+        sockets readable."""
+        events = self._take_pending()
+        if self._closed:
+            return events
+        ready = [socket for socket, _ in self._poller.poll(0)]
+        if not ready:
+            return events
+        self._turn += 1
+        share = max(1, limit // len(ready))
+        first = self._turn % len(ready)
+        for socket in (ready[first:] + ready[:first])[:limit]:
+            events += self._read(socket, share, now)
+        if any(socket.closed for socket in self._steps):
+            self._sockets_changed()
+        return events
+
+    def tick(self, now: float) -> list[Event]:
+        """Do what is due: handshakes, heartbeats, and giving up."""
+        events = self._take_pending()
+        if self._closed or now < self._last_tick + TICK_GRAIN_S:
+            return events
+        self._forgive_own_pause(now)
+        self._last_tick = now
+        events += self._directory.tick(now)
+        if self._listener is not None:
+            self._listener.tick(now)
+        for dialer in list(self._dialers.values()):
+            if dialer.redial:
+                self._dial(dialer)
+            events += dialer.tick(now)
+            if dialer.retired(now):
+                self._drop(dialer)
+        return events
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`tick` wants to be called at the latest; None: not before something arrives."""
+        if self._closed:
+            return None
+        if self._pending:
+            return self._last_tick
+        times = [dialer.next_deadline() for dialer in self._dialers.values()]
+        if len(self._directory):
+            times.append(self._last_tick + self._shared.beat_s)  # regular, so that our own pauses are noticed
+        for part in (self._directory, self._listener):
+            due = part.next_deadline() if part is not None else None
+            if due is not None:
+                times.append(due)
+        return max(min(times), self._last_tick + TICK_GRAIN_S) if times else None
+
+    def _take_pending(self) -> list[Event]:
+        events = list(self._pending)
+        self._pending.clear()
+        return events
+
+    def _read(self, socket: Socket, share: int, now: float) -> list[Event]:
+        events: list[Event] = []
+        step = self._steps.get(socket)
+        while step is not None and share > 0 and not socket.closed:
+            share -= 1
+            try:
+                found = step(now)
+            except Exception as error:  # noqa: BLE001 - whatever a frame provokes must not stop the others
+                self.counters["garbage"] += 1
+                self._shared.complaints.say(f"error while handling a frame: {error!r:.300}", now)
+                continue
+            if found is None:
+                break
+            events += found
+        return events
+
+    def _step_gate(self, now: float) -> list[Event] | None:
+        gate = self._gate
+        if gate is None or not gate.step():
+            return None
+        if gate.denied > 0:
+            self.counters["refused"] += gate.denied
+            gate.denied = 0
+            self._shared.complaints.say("refused a connection: its key is not in control.curve_allowed_keys", now)
+        return []
+
+    def _forgive_own_pause(self, now: float) -> None:
+        """If this thread stood still (a stopped process, a busy machine), peers were not silent, we were deaf."""
+        gap = now - self._last_tick
+        if gap > max(self._shared.settings.liveness_s / 2, 2 * self._shared.beat_s):
+            self._directory.forgive(gap, now)
+            for dialer in self._dialers.values():
+                dialer.forgive(gap)
+
+
+def _context() -> zmq.Context[Socket]:
+    """One I/O thread; room for the sockets of all connections and their monitors."""
+    context: zmq.Context[Socket] = zmq.Context(1)
+    context.set(zmq.MAX_SOCKETS, 3 * MAX_CONNECTIONS + 16)
+    return context

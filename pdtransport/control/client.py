@@ -1,0 +1,144 @@
+"""Ask a worker for its status, from anywhere that may connect: no Hello, no identity."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from pdtransport.control import curve
+from pdtransport.control.handshake import foreign_version, version_refusal
+from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
+from pdtransport.errors import PDTransportError
+from pdtransport.kv.fingerprint import plain
+from pdtransport.protocol.messages import Refused, StatusReply, StatusRequest, WireError, decode, encode
+from pdtransport.settings import ControlSettings
+
+ASK_AGAIN_S = 0.2  # after "ask less often"
+MAX_FRAMES = 64  # that are read while waiting for the one answer
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class StatusUnavailable(PDTransportError):
+    """The worker did not tell its status; the text says why."""
+
+
+def fetch_status(
+    host: str, port: int, *, transfer: str = "", timeout_s: float = 2.0, settings: ControlSettings | None = None
+) -> dict[str, Any]:
+    """The status of the worker whose control channel listens at ``host:port``.
+
+    Args:
+        transfer: narrows it to one transfer's timeline.
+        timeout_s: for all of it.
+        settings: of ours: CURVE keys, and ``max_frame_bytes`` as the longest answer. Default: plain, 4 MiB.
+
+    Raises:
+        StatusUnavailable: no answer in time, a refusal, or an answer that is no status. One line.
+        SettingsError: a CURVE key file that can't be used.
+    """
+    settings = settings or ControlSettings()
+    keys = curve.load_keys(settings)
+    deadline = time.monotonic() + timeout_s
+    context: zmq.Context[Socket] = zmq.Context(1)
+    socket = monitor = None
+    try:
+        socket = open_socket(context, zmq.DEALER, settings, ipv6=":" in host)
+        socket.set(zmq.IMMEDIATE, 0)  # the question waits for the connection
+        curve.apply_client(socket, keys)
+        monitor = watch(context, socket, _FAILED)
+        socket.connect(tcp_url(host, port))
+        return _Asking(socket, monitor, f"{host}:{port}", transfer, deadline, timeout_s).answer()
+    except zmq.ZMQError as error:
+        raise StatusUnavailable(f"no status from {host}:{port}: {error.strerror}") from None
+    finally:
+        close_watched(socket, monitor)
+        context.term()
+
+
+async def afetch_status(
+    host: str, port: int, *, transfer: str = "", timeout_s: float = 2.0, settings: ControlSettings | None = None
+) -> dict[str, Any]:
+    """:func:`fetch_status` in a worker thread, which ends within ``timeout_s`` even if the task is cancelled."""
+    return await asyncio.to_thread(fetch_status, host, port, transfer=transfer, timeout_s=timeout_s, settings=settings)
+
+
+class _Asking:
+    """One question, until its answer or the deadline."""
+
+    def __init__(
+        self, socket: Socket, monitor: Socket, where: str, transfer: str, deadline: float, timeout_s: float
+    ) -> None:
+        self._socket, self._monitor = socket, monitor
+        self._where, self._transfer = where, transfer
+        self._deadline, self._timeout_s = deadline, timeout_s
+        self._hung_up = False
+
+    def answer(self) -> dict[str, Any]:
+        question = encode(StatusRequest(transfer=self._transfer))
+        inbox = Inbox(self._socket, addressed=False)
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        self._socket.send(question, zmq.NOBLOCK)
+        for _ in range(MAX_FRAMES):
+            self._wait(poller)
+            self._read_monitor()
+            letter = inbox.read()
+            if isinstance(letter, bool) or letter.body is None:
+                continue
+            status = self._read(letter.body.bytes)
+            if status is not None:
+                return status
+            time.sleep(max(0.0, min(ASK_AGAIN_S, self._deadline - time.monotonic())))
+            self._socket.send(question, zmq.NOBLOCK)
+        raise StatusUnavailable(f"no status from {self._where}: it answers, but with something else")
+
+    def _wait(self, poller: zmq.Poller) -> None:
+        left = self._deadline - time.monotonic()
+        if left > 0 and poller.poll(max(1, round(left * 1000))):
+            return
+        why = (
+            "it hangs up: no control channel, or its CURVE keys don't fit ours"
+            if self._hung_up
+            else "check the address, and that the worker runs"
+        )
+        raise StatusUnavailable(f"no status from {self._where} within {self._timeout_s:g} s: {why}")
+
+    def _read_monitor(self) -> None:
+        while int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+            report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            self._hung_up = True
+            if report["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise StatusUnavailable(f"no status from {self._where}: it refuses our CURVE key")
+            if report["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                raise StatusUnavailable(
+                    f"no status from {self._where}: no ZeroMQ, or CURVE is on at one side only (control.curve_*)"
+                )
+
+    def _read(self, frame: bytes) -> dict[str, Any] | None:
+        """The status; None if we should ask again."""
+        try:
+            message = decode(frame)
+        except (WireError, RecursionError) as error:
+            version = foreign_version(frame)
+            text = version_refusal(version, them="it").reason if version is not None else str(error)
+            raise StatusUnavailable(f"no status from {self._where}: {plain(text, 300)}") from None
+        if isinstance(message, Refused):
+            if message.field == "status" and "less often" in message.reason:
+                return None
+            raise StatusUnavailable(f"no status from {self._where}: {plain(message.reason or message.field, 400)}")
+        if not isinstance(message, StatusReply):
+            raise StatusUnavailable(f"no status from {self._where}: it answered with a {message.kind}")
+        try:
+            status = json.loads(message.status)
+        except (ValueError, RecursionError):
+            status = None
+        if not isinstance(status, dict):
+            raise StatusUnavailable(f"no status from {self._where}: its answer is no JSON object")
+        return status

@@ -1,0 +1,163 @@
+"""CURVE: key files, and who may connect. ZeroMQ encrypts; here is only which keys."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+from zmq.utils import z85
+
+from pdtransport.control.sockets import Socket
+from pdtransport.errors import SettingsError
+from pdtransport.settings import ControlSettings
+
+logger = logging.getLogger("pdtransport.control")
+
+PUBLIC_FILE = "control.public"
+SECRET_FILE = "control.secret"
+Z85_CHARS = 40  # a 32-byte key as text
+MAX_KEY_FILE = 4096
+ZAP_ADDRESS = "inproc://zeromq.zap.01"
+ZAP_DOMAIN = b"pdtransport"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys as 40 characters of Z85. ``server``: whom we connect to; ``allowed``: who may connect to us."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    server: bytes
+    allowed: frozenset[bytes]
+
+
+def make_keys(directory: str | Path) -> tuple[Path, Path]:
+    """Make a new key pair in ``directory`` (made if missing): one key a file, mode 0600. Returns the paths of the
+    public and the secret key, for ``control.curve_public_key_file`` and ``control.curve_secret_key_file``.
+
+    Raises:
+        SettingsError: keys are there already, or the directory can't be written.
+    """
+    folder = Path(directory)
+    public, secret = folder / PUBLIC_FILE, folder / SECRET_FILE
+    for path in (public, secret):
+        if path.exists():
+            raise SettingsError(f"{path} is there already: keys are never overwritten, remove it first")
+    public_key, secret_key = zmq.curve_keypair()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path, key in ((public, public_key), (secret, secret_key)):
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(key + b"\n")
+    except OSError as error:
+        raise SettingsError(f"CURVE keys can't be written to {folder}: {error.strerror}") from None
+    return public, secret
+
+
+def load_keys(settings: ControlSettings) -> Keys | None:
+    """The keys that ``settings`` name; None where CURVE is off.
+
+    Raises:
+        SettingsError: a file is missing or holds no key, the two don't belong together, or a key is malformed.
+    """
+    if settings.curve_public_key_file is None or settings.curve_secret_key_file is None:
+        return None
+    public = _read("control.curve_public_key_file", settings.curve_public_key_file, secret=False)
+    secret = _read("control.curve_secret_key_file", settings.curve_secret_key_file, secret=True)
+    if zmq.curve_public(secret) != public:
+        raise SettingsError(
+            "control.curve_public_key_file and control.curve_secret_key_file are not halves of one pair: "
+            "make a new pair with `pdlaunch keys`"
+        )
+    server = settings.curve_server_key
+    allowed = settings.curve_allowed_keys
+    return Keys(
+        public=public,
+        secret=secret,
+        server=public if server is None else _checked("control.curve_server_key", server.encode()),
+        allowed=frozenset(
+            [public] if allowed is None else [_checked("control.curve_allowed_keys", k.encode()) for k in allowed]
+        ),
+    )
+
+
+def apply_server(socket: Socket, keys: Keys | None) -> None:
+    """Make a listening socket accept nobody but holders of allowed keys (see :class:`Gatekeeper`)."""
+    if keys is not None:
+        socket.curve_secretkey = keys.secret
+        socket.curve_publickey = keys.public
+        socket.curve_server = True
+        socket.zap_domain = ZAP_DOMAIN
+
+
+def apply_client(socket: Socket, keys: Keys | None) -> None:
+    """Make a connecting socket prove our key and demand the server's."""
+    if keys is not None:
+        socket.curve_secretkey = keys.secret
+        socket.curve_publickey = keys.public
+        socket.curve_serverkey = keys.server
+
+
+class Gatekeeper:
+    """Answers libzmq's question (ZAP) whether a key may connect, in the thread that drives the channel.
+
+    libzmq asks nobody, and admits everybody, unless this stands before the listening socket binds.
+    """
+
+    def __init__(self, context: zmq.Context[Socket], keys: Keys) -> None:
+        self._allowed = keys.allowed
+        self.denied = 0
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.set(zmq.LINGER, 0)
+        try:
+            self.socket.bind(ZAP_ADDRESS)
+        except zmq.ZMQError as error:
+            self.socket.close(0)
+            raise SettingsError(f"another ZAP handler runs in this ZeroMQ context: {error}") from None
+
+    def step(self) -> bool:
+        """Answer one question; False if there is none."""
+        try:
+            parts = self.socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        if len(parts) < 8:  # only libzmq itself can reach this address
+            return True
+        sender, version, request, mechanism, credentials = parts[0], parts[2], parts[3], parts[7], parts[8:]
+        known = mechanism == b"CURVE" and len(credentials) == 1 and z85.encode(credentials[0]) in self._allowed
+        self.denied += not known
+        status = (b"200", b"OK") if known else (b"400", b"this key is not in curve_allowed_keys")
+        with contextlib.suppress(zmq.ZMQError):  # whoever asked is gone
+            self.socket.send_multipart([sender, b"", version, request, *status, b"", b""], zmq.NOBLOCK)
+        return True
+
+    def close(self) -> None:
+        self.socket.close(0)
+
+
+def _read(setting: str, path: Path, *, secret: bool) -> bytes:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_KEY_FILE)
+            mode = os.fstat(file.fileno()).st_mode
+    except OSError as error:
+        raise SettingsError(
+            f"{setting}: {path} can't be read ({error.strerror}); make keys with `pdlaunch keys`"
+        ) from None
+    if secret and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning("%s: %s is readable by others than its owner; chmod 600 it", setting, path)
+    return _checked(f"{setting}: {path}", text.strip())
+
+
+def _checked(where: str, key: bytes) -> bytes:
+    """``key`` if it is one; the message never shows it, it may be a secret."""
+    if len(key) == Z85_CHARS:
+        with contextlib.suppress(zmq.ZMQError):
+            zmq.curve_public(key)  # libzmq's own check that this is Z85 of 32 bytes
+            return key
+    raise SettingsError(f"{where} holds no CURVE key of {Z85_CHARS} characters (Z85); make keys with `pdlaunch keys`")

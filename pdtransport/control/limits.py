@@ -1,0 +1,33 @@
+"""Bounds and intervals of the control channel that nobody needs to set. Settings hold the others."""
+
+from __future__ import annotations
+
+MAX_PEERS = 1024  # workers that may be up at once; more are refused with field "peers"
+MAX_CONNECTIONS = 512  # endpoints we connect to; each holds two sockets and about four descriptors
+MAX_ROUTES_PER_PEER = 8  # connections between the same two processes, both directions together
+MAX_STRANGERS = 1024  # connections without a handshake that are remembered, to answer each at most once a second
+MAX_BURIED = 1024  # incarnations that a newer one replaced
+MAX_BREAKS = 4096  # peers whose past partings are remembered
+MAX_PROBES = 4096  # connections that may be checked at once after the system reported a disconnect
+
+SEND_QUEUE_FRAMES = 2048  # per connection; a full queue makes send() return False
+RECEIVE_QUEUE_FRAMES = 256  # per connection; beyond it TCP's own window holds the sender
+MONITOR_QUEUE_EVENTS = 1 << 16  # deep, since libzmq's I/O thread would block on a full one
+TCP_BACKLOG = 512
+
+MAX_STRANGER_FRAME = 256 << 10  # bytes of a frame before the handshake: the largest Hello with all its exports
+MAX_FRAMES_A_TURN = 256
+
+RECONNECT_S = 0.1  # first pause before TCP is tried again ...
+RECONNECT_MAX_S = 1.0  # ... and the longest
+HELLO_AGAIN_S = 1.0  # an unanswered Hello is repeated after this, on the same connection
+LOST_OPENER_S = 1.0  # a broken connection that can't be opened again: its peer is down after this
+LOST_BOUND_S = 2.0  # the same where the peer must do the reconnecting: its own pauses come on top
+RETRY_FOR_S = 60.0  # background attempts at an endpoint that nobody has asked for since
+REFUSAL_HOLDS_S = 1.0  # an endpoint that refused us is not asked again before this
+PROBE_AFTER_S = (0.02, 0.3)  # after a disconnect, see which connection it was
+ANSWER_GARBAGE_EVERY_S = 1.0  # per connection
+FAILED_CURVE_HANDSHAKES = 3  # in a row, before a connection that hangs up without a word counts as refused
+
+STATUS_PER_S = 50  # status requests answered, all askers together
+TICK_GRAIN_S = 0.005  # timers are looked at no more often than this

@@ -1,0 +1,308 @@
+"""The side that peers connect to: one ROUTER socket, any number of connections, none of them trusted."""
+
+from __future__ import annotations
+
+import errno
+import socket as stdlib_socket
+from collections import OrderedDict, deque
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from pdtransport.control import curve, handshake
+from pdtransport.control.directory import Route, Sent
+from pdtransport.control.events import Event, Received, StatusAsked
+from pdtransport.control.limits import (
+    ANSWER_GARBAGE_EVERY_S,
+    LOST_BOUND_S,
+    MAX_PROBES,
+    MAX_STRANGER_FRAME,
+    MAX_STRANGERS,
+    PROBE_AFTER_S,
+    STATUS_PER_S,
+)
+from pdtransport.control.shared import Shared
+from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
+from pdtransport.control.status import Allowance, status_frame
+from pdtransport.errors import SettingsError
+from pdtransport.kv.fingerprint import plain
+from pdtransport.protocol.messages import (
+    Hello,
+    LinkCall,
+    Message,
+    Ping,
+    Pong,
+    Refused,
+    StatusRequest,
+    TransferMessage,
+    Welcome,
+    WireError,
+    decode,
+    encode,
+)
+
+WATCHED = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class Inbound(Route):
+    """One connection that somebody opened to us: a stranger until its Hello is welcome."""
+
+    inbound = True
+
+    def __init__(self, name: bytes, address: str, descriptor: int, listener: Listener) -> None:
+        self.name = name  # libzmq's name for the connection
+        self.address = address  # where it comes from
+        self.descriptor = descriptor
+        self.answer_at = 0.0  # garbage is answered again after this
+        self._listener = listener
+
+    def send(self, frame: bytes) -> Sent:
+        return self._listener.send(self, frame)
+
+    def unbind(self, *, silent: bool) -> None:
+        self._listener.make_stranger(self)
+
+    def __str__(self) -> str:
+        return handshake.shown(self.peer.engine, self.peer.rank) if self.peer else self.address
+
+
+class Listener:
+    """Binds, in its constructor.
+
+    Raises:
+        SettingsError: the address can't be bound; names ``control.port`` or ``control.host``.
+    """
+
+    def __init__(self, port: int, shared: Shared) -> None:
+        self._shared = shared
+        self._bound: dict[bytes, Inbound] = {}
+        self._strangers: OrderedDict[bytes, Inbound] = OrderedDict()
+        self._probes: deque[tuple[float, Inbound]] = deque()
+        self._allowance = Allowance()
+        host = shared.settings.host
+        self.socket = open_socket(shared.context, zmq.ROUTER, shared.settings, ipv6=":" in host)
+        self.monitor: Socket | None = None
+        try:
+            curve.apply_server(self.socket, shared.keys)
+            self.monitor = watch(shared.context, self.socket, WATCHED)
+            _bind(self.socket, host, port, shared.me.rank)
+        except BaseException:
+            self.close()
+            raise
+        self._inbox = Inbox(self.socket, addressed=True)
+        self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def close(self) -> None:
+        close_watched(self.socket, self.monitor)
+
+    # -- sending -------------------------------------------------------------------------------------------------
+
+    def send(self, connection: Inbound, frame: bytes) -> Sent:
+        try:
+            self.socket.send_multipart([connection.name, frame], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EAGAIN:
+                return Sent.FULL
+            self._on_gone(connection)
+            return Sent.GONE
+        self._shared.counters["frames_out"] += 1
+        return Sent.OK
+
+    def _on_gone(self, connection: Inbound) -> None:
+        """TCP is down. The peer will connect again, if it lives, under another name."""
+        self._strangers.pop(connection.name, None)
+        if self._bound.pop(connection.name, None) is not None:
+            now = self._shared.clock()
+            connection.broken_until = now + min(LOST_BOUND_S, self._shared.settings.liveness_s)
+
+    def make_stranger(self, connection: Inbound) -> None:
+        """Its handshake is void: it must say Hello again."""
+        if self._bound.pop(connection.name, None) is not None:
+            self._add_stranger(connection)
+
+    def _add_stranger(self, connection: Inbound) -> None:
+        self._strangers[connection.name] = connection
+        while len(self._strangers) > MAX_STRANGERS:
+            self._strangers.popitem(last=False)
+
+    # -- what libzmq reports, and time -----------------------------------------------------------------------------
+
+    def step_monitor(self, now: float) -> list[Event] | None:
+        """Handle one report about a connection; None if there is none."""
+        if self.monitor is None:
+            return None
+        try:
+            report = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+        if report["event"] != zmq.EVENT_DISCONNECTED:
+            self._shared.counters["handshakes_failed"] += 1
+            self._shared.complaints.say("a connection failed in its handshake: no ZeroMQ, or a wrong CURVE key", now)
+            return []
+        gone = [each for each in self._bound.values() if each.descriptor == report["value"]]
+        for connection in gone[: MAX_PROBES - len(self._probes)]:
+            self._probes.extend((now + delay, connection) for delay in PROBE_AFTER_S)
+        return []
+
+    def tick(self, now: float) -> None:
+        """The system reuses descriptors, so a report about one is a hint only: a Pong that can't be sent proves it."""
+        for _ in range(len(self._probes)):
+            due, connection = self._probes.popleft()
+            if now < due:
+                self._probes.append((due, connection))
+            elif connection.name in self._bound:
+                self.send(connection, encode(Pong(incarnation=self._shared.me.incarnation)))
+
+    def next_deadline(self) -> float | None:
+        return min((due for due, _ in self._probes), default=None)
+
+    # -- what arrives ----------------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> list[Event] | None:
+        """Handle one frame; None if there is none."""
+        letter = self._inbox.read()
+        if isinstance(letter, bool):
+            return [] if letter else None
+        self._shared.counters["frames_in"] += 1
+        connection = self._connection(letter.sender, letter.body)
+        if letter.body is None:
+            return self._garbage(connection, "a message of several parts", now)
+        if connection.peer is None and len(letter.body) > MAX_STRANGER_FRAME:
+            return self._garbage(connection, f"{len(letter.body)} bytes before the handshake", now)
+        frame = letter.body.bytes
+        try:
+            message = decode(frame)
+        except (WireError, RecursionError) as error:
+            return self._garbage(connection, str(error), now, handshake.foreign_version(frame))
+        connection.last_heard = now
+        return self._on_message(connection, message, now)
+
+    def _connection(self, name: bytes, body: zmq.Frame | None) -> Inbound:
+        known = self._bound.get(name)
+        if known is not None:
+            return known
+        stranger = self._strangers.pop(name, None)
+        if stranger is None:
+            stranger = Inbound(name, _address(body), _descriptor(body), self)
+        self._add_stranger(stranger)
+        return stranger
+
+    def _on_message(self, connection: Inbound, message: Message, now: float) -> list[Event]:
+        if isinstance(message, Hello):
+            return self._on_hello(connection, message, now)
+        if isinstance(message, StatusRequest):
+            return self._on_status_request(connection, message, now)
+        if isinstance(message, Ping):
+            self._on_ping(connection, message)
+            return []
+        if isinstance(message, Refused):
+            return self._on_refused(connection, message)
+        if isinstance(message, Pong):
+            return []
+        if not isinstance(message, TransferMessage | LinkCall):
+            return self._garbage(connection, f"an unexpected {message.kind}", now)
+        if connection.peer is None:
+            self._shared.counters["dropped_unknown_peer"] += 1
+            return []
+        return [Received(connection.peer, message)]
+
+    def _on_hello(self, connection: Inbound, hello: Hello, now: float) -> list[Event]:
+        shared = self._shared
+        refusal = handshake.check(shared.me, hello) or shared.directory.refusal(hello)
+        if refusal is not None:
+            shared.counters["refused"] += 1
+            self.send(connection, encode(refusal))
+            shared.complaints.say(f"refused {connection.address}: {refusal.reason}", now)
+            return []
+        breaks = shared.directory.our_breaks(handshake.peer_of(hello))
+        if self.send(connection, encode(handshake.facts(Welcome, shared.me, breaks))) is not Sent.OK:
+            return []  # it will say Hello again
+        events = shared.directory.admit(hello, connection.address, connection, None, now)
+        self._strangers.pop(connection.name, None)
+        self._bound[connection.name] = connection
+        return events
+
+    def _on_ping(self, connection: Inbound, ping: Ping) -> None:
+        if connection.peer is None or ping.incarnation != connection.peer.incarnation:
+            self.send(connection, encode(handshake.refusal("hello", reason="say Hello first, on this connection")))
+        else:
+            self.send(connection, encode(Pong(incarnation=self._shared.me.incarnation)))
+
+    def _on_refused(self, connection: Inbound, refused: Refused) -> list[Event]:
+        if connection.peer is None or refused.field in {"frame", "status"}:
+            return []
+        reason = f"{connection} refused us: {plain(refused.reason or refused.field, 512)}"
+        return self._shared.directory.leave(connection, reason)
+
+    # -- status ----------------------------------------------------------------------------------------------------
+
+    def _on_status_request(self, connection: Inbound, request: StatusRequest, now: float) -> list[Event]:
+        if not self._allowance.take(now):
+            self._shared.counters["status_limited"] += 1
+            reason = f"more than {STATUS_PER_S} status requests a second; ask less often"
+            self.send(connection, encode(handshake.refusal("status", reason=reason)))
+            return []
+        return [StatusAsked(lambda text: self._reply(connection, text), request.transfer)]
+
+    def _reply(self, connection: Inbound, text: str) -> None:
+        limit = self._shared.settings.max_frame_bytes
+        frame = status_frame(text, limit)
+        if frame is None:
+            reason = f"the status is longer than control.max_frame_bytes ({limit}): raise it, or ask for one transfer"
+            frame = encode(handshake.refusal("status", reason=reason))
+        if not self.socket.closed:
+            self.send(connection, frame)
+
+    # -- garbage ---------------------------------------------------------------------------------------------------
+
+    def _garbage(self, connection: Inbound, what: str, now: float, version: int | None = None) -> list[Event]:
+        """Count it, and say so: in the log at most once a second, to its sender likewise."""
+        self._shared.counters["garbage"] += 1
+        what = plain(what, 200)
+        self._shared.complaints.say(f"garbage from {connection}: {what}", now)
+        if now >= connection.answer_at:
+            connection.answer_at = now + ANSWER_GARBAGE_EVERY_S
+            known = version is not None
+            refusal = handshake.version_refusal(version) if known else handshake.refusal("frame", reason=what)  # type: ignore[arg-type]
+            self.send(connection, encode(refusal))
+        return []
+
+
+def _bind(socket: Socket, host: str, port: int, rank: int) -> None:
+    if port > 65535:
+        raise SettingsError(f"control.port: rank {rank} would listen on port {port}; choose a lower control.port")
+    try:
+        # libzmq binds addresses and interfaces, not names
+        family, *_, address = stdlib_socket.getaddrinfo(host, port, type=stdlib_socket.SOCK_STREAM)[0]
+        if family == stdlib_socket.AF_INET6:
+            socket.set(zmq.IPV6, 1)
+        socket.bind(tcp_url(str(address[0]), port or "*"))
+    except (OSError, zmq.ZMQError) as error:
+        where = f"control.port: port {port} of {host} (rank {rank} uses control.port + {rank})"
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"{where} is in use: choose another control.port or stop what holds it") from None
+        if error.errno == errno.EACCES:
+            raise SettingsError(f"{where} needs privileges: choose a control.port above 1023") from None
+        raise SettingsError(
+            f"control.host: {host!r} is no address of this machine ({error.strerror}): set control.host to one"
+        ) from None
+
+
+def _address(frame: zmq.Frame | None) -> str:
+    try:
+        return str(frame.get("Peer-Address")).removeprefix("::ffff:") if frame is not None else ""
+    except zmq.ZMQError:
+        return ""
+
+
+def _descriptor(frame: zmq.Frame | None) -> int:
+    """Of the connection's TCP socket; -1 where libzmq does not say."""
+    try:
+        return int(frame.get(zmq.SRCFD)) if frame is not None else -1
+    except (zmq.ZMQError, TypeError, ValueError):
+        return -1

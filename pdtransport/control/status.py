@@ -1,0 +1,58 @@
+"""Answers to StatusRequest: as often as is healthy, as long as a frame may be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pdtransport.control.limits import STATUS_PER_S
+from pdtransport.protocol.messages import StatusReply, encode
+
+LEFT_OUT = "transfers_left_out"  # key in the status: how many of the oldest transfers did not fit
+
+
+class Allowance:
+    """At most ``STATUS_PER_S`` answers a second, and as many at once after a pause."""
+
+    def __init__(self, per_s: float = STATUS_PER_S) -> None:
+        self._per_s = per_s
+        self._left = per_s
+        self._at = 0.0
+
+    def take(self, now: float) -> bool:
+        self._left = min(self._per_s, self._left + max(0.0, now - self._at) * self._per_s)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+def status_frame(text: str, max_bytes: int) -> bytes | None:
+    """The reply on the wire, without its oldest transfers if need be; None if even the rest is too long, or no
+    object of JSON."""
+    frame = encode(StatusReply(status=text))
+    if len(frame) <= max_bytes:
+        return frame
+    try:
+        status = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(status, dict) or not isinstance(status.get("transfers"), list):
+        return None
+    return _fitted(status, max_bytes)
+
+
+def _fitted(status: dict[str, Any], max_bytes: int) -> bytes | None:
+    """The reply with as many of the newest transfers as fit (within a factor of two)."""
+    transfers = status["transfers"]
+    keep = len(transfers) // 2
+    while True:
+        newest = transfers[len(transfers) - keep :]
+        text = json.dumps({**status, "transfers": newest, LEFT_OUT: len(transfers) - keep})
+        frame = encode(StatusReply(status=text))
+        if len(frame) <= max_bytes:
+            return frame
+        if keep == 0:
+            return None
+        keep //= 2

@@ -1,0 +1,94 @@
+"""Are two workers' KV caches the same thing? Peers compare fingerprints before the first byte moves.
+
+A fingerprint is a flat dict of facts. All must be equal, except the few that can be bridged by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FingerprintValue = str | int | bool
+Fingerprint = Mapping[str, FingerprintValue]
+
+MISSING = "(not given)"
+MAX_SHOWN = 96  # characters of a value that a message shows: it may come from anyone
+MAX_FIELD = 128  # of a field's name, likewise
+
+# What to do about it, most telling field first: a mismatch of model explains all that follow from it.
+REMEDIES = {
+    "protocol_version": "run the same pdtransport version on both",
+    "model": "serve the same model on both, or set model_id where only its path differs",
+    "revision": "start both with the same --revision",
+    "weights": "the weight files differ under one name: serve the same files on both",
+    "model_config": "the model's config.json (or --hf-overrides) differs: use the same on both",
+    "dtype": "start both with the same --dtype",
+    "kv_cache_dtype": "start both with the same --kv-cache-dtype",
+    "block_size": "start both with the same --block-size",
+    "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT, or leave it unset on both",
+    "attention_backend": "start both with the same --attention-backend, on CPUs of the same instruction set",
+    "layers": "serve the same model on both, with the same pipeline-parallel size",
+    "kv_heads": "serve the same model on both",
+    "kv_slot_bytes": "start both with the same --kv-cache-dtype and model",
+    "layer_names": "serve the same model on both, with the same pipeline-parallel size",
+    "pp_size": "start both with the same --pipeline-parallel-size",
+    "key_seed": "content keys must come from the same pdtransport version on both",
+    "tp_size": "choose tensor-parallel sizes that divide the KV heads evenly, or are multiples of their number",
+}
+_ORDER = {name: place for place, name in enumerate(REMEDIES)}
+_IGNORED = frozenset({"tp_rank"})  # every pair of ranks differs in it; geometry says which heads each one holds
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first fact that differs: its name, and both sides' values as text."""
+
+    field: str
+    ours: str
+    yours: str
+
+    def text(self, us: str = "this side", them: str = "the peer") -> str:
+        """One line for a human: what differs, who has what, and what to do about it."""
+        remedy = REMEDIES.get(self.field, f"make {self.field} the same on both")
+        return f"{self.field} differs: {us} has {self.ours}, {them} has {self.yours}; {remedy}"
+
+
+def compare(ours: Fingerprint, yours: Fingerprint) -> Mismatch | None:
+    """The most telling fact that keeps two workers apart, or None if they can exchange pages.
+
+    ``tp_size`` may differ where each side's splits the ``kv_heads`` evenly; ``tp_rank`` is not compared. A field that
+    one side lacks is a mismatch. The answer is symmetric: both sides find the same field.
+    """
+    for field in sorted({*ours, *yours} - _IGNORED, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
+        mine, theirs = ours.get(field), yours.get(field)
+        if _same(mine, theirs):
+            continue
+        if field == "tp_size" and _bridged(mine, theirs, ours.get("kv_heads")):
+            continue
+        return Mismatch(plain(field, MAX_FIELD), _shown(mine), _shown(theirs))
+    return None
+
+
+def plain(text: str, limit: int) -> str:
+    """``text`` on one line, at most ``limit`` characters: fit for a log or a message whoever wrote it."""
+    line = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _same(mine: FingerprintValue | None, theirs: FingerprintValue | None) -> bool:
+    return type(mine) is type(theirs) and mine == theirs  # True is not 1 here
+
+
+def _bridged(mine: FingerprintValue | None, theirs: FingerprintValue | None, heads: FingerprintValue | None) -> bool:
+    """Pages are split or joined on heads: each rank must hold whole heads, equally many (or replicas of one)."""
+    if not _count(heads):
+        return False
+    return all(_count(size) and (heads % size == 0 or size % heads == 0) for size in (mine, theirs))  # type: ignore[operator]
+
+
+def _count(value: FingerprintValue | None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _shown(value: FingerprintValue | None) -> str:
+    return MISSING if value is None else plain(str(value), MAX_SHOWN) or '""'

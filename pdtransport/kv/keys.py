@@ -1,0 +1,103 @@
+"""Content keys: which tokens, under which salt. Equal on every host, in every process, for ever.
+
+A key is a BLAKE2b hash with fixed personalisation over length-prefixed parts, so no two different inputs share an
+encoding, and nothing depends on ``PYTHONHASHSEED``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+KEY_BYTES = 32
+MAX_TOKEN = (1 << 32) - 1  # token ids travel as u32
+_REQUEST = b"pdt-request-1"  # personalisation: bump the number if the encoding ever changes
+_BLOCK = b"pdt-block-1"
+
+
+def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] = ()) -> bytes:
+    """Key of a whole prompt, 32 bytes.
+
+    Args:
+        tokens: token ids, each within 0 .. 2**32 - 1; any integer sequence or one-dimensional integer array.
+        salt: keeps tenants apart; the same tokens under another salt have another key.
+        extra: whatever else the KV depends on (adapters, images), in order.
+
+    Raises:
+        ValueError: a token id is out of range or no integer.
+    """
+    state = _start(_REQUEST, salt, extra)
+    packed = _pack(tokens)
+    state.update(_length(len(packed) // 4))
+    state.update(packed)
+    return state.digest()
+
+
+def block_keys(tokens: Sequence[int], block_size: int, *, salt: str = "", extra: Sequence[str] = ()) -> list[bytes]:
+    """Keys of the prompt's whole blocks, 32 bytes each: a block's key covers all tokens up to its end.
+
+    Two prompts share the keys of exactly the blocks of their common prefix. A last partial block has none.
+
+    Raises:
+        ValueError: ``block_size`` is below 1, or a token id is out of range or no integer.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}, it must be at least 1")
+    root = _start(_BLOCK, salt, extra)
+    root.update(_length(block_size))
+    key = root.digest()
+    packed, step = memoryview(_pack(tokens)), 4 * block_size
+    keys = []
+    for end in range(step, len(packed) + 1, step):
+        state = hashlib.blake2b(key, digest_size=KEY_BYTES, person=_BLOCK)
+        state.update(packed[end - step : end])
+        key = state.digest()
+        keys.append(key)
+    return keys
+
+
+def _start(person: bytes, salt: str, extra: Sequence[str]) -> hashlib.blake2b:
+    """A hash that has taken in salt and extras, each with its length before it."""
+    state = hashlib.blake2b(digest_size=KEY_BYTES, person=person)
+    _feed(state, salt)
+    state.update(_length(len(extra)))
+    for part in extra:
+        _feed(state, part)
+    return state
+
+
+def _feed(state: hashlib.blake2b, text: str) -> None:
+    raw = text.encode("utf-8", "surrogatepass")
+    state.update(_length(len(raw)))
+    state.update(raw)
+
+
+def _length(count: int) -> bytes:
+    return count.to_bytes(8, "little")
+
+
+def _pack(tokens: Sequence[int]) -> bytes:
+    """Token ids as little-endian u32."""
+    if isinstance(tokens, np.ndarray):
+        return _pack_array(tokens)
+    try:
+        packed = array("I", tokens)
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers within 0..{MAX_TOKEN}: {error}") from None
+    if packed.itemsize != 4:  # exotic ABIs only
+        return _pack_array(np.asarray(tokens))
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _pack_array(tokens: np.ndarray) -> bytes:
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(f"token ids must be one row of integers, not {tokens.dtype} of shape {tokens.shape}")
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > MAX_TOKEN):
+        raise ValueError(f"token ids must be integers within 0..{MAX_TOKEN}")
+    return tokens.astype("<u4").tobytes()

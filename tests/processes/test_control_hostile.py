@@ -1,0 +1,374 @@
+"""What arrives at a control port may be anything: garbage, floods, giants, wrong keys. The others are served on."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+
+from pdtransport.control import limits
+from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerDown, PeerUp, Received
+from pdtransport.control.client import StatusUnavailable, fetch_status
+from pdtransport.control.curve import load_keys, make_keys
+from pdtransport.errors import SettingsError
+from pdtransport.protocol.messages import Claim, Ping, Refused, decode, encode
+from pdtransport.settings import ControlSettings
+from tests.processes.control_rig import FAST, HOST, Bench, Node, Stranger, bench, identity
+from tests.processes.test_control import ask, both_up, peer
+
+
+@pytest.fixture
+def rig() -> Iterator[Bench]:
+    with bench() as it:
+        yield it
+
+
+def still_serves(rig: Bench, node: Node) -> None:
+    """A newcomer is welcome and its words arrive."""
+    newcomer = rig.node("newcomer")
+    newcomer.channel.connect(HOST, node.port)
+    rig.until(lambda: newcomer.of(PeerUp))
+    assert newcomer.channel.send(peer(node), Claim(transfer="after-all"))
+    rig.until(lambda: Received(peer(newcomer), Claim(transfer="after-all")) in node.events)
+    rig.drop(newcomer)
+
+
+def nested(depth: int) -> bytes:
+    return b"\x91" * depth + b"\xc0"
+
+
+def message(**fields: Any) -> bytes:
+    packed: bytes = msgpack.packb({"v": 1, **fields})
+    return packed
+
+
+GARBAGE = {
+    "empty": b"",
+    "one zero": b"\0",
+    "text": b"GET / HTTP/1.1\r\n\r\n",
+    "pickle": b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.",
+    "noise": random.Random(7).randbytes(5000),
+    "truncated": encode(Claim(transfer="t" * 100))[:-3],
+    "more after the end": encode(Claim(transfer="t")) + b"\0",
+    "a list": msgpack.packb([1, 2, 3]),
+    "no kind": message(),
+    "kind is a number": message(kind=1),
+    "unknown kind": message(kind="surrender"),
+    "unknown field": message(kind="claim", transfer="t", also=1),
+    "missing field": message(kind="claim"),
+    "wrong type": message(kind="claim", transfer=1),
+    "huge integer": message(kind="ping", incarnation=(1 << 64) - 1),
+    "negative": message(kind="ping", incarnation=-1),
+    "float for integer": message(kind="ping", incarnation=1.0),
+    "code of no kind": message(kind="abort", transfer="t", generation=1, code="because"),
+    "long name": message(kind="claim", transfer="t" * 129),
+    "odd name": message(kind="claim", transfer="../../etc"),
+    "kind of a megabyte": message(kind="x" * 200_000),
+    "deep list": nested(1000),
+    "deeper list": nested(100_000),
+    "deep version": b"\x82\xa4kind\xa4ping\xa1v" + nested(1010),
+    "map that claims four billion entries": b"\xdf\xff\xff\xff\xff",
+    "bad utf-8": b"\x82\xa4kind\xa2\xff\xfe\xa1v\x01",
+    "kind twice": b"\x83\xa4kind\xa5claim\xa4kind\xa4ping\xa1v\x01",
+    "too long for a stranger": message(kind="link", link="ucx", body=b"x" * (limits.MAX_STRANGER_FRAME + 1)),
+    "server words": message(kind="status", status="{}"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_counted_answered_and_costs_nobody_else(rig: Bench, name: str) -> None:
+    node, stranger = rig.node("p"), Stranger(rig.nodes[0].port)
+    try:
+        stranger.send(GARBAGE[name])
+        rig.until(lambda: node.counters["garbage"] == 1)
+        answers: list[bytes] = []
+        rig.until(lambda: answers.extend(stranger.answers()) or answers)
+    finally:
+        stranger.close()
+    refused = decode(answers[0])
+    assert isinstance(refused, Refused)
+    assert refused.field == "frame"
+    assert node.events == []
+    still_serves(rig, node)
+
+
+def test_garbage_of_a_peer_that_is_up_does_not_end_it(rig: Bench) -> None:
+    """One bad frame is no reason to drop transfers; the peer stays, the frame is counted."""
+    node, other = rig.node("p"), rig.node("d")
+    both_up(rig, other, node)
+    dialer = other.channel._dialers[(HOST, node.port)]
+    assert dialer.socket is not None
+    for frame in GARBAGE.values():
+        dialer.socket.send(frame)
+    rig.until(lambda: node.counters["garbage"] >= len(GARBAGE) - 1)
+    rig.run(0.3)
+    assert not node.of(PeerDown)
+    assert not other.of(PeerDown)
+    assert other.channel.send(peer(node), Claim(transfer="t"))
+    rig.until(lambda: node.of(Received))
+
+
+def test_a_server_that_answers_with_garbage_fails_the_connection_only(rig: Bench) -> None:
+    node = rig.node("d", connect_s=0.7)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        server.linger = 0
+        port = server.bind_to_random_port(f"tcp://{HOST}")
+        node.channel.connect(HOST, port)
+        rig.until(lambda: server.poll(1))
+        sender, _ = server.recv_multipart()
+        for frame in GARBAGE.values():
+            server.send_multipart([sender, frame])
+        server.send_multipart([sender, b"many", b"parts"])
+        rig.until(lambda: node.of(ConnectFailed))
+    assert node.counters["garbage"] > len(GARBAGE) // 2
+    assert not node.of(ConnectFailed)[0].refused
+    still_serves(rig, node)
+
+
+def test_garbage_is_answered_once_a_second_and_logged_once_a_second(
+    rig: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, stranger = rig.node("p"), Stranger(rig.nodes[0].port)
+    try:
+        for _ in range(1500):
+            stranger.send(b"garbage")
+        rig.until(lambda: node.counters["garbage"] == 1500)
+        rig.run(0.1)
+        answers = stranger.answers()
+    finally:
+        stranger.close()
+    assert 1 <= len(answers) <= 20  # seconds it may have taken
+    assert 1 <= len([record for record in caplog.records if "garbage" in record.message]) <= 20
+
+
+def test_a_message_of_many_parts_is_thrown_away_part_by_part(rig: Bench) -> None:
+    node, stranger = rig.node("p"), Stranger(rig.nodes[0].port)
+    try:
+        stranger.send(*[encode(Claim(transfer="t"))] * 5000)
+        stranger.send(encode(Ping(incarnation=1)))
+        answers: list[bytes] = []
+        rig.until(lambda: answers.extend(stranger.answers()) or len(answers) == 2)
+    finally:
+        stranger.close()
+    assert [getattr(decode(answer), "field", "") for answer in answers] == ["frame", "hello"]
+    assert node.counters["garbage"] == 1
+    still_serves(rig, node)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\0" * 64,
+        b"\xff" * 64,
+        random.Random(3).randbytes(4096),
+        b"\x01\x00\x05hello\x05hello",  # ZMTP 1.0
+        bytes.fromhex("ff00000000000000017f0300") + b"NULL" + b"\0" * 48 + b"\x04\xff" + b"x" * 300,
+    ],
+    ids=["http", "zeros", "ones", "noise", "zmtp 1", "zmtp 3, then nonsense"],
+)
+def test_raw_bytes_on_the_port_harm_nobody(rig: Bench, raw: bytes) -> None:
+    node = rig.node("p")
+    with socket.create_connection((HOST, node.port)) as plain:
+        plain.sendall(raw)
+        rig.run(0.1)
+        still_serves(rig, node)
+    still_serves(rig, node)
+    assert not [event for event in node.of(PeerUp) if event.peer.engine != "newcomer"]
+
+
+def test_a_frame_over_the_limit_costs_its_sender_the_connection(rig: Bench) -> None:
+    """It is refused by its announced length, before it is read."""
+    node, stranger = rig.node("p", max_frame_bytes=8192), Stranger(rig.nodes[0].port)
+    try:
+        stranger.send(encode(Ping(incarnation=1)))
+        rig.until(lambda: stranger.answers())
+        heard = node.counters["frames_in"]
+        stranger.send(b"x" * 9000)
+        rig.run(0.2)
+        still_serves(rig, node)
+        assert node.counters["garbage"] == 0
+        assert node.counters["frames_in"] >= heard
+    finally:
+        stranger.close()
+
+
+def test_a_thousand_strangers_are_forgotten_in_order(rig: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdtransport.control.listener.MAX_STRANGERS", 5)
+    node = rig.node("p")
+    strangers = [Stranger(node.port) for _ in range(20)]
+    try:
+        for count, stranger in enumerate(strangers, 1):
+            stranger.send(b"junk")
+            rig.until(lambda count=count: node.counters["garbage"] == count)
+        assert node.channel._listener is not None
+        assert len(node.channel._listener._strangers) == 5
+    finally:
+        for stranger in strangers:
+            stranger.close()
+    still_serves(rig, node)
+
+
+def test_a_port_that_takes_connections_and_says_nothing_fails_at_the_deadline(rig: Bench) -> None:
+    node = rig.node("d", connect_s=0.5)
+    with socket.create_server((HOST, 0)) as mute:
+        node.channel.connect(HOST, mute.getsockname()[1])
+        rig.until(lambda: node.of(ConnectFailed))
+    assert "check the port" in node.of(ConnectFailed)[0].reason
+
+
+def test_a_port_that_speaks_something_else_is_named(rig: Bench) -> None:
+    node = rig.node("d", connect_s=1.0)
+    with socket.create_server((HOST, 0)) as web:
+        web.setblocking(False)
+        node.channel.connect(HOST, web.getsockname()[1])
+        talks: list[socket.socket] = []
+
+        def answer() -> bool:
+            try:
+                talk, _ = web.accept()
+                talk.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+                talks.append(talk)
+            except BlockingIOError:
+                pass
+            return bool(node.of(ConnectFailed))
+
+        rig.until(answer)
+        for talk in talks:
+            talk.close()
+    assert "port" in node.of(ConnectFailed)[0].reason
+
+
+# -- CURVE -----------------------------------------------------------------------------------------------------------
+
+Pair = dict[str, Any]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Callable[[str], Pair]:
+    def make(name: str) -> Pair:
+        public, secret = make_keys(tmp_path / name)
+        return {"curve_public_key_file": public, "curve_secret_key_file": secret}
+
+    return make
+
+
+def public_of(pair: Pair) -> str:
+    return str(Path(pair["curve_public_key_file"]).read_text().strip())
+
+
+def test_one_shared_pair_is_all_that_peers_need(rig: Bench, pair: Callable[[str], Pair]) -> None:
+    keys = pair("shared")
+    a, b = rig.node("a", **keys), rig.node("b", **keys)
+    both_up(rig, a, b)
+    status, _ = ask(rig, b, {"engine": "b"}, settings=ControlSettings(**FAST, **keys))
+    assert status == {"engine": "b"}
+
+
+def test_each_its_own_pair_and_named_keys(rig: Bench, pair: Callable[[str], Pair]) -> None:
+    mine, yours = pair("mine"), pair("yours")
+    a = rig.node("a", **mine, curve_server_key=public_of(yours))
+    b = rig.node("b", **yours, curve_allowed_keys=(public_of(mine),))
+    both_up(rig, a, b)
+
+
+@pytest.mark.parametrize("case", ["wrong server key", "key not allowed", "no keys here", "no keys there"])
+def test_keys_that_do_not_fit_fail_by_the_name_of_curve_and_both_serve_on(
+    rig: Bench, pair: Callable[[str], Pair], case: str
+) -> None:
+    good, other = pair("good"), pair("other")
+    server = rig.node("p", connect_s=3.0, **({} if case == "no keys there" else good))
+    client_keys: Pair = {
+        "wrong server key": {**good, "curve_server_key": public_of(other)},
+        "key not allowed": {**other, "curve_server_key": public_of(good)},
+        "no keys here": {},
+        "no keys there": good,
+    }[case]
+    client = rig.node("d", connect_s=3.0, **client_keys)
+    client.channel.connect(HOST, server.port)
+    rig.until(lambda: client.of(ConnectFailed))
+    (failed,) = client.of(ConnectFailed)
+    assert "CURVE" in failed.reason
+    assert "\n" not in failed.reason
+    assert server.counters["refused"] + server.counters["handshakes_failed"] >= 1
+    assert not server.of(PeerUp)
+    client.channel.connect(HOST, server.port)  # asking again is answered again
+    rig.until(lambda: len(client.of(ConnectFailed)) == 2)
+    friend = rig.node("friend", **({} if case == "no keys there" else good))
+    both_up(rig, friend, server)
+    fellow = rig.node("fellow", **({**other} if case == "key not allowed" else client_keys))
+    both_up_as_server(rig, client, fellow, pair, case)
+
+
+def both_up_as_server(rig: Bench, client: Node, fellow: Node, pair: Callable[[str], Pair], case: str) -> None:
+    """The refused one still takes connections of its own."""
+    if case == "wrong server key":
+        return  # its fellow would look for the wrong server as well
+    fellow.channel.connect(HOST, client.port)
+    rig.until(lambda: fellow.of(PeerUp) and client.of(PeerUp))
+
+
+def test_a_stranger_without_a_key_gets_no_status(rig: Bench, pair: Callable[[str], Pair]) -> None:
+    node = rig.node("p", **pair("good"))
+    error, asked = ask(rig, node, {"engine": "p"}, timeout_s=1.0)
+    assert isinstance(error, StatusUnavailable)
+    assert "CURVE" in str(error)
+    assert not asked
+
+
+def test_new_keys_are_for_their_owner_only_and_never_overwritten(tmp_path: Path) -> None:
+    public, secret = make_keys(tmp_path / "keys")
+    before = secret.read_bytes()
+    assert len(before.strip()) == len(public.read_bytes().strip()) == 40
+    for path in (public, secret):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(SettingsError, match="never overwritten"):
+        make_keys(tmp_path / "keys")
+    assert secret.read_bytes() == before
+
+
+def test_key_files_that_can_not_be_used_are_one_line_that_names_the_setting(
+    tmp_path: Path, pair: Callable[[str], Pair]
+) -> None:
+    good, other = pair("good"), pair("other")
+    empty, text, folder = tmp_path / "empty", tmp_path / "text", tmp_path
+    empty.write_bytes(b"")
+    text.write_text('"' * 40)
+    secret_text = Path(good["curve_secret_key_file"]).read_text().strip()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"curve_secret_key_file": tmp_path / "missing"}, "curve_secret_key_file.*No such file.*pdlaunch keys"),
+        ({"curve_public_key_file": tmp_path / "missing"}, "curve_public_key_file.*No such file"),
+        ({"curve_secret_key_file": empty}, "curve_secret_key_file.*no CURVE key"),
+        ({"curve_secret_key_file": text}, "curve_secret_key_file.*no CURVE key"),
+        ({"curve_secret_key_file": folder}, "curve_secret_key_file.*can't be read"),
+        ({"curve_secret_key_file": other["curve_secret_key_file"]}, "not halves of one pair"),
+        ({"curve_server_key": "short"}, "curve_server_key.*no CURVE key"),
+        ({"curve_allowed_keys": ("\xe9" * 20,)}, "curve_allowed_keys.*no CURVE key"),
+    ]
+    for change, pattern in cases:
+        with pytest.raises(SettingsError, match=pattern) as caught:
+            ControlChannel(ControlSettings(**{**FAST, **good, **change}), identity("a"))
+        assert "\n" not in str(caught.value)
+        assert secret_text not in str(caught.value)
+        with pytest.raises(SettingsError):
+            fetch_status(HOST, 1, settings=ControlSettings(**{**FAST, **good, **change}), timeout_s=0.1)
+
+
+def test_secrets_are_not_shown(pair: Callable[[str], Pair], caplog: pytest.LogCaptureFixture) -> None:
+    keys = pair("good")
+    os.chmod(keys["curve_secret_key_file"], 0o644)
+    settings = ControlSettings(**{**FAST, **keys})
+    loaded = load_keys(settings)
+    secret = Path(keys["curve_secret_key_file"]).read_text().strip()
+    assert secret not in repr(loaded)
+    assert secret not in repr(settings)
+    assert "chmod 600" in caplog.text
+    assert secret not in caplog.text

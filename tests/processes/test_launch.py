@@ -1,0 +1,337 @@
+"""pdlaunch and its processes: what it starts it ends, and it says why something failed. Stand-in servers, the real
+guard, the real router."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pdtransport.launch import cli, guard
+from pdtransport.launch.processes import Fleet
+from pdtransport.launch.rundir import read_record
+
+REPO = Path(__file__).resolve().parents[2]
+FIRST_PORT = 21310
+UP_S = 60.0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(what: Any, seconds: float = UP_S) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := what():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("did not happen in time")
+
+
+class Rig:
+    """A topology of stand-ins, and the pdlaunch that runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pids = folder / "pids"
+        self.pids.mkdir()
+        self.run_dir = folder / "run"
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text('{"num_attention_heads": 8}')
+        (model / "model.safetensors").write_bytes(b"x")
+        self.data: dict[str, Any] = {
+            "apiVersion": "pdtransport/v1",
+            "name": "rig",
+            "model": {"id": "./model"},
+            "defaults": {
+                "stop_timeout_s": 2,
+                "start_timeout_s": 30,
+                "args": {"kv-cache-memory-bytes": 1 << 20, "pids": str(self.pids)},
+            },
+            "roles": {
+                "prefill": {"port": FIRST_PORT, "control_port": FIRST_PORT + 2, "args": {}},
+                "decode": {"port": FIRST_PORT + 1, "control_port": FIRST_PORT + 3, "args": {}},
+            },
+            "router": {"port": FIRST_PORT + 4},
+            "preflight": {"golden_prompt": False},
+        }
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def file(self) -> Path:
+        path = self.folder / "topology.yaml"
+        path.write_text(yaml.safe_dump(self.data))
+        return path
+
+    def up(self, *options: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "tests.processes.launch_standins", "up", str(self.file)]
+        self.process = subprocess.Popen(
+            [*argv, "--run-dir", str(self.run_dir), *options],
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return self.process
+
+    def wait_up(self) -> None:
+        process = self.process
+        assert process is not None
+
+        def serves() -> bool:
+            record = read_record(self.run_dir) or {}
+            return (record.get("pid"), record.get("state")) == (process.pid, "serving")
+
+        wait_for(lambda: serves() or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[0]
+
+    def end(self) -> tuple[int, str]:
+        assert self.process is not None
+        output = self.process.communicate(timeout=UP_S)[0]
+        return self.process.returncode, output
+
+    def everyone(self) -> list[int]:
+        """Every process of the run: the servers' own notes, and all below pdlaunch."""
+        assert self.process is not None
+        noted = [int(path.name) for path in self.pids.iterdir()]
+        return sorted({*noted, *guard.descendants(self.process.pid)})
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    yield made
+    if made.process is not None:
+        if made.process.poll() is None:
+            made.process.kill()
+        made.process.communicate()
+        for pid in made.everyone():  # only where a test failed
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_ctrl_c_ends_all_and_exits_0(rig: Rig) -> None:
+    """Ctrl-C on a service that is up is the normal way to stop it: status 0, every process gone, ports free."""
+    rig.up()
+    rig.wait_up()
+    everyone = rig.everyone()
+    assert len(everyone) >= 6  # a guard and a process for each of two servers and the router
+    assert all(map(is_alive, everyone))
+    url = f"http://127.0.0.1:{FIRST_PORT + 4}/v1/completions"
+    body = json.dumps({"model": "rig", "prompt": "x", "max_tokens": 3}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    assert json.load(urllib.request.urlopen(request, timeout=10))["choices"][0]["text"] == "abc"
+    rig.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+    status, output = rig.end()
+    assert status == cli.OK, output
+    assert f"http://127.0.0.1:{FIRST_PORT + 4}/v1" in output
+    assert not [pid for pid in everyone if is_alive(pid)]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", FIRST_PORT))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminate_while_starting_leaves_nothing(rig: Rig, number: int) -> None:
+    """A signal during the start ends what has started, and the exit status tells that it never served."""
+    rig.data["roles"]["decode"]["args"] = {"silent": True}
+    rig.up()
+    wait_for(lambda: len(list(rig.pids.iterdir())) == 2)
+    everyone = rig.everyone()
+    rig.process.send_signal(number)  # type: ignore[union-attr]
+    status, output = rig.end()
+    assert status == 128 + number, output
+    assert not [pid for pid in everyone if is_alive(pid)]
+
+
+def test_sigkill_of_pdlaunch_leaves_no_orphan(rig: Rig) -> None:
+    """Even a SIGKILLed pdlaunch leaves no process: also none that ignores SIGTERM or has a session of its own."""
+    rig.data["roles"]["prefill"]["args"] = {"child": True, "deaf": True}
+    rig.data["roles"]["decode"]["args"] = {"child": True}
+    rig.up()
+    rig.wait_up()
+    wait_for(lambda: len(list(rig.pids.iterdir())) == 4)
+    everyone = rig.everyone()
+    os.kill(rig.process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    wait_for(lambda: not [pid for pid in everyone if is_alive(pid)], 30)
+
+
+def test_a_killed_guard_leaves_no_orphan(rig: Rig) -> None:
+    """If a guard itself is killed, pdlaunch ends everything, the strays of that guard included."""
+    rig.data["roles"]["prefill"]["args"] = {"child": True, "deaf": True}
+    rig.up()
+    rig.wait_up()
+    wait_for(lambda: len(list(rig.pids.iterdir())) == 3)
+    everyone = rig.everyone()
+    guards = [pid for pid in everyone if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(guards) == 3
+    os.kill(min(guards), signal.SIGKILL)
+    status, output = rig.end()
+    assert status == cli.DIED, output
+    assert not [pid for pid in everyone if is_alive(pid)]
+
+
+def test_a_server_that_dies_ends_all_with_its_last_lines(rig: Rig) -> None:
+    """A server's death while serving ends the rest, and its last 20 log lines are shown."""
+    rig.up()
+    rig.wait_up()
+    everyone = rig.everyone()
+    [decode] = [pid for pid in everyone if f"--port\0{FIRST_PORT + 1}\0" in Path(f"/proc/{pid}/cmdline").read_text()][1:]
+    os.kill(decode, signal.SIGUSR1)
+    status, output = rig.end()
+    assert status == cli.DIED, output
+    assert "decode-0 ended with status 4" in output
+    assert "| line 29 of the log" in output
+    assert "| line 10 of the log" in output
+    assert "| line 9 of the log" not in output
+    assert not [pid for pid in everyone if is_alive(pid)]
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("OSError: [Errno 98] Address already in use", "a port is in use"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "GPU has too little memory"),
+        ("OSError: foo/bar is not a local folder and is not a valid model identifier", "the model was not found"),
+        ("api_server.py: error: unrecognized arguments: --max-num-seq 8", "does not know the flag --max-num-seq 8"),
+        ("(Worker pid=9) ERROR 11-23 21:27:20 [x.py:1] ValueError: a very special reason", "a very special reason"),
+    ],
+)
+def test_a_failed_start_names_the_likely_cause(rig: Rig, line: str, cause: str) -> None:
+    """What users meet most is recognised in the log of a server that did not start."""
+    rig.data["roles"]["prefill"]["args"] = {"say": line}
+    rig.up()
+    status, output = rig.end()
+    assert status == cli.NOT_STARTED, output
+    assert "prefill-0 ended with status 3" in output
+    told = [text for text in output.splitlines() if "likely cause" in text]
+    assert len(told) == 1
+    assert cause in told[0]
+
+
+def test_a_server_that_is_never_up_ends_the_launch(rig: Rig) -> None:
+    """A start has a deadline; it names the setting, and the log lines of the server that is late are shown."""
+    rig.data["defaults"]["start_timeout_s"] = 3
+    rig.data["roles"]["decode"]["args"] = {"silent": True}
+    rig.up()
+    status, output = rig.end()
+    assert status == cli.NOT_STARTED, output
+    assert "decode-0 was not up within 3 s (defaults.start_timeout_s)" in output
+    assert "| line 29 of the log" in output
+
+
+def test_a_deaf_server_is_killed_after_its_grace(rig: Rig) -> None:
+    """A server that ignores SIGTERM does not keep pdlaunch from ending."""
+    rig.data["defaults"]["stop_timeout_s"] = 1
+    rig.data["roles"]["prefill"]["args"] = {"deaf": True, "child": True}
+    rig.up()
+    rig.wait_up()
+    wait_for(lambda: len(list(rig.pids.iterdir())) == 3)
+    everyone = rig.everyone()
+    rig.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+    status, output = rig.end()
+    assert status == cli.OK, output
+    assert not [pid for pid in everyone if is_alive(pid)]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_grace(rig: Rig) -> None:
+    """The second Ctrl-C kills at once what does not end by itself."""
+    rig.data["defaults"]["stop_timeout_s"] = 600
+    rig.data["roles"]["prefill"]["args"] = {"deaf": True}
+    rig.up()
+    rig.wait_up()
+    everyone = rig.everyone()
+    rig.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+    wait_for(lambda: not is_alive(max(everyone)) or len([pid for pid in everyone if is_alive(pid)]) <= 3)
+    rig.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+    status, output = rig.end()
+    assert status == cli.OK, output
+    assert not [pid for pid in everyone if is_alive(pid)]
+
+
+@pytest.mark.parametrize(
+    ("offset", "key"), [(0, "roles.prefill.port"), (3, "roles.decode.control_port"), (4, "router.port")]
+)
+def test_a_port_in_use_is_refused_before_anything_starts(rig: Rig, offset: int, key: str) -> None:
+    """A port in use is named with file, line and key, and no process is started."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", FIRST_PORT + offset))
+        taken.listen(1)
+        rig.up()
+        status, output = rig.end()
+    assert status == cli.PREFLIGHT, output
+    line = [text.split(":")[0] for text in rig.file.read_text().splitlines()]
+    assert f"{key}: " in output
+    assert f"{FIRST_PORT + offset}" in output
+    assert "is in use" in output
+    number = int(output.split("topology.yaml:")[1].split(":")[0])
+    assert line[number - 1].strip() == key.rpartition(".")[2]
+    assert list(rig.pids.iterdir()) == []
+
+
+def test_one_name_is_up_once(rig: Rig) -> None:
+    """A second `up` of the same name is refused while the first holds the run's lock, and works after it."""
+    rig.up()
+    rig.wait_up()
+    argv = [sys.executable, "-m", "tests.processes.launch_standins", "up", str(rig.file), "--run-dir", str(rig.run_dir)]
+    second = subprocess.run(argv, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert second.returncode == cli.PREFLIGHT
+    assert f"pid {rig.process.pid}" in second.stderr  # type: ignore[union-attr]
+    os.kill(rig.process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    rig.end()
+    wait_for(lambda: not [pid for pid in rig.everyone() if is_alive(pid)])
+    rig.up()
+    rig.wait_up()
+    rig.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+    assert rig.end()[0] == cli.OK
+
+
+def test_json_keeps_standard_output_to_one_object(rig: Rig) -> None:
+    """`up --json` prints one JSON object once it serves; progress goes to standard error."""
+    argv = [sys.executable, "-m", "tests.processes.launch_standins", "up", str(rig.file), "--run-dir", str(rig.run_dir)]
+    rig.process = subprocess.Popen(
+        [*argv, "--json"], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    rig.wait_up()
+    told = json.loads(rig.process.stdout.readline())  # type: ignore[union-attr]
+    assert told["router"]["url"] == f"http://127.0.0.1:{FIRST_PORT + 4}"
+    assert told["proof"] is None
+    assert [one["name"] for one in told["instances"]] == ["prefill-0", "decode-0"]
+    rig.process.send_signal(signal.SIGINT)
+    status, rest = rig.end()
+    assert (status, rest) == (cli.OK, "")
+
+
+def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """A guard whose command can't be started ends with 127 and says why in the log."""
+    with Fleet(tmp_path) as fleet:
+        process = fleet.start("nothing", ["/nonexistent/program"])
+        wait_for(lambda: process.poll() is not None)
+        assert process.poll() == 127
+        assert any("can't start /nonexistent/program" in line for line in process.tail(5))
+
+
+def test_a_servers_exit_status_comes_through_the_guard(tmp_path: Path) -> None:
+    """Exit codes arrive unchanged; death by signal n arrives as 128 + n."""
+    with Fleet(tmp_path) as fleet:
+        code = fleet.start("code", [sys.executable, "-c", "raise SystemExit(42)"])
+        killed = fleet.start("killed", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+        wait_for(lambda: code.poll() is not None and killed.poll() is not None)
+        assert (code.poll(), killed.poll()) == (42, 137)

@@ -1,0 +1,315 @@
+"""Whole transfers through the Python API: real sockets, real links, one or several workers a side."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
+
+LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SLOT = 3, 40, 4, 16, 64
+WAIT_S = 20.0
+
+
+@dataclass
+class Worker:
+    kv: np.ndarray
+    transport: Transport
+
+
+@dataclass
+class Cluster:
+    """``prefill`` and ``decode`` workers of one instance each, with their own memory."""
+
+    prefill: list[Worker]
+    decode: list[Worker]
+
+    @property
+    def port(self) -> int:
+        return self.prefill[0].transport.port
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ports that are free right now."""
+    import socket
+
+    for base in range(23000 + secrets.randbelow(2000), 30000):
+        with ExitStack() as stack:
+            try:
+                for port in range(base, base + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return base
+    raise AssertionError("no free ports")
+
+
+def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int) -> Worker:
+    heads = HEADS // ranks
+    kv = np.full((LAYERS, BLOCKS, heads, block_size, SLOT), fill, dtype=np.uint8)
+    geometry = KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS)
+    return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
+
+
+MakeCluster = Callable[..., Cluster]
+
+
+@pytest.fixture(params=["cma", "ucx"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
+    with ExitStack() as stack:
+
+        def make(p: int = 1, d: int = 1, deadlines: dict | None = None, decode_block: int = BLOCK_SIZE) -> Cluster:
+            settings = Settings.parse(
+                {
+                    "links": {"order": [request.param], "batch_bytes": 1 << 16, "staging_bytes": 1 << 19},
+                    "deadlines": deadlines or {},
+                }
+            )
+            base = free_ports(p)
+            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE) for r in range(p)]
+            decode = [worker(r, d, settings, 0, 255, "decode", decode_block) for r in range(d)]
+            for one in (*prefill, *decode):
+                stack.enter_context(one.transport)
+            return Cluster(prefill, decode)
+
+        yield make
+
+
+def fill_pages(cluster: Cluster, pages: list[int], seed: int) -> np.ndarray:
+    """Put the same random KV, split by heads, on all prefill workers; returns it for all heads:
+    ``[layers, len(pages), heads, tokens, slot]``."""
+    whole = np.random.default_rng(seed).integers(0, 255, (LAYERS, len(pages), HEADS, BLOCK_SIZE, SLOT), dtype=np.uint8)
+    per = HEADS // len(cluster.prefill)
+    for rank, one in enumerate(cluster.prefill):
+        one.kv[:, pages] = whole[:, :, rank * per : (rank + 1) * per]
+    return whole
+
+
+def gathered(cluster: Cluster, pages: list[int]) -> np.ndarray:
+    return np.concatenate([one.kv[:, pages] for one in cluster.decode], axis=2)
+
+
+def receive_all(cluster: Cluster, transfer: str, key: bytes, tokens: int, pages: list[int], first: int = 0) -> list:
+    return [
+        one.transport.receive(
+            transfer,
+            key,
+            tokens,
+            pages,
+            host="127.0.0.1",
+            port=cluster.port,
+            ranks=len(cluster.prefill),
+            first_block=first,
+        )
+        for one in cluster.decode
+    ]
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)])
+def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: MakeCluster, p: int, d: int) -> None:
+    c = cluster(p, d)
+    tokens, key, transfer = 10 * BLOCK_SIZE - 3, request_key(range(157)), secrets.token_hex(16)
+    source, target = [3, 9, 1, 30, 31, 2, 8, 5, 20, 4], [7, 6, 5, 4, 3, 2, 1, 0, 39, 38]
+    receipts = receive_all(c, transfer, key, tokens, target)
+    offers = [one.transport.offer(transfer, key, tokens) for one in c.prefill]
+    whole = fill_pages(c, source, seed=p * 10 + d)
+    for done in (40, 100, tokens):  # chunked prefill
+        for offer in offers:
+            offer.ready(source, done)
+    for offer in offers:
+        offer.finish()
+    assert all(handle.result(WAIT_S).ok for handle in [*receipts, *offers])
+    assert np.array_equal(gathered(c, target), whole)
+    untouched = [page for page in range(BLOCKS) if page not in target]
+    assert (gathered(c, untouched) == 255).all(), "a page that was not granted was written"
+
+
+def test_blocks_that_decode_holds_are_not_sent(cluster: MakeCluster) -> None:
+    c = cluster()
+    tokens, key, transfer = 8 * BLOCK_SIZE, request_key(range(128)), secrets.token_hex(16)
+    source, target = list(range(8)), [20, 21, 22]
+    whole = fill_pages(c, source, seed=1)
+    offer = c.prefill[0].transport.offer(transfer, key, tokens)
+    offer.ready(source, tokens)
+    offer.finish()
+    (receipt,) = receive_all(c, transfer, key, tokens, target, first=5)
+    outcome = receipt.result(WAIT_S)
+    assert np.array_equal(gathered(c, target), whole[:, 5:])
+    assert outcome.nbytes == whole[:, 5:].nbytes == offer.result(WAIT_S).nbytes
+
+
+def test_a_grant_of_nothing_frees_prefill_at_once(cluster: MakeCluster) -> None:
+    c = cluster()
+    key, transfer = request_key([1, 2, 3]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, key, 3)
+    offer.ready([0], 3)
+    offer.finish()
+    (receipt,) = receive_all(c, transfer, key, 3, [], first=1)
+    assert receipt.result(WAIT_S).nbytes == 0
+    assert offer.result(WAIT_S).ok
+
+
+def test_another_prompt_under_the_same_transfer_is_refused(cluster: MakeCluster) -> None:
+    """Promise 1: the wrong prompt's KV is never taken, even if a router mixes ids up."""
+    c = cluster()
+    transfer = secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, request_key([1, 2, 3]), 3)
+    (receipt,) = receive_all(c, transfer, request_key([1, 2, 4]), 3, [0])
+    with pytest.raises(TransferFailed, match="different prompts"):
+        receipt.result(WAIT_S)
+    offer.finish()
+    with pytest.raises(TransferFailed):
+        offer.result(WAIT_S)
+    assert (c.decode[0].kv == 255).all()
+
+
+def test_an_unknown_transfer_ends_with_a_reason(cluster: MakeCluster) -> None:
+    c = cluster(deadlines={"arrival_s": 0.5})
+    (receipt,) = receive_all(c, secrets.token_hex(16), request_key([1]), 20, [0, 1])
+    with pytest.raises(TransferFailed, match="did not reach prefill"):
+        receipt.result(WAIT_S)
+
+
+def test_a_transfer_id_used_twice_is_refused_on_both_sides(cluster: MakeCluster) -> None:
+    c = cluster()
+    key, transfer = request_key([1, 2]), secrets.token_hex(16)
+    for attempt in range(2):
+        offer = c.prefill[0].transport.offer(transfer, key, 2)
+        offer.ready([0], 2)
+        offer.finish()
+        (receipt,) = receive_all(c, transfer, key, 2, [0])
+        if attempt == 0:
+            assert receipt.result(WAIT_S).ok
+            assert offer.result(WAIT_S).ok
+            continue
+        for handle in (offer, receipt):
+            with pytest.raises(TransferFailed, match="used before"):
+                handle.result(WAIT_S)
+
+
+def test_pages_nobody_takes_are_given_back(cluster: MakeCluster) -> None:
+    c = cluster(deadlines={"hold_s": 0.3})
+    offer = c.prefill[0].transport.offer(secrets.token_hex(16), request_key([1]), 5)
+    offer.ready([0], 5)
+    offer.finish()
+    with pytest.raises(TransferFailed, match="hold_s"):
+        offer.result(WAIT_S)
+
+
+def test_a_claim_keeps_pages_longer_than_the_hold(cluster: MakeCluster) -> None:
+    c = cluster(deadlines={"hold_s": 0.3})
+    key, transfer = request_key([1]), secrets.token_hex(16)
+    c.decode[0].transport.claim(transfer, host="127.0.0.1", port=c.port)
+    offer = c.prefill[0].transport.offer(transfer, key, 5)
+    offer.ready([0], 5)
+    time.sleep(0.2)
+    offer.finish()
+    time.sleep(0.6)
+    (receipt,) = receive_all(c, transfer, key, 5, [0])
+    assert receipt.result(WAIT_S).ok
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+def test_an_abort_on_one_side_ends_the_other(cluster: MakeCluster, side: str) -> None:
+    c = cluster()
+    key, transfer = request_key(range(64)), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, key, 64)
+    (receipt,) = receive_all(c, transfer, key, 64, [0, 1, 2, 3])
+    offer.ready([0, 1, 2, 3], 32)
+    deadline = time.monotonic() + WAIT_S
+    while c.decode[0].transport.status()["counters"].get("blocks_received", 0) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (offer if side == "prefill" else receipt).cancel()
+    offer.finish()
+    for handle in (offer, receipt):
+        with pytest.raises(TransferFailed):
+            handle.result(WAIT_S)
+    for one in (*c.prefill, *c.decode):
+        live = one.transport.status()["live"]
+        assert not any(live.values()), f"left behind: {live}"
+
+
+def test_a_preempted_prefill_sends_what_it_computes_again(cluster: MakeCluster) -> None:
+    c = cluster()
+    tokens, key, transfer = 6 * BLOCK_SIZE, request_key(range(96)), secrets.token_hex(16)
+    prefill = c.prefill[0]
+    offer = prefill.transport.offer(transfer, key, tokens)
+    fill_pages(c, [0, 1, 2], seed=1)
+    offer.ready([0, 1, 2], 3 * BLOCK_SIZE)
+    prefill.transport.withdraw(transfer, WAIT_S)
+    prefill.kv[:] = 77  # the engine gave the pages to somebody else
+    (receipt,) = receive_all(c, transfer, key, tokens, [9, 8, 7, 6, 5, 4])
+    source = [30, 31, 32, 33, 34, 35]
+    whole = fill_pages(c, source, seed=2)
+    offer.ready(source, tokens)
+    offer.finish()
+    assert receipt.result(WAIT_S).ok
+    assert np.array_equal(gathered(c, [9, 8, 7, 6, 5, 4]), whole)
+
+
+def test_peers_of_another_block_size_are_refused_by_the_name_of_the_field(cluster: MakeCluster) -> None:
+    c = cluster(decode_block=BLOCK_SIZE * 2)
+    (receipt,) = receive_all(c, secrets.token_hex(16), request_key([1]), 20, [0])
+    with pytest.raises(TransferFailed, match="block_size") as caught:
+        receipt.result(WAIT_S)
+    assert caught.value.code == "refused"
+
+
+def test_a_prefill_that_is_not_there_ends_with_a_reason() -> None:
+    settings = Settings.parse({"control": {"connect_s": 0.5}, "links": {"order": ["cma"]}})
+    one = worker(0, 1, settings, 0, 0, "decode", BLOCK_SIZE)
+    with one.transport as transport:
+        receipt = transport.receive(
+            secrets.token_hex(16), request_key([1]), 20, [0], host="127.0.0.1", port=free_ports(1)
+        )
+        with pytest.raises(TransferFailed) as caught:
+            receipt.result(WAIT_S)
+        assert caught.value.code == "peer_lost"
+
+
+def test_many_transfers_at_once_do_not_mix(cluster: MakeCluster) -> None:
+    c = cluster()
+    jobs = []
+    for i in range(12):
+        source, target = [i, 20 + i], [i + 20, i]
+        key, transfer = request_key([i] * 32), secrets.token_hex(16)
+        jobs.append((fill_pages(c, source, seed=i), target, transfer, key, source))
+    receipts = [receive_all(c, t, key, 32, target)[0] for _, target, t, key, _ in jobs]
+    for _, _, transfer, key, source in jobs:
+        offer = c.prefill[0].transport.offer(transfer, key, 32)
+        offer.ready(source, 32)
+        offer.finish()
+    for receipt, (whole, target, *_) in zip(receipts, jobs, strict=True):
+        assert receipt.result(WAIT_S).ok
+        assert np.array_equal(gathered(c, target), whole)
+
+
+def test_a_handle_can_be_awaited(cluster: MakeCluster) -> None:
+    c = cluster()
+    key, transfer = request_key([7]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, key, 1)
+    offer.ready([0], 1)
+    offer.finish()
+
+    async def wait() -> bool:
+        (receipt,) = receive_all(c, transfer, key, 1, [0])
+        return (await asyncio.wait_for(receipt, WAIT_S)).ok
+
+    assert asyncio.run(wait())
+
+
+def test_closing_a_transport_ends_its_transfers() -> None:
+    settings = Settings.parse({"links": {"order": ["cma"]}})
+    one = worker(0, 1, settings, 0, 0, "prefill", BLOCK_SIZE)
+    offer = one.transport.offer(secrets.token_hex(16), request_key([1]), 1)
+    one.transport.close()
+    with pytest.raises(TransferFailed, match="closed"):
+        offer.result(WAIT_S)

@@ -1,0 +1,131 @@
+"""What the vLLM tests agree on: server settings, the prompts with known answers, small steps that several of them take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.rig.answers import Answers
+from tests.rig.cases import BLOCK, MARGIN, MARGIN_TP, Case, assorted, best_of, cases
+from tests.rig.client import Client
+from tests.rig.prompts import Prompts
+from tests.rig.servers import KVRole, Server, ServerSpec
+
+SEED = 20
+ASSORTED = 200  # the issue's least
+CACHE_BYTES = 256 << 20  # 65,536 tokens: eight of the longest prompts
+DEADLINES = {"arrival_s": 10.0, "hold_s": 10.0}  # shorter than the defaults, so that tests need not wait for these
+FAMILY_PREFIX = 20 * BLOCK
+LONG_ANSWER = 96
+LONG_ANSWER_LEAST = 32
+
+
+@dataclass(frozen=True)
+class Servers:
+    """``prefills`` hand over to ``decode``; ``audit`` is the directory of their audit files."""
+
+    prefill: Server
+    other_prefill: Server
+    decode: Server
+    audit: Path
+
+    @property
+    def all(self) -> list[Server]:
+        return [self.prefill, self.other_prefill, self.decode]
+
+
+@dataclass(frozen=True)
+class Book:
+    """Prompts with known answers.
+
+    Args:
+        assorted: of all sizes.
+        parallel: of all sizes and sure enough for other tensor-parallel sizes.
+        family: share their first ``FAMILY_PREFIX`` tokens, no more; the first one is hardly longer.
+        long: short prompts with long answers.
+        spare: of medium size, for tests that want to see that servers still serve; not in ``assorted``.
+        altered: case -> answers to the same prompt with one block of it replaced.
+    """
+
+    assorted: list[Case]
+    parallel: list[Case]
+    family: list[Case]
+    long: list[Case]
+    spare: list[Case]
+    altered: list[tuple[Case, list[tuple[int, ...]]]]
+
+    def describe(self) -> str:
+        tokens = sum(len(case.prompt) for case in self.assorted)
+        compared = sum(len(case.tokens) for case in self.assorted)
+        return (
+            f"{len(self.assorted)} assorted prompts of {tokens} tokens, {compared} answer tokens to compare; "
+            f"{len(self.parallel)} for TP, {len(self.family)} with a shared prefix, {len(self.long)} with long answers"
+        )
+
+
+def plain_spec() -> ServerSpec:
+    return ServerSpec("plain", kv_cache_bytes=CACHE_BYTES)
+
+
+def pair_spec(name: str, role: KVRole, audit: Path | None = None, **more: Any) -> ServerSpec:
+    """A pdtransport server. vLLM's dev mode lets tests empty its prefix cache."""
+    extra: dict[str, Any] = {"deadlines": DEADLINES, "observe": {"recent_transfers": 512}}
+    if audit is not None:
+        extra["observe"]["audit_dir"] = str(audit)
+    env = {"VLLM_SERVER_DEV_MODE": "1"}
+    return ServerSpec(
+        name,
+        connector="pdtransport",
+        kv_role=role,
+        extra_config=extra,
+        env=env,
+        **{"kv_cache_bytes": CACHE_BYTES, **more},
+    )
+
+
+async def make_book(answers: Answers) -> Book:
+    """Raises AssertionError if the plain server is sure of too few prompts for a meaningful test."""
+    everything = await assorted(answers, SEED)
+    assert len(everything) >= ASSORTED, f"the plain server is sure of {len(everything)} prompts only"
+    prompts = Prompts(SEED + 1)
+    base = prompts.one(FAMILY_PREFIX)
+    tails = [[[*base, *prompts.one(n)[1:]] for _ in range(6)] for n in (2, 33, 90, 257, 520)]
+    lengthy = [prompts.one(prompts.below(100, 200)) for _ in range(60)]
+    return Book(
+        assorted=everything,
+        parallel=await assorted(answers, SEED, margin=MARGIN_TP),
+        family=await best_of(answers, tails),
+        long=await cases(answers, lengthy, least=LONG_ANSWER_LEAST, longest=LONG_ANSWER),
+        spare=await cases(answers, [prompts.one(prompts.below(100, 400)) for _ in range(60)], least=3),
+        altered=await _altered(answers, everything, prompts),
+    )
+
+
+async def _altered(
+    answers: Answers, everything: Sequence[Case], prompts: Prompts
+) -> list[tuple[Case, list[tuple[int, ...]]]]:
+    """Answers to prompts of which the first, a middle or the last whole block is other text."""
+    chosen = [case for case in everything if 3 * BLOCK < len(case.prompt) <= 700 and len(case.tokens) >= 4][:24]
+    found = []
+    for case in chosen:
+        last = len(case.prompt) // BLOCK - 1
+        variants = []
+        for block in (0, last // 2, last):
+            other = list(case.prompt)
+            start = max(1, block * BLOCK)  # BOS stays
+            other[start : (block + 1) * BLOCK] = prompts.one(1000)[-((block + 1) * BLOCK - start) :]
+            variants.append(other)
+        known = await answers.learn(variants, len(case.tokens))
+        found.append((case, [tuple(answer.tokens) for answer in known]))
+    return found
+
+
+async def forget(client: Client, *servers: Server) -> None:
+    """Empty the prefix caches of servers."""
+    for server in servers:
+        async with client.post(f"{server.url}/reset_prefix_cache", {}):
+            pass
+
+

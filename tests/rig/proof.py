@@ -1,0 +1,116 @@
+"""Proof that requests were disaggregated: what the workers and vLLM itself say of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.rig import audit, watch
+from tests.rig.cases import Case
+from tests.rig.client import Client, Handed
+from tests.rig.servers import Server
+
+KV_BYTES_PER_TOKEN = 4096  # tiny-lm: 8 layers x (key, value) x 4 heads x 32 x 2 bytes
+KV_HEADS = 4
+ACK_S = 10.0  # prefill hears of the last page's arrival a moment after the client got its answer
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What of one request crossed, as decode's workers tell it."""
+
+    case: Case
+    handed: Handed
+    skipped: int
+    blocks: int
+    nbytes: int
+
+
+async def crossed(
+    case_list: Sequence[Case], handed: Sequence[Handed], prefills: Sequence[Server], decode: Server
+) -> list[Crossing]:
+    """How each request's pages crossed, in order.
+
+    Raises:
+        AssertionError: one was not handed over completely: decode must have computed some of it again.
+    """
+    sinks = await _records([decode], "consumer")
+    found = []
+    for case, done in zip(case_list, handed, strict=True):
+        records = sinks.get(done.transfer, [])
+        what = f"transfer {done.transfer} of {len(case.prompt)} tokens"
+        assert len(records) == decode.spec.tp, f"{what}: decode's workers know {len(records)} of {decode.spec.tp}"
+        bad = [record for record in records if record["state"] != "ready" or record["code"]]
+        assert not bad, f"{what}: {bad}"
+        skipped, blocks = {r["skipped_blocks"] for r in records}, {r["blocks"] for r in records}
+        assert len(skipped) == len(blocks) == 1, f"{what}: decode's ranks disagree: {records}"
+        crossing = Crossing(case, done, skipped.pop(), blocks.pop(), sum(r["bytes"] for r in records))
+        assert crossing.skipped + crossing.blocks == case.blocks, f"{what}: {crossing}"
+        block_bytes = decode.spec.block_size * KV_BYTES_PER_TOKEN
+        assert crossing.nbytes == crossing.blocks * block_bytes, f"{what}: {crossing.nbytes} bytes crossed"
+        found.append(crossing)
+    await _delivered(found, prefills)
+    return found
+
+
+async def _delivered(crossings: Sequence[Crossing], prefills: Sequence[Server]) -> None:
+    """Prefill agrees that it delivered each of them."""
+
+    async def complaint() -> str:
+        sources = await _records(prefills, "producer")
+        for crossing in crossings:
+            records = sources.get(crossing.handed.transfer, [])
+            if not records:
+                return f"prefill does not know {crossing.handed.transfer}"
+            bad = [r for r in records if r["state"] != "delivered" or r["code"]]
+            if bad:
+                return f"prefill did not deliver {bad[0]}"
+        return ""
+
+    await watch.until("all delivered", complaint, ACK_S)
+
+
+async def _records(servers: Sequence[Server], role: str) -> dict[str, list[dict[str, Any]]]:
+    """Transfer id to its records, one of each worker that knows it."""
+    known: dict[str, list[dict[str, Any]]] = {}
+    for server in servers:
+        for reply in await watch.status(server):
+            for record in reply["transfers"]:
+                if record["role"] == role:
+                    known.setdefault(record["transfer"], []).append(record)
+    return known
+
+
+async def record_of(server: Server, transfer: str, role: str) -> dict[str, Any]:
+    """Rank 0's record of a transfer; {} if it has none."""
+    records = (await _records([server], role)).get(transfer, [])
+    return records[0] if records else {}
+
+
+def bytes_equal(crossings: Sequence[Crossing], directory: Path) -> int:
+    """Assert that every page arrived with the bytes that prefill had; returns how many blocks were compared."""
+    expected = {c.handed.transfer: audit.Expected(c.skipped, c.case.blocks, KV_HEADS) for c in crossings}
+    found = audit.problems(directory, expected)
+    assert not found, f"{len(found)} problems with the pages' bytes: {found[:5]}"
+    return sum(c.blocks for c in crossings)
+
+
+class Recomputed:
+    """Counts, by vLLM's own metrics, the prompt tokens that a server computes itself between ``begin`` and ``end``."""
+
+    def __init__(self, client: Client, server: Server) -> None:
+        self._client = client
+        self._server = server
+        self._before: watch.EngineState | None = None
+
+    async def begin(self) -> None:
+        self._before = await watch.engine_state(self._client, self._server)
+
+    async def end(self) -> tuple[int, int]:
+        """Prompt tokens computed here, and prompt tokens that came from prefill."""
+        assert self._before is not None, "begin() first"
+        now = await watch.engine_state(self._client, self._server)
+        computed = now.computed_tokens - self._before.computed_tokens
+        return int(computed), int(now.external_tokens - self._before.external_tokens)

@@ -1,0 +1,77 @@
+"""The agenda against a model that is a plain dictionary."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtransport.protocol.agenda import Agenda
+
+KEYS = st.integers(0, 8)
+TIMES = st.integers(0, 40).map(float)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("set"), KEYS, TIMES | st.none()),
+        st.tuples(st.just("due"), TIMES, st.none()),
+        st.tuples(st.just("next"), st.none(), st.none()),
+    ),
+    max_size=120,
+)
+
+
+@given(STEPS)
+def test_agenda_wakes_each_key_once_at_its_latest_time(steps: list[tuple[str, int, float | None]]) -> None:
+    """Whatever is set and unset: what is due comes out once, in order of time, and nothing else does."""
+    agenda: Agenda[int] = Agenda()
+    model: dict[int, float] = {}
+    for verb, first, when in steps:
+        if verb == "set":
+            agenda.set(first, when)
+            if when is None:
+                model.pop(first, None)
+            else:
+                model[first] = when
+        elif verb == "due":
+            out = list(agenda.due(first))
+            expected = {key: model.pop(key) for key in [k for k, at in model.items() if at <= first]}
+            assert sorted(out) == sorted(expected)
+            assert [expected[key] for key in out] == sorted(expected.values())
+        else:
+            assert agenda.next() == (min(model.values()) if model else None)
+    assert sorted(agenda.due(float("inf"))) == sorted(model)
+    assert agenda.next() is None
+
+
+@given(st.lists(st.tuples(KEYS, TIMES), min_size=1, max_size=400))
+def test_agenda_stays_small(settings: list[tuple[int, float]]) -> None:
+    """Setting one key again and again does not grow the heap without bound."""
+    agenda: Agenda[int] = Agenda()
+    for key, when in settings * 3:
+        agenda.set(key, when)
+        assert len(agenda._heap) <= 64 + 4 * len(agenda._when) + 1
+        assert agenda.next() == min(agenda._when.values())
+
+
+def test_keys_may_be_set_again_while_what_is_due_comes_out() -> None:
+    """A key that is set while others are handed out is found by the same round if it is due, as a machine's next
+    deadline may be."""
+    agenda: Agenda[str] = Agenda()
+    agenda.set("a", 1.0)
+    agenda.set("b", 2.0)
+    seen = []
+    for key in agenda.due(5.0):
+        seen.append(key)
+        if len(seen) == 1:
+            agenda.set("c", 4.0)
+            agenda.set("b", None)
+    assert seen == ["a", "c"]
+    assert agenda.next() is None
+
+
+def test_keys_are_never_compared() -> None:
+    """Two keys that can't be ordered may share a time."""
+    agenda: Agenda[object] = Agenda()
+    agenda.set(("t", "hold"), 1.0)
+    agenda.set(("t", 7), 1.0)
+    agenda.set(("t", None), 1.0)
+    assert len(list(agenda.due(1.0))) == 3

@@ -1,0 +1,153 @@
+"""A client's body: parsed once, split exactly, and put together again without a second encoding."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pdtransport.router.call as call_module
+from pdtransport.router.api_errors import ApiError
+from pdtransport.router.call import Api, Call, parse
+
+PARAMS = {"do_remote_prefill": True, "transfer_id": "ab"}
+_DROPPED = call_module._NOT_FOR_PREFILL
+
+texts = st.text(max_size=6)
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts
+values = (
+    leaves | st.lists(leaves, max_size=3) | st.dictionaries(texts, leaves | st.lists(leaves, max_size=2), max_size=3)
+)
+keys = st.sampled_from(["model", "n_", "max_tokens", "stream", "logprobs", "min_tokens", "", '"', "\u00fc\\"]) | texts
+bodies = st.dictionaries(keys, values, max_size=6)
+quick = settings(max_examples=100, deadline=None)
+prompts = st.text(min_size=1, max_size=30) | st.lists(st.integers(0, 1 << 40), min_size=1, max_size=30)
+
+
+def parsed(body: Any, api: Api = "completions", **more: Any) -> Call:
+    raw = body if isinstance(body, bytes) else json.dumps(body, **more).encode()
+    return parse(raw, api, chunk_chars=64, chunks=8)
+
+
+@quick
+@given(body=bodies, prompt=prompts, indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
+def test_both_servers_get_exactly_the_members_they_should(
+    body: dict[str, Any], prompt: Any, indent: int | None, ascii_only: bool
+) -> None:
+    body = {**body, "prompt": prompt}
+    for key in ("n", "best_of", "echo", "use_beam_search", "prompt_logprobs", "prompt_embeds"):
+        body.pop(key, None)
+    text = json.dumps(body, indent=indent, ensure_ascii=ascii_only)
+    try:
+        raw = f" \r\n{text}\t\n".encode()
+    except UnicodeEncodeError:  # a lone surrogate can't be sent unescaped
+        raw = json.dumps(body).encode()
+    call = parsed(raw)
+    assert call.alone is None
+    assert json.loads(call.for_decode(None)) == body
+    assert json.loads(call.for_decode(PARAMS)) == {**body, "kv_transfer_params": PARAMS}
+    kept = {key: value for key, value in body.items() if key not in _DROPPED}
+    assert json.loads(call.for_prefill(PARAMS)) == {
+        **kept, "n": 1, "stream": False, "max_tokens": 1, "kv_transfer_params": PARAMS,
+    }  # fmt: skip
+
+
+@quick
+@given(raw=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_anything_else_is_a_400_exactly_where_a_json_parser_says_no(raw: bytes) -> None:
+    try:
+        good = isinstance(json.loads(raw.decode()), dict)
+    except ValueError:
+        good = False
+    if good:
+        parsed(raw)
+    else:
+        with pytest.raises(ApiError) as refused:
+            parsed(raw)
+        assert refused.value.status == 400
+
+
+@quick
+@given(body=bodies, cut=st.integers(0, 200), junk=st.sampled_from(list('{}[]",:x0 \n\\')))
+def test_damaged_objects_are_never_taken_where_a_json_parser_takes_none(
+    body: dict[str, Any], cut: int, junk: str
+) -> None:
+    text = json.dumps(body)
+    text = text[: cut % len(text)] + junk + text[cut % len(text) :]
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=no_duplicates)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        with pytest.raises(ApiError):
+            parsed(text.encode())
+
+
+def test_prompt_is_decoded_once_and_encoded_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16,000 token ids: one decoder call for them, and only the small kv_transfer_params are ever encoded."""
+    decoded: list[int] = []
+    encoded: list[int] = []
+    real_value, real_dumps = call_module._value, json.dumps
+
+    def value(text: str, at: int) -> tuple[Any, int]:
+        result = real_value(text, at)
+        decoded.append(result[1] - at)
+        return result
+
+    def dumps(what: Any, **more: Any) -> str:
+        result = real_dumps(what, **more)
+        encoded.append(len(result))
+        return result
+
+    raw = json.dumps({"model": "m", "prompt": list(range(16000)), "max_tokens": 5}).encode()
+    monkeypatch.setattr(call_module, "_value", value)
+    monkeypatch.setattr(call_module.json, "dumps", dumps)
+    call = parsed(raw)
+    for _ in range(2):  # a retry costs no more
+        call.for_prefill(PARAMS)
+        call.for_decode(PARAMS)
+    assert sum(decoded) < len(raw)
+    assert max(encoded) < 200
+
+
+def test_null_params_of_the_client_are_replaced_and_not_doubled() -> None:
+    for body in (b'{"kv_transfer_params":null,"prompt":"a"}', b'{"prompt":"a", "kv_transfer_params" : null }'):
+        sent = parsed(body).for_decode(PARAMS)
+        assert sent.count(b"kv_transfer_params") == 1
+        assert json.loads(sent) == {"prompt": "a", "kv_transfer_params": PARAMS}
+
+
+def test_prompt_sizes_are_exact_for_ids_and_estimated_for_text() -> None:
+    assert parsed({"prompt": [5] * 33}).prompt_tokens == 33
+    assert parsed({"prompt": "x" * 398}).prompt_tokens == 100
+    assert parsed({"messages": [{"role": "user", "content": "hi"}]}, "chat").prompt_tokens > 0
+    assert parsed({"prompt": "ü"}, ensure_ascii=False).prompt_bytes == 4
+    assert parsed({"prompt": "ü"}, ensure_ascii=False).raw == '{"prompt": "ü"}'.encode()
+
+
+def test_prefix_keys_are_shared_as_far_as_prompts_are_and_apart_by_model_salt_and_api() -> None:
+    base = "a" * 300
+    one, two = parsed({"prompt": base + "x" * 100}), parsed({"prompt": base + "y" * 100})
+    shared = [a == b for a, b in zip(one.prefix_keys, two.prefix_keys, strict=True)]
+    assert shared == [True] * 4 + [False] * 2
+    keys = {
+        parsed({"prompt": base, **more}).prefix_keys[0]
+        for more in ({}, {"model": "a"}, {"model": "b"}, {"cache_salt": "s"})
+    }
+    assert len(keys) == 4
+    assert len(parsed({"prompt": "z" * 10_000}).prefix_keys) == 8  # bounded
+    assert parsed({"prompt": "short"}).prefix_keys == ()
+
+
+@pytest.mark.parametrize("given_key", ["kv_transfer_params", "\\u006bv_transfer_params"])
+def test_reserved_member_is_found_however_it_is_spelt(given_key: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parsed(f'{{"prompt": "a", "{given_key}": {{"x": 1}}}}'.encode())
+    assert refused.value.param == "kv_transfer_params"

