@@ -1,11 +1,11 @@
-"""``python -m pdtransport.launch.demo TOPOLOGY``: brings a topology up, completes real prompts through its router, shows
-where each one's time went, and compares every token with those of a plain server. Exit status 0 only if all are equal.
+"""``python -m pdtransport.launch.demo TOPOLOGY``: brings a topology up, completes real prompts through its router,
+shows where each one's time went, and compares every token with those of a plain server. Exit status 0 only if all are
+equal.
 """
 
 from __future__ import annotations
 
 import argparse
-import argparse as sample_module
 import json
 import sys
 import textwrap
@@ -73,7 +73,7 @@ class Written:
 
 def prompts(model: str, chat: bool) -> list[Prompt]:
     """Real prompts: beginnings of Python source and prose, from shorter than a page to thousands of tokens."""
-    source = Path(sample_module.__file__).read_text(encoding="utf-8")
+    source = Path(argparse.__file__).read_text(encoding="utf-8")
     common = {"model": model, "temperature": 0, "max_tokens": 32, "return_token_ids": True}
 
     def completion(title: str, prompt: str, stream: bool = False, **more: Any) -> Prompt:
@@ -190,7 +190,7 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = argparse.ArgumentParser(description=(__doc__ or "").split(":")[1])
+    options = argparse.ArgumentParser(description="Show a topology at work; see the module's text.")
     options.add_argument("topology", type=Path)
     options.add_argument("--run-dir", type=Path, default=RUN_DIR, help="folder of the logs (default: .demo)")
     chosen = options.parse_args(argv)

@@ -56,9 +56,7 @@ def _model(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
     folder = topology.model_folder(file.path.parent)
     if folder is None:
         if not HUB_ID.fullmatch(topology.model.id):
-            yield file.problem(
-                where, f"{topology.model.id!r} is neither a folder that is there nor a hub id (org/name)"
-            )
+            yield file.problem(where, f"{topology.model.id!r} is neither a folder here nor a hub id (org/name)")
         return
     if not folder.is_dir():
         yield file.problem(where, f"no folder {folder}: correct the path, which is relative to the topology file")

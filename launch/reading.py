@@ -38,9 +38,15 @@ def load(path: Path) -> tuple[Topology, YamlFile]:
 
 
 def _problems(file: YamlFile, error: ValidationError) -> list[str]:
+    details = error.errors(include_url=False)
+    meant = {(*keys[:-1], near) for keys in map(_keys, details) if (near := _near(keys))}
     lines = []
-    for detail in error.errors(include_url=False):
+    for detail in details:
         keys = _keys(detail)
+        if detail["type"] == "missing" and keys in meant:
+            continue  # it is there, misspelt
+        if detail["type"] == "too_short" and any(_keys(other)[:-1] == keys for other in details):
+            continue  # wrong items don't count as items
         lines.append((file.place(keys), file.problem(keys, _text(detail, keys))))
     lines.sort(key=lambda item: (item[0].line, item[0].column))
     shown = list(dict.fromkeys(text for _, text in lines))
@@ -79,10 +85,17 @@ def _shown(value: Any) -> str:
 
 
 def _unknown(keys: Sequence[str | int]) -> str:
+    near = _near(keys)
+    hint = f", did you mean {near!r}?" if near else ""
+    return f"unknown key{hint}{_allowed_text(_allowed(keys[:-1]))}"
+
+
+def _near(keys: Sequence[str | int]) -> str | None:
+    """The allowed key that an unknown one most likely stands for."""
     allowed = _allowed(keys[:-1])
-    near = difflib.get_close_matches(str(keys[-1]), allowed, n=1, cutoff=0.6)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    return f"unknown key{hint}{_allowed_text(allowed)}"
+    if not keys or keys[-1] in allowed:
+        return None
+    return next(iter(difflib.get_close_matches(str(keys[-1]), allowed, n=1, cutoff=0.6)), None)
 
 
 def _allowed_text(allowed: Sequence[str]) -> str:

@@ -60,7 +60,20 @@ class YamlFile:
 
 def _load(path: Path) -> tuple[Any, Any]:
     text = _read(path)
-    loader = yaml.SafeLoader(text)
+    try:
+        return _compose(yaml.SafeLoader(text), path)
+    except yaml.MarkedYAMLError as error:
+        raise TopologyError(_syntax(path, text, error)) from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise TopologyError(f"{path}:{line}: not YAML text: {error.reason}") from None
+    except RecursionError:
+        raise TopologyError(f"{path}:1:1: nested too deeply to be a topology") from None
+    except (ValueError, OverflowError) as error:  # a scalar such as 2024-99-99 that its YAML type can't hold
+        raise TopologyError(f"{path}: a value can't be read: {error}; quote it if it is meant as text") from None
+
+
+def _compose(loader: yaml.SafeLoader, path: Path) -> tuple[Any, Any]:
     try:
         root = loader.get_single_node()
         if root is None:
@@ -68,14 +81,6 @@ def _load(path: Path) -> tuple[Any, Any]:
         _check(root, path, set(), {})
         # Merge keys (<<) are resolved inside the nodes here, so that places are found through them as well.
         return root, loader.construct_document(root)
-    except yaml.MarkedYAMLError as error:
-        raise TopologyError(_syntax(path, text, error)) from None
-    except yaml.YAMLError as error:
-        raise TopologyError(f"{path}: not YAML text: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise TopologyError(f"{path}:1:1: nested too deeply to be a topology") from None
-    except (ValueError, OverflowError) as error:  # a scalar such as 2024-99-99 that its YAML type can't hold
-        raise TopologyError(f"{path}: a value can't be read: {error}; quote it if it is meant as text") from None
     finally:
         loader.dispose()
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
         SettingsError,
         TransferFailed,
     )
-    from pdtransport.exchange import Outcome
     from pdtransport.kv.geometry import KVGeometry, LayerPages, Region
     from pdtransport.kv.keys import request_key
+    from pdtransport.outcome import Outcome
     from pdtransport.settings import Settings
     from pdtransport.transport import Offer, Receipt, Transport
 
@@ -29,7 +29,7 @@ _HOME = {
     "LinkError": "pdtransport.errors",
     "LinkUnavailable": "pdtransport.errors",
     "Offer": "pdtransport.transport",
-    "Outcome": "pdtransport.exchange",
+    "Outcome": "pdtransport.outcome",
     "PDTransportError": "pdtransport.errors",
     "PeerRefused": "pdtransport.errors",
     "Receipt": "pdtransport.transport",

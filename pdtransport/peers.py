@@ -12,7 +12,7 @@ from typing import Any
 
 import msgpack
 
-from pdtransport.control.channel import ControlChannel, Identity, PeerId, PeerUp
+from pdtransport.control.channel import ControlChannel, PeerId, PeerUp
 from pdtransport.errors import LinkUnavailable
 from pdtransport.links.base import Channel, Link
 from pdtransport.links.negotiate import choose
@@ -26,6 +26,7 @@ Endpoint = tuple[str, int]
 OnPeer = Callable[["Peer | None", "tuple[Code, str] | None"], None]
 
 MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
+ANSWER_S = 5.0  # a sender that does not say whether it can use a link within this can't
 
 
 @dataclass
@@ -40,8 +41,8 @@ class Peer:
     outbound: Channel | None = None  # we send to them over this
     excluded: dict[str, str] = field(default_factory=dict)  # links that did not work with this peer, and why
     offered: Channel | None = None  # chosen by us, not confirmed yet
+    answer_by: float = float("inf")
     refused: tuple[Code, str] | None = None
-    logged_rate: bool = False
 
     def channels(self) -> list[Channel]:
         """Each channel once."""
@@ -57,20 +58,13 @@ class Peer:
             "host": self.host,
             "link": channel.link if channel else "",
             "why": channel.why if channel else (self.refused[1] if self.refused else "no link chosen yet"),
-            "bandwidth_bytes_s": bandwidth(channel) if channel else None,
+            "bandwidth_bytes_s": stats.bandwidth if stats else None,
             "bytes_sent": stats.bytes_sent if stats else 0,
             "bytes_received": stats.bytes_received if stats else 0,
             "batches_sent": stats.batches_sent if stats else 0,
             "batches_received": stats.batches_received if stats else 0,
             "link_errors": stats.errors if stats else 0,
         }
-
-
-def bandwidth(channel: Channel) -> float | None:
-    """Bytes a second while bytes moved, over all that this side moved; None before anything did."""
-    stats = channel.stats
-    moved = stats.bytes_received + stats.bytes_sent
-    return moved / stats.seconds_moving if moved and stats.seconds_moving > 0 else None
 
 
 class Peers:
@@ -82,16 +76,15 @@ class Peers:
         links: dict[str, Link],
         unavailable: dict[str, str],
         settings: LinkSettings,
-        me: Identity,
     ) -> None:
         self._control = control
         self._links = links
         self._unavailable = unavailable
         self._settings = settings
-        self._me = me
         self._peers: dict[PeerId, Peer] = {}
         self._by_endpoint: dict[Endpoint, PeerId] = {}
         self._waiting: dict[Endpoint, list[OnPeer]] = {}
+        self._now = 0.0
 
     def __iter__(self) -> Any:
         return iter(self._peers.values())
@@ -116,7 +109,8 @@ class Peers:
 
     # -- events of the control channel ---------------------------------------------------------------------------
 
-    def up(self, event: PeerUp) -> None:
+    def up(self, event: PeerUp, now: float) -> None:
+        self._now = now
         peer = self._peers.get(event.peer)
         if peer is None:
             peer = Peer(event.peer, event.host, event.hello.world, dict(event.hello.links))
@@ -164,6 +158,16 @@ class Peers:
                 self._exclude(peer, call.link, f"the sender can't use it: {text}")
                 self._offer_next_link(peer)
 
+    def tick(self, now: float) -> None:
+        self._now = now
+        for peer in [p for p in self._peers.values() if p.offered is not None and now >= p.answer_by]:
+            assert peer.offered is not None
+            self._exclude(peer, peer.offered.link, f"the sender did not answer for {ANSWER_S} s")
+            self._offer_next_link(peer)
+
+    def next_deadline(self) -> float | None:
+        return min((p.answer_by for p in self._peers.values() if p.offered is not None), default=None)
+
     def close(self) -> None:
         for peer in list(self._peers.values()):
             for channel in peer.channels():
@@ -192,7 +196,7 @@ class Peers:
                 logger.error("no link to %s rank %d: %s", peer.id.engine, peer.id.rank, error)
                 self._settle(peer)
                 return
-        peer.offered = channel
+        peer.offered, peer.answer_by = channel, self._now + ANSWER_S
         self._say(peer, channel.link, "use")
 
     def _confirm(self, peer: Peer, name: str) -> None:
@@ -221,8 +225,7 @@ class Peers:
 
     def _say(self, peer: Peer, link: str, verb: str, why: str = "") -> None:
         body = msgpack.packb({"op": verb, "why": why[:400]})
-        if not self._control.send(peer.id, LinkCall(link=link, body=body)) and verb == "use":
-            self._exclude(peer, link, "the peer could not be asked")
+        self._control.send(peer.id, LinkCall(link=link, body=body))  # if it gets lost, ANSWER_S ends the wait
 
     def _settle(self, peer: Peer) -> None:
         for endpoint in [e for e, p in self._by_endpoint.items() if p == peer.id]:

@@ -16,15 +16,15 @@ from typing import Any
 
 from pdtransport.control.channel import Identity
 from pdtransport.errors import TransferFailed
-from pdtransport.exchange import Exchange, Fetch, Outcome
+from pdtransport.exchange import Exchange
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
+from pdtransport.outcome import OnOutcome, Outcome
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
 from pdtransport.reactor import Reactor
 from pdtransport.settings import Settings
-
-OnOutcome = Callable[[Outcome], None]
+from pdtransport.taking import Fetch
 
 
 class Handle:
@@ -66,15 +66,15 @@ class Offer(Handle):
         final once all its tokens are, the last one once the whole prompt is. Fewer tokens than before say that the
         engine took pages back (preemption)."""
         pages = list(pages)
-        self._transport._call(lambda exchange: exchange.pages_ready(self.transfer, pages, tokens))
+        self._transport._call(lambda exchange: exchange.handing.pages_ready(self.transfer, pages, tokens))
 
     def finish(self) -> None:
         """The request is through; its pages stay until decode has them (or a deadline ends the wait)."""
-        self._transport._call(lambda exchange: exchange.finish(self.transfer))
+        self._transport._call(lambda exchange: exchange.handing.finish(self.transfer))
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
-        self._transport._call(lambda exchange: exchange.cancel_source(self.transfer, Code.CANCELLED, reason))
+        self._transport._call(lambda exchange: exchange.handing.cancel(self.transfer, Code.CANCELLED, reason))
 
 
 class Receipt(Handle):
@@ -82,7 +82,7 @@ class Receipt(Handle):
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
-        self._transport._call(lambda exchange: exchange.cancel_fetch(self.transfer, Code.CANCELLED, reason))
+        self._transport._call(lambda exchange: exchange.taking.cancel(self.transfer, Code.CANCELLED, reason))
 
 
 class Transport:
@@ -147,7 +147,7 @@ class Transport:
         ``on_end`` runs in the I/O thread and must not block.
         """
         offer = Offer(self, transfer, on_end)
-        self._call(lambda exchange: exchange.open(transfer, key, tokens, offer._ended))
+        self._call(lambda exchange: exchange.handing.open(transfer, key, tokens, offer._ended))
         return offer
 
     def withdraw(self, transfer: str, timeout_s: float) -> None:
@@ -157,7 +157,7 @@ class Transport:
         Raises:
             concurrent.futures.TimeoutError: the I/O thread did not answer; the pages must not be reused.
         """
-        self._reactor.ask(lambda: self._exchange.pages_ready(transfer, [], 0), timeout_s)
+        self._reactor.ask(lambda: self._exchange.handing.pages_ready(transfer, [], 0), timeout_s)
 
     # -- decode --------------------------------------------------------------------------------------------------
 
@@ -181,12 +181,12 @@ class Transport:
         """
         receipt = Receipt(self, transfer, on_end)
         wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages))
-        self._call(lambda exchange: exchange.fetch(wanted, receipt._ended))
+        self._call(lambda exchange: exchange.taking.fetch(wanted, receipt._ended))
         return receipt
 
     def claim(self, transfer: str, *, host: str, port: int, ranks: int = 1) -> None:
         """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
-        self._call(lambda exchange: exchange.claim(transfer, host, port, ranks))
+        self._call(lambda exchange: exchange.taking.claim(transfer, host, port, ranks))
 
     # -- both ----------------------------------------------------------------------------------------------------
 

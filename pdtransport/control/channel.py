@@ -109,7 +109,13 @@ class ControlChannel:
             port = base + self._shared.me.rank if base else 0
         if self._shared.keys is not None and self._gate is None:
             self._gate = Gatekeeper(self._context, self._shared.keys)  # before the socket that it guards
-        self._listener = Listener(port, self._shared)
+        try:
+            self._listener = Listener(port, self._shared)
+        except SettingsError:
+            if self._gate is not None:
+                self._gate.close()
+                self._gate = None
+            raise
         self._sockets_changed()
         return self._listener.endpoint
 

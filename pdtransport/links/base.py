@@ -27,14 +27,25 @@ Done = Callable[["str | None"], None]
 
 @dataclass
 class LinkStats:
-    """Counters of one channel; bytes and seconds since it was opened."""
+    """Counters of one channel since it was opened. Seconds count the time during which at least one batch was on its
+    way (not while it queued)."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
     batches_sent: int = 0
     batches_received: int = 0
-    seconds_moving: float = 0.0  # time this side spent inside copies and sends
+    seconds_moving: float = 0.0  # of batches that we receive
+    seconds_sending: float = 0.0  # of batches that we send; stays 0 on links whose receiver reads by itself
     errors: int = 0
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second of the direction that this side measured (receiving, where it did both), or None."""
+        if self.bytes_received and self.seconds_moving > 0:
+            return self.bytes_received / self.seconds_moving
+        if self.bytes_sent and self.seconds_sending > 0:
+            return self.bytes_sent / self.seconds_sending
+        return None
 
 
 class Channel(ABC):
@@ -77,7 +88,8 @@ class Channel(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """The peer's incarnation ended: drop all work; callbacks still owed get an error. Never blocks, never raises."""
+        """The peer's incarnation ended: drop all work; callbacks still owed get an error, now or in the next
+        :meth:`Link.progress`. Never blocks for long, never raises."""
 
 
 class Link(ABC):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from pdtransport.protocol.messages import Batch, Code, Message
 
-# Names one worker process for as long as it lives; opaque here.
-Peer = Hashable
+# Names one worker process for as long as it lives: any hashable value, opaque here.
+Peer = Any
 
 
 @dataclass(frozen=True)

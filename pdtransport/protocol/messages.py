@@ -139,7 +139,8 @@ class Nack(_Granted):
 
 
 class Commit(_Granted):
-    """Producer: that was all: ``batches`` batches, ``tokens`` tokens; ``digest`` is over their checksums in order."""
+    """Producer: that was all: ``batches`` batches, ``tokens`` tokens; ``digest`` is over the prompt's key and the
+    batches' places (:mod:`pdtransport.protocol.digest`)."""
 
     kind: Literal["commit"] = "commit"
     batches: Annotated[int, Field(ge=0, le=1 << 31)]
@@ -221,11 +222,15 @@ class Refused(Message):
 
 
 class Ping(Message):
+    """Are you still there?"""
+
     kind: Literal["ping"] = "ping"
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class Pong(Message):
+    """Yes, and still the same process."""
+
     kind: Literal["pong"] = "pong"
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
 

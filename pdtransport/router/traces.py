@@ -6,6 +6,8 @@ import time
 from collections import OrderedDict
 from typing import Any
 
+# Of one dispatch: a retry starts without them.
+_ANSWERED = ("dispatched", "decode_dispatched", "prefill_response", "decode_first_byte", "first_token")
 MAX_MODEL_CHARS = 128
 MAX_WHY_CHARS = 300
 
@@ -37,8 +39,8 @@ class Trace:
         self.events[event] = self.elapsed()
 
     def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
-        """A new dispatch; its answer's events are not known yet."""
-        for event in ("prefill_response", "decode_first_byte", "first_token"):
+        """A new dispatch; its events are not known yet."""
+        for event in _ANSWERED:
             self.events.pop(event, None)
         self.mark("route")
         self.dispatches.append(

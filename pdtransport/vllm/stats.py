@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from pdtransport.exchange import Outcome
+from pdtransport.outcome import Outcome
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +27,7 @@ class PDTransportStats(KVConnectorStats):
             self.reset()
 
     def reset(self) -> None:
-        self.data = {"ended": {}, "bytes": {}, "exposed_s": []}
+        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": []}
 
     def record(self, role: str, outcome: Outcome) -> None:
         key = f"{role}/{'ok' if outcome.ok else outcome.code}"

@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from pdtransport.exchange import Outcome
+from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.geometry import KVCaches, describe

@@ -44,6 +44,7 @@ class Answer:
     first_token: float
     done: float
     margins: list[float] = field(default_factory=list)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ttft_s(self) -> float:
@@ -154,6 +155,7 @@ class Client:
             if body["stream"]:
                 return await _read_stream(response, sent)
             data = await response.json()
+            headers = response.headers.copy()
         done = time.time()
         choice = data["choices"][0]
         if choice["finish_reason"] == "error":
@@ -166,11 +168,12 @@ class Client:
             first_token=done,
             done=done,
             margins=margins_of(choice.get("logprobs")),
+            headers=headers,
         )
 
 
 async def _read_stream(response: aiohttp.ClientResponse, sent: float) -> Answer:
-    answer = Answer([], None, None, sent, 0.0, 0.0)
+    answer = Answer([], None, None, sent, 0.0, 0.0, headers=response.headers.copy())
     async for raw in response.content:
         line = raw.strip()
         if not line.startswith(b"data: ") or line == b"data: [DONE]":

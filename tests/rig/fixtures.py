@@ -1,4 +1,4 @@
-"""What the vLLM tests agree on: server settings, the prompts with known answers, small steps that several of them take."""
+"""What the vLLM tests agree on: servers' settings, prompts with known answers, steps that several of them take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.answers import Answers
-from tests.rig.cases import BLOCK, MARGIN, MARGIN_TP, Case, assorted, best_of, cases
+from tests.rig.cases import BLOCK, MARGIN_TP, Case, assorted, best_of, cases
 from tests.rig.client import Client
 from tests.rig.prompts import Prompts
 from tests.rig.servers import KVRole, Server, ServerSpec
@@ -127,5 +127,3 @@ async def forget(client: Client, *servers: Server) -> None:
     for server in servers:
         async with client.post(f"{server.url}/reset_prefix_cache", {}):
             pass
-
-

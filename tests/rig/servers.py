@@ -165,6 +165,7 @@ def is_free(port: int) -> bool:
 
 
 _PORTS = Ports()
+take_ports = _PORTS.take
 
 
 def die_with_parent() -> Callable[[], None]:
@@ -194,8 +195,8 @@ class Server:
 
     def __init__(self, spec: ServerSpec, logs: Path) -> None:
         self.spec = spec
-        self.port = _PORTS.take()
-        self.control_port = _PORTS.take(spec.tp)
+        self.port = take_ports()
+        self.control_port = take_ports(spec.tp)
         self.log = logs / f"{spec.name}-{self.port}.log"
         self.started_at = time.monotonic()
         self.ready_s: float | None = None

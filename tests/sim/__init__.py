@@ -1,1 +1,1 @@
-"""Deterministic simulation of the hand-off: seeded schedules of engines, links and faults, checked after every event."""
+"""Deterministic simulation of the hand-off: seeded schedules of engines and faults, checked after every event."""

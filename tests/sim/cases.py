@@ -91,7 +91,7 @@ def overtaken() -> Iterator[tuple[str, Plan]]:
 
 
 def endings() -> Iterator[tuple[str, Plan, str]]:
-    """Aborts on either side, with the words about it lost: ``(name, plan, counter of the code that decode reports)``."""
+    """Aborts on either side, the words about it lost: ``(name, plan, counter of the code that decode reports)``."""
     for link in LINK_KINDS:
         for kind in ("", *ENDING_KINDS):
             for after in (0.0, 0.05, 0.12, 0.2, 0.4):

@@ -74,9 +74,7 @@ class DecodeWorker(Worker):
         now = self.world.now
         digest = digest_of(request.prompt)
         try:
-            actions = self.receiving.begin(
-                request.transfer, digest, request.tokens, request.held, blocks, parts, now
-            )
+            actions = self.receiving.begin(request.transfer, digest, request.tokens, request.held, blocks, parts, now)
         except TransferOver as over:
             if not over.reason:
                 raise Violation("refused without a reason") from over

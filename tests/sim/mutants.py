@@ -325,6 +325,7 @@ def silent_failure(patch: Patch) -> None:
 
 def rogue_overlap(patch: Patch) -> None:
     """Prefill says its second batch again under a sequence number of its own, over blocks that it sent before."""
+
     def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
         extra = [
             Send(a.peer, a.message.model_copy(update={"seq": a.message.seq + 100}))
@@ -345,6 +346,7 @@ def skip_overlap_check(patch: Patch) -> None:
 
 def rogue_outside(patch: Patch) -> None:
     """Prefill announces blocks that were not granted."""
+
     def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
         shift = self.grant.first_block + self.grant.blocks
         return [

@@ -180,7 +180,8 @@ class PrefillWorker(Worker):
         end = grant.first_block + grant.blocks
         if not grant.first_block <= push.first_block < push.first_block + push.blocks <= end:
             raise Violation(f"{push} lies outside its grant")
-        self.in_flight[*key, push.generation][push.seq] = push.blocks * self._block_bytes(push.head_lo, push.head_hi)
+        flying = self.in_flight[push.transfer, push.peer, push.generation]  # type: ignore[index]
+        flying[push.seq] = push.blocks * self._block_bytes(push.head_lo, push.head_hi)
         self.queue.append(push)
         self.world.at(self.world.rng.uniform(0.0, 0.01), self, self._stage, push)
 

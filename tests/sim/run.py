@@ -100,4 +100,3 @@ def run(plan: Plan, tracing: bool = False) -> Result:
             world.log.append(traceback.format_exc())
     world.counters.update(f"outcome {how}" for how in world.outcomes.values())
     return Result(plan.seed, violation, world.outcomes, world.counters, world.log)
-

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdtransport.kv.fingerprint import MISSING, REMEDIES, Fingerprint, compare, plain
+
+# a busy machine is no fault of the code
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 FACTS: dict[str, str | int | bool] = {
     "protocol_version": 1,
@@ -113,6 +116,7 @@ def test_ranks_are_not_compared() -> None:
     assert compare({"tp_rank": 0}, {}) is None
 
 
+@PATIENT
 @given(fingerprints, fingerprints)
 def test_both_sides_find_the_same_field(ours: Fingerprint, yours: Fingerprint) -> None:
     one, other = compare(ours, yours), compare(yours, ours)
@@ -121,11 +125,13 @@ def test_both_sides_find_the_same_field(ours: Fingerprint, yours: Fingerprint) -
         assert (one.field, one.ours, one.yours) == (other.field, other.yours, other.ours)
 
 
+@PATIENT
 @given(fingerprints)
 def test_everything_is_compatible_with_itself(facts: Fingerprint) -> None:
     assert compare(facts, dict(facts)) is None
 
 
+@PATIENT
 @given(st.text(), st.text(), st.text())
 def test_what_a_peer_wrote_stays_one_line_of_bounded_length(field: str, ours: str, yours: str) -> None:
     mismatch = compare({field: ours}, {field: yours + "!"})

@@ -8,10 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdtransport.kv.keys import KEY_BYTES, MAX_TOKEN, block_keys, request_key
+
+# a busy machine is no fault of the code
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 tokens_ = st.lists(st.integers(0, MAX_TOKEN), max_size=70)
 
@@ -67,6 +70,7 @@ def test_a_strided_array_is_hashed_by_its_values() -> None:
     assert request_key(np.arange(20)[::2]) == request_key(range(0, 20, 2))
 
 
+@PATIENT
 @given(tokens_, tokens_, st.text(max_size=4), st.text(max_size=4))
 def test_whatever_differs_has_another_key(a: list[int], b: list[int], salt: str, other: str) -> None:
     assert (request_key(a, salt=salt) == request_key(b, salt=other)) == ((a, salt) == (b, other))
@@ -89,6 +93,7 @@ def test_parts_can_not_be_mistaken_for_one_another(one: dict, other: dict) -> No
     assert block_keys([1], 1, **one) != block_keys([1], 1, **other)
 
 
+@PATIENT
 @given(tokens_, tokens_, tokens_, st.integers(1, 9))
 def test_prompts_share_the_block_keys_of_their_common_prefix_only(
     prefix: list[int], a: list[int], b: list[int], block: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -46,7 +45,9 @@ def of(actions: list[Action], kind: type) -> list[Action]:
 def receiving(blocks: int = 4, *, one_sided: bool = False, limits: Limits = LIMITS, parts: int = 1) -> Receiving:
     book = Receiving(limits, first_generation=100)
     peers = [P, "prefill2"][:parts]
-    book.begin(T, DIGEST, 4 * blocks or 1, 0, blocks, [Part(p, 0, 1, 1, BLOCK, one_sided=one_sided) for p in peers], 0.0)
+    book.begin(
+        T, DIGEST, 4 * blocks or 1, 0, blocks, [Part(p, 0, 1, 1, BLOCK, one_sided=one_sided) for p in peers], 0.0
+    )
     return book
 
 
@@ -109,11 +110,9 @@ def nack(*wants: tuple[int, int]) -> Nack:
 def test_a_commit_of_more_batches_than_blocks_is_refused_at_once() -> None:
     """A commit that names two billion batches costs decode neither time nor memory."""
     book = receiving()
-    began = time.process_time()
     book.on_message(P, commit(1 << 31), 0.0)
-    book.tick(1.0)
     assert book.machines(T)[0].code is Code.MISMATCH
-    assert time.process_time() - began < 1.0
+    assert not words(book.tick(1.0), Nack)
 
 
 def test_an_old_accept_does_not_shorten_the_wait() -> None:
@@ -378,7 +377,9 @@ def test_a_claim_of_the_other_consumer_still_counts_after_one_granted() -> None:
     book.finish(T, 0.0)
     book.on_message("decode2", Claim(transfer=T), 1.0)
     book.tick(LIMITS.hold_s + 1)
-    assert book.live == 1
+    assert book.machines(T)[0].state is ProducerState.STREAMING
+    book.tick(LIMITS.claim_s + 2)
+    assert book.machines(T)[0].code is Code.TIMEOUT
 
 
 def test_an_engine_that_finishes_halfway_is_not_waited_for() -> None:

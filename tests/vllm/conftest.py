@@ -10,19 +10,17 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
 from tests.rig.answers import Answers
 from tests.rig.client import Client
-from tests.rig.fixtures import Book, Servers, make_book, plain_spec, pair_spec
+from tests.rig.fixtures import Book, Servers, make_book, pair_spec, plain_spec
 from tests.rig.servers import fleet
-
-T = TypeVar("T")
 
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = ("idle", "equality", "prefixes", "requests", "router", "aborts", "mismatch", "preemption", "parallel")
@@ -101,7 +99,8 @@ def servers(book: Book, logs: Path) -> Iterator[Servers]:
         running = fleet(*specs, logs=logs)
         started = running.__enter__()
     try:
-        yield Servers(*started, audit)
+        prefill, other_prefill, decode = started
+        yield Servers(prefill, other_prefill, decode, audit)
         for server in started:
             server.must_live()
     finally:
@@ -120,7 +119,3 @@ def with_client() -> Any:
         return asyncio.run(go())
 
     return run
-
-
-def await_(coroutine: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(coroutine)

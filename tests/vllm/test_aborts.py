@@ -93,8 +93,10 @@ def test_aborts_at_random_moments_leak_nothing(servers: Servers, book: Book, wit
         bytes_equal(await crossed(some, handed, [servers.prefill], servers.decode), servers.audit)
         await watch.settled(client, servers.all)
         for server, old, new in zip(servers.all, before, usage(servers), strict=True):
-            print(f"{server.spec.name}: files {old[0]} -> {new[0]}, threads {old[1]} -> {new[1]}, "
-                  f"RSS {old[2] / 1e6:.0f} -> {new[2] / 1e6:.0f} MB")
+            print(
+                f"{server.spec.name}: files {old[0]} -> {new[0]}, threads {old[1]} -> {new[1]}, "
+                f"RSS {old[2] / 1e6:.0f} -> {new[2] / 1e6:.0f} MB"
+            )
             assert new[0] <= old[0] + MORE_FILES, f"{server}: open files {old[0]} -> {new[0]}"
             assert new[1] <= old[1] + MORE_THREADS, f"{server}: threads {old[1]} -> {new[1]}"
             assert new[2] <= old[2] + MORE_RSS, f"{server}: resident memory {old[2]} -> {new[2]}"

@@ -51,7 +51,8 @@ def test_two_prefill_servers_feed_one_decode_server(servers: Servers, book: Book
         await forget(client, *servers.all)
         sources = [servers.prefill, servers.other_prefill]
         half = len(some) // 2
-        for part, order in ((some[:half], "concurrent"), (some[half:], "serial")):
+        parts: list[tuple[list[Case], Order]] = [(some[:half], "concurrent"), (some[half:], "serial")]
+        for part, order in parts:
             handed = await handed_over(client, part, lambda i: sources[i % 2], servers.decode, order)
             crossings = await crossed(part, handed, sources, servers.decode)
             prove_crossed_whole(crossings)

@@ -41,6 +41,6 @@ def test_idle_connector_costs_little_memory_and_no_processor_time(
     base_cpu, base_rss = shares[0], watch.rss_bytes(plain.workers()[0])
     for server, share in zip(servers.all, shares[1:], strict=True):
         extra = watch.rss_bytes(server.workers()[0]) - base_rss
-        print(f"\n{server.spec.name}: {extra / 1e6:+.0f} MB, {share - base_cpu:+.4f} of a core beside plain's {base_cpu:.4f}")
+        print(f"\n{server.spec.name}: {extra / 1e6:+.0f} MB, {share:.4f} of a core (plain: {base_cpu:.4f})")
         assert extra <= MAX_EXTRA_RSS, f"{server}: its worker holds {extra / 1e6:.0f} MB more than a plain one"
         assert share - base_cpu <= MAX_EXTRA_CPU, f"{server}: idle, it uses {share:.4f} of a core"

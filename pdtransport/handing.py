@@ -1,0 +1,239 @@
+"""The prefill half of an exchange: what the sending state machines ask for becomes staged batches and messages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdtransport.control.channel import ControlChannel, PeerId
+from pdtransport.errors import LinkError
+from pdtransport.kv.geometry import KVGeometry
+from pdtransport.links.base import Channel, LinkBusy
+from pdtransport.observe.audit import Audit
+from pdtransport.observe.timeline import Timeline, TransferRecord
+from pdtransport.outcome import OnOutcome, Outcome, tell
+from pdtransport.peers import Peers
+from pdtransport.protocol import actions as act
+from pdtransport.protocol.messages import Ack, Code, Commit, ConsumerMessage, Grant
+from pdtransport.protocol.receiving import TransferOver
+from pdtransport.protocol.sending import Sending
+
+logger = logging.getLogger(__name__)
+
+MAX_PUSHES_A_TURN = 8  # staging a batch takes about a millisecond: control messages get their turn in between
+
+_Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, attempt
+
+
+@dataclass
+class _Source:
+    """Pages that we hand over: ``pages[i]`` holds block i of the request."""
+
+    pages: list[int]
+    tokens: int
+    on_end: OnOutcome
+    record: TransferRecord
+    nbytes: int = 0
+
+
+class Handing:
+    """Runs in the I/O thread."""
+
+    def __init__(
+        self,
+        limits: act.Limits,
+        geometry: KVGeometry,
+        control: ControlChannel,
+        peers: Peers,
+        timeline: Timeline,
+        counters: Counter[str],
+        audit: Audit | None,
+    ) -> None:
+        self.sending = Sending(limits, geometry.checked_block_bytes)
+        self._checksums = limits.checksums
+        self._geometry = geometry
+        self._control = control
+        self._peers = peers
+        self._timeline = timeline
+        self._counters = counters
+        self._audit = audit
+        self._sources: dict[str, _Source] = {}
+        self._staged: dict[_Ident, tuple[Channel, int]] = {}
+        self._queue: deque[act.Push] = deque()
+        self._next_key = 1
+
+    # -- what the engine says ------------------------------------------------------------------------------------
+
+    def open(self, transfer: str, digest: bytes, tokens: int, on_end: OnOutcome) -> None:
+        blocks = -(-tokens // self._geometry.block_size)
+        try:
+            actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic())
+        except TransferOver as over:
+            self._counters[f"opens_refused_{over.code.value}"] += 1
+            tell(on_end, Outcome(transfer, False, over.code.value, over.reason))
+            return
+        record = self._timeline.open(transfer, "producer")
+        record.mark("opened")
+        self._sources[transfer] = _Source([], tokens, on_end, record)
+        self.run(actions)
+
+    def pages_ready(self, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
+        """``pages``: page ids of all the request's blocks so far; their first ``tokens_done`` tokens are final."""
+        source = self._sources.get(transfer)
+        if source is None:
+            return
+        source.pages = list(pages)
+        block_size = self._geometry.block_size
+        whole = tokens_done >= source.tokens
+        blocks = -(-source.tokens // block_size) if whole else tokens_done // block_size
+        self.run(self.sending.pages_ready(transfer, min(blocks, len(pages)), tokens_done, time.monotonic()))
+        self.push_some()
+
+    def finish(self, transfer: str) -> None:
+        source = self._sources.get(transfer)
+        if source is not None:
+            source.record.mark("finished")
+            self.run(self.sending.finish(transfer, time.monotonic()))
+
+    def cancel(self, transfer: str, code: Code, reason: str) -> None:
+        self.run(self.sending.cancel(transfer, code, reason))
+
+    # -- what peers and time say ---------------------------------------------------------------------------------
+
+    def on_message(self, peer: PeerId, message: ConsumerMessage, now: float) -> None:
+        source = self._sources.get(message.transfer)
+        if source is not None and isinstance(message, (Grant, Ack)):
+            source.record.mark("granted" if isinstance(message, Grant) else "acked")
+            source.record.peer = peer.engine
+        self.run(self.sending.on_message(peer, message, now))
+
+    def peer_lost(self, peer: PeerId, reason: str) -> None:
+        """Its channels are closed already."""
+        for ident in [ident for ident in self._staged if ident[1] == peer]:
+            del self._staged[ident]
+        self._queue = deque(push for push in self._queue if push.peer != peer)
+        self.run(self.sending.peer_lost(peer, reason))
+
+    def tick(self, now: float) -> None:
+        self.run(self.sending.tick(now))
+
+    def end_all(self, code: Code, reason: str) -> None:
+        """The transport closes."""
+        sources, self._sources = self._sources, {}
+        for transfer, source in sources.items():
+            tell(source.on_end, Outcome(transfer, False, code.value, reason))
+
+    def live(self) -> dict[str, int]:
+        return {
+            "producing": self.sending.live,
+            "early_grants": self.sending.early,
+            "staged": len(self._staged),
+            "queued_pushes": len(self._queue),
+        }
+
+    # -- actions -------------------------------------------------------------------------------------------------
+
+    def run(self, actions: Sequence[act.Action]) -> None:
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, act.Send):
+                source = self._sources.get(getattr(action.message, "transfer", ""))
+                if source is not None and isinstance(action.message, Commit):
+                    source.record.mark("committed")
+                self._control.send(action.peer, action.message)
+            elif isinstance(action, act.Push):
+                self._queue.append(action)
+            elif isinstance(action, act.Unstage):
+                self._unstage(action)
+            elif isinstance(action, act.Fence):
+                # All that a link of ours still did for this grant was unstaged before this; it only ever reads.
+                todo.extend(self.sending.fenced(action.transfer, action.peer, action.generation))
+            elif isinstance(action, act.Release):
+                self._end(action)
+
+    def push_some(self) -> bool:
+        """Stage queued batches, a few a turn; what finds no free slot waits. True if more can be done at once."""
+        for _ in range(min(len(self._queue), MAX_PUSHES_A_TURN)):
+            push = self._queue.popleft()
+            ident = _ident(push)
+            try:
+                offer, checksums = self._push(push, ident)
+            except LinkBusy:
+                self._queue.appendleft(push)
+                return False
+            except LinkError as error:
+                self.run(self.sending.push_failed(*ident, f"link: {error}"))
+                continue
+            self.run(self.sending.pushed(*ident, checksums, offer, time.monotonic()))
+        return bool(self._queue)
+
+    def _push(self, push: act.Push, ident: _Ident) -> tuple[bytes, bytes]:
+        """Offer a batch on its peer's link: ``(offer, checksums)`` for its announcement."""
+        source, peer = self._sources.get(push.transfer), self._peers.get(push.peer)
+        if source is None or peer is None or peer.outbound is None:
+            raise LinkError("the decode worker agreed on no link")
+        pages = source.pages[push.first_block : push.first_block + push.blocks]
+        runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
+        key, self._next_key = self._next_key, self._next_key + 1
+        offer, checksums = peer.outbound.send(key, runs, push.blocks if self._checksums else 0, _ignore)
+        self._staged[ident] = (peer.outbound, key)
+        nbytes = int(runs[:, 1].sum())
+        source.nbytes += nbytes
+        source.record.link = peer.outbound.link
+        source.record.mark("first_batch")
+        source.record.mark("last_batch", latest=True)
+        self._counters["bytes_sent"] += nbytes
+        self._counters["blocks_sent"] += push.blocks
+        if self._audit is not None:
+            for block, page in enumerate(pages, push.first_block):
+                who = peer.id.engine, peer.id.rank
+                self._audit.block(push.transfer, "producer", *who, block, page, push.head_lo, push.head_hi)
+        return key.to_bytes(8, "little") + offer, checksums
+
+    def _unstage(self, action: act.Unstage) -> None:
+        ident = _ident(action)
+        staged = self._staged.pop(ident, None)
+        if staged is not None:
+            channel, key = staged
+            channel.release(key)
+        else:
+            self._queue = deque(push for push in self._queue if _ident(push) != ident)
+
+    def _end(self, action: act.Release) -> None:
+        source = self._sources.pop(action.transfer, None)
+        if source is None:
+            return
+        code, record = action.code, source.record
+        record.bytes, record.blocks = source.nbytes, len(source.pages)
+        record.state = "given up" if code else "delivered"
+        if code is not None:
+            record.code, record.reason = code.value, action.reason
+            record.mark("failed")
+            if code not in (Code.CANCELLED, Code.PEER_CANCELLED):
+                logger.warning("transfer %s was not delivered (%s): %s", action.transfer, code.value, action.reason)
+        self._counters["handovers_failed" if code else "handovers_ok"] += 1
+        tell(
+            source.on_end,
+            Outcome(
+                transfer=action.transfer,
+                ok=code is None,
+                code=code.value if code else "",
+                reason=action.reason,
+                blocks=len(source.pages),
+                nbytes=source.nbytes,
+                link=record.link,
+                events=dict(record.events),
+            ),
+        )
+
+
+def _ident(action: act.Push | act.Unstage) -> _Ident:
+    return action.transfer, action.peer, action.generation, action.seq, action.attempt
+
+
+def _ignore(_error: str | None) -> None:
+    """A link is through with its source: we wait for the receiver's word all the same."""

@@ -1,0 +1,332 @@
+"""The one place that knows UCX's Python bindings: ``ucxx``, or ``ucp`` (ucx-py) where that is what is installed.
+
+Both are used at their core layer (context, worker, endpoint, tagged messages), driven by explicit progress on the
+caller's thread: no asyncio, no progress thread. The ``ucp`` half follows ucx-py 0.4x and is untested: no installable
+build of it exists any more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.errors import LinkUnavailable
+
+Bytes = npt.NDArray[np.uint8]
+
+CLOSE_S = 0.2  # longest that closing one endpoint may take
+
+MISSING = (
+    "UCX is not installed: pip install 'pdtransport[ucx-cu12]' or 'pdtransport[ucx-cu13]' (either works without a GPU)"
+)
+
+
+class Request(Protocol):
+    """A message on its way. Keeps its buffer alive."""
+
+    @property
+    def completed(self) -> bool: ...
+
+    def error(self) -> str | None:
+        """Why it failed, or None; only once completed."""
+        ...
+
+
+class Endpoint(Protocol):
+    """The way to one peer. Closing it ends its requests."""
+
+    def send(self, data: Bytes, tag: int) -> Request: ...
+
+    def receive(self, room: Bytes, tag: int) -> Request:
+        """A shorter message than ``room`` completes as well; a longer one is an error."""
+        ...
+
+    def lanes(self) -> list[str]:
+        """Names of the transports that carry it; empty where the library can't say."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Worker(Protocol):
+    address: bytes
+    library: str
+
+    def fileno(self) -> int: ...
+
+    def progress(self) -> None: ...
+
+    def arm(self) -> bool: ...
+
+    def connect(self, address: bytes) -> Endpoint: ...
+
+    def close(self) -> None: ...
+
+
+def open_worker(options: dict[str, str]) -> Worker:
+    """A UCX worker with ``options`` (``UCX_`` variables without their prefix), over ``ucxx`` or ``ucp``.
+
+    Raises:
+        LinkUnavailable: neither is installed, or UCX does not start.
+    """
+    for package, module, make in (
+        ("ucxx", "ucxx._lib.libucxx", _UcxxWorker),
+        ("ucp", "ucp._libs.ucx_api", _UcpWorker),
+    ):
+        try:
+            with ucx_environment_kept():
+                api = importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        except (ImportError, OSError) as error:
+            raise LinkUnavailable(f"{package} can't be loaded: {error}") from None
+        try:
+            return make(api, options)
+        except Exception as error:  # noqa: BLE001 - each binding has its own exceptions
+            raise LinkUnavailable(f"UCX does not start: {error}") from None
+    raise LinkUnavailable(MISSING)
+
+
+@contextmanager
+def ucx_environment_kept() -> Iterator[None]:
+    """Undo what a binding does to ``UCX_*`` variables while it is imported: they would reach every other UCX of this
+    process (and one rendezvous rail means one NIC)."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("UCX_") and name not in before]:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+class _Refused:
+    """A request that UCX did not take."""
+
+    completed = True
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def error(self) -> str | None:
+        return self._text
+
+
+# -- ucxx ----------------------------------------------------------------------------------------------------------
+
+
+class _UcxxRequest:
+    def __init__(self, request: Any, buffer: Any) -> None:
+        self._request = request
+        self._buffer = buffer
+
+    @property
+    def completed(self) -> bool:
+        return bool(self._request.completed)
+
+    def error(self) -> str | None:
+        try:
+            self._request.check_error()
+        except Exception as error:  # noqa: BLE001 - a dozen UCXX types, all with a one-line text
+            return str(error) or type(error).__name__
+        return None
+
+
+class _UcxxEndpoint:
+    def __init__(self, api: Any, array: Any, worker: Any, address: bytes) -> None:
+        self._api, self._array = api, array
+        where = api.UCXAddress.create_from_buffer(address)
+        # Without peer error handling, a peer that is killed in the middle of a copy takes this process along (UCX
+        # calls abort()).
+        self._endpoint = api.UCXEndpoint.create_from_worker_address(worker, where, endpoint_error_handling=True)
+
+    def send(self, data: Bytes, tag: int) -> Request:
+        return self._post("tag_send", data, tag)
+
+    def receive(self, room: Bytes, tag: int) -> Request:
+        # Posted through the endpoint, not the worker: so closing the endpoint ends it.
+        return self._post("tag_recv", room, tag)
+
+    def _post(self, operation: str, memory: Bytes, tag: int) -> Request:
+        buffer = self._array(memory)
+        try:
+            return _UcxxRequest(getattr(self._endpoint, operation)(buffer, self._api.UCXXTag(tag)), buffer)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request failed
+            return _Refused(str(error) or type(error).__name__)
+
+    def lanes(self) -> list[str]:
+        return _lanes(int(self._endpoint.handle))
+
+    def close(self) -> None:
+        if self._endpoint is not None:
+            endpoint, self._endpoint = self._endpoint, None
+            endpoint.close_blocking(period=int(CLOSE_S * 1e9 / 2), max_attempts=1)
+
+
+class _UcxxWorker:
+    library = "ucxx"
+
+    def __init__(self, api: Any, options: dict[str, str]) -> None:
+        self._api = api
+        self._array = importlib.import_module("ucxx._lib.arr").Array
+        self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
+        self._worker = api.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+        self._worker.init_blocking_progress_mode()
+        self.address = bytes(self._worker.address.tobytes())
+        self.progress: Callable[[], None] = self._worker.progress
+
+    def fileno(self) -> int:
+        return int(self._worker.epoll_file_descriptor)
+
+    def arm(self) -> bool:
+        return bool(self._worker.arm())
+
+    def connect(self, address: bytes) -> Endpoint:
+        return _UcxxEndpoint(self._api, self._array, self._worker, address)
+
+    def close(self) -> None:
+        """Only after all endpoints are closed; then worker, then context: another order crashes at exit."""
+        self.progress = lambda: None
+        self._worker = None
+        self._context = None
+
+
+# -- ucp (ucx-py), untested ----------------------------------------------------------------------------------------
+
+
+class _UcpRequest:
+    """ucx-py tells through a callback; a request that completed at once comes as None."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+        self._error: str | None = None
+        self.completed = False
+
+    def ended(self, _request: Any, exception: Exception | None) -> None:
+        self._error = str(exception) if exception is not None else None
+        self.completed = True
+
+    def error(self) -> str | None:
+        return self._error
+
+
+class _UcpEndpoint:
+    def __init__(self, api: Any, array: Any, worker: Any, address: bytes) -> None:
+        self._api, self._array, self._worker = api, array, worker
+        where = api.UCXAddress.from_buffer(address)
+        self._endpoint = api.UCXEndpoint.create_from_worker_address(worker, where, endpoint_error_handling=True)
+
+    def send(self, data: Bytes, tag: int) -> Request:
+        request = _UcpRequest(self._array(data))
+        if self._api.tag_send_nb(self._endpoint, request._buffer, data.nbytes, tag, request.ended) is None:
+            request.completed = True
+        return request
+
+    def receive(self, room: Bytes, tag: int) -> Request:
+        request = _UcpRequest(self._array(room))
+        buffer, end = request._buffer, self._endpoint
+        if self._api.tag_recv_nb(self._worker, buffer, room.nbytes, tag, request.ended, ep=end) is None:
+            request.completed = True
+        return request
+
+    def lanes(self) -> list[str]:
+        return _lanes(int(self._endpoint.handle))
+
+    def close(self) -> None:
+        if self._endpoint is not None:
+            endpoint, self._endpoint = self._endpoint, None
+            endpoint.close()
+
+
+class _UcpWorker:
+    library = "ucp"
+
+    def __init__(self, api: Any, options: dict[str, str]) -> None:
+        self._api = api
+        self._array = importlib.import_module("ucp._libs.arr").Array
+        self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
+        self._worker = api.UCXWorker(self._context)
+        self._fd = int(self._worker.init_blocking_progress_mode())
+        self.address = bytes(self._worker.get_address())
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def progress(self) -> None:
+        if self._worker is not None:
+            self._worker.progress()
+
+    def arm(self) -> bool:
+        return bool(self._worker.arm())
+
+    def connect(self, address: bytes) -> Endpoint:
+        return _UcpEndpoint(self._api, self._array, self._worker, address)
+
+    def close(self) -> None:
+        self._worker = None
+        self._context = None
+
+
+# -- what UCX says of an endpoint ----------------------------------------------------------------------------------
+
+
+class _TransportEntry(ctypes.Structure):
+    _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
+
+
+class _EndpointAttributes(ctypes.Structure):
+    """``ucp_ep_attr_t`` of UCX 1.13 and later."""
+
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("name", ctypes.c_char * 32),
+        ("local", ctypes.c_char * 128),
+        ("remote", ctypes.c_char * 128),
+        ("entries", ctypes.POINTER(_TransportEntry)),
+        ("num_entries", ctypes.c_uint),
+        ("entry_size", ctypes.c_size_t),
+        ("user_data", ctypes.c_void_p),
+    )
+
+
+TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
+MAX_LANES = 16
+
+
+def _lanes(endpoint: int) -> list[str]:
+    """Transports of an endpoint, e.g. ``["posix", "cma"]``, in the order of their lanes; the bindings don't wrap this
+    query."""
+    try:
+        query = ctypes.CDLL("libucp.so.0").ucp_ep_query
+    except (OSError, AttributeError):
+        return []
+    query.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    entries = (_TransportEntry * MAX_LANES)()
+    attributes = _EndpointAttributes(
+        field_mask=TRANSPORTS_FIELD,
+        entries=ctypes.cast(entries, ctypes.POINTER(_TransportEntry)),
+        num_entries=MAX_LANES,
+        entry_size=ctypes.sizeof(_TransportEntry),
+    )
+    if query(endpoint, ctypes.byref(attributes)) != 0:
+        return []
+    names = [entries[i].transport for i in range(min(attributes.num_entries, MAX_LANES))]
+    return list(dict.fromkeys(name.decode("ascii", "replace") for name in names if name))
+
+
+def wait(completed: Callable[[], bool], progress: Callable[[], None], timeout_s: float) -> bool:
+    """Progress until ``completed()``; False where ``timeout_s`` passed first."""
+    deadline = time.monotonic() + timeout_s
+    while not completed():
+        if time.monotonic() > deadline:
+            return False
+        progress()
+    return True

@@ -1,0 +1,69 @@
+"""Who a process is: on which host, in which process namespace, started when. Links of one host need to be sure."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+PR_SET_PTRACER = 0x59616D61
+PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+
+
+def host_id() -> str:
+    """Equal in two processes exactly if a process id means the same process in both: same running kernel, same
+    process namespace."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    namespace = os.stat("/proc/self/ns/pid")
+    return f"{boot}/{namespace.st_dev}:{namespace.st_ino}"
+
+
+def start_ticks(stat: bytes) -> int:
+    """When a process started, in clock ticks after boot, from its ``/proc/<pid>/stat``. Its name, in parentheses, may
+    hold anything."""
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return int(fields[19])
+
+
+class ProcessWatch:
+    """Tells whether process ``pid`` is still the one that started at ``started``; a recycled id is another process.
+
+    Raises:
+        ProcessLookupError: there is no such process, or it is a later one of the same id.
+    """
+
+    def __init__(self, pid: int, started: int) -> None:
+        self.pid = pid
+        self._started = started
+        # An open file of /proc stays bound to this very process, so that every later look is one short read.
+        self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.check()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> None:
+        try:
+            stat = os.pread(self._stat, 1024, 0)
+        except OSError:
+            stat = b""
+        if not stat or start_ticks(stat) != self._started:
+            raise ProcessLookupError(f"process {self.pid} is gone")
+
+    def close(self) -> None:
+        if self._stat >= 0:
+            os.close(self._stat)
+            self._stat = -1
+
+
+def my_start_ticks() -> int:
+    with open("/proc/self/stat", "rb") as file:
+        return start_ticks(file.read())
+
+
+def allow_reads() -> None:
+    """Let other processes of this user read this one's memory where Yama's ptrace_scope is 1 (Ubuntu's default).
+    Kernels without Yama refuse the call and need it not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(ctypes.c_int(PR_SET_PTRACER), PR_SET_PTRACER_ANY, *(ctypes.c_ulong(0),) * 3)

@@ -1,0 +1,99 @@
+"""Memory that links may touch: what the engine registered, and rings of staging slots of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.errors import LinkError
+from pdtransport.kernels.runs import Runs
+from pdtransport.kv.geometry import Region
+
+PAGE = 4096
+
+
+class Regions:
+    """The memory that links of this process may read and write. Regions may come and go; they may overlap."""
+
+    def __init__(self, regions: Iterable[Region] = ()) -> None:
+        self._regions = list(regions)
+        self._rebuild()
+
+    def add(self, region: Region) -> None:
+        self._regions.append(region)
+        self._rebuild()
+
+    def remove(self, region: Region) -> None:
+        """Forget ``region``, the object that was added; unknown ones are ignored."""
+        self._regions = [known for known in self._regions if known is not region]
+        self._rebuild()
+
+    def check(self, runs: Runs) -> None:
+        """Every run lies within registered memory.
+
+        Raises:
+            LinkError: one does not.
+        """
+        first = runs[:, 0]
+        last = first + runs[:, 1]
+        index = np.searchsorted(self._starts, first, side="right").astype(np.int64) - 1
+        inside = (index >= 0) & (last >= first) & (last <= self._ends[np.maximum(index, 0)])
+        if not inside.all():
+            address, nbytes = runs[np.flatnonzero(~inside)[0]].tolist()
+            raise LinkError(f"{nbytes} bytes at {address:#x} are outside the registered memory")
+
+    def _rebuild(self) -> None:
+        """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
+        case."""
+        spans: list[list[int]] = []
+        for low, high in sorted((r.address, r.address + r.nbytes) for r in self._regions):
+            if spans and low <= spans[-1][1]:
+                spans[-1][1] = max(spans[-1][1], high)
+            else:
+                spans.append([low, high])
+        table = np.array(spans or [[0, 0]], dtype=np.uint64)
+        self._starts, self._ends = table[:, 0].copy(), table[:, 1].copy()
+
+
+class SlotRing:
+    """A bounded number of equally long staging slots in one block of memory, which is allocated at first use.
+
+    Args:
+        nbytes: wanted size of the ring; it has at least two slots.
+        slot_bytes: size of a slot.
+    """
+
+    MIN_SLOTS = 2
+
+    def __init__(self, nbytes: int, slot_bytes: int) -> None:
+        self.slot_bytes = -(-slot_bytes // PAGE) * PAGE
+        self.count = max(self.MIN_SLOTS, nbytes // self.slot_bytes)
+        self._memory: npt.NDArray[np.uint8] | None = None
+        self._free = list(range(self.count))
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    def take(self) -> int | None:
+        """A slot, or None where all are in use."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, slot: int) -> None:
+        if slot in self._free:
+            raise ValueError(f"slot {slot} was given back twice")
+        self._free.append(slot)
+
+    def view(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The first ``nbytes`` bytes of a slot."""
+        if not 0 <= nbytes <= self.slot_bytes:
+            raise ValueError(f"{nbytes} bytes do not fit a slot of {self.slot_bytes}")
+        if self._memory is None:
+            raw = np.empty(self.count * self.slot_bytes + PAGE, dtype=np.uint8)
+            skip = -raw.ctypes.data % PAGE
+            self._memory = raw[skip : skip + self.count * self.slot_bytes]
+        start = slot * self.slot_bytes
+        return self._memory[start : start + nbytes]

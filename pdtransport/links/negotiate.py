@@ -1,0 +1,113 @@
+"""Which links work here, and which one carries a pair."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pdtransport.errors import LinkUnavailable
+from pdtransport.links.base import Channel, Link, Region
+from pdtransport.links.memory import Regions
+from pdtransport.settings import LinkName, LinkSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenedLinks:
+    """Links that work in this process, why the others don't, and the memory that all of them may touch."""
+
+    regions: Regions
+    links: dict[str, Link] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool | None = None) -> OpenedLinks:
+    """Open the links that ``settings.order`` names.
+
+    Args:
+        settings: order, requirement, sizes.
+        regions: memory that links may read and write.
+        ucx: False leaves UCX out, True insists on it, None takes it if it is installed.
+
+    Raises:
+        LinkUnavailable: none works here, or the required one does not.
+    """
+    opened = OpenedLinks(Regions(regions))
+    for name in (settings.require,) if settings.require else dict.fromkeys(settings.order):
+        if name == "ucx" and ucx is False:
+            opened.unavailable[name] = "it was left out"
+            continue
+        try:
+            opened.links[name] = _open(name, opened.regions, settings)
+        except LinkUnavailable as error:
+            opened.unavailable[name] = str(error)
+            logger.info("link %s can't be used here: %s", name, error)
+    try:
+        if settings.require and settings.require not in opened.links:
+            raise LinkUnavailable(_required(settings.require, opened.unavailable[settings.require]))
+        if ucx and "ucx" not in opened.links:
+            raise LinkUnavailable(f"ucx: {opened.unavailable.get('ucx', 'it is not in links.order')}")
+        if not opened.links:
+            why = _reasons(opened.unavailable)
+            raise LinkUnavailable(f"no link of links.order can be used here: {why}")
+    except LinkUnavailable:
+        for link in opened.links.values():
+            link.close()
+        raise
+    return opened
+
+
+def choose(
+    links: Mapping[str, Link],
+    unavailable: Mapping[str, str],
+    order: Sequence[str],
+    require: str | None,
+    peer_exports: Mapping[str, bytes],
+    peer_host: str,
+) -> Channel:
+    """Open a channel over the first link of ``order`` that both ends can use; its ``why`` says what it is and why
+    better ones were not taken.
+
+    Raises:
+        LinkUnavailable: none can be used, or the required one can't; the text says why for each.
+    """
+    reasons: dict[str, str] = {}
+    for name in [require] if require else order:
+        link = links.get(name)
+        if link is None:
+            reasons[name] = unavailable.get(name, "it is not open here")
+        elif name not in peer_exports:
+            reasons[name] = "the peer does not offer it"
+        else:
+            try:
+                channel = link.connect(peer_exports[name], peer_host)
+            except LinkUnavailable as error:
+                reasons[name] = str(error)
+                continue
+            if reasons:
+                channel.why = f"{channel.why}; {_reasons(reasons)}"
+            return channel
+    if require:
+        raise LinkUnavailable(_required(require, reasons[require]))
+    raise LinkUnavailable(f"no link of links.order reaches {peer_host}: {_reasons(reasons)}")
+
+
+def _open(name: LinkName, regions: Regions, settings: LinkSettings) -> Link:
+    # Imported here, so that a link's own needs are nobody else's.
+    if name == "cma":
+        from pdtransport.links.cma import CmaLink
+
+        return CmaLink(regions)
+    from pdtransport.links.ucx import UcxLink
+
+    return UcxLink(regions, settings)
+
+
+def _required(name: str, why: str) -> str:
+    return f"links.require is {name!r}, but it can't be used: {why}; remove links.require to let links.order decide"
+
+
+def _reasons(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} unavailable: {why}" for name, why in reasons.items())

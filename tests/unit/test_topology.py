@@ -1,0 +1,447 @@
+"""Topology files: what is wrong is said with file, line, key and what is allowed; what is right becomes a plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdtransport.launch import cli, preflight
+from pdtransport.launch.cores import format_cores, parse_cores, share_out
+from pdtransport.launch.plan import Plan, PlanError, Ports, make_plan
+from pdtransport.launch.reading import load
+from pdtransport.launch.topology import Topology
+from pdtransport.launch.yamlfile import MAX_BYTES, TopologyError
+from pdtransport.router.cli import parser, settings_from
+from pdtransport.settings import Settings
+
+REPO = Path(__file__).resolve().parents[2]
+GOOD = """\
+apiVersion: pdtransport/v1
+name: chat
+model: {id: ./model}
+roles:
+  prefill: {}
+  decode: {}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "t.yaml"
+    path.write_text(text)
+    return path
+
+
+def loaded(folder: Path, text: str) -> Topology:
+    return load(written(folder, text))[0]
+
+
+def refusal(folder: Path, text: str) -> list[str]:
+    """The lines of the error, without the folder."""
+    with pytest.raises(TopologyError) as caught:
+        loaded(folder, text)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+def planned(folder: Path, text: str) -> Plan:
+    return make_plan(loaded(folder, text), folder, ports=Ports(21350, 21399))
+
+
+def test_every_example_is_valid() -> None:
+    """Each topology in examples/ loads and becomes a plan."""
+    examples = sorted((REPO / "examples").rglob("*.yaml"))
+    assert REPO / "examples" / "quickstart.yaml" in examples
+    for path in examples:
+        topology, _ = load(path)
+        assert make_plan(topology, path.parent).instances
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "t.yaml:1:1: a topology is a mapping that starts with apiVersion: pdtransport/v1; found nothing"),
+        ("- a\n", "t.yaml:1:1: a topology is a mapping that starts with apiVersion: pdtransport/v1; found a list"),
+        ("name: [\n", "t.yaml:2:1: malformed YAML: while parsing a flow node expected the node content, but found"),
+        ("a: b: c\n", "t.yaml:1:5: malformed YAML: mapping values are not allowed here"),
+        ("model:\n\tid: x\n", "t.yaml:2:1: malformed YAML: a tab: YAML indents with spaces"),
+        ("name: a\nmodel: {}\nname: b\n", "t.yaml:3:1: name: this key stands already on line 1"),
+        ("roles:\n  decode: {count: 1, tp: 1, count: 2}\n", "t.yaml:2:29: count: this key stands already on line 2"),
+        ("true: 1\n", "t.yaml:1:1: true: keys are text; write it in quotes"),
+        ("[a]: 1\n", "t.yaml:1:1: a list or mapping: keys are text"),
+        ("a: &a [*a]\n", "t.yaml:1:4: an anchor that contains itself"),
+        ("name: !!python/object/apply:os.system ['true']\n", "t.yaml:1:7: malformed YAML: could not determine a"),
+        ("a: 1\n---\nb: 1\n", "t.yaml:2:1: malformed YAML: expected a single document"),
+        ("a: " + "[" * 5000, "t.yaml:1:1: nested too deeply to be a topology"),
+        ("a: *nobody\n", "t.yaml:1:4: malformed YAML: found undefined alias"),
+        ("a: 2024-13-99\n", "t.yaml: a value can't be read"),
+        ("a: \x01\n", "t.yaml:1: not YAML text: special characters"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_its_line(tmp_path: Path, text: str, line: str) -> None:
+    """Malformed YAML, duplicate keys, tabs, odd keys and tags end in one line that says where and what."""
+    [said] = refusal(tmp_path, text)
+    assert said.startswith(line)
+
+
+def test_an_anchor_bomb_is_refused(tmp_path: Path) -> None:
+    """A small file can't expand to gigabytes."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    [said] = refusal(tmp_path, "\n".join(lines))
+    assert "expands to more than 100000 values" in said
+
+
+def test_files_that_are_not_text_or_too_large_are_refused(tmp_path: Path) -> None:
+    """A model's weights given as topology end in one line, and are not read whole."""
+    path = tmp_path / "t.yaml"
+    path.write_bytes(b"name: a\n\xff\xfe\n")
+    with pytest.raises(TopologyError, match=r"t.yaml:2: not UTF-8 text"):
+        load(path)
+    path.write_bytes(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(TopologyError, match="larger than"):
+        load(path)
+    with pytest.raises(TopologyError, match="No such file"):
+        load(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("name: chat", "nmae: chat", "t.yaml:2:1: nmae: unknown key, did you mean 'name'? (allowed: apiVersion, name,"),
+        ("name: chat", "name: My Chat", "t.yaml:2:1: name: letters a-z, digits and dashes; found 'My Chat'"),
+        ("pdtransport/v1", "pdtransport/v2", "t.yaml:1:1: apiVersion: 'pdtransport/v2' is not a version that this"),
+        ("{id: ./model}", "{}", "t.yaml:3:1: model.id: missing; Folder (relative to the topology file) or hub id."),
+        ("{id: ./model}", "x", "t.yaml:3:1: model: a mapping is wanted here (allowed: id, revision,"),
+        ("{id: ./model}", "{id: m, dtype: int8}", "t.yaml:3:16: model.dtype: must be 'auto', 'bfloat16', 'float16' or"),
+        ("{id: ./model}", "{id: m, block_size: 16.5}", "t.yaml:3:16: model.block_size: must be an integer; found 16.5"),
+        ("prefill: {}", "prefil: {}", "t.yaml:5:3: roles.prefil: unknown key, did you mean 'prefill'? (allowed: pref"),
+        ("prefill: {}", "prefill: {count: 0}", "t.yaml:5:13: roles.prefill.count: must be greater than or equal to 1"),
+        ("prefill: {}", "prefill: {count: yes}", "t.yaml:5:13: roles.prefill.count: must be an integer; found True"),
+        ("prefill: {}", "prefill: {port: 70000}", "t.yaml:5:13: roles.prefill.port: must be less than or equal to"),
+        ("prefill: {}", "prefill: {cpu: 0-x}", "t.yaml:5:13: roles.prefill.cpu: '0-x' is no list of cores; write"),
+        ("prefill: {}", "prefill: {cpu: [0, 0]}", "t.yaml:5:3: roles.prefill: cpu names a core twice"),
+        ("prefill: {}", "prefill: {cpu: 0-2, tp: 2}", "t.yaml:5:3: roles.prefill: cpu lists 3 cores for 2 workers"),
+        ("prefill: {}", "prefill: {cpu: [0], gpus: [0]}", "t.yaml:5:3: roles.prefill: cpu and gpus exclude each other"),
+        ("prefill: {}", "prefill: {gpus: [0], tp: 2}", "t.yaml:5:3: roles.prefill: gpus lists 1 for 2 workers"),
+        ("prefill: {}", "prefill: {gpus: [1, 1], tp: 2}", "t.yaml:5:3: roles.prefill: instance 0 would get one GPU"),
+        ("prefill: {}", "prefill: {port: 65535, count: 2}", "t.yaml:5:3: roles.prefill: port + 1 lies beyond 65535"),
+        ("prefill: {}", "prefill: {args: {port: 1}}", "t.yaml:5:20: roles.prefill.args.port: pdlaunch sets --port its"),
+        ("prefill: {}", "prefill: {args: {tp: 2}}", "t.yaml:5:20: roles.prefill.args.tp: pdlaunch sets --tensor-par"),
+        ("prefill: {}", "prefill: {args: {--seed: 2}}", "t.yaml:5:20: roles.prefill.args.--seed: no vLLM flag; write"),
+        ("prefill: {}", "prefill: {args: {a_b: 1, a-b: 2}}", "t.yaml:5:28: roles.prefill.args.a-b: given twice, once"),
+        ("prefill: {}", "prefill: {env: {A: yes}}", "t.yaml:5:19: roles.prefill.env.A: must be text or a number; wr"),
+        ("prefill: {}", "prefill: {env: {A-B: 1}}", "t.yaml:5:19: roles.prefill.env.A-B: no name of an environment"),
+        (
+            "prefill: {}",
+            "prefill: {env: {CUDA_VISIBLE_DEVICES: 1}}",
+            "t.yaml:5:19: roles.prefill.env.CUDA_VISIBLE_DEVICES: pdlaunch sets it itself, from roles.<role>.gpus",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(tmp_path: Path, old: str, new: str, line: str) -> None:
+    """Unknown keys, missing keys and wrong values: file, line, column, key path, and what is allowed."""
+    [said] = refusal(tmp_path, GOOD.replace(old, new))
+    assert said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            "hosts: {a: {via: ssh}}",
+            "t.yaml:7:13: hosts.a.via: 'ssh' is not possible: this version launches on one mach",
+        ),
+        ("hosts: {a: {}, b: {}}", "t.yaml:7:1: hosts: 2 hosts (a, b): this version launches on one machine; keep one"),
+        ("transport: {link: {}}", "t.yaml:7:13: transport.link: unknown key, did you mean 'links'? (allowed: control,"),
+        ("transport: {links: {order: [tcp]}}", "t.yaml:7:29: transport.links.order.0: must be 'cma' or 'ucx'; found"),
+        ("transport: {control: {port: 1}}", "t.yaml:7:1: transport: control.port differs from instance to instance"),
+        ("transport: {control: {host: 10.0.0.9}}", "t.yaml:7:13: transport.control: host '10.0.0.9' leaves this mach"),
+        ("transport: {deadlines: {ack_s: -1}}", "t.yaml:7:25: transport.deadlines.ack_s: must be greater than 0; fou"),
+        ("router: {prefill: []}", "t.yaml:7:10: router.prefill: pdlaunch fills in the servers itself; take it out"),
+        ("router: {prot: 1}", "t.yaml:7:10: router.prot: unknown key, did you mean 'port'? (allowed: host, port, adm"),
+        ("router: {api_key: x}", "t.yaml:7:10: router.api_key: a topology holds no secrets: put the key into a file"),
+        ("router: {dispatch: both}", "t.yaml:7:10: router.dispatch: must be 'concurrent' or 'serial'; found 'both'"),
+        ("kv_load_failure_policy: maybe", "t.yaml:7:1: kv_load_failure_policy: must be 'recompute' or 'fail'; found"),
+        ("preflight: {max_tokens: 0}", "t.yaml:7:13: preflight.max_tokens: must be greater than or equal to 1; found"),
+        ("defaults: {start_timeout_s: soon}", "t.yaml:7:12: defaults.start_timeout_s: must be a number"),
+    ],
+)
+def test_a_wrong_section_is_named_with_its_place(tmp_path: Path, more: str, line: str) -> None:
+    """The transport and router sections are checked by their own models, and other hosts are refused clearly."""
+    [said] = refusal(tmp_path, GOOD + more + "\n")
+    assert said.startswith(line)
+
+
+def test_all_problems_are_shown_in_the_files_order(tmp_path: Path) -> None:
+    """One run of `check` shows every problem, not only the first."""
+    said = refusal(tmp_path, GOOD.replace("decode: {}", "decode: {count: 0, tpp: 1}").replace("name: chat", "name: A"))
+    assert [line.split(": ")[0] for line in said] == ["t.yaml:2:1", "t.yaml:6:12", "t.yaml:6:22"]
+
+
+def test_roles_must_agree_on_what_shapes_pages(tmp_path: Path) -> None:
+    """A KV dtype that differs between prefill and decode is refused before anything starts; dtype and block size have
+    one place for both."""
+    text = GOOD.replace("decode: {}", "decode: {args: {kv-cache-dtype: fp8}}")
+    [said] = refusal(tmp_path, text)
+    assert said.startswith("t.yaml:4:1: roles: args kv-cache-dtype is None in prefill and 'fp8' in decode")
+    for flag, key in (("dtype", "model.dtype"), ("block-size", "model.block_size")):
+        [said] = refusal(tmp_path, GOOD.replace("decode: {}", f"decode: {{args: {{{flag}: 1}}}}"))
+        assert said.endswith(f"pdlaunch sets --{flag} itself, from {key}")
+
+
+def test_fixed_ports_must_not_meet(tmp_path: Path) -> None:
+    """Ranges of fixed ports that overlap are refused, the default router port included."""
+    text = GOOD.replace("prefill: {}", "prefill: {port: 9000, count: 2}").replace("decode: {}", "decode: {port: 9001}")
+    [said] = refusal(tmp_path, text)
+    assert "port 9001 is wanted by roles.prefill.port and by roles.decode.port" in said
+    [said] = refusal(tmp_path, GOOD.replace("prefill: {}", "prefill: {control_port: 7999, tp: 2}"))
+    assert "port 8000 is wanted by roles.prefill.control_port and by router.port" in said
+
+
+def test_merged_keys_are_found_at_their_place(tmp_path: Path) -> None:
+    """Anchors and merge keys work, and a wrong value that came through one is named where it stands."""
+    text = GOOD.replace("prefill: {}", "prefill: &r {count: 2, env: {A: 1}}").replace("{}", "{<<: *r, count: 3}")
+    topology = loaded(tmp_path, text)
+    assert (topology.roles.prefill.count, topology.roles.decode.count) == (2, 3)
+    assert topology.roles.decode.env == {"A": "1"}
+    said = refusal(tmp_path, text.replace("count: 2", "count: 0"))
+    assert said[0].startswith("t.yaml:5:16: roles.prefill.count:")
+
+
+def test_a_role_overrides_defaults_and_null_takes_out(tmp_path: Path) -> None:
+    """Args and env of a role go before the defaults'; null removes a default flag."""
+    text = GOOD.replace("decode: {}", "decode: {args: {max_num_seqs: 4, seed: null}, env: {A: 2}}")
+    text += "defaults: {args: {max-num-seqs: 8, seed: 1}, env: {A: 1, B: x}}\n"
+    plan = planned(tmp_path, text)
+    prefill, decode = plan.instances
+    assert list_after(prefill.argv, "--max-num-seqs") == "8"
+    assert list_after(prefill.argv, "--seed") == "1"
+    assert list_after(decode.argv, "--max-num-seqs") == "4"
+    assert "--seed" not in decode.argv
+    assert (prefill.env["A"], decode.env["A"], decode.env["B"]) == ("1", "2", "x")
+
+
+def list_after(argv: Any, flag: str) -> str:
+    assert argv.count(flag) == 1
+    return str(argv[argv.index(flag) + 1])
+
+
+def test_flags_become_command_lines(tmp_path: Path) -> None:
+    """true is a bare flag, false its negation, lists are spread, mappings are JSON."""
+    flags = "{enforce-eager: true, async-scheduling: false, allowed-origins: [a, b], hf-overrides: {x: 1}}"
+    argv = planned(tmp_path, GOOD + f"defaults: {{args: {flags}}}\n").instances[0].argv
+    assert "--enforce-eager" in argv
+    assert "--no-async-scheduling" in argv
+    at = argv.index("--allowed-origins")
+    assert argv[at + 1 : at + 3] == ("a", "b")
+    assert json.loads(list_after(argv, "--hf-overrides")) == {"x": 1}
+
+
+def test_the_plan_starts_plain_vllm_with_the_connector(tmp_path: Path) -> None:
+    """Each instance is `python -m vllm...` with the kv-transfer-config of its role, and the connector can read it."""
+    text = GOOD.replace("decode: {}", "decode: {tp: 2, count: 2}") + (
+        "transport: {links: {order: [ucx]}, deadlines: {ack_s: 9}}\nkv_load_failure_policy: fail\n"
+    )
+    plan = planned(tmp_path, text)
+    assert [one.name for one in plan.instances] == ["prefill-0", "decode-0", "decode-1"]
+    taken: list[int] = []
+    for one in plan.instances:
+        assert one.argv[1:3] == ("-m", "vllm.entrypoints.openai.api_server")
+        config = json.loads(list_after(one.argv, "--kv-transfer-config"))
+        assert config["kv_connector"] == "PDTransportConnector"
+        assert config["kv_role"] == {"prefill": "kv_producer", "decode": "kv_consumer"}[one.role]
+        assert config["kv_load_failure_policy"] == "fail"
+        settings = Settings.parse(config["kv_connector_extra_config"])
+        assert (settings.control.host, settings.control.port) == ("127.0.0.1", one.control_port)
+        assert (settings.links.order, settings.deadlines.ack_s) == (("ucx",), 9.0)
+        assert list_after(one.argv, "--host") == "127.0.0.1"
+        taken += [one.port, *one.control_ports]
+    assert len(set(taken)) == len(taken) == 3 + 1 + 2 + 2
+    assert "--tensor-parallel-size" not in plan.instances[0].argv
+    assert list_after(plan.instances[1].argv, "--tensor-parallel-size") == "2"
+
+
+def test_the_router_is_told_of_all_servers(tmp_path: Path) -> None:
+    """The router's command line parses into settings with every server and its control address."""
+    text = GOOD.replace("prefill: {}", "prefill: {count: 2}")
+    text += "router: {dispatch: serial, timeouts: {connect_s: 3}, api_key_file: keys}\n"
+    plan = planned(tmp_path, text)
+    settings = settings_from(parser().parse_args(plan.router.argv[3:]))
+    assert settings.dispatch == "serial"
+    assert settings.timeouts.connect_s == 3
+    assert settings.api_key_file == tmp_path / "keys"
+    told = [(one.url, one.control_host, one.control_port, one.tp_size) for one in settings.prefill + settings.decode]
+    assert told == [(one.url, one.control_host, one.control_port, one.tp) for one in plan.instances]
+    assert (settings.host, settings.port) == (plan.router.host, plan.router.port) == ("127.0.0.1", 8000)
+
+
+def test_cores_are_shared_out(tmp_path: Path) -> None:
+    """Cores named by hand go to workers in order; vLLM gets one part for each worker."""
+    text = GOOD.replace("prefill: {}", "prefill: {cpu: 0-7, count: 2, tp: 2}").replace("{}", "{cpu: [9, 8]}")
+    plan = planned(tmp_path, text)
+    binds = [one.env["VLLM_CPU_OMP_THREADS_BIND"] for one in plan.instances]
+    assert binds == ["0-1|2-3", "4-5|6-7", "9,8"]
+
+
+def test_cores_by_default_are_an_even_share(tmp_path: Path) -> None:
+    """Where no role names cores, every worker gets its own while there are enough."""
+    cores = sorted(os.sched_getaffinity(0))
+    plan = planned(tmp_path, GOOD)
+    shares = [set(part) for one in plan.instances for part in one.cores]
+    assert set.union(*shares) == set(cores) if len(cores) >= 2 else True
+    assert sum(map(len, shares)) == max(len(cores), 2)
+
+
+@pytest.mark.parametrize(("text", "cores"), [("0-3,8", [0, 1, 2, 3, 8]), ("5", [5]), (" 1 - 2 ,4", [1, 2, 4])])
+def test_core_lists_go_back_and_forth(text: str, cores: list[int]) -> None:
+    """Core lists parse as taskset's do, and print as vLLM reads them."""
+    assert parse_cores(text) == cores
+    assert parse_cores(format_cores(cores)) == cores
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "0-99999", "1,,2", "-1"])
+def test_bad_core_lists_are_refused(text: str) -> None:
+    """What is no list of cores raises."""
+    with pytest.raises(ValueError, match="no list of cores"):
+        parse_cores(text)
+
+
+def test_shares_are_even() -> None:
+    """No worker gets more than one core more than another."""
+    assert share_out([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+    assert share_out([7], 3) == [[7], [7], [7]]
+
+
+def test_gpus_are_shared_out_and_shared_gpus_start_in_turn(tmp_path: Path) -> None:
+    """Each instance sees its own GPUs only; instances on one GPU start one after the other."""
+    from pdtransport.launch.up import waves
+
+    text = GOOD.replace("prefill: {}", "prefill: {gpus: [0, 1, 2, 3], tp: 2, count: 2}").replace("{}", "{gpus: [3]}")
+    plan = planned(tmp_path, text)
+    assert [one.env["CUDA_VISIBLE_DEVICES"] for one in plan.instances] == ["0,1", "2,3", "3"]
+    assert not [one for one in plan.instances if "VLLM_CPU_OMP_THREADS_BIND" in one.env]
+    assert [[one.name for one in wave] for wave in waves(plan.instances)] == [["prefill-0", "prefill-1"], ["decode-0"]]
+
+
+def test_picked_ports_are_free_and_apart() -> None:
+    """A port that is in use, or was handed out, is not picked; control ports come in a row."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 21352))
+        taken.listen(1)
+        ports = Ports(21350, 21356)
+        first = ports.pick(3)
+        assert first == 21353
+        assert {ports.pick(), ports.pick()} == {21350, 21351}
+        with pytest.raises(PlanError, match="set them by hand"):
+            ports.pick()
+
+
+def test_secrets_are_masked_in_what_is_shown(tmp_path: Path) -> None:
+    """`check` prints environments, but not tokens and keys."""
+    plan = planned(tmp_path, GOOD + "defaults: {env: {HF_TOKEN: abc123, MY_API_KEY: def456, LEVEL: 3}}\n")
+    shown = json.dumps(plan.public())
+    assert "abc123" not in shown
+    assert "def456" not in shown
+    assert '"LEVEL": "3"' in shown
+    assert plan.instances[0].env["HF_TOKEN"] == "abc123"
+
+
+def found(folder: Path, text: str) -> list[str]:
+    """Preflight's errors, without those about the installed vLLM."""
+    topology, file = load(written(folder, text))
+    plan = make_plan(topology, folder, ports=Ports(21350, 21399))
+    return [one.text.replace(f"{folder}/", "") for one in preflight.check(topology, plan, file, vllm=False)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_attention_heads": 8}')
+    (model / "model.safetensors").write_bytes(b"0" * 1000)
+    return tmp_path
+
+
+SOUND = GOOD + "defaults: {args: {kv-cache-memory-bytes: 1048576}}\nrouter: {port: 21349}\n"
+
+
+def test_preflight_of_a_sound_topology_finds_nothing(folder: Path) -> None:
+    """A model that is there, free ports and enough memory: nothing to say (on two cores and more)."""
+    text = SOUND if len(os.sched_getaffinity(0)) > 1 else SOUND.replace("{}", "{cpu: [0]}")
+    assert [line for line in found(folder, text) if "slow each other down" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("break_it", "line"),
+    [
+        (lambda m: m.rename(m.with_name("gone")), "t.yaml:3:9: model.id: no folder model: correct the path"),
+        (lambda m: (m / "config.json").unlink(), "t.yaml:3:9: model.id: model/config.json: No such file"),
+        (lambda m: (m / "config.json").write_text("{"), "t.yaml:3:9: model.id: model/config.json is not JSON"),
+        (lambda m: (m / "model.safetensors").unlink(), "t.yaml:3:9: model.id: model holds no weights"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(folder: Path, break_it: Any, line: str) -> None:
+    """A model path that is wrong is found before minutes of loading, and named with its line."""
+    break_it(folder / "model")
+    assert found(folder, SOUND)[0].startswith(line)
+
+
+def test_a_hub_id_that_can_be_none_is_refused(folder: Path) -> None:
+    """An id that is neither a folder nor of a hub's form is refused; one of a hub's form is left to vLLM."""
+    assert "neither a folder here nor a hub id" in found(folder, SOUND.replace("./model", "'a b'"))[0]
+    assert not [line for line in found(folder, SOUND.replace("./model", "org/name")) if "model.id" in line]
+
+
+def test_preflight_counts_cores_heads_and_memory(folder: Path) -> None:
+    """Cores that are not there, too few of them, heads that don't divide, and too little memory are found."""
+    many = len(os.sched_getaffinity(0)) + 1
+    for broken, told in (
+        (
+            SOUND.replace("prefill: {}", "prefill: {cpu: [4000]}"),
+            "roles.prefill.cpu: cores 4000 are not available",
+        ),
+        (SOUND.replace("{}", f"{{count: {many}}}", 1), f"{many + 1} CPU workers on"),
+        (SOUND.replace("{}", "{tp: 3}", 1), "8 attention heads do not divide by 3"),
+        (SOUND.replace("1048576", str(1 << 50)), "GiB are available"),
+        (GOOD + "router: {port: 0}", "a CPU role needs args kv-cache-memory-bytes"),
+    ):
+        assert any(told in line for line in found(folder, broken)), told
+
+
+def test_check_prints_the_plan_and_says_if_it_could_start(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`pdlaunch check` shows ports, command lines and environment, starts nothing, and its status is preflight's."""
+    path = written(folder, SOUND.replace("{}", "{cpu: [0]}"))
+    status = cli.main(["check", str(path), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert status == (cli.PREFLIGHT if any(one["error"] for one in told["findings"]) else cli.OK)
+    assert [one["name"] for one in told["instances"]] == ["prefill-0", "decode-0"]
+    cli.main(["check", str(path)])
+    shown = capsys.readouterr().out
+    assert "VLLM_CPU_OMP_THREADS_BIND=0" in shown
+    assert "-m vllm.entrypoints.openai.api_server" in shown
+    assert "-m pdtransport.router.cli" in shown
+    path.write_text(path.read_text().replace("name: chat", "nmae: chat"))
+    assert cli.main(["check", str(path)]) == cli.USAGE
+    assert "did you mean 'name'?" in capsys.readouterr().err
+
+
+def test_status_of_what_is_not_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`pdlaunch status` of a topology that nobody started says so."""
+    path = written(folder, SOUND)
+    assert cli.main(["status", str(path), "--run-dir", str(folder / "run")]) == cli.NOT_UP
+    assert "chat is not up: start it with `pdlaunch up" in capsys.readouterr().err
+
+
+def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`pdlaunch keys` makes a pair that a topology can name, and never overwrites one."""
+    assert cli.main(["keys", str(tmp_path / "keys")]) == cli.OK
+    text = GOOD + capsys.readouterr().out + "    host: 10.1.2.3\n"
+    control = loaded(tmp_path, text).transport.control
+    assert control.curve_secret_key_file is not None
+    assert control.curve_secret_key_file.stat().st_mode & 0o077 == 0
+    assert cli.main(["keys", str(tmp_path / "keys")]) == cli.USAGE
+    assert "never overwritten" in capsys.readouterr().err

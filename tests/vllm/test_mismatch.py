@@ -1,0 +1,85 @@
+"""Servers that do not fit together refuse each other by name of what differs, and each serves on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import watch
+from tests.rig.cases import handed_over, plainly
+from tests.rig.client import Client, RequestFailed, hand_off
+from tests.rig.fixtures import Book, Servers, forget, pair_spec
+from tests.rig.proof import crossed, record_of
+from tests.rig.servers import Server, fleet
+
+OTHERS: dict[str, dict[str, Any]] = {"block_size": {"block_size": 64}, "dtype": {"dtype": "float32"}}
+
+
+@pytest.fixture(scope="module")
+def others(servers: Servers, logs: Path) -> Iterator[dict[str, Server]]:
+    """Servers of both roles, each differing from the rest in one respect; what can't be loaded they compute."""
+    specs = [
+        pair_spec(f"other-{name}", "kv_both", cores=str(core), load_failure_policy="recompute", **more)
+        for core, (name, more) in enumerate(OTHERS.items())
+    ]
+    with fleet(*specs, logs=logs) as started:
+        yield dict(zip(OTHERS, started, strict=True))
+
+
+@pytest.mark.parametrize("field", list(OTHERS))
+def test_decode_that_may_recompute_answers_and_says_why(
+    field: str, others: dict[str, Server], servers: Servers, book: Book, with_client: Any
+) -> None:
+    """Policy recompute: the request gets its answer, the transfer is refused, naming the field."""
+    decode = others[field]
+
+    async def scenario(client: Client) -> None:
+        for case in book.spare[20:23]:
+            handed = await hand_off(client, servers.prefill, decode, case.prompt, len(case.tokens))
+            if field != "dtype":  # another dtype has another opinion
+                assert tuple(handed.tokens) == case.tokens
+            assert len(handed.tokens) == len(case.tokens)
+            record = await record_of(decode, handed.transfer, "consumer")
+            assert record["code"] == "refused", record
+            assert field in record["reason"], record
+        await watch.settled(client, [servers.prefill, decode])
+
+    with_client(scenario)
+    assert field in decode.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("field", list(OTHERS))
+def test_decode_that_may_not_recompute_fails_the_request(
+    field: str, others: dict[str, Server], servers: Servers, book: Book, with_client: Any
+) -> None:
+    """Policy fail: the request fails, the transfer is refused, naming the field; others are handed over."""
+    prefill = others[field]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, servers.decode)
+        transfer = f"mismatch-{field}"
+        with pytest.raises(RequestFailed):
+            await hand_off(client, prefill, servers.decode, book.spare[23].prompt, 4, transfer=transfer)
+        record = await record_of(servers.decode, transfer, "consumer")
+        assert record["code"] == "refused", record
+        assert field in record["reason"], record
+        some = book.spare[24:28]
+        handed = await handed_over(client, some, lambda _: servers.prefill, servers.decode, "concurrent")
+        await crossed(some, handed, [servers.prefill], servers.decode)
+        await watch.settled(client, [prefill, *servers.all])
+
+    with_client(scenario)
+
+
+def test_each_serves_on(others: dict[str, Server], servers: Servers, book: Book, with_client: Any) -> None:
+    """After all refusals every server still answers plain requests."""
+
+    async def scenario(client: Client) -> None:
+        await plainly(client, others["block_size"], book.spare[:4])
+        for server in (others["dtype"], *servers.all):
+            server.must_live()
+
+    with_client(scenario)

@@ -1,0 +1,113 @@
+"""Through the router, a client sees one plain OpenAI server; the servers behind it see disaggregated requests."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import watch
+from tests.rig.cases import Case, assert_equal
+from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, in_parallel
+from tests.rig.fixtures import Book, Servers, forget
+from tests.rig.proof import bytes_equal, crossed
+from tests.rig.router import routed
+from tests.rig.servers import MODEL_NAME
+
+ROUTED = 40
+AT_A_TIME = 8
+
+
+def as_handed(answers: list[Answer]) -> list[Handed]:
+    """Under the transfer id that the router tells."""
+    assert all("x-pd-transfer-id" in answer.headers for answer in answers), answers[0].headers
+    return [Handed(answer.headers["x-pd-transfer-id"], None, answer) for answer in answers]
+
+
+@pytest.mark.parametrize("order", ["concurrent", "serial"])
+def test_completions_through_the_router(
+    order: Order, servers: Servers, book: Book, with_client: Any, logs: Path
+) -> None:
+    """Streamed and not, over two prefill servers: the plain server's tokens, each request proven to have crossed."""
+    some: list[Case] = book.assorted[:: max(1, len(book.assorted) // ROUTED)]
+
+    async def scenario(client: Client) -> None:
+        with routed([servers.prefill, servers.other_prefill], [servers.decode], logs, order) as router:
+            for stream in (False, True):
+                await forget(client, *servers.all)
+                jobs = [partial(client.complete, router.url, c.prompt, len(c.tokens), stream=stream) for c in some]
+                answers = await in_parallel(AT_A_TIME, jobs)
+                assert_equal(some, answers)
+                handed = as_handed(answers)
+                crossings = await crossed(some, handed, [servers.prefill, servers.other_prefill], servers.decode)
+                bytes_equal(crossings, servers.audit)
+            await watch.settled(client, servers.all)
+
+    with_client(scenario)
+
+
+def test_chat_through_the_router(servers: Servers, with_client: Any, logs: Path) -> None:
+    """A chat completion equals that of the decode server asked directly and alone."""
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": "import os\nimport sys\n\n\ndef main():\n    for name in " * 12}],
+        "max_tokens": 6,
+        "temperature": 0,
+        "seed": 0,
+    }
+
+    async def scenario(client: Client) -> None:
+        async def ask(url: str) -> Any:
+            async with client.post(f"{url}/v1/chat/completions", body) as response:
+                return await response.json(), response.headers.get("x-pd-transfer-id")
+
+        await forget(client, *servers.all)
+        with routed([servers.prefill], [servers.decode], logs, "concurrent") as router:
+            routed_answer, transfer = await ask(router.url)
+        await forget(client, *servers.all)
+        plain_answer, _ = await ask(servers.decode.url)
+        assert routed_answer["choices"][0]["message"] == plain_answer["choices"][0]["message"]
+        records = (await watch.status(servers.decode, transfer))[0]["transfers"]
+        assert [record["state"] for record in records] == ["ready"], records
+
+    with_client(scenario)
+
+
+def test_a_client_that_leaves_the_router_frees_both_servers(
+    servers: Servers, with_client: Any, book: Book, logs: Path
+) -> None:
+    """The router passes a disconnect on to prefill and decode."""
+
+    async def scenario(client: Client) -> None:
+        with routed([servers.prefill], [servers.decode], logs, "concurrent") as router:
+            longest = max(book.assorted, key=lambda case: len(case.prompt))
+            await forget(client, *servers.all)
+            tasks = [
+                asyncio.create_task(client.complete(router.url, longest.prompt, 100, stream=bool(i % 2)))
+                for i in range(4)
+            ]
+            await asyncio.sleep(0.7)
+            for task in tasks:
+                task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(o, asyncio.CancelledError) for o in outcomes), "they ended before they were dropped"
+            await watch.settled(client, servers.all)
+
+    with_client(scenario)
+
+
+def test_errors_come_through_as_openai_errors(servers: Servers, with_client: Any, logs: Path) -> None:
+    """A request that vLLM refuses is refused with vLLM's status and an OpenAI error object."""
+
+    async def scenario(client: Client) -> None:
+        with routed([servers.prefill], [servers.decode], logs, "concurrent") as router:
+            with pytest.raises(RequestFailed) as caught:
+                await client.complete(router.url, [1] * 9000, 4)
+            assert caught.value.status == 400
+            assert '"error"' in caught.value.text
+            await watch.settled(client, servers.all)
+
+    with_client(scenario)
