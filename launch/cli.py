@@ -197,7 +197,7 @@ def _sayer(arguments: argparse.Namespace) -> Say:
 
 
 def _invitation(plan: Plan) -> str:
-    body = json.dumps({"model": plan.served_name, "prompt": "import os\n", "max_tokens": 16})
+    body = json.dumps({"model": plan.served_name, "prompt": "def main(argv=None):", "max_tokens": 32, "temperature": 0})
     return (
         f"{plan.name} is up. Send requests to {plan.router.url}/v1, for example:\n"
         f"  curl {plan.router.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"

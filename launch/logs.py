@@ -17,7 +17,7 @@ _STAGES: tuple[tuple[str, str], ...] = (
     (r"Starting to load model|Loading safetensors|Loading weights|Loading model", "loading weights"),
     (r"Loading weights took|Model loading took", "weights loaded"),
     (r"KV cache size|Available KV cache memory", "KV cache allocated"),
-    (r"Capturing CUDA graph|torch\.compile|Compiling a graph", "compiling"),
+    (r"Capturing CUDA graph|Compiling a graph|Dynamo bytecode", "compiling"),
     (r"init engine .* took", "engine ready"),
     (r"Starting vLLM server|Application startup complete", "opening its port"),
 )
@@ -70,7 +70,7 @@ def stage(lines: Sequence[str]) -> str:
         for pattern, name in reversed(_STAGES):
             if re.search(pattern, line):
                 return name
-    return "importing" if not lines else "importing vLLM"
+    return "starting"
 
 
 def last_lines(lines: Sequence[str], count: int = LAST_LINES) -> list[str]:

@@ -84,7 +84,7 @@ class Crossing:
         moved = f" in {self.seconds * 1e3:.1f} ms" if self.seconds else ""
         return (
             f"{self.prefill} -> {self.decode}: {self.tokens} tokens equal; {self.pages} pages, "
-            f"{workers.size(self.bytes)}{moved} over {self.link} at {workers.rate(self.bandwidth_bytes_s)} ({self.why})"
+            f"{workers.size(self.bytes)}{moved} over {self.link}, {workers.rate(self.bandwidth_bytes_s)} ({self.why})"
         )
 
 

@@ -76,8 +76,8 @@ def _rank_lines(rank: dict[str, Any]) -> list[str]:
              f"receiving {live.get('consuming', 0)}; {counters or 'nothing moved yet'}"]  # fmt: skip
     for peer in status.get("peers", ()):
         lines.append(
-            f"peer {peer.get('engine')}/{peer.get('rank')} over {peer.get('link')} "
-            f"({workers.rate(peer.get('bandwidth_bytes_s'))} measured; {peer.get('why')}): "
+            f"peer {peer.get('engine')}/{peer.get('rank')} over {peer.get('link') or 'no link'}, "
+            f"{workers.rate(peer.get('bandwidth_bytes_s'))} ({peer.get('why')}): "
             f"sent {workers.size(int(peer.get('bytes_sent', 0)))}, "
             f"received {workers.size(int(peer.get('bytes_received', 0)))}"
         )

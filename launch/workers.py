@@ -41,9 +41,9 @@ def received(statuses: Iterable[dict[str, Any]]) -> tuple[int, int]:
 
 
 def rate(bytes_per_s: float | None) -> str:
-    """``3.2 GB/s``; ``not measured``."""
+    """``3.2 GB/s``; ``rate not measured``."""
     if not bytes_per_s:
-        return "not measured"
+        return "rate not measured"
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.1f} MB/s"
 
 

@@ -182,6 +182,14 @@ class Settings(_Section):
         description="How long an engine step with nothing to compute waits for a transfer to end, instead of polling.",
     )
 
+    @model_validator(mode="after")
+    def _verified(self) -> Settings:
+        # A link that reads pages where they lie may see them change after a preemption: only a checksum notices.
+        used = {self.links.require} if self.links.require else set(self.links.order)
+        if self.integrity.checksum == "off" and "cma" in used:
+            raise ValueError("integrity.checksum: off needs links.order without cma, which reads pages in place")
+        return self
+
     @field_validator("model_id")
     @classmethod
     def _not_blank(cls, value: str | None) -> str | None:

@@ -180,8 +180,9 @@ def reason(error: BaseException) -> str:
     """One line about a failed connection; never holds a header or a body."""
     if isinstance(error, ClientConnectorError):
         inner = error.os_error
-        plain = inner.errno is not None and inner.errno > 0  # names that don't resolve have codes of their own
-        return os.strerror(inner.errno) if plain else inner.strerror or type(inner).__name__
+        if inner.errno is not None and inner.errno > 0:  # names that don't resolve have codes of their own, below 0
+            return os.strerror(inner.errno)
+        return inner.strerror or type(inner).__name__
     return type(error).__name__
 
 

@@ -141,7 +141,7 @@ class _Server:
         return runs
 
     def progress(self) -> bool:
-        return not self.still and any([link.progress() for link in self.links])
+        return not self.still and any(link.progress() for link in self.links)
 
     def may_sleep(self) -> bool:
         return self.still or all(link.arm() for link in self.links)
@@ -233,6 +233,10 @@ class _Server:
                 for ring in ("sending", "receiving"):
                     free[ring] = (getattr(link, ring).free, getattr(link, ring).count)
         return free
+
+    def do_become_nobody(self) -> None:
+        os.setgid(65534)
+        os.setuid(65534)
 
     def do_environment(self) -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if name.startswith("UCX_")}

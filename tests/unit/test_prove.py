@@ -113,7 +113,7 @@ def test_a_proof_names_what_crossed(case: Case, topology: tuple[Topology, Plan])
     """Equal tokens and pages that crossed: the line tells pair, pages, bytes, link, why, rate."""
     [crossing] = proved(topology).crossings
     assert crossing.line() == (
-        "prefill-0 -> decode-0: 3 tokens equal; 9 pages, 9.0 kB in 250.0 ms over cma at 2.0 GB/s (same host)"
+        "prefill-0 -> decode-0: 3 tokens equal; 9 pages, 9.0 kB in 250.0 ms over cma, 2.0 GB/s (same host)"
     )
     [through], [plain] = case.asked[ROUTER], case.asked[DECODE]
     assert plain.pop("cache_salt")  # else decode would answer from the very pages that are in question

@@ -96,7 +96,7 @@ def test_answers_depend_on_every_part_of_the_context(book: Book) -> None:
     print("\nanswers changed by another first, middle, last block:", [f"{share:.0%}" for share in shares])
     assert len(book.altered) >= 16
     assert shares[2] >= 0.5, "answers hardly depend on the last block"
-    assert min(shares) >= 0.08, "answers hardly depend on some part of the context"
+    assert min(shares) >= 0.25, "answers hardly depend on some part of the context"
 
 
 def test_a_case_needs_all_tokens() -> None:

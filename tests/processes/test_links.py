@@ -1,0 +1,491 @@
+"""Links between real processes: what they promise while both ends live, lie, stop or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+
+from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.links.base import LinkBusy
+from tests.processes.link_rig import End, Spans, pair, shuffled
+
+pytestmark = pytest.mark.timeout(120)
+
+BATCH = 256 << 10
+SETTINGS: dict[str, Any] = {"batch_bytes": BATCH, "staging_bytes": 4 * BATCH, "probe_bytes": 0}
+PAGE = 8192
+PAGES = BATCH // PAGE
+BLOCKS = 8
+KINDS = ["cma", "ucx", "ucx-tcp"]
+
+
+def end(kind: str, nbytes: int = 4 * BATCH, **settings: Any) -> End:
+    name = kind.split("-")[0]
+    environment = {"UCX_TLS": "tcp"} if kind.endswith("-tcp") else {}
+    return End(nbytes, {**SETTINGS, "order": [name], **settings}, environment)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def ends(kind: str) -> Iterator[tuple[End, End]]:
+    with end(kind) as sender, end(kind) as receiver:
+        pair(sender, receiver)
+        yield sender, receiver
+
+
+def hand_over(sender: End, receiver: End, key: int, source: Spans, target: Spans, blocks: int) -> str | None:
+    """Send, receive, release; the receiver's verdict."""
+    offer, checksums = sender.ask("send", key, source, blocks)
+    receiver.ask("receive", key, offer, target, checksums, max(blocks, 1))
+    verdict = receiver.wait_for(("receive", key))
+    sender.ask("release", key)
+    return verdict
+
+
+def assert_all_free(one: End, timeout_s: float = 5.0) -> None:
+    """Every slot and ticket is back where it began."""
+    deadline = time.monotonic() + timeout_s
+    while any(free != total for free, total in one.ask("free").values()):
+        assert time.monotonic() < deadline, one.ask("free")
+        time.sleep(0.02)
+
+
+# -- both ends live -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [0, BLOCKS])
+def test_shuffled_pages_arrive_and_nothing_else_changes(ends: tuple[End, End], blocks: int) -> None:
+    """Different fragmentation on both sides, checksums off and on; bytes beside the runs stay."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    receiver.ask("fill", 2)
+    source, target = shuffled(PAGES, PAGE, 3), [(BATCH + o, n) for o, n in shuffled(2 * PAGES, PAGE // 2, 4)]
+    outside = [(0, BATCH), (2 * BATCH, 2 * BATCH)]
+    before = receiver.ask("read", outside)
+    assert hand_over(sender, receiver, 7, source, target, blocks) is None
+    assert receiver.ask("read", target) == sender.ask("read", source)
+    assert receiver.ask("read", outside) == before
+    assert sender.wait_for(("send", 7)) is None
+    for one in ends:
+        assert_all_free(one)
+    stats = receiver.ask("stats")
+    assert (stats["bytes_received"], stats["batches_received"], stats["errors"]) == (BATCH, 1, 0)
+    assert stats["bandwidth"] > 0
+
+
+def test_contiguous_pages_and_many_batches_arrive(ends: tuple[End, End]) -> None:
+    """More batches than slots, some in one run (sent without gathering), in both directions at once."""
+    for i, one in enumerate(ends):
+        one.ask("fill", 10 + i)
+    for key in range(1, 13):
+        source = [(0, BATCH)] if key % 2 else shuffled(PAGES, PAGE, key)
+        here, there = ends if key % 3 else ends[::-1]
+        assert hand_over(here, there, key, source, [(3 * BATCH, BATCH)], BLOCKS) is None
+        assert there.ask("read", [(3 * BATCH, BATCH)]) == here.ask("read", source)
+    for one in ends:
+        assert_all_free(one)
+
+
+def test_small_and_odd_batches_arrive(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    for key, nbytes in enumerate((8, 16, 24, 1000, 4104, 70000), 1):
+        for blocks in (0, 1):
+            assert hand_over(sender, receiver, 2 * key + blocks, [(8, nbytes)], [(3, nbytes)], blocks) is None
+            assert receiver.ask("read", [(3, nbytes)]) == sender.ask("read", [(8, nbytes)])
+
+
+def test_no_more_is_staged_than_the_ring_holds() -> None:
+    """Backpressure: a sender whose batches nobody takes is told to wait, and goes on once they are taken."""
+    with end("ucx") as sender, end("ucx") as receiver:
+        pair(sender, receiver)
+        spans, offers = shuffled(PAGES, PAGE, 1), {}
+        with pytest.raises(LinkBusy):
+            for key in range(1, 100):
+                offers[key] = sender.ask("send", key, spans, BLOCKS)
+        free, total = sender.ask("free")["sending"]
+        assert len(offers) == total - free == 2  # one peer may hold half of the ring
+        for key, (offer, checksums) in offers.items():
+            receiver.ask("receive", key, offer, spans, checksums, BLOCKS)
+            assert receiver.wait_for(("receive", key)) is None
+        assert hand_over(sender, receiver, 100, spans, spans, BLOCKS) is None
+        assert_all_free(sender)
+
+
+def test_both_ends_exit_cleanly(ends: tuple[End, End]) -> None:
+    """Also with batches offered, asked for and never sent."""
+    sender, receiver = ends
+    offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 1), BLOCKS)
+    sender.ask("hold_still", True)
+    receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+    time.sleep(0.1)
+    assert [receiver.finish(), sender.finish()] == [0, 0]
+
+
+def test_the_ucx_environment_stays_as_it_was() -> None:
+    """Importing a binding sets variables that would reach every other UCX of the process."""
+    with End(4096, {**SETTINGS, "order": ["ucx"]}, {"UCX_MAX_RNDV_RAILS": "2"}) as one:
+        assert one.ask("environment") == {"UCX_MAX_RNDV_RAILS": "2"}
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("byte", [0, 12345, BATCH - 1])
+def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, End], kind: str, byte: int) -> None:
+    """The pages changed between announcement and arrival (a reused page): never accepted."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    # ucx gathers fragmented pages at once; only what it sends straight from its pages can change
+    spans = [(0, BATCH)] if kind != "cma" else [(o, n) for o, n in shuffled(PAGES, PAGE, 2)]
+    offer, checksums = sender.ask("send", 1, spans, BLOCKS)
+    old = sender.ask("read", [(byte, 1)])
+    sender.ask("set", byte, bytes([old[0] ^ 0x10]))
+    receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+    verdict = receiver.wait_for(("receive", 1))
+    assert verdict is not None
+    assert verdict.startswith("damaged: 1 of 8 blocks")
+    assert receiver.ask("stats")["errors"] == 1
+
+
+def test_gathered_pages_may_be_reused_at_once() -> None:
+    """ucx: once `done` was called, what happens to the pages does not reach the receiver."""
+    with end("ucx") as sender, end("ucx") as receiver:
+        pair(sender, receiver)
+        sender.ask("fill", 1)
+        spans = shuffled(PAGES, PAGE, 2)
+        honest = sender.ask("read", spans)
+        offer, checksums = sender.ask("send", 1, spans, BLOCKS)
+        assert sender.wait_for(("send", 1)) is None
+        sender.ask("fill", 99)
+        receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+        assert receiver.wait_for(("receive", 1)) is None
+        assert receiver.ask("read", [(0, BATCH)]) == honest
+
+
+@pytest.mark.parametrize("blocks", [0, BLOCKS])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_a_batch_taken_back_is_never_accepted(ends: tuple[End, End], blocks: int, contiguous: bool) -> None:
+    """Released by its sender before the receiver came to it: refused, even with checksums off."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    spans = [(0, BATCH)] if contiguous else shuffled(PAGES, PAGE, 2)
+    offer, checksums = sender.ask("send", 1, spans, blocks)
+    sender.ask("release", 1)
+    receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, max(blocks, 1))
+    verdict = receiver.wait_for(("receive", 1))
+    assert verdict is not None
+    assert verdict.startswith("damaged: withdrawn")
+    for one in ends:
+        assert_all_free(one)
+
+
+def test_wrong_checksums_are_reported_by_block(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 2), BLOCKS)
+    forged = checksums[:40] + bytes(8) + checksums[48:]
+    receiver.ask("receive", 1, offer, [(0, BATCH)], forged, BLOCKS)
+    verdict = receiver.wait_for(("receive", 1))
+    assert verdict == "damaged: 1 of 8 blocks differ from their checksums, first 5"
+
+
+# -- fences ---------------------------------------------------------------------------------------------------------
+
+
+def test_fenced_batches_write_nothing_and_report_nothing(ends: tuple[End, End]) -> None:
+    """Fenced before the link came to them: the pages stay as they are, for good."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    receiver.ask("fill", 2)
+    before = receiver.ask("read", [(0, 4 * BATCH)])
+    receiver.ask("hold_still", True)
+    for key in (1, 2):
+        offer, checksums = sender.ask("send", key, shuffled(PAGES, PAGE, key), BLOCKS)
+        receiver.ask("receive", key, offer, [(key * BATCH, BATCH)], checksums, BLOCKS)
+    receiver.ask("fence", [1])
+    assert receiver.wait_for(("fence", (1,))) is None
+    receiver.ask("hold_still", False)
+    assert receiver.wait_for(("receive", 2)) is None
+    sender.ask("release", 1)
+    sender.ask("release", 2)
+    after = receiver.ask("read", [(0, 4 * BATCH)])
+    assert after[: 2 * BATCH] == before[: 2 * BATCH]
+    assert after[3 * BATCH :] == before[3 * BATCH :]
+    assert ("receive", 1) not in receiver.ask("ended")
+    for one in ends:
+        assert_all_free(one)
+
+
+@pytest.mark.parametrize("kind", ["ucx", "ucx-tcp"], indirect=True)
+def test_a_message_that_arrives_after_its_fence_reaches_no_page(ends: tuple[End, End]) -> None:
+    """Asked for, fenced, then sent: only its slot takes it, and comes back afterwards."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    receiver.ask("fill", 2)
+    before = receiver.ask("read", [(0, 4 * BATCH)])
+    offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 1), BLOCKS)
+    sender.ask("hold_still", True)
+    receiver.ask("receive_and_fence", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+    free, total = receiver.ask("free")["receiving"]
+    assert free == total - 1  # quarantined: the message may come any time
+    sender.ask("hold_still", False)
+    assert_all_free(receiver)
+    assert receiver.ask("read", [(0, 4 * BATCH)]) == before
+    assert ("receive", 1) not in receiver.ask("ended")
+    assert hand_over(sender, receiver, 2, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
+
+
+# -- lies and mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_runs_outside_registered_memory_are_refused(ends: tuple[End, End]) -> None:
+    """On both sides, whatever the engine or the peer says."""
+    sender, receiver = ends
+    for spans in ([(4 * BATCH, 8)], [(4 * BATCH - 8, 16)], [(0, 8), (1 << 40, 8)]):
+        with pytest.raises(LinkError, match="outside the registered memory"):
+            sender.ask("send", 1, spans, 0)
+    offer, checksums = sender.ask("send", 1, [(0, PAGE)], 1)
+    with pytest.raises(LinkError, match="outside the registered memory"):
+        receiver.ask("receive", 1, offer, [(4 * BATCH - 8, PAGE)], checksums, 1)
+
+
+def test_offers_of_another_length_are_refused(ends: tuple[End, End]) -> None:
+    """Longer or shorter than the pages it is for; the pages keep what they hold."""
+    sender, receiver = ends
+    receiver.ask("fill", 2)
+    before = receiver.ask("read", [(0, 4 * BATCH)])
+    offer, checksums = sender.ask("send", 1, [(0, PAGE)], 1)
+    for key, length in enumerate((PAGE - 8, PAGE + 8, 2 * PAGE), 1):
+        try:
+            receiver.ask("receive", key, offer, [(0, length)], checksums, 1)
+            verdict = receiver.wait_for(("receive", key))
+        except LinkError as error:
+            verdict = str(error)
+        assert verdict is not None
+        assert f"{length} are expected" in verdict
+    assert receiver.ask("read", [(0, 4 * BATCH)]) == before
+
+
+def test_garbage_offers_are_refused_and_the_link_goes_on(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    garbage = [
+        b"",
+        b"\xc1",
+        b"\x80",
+        msgpack.packb([]),
+        msgpack.packb([1, 2, 3, 4]),
+        msgpack.packb([1, -1]),
+        msgpack.packb([1 << 63, 1, PAGE, b"\0" * 8]),
+        msgpack.packb([4096, 1, 0, b"\xff" * 24]),
+        msgpack.packb([4096, 1, 1 << 62, b"\0" * 16]),
+        msgpack.packb([4096, 1, "8", None]),
+        os.urandom(100),
+    ]
+    for key, offer in enumerate(garbage, 10):
+        try:
+            receiver.ask("receive", key, offer, [(0, PAGE)], b"", 1)
+            verdict = receiver.wait_for(("receive", key))
+        except LinkError as error:
+            verdict = str(error)
+        assert verdict
+    assert hand_over(sender, receiver, 1, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
+
+
+def test_an_offer_of_unmapped_memory_is_an_error() -> None:
+    """cma: a lying or late offer makes no pages, and kills nobody."""
+    with end("cma") as sender, end("cma") as receiver:
+        pair(sender, receiver)
+        at, number, *_ = msgpack.unpackb(sender.ask("send", 1, [(0, PAGE)], 0)[0])
+        lie = msgpack.packb([at, number, PAGE, (1 << 20).to_bytes(8, "little")])
+        receiver.ask("receive", 1, lie, [(0, PAGE)], b"", 1)
+        assert "no such memory" in str(receiver.wait_for(("receive", 1)))
+        assert hand_over(sender, receiver, 2, [(0, BATCH)], [(0, BATCH)], BLOCKS) is None
+
+
+def test_checksums_that_do_not_fit_the_blocks_are_refused(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    offer, checksums = sender.ask("send", 1, [(0, PAGE)], 4)
+    for key, (sums, blocks) in enumerate([(checksums, 3), (checksums[:-8], 4), (b"123", 1)], 1):
+        try:
+            receiver.ask("receive", key, offer, [(0, PAGE)], sums, blocks)
+            verdict = receiver.wait_for(("receive", key))
+        except LinkError as error:
+            verdict = str(error)
+        assert verdict is not None
+        assert "checksums for" in verdict
+
+
+def test_a_batch_larger_than_a_slot_names_the_setting() -> None:
+    with end("ucx") as sender, end("ucx") as receiver:
+        pair(sender, receiver)
+        spans = [(0, BATCH), (2 * BATCH, BATCH)]
+        with pytest.raises(LinkError, match=f"raise links.batch_bytes to {2 * BATCH}"):
+            sender.ask("send", 1, spans, 2)
+        assert_all_free(sender)
+
+
+# -- death and stop -------------------------------------------------------------------------------------------------
+
+BIG = 16 << 20
+BIG_PAGE = 32 << 10
+
+
+def big_pair(kind: str) -> tuple[End, End]:
+    sizes = {"batch_bytes": BIG, "staging_bytes": 4 * BIG}
+    return end(kind, 2 * BIG, **sizes), end(kind, 2 * BIG, **sizes)
+
+
+def start_moving(sender: End, receiver: End) -> None:
+    """Two big batches on their way: about 5 to 20 ms of copying."""
+    spans = shuffled(BIG // BIG_PAGE, BIG_PAGE, 1)
+    offers = [(key, *sender.ask("send", key, spans, BLOCKS)) for key in (1, 2)]
+    for key, offer, checksums in offers:
+        receiver.ask("receive", key, offer, [((key - 1) * BIG, BIG)], checksums, BLOCKS)
+
+
+@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("victim", ["sender", "receiver"])
+@pytest.mark.parametrize("delay_s", [0.0, 0.004])
+def test_the_other_end_survives(kind: str, signal_name: str, victim: str, delay_s: float) -> None:
+    """A peer killed or stopped in the middle of batches: the survivor lives, its channel closes within a deadline,
+    every callback owed is called, every slot comes back, and it serves a new peer."""
+    sender, receiver = big_pair(kind)
+    with sender, receiver, end(kind, 2 * BIG, batch_bytes=BIG, staging_bytes=4 * BIG) as third:
+        pair(sender, receiver)
+        start_moving(sender, receiver)
+        time.sleep(delay_s)
+        dead, survivor = (sender, receiver) if victim == "sender" else (receiver, sender)
+        dead.signal(signal.Signals[signal_name])
+        time.sleep(0.05)
+        assert survivor.ask("close_channel") < 2.0
+        owed = [("receive", 1), ("receive", 2)] if survivor is receiver else [("send", 1), ("send", 2)]
+        verdicts = [survivor.wait_for(key) for key in owed]
+        assert all(verdict is None or verdict.startswith(("link: ", "damaged: ")) for verdict in verdicts)
+        assert_all_free(survivor)
+        pair(third, survivor)
+        third.ask("fill", 5)
+        spans = shuffled(PAGES, PAGE, 5)
+        assert hand_over(third, survivor, 11, spans, [(0, BATCH)], BLOCKS) is None
+        assert survivor.ask("read", [(0, BATCH)]) == third.ask("read", spans)
+        assert survivor.finish() == 0
+
+
+def test_work_on_a_closed_channel_is_refused(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    offer, checksums = sender.ask("send", 1, [(0, PAGE)], 1)
+    for one in ends:
+        one.ask("close_channel")
+    with pytest.raises(LinkError, match="closed"):
+        sender.ask("send", 2, [(0, PAGE)], 1)
+    with pytest.raises(LinkError, match="closed"):
+        receiver.ask("receive", 1, offer, [(0, PAGE)], checksums, 1)
+    assert_all_free(sender)
+
+
+def test_ends_connect_again_after_a_close(ends: tuple[End, End]) -> None:
+    """A partition that healed: late messages of the old channel mean nothing to the new one."""
+    sender, receiver = ends
+    offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 1), BLOCKS)
+    sender.ask("hold_still", True)
+    receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+    time.sleep(0.05)
+    receiver.ask("close_channel")
+    assert str(receiver.wait_for(("receive", 1))).startswith("link: ") or receiver.wait_for(("receive", 1)) is None
+    sender.ask("hold_still", False)
+    time.sleep(0.05)
+    sender.ask("close_channel")
+    pair(sender, receiver)
+    sender.ask("fill", 3)
+    for key in range(20, 26):
+        assert hand_over(sender, receiver, key, shuffled(PAGES, PAGE, key), [(0, BATCH)], BLOCKS) is None
+    for one in ends:
+        assert_all_free(one)
+
+
+# -- who may connect ------------------------------------------------------------------------------------------------
+
+
+def test_cma_says_what_it_is_and_ucx_says_why_it_is_used() -> None:
+    with end("cma") as one, end("cma") as two, end("ucx-tcp", order=["cma", "ucx"]) as three:
+        assert pair(one, two)[0] == "cma: same host; reads pages directly"
+        exports = three.ask("export")
+        del exports["cma"]
+        two_why = three.ask("connect", {"ucx": exports["ucx"]})
+        assert two_why == "ucx (tcp); cma unavailable: the peer does not offer it"
+
+
+def test_ucx_uses_shared_memory_on_one_host() -> None:
+    """And keeps it although every endpoint has error handling, without which a killed peer takes us along."""
+    with end("ucx") as one, end("ucx") as two:
+        assert pair(one, two) == ("ucx (shared memory)", "ucx (shared memory)")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("host", "another-boot/4:1", "another host"),
+        ("start", 1, "is gone"),
+        ("cookie", bytes(32), "is not the peer"),
+        ("at", 4096, "can't be read"),
+        ("pid", 1 << 30, "is gone"),
+        ("v", 99, "version 99"),
+        ("pid", "1", "does not offer"),
+    ],
+)
+def test_cma_refuses_all_but_the_very_process(field: str, value: Any, why: str) -> None:
+    """Another host, a recycled pid, another process: each is refused by what is wrong with it."""
+    with end("cma") as one, end("cma") as two:
+        export = msgpack.unpackb(one.ask("export")["cma"])
+        export[field] = value
+        with pytest.raises(LinkUnavailable, match=why):
+            two.ask("connect", {"cma": msgpack.packb(export)})
+
+
+def test_another_process_namespace_is_named() -> None:
+    with end("cma") as one, end("cma") as two:
+        export = msgpack.unpackb(one.ask("export")["cma"])
+        export["host"] = export["host"].split("/")[0] + "/4:1"
+        with pytest.raises(LinkUnavailable, match="another container"):
+            two.ask("connect", {"cma": msgpack.packb(export)})
+
+
+def test_garbage_exports_are_refused() -> None:
+    """UCX itself would crash on a damaged address."""
+    with end("cma", order=["cma", "ucx"]) as one:
+        for export in (b"", b"\xc1", os.urandom(64), msgpack.packb({"v": 1}), msgpack.packb({"v": 1, "address": b"x"})):
+            with pytest.raises(LinkUnavailable, match="no link"):
+                one.ask("connect", {"cma": export, "ucx": export})
+        damaged = msgpack.unpackb(one.ask("export")["ucx"])
+        damaged["address"] = damaged["address"][:-1] + b"\xff"
+        with pytest.raises(LinkUnavailable, match="damaged"):
+            one.ask("connect", {"ucx": msgpack.packb(damaged)})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_a_process_that_may_not_be_read_names_the_remedy() -> None:
+    """Then the next link is taken, and says why."""
+    with end("cma", order=["cma", "ucx"]) as one, end("cma", order=["cma", "ucx"]) as two:
+        two.ask("become_nobody")
+        why = two.ask("connect", one.ask("export"))
+        assert why.startswith("ucx (")
+        assert "kernel.yama.ptrace_scope" in why
+
+
+def test_a_required_link_is_not_replaced() -> None:
+    """links.require refuses by name instead of taking a slower link."""
+    with end("cma", order=["cma", "ucx"], require="cma") as one, end("ucx") as two:
+        assert one.names == ["cma"]
+        with pytest.raises(LinkUnavailable, match=r"links.require is 'cma'.*does not offer it"):
+            one.ask("connect", two.ask("export"))

@@ -1,0 +1,56 @@
+"""Settings: one line of text for each mistake, closed by default."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from pdtransport.errors import SettingsError
+from pdtransport.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"contrl": {}}, r"contrl: unknown key"),
+        ({"control": {"prot": 1}}, r"control\.prot: unknown key"),
+        ({"control": {"port": 70000}}, r"control\.port: .*65535"),
+        ({"control": "tcp://x"}, r"control: "),
+        ({"control": {"host": "10.0.0.1"}}, r"needs CURVE keys.*allow_plaintext"),
+        ({"control": {"curve_public_key_file": "a"}}, r"must be set together"),
+        ({"links": {"order": []}}, r"links\.order"),
+        ({"links": {"order": ["rdma"]}}, r"links\.order\.0: .*'cma'.*'ucx'"),
+        ({"integrity": {"checksum": "off"}}, r"without cma"),
+        ({"deadlines": {"ack_s": 0}}, r"deadlines\.ack_s"),
+        ({"model_id": " "}, r"model_id"),
+        ({"contrl": {}, "x": 1}, r"and 1 more"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        Settings.parse(raw)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_leaves_the_host_unless_configured() -> None:
+    """Promise 7."""
+    assert Settings.parse({}).control.host == "127.0.0.1"
+    assert Settings.parse({"control": {"host": "10.0.0.1", "allow_plaintext": True}}).control.host == "10.0.0.1"
+
+
+def test_checksums_are_on_unless_switched_off() -> None:
+    """Promise 1."""
+    assert Settings().integrity.checksum == "full"
+    off = Settings.parse({"integrity": {"checksum": "off"}, "links": {"order": ["ucx"]}})
+    assert off.integrity.checksum == "off"
+
+
+def test_the_environment_fills_in_the_control_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDTRANSPORT_CONTROL_PORT", "1234")
+    assert Settings.parse({}).control.port == 1234
+    assert Settings.parse({"control": {"port": 5}}).control.port == 5
+    monkeypatch.setenv("PDTRANSPORT_CONTROL_PORT", "many")
+    with pytest.raises(SettingsError, match=re.escape("control.port")):
+        Settings.parse({})
