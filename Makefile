@@ -37,7 +37,7 @@ lint: $(ENV) types  ## ruff and mypy
 # kernels/ and launch/ lie at the top but are pdtransport.kernels and pdtransport.launch: mypy reads a tree of links that
 # has the installed shape.
 types: $(ENV)
-	@mkdir -p .mypy/pdtransport && find .mypy/pdtransport -type l -delete
+	@mkdir -p .mypy/pdtransport && echo '*' >.mypy/.gitignore && find .mypy/pdtransport -type l -delete
 	@ln -s $(abspath $(wildcard pdtransport/*) kernels launch) .mypy/pdtransport/
 	cd .mypy && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m mypy \
 		--config-file ../pyproject.toml --cache-dir ../.mypy_cache

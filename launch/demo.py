@@ -80,13 +80,13 @@ def prompts(model: str, chat: bool) -> list[Prompt]:
         return Prompt(title, "/v1/completions", {**common, "prompt": prompt, **more}, stream)
 
     made = [
-        completion("a few tokens, less than a page", SHORT),
+        completion("a few tokens, far less than a page", SHORT),
         completion("a class to go on with, streamed", CODE, stream=True),
         completion("prose", PROSE),
         completion("4,000 characters of argparse.py", source[:4000]),
         completion("9,000 characters of argparse.py: its beginning is held already", source[:9000], stream=True),
         completion("20,000 characters from its middle, streamed", source[20000:40000], stream=True),
-        completion("the same again: all held already", source[20000:40000]),
+        completion("the same again: held already but for its end", source[20000:40000]),
     ]
     if chat:
         asked = [{"role": "user", "content": PROSE}, {"role": "user", "content": CODE}]

@@ -48,11 +48,13 @@ def bars(passed: Mapping[str, float]) -> list[str]:
     """One line a stretch: its bar on the request's own scale, its length, its name."""
     total = max(passed["done"], 1e-6)
     lines, at = [], 0.0
+    whole = "first_token" not in passed  # the router sees no single tokens in an answer that is not streamed
     for name, text in _STRETCHES:
         if name not in passed:
             continue
         until = min(max(passed[name], at), total)  # clocks of two processes differ by a little
-        lines.append(f"|{_bar(at, until, total)}| {(until - at) * 1e3:8.1f} ms  {text}")
+        told = "decode writes the answer" if name == "done" and whole else text
+        lines.append(f"|{_bar(at, until, total)}| {(until - at) * 1e3:8.1f} ms  {told}")
         at = until
     return lines
 

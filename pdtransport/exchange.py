@@ -28,6 +28,7 @@ from pdtransport.links.base import Link
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline
 from pdtransport.peers import Peers
+from pdtransport.probe import Scratch
 from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import (
     Abort,
@@ -64,6 +65,7 @@ class Exchange:
         links: dict[str, Link],
         unavailable: dict[str, str],
         role: str,
+        scratch: Scratch,
         port: int | None = None,
     ) -> None:
         self._me = me
@@ -74,7 +76,7 @@ class Exchange:
         self._timeline = Timeline(settings.observe.recent_transfers)
         self._control = ControlChannel(settings.control, me)
         self.endpoint = self._control.bind(port)
-        self._peers = Peers(self._control, links, unavailable, settings.links)
+        self._peers = Peers(self._control, links, unavailable, settings.links, scratch)
         audit_dir = settings.observe.audit_dir
         self._audit = Audit(audit_dir, me.engine, me.rank, geometry) if audit_dir else None
         limits = limits_of(settings)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
+from pydantic import BaseModel, ConfigDict, Field
 
 from pdtransport.control.channel import ControlChannel, PeerId, PeerUp
-from pdtransport.errors import LinkUnavailable
+from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.links.base import Channel, Link
 from pdtransport.links.negotiate import choose
+from pdtransport.probe import Answering, Asking, Scratch
 from pdtransport.protocol.messages import Code, LinkCall
 from pdtransport.settings import LinkSettings
 
@@ -26,7 +28,21 @@ Endpoint = tuple[str, int]
 OnPeer = Callable[["Peer | None", "tuple[Code, str] | None"], None]
 
 MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
+MAX_WHY = 400
 ANSWER_S = 5.0  # a sender that does not say whether it can use a link within this can't
+
+
+class _Words(BaseModel):
+    """What two ends of a pair say about a link. The receiver says ``use``, ``probe`` and ``probed``; the sender
+    answers ``ok`` or ``no``, and ``offer`` to each probe (with ``why`` if it can't)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    op: str = Field("", max_length=16)
+    why: str = Field("", max_length=MAX_WHY)
+    nbytes: int = Field(0, ge=0, lt=1 << 40)
+    key: int = Field(0, ge=0, lt=1 << 56)
+    offer: bytes = Field(b"", max_length=1 << 16)
 
 
 @dataclass
@@ -42,6 +58,9 @@ class Peer:
     excluded: dict[str, str] = field(default_factory=dict)  # links that did not work with this peer, and why
     offered: Channel | None = None  # chosen by us, not confirmed yet
     answer_by: float = float("inf")
+    asking: Asking | None = None  # measuring `offered`
+    answering: Answering | None = None  # being measured by the receiver
+    measured: float | None = None  # bytes a second that the probe of `inbound` found
     refused: tuple[Code, str] | None = None
 
     def channels(self) -> list[Channel]:
@@ -58,7 +77,8 @@ class Peer:
             "host": self.host,
             "link": channel.link if channel else "",
             "why": channel.why if channel else (self.refused[1] if self.refused else "no link chosen yet"),
-            "bandwidth_bytes_s": stats.bandwidth if stats else None,
+            "bandwidth_bytes_s": (stats.bandwidth if stats else None) or self.measured,
+            "probe_bytes_s": self.measured,
             "bytes_sent": stats.bytes_sent if stats else 0,
             "bytes_received": stats.bytes_received if stats else 0,
             "batches_sent": stats.batches_sent if stats else 0,
@@ -76,11 +96,13 @@ class Peers:
         links: dict[str, Link],
         unavailable: dict[str, str],
         settings: LinkSettings,
+        scratch: Scratch,
     ) -> None:
         self._control = control
         self._links = links
         self._unavailable = unavailable
         self._settings = settings
+        self._scratch = scratch
         self._peers: dict[PeerId, Peer] = {}
         self._by_endpoint: dict[Endpoint, PeerId] = {}
         self._waiting: dict[Endpoint, list[OnPeer]] = {}
@@ -139,24 +161,28 @@ class Peers:
         """The twin's words about links; garbage is ignored."""
         peer = self._peers.get(peer_id)
         try:
-            body = msgpack.unpackb(call.body, raw=False)
-            verb, text = str(body["op"]), str(body.get("why", ""))[:400]
-        except Exception:  # noqa: BLE001 - whatever msgpack or a wrong shape raises
+            words = _Words.model_validate(msgpack.unpackb(call.body, raw=False))
+        except Exception:  # noqa: BLE001 - whatever msgpack raises on garbage, or a wrong shape
             return
         if peer is None:
             return
-        if verb == "use":
+        if words.op == "use":
             self._confirm(peer, call.link)
-        elif peer.offered is not None and peer.offered.link == call.link:
-            if verb == "ok":
-                peer.inbound, peer.offered = peer.offered, None
-                logger.info(
-                    "pages from %s rank %d come over %s (%s)", peer.id.engine, peer.id.rank, call.link, peer.inbound.why
-                )
-                self._settle(peer)
-            elif verb == "no":
-                self._exclude(peer, call.link, f"the sender can't use it: {text}")
-                self._offer_next_link(peer)
+        elif words.op == "probe":
+            self._answer_probe(peer, call.link, words.nbytes)
+        elif words.op == "probed":
+            if peer.answering is not None:
+                peer.answering.end()
+                peer.answering = None
+        elif peer.offered is None or peer.offered.link != call.link:
+            return  # about a link that we do not ask for any more
+        elif words.op == "ok":
+            self._measure(peer, peer.offered)
+        elif words.op == "no":
+            self._exclude(peer, call.link, f"the sender can't use it: {words.why}")
+            self._offer_next_link(peer)
+        elif words.op == "offer" and peer.asking is not None:
+            peer.asking.offered(words.key, words.offer, words.why)
 
     def tick(self, now: float) -> None:
         self._now = now
@@ -217,14 +243,66 @@ class Peers:
         logger.info("pages to %s rank %d go over %s (%s)", peer.id.engine, peer.id.rank, name, peer.outbound.why)
         self._say(peer, name, "ok")
 
+    # -- measuring it --------------------------------------------------------------------------------------------
+
+    def _measure(self, peer: Peer, channel: Channel) -> None:
+        """As the receiver: time a few scratch batches before the first page."""
+        if self._scratch.nbytes == 0 or peer.asking is not None:
+            self._open(peer, channel, None, "links.probe_bytes is 0")
+            return
+
+        def ask(nbytes: int) -> None:
+            peer.answer_by = self._now + ANSWER_S
+            self._say(peer, channel.link, "probe", nbytes=nbytes)
+
+        def done(rate: float | None, why: str) -> None:
+            if peer.offered is channel:
+                self._say(peer, channel.link, "probed")
+                self._open(peer, channel, rate, why)
+
+        peer.asking = Asking(channel, self._scratch, ask, done)
+        peer.asking.start()
+
+    def _open(self, peer: Peer, channel: Channel, rate: float | None, why: str) -> None:
+        """The link stands, if it is fast enough."""
+        peer.asking = None
+        floor = self._settings.min_bandwidth_bytes_s
+        if floor and (rate is None or rate < floor):
+            found = f"moves {rate / 1e9:.2f} GB/s" if rate is not None else f"could not be measured ({why})"
+            wanted = f"links.min_bandwidth_bytes_s wants {floor / 1e9:.2f} GB/s"
+            self._exclude(peer, channel.link, f"{found}, {wanted}")
+            self._offer_next_link(peer)
+            return
+        peer.inbound, peer.offered, peer.measured = channel, None, rate
+        speed = f"{rate / 1e9:.2f} GB/s" if rate is not None else f"not measured: {why}"
+        logger.info("pages from %s come over %s, %s (%s)", peer.id, channel.link, speed, channel.why)
+        self._settle(peer)
+
+    def _answer_probe(self, peer: Peer, link: str, nbytes: int) -> None:
+        """As the sender: offer scratch memory of the size asked for."""
+        if peer.outbound is None or peer.outbound.link != link or nbytes > self._scratch.nbytes:
+            self._say(peer, link, "offer", "links.probe_bytes differs, or the link is not open here")
+            return
+        if peer.answering is None:
+            peer.answering = Answering(peer.outbound, self._scratch)
+        try:
+            key, offer = peer.answering.offer(nbytes)
+        except LinkError as error:
+            self._say(peer, link, "offer", str(error))
+            return
+        self._say(peer, link, "offer", key=key, offer=offer)
+
     def _exclude(self, peer: Peer, name: str, why: str) -> None:
         peer.excluded[name] = why
         if peer.offered is not None and peer.offered is not peer.outbound:
             peer.offered.close()
-        peer.offered = None
+        peer.offered = peer.asking = None
 
-    def _say(self, peer: Peer, link: str, verb: str, why: str = "") -> None:
-        body = msgpack.packb({"op": verb, "why": why[:400]})
+    def _say(
+        self, peer: Peer, link: str, op: str, why: str = "", *, nbytes: int = 0, key: int = 0, offer: bytes = b""
+    ) -> None:
+        words = _Words(op=op, why=why[:MAX_WHY], nbytes=nbytes, key=key, offer=offer)
+        body = msgpack.packb(words.model_dump(exclude_defaults=True))
         self._control.send(peer.id, LinkCall(link=link, body=body))  # if it gets lost, ANSWER_S ends the wait
 
     def _settle(self, peer: Peer) -> None:

@@ -93,10 +93,10 @@ class LinkSettings(_Section):
         0, ge=0, description="Refuse a pair whose measured bandwidth lies below this. 0: measure and report only."
     )
     probe_bytes: int = Field(
-        8 << 20,
+        4 << 20,
         ge=0,
-        le=1 << 30,
-        description="Bytes moved once per pair to measure its bandwidth. 0 skips the measurement.",
+        le=256 << 20,
+        description="Bytes of scratch memory moved a few times per pair to measure it, at most one batch. 0: don't.",
     )
 
 

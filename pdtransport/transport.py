@@ -21,6 +21,7 @@ from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.outcome import OnOutcome, Outcome
+from pdtransport.probe import Scratch
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
 from pdtransport.reactor import Reactor
 from pdtransport.settings import Settings
@@ -121,7 +122,9 @@ class Transport:
         memory = list(regions) if regions is not None else geometry.regions()
 
         def make(_reactor: Reactor) -> Exchange:
-            opened = open_links(self.settings.links, memory)
+            links = self.settings.links
+            scratch = Scratch(min(links.probe_bytes, links.batch_bytes))
+            opened = open_links(links, [*memory, *scratch.regions])
             me = Identity(
                 engine=self.engine,
                 rank=rank,
@@ -130,7 +133,9 @@ class Transport:
                 fingerprint={**fingerprint_of(geometry, world), **(fingerprint or {})},
                 links={name: link.export() for name, link in opened.links.items()},
             )
-            self._exchange = Exchange(self.settings, me, geometry, opened.links, opened.unavailable, role, port)
+            self._exchange = Exchange(
+                self.settings, me, geometry, opened.links, opened.unavailable, role, scratch, port
+            )
             return self._exchange
 
         self._reactor = Reactor(make, name=f"pdtransport-{rank}")

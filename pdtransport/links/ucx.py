@@ -83,7 +83,10 @@ class UcxLink(Link):
         try:
             endpoint = self._worker.connect(address)
         except Exception as error:  # noqa: BLE001 - each binding has its own exceptions
-            raise LinkUnavailable(f"UCX can't reach {peer_host}: {error}") from None
+            hint = (
+                " (of another user or container? UCX_TLS=tcp does without it)" if "hared memory" in str(error) else ""
+            )
+            raise LinkUnavailable(f"UCX can't reach {peer_host}: {error}{hint}") from None
         number, self._next_channel = self._next_channel, (self._next_channel + 1) % CHANNEL_NUMBERS
         channel = UcxChannel(self, endpoint, number, f"ucx ({carrier(endpoint.lanes())})")
         self._channels.append(channel)

@@ -20,7 +20,6 @@ MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's con
 MAX_SEQS = 1 << 16
 MAX_REASON = 512
 MAX_ATTEMPTS = 1000  # of one batch; an engine that is preempted more often has worse problems
-MAX_NESTING = 8
 
 TransferId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$")]
 Generation = Annotated[int, Field(ge=1, lt=1 << 63)]
@@ -288,12 +287,13 @@ def decode(frame: bytes) -> Message:
         raise WireError("not a message: no kind")
     version = raw.get("v")
     if version != PROTOCOL_VERSION:
-        raise WireError(f"protocol version {version!r}, this side speaks {PROTOCOL_VERSION}")
+        shown = version if isinstance(version, int) else type(version).__name__  # its repr may nest for ever
+        raise WireError(f"protocol version {shown}, this side speaks {PROTOCOL_VERSION}")
     fields = {key: value for key, value in raw.items() if key != "v"}
     if "code" in fields:
         try:
             fields["code"] = Code(fields["code"])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise WireError(f"{fields['kind']}: unknown code") from None
     try:
         message: Message = _ADAPTER.validate_python(fields)

@@ -171,10 +171,10 @@ class _Server:
         why: str = self.channel.why
         return why
 
-    def do_fill(self, seed: int, spans: Spans | None = None) -> None:
-        data = np.random.default_rng(seed).integers(0, 256, self.buffer.size, dtype=np.uint8)
-        for offset, nbytes in spans or [(0, self.buffer.size)]:
-            self.buffer[offset : offset + nbytes] = data[offset : offset + nbytes]
+    def do_fill(self, seed: int) -> None:
+        """Random bytes into the first MiB."""
+        size = min(self.buffer.size, 1 << 20)
+        self.buffer[:size] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
     def do_set(self, offset: int, data: bytes) -> None:
         self.buffer[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
@@ -210,6 +210,15 @@ class _Server:
 
     def do_ended(self) -> dict[Any, str | None]:
         return dict(self.ended)
+
+    def do_forget(self) -> None:
+        """What an earlier test left."""
+        if self.channel is not None:
+            self.channel.close()
+        for link in self.links:
+            link.progress()
+        self.ended.clear()
+        self.still = False
 
     def do_hold_still(self, still: bool) -> None:
         self.still = still

@@ -17,18 +17,21 @@ from tests.processes.link_rig import End, Spans, pair, shuffled
 
 pytestmark = pytest.mark.timeout(120)
 
-BATCH = 256 << 10
-SETTINGS: dict[str, Any] = {"batch_bytes": BATCH, "staging_bytes": 4 * BATCH, "probe_bytes": 0}
+BATCH = 256 << 10  # what most tests move
+BIG = 16 << 20  # takes 5 to 20 ms to copy
+MEMORY = 2 * BIG
+SETTINGS: dict[str, Any] = {"batch_bytes": BIG, "staging_bytes": 4 * BIG, "probe_bytes": 0}
 PAGE = 8192
+SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
 KINDS = ["cma", "ucx", "ucx-tcp"]
 
 
-def end(kind: str, nbytes: int = 4 * BATCH, **settings: Any) -> End:
+def end(kind: str, **settings: Any) -> End:
     name = kind.split("-")[0]
     environment = {"UCX_TLS": "tcp"} if kind.endswith("-tcp") else {}
-    return End(nbytes, {**SETTINGS, "order": [name], **settings}, environment)
+    return End(MEMORY, {**SETTINGS, "order": [name], **settings}, environment)
 
 
 @pytest.fixture(params=KINDS)
@@ -37,11 +40,39 @@ def kind(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[dict[str, tuple[End, End]]]:
+    """Two long-lived processes of each kind, started at first use."""
+    started: dict[str, tuple[End, End]] = {}
+    yield started
+    for one in (one for ends in started.values() for one in ends):
+        with one:
+            assert one.finish() == 0
+
+
+def of_kind(processes: dict[str, tuple[End, End]], kind: str) -> tuple[End, End]:
+    if kind not in processes:
+        processes[kind] = end(kind), end(kind)
+    for one in processes[kind]:
+        one.ask("forget")
+    return processes[kind]
+
+
 @pytest.fixture
-def ends(kind: str) -> Iterator[tuple[End, End]]:
-    with end(kind) as sender, end(kind) as receiver:
-        pair(sender, receiver)
-        yield sender, receiver
+def ends(processes: dict[str, tuple[End, End]], kind: str) -> Iterator[tuple[End, End]]:
+    """A sender and a receiver with a fresh channel between them; in the end, nothing of it is left."""
+    sender, receiver = of_kind(processes, kind)
+    pair(sender, receiver)
+    yield sender, receiver
+    for one in (sender, receiver):
+        one.ask("close_channel")
+    for one in (sender, receiver):
+        assert_all_free(one)
+
+
+cma = pytest.mark.parametrize("kind", ["cma"], indirect=True)
+ucx = pytest.mark.parametrize("kind", ["ucx"], indirect=True)
+any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp"], indirect=True)
 
 
 def hand_over(sender: End, receiver: End, key: int, source: Spans, target: Spans, blocks: int) -> str | None:
@@ -106,31 +137,32 @@ def test_small_and_odd_batches_arrive(ends: tuple[End, End]) -> None:
             assert receiver.ask("read", [(3, nbytes)]) == sender.ask("read", [(8, nbytes)])
 
 
-def test_no_more_is_staged_than_the_ring_holds() -> None:
+@any_ucx
+def test_no_more_is_staged_than_the_ring_holds(ends: tuple[End, End]) -> None:
     """Backpressure: a sender whose batches nobody takes is told to wait, and goes on once they are taken."""
-    with end("ucx") as sender, end("ucx") as receiver:
-        pair(sender, receiver)
-        spans, offers = shuffled(PAGES, PAGE, 1), {}
-        with pytest.raises(LinkBusy):
-            for key in range(1, 100):
-                offers[key] = sender.ask("send", key, spans, BLOCKS)
-        free, total = sender.ask("free")["sending"]
-        assert len(offers) == total - free == 2  # one peer may hold half of the ring
-        for key, (offer, checksums) in offers.items():
-            receiver.ask("receive", key, offer, spans, checksums, BLOCKS)
-            assert receiver.wait_for(("receive", key)) is None
-        assert hand_over(sender, receiver, 100, spans, spans, BLOCKS) is None
-        assert_all_free(sender)
-
-
-def test_both_ends_exit_cleanly(ends: tuple[End, End]) -> None:
-    """Also with batches offered, asked for and never sent."""
     sender, receiver = ends
-    offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 1), BLOCKS)
-    sender.ask("hold_still", True)
-    receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
-    time.sleep(0.1)
-    assert [receiver.finish(), sender.finish()] == [0, 0]
+    spans = shuffled(PAGES, PAGE, 1)
+    offers = [sender.ask("send", key, spans, BLOCKS) for key in (1, 2)]
+    with pytest.raises(LinkBusy):
+        sender.ask("send", 3, spans, BLOCKS)
+    free, total = sender.ask("free")["sending"]
+    assert total - free == 2 == total // 2  # one peer may hold half of the ring
+    for key, (offer, checksums) in enumerate(offers, 1):
+        receiver.ask("receive", key, offer, spans, checksums, BLOCKS)
+        assert receiver.wait_for(("receive", key)) is None
+    assert hand_over(sender, receiver, 100, spans, spans, BLOCKS) is None
+    assert_all_free(sender)
+
+
+def test_both_ends_exit_cleanly(kind: str) -> None:
+    """Also with batches offered, asked for and never sent."""
+    with end(kind) as sender, end(kind) as receiver:
+        pair(sender, receiver)
+        offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 1), BLOCKS)
+        sender.ask("hold_still", True)
+        receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+        time.sleep(0.1)
+        assert [receiver.finish(), sender.finish()] == [0, 0]
 
 
 def test_the_ucx_environment_stays_as_it_was() -> None:
@@ -159,19 +191,19 @@ def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, E
     assert receiver.ask("stats")["errors"] == 1
 
 
-def test_gathered_pages_may_be_reused_at_once() -> None:
-    """ucx: once `done` was called, what happens to the pages does not reach the receiver."""
-    with end("ucx") as sender, end("ucx") as receiver:
-        pair(sender, receiver)
-        sender.ask("fill", 1)
-        spans = shuffled(PAGES, PAGE, 2)
-        honest = sender.ask("read", spans)
-        offer, checksums = sender.ask("send", 1, spans, BLOCKS)
-        assert sender.wait_for(("send", 1)) is None
-        sender.ask("fill", 99)
-        receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
-        assert receiver.wait_for(("receive", 1)) is None
-        assert receiver.ask("read", [(0, BATCH)]) == honest
+@ucx
+def test_gathered_pages_may_be_reused_at_once(ends: tuple[End, End]) -> None:
+    """Once `done` was called, what happens to the pages does not reach the receiver."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    spans = shuffled(PAGES, PAGE, 2)
+    honest = sender.ask("read", spans)
+    offer, checksums = sender.ask("send", 1, spans, BLOCKS)
+    assert sender.wait_for(("send", 1)) is None
+    sender.ask("fill", 99)
+    receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
+    assert receiver.wait_for(("receive", 1)) is None
+    assert receiver.ask("read", [(0, BATCH)]) == honest
 
 
 @pytest.mark.parametrize("blocks", [0, BLOCKS])
@@ -209,7 +241,7 @@ def test_fenced_batches_write_nothing_and_report_nothing(ends: tuple[End, End]) 
     sender, receiver = ends
     sender.ask("fill", 1)
     receiver.ask("fill", 2)
-    before = receiver.ask("read", [(0, 4 * BATCH)])
+    before = receiver.ask("read", [(0, SEEN)])
     receiver.ask("hold_still", True)
     for key in (1, 2):
         offer, checksums = sender.ask("send", key, shuffled(PAGES, PAGE, key), BLOCKS)
@@ -220,7 +252,7 @@ def test_fenced_batches_write_nothing_and_report_nothing(ends: tuple[End, End]) 
     assert receiver.wait_for(("receive", 2)) is None
     sender.ask("release", 1)
     sender.ask("release", 2)
-    after = receiver.ask("read", [(0, 4 * BATCH)])
+    after = receiver.ask("read", [(0, SEEN)])
     assert after[: 2 * BATCH] == before[: 2 * BATCH]
     assert after[3 * BATCH :] == before[3 * BATCH :]
     assert ("receive", 1) not in receiver.ask("ended")
@@ -228,13 +260,13 @@ def test_fenced_batches_write_nothing_and_report_nothing(ends: tuple[End, End]) 
         assert_all_free(one)
 
 
-@pytest.mark.parametrize("kind", ["ucx", "ucx-tcp"], indirect=True)
+@any_ucx
 def test_a_message_that_arrives_after_its_fence_reaches_no_page(ends: tuple[End, End]) -> None:
     """Asked for, fenced, then sent: only its slot takes it, and comes back afterwards."""
     sender, receiver = ends
     sender.ask("fill", 1)
     receiver.ask("fill", 2)
-    before = receiver.ask("read", [(0, 4 * BATCH)])
+    before = receiver.ask("read", [(0, SEEN)])
     offer, checksums = sender.ask("send", 1, shuffled(PAGES, PAGE, 1), BLOCKS)
     sender.ask("hold_still", True)
     receiver.ask("receive_and_fence", 1, offer, [(0, BATCH)], checksums, BLOCKS)
@@ -242,7 +274,7 @@ def test_a_message_that_arrives_after_its_fence_reaches_no_page(ends: tuple[End,
     assert free == total - 1  # quarantined: the message may come any time
     sender.ask("hold_still", False)
     assert_all_free(receiver)
-    assert receiver.ask("read", [(0, 4 * BATCH)]) == before
+    assert receiver.ask("read", [(0, SEEN)]) == before
     assert ("receive", 1) not in receiver.ask("ended")
     assert hand_over(sender, receiver, 2, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
 
@@ -253,19 +285,19 @@ def test_a_message_that_arrives_after_its_fence_reaches_no_page(ends: tuple[End,
 def test_runs_outside_registered_memory_are_refused(ends: tuple[End, End]) -> None:
     """On both sides, whatever the engine or the peer says."""
     sender, receiver = ends
-    for spans in ([(4 * BATCH, 8)], [(4 * BATCH - 8, 16)], [(0, 8), (1 << 40, 8)]):
+    for spans in ([(MEMORY, 8)], [(MEMORY - 8, 16)], [(0, 8), (1 << 40, 8)]):
         with pytest.raises(LinkError, match="outside the registered memory"):
             sender.ask("send", 1, spans, 0)
     offer, checksums = sender.ask("send", 1, [(0, PAGE)], 1)
     with pytest.raises(LinkError, match="outside the registered memory"):
-        receiver.ask("receive", 1, offer, [(4 * BATCH - 8, PAGE)], checksums, 1)
+        receiver.ask("receive", 1, offer, [(MEMORY - 8, PAGE)], checksums, 1)
 
 
 def test_offers_of_another_length_are_refused(ends: tuple[End, End]) -> None:
     """Longer or shorter than the pages it is for; the pages keep what they hold."""
     sender, receiver = ends
     receiver.ask("fill", 2)
-    before = receiver.ask("read", [(0, 4 * BATCH)])
+    before = receiver.ask("read", [(0, SEEN)])
     offer, checksums = sender.ask("send", 1, [(0, PAGE)], 1)
     for key, length in enumerate((PAGE - 8, PAGE + 8, 2 * PAGE), 1):
         try:
@@ -275,7 +307,7 @@ def test_offers_of_another_length_are_refused(ends: tuple[End, End]) -> None:
             verdict = str(error)
         assert verdict is not None
         assert f"{length} are expected" in verdict
-    assert receiver.ask("read", [(0, 4 * BATCH)]) == before
+    assert receiver.ask("read", [(0, SEEN)]) == before
 
 
 def test_garbage_offers_are_refused_and_the_link_goes_on(ends: tuple[End, End]) -> None:
@@ -303,15 +335,15 @@ def test_garbage_offers_are_refused_and_the_link_goes_on(ends: tuple[End, End]) 
     assert hand_over(sender, receiver, 1, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
 
 
-def test_an_offer_of_unmapped_memory_is_an_error() -> None:
-    """cma: a lying or late offer makes no pages, and kills nobody."""
-    with end("cma") as sender, end("cma") as receiver:
-        pair(sender, receiver)
-        at, number, *_ = msgpack.unpackb(sender.ask("send", 1, [(0, PAGE)], 0)[0])
-        lie = msgpack.packb([at, number, PAGE, (1 << 20).to_bytes(8, "little")])
-        receiver.ask("receive", 1, lie, [(0, PAGE)], b"", 1)
-        assert "no such memory" in str(receiver.wait_for(("receive", 1)))
-        assert hand_over(sender, receiver, 2, [(0, BATCH)], [(0, BATCH)], BLOCKS) is None
+@cma
+def test_an_offer_of_unmapped_memory_is_an_error(ends: tuple[End, End]) -> None:
+    """A lying or late offer makes no pages, and kills nobody."""
+    sender, receiver = ends
+    at, number, *_ = msgpack.unpackb(sender.ask("send", 1, [(0, PAGE)], 0)[0])
+    lie = msgpack.packb([at, number, PAGE, (1 << 20).to_bytes(8, "little")])
+    receiver.ask("receive", 1, lie, [(0, PAGE)], b"", 1)
+    assert "no such memory" in str(receiver.wait_for(("receive", 1)))
+    assert hand_over(sender, receiver, 2, [(0, BATCH)], [(0, BATCH)], BLOCKS) is None
 
 
 def test_checksums_that_do_not_fit_the_blocks_are_refused(ends: tuple[End, End]) -> None:
@@ -327,59 +359,51 @@ def test_checksums_that_do_not_fit_the_blocks_are_refused(ends: tuple[End, End])
         assert "checksums for" in verdict
 
 
-def test_a_batch_larger_than_a_slot_names_the_setting() -> None:
-    with end("ucx") as sender, end("ucx") as receiver:
-        pair(sender, receiver)
-        spans = [(0, BATCH), (2 * BATCH, BATCH)]
-        with pytest.raises(LinkError, match=f"raise links.batch_bytes to {2 * BATCH}"):
-            sender.ask("send", 1, spans, 2)
-        assert_all_free(sender)
+@ucx
+def test_a_batch_larger_than_a_slot_names_the_setting(ends: tuple[End, End]) -> None:
+    sender, _ = ends
+    with pytest.raises(LinkError, match=f"raise links.batch_bytes to {BIG + 8}"):
+        sender.ask("send", 1, [(0, BIG), (BIG + 16, 8)], 1)
+    assert_all_free(sender)
 
 
 # -- death and stop -------------------------------------------------------------------------------------------------
 
-BIG = 16 << 20
-BIG_PAGE = 32 << 10
-
-
-def big_pair(kind: str) -> tuple[End, End]:
-    sizes = {"batch_bytes": BIG, "staging_bytes": 4 * BIG}
-    return end(kind, 2 * BIG, **sizes), end(kind, 2 * BIG, **sizes)
-
 
 def start_moving(sender: End, receiver: End) -> None:
-    """Two big batches on their way: about 5 to 20 ms of copying."""
-    spans = shuffled(BIG // BIG_PAGE, BIG_PAGE, 1)
+    """Two big batches on their way."""
+    page = 32 << 10
+    spans = shuffled(BIG // page, page, 1)
     offers = [(key, *sender.ask("send", key, spans, BLOCKS)) for key in (1, 2)]
     for key, offer, checksums in offers:
         receiver.ask("receive", key, offer, [((key - 1) * BIG, BIG)], checksums, BLOCKS)
 
 
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize(("blow", "delay_s"), [("SIGKILL", 0.0), ("SIGKILL", 0.004), ("SIGSTOP", 0.002)])
 @pytest.mark.parametrize("victim", ["sender", "receiver"])
-@pytest.mark.parametrize("delay_s", [0.0, 0.004])
-def test_the_other_end_survives(kind: str, signal_name: str, victim: str, delay_s: float) -> None:
+def test_the_other_end_survives(
+    processes: dict[str, tuple[End, End]], kind: str, blow: str, delay_s: float, victim: str
+) -> None:
     """A peer killed or stopped in the middle of batches: the survivor lives, its channel closes within a deadline,
-    every callback owed is called, every slot comes back, and it serves a new peer."""
-    sender, receiver = big_pair(kind)
-    with sender, receiver, end(kind, 2 * BIG, batch_bytes=BIG, staging_bytes=4 * BIG) as third:
+    every callback owed is called, every slot comes back, and it serves another peer."""
+    survivor, other = of_kind(processes, kind)
+    with end(kind) as dead:
+        sender, receiver = (dead, survivor) if victim == "sender" else (survivor, dead)
         pair(sender, receiver)
         start_moving(sender, receiver)
         time.sleep(delay_s)
-        dead, survivor = (sender, receiver) if victim == "sender" else (receiver, sender)
-        dead.signal(signal.Signals[signal_name])
+        dead.signal(signal.Signals[blow])
         time.sleep(0.05)
         assert survivor.ask("close_channel") < 2.0
         owed = [("receive", 1), ("receive", 2)] if survivor is receiver else [("send", 1), ("send", 2)]
         verdicts = [survivor.wait_for(key) for key in owed]
         assert all(verdict is None or verdict.startswith(("link: ", "damaged: ")) for verdict in verdicts)
         assert_all_free(survivor)
-        pair(third, survivor)
-        third.ask("fill", 5)
+        pair(other, survivor)
+        other.ask("fill", 5)
         spans = shuffled(PAGES, PAGE, 5)
-        assert hand_over(third, survivor, 11, spans, [(0, BATCH)], BLOCKS) is None
-        assert survivor.ask("read", [(0, BATCH)]) == third.ask("read", spans)
-        assert survivor.finish() == 0
+        assert hand_over(other, survivor, 11, spans, [(0, BATCH)], BLOCKS) is None
+        assert survivor.ask("read", [(0, BATCH)]) == other.ask("read", spans)
 
 
 def test_work_on_a_closed_channel_is_refused(ends: tuple[End, End]) -> None:
@@ -417,19 +441,17 @@ def test_ends_connect_again_after_a_close(ends: tuple[End, End]) -> None:
 # -- who may connect ------------------------------------------------------------------------------------------------
 
 
-def test_cma_says_what_it_is_and_ucx_says_why_it_is_used() -> None:
-    with end("cma") as one, end("cma") as two, end("ucx-tcp", order=["cma", "ucx"]) as three:
-        assert pair(one, two)[0] == "cma: same host; reads pages directly"
-        exports = three.ask("export")
-        del exports["cma"]
-        two_why = three.ask("connect", {"ucx": exports["ucx"]})
-        assert two_why == "ucx (tcp); cma unavailable: the peer does not offer it"
+def test_cma_says_what_it_is_and_ucx_says_why_it_is_used(processes: dict[str, tuple[End, End]]) -> None:
+    one, two = of_kind(processes, "cma")
+    assert pair(one, two)[0] == "cma: same host; reads pages directly"
+    with end("ucx-tcp", order=["cma", "ucx"]) as both:
+        ucx_only = of_kind(processes, "ucx-tcp")[0].ask("export")
+        assert both.ask("connect", ucx_only) == "ucx (tcp); cma unavailable: the peer does not offer it"
 
 
-def test_ucx_uses_shared_memory_on_one_host() -> None:
+def test_ucx_uses_shared_memory_on_one_host(processes: dict[str, tuple[End, End]]) -> None:
     """And keeps it although every endpoint has error handling, without which a killed peer takes us along."""
-    with end("ucx") as one, end("ucx") as two:
-        assert pair(one, two) == ("ucx (shared memory)", "ucx (shared memory)")
+    assert pair(*of_kind(processes, "ucx")) == ("ucx (shared memory)", "ucx (shared memory)")
 
 
 @pytest.mark.parametrize(
@@ -444,21 +466,23 @@ def test_ucx_uses_shared_memory_on_one_host() -> None:
         ("pid", "1", "does not offer"),
     ],
 )
-def test_cma_refuses_all_but_the_very_process(field: str, value: Any, why: str) -> None:
+def test_cma_refuses_all_but_the_very_process(
+    processes: dict[str, tuple[End, End]], field: str, value: Any, why: str
+) -> None:
     """Another host, a recycled pid, another process: each is refused by what is wrong with it."""
-    with end("cma") as one, end("cma") as two:
-        export = msgpack.unpackb(one.ask("export")["cma"])
-        export[field] = value
-        with pytest.raises(LinkUnavailable, match=why):
-            two.ask("connect", {"cma": msgpack.packb(export)})
+    one, two = of_kind(processes, "cma")
+    export = msgpack.unpackb(one.ask("export")["cma"])
+    export[field] = value
+    with pytest.raises(LinkUnavailable, match=why):
+        two.ask("connect", {"cma": msgpack.packb(export)})
 
 
-def test_another_process_namespace_is_named() -> None:
-    with end("cma") as one, end("cma") as two:
-        export = msgpack.unpackb(one.ask("export")["cma"])
-        export["host"] = export["host"].split("/")[0] + "/4:1"
-        with pytest.raises(LinkUnavailable, match="another container"):
-            two.ask("connect", {"cma": msgpack.packb(export)})
+def test_another_process_namespace_is_named(processes: dict[str, tuple[End, End]]) -> None:
+    one, two = of_kind(processes, "cma")
+    export = msgpack.unpackb(one.ask("export")["cma"])
+    export["host"] = export["host"].split("/")[0] + "/4:1"
+    with pytest.raises(LinkUnavailable, match="another container"):
+        two.ask("connect", {"cma": msgpack.packb(export)})
 
 
 def test_garbage_exports_are_refused() -> None:
@@ -476,16 +500,18 @@ def test_garbage_exports_are_refused() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_process_that_may_not_be_read_names_the_remedy() -> None:
     """Then the next link is taken, and says why."""
-    with end("cma", order=["cma", "ucx"]) as one, end("cma", order=["cma", "ucx"]) as two:
+    both = {"order": ["cma", "ucx"]}
+    with end("ucx-tcp", **both) as one, end("ucx-tcp", **both) as two:
         two.ask("become_nobody")
         why = two.ask("connect", one.ask("export"))
-        assert why.startswith("ucx (")
+        assert why.startswith("ucx (tcp); cma unavailable: ")
         assert "kernel.yama.ptrace_scope" in why
 
 
-def test_a_required_link_is_not_replaced() -> None:
+def test_a_required_link_is_not_replaced(processes: dict[str, tuple[End, End]]) -> None:
     """links.require refuses by name instead of taking a slower link."""
-    with end("cma", order=["cma", "ucx"], require="cma") as one, end("ucx") as two:
+    ucx_only = of_kind(processes, "ucx")[0].ask("export")
+    with end("cma", order=["cma", "ucx"], require="cma") as one:
         assert one.names == ["cma"]
         with pytest.raises(LinkUnavailable, match=r"links.require is 'cma'.*does not offer it"):
-            one.ask("connect", two.ask("export"))
+            one.ask("connect", ucx_only)

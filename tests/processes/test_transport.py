@@ -313,3 +313,31 @@ def test_closing_a_transport_ends_its_transfers() -> None:
     one.transport.close()
     with pytest.raises(TransferFailed, match="closed"):
         offer.result(WAIT_S)
+
+
+def test_a_pair_is_measured_once_and_says_what_it_found(cluster: MakeCluster) -> None:
+    """Promise 5: which link carries a pair, why, and how fast."""
+    c = cluster()
+    key, transfer = request_key([7]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, key, 1)
+    offer.ready([0], 1)
+    offer.finish()
+    (receipt,) = receive_all(c, transfer, key, 1, [0])
+    assert receipt.result(WAIT_S).ok
+    (peer,) = c.decode[0].transport.status()["peers"]
+    assert peer["link"] in peer["why"]
+    assert peer["probe_bytes_s"] > 0
+
+
+def test_a_link_below_the_wanted_bandwidth_is_refused_not_taken_in_silence() -> None:
+    """Promise 5: a policy can refuse."""
+    settings = Settings.parse({"links": {"order": ["cma"], "min_bandwidth_bytes_s": 1e15}})
+    source = worker(0, 1, Settings.parse({"links": {"order": ["cma"]}}), free_ports(1), 0, "prefill", BLOCK_SIZE)
+    target = worker(0, 1, settings, 0, 0, "decode", BLOCK_SIZE)
+    with source.transport, target.transport as transport:
+        receipt = transport.receive(
+            secrets.token_hex(16), request_key([1]), 20, [0], host="127.0.0.1", port=source.transport.port
+        )
+        with pytest.raises(TransferFailed, match="min_bandwidth_bytes_s") as caught:
+            receipt.result(WAIT_S)
+        assert caught.value.code == "refused"

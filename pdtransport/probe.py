@@ -1,0 +1,109 @@
+"""Measures what a link carries, once a pair: a few scratch batches through the very channel that pages will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from pdtransport.errors import LinkError
+from pdtransport.kv.geometry import Region
+from pdtransport.links.base import Channel, LinkBusy, Runs
+
+ROUNDS = 3  # the first touches fresh memory and sets lanes up; the best counts
+FIRST_KEY = 1 << 55  # keys of pages count up from 1 and never come here
+
+
+class Scratch:
+    """Memory of our own that probes read and write; made when first needed, then kept."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._sent = np.empty(max(nbytes, 8), dtype=np.uint8)  # not touched, so not resident, until a probe
+        self._received = np.empty(max(nbytes, 8), dtype=np.uint8)
+
+    @property
+    def regions(self) -> list[Region]:
+        return [Region(part.ctypes.data, part.nbytes, owner=part) for part in (self._sent, self._received)]
+
+    def source(self, nbytes: int) -> Runs:
+        return np.array([[self._sent.ctypes.data, min(nbytes, self.nbytes)]], dtype=np.uint64)
+
+    def target(self) -> Runs:
+        return np.array([[self._received.ctypes.data, self.nbytes]], dtype=np.uint64)
+
+
+class Asking:
+    """The receiver's side: asks for rounds, times each, and says at the end how fast the best one was."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        scratch: Scratch,
+        ask: Callable[[int], None],
+        done: Callable[[float | None, str], None],
+    ) -> None:
+        """``ask(nbytes)`` requests one round; ``done(bytes a second, "")`` or ``done(None, why not)`` ends it."""
+        self._channel = channel
+        self._scratch = scratch
+        self._ask = ask
+        self._done = done
+        self._rounds = 0
+        self._best = 0.0
+
+    def start(self) -> None:
+        self._ask(self._scratch.nbytes)
+
+    def offered(self, key: int, offer: bytes, error: str) -> None:
+        """The sender's answer to one request."""
+        if error:
+            self._done(None, error)
+            return
+        begun = time.perf_counter()
+
+        def placed(problem: str | None) -> None:
+            if problem is not None:
+                self._done(None, problem)
+                return
+            self._best = max(self._best, self._scratch.nbytes / (time.perf_counter() - begun))
+            self._rounds += 1
+            if self._rounds < ROUNDS:
+                self._ask(self._scratch.nbytes)
+            else:
+                self._done(self._best, "")
+
+        try:
+            self._channel.receive(key, offer, self._scratch.target(), b"", 1, placed)
+        except LinkError as error_:
+            self._done(None, str(error_))
+
+
+class Answering:
+    """The sender's side: offers its scratch memory, one round at a time."""
+
+    def __init__(self, channel: Channel, scratch: Scratch) -> None:
+        self._channel = channel
+        self._scratch = scratch
+        self._key = FIRST_KEY
+        self._offered = False
+
+    def offer(self, nbytes: int) -> tuple[int, bytes]:
+        """``(key, offer)`` of the next round; the one before is over.
+
+        Raises:
+            LinkError: the channel can't take it now.
+        """
+        self.end()
+        self._key += 1
+        try:
+            offer, _ = self._channel.send(self._key, self._scratch.source(nbytes), 0, lambda error: None)
+        except LinkBusy:
+            raise LinkError("all staging slots are in use") from None
+        self._offered = True
+        return self._key, offer
+
+    def end(self) -> None:
+        if self._offered:
+            self._offered = False
+            self._channel.release(self._key)
