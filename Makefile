@@ -40,7 +40,7 @@ types: $(ENV)
 	@mkdir -p .mypy/pdtransport && echo '*' >.mypy/.gitignore && find .mypy/pdtransport -type l -delete
 	@ln -s $(abspath $(wildcard pdtransport/*) kernels launch) .mypy/pdtransport/
 	cd .mypy && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m mypy \
-		--config-file ../pyproject.toml --cache-dir ../.mypy_cache
+		--config-file ../pyproject.toml --cache-dir cache
 
 format: $(ENV)  ## let ruff format and mend what it can
 	$(PYTHON) -m ruff check --fix $(PRESENT)

@@ -30,8 +30,9 @@ _Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, a
 
 @dataclass
 class _Source:
-    """Pages that we hand over: ``pages[i]`` holds block i of the request."""
+    """Pages that we hand over: ``pages[i]`` holds block i of the request. Only ``owner`` may say more of it."""
 
+    owner: object
     pages: list[int]
     tokens: int
     on_end: OnOutcome
@@ -67,7 +68,7 @@ class Handing:
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
-    def open(self, transfer: str, digest: bytes, tokens: int, on_end: OnOutcome) -> None:
+    def open(self, owner: object, transfer: str, digest: bytes, tokens: int, on_end: OnOutcome) -> None:
         blocks = -(-tokens // self._geometry.block_size)
         try:
             actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic())
@@ -77,12 +78,12 @@ class Handing:
             return
         record = self._timeline.open(transfer, "producer")
         record.mark("opened")
-        self._sources[transfer] = _Source([], tokens, on_end, record)
+        self._sources[transfer] = _Source(owner, [], tokens, on_end, record)
         self.run(actions)
 
-    def pages_ready(self, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
+    def pages_ready(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
         """``pages``: page ids of all the request's blocks so far; their first ``tokens_done`` tokens are final."""
-        source = self._sources.get(transfer)
+        source = self._owned(owner, transfer)
         if source is None:
             return
         source.pages = list(pages)
@@ -92,14 +93,20 @@ class Handing:
         self.run(self.sending.pages_ready(transfer, min(blocks, len(pages)), tokens_done, time.monotonic()))
         self.push_some()
 
-    def finish(self, transfer: str) -> None:
-        source = self._sources.get(transfer)
+    def finish(self, owner: object, transfer: str) -> None:
+        source = self._owned(owner, transfer)
         if source is not None:
             source.record.mark("finished")
             self.run(self.sending.finish(transfer, time.monotonic()))
 
-    def cancel(self, transfer: str, code: Code, reason: str) -> None:
-        self.run(self.sending.cancel(transfer, code, reason))
+    def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
+        if self._owned(owner, transfer) is not None:
+            self.run(self.sending.cancel(transfer, code, reason))
+
+    def _owned(self, owner: object, transfer: str) -> _Source | None:
+        """None for an offer that was refused because its transfer id is somebody else's."""
+        source = self._sources.get(transfer)
+        return source if source is not None and source.owner is owner else None
 
     # -- what peers and time say ---------------------------------------------------------------------------------
 

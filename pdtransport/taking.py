@@ -40,8 +40,9 @@ class Fetch:
 
 @dataclass
 class _Sink:
-    """Pages that we take: ``pages[i]`` is for block ``first_block + i``."""
+    """Pages that we take: ``pages[i]`` is for block ``first_block + i``. Only ``owner`` may cancel it."""
 
+    owner: object
     wanted: Fetch
     on_end: OnOutcome
     record: TransferRecord
@@ -88,7 +89,7 @@ class Taking:
         for endpoint, _ in self._producers(host, port, ranks):
             self._peers.want(endpoint, say)
 
-    def fetch(self, wanted: Fetch, on_end: OnOutcome) -> None:
+    def fetch(self, owner: object, wanted: Fetch, on_end: OnOutcome) -> None:
         transfer = wanted.transfer
         if transfer in self._sinks:
             why = "this transfer id is in use; mint one per dispatch"
@@ -97,7 +98,7 @@ class Taking:
         record = self._timeline.open(transfer, "consumer")
         record.mark("asked")
         record.blocks, record.skipped_blocks = len(wanted.pages), wanted.first_block
-        sink = self._sinks[transfer] = _Sink(wanted, on_end, record)
+        sink = self._sinks[transfer] = _Sink(owner, wanted, on_end, record)
         producers = self._producers(wanted.host, wanted.port, wanted.ranks)
         found: dict[int, Peer] = {}
 
@@ -117,9 +118,11 @@ class Taking:
         for endpoint, source in producers:
             self._peers.want(endpoint, partial(on_peer, source.rank))
 
-    def cancel(self, transfer: str, code: Code, reason: str) -> None:
+    def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
         sink = self._sinks.get(transfer)
-        if sink is not None and not sink.granted:
+        if sink is None or sink.owner is not owner:
+            return
+        if not sink.granted:
             self._end(transfer, code, reason)
         else:
             self.run(self.receiving.cancel(transfer, code, reason))

@@ -67,15 +67,24 @@ class Offer(Handle):
         final once all its tokens are, the last one once the whole prompt is. Fewer tokens than before say that the
         engine took pages back (preemption)."""
         pages = list(pages)
-        self._transport._call(lambda exchange: exchange.handing.pages_ready(self.transfer, pages, tokens))
+        self._transport._call(lambda exchange: exchange.handing.pages_ready(self, self.transfer, pages, tokens))
+
+    def withdraw(self, timeout_s: float) -> None:
+        """The engine takes the pages back (preemption): when this returns, no link reads them any more. What decode
+        has not received is sent again once the pages are computed again.
+
+        Raises:
+            concurrent.futures.TimeoutError: the I/O thread did not answer; the pages must not be reused.
+        """
+        self._transport._ask(lambda exchange: exchange.handing.pages_ready(self, self.transfer, [], 0), timeout_s)
 
     def finish(self) -> None:
         """The request is through; its pages stay until decode has them (or a deadline ends the wait)."""
-        self._transport._call(lambda exchange: exchange.handing.finish(self.transfer))
+        self._transport._call(lambda exchange: exchange.handing.finish(self, self.transfer))
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
-        self._transport._call(lambda exchange: exchange.handing.cancel(self.transfer, Code.CANCELLED, reason))
+        self._transport._call(lambda exchange: exchange.handing.cancel(self, self.transfer, Code.CANCELLED, reason))
 
 
 class Receipt(Handle):
@@ -83,7 +92,7 @@ class Receipt(Handle):
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
-        self._transport._call(lambda exchange: exchange.taking.cancel(self.transfer, Code.CANCELLED, reason))
+        self._transport._call(lambda exchange: exchange.taking.cancel(self, self.transfer, Code.CANCELLED, reason))
 
 
 class Transport:
@@ -152,17 +161,8 @@ class Transport:
         ``on_end`` runs in the I/O thread and must not block.
         """
         offer = Offer(self, transfer, on_end)
-        self._call(lambda exchange: exchange.handing.open(transfer, key, tokens, offer._ended))
+        self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended))
         return offer
-
-    def withdraw(self, transfer: str, timeout_s: float) -> None:
-        """The engine takes this request's pages back (preemption): when this returns, no link reads them any more.
-        What decode has not received is sent again once the pages are computed again. Unknown ids are ignored.
-
-        Raises:
-            concurrent.futures.TimeoutError: the I/O thread did not answer; the pages must not be reused.
-        """
-        self._reactor.ask(lambda: self._exchange.handing.pages_ready(transfer, [], 0), timeout_s)
 
     # -- decode --------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class Transport:
         """
         receipt = Receipt(self, transfer, on_end)
         wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages))
-        self._call(lambda exchange: exchange.taking.fetch(wanted, receipt._ended))
+        self._call(lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
         return receipt
 
     def claim(self, transfer: str, *, host: str, port: int, ranks: int = 1) -> None:
@@ -210,6 +210,9 @@ class Transport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _ask(self, call: Callable[[Exchange], None], timeout_s: float) -> None:
+        self._reactor.ask(lambda: call(self._exchange), timeout_s)
 
     def _call(self, call: Callable[[Exchange], None]) -> None:
         self._reactor.post(lambda: call(self._exchange))

@@ -78,9 +78,13 @@ class SlotRing:
         """Slots that nobody holds."""
         return len(self._free)
 
-    def take(self) -> int | None:
-        """A slot, or None where all are in use."""
-        return self._free.pop() if self._free else None
+    def take(self) -> int:
+        """A slot.
+
+        Raises:
+            IndexError: none is free.
+        """
+        return self._free.pop()
 
     def give_back(self, slot: int) -> None:
         if slot in self._free:

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterable
 
 import msgpack
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 EXPORT_VERSION = 1
 MAX_ADDRESS_BYTES = 64 << 10
-PROGRESS_CALLS = 64  # a turn, while batches are on their way; then control messages get theirs
+SPIN_S = 50e-6  # before sleeping, while batches are on their way
 CHANNEL_NUMBERS = 1 << 31
 
 # UCX_ variables (less the prefix) that the link sets unless the environment does.
@@ -96,14 +97,25 @@ class UcxLink(Link):
         """Move messages on, and run what is due; True if anything happened."""
         worked = self.callbacks.run()
         self._channels = [channel for channel in self._channels if not channel.closed]
-        for _ in range(PROGRESS_CALLS if any(channel.moving for channel in self._channels) else 1):
-            self._worker.progress()
-            advanced = [channel.advance() for channel in self._channels]
-            if any(advanced):
-                worked = True
-                break
-        self._adopt_orphans()
+        self._worker.progress()
+        worked = self._advance() or worked
+        if not worked and any(channel.moving for channel in self._channels):
+            self._spin()
+            worked = self._advance()
+        if self.orphans:
+            self._adopt_orphans()
         return self.callbacks.run() or worked
+
+    def _advance(self) -> bool:
+        return any([channel.advance() for channel in self._channels])  # noqa: C419 - all of them, not up to the first
+
+    def _spin(self) -> None:
+        """Going to sleep and waking up costs more than the next fragment takes to come, if the peer is at it."""
+        deadline = time.perf_counter() + SPIN_S
+        while time.perf_counter() < deadline:
+            self._worker.progress()
+            if any(channel.due for channel in self._channels):
+                return
 
     def fileno(self) -> int:
         return self._worker.fileno()

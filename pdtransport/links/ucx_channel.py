@@ -116,7 +116,6 @@ class UcxChannel(Channel):
             raise LinkBusy(f"{MAX_OFFERED} batches are offered and not released")
         try:
             runs = merge_runs(as_runs(runs))
-            self._link.regions.check(runs)
             checksums = self._offer(key, runs, checksum_blocks, done)
         except ValueError as error:
             raise LinkError(str(error)) from None
@@ -136,15 +135,17 @@ class UcxChannel(Channel):
         if nbytes <= REFUSAL_BYTES:
             raise LinkError("an empty batch")
         if len(runs) == 1 and blocks:
+            self._link.regions.check(runs)
             checksums = pages.checksum(runs, blocks)
             self._offered[key] = _Offered(nbytes, memory(int(runs[0, 0]), nbytes), None, done)
             return checksums.astype("<u8").tobytes()
         ring = self._link.sending
         if nbytes > ring.slot_bytes:
             raise LinkError(f"a batch of {nbytes} bytes exceeds a staging slot: raise links.batch_bytes to {nbytes}")
-        slot = ring.take() if self._staged < self._send_share else None
-        if slot is None:
+        if self._staged >= self._send_share or not ring.free:
             raise LinkBusy("all staging slots hold batches that the peer has not asked for yet")
+        self._link.regions.check(runs)
+        slot = ring.take()
         data = ring.view(slot, nbytes)
         try:
             checksums = pages.gather(runs, data.ctypes.data, blocks)
@@ -221,13 +222,11 @@ class UcxChannel(Channel):
     def _ask_some(self) -> bool:
         """Post receives into free slots and ask the peer for them."""
         asked = False
-        while self._queue and len(self._posted) < self._receive_share:
-            slot = self._link.receiving.take()
-            if slot is None:
-                break
+        ring = self._link.receiving
+        while self._queue and ring.free and len(self._posted) < self._receive_share:
             wanted = self._queue.popleft()
-            wanted.slot = slot
-            room = self._link.receiving.view(slot, wanted.nbytes)
+            wanted.slot = ring.take()
+            room = ring.view(wanted.slot, wanted.nbytes)
             # A message shorter than it should be leaves these bytes as they are.
             wanted.canary = secrets.token_bytes(min(CANARY_BYTES, wanted.nbytes - REFUSAL_BYTES))
             room[room.size - len(wanted.canary) :] = np.frombuffer(wanted.canary, dtype=np.uint8)
@@ -297,6 +296,15 @@ class UcxChannel(Channel):
     def moving(self) -> bool:
         """A batch is on its way."""
         return bool(self._sent or self._posted)
+
+    @property
+    def due(self) -> bool:
+        """:meth:`advance` has something to do."""
+        return (
+            self._heard.completed
+            or any(sent.request.completed for sent in self._sent)
+            or any(wanted.request is not None and wanted.request.completed for wanted in self._posted)
+        )
 
     def advance(self) -> bool:
         """Look at what the worker moved; True if anything ended or was begun."""

@@ -1,4 +1,7 @@
-"""What the scheduler's half of the connector tells the workers each step: commands, in order."""
+"""What the scheduler's half of the connector tells the workers each step: commands, in order.
+
+Commands name requests by vLLM's own id: two requests may come with one transfer id, and only the first may have it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Open:
 class Pages:
     """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``."""
 
-    transfer: str
+    req_id: str
     pages: list[int]
     tokens: int
 
@@ -30,7 +33,7 @@ class Pages:
 class Rewind:
     """Prefill: the engine took this request's pages back; they are overwritten in this very step."""
 
-    transfer: str
+    req_id: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,6 @@ class Finish:
     """Prefill: the request is through; report ``finished_sending`` once its pages are free."""
 
     req_id: str
-    transfer: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Drop:
     """Prefill: the request was aborted; report ``finished_sending`` once its pages are free."""
 
     req_id: str
-    transfer: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Take:
 class Cancel:
     """Decode: the request was aborted while its pages were on their way."""
 
-    transfer: str
+    req_id: str
 
 
 Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel

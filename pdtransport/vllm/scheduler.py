@@ -143,9 +143,8 @@ class SchedulerSide:
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
         for req_id in output.preempted_req_ids or ():
-            producing = self._producing.get(req_id)
-            if producing is not None:
-                self._before.append(Rewind(producing.transfer))
+            if req_id in self._producing:
+                self._before.append(Rewind(req_id))
         if self._producing:
             after = self._progress(output)
         self._claim_waiting()
@@ -166,7 +165,7 @@ class SchedulerSide:
             if ids is None:
                 continue
             tokens = min(before + output.num_scheduled_tokens[req_id], entry.tokens)
-            progress.append(Pages(entry.transfer, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens))
+            progress.append(Pages(req_id, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens))
         return progress
 
     def _claim_waiting(self) -> None:
@@ -191,7 +190,7 @@ class SchedulerSide:
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
             if consuming.state == "loading":
-                self._before.append(Cancel(consuming.params.transfer_id))
+                self._before.append(Cancel(req_id))
             elif consuming.state == "waiting":
                 self._release(req_id, consuming)
         entry = self._producing.pop(req_id, None)
@@ -199,9 +198,9 @@ class SchedulerSide:
             return False, None
         delivered = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         if request.status not in delivered or request.num_computed_tokens < entry.tokens:
-            self._before.append(Drop(req_id, entry.transfer))
+            self._before.append(Drop(req_id))
             return True, None
-        self._before.append(Finish(req_id, entry.transfer))
+        self._before.append(Finish(req_id))
         return True, {
             "do_remote_prefill": True,
             "do_remote_decode": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pdtransport.outcome import Outcome
@@ -34,8 +35,8 @@ class WorkerSide:
         self._receipts: dict[str, Receipt] = {}
         self._changed = threading.Condition()
         # Written by the I/O thread and by the worker's own, under the condition's lock:
-        self._released: set[str] = set()  # transfers whose pages are free
-        self._closing: dict[str, str] = {}  # transfer -> request that waits for that
+        self._released: set[str] = set()  # requests whose transfer ended before they did
+        self._closing: set[str] = set()  # requests that are through and wait for their transfer's end
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._failed: set[str] = set()
@@ -87,15 +88,16 @@ class WorkerSide:
         transport = self._transport
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
-            self._offers[command.transfer] = transport.offer(
-                command.transfer, command.key, command.tokens, self._source_ended
-            )
+            ended = partial(self._source_ended, command.req_id)
+            self._offers[command.req_id] = transport.offer(command.transfer, command.key, command.tokens, ended)
         elif isinstance(command, Pages):
-            offer = self._offers.get(command.transfer)
+            offer = self._offers.get(command.req_id)
             if offer is not None:
                 offer.ready(self._kernel_pages(command.pages), command.tokens)
         elif isinstance(command, Rewind):
-            transport.withdraw(command.transfer, REWIND_S)
+            offer = self._offers.get(command.req_id)
+            if offer is not None:
+                offer.withdraw(REWIND_S)
         elif isinstance(command, (Finish, Drop)):
             self._close_offer(command)
         elif isinstance(command, Claim):
@@ -103,20 +105,18 @@ class WorkerSide:
         elif isinstance(command, Take):
             self._take(transport, command)
         elif isinstance(command, Cancel):
-            receipt = self._receipts.get(command.transfer)
+            receipt = self._receipts.get(command.req_id)
             if receipt is not None:
                 receipt.cancel("the request was aborted on decode")
 
     def _close_offer(self, command: Finish | Drop) -> None:
         with self._changed:
-            if command.transfer in self._released:
-                self._released.discard(command.transfer)
+            if command.req_id in self._released:
+                self._released.discard(command.req_id)
                 self._sent.add(command.req_id)
             else:
-                self._closing[command.transfer] = command.req_id
-        offer = self._offers.pop(command.transfer, None)
-        if offer is None:
-            return
+                self._closing.add(command.req_id)
+        offer = self._offers.pop(command.req_id)
         if isinstance(command, Finish):
             offer.finish()
         else:
@@ -128,7 +128,7 @@ class WorkerSide:
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
 
         def ended(outcome: Outcome) -> None:
-            self._receipts.pop(take.transfer, None)
+            self._receipts.pop(take.req_id, None)
             if take.pages:
                 self._sink_ended(take.req_id, outcome)
 
@@ -143,9 +143,9 @@ class WorkerSide:
             first_block=first,
             on_end=ended,
         )
-        self._receipts[take.transfer] = receipt
+        self._receipts[take.req_id] = receipt
         if receipt.future.done():  # it ended in the I/O thread before we noted it
-            self._receipts.pop(take.transfer, None)
+            self._receipts.pop(take.req_id, None)
 
     def _kernel_pages(self, blocks: list[int]) -> list[int]:
         """The attention kernel's blocks, of which a scheduler's block holds ``ratio``."""
@@ -155,14 +155,14 @@ class WorkerSide:
 
     # -- what ended (called in the I/O thread) -------------------------------------------------------------------
 
-    def _source_ended(self, outcome: Outcome) -> None:
+    def _source_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._changed:
             self._stats.record("producer", outcome)
-            req_id = self._closing.pop(outcome.transfer, None)
-            if req_id is None:
-                self._released.add(outcome.transfer)
-            else:
+            if req_id in self._closing:
+                self._closing.discard(req_id)
                 self._sent.add(req_id)
+            else:
+                self._released.add(req_id)
             self._changed.notify()
 
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:

@@ -194,6 +194,31 @@ def test_a_transfer_id_used_twice_is_refused_on_both_sides(cluster: MakeCluster)
                 handle.result(WAIT_S)
 
 
+def test_a_second_offer_under_a_live_transfer_id_can_not_touch_the_first(cluster: MakeCluster) -> None:
+    """Promise 1: two requests with one transfer id: only the first one's pages are sent, and it alone may end it."""
+    c = cluster()
+    key, transfer = request_key([5]), secrets.token_hex(16)
+    whole = fill_pages(c, [3], seed=3)
+    first = c.prefill[0].transport.offer(transfer, key, 4)
+    second = c.prefill[0].transport.offer(transfer, key, 4)
+    with pytest.raises(TransferFailed, match="in use"):
+        second.result(WAIT_S)
+    second.ready([4], 4)
+    second.finish()
+    second.cancel()
+    first.ready([3], 4)
+    first.finish()
+    (receipt,) = receive_all(c, transfer, key, 4, [0])
+    (again,) = receive_all(c, transfer, key, 4, [1])
+    with pytest.raises(TransferFailed):
+        again.result(WAIT_S)
+    again.cancel()
+    assert receipt.result(WAIT_S).ok
+    assert first.result(WAIT_S).ok
+    assert np.array_equal(gathered(c, [0]), whole)
+    assert (gathered(c, [1]) == 255).all()
+
+
 def test_pages_nobody_takes_are_given_back(cluster: MakeCluster) -> None:
     c = cluster(deadlines={"hold_s": 0.3})
     offer = c.prefill[0].transport.offer(secrets.token_hex(16), request_key([1]), 5)
@@ -244,7 +269,7 @@ def test_a_preempted_prefill_sends_what_it_computes_again(cluster: MakeCluster) 
     offer = prefill.transport.offer(transfer, key, tokens)
     fill_pages(c, [0, 1, 2], seed=1)
     offer.ready([0, 1, 2], 3 * BLOCK_SIZE)
-    prefill.transport.withdraw(transfer, WAIT_S)
+    offer.withdraw(WAIT_S)
     prefill.kv[:] = 77  # the engine gave the pages to somebody else
     (receipt,) = receive_all(c, transfer, key, tokens, [9, 8, 7, 6, 5, 4])
     source = [30, 31, 32, 33, 34, 35]

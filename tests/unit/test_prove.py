@@ -36,6 +36,7 @@ class Case:
 
     def __init__(self) -> None:
         self.tokens = {ROUTER: [1, 2, 3], DECODE: [1, 2, 3]}
+        self.likely: dict[int, list[dict[int, float]]] = {ROUTER: [], DECODE: []}  # by token, at each position
         self.path = "disaggregated"
         self.status = 200
         self.record: dict[str, Any] = {
@@ -46,10 +47,10 @@ class Case:
         self.asked: dict[int, list[dict[str, Any]]] = {ROUTER: [], DECODE: []}
 
     def ask(self, address: workers.Address, control: Any, transfer: str = "", timeout_s: float = 0) -> dict[str, Any]:
-        done = bool(self.asked[ROUTER])
+        done = len(self.asked[ROUTER])
         peer = {"engine": "proof-prefill-0", "rank": 0, "link": "cma", "why": "same host", "bandwidth_bytes_s": 2e9}
         return {
-            "counters": {"bytes_received": self.crossed if done else 0, "blocks_received": 9 if done else 0},
+            "counters": {"bytes_received": self.crossed * done, "blocks_received": 9 * done},
             "peers": [peer],
             "transfers": [self.record] if done else [],
         }
@@ -60,7 +61,10 @@ def server(port: int, case: Case) -> ThreadingHTTPServer:
         def do_POST(self) -> None:
             case.asked[port].append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             ids = case.tokens[port]
-            choice = {"index": 0, "text": " ".join(map(str, ids)), "token_ids": ids}
+            top = [{f"token_id:{token}": value for token, value in at.items()} for at in case.likely[port]]
+            choice = {
+                "index": 0, "text": " ".join(map(str, ids)), "token_ids": ids, "logprobs": {"top_logprobs": top}
+            }  # fmt: skip
             answer: dict[str, Any] = {
                 "choices": [choice],
                 "usage": {"prompt_tokens": 288, "completion_tokens": len(ids)},
@@ -136,6 +140,34 @@ def test_other_tokens_fail_the_proof(case: Case, topology: tuple[Topology, Plan]
     case.tokens[ROUTER] = [1, 2, 4]
     with pytest.raises(prove.ProofError, match=r"(?s)differs from the plain one.*\[1, 2, 4\].*\[1, 2, 3\]"):
         proved(topology)
+
+
+def test_a_tie_is_tried_again_and_shown(case: Case, topology: tuple[Topology, Plan]) -> None:
+    """Two equally likely tokens may swap where sums are rounded in another order: that is tried again, and said."""
+    case.tokens[ROUTER] = [1, 9, 4]
+    case.likely = {ROUTER: [{1: -0.1}, {9: -0.69, 2: -0.7}], DECODE: [{1: -0.12}, {2: -0.69, 9: -0.71}]}
+    [crossing] = proved(topology).crossings
+    assert len(case.asked[ROUTER]) == prove.TIE_TRIES
+    assert (crossing.tokens, round(crossing.tie or 0, 2)) == (1, 0.02)
+    assert "1 tokens equal (then a tie: 0.02 nats apart)" in crossing.line()
+
+
+@pytest.mark.parametrize(
+    "likely",
+    [
+        {ROUTER: [{1: -0.1}, {9: -0.1, 2: -2.5}], DECODE: [{1: -0.1}, {2: -0.69, 9: -0.71}]},  # moved at the tie
+        {ROUTER: [{1: -1.1}, {9: -0.7, 2: -0.7}], DECODE: [{1: -0.1}, {2: -0.69, 9: -0.71}]},  # moved before it
+        {ROUTER: [{1: -0.1}, {9: -0.1, 2: -2.5}], DECODE: [{1: -0.1}, {2: -0.1, 9: -2.5}]},  # no tie at all
+        {ROUTER: [{1: -0.1}, {9: -0.1}], DECODE: [{1: -0.1}, {2: -0.1}]},  # not even likely
+        {ROUTER: [], DECODE: []},
+    ],
+)
+def test_what_is_no_tie_fails_at_once(case: Case, topology: tuple[Topology, Plan], likely: Any) -> None:
+    """Wrong pages move log-probabilities: such a difference is no tie, and is not tried again."""
+    case.tokens[ROUTER], case.likely = [1, 9, 4], likely
+    with pytest.raises(prove.ProofError, match="differs from the plain one at token 1"):
+        proved(topology)
+    assert len(case.asked[ROUTER]) == 1
 
 
 @pytest.mark.parametrize(

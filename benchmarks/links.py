@@ -1,0 +1,198 @@
+"""Bandwidth of each link between two processes on this host: ``python -m benchmarks.links``.
+
+Pages of 4 KiB to 1 MiB, in order and shuffled, checksums off and full, moved by the channels that production uses;
+beside them memcpy and ``ucx_perftest`` (from the libucx wheel) with 4 MiB messages over shared memory. Everything is
+measured in turns, several rounds, so that a noisy machine disturbs all alike; the table shows medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks._link_sides import Case, Pair
+from pdtransport.errors import LinkUnavailable
+from pdtransport.kernels import pages
+from pdtransport.settings import LinkSettings
+
+PAGES_KIB = (4, 8, 16, 32, 64, 128, 256, 1024)
+BATCH_BYTES = LinkSettings().batch_bytes
+PERFTEST_TESTS = ("ucp_put_bw", "tag_bw")
+PERFTEST_PORT = 21090
+PERFTEST_BYTES = 4 << 20
+PERFTEST_ITERATIONS = 500
+PERFTEST_S = 60.0
+
+Rates = dict[tuple[str, str, int], list[float]]  # (what, how, page KiB) -> bytes a second, one a round
+
+
+def main() -> int:
+    arguments = parse()
+    pairs: dict[str, Pair] = {}
+    for name in arguments.links:
+        try:
+            pairs[name] = Pair(name, arguments.bytes)
+        except LinkUnavailable as error:
+            print(f"{name}: {error}", file=sys.stderr)
+    rates: Rates = {}
+    try:
+        for number in range(1, arguments.rounds + 1):
+            print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
+            measure(pairs, arguments.bytes, rates)
+    finally:
+        for pair in pairs.values():
+            pair.close()
+    result = summarise(rates, {name: pair.why for name, pair in pairs.items()}, arguments)
+    print(table(result))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--bytes", type=int, default=64 << 20, help="moved per measurement (default 64 MiB)")
+    parser.add_argument("--links", default="cma,ucx", help="which links, separated by commas (default cma,ucx)")
+    parser.add_argument("--rounds", type=int, default=5, help="medians are over so many (default 5)")
+    arguments = parser.parse_args()
+    if arguments.bytes < BATCH_BYTES or arguments.bytes % BATCH_BYTES:
+        parser.error(f"--bytes: a multiple of {BATCH_BYTES} is needed")
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
+    arguments.links = [name.strip() for name in arguments.links.split(",") if name.strip()]
+    unknown = set(arguments.links) - {"cma", "ucx"}
+    if unknown:
+        parser.error(f"--links: {', '.join(sorted(unknown))} is not one of cma, ucx")
+    return arguments
+
+
+def measure(pairs: dict[str, Pair], nbytes: int, rates: Rates) -> None:
+    """One round of everything; the baselines stand next to each link's figures."""
+
+    def note(what: str, how: str, page: int, rate: float | None) -> None:
+        if rate is not None:
+            rates.setdefault((what, how, page), []).append(rate)
+
+    note("memcpy", "", 0, memcpy_rate(nbytes))
+    for pair_name, pair in pairs.items():
+        for test in PERFTEST_TESTS:
+            note(f"ucx_perftest {test}", "", 0, perftest_rate(test))
+        for shuffled in (False, True):
+            for checksums in (False, True):
+                for kib in PAGES_KIB:
+                    case = Case(nbytes, kib << 10, shuffled, checksums)
+                    note(pair_name, case.label, kib, pair.rate(case))
+
+
+def memcpy_rate(nbytes: int) -> float:
+    """Bytes a second of one thread's memcpy between two warm buffers."""
+    source, target = (np.ones(nbytes, dtype=np.uint8) for _ in range(2))
+    best = 0.0
+    for _ in range(3):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        best = max(best, nbytes / (time.perf_counter() - begin))
+    return best
+
+
+def perftest_rate(test: str) -> float | None:
+    """Overall bytes a second of ucx_perftest between two processes of this host; None where it is not installed."""
+    found = find_perftest()
+    if found is None:
+        return None
+    binary, libraries = found
+    environment = {**os.environ, "UCX_LOG_LEVEL": "error"}
+    if libraries:
+        environment["LD_LIBRARY_PATH"] = f"{libraries}:{environment.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+    common = [binary, "-p", str(PERFTEST_PORT)]
+    server = subprocess.Popen(common, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(0.5)
+        wanted = ["-t", test, "-s", str(PERFTEST_BYTES), "-n", str(PERFTEST_ITERATIONS), "-w", "20", "-v"]
+        client = subprocess.run(
+            [*common, "127.0.0.1", *wanted], env=environment, capture_output=True, text=True, timeout=PERFTEST_S
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        server.kill()
+        server.wait()
+    return parse_perftest(client.stdout)
+
+
+def find_perftest() -> tuple[str, str] | None:
+    """(the binary, folder of its libraries): from the libucx wheel, else from the path."""
+    spec = importlib.util.find_spec("libucx")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        binary = Path(folder) / "bin" / "ucx_perftest"
+        if binary.exists():
+            return str(binary), str(Path(folder) / "lib")
+    found = shutil.which("ucx_perftest")
+    return (found, "") if found else None
+
+
+def parse_perftest(output: str) -> float | None:
+    """The overall bandwidth of the last line of figures that ``-v`` prints: comma separated, in MB of 2**20 bytes."""
+    rows = [line for line in output.splitlines() if re.fullmatch(r"[\d.]+(,[\d.]+){6,}", line.strip())]
+    return float(rows[-1].split(",")[5]) * (1 << 20) if rows else None
+
+
+def summarise(rates: Rates, why: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians in bytes a second, and the ratio of each to the better of ucx_perftest's tests."""
+    middle = {key: median(values) for key, values in rates.items()}
+    perftest = max((rate for (what, _, _), rate in middle.items() if what.startswith("ucx_perftest")), default=None)
+    rows = [
+        {
+            "what": what,
+            "how": how,
+            "page_kib": page,
+            "bytes_s": round(rate),
+            "of_perftest": round(rate / perftest, 3) if perftest else None,
+            "all_bytes_s": [round(value) for value in rates[what, how, page]],
+        }
+        for (what, how, page), rate in middle.items()
+    ]
+    return {"bytes": arguments.bytes, "rounds": arguments.rounds, "kernels": pages.BACKEND, "why": why, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Baselines, then a line for each link and manner with a column a page size: GB/s."""
+    rows = result["rows"]
+    lines = [
+        f"{result['bytes'] >> 20} MiB a measurement, medians of {result['rounds']}, GB/s, {result['kernels']} kernels"
+    ]
+    lines += [f"{row['what']:<42}{row['bytes_s'] / 1e9:6.1f}" for row in rows if not row["how"]]
+    lines += [f"{name}: {why}" for name, why in result["why"].items()]
+    lines.append(f"{'pages of KiB':<42}" + "".join(f"{kib:>6}" for kib in PAGES_KIB))
+    for name in result["why"]:
+        chosen = [row for row in rows if row["what"] == name]
+        for how in dict.fromkeys(row["how"] for row in chosen):
+            figures = "".join(f"{row['bytes_s'] / 1e9:6.1f}" for row in chosen if row["how"] == how)
+            lines.append(f"{name + ' ' + how:<42}{figures}")
+    for name in result["why"]:
+        for row in rows:
+            if (
+                row["what"] == name
+                and row["page_kib"] == 32
+                and row["how"].startswith("shuffled")
+                and row["of_perftest"]
+            ):
+                lines.append(f"{name} 32 KiB {row['how']}: {row['of_perftest']:.0%} of ucx_perftest")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Measures a channel once per pair with batches of scratch memory, over the calls that production batches take.
+
+Sans-IO: bodies of LinkCall messages in, bodies out (msgpack maps whose ``op`` begins with ``probe``). The receiver of
+pages runs a :class:`Probe`; the sender answers with a :class:`ProbeSource`. Neither blocks, waits or reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.errors import LinkError
+from pdtransport.kernels.runs import Runs
+from pdtransport.links.base import Channel, LinkBusy, Region
+from pdtransport.links.memory import PAGE, Regions
+
+OPS = ("probe?", "probe", "probe-busy", "probe-end")
+FIRST_KEY = 1 << 55  # keys of transfers count up from 1
+IN_FLIGHT = 2  # batches asked for ahead of what has arrived
+DEADLINE_S = 10.0  # to the end of a probe; afterwards the pair's rate is reported as unknown
+MAX_BATCH_BYTES = 256 << 20
+PROBE_PAGE = 32 << 10  # the scratch pages are moved in shuffled order, as a fragmented cache would be
+
+
+class _Scratch:
+    """Registered memory of ``nbytes`` bytes for as long as a probe runs."""
+
+    def __init__(self, regions: Regions, nbytes: int) -> None:
+        self._memory: npt.NDArray[np.uint8] = np.zeros(nbytes, dtype=np.uint8)
+        self._regions = regions
+        self._region = Region(self._memory.ctypes.data, nbytes, self._memory)
+        regions.add(self._region)
+
+    def runs(self) -> Runs:
+        starts = np.arange(0, self._memory.size, PROBE_PAGE, dtype=np.uint64)
+        runs = np.empty((len(starts), 2), dtype=np.uint64)
+        runs[:, 0] = starts + np.uint64(self._memory.ctypes.data)
+        runs[:, 1] = np.minimum(np.uint64(PROBE_PAGE), np.uint64(self._memory.size) - starts)
+        shuffled: Runs = np.random.default_rng(0).permutation(runs)
+        return shuffled
+
+    def close(self) -> None:
+        self._regions.remove(self._region)
+
+
+class Probe:
+    """The receiver's half: asks for ``nbytes`` in batches and times them.
+
+    Drain :meth:`outbox` after each call and after each ``Link.progress``. ``done`` turns True once; then ``rate`` is
+    in bytes a second, or None with ``why`` saying what went wrong, and ``elapsed_s`` is what the bytes took.
+
+    Args:
+        channel: the channel that the peer sends to us over.
+        regions: where to register the scratch memory.
+        nbytes: to move in all; at least one batch.
+        batch_bytes: of one batch.
+        now: seconds on the clock that all later times are of.
+    """
+
+    def __init__(self, channel: Channel, regions: Regions, nbytes: int, batch_bytes: int, now: float) -> None:
+        self._batch = max(PAGE, min(nbytes, batch_bytes) // PAGE * PAGE)
+        self._left = self._arriving = max(1, nbytes // self._batch)
+        self._total = self._left * self._batch
+        self._channel, self._scratch = channel, _Scratch(regions, self._batch)
+        self._began, self._now = now, now
+        self._keys: set[int] = set()
+        self._out: list[bytes] = []
+        self.done, self.rate, self.why = False, None, ""
+        self.rate: float | None
+        for _ in range(min(IN_FLIGHT, self._left)):
+            self._ask()
+
+    def outbox(self) -> list[bytes]:
+        out, self._out = self._out, []
+        return out
+
+    def on_call(self, body: Mapping[str, Any], now: float) -> None:
+        """A body of the peer's whose ``op`` is in :data:`OPS`."""
+        self._now = now
+        if self.done:
+            return
+        if body.get("op") == "probe-busy":
+            self._end(None, "the peer had no staging slot free")
+        elif body.get("op") == "probe":
+            try:
+                key, offer = int(body["key"]), bytes(body["offer"])
+                self._keys.add(key)
+                self._channel.receive(key, offer, self._scratch.runs(), b"", 1, partial(self._arrived, key))
+            except (LinkError, KeyError, TypeError, ValueError) as error:
+                self._end(None, f"{type(error).__name__}: {error}")
+
+    def tick(self, now: float) -> None:
+        """Call every turn while not ``done``: takes the time, and ends an overdue probe."""
+        self._now = now
+        if not self.done and now - self._began > DEADLINE_S:
+            self._end(None, f"it did not end within {DEADLINE_S:.0f} s")
+
+    def _ask(self) -> None:
+        self._left -= 1
+        self._out.append(msgpack.packb({"op": "probe?", "nbytes": self._batch}))
+
+    def _arrived(self, key: int, error: str | None) -> None:
+        self._keys.discard(key)
+        if self.done:
+            return
+        self._arriving -= 1
+        if error is not None:
+            self._end(None, error)
+        elif self._arriving == 0:
+            self._end(self._total, "")
+        elif self._left > 0:
+            self._ask()
+
+    def _end(self, moved: int | None, why: str) -> None:
+        self.done, self.why = True, why
+        self.elapsed_s = max(self._now - self._began, 1e-9)
+        if moved is not None:
+            self.rate = moved / self.elapsed_s
+        self._out.append(msgpack.packb({"op": "probe-end"}))
+        self._channel.fence(sorted(self._keys), self._scratch.close)
+        self._keys.clear()
+
+
+class ProbeSource:
+    """The sender's half, one a peer: offers scratch batches when asked.
+
+    Args:
+        channel: the channel that we send to the peer over.
+        regions: where to register the scratch memory.
+    """
+
+    def __init__(self, channel: Channel, regions: Regions) -> None:
+        self._channel, self._regions = channel, regions
+        self._scratch: _Scratch | None = None
+        self._next_key = FIRST_KEY
+        self._keys: list[int] = []
+
+    def on_call(self, body: Mapping[str, Any]) -> list[bytes]:
+        """Bodies to answer with; garbage gets none."""
+        if body.get("op") == "probe-end":
+            self.close()
+        if body.get("op") != "probe?":
+            return []
+        nbytes = body.get("nbytes")
+        if not isinstance(nbytes, int) or not PAGE <= nbytes <= MAX_BATCH_BYTES:
+            return []
+        if len(self._keys) >= IN_FLIGHT:  # asked for the next one: the oldest has arrived
+            self._channel.release(self._keys.pop(0))
+        key, self._next_key = self._next_key, self._next_key + 1
+        try:
+            if self._scratch is None:
+                self._scratch = _Scratch(self._regions, nbytes)
+            offer, _ = self._channel.send(key, self._scratch.runs(), 0, lambda error: None)
+        except (LinkBusy, LinkError):
+            return [msgpack.packb({"op": "probe-busy"})]
+        self._keys.append(key)
+        return [msgpack.packb({"op": "probe", "key": key, "offer": offer})]
+
+    def close(self) -> None:
+        """The probe ended, or the peer is gone."""
+        for key in self._keys:
+            self._channel.release(key)
+        self._keys.clear()
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
