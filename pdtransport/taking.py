@@ -91,8 +91,10 @@ class Taking:
 
     def fetch(self, owner: object, wanted: Fetch, on_end: OnOutcome) -> None:
         transfer = wanted.transfer
-        if transfer in self._sinks:
-            why = "this transfer id is in use; mint one per dispatch"
+        if transfer in self._sinks or self.receiving.knows(transfer):
+            self._counters["fetches_refused_reused"] += 1
+            why = "this transfer id was used before; mint one per dispatch"
+            logger.warning("transfer %s refused: %s", transfer, why)
             tell(on_end, Outcome(transfer, False, Code.REUSED.value, why))
             return
         record = self._timeline.open(transfer, "consumer")

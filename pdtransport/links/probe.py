@@ -70,8 +70,8 @@ class Probe:
         self._began, self._now = now, now
         self._keys: set[int] = set()
         self._out: list[bytes] = []
-        self.done, self.rate, self.why = False, None, ""
-        self.rate: float | None
+        self.done, self.why, self.elapsed_s = False, "", 0.0
+        self.rate: float | None = None
         for _ in range(min(IN_FLIGHT, self._left)):
             self._ask()
 

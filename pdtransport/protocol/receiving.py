@@ -88,7 +88,7 @@ class Receiving:
         Raises:
             TransferOver: the id is live or was used before, or too many transfers are live.
         """
-        if transfer in self._live or transfer in self._over:
+        if self.knows(transfer):
             raise TransferOver(Code.REUSED, "this transfer id was used before; mint one per dispatch")
         if len(self._live) >= self.limits.max_transfers:
             raise TransferOver(Code.OVERLOADED, f"{len(self._live)} transfers are live (max_transfers)")
@@ -167,6 +167,10 @@ class Receiving:
         return self._agenda.next()
 
     # -- what others may ask -------------------------------------------------------------------------------------
+
+    def knows(self, transfer: TransferId) -> bool:
+        """The id is in use, or was used and is still remembered."""
+        return transfer in self._live or transfer in self._over
 
     @property
     def live(self) -> int:

@@ -347,9 +347,12 @@ class Sending:
 
     @staticmethod
     def _outcome(request: _Request) -> tuple[Code | None, str]:
+        """An abort after everything was acked takes nothing away."""
         for machine in request.grants.values():
             if machine.state is not ProducerState.DONE:
                 return machine.code or Code.CANCELLED, machine.reason
+        if request.consumers is not None and len(request.grants) >= request.consumers:
+            return None, ""
         return request.cancelled or (None, "")
 
     def _bury(self, transfer: TransferId, code: Code | None, reason: str) -> None:

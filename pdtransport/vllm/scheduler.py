@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ class SchedulerSide:
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
+        self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
     # -- arrival -------------------------------------------------------------------------------------------------
 
@@ -112,12 +114,21 @@ class SchedulerSide:
         self._take(request.request_id, entry, first, blocks.get_block_ids()[0][first:end])
 
     def _release(self, req_id: str, entry: _Consuming) -> None:
-        """Nothing needs to come: say so, and prefill frees its pages."""
+        """Nothing needs to come: say so, and prefill frees its pages.
+
+        vLLM also asks for this when a request failed after its transfer was taken (it replays the request's arrival and
+        end to clean up); then the transfer has found its end already.
+        """
         entry.state = "done"
+        if entry.params.transfer_id in self._taken:
+            return
         self._take(req_id, entry, -(-entry.tokens // self._block_size), [])
 
     def _take(self, req_id: str, entry: _Consuming, first_block: int, pages: list[int]) -> None:
         p = entry.params
+        self._taken[p.transfer_id] = None
+        if len(self._taken) > self._settings.tombstones:
+            self._taken.popitem(last=False)
         self._before.append(
             Take(
                 req_id,

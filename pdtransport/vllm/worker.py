@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# vLLM's threads spin through short waits, and a thread that wants the interpreter lock from a spinning one waits a
+# switch interval for it, every time. The default of 5 ms would be most of a hand-off.
+SWITCH_INTERVAL_S = 0.0005
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
 
 
@@ -45,6 +49,7 @@ class WorkerSide:
     def register(self, kv_caches: KVCaches) -> None:
         """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
         described = describe(kv_caches, self._config, self._settings)
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._ratio = described.kernel_blocks_per_block
         transfer_config = self._config.kv_transfer_config
         assert transfer_config is not None

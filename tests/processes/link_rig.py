@@ -6,6 +6,7 @@ transport's I/O thread, unless it is told to hold still.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import select
@@ -15,14 +16,18 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.links.base import LinkBusy, Region
 from pdtransport.links.negotiate import open_links
+from pdtransport.links.probe import Probe, ProbeSource
 from pdtransport.settings import LinkSettings
 
 ANSWER_S = 30.0
+CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
+MS_REC, MS_SLAVE = 1 << 14, 1 << 19
 REMOTE_ERRORS = {error.__name__: error for error in (LinkError, LinkUnavailable, LinkBusy, ValueError)}
 Spans = Sequence[tuple[int, int]]  # (offset, nbytes) in the end's buffer
 
@@ -98,12 +103,30 @@ def shuffled(pages: int, page_bytes: int, seed: int) -> Spans:
 
 
 def _serve(pipe: Connection, nbytes: int, settings: dict[str, Any]) -> None:
+    namespace = settings.pop("netns", None)
+    if namespace:
+        _enter_network(namespace)
     try:
         server = _Server(nbytes, settings)
     except Exception as error:  # noqa: BLE001 - told to the test
         pipe.recv()
         pipe.send((type(error).__name__, str(error)))
         return
+    _serve_calls(pipe, server)
+    server.close()
+
+
+def _enter_network(namespace: str) -> None:
+    """What ``ip netns exec`` does: UCX lists network devices from /sys, which must show the namespace's own."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/var/run/netns/{namespace}") as file:
+        results = [libc.setns(file.fileno(), CLONE_NEWNET), libc.unshare(CLONE_NEWNS)]
+    results.append(libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_SLAVE), None))
+    results.append(libc.mount(b"sysfs", b"/sys", b"sysfs", ctypes.c_ulong(0), None))
+    assert results == [0] * 4, os.strerror(ctypes.get_errno())
+
+
+def _serve_calls(pipe: Connection, server: _Server) -> None:
     while True:
         busy = server.progress()
         if not busy and server.may_sleep():
@@ -114,14 +137,13 @@ def _serve(pipe: Connection, nbytes: int, settings: dict[str, Any]) -> None:
                 continue
             verb, arguments = pipe.recv()
         except EOFError:
-            break
+            return
         if verb == "exit":
-            break
+            return
         try:
             pipe.send(("ok", getattr(server, "do_" + verb)(*arguments)))
         except Exception as error:  # noqa: BLE001 - told to the test
             pipe.send((type(error).__name__, str(error)))
-    server.close()
 
 
 class _Server:
@@ -134,6 +156,8 @@ class _Server:
         self.channel: Any = None
         self.ended: dict[Any, str | None] = {}
         self.still = False
+        self.probe: Any = None
+        self.source: ProbeSource | None = None
 
     def runs(self, spans: Spans) -> np.ndarray:
         runs = np.array(spans, dtype=np.uint64).reshape(-1, 2)
@@ -215,6 +239,7 @@ class _Server:
         """What an earlier test left."""
         if self.channel is not None:
             self.channel.close()
+        self.source = None
         for link in self.links:
             link.progress()
         self.ended.clear()
@@ -227,6 +252,27 @@ class _Server:
         begin = time.monotonic()
         self.channel.close()
         return time.monotonic() - begin
+
+    def do_probe_start(self, nbytes: int) -> list[bytes]:
+        batch = self.settings.batch_bytes
+        self.probe = Probe(self.channel, self.opened.regions, nbytes, batch, time.monotonic())
+        return self.probe.outbox()
+
+    def do_probe_call(self, body: bytes) -> list[bytes]:
+        """One LinkCall body from the peer; answers with what to say to it."""
+        call = msgpack.unpackb(body)
+        if call["op"] in ("probe?", "probe-end"):
+            self.source = self.source or ProbeSource(self.channel, self.opened.regions)
+            return self.source.on_call(call)
+        self.probe.on_call(call, time.monotonic())
+        return self.probe.outbox()
+
+    def do_probe_turn(self) -> tuple[list[bytes], bool, float | None, str]:
+        self.probe.tick(time.monotonic())
+        return self.probe.outbox(), self.probe.done, self.probe.rate, self.probe.why
+
+    def do_regions(self) -> int:
+        return len(self.opened.regions)
 
     def do_stats(self) -> dict[str, Any]:
         stats = self.channel.stats

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -515,3 +517,94 @@ def test_a_required_link_is_not_replaced(processes: dict[str, tuple[End, End]]) 
         assert one.names == ["cma"]
         with pytest.raises(LinkUnavailable, match=r"links.require is 'cma'.*does not offer it"):
             one.ask("connect", ucx_only)
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+def run_probe(sender: End, receiver: End, nbytes: int) -> tuple[float | None, str]:
+    """Carry the probe's words between both ends, as the transport does with LinkCall messages."""
+    bodies = receiver.ask("probe_start", nbytes)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        answers = [answer for body in bodies for answer in sender.ask("probe_call", body)]
+        replies = [reply for answer in answers for reply in receiver.ask("probe_call", answer)]
+        bodies, done, rate, why = receiver.ask("probe_turn")
+        bodies = replies + bodies
+        if done and not bodies:
+            return rate, why
+    raise TimeoutError("the probe did not end")
+
+
+@pytest.mark.parametrize("nbytes", [4096, 3 * BIG])
+def test_a_probe_measures_the_pair_and_leaves_nothing(ends: tuple[End, End], nbytes: int) -> None:
+    """Also after production batches; its scratch memory is unregistered afterwards."""
+    sender, receiver = ends
+    assert hand_over(sender, receiver, 1, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
+    rate, why = run_probe(sender, receiver, nbytes)
+    assert why == ""
+    assert rate is not None
+    assert rate > 0
+    assert receiver.ask("stats")["bytes_received"] == BATCH + nbytes
+    assert [one.ask("regions") for one in ends] == [1, 1]
+    for one in ends:
+        assert_all_free(one)
+
+
+def test_a_probe_whose_sender_is_busy_says_so(processes: dict[str, tuple[End, End]]) -> None:
+    sender, receiver = of_kind(processes, "ucx")
+    pair(sender, receiver)
+    for key in (1, 2):
+        sender.ask("send", key, shuffled(PAGES, PAGE, key), 0)
+    rate, why = run_probe(sender, receiver, 2 * BIG)
+    assert (rate, why) == (None, "the peer had no staging slot free")
+
+
+# -- two hosts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them."""
+    names = f"pdt{os.getpid()}a", f"pdt{os.getpid()}b"
+    ip = shutil.which("ip")
+    if ip is None or subprocess.run([ip, "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("needs the right to make network namespaces")
+    try:
+        commands = [f"netns add {names[1]}", f"link add {names[0]}v type veth peer name {names[1]}v"]
+        for number, name in enumerate(names, 1):
+            commands += [
+                f"link set {name}v netns {name}",
+                f"-n {name} addr add 10.213.77.{number}/24 dev {name}v",
+                f"-n {name} link set {name}v up",
+                f"-n {name} link set lo up",
+            ]
+        for command in commands:
+            subprocess.run([ip, *command.split()], check=True, timeout=10)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "del", name], capture_output=True, timeout=10)
+
+
+@pytest.mark.netns
+def test_pages_cross_between_network_namespaces(namespaces: tuple[str, str]) -> None:
+    """Two network stacks, one cable: what two hosts see of each other. A dead cable ends in an error on close."""
+    with end("ucx-tcp", netns=namespaces[0]) as sender, end("ucx-tcp", netns=namespaces[1]) as receiver:
+        assert pair(sender, receiver) == ("ucx (tcp)", "ucx (tcp)")
+        sender.ask("fill", 1)
+        for key in range(1, 5):
+            spans = shuffled(PAGES, PAGE, key)
+            assert hand_over(sender, receiver, key, spans, [(0, BATCH)], BLOCKS) is None
+            assert receiver.ask("read", [(0, BATCH)]) == sender.ask("read", spans)
+        cable = ["ip", "-n", namespaces[0], "link", "set", f"{namespaces[0]}v", "down"]
+        subprocess.run(cable, check=True, timeout=10)
+        offer, checksums = sender.ask("send", 9, shuffled(PAGES, PAGE, 9), BLOCKS)
+        receiver.ask("receive", 9, offer, [(0, BATCH)], checksums, BLOCKS)
+        time.sleep(0.2)
+        assert ("receive", 9) not in receiver.ask("ended")
+        for one in (receiver, sender):
+            assert one.ask("close_channel") < 2.0
+            assert_all_free(one)
+        assert str(receiver.wait_for(("receive", 9))).startswith("link: ")
+        assert [receiver.finish(), sender.finish()] == [0, 0]

@@ -16,6 +16,7 @@ import aiohttp
 from tests.rig.servers import HOST, MODEL_NAME, Server
 
 REQUEST_S = 240.0
+KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s: a request sent just then would be lost
 ERROR_CHARS = 600
 
 Order = Literal["concurrent", "serial"]
@@ -111,7 +112,7 @@ class Client:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
         return self
 

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -60,7 +61,7 @@ def fragment(buffer: Bytes, lengths: list[int], order: list[int], gap: int, firs
 def cuts(total: int, points: list[int]) -> list[int]:
     """Lengths of the pieces of ``total`` bytes cut at ``points`` (words, taken modulo)."""
     places = sorted({8 * (p % (total // 8 + 1)) for p in points} | {0, total})
-    return [b - a for a, b in zip(places, places[1:], strict=False)]
+    return [b - a for a, b in pairwise(places)]
 
 
 @st.composite

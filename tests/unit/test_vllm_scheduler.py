@@ -1,0 +1,228 @@
+"""The connector's scheduler half: what it asks of the workers, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from pdtransport.settings import Settings
+from pdtransport.vllm.metadata import Cancel, Claim, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.scheduler import CLAIM_EVERY_S, SchedulerSide
+
+BLOCK = 32
+CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1, "tp_size": 2}
+PRODUCE = {"do_remote_decode": True, "transfer_id": "t"}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def side(clock: Clock) -> SchedulerSide:
+    return SchedulerSide(
+        Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1, clock=clock
+    )
+
+
+def request(params: Any, tokens: int = 100, name: str = "r", **more: Any) -> Any:
+    fields = {
+        "request_id": name,
+        "kv_transfer_params": params,
+        "prompt_token_ids": list(range(tokens)),
+        "num_prompt_tokens": tokens,
+        "num_computed_tokens": 0,
+        "num_output_tokens": 0,
+        "lora_request": None,
+        "mm_features": None,
+        "cache_salt": None,
+    }
+    return SimpleNamespace(**{**fields, **more})
+
+
+def blocks(*ids: int) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: (list(ids),))
+
+
+def step(side: SchedulerSide, scheduled: dict[str, tuple[int, int]] | None = None, preempted: tuple = ()) -> Any:
+    """One scheduler step; ``scheduled`` maps a request to (tokens computed before, tokens in this step)."""
+    scheduled = scheduled or {}
+    state = SimpleNamespace(get_block_ids=lambda req_id: ([10, 11, 12, 13, 14],))
+    return side.build(
+        SimpleNamespace(
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=list(scheduled), num_computed_tokens=[before for before, _ in scheduled.values()]
+            ),
+            num_scheduled_tokens={name: now for name, (_, now) in scheduled.items()},
+            total_num_scheduled_tokens=sum(now for _, now in scheduled.values()),
+            preempted_req_ids=set(preempted),
+            kv_connector_block_state=state,
+        )
+    )
+
+
+def take(side: SchedulerSide, r: Any, held: int, *ids: int) -> list[Any]:
+    external, later = side.matched_tokens(r, held)
+    assert later == (external > 0)
+    side.allocated(r, blocks(*ids), external)
+    return step(side).before
+
+
+def test_decode_asks_for_what_it_lacks(side: SchedulerSide) -> None:
+    r = request(CONSUME)
+    side.on_new_request(r)
+    (command,) = take(side, r, 64, 5, 6, 7, 8)
+    assert isinstance(command, Take)
+    assert (command.first_block, command.pages, command.ranks) == (2, [7, 8], 2)
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(1, 0), (33, 32), (97, 96)])
+def test_decode_asks_for_nothing_if_it_computes_the_last_token_anyway(
+    side: SchedulerSide, tokens: int, held: int
+) -> None:
+    r = request(CONSUME, tokens)
+    side.on_new_request(r)
+    (command,) = take(side, r, held)
+    assert command.pages == [], "prefill must learn that it may free its pages"
+
+
+def test_a_question_asked_again_changes_nothing(side: SchedulerSide) -> None:
+    r = request(CONSUME)
+    side.on_new_request(r)
+    assert [side.matched_tokens(r, 0) for _ in range(3)] == [(100, True)] * 3
+
+
+def test_a_request_is_loaded_once_however_its_load_ended(side: SchedulerSide) -> None:
+    """A failed load is computed here; a preempted request does not ask prefill again."""
+    r = request(CONSUME)
+    side.on_new_request(r)
+    take(side, r, 0, 1, 2, 3, 4)
+    side.update_output(SimpleNamespace(finished_recving={"r"}))
+    assert side.matched_tokens(r, 0) == (0, False)
+    assert take(side, r, 0) == []
+
+
+def test_the_clean_up_after_a_failed_request_takes_nothing_again(side: SchedulerSide) -> None:
+    """vLLM replays arrival and end of a request that failed: its transfer must not be opened a second time."""
+    r = request(CONSUME)
+    side.on_new_request(r)
+    take(side, r, 0, 1, 2, 3, 4)
+    side.update_output(SimpleNamespace(finished_recving={"r"}))
+    side.finished(r, [])
+    again = request(CONSUME, name="r2")
+    side.on_new_request(again)
+    side.finished(again, [])
+    assert step(side).before == []
+
+
+def test_a_request_that_ends_before_it_got_room_frees_prefill(side: SchedulerSide) -> None:
+    r = request(CONSUME)
+    side.on_new_request(r)
+    assert side.finished(r, []) == (False, None)
+    (command,) = step(side).before
+    assert isinstance(command, Take)
+    assert command.pages == []
+
+
+def test_an_abort_while_loading_is_passed_on(side: SchedulerSide) -> None:
+    r = request(CONSUME)
+    side.on_new_request(r)
+    take(side, r, 0, 1, 2, 3, 4)
+    assert side.finished(r, []) == (False, None)
+    assert step(side).before == [Cancel("r")]
+
+
+def test_decode_claims_while_it_has_no_room(side: SchedulerSide, clock: Clock) -> None:
+    r = request(CONSUME)
+    side.on_new_request(r)
+    assert step(side).before == [Claim("t", "h", 1, 2)]
+    assert step(side).before == []
+    clock.now += CLAIM_EVERY_S
+    assert step(side).before == [Claim("t", "h", 1, 2)]
+    take(side, r, 0, 1, 2, 3, 4)
+    clock.now += CLAIM_EVERY_S
+    assert step(side).before == []
+
+
+def test_prefill_names_pages_step_by_step_and_hands_over_at_the_end(side: SchedulerSide) -> None:
+    from vllm.v1.request import RequestStatus
+
+    r = request(PRODUCE)
+    side.on_new_request(r)
+    first = step(side, {"r": (0, 64)})
+    assert isinstance(first.before[0], Open)
+    assert first.after == [Pages("r", [10, 11, 12, 13], 64)]
+    assert first.computes
+    assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100)]
+    assert step(side, {"r": (100, 1)}).after == [], "the prompt is complete: decode steps are not announced"
+    r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 100
+    keep, params = side.finished(r, [10, 11, 12, 13])
+    assert keep
+    assert step(side).before == [Finish("r")]
+    assert params is not None
+    assert (params["remote_port"], params["tp_size"], params["transfer_id"]) == (7, 1, "t")
+    assert params["do_remote_prefill"] is True
+
+
+def test_an_aborted_prefill_hands_nothing_over(side: SchedulerSide) -> None:
+    from vllm.v1.request import RequestStatus
+
+    r = request(PRODUCE, status=RequestStatus.FINISHED_ABORTED)
+    side.on_new_request(r)
+    assert side.finished(r, []) == (True, None)
+    assert isinstance(step(side).before[1], Drop)
+
+
+def test_a_preempted_prefill_lets_go_before_the_step_runs(side: SchedulerSide) -> None:
+    r = request(PRODUCE)
+    side.on_new_request(r)
+    step(side, {"r": (0, 64)})
+    assert step(side, preempted=("r",)).before == [Rewind("r")]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        5,
+        "x",
+        [1],
+        {"do_remote_prefill": True},
+        {**CONSUME, "transfer_id": 3},
+        {**CONSUME, "transfer_id": "a b"},
+        {**CONSUME, "remote_port": "7"},
+        {**CONSUME, "remote_port": 0},
+        {**CONSUME, "remote_host": ""},
+        {**CONSUME, "remote_host": "a\nb"},
+        {**CONSUME, "tp_size": -1},
+        {**PRODUCE, "transfer_id": "x" * 500},
+        {**PRODUCE, "do_remote_decode": "yes"},
+    ],
+)
+def test_malformed_parameters_are_served_without_a_hand_over(side: SchedulerSide, params: Any) -> None:
+    r = request(params)
+    side.on_new_request(r)
+    assert side.matched_tokens(r, 0) == (0, False)
+    assert side.finished(r, []) == (False, None)
+    assert step(side).before == []
+
+
+def test_a_router_without_transfer_ids_gets_one_from_prefill(side: SchedulerSide) -> None:
+    """vLLM's own proxies know no transfer_id: prefill mints it, and its response carries it to decode."""
+    r = request({"do_remote_decode": True})
+    side.on_new_request(r)
+    (command,) = step(side).before
+    assert isinstance(command, Open)
+    assert len(command.transfer) == 32
