@@ -25,7 +25,7 @@ Checksums = reference.Checksums
 
 def _load() -> ctypes.CDLL | None:
     try:
-        from pdtransport.kernels import _pages
+        from pdtransport.kernels import _pages  # type: ignore[attr-defined]
     except ImportError:  # built without a C compiler
         return None
     library = ctypes.CDLL(_pages.__file__)
