@@ -18,6 +18,7 @@ from pdtransport.errors import PDTransportError
 from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.topology import Role, Topology
 
+CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
 HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
 # Ports are picked below Linux's default range for outgoing connections, which could take one before a server binds it.
 PICK_PORTS = (20000, 32000)
@@ -302,7 +303,10 @@ def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> 
     if admin_port is None and not _serves_loopback(chosen.host):
         # /pd/* on the main port answers loopback clients only, and pdlaunch could not be one.
         admin_port = ports.pick(host=chosen.admin_host)
-    options = chosen.model_dump(mode="json", exclude_unset=True, exclude=set(KV_ROLES))
+    # The router asks workers for their part of a trace, with the keys that the workers have.
+    control = topology.transport.control.model_dump(mode="json", exclude_none=True)
+    options = {key: control[key] for key in CURVE_KEYS if key in control}
+    options |= chosen.model_dump(mode="json", exclude_unset=True, exclude=set(KV_ROLES))
     options |= {"host": chosen.host, "port": port}
     if admin_port is not None:
         options |= {"admin_port": admin_port}

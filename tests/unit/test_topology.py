@@ -279,6 +279,14 @@ def test_the_router_is_told_of_all_servers(tmp_path: Path) -> None:
     assert (settings.host, settings.port) == (plan.router.host, plan.router.port) == ("127.0.0.1", 8000)
 
 
+def test_the_router_asks_workers_with_their_own_keys(tmp_path: Path) -> None:
+    """With CURVE on, traces hold the workers' part too."""
+    text = GOOD + "transport: {control: {curve_public_key_file: pub, curve_secret_key_file: sec}}\n"
+    settings = settings_from(parser().parse_args(planned(tmp_path, text).router.argv[3:]))
+    assert settings.curve_public_key_file == tmp_path / "pub"
+    assert settings.curve_secret_key_file == tmp_path / "sec"
+
+
 def test_cores_are_shared_out(tmp_path: Path) -> None:
     """Cores named by hand go to workers in order; vLLM gets one part for each worker."""
     text = GOOD.replace("prefill: {}", "prefill: {cpu: 0-7, count: 2, tp: 2}").replace("{}", "{cpu: [9, 8]}")
