@@ -135,9 +135,7 @@ class PDTransportConnector(KVConnectorBase_V1):
         self.worker.after_forward(self._commands)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        # On some runners the metadata is cleared before this call; then the step did compute.
-        computes = self._commands.computes if self.has_connector_metadata() else True
-        sent, received, failed = self.worker.collect(computes)
+        sent, received, failed = self.worker.collect()
         return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -162,8 +160,9 @@ class PDTransportConnector(KVConnectorBase_V1):
         return PDTransportPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()
 
     @property
     def _commands(self) -> Commands:

@@ -88,8 +88,9 @@ Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel
 
 @dataclass
 class Commands(KVConnectorMetadata):
-    """``before``: to be done before the step's forward pass may touch a page; ``after``: once it is computed."""
+    """``before``: to be done before the step's forward pass may touch a page; ``after``: once it is computed.
+    ``bell``: name of the scheduler's :class:`pdtransport.vllm.bell.Bell`."""
 
     before: list[Command] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
-    computes: bool = True  # False: nothing to compute in this step, the engine only waits
+    bell: str = ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
+from pdtransport.vllm.bell import Bell
 from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
 from pdtransport.vllm.params import ConsumeParams, parse
 
@@ -68,6 +69,8 @@ class SchedulerSide:
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
+        self._bell = Bell()
+        self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
     # -- arrival -------------------------------------------------------------------------------------------------
@@ -109,6 +112,7 @@ class SchedulerSide:
             self._release(request.request_id, entry)
             return
         entry.state = "loading"
+        self._awaited.add(request.request_id)
         first = (entry.tokens - external_tokens) // self._block_size
         end = -(-entry.tokens // self._block_size)
         self._take(request.request_id, entry, first, blocks.get_block_ids()[0][first:end])
@@ -144,6 +148,7 @@ class SchedulerSide:
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
+        self._awaited.difference_update(output.finished_sending or (), output.finished_recving or ())
         for req_id in output.finished_recving or ():
             entry = self._consuming.get(req_id)
             if entry is not None:
@@ -160,7 +165,10 @@ class SchedulerSide:
             after = self._progress(output)
         self._claim_waiting()
         before, self._before = self._before, []
-        return Commands(before, after, computes=output.total_num_scheduled_tokens > 0)
+        if self._awaited and not (before or output.total_num_scheduled_tokens):
+            # The engine only waits for our workers: do so here, asleep, instead of letting it spin through empty steps.
+            self._bell.wait(self._settings.idle_wait_s)
+        return Commands(before, after, self._bell.name)
 
     def _progress(self, output: SchedulerOutput) -> list[Command]:
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
@@ -191,6 +199,9 @@ class SchedulerSide:
         """Commands wait for a step."""
         return bool(self._before)
 
+    def close(self) -> None:
+        self._bell.close()
+
     # -- the end -------------------------------------------------------------------------------------------------
 
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -207,6 +218,7 @@ class SchedulerSide:
         entry = self._producing.pop(req_id, None)
         if entry is None:
             return False, None
+        self._awaited.add(req_id)
         delivered = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         if request.status not in delivered or request.num_computed_tokens < entry.tokens:
             self._before.append(Drop(req_id))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
+from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.geometry import KVCaches, describe
 from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
 from pdtransport.vllm.stats import PDTransportStats
@@ -37,8 +38,9 @@ class WorkerSide:
         self._ratio = 1
         self._offers: dict[str, Offer] = {}
         self._receipts: dict[str, Receipt] = {}
-        self._changed = threading.Condition()
-        # Written by the I/O thread and by the worker's own, under the condition's lock:
+        self._lock = threading.Lock()
+        self._rope = Rope()
+        # Written by the I/O thread and by the worker's own, under the lock:
         self._released: set[str] = set()  # requests whose transfer ended before they did
         self._closing: set[str] = set()  # requests that are through and wait for their transfer's end
         self._sent: set[str] = set()
@@ -75,11 +77,13 @@ class WorkerSide:
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
+        self._rope.close()
 
     # -- commands ------------------------------------------------------------------------------------------------
 
     def before_forward(self, commands: Commands) -> None:
         """Idempotent: vLLM's two model runners call it from different hooks."""
+        self._rope.name = commands.bell
         todo, commands.before = commands.before, []
         for command in todo:
             self._do(command)
@@ -115,7 +119,7 @@ class WorkerSide:
                 receipt.cancel("the request was aborted on decode")
 
     def _close_offer(self, command: Finish | Drop) -> None:
-        with self._changed:
+        with self._lock:
             if command.req_id in self._released:
                 self._released.discard(command.req_id)
                 self._sent.add(command.req_id)
@@ -161,32 +165,26 @@ class WorkerSide:
     # -- what ended (called in the I/O thread) -------------------------------------------------------------------
 
     def _source_ended(self, req_id: str, outcome: Outcome) -> None:
-        with self._changed:
+        with self._lock:
             self._stats.record("producer", outcome)
             if req_id in self._closing:
                 self._closing.discard(req_id)
                 self._sent.add(req_id)
             else:
                 self._released.add(req_id)
-            self._changed.notify()
+        self._rope.pull()
 
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
-        with self._changed:
+        with self._lock:
             self._stats.record("consumer", outcome)
             self._received.add(req_id)
             if not outcome.ok:
                 self._failed.add(req_id)
-            self._changed.notify()
+        self._rope.pull()
 
-    def collect(self, computes: bool) -> tuple[set[str], set[str], set[str]]:
-        """``(finished sending, finished receiving, failed receiving)`` since the last call, each request once.
-
-        In a step that computes nothing the engine only waits for us: wait here, a little, for the next end, instead of
-        letting it spin through empty steps.
-        """
-        with self._changed:
-            if not computes and not (self._sent or self._received):
-                self._changed.wait(self._settings.idle_wait_s)
+    def collect(self) -> tuple[set[str], set[str], set[str]]:
+        """``(finished sending, finished receiving, failed receiving)`` since the last call, each request once."""
+        with self._lock:
             sent, self._sent = self._sent, set()
             received, self._received = self._received, set()
             failed, self._failed = self._failed, set()
@@ -194,7 +192,7 @@ class WorkerSide:
 
     def take_stats(self) -> PDTransportStats | None:
         """What ended since the last call; None if nothing did."""
-        with self._changed:
+        with self._lock:
             if self._stats.is_empty():
                 return None
             stats, self._stats = self._stats, PDTransportStats()

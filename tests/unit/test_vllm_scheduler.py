@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.settings import Settings
+from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.metadata import Cancel, Claim, Drop, Finish, Open, Pages, Rewind, Take
 from pdtransport.vllm.scheduler import CLAIM_EVERY_S, SchedulerSide
 
@@ -110,7 +111,7 @@ def test_a_request_is_loaded_once_however_its_load_ended(side: SchedulerSide) ->
     r = request(CONSUME)
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
-    side.update_output(SimpleNamespace(finished_recving={"r"}))
+    side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None))
     assert side.matched_tokens(r, 0) == (0, False)
     assert take(side, r, 0) == []
 
@@ -120,7 +121,7 @@ def test_the_clean_up_after_a_failed_request_takes_nothing_again(side: Scheduler
     r = request(CONSUME)
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
-    side.update_output(SimpleNamespace(finished_recving={"r"}))
+    side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None))
     side.finished(r, [])
     again = request(CONSUME, name="r2")
     side.on_new_request(again)
@@ -165,7 +166,6 @@ def test_prefill_names_pages_step_by_step_and_hands_over_at_the_end(side: Schedu
     first = step(side, {"r": (0, 64)})
     assert isinstance(first.before[0], Open)
     assert first.after == [Pages("r", [10, 11, 12, 13], 64)]
-    assert first.computes
     assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100)]
     assert step(side, {"r": (100, 1)}).after == [], "the prompt is complete: decode steps are not announced"
     r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 100
@@ -217,6 +217,41 @@ def test_malformed_parameters_are_served_without_a_hand_over(side: SchedulerSide
     assert side.matched_tokens(r, 0) == (0, False)
     assert side.finished(r, []) == (False, None)
     assert step(side).before == []
+
+
+def test_an_empty_step_waits_for_the_bell_and_no_other_does(side: SchedulerSide) -> None:
+    """What the engine has to compute, or to tell its workers, never waits."""
+    waits: list[float] = []
+    side._bell.wait = lambda seconds: bool(waits.append(seconds))  # type: ignore[method-assign]
+    r = request(CONSUME)
+    side.on_new_request(r)
+    step(side)
+    assert waits == [], "there was something to say"
+    step(side, {"other": (0, 5)})
+    assert waits == [], "there was something to compute"
+    side.allocated(r, blocks(1, 2, 3, 4), side.matched_tokens(r, 0)[0])
+    step(side)
+    assert waits == [], "there was something to say"
+    step(side)
+    assert waits == [Settings().idle_wait_s]
+    side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None))
+    step(side)
+    assert len(waits) == 1, "nothing is awaited any more"
+
+
+def test_the_bell_rings_from_another_process_end() -> None:
+    bell, rope = Bell(), Rope()
+    assert not bell.wait(0.0)
+    rope.pull()  # not told the name yet
+    assert not bell.wait(0.0)
+    rope.name = bell.name
+    for _ in range(5000):  # more than the socket holds: never blocks, never raises
+        rope.pull()
+    assert bell.wait(1.0)
+    assert not bell.wait(0.0), "one look takes all rings"
+    bell.close()
+    rope.pull()
+    rope.close()
 
 
 def test_a_router_without_transfer_ids_gets_one_from_prefill(side: SchedulerSide) -> None:
