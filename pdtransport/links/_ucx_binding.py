@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -57,29 +56,46 @@ class Endpoint(Protocol):
 
 
 class Worker(Protocol):
+    """Receive queues, and what makes progress on them."""
+
     address: bytes
-    library: str
 
     def fileno(self) -> int: ...
 
     def progress(self) -> None: ...
 
-    def arm(self) -> bool: ...
+    def arm(self) -> bool:
+        """Before sleeping on the descriptor; False: there is something to do."""
+        ...
 
     def connect(self, address: bytes) -> Endpoint: ...
+
+    def receive(self, room: Bytes, tag: int) -> Request:
+        """As :meth:`Endpoint.receive`, from any peer; ends with the worker."""
+        ...
+
+    def close(self) -> None:
+        """Only after its endpoints."""
+        ...
+
+
+class Context(Protocol):
+    """UCX, opened once a process; to be closed after all its workers: another order crashes at exit."""
+
+    def worker(self) -> Worker: ...
 
     def close(self) -> None: ...
 
 
-def open_worker(options: dict[str, str]) -> Worker:
-    """A UCX worker with ``options`` (``UCX_`` variables without their prefix), over ``ucxx`` or ``ucp``.
+def open_context(options: dict[str, str]) -> Context:
+    """UCX with ``options`` (``UCX_`` variables without their prefix), over ``ucxx`` or ``ucp``.
 
     Raises:
         LinkUnavailable: neither is installed, or UCX does not start.
     """
     for package, module, make in (
-        ("ucxx", "ucxx._lib.libucxx", _UcxxWorker),
-        ("ucp", "ucp._libs.ucx_api", _UcpWorker),
+        ("ucxx", "ucxx._lib.libucxx", _UcxxContext),
+        ("ucp", "ucp._libs.ucx_api", _UcpContext),
     ):
         try:
             with ucx_environment_kept():
@@ -140,27 +156,35 @@ class _UcxxRequest:
         return None
 
 
+class _UcxxPost:
+    """Starts a tagged operation on numpy memory."""
+
+    def __init__(self, api: Any) -> None:
+        self._tag = api.UCXXTag
+        self._array = importlib.import_module("ucxx._lib.arr").Array
+
+    def __call__(self, operation: Any, memory: Bytes, tag: int) -> Request:
+        buffer = self._array(memory)
+        try:
+            return _UcxxRequest(operation(buffer, self._tag(tag)), buffer)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request failed
+            return _Refused(str(error) or type(error).__name__)
+
+
 class _UcxxEndpoint:
-    def __init__(self, api: Any, array: Any, worker: Any, address: bytes) -> None:
-        self._api, self._array = api, array
+    def __init__(self, post: _UcxxPost, api: Any, worker: Any, address: bytes) -> None:
+        self._post = post
         where = api.UCXAddress.create_from_buffer(address)
         # Without peer error handling, a peer that is killed in the middle of a copy takes this process along (UCX
         # calls abort()).
         self._endpoint = api.UCXEndpoint.create_from_worker_address(worker, where, endpoint_error_handling=True)
 
     def send(self, data: Bytes, tag: int) -> Request:
-        return self._post("tag_send", data, tag)
+        return self._post(self._endpoint.tag_send, data, tag)
 
     def receive(self, room: Bytes, tag: int) -> Request:
         # Posted through the endpoint, not the worker: so closing the endpoint ends it.
-        return self._post("tag_recv", room, tag)
-
-    def _post(self, operation: str, memory: Bytes, tag: int) -> Request:
-        buffer = self._array(memory)
-        try:
-            return _UcxxRequest(getattr(self._endpoint, operation)(buffer, self._api.UCXXTag(tag)), buffer)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the request failed
-            return _Refused(str(error) or type(error).__name__)
+        return self._post(self._endpoint.tag_recv, room, tag)
 
     def lanes(self) -> list[str]:
         return _lanes(int(self._endpoint.handle))
@@ -172,13 +196,9 @@ class _UcxxEndpoint:
 
 
 class _UcxxWorker:
-    library = "ucxx"
-
-    def __init__(self, api: Any, options: dict[str, str]) -> None:
-        self._api = api
-        self._array = importlib.import_module("ucxx._lib.arr").Array
-        self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
-        self._worker = api.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+    def __init__(self, post: _UcxxPost, api: Any, context: Any) -> None:
+        self._post, self._api = post, api
+        self._worker = api.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
         self._worker.init_blocking_progress_mode()
         self.address = bytes(self._worker.address.tobytes())
         self.progress: Callable[[], None] = self._worker.progress
@@ -190,12 +210,27 @@ class _UcxxWorker:
         return bool(self._worker.arm())
 
     def connect(self, address: bytes) -> Endpoint:
-        return _UcxxEndpoint(self._api, self._array, self._worker, address)
+        return _UcxxEndpoint(self._post, self._api, self._worker, address)
+
+    def receive(self, room: Bytes, tag: int) -> Request:
+        return self._post(self._worker.tag_recv, room, tag)
 
     def close(self) -> None:
-        """Only after all endpoints are closed; then worker, then context: another order crashes at exit."""
-        self.progress = lambda: None
-        self._worker = None
+        if self._worker is not None:
+            worker, self._worker = self._worker, None
+            self.progress = lambda: None
+            worker.cancel_inflight_requests(period=int(CLOSE_S * 1e9 / 2), max_attempts=1)
+
+
+class _UcxxContext:
+    def __init__(self, api: Any, options: dict[str, str]) -> None:
+        self._post, self._api = _UcxxPost(api), api
+        self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
+
+    def worker(self) -> Worker:
+        return _UcxxWorker(self._post, self._api, self._context)
+
+    def close(self) -> None:
         self._context = None
 
 
@@ -232,10 +267,7 @@ class _UcpEndpoint:
 
     def receive(self, room: Bytes, tag: int) -> Request:
         request = _UcpRequest(self._array(room))
-        buffer, end = request._buffer, self._endpoint
-        if self._api.tag_recv_nb(self._worker, buffer, room.nbytes, tag, request.ended, ep=end) is None:
-            request.completed = True
-        return request
+        return _ucp_receive(self._api, self._worker, self._endpoint, request, room.nbytes, tag)
 
     def lanes(self) -> list[str]:
         return _lanes(int(self._endpoint.handle))
@@ -247,13 +279,9 @@ class _UcpEndpoint:
 
 
 class _UcpWorker:
-    library = "ucp"
-
-    def __init__(self, api: Any, options: dict[str, str]) -> None:
-        self._api = api
-        self._array = importlib.import_module("ucp._libs.arr").Array
-        self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
-        self._worker = api.UCXWorker(self._context)
+    def __init__(self, api: Any, array: Any, context: Any) -> None:
+        self._api, self._array = api, array
+        self._worker = api.UCXWorker(context)
         self._fd = int(self._worker.init_blocking_progress_mode())
         self.address = bytes(self._worker.get_address())
 
@@ -270,9 +298,30 @@ class _UcpWorker:
     def connect(self, address: bytes) -> Endpoint:
         return _UcpEndpoint(self._api, self._array, self._worker, address)
 
+    def receive(self, room: Bytes, tag: int) -> Request:
+        return _ucp_receive(self._api, self._worker, None, _UcpRequest(self._array(room)), room.nbytes, tag)
+
     def close(self) -> None:
         self._worker = None
+
+
+class _UcpContext:
+    def __init__(self, api: Any, options: dict[str, str]) -> None:
+        self._api = api
+        self._array = importlib.import_module("ucp._libs.arr").Array
+        self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
+
+    def worker(self) -> Worker:
+        return _UcpWorker(self._api, self._array, self._context)
+
+    def close(self) -> None:
         self._context = None
+
+
+def _ucp_receive(api: Any, worker: Any, endpoint: Any, request: _UcpRequest, nbytes: int, tag: int) -> Request:
+    if api.tag_recv_nb(worker, request._buffer, nbytes, tag, request.ended, ep=endpoint) is None:
+        request.completed = True
+    return request
 
 
 # -- what UCX says of an endpoint ----------------------------------------------------------------------------------
@@ -320,13 +369,3 @@ def _lanes(endpoint: int) -> list[str]:
         return []
     names = [entries[i].transport for i in range(min(attributes.num_entries, MAX_LANES))]
     return list(dict.fromkeys(name.decode("ascii", "replace") for name in names if name))
-
-
-def wait(completed: Callable[[], bool], progress: Callable[[], None], timeout_s: float) -> bool:
-    """Progress until ``completed()``; False where ``timeout_s`` passed first."""
-    deadline = time.monotonic() + timeout_s
-    while not completed():
-        if time.monotonic() > deadline:
-            return False
-        progress()
-    return True

@@ -2,8 +2,8 @@
 
 One copy, no staging, any fragmentation. Only the receiver touches its pages, and it verifies what it placed. An offer
 names a *ticket*: a word in the sender's memory that holds a random number for as long as the sender stands by the
-offer. The receiver looks at it after reading: a batch whose pages were taken back meanwhile is never accepted,
-checksums or not.
+offer. The receiver looks at it before and after reading: a batch whose pages were taken back meanwhile is never
+accepted, checksums or not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pdtransport.kernels.runs import Runs, as_runs, cut_runs, merge_runs, run, s
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats, Region
 from pdtransport.links.calls import call
 from pdtransport.links.host import ProcessWatch, allow_reads, host_id, my_start_ticks
-from pdtransport.links.memory import Regions
+from pdtransport.links.memory import PAGE, Regions
 
 SLICE_BYTES = 4 << 20  # read in one turn (about 0.5 ms), so that control messages get theirs
+COPY_THREADS = min(2, os.cpu_count() or 1)  # a slice; two come near what memory can do, one reaches half
 MAX_TICKETS = 4096  # batches offered and not released, over all peers
 MAX_QUEUED = 4096  # batches to read, a channel
 MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
@@ -152,8 +153,7 @@ class _Read:
     checksums: bytes
     blocks: int
     done: Done
-    ticket_at: int = 0
-    ticket: int = 0
+    ticket: tuple[int, int] = (0, 0)
     seconds: float = 0.0
     slices: deque[tuple[Runs, Runs, int, int]] = field(default_factory=deque)
     started: bool = False
@@ -237,8 +237,8 @@ class CmaChannel(Channel):
             if not read.slices:
                 self._finish(read, None)
         except _Damaged as error:
-            self._finish(read, self._withdrawn(read) or f"damaged: {error}")
-        except (LinkError, ProcessLookupError) as error:
+            self._finish(read, f"damaged: {error}")
+        except LinkError as error:
             self._finish(read, f"link: {error}")
         except Exception as error:
             self._finish(read, f"link: {error!r}")  # or it would be tried for ever
@@ -248,17 +248,19 @@ class CmaChannel(Channel):
     def _start(self, read: _Read) -> None:
         """Check the offer, which nobody vouches for, against what we expect, and cut the batch into slices."""
         read.started = True
-        self._watch.check()
         total = stream_bytes(read.runs)
-        remote, read.ticket_at, read.ticket = unpack_offer(read.offer)
+        remote, read.ticket = unpack_offer(read.offer)
         if stream_bytes(remote) != total:
             raise LinkError(f"the offer is {stream_bytes(remote)} bytes long, {total} are expected")
         if read.checksums and (len(read.checksums) != 8 * read.blocks or read.blocks < 1 or total % read.blocks):
             raise LinkError(f"{len(read.checksums) // 8} checksums for {read.blocks} blocks of {total} bytes")
         local = merge_runs(read.runs)
-        block = total // read.blocks if read.checksums else 8
-        step = max(1, SLICE_BYTES // max(block, 1)) * block
-        bounds = [*range(0, total, step), total] if total else [0]
+        if total <= SLICE_BYTES:
+            read.slices.append((remote, local, read.blocks if read.checksums else 0, 0))
+            return
+        block = total // read.blocks if read.checksums else PAGE
+        step = max(1, SLICE_BYTES // block) * block
+        bounds = [*range(0, total, step), total]
         first = 0
         for source, target in zip(cut_runs(remote, bounds), cut_runs(local, bounds), strict=True):
             blocks = stream_bytes(target) // block if read.checksums else 0
@@ -269,7 +271,7 @@ class CmaChannel(Channel):
         source, target, blocks, first = read.slices.popleft()
         begin = time.perf_counter()
         try:
-            found = pages.read_remote(self._watch.pid, source, target, blocks)
+            found = pages.read_remote(self._watch.pid, source, target, blocks, threads=COPY_THREADS, ticket=read.ticket)
         except OSError as error:
             raise self._read_failed(error) from None
         except ValueError as error:  # blocks of odd length
@@ -284,11 +286,17 @@ class CmaChannel(Channel):
 
     def _read_failed(self, error: OSError) -> Exception:
         pid = self._watch.pid
-        if error.errno == errno.ESRCH:
+        try:
+            self._watch.check()
+        except ProcessLookupError as gone:
+            self._broken = str(gone)
+            return LinkError(self._broken)
+        if error.errno == errno.ESRCH:  # dead, and not yet reaped by its parent
             self._broken = f"process {pid} is gone"
             return LinkError(self._broken)
+        if error.errno == errno.ESTALE:
+            return _Damaged("withdrawn by its sender before or while it was read")
         if error.errno == errno.EFAULT:
-            # Pages that were unmapped after the offer, or an offer that lies: _Damaged looks at the ticket.
             return _Damaged(f"process {pid} has no such memory")
         if error.errno in (errno.EPERM, errno.ENOSYS):
             return LinkError(NOT_PERMITTED.format(pid=pid))
@@ -297,24 +305,12 @@ class CmaChannel(Channel):
     def _finish(self, read: _Read, error: str | None) -> None:
         self._reads.popleft()
         if error is None:
-            error = self._withdrawn(read)
-        if error is None:
             self.stats.bytes_received += stream_bytes(read.runs)
             self.stats.batches_received += 1
             self.stats.seconds_moving += read.seconds
         else:
             self.stats.errors += 1
         call(read.done, error)
-
-    def _withdrawn(self, read: _Read) -> str | None:
-        """None if the sender stood by its offer until now."""
-        word = np.zeros(1, dtype=np.uint64)
-        try:
-            pages.read_remote(self._watch.pid, run(read.ticket_at, 8), run(word.ctypes.data, 8))
-        except OSError as error:
-            if error.errno != errno.EFAULT:
-                return f"link: {self._read_failed(error)}"
-        return None if int(word[0]) == read.ticket else "damaged: withdrawn by its sender while it was read"
 
     # -- both --------------------------------------------------------------------------------------------------------
 
@@ -356,8 +352,8 @@ def pack_runs(runs: Runs) -> tuple[int, bytes]:
     return int(runs[0, 1]) if equal else 0, packed
 
 
-def unpack_offer(offer: bytes) -> tuple[Runs, int, int]:
-    """The sender's runs, and its ticket's address and number.
+def unpack_offer(offer: bytes) -> tuple[Runs, tuple[int, int]]:
+    """The sender's runs, and its ticket's (address, number).
 
     Raises:
         LinkError: not an offer of this link.
@@ -374,7 +370,7 @@ def unpack_offer(offer: bytes) -> tuple[Runs, int, int]:
             runs[:, 0], runs[:, 1] = words, nbytes
         else:
             runs = words.reshape(-1, 2)
-        return as_runs(runs), ticket_at, ticket
+        return as_runs(runs), (ticket_at, ticket)
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
         raise LinkError(f"not an offer of the cma link: {error}") from None
 

@@ -8,16 +8,17 @@ that
 * the pages of a fenced batch are safe at once: only its slot waits for the message;
 * a batch that its sender took back costs one short answer.
 
-Tags are chosen by the worker that receives on them: 31 bits number the channel, 32 bits the message; number 0 is where
-a channel hears what its peer asks for. A peer learns a tag from an offer or from an ask, so tags can't collide.
+Each channel has a UCX worker of its own: a peer that is killed while it writes into a worker's shared-memory queue
+blocks that queue for good, and all who use it. The exported address is that of a *lobby* worker, which only serves to find out
+whether and how a peer can be reached. Offers carry the address of the sender's channel, asks that of the receiver's;
+tags are chosen by the channel that receives on them, so they can't collide.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import secrets
+import select
 import time
 from collections.abc import Iterable
 
@@ -28,15 +29,12 @@ from pdtransport.links import _ucx_binding as binding
 from pdtransport.links.base import Link, Region
 from pdtransport.links.calls import Callbacks
 from pdtransport.links.memory import Regions, SlotRing
-from pdtransport.links.ucx_channel import UcxChannel
+from pdtransport.links.ucx_channel import UcxChannel, sealed, unsealed
 from pdtransport.settings import LinkSettings
 
 logger = logging.getLogger(__name__)
 
 EXPORT_VERSION = 1
-MAX_ADDRESS_BYTES = 64 << 10
-SPIN_S = 50e-6  # before sleeping, while batches are on their way
-CHANNEL_NUMBERS = 1 << 31
 
 # UCX_ variables (less the prefix) that the link sets unless the environment does.
 OPTIONS = {
@@ -65,82 +63,70 @@ class UcxLink(Link):
     def __init__(self, regions: Regions | Iterable[Region], settings: LinkSettings) -> None:
         self.regions = regions if isinstance(regions, Regions) else Regions(regions)
         options = {key: value for key, value in OPTIONS.items() if f"UCX_{key}" not in os.environ}
-        self._worker = binding.open_worker({**options, **FORCED_OPTIONS})
+        self._context = binding.open_context({**options, **FORCED_OPTIONS})
+        self._lobby = self._context.worker()
+        self._wakeups = select.epoll()
+        self._wakeups.register(self._lobby.fileno(), select.EPOLLIN)
         self.sending = SlotRing(settings.staging_bytes, settings.batch_bytes)
         self.receiving = SlotRing(settings.staging_bytes, settings.batch_bytes)
         self.callbacks = Callbacks()
-        self.orphans: list[tuple[binding.Request, SlotRing, int]] = []  # slots of messages that outlived a channel
         self._channels: list[UcxChannel] = []
-        self._next_channel = secrets.randbelow(CHANNEL_NUMBERS)
 
     def export(self) -> bytes:
-        packed: bytes = msgpack.packb(
-            {"v": EXPORT_VERSION, "address": self._worker.address, "digest": _digest(self._worker.address)}
-        )
+        packed: bytes = msgpack.packb({"v": EXPORT_VERSION, "address": sealed(self._lobby.address)})
         return packed
 
     def connect(self, peer_export: bytes, peer_host: str) -> UcxChannel:
-        address = _parse_export(peer_export)
+        lobby = _parse_export(peer_export)
+        worker = self._context.worker()
         try:
-            endpoint = self._worker.connect(address)
+            trial = worker.connect(lobby)
+            lanes = trial.lanes()
+            trial.close()
         except Exception as error:  # noqa: BLE001 - each binding has its own exceptions
+            worker.close()
             hint = (
                 " (of another user or container? UCX_TLS=tcp does without it)" if "hared memory" in str(error) else ""
             )
             raise LinkUnavailable(f"UCX can't reach {peer_host}: {error}{hint}") from None
-        number, self._next_channel = self._next_channel, (self._next_channel + 1) % CHANNEL_NUMBERS
-        channel = UcxChannel(self, endpoint, number, f"ucx ({carrier(endpoint.lanes())})")
+        self._wakeups.register(worker.fileno(), select.EPOLLIN)
+        channel = UcxChannel(self, worker, f"ucx ({carrier(lanes)})")
         self._channels.append(channel)
         return channel
 
     def progress(self) -> bool:
         """Move messages on, and run what is due; True if anything happened."""
         worked = self.callbacks.run()
-        self._channels = [channel for channel in self._channels if not channel.closed]
-        self._worker.progress()
-        worked = self._advance() or worked
-        if not worked and any(channel.moving for channel in self._channels):
-            self._spin()
-            worked = self._advance()
-        if self.orphans:
-            self._adopt_orphans()
+        self._lobby.progress()
+        for channel in self._channels:
+            worked = channel.progress() or worked
+        self._channels = [channel for channel in self._channels if not channel.ended]
         return self.callbacks.run() or worked
 
-    def _advance(self) -> bool:
-        return any([channel.advance() for channel in self._channels])  # noqa: C419 - all of them, not up to the first
-
-    def _spin(self) -> None:
-        """Going to sleep and waking up costs more than the next fragment takes to come, if the peer is at it."""
-        deadline = time.perf_counter() + SPIN_S
-        while time.perf_counter() < deadline:
-            self._worker.progress()
-            if any(channel.due for channel in self._channels):
-                return
-
     def fileno(self) -> int:
-        return self._worker.fileno()
+        return self._wakeups.fileno()
 
     def arm(self) -> bool:
-        return not self.callbacks.waiting and self._worker.arm()
+        workers = (self._lobby, *(channel.worker for channel in self._channels if not channel.ended))
+        return not self.callbacks.waiting and all(worker.arm() for worker in workers)
+
+    def forget(self, worker: binding.Worker) -> None:
+        """A channel is about to close its worker."""
+        self._wakeups.unregister(worker.fileno())
 
     def close(self) -> None:
-        """Within ``CLOSE_S`` a channel."""
+        """Within a fraction of a second a channel."""
         for channel in self._channels:
             channel.close()
-        self._channels.clear()
+        deadline = time.monotonic() + binding.CLOSE_S
+        while self._channels and time.monotonic() < deadline:
+            self.progress()
+        if self._channels:
+            logger.error("ucx: messages of %d channels did not end when they were closed", len(self._channels))
         self.callbacks.run()
-        binding.wait(lambda: not self._adopt_orphans(), self._worker.progress, binding.CLOSE_S)
-        if self.orphans:
-            logger.error("ucx: %d messages did not end when their channels were closed", len(self.orphans))
-        self._worker.close()
-
-    def _adopt_orphans(self) -> bool:
-        """Take back slots whose message has ended at last; True while some have not."""
-        for request, ring, slot in self.orphans:
-            if request.completed:
-                ring.give_back(slot)
-        self.orphans = [orphan for orphan in self.orphans if not orphan[0].completed]
-        return bool(self.orphans)
+        self._lobby.close()
+        self._context.close()
+        self._wakeups.close()
 
 
 def carrier(lanes: list[str]) -> str:
@@ -160,12 +146,7 @@ def _parse_export(export: bytes) -> bytes:
         raise LinkUnavailable("the peer does not offer it")
     if peer.get("v") != EXPORT_VERSION:
         raise LinkUnavailable(f"the peer speaks version {peer.get('v')} of it, this side {EXPORT_VERSION}")
-    # UCX trusts an address blindly: a damaged one would crash this process.
-    if not 0 < len(peer["address"]) <= MAX_ADDRESS_BYTES or peer.get("digest") != _digest(peer["address"]):
-        raise LinkUnavailable("the peer's export is damaged")
-    address: bytes = peer["address"]
-    return address
-
-
-def _digest(address: bytes) -> bytes:
-    return hashlib.blake2b(address, digest_size=16, person=b"pdt-ucx-address").digest()
+    try:
+        return unsealed(peer["address"])
+    except ValueError as error:
+        raise LinkUnavailable(f"the peer's export is damaged: {error}") from None

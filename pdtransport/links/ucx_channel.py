@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import struct
 import time
@@ -17,7 +18,7 @@ from pdtransport.errors import LinkError
 from pdtransport.kernels import pages
 from pdtransport.kernels.reference import memory
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
-from pdtransport.links._ucx_binding import Bytes, Endpoint, Request
+from pdtransport.links._ucx_binding import Bytes, Endpoint, Request, Worker
 from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats
 from pdtransport.links.calls import call
 from pdtransport.links.memory import SlotRing
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 
 MAX_OFFERED = 4096  # batches offered and not released, a channel
 MAX_QUEUED = 4096  # batches to ask for, a channel
-ASK = struct.Struct("<QQQ")  # key, tag to send it to, bytes
+MAX_ADDRESS_BYTES = 1000  # a worker has 80 (tcp) to 300 bytes
+ASK = struct.Struct(f"<QQQH{MAX_ADDRESS_BYTES + 16}s")  # key, tag to send it to, bytes, length of sealed address, it
+INBOX_TAG = 0  # where a channel hears what its peer asks for; batches come to 1, 2, ...
 REFUSAL_BYTES = 1  # an answer this short, shorter than any batch, says that the batch was taken back
 CANARY_BYTES = 16
+MAX_ENDPOINTS = 4
 
 
 @dataclass(eq=False)
@@ -53,7 +57,7 @@ class _Wanted:
     """A batch to be placed; ``done`` is None once it is fenced."""
 
     key: int
-    tag: int
+    endpoint: Endpoint
     nbytes: int
     runs: Runs
     checksums: bytes
@@ -84,13 +88,16 @@ class UcxChannel(Channel):
     link = "ucx"
     one_sided = False
 
-    def __init__(self, link: UcxLink, endpoint: Endpoint, number: int, why: str) -> None:
+    def __init__(self, link: UcxLink, worker: Worker, why: str) -> None:
         self.why = why
         self.stats = LinkStats()
         self.closed = False
-        self._link, self._endpoint = link, endpoint
-        self._inbox_tag = number << 32
-        self._next_message = 1
+        self.ended = False  # closed, and UCX holds nothing of it any more
+        self.worker = worker
+        self._link = link
+        self._address = sealed(worker.address)
+        self._endpoints: dict[bytes, Endpoint] = {}  # by sealed address
+        self._next_tag = INBOX_TAG + 1
         self._broken = ""
         # A peer that does not take or send what was agreed on must not hold all slots.
         self._send_share = max(SlotRing.MIN_SLOTS, link.sending.count // 2)
@@ -104,7 +111,7 @@ class UcxChannel(Channel):
         self._reporting: list[_Wanted] = []  # ended; their callbacks are due
         self._sending_time, self._receiving_time = _Stopwatch(), _Stopwatch()
         self._inbox = np.zeros(ASK.size, dtype=np.uint8)
-        self._heard: Request = endpoint.receive(self._inbox, self._inbox_tag)
+        self._heard: Request = worker.receive(self._inbox, INBOX_TAG)
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
@@ -122,7 +129,7 @@ class UcxChannel(Channel):
         nbytes = self._offered[key].nbytes
         self.stats.bytes_sent += nbytes
         self.stats.batches_sent += 1
-        return msgpack.packb((self._inbox_tag, nbytes)), checksums
+        return msgpack.packb((nbytes, self._address)), checksums
 
     def release(self, key: int) -> None:
         offered = self._offered.pop(key, None)
@@ -168,14 +175,14 @@ class UcxChannel(Channel):
             self._link.callbacks.add(offered.done, error)
             offered.done = None
 
-    def _answer(self, key: int, tag: int, nbytes: int) -> None:
+    def _answer(self, endpoint: Endpoint, key: int, tag: int, nbytes: int) -> None:
         """Send what the peer asked for, or a refusal: its receive must end either way."""
         offered = self._offered.get(key)
         asked_before = offered is not None and any(sent.offered is offered for sent in self._sent)
         if offered is None or offered.data is None or offered.nbytes != nbytes or asked_before:
-            self._sent.append(_Sent(self._endpoint.send(np.zeros(REFUSAL_BYTES, dtype=np.uint8), tag), None))
+            self._sent.append(_Sent(endpoint.send(np.zeros(REFUSAL_BYTES, dtype=np.uint8), tag), None))
         else:
-            self._sent.append(_Sent(self._endpoint.send(offered.data, tag), offered))
+            self._sent.append(_Sent(endpoint.send(offered.data, tag), offered))
 
     def _sends_done(self) -> bool:
         done = [sent for sent in self._sent if sent.request.completed]
@@ -200,16 +207,17 @@ class UcxChannel(Channel):
             raise LinkError(str(error)) from None
         self._link.regions.check(runs)
         nbytes = stream_bytes(runs)
-        tag, offered = _parse_offer(offer)
+        offered, address = _parse_offer(offer)
         if offered != nbytes:
             raise LinkError(f"the offer is {offered} bytes long, {nbytes} are expected")
+        endpoint = self._reach(address)
         if nbytes > self._link.receiving.slot_bytes:
             raise LinkError(f"a batch of {nbytes} bytes exceeds a staging slot: raise links.batch_bytes to {nbytes}")
         if nbytes <= REFUSAL_BYTES:
             raise LinkError("an empty batch")
         if checksums and (len(checksums) != 8 * blocks or blocks < 1 or nbytes % blocks):
             raise LinkError(f"{len(checksums) // 8} checksums for {blocks} blocks of {nbytes} bytes")
-        self._queue.append(_Wanted(key, tag, nbytes, runs, checksums, blocks, done))
+        self._queue.append(_Wanted(key, endpoint, nbytes, runs, checksums, blocks, done))
 
     def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
         fenced = set(keys)
@@ -230,11 +238,10 @@ class UcxChannel(Channel):
             # A message shorter than it should be leaves these bytes as they are.
             wanted.canary = secrets.token_bytes(min(CANARY_BYTES, wanted.nbytes - REFUSAL_BYTES))
             room[room.size - len(wanted.canary) :] = np.frombuffer(wanted.canary, dtype=np.uint8)
-            tag = self._inbox_tag | self._next_message
-            self._next_message = self._next_message % 0xFFFFFFFF + 1
-            wanted.request = self._endpoint.receive(room, tag)
-            ask = np.frombuffer(ASK.pack(wanted.key, tag, wanted.nbytes), dtype=np.uint8)
-            self._asks.append(self._endpoint.send(ask, wanted.tag))
+            tag, self._next_tag = self._next_tag, self._next_tag + 1
+            wanted.request = wanted.endpoint.receive(room, tag)
+            ask = ASK.pack(wanted.key, tag, wanted.nbytes, len(self._address), self._address)
+            self._asks.append(wanted.endpoint.send(np.frombuffer(ask, dtype=np.uint8), INBOX_TAG))
             self._posted.append(wanted)
             asked = True
         return asked
@@ -287,29 +294,14 @@ class UcxChannel(Channel):
 
     def _reported(self, wanted: _Wanted, error: str | None) -> None:
         self._reporting.remove(wanted)
-        if wanted.done is not None:
-            wanted.done(error)
+        done, wanted.done = wanted.done, None
+        if done is not None:
+            done(error)
 
     # -- both --------------------------------------------------------------------------------------------------------
 
-    @property
-    def moving(self) -> bool:
-        """A batch is on its way."""
-        return bool(self._sent or self._posted)
-
-    @property
-    def due(self) -> bool:
-        """:meth:`advance` has something to do."""
-        return (
-            self._heard.completed
-            or any(sent.request.completed for sent in self._sent)
-            or any(wanted.request is not None and wanted.request.completed for wanted in self._posted)
-        )
-
-    def advance(self) -> bool:
+    def _advance(self) -> bool:
         """Look at what the worker moved; True if anything ended or was begun."""
-        if self.closed:
-            return False
         heard = False
         while self._heard.completed and not self._broken and len(self._sent) < MAX_OFFERED:
             heard = self._listen()
@@ -328,31 +320,58 @@ class UcxChannel(Channel):
         if error:
             self._break(error)
             return True
-        key, tag, nbytes = ASK.unpack(self._inbox.tobytes())
-        self._heard = self._endpoint.receive(self._inbox, self._inbox_tag)
-        self._answer(key, tag, nbytes)
+        key, tag, nbytes, length, address = ASK.unpack(self._inbox.tobytes())
+        self._heard = self.worker.receive(self._inbox, INBOX_TAG)
+        try:
+            self._answer(self._reach(address[:length]), key, tag, nbytes)
+        except LinkError:
+            self.stats.errors += 1  # nobody to answer to
         return True
+
+    def _reach(self, address: bytes) -> Endpoint:
+        """The endpoint to a channel of the peer: one, or two where it uses a channel for each direction."""
+        endpoint = self._endpoints.get(address)
+        if endpoint is not None:
+            return endpoint
+        if len(self._endpoints) >= MAX_ENDPOINTS:
+            raise LinkError(f"the peer names more than {MAX_ENDPOINTS} channels of its own")
+        try:
+            endpoint = self.worker.connect(unsealed(address))
+        except Exception as error:  # noqa: BLE001 - each binding has its own exceptions
+            raise LinkError(f"the peer's channel can't be reached: {error}") from None
+        self._endpoints[address] = endpoint
+        return endpoint
+
+    def progress(self) -> bool:
+        """Move messages on; True if anything ended or was begun."""
+        self.worker.progress()
+        if not self.closed:
+            return self._advance()
+        self._end()
+        return False
 
     def close(self) -> None:
         if self.closed:
             return
-        self._broken = self._broken or "the channel is closed"
+        self._break("the channel is closed")
         self.closed = True
-        try:
-            self._endpoint.close()
-        except Exception as error:  # noqa: BLE001 - each binding has its own exceptions
-            self.stats.errors += 1
-            self._broken = f"{self._broken} ({error})"
+        for endpoint in self._endpoints.values():
+            try:
+                endpoint.close()
+            except Exception:  # noqa: BLE001 - each binding has its own exceptions
+                self.stats.errors += 1
+        self._endpoints.clear()
+        self._end()
+
+    def _end(self) -> None:
+        """Let go of the worker once no message holds a slot any more: at once, as a rule."""
         self._fail_all()
-        for wanted in self._posted:
-            assert wanted.request is not None
-            self._link.orphans.append((wanted.request, self._link.receiving, wanted.slot))
-        for sent in self._sent:
-            if sent.offered is not None and sent.offered.slot is not None:
-                self._link.orphans.append((sent.request, self._link.sending, sent.offered.slot))
-        self._posted.clear()
-        self._sent.clear()
+        if self._posted or self._sent or self.ended:
+            return
         self._asks.clear()
+        self._link.forget(self.worker)
+        self.worker.close()
+        self.ended = True
 
     def _break(self, reason: str) -> None:
         if not self._broken:
@@ -391,11 +410,31 @@ class UcxChannel(Channel):
             raise LinkError(self._broken)
 
 
-def _parse_offer(offer: bytes) -> tuple[int, int]:
+def _parse_offer(offer: bytes) -> tuple[int, bytes]:
+    """The batch's length and the sealed address of the channel that offers it."""
     try:
-        tag, nbytes = msgpack.unpackb(offer, raw=False)
-        if not isinstance(tag, int) or not isinstance(nbytes, int) or not 0 <= tag < 1 << 64:
-            raise ValueError("a number is out of range")
+        nbytes, address = msgpack.unpackb(offer, raw=False)
+        if not isinstance(nbytes, int) or not isinstance(address, bytes):
+            raise ValueError("a number and an address are expected")
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise LinkError(f"not an offer of the ucx link: {error}") from None
-    return tag, nbytes
+    return nbytes, address
+
+
+def sealed(address: bytes) -> bytes:
+    """A worker address behind its digest: UCX trusts addresses blindly, a damaged one would crash the process."""
+    if len(address) > MAX_ADDRESS_BYTES:
+        raise LinkError(f"UCX' address of {len(address)} bytes is too long: name fewer devices in UCX_NET_DEVICES")
+    return hashlib.blake2b(address, digest_size=16, person=b"pdt-ucx-address").digest() + address
+
+
+def unsealed(sealed_address: bytes) -> bytes:
+    """The worker address.
+
+    Raises:
+        ValueError: it was damaged.
+    """
+    address = sealed_address[16:]
+    if not 0 < len(address) <= MAX_ADDRESS_BYTES or sealed(address) != sealed_address:
+        raise ValueError("not a UCX address")
+    return address

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from pdtransport.settings import Settings
 from pdtransport.vllm.geometry import control_port
 from pdtransport.vllm.metadata import Commands
+from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.scheduler import SchedulerSide
 from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
 from pdtransport.vllm.worker import WorkerSide
@@ -60,6 +61,7 @@ class PDTransportConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
+            shorten_spins(settings)  # the workers run already, and the engine's readers of their answers exist
             self._scheduler = SchedulerSide(
                 settings,
                 producer=config.is_kv_producer,

@@ -14,6 +14,7 @@ from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.geometry import KVCaches, describe
 from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class WorkerSide:
     def register(self, kv_caches: KVCaches) -> None:
         """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
         described = describe(kv_caches, self._config, self._settings)
+        shorten_spins(self._settings)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._ratio = described.kernel_blocks_per_block
         transfer_config = self._config.kv_transfer_config
