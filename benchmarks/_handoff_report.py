@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks._handoff_systems import Sample
 
 BASE = "aggregated"
-STAGES = ("P start", "compute", "tail", "D step", "P answer", "hand-off")
+STAGES = ("P start", "compute", "tail", "D step", "hand-off")
 
 
 def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -30,10 +30,11 @@ def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
                     "tokens": length,
                     "system": name,
                     "runs": len(chosen),
+                    "failed": sum(bool(s.failed) for s in chosen),
                     "prefill_ms": _ms(prefill),
                     "handoff_ms": _ms(handoff),
                     "ttft_ms": _ms(ttft),
-                    "ttft_best_ms": _ms(min(s.ttft_s for s in chosen)),
+                    "ttft_best_ms": _ms(min((s.ttft_s for s in chosen if s.ttft_s is not None), default=None)),
                     "prefill_x": _ratio(prefill, base),
                     "ttft_x": _ratio(ttft, base),
                     "handoff_of_nixl": _ratio(handoff, nixl),
@@ -51,6 +52,7 @@ COLUMNS = {
     "handoff_ms": "hand-off ms",
     "ttft_ms": "TTFT ms",
     "ttft_best_ms": "(best)",
+    "failed": "failed",
     "prefill_x": "prefill x",
     "ttft_x": "TTFT x",
     "handoff_of_nixl": "hand-off / NIXL's",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import aiohttp
+
 from tests.rig import watch
-from tests.rig.client import Client, Handed, Order, hand_off
+from tests.rig.client import Client, Handed, Order, RequestFailed, hand_off
 from tests.rig.prompts import BOS, Prompts, tokenizer
 from tests.rig.servers import Server, ServerSpec
 
@@ -66,11 +69,12 @@ class Sample:
 
     system: str
     length: int
-    ttft_s: float
+    ttft_s: float | None
     prefill_s: float | None = None
     handoff_s: float | None = None
     decode_cpu: float | None = None
     foreign_cpu: float = 0.0
+    failed: str = ""
     stages: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,7 +100,7 @@ async def measure(
         for index, length in enumerate(WARM_LENGTHS):
             for order in orders:
                 prompt = cold_prompt(length, f"warm {seed} {index} {order} {time.time_ns()}")
-                await _one(client, system, servers, prompt, order)
+                await _warm(client, system, servers, prompt, order)
         for run in range(runs):
             for length in lengths:
                 for order in orders:
@@ -110,13 +114,28 @@ async def measure(
 async def _watched(
     client: Client, system: System, servers: Sequence[Server], prompt: Sequence[int], order: Order
 ) -> Sample:
-    """A sample that knows how busy others kept the machine meanwhile."""
+    """A sample that knows how busy others kept the machine meanwhile; one without figures if the request failed."""
     ours = [os.getpid(), *(pid for server in servers for pid in server.members())]
     started, machine, own = time.monotonic(), watch.machine_busy_seconds(), watch.cpu_seconds(ours)
-    sample = await _one(client, system, servers, prompt, order)
+    try:
+        sample = await _one(client, system, servers, prompt, order)
+    except (RequestFailed, aiohttp.ClientError) as error:
+        sample = Sample(_row(system, order), len(prompt), ttft_s=None, failed=str(error))
     foreign = watch.machine_busy_seconds() - machine - (watch.cpu_seconds(ours) - own)
     sample.foreign_cpu = max(0.0, foreign) / (time.monotonic() - started)
     return sample
+
+
+async def _warm(client: Client, system: System, servers: Sequence[Server], prompt: Sequence[int], order: Order) -> None:
+    """A request that is not measured; the first one of a pair sets up its connection, and may fail."""
+    try:
+        await _one(client, system, servers, prompt, order)
+    except (RequestFailed, aiohttp.ClientError) as error:
+        print(f"{system.name}: warming up failed: {error}", file=sys.stderr)
+
+
+def _row(system: System, order: Order) -> str:
+    return f"{system.name} {order}" if system.connector == "pdtransport" else system.name
 
 
 async def _one(
@@ -132,10 +151,9 @@ async def _one(
     cpu = watch.cpu_seconds(pids) - cpu_before
     if handed.prefill is None:
         raise RuntimeError(f"prefill failed: {handed.prefill_error}")
-    name = system.name if system.connector == "nixl" else f"{system.name} {order}"
     sent = min(handed.prefill.sent, handed.decode.sent)
     sample = Sample(
-        name,
+        _row(system, order),
         len(prompt),
         ttft_s=handed.decode.first_token - sent,
         prefill_s=handed.prefill.done - handed.prefill.sent,
@@ -157,14 +175,12 @@ async def _stages(handed: Handed, prefill: Server, decode: Server) -> dict[str, 
     source = _record(await watch.status(prefill, handed.transfer), "producer", handed)
     sink = _record(await watch.status(decode, handed.transfer), "consumer", handed)
     assert handed.prefill is not None
-    finished = source["events"]["finished"]
-    verified = sink["events"]["verified"]
+    opened, verified = source["events"]["opened"], sink["events"]["verified"]
     return {
-        "P start": source["events"]["opened"] - handed.prefill.sent,
-        "compute": finished - source["events"]["opened"],
-        "tail": verified - finished,
+        "P start": opened - handed.prefill.sent,
+        "compute": handed.prefill.done - opened,
+        "tail": verified - handed.prefill.done,
         "D step": handed.decode.first_token - verified,
-        "P answer": handed.prefill.done - finished,
         "hand-off": handed.decode.first_token - handed.prefill.done,
     }
 

@@ -23,18 +23,20 @@ others' cpu
     The same of everything on the machine that is not the benchmark or its servers: figures taken while this is far
     from 0 say little.
 
+failed
+    Requests of ``--runs`` that got an error; they count in no other column.
+
 Rows: ``aggregated`` is one plain server alone; ``aggregated + idle`` is the same one with a second plain server that
 does nothing beside it; ``nixl`` is vLLM's NixlConnector in the order of its toy proxy (prefill first, then decode);
 ``pdtransport concurrent`` dispatches to both at once, ``pdtransport serial`` as the toy proxy does.
 
 The second table says where pdtransport's time goes, from the timelines of both workers:
 
-P start     request sent -> prefill's scheduler takes it (HTTP, parsing 4,000 token ids, scheduling)
-compute     -> prefill's last step done (the request is finished there)
-tail        -> decode's worker has verified the last page; what of the transfer prefill does not hide
-D step      -> decode's first token at the client: scheduling, the step that samples it, HTTP
-P answer    prefill's last step done -> its HTTP response at the client
-hand-off    tail + D step - P answer
+P start     request sent -> prefill's worker hears of it (HTTP, parsing 4,000 token ids, scheduling)
+compute     -> prefill's HTTP response
+tail        -> decode's worker has verified the last page; below zero where it had before prefill's response
+D step      -> decode's first token at the client: scheduling, the step that computes it, HTTP
+hand-off    tail + D step
 """
 
 from __future__ import annotations

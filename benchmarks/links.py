@@ -50,7 +50,7 @@ def main() -> int:
     try:
         for number in range(1, arguments.rounds + 1):
             print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
-            measure(pairs, arguments.bytes, rates)
+            measure(pairs, arguments.bytes, arguments.pages, rates)
     finally:
         for pair in pairs.values():
             pair.close()
@@ -64,8 +64,9 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--bytes", type=int, default=64 << 20, help="moved per measurement (default 64 MiB)")
+    parser.add_argument("--bytes", type=int, default=256 << 20, help="moved per measurement (default 256 MiB)")
     parser.add_argument("--links", default="cma,ucx", help="which links, separated by commas (default cma,ucx)")
+    parser.add_argument("--pages", default=",".join(map(str, PAGES_KIB)), help="page sizes in KiB (default: all eight)")
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many (default 5)")
     arguments = parser.parse_args()
     if arguments.bytes < BATCH_BYTES or arguments.bytes % BATCH_BYTES:
@@ -73,13 +74,19 @@ def parse() -> argparse.Namespace:
     if arguments.rounds < 1:
         parser.error("--rounds: at least 1")
     arguments.links = [name.strip() for name in arguments.links.split(",") if name.strip()]
+    try:
+        arguments.pages = tuple(int(kib) for kib in arguments.pages.split(","))
+    except ValueError:
+        parser.error("--pages: numbers separated by commas")
+    if not set(arguments.pages) <= set(PAGES_KIB):
+        parser.error(f"--pages: some of {', '.join(map(str, PAGES_KIB))}")
     unknown = set(arguments.links) - {"cma", "ucx"}
     if unknown:
         parser.error(f"--links: {', '.join(sorted(unknown))} is not one of cma, ucx")
     return arguments
 
 
-def measure(pairs: dict[str, Pair], nbytes: int, rates: Rates) -> None:
+def measure(pairs: dict[str, Pair], nbytes: int, pages_kib: tuple[int, ...], rates: Rates) -> None:
     """One round of everything; the baselines stand next to each link's figures."""
 
     def note(what: str, how: str, page: int, rate: float | None) -> None:
@@ -92,7 +99,7 @@ def measure(pairs: dict[str, Pair], nbytes: int, rates: Rates) -> None:
             note(f"ucx_perftest {test}", "", 0, perftest_rate(test))
         for shuffled in (False, True):
             for checksums in (False, True):
-                for kib in PAGES_KIB:
+                for kib in pages_kib:
                     case = Case(nbytes, kib << 10, shuffled, checksums)
                     note(pair_name, case.label, kib, pair.rate(case))
 
@@ -165,7 +172,14 @@ def summarise(rates: Rates, why: dict[str, str], arguments: argparse.Namespace) 
         }
         for (what, how, page), rate in middle.items()
     ]
-    return {"bytes": arguments.bytes, "rounds": arguments.rounds, "kernels": pages.BACKEND, "why": why, "rows": rows}
+    return {
+        "bytes": arguments.bytes,
+        "rounds": arguments.rounds,
+        "pages_kib": arguments.pages,
+        "kernels": pages.BACKEND,
+        "why": why,
+        "rows": rows,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -176,7 +190,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += [f"{row['what']:<42}{row['bytes_s'] / 1e9:6.1f}" for row in rows if not row["how"]]
     lines += [f"{name}: {why}" for name, why in result["why"].items()]
-    lines.append(f"{'pages of KiB':<42}" + "".join(f"{kib:>6}" for kib in PAGES_KIB))
+    lines.append(f"{'pages of KiB':<42}" + "".join(f"{kib:>6}" for kib in result["pages_kib"]))
     for name in result["why"]:
         chosen = [row for row in rows if row["what"] == name]
         for how in dict.fromkeys(row["how"] for row in chosen):

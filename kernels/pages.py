@@ -21,6 +21,7 @@ from pdtransport.kernels import reference
 from pdtransport.kernels.runs import Runs, as_runs, run, stream_bytes
 
 Checksums = reference.Checksums
+Ticket = reference.Ticket
 
 
 def _load() -> ctypes.CDLL | None:
@@ -32,8 +33,9 @@ def _load() -> ctypes.CDLL | None:
     pointer, count = ctypes.c_void_p, ctypes.c_uint64
     for name, arguments in {
         "pdt_checksum": (pointer, count, count, pointer),
+        "pdt_choose": (ctypes.c_int,),
         "pdt_copy": (pointer, count, pointer, count, count, pointer),
-        "pdt_read_remote": (ctypes.c_int64, pointer, count, pointer, count, count, pointer),
+        "pdt_read_remote": (ctypes.c_int64, pointer, count, pointer, count, count, pointer, ctypes.c_int, count, count),
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, ctypes.c_int
@@ -93,20 +95,36 @@ def scatter(address: int, runs: Runs, blocks: int = 0) -> Checksums:
     return copy_runs(run(address, stream_bytes(runs)), runs, blocks)
 
 
-def read_remote(pid: int, remote: Runs, local: Runs, blocks: int = 0) -> Checksums:
+def read_remote(
+    pid: int, remote: Runs, local: Runs, blocks: int = 0, *, threads: int = 1, ticket: Ticket | None = None
+) -> Checksums:
     """Copy ``remote`` runs of process ``pid`` into ``local`` runs of this one with process_vm_readv.
+
+    Args:
+        threads: large streams are read by up to so many threads (at most 8).
+        ticket: (address, number): the peer's 64-bit word there must hold the number before and after the copy.
 
     Raises:
         ValueError: streams of different lengths, or ``blocks`` does not fit; nothing was written.
-        OSError: EFAULT (an address is not mapped), EPERM (not allowed to), ESRCH (no such process), ...; some of
-            ``local`` may have been written.
+        OSError: ESTALE (the ticket does not hold: what was read is void), EFAULT (an address is not mapped), EPERM
+            (not allowed to), ESRCH (no such process), ...; some of ``local`` may have been written.
     """
     if _C is None:
-        return reference.read_remote(pid, remote, local, blocks)
+        return reference.read_remote(pid, remote, local, blocks, ticket=ticket)
     remote, local = as_runs(remote), as_runs(local)
     sums = _room(blocks)
+    address, number = ticket or (0, 0)
     code = _C.pdt_read_remote(
-        pid, remote.ctypes.data, len(remote), local.ctypes.data, len(local), blocks, sums.ctypes.data
+        pid,
+        remote.ctypes.data,
+        len(remote),
+        local.ctypes.data,
+        len(local),
+        blocks,
+        sums.ctypes.data,
+        threads,
+        address,
+        number,
     )
     _check(code, remote, local, blocks)
     return sums

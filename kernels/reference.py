@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pdtransport.kernels.runs import Runs, as_runs, cut_runs, run, stream_bytes
 
 Checksums = npt.NDArray[np.uint64]
+Ticket = tuple[int, int]
 
 LANES = 128
 STRIPE_BYTES = 8 * LANES
@@ -90,14 +91,34 @@ def scatter(address: int, runs: Runs, blocks: int = 0) -> Checksums:
     return copy_runs(run(address, stream_bytes(runs)), runs, blocks)
 
 
-def read_remote(pid: int, remote: Runs, local: Runs, blocks: int = 0) -> Checksums:
+def read_remote(pid: int, remote: Runs, local: Runs, blocks: int = 0, *, ticket: Ticket | None = None) -> Checksums:
     """See :func:`pdtransport.kernels.pages.read_remote`."""
     remote, local = _fitting(remote, local)
     total = stream_bytes(local)
     bounds = [*range(0, total, REMOTE_CHUNK), total]
-    for source, target in zip(cut_runs(remote, bounds), cut_runs(local, bounds), strict=True):
-        _read_chunk(pid, source, target)
+    _check_ticket(pid, ticket)
+    try:
+        for source, target in zip(cut_runs(remote, bounds), cut_runs(local, bounds), strict=True):
+            _read_chunk(pid, source, target)
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            _check_ticket(pid, ticket)
+        raise
+    _check_ticket(pid, ticket)
     return checksum(local, blocks)
+
+
+def _check_ticket(pid: int, ticket: Ticket | None) -> None:
+    if ticket is None:
+        return
+    word = np.zeros(1, dtype=np.uint64)
+    try:
+        _read_chunk(pid, run(ticket[0], 8), run(word.ctypes.data, 8))
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+    if int(word[0]) != ticket[1]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def _fitting(src: Runs, dst: Runs) -> tuple[Runs, Runs]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import ModuleType
 
@@ -37,6 +37,26 @@ GUARD = 64
 def test_c_kernels_are_built() -> None:
     """Comparing C with numpy below would mean nothing if both were numpy."""
     assert pages.BACKEND == "c"
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["portable", "avx2", "avx512"])
+def vectors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each way in which the C checksum is compiled, as far as this processor goes."""
+    assert pages._C is not None
+    if pages._C.pdt_choose(request.param) != request.param:
+        pages._C.pdt_choose(2)
+        pytest.skip("this processor has no such instructions")
+    yield
+    pages._C.pdt_choose(2)
+
+
+@pytest.mark.usefixtures("vectors")
+def test_every_instruction_set_gives_the_same_checksum() -> None:
+    """A peer with another processor computes the same; at any alignment."""
+    data = np.random.default_rng(5).integers(0, 256, 70_000, dtype=np.uint8)
+    for start, length in ((0, 65536), (1, 65528), (7, 1024), (64, 8), (3, 2040)):
+        runs = run(data.ctypes.data + start, length)
+        assert pages.checksum(runs, 1).tolist() == reference.checksum(runs, 1).tolist()
 
 
 @pytest.mark.parametrize("kernels", BOTH)
@@ -145,6 +165,43 @@ def test_long_lists_cross_the_iovec_limit() -> None:
         sums = pages.read_remote(os.getpid(), src, dst, blocks)
         assert stream(dst) == stream(src)
         assert sums.tolist() == reference.checksum(src, blocks).tolist()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8, 99])
+def test_threads_divide_a_stream_without_a_seam(threads: int) -> None:
+    """Whatever the number of threads, blocks and bytes over: the same bytes and checksums."""
+    total = (6 << 20) + 8 * 77 * 12
+    source = np.random.default_rng(1).integers(0, 256, 8 << 20, dtype=np.uint8)
+    lengths = cuts(total, [1000 * i * i for i in range(700)])
+    src = fragment(source, lengths, list(range(len(lengths))), 3, 1)
+    for blocks in (0, 1, 2, 12):
+        target = np.zeros(total + 2 * GUARD, dtype=np.uint8)
+        sums = pages.read_remote(os.getpid(), src, run(target.ctypes.data + GUARD, total), blocks, threads=threads)
+        assert target[GUARD:-GUARD].tobytes() == stream(src)
+        assert not target[:GUARD].any()
+        assert not target[-GUARD:].any()
+        assert sums.tolist() == reference.checksum(src, blocks).tolist()
+
+
+@pytest.mark.parametrize("kernels", BOTH)
+def test_a_ticket_must_hold_before_and_after(kernels: ModuleType) -> None:
+    """Nothing is read for a ticket that is void; one that is torn up while pages are read voids them."""
+    data, target = block(), np.zeros(8192, dtype=np.uint8)
+    words = np.array([77], dtype=np.uint64)
+    source, into = run(data.ctypes.data, 8192), run(target.ctypes.data, 8192)
+    kernels.read_remote(os.getpid(), source, into, ticket=(words.ctypes.data, 77))
+    assert (target == data).all()
+    target[:] = 0
+    for ticket in ((words.ctypes.data, 78), (4096, 77)):
+        with pytest.raises(OSError) as caught:
+            kernels.read_remote(os.getpid(), source, into, ticket=ticket)
+        assert caught.value.errno == errno.ESTALE
+        assert not target.any()
+    # The copy itself tears up the ticket: its word lies within the destination.
+    target.view(np.uint64)[5] = 77
+    with pytest.raises(OSError) as caught:
+        kernels.read_remote(os.getpid(), source, into, ticket=(target.ctypes.data + 40, 77))
+    assert caught.value.errno == errno.ESTALE
 
 
 # -- what a checksum must find --------------------------------------------------------------------------------------
