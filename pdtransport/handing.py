@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pdtransport.control.channel import ControlChannel, PeerId
 from pdtransport.errors import LinkError
@@ -163,20 +164,31 @@ class Handing:
                 self._end(action)
 
     def push_some(self) -> bool:
-        """Stage queued batches, a few a turn; what finds no free slot waits. True if more can be done at once."""
-        for _ in range(min(len(self._queue), MAX_PUSHES_A_TURN)):
+        """Stage queued batches, a few a turn. What finds no free slot waits, and holds up no other peer's batches. True
+        if more can be done at once."""
+        waiting: list[act.Push] = []
+        busy: set[PeerId] = set()
+        answers: list[Callable[[], list[act.Action]]] = []
+        while self._queue and len(answers) < MAX_PUSHES_A_TURN:
             push = self._queue.popleft()
             ident = _ident(push)
+            if push.peer in busy:
+                waiting.append(push)
+                continue
             try:
                 offer, checksums = self._push(push, ident)
             except LinkBusy:
-                self._queue.appendleft(push)
-                return False
+                busy.add(push.peer)
+                waiting.append(push)
             except LinkError as error:
-                self.run(self.sending.push_failed(*ident, f"link: {error}"))
-                continue
-            self.run(self.sending.pushed(*ident, checksums, offer, time.monotonic()))
-        return bool(self._queue)
+                answers.append(partial(self.sending.push_failed, *ident, f"link: {error}"))
+            else:
+                answers.append(partial(self.sending.pushed, *ident, checksums, offer, time.monotonic()))
+        more = bool(self._queue)
+        self._queue.extendleft(reversed(waiting))
+        for answer in answers:  # only now: what they ask for may withdraw batches from the queue
+            self.run(answer())
+        return more
 
     def _push(self, push: act.Push, ident: _Ident) -> tuple[bytes, bytes]:
         """Offer a batch on its peer's link: ``(offer, checksums)`` for its announcement."""

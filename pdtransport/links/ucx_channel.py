@@ -18,7 +18,7 @@ from pdtransport.errors import LinkError
 from pdtransport.kernels import pages
 from pdtransport.kernels.reference import memory
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
-from pdtransport.links._ucx_binding import Bytes, Endpoint, Request, Worker
+from pdtransport.links._ucx_binding import CLOSE_S, Bytes, Endpoint, Request, Worker
 from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats
 from pdtransport.links.calls import call
 from pdtransport.links.memory import SlotRing
@@ -99,6 +99,7 @@ class UcxChannel(Channel):
         self._endpoints: dict[bytes, Endpoint] = {}  # by sealed address
         self._next_tag = INBOX_TAG + 1
         self._broken = ""
+        self._end_by = 0.0
         # A peer that does not take or send what was agreed on must not hold all slots.
         self._send_share = max(SlotRing.MIN_SLOTS, link.sending.count // 2)
         self._receive_share = max(SlotRing.MIN_SLOTS, link.receiving.count // 2)
@@ -111,7 +112,7 @@ class UcxChannel(Channel):
         self._reporting: list[_Wanted] = []  # ended; their callbacks are due
         self._sending_time, self._receiving_time = _Stopwatch(), _Stopwatch()
         self._inbox = np.zeros(ASK.size, dtype=np.uint8)
-        self._heard: Request = worker.receive(self._inbox, INBOX_TAG)
+        self._heard: Request | None = worker.receive(self._inbox, INBOX_TAG)
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
@@ -303,8 +304,8 @@ class UcxChannel(Channel):
     def _advance(self) -> bool:
         """Look at what the worker moved; True if anything ended or was begun."""
         heard = False
-        while self._heard.completed and not self._broken and len(self._sent) < MAX_OFFERED:
-            heard = self._listen()
+        while self._heard is not None and self._heard.completed and not self._broken and len(self._sent) < MAX_OFFERED:
+            heard = self._listen(self._heard)
         if self._broken:
             return self._fail_all()
         sent, received = self._sends_done(), self._receives_done()
@@ -314,9 +315,9 @@ class UcxChannel(Channel):
         self.stats.seconds_moving += self._receiving_time.set(bool(self._posted))
         return heard or sent or received or asked
 
-    def _listen(self) -> bool:
+    def _listen(self, message: Request) -> bool:
         """Answer one ask."""
-        error = self._heard.error()
+        error = message.error()
         if error:
             self._break(error)
             return True
@@ -361,17 +362,26 @@ class UcxChannel(Channel):
             except Exception:  # noqa: BLE001 - each binding has its own exceptions
                 self.stats.errors += 1
         self._endpoints.clear()
+        self._end_by = time.monotonic() + CLOSE_S
         self._end()
 
     def _end(self) -> None:
-        """Let go of the worker once no message holds a slot any more: at once, as a rule."""
+        """Let go of the worker once no message holds a slot any more: at once, as a rule, else at a deadline. With its
+        worker, a message that did not end is destroyed; nothing reads or writes its slot after that."""
         self._fail_all()
-        if self._posted or self._sent or self.ended:
+        if self.ended or ((self._posted or self._sent) and time.monotonic() < self._end_by):
             return
-        self._asks.clear()
         self._link.forget(self.worker)
         self.worker.close()
         self.ended = True
+        posted, sent = self._posted, self._sent
+        self._posted, self._sent, self._asks, self._heard = [], [], [], None
+        for wanted in posted:
+            wanted.request = None
+            self._link.receiving.give_back(wanted.slot)
+        for message in sent:
+            if message.offered is not None:
+                self._let_go(message.offered, f"link: {self._broken}")
 
     def _break(self, reason: str) -> None:
         if not self._broken:

@@ -195,9 +195,9 @@ class _Server:
         why: str = self.channel.why
         return why
 
-    def do_fill(self, seed: int) -> None:
-        """Random bytes into the first MiB."""
-        size = min(self.buffer.size, 1 << 20)
+    def do_fill(self, seed: int, size: int = 1 << 20) -> None:
+        """Random bytes at the front."""
+        size = min(self.buffer.size, size)
         self.buffer[:size] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
     def do_set(self, offset: int, data: bytes) -> None:

@@ -139,6 +139,16 @@ def test_small_and_odd_batches_arrive(ends: tuple[End, End]) -> None:
             assert receiver.ask("read", [(3, nbytes)]) == sender.ask("read", [(8, nbytes)])
 
 
+@pytest.mark.parametrize("blocks", [0, 1, BLOCKS])
+def test_batches_of_many_slices_arrive_whole(ends: tuple[End, End], blocks: int) -> None:
+    """Larger than what is copied in one turn, by several threads, in blocks smaller and larger than a turn's share."""
+    sender, receiver = ends
+    sender.ask("fill", 1, BIG)
+    source, target = shuffled(BIG // 4096, 4096, 1), [(BIG + o, n) for o, n in shuffled(BIG // PAGE, PAGE, 2)]
+    assert hand_over(sender, receiver, 1, source, target, blocks) is None
+    assert receiver.ask("read", target) == sender.ask("read", source)
+
+
 @any_ucx
 def test_no_more_is_staged_than_the_ring_holds(ends: tuple[End, End]) -> None:
     """Backpressure: a sender whose batches nobody takes is told to wait, and goes on once they are taken."""

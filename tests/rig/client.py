@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
-from tests.rig.servers import HOST, MODEL_NAME, Server
+from tests.rig.ports import HOST
+from tests.rig.servers import MODEL_NAME, Server
 
 REQUEST_S = 240.0
 KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s: a request sent just then would be lost

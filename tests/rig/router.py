@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.client import Order
-from tests.rig.servers import HOST, POLL_S, Server, ServerFailed, die_with_parent, take_ports
+from tests.rig.ports import HOST
+from tests.rig.servers import POLL_S, PORTS, Server, ServerFailed, die_with_parent
 
 START_S = 60.0
 STOP_S = 15.0
@@ -38,7 +39,7 @@ def routed(prefills: Sequence[Server], decodes: Sequence[Server], logs: Path, or
     Raises:
         ServerFailed: it did not start; with its last log lines.
     """
-    port = take_ports()
+    port = PORTS.take()
     log_file = logs / f"router-{port}.log"
     command = [sys.executable, "-m", "pdtransport.router.cli", "--port", str(port), "--dispatch", order]
     for flag, servers in (("--prefill", prefills), ("--decode", decodes)):
@@ -58,6 +59,7 @@ def routed(prefills: Sequence[Server], decodes: Sequence[Server], logs: Path, or
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(STOP_S)
+        PORTS.give_back([port])
 
 
 def _wait_ready(router: RunningRouter, process: subprocess.Popen[bytes]) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.rig.ports import HOST, Ports, listens
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_LM = REPOSITORY / "examples" / "models" / "tiny-lm"
 MODEL_NAME = "tiny-lm"
-HOST = "127.0.0.1"
 
 START_S = 240.0  # 25 s on an idle machine with two cores, several at once and on a busy one far more
 TERM_S = 10.0  # after SIGTERM; then SIGKILL
@@ -34,8 +34,6 @@ LOG_LINES = 40
 ERROR_LINES = 12
 _FRAME = re.compile(r"\] +(File |[\^~]| )|Traceback")  # lines of a stack trace but its last
 PR_SET_PDEATHSIG = 1
-FIRST_PORT, LAST_PORT = 21400, 21499
-PORTS_VARIABLE = "PDTRANSPORT_TEST_PORTS"  # "first-last", where the default range is taken
 
 Connector = Literal["none", "pdtransport", "nixl"]
 KVRole = Literal["kv_producer", "kv_consumer", "kv_both"]
@@ -129,43 +127,7 @@ class ServerSpec:
         return {**env, **self.env}
 
 
-class Ports:
-    """Hands out ports of one range that nobody listens on, never the same one twice while others are left."""
-
-    def __init__(self) -> None:
-        text = os.environ.get(PORTS_VARIABLE, f"{FIRST_PORT}-{LAST_PORT}")
-        first, _, last = text.partition("-")
-        self._first, self._last = int(first), int(last or first)
-        self._next = self._first
-
-    def take(self, count: int = 1) -> int:
-        """The first of ``count`` free ports in a row.
-
-        Raises:
-            RuntimeError: the range holds no such row.
-        """
-        for _ in range(self._last - self._first + 1):
-            if self._next + count - 1 > self._last:
-                self._next = self._first
-            port, self._next = self._next, self._next + 1
-            if all(is_free(p) for p in range(port, port + count)):
-                self._next = port + count
-                return port
-        raise RuntimeError(f"no {count} free ports in {self._first}-{self._last}: set {PORTS_VARIABLE}=first-last")
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-        return True
-
-
-_PORTS = Ports()
-take_ports = _PORTS.take
+PORTS = Ports()
 
 
 def die_with_parent() -> Callable[[], None]:
@@ -195,8 +157,8 @@ class Server:
 
     def __init__(self, spec: ServerSpec, logs: Path) -> None:
         self.spec = spec
-        self.port = take_ports()
-        self.control_port = take_ports(spec.tp)
+        self.port = PORTS.take()
+        self.control_port = PORTS.take(spec.tp)
         self.log = logs / f"{spec.name}-{self.port}.log"
         self.started_at = time.monotonic()
         self.ready_s: float | None = None
@@ -247,7 +209,7 @@ class Server:
         Raises:
             ServerFailed: it ended, or ``deadline`` (``time.monotonic``) passed.
         """
-        while not self.healthy():
+        while not (listens(self.members(), self.port) and self.healthy()):
             if self.process.poll() is not None:
                 raise self.failed(f"ended with status {self.process.returncode} before it was up")
             if time.monotonic() > deadline:
@@ -329,6 +291,7 @@ def stop_all(servers: Iterable[Server]) -> None:
             errors.append(error)
         if server in _running:
             _running.remove(server)
+        PORTS.give_back([server.port, *range(server.control_port, server.control_port + server.spec.tp)])
     if errors:
         raise errors[0]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.client import Client, RequestFailed
+from tests.rig.ports import HOST
 from tests.rig.prompts import BOS
-from tests.rig.servers import HOST, Server
+from tests.rig.servers import Server
 
 SETTLE_S = 45.0  # longer than DeadlineSettings.hold_s: what prefill holds for nobody must be gone by then
 POLL_S = 0.25

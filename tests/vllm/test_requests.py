@@ -10,10 +10,12 @@ import pytest
 
 from tests.rig import watch
 from tests.rig.cases import Case, assert_equal, handed_over, plainly
-from tests.rig.client import Answer, Client, Handed, RequestFailed, hand_off, new_transfer, to_decode, to_prefill
+from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, hand_off, new_transfer, to_decode, to_prefill
 from tests.rig.fixtures import DEADLINES, Book, Servers, forget
+from tests.rig.prompts import BOS
 from tests.rig.proof import bytes_equal, crossed, record_of
 
+ORDERS: tuple[Order, ...] = ("concurrent", "serial")
 GIVEN_UP_S = DEADLINES["arrival_s"] + 15  # a deadline of ours, and slack for a busy machine
 
 
@@ -77,6 +79,7 @@ def test_transfer_id_used_again(servers: Servers, book: Book, with_client: Any) 
             client, servers.prefill, servers.decode, first.prompt, len(first.tokens), transfer=transfer
         )
         assert_equal([first], [handed])
+        refused_before = (await watch.counters(servers.decode)).get("fetches_refused_reused", 0)
         for case in (first, other):
             await forget(client, servers.prefill, servers.decode)
             try:
@@ -87,8 +90,10 @@ def test_transfer_id_used_again(servers: Servers, book: Book, with_client: Any) 
                 print(f"\nused again: {error}")
             else:
                 assert_equal([case], [again])  # served, then it must be right; but not from the old transfer
-                assert (await record_of(servers.decode, transfer, "consumer"))["code"], "it was handed over twice"
-        await refused(servers, transfer, "reused")
+        refused_now = (await watch.counters(servers.decode)).get("fetches_refused_reused", 0)
+        assert refused_now == refused_before + 2, "it was handed over twice"
+        log = servers.decode.log.read_text(errors="replace")
+        assert f"transfer {transfer} refused: this transfer id was used before" in log
         await serves_on(client, servers, book)
 
     with_client(scenario)
@@ -181,6 +186,19 @@ def test_roles_are_kept(servers: Servers, book: Book, with_client: Any) -> None:
         assert_equal([case], [on_decode])
         assert not on_decode.kv_params, "a consumer offered pages"
         await serves_on(client, servers, book)
+
+    with_client(scenario)
+
+
+def test_prompt_of_one_token(servers: Servers, book: Book, with_client: Any) -> None:
+    """A prompt that leaves nothing to hand over is answered, in both orders, and holds nothing."""
+
+    async def scenario(client: Client) -> None:
+        alone = await client.complete(servers.decode, [BOS], 1)
+        for order in ORDERS:
+            handed = await hand_off(client, servers.prefill, servers.decode, [BOS], 1, order)
+            assert handed.tokens == alone.tokens
+        await watch.settled(client, servers.all)
 
     with_client(scenario)
 
