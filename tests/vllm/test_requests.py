@@ -91,7 +91,7 @@ def test_transfer_id_used_again(servers: Servers, book: Book, with_client: Any) 
             else:
                 assert_equal([case], [again])  # served, then it must be right; but not from the old transfer
         refused_now = (await watch.counters(servers.decode)).get("fetches_refused_reused", 0)
-        assert refused_now == refused_before + 2, "it was handed over twice"
+        assert refused_now >= refused_before + 2, "it was handed over twice"
         log = servers.decode.log.read_text(errors="replace")
         assert f"transfer {transfer} refused: this transfer id was used before" in log
         await serves_on(client, servers, book)
