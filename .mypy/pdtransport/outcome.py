@@ -1,1 +1,0 @@
-/work/main/pdtransport/outcome.py
