@@ -23,8 +23,8 @@ LISTENING = "0A"  # in /proc/net/tcp
 class Ports:
     """Hands out ports of one range that nobody listens on and no other run holds; the lock ends with the process."""
 
-    def __init__(self) -> None:
-        text = os.environ.get(PORTS_VARIABLE, f"{FIRST_PORT}-{LAST_PORT}")
+    def __init__(self, first: int = FIRST_PORT, last: int = LAST_PORT) -> None:
+        text = os.environ.get(PORTS_VARIABLE, f"{first}-{last}")
         first, _, last = text.partition("-")
         self._first, self._last = int(first), int(last or first)
         self._next = self._first

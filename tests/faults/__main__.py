@@ -1,0 +1,64 @@
+"""``python -m tests.faults --runs 5000``: faults in real processes; ``--seed N`` replays one run.
+
+Each run takes worker processes (one or two that prefill, one that decodes) with real sockets and links through several
+transfers while something goes wrong, and checks the promises. A failing seed is printed with the command that
+replays it: the same transfers and faults in fresh processes, though not the machine's own scheduling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from tests.faults.plan import Plan
+from tests.faults.report import Report
+from tests.faults.runner import random_plans, run_plans
+from tests.faults.steps import STEPS, step_plan, step_plans
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--rig", choices=["engine-free"], default="engine-free")
+    parser.add_argument("--runs", type=int, default=200, help="random runs")
+    parser.add_argument("--start", type=int, default=0, help="first seed")
+    parser.add_argument("--kills", type=int, default=0, help="times that each side is killed at each protocol step")
+    parser.add_argument("--links", default="cma,ucx", help="links to run over, by their names in settings")
+    parser.add_argument("--lanes", type=int, default=8, help="sets of processes at work at the same time")
+    parser.add_argument("--seconds", type=float, default=0, help="start no run after so long; 0: start all")
+    parser.add_argument("--write", type=Path, help="write the matrix to this file")
+    parser.add_argument("--machine", default=f"{os.cpu_count()} cores, {platform.system()}", help="for the matrix")
+    one = parser.add_argument_group("replay one run")
+    one.add_argument("--seed", type=int, help="this random one")
+    one.add_argument("--step", choices=list(STEPS), help="this protocol step")
+    one.add_argument("--side", choices=["prefill", "decode"], default="prefill")
+    one.add_argument("--action", choices=["kill", "stop"], default="kill")
+    one.add_argument("--halt", type=float, default=0.0, help="seconds that a stopped process stands still")
+    one.add_argument("--number", type=int, default=0)
+    args = parser.parse_args()
+    links = args.links.split(",")
+    plans = plans_of(args, links)
+    if len(plans) == 1:
+        print(plans[0])
+    began = time.monotonic()
+    report = Report(links, command="python -m tests.faults " + " ".join(sys.argv[1:]))
+    run_plans(plans, args.lanes, report, args.seconds, shout=print)
+    print(report.summary(time.monotonic() - began))
+    if args.write:
+        args.write.write_text(report.markdown(args.machine, time.strftime("%Y-%m-%d")), encoding="utf-8")
+    return 1 if report.failures or report.trouble else 0
+
+
+def plans_of(args: argparse.Namespace, links: list[str]) -> list[Plan]:
+    if args.seed is not None:
+        return random_plans([args.seed], links)
+    if args.step is not None:
+        return [step_plan(args.step, args.side, args.action, args.halt, args.number, links[0])]
+    return random_plans(range(args.start, args.start + args.runs), links) + step_plans(args.kills, links)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""What the fork server imports once, so that a worker starts in a moment. Starts nothing: no thread, no socket."""
+
+import contextlib
+
+import pdtransport.transport
+import tests.faults.worker  # noqa: F401
+
+with contextlib.suppress(ImportError):
+    import pdtransport.links._ucx_binding
+    import pdtransport.links.cma
+    import pdtransport.links.ucx  # noqa: F401

@@ -1,0 +1,167 @@
+"""What all runs showed, as a summary and as the page ``docs/faults.md``."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.faults.lane import Result
+from tests.faults.steps import STEPS
+
+
+@dataclass
+class Cell:
+    runs: int = 0
+    struck: int = 0  # runs in which the fault took effect
+    failed: int = 0  # runs that broke a promise
+    ends: Counter[str] = field(default_factory=Counter)
+    took: list[float] = field(default_factory=list)
+    noticed: list[float] = field(default_factory=list)
+    mended: list[float] = field(default_factory=list)
+
+    def add(self, result: Result) -> None:
+        self.runs += 1
+        self.struck += bool(result.injected) or bool(result.struck)
+        self.failed += bool(result.problems)
+        self.ends += result.ended
+        self.took += result.took_s
+        if result.noticed_s is not None:
+            self.noticed.append(result.noticed_s)
+        if result.mended_s is not None:
+            self.mended.append(result.mended_s)
+
+
+@dataclass
+class Report:
+    links: Sequence[str]
+    cells: dict[tuple[str, str], Cell] = field(default_factory=lambda: defaultdict(Cell))
+    failures: list[Result] = field(default_factory=list)
+    trouble: list[str] = field(default_factory=list)  # at the end, of no run in particular
+    command: str = ""
+
+    def add(self, result: Result) -> None:
+        self.cells[result.plan.row, result.plan.column].add(result)
+        if result.problems:
+            self.failures.append(result)
+
+    @property
+    def total(self) -> Cell:
+        whole = Cell()
+        for cell in self.cells.values():
+            whole.runs += cell.runs
+            whole.struck += cell.struck
+            whole.failed += cell.failed
+            whole.ends += cell.ends
+            whole.took += cell.took
+            whole.noticed += cell.noticed
+            whole.mended += cell.mended
+        return whole
+
+    def summary(self, seconds: float) -> str:
+        whole = self.total
+        ends = ", ".join(f"{code} {count}" for code, count in whole.ends.most_common())
+        return (
+            f"{whole.runs} runs in {seconds:.1f} s, faults took effect in {whole.struck}, {whole.failed} failed, "
+            f"{len(self.trouble)} troubles at the end\n"
+            f"transfers by their ends: {ends}\n"
+            f"death noticed after: {spread(whole.noticed)}; transfers go through again after: {spread(whole.mended)}"
+        )
+
+    # -- the page ------------------------------------------------------------------------------------------------
+
+    def markdown(self, machine: str, date: str) -> str:
+        whole = self.total
+        parts = [
+            HEAD.format(
+                runs=whole.runs,
+                struck=whole.struck,
+                failed=whole.failed,
+                ends=sum(whole.ends.values()),
+                links=" and ".join(self.links),
+                command=self.command,
+                machine=machine,
+                date=date,
+            ),
+            self._failures(),
+            STEPS_HEAD,
+            self._table(list(STEPS), "protocol step", struck_only=True),
+            REST_HEAD,
+            self._table(sorted({row for row, _ in self.cells} - set(STEPS)), "where"),
+            TAIL,
+        ]
+        return "\n".join(parts)
+
+    def _failures(self) -> str:
+        if not self.failures and not self.trouble:
+            return "No run broke a promise.\n"
+        lines = ["## Broken promises\n"]
+        for result in self.failures:
+            lines.append(f"* {result.plan.row} / {result.plan.column}: `python -m tests.faults {result.plan.replay}`: ")
+            lines.append("  " + result.problems[0].splitlines()[0][:300])
+        lines += [f"* at the end: {text}" for text in self.trouble]
+        return "\n".join(lines) + "\n"
+
+    def _table(self, rows: Sequence[str], name: str, struck_only: bool = False) -> str:
+        columns = sorted({column for row, column in self.cells if row in rows})
+        lines = ["| " + " | ".join([name, *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+        for row in rows:
+            cells = [self._cell(self.cells.get((row, column)), struck_only) for column in columns]
+            if any(cells):
+                lines.append("| " + " | ".join([row, *cells]) + " |")
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def _cell(cell: Cell | None, step: bool) -> str:
+        if cell is None:
+            return ""
+        parts = [", ".join(f"{code} {count}" for code, count in cell.ends.most_common())]
+        if step and cell.noticed:
+            parts.append(f"told after {spread(cell.noticed)}")
+        parts.append(f"again after {spread(cell.mended)}" if step else f"took {spread(cell.took)}")
+        if cell.failed:
+            parts.append(f"**{cell.failed} FAILED**")
+        parts.append(f"{cell.runs} runs" + ("" if cell.struck == cell.runs else f", {cell.struck} struck"))
+        return "<br>".join(parts)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and maximum, in seconds."""
+    if not values:
+        return "-"
+    ordered = sorted(values)
+    p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+    return f"{seconds(ordered[len(ordered) // 2])} / {seconds(p99)} s"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+HEAD = """# Faults
+
+Written by `{command}` on {date} ({machine}); change the rig, not this page.
+
+{runs} runs over the links {links}: real processes (one or two prefill workers, one decode worker), real sockets and
+links, {ends} transfers. In {struck} of them the fault took effect; **{failed} broke a promise**. A run fails if
+a transfer that was reported ok has other bytes than its prompt's, a byte is written that nobody granted, a transfer has
+not ended by its deadlines, an error is raised in an I/O thread, a page, slot, ticket, descriptor or thread is not given
+back, the counters do not add up, or transfers do not go through again afterwards.
+"""
+STEPS_HEAD = """## A process dies, or stands still, at a step of the protocol
+
+The process strikes itself (SIGKILL, SIGSTOP) at exactly that step, in the middle of a transfer of five batches. A cell
+says how the handles ended that the surviving and the stopped workers held (`ok`, or the outcome's code), how long
+after the death a survivor's transfers had ended (*told after*: median / p99), and when a transfer went
+through again, the restart of what died included (*again after*).
+"""
+REST_HEAD = """## Messages, batches and processes
+
+One fault a run, unless it says otherwise, on two to five transfers at once. *took*: from the last word that the engines
+said about a transfer until decode's handle ended (median / p99). Deadlines are shortened here
+(`tests/faults/plan.py`); intervals of heartbeats and liveness are the defaults.
+"""
+TAIL = """## What is not here yet
+
+Faults under real vLLM, of the router, and of the shared pool.
+"""

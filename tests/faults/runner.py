@@ -1,0 +1,79 @@
+"""Spreads plans over lanes, one thread each."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from tests.faults.lane import Lane, Result
+from tests.faults.plan import Plan, plan_of
+from tests.faults.report import Report
+from tests.rig.ports import Ports
+
+FIRST_PORT, LAST_PORT = 21500, 21899
+
+
+def random_plans(seeds: Sequence[int], links: list[str]) -> list[Plan]:
+    return [plan_of(seed, links) for seed in seeds]
+
+
+def run_plans(
+    plans: Sequence[Plan], lanes: int, report: Report, seconds: float = 0.0, shout: Callable[[str], object] = print
+) -> None:
+    """Run all plans; with ``seconds``, start none after so long. What fails is shouted at once."""
+    groups: dict[tuple[str, int], list[Plan]] = defaultdict(list)
+    for plan in plans:
+        groups[plan.link, plan.prefills].append(plan)
+    stop_at = time.monotonic() + seconds if seconds else float("inf")
+    ports, lock = Ports(FIRST_PORT, LAST_PORT), threading.Lock()
+    threads = []
+    for (link, prefills), theirs in groups.items():
+        todo: queue.SimpleQueue[Plan] = queue.SimpleQueue()
+        for plan in theirs:
+            todo.put(plan)
+        share = max(1, round(lanes * len(theirs) / len(plans)))
+        for _ in range(min(share, len(theirs))):
+            lane = Lane(link, prefills, ports, len(threads))
+            threads.append(threading.Thread(target=_work, args=(lane, todo, stop_at, report, lock, shout)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _work(
+    lane: Lane,
+    todo: queue.SimpleQueue[Plan],
+    stop_at: float,
+    report: Report,
+    lock: threading.Lock,
+    shout: Callable[[str], object],
+) -> None:
+    problems: list[str] = []
+    try:
+        while time.monotonic() < stop_at:
+            try:
+                plan = todo.get_nowait()
+            except queue.Empty:
+                break
+            result = lane.run(plan)
+            with lock:
+                report.add(result)
+                if result.problems:
+                    shout(described(result))
+    finally:
+        problems = lane.close()
+    with lock:
+        report.trouble += problems
+        for problem in problems:
+            shout(f"at the end: {problem}")
+
+
+def described(result: Result) -> str:
+    plan = result.plan
+    lines = [f"FAILED {plan.row} / {plan.column}: python -m tests.faults {plan.replay}"]
+    lines += [f"    {problem}" for problem in result.problems[:8]]
+    return "\n".join(lines)
