@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from pdtransport.control import limits
 from pdtransport.control.channel import ConnectFailed, PeerDown, PeerId, PeerUp, Received
 from pdtransport.control.client import fetch_status
 from pdtransport.protocol.messages import Claim
+from pdtransport.settings import ControlSettings
 from tests.processes.control_rig import FAST, HOST, Bench, Child, Node, Proxy, bench, identity
 from tests.processes.test_control import both_up, peer
 
@@ -24,6 +26,13 @@ def rig() -> Iterator[Bench]:
 
 def down_reasons(node: Node) -> list[str]:
     return [event.reason for event in node.of(PeerDown)]
+
+
+def test_no_death_takes_longer_than_two_seconds_to_notice_by_default() -> None:
+    """Whether the system tells (the process ended) or nobody does (it hangs, the network is cut)."""
+    told = max(limits.RECONNECT_S + limits.LOST_OPENER_S, max(limits.PROBE_AFTER_S) + limits.LOST_BOUND_S)
+    assert told < ControlSettings().liveness_s <= 2.0
+    assert ControlSettings().heartbeat_s <= ControlSettings().liveness_s / 4
 
 
 def test_a_killed_peer_that_we_connected_to_is_down_long_before_it_counts_as_silent(rig: Bench) -> None:
@@ -84,7 +93,7 @@ def test_our_own_pause_is_not_the_peers_silence(rig: Bench) -> None:
         rig.until(lambda: node.of(PeerUp))
         child.wait("up")
         assert child.kinds() == []
-        time.sleep(0.8)  # the other side would give us up after its own liveness_s (5 s), not before
+        time.sleep(0.8)  # the other side would give us up after its own liveness_s (2 s), not before
         time.sleep(0.8)
         rig.run(0.5)
     assert down_reasons(node) == []
