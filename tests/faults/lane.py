@@ -127,9 +127,11 @@ class Lane:
         leaks = [f"{name}: {count} {what} never given back" for what, count in audit["live"].items() if count]
         rest = self.rest.get(name)
         if rest is not None:
-            for what in ("descriptors", "threads"):
-                if audit[what] > rest[what]:
-                    leaks.append(f"{name}: {audit[what]} {what}, {rest[what]} before")
+            if audit["threads"] > rest["threads"]:
+                leaks.append(f"{name}: {audit['threads']} threads, {rest['threads']} before")
+            if audit["descriptors"] > rest["descriptors"]:
+                more = dict(Counter(audit["open"]) - Counter(rest["open"]))
+                leaks.append(f"{name}: {audit['descriptors']} descriptors, {rest['descriptors']} before: {more}")
             if audit["resident"] > rest["resident"] + GROWTH_BYTES:
                 leaks.append(f"{name}: resident memory grew from {rest['resident']} to {audit['resident']} bytes")
         return leaks
@@ -284,6 +286,9 @@ class _Run:
                 self.result.problems.append(f"{name}: {ended.transfer} ended, which was not under way")
             return
         self.result.ended["ok" if ended.ok else ended.code] += 1
+        if self.plan.drops_rest and not ended.ok and name == "decode0":
+            for other in self.lane.workers:
+                self._say(other, ended.transfer, "cancel", ended.transfer)
         if name == "decode0":
             self.result.took_s.append(max(0.0, ended.at - max(since, 0.0)))
 

@@ -72,6 +72,7 @@ class Plan:
     rules: dict[str, list[Rule]] = field(default_factory=dict)  # by the worker's name
     signals: list[tuple[float, str, str]] = field(default_factory=list)  # (when, worker, kill or stop)
     stopped_s: float = 0.0  # how long a stopped worker stands still
+    drops_rest: bool = False  # when decode's half failed, prefill's is cancelled, as a router does
 
 
 def shape_of(seed: int, links: list[str]) -> tuple[str, int]:
@@ -114,7 +115,7 @@ def plan_of(seed: int, links: list[str]) -> Plan:
 def healthy(seed: int, link: str, prefills: int, blocks: int = 4) -> Plan:
     """One transfer with nothing wrong."""
     tokens = blocks * BLOCK_SIZE
-    plan = Plan(seed, link, prefills, "nothing", "nothing")
+    plan = Plan(seed, link, prefills, "nothing", "nothing", drops_rest=True)
     plan.transfers.append(Transfer(seed, tokens, 0, 0.0, 0.0, [(0.0, tokens)], 0.0))
     return plan
 

@@ -7,12 +7,14 @@ granted. Pages that were given back are overwritten at once, so that a late read
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
@@ -239,6 +241,7 @@ class Worker:
         return {
             "live": {**status["live"], "held": len(self.held), "pages": PAGES - len(self.free), **self.links_hold()},
             "descriptors": len(os.listdir("/proc/self/fd")),
+            "open": dict(descriptors()),
             "threads": len(os.listdir("/proc/self/task")),
             "python_threads": threading.active_count(),
             "resident": resident_bytes(),
@@ -249,6 +252,11 @@ class Worker:
             "peers": [{key: peer[key] for key in ("engine", "rank", "link")} for peer in status["peers"]],
         }
 
+    def wanted_channels(self, link: Link) -> int:
+        """Channels of ``link`` that belong to peers that are up."""
+        peers = list(self.transport._exchange._peers)
+        return sum(channel.link == link.name for peer in peers for channel in peer.channels())
+
     def links_hold(self) -> dict[str, int]:
         """What the links hold of their bounded resources, by the names that they have there."""
         holds: dict[str, int] = {}
@@ -256,11 +264,22 @@ class Worker:
             tickets = getattr(link, "tickets", None)
             if tickets is not None:
                 holds[f"{link.name} tickets"] = len(tickets._words) - tickets.free
+            channels = getattr(link, "_channels", [])
+            holds[f"{link.name} channels of nobody"] = max(0, sum(not c.closed for c in channels) - self.wanted_channels(link))
             for ring in ("sending", "receiving"):
                 slots = getattr(link, ring, None)
                 if slots is not None:
                     holds[f"{link.name} {ring} slots"] = slots.count - slots.free
         return holds
+
+
+def descriptors() -> Counter[str]:
+    """What they lead to, without numbers, and how many of each."""
+    found: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{fd}"))] += 1
+    return found
 
 
 def resident_bytes() -> int:
