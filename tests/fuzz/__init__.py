@@ -1,0 +1,1 @@
+"""Fuzzing of what arrives from outside: see ``__main__.py``."""

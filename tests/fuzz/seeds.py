@@ -1,0 +1,82 @@
+"""Inputs to begin with: well-formed ones, made from the code, and those under ``corpus/`` that taught us something."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import msgpack
+
+from pdtransport.protocol.messages import encode
+from tests.fuzz.targets import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, SEPARATOR, TRANSFER
+from tests.unit.test_protocol_messages import EXAMPLES
+
+HERE = Path(__file__).parent
+EXAMPLE_FILES = HERE.parents[1] / "examples"
+TOPOLOGIES = (
+    b"",
+    b"[]",
+    b"a: &a [*a]",
+    b"apiVersion: pdtransport/v1\nmodel: {path: x}\nroles: {prefill: {count: 1}, decode: {count: 1}}\n",
+    b"a: {<<: {b: 1}, b: 2}\n? [1]\n: 2\n",
+    b"x: !!python/object/apply:os.system [true]\n",
+    b"t: 2001-01-01\nn: 0x_\nf: .inf\ns: 190:20:30\n",
+)
+
+
+def seeds(target: str) -> list[bytes]:
+    found = [file.read_bytes() for file in sorted((HERE / "corpus" / target).glob("*"))]
+    if target == "topology":
+        return [*TOPOLOGIES, *(file.read_bytes() for file in sorted(EXAMPLE_FILES.glob("*.yaml"))), *found]
+    if target == "exports":
+        made = [
+            {"v": 1, "host": "h/4:1", "pid": 7, "start": 9, "at": 4096, "cookie": bytes(32)},
+            {"v": 1, "address": bytes(48)},
+            [4096, 5, 64, bytes(16)],
+            [4096, 5, 0, bytes(32)],
+            [64, bytes(40)],
+        ]
+        return [*(msgpack.packb(each) for each in made), *found]
+    frames = [encode(message) for message in EXAMPLES] + _conversation()
+    return [*frames, SEPARATOR.join(_conversation()), *found]
+
+
+def _conversation() -> list[bytes]:
+    """What fits the transfer that the target has open, from both sides."""
+    about = {"v": 1, "transfer": TRANSFER, "generation": GENERATION}
+    place = {"head_lo": 0, "head_hi": 4, "window_bytes": 1 << 20, "pages": b"", "consumers": 1}
+    tokens = BLOCKS * BLOCK_TOKENS
+    words = [
+        {"kind": "accept", "known": True, "tokens_done": 16},
+        {"kind": "batch", "seq": 0, "attempt": 0, "first_block": 0, "blocks": BLOCKS}
+        | {"nbytes": BLOCKS * BLOCK_BYTES, "checksums": bytes(8 * BLOCKS), "offer": bytes(9)},
+        {"kind": "commit", "batches": 1, "tokens": tokens, "digest": DIGEST},
+        {"kind": "abort", "code": "timeout", "reason": ""},
+        {"kind": "grant", "first_block": 0, "blocks": BLOCKS, "tokens": tokens, "digest": DIGEST} | place,
+        {"kind": "received", "seqs": [0]},
+        {"kind": "nack", "wants": [[0, 1]], "reason": ""},
+        {"kind": "ack"},
+        {"kind": "revoke", "code": "cancelled", "reason": ""},
+    ]
+    return [msgpack.packb({**about, **each}) for each in words]
+
+
+def mutated(inputs: list[bytes], chance: random.Random) -> bytes:
+    """One of ``inputs``, changed in a few places."""
+    data = bytearray(chance.choice(inputs))
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(data) + 1)
+        what = chance.randrange(5)
+        if what == 0 and data:
+            data[at % len(data)] ^= 1 << chance.randrange(8)
+        elif what == 1 and data:
+            data[at % len(data)] = chance.choice((0, 1, 127, 128, 192, 193, 255, chance.randrange(256)))
+        elif what == 2:
+            del data[at : at + chance.choice((1, 2, 8, len(data)))]
+        elif what == 3:
+            other = chance.choice(inputs)
+            begin = chance.randrange(len(other) + 1)
+            data[at:at] = other[begin : begin + chance.choice((1, 4, 16, 64, len(other)))]
+        else:
+            data[at:at] = chance.randbytes(chance.choice((1, 2, 8)))
+    return bytes(data)

@@ -1,0 +1,92 @@
+"""What is fuzzed: each target takes bytes and lets pass only the errors that its code promises."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pdtransport.errors import LinkError, LinkUnavailable, SettingsError
+from pdtransport.launch.reading import load
+from pdtransport.links import cma, ucx, ucx_channel
+from pdtransport.protocol.actions import Limits, Ready
+from pdtransport.protocol.messages import (
+    Abort,
+    Accept,
+    Batch,
+    Commit,
+    Message,
+    Revoked,
+    TransferMessage,
+    WireError,
+    decode,
+    encode,
+)
+from pdtransport.protocol.receiving import Part, Receiving
+from pdtransport.protocol.sending import Sending
+
+TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
+BLOCKS, BLOCK_BYTES, BLOCK_TOKENS = 5, 64, 16
+MAX_FRAMES = 16  # of one input
+SEPARATOR = b"\xc1\xc1"  # a byte that msgpack never uses, twice, parts frames
+
+
+def wire(data: bytes) -> None:
+    """Frames from a peer: each decodes or is a WireError, survives the way back, and whatever the frames say together,
+    no state machine breaks, and nothing counts as received that no link has verified."""
+    receiving = Receiving(Limits(), first_generation=GENERATION)
+    part = Part(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
+    receiving.begin(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, 0, BLOCKS, [part], 0.0)
+    sending = Sending(Limits(), lambda low, high: BLOCK_BYTES * (high - low))
+    sending.open(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, BLOCKS, 0.0)
+    sending.pages_ready(TRANSFER, BLOCKS, BLOCKS * BLOCK_TOKENS, 0.0)
+    for number, frame in enumerate(data.split(SEPARATOR)[:MAX_FRAMES]):
+        try:
+            message = decode(frame)
+        except WireError as error:
+            assert "\n" not in str(error)
+            continue
+        assert decode(encode(message)) == message
+        if isinstance(message, TransferMessage):
+            _tell(receiving, sending, message, float(number))
+        if isinstance(message, Batch):
+            _offers(message.offer)
+
+
+def _tell(receiving: Receiving, sending: Sending, message: Message, now: float) -> None:
+    if isinstance(message, Accept | Batch | Commit | Revoked | Abort):
+        actions = receiving.on_message("p", message, now) + receiving.tick(now)
+        assert not any(isinstance(action, Ready) for action in actions), "ready without a verified byte"
+    else:
+        sending.on_message("d", message, now)  # type: ignore[arg-type]
+        sending.tick(now)
+
+
+def _offers(data: bytes) -> None:
+    for parse in (cma.unpack_offer, ucx_channel._parse_offer):
+        with contextlib.suppress(LinkError):
+            parse(data)
+
+
+def exports(data: bytes) -> None:
+    """What a peer says about its links, and a batch's offer: an error of the link's, or taken."""
+    _offers(data)
+    for parse in (cma._parse_export, ucx._parse_export):
+        with contextlib.suppress(LinkUnavailable):
+            parse(data)
+
+
+_FILE = Path(tempfile.gettempdir()) / "pdtransport-fuzz-topology.yaml"
+
+
+def topology(data: bytes) -> None:
+    """A topology file: it loads, or one line says what is wrong and where."""
+    _FILE.write_bytes(data)
+    try:
+        load(_FILE)
+    except SettingsError as error:
+        assert str(_FILE) in str(error)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"wire": wire, "exports": exports, "topology": topology}
