@@ -60,6 +60,7 @@ class Peer:
     answer_by: float = float("inf")
     asking: Asking | None = None  # measuring `offered`
     answering: Answering | None = None  # being measured by the receiver
+    answering_until: float = float("inf")
     measured: float | None = None  # bytes a second that the probe of `inbound` found
     refused: tuple[Code, str] | None = None
 
@@ -171,9 +172,7 @@ class Peers:
         elif words.op == "probe":
             self._answer_probe(peer, call.link, words.nbytes)
         elif words.op == "probed":
-            if peer.answering is not None:
-                peer.answering.end()
-                peer.answering = None
+            self._end_answering(peer)
         elif peer.offered is None or peer.offered.link != call.link:
             return  # about a link that we do not ask for any more
         elif words.op == "ok":
@@ -190,9 +189,13 @@ class Peers:
             assert peer.offered is not None
             self._exclude(peer, peer.offered.link, f"the sender did not answer for {ANSWER_S} s")
             self._offer_next_link(peer)
+        for peer in [p for p in self._peers.values() if now >= p.answering_until]:
+            self._end_answering(peer)  # its receiver forgot, or asked once more after it was through
 
     def next_deadline(self) -> float | None:
-        return min((p.answer_by for p in self._peers.values() if p.offered is not None), default=None)
+        times = [p.answer_by for p in self._peers.values() if p.offered is not None]
+        times += [p.answering_until for p in self._peers.values() if p.answering is not None]
+        return min(times, default=None)
 
     def close(self) -> None:
         for peer in list(self._peers.values()):
@@ -258,6 +261,8 @@ class Peers:
             return
 
         def ask(nbytes: int) -> None:
+            if peer.offered is not channel:
+                return  # given up meanwhile
             peer.answer_by = self._now + ANSWER_S
             self._say(peer, channel.link, "probe", nbytes=nbytes)
 
@@ -291,12 +296,19 @@ class Peers:
             return
         if peer.answering is None:
             peer.answering = Answering(peer.outbound, self._scratch)
+        peer.answering_until = self._now + ANSWER_S
         try:
             key, offer = peer.answering.offer(nbytes)
         except LinkError as error:
             self._say(peer, link, "offer", str(error))
             return
         self._say(peer, link, "offer", key=key, offer=offer)
+
+    @staticmethod
+    def _end_answering(peer: Peer) -> None:
+        if peer.answering is not None:
+            peer.answering.end()
+        peer.answering, peer.answering_until = None, float("inf")
 
     def _exclude(self, peer: Peer, name: str, why: str) -> None:
         peer.excluded[name] = why

@@ -64,12 +64,20 @@ class Asking:
         self._done = done
         self._rounds = 0
         self._best = 0.0
+        self._waiting = False  # for the answer to a request
 
     def start(self) -> None:
+        self._request()
+
+    def _request(self) -> None:
+        self._waiting = True
         self._ask(self._scratch.nbytes)
 
     def offered(self, key: int, offer: bytes, error: str) -> None:
-        """The sender's answer to one request."""
+        """The sender's answer to one request; a second one to the same request is ignored."""
+        if not self._waiting:
+            return
+        self._waiting = False
         if error:
             self._done(None, error)
             return
@@ -84,7 +92,7 @@ class Asking:
             self._best = max(self._best, self._scratch.nbytes / (moving or time.perf_counter() - begun))
             self._rounds += 1
             if self._rounds < ROUNDS:
-                self._ask(self._scratch.nbytes)
+                self._request()
             else:
                 self._done(self._best, "")
 
