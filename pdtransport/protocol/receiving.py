@@ -233,8 +233,7 @@ class Receiving:
     def _answer_for_the_ended(self, peer: Peer, message: ProducerMessage) -> list[Action]:
         """Late messages change nothing, and the producer learns that it may stop."""
         generation, ready = self._over.get(message.transfer, {}).get(peer, (0, False))
-        if message.generation != generation:
-            self.counters["stale_messages"] += 1
+        self.counters["late_messages" if message.generation == generation else "stale_messages"] += 1
         if not isinstance(message, (Batch, Commit)):
             return []
         if message.generation == generation and ready:

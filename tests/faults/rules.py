@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -64,13 +64,16 @@ class Injector:
     _states: list[_State] = field(default_factory=list)
     _due: list[tuple[float, int, Callable[[], object]]] = field(default_factory=list)
     _order: itertools.count[int] = field(default_factory=itertools.count)
-    _recorded: deque[tuple[str, bytes]] = field(default_factory=lambda: deque(maxlen=MAX_RECORDED))
+    _recorded: list[tuple[str, bytes]] = field(default_factory=list)  # since the rules were set
+    _past: list[tuple[str, bytes]] = field(default_factory=list)  # about transfers that are over
     _swapped: dict[int, Callable[[], object]] = field(default_factory=dict)  # connection -> a frame held back
     _held_until: float = 0.0  # frames that leave wait until then
     _still_until: float = 0.0  # links make no progress until then
 
     def set(self, rules: list[Rule]) -> None:
-        """Replace all rules; what is held back goes on its way."""
+        """Replace all rules; what is held back goes on its way. What was said until now is of the past: it may be
+        replayed."""
+        self._past, self._recorded = [*self._past, *self._recorded][-MAX_RECORDED:], []
         self._states = [_State(rule, random.Random(rule.seed)) for rule in rules]
         self._held_until = self._still_until = 0.0
         self._due = [(0.0, order, call) for _, order, call in self._due]
@@ -130,7 +133,8 @@ class Injector:
         answer = self._out(connection, kind, frame, send, ok, states)
         if waiting is not None:
             waiting()
-        self._recorded.append((kind, frame))
+        if len(self._recorded) < MAX_RECORDED:
+            self._recorded.append((kind, frame))
         self.strike(states, after=True)
         return answer
 
@@ -181,18 +185,19 @@ class Injector:
         return answers[0] if answers else ok
 
     def _old(self, kind: str, frame: bytes, chance: random.Random, *, foreign: bool) -> bytes:
-        """A recorded frame of this kind about another transfer; ``foreign``: this frame under another generation, or
-        with another transfer's name on it."""
+        """A recorded frame of this kind about a transfer that is over; ``foreign``: this frame under another generation,
+        or with another transfer's name on it."""
         mine = msgpack.unpackb(frame)
         if not isinstance(mine, dict) or "generation" not in mine:
             return b""
-        others = [msgpack.unpackb(each) for other, each in self._recorded if other == kind]
-        others = [each for each in others if each["transfer"] != mine["transfer"]]
+        past = [each for other, each in self._past if other == kind]
         if not foreign:
-            return msgpack.packb(chance.choice(others)) if others else b""  # type: ignore[no-any-return]
+            return chance.choice(past) if past else b""
         forms = [{**mine, "generation": mine["generation"] + step} for step in (1, -1)]
-        for each in others[-4:]:
-            forms += [{**each, "transfer": mine["transfer"]}, {**mine, "transfer": each["transfer"]}]
+        live = [msgpack.unpackb(each) for other, each in self._recorded if other == kind]
+        for each in [*live[-4:], *(msgpack.unpackb(each) for each in past[-4:])]:
+            if each["transfer"] != mine["transfer"]:
+                forms += [{**each, "transfer": mine["transfer"]}, {**mine, "transfer": each["transfer"]}]
         return msgpack.packb(chance.choice(forms))  # type: ignore[no-any-return]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.lane import Lane
-from tests.faults.plan import healthy
+from tests.faults.plan import Plan, healthy
 from tests.faults.report import Report
 from tests.faults.rules import Rule
 from tests.faults.runner import FIRST_PORT, LAST_PORT, described, random_plans, run_plans
@@ -18,15 +18,16 @@ LINKS = ["cma", "ucx"]
 
 
 @pytest.fixture
-def lane() -> Iterator[Lane]:
+def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
     """Fresh processes: nobody knows the other yet."""
-    it = Lane("ucx", 1, Ports(FIRST_PORT, LAST_PORT), 0)
+    it = Lane(getattr(request, "param", "cma"), 1, Ports(FIRST_PORT, LAST_PORT), 0)
     try:
         yield it
     finally:
         assert it.close() == []
 
 
+@pytest.mark.parametrize("lane", ["ucx"], indirect=True)
 @pytest.mark.parametrize("side", ["prefill0", "decode0"])
 @pytest.mark.parametrize("action", ["duplicate", "delay"])
 def test_words_about_links_that_come_twice_or_late_hold_no_slot(lane: Lane, side: str, action: str) -> None:
@@ -34,3 +35,28 @@ def test_words_about_links_that_come_twice_or_late_hold_no_slot(lane: Lane, side
     plan = healthy(1, lane.link, lane.prefills)
     plan.rules[side] = [Rule("out", "link", action, count=1000, seconds=0.3)]
     assert lane.run(plan).problems == []
+
+
+@pytest.mark.parametrize("kind", ["accept", "batch", "commit", "abort"])
+@pytest.mark.parametrize("action", ["replay", "foreign"])
+def test_old_and_foreign_messages_change_nothing_and_are_counted(lane: Lane, kind: str, action: str) -> None:
+    """Promise 2: a recorded message of a transfer that is over, of another generation, or of another transfer."""
+    for seed in (1, 2, 3):
+        assert lane.run(cancelled(seed, lane)).problems == []
+    plan = cancelled(4, lane)
+    plan.row, plan.column = kind, action
+    plan.rules["prefill0"] = [Rule("out", kind, action, count=1000, seed=5)]
+    result = lane.run(plan)
+    assert result.problems == []
+    assert result.injected[action] > 0
+
+
+def cancelled(seed: int, lane: Lane) -> Plan:
+    """One transfer that ends well, and one that prefill aborts."""
+    plan, other = healthy(seed, lane.link, lane.prefills), healthy(seed + 100, lane.link, lane.prefills)
+    (aborted,) = other.transfers
+    aborted.ready, aborted.finish_at = [(0.05, 32)], 0.2
+    aborted.cancel_side, aborted.cancel_at = "prefill", 0.2
+    plan.transfers.append(aborted)
+    plan.drops_rest = False
+    return plan
