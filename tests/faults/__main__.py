@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from tests.faults.network import CASES
 from tests.faults.plan import Plan
 from tests.faults.report import Report
-from tests.faults.runner import random_plans, run_plans
+from tests.faults.runner import random_plans, run_network, run_plans
 from tests.faults.steps import STEPS, step_plan, step_plans
 
 
@@ -31,6 +32,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0, help="start no run after so long; 0: start all")
     parser.add_argument("--write", type=Path, help="write the matrix to this file")
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores, {platform.system()}", help="for the matrix")
+    parser.add_argument("--network", type=int, default=0, help="times that each case of the network is run")
+    parser.add_argument("--case", choices=list(CASES), help="of the network: this one only")
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
     one.add_argument("--step", choices=list(STEPS), help="this protocol step")
@@ -45,7 +48,10 @@ def main() -> int:
         print(plans[0])
     began = time.monotonic()
     report = Report(links, command="python -m tests.faults " + " ".join(sys.argv[1:]))
-    run_plans(plans, args.lanes, report, args.seconds, shout=print)
+    if plans:
+        run_plans(plans, args.lanes, report, args.seconds, shout=print)
+    if args.network:
+        run_network(args.network, [args.case] if args.case else list(CASES), report)
     print(report.summary(time.monotonic() - began))
     if args.write:
         args.write.write_text(report.markdown(args.machine, time.strftime("%Y-%m-%d")), encoding="utf-8")

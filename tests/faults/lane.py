@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
+from tests.faults.network import ADDRESSES, Network
 from tests.faults.plan import DEADLINES, PREFILL_SAYS, REQUEST_S, Plan, healthy
 from tests.faults.processes import Ended, Process, WorkerLost
 from tests.faults.worker import Start
@@ -39,13 +40,13 @@ class Result:
 class Lane:
     """``prefills`` prefill workers and one decode worker over one link."""
 
-    def __init__(self, link: str, prefills: int, ports: Ports, number: int, extra: dict[str, Any] | None = None) -> None:
-        self.link, self.prefills = link, prefills
+    def __init__(self, link: str, prefills: int, ports: Ports, number: int, network: Network | None = None) -> None:
+        self.link, self.prefills, self.network = link, prefills, network
+        self.host = ADDRESSES[0] if network else HOST
         settings: dict[str, Any] = {
             "links": {"order": [link], "batch_bytes": 1 << 16, "staging_bytes": 1 << 19, "probe_bytes": 1 << 16},
             "deadlines": DEADLINES,
         }
-        settings.update(extra or {})
         self.base = ports.take(prefills)
         nonce = secrets.token_hex(3)
         self.workers: dict[str, Process] = {}
@@ -53,6 +54,10 @@ class Lane:
             start = Start("prefill", f"p{number}-{nonce}", rank, prefills, self.base + rank, settings)
             self.workers[f"prefill{rank}"] = Process(start)
         self.workers["decode0"] = Process(Start("decode", f"d{number}-{nonce}", 0, 1, 0, settings))
+        if network is not None:
+            for worker, name, address in zip(self.workers.values(), network.names, ADDRESSES, strict=True):
+                worker.start.namespace, worker.start.environment = name, {"UCX_TLS": "tcp"}
+                worker.start.settings = {**settings, "control": {"host": address, "allow_plaintext": True}}
         self.said: Counter[tuple[str, str]] = Counter()  # (worker, offer or receive) since its process started
         self.rest: dict[str, dict[str, Any]] = {}  # what each process held when nothing was under way
 
@@ -96,7 +101,8 @@ class Lane:
             _Run(self, probe.plan, probe).go()
             result.problems += [f"afterwards: {problem}" for problem in probe.problems]
             if probe.ended["ok"] == self.prefills + 1 and sum(probe.ended.values()) == self.prefills + 1:
-                result.mended_s = time.monotonic() - (run.struck_at or since)
+                if result.mended_s is None:
+                    result.mended_s = time.monotonic() - (run.struck_at or since)
                 return
             time.sleep(0.02)
         result.problems.append(f"no transfer went through within {MENDED_S} s after the fault: {dict(probe.ended)}")
@@ -173,6 +179,7 @@ class _Run:
         self.lane, self.plan, self.result = lane, plan, result
         self.died: set[str] = set()
         self.struck_at: float | None = None  # when a process died or stopped
+        self.healed_at: float | None = None  # when the network was mended
         self._nonce = secrets.token_hex(4)
         self._owed: dict[tuple[str, str], float] = {}  # (worker, transfer) -> last word said about it
         self._ended: dict[tuple[str, str], Ended] = {}
@@ -220,7 +227,7 @@ class _Run:
                 if each.withdraw_at is not None:
                     add(each.withdraw_at, name, transfer, "withdraw", transfer)
                 add(each.finish_at, name, transfer, "finish", transfer)
-            words = ("receive", transfer, each.seed, each.tokens, each.first_block, HOST, port, ranks)
+            words = ("receive", transfer, each.seed, each.tokens, each.first_block, self.lane.host, port, ranks)
             add(each.receive_at, "decode0", transfer, *words)
             if each.cancel_at is not None:
                 for name in prefills if each.cancel_side == "prefill" else ["decode0"]:
@@ -240,6 +247,13 @@ class _Run:
             self._owed[name, transfer] = time.monotonic()
 
     def _strike(self, name: str, what: str) -> None:
+        if name == "network":
+            assert self.lane.network is not None
+            verb, *number = what.split()
+            getattr(self.lane.network, verb)(*map(int, number))
+            self.struck_at = self.struck_at or time.monotonic()
+            self.healed_at = time.monotonic() if verb == "heal" else None
+            return
         worker = self.lane.workers[name]
         if worker.pipe is None:
             return
@@ -301,6 +315,8 @@ class _Run:
         if self.plan.drops_rest and not ended.ok and name == "decode0":
             for other in self.lane.workers:
                 self._say(other, ended.transfer, "cancel", ended.transfer)
+        if name == "decode0" and ended.ok and self.healed_at is not None and self.result.mended_s is None:
+            self.result.mended_s = max(0.0, ended.at - self.healed_at)
         if name == "decode0":
             self.result.took_s.append(max(0.0, ended.at - max(since, 0.0)))
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from tests.faults.lane import Lane, Result
+from tests.faults.network import Network, network_plan
 from tests.faults.plan import Plan, plan_of
 from tests.faults.report import Report
 from tests.rig.ports import Ports
@@ -77,3 +78,21 @@ def described(result: Result) -> str:
     lines = [f"FAILED {plan.row} / {plan.column}: python -m tests.faults {plan.replay}"]
     lines += [f"    {problem}" for problem in result.problems[:8]]
     return "\n".join(lines)
+
+
+def run_network(times: int, cases: Sequence[str], report: Report, shout: Callable[[str], object] = print) -> None:
+    """Each case ``times`` times, one after the other, in two network namespaces.
+
+    Raises:
+        NoNamespaces: they can't be made here.
+    """
+    network = Network.make()
+    try:
+        todo: queue.SimpleQueue[Plan] = queue.SimpleQueue()
+        for number in range(times):
+            for case in cases:
+                todo.put(network_plan(case, number))
+        lane = Lane("ucx", 1, Ports(FIRST_PORT, LAST_PORT), 999, network)
+        _work(lane, todo, float("inf"), report, threading.Lock(), shout)
+    finally:
+        network.close()
