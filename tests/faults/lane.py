@@ -166,7 +166,9 @@ def _uncounted_replays(plan: Plan, before: dict[str, dict[str, Any]], after: dic
     """Decode counts each message of an old generation, or of another transfer, as such."""
     if plan.column not in ("replay", "foreign") or plan.row not in PREFILL_SAYS:
         return []
-    said = sum(after[name]["injected"].get(plan.column, 0) - before[name]["injected"].get(plan.column, 0) for name in after)
+    said = sum(
+        after[name]["injected"].get(plan.column, 0) - before[name]["injected"].get(plan.column, 0) for name in after
+    )
     names = ("stale_messages", "late_messages")
     counted = sum(after["decode0"]["counters"].get(n, 0) - before["decode0"]["counters"].get(n, 0) for n in names)
     return [f"decode0: {said} messages were replayed, {counted} counted"] if counted < said else []

@@ -206,4 +206,6 @@ def _process(chance: random.Random, plan: Plan) -> tuple[str, str]:
     what = chance.choice((KILL, STOP))
     plan.signals.append((chance.uniform(0, 0.3), name, what))
     plan.stopped_s = chance.choice((0.3, 1.0, 3.0))
+    if chance.random() < 0.5:
+        plan.transfers[-1].receive_at += 1.2  # when all know that it is dead
     return f"the {name[:-1]} process, at any moment", what if what == KILL else f"stop {plan.stopped_s:g} s"

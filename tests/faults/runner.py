@@ -22,9 +22,16 @@ def random_plans(seeds: Sequence[int], links: list[str]) -> list[Plan]:
 
 
 def run_plans(
-    plans: Sequence[Plan], lanes: int, report: Report, seconds: float = 0.0, shout: Callable[[str], object] = print
+    plans: Sequence[Plan],
+    lanes: int,
+    report: Report,
+    seconds: float = 0.0,
+    shout: Callable[[str], object] = print,
+    mutant: str = "",
+    until_failure: bool = False,
 ) -> None:
-    """Run all plans; with ``seconds``, start none after so long. What fails is shouted at once."""
+    """Run all plans; with ``seconds``, start none after so long, and with ``until_failure`` none after a failure. What
+    fails is shouted at once."""
     groups: dict[tuple[str, int], list[Plan]] = defaultdict(list)
     for plan in plans:
         groups[plan.link, plan.prefills].append(plan)
@@ -38,7 +45,10 @@ def run_plans(
         share = max(1, round(lanes * len(theirs) / len(plans)))
         for _ in range(min(share, len(theirs))):
             lane = Lane(link, prefills, ports, len(threads))
-            threads.append(threading.Thread(target=_work, args=(lane, todo, stop_at, report, lock, shout)))
+            for worker in lane.workers.values():
+                worker.start.mutant = mutant
+            arguments = (lane, todo, stop_at, report, lock, shout, until_failure)
+            threads.append(threading.Thread(target=_work, args=arguments))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -52,10 +62,11 @@ def _work(
     report: Report,
     lock: threading.Lock,
     shout: Callable[[str], object],
+    until_failure: bool = False,
 ) -> None:
     problems: list[str] = []
     try:
-        while time.monotonic() < stop_at:
+        while time.monotonic() < stop_at and not (until_failure and report.failures):
             try:
                 plan = todo.get_nowait()
             except queue.Empty:

@@ -8,10 +8,8 @@ import pytest
 
 from tests.faults.lane import Lane
 from tests.faults.plan import Plan, healthy
-from tests.faults.report import Report
 from tests.faults.rules import Rule
-from tests.faults.runner import FIRST_PORT, LAST_PORT, described, random_plans, run_plans
-from tests.faults.steps import step_plans
+from tests.faults.runner import FIRST_PORT, LAST_PORT
 from tests.rig.ports import Ports
 
 LINKS = ["cma", "ucx"]

@@ -26,6 +26,7 @@ from pdtransport import KVGeometry, Settings, Transport, request_key
 from pdtransport.links.base import Link
 from pdtransport.outcome import Outcome
 from tests.faults.inject import install
+from tests.faults.mutants import MUTANTS
 from tests.faults.rules import Injector
 
 LAYERS, PAGES, HEADS, BLOCK_SIZE, SLOT = 2, 128, 4, 16, 64
@@ -47,6 +48,7 @@ class Start:
     settings: dict[str, Any]
     namespace: str = ""  # network namespace to live in
     environment: dict[str, str] = field(default_factory=dict)
+    mutant: str = ""  # a bug to have, of :mod:`tests.faults.mutants`
 
 
 @lru_cache(maxsize=8)
@@ -93,6 +95,8 @@ def main(pipe: Connection, start: Start) -> None:
         _enter_network(start.namespace)
     complaints = Complaints()
     logging.getLogger().handlers = [complaints]
+    if start.mutant:
+        MUTANTS[start.mutant]()
     injector = Injector()
     links = install(injector)
     try:
@@ -265,7 +269,9 @@ class Worker:
             if tickets is not None:
                 holds[f"{link.name} tickets"] = len(tickets._words) - tickets.free
             channels = getattr(link, "_channels", [])
-            holds[f"{link.name} channels of nobody"] = max(0, sum(not c.closed for c in channels) - self.wanted_channels(link))
+            holds[f"{link.name} channels of nobody"] = max(
+                0, sum(not c.closed for c in channels) - self.wanted_channels(link)
+            )
             for ring in ("sending", "receiving"):
                 slots = getattr(link, ring, None)
                 if slots is not None:

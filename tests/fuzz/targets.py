@@ -44,8 +44,7 @@ def wire(data: bytes) -> None:
     for number, frame in enumerate(data.split(SEPARATOR)[:MAX_FRAMES]):
         try:
             message = decode(frame)
-        except WireError as error:
-            assert "\n" not in str(error)
+        except WireError:
             continue
         assert decode(encode(message)) == message
         if isinstance(message, TransferMessage):
@@ -83,10 +82,12 @@ _FILE = Path(tempfile.gettempdir()) / "pdtransport-fuzz-topology.yaml"
 def topology(data: bytes) -> None:
     """A topology file: it loads, or one line says what is wrong and where."""
     _FILE.write_bytes(data)
+    said = ""
     try:
         load(_FILE)
     except SettingsError as error:
-        assert str(_FILE) in str(error)
+        said = str(error)
+    assert not said or str(_FILE) in said
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {"wire": wire, "exports": exports, "topology": topology}

@@ -1,0 +1,33 @@
+"""``python -m tests.faults.mutation``: does the rig find the bugs of :mod:`tests.faults.mutants`?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.faults.mutants import MUTANTS
+from tests.faults.report import Report
+from tests.faults.runner import random_plans, run_plans
+
+MAX_RUNS = 400
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.mutation", description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(MUTANTS), help="of mutants; default: all")
+    parser.add_argument("--lanes", type=int, default=8)
+    parser.add_argument("--links", default="cma,ucx")
+    args = parser.parse_args()
+    missed = []
+    for name in args.names:
+        report = Report(args.links.split(","))
+        plans = random_plans(range(MAX_RUNS), args.links.split(","))
+        run_plans(plans, args.lanes, report, shout=lambda text: None, mutant=name, until_failure=True)
+        found = report.failures[0].problems[0].splitlines()[0][:120] if report.failures else ""
+        print(f"{name}: {f'found in run {report.total.runs}: {found}' if found else 'NOT FOUND'}", flush=True)
+        missed += [] if found else [name]
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
