@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores, {platform.system()}", help="for the matrix")
     parser.add_argument("--network", type=int, default=0, help="times that each case of the network is run")
     parser.add_argument("--case", choices=list(CASES), help="of the network: this one only")
+    parser.add_argument("--results", type=Path, help="add the results to this file; the matrix then shows all of it")
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
     one.add_argument("--step", choices=list(STEPS), help="this protocol step")
@@ -47,15 +49,20 @@ def main() -> int:
     if len(plans) == 1:
         print(plans[0])
     began = time.monotonic()
-    report = Report(links, command="python -m tests.faults " + " ".join(sys.argv[1:]))
+    report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])])
     if plans:
         run_plans(plans, args.lanes, report, args.seconds, shout=print)
     if args.network:
         run_network(args.network, [args.case] if args.case else list(CASES), report)
     print(report.summary(time.monotonic() - began))
+    failed = bool(report.failures or report.trouble)
+    if args.results:
+        if args.results.exists():
+            report.load(args.results)
+        report.save(args.results)
     if args.write:
         args.write.write_text(report.markdown(args.machine, time.strftime("%Y-%m-%d")), encoding="utf-8")
-    return 1 if report.failures or report.trouble else 0
+    return 1 if failed else 0
 
 
 def plans_of(args: argparse.Namespace, links: list[str]) -> list[Plan]:

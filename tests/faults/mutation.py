@@ -23,7 +23,7 @@ def main() -> int:
         report = Report(args.links.split(","))
         plans = random_plans(range(MAX_RUNS), args.links.split(","))
         run_plans(plans, args.lanes, report, shout=lambda text: None, mutant=name, until_failure=True)
-        found = report.failures[0].problems[0].splitlines()[0][:120] if report.failures else ""
+        found = report.failures[0].splitlines()[1].strip()[:120] if report.failures else ""
         print(f"{name}: {f'found in run {report.total.runs}: {found}' if found else 'NOT FOUND'}", flush=True)
         missed += [] if found else [name]
     return 1 if missed else 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from tests.faults.lane import Result
 from tests.faults.steps import STEPS
@@ -31,31 +33,42 @@ class Cell:
         if result.mended_s is not None:
             self.mended.append(result.mended_s)
 
+    def merge(self, other: Cell) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass
 class Report:
     links: Sequence[str]
     cells: dict[tuple[str, str], Cell] = field(default_factory=lambda: defaultdict(Cell))
-    failures: list[Result] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)  # at the end, of no run in particular
-    command: str = ""
+    commands: list[str] = field(default_factory=list)
 
     def add(self, result: Result) -> None:
         self.cells[result.plan.row, result.plan.column].add(result)
         if result.problems:
-            self.failures.append(result)
+            self.failures.append(described(result))
+
+    def save(self, path: Path) -> None:
+        cells = [[*place, asdict(cell)] for place, cell in self.cells.items()]
+        known = {"commands": self.commands, "failures": self.failures, "trouble": self.trouble, "cells": cells}
+        path.write_text(json.dumps(known), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Add what an earlier invocation saved."""
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("commands", "failures", "trouble"):
+            setattr(self, name, [*known[name], *getattr(self, name)])
+        for row, column, cell in known["cells"]:
+            self.cells[row, column].merge(Cell(**{**cell, "ends": Counter(cell["ends"])}))
 
     @property
     def total(self) -> Cell:
         whole = Cell()
         for cell in self.cells.values():
-            whole.runs += cell.runs
-            whole.struck += cell.struck
-            whole.failed += cell.failed
-            whole.ends += cell.ends
-            whole.took += cell.took
-            whole.noticed += cell.noticed
-            whole.mended += cell.mended
+            whole.merge(cell)
         return whole
 
     def summary(self, seconds: float) -> str:
@@ -79,7 +92,7 @@ class Report:
                 failed=whole.failed,
                 ends=sum(whole.ends.values()),
                 links=" and ".join(self.links),
-                command=self.command,
+                commands="`, `".join(self.commands),
                 machine=machine,
                 date=date,
             ),
@@ -96,9 +109,9 @@ class Report:
         if not self.failures and not self.trouble:
             return "No run broke a promise.\n"
         lines = ["## Broken promises\n"]
-        for result in self.failures:
-            lines.append(f"* {result.plan.row} / {result.plan.column}: `python -m tests.faults {result.plan.replay}`: ")
-            lines.append("  " + result.problems[0].splitlines()[0][:300])
+        for text in self.failures:
+            head, *problems = text.splitlines()
+            lines.append(f"* {head}" + "".join(f"<br>`{problem.strip()[:300]}`" for problem in problems[:1]))
         lines += [f"* at the end: {text}" for text in self.trouble]
         return "\n".join(lines) + "\n"
 
@@ -125,6 +138,13 @@ class Report:
         return "<br>".join(parts)
 
 
+def described(result: Result) -> str:
+    plan = result.plan
+    lines = [f"FAILED {plan.row} / {plan.column}: python -m tests.faults {plan.replay}"]
+    lines += [f"    {problem}" for problem in result.problems[:8]]
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float]) -> str:
     """Median and maximum, in seconds."""
     if not values:
@@ -140,7 +160,7 @@ def seconds(value: float) -> str:
 
 HEAD = """# Faults
 
-Written by `{command}` on {date} ({machine}); change the rig, not this page.
+Written by `{commands}` on {date} ({machine}); change the rig, not this page.
 
 {runs} runs over the links {links}: real processes (one or two prefill workers, one decode worker), real sockets and
 links, {ends} transfers. In {struck} of them the fault took effect; **{failed} broke a promise**. A run fails if

@@ -185,8 +185,8 @@ class Injector:
         return answers[0] if answers else ok
 
     def _old(self, kind: str, frame: bytes, chance: random.Random, *, foreign: bool) -> bytes:
-        """A recorded frame of this kind about a transfer that is over; ``foreign``: this frame under another generation,
-        or with another transfer's name on it."""
+        """A recorded frame of this kind about a transfer that is over; ``foreign``: this frame under another
+        generation, or with another transfer's name on it."""
         mine = msgpack.unpackb(frame)
         if not isinstance(mine, dict) or "generation" not in mine:
             return b""

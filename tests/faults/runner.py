@@ -8,10 +8,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from tests.faults.lane import Lane, Result
+from tests.faults.lane import Lane
 from tests.faults.network import Network, network_plan
 from tests.faults.plan import Plan, plan_of
-from tests.faults.report import Report
+from tests.faults.report import Report, described
 from tests.rig.ports import Ports
 
 FIRST_PORT, LAST_PORT = 21500, 21899
@@ -82,13 +82,6 @@ def _work(
         report.trouble += problems
         for problem in problems:
             shout(f"at the end: {problem}")
-
-
-def described(result: Result) -> str:
-    plan = result.plan
-    lines = [f"FAILED {plan.row} / {plan.column}: python -m tests.faults {plan.replay}"]
-    lines += [f"    {problem}" for problem in result.problems[:8]]
-    return "\n".join(lines)
 
 
 def run_network(times: int, cases: Sequence[str], report: Report, shout: Callable[[str], object] = print) -> None:

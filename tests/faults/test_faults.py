@@ -8,11 +8,14 @@ import pytest
 
 from tests.faults.lane import Lane
 from tests.faults.plan import Plan, healthy
+from tests.faults.report import Report
 from tests.faults.rules import Rule
-from tests.faults.runner import FIRST_PORT, LAST_PORT
+from tests.faults.runner import FIRST_PORT, LAST_PORT, random_plans, run_plans
+from tests.faults.steps import step_plans
 from tests.rig.ports import Ports
 
 LINKS = ["cma", "ucx"]
+SEEDS, LANES, SECONDS = 150, 6, 45.0
 
 
 @pytest.fixture
@@ -58,3 +61,14 @@ def cancelled(seed: int, lane: Lane) -> Plan:
     plan.transfers.append(aborted)
     plan.drops_rest = False
     return plan
+
+
+def test_faults_break_no_promise() -> None:
+    """Right bytes or a clear end within the deadlines, nothing written or kept that should not be, and everything goes
+    on afterwards: random faults, and each side killed at each protocol step. Seeds are printed; one replays."""
+    report = Report(LINKS)
+    run_plans(random_plans(range(SEEDS), LINKS) + step_plans(1, ["cma"]), LANES, report, seconds=SECONDS)
+    assert report.failures == []
+    assert report.trouble == []
+    assert report.total.struck > report.total.runs / 3
+    assert report.total.ends["ok"] > report.total.runs
