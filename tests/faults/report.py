@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.lane import Result
@@ -52,7 +52,7 @@ class Report:
             self.failures.append(described(result))
 
     def save(self, path: Path) -> None:
-        cells = [[*place, asdict(cell)] for place, cell in self.cells.items()]
+        cells = [[*place, vars(cell)] for place, cell in self.cells.items()]
         known = {"commands": self.commands, "failures": self.failures, "trouble": self.trouble, "cells": cells}
         path.write_text(json.dumps(known), encoding="utf-8")
 
@@ -98,9 +98,9 @@ class Report:
             ),
             self._failures(),
             STEPS_HEAD,
-            self._table(list(STEPS), "protocol step", struck_only=True),
+            self._table(),
             REST_HEAD,
-            self._table(sorted({row for row, _ in self.cells} - set(STEPS)), "where"),
+            self._list(),
             TAIL,
         ]
         return "\n".join(parts)
@@ -115,27 +115,42 @@ class Report:
         lines += [f"* at the end: {text}" for text in self.trouble]
         return "\n".join(lines) + "\n"
 
-    def _table(self, rows: Sequence[str], name: str, struck_only: bool = False) -> str:
-        columns = sorted({column for row, column in self.cells if row in rows})
-        lines = ["| " + " | ".join([name, *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
-        for row in rows:
-            cells = [self._cell(self.cells.get((row, column)), struck_only) for column in columns]
-            if any(cells):
-                lines.append("| " + " | ".join([row, *cells]) + " |")
+    def _table(self) -> str:
+        columns = sorted({column for row, column in self.cells if row in STEPS})
+        lines = ["| " + " | ".join(["protocol step", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+        for row in STEPS:
+            cells = [self._cell(self.cells.get((row, column))) for column in columns]
+            lines.append("| " + " | ".join([row, *cells]) + " |")
         return "\n".join(lines) + "\n"
 
     @staticmethod
-    def _cell(cell: Cell | None, step: bool) -> str:
+    def _cell(cell: Cell | None) -> str:
         if cell is None:
             return ""
-        parts = [", ".join(f"{code} {count}" for code, count in cell.ends.most_common())]
-        if step and cell.noticed:
+        parts = [ends(cell)]
+        if cell.noticed:
             parts.append(f"told after {spread(cell.noticed)}")
-        parts.append(f"again after {spread(cell.mended)}" if step else f"took {spread(cell.took)}")
+        parts.append(f"again after {spread(cell.mended)}")
         if cell.failed:
             parts.append(f"**{cell.failed} FAILED**")
-        parts.append(f"{cell.runs} runs" + ("" if cell.struck == cell.runs else f", {cell.struck} struck"))
-        return "<br>".join(parts)
+        return "<br>".join([*parts, runs(cell)])
+
+    def _list(self) -> str:
+        lines = ["| where | what | transfers ended | took | again after | runs |", "|---|---|---|---|---|---|"]
+        for (row, column), cell in sorted(self.cells.items()):
+            if row not in STEPS:
+                failed = f", **{cell.failed} FAILED**" if cell.failed else ""
+                told = [row, column, ends(cell), spread(cell.took), spread(cell.mended), runs(cell) + failed]
+                lines.append("| " + " | ".join(told) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def ends(cell: Cell) -> str:
+    return ", ".join(f"{code} {count}" for code, count in cell.ends.most_common())
+
+
+def runs(cell: Cell) -> str:
+    return f"{cell.runs} runs" + ("" if cell.struck == cell.runs else f", {cell.struck} struck")
 
 
 def described(result: Result) -> str:
@@ -146,7 +161,7 @@ def described(result: Result) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and maximum, in seconds."""
+    """Median and 99th percentile, in seconds."""
     if not values:
         return "-"
     ordered = sorted(values)
@@ -177,9 +192,10 @@ through again, the restart of what died included (*again after*).
 """
 REST_HEAD = """## Messages, batches and processes
 
-One fault a run, unless it says otherwise, on two to five transfers at once. *took*: from the last word that the engines
-said about a transfer until decode's handle ended (median / p99). Deadlines are shortened here
-(`tests/faults/plan.py`); intervals of heartbeats and liveness are the defaults.
+One fault a run, unless it says otherwise, on two to five transfers at once; many strike only some of them, or none
+(*struck*: runs in which the fault took effect). *took*: from the last word that the engines said about a transfer until
+decode's handle ended; *again after*: until a transfer went through once the fault was over, or from a process' death
+(median / p99 each). Deadlines are shortened here (`tests/faults/plan.py`); heartbeats and liveness are the defaults.
 """
 TAIL = """## What is not here yet
 
