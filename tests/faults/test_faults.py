@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.lane import Lane
+from tests.faults.network import NoNamespaces
 from tests.faults.plan import Plan, healthy
 from tests.faults.report import Report
 from tests.faults.rules import Rule
-from tests.faults.runner import FIRST_PORT, LAST_PORT, random_plans, run_plans
+from tests.faults.runner import FIRST_PORT, LAST_PORT, random_plans, run_network, run_plans
 from tests.faults.steps import step_plans
 from tests.rig.ports import Ports
 
 LINKS = ["cma", "ucx"]
-SEEDS, LANES, SECONDS = 150, 6, 45.0
+SEEDS, LANES, SECONDS = 150, 6, 30.0
 
 
 @pytest.fixture
@@ -72,3 +73,15 @@ def test_faults_break_no_promise() -> None:
     assert report.trouble == []
     assert report.total.struck > report.total.runs / 3
     assert report.total.ends["ok"] > report.total.runs
+
+
+@pytest.mark.netns
+def test_a_network_that_was_cut_carries_transfers_again() -> None:
+    """Requests end within their deadlines while nothing gets through, and go through again afterwards."""
+    report = Report(LINKS)
+    try:
+        run_network(1, ["cut 1 s"], report)
+    except NoNamespaces as why:
+        pytest.skip(str(why))
+    assert report.failures + report.trouble == []
+    assert report.total.mended != []
