@@ -34,7 +34,11 @@ class Rule:
         point: ``out`` (frames that leave), ``in`` (messages that arrive), ``send``, ``receive`` and ``placed`` (batches
             on a link), ``turn`` (turns of the I/O thread).
         kind: the message's kind, or ``any``.
-        action: what happens; see :class:`Injector`.
+        action: ``kill`` or ``stop`` this process at any point.
+            Frames: ``drop``, ``delay``, ``stall`` (all that follow, too), ``duplicate``, ``reorder`` (the next one goes
+            first), ``flip`` a bit, ``truncate``, ``replay`` a frame of the past beside it, or a ``foreign`` one.
+            Batches sent: ``busy`` and ``error`` of the link, ``flip`` a bit after the checksum, ``truncate`` the offer.
+            Batches received: ``delay``, ``stall`` (the whole link), ``error``.
         seconds: of ``delay`` and ``stall``.
         after: act once the thing itself has happened (``kill`` and ``stop`` only).
     """
