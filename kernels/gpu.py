@@ -210,19 +210,20 @@ class GpuPages:
         return self._launch(pieces.cut(runs, None, blocks), blocks)
 
     def after(self, event_handle: int) -> None:
-        """Launches from now on run after what the raw cudaEvent_t was recorded behind.
+        """Launches from now on run after what the raw cudaEvent_t was recorded behind. The caller vouches for it.
 
         Raises:
-            GpuError: it is no event.
+            GpuError: CUDA refuses, or an earlier launch failed.
         """
         with self._using("waiting for an event", fatal=False) as api:
             api.runtime.streamWaitEvent(self.stream, event_handle)
 
     def record(self, event_handle: int) -> None:
-        """Records the raw cudaEvent_t behind all launches made so far, for another stream to wait for.
+        """Records the raw cudaEvent_t behind all launches made so far, for another stream to wait for. The caller
+        vouches for it.
 
         Raises:
-            GpuError: it is no event.
+            GpuError: an event of another device, or an earlier launch failed.
         """
         with self._using("recording an event", fatal=False) as api:
             api.runtime.eventRecord(event_handle, self.stream)
