@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdtransport.kernels import pages, pieces, reference
+from pdtransport.kernels.reference import Checksums
 from pdtransport.kernels.runs import Runs, layout_runs, run, stream_bytes
 from tests.unit.run_layouts import Bytes, Layout, laid_out, layouts, outside, placed, stream
 from tests.unit.test_kernels import GOLDEN
@@ -22,8 +23,7 @@ from tests.unit.test_kernels import GOLDEN
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "kernels" / "csrc" / "pages.cu"
 WARPS = 8  # of a block
-Sums = reference.Checksums
-Kernels = Callable[..., Sums]
+Kernels = Callable[..., Checksums]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     subprocess.run([compiler, *flags, "-include", HERE / "warps.h", SOURCE, "-o", library], check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))
 
-    def launch(src: Runs, dst: Runs | None, blocks: int, most: int = 1 << 17, grid: int = 2) -> Sums:
+    def launch(src: Runs, dst: Runs | None, blocks: int, most: int = 1 << 17, grid: int = 2) -> Checksums:
         plan = pieces.cut(src, dst, blocks)
         sums = np.zeros(blocks, dtype=np.uint64)
         for part in plan.parts(most):
