@@ -176,7 +176,7 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
     bits = 0
     for column in columns:
         bits |= int(np.bitwise_or.reduce(column))
-    if (piece | bits) % 8 or not all(map(np.min, columns)):
+    if (piece | bits) % 8 or not all(column.min() for column in columns):
         raise ValueError("addresses and lengths of GPU runs must be multiples of 8, and no address 0")
     aligned = (piece | bits | block_bytes) % 16 == 0
     if total // piece <= max(4 * sum(map(len, sides)), EQUAL_PIECES):
