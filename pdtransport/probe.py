@@ -5,33 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from pdtransport.errors import LinkError
+from pdtransport.kernels.runs import run
 from pdtransport.kv.geometry import Region
 from pdtransport.links.base import Channel, LinkBusy, Runs
+from pdtransport.links.memory import scratch
 
 ROUNDS = 3  # the first touches fresh memory and sets lanes up; the best counts
 FIRST_KEY = 1 << 55  # keys of pages count up from 1 and never come here
 
 
 class Scratch:
-    """Memory of our own that probes read and write; made when first needed, then kept."""
+    """Memory of our own that probes read and write, on the ``device`` that pages lie on; kept."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: int = -1) -> None:
         self.nbytes = nbytes
-        self._sent = np.empty(max(nbytes, 8), dtype=np.uint8)  # not touched, so not resident, until a probe
-        self._received = np.empty(max(nbytes, 8), dtype=np.uint8)
+        self._sent, self._received = (scratch(max(nbytes, 8), device) for _ in range(2))
 
     @property
     def regions(self) -> list[Region]:
-        return [Region(part.ctypes.data, part.nbytes, owner=part) for part in (self._sent, self._received)]
+        return [self._sent, self._received]
 
     def source(self, nbytes: int) -> Runs:
-        return np.array([[self._sent.ctypes.data, min(nbytes, self.nbytes)]], dtype=np.uint64)
+        return run(self._sent.address, min(nbytes, self.nbytes))
 
     def target(self) -> Runs:
-        return np.array([[self._received.ctypes.data, self.nbytes]], dtype=np.uint64)
+        return run(self._received.address, self.nbytes)
 
 
 class Asking:

@@ -132,7 +132,8 @@ class Transport:
 
         def make(_reactor: Reactor) -> Exchange:
             links = self.settings.links
-            scratch = Scratch(min(links.probe_bytes, links.batch_bytes))
+            device = max((region.device for region in memory), default=-1)
+            scratch = Scratch(min(links.probe_bytes, links.batch_bytes), device)
             opened = open_links(links, [*memory, *scratch.regions])
             me = Identity(
                 engine=self.engine,

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address``. ``owner`` keeps it alive."""
+    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address``. ``owner`` keeps it alive.
+    ``device`` is -1 for host memory, else the number of the GPU that it belongs to."""
 
     address: int
     nbytes: int
     owner: Any = field(default=None, repr=False, compare=False)
+    device: int = -1
 
 
 @dataclass(frozen=True)

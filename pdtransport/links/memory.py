@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkError
-from pdtransport.kernels.runs import Runs
+from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import Region
 
 PAGE = 4096
 
 
 class Regions:
-    """The memory that links of this process may read and write. Regions may come and go; they may overlap."""
+    """The memory that links of this process may read and write. Regions may come and go; they may overlap.
+
+    A worker's pages lie on one ``device`` (-1: in host memory), the highest of its regions. Regions of other devices
+    are not of use to a link, and none may touch them: a GPU kernel that meets host memory takes the process along.
+    """
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
         self._regions = list(regions)
+        self.device = -1
         self._rebuild()
 
     def __len__(self) -> int:
@@ -51,7 +57,9 @@ class Regions:
         """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
         case."""
         spans: list[list[int]] = []
-        for low, high in sorted((r.address, r.address + r.nbytes) for r in self._regions):
+        self.device = max((r.device for r in self._regions), default=-1)
+        usable = [r for r in self._regions if r.device == self.device]
+        for low, high in sorted((r.address, r.address + r.nbytes) for r in usable):
             if spans and low <= spans[-1][1]:
                 spans[-1][1] = max(spans[-1][1], high)
             else:
@@ -60,21 +68,70 @@ class Regions:
         self._starts, self._ends = table[:, 0].copy(), table[:, 1].copy()
 
 
+def scratch(nbytes: int, device: int) -> Region:
+    """Zeroed memory of our own on ``device`` (-1: of the host), to be registered."""
+    if device < 0:
+        array = np.zeros(nbytes, dtype=np.uint8)
+        return Region(array.ctypes.data, nbytes, owner=array)
+    import cupy
+
+    with cupy.cuda.Device(device):
+        owner = cupy.zeros(nbytes, dtype=np.uint8)
+        cupy.cuda.get_current_stream().synchronize()
+    return Region(int(owner.data.ptr), nbytes, owner=owner, device=device)
+
+
+class Block(Protocol):
+    """Contiguous memory, as long as the object lives."""
+
+    address: int
+
+    def part(self, offset: int, nbytes: int) -> Any:
+        """Some of it, in the shape that UCX takes: an array, or an object with ``__cuda_array_interface__``."""
+        ...
+
+
+class HostBlock:
+    """Host memory that begins at a page."""
+
+    def __init__(self, nbytes: int) -> None:
+        raw = np.empty(nbytes + PAGE, dtype=np.uint8)
+        skip = -raw.ctypes.data % PAGE
+        self._memory: npt.NDArray[np.uint8] = raw[skip : skip + nbytes]
+        self.address: int = self._memory.ctypes.data
+
+    def part(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        return self._memory[offset : offset + nbytes]
+
+
 class SlotRing:
     """A bounded number of equally long staging slots in one block of memory, which is allocated at first use.
 
     Args:
         nbytes: wanted size of the ring; it has at least two slots.
         slot_bytes: size of a slot.
+        allocate: makes the block, given its length in bytes.
     """
 
     MIN_SLOTS = 2
 
-    def __init__(self, nbytes: int, slot_bytes: int) -> None:
+    def __init__(self, nbytes: int, slot_bytes: int, allocate: Callable[[int], Block] = HostBlock) -> None:
         self.slot_bytes = -(-slot_bytes // PAGE) * PAGE
         self.count = max(self.MIN_SLOTS, nbytes // self.slot_bytes)
-        self._memory: npt.NDArray[np.uint8] | None = None
+        self._allocate = allocate
+        self._block: Block | None = None
         self._free = list(range(self.count))
+
+    @property
+    def block(self) -> Block:
+        """The memory of all slots.
+
+        Raises:
+            LinkError: there is not that much (of GPU or pinned memory).
+        """
+        if self._block is None:
+            self._block = self._allocate(self.count * self.slot_bytes)
+        return self._block
 
     @property
     def free(self) -> int:
@@ -94,13 +151,12 @@ class SlotRing:
             raise ValueError(f"slot {slot} was given back twice")
         self._free.append(slot)
 
-    def view(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        """The first ``nbytes`` bytes of a slot."""
+    def view(self, slot: int, nbytes: int) -> Any:
+        """The first ``nbytes`` bytes of a slot, as :meth:`Block.part`."""
         if not 0 <= nbytes <= self.slot_bytes:
             raise ValueError(f"{nbytes} bytes do not fit a slot of {self.slot_bytes}")
-        if self._memory is None:
-            raw = np.empty(self.count * self.slot_bytes + PAGE, dtype=np.uint8)
-            skip = -raw.ctypes.data % PAGE
-            self._memory = raw[skip : skip + self.count * self.slot_bytes]
-        start = slot * self.slot_bytes
-        return self._memory[start : start + nbytes]
+        return self.block.part(slot * self.slot_bytes, nbytes)
+
+    def run(self, slot: int, nbytes: int) -> Runs:
+        """Where these bytes lie."""
+        return run(self.block.address + slot * self.slot_bytes, nbytes)

@@ -2,6 +2,9 @@
 
 Each end has one buffer of pages; runs are named by offsets into it. An end makes progress on its own, like the
 transport's I/O thread, unless it is told to hold still.
+
+The buffer lies in host memory, or (setting ``gpu``) on a GPU: ``"cuda"`` is a real one, ``"later"`` and
+``"later-direct"`` are :class:`tests.processes.later_gpu.LaterGpu`, whose slots are staged or sent as they lie.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pdtransport.links.base import LinkBusy, Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.links.probe import Probe, ProbeSource
 from pdtransport.settings import LinkSettings
+from tests.processes import later_gpu
 
 ANSWER_S = 30.0
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
@@ -146,12 +150,53 @@ def _serve_calls(pipe: Connection, server: _Server) -> None:
             pipe.send((type(error).__name__, str(error)))
 
 
+class _Buffer:
+    """Pages in host memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._memory = np.zeros(nbytes, dtype=np.uint8)
+        self.address: int = self._memory.ctypes.data
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        self._memory[offset : offset + data.size] = data
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return self._memory[offset : offset + nbytes].tobytes()
+
+
+class _DeviceBuffer(_Buffer):
+    """Pages on GPU 0."""
+
+    def __init__(self, nbytes: int) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self.nbytes = nbytes
+        self._memory = cupy.zeros(nbytes, dtype=cupy.uint8)
+        self.address = int(self._memory.data.ptr)
+        cupy.cuda.Device().synchronize()
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        self._memory[offset : offset + data.size] = self._cupy.asarray(data)
+        self._cupy.cuda.Device().synchronize()
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        self._cupy.cuda.Device().synchronize()
+        data: bytes = self._memory[offset : offset + nbytes].get().tobytes()
+        return data
+
+
 class _Server:
     def __init__(self, nbytes: int, settings: dict[str, Any]) -> None:
+        gpu = settings.pop("gpu", "")
         self.settings = LinkSettings.model_validate(settings)
-        self.buffer = np.zeros(nbytes, dtype=np.uint8)
-        region = Region(self.buffer.ctypes.data, nbytes, self.buffer)
-        self.opened = open_links(self.settings, [region])
+        self.buffer = _DeviceBuffer(nbytes) if gpu == "cuda" else _Buffer(nbytes)
+        region = Region(self.buffer.address, nbytes, self.buffer, device=0 if gpu else -1)
+        if gpu.startswith("later"):
+            self.opened = later_gpu.opened(region, self.settings, direct=gpu.endswith("direct"))
+        else:
+            self.opened = open_links(self.settings, [region])
         self.links = list(self.opened.links.values())
         self.channel: Any = None
         self.ended: dict[Any, str | None] = {}
@@ -161,7 +206,7 @@ class _Server:
 
     def runs(self, spans: Spans) -> np.ndarray:
         runs = np.array(spans, dtype=np.uint64).reshape(-1, 2)
-        runs[:, 0] += np.uint64(self.buffer.ctypes.data)
+        runs[:, 0] += np.uint64(self.buffer.address)
         return runs
 
     def progress(self) -> bool:
@@ -197,14 +242,14 @@ class _Server:
 
     def do_fill(self, seed: int, size: int = 1 << 20) -> None:
         """Random bytes at the front."""
-        size = min(self.buffer.size, size)
-        self.buffer[:size] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        size = min(self.buffer.nbytes, size)
+        self.buffer.write(0, np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
 
     def do_set(self, offset: int, data: bytes) -> None:
-        self.buffer[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        self.buffer.write(offset, np.frombuffer(data, dtype=np.uint8))
 
     def do_read(self, spans: Spans) -> bytes:
-        return b"".join(self.buffer[offset : offset + nbytes].tobytes() for offset, nbytes in spans)
+        return b"".join(self.buffer.read(offset, nbytes) for offset, nbytes in spans)
 
     def do_send(self, key: int, spans: Spans, blocks: int) -> tuple[bytes, bytes]:
         offered: tuple[bytes, bytes] = self.channel.send(key, self.runs(spans), blocks, self.end(("send", key)))
@@ -285,9 +330,18 @@ class _Server:
             if link.name == "cma":
                 free["tickets"] = (link.tickets.free, 4096)  # type: ignore[attr-defined]
             else:
-                for ring in ("sending", "receiving"):
-                    free[ring] = (getattr(link, ring).free, getattr(link, ring).count)
+                for memory in link.memories:  # type: ignore[attr-defined]
+                    for ring in ("sending", "receiving"):
+                        free[ring] = (getattr(memory, ring).free, getattr(memory, ring).count)
         return free
+
+    def do_hold_kernels(self, hold: bool) -> None:
+        """Of a LaterGpu: kernels begin, and do nothing until they are let go on."""
+        later_gpu.hold(hold)
+
+    def do_kernels(self) -> int:
+        """Of a LaterGpu: begun and not ended."""
+        return len(later_gpu.begun)
 
     def do_become_nobody(self) -> None:
         os.setgid(65534)

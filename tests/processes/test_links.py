@@ -22,17 +22,25 @@ pytestmark = pytest.mark.timeout(120)
 BATCH = 256 << 10  # what most tests move
 BIG = 16 << 20  # takes 5 to 20 ms to copy
 MEMORY = 2 * BIG
-SETTINGS: dict[str, Any] = {"batch_bytes": BIG, "staging_bytes": 4 * BIG, "probe_bytes": 0}
+SETTINGS: dict[str, Any] = {
+    "batch_bytes": BIG,
+    "staging_bytes": 4 * BIG,
+    "device_batch_bytes": BIG,
+    "device_staging_bytes": 4 * BIG,
+    "probe_bytes": 0,
+}
 PAGE = 8192
 SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
-KINDS = ["cma", "ucx", "ucx-tcp"]
+KINDS = ["cma", "ucx", "ucx-tcp", "ucx-later"]  # the last: pages on a GPU whose kernels end later (LaterGpu)
 
 
 def end(kind: str, **settings: Any) -> End:
     name = kind.split("-")[0]
     environment = {"UCX_TLS": "tcp"} if kind.endswith("-tcp") else {}
+    if kind.endswith("-later"):
+        settings = {"gpu": "later", **settings}
     return End(MEMORY, {**SETTINGS, "order": [name], **settings}, environment)
 
 
@@ -74,7 +82,7 @@ def ends(processes: dict[str, tuple[End, End]], kind: str) -> Iterator[tuple[End
 
 cma = pytest.mark.parametrize("kind", ["cma"], indirect=True)
 ucx = pytest.mark.parametrize("kind", ["ucx"], indirect=True)
-any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp"], indirect=True)
+any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp", "ucx-later"], indirect=True)
 
 
 def hand_over(sender: End, receiver: End, key: int, source: Spans, target: Spans, blocks: int) -> str | None:
