@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,22 +10,30 @@ import numpy.typing as npt
 
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs, run
-from pdtransport.kv.geometry import Region
+from pdtransport.kv.geometry import HOST, Region
 
 PAGE = 4096
 
 
 class Regions:
-    """The memory that links of this process may read and write. Regions may come and go; they may overlap.
+    """The memory that links of this process may read and write. Regions may come and go; they may overlap. All lie on
+    one device.
 
-    A worker's pages lie on one ``device`` (-1: in host memory), the highest of its regions. Regions of other devices
-    are not of use to a link, and none may touch them: a GPU kernel that meets host memory takes the process along.
+    Raises:
+        ValueError: regions of several devices.
     """
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
         self._regions = list(regions)
-        self.device = -1
         self._rebuild()
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self._regions)
+
+    @property
+    def device(self) -> int:
+        """Number of the GPU that holds them; -1: host memory."""
+        return self._regions[0].device if self._regions else HOST
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -56,29 +64,16 @@ class Regions:
     def _rebuild(self) -> None:
         """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
         case."""
+        if any(region.device != self.device for region in self._regions):
+            raise ValueError(f"regions on several devices: {sorted({region.device for region in self._regions})}")
         spans: list[list[int]] = []
-        self.device = max((r.device for r in self._regions), default=-1)
-        usable = [r for r in self._regions if r.device == self.device]
-        for low, high in sorted((r.address, r.address + r.nbytes) for r in usable):
+        for low, high in sorted((r.address, r.address + r.nbytes) for r in self._regions):
             if spans and low <= spans[-1][1]:
                 spans[-1][1] = max(spans[-1][1], high)
             else:
                 spans.append([low, high])
         table = np.array(spans or [[0, 0]], dtype=np.uint64)
         self._starts, self._ends = table[:, 0].copy(), table[:, 1].copy()
-
-
-def scratch(nbytes: int, device: int) -> Region:
-    """Zeroed memory of our own on ``device`` (-1: of the host), to be registered."""
-    if device < 0:
-        array = np.zeros(nbytes, dtype=np.uint8)
-        return Region(array.ctypes.data, nbytes, owner=array)
-    import cupy
-
-    with cupy.cuda.Device(device):
-        owner = cupy.zeros(nbytes, dtype=np.uint8)
-        cupy.cuda.get_current_stream().synchronize()
-    return Region(int(owner.data.ptr), nbytes, owner=owner, device=device)
 
 
 class Block(Protocol):

@@ -15,8 +15,9 @@ import numpy as np
 
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs
+from pdtransport.kv.geometry import HOST, Region
 from pdtransport.links.base import Channel, LinkBusy
-from pdtransport.links.memory import PAGE, Regions, scratch
+from pdtransport.links.memory import PAGE, Regions
 
 OPS = ("probe?", "probe", "probe-busy", "probe-end")
 FIRST_KEY = 1 << 55  # keys of transfers count up from 1
@@ -24,6 +25,17 @@ IN_FLIGHT = 2  # batches asked for ahead of what has arrived
 DEADLINE_S = 10.0  # to the end of a probe; afterwards the pair's rate is reported as unknown
 MAX_BATCH_BYTES = 256 << 20
 PROBE_PAGE = 32 << 10  # the scratch pages are moved in shuffled order, as a fragmented cache would be
+
+
+def scratch(nbytes: int, device: int) -> Region:
+    """Memory of our own on ``device``, to be registered."""
+    if device == HOST:
+        array = np.zeros(nbytes, dtype=np.uint8)
+        return Region(array.ctypes.data, nbytes, owner=array)
+    from pdtransport.kernels.gpu import DeviceMemory
+
+    memory = DeviceMemory(nbytes, device)
+    return Region(memory.address, nbytes, owner=memory, device=device)
 
 
 class _Scratch:

@@ -10,7 +10,7 @@ that
 
 Where pages lie in GPU memory, kernels gather and scatter them. The ring lies in GPU memory as well where UCX can send
 that over its lanes to the peer (*direct*), else in pinned host memory (*staged*); each channel's ``why`` says which,
-and ``links.ucx_device_memory`` can demand one. Whatever one end does, the other end may do otherwise.
+and ``links.ucx_gpu_memory`` can demand one. Whatever one end does, the other end may do otherwise.
 
 Each channel has a UCX worker of its own: a peer that is killed while it writes into a worker's shared-memory queue
 blocks that queue for good, and all who use it. The exported address is that of a *lobby* worker, which only serves to
@@ -34,7 +34,7 @@ from pdtransport.links.base import Link, Region
 from pdtransport.links.calls import Callbacks
 from pdtransport.links.memory import Regions
 from pdtransport.links.ucx_channel import UcxChannel
-from pdtransport.links.ucx_gpu import CudaGpu, Gpu
+from pdtransport.links.ucx_gpu import CudaGpu, Gpu, drain
 from pdtransport.links.ucx_lanes import carrier
 from pdtransport.links.ucx_memory import DeviceMemory, HostMemory, Memory
 from pdtransport.links.ucx_words import sealed, unsealed
@@ -66,7 +66,7 @@ class UcxLink(Link):
 
     Raises:
         LinkUnavailable: no UCX binding is installed, UCX does not start, the GPU can't be used, or UCX knows no GPU
-            memory though ``ucx_device_memory`` is ``direct``.
+            memory though ``ucx_gpu_memory`` is ``direct``.
     """
 
     name = "ucx"
@@ -80,7 +80,7 @@ class UcxLink(Link):
         self.regions = regions if isinstance(regions, Regions) else Regions(regions)
         self.callbacks = Callbacks()
         self._settings = settings
-        self._wanted = settings.ucx_device_memory
+        self._wanted = settings.ucx_gpu_memory
         self._memories: dict[bool, Memory] = {}  # by whether UCX sends GPU memory directly
         self._channels: list[UcxChannel] = []
         self._gpu: Gpu | None = None
@@ -115,6 +115,10 @@ class UcxLink(Link):
         """What channels opened so far use; their rings take memory with the first batch."""
         return list(self._memories.values())
 
+    @classmethod
+    def open(cls, regions: Regions, settings: LinkSettings) -> UcxLink:
+        return cls(regions, settings)
+
     def export(self) -> bytes:
         packed: bytes = msgpack.packb({"v": EXPORT_VERSION, "address": sealed(self._lobby.address)})
         return packed
@@ -145,12 +149,12 @@ class UcxLink(Link):
         """Where slots for a peer behind ``lanes`` lie, and how to say so.
 
         Raises:
-            LinkUnavailable: ``ucx_device_memory`` demands what these lanes can't do.
+            LinkUnavailable: ``ucx_gpu_memory`` demands what these lanes can't do.
         """
         if self._gpu is None:
             return self._memories.setdefault(False, HostMemory(self._settings)), ""
         if self._wanted == "staged":
-            reason = "links.ucx_device_memory says so"
+            reason = "links.ucx_gpu_memory says so"
         elif not self._gpu.sendable(self._context):
             reason = NO_CUDA
         else:
@@ -166,7 +170,7 @@ class UcxLink(Link):
     def progress(self) -> bool:
         """Move messages on, and run what is due; True if anything happened."""
         if self._launches >= 0:
-            _drain(self._launches)  # before looking at kernels: one that ends from now on rings again
+            drain(self._launches)  # before looking at kernels: one that ends from now on rings again
         worked = self.callbacks.run()
         self._lobby.progress()
         for channel in self._channels:
@@ -213,14 +217,7 @@ NO_CUDA = "this UCX has no CUDA support, or sees no GPU"
 
 
 def _direct_wanted(reason: str) -> str:
-    return f"links.ucx_device_memory is direct, but {reason}; auto stages GPU memory through pinned host memory"
-
-
-def _drain(eventfd: int) -> None:
-    try:
-        os.eventfd_read(eventfd)
-    except BlockingIOError:
-        pass
+    return f"links.ucx_gpu_memory is direct, but {reason}; auto stages GPU memory through pinned host memory"
 
 
 def _parse_export(export: bytes) -> bytes:

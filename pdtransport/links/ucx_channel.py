@@ -96,6 +96,7 @@ class UcxChannel(Channel):
     def __init__(self, link: UcxLink, worker: Worker, memory: Memory, why: str) -> None:
         self.why = why
         self.stats = LinkStats()
+        self.max_batch_bytes = memory.sending.slot_bytes
         self.closed = False
         self.ended = False  # closed, and UCX holds nothing of it any more
         self.worker = worker
@@ -173,7 +174,7 @@ class UcxChannel(Channel):
         return checksums.astype("<u8").tobytes()
 
     def _too_long(self, nbytes: int) -> str:
-        setting = "links.batch_bytes" if self._link.regions.device < 0 else "links.device_batch_bytes"
+        setting = "links.batch_bytes" if self._link.regions.device < 0 else "links.gpu_slot_bytes"
         return f"a batch of {nbytes} bytes exceeds a staging slot: raise {setting} to {nbytes}"
 
     def _let_go(self, offered: _Offered, error: str | None) -> None:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import select
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.kernels.reference import Checksums
-from pdtransport.kernels.runs import Runs
+from pdtransport.kernels.runs import Runs, run
 from pdtransport.links._ucx_binding import Context
 from pdtransport.links.memory import Block
 from pdtransport.links.ucx_lanes import why_not_direct
 
+if TYPE_CHECKING:
+    from pdtransport.kernels.gpu import GpuPages
+
 PROBED_BYTES = 1 << 20  # registered once, to see which of UCX' memory domains take GPU memory
-REMEDY = "lower links.device_staging_bytes"
+REMEDY = "lower links.gpu_staging_bytes"
+# The bus is full with so few blocks of threads; the model keeps the rest.
+BUS_BLOCKS_OUT, BUS_BLOCKS_IN = 16, 64
+GATHER_S = 5.0  # a batch takes less than a millisecond; a GPU that needs this long for one has hung
+LOOK_S = 0.1  # a kernel that failed does not ring
+WARM_BYTES = 1 << 10
 
 
 class Launch(Protocol):
@@ -29,9 +40,20 @@ class Launch(Protocol):
 
 
 class Gpu(Protocol):
-    """One GPU. It writes to an eventfd whenever a launch ended."""
+    """One GPU."""
 
-    def copy_runs(self, src: Runs, dst: Runs, blocks: int) -> Launch: ...
+    def gather(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Checksums:
+        """Copy pages into a slot, in GPU memory (``direct``) or pinned host memory, and wait for that.
+
+        Raises:
+            ValueError: ``blocks`` do not fit the stream, or something is no multiple of 8 bytes; nothing was begun.
+            LinkError: the GPU failed, or did not do it in time.
+        """
+        ...
+
+    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Launch:
+        """Begin to copy a slot into pages. The end of it is told to an eventfd."""
+        ...
 
     def device_block(self, nbytes: int) -> Block:
         """GPU memory for slots.
@@ -70,33 +92,59 @@ class CudaGpu:
     """
 
     def __init__(self, device: int, wake_fd: int) -> None:
-        try:
-            import cupy
+        from pdtransport.kernels import gpu
 
-            from pdtransport.kernels.gpu import GpuPages
-
-            cupy.cuda.Device(device).use()  # UCX needs a current context on the thread that calls it
-            cupy.cuda.runtime.free(0)  # makes the context
-            self._pages = GpuPages(device, wake_fd=wake_fd)
-        except ImportError as error:
-            raise LinkUnavailable(f"GPU memory needs cupy: {error}") from None
-        except Exception as error:  # noqa: BLE001 - of cupy, of the compiler, of the driver
-            raise LinkUnavailable(f"GPU {device} can't be used: {error}") from None
-        self._device = device
+        self._cuda = gpu
+        self._device, self._wake_fd = device, wake_fd
+        self._gathered = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._gathering: dict[bool, GpuPages] = {}  # by whether slots are in GPU memory
+        self._placing: dict[bool, GpuPages] = {}
         self._domains: list[str] | None = None
+        try:
+            # UCX needs a current context on the thread that calls it, and the kernels are compiled at first use.
+            warm = gpu.pinned(2 * WARM_BYTES)
+            halves = [run(warm.ctypes.data + start, WARM_BYTES) for start in (0, WARM_BYTES)]
+            self._pages(self._placing, False).copy_runs(halves[0], halves[1]).wait()
+        except gpu.GpuError as error:
+            self.close()
+            raise LinkUnavailable(str(error)) from None
 
-    def copy_runs(self, src: Runs, dst: Runs, blocks: int) -> Launch:
-        launch: Launch = self._pages.copy_runs(src, dst, blocks)
-        return launch
+    def _pages(self, made: dict[bool, GpuPages], direct: bool) -> GpuPages:
+        """Kernels with a stream of their own: what arrives does not queue behind what leaves."""
+        if direct not in made:
+            gathers = made is self._gathering
+            blocks = self._cuda.COPY_BLOCKS if direct else BUS_BLOCKS_OUT if gathers else BUS_BLOCKS_IN
+            fd = self._gathered if gathers else self._wake_fd
+            made[direct] = self._cuda.GpuPages(self._device, blocks=blocks, wake_fd=fd)
+        return made[direct]
+
+    def gather(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Checksums:
+        deadline = time.monotonic() + GATHER_S
+        try:
+            launch = self._pages(self._gathering, direct).copy_runs(src, dst, blocks)
+            while not launch.done():
+                if time.monotonic() > deadline:
+                    raise LinkError(f"the GPU did not gather a batch within {GATHER_S} s")
+                select.select([self._gathered], [], [], LOOK_S)
+                drain(self._gathered)
+            return launch.wait()
+        except self._cuda.GpuError as error:
+            raise LinkError(str(error)) from None
+
+    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Launch:
+        try:
+            return self._pages(self._placing, direct).copy_runs(src, dst, blocks)
+        except self._cuda.GpuError as error:
+            raise LinkError(str(error)) from None
 
     def device_block(self, nbytes: int) -> Block:
         return DeviceBlock(self._device, nbytes)
 
     def pinned_block(self, nbytes: int) -> Block:
         try:
-            return PinnedBlock(self._pages.pinned(nbytes))
-        except Exception as error:  # noqa: BLE001 - of cupy or the driver
-            raise LinkError(f"{nbytes} bytes of pinned host memory for slots: {error}; {REMEDY}") from None
+            return PinnedBlock(self._cuda.pinned(nbytes))
+        except self._cuda.GpuError as error:
+            raise LinkError(f"no room for staging slots: {error}; {REMEDY}") from None
 
     def sendable(self, context: Context) -> bool:
         return context.takes_gpu_memory()
@@ -111,7 +159,20 @@ class CudaGpu:
         return why_not_direct(lanes, self._domains)
 
     def close(self) -> None:
-        self._pages.close()
+        for pages in (*self._gathering.values(), *self._placing.values()):
+            pages.close()
+        self._gathering, self._placing = {}, {}
+        if self._gathered >= 0:
+            os.close(self._gathered)
+            self._gathered = -1
+
+
+def drain(eventfd: int) -> None:
+    """Forget what rang so far."""
+    try:
+        os.eventfd_read(eventfd)
+    except BlockingIOError:
+        pass
 
 
 class DeviceBlock:
@@ -122,15 +183,14 @@ class DeviceBlock:
     """
 
     def __init__(self, device: int, nbytes: int) -> None:
-        import cupy
+        from pdtransport.kernels import gpu
 
         try:
-            with cupy.cuda.Device(device):
-                self._memory = cupy.cuda.Memory(nbytes)
-        except Exception as error:  # noqa: BLE001 - cupy has several types for memory that is not there
+            self._memory = gpu.DeviceMemory(nbytes, device)
+        except gpu.GpuError as error:
             remedy = f"{REMEDY} or the engine's share of the GPU"
-            raise LinkError(f"{nbytes} bytes of GPU memory for slots: {error}; {remedy}") from None
-        self.address = int(self._memory.ptr)
+            raise LinkError(f"no room for staging slots: {error}; {remedy}") from None
+        self.address = int(self._memory.address)
 
     def part(self, offset: int, nbytes: int) -> DeviceBytes:
         return DeviceBytes(self.address + offset, nbytes, self._memory)

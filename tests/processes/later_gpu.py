@@ -83,7 +83,10 @@ class LaterGpu:
             launch.run()
             os.eventfd_write(self._wake_fd, 1)
 
-    def copy_runs(self, src: Runs, dst: Runs, blocks: int) -> LaterLaunch:
+    def gather(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Any:
+        return self.place(src, dst, blocks, direct).wait()
+
+    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> LaterLaunch:
         total = int(src[:, 1].sum())
         if total != int(dst[:, 1].sum()) or (blocks and (total % blocks or total // blocks % 8)):
             raise ValueError(f"a stream of {total} bytes does not hold {blocks} equally long blocks of whole words")

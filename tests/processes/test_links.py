@@ -25,8 +25,8 @@ MEMORY = 2 * BIG
 SETTINGS: dict[str, Any] = {
     "batch_bytes": BIG,
     "staging_bytes": 4 * BIG,
-    "device_batch_bytes": BIG,
-    "device_staging_bytes": 4 * BIG,
+    "gpu_slot_bytes": BIG,
+    "gpu_staging_bytes": 4 * BIG,
     "probe_bytes": 0,
 }
 PAGE = 8192

@@ -27,8 +27,8 @@ PAGES = BATCH // PAGE
 BLOCKS = 8
 SETTINGS: dict[str, Any] = {
     "order": ["ucx"],
-    "device_batch_bytes": BATCH,
-    "device_staging_bytes": 8 * BATCH,
+    "gpu_slot_bytes": BATCH,
+    "gpu_staging_bytes": 8 * BATCH,
     "probe_bytes": 0,
 }
 
@@ -140,7 +140,7 @@ def test_an_ended_kernel_wakes_a_sleeping_thread() -> None:
         while link.progress() or not link.arm():
             pass
         later_gpu.hold(True)
-        launch = link._gpu.copy_runs(run(block.address, PAGE), run(block.address + PAGE, PAGE), 1)
+        launch = link._gpu.place(run(block.address, PAGE), run(block.address + PAGE, PAGE), 1, False)
         assert not select.select([link.fileno()], [], [], 0.1)[0]
         later_gpu.hold(False)
         assert select.select([link.fileno()], [], [], 10)[0]
@@ -172,15 +172,15 @@ def test_each_end_says_how_gpu_memory_moves_and_may_differ(processes: tuple[End,
 
 
 def test_a_demand_is_met_or_refused(processes: tuple[End, End]) -> None:
-    """links.ucx_device_memory: neither falls back in silence."""
-    refused = r"links.ucx_device_memory is direct, but this UCX has no CUDA support.*auto stages"
+    """links.ucx_gpu_memory: neither falls back in silence."""
+    refused = r"links.ucx_gpu_memory is direct, but this UCX has no CUDA support.*auto stages"
     with pytest.raises(LinkUnavailable, match=refused):
-        end("later", ucx_device_memory="direct")
-    with end("later-direct", ucx_device_memory="staged") as one:
+        end("later", ucx_gpu_memory="direct")
+    with end("later-direct", ucx_gpu_memory="staged") as one:
         why = one.ask("connect", processes[0].ask("export"))
-        assert "staged through pinned host memory: links.ucx_device_memory says so" in why
+        assert "staged through pinned host memory: links.ucx_gpu_memory says so" in why
 
 
 def test_a_batch_larger_than_a_slot_names_the_setting_for_gpus(ends: tuple[End, End]) -> None:
-    with pytest.raises(Exception, match=f"raise links.device_batch_bytes to {2 * BATCH}"):
+    with pytest.raises(Exception, match=f"raise links.gpu_slot_bytes to {2 * BATCH}"):
         ends[0].ask("send", 1, [(0, 2 * BATCH)], 1)

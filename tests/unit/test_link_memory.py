@@ -73,12 +73,3 @@ def test_a_process_name_may_hold_anything() -> None:
     """Its start time is found behind the last parenthesis."""
     tail = b" S 1 " + b" ".join(str(n).encode() for n in range(5, 60))
     assert start_ticks(b"12 (a) b (c) R)" + tail) == 22
-
-
-def test_only_memory_of_one_device_may_be_touched() -> None:
-    """Beside pages on a GPU, host memory is out of bounds: a kernel that meets it takes the process along."""
-    registry = Regions([Region(4096, 4096), Region(1 << 40, 4096, device=0)])
-    assert registry.device == 0
-    registry.check(np.array([[1 << 40, 4096]], dtype=np.uint64))
-    with pytest.raises(LinkError, match="outside the registered memory"):
-        registry.check(np.array([[4096, 8]], dtype=np.uint64))
