@@ -120,8 +120,6 @@ class CudaIpcLink(Link):
                 if same_kernel
                 else "another host"
             )
-        if peer["pid"] == os.getpid():
-            raise LinkUnavailable("the peer is this process, which CUDA IPC can't map")
         try:
             watch = ProcessWatch(peer["pid"], peer["start"])
         except OSError:
@@ -237,8 +235,10 @@ class CudaIpcChannel(Channel):
         spans = []
         try:
             for base, nbytes, handle in self._peer["memory"]:
-                here = gpu.ipc_open(handle, device)
-                self._mapped.append(here)
+                here = base
+                if self._watch.pid != os.getpid():  # CUDA maps no process' memory to itself
+                    here = gpu.ipc_open(handle, device)
+                    self._mapped.append(here)
                 spans.append((base, base + nbytes, here))
             self._spans = np.array(sorted(spans), dtype=np.uint64)
             cookie = self._translate(np.array([[self._peer["at"], COOKIE_BYTES]], dtype=np.uint64))
