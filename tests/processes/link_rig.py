@@ -3,8 +3,8 @@
 Each end has one buffer of pages; runs are named by offsets into it. An end makes progress on its own, like the
 transport's I/O thread, unless it is told to hold still.
 
-The buffer lies in host memory, or (setting ``gpu``) on a GPU: ``"cuda"`` is a real one, ``"later"`` and
-``"later-direct"`` are :class:`tests.processes.later_gpu.LaterGpu`, whose slots are staged or sent as they lie.
+The buffer lies in host memory, or (setting ``gpu``) on a GPU: ``"cuda"`` is a real one, ``"twin"`` the stand-in of
+:mod:`tests.rig.twin_gpu`, and with ``"twin-direct"`` UCX is said to know its memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,11 +24,13 @@ import msgpack
 import numpy as np
 
 from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import LinkBusy, Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.links.probe import Probe, ProbeSource
+from pdtransport.links.ucx_gpu import CudaGpu
 from pdtransport.settings import LinkSettings
-from tests.processes import later_gpu
+from tests.rig import twin_gpu
 
 ANSWER_S = 30.0
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
@@ -110,14 +113,15 @@ def _serve(pipe: Connection, nbytes: int, settings: dict[str, Any]) -> None:
     namespace = settings.pop("netns", None)
     if namespace:
         _enter_network(namespace)
-    try:
-        server = _Server(nbytes, settings)
-    except Exception as error:  # noqa: BLE001 - told to the test
-        pipe.recv()
-        pipe.send((type(error).__name__, str(error)))
-        return
-    _serve_calls(pipe, server)
-    server.close()
+    with twin_gpu.installed() if settings.get("gpu", "").startswith("twin") else nullcontext():
+        try:
+            server = _Server(nbytes, settings)
+        except Exception as error:  # noqa: BLE001 - told to the test
+            pipe.recv()
+            pipe.send((type(error).__name__, str(error)))
+            return
+        _serve_calls(pipe, server)
+        server.close()
 
 
 def _enter_network(namespace: str) -> None:
@@ -166,24 +170,22 @@ class _Buffer:
 
 
 class _DeviceBuffer(_Buffer):
-    """Pages on GPU 0."""
+    """Pages on GPU 0, or on its stand-in."""
 
     def __init__(self, nbytes: int) -> None:
-        import cupy
+        from pdtransport.kernels import gpu
 
-        self._cupy = cupy
+        self._gpu: Any = gpu
         self.nbytes = nbytes
-        self._memory = cupy.zeros(nbytes, dtype=cupy.uint8)
-        self.address = int(self._memory.data.ptr)
-        cupy.cuda.Device().synchronize()
+        self._device_memory = gpu.DeviceMemory(nbytes, 0)
+        self.address = self._device_memory.address
+        self.write(0, np.zeros(nbytes, dtype=np.uint8))
 
     def write(self, offset: int, data: np.ndarray) -> None:
-        self._memory[offset : offset + data.size] = self._cupy.asarray(data)
-        self._cupy.cuda.Device().synchronize()
+        self._gpu.from_host(self.address + offset, data.tobytes())
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        self._cupy.cuda.Device().synchronize()
-        data: bytes = self._memory[offset : offset + nbytes].get().tobytes()
+        data: bytes = self._gpu.to_host(self.address + offset, nbytes)
         return data
 
 
@@ -191,12 +193,12 @@ class _Server:
     def __init__(self, nbytes: int, settings: dict[str, Any]) -> None:
         gpu = settings.pop("gpu", "")
         self.settings = LinkSettings.model_validate(settings)
-        self.buffer = _DeviceBuffer(nbytes) if gpu == "cuda" else _Buffer(nbytes)
-        region = Region(self.buffer.address, nbytes, self.buffer, device=0 if gpu else -1)
-        if gpu.startswith("later"):
-            self.opened = later_gpu.opened(region, self.settings, direct=gpu.endswith("direct"))
-        else:
-            self.opened = open_links(self.settings, [region])
+        if gpu.endswith("direct"):
+            CudaGpu.sendable = lambda self, context: True  # type: ignore[method-assign]
+            CudaGpu.why_not_direct = lambda self, context, lanes: ""  # type: ignore[method-assign]
+        self.buffer = _DeviceBuffer(nbytes) if gpu else _Buffer(nbytes)
+        region = Region(self.buffer.address, nbytes, self.buffer, device=0 if gpu else HOST)
+        self.opened = open_links(self.settings, [region])
         self.links = list(self.opened.links.values())
         self.channel: Any = None
         self.ended: dict[Any, str | None] = {}
@@ -336,12 +338,12 @@ class _Server:
         return free
 
     def do_hold_kernels(self, hold: bool) -> None:
-        """Of a LaterGpu: kernels begin, and do nothing until they are let go on."""
-        later_gpu.hold(hold)
+        """Of a twin: kernels are launched, and do nothing until they are let go on."""
+        (twin_gpu.going.clear if hold else twin_gpu.going.set)()
 
     def do_kernels(self) -> int:
-        """Of a LaterGpu: begun and not ended."""
-        return len(later_gpu.begun)
+        """Of a twin: launched and not ended."""
+        return len(twin_gpu.under_way)
 
     def do_become_nobody(self) -> None:
         os.setgid(65534)

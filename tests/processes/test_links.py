@@ -33,14 +33,14 @@ PAGE = 8192
 SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
-KINDS = ["cma", "ucx", "ucx-tcp", "ucx-later"]  # the last: pages on a GPU whose kernels end later (LaterGpu)
+KINDS = ["cma", "ucx", "ucx-tcp", "ucx-twin"]  # the last: pages on the stand-in for a GPU
 
 
 def end(kind: str, **settings: Any) -> End:
     name = kind.split("-")[0]
     environment = {"UCX_TLS": "tcp"} if kind.endswith("-tcp") else {}
-    if kind.endswith("-later"):
-        settings = {"gpu": "later", **settings}
+    if kind.endswith("-twin"):
+        settings = {"gpu": "twin", **settings}
     return End(MEMORY, {**SETTINGS, "order": [name], **settings}, environment)
 
 
@@ -82,7 +82,7 @@ def ends(processes: dict[str, tuple[End, End]], kind: str) -> Iterator[tuple[End
 
 cma = pytest.mark.parametrize("kind", ["cma"], indirect=True)
 ucx = pytest.mark.parametrize("kind", ["ucx"], indirect=True)
-any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp", "ucx-later"], indirect=True)
+any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp", "ucx-twin"], indirect=True)
 
 
 def hand_over(sender: End, receiver: End, key: int, source: Spans, target: Spans, blocks: int) -> str | None:

@@ -1,6 +1,6 @@
-"""The ucx link with pages on a GPU: real processes, real UCX, and a GPU whose memory is the host's and whose kernels
-end when the test wants (:mod:`tests.processes.later_gpu`). What host memory must do as well is tested in
-``test_links.py``, a real GPU in ``test_links_gpu.py``."""
+"""The ucx link with pages on a GPU: real processes, real UCX, and a stand-in for the GPU whose kernels end when the
+test wants (:mod:`tests.rig.twin_gpu`). What host memory must do as well is tested in ``test_links.py``, a real GPU in
+``test_links_gpu.py``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from pdtransport.errors import LinkUnavailable
 from pdtransport.kernels.runs import run
 from pdtransport.links.base import Region
-from pdtransport.links.memory import HostBlock
+from pdtransport.links.ucx import UcxLink
 from pdtransport.settings import LinkSettings
-from tests.processes import later_gpu
 from tests.processes.link_rig import End, pair, shuffled
+from tests.rig import twin_gpu
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def end(gpu: str = "later", **settings: Any) -> End:
+def end(gpu: str = "twin", **settings: Any) -> End:
     return End(8 * BATCH, {"gpu": gpu, **SETTINGS, **settings})
 
 
@@ -133,23 +133,24 @@ def test_a_fence_of_a_closed_channel_is_answered(ends: tuple[End, End]) -> None:
 def test_an_ended_kernel_wakes_a_sleeping_thread() -> None:
     """The link's descriptor turns readable, so that nobody has to spin for a kernel."""
     pytest.importorskip("ucxx")
-    block = HostBlock(4 * PAGE)
-    settings = LinkSettings.model_validate(SETTINGS)
-    link: Any = later_gpu.opened(Region(block.address, 4 * PAGE, block, device=0), settings, direct=False).links["ucx"]
-    try:
-        while link.progress() or not link.arm():
-            pass
-        later_gpu.hold(True)
-        launch = link._gpu.place(run(block.address, PAGE), run(block.address + PAGE, PAGE), 1, False)
-        assert not select.select([link.fileno()], [], [], 0.1)[0]
-        later_gpu.hold(False)
-        assert select.select([link.fileno()], [], [], 10)[0]
-        wait_until(launch.done)
-        link.progress()
-        assert not select.select([link.fileno()], [], [], 0.1)[0], "it must fall asleep again"
-    finally:
-        later_gpu.hold(False)
-        link.close()
+    with twin_gpu.installed():
+        memory = twin_gpu.DeviceMemory(4 * PAGE, 0)
+        link = UcxLink([Region(memory.address, 4 * PAGE, memory, 0)], LinkSettings.model_validate(SETTINGS))
+        try:
+            assert link._gpu is not None
+            while link.progress() or not link.arm():
+                pass
+            twin_gpu.going.clear()
+            launch = link._gpu.place(run(memory.address, PAGE), run(memory.address + PAGE, PAGE), 1, direct=False)
+            assert not select.select([link.fileno()], [], [], 0.1)[0]
+            twin_gpu.going.set()
+            assert select.select([link.fileno()], [], [], 10)[0]
+            wait_until(launch.done)
+            link.progress()
+            assert not select.select([link.fileno()], [], [], 0.1)[0], "it must fall asleep again"
+        finally:
+            twin_gpu.going.set()
+            link.close()
 
 
 # -- direct or staged -----------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def test_each_end_says_how_gpu_memory_moves_and_may_differ(processes: tuple[End,
     """One end sends GPU memory as it lies, the other stages it; the bytes are the same."""
     _, staged = processes
     staged.ask("forget")
-    with end("later-direct") as direct:
+    with end("twin-direct") as direct:
         whys = pair(direct, staged)
         assert "GPU memory sent directly" in whys[0]
         assert "GPU memory staged through pinned host memory: this UCX has no CUDA support" in whys[1]
@@ -175,8 +176,8 @@ def test_a_demand_is_met_or_refused(processes: tuple[End, End]) -> None:
     """links.ucx_gpu_memory: neither falls back in silence."""
     refused = r"links.ucx_gpu_memory is direct, but this UCX has no CUDA support.*auto stages"
     with pytest.raises(LinkUnavailable, match=refused):
-        end("later", ucx_gpu_memory="direct")
-    with end("later-direct", ucx_gpu_memory="staged") as one:
+        end("twin", ucx_gpu_memory="direct")
+    with end("twin-direct", ucx_gpu_memory="staged") as one:
         why = one.ask("connect", processes[0].ask("export"))
         assert "staged through pinned host memory: links.ucx_gpu_memory says so" in why
 
