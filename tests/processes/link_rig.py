@@ -301,7 +301,8 @@ class _Server:
         return time.monotonic() - begin
 
     def do_probe_start(self, nbytes: int) -> list[bytes]:
-        batch = self.settings.batch_bytes
+        gpu = self.opened.regions.device != HOST
+        batch = self.settings.gpu_slot_bytes if gpu else self.settings.batch_bytes
         self.probe = Probe(self.channel, self.opened.regions, nbytes, batch, time.monotonic())
         return self.probe.outbox()
 

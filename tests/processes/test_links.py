@@ -194,6 +194,7 @@ def test_the_ucx_environment_stays_as_it_was() -> None:
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["cma", "ucx", "ucx-tcp"], indirect=True)  # from a GPU all is gathered
 @pytest.mark.parametrize("byte", [0, 12345, BATCH - 1])
 def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, End], kind: str, byte: int) -> None:
     """The pages changed between announcement and arrival (a reused page): never accepted."""
@@ -211,7 +212,7 @@ def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, E
     assert receiver.ask("stats")["errors"] == 1
 
 
-@ucx
+@pytest.mark.parametrize("kind", ["ucx", "ucx-twin"], indirect=True)
 def test_gathered_pages_may_be_reused_at_once(ends: tuple[End, End]) -> None:
     """Once `done` was called, what happens to the pages does not reach the receiver."""
     sender, receiver = ends
