@@ -40,7 +40,7 @@ class Gate:
         self._waiting: Counter[int] = Counter()  # entries by id(owner)
         self._watch = None
         if device != HOST:
-            from pdtransport.kernels.gpu import Watch
+            from pdtransport.kernels.watch import Watch
 
             self._watch = Watch(device)
 

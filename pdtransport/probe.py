@@ -41,7 +41,7 @@ def _memory(nbytes: int, device: int) -> tuple[int, Any]:
     if device == HOST:
         array = np.empty(nbytes, dtype=np.uint8)  # not touched, so not resident, until a probe
         return array.ctypes.data, array
-    from pdtransport.kernels.gpu import DeviceMemory
+    from pdtransport.kernels.watch import DeviceMemory
 
     memory = DeviceMemory(nbytes, device)
     return memory.address, memory

@@ -67,10 +67,9 @@ class CudaIpcLink(Link):
     def __init__(self, regions: Regions) -> None:
         if regions.device == HOST:
             raise LinkUnavailable("KV lies in host memory")
-        try:
-            from pdtransport.kernels import gpu
-        except ImportError as error:
-            raise LinkUnavailable(f"it needs cupy (pip install 'pdtransport[cupy-cu13]'): {error}") from None
+        from pdtransport.kernels import gpu
+        from pdtransport.kernels.watch import DeviceMemory
+
         self.gpu = gpu
         self.regions, self.device = regions, regions.device
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -78,7 +77,7 @@ class CudaIpcLink(Link):
         try:
             self.sending = gpu.GpuPages(self.device)
             self.receiving = gpu.GpuPages(self.device, wake_fd=self._wake)
-            self._cookie = gpu.DeviceMemory(COOKIE_BYTES, self.device)
+            self._cookie = DeviceMemory(COOKIE_BYTES, self.device)
             cookie = secrets.token_bytes(COOKIE_BYTES)
             gpu.from_host(self._cookie.address, cookie)
             self._export = {

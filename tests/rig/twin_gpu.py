@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 
@@ -200,25 +201,14 @@ def from_host(address: int, data: bytes) -> None:
     ctypes.memmove(address, data, len(data))
 
 
-NAME = "pdtransport.kernels.gpu"
-
-
 @contextmanager
 def installed() -> Iterator[ModuleType]:
-    """``import pdtransport.kernels.gpu`` finds this module, within the block."""
+    """``pdtransport.kernels.gpu`` and ``.watch`` are this module, within the block."""
     import pdtransport.kernels as package
 
-    before, twin = sys.modules.get(NAME), sys.modules[__name__]
-    sys.modules[NAME] = twin
-    attribute = getattr(package, "gpu", None)
-    package.gpu = twin  # type: ignore[attr-defined]
-    try:
+    twin = sys.modules[__name__]
+    with ExitStack() as stack:
+        for name in ("gpu", "watch"):
+            stack.enter_context(patch.dict(sys.modules, {f"pdtransport.kernels.{name}": twin}))
+            stack.enter_context(patch.object(package, name, twin, create=True))
         yield twin
-    finally:
-        del sys.modules[NAME]
-        if before is not None:
-            sys.modules[NAME] = before
-        if attribute is None:
-            del package.gpu  # type: ignore[attr-defined]
-        else:
-            package.gpu = attribute  # type: ignore[attr-defined]
