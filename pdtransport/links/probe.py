@@ -32,7 +32,7 @@ def scratch(nbytes: int, device: int) -> Region:
     if device == HOST:
         array = np.zeros(nbytes, dtype=np.uint8)
         return Region(array.ctypes.data, nbytes, owner=array)
-    from pdtransport.kernels.gpu import DeviceMemory
+    from pdtransport.kernels.watch import DeviceMemory
 
     memory = DeviceMemory(nbytes, device)
     return Region(memory.address, nbytes, owner=memory, device=device)

@@ -36,7 +36,7 @@ from pdtransport.links.memory import Regions
 from pdtransport.links.ucx_channel import UcxChannel
 from pdtransport.links.ucx_gpu import CudaGpu, Gpu, drain
 from pdtransport.links.ucx_lanes import carrier
-from pdtransport.links.ucx_memory import DeviceMemory, HostMemory, Memory
+from pdtransport.links.ucx_memory import GpuMemory, HostMemory, Memory
 from pdtransport.links.ucx_words import sealed, unsealed
 from pdtransport.settings import LinkSettings
 
@@ -163,7 +163,7 @@ class UcxLink(Link):
             raise LinkUnavailable(_direct_wanted(reason))
         direct = not reason
         if direct not in self._memories:
-            self._memories[direct] = DeviceMemory(self._gpu, self._settings, direct)
+            self._memories[direct] = GpuMemory(self._gpu, self._settings, direct)
         how = "sent directly" if direct else f"staged through pinned host memory: {reason}"
         return self._memories[direct], f"; GPU memory {how}"
 

@@ -183,11 +183,12 @@ class DeviceBlock:
     """
 
     def __init__(self, device: int, nbytes: int) -> None:
-        from pdtransport.kernels import gpu
+        from pdtransport.kernels.gpu import GpuError
+        from pdtransport.kernels.watch import DeviceMemory
 
         try:
-            self._memory = gpu.DeviceMemory(nbytes, device)
-        except gpu.GpuError as error:
+            self._memory = DeviceMemory(nbytes, device)
+        except GpuError as error:
             remedy = f"{REMEDY} or the engine's share of the GPU"
             raise LinkError(f"no room for staging slots: {error}; {remedy}") from None
         self.address = int(self._memory.address)

@@ -98,7 +98,7 @@ class HostMemory:
         return Ended(problem)
 
 
-class DeviceMemory:
+class GpuMemory:
     """Pages in GPU memory.
 
     Args:

@@ -174,10 +174,11 @@ class _DeviceBuffer(_Buffer):
 
     def __init__(self, nbytes: int) -> None:
         from pdtransport.kernels import gpu
+        from pdtransport.kernels.watch import DeviceMemory
 
         self._gpu: Any = gpu
         self.nbytes = nbytes
-        self._device_memory = gpu.DeviceMemory(nbytes, 0)
+        self._device_memory = DeviceMemory(nbytes, 0)
         self.address = self._device_memory.address
         self.write(0, np.zeros(nbytes, dtype=np.uint8))
 
