@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.kernels.reference import Checksums
-from pdtransport.kernels.runs import Runs, run
+from pdtransport.kernels.runs import Runs
 from pdtransport.links._ucx_binding import Context
 from pdtransport.links.memory import Block
 from pdtransport.links.ucx_lanes import why_not_direct
@@ -28,7 +28,6 @@ REMEDY = "lower links.gpu_staging_bytes"
 BUS_BLOCKS_OUT, BUS_BLOCKS_IN = 16, 64
 GATHER_S = 5.0  # a batch takes less than a millisecond; a GPU that needs this long for one has hung
 LOOK_S = 0.1  # a kernel that failed does not ring
-WARM_BYTES = 1 << 10
 
 
 class Launch(Protocol):
@@ -97,14 +96,14 @@ class CudaGpu:
         self._cuda = gpu
         self._device, self._wake_fd = device, wake_fd
         self._gathered = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._rings = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
+        self._rings.register(self._gathered, select.POLLIN)
         self._gathering: dict[bool, GpuPages] = {}  # by whether slots are in GPU memory
         self._placing: dict[bool, GpuPages] = {}
         self._domains: list[str] | None = None
         try:
-            # UCX needs a current context on the thread that calls it, and the kernels are compiled at first use.
-            warm = gpu.pinned(2 * WARM_BYTES)
-            halves = [run(warm.ctypes.data + start, WARM_BYTES) for start in (0, WARM_BYTES)]
-            self._pages(self._placing, False).copy_runs(halves[0], halves[1]).wait()
+            # Compiles the kernels, and makes the device's context current on this thread: UCX needs one there.
+            self._pages(self._placing, False)
         except gpu.GpuError as error:
             self.close()
             raise LinkUnavailable(str(error)) from None
@@ -125,7 +124,7 @@ class CudaGpu:
             while not launch.done():
                 if time.monotonic() > deadline:
                     raise LinkError(f"the GPU did not gather a batch within {GATHER_S} s")
-                select.select([self._gathered], [], [], LOOK_S)
+                self._rings.poll(LOOK_S * 1000)
                 drain(self._gathered)
             return launch.wait()
         except self._cuda.GpuError as error:
