@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from pdtransport.kv.geometry import KVGeometry
@@ -26,7 +27,7 @@ class Audit:
     ) -> None:
         digest = hashlib.sha256()
         for address, nbytes in self._geometry.runs([page], head_lo, head_hi).tolist():
-            digest.update((ctypes.c_char * nbytes).from_address(address))
+            digest.update(_bytes_at(address, nbytes))
         line = {
             "transfer": transfer,
             "role": role,
@@ -42,3 +43,15 @@ class Audit:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _bytes_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+    """The bytes at an address of host or GPU memory; those of a GPU as they are once all its work is done."""
+    host = (ctypes.c_char * nbytes).from_address(address)
+    cupy = sys.modules.get("cupy")  # whoever moves pages of a GPU has it loaded
+    if cupy is None or cupy.cuda.runtime.pointerGetAttributes(address).type != cupy.cuda.runtime.memoryTypeDevice:
+        return host
+    copy = ctypes.create_string_buffer(nbytes)
+    cupy.cuda.runtime.deviceSynchronize()
+    cupy.cuda.runtime.memcpy(ctypes.addressof(copy), address, nbytes, cupy.cuda.runtime.memcpyDeviceToHost)
+    return copy

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 
 from tests.rig.ports import HOST
-from tests.rig.servers import MODEL_NAME, Server
+from tests.rig.servers import MODEL_NAME, NIXL, Server
 
 REQUEST_S = 240.0
 KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s: a request sent just then would be lost
@@ -122,14 +122,16 @@ class Client:
             await self._session.close()
 
     @asynccontextmanager
-    async def post(self, url: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def post(
+        self, url: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The response of a POST.
 
         Raises:
             RequestFailed: it is not 200.
         """
         assert self._session is not None, "use `async with Client()`"
-        async with self._session.post(url, json=body) as response:
+        async with self._session.post(url, json=body, headers=headers) as response:
             if response.status != 200:
                 raise RequestFailed(response.status, await response.text())
             yield response
@@ -143,9 +145,16 @@ class Client:
             return text
 
     async def complete(
-        self, to: Server | str, prompt: Sequence[int], max_tokens: int, kv: KVParams | None = None, **more: Any
+        self,
+        to: Server | str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        kv: KVParams | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        **more: Any,
     ) -> Answer:
-        """One completion of token ids.
+        """One completion of token ids. ``more`` goes into the request's body.
 
         Raises:
             RequestFailed: the server answered with an error, or a stream carried one.
@@ -153,11 +162,11 @@ class Client:
         url = to if isinstance(to, str) else to.url
         body = request_body(prompt, max_tokens, kv, **more)
         sent = time.time()
-        async with self.post(f"{url}/v1/completions", body) as response:
+        async with self.post(f"{url}/v1/completions", body, headers) as response:
             if body["stream"]:
                 return await _read_stream(response, sent)
             data = await response.json()
-            headers = response.headers.copy()
+            answered = response.headers.copy()
         done = time.time()
         choice = data["choices"][0]
         if choice["finish_reason"] == "error":
@@ -170,7 +179,7 @@ class Client:
             first_token=done,
             done=done,
             margins=margins_of(choice.get("logprobs")),
-            headers=headers,
+            headers=answered,
         )
 
 
@@ -202,7 +211,7 @@ def new_transfer() -> str:
 
 def to_prefill(server: Server, transfer: str) -> dict[str, Any]:
     params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
-    if server.spec.connector == "nixl":  # its toy proxy sends these keys too, and no transfer id
+    if server.spec.connector in NIXL:  # its toy proxy sends these keys too, and no transfer id
         del params["transfer_id"]
         params |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     return params
@@ -210,7 +219,7 @@ def to_prefill(server: Server, transfer: str) -> dict[str, Any]:
 
 def to_decode(prefill: Server, transfer: str) -> dict[str, Any]:
     """What decode is told when both are dispatched at once, before prefill answered."""
-    return {
+    params = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "transfer_id": transfer,
@@ -218,6 +227,13 @@ def to_decode(prefill: Server, transfer: str) -> dict[str, Any]:
         "remote_port": prefill.control_port,
         "tp_size": prefill.spec.tp,
     }
+    if prefill.spec.connector == "nixl-push":  # it pairs requests by their ids
+        params |= {
+            "remote_engine_id": prefill.spec.engine_id(prefill.control_port),
+            "remote_request_id": f"cmpl-{transfer}-0",
+            "pp_size": 1,
+        }
+    return params
 
 
 async def hand_off(
@@ -242,8 +258,11 @@ async def hand_off(
         if not first.kv_params:
             raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
         return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **more))
-    decoding = asyncio.create_task(client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), **more))
-    prefilling = asyncio.create_task(client.complete(prefill, prompt, 1, to_prefill(prefill, transfer)))
+    same = {"X-Request-Id": transfer} if prefill.spec.connector == "nixl-push" else None  # see to_decode
+    decoding = asyncio.create_task(
+        client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **more)
+    )
+    prefilling = asyncio.create_task(client.complete(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same))
     try:
         answer = await decoding
         (outcome,) = await asyncio.gather(prefilling, return_exceptions=True)

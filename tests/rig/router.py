@@ -33,8 +33,10 @@ class RunningRouter:
 
 
 @contextmanager
-def routed(prefills: Sequence[Server], decodes: Sequence[Server], logs: Path, order: Order) -> Iterator[RunningRouter]:
-    """A router for the length of a ``with`` block.
+def routed(
+    prefills: Sequence[Server], decodes: Sequence[Server], logs: Path, order: Order, args: Sequence[str] = ()
+) -> Iterator[RunningRouter]:
+    """A router for the length of a ``with`` block, with more options ``args``.
 
     Raises:
         ServerFailed: it did not start; with its last log lines.
@@ -44,6 +46,7 @@ def routed(prefills: Sequence[Server], decodes: Sequence[Server], logs: Path, or
     command = [sys.executable, "-m", "pdtransport.router.cli", "--port", str(port), "--dispatch", order]
     for flag, servers in (("--prefill", prefills), ("--decode", decodes)):
         command += [flag, *(f"{s.url}@{HOST}:{s.control_port}/{s.spec.tp}" for s in servers)]
+    command += args
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command, cwd=logs, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent()
