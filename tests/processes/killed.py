@@ -43,8 +43,8 @@ ENDED_S = 30.0
 QUIET_S = 0.2
 LATEST_KILL_S = 0.4
 MAX_FILES = 12  # more open files than before the first kill
-# UCX keeps a worker alive whose peer died with a message on its way (3 to 15 files a kill, seen with ucxx 0.52): a known
-# leak of the ucx link, bounded here.
+# UCX keeps a worker alive whose peer died with a message on its way (3 to 15 files a kill, seen with ucxx 0.52): known,
+# and bounded here.
 MAX_FILES_A_KILL = {"ucx": 18}
 
 
