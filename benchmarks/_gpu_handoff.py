@@ -37,6 +37,7 @@ import aiohttp
 
 from benchmarks._gpu_scale import Mode, Scale
 from benchmarks._handoff_report import markdown
+from pdtransport.errors import PDTransportError
 from tests.rig import watch
 from tests.rig.client import Answer, Client, Handed, RequestFailed, hand_off, in_parallel
 from tests.rig.router import routed
@@ -52,6 +53,7 @@ CHURN_BLOCKS = 12  # of the longest prompt that churns
 CHURN_TOKENS = 24
 PAIRS: tuple[Connector, ...] = ("pdtransport", "nixl-push", "nixl")
 SYSTEMS = ("aggregated", *PAIRS)
+FAILURES = (RequestFailed, PDTransportError, aiohttp.ClientError, asyncio.TimeoutError, OSError)  # of one request
 
 
 @dataclass
@@ -155,7 +157,11 @@ class _System:
             if self._name == "pdtransport" and plan.router:
                 samples += await self._routed(client, say)
             if plan.fragment and plan.left_s() > 0:
-                await self._churn(client)
+                try:
+                    await self._churn(client)
+                except FAILURES as error:
+                    say(f"{self._mode}: {self._name}: no fragmentation: {error}")
+                    return samples
                 self._fragmented = True
                 samples += await self._rounds(client)
         return samples
@@ -196,7 +202,7 @@ class _System:
                 sample.ttft_s = answer.ttft_s
                 return [sample]
             return await self._handed(client, prompt, sample)
-        except (RequestFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except FAILURES as error:
             sample.failed = f"{type(error).__name__}: {error}"[:300]
             return [sample]
 

@@ -6,10 +6,10 @@ import ctypes
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
-from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.geometry import HOST, KVGeometry
 
 
 class Audit:
@@ -22,12 +22,19 @@ class Audit:
         self._geometry = geometry
         self._rank = rank
 
+    def _read(self, address: int, nbytes: int) -> Any:
+        if self._geometry.device == HOST:
+            return (ctypes.c_char * nbytes).from_address(address)
+        from pdtransport.kernels.gpu import to_host
+
+        return to_host(address, nbytes)
+
     def block(
         self, transfer: str, role: str, peer: str, peer_rank: int, block: int, page: int, head_lo: int, head_hi: int
     ) -> None:
         digest = hashlib.sha256()
         for address, nbytes in self._geometry.runs([page], head_lo, head_hi).tolist():
-            digest.update(_bytes_at(address, nbytes))
+            digest.update(self._read(address, nbytes))
         line = {
             "transfer": transfer,
             "role": role,
@@ -43,15 +50,3 @@ class Audit:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _bytes_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """The bytes at an address of host or GPU memory; those of a GPU as they are once all its work is done."""
-    host = (ctypes.c_char * nbytes).from_address(address)
-    cupy = sys.modules.get("cupy")  # whoever moves pages of a GPU has it loaded
-    if cupy is None or cupy.cuda.runtime.pointerGetAttributes(address).type != cupy.cuda.runtime.memoryTypeDevice:
-        return host
-    copy = ctypes.create_string_buffer(nbytes)
-    cupy.cuda.runtime.deviceSynchronize()
-    cupy.cuda.runtime.memcpy(ctypes.addressof(copy), address, nbytes, cupy.cuda.runtime.memcpyDeviceToHost)
-    return copy
