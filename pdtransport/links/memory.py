@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs
-from pdtransport.kv.geometry import Region
+from pdtransport.kv.geometry import HOST, Region
 
 PAGE = 4096
 
 
 class Regions:
-    """The memory that links of this process may read and write. Regions may come and go; they may overlap."""
+    """The memory that links of this process may read and write. Regions may come and go; they may overlap. All lie on
+    one device.
+
+    Raises:
+        ValueError: regions of several devices.
+    """
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
         self._regions = list(regions)
         self._rebuild()
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self._regions)
+
+    @property
+    def device(self) -> int:
+        """Number of the GPU that holds them; -1: host memory."""
+        return self._regions[0].device if self._regions else HOST
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -50,6 +63,8 @@ class Regions:
     def _rebuild(self) -> None:
         """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
         case."""
+        if any(region.device != self.device for region in self._regions):
+            raise ValueError(f"regions on several devices: {sorted({region.device for region in self._regions})}")
         spans: list[list[int]] = []
         for low, high in sorted((r.address, r.address + r.nbytes) for r in self._regions):
             if spans and low <= spans[-1][1]:

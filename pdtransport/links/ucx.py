@@ -71,6 +71,10 @@ class UcxLink(Link):
         self.callbacks = Callbacks()
         self._channels: list[UcxChannel] = []
 
+    @classmethod
+    def open(cls, regions: Regions, settings: LinkSettings) -> UcxLink:
+        return cls(regions, settings)
+
     def export(self) -> bytes:
         packed: bytes = msgpack.packb({"v": EXPORT_VERSION, "address": sealed(self._lobby.address)})
         return packed

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
+from tests.rig import twin_gpu
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SLOT = 3, 40, 4, 16, 64
 WAIT_S = 20.0
@@ -53,22 +55,32 @@ def free_ports(count: int) -> int:
 
 def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int) -> Worker:
     heads = HEADS // ranks
-    kv = np.full((LAYERS, BLOCKS, heads, block_size, SLOT), fill, dtype=np.uint8)
-    geometry = KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS)
+    shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
+    device = 0 if settings.links.order == ("cuda_ipc",) else -1
+    kv = np.empty(shape, dtype=np.uint8) if device < 0 else twin_gpu.DeviceMemory(math.prod(shape), 0).array(shape)
+    kv[:] = fill
+    geometry = replace(KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS), device=device)
     return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
 
 
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx"])
+@pytest.fixture(params=["cma", "ucx", "cuda_ipc"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
+        if request.param == "cuda_ipc":
+            stack.enter_context(twin_gpu.installed())
 
         def make(p: int = 1, d: int = 1, deadlines: dict | None = None, decode_block: int = BLOCK_SIZE) -> Cluster:
             settings = Settings.parse(
                 {
-                    "links": {"order": [request.param], "batch_bytes": 1 << 16, "staging_bytes": 1 << 19},
+                    "links": {
+                        "order": [request.param],
+                        "batch_bytes": 1 << 16,
+                        "gpu_batch_bytes": 1 << 16,
+                        "staging_bytes": 1 << 19,
+                    },
                     "deadlines": deadlines or {},
                 }
             )
