@@ -47,6 +47,7 @@ MAX_TOKENS = 4
 REQUEST_S = 60.0
 START_S = 170.0
 LEAST_S = 30.0  # with less time left no further system is started
+LAST_LINES, LINE_CHARS = 14, 240  # of a failed server's log
 STATUS_LATER_S = 0.03  # prefill may hear the ack after decode's first token
 CHURNED = 1.5  # times the cache's tokens
 CHURN_BLOCKS = 12  # of the longest prompt that churns
@@ -122,7 +123,13 @@ def run(plan: Plan, done: Sequence[Sample], say: Any) -> Iterator[list[Sample]]:
                 try:
                     yield from _group(plan, group, model, mode, say)
                 except ServerFailed as error:
-                    say(f"{mode}: {', '.join(group)}: {error}")
+                    say(f"{mode}: {', '.join(group)}: {brief(error)}")
+
+
+def brief(error: ServerFailed) -> str:
+    """An error without the bulk of the log that it ends with; ``--logs`` keeps that."""
+    first, *rest = str(error).splitlines()
+    return "\n".join(line[:LINE_CHARS] for line in [first, *rest[-LAST_LINES:]])
 
 
 def _group(plan: Plan, group: Sequence[str], model: Path, mode: Mode, say: Any) -> Iterator[list[Sample]]:

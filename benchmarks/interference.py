@@ -32,6 +32,7 @@ import aiohttp
 import numpy as np
 
 from benchmarks._decode_streams import Gap, Streams, within
+from benchmarks._gpu_handoff import brief
 from benchmarks._gpu_scale import FULL, REHEARSAL, Scale
 from benchmarks._handoff_report import markdown
 from benchmarks.handoff import machine, say
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
             with fleet(*pair, logs=logs, timeout_s=min(START_S, options.seconds)) as servers:
                 windows = asyncio.run(measure(options, scale, servers, ends))
         except ServerFailed as error:
-            say(str(error))
+            say(brief(error))
             return 1
     rows = summarise(windows)
     print(table(rows))

@@ -6,13 +6,13 @@ One process survives, as decode or as prefill by turns, and a second pair of han
 whole time. Each time a fresh *victim* exchanges transfers with the survivor without pause, several at once, and gets
 SIGKILL at a seeded moment while bytes flow. Then: every transfer under way ends by itself; no page is written any more;
 nothing is held for transfers; whatever was reported as received is right byte for byte, before and after; and the next
-transfer with the friend goes well. Where ``--device cuda``, pages lie in GPU memory.
+transfer with the friend goes well. With ``--device cuda`` pages lie in GPU memory, with ``twin`` in that of a stand-in
+for a GPU (see tests/rig/twin_gpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing as mp
 import os
@@ -21,7 +21,8 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,16 @@ from typing import Any, Literal
 import numpy as np
 
 from pdtransport import KVGeometry, Settings, Transport, request_key
-from pdtransport.kv.geometry import LayerPages, Region
+from pdtransport.kv.geometry import Region
 from pdtransport.outcome import Outcome
+from tests.rig import twin_gpu
 
 Side = Literal["prefill", "decode"]
+Device = Literal["cpu", "cuda", "twin"]
 HOST = "127.0.0.1"
 LAYERS, HEADS, BLOCK_SIZE = 4, 4, 16
-SLOT = {"cpu": 256, "cuda": 2048}  # bytes of one head of one token: blocks of 64 KiB, of 512 KiB on a GPU
+SLOT = {"cpu": 256, "twin": 256, "cuda": 8192}  # bytes of one head of one token: blocks of 64 KiB, of 2 MiB on a GPU
+BATCHES = 8  # in a transfer
 LANES, LANE_BLOCKS = 4, 128  # transfers at a time, and the blocks that each one's pages take turns in
 CHUNKS = 4  # a prompt is computed in so many steps
 STARTED_S = 60.0  # a process with a CUDA context takes a while
@@ -51,29 +55,24 @@ MAX_FILES_A_KILL = {"ucx": 18}
 class Memory:
     """A KV cache of ``[layers, blocks, heads, tokens, slot]`` bytes in host or GPU memory."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: Device) -> None:
         self.xp: Any = np
+        self.device = device
+        shape = (LAYERS, LANES * LANE_BLOCKS, HEADS, BLOCK_SIZE, SLOT[device])
         if device == "cuda":
             import cupy
 
             self.xp = cupy
-        self.device = device
-        shape = (LAYERS, LANES * LANE_BLOCKS, HEADS, BLOCK_SIZE, SLOT[device])
-        self.kv = self.xp.zeros(shape, dtype=np.uint8)
-        base = int(self.kv.data.ptr) if device == "cuda" else int(self.kv.ctypes.data)
-        layer, block = self.kv.strides[:2]
-        self.geometry = KVGeometry(
-            layers=tuple(LayerPages(f"layer{i}", base + i * layer, block) for i in range(LAYERS)),
-            num_blocks=shape[1],
-            block_size=BLOCK_SIZE,
-            heads=HEADS,
-            head_lo=0,
-            total_heads=HEADS,
-            slot_bytes=SLOT[device],
-            heads_first=True,
-        )
-        where = {"device": 0} if device == "cuda" and "device" in {f.name for f in fields(Region)} else {}
-        self.regions = [Region(base, self.kv.nbytes, self.kv, **where)]
+            self.kv: Any = cupy.zeros(shape, dtype=np.uint8)
+        elif device == "twin":
+            self._memory = twin_gpu.DeviceMemory(int(np.prod(shape)), 0)
+            self.kv = self._memory.array(shape)
+        else:
+            self.kv = np.zeros(shape, dtype=np.uint8)
+        geometry = KVGeometry.of_array(self.kv)
+        self.geometry = replace(geometry, device=0) if device == "twin" else geometry
+        first = self.geometry.layers[0]
+        self.regions = [Region(first.address, self.kv.nbytes, self.kv, self.geometry.device)]
 
     def content(self, seed: int, blocks: int) -> Any:
         """What a transfer's pages hold: ``[layers, blocks, heads, tokens, slot]``, no two words alike."""
@@ -87,11 +86,6 @@ class Memory:
 
     def holds(self, pages: Sequence[int], seed: int) -> bool:
         return bool((self.kv[:, pages] == self.content(seed, len(pages))).all())
-
-    def digest(self) -> str:
-        self.settle()
-        host = self.kv.get() if self.device == "cuda" else self.kv
-        return hashlib.blake2b(host.tobytes(), digest_size=8).hexdigest()
 
     def settle(self) -> None:
         """Wait until the GPU has done what was asked of it."""
@@ -122,21 +116,26 @@ class Job:
         return len(self.source) * BLOCK_SIZE
 
 
-def settings_for(link: str) -> Settings:
+def settings_for(link: str, device: Device) -> Settings:
+    batch = LAYERS * LANE_BLOCKS * HEADS * BLOCK_SIZE * SLOT[device] // BATCHES
     deadlines = {"arrival_s": 10.0, "answer_s": 3.0, "hold_s": 3.0, "stall_s": 5.0}
     control = {"heartbeat_s": 0.2, "liveness_s": 2.0}
-    return Settings.parse(
-        {"links": {"order": [link], "batch_bytes": 1 << 20}, "deadlines": deadlines, "control": control}
-    )
+    links = {"order": [link], "batch_bytes": batch, "gpu_batch_bytes": batch}
+    return Settings.parse({"links": links, "deadlines": deadlines, "control": control})
+
+
+def gpu(device: Device) -> AbstractContextManager[Any]:
+    """In force while a transport of ``device`` lives."""
+    return twin_gpu.installed() if device == "twin" else nullcontext()
 
 
 class Worker:
     """A transport and its memory; what both sides of a transfer do."""
 
-    def __init__(self, link: str, device: str, name: str) -> None:
+    def __init__(self, link: str, device: Device, name: str) -> None:
         self.memory = Memory(device)
         self.transport = Transport(
-            self.memory.geometry, settings_for(link), engine=name, port=0, regions=self.memory.regions
+            self.memory.geometry, settings_for(link, device), engine=name, port=0, regions=self.memory.regions
         )
 
     def give(self, job: Job) -> Any:
@@ -156,12 +155,14 @@ class Worker:
         return sum(self.transport.status()["live"].values())
 
 
-def serve(pipe: Connection, link: str, device: str, side: Side, name: str) -> None:
+def serve(pipe: Connection, link: str, device: Device, side: Side, name: str) -> None:
     """A peer's process: does its side of the jobs that come through ``pipe`` and answers with (transfer, went well)."""
-    worker = Worker(link, device, name)
-    pipe.send(worker.transport.port)
     taking: list[tuple[Job, Any]] = []
-    with worker.transport:
+    with ExitStack() as stack:
+        stack.enter_context(gpu(device))
+        worker = Worker(link, device, name)
+        stack.enter_context(worker.transport)
+        pipe.send(worker.transport.port)
         while True:
             try:
                 if pipe.poll(0.001 if taking else None):
@@ -181,7 +182,7 @@ def serve(pipe: Connection, link: str, device: str, side: Side, name: str) -> No
 class Peer:
     """A process that does ``side``'s part."""
 
-    def __init__(self, link: str, device: str, side: Side, name: str) -> None:
+    def __init__(self, link: str, device: Device, side: Side, name: str) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process: Any = context.Process(target=serve, args=(theirs, link, device, side, name), daemon=True)
@@ -215,10 +216,13 @@ class Tally:
 class Survivor:
     """Lives through all kills. ``rounds`` are kept for the report."""
 
-    def __init__(self, link: str, device: str, seed: int) -> None:
+    def __init__(self, link: str, device: Device, seed: int) -> None:
         self._link, self._device = link, device
         self._dice = random.Random(seed)
+        self._stack = ExitStack()
+        self._stack.enter_context(gpu(device))
         self._worker = Worker(link, device, "survivor")
+        self._stack.enter_context(self._worker.transport)
         self._friends = {side: Peer(link, device, side, f"friend-{side}") for side in ("prefill", "decode")}
         self._seed = seed << 20
         for side in self._friends:
@@ -233,7 +237,7 @@ class Survivor:
     def __exit__(self, *_: object) -> None:
         for friend in self._friends.values():
             friend.kill()
-        self._worker.transport.close()
+        self._stack.close()
 
     def round(self, victim_side: Side) -> Tally:
         """One victim, from its start to the proof that it is not missed.
@@ -242,10 +246,10 @@ class Survivor:
             AssertionError: a promise was broken.
         """
         victim = Peer(self._link, self._device, victim_side, f"victim-{len(self.rounds)}")
-        tally = Tally(victim_side)
+        tally, give_up = Tally(victim_side), time.monotonic() + ENDED_S
         lanes: list[tuple[Job, Any] | None] = [None] * LANES
-        quiet, kill_at = self._bytes(), float("inf")
-        while time.monotonic() < kill_at:
+        before, kill_at, moving = self._bytes(), float("inf"), False
+        while time.monotonic() < kill_at or not moving:
             for lane, under_way in enumerate(lanes):
                 if under_way is None or under_way[1].future.done():
                     if under_way is not None:
@@ -254,9 +258,11 @@ class Survivor:
             while victim.side == "decode" and victim.pipe.poll(0):
                 transfer, good = victim.pipe.recv()
                 assert good, f"transfer {transfer}: wrong bytes were accepted"
-            if kill_at == float("inf") and self._bytes() > quiet:
+            now = self._bytes()
+            before, moving = now, now > before
+            if moving and kill_at == float("inf"):
                 kill_at = time.monotonic() + self._dice.uniform(0, LATEST_KILL_S)
-            time.sleep(0)
+            assert time.monotonic() < give_up, "no bytes flow between the survivor and its victim"
         victim.kill()
         killed = time.monotonic()
         for lane in lanes:
@@ -305,9 +311,10 @@ class Survivor:
         while self._worker.live():
             assert time.monotonic() < deadline, f"left behind: {self._worker.transport.status()['live']}"
             time.sleep(0.02)
-        before = self._worker.memory.digest()
+        before = self._worker.memory.kv.copy()
         time.sleep(QUIET_S)
-        assert self._worker.memory.digest() == before, "a page was written after its transfer had ended"
+        self._worker.memory.settle()
+        assert bool((self._worker.memory.kv == before).all()), "a page was written after its transfer had ended"
 
     def _serves_on(self, side: Side) -> None:
         friend = self._friends[side]
@@ -332,7 +339,7 @@ class Survivor:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.processes.killed", description=str(__doc__).splitlines()[0])
     parser.add_argument("--link", required=True, help="cma, ucx, cuda_ipc, ...: the only one that is tried")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=os.environ.get("PDT_DEVICE") or "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "twin"), default=os.environ.get("PDT_DEVICE") or "cpu")
     parser.add_argument("--times", type=int, default=20, help="kills, half of them of either side (default 20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240.0, help="begin no further round after this")
