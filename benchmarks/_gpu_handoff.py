@@ -9,7 +9,7 @@ nixl-push               NixlPushConnector: both dispatched at once, prefill push
 pdtransport             both dispatched at once; first token from decode
 pdtransport P's token   the same requests: when prefill's HTTP response, which holds the first token, was there
 router                  the same through our router
-router first-token      the same with the router told to pass prefill's token on (``--router-first-token``)
+router first-token      the same with the router told to pass prefill's token on
 
 Columns, milliseconds: *prefill*, *hand-off* and *TTFT* as in the module's own help; *+agg*: TTFT less the aggregated
 server's at that length and mode; *exposed*: from the moment at which prefill's worker saw the prompt computed to the
@@ -38,6 +38,7 @@ import aiohttp
 from benchmarks._gpu_scale import Mode, Scale
 from benchmarks._handoff_report import markdown
 from pdtransport.errors import PDTransportError
+from pdtransport.router.settings import RouterSettings
 from tests.rig import watch
 from tests.rig.client import Answer, Client, Handed, RequestFailed, hand_off, in_parallel
 from tests.rig.router import routed
@@ -92,7 +93,7 @@ class Plan:
     together: int
     settings: dict[str, Any]
     router: bool
-    router_first_token: Sequence[str]
+    router_first_token: str
     seed: int
     ends: float
     logs: Path
@@ -186,8 +187,12 @@ class _System:
     async def _routed(self, client: Client, say: Any) -> list[Sample]:
         prefill, decode = self._servers
         samples: list[Sample] = []
-        for row, args in (("router", ()), ("router first-token", tuple(self._plan.router_first_token))):
-            if row != "router" and not args:
+        known = "first_token" in RouterSettings.model_fields
+        plain = ["--first-token", "off"] if known else []
+        early = self._plan.router_first_token.split() or (["--first-token", "auto"] if known else [])
+        for row, args in (("router", plain), ("router first-token", early)):
+            if row != "router" and not early:
+                say(f"{self._mode}: this router passes no first token on: --router-first-token would say how to ask")
                 continue
             try:
                 with routed([prefill], [decode], self._plan.logs, "concurrent", args) as router:

@@ -106,7 +106,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     gpu.add_argument("--seconds", type=float, default=230.0, help="bound of the whole run (default 230)")
     gpu.add_argument("--settings", type=json.loads, default={}, help="pdtransport's settings, as JSON")
     gpu.add_argument("--no-router", action="store_true", help="leave the rows through the router out")
-    gpu.add_argument("--router-first-token", default="", help="router options that pass prefill's token on")
+    gpu.add_argument(
+        "--router-first-token", default="", help="pdrouter options for the row of that name (default: its own)"
+    )
     gpu.add_argument("--resume", type=Path, nargs="+", default=[], help="take over the samples of these JSON files")
     gpu.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     options = parser.parse_args(argv)
@@ -169,7 +171,7 @@ def run_gpu(options: argparse.Namespace) -> int:
         together=options.together,
         settings=options.settings,
         router=not options.no_router,
-        router_first_token=options.router_first_token.split(),
+        router_first_token=options.router_first_token,
         seed=options.seed,
         ends=ends,
         logs=options.logs or Path(tempfile.mkdtemp(prefix="pdtransport-handoff-")),

@@ -89,7 +89,7 @@ def test_rows_are_medians_beside_the_aggregated_server() -> None:
 def test_samples_survive_a_file(tmp_path: Path) -> None:
     """``--resume`` reads what ``--json`` wrote."""
     options = handoff.parse(["--gpu"])
-    plan = _gpu_handoff.Plan(FULL, options.modes, [], options.lens, 5, False, 1, {}, True, (), 0, 0.0, tmp_path)
+    plan = _gpu_handoff.Plan(FULL, options.modes, [], options.lens, 5, False, 1, {}, True, "", 0, 0.0, tmp_path)
     samples = [sample("nixl", 0.3, runs_per_100=12.5, events={"P opened": 0.1})]
     (tmp_path / "a.json").write_text(_gpu_handoff.document(plan, {}, samples))
     assert _gpu_handoff.read([tmp_path / "a.json"]) == samples
@@ -118,7 +118,7 @@ def test_what_was_measured_is_not_started_again(tmp_path: Path) -> None:
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
     said: list[str] = []
     plan = _gpu_handoff.Plan(
-        FULL, ["eager"], ["aggregated", "nixl"], [64], 1, False, 2, {}, False, (), 0, time.monotonic() + 1, tmp_path
+        FULL, ["eager"], ["aggregated", "nixl"], [64], 1, False, 2, {}, False, "", 0, time.monotonic() + 1, tmp_path
     )
     assert list(_gpu_handoff.run(plan, [], said.append)) == []
     assert said == ["eager: no time left for aggregated, nixl"]
