@@ -17,6 +17,7 @@ from tests.rig.ports import HOST
 from tests.rig.servers import MODEL_NAME, NIXL, Server
 
 REQUEST_S = 240.0
+JSON_HEADERS = {"Content-Type": "application/json"}
 KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s: a request sent just then would be lost
 ERROR_CHARS = 600
 
@@ -105,6 +106,31 @@ def margins_of(logprobs: Mapping[str, Any] | None) -> list[float]:
     return margins
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that only needs to be sent: the JSON of a long prompt takes milliseconds to write."""
+
+    url: str
+    payload: bytes
+    stream: bool
+    headers: Mapping[str, str] | None = None
+
+
+def prepare(
+    to: Server | str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    kv: KVParams | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Prepared:
+    """A completion of token ids. ``more`` goes into the request's body."""
+    body = request_body(prompt, max_tokens, kv, **more)
+    url = to if isinstance(to, str) else to.url
+    return Prepared(f"{url}/v1/completions", json.dumps(body).encode(), body["stream"], headers)
+
+
 class Client:
     """One HTTP session. Use as ``async with Client() as client``."""
 
@@ -123,15 +149,16 @@ class Client:
 
     @asynccontextmanager
     async def post(
-        self, url: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+        self, url: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response of a POST.
+        """The response of a POST of an object, or of JSON text.
 
         Raises:
             RequestFailed: it is not 200.
         """
         assert self._session is not None, "use `async with Client()`"
-        async with self._session.post(url, json=body, headers=headers) as response:
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self._session.post(url, data=payload, headers={**JSON_HEADERS, **(headers or {})}) as response:
             if response.status != 200:
                 raise RequestFailed(response.status, await response.text())
             yield response
@@ -145,25 +172,24 @@ class Client:
             return text
 
     async def complete(
-        self,
-        to: Server | str,
-        prompt: Sequence[int],
-        max_tokens: int,
-        kv: KVParams | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        **more: Any,
+        self, to: Server | str, prompt: Sequence[int], max_tokens: int, kv: KVParams | None = None, **more: Any
     ) -> Answer:
-        """One completion of token ids. ``more`` goes into the request's body.
+        """One completion of token ids; see :func:`prepare`.
 
         Raises:
             RequestFailed: the server answered with an error, or a stream carried one.
         """
-        url = to if isinstance(to, str) else to.url
-        body = request_body(prompt, max_tokens, kv, **more)
+        return await self.send(prepare(to, prompt, max_tokens, kv, **more))
+
+    async def send(self, request: Prepared) -> Answer:
+        """What is answered to a prepared request; its time begins here.
+
+        Raises:
+            RequestFailed: the server answered with an error, or a stream carried one.
+        """
         sent = time.time()
-        async with self.post(f"{url}/v1/completions", body, headers) as response:
-            if body["stream"]:
+        async with self.post(request.url, request.payload, request.headers) as response:
+            if request.stream:
                 return await _read_stream(response, sent)
             data = await response.json()
             answered = response.headers.copy()
@@ -259,10 +285,11 @@ async def hand_off(
             raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
         return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **more))
     same = {"X-Request-Id": transfer} if prefill.spec.connector == "nixl-push" else None  # see to_decode
-    decoding = asyncio.create_task(
-        client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **more)
+    requests = (
+        prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **more),
+        prepare(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same),
     )
-    prefilling = asyncio.create_task(client.complete(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same))
+    decoding, prefilling = (asyncio.create_task(client.send(request)) for request in requests)
     try:
         answer = await decoding
         (outcome,) = await asyncio.gather(prefilling, return_exceptions=True)

@@ -14,6 +14,7 @@ PDT_MARGIN      nats that a plain server must be sure by for a token to be compa
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -88,12 +89,14 @@ def card() -> str:
     return ""
 
 
-def environment(device: Device, cores: str) -> dict[str, str]:
-    """What a server on ``device`` needs in its environment; ``cores`` bind a CPU server's threads."""
+def environment(device: Device, cores: str, name: str) -> dict[str, str]:
+    """What a server called ``name`` on ``device`` needs in its environment; ``cores`` bind a CPU server's threads."""
     env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if device == "cpu":
         return {**env, "VLLM_CPU_OMP_THREADS_BIND": cores}
     env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # it compiles at first use, and changes no greedy token
+    # Servers that start together compile the same graphs: each into a folder of its own, which its next start finds.
+    env["VLLM_CACHE_ROOT"] = str(Path(tempfile.gettempdir(), "pdtransport-vllm-cache", name))
     if PLACE.invariant:
         env["VLLM_BATCH_INVARIANT"] = "1"
     return env

@@ -135,7 +135,7 @@ class ServerSpec:
         return f"{self.name}-{control_port}"
 
     def environment(self, control_port: int) -> dict[str, str]:
-        env = {**os.environ, **place.environment(self.device, self.cores)}
+        env = {**os.environ, **place.environment(self.device, self.cores, self.name)}
         if self.connector in NIXL:
             env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = HOST
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(control_port)

@@ -49,6 +49,7 @@ def test_servers_of_a_pair_fit_one_gpu(mode: Any, tmp_path: Path) -> None:
             "VLLM_NO_USAGE_STATS",
             "HF_HUB_OFFLINE",
             "VLLM_USE_FLASHINFER_SAMPLER",
+            "VLLM_CACHE_ROOT",
         }
 
 
