@@ -46,7 +46,6 @@ from tests.rig.servers import Connector, Server, ServerFailed, ServerSpec, fleet
 
 MAX_TOKENS = 4
 REQUEST_S = 60.0
-START_S = 170.0
 LEAST_S = 30.0  # with less time left no further system is started
 LAST_LINES, LINE_CHARS = 14, 240  # of a failed server's log
 STATUS_LATER_S = 0.03  # prefill may hear the ack after decode's first token
@@ -136,7 +135,7 @@ def brief(error: ServerFailed) -> str:
 def _group(plan: Plan, group: Sequence[str], model: Path, mode: Mode, say: Any) -> Iterator[list[Sample]]:
     specs = [spec for name in group for spec in specs_of(plan, name, model, mode)]
     started = time.monotonic()
-    with fleet(*specs, logs=plan.logs, timeout_s=min(START_S, plan.left_s())) as servers:
+    with fleet(*specs, logs=plan.logs, timeout_s=min(plan.scale.start_s, plan.left_s())) as servers:
         say(f"{mode}: {', '.join(spec.name for spec in specs)} up after {time.monotonic() - started:.0f} s")
         rest = list(servers)
         for name in group:

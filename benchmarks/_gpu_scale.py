@@ -29,6 +29,7 @@ class Scale:
         kv_token_bytes: KV of one token over all layers.
         lengths: prompt lengths that are measured unless others are asked for.
         max_len: longest prompt and answer together, in tokens.
+        start_s: what servers get to come up, together.
         idle_s: pause before each measured request; vLLM's workers on the CPU spin for a second after a step.
     """
 
@@ -45,6 +46,7 @@ class Scale:
     max_len: int
     max_num_seqs: int
     idle_s: float
+    start_s: float
 
     @property
     def kv_token_bytes(self) -> int:
@@ -143,6 +145,7 @@ FULL = Scale(
     max_len=17000,
     max_num_seqs=8,
     idle_s=0.1,
+    start_s=170.0,
 )
 REHEARSAL = Scale(
     device="cpu",
@@ -158,4 +161,5 @@ REHEARSAL = Scale(
     max_len=1024,
     max_num_seqs=8,
     idle_s=0.5,
+    start_s=500.0,
 )

@@ -182,11 +182,12 @@ def run_gpu(options: argparse.Namespace) -> int:
         samples += fresh
         if options.json:
             options.json.write_text(_gpu_handoff.document(plan, before, samples) + "\n")
-    if not samples:
-        say("nothing was measured")
-        return 1
     print(_gpu_handoff.table(_gpu_handoff.summarise(samples)))
-    return 0
+    there = {(sample.mode, sample.system) for sample in samples if not sample.failed}
+    missing = [f"{mode} {name}" for mode in plan.modes for name in plan.systems if (mode, name) not in there]
+    if missing:
+        say(f"not measured: {', '.join(missing)}")
+    return 1 if missing else 0
 
 
 def machine() -> dict[str, Any]:

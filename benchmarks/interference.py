@@ -45,7 +45,6 @@ STREAM_PROMPT = 32
 STREAM_TOKENS = 4096  # then a stream begins anew
 SETTLE_S = 1.0  # of each window, before it counts
 REQUEST_S = 60.0
-START_S = 170.0
 BOUND = 1.03  # the worst ratio that is wanted, either way
 
 
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         model = scale.write_model(Path(folder))
         pair = scale.pair("pdtransport", model, "graphs" if options.graphs else "eager", options.settings)
         try:
-            with fleet(*pair, logs=logs, timeout_s=min(START_S, options.seconds)) as servers:
+            with fleet(*pair, logs=logs, timeout_s=min(scale.start_s, options.seconds)) as servers:
                 windows = asyncio.run(measure(options, scale, servers, ends))
         except ServerFailed as error:
             say(brief(error))
