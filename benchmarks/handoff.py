@@ -102,7 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     gpu.add_argument("--modes", type=names, help="eager, graphs (CUDA graphs), or both by comma; default eager")
     gpu.add_argument("--graphs", action="store_true", help="short for --modes graphs")
     gpu.add_argument("--fragment", action="store_true", help="measure again with fragmented KV caches")
-    gpu.add_argument("--together", type=int, default=1, help="systems whose servers live at a time (default 1)")
+    gpu.add_argument("--together", type=int, default=1, help="systems that live at a time (default 1), 25 GB a server")
     gpu.add_argument("--seconds", type=float, default=230.0, help="bound of the whole run (default 230)")
     gpu.add_argument("--settings", type=json.loads, default={}, help="pdtransport's settings, as JSON")
     gpu.add_argument("--no-router", action="store_true", help="leave the rows through the router out")

@@ -88,7 +88,7 @@ def shared_memory() -> str:
 
 
 def cores() -> str:
-    return f"{os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them ours"
+    return f"{os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them ours, kernel {platform.release()}"
 
 
 def peer_memory() -> str:
