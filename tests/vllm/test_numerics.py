@@ -35,9 +35,7 @@ def test_sure_tokens_do_not_depend_on_the_batch(servers: Servers, book: Book, wi
             if place is not None:
                 changed += 1
                 widest = max(widest, one.margins[place], other.margins[place])
-        print(
-            f"\n{changed} of {len(some)} answers changed with the batch, at most {widest:.3f} nats sure ({MARGIN} asked)"
-        )
+        print(f"\n{changed} of {len(some)} changed with the batch, {widest:.3f} nats sure at most ({MARGIN} asked)")
         for answers in asked:
             for case, answer in zip(some, answers, strict=True):
                 answer.tokens = answer.tokens[: len(case.tokens)]
