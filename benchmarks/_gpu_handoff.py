@@ -194,7 +194,7 @@ class _System:
                 say(f"{self._mode}: this router passes no first token on: --router-first-token would say how to ask")
                 continue
             try:
-                with routed([prefill], [decode], self._plan.logs, "concurrent", args) as router:
+                with routed([prefill], [decode], self._plan.logs, "concurrent", *args) as router:
                     for length in self._plan.lengths:
                         await self._one(client, length, router.url, row)
                     samples += await self._rounds(client, router.url, f"pdtransport {row}")

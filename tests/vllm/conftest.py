@@ -27,18 +27,7 @@ from tests.rig.fixtures import Book, Servers, doomed_spec, make_book, pair_spec,
 from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
-ORDER = (
-    "idle",
-    "numerics",
-    "equality",
-    "prefixes",
-    "requests",
-    "router",
-    "aborts",
-    "mismatch",
-    "preemption",
-    "parallel",
-)
+ORDER = ("idle", "equality", "prefixes", "requests", "router", "aborts", "mismatch", "preemption", "parallel")
 MODULE_S = 900
 
 _phases: list[tuple[str, float]] = []
