@@ -36,7 +36,7 @@ from benchmarks._gpu_handoff import brief
 from benchmarks._gpu_scale import FULL, REHEARSAL, Scale
 from benchmarks._handoff_report import markdown
 from benchmarks.handoff import machine, say
-from tests.rig.client import Client, RequestFailed, hand_off
+from tests.rig.client import Answer, Client, RequestFailed, new_transfer, prepare, to_decode, to_prefill
 from tests.rig.device import card
 from tests.rig.servers import Server, ServerFailed, fleet
 
@@ -44,6 +44,8 @@ LOADS = ("computing", "pushing")
 STREAM_PROMPT = 32
 STREAM_TOKENS = 4096  # then a stream begins anew
 SETTLE_S = 1.0  # of each window, before it counts
+MAX_BEHIND = 4  # decode's halves that may be unfinished when prefill gets its next prompt
+FAILURES = (RequestFailed, aiohttp.ClientError, asyncio.TimeoutError)
 REQUEST_S = 60.0
 BOUND = 1.03  # the worst ratio that is wanted, either way
 
@@ -104,17 +106,37 @@ class Load:
     def __init__(self, client: Client, servers: Sequence[Server], scale: Scale, options: argparse.Namespace) -> None:
         self._client, self._servers, self._scale, self._options = client, servers, scale, options
         self._dice = random.Random(f"{options.seed} {time.time_ns()}")
+        self._decoding: set[asyncio.Task[Answer]] = set()  # decode's halves, which nobody has waited for yet
 
     async def one(self, load: str) -> float:
-        """Send one prompt; when prefill had answered (``time.time``)."""
+        """Send one prompt; when prefill had answered (``time.time``). Decode's half may go on: waiting for it would
+        give prefill less to do than it has without pushing."""
         prefill, decode = self._servers
         prompt = self._scale.prompt(self._options.length, self._dice)
         if load == "computing":
             return (await self._client.complete(prefill, prompt, 1)).done
-        handed = await hand_off(self._client, prefill, decode, prompt, 1)
-        if handed.prefill is None:
-            raise handed.prefill_error or RequestFailed(0, "prefill failed")
-        return handed.prefill.done
+        transfer = new_transfer()
+        requests = (
+            prepare(decode, prompt, 1, to_decode(prefill, transfer)),
+            prepare(prefill, prompt, 1, to_prefill(prefill, transfer)),
+        )
+        decoding, prefilling = (asyncio.create_task(self._client.send(request)) for request in requests)
+        self._decoding.add(decoding)
+        answer = await prefilling
+        if len(self._decoding) > MAX_BEHIND:
+            await self.settle()
+        return answer.done
+
+    async def settle(self) -> None:
+        """Wait for decode's halves.
+
+        Raises:
+            RequestFailed, aiohttp.ClientError, asyncio.TimeoutError: of the first that failed.
+        """
+        waiting, self._decoding = self._decoding, set()
+        for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def window(self, load: str) -> Window:
         begin = time.time() + SETTLE_S
@@ -123,13 +145,18 @@ class Load:
             await asyncio.sleep(window.end - time.time())
             return window
         await asyncio.gather(*(self._worker(load, window) for _ in range(self._options.at_a_time)))
+        try:
+            await self.settle()
+        except FAILURES as error:
+            window.failed += 1
+            say(f"{load}: decode's half of a request failed: {error}")
         return window
 
     async def _worker(self, load: str, window: Window) -> None:
         while time.time() < window.end:
             try:
                 done = await self.one(load)
-            except (RequestFailed, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            except FAILURES as error:
                 window.failed += 1
                 if window.failed == 1:
                     say(f"{load}: a request failed: {error}")
@@ -145,6 +172,7 @@ async def measure(options: argparse.Namespace, scale: Scale, servers: Sequence[S
         for kind in LOADS:  # sets up the connection, compiles kernels
             for _ in range(2):
                 await load.one(kind)
+                await load.settle()
         tokens = min(STREAM_TOKENS, scale.max_len - STREAM_PROMPT - 1)
         streams = Streams(servers[1].url, options.streams, STREAM_PROMPT, tokens, scale.vocabulary)
         windows: list[Window] = []
