@@ -94,6 +94,8 @@ class Handing:
         source.pages = list(pages)
         block_size = self._geometry.block_size
         whole = tokens_done >= source.tokens
+        if whole:
+            source.record.mark("computed", latest=True)
         blocks = -(-source.tokens // block_size) if whole else tokens_done // block_size
         self.run(self.sending.pages_ready(transfer, min(blocks, len(pages)), tokens_done, time.monotonic()))
         self.push_some()
