@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 from collections.abc import Iterator
 
@@ -60,8 +61,12 @@ def block_checksum(block: npt.NDArray[np.uint8]) -> np.uint64:
 
 def finish(sums: Checksums, length: int) -> Checksums:
     """Checksums of blocks of ``length`` bytes, from the sums of their stripes' values."""
-    with np.errstate(over="ignore"):
-        return _mix(sums ^ _mix(np.array([length], dtype=np.uint64) + _GOLDEN))
+    return _mix(sums ^ _tail(length))
+
+
+@functools.lru_cache(maxsize=64)
+def _tail(length: int) -> Checksums:
+    return _mix(np.array([length], dtype=np.uint64) + _GOLDEN)
 
 
 def checksum(runs: Runs, blocks: int) -> Checksums:

@@ -96,6 +96,23 @@ class LinkSettings(_Section):
         ge=512 << 10,
         description="Size of the ring of staging slots that the ucx link gathers into and receives into, each.",
     )
+    gpu_slot_bytes: int = Field(
+        16 << 20,
+        ge=64 << 10,
+        le=256 << 20,
+        description="Size of the ucx link's staging slots for GPU memory, and so its largest batch of it.",
+    )
+    gpu_staging_bytes: int = Field(
+        64 << 20,
+        ge=512 << 10,
+        description="Size of each of the ucx link's two rings of such slots, of which a prefill worker uses one and a "
+        "decode worker the other: GPU memory beside the model where UCX sends it directly, else pinned host memory.",
+    )
+    ucx_gpu_memory: Literal["auto", "direct", "staged"] = Field(
+        "auto",
+        description="How the ucx link moves GPU memory. direct: UCX sends it (GPUDirect, CUDA IPC), or the peer is "
+        "refused; staged: through pinned host memory; auto: direct where UCX can, else staged.",
+    )
     min_bandwidth_bytes_s: float = Field(
         0, ge=0, description="Refuse a pair whose measured bandwidth lies below this. 0: measure and report only."
     )

@@ -56,6 +56,7 @@ class Channel(ABC):
     link: str
     why: str  # one line: why this link carries the pair, and why better ones did not
     one_sided: bool = False  # True: the sender writes the receiver's pages itself
+    max_batch_bytes: int = 1 << 40  # the largest batch that `send` takes
     stats: LinkStats
 
     @abstractmethod

@@ -53,10 +53,11 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int) -> Worker:
+def worker(
+    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int
+) -> Worker:
     heads = HEADS // ranks
     shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
-    device = 0 if settings.links.order == ("cuda_ipc",) else -1
     kv = np.empty(shape, dtype=np.uint8) if device < 0 else twin_gpu.DeviceMemory(math.prod(shape), 0).array(shape)
     kv[:] = fill
     geometry = replace(KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS), device=device)
@@ -66,27 +67,30 @@ def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engi
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx", "cuda_ipc"])
+@pytest.fixture(params=["cma", "ucx", "cuda_ipc", "ucx-gpu"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
-        if request.param == "cuda_ipc":
+        order, device = request.param.split("-")[0], 0 if request.param in ("cuda_ipc", "ucx-gpu") else -1
+        if device >= 0:
             stack.enter_context(twin_gpu.installed())
 
         def make(p: int = 1, d: int = 1, deadlines: dict | None = None, decode_block: int = BLOCK_SIZE) -> Cluster:
             settings = Settings.parse(
                 {
                     "links": {
-                        "order": [request.param],
+                        "order": [order],
                         "batch_bytes": 1 << 16,
-                        "gpu_batch_bytes": 1 << 16,
+                        "gpu_batch_bytes": 1 << 16 if order == "cuda_ipc" else 1 << 20,
+                        "gpu_slot_bytes": 1 << 16,
+                        "gpu_staging_bytes": 1 << 19,
                         "staging_bytes": 1 << 19,
                     },
                     "deadlines": deadlines or {},
                 }
             )
             base = free_ports(p)
-            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE) for r in range(p)]
-            decode = [worker(r, d, settings, 0, 255, "decode", decode_block) for r in range(d)]
+            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE, device) for r in range(p)]
+            decode = [worker(r, d, settings, 0, 255, "decode", decode_block, device) for r in range(d)]
             for one in (*prefill, *decode):
                 stack.enter_context(one.transport)
             return Cluster(prefill, decode)
