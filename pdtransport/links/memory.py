@@ -55,6 +55,12 @@ class Regions:
         """
         first = runs[:, 0]
         last = first + runs[:, 1]
+        # Nearly always one region holds all of them: two looks instead of a search a run.
+        if len(runs) and len(self._starts) and bool((last >= first).all()):
+            low, high = first.min(), last.max()
+            span = int(np.searchsorted(self._starts, low, side="right")) - 1
+            if span >= 0 and high <= self._ends[span]:
+                return
         index = np.searchsorted(self._starts, first, side="right").astype(np.int64) - 1
         inside = (index >= 0) & (last >= first) & (last <= self._ends[np.maximum(index, 0)])
         if not inside.all():
