@@ -1,4 +1,5 @@
-"""Page kernels for host memory: copy between lists of runs, checksum what they hold, read another process' pages.
+"""Page kernels for host memory: copy between lists of runs, checksum what they hold, read another process' pages,
+through the kernel or where they are mapped.
 
 Runs are (n, 2) uint64 arrays of ``[address, nbytes]`` in stream order (:mod:`pdtransport.kernels.runs`); the caller
 vouches for every address of this process. With ``blocks`` > 0 a function also returns the checksums (uint64, shape
@@ -111,6 +112,27 @@ def read_remote(
     """
     if _C is None:
         return reference.read_remote(pid, remote, local, blocks, ticket=ticket)
+    if pid <= 0:
+        raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return _read(pid, remote, local, blocks, threads, ticket)
+
+
+def read_mapped(
+    mapped: Runs, local: Runs, blocks: int = 0, *, threads: int = 1, ticket: Ticket | None = None
+) -> Checksums:
+    """Copy ``mapped`` runs, which another process may be writing to, into ``local`` runs: plain loads and stores, large
+    streams round the cache. The caller vouches for the ticket's address too.
+
+    Args, Raises: as :func:`read_remote`, with ESTALE the only OSError. Where checksums are asked for, they are those of
+    the bytes stored.
+    """
+    if _C is None:
+        return reference.read_mapped(mapped, local, blocks, ticket=ticket)
+    return _read(0, mapped, local, blocks, threads, ticket)
+
+
+def _read(pid: int, remote: Runs, local: Runs, blocks: int, threads: int, ticket: Ticket | None) -> Checksums:
+    assert _C is not None
     remote, local = as_runs(remote), as_runs(local)
     sums = _room(blocks)
     address, number = ticket or (0, 0)

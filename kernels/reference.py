@@ -108,6 +108,20 @@ def read_remote(pid: int, remote: Runs, local: Runs, blocks: int = 0, *, ticket:
     return checksum(local, blocks)
 
 
+def read_mapped(mapped: Runs, local: Runs, blocks: int = 0, *, ticket: Ticket | None = None) -> Checksums:
+    """See :func:`pdtransport.kernels.pages.read_mapped`."""
+    mapped, local = _fitting(mapped, local)
+    _check_mapped_ticket(ticket)
+    _copy(mapped, local)
+    _check_mapped_ticket(ticket)
+    return checksum(local, blocks)
+
+
+def _check_mapped_ticket(ticket: Ticket | None) -> None:
+    if ticket is not None and int(memory(ticket[0], 8).view(np.uint64)[0]) != ticket[1]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
 def _check_ticket(pid: int, ticket: Ticket | None) -> None:
     if ticket is None:
         return

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pdtransport.errors import SettingsError
 
-LinkName = Literal["cma", "ucx"]
+LinkName = Literal["shm", "cma", "ucx"]
 
 
 class _Section(BaseModel):
@@ -71,7 +71,7 @@ class LinkSettings(_Section):
     """How page bytes move between a pair of workers."""
 
     order: tuple[LinkName, ...] = Field(
-        ("cma", "ucx"),
+        ("shm", "cma", "ucx"),
         min_length=1,
         description="Links to try for a pair, best first; the first that both ends can use is taken.",
     )
@@ -194,8 +194,8 @@ class Settings(_Section):
     def _verified(self) -> Settings:
         # A link that reads pages where they lie may see them change after a preemption: only a checksum notices.
         used = {self.links.require} if self.links.require else set(self.links.order)
-        if self.integrity.checksum == "off" and "cma" in used:
-            raise ValueError("integrity.checksum: off needs links.order without cma, which reads pages in place")
+        if self.integrity.checksum == "off" and used & {"shm", "cma"}:
+            raise ValueError("integrity.checksum: off needs links.order without shm and cma, which read pages in place")
         return self
 
     @field_validator("model_id")

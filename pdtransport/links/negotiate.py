@@ -96,6 +96,10 @@ def choose(
 
 def _open(name: LinkName, regions: Regions, settings: LinkSettings) -> Link:
     # Imported here, so that a link's own needs are nobody else's.
+    if name == "shm":
+        from pdtransport.links.shm import ShmLink
+
+        return ShmLink(regions)
     if name == "cma":
         from pdtransport.links.cma import CmaLink
 

@@ -282,7 +282,7 @@ class _Server:
         """What is free of each bounded resource, and how much there is."""
         free: dict[str, tuple[int, int]] = {}
         for link in self.links:
-            if link.name == "cma":
+            if link.name in ("shm", "cma"):
                 free["tickets"] = (link.tickets.free, 4096)  # type: ignore[attr-defined]
             else:
                 for ring in ("sending", "receiving"):

@@ -27,7 +27,7 @@ PAGE = 8192
 SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
-KINDS = ["cma", "ucx", "ucx-tcp"]
+KINDS = ["shm", "cma", "ucx", "ucx-tcp"]
 
 
 def end(kind: str, **settings: Any) -> End:
@@ -72,7 +72,7 @@ def ends(processes: dict[str, tuple[End, End]], kind: str) -> Iterator[tuple[End
         assert_all_free(one)
 
 
-cma = pytest.mark.parametrize("kind", ["cma"], indirect=True)
+in_place = pytest.mark.parametrize("kind", ["shm", "cma"], indirect=True)
 ucx = pytest.mark.parametrize("kind", ["ucx"], indirect=True)
 any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp"], indirect=True)
 
@@ -192,7 +192,7 @@ def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, E
     sender, receiver = ends
     sender.ask("fill", 1)
     # ucx gathers fragmented pages at once; only what it sends straight from its pages can change
-    spans = [(0, BATCH)] if kind != "cma" else [(o, n) for o, n in shuffled(PAGES, PAGE, 2)]
+    spans = [(0, BATCH)] if kind.startswith("ucx") else [(o, n) for o, n in shuffled(PAGES, PAGE, 2)]
     offer, checksums = sender.ask("send", 1, spans, BLOCKS)
     old = sender.ask("read", [(byte, 1)])
     sender.ask("set", byte, bytes([old[0] ^ 0x10]))
@@ -347,7 +347,7 @@ def test_garbage_offers_are_refused_and_the_link_goes_on(ends: tuple[End, End]) 
     assert hand_over(sender, receiver, 1, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
 
 
-@cma
+@in_place
 def test_an_offer_of_unmapped_memory_is_an_error(ends: tuple[End, End]) -> None:
     """A lying or late offer makes no pages, and kills nobody."""
     sender, receiver = ends
