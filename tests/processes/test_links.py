@@ -478,15 +478,16 @@ def test_ucx_uses_shared_memory_on_one_host(processes: dict[str, tuple[End, End]
         ("pid", "1", "does not offer"),
     ],
 )
-def test_cma_refuses_all_but_the_very_process(
-    processes: dict[str, tuple[End, End]], field: str, value: Any, why: str
+@in_place
+def test_links_that_read_refuse_all_but_the_very_process(
+    processes: dict[str, tuple[End, End]], kind: str, field: str, value: Any, why: str
 ) -> None:
     """Another host, a recycled pid, another process: each is refused by what is wrong with it."""
-    one, two = of_kind(processes, "cma")
-    export = msgpack.unpackb(one.ask("export")["cma"])
+    one, two = of_kind(processes, kind)
+    export = msgpack.unpackb(one.ask("export")[kind])
     export[field] = value
     with pytest.raises(LinkUnavailable, match=why):
-        two.ask("connect", {"cma": msgpack.packb(export)})
+        two.ask("connect", {kind: msgpack.packb(export)})
 
 
 def test_another_process_namespace_is_named(processes: dict[str, tuple[End, End]]) -> None:
@@ -499,10 +500,10 @@ def test_another_process_namespace_is_named(processes: dict[str, tuple[End, End]
 
 def test_garbage_exports_are_refused() -> None:
     """UCX itself would crash on a damaged address."""
-    with end("cma", order=["cma", "ucx"]) as one:
+    with end("cma", order=["shm", "cma", "ucx"]) as one:
         for export in (b"", b"\xc1", os.urandom(64), msgpack.packb({"v": 1}), msgpack.packb({"v": 1, "address": b"x"})):
             with pytest.raises(LinkUnavailable, match="no link"):
-                one.ask("connect", {"cma": export, "ucx": export})
+                one.ask("connect", {"shm": export, "cma": export, "ucx": export})
         damaged = msgpack.unpackb(one.ask("export")["ucx"])
         damaged["address"] = damaged["address"][:-1] + b"\xff"
         with pytest.raises(LinkUnavailable, match="damaged"):
@@ -512,12 +513,12 @@ def test_garbage_exports_are_refused() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_process_that_may_not_be_read_names_the_remedy() -> None:
     """Then the next link is taken, and says why."""
-    both = {"order": ["cma", "ucx"]}
-    with end("ucx-tcp", **both) as one, end("ucx-tcp", **both) as two:
+    every = {"order": ["shm", "cma", "ucx"]}
+    with end("ucx-tcp", **every) as one, end("ucx-tcp", **every) as two:
         two.ask("become_nobody")
         why = two.ask("connect", one.ask("export"))
-        assert why.startswith("ucx (tcp); cma unavailable: ")
-        assert "kernel.yama.ptrace_scope" in why
+        assert why.startswith("ucx (tcp); shm unavailable: ")
+        assert why.count("kernel.yama.ptrace_scope") == 2
 
 
 def test_a_required_link_is_not_replaced(processes: dict[str, tuple[End, End]]) -> None:
