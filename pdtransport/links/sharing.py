@@ -29,7 +29,7 @@ from pdtransport.links.base import Region
 from pdtransport.links.memory import PAGE
 
 SLICE_BYTES = 4 << 20  # turned at a time: so much memory is held twice
-MIN_BYTES = 1 << 20  # less is not worth it, and lies among what malloc hands to others
+MIN_BYTES = 64 << 10  # less is not worth a mapping, and mostly lies in the heap
 MAX_SPANS = 1024  # of one process; the rest stays private
 HUGE = 2 << 20  # a span's place in its file is its address modulo this, so that huge pages fit
 NAME = "pdtransport"
@@ -122,7 +122,7 @@ class Shared:
         areas = vm.areas()
         for low, high in _merged(regions):
             if high - low < MIN_BYTES:
-                self._leave(f"regions below {MIN_BYTES >> 20} MiB", high - low)
+                self._leave(f"regions below {MIN_BYTES >> 10} KiB", high - low)
                 continue
             first, last = _whole_pages(low), high // PAGE * PAGE
             self._leave("parts of pages at the ends", high - low - (last - first))

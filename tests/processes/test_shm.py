@@ -132,7 +132,7 @@ def test_exports_that_lie_about_memory_are_refused(spans: Any, why: str) -> None
 def test_memory_that_can_not_be_shared_leaves_the_next_link() -> None:
     """Too small to be worth it: cma takes the pair, and says why shm did not."""
     settings = {**SHM, "order": ["shm", "cma"]}
-    with End(64 << 10, dict(settings)) as one, End(64 << 10, dict(settings)) as two:
+    with End(32 << 10, dict(settings)) as one, End(32 << 10, dict(settings)) as two:
         assert one.names == ["cma"]
         why = pair(one, two)[0]
         assert why.startswith("cma: same host; reads pages directly; shm unavailable: none of the memory can be shared")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import pytest
@@ -53,7 +55,10 @@ def free_ports(count: int) -> int:
 
 def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int) -> Worker:
     heads = HEADS // ranks
-    kv = np.full((LAYERS, BLOCKS, heads, block_size, SLOT), fill, dtype=np.uint8)
+    shape = LAYERS, BLOCKS, heads, block_size, SLOT
+    memory = mmap.mmap(-1, prod(shape), flags=mmap.MAP_PRIVATE)  # not of the heap, which shm does not share
+    kv = np.ndarray(shape, dtype=np.uint8, buffer=memory)
+    kv[:] = fill
     geometry = KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS)
     return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
 
@@ -61,7 +66,7 @@ def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engi
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx"])
+@pytest.fixture(params=["shm", "cma", "ucx"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
 

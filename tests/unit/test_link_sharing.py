@@ -190,7 +190,7 @@ def kept_from_forks() -> mmap.mmap:
         (locked, "memory that is locked"),
         (kept_from_forks, "memory that is kept from forks"),
         (lambda: mmap.mmap(-1, SIZE), "memory that is shared already"),
-        (lambda: mmap.mmap(-1, 64 << 10, flags=mmap.MAP_PRIVATE), "regions below 1 MiB"),
+        (lambda: mmap.mmap(-1, 32 << 10, flags=mmap.MAP_PRIVATE), "regions below 64 KiB"),
     ],
 )
 def test_memory_that_must_not_be_turned_is_left(make: Callable[[], mmap.mmap], why: str) -> None:
