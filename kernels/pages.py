@@ -36,6 +36,7 @@ def _load() -> ctypes.CDLL | None:
         "pdt_checksum": (pointer, count, count, pointer),
         "pdt_choose": (ctypes.c_int,),
         "pdt_copy": (pointer, count, pointer, count, count, pointer),
+        "pdt_translate": (pointer, count, pointer, count, pointer),
         "pdt_read_remote": (ctypes.c_int64, pointer, count, pointer, count, count, pointer, ctypes.c_int, count, count),
     }.items():
         function = getattr(library, name)
@@ -129,6 +130,18 @@ def read_mapped(
     if _C is None:
         return reference.read_mapped(mapped, local, blocks, ticket=ticket)
     return _read(0, mapped, local, blocks, threads, ticket)
+
+
+def translate(runs: Runs, spans: reference.Spans) -> Runs | None:
+    """Where ``runs`` of a peer stand in this process: ``spans``, shape (n, 3), dtype uint64, are ``[low, high, shift]``
+    of the peer's memory mapped here, ascending; an address moves up by its span's shift, modulo 2**64. None if a run
+    does not lie within one span."""
+    if _C is None:
+        return reference.translate(runs, spans)
+    runs, spans = np.ascontiguousarray(runs), np.ascontiguousarray(spans)
+    here = np.empty_like(runs)
+    code = _C.pdt_translate(runs.ctypes.data, len(runs), spans.ctypes.data, len(spans), here.ctypes.data)
+    return here if code == 0 else None
 
 
 def _read(pid: int, remote: Runs, local: Runs, blocks: int, threads: int, ticket: Ticket | None) -> Checksums:

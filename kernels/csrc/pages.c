@@ -339,6 +339,26 @@ API int pdt_read_remote(int64_t pid, const run_t *remote, uint64_t nremote, cons
     return error;
 }
 
+/* Addresses low .. high of a peer, mapped here `shift` bytes further up (modulo 2^64). */
+typedef struct {
+    uint64_t low, high, shift;
+} span_t;
+
+/* Where `runs` of a peer stand here, to `out`; -ENXIO if one does not lie within one of `spans`, which ascend. */
+API int pdt_translate(const run_t *runs, uint64_t count, const span_t *spans, uint64_t nspans, run_t *out) {
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t at = runs[i].address, low = 0, high = nspans;
+        while (low < high) { /* the first span that begins after it */
+            uint64_t middle = (low + high) / 2;
+            if (spans[middle].low <= at) low = middle + 1;
+            else high = middle;
+        }
+        if (!low || at > spans[low - 1].high || runs[i].nbytes > spans[low - 1].high - at) return -ENXIO;
+        out[i] = (run_t){at + spans[low - 1].shift, runs[i].nbytes};
+    }
+    return 0;
+}
+
 /* ---- the module, which only serves to be found and loaded ------------------------------------------------------ */
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_pages", "C page kernels; call them through pages.py", -1,

@@ -21,6 +21,8 @@ from pdtransport.links.reading import COPY_THREADS, NOT_PERMITTED
 MAX_SPANS = 4096  # of one peer
 MAX_BYTES = 1 << 46  # of one peer's memory, mapped in all
 F_SEAL_SHRINK = 0x0002
+# One core comes near what the memory of a small machine can do, and leaves the other to the engine.
+THREADS = 1 if (os.cpu_count() or 1) < 4 else COPY_THREADS
 REST_S = 1.0  # without a batch; then what we read leaves our resident memory
 
 Spans = Sequence[tuple[int, int, int, int]]  # as pdtransport.links.sharing.Span: address, nbytes, fd, offset
@@ -31,7 +33,7 @@ class PeerMemory:
 
     Args:
         pid: the peer; that it is the process meant has to be checked afterwards.
-        spans: (address in the peer, nbytes, its descriptor, offset in that file), as the peer says.
+        spans: (address in the peer, nbytes, its descriptor, offset in that file), as the peer says; its words first.
 
     Raises:
         LinkUnavailable: the peer may not be read, or what it says is not so.
@@ -60,24 +62,22 @@ class PeerMemory:
         finally:
             for fd in files.values():
                 os.close(fd)
-        table = np.array([span[:2] for span in spans], dtype=np.uint64)
-        here = np.array([place for place, _ in self._mapped], dtype=np.uint64)
-        order = np.argsort(table[:, 0])
-        self._starts = table[order, 0]
-        self._ends = self._starts + table[order, 1]
-        with np.errstate(over="ignore"):
-            self._shift = here[order] - self._starts  # modulo 2**64
+        table = [
+            (span[0], span[0] + span[1], (place - span[0]) % (1 << 64))
+            for span, (place, _) in zip(spans, self._mapped, strict=True)
+        ]
+        self._table = np.array(sorted(table), dtype=np.uint64)
+        self._first = table[0]
 
     def here(self, runs: Runs) -> Runs | None:
         """Where the peer's ``runs`` stand in this process; None if some are not mapped."""
-        first, last = runs[:, 0], runs[:, 0] + runs[:, 1]
-        index = np.searchsorted(self._starts, first, side="right").astype(np.int64) - 1
-        index = np.maximum(index, 0)
-        if not ((first >= self._starts[index]) & (last >= first) & (last <= self._ends[index])).all():
-            return None
-        moved = runs.copy()
-        moved[:, 0] += self._shift[index]
-        return moved
+        return pages.translate(runs, self._table)
+
+    def word_here(self, address: int) -> int | None:
+        """Where the peer's 64-bit word at ``address`` stands; None if it is not one of the first span."""
+        low, high, shift = self._first
+        inside = low <= address <= high - 8 and address % 8 == 0
+        return (address + shift) % (1 << 64) if inside else None
 
     def rest(self) -> None:
         """Take the pages out of our resident memory; they stay where they are, and mapped."""
@@ -104,12 +104,11 @@ class MappedReader:
 
     def read(self, source: Runs, target: Runs, blocks: int, ticket: tuple[int, int]) -> npt.NDArray[np.uint64]:
         mapped = self._peer.here(source)
-        word = self._peer.here(np.array([[ticket[0], 8]], dtype=np.uint64))
-        if mapped is None or word is None or ticket[0] % 8:
+        word = self._peer.word_here(ticket[0])
+        if mapped is None or word is None:
             return pages.read_remote(self._pid, source, target, blocks, threads=COPY_THREADS, ticket=ticket)
         self._last = time.monotonic()
-        at = int(word[0, 0])
-        return pages.read_mapped(mapped, target, blocks, threads=COPY_THREADS, ticket=(at, ticket[1]))
+        return pages.read_mapped(mapped, target, blocks, threads=THREADS, ticket=(word, ticket[1]))
 
     def rest(self) -> None:
         """Call now and then while nothing is to be read."""

@@ -232,6 +232,30 @@ def test_a_ticket_must_hold_before_and_after(kernels: ModuleType, read: str) -> 
     assert caught.value.errno == errno.ESTALE
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 130), st.integers(0, 25)), max_size=8),
+)
+def test_translation_moves_what_lies_within_a_span(sizes: list[int], wanted: list[tuple[int, int]]) -> None:
+    """C and numpy agree with the definition, whatever a peer claims; a length that wraps around is outside."""
+    spans, at = [], 3
+    for number, size in enumerate(sizes):
+        spans.append((at, at + size, (1 << 64) - 1 - number if number % 2 else 1000 * number))
+        at += size + number % 3
+    table = np.array(spans, dtype=np.uint64)
+    for lengths in (wanted, [*wanted, (4, (1 << 64) - 2)]):
+        runs = np.array(lengths, dtype=np.uint64).reshape(-1, 2)
+        homes = [max((s for s in spans if s[0] <= a), default=None) for a, _ in lengths]
+        inside = all(s is not None and a + n <= s[1] for (a, n), s in zip(lengths, homes, strict=True))
+        expected = (
+            [[(a + s[2]) % (1 << 64), n] for (a, n), s in zip(lengths, homes, strict=True) if s] if inside else None
+        )
+        for kernels in (pages, reference):
+            found = kernels.translate(runs, table)
+            assert (found.tolist() if found is not None else None) == expected
+
+
 # -- what a checksum must find --------------------------------------------------------------------------------------
 
 
