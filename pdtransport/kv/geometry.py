@@ -20,8 +20,8 @@ HOST = -1  # the "device" of host memory
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address``, on GPU number ``device`` or, at
-    -1, of the host. ``owner`` keeps it alive."""
+    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address`` of GPU number ``device`` (-1:
+    of the host). ``owner`` keeps it alive."""
 
     address: int
     nbytes: int

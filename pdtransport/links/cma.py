@@ -19,6 +19,7 @@ from pdtransport.links.base import Link, Region
 from pdtransport.links.host import ProcessWatch, allow_reads, host_id, my_start_ticks
 from pdtransport.links.memory import Regions
 from pdtransport.links.reading import COPY_THREADS, MAX_TICKETS, NOT_PERMITTED, Reader, ReadingChannel, Tickets
+from pdtransport.settings import LinkSettings
 
 COOKIE_BYTES = 32
 OWN_WORDS = COOKIE_BYTES // 8 + MAX_TICKETS  # of memory that peers read besides pages
@@ -58,6 +59,10 @@ class CmaLink(Link):
             raise LinkUnavailable(f"it needs Linux' /proc: {error}") from None
         allow_reads()
         _prove(os.getpid(), self._cookie.ctypes.data, self._cookie.tobytes())
+
+    @classmethod
+    def open(cls, regions: Regions, settings: LinkSettings) -> CmaLink:
+        return cls(regions)
 
     def export(self) -> bytes:
         packed: bytes = msgpack.packb(self._export)

@@ -36,8 +36,6 @@ class ShmLink(CmaLink):
 
     def __init__(self, regions: Regions | Iterable[Region]) -> None:
         regions = regions if isinstance(regions, Regions) else Regions(regions)
-        if regions.device >= 0:
-            raise LinkUnavailable("the pages lie in a GPU's memory")
         try:
             self._shared: Shared | None = Shared(regions, OWN_WORDS)
         except OSError as error:
