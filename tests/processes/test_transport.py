@@ -55,7 +55,7 @@ def free_ports(count: int) -> int:
 
 
 def worker(
-    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int
+    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int = -1
 ) -> Worker:
     heads = HEADS // ranks
     shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
