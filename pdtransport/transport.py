@@ -116,7 +116,8 @@ class Transport:
     """One worker's side of pdtransport.
 
     Args:
-        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close`.
+        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close`, and nobody may write it
+            while this opens: the `shm` link makes it shared memory then, in place.
         settings: see :mod:`pdtransport.settings`.
         engine: name of the instance; workers of one instance share it and differ in ``rank`` of ``world``.
         fingerprint: facts that must be equal on both ends beside the geometry (model, dtype, backend, ...).

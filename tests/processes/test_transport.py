@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import mmap
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -54,11 +55,15 @@ def free_ports(count: int) -> int:
 
 
 def worker(
-    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int
+    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int = -1
 ) -> Worker:
     heads = HEADS // ranks
     shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
-    kv = np.empty(shape, dtype=np.uint8) if device < 0 else twin_gpu.DeviceMemory(math.prod(shape), 0).array(shape)
+    size = math.prod(shape)
+    if device < 0:  # not of the heap, which shm does not share
+        kv = np.ndarray(shape, dtype=np.uint8, buffer=mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE))
+    else:
+        kv = twin_gpu.DeviceMemory(size, 0).array(shape)
     kv[:] = fill
     geometry = replace(KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS), device=device)
     return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
@@ -67,7 +72,7 @@ def worker(
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx", "cuda_ipc", "ucx-gpu"])
+@pytest.fixture(params=["shm", "cma", "ucx", "cuda_ipc", "ucx-gpu"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
         order, device = request.param.split("-")[0], 0 if request.param in ("cuda_ipc", "ucx-gpu") else -1
