@@ -20,7 +20,7 @@ from pdtransport.exchange import Exchange
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
-from pdtransport.outcome import OnOutcome, Outcome
+from pdtransport.outcome import OnOutcome, OnPromise, Outcome
 from pdtransport.probe import Scratch
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
 from pdtransport.reactor import Reactor
@@ -78,9 +78,10 @@ class Offer(Handle):
         """
         self._transport._ask(lambda exchange: exchange.handing.pages_ready(self, self.transfer, [], 0), timeout_s)
 
-    def finish(self) -> None:
-        """The request is through; its pages stay until decode has them (or a deadline ends the wait)."""
-        self._transport._call(lambda exchange: exchange.handing.finish(self, self.transfer))
+    def finish(self, first_token: int | None = None) -> None:
+        """The request is through; its pages stay until decode has them (or a deadline ends the wait). ``first_token``:
+        what was sampled, for a decode that promised to go on from it."""
+        self._transport._call(lambda exchange: exchange.handing.finish(self, self.transfer, first_token))
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
@@ -154,14 +155,22 @@ class Transport:
 
     # -- prefill -------------------------------------------------------------------------------------------------
 
-    def offer(self, transfer: str, key: bytes, tokens: int, on_end: OnOutcome | None = None) -> Offer:
+    def offer(
+        self,
+        transfer: str,
+        key: bytes,
+        tokens: int,
+        on_end: OnOutcome | None = None,
+        on_promise: OnPromise | None = None,
+    ) -> Offer:
         """Announce a request of ``tokens`` prompt tokens whose pages will be handed over as ``transfer``.
 
         ``key`` is the content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must name the same.
-        ``on_end`` runs in the I/O thread and must not block.
+        ``on_end`` and ``on_promise`` run in the I/O thread and must not block. The latter is called, once at most, when
+        decode promises to go on from the first token that :meth:`Offer.finish` names.
         """
         offer = Offer(self, transfer, on_end)
-        self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended))
+        self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended, on_promise))
         return offer
 
     # -- decode --------------------------------------------------------------------------------------------------
@@ -177,15 +186,17 @@ class Transport:
         port: int,
         ranks: int = 1,
         first_block: int = 0,
+        first_token: bool = False,
         on_end: OnOutcome | None = None,
     ) -> Receipt:
         """Take blocks ``first_block ..`` of ``transfer`` into ``pages`` from the ``ranks`` prefill workers whose
         control channels listen at ``port``, ``port + 1``, ... of ``host``.
 
         With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
+        ``first_token`` promises to go on from the outcome's first token, if it has one, and from no other.
         """
         receipt = Receipt(self, transfer, on_end)
-        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages))
+        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages), first_token)
         self._call(lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
         return receipt
 
