@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pdtransport.router import first_token
 from pdtransport.router.call import PATHS, Call
-from pdtransport.router.endpoints import Endpoint
+from pdtransport.router.endpoints import Endpoint, Failure
 from pdtransport.router.first_token import FirstToken
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import RouterSettings
@@ -138,9 +138,9 @@ class Attempt:
             raise UpstreamError(self.dispatch.decode, "status", f"answers {status}", status)
         return self.opened
 
-    def lost(self, why: str) -> UpstreamError:
+    def lost(self, why: str, how: Failure = "status") -> UpstreamError:
         """What a decode did that did not go on from the first token."""
-        error = UpstreamError(self.dispatch.decode, "protocol", why, 500)
+        error = UpstreamError(self.dispatch.decode, how, why, 500)
         self._blame(error)
         return error
 

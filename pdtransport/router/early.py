@@ -99,6 +99,8 @@ class EarlyRelay(Relay):
                 self._decode_began()
             await self._write(response, data)
             chunk = await self._next()
+        if not passed and chunk is None:
+            raise self._attempt.lost("broke the connection before its first token", "disconnected")
         if not passed:
             raise self._attempt.lost("ended its stream before its first token")
         if chunk is None:

@@ -26,7 +26,8 @@ def receiving(promised: bool, peers: tuple[str, ...] = (P,)) -> Receiving:
 def grant_of(promised: bool) -> Grant:
     book = Receiving(LIMITS, first_generation=100)
     (said,) = book.begin(T, DIGEST, 16, 0, 4, [Part(P, 0, 1, 1, BLOCK)], 0.0, first_token=promised)
-    assert isinstance(said, Send) and isinstance(said.message, Grant)
+    assert isinstance(said, Send)
+    assert isinstance(said.message, Grant)
     return said.message
 
 
