@@ -23,7 +23,18 @@ from tests.rig.fixtures import Book, Servers, make_book, pair_spec, plain_spec
 from tests.rig.servers import fleet
 
 # Cheap and basic first; what harms or crowds servers last.
-ORDER = ("idle", "equality", "prefixes", "requests", "router", "first_token", "aborts", "mismatch", "preemption", "parallel")
+ORDER = (
+    "idle",
+    "equality",
+    "prefixes",
+    "requests",
+    "router",
+    "first_token",
+    "aborts",
+    "mismatch",
+    "preemption",
+    "parallel",
+)
 MODULE_S = 900
 
 _phases: list[tuple[str, float]] = []
