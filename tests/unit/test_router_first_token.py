@@ -376,6 +376,7 @@ def test_a_decode_that_fails_after_the_first_token_goes_on_from_it(how: str) -> 
             assert [one["order"] for one in trace["dispatches"]] == ["concurrent", "continued"]
             assert trace["outcome"] == "ok"
             assert trace["first_token_from"] == "prefill"
+            assert "first_token" in trace["events"]
 
     run(test)
 

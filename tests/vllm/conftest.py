@@ -24,17 +24,8 @@ from tests.rig.servers import fleet
 
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = (
-    "idle",
-    "equality",
-    "prefixes",
-    "requests",
-    "router",
-    "first_token",
-    "aborts",
-    "mismatch",
-    "preemption",
-    "parallel",
-)
+    "idle", "equality", "prefixes", "requests", "router", "first_token", "aborts", "mismatch", "preemption", "parallel",
+)  # fmt: skip
 MODULE_S = 900
 
 _phases: list[tuple[str, float]] = []
