@@ -41,8 +41,8 @@ class Trace:
         self.events[event] = self.elapsed()
 
     def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
-        """A new dispatch; its events are not known yet. One that goes on from the first token keeps those of the one that
-        gave it."""
+        """A new dispatch; its events are not known yet. One that goes on from the first token keeps those of the one
+        that gave it."""
         for event in _ANSWERED:
             if order != "continued":
                 self.events.pop(event, None)
