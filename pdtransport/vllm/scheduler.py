@@ -186,8 +186,7 @@ class SchedulerSide:
         news = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
-            for req_id in news.promised & self._producing.keys():
-                self._producing[req_id].promised = True
+            self._hear(news.promised)
         failed = getattr(output, "failed_recving", ())
         for req_id in output.finished_recving or ():
             token = self._tokens.pop(req_id, None)
@@ -200,10 +199,15 @@ class SchedulerSide:
             elif token is not None:
                 self._go_on(entry.request, token)
 
+    def _hear(self, promised: set[str]) -> None:
+        for req_id in promised & self._producing.keys():
+            self._producing[req_id].promised = True
+
     # -- each step -----------------------------------------------------------------------------------------------
 
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
+        self._hear(self._bell.promises())
         for req_id in output.preempted_req_ids or ():
             if req_id in self._producing:
                 self._before.append(Rewind(req_id))
@@ -273,6 +277,7 @@ class SchedulerSide:
                 self._before.append(Cancel(req_id))
             elif consuming.state == "waiting":
                 self._release(req_id, consuming)
+        self._hear(self._bell.promises())
         entry = self._producing.pop(req_id, None)
         if entry is None:
             return False, None

@@ -202,6 +202,7 @@ class WorkerSide:
     def _promised(self, req_id: str) -> None:
         with self._lock:
             self._news.promised.add(req_id)
+        self._rope.tell(req_id)
 
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._lock:

@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from pdtransport.settings import Settings
 from pdtransport.vllm import first_token as first_token_module
+from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.first_token import LOST, FirstTokens, give_up
 from pdtransport.vllm.metadata import Commands, Finish, News, Take
 from pdtransport.vllm.scheduler import SchedulerSide
@@ -223,11 +224,14 @@ class Engine:
         self.scheduler.add_request(made)
         return made
 
-    def step(self, sampled: int | None = None, **connector: Any) -> list[Any]:
-        """Schedule, and report ``sampled`` for the one request if it ran; the outputs that clients get."""
+    def step(self, sampled: int | None = None, meanwhile: Any = None, **connector: Any) -> list[Any]:
+        """Schedule, and report ``sampled`` for the one request if it ran; the outputs that clients get. ``meanwhile`` is
+        called while workers would compute."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         self.scheduled = scheduled = self.scheduler.schedule()
+        if meanwhile is not None:
+            meanwhile(self.commands)
         ran = list(scheduled.num_scheduled_tokens)
         output = ModelRunnerOutput(
             req_ids=ran,
@@ -255,6 +259,32 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     assert not made.scheduler.requests, "requests leaked"
     assert made.scheduler.kv_cache_manager.usage == 0
     made.close()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile", "never"])
+def test_a_promise_counts_until_the_step_that_ends_the_prompt(engine: Engine, when: str) -> None:
+    """Most prompts take one step, and vLLM looks at what its workers tell only after it ended that step's requests."""
+    r = engine.add({**PRODUCE, "transfer_id": "t2"}, max_tokens=1)
+    rope = Rope()
+
+    def tell(commands: Commands) -> None:
+        rope.name = commands.bell
+        if when != "never":
+            rope.tell("somebody-else")
+            rope.tell(r.request_id)
+
+    if when == "before":
+        side = engine.scheduler.connector.scheduler
+        rope.name = side._bell.name
+        rope.tell(r.request_id)
+    (out,) = engine.step(sampled=TOKEN, meanwhile=None if when == "before" else tell)
+    rope.close()
+    assert out.kv_transfer_params.get("first_token") == (None if when == "never" else TOKEN)
+    engine.step()
+    finish = [command for command in engine.commands.before if isinstance(command, Finish)]
+    assert finish == [Finish(r.request_id, None if when == "never" else TOKEN)]
+    engine.step(finished_sending={r.request_id})
+    engine.step()
 
 
 def taken(engine: Engine, **sampling: Any) -> tuple[Request, Take]:
