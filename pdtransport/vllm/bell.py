@@ -4,9 +4,9 @@ While requests wait for pages and nothing is computed, vLLM steps its workers on
 the other's answer spins. The scheduler's half waits for the bell between such empty steps instead. Ringing it wrongly,
 or not at all, costs a little time and nothing else: what ended is reported by the workers' next step in any case.
 
-Beside it the workers pass on which requests decode promised to go on from (their first tokens). What a step's output
-says of that comes after the requests that ended in this step, and most prompts take one step. A promise that is not heard
-in time is as good as none.
+Beside it the workers pass on from which requests' first tokens decode promised to go on. What a step's output says of
+that comes after the requests that ended in this step, and most prompts take one step. A promise that is not heard in
+time is as good as none.
 """
 
 from __future__ import annotations

@@ -225,8 +225,8 @@ class Engine:
         return made
 
     def step(self, sampled: int | None = None, meanwhile: Any = None, **connector: Any) -> list[Any]:
-        """Schedule, and report ``sampled`` for the one request if it ran; the outputs that clients get. ``meanwhile`` is
-        called while workers would compute."""
+        """Schedule, and report ``sampled`` for the one request if it ran; the outputs that clients get. ``meanwhile``
+        is called while workers would compute."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         self.scheduled = scheduled = self.scheduler.schedule()
