@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,36 @@ TEXTS = [
 ]
 
 
-def bare(event: dict[str, Any]) -> dict[str, Any]:
-    """Without what differs between any two answers of one server."""
-    kept = {key: value for key, value in event.items() if key not in {"id", "created"}}
-    if isinstance(kept.get("usage"), dict):
-        kept["usage"] = {key: value for key, value in kept["usage"].items() if value is not None}
-    return kept
+@dataclass
+class Told:
+    """All that an answer says, however many events it came in."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)  # each time that the prompt's ids were told
+    roles: list[str] = field(default_factory=list)
+    ends: list[tuple[Any, Any]] = field(default_factory=list)  # finish and stop reasons
+    usage: list[dict[str, int]] = field(default_factory=list)
+    # Members of the first event (chat's: two), and of its choice. An event of several tokens may take its place.
+    form: list[set[str]] = field(default_factory=list, compare=False)
+
+
+def told(events: list[dict[str, Any]]) -> Told:
+    said = Told()
+    for event in events:
+        if event.get("usage"):
+            said.usage.append({key: value for key, value in event["usage"].items() if value is not None})
+        for choice in event["choices"]:
+            message = choice.get("delta") or choice.get("message") or choice
+            said.text += message.get("text") or message.get("content") or ""
+            said.tokens += choice.get("token_ids") or []
+            said.roles += [message["role"]] if message.get("role") else []
+            said.prompts += [ids for ids in (choice.get("prompt_token_ids"), event.get("prompt_token_ids")) if ids]
+            if choice.get("finish_reason"):
+                said.ends.append((choice["finish_reason"], choice.get("stop_reason")))
+            elif len(said.form) < 2 * (1 + ("delta" in choice)):
+                said.form += [set(event), set(choice)]
+    return said
 
 
 async def ask(client: Client, url: str, path: str, body: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -59,37 +84,30 @@ async def ask(client: Client, url: str, path: str, body: dict[str, Any]) -> tupl
         return events, headers
 
 
-def flat(events: list[dict[str, Any]]) -> str:
-    pieces = []
-    for event in events:
-        for choice in event["choices"]:
-            piece = choice.get("text") or choice.get("delta", choice.get("message", {})).get("content")
-            pieces.append(piece or "")
-    return "".join(pieces)
+async def sure(client: Client, url: str, path: str, prompts: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Bodies to whose answers the server is sure of each token."""
 
+    async def learn(prompt: str) -> dict[str, Any] | None:
+        body: dict[str, Any] = {"model": MODEL_NAME, "temperature": 0, "max_tokens": 12, "stream": False}
+        if path == CHAT:
+            body["messages"] = [{"role": "user", "content": prompt}]
+            ((answer,), _) = await ask(client, url, path, {**body, "logprobs": True, "top_logprobs": 2})
+            tops = [[o["logprob"] for o in t["top_logprobs"]] for t in answer["choices"][0]["logprobs"]["content"]]
+        else:
+            body["prompt"] = prompt
+            more = {"logprobs": 2, "return_tokens_as_token_ids": True}
+            ((answer,), _) = await ask(client, url, path, {**body, **more})
+            tops = [sorted(top.values(), reverse=True) for top in answer["choices"][0]["logprobs"]["top_logprobs"]]
+        many = next((i for i, top in enumerate(tops) if top[0] - top[1] < MARGIN), len(tops))
+        return {**body, "max_tokens": many} if many >= 2 else None
 
-async def sure_chats(client: Client, url: str, contents: list[str]) -> list[dict[str, Any]]:
-    """Chat bodies to whose answers the server is sure of each token."""
-
-    async def learn(content: str) -> dict[str, Any] | None:
-        body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        question = {**body, "max_tokens": 12, "logprobs": True, "top_logprobs": 2, "stream": False}
-        ((answer,), _) = await ask(client, url, CHAT, question)
-        sure = 0
-        for token in answer["choices"][0]["logprobs"]["content"]:
-            best, other = (one["logprob"] for one in token["top_logprobs"][:2])
-            if best - other < MARGIN:
-                break
-            sure += 1
-        return {**body, "max_tokens": sure} if sure >= 2 else None
-
-    found = await in_parallel(AT_A_TIME, [partial(learn, content) for content in contents])
-    return [body for body in found if body is not None]
+    found = await in_parallel(AT_A_TIME, [partial(learn, prompt) for prompt in prompts])
+    return [(path, body) for body in found if body is not None]
 
 
 def test_answers_equal_a_plain_servers(servers: Servers, book: Book, with_client: Any, logs: Path) -> None:
-    """Streamed and not, completions and chat, text of many bytes a character: tokens, pieces of text, usage and finish
-    reason are a plain server's, event by event, and nearly all began with prefill's token."""
+    """Streamed and not, completions and chat, characters of many bytes: tokens, text, usage, finish reason and the events'
+    form are a plain server's, and most answers began with prefill's token."""
     cases = [case for case in book.assorted if len(case.tokens) >= 2]
     cases = cases[:: max(1, len(cases) // PROMPTS)][:PROMPTS]
 
@@ -99,8 +117,9 @@ def test_answers_equal_a_plain_servers(servers: Servers, book: Book, with_client
         for _, body in bodies[::2]:
             body["return_token_ids"] = False
         contents = [*TEXTS, *(flat_text(book, index) for index in range(16))]
-        bodies += [(CHAT, body) for body in await sure_chats(client, plain, contents)]
-        bodies += [(COMPLETIONS, {**body, "prompt": TEXTS[i % len(TEXTS)]}) for i, (_, body) in enumerate(bodies[:8])]
+        bodies += await sure(client, plain, CHAT, contents)
+        bodies += await sure(client, plain, COMPLETIONS, TEXTS)
+        assert len(bodies) >= 60
         seen: Counter[str] = Counter()
         with routed([servers.prefill], [servers.decode], logs, "concurrent", "--first-token", "auto") as router:
             for stream in (True, False):
@@ -112,7 +131,10 @@ def test_answers_equal_a_plain_servers(servers: Servers, book: Book, with_client
                 given = await in_parallel(AT_A_TIME, jobs[router.url])
                 for (path, body), (want, _), (got, headers) in zip(asked, wanted, given, strict=True):
                     seen[headers["x-pd-first-token"]] += 1
-                    assert list(map(bare, got)) == list(map(bare, want)), (path, body, headers)
+                    ours, theirs = told(got), told(want)
+                    assert ours == theirs, (path, body, headers)
+                    if len(ours.form) == len(theirs.form):
+                        assert ours.form == theirs.form
             print(f"\n{len(bodies)} prompts twice: {dict(seen)}")
             assert set(seen) <= EXPECTED
             assert seen["prefill"] >= 2 * len(bodies) * 0.7, seen
@@ -157,7 +179,7 @@ def test_a_hand_off_that_fails_after_the_first_token(
                 assert gate.reached.is_set()
                 trace = first_from(router, headers["x-pd-transfer-id"])
         assert [dispatch["order"] for dispatch in trace["dispatches"]] == ["concurrent", "continued"], trace
-        assert list(map(bare, got)) == list(map(bare, want))
+        assert told(got) == told(want)
         await watch.settled(client, servers.all)
 
     with_client(scenario)
