@@ -106,7 +106,7 @@ async def sure(client: Client, url: str, path: str, prompts: list[str]) -> list[
 
 
 def test_answers_equal_a_plain_servers(servers: Servers, book: Book, with_client: Any, logs: Path) -> None:
-    """Streamed and not, completions and chat, characters of many bytes: tokens, text, usage, finish reason and the events'
+    """Streamed and not, completions and chat, characters of many bytes: tokens, text, usage, finish reason and events'
     form are a plain server's, and most answers began with prefill's token."""
     cases = [case for case in book.assorted if len(case.tokens) >= 2]
     cases = cases[:: max(1, len(cases) // PROMPTS)][:PROMPTS]
