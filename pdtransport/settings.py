@@ -86,7 +86,11 @@ class LinkSettings(_Section):
         64 << 20, ge=256 << 10, description="Bytes that one transfer may have announced and not yet received by decode."
     )
     gpu_batch_bytes: int = Field(
-        128 << 20, ge=64 << 10, le=1 << 30, description="Largest batch of GPU memory: pages that one kernel copies."
+        1 << 30,
+        ge=64 << 10,
+        le=4 << 30,
+        description="Largest batch of GPU memory: pages that one kernel copies. Smaller ones overlap a little more, "
+        "and make a GPU that prefill and decode share change between the two more often.",
     )
     gpu_window_bytes: int = Field(
         4 << 30, ge=256 << 10, description="window_bytes of transfers from GPU memory, which need no memory in between."
