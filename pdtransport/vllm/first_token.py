@@ -138,7 +138,7 @@ def _stateful(params: Any) -> str:
     for name in params.__struct_fields__:
         if name not in _STATELESS:
             given, default = getattr(params, name), getattr(plain, name)
-            if given is not default and (type(given) is not type(default) or given != default):
+            if given is not default and (hasattr(given, "__array__") or given != default):
                 return _CODES.get(name, "sampling_params")
     return ""
 
