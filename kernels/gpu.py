@@ -137,12 +137,12 @@ class Launch:
         """Takes what it brought, when it has ended, and gives back what it held."""
         if self._sums is not None:
             return
-        sums = np.zeros(self._blocks, dtype=np.uint64)
+        sums = np.empty(0, dtype=np.uint64)
         if self._result is not None:
-            sums[:] = self._result.host.view(np.uint64)[: self._blocks]
+            sums = reference.finish(self._result.host.view(np.uint64)[: self._blocks], self._block_bytes)
         with cuda("timing a launch") as api:
             self._seconds = float(api.runtime.eventElapsedTime(self._begun, self._computed)) * MS
-        self._sums = reference.finish(sums, self._block_bytes)
+        self._sums = sums
         for region in self._regions:
             region.event = 0
         self._regions.clear()
@@ -210,19 +210,20 @@ class GpuPages:
         return self._launch(pieces.cut(runs, None, blocks), blocks)
 
     def after(self, event_handle: int) -> None:
-        """Launches from now on run after what the raw cudaEvent_t was recorded behind.
+        """Launches from now on run after what the raw cudaEvent_t was recorded behind. The caller vouches for it.
 
         Raises:
-            GpuError: it is no event.
+            GpuError: CUDA refuses, or an earlier launch failed.
         """
         with self._using("waiting for an event", fatal=False) as api:
             api.runtime.streamWaitEvent(self.stream, event_handle)
 
     def record(self, event_handle: int) -> None:
-        """Records the raw cudaEvent_t behind all launches made so far, for another stream to wait for.
+        """Records the raw cudaEvent_t behind all launches made so far, for another stream to wait for. The caller
+        vouches for it.
 
         Raises:
-            GpuError: it is no event.
+            GpuError: an event of another device, or an earlier launch failed.
         """
         with self._using("recording an event", fatal=False) as api:
             api.runtime.eventRecord(event_handle, self.stream)
@@ -261,7 +262,7 @@ class GpuPages:
                 runtime.eventRecord(launch._computed, self.stream)
             launch._ended = launch._computed
             if launch._result is not None:
-                host, device = launch._result.host.ctypes.data, launch._result.device
+                host, device = launch._result.address, launch._result.device
                 if plan.total:
                     runtime.memcpyAsync(host, device, 8 * blocks, MEMCPY_TO_HOST, self.stream)
                 else:
@@ -276,12 +277,12 @@ class GpuPages:
 
     def _run(self, api: Any, plan: pieces.Pieces, part: pieces.Part, launch: Launch, blocks: int) -> None:
         """Tables go up on a stream of their own, so that the next one's travels while this one's kernel runs."""
-        table = plan.table(part)
-        region = self._tables.take(api, table.nbytes)
+        nbytes = plan.table_bytes(part)
+        region = self._tables.take(api, nbytes)
         launch._regions.append(region)
-        region.host[: table.nbytes].view(np.uint64)[:] = table.reshape(-1)
+        plan.fill(part, region.host.view(np.uint64))
         runtime, uploaded = api.runtime, self._event(api, launch)
-        runtime.memcpyAsync(region.device, region.host.ctypes.data, table.nbytes, MEMCPY_TO_DEVICE, self._uploader.ptr)
+        runtime.memcpyAsync(region.device, region.address, nbytes, MEMCPY_TO_DEVICE, self._uploader.ptr)
         runtime.eventRecord(uploaded, self._uploader.ptr)
         runtime.streamWaitEvent(self.stream, uploaded)
         if part.first == 0:
@@ -335,6 +336,7 @@ class _Region:
     """Part of a ring, taken until its event is reached."""
 
     host: npt.NDArray[np.uint8]
+    address: int  # of host
     device: int
     start: int
     nbytes: int
@@ -347,6 +349,7 @@ class _Ring:
 
     def __init__(self, api: Any, nbytes: int) -> None:
         self.host = pinned(nbytes)
+        self._address = self.host.ctypes.data
         self.device = int(api.runtime.malloc(nbytes))
         self._taken: deque[_Region] = deque()
 
@@ -359,7 +362,9 @@ class _Ring:
                 self._taken.popleft()
             start = self._room(nbytes)
             if start is not None:
-                region = _Region(self.host[start : start + nbytes], self.device + start, start, nbytes)
+                region = _Region(
+                    self.host[start : start + nbytes], self._address + start, self.device + start, start, nbytes
+                )
                 self._taken.append(region)
                 return region
             oldest = self._taken[0]

@@ -80,14 +80,21 @@ class Pieces:
             yield Part(first, end, low, self._after(self._offset(end)), origin)
             first = end
 
-    def table(self, part: Part) -> Words:
-        """What the kernels look places up in: addresses of the source, of the destination, and starts, those that
-        there are; uint64, one row each."""
-        columns = (self.src, self.dst, self.starts)
-        return np.stack([column[part.low : part.high] for column in columns if column is not None])
+    def fill(self, part: Part, table: Words) -> None:
+        """Writes what the kernels look places up in: addresses of the source, of the destination, and starts, those
+        that there are, one after the other."""
+        at, count = 0, part.high - part.low
+        for column in (self.src, self.dst, self.starts):
+            if column is not None:
+                table[at : at + count] = column[part.low : part.high]
+                at += count
+
+    def table_bytes(self, part: Part) -> int:
+        """The length of what :meth:`fill` writes."""
+        return 8 * (part.high - part.low) * (1 + (self.dst is not None) + (self.starts is not None))
 
     def arguments(self, part: Part, table: int, sums: int, warps: int) -> list[int]:
-        """The arguments of a kernel that works on ``part`` with ``warps`` warps, given where its :meth:`table` lies and
+        """The arguments of a kernel that works on ``part`` with ``warps`` warps, given where its table lies and
         where the sums of the stripes of block 0, 1, ... go (uint64 each)."""
         count = part.high - part.low
         dst = table + 8 * count
@@ -149,7 +156,8 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
             and lengths that are not multiples of 8 (or are 0).
     """
     sides = [as_runs(side) for side in (src, dst) if side is not None]
-    totals = [stream_bytes(side) for side in sides]
+    piece = _same_length(sides)
+    totals = [len(side) * piece if piece else stream_bytes(side) for side in sides]
     if totals[0] != totals[-1]:
         raise ValueError(f"the source is {totals[0]} bytes long, the destination {totals[-1]}")
     total = totals[0]
@@ -161,16 +169,19 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
     if not total:
         nothing = np.empty(0, dtype=np.uint64)
         return Pieces(nothing, nothing if dst is not None else None, None, 8, 0, 0, "singles")
-    piece = _same_length(sides)
     if not piece or piece % STRIPE_BYTES:
         sides = [merge_runs(side) for side in sides]
         piece = int(np.gcd.reduce([np.gcd.reduce(side[:, 1]) for side in sides]))
-    bits = int(np.bitwise_or.reduce([np.bitwise_or.reduce(side[:, 0]) for side in sides]))
-    if (piece | bits) % 8 or not all(side[:, 0].all() for side in sides):
+    columns = [np.ascontiguousarray(side[:, 0]) for side in sides]
+    bits = 0
+    for column in columns:
+        bits |= int(np.bitwise_or.reduce(column))
+    if (piece | bits) % 8 or not all(column.min() for column in columns):
         raise ValueError("addresses and lengths of GPU runs must be multiples of 8, and no address 0")
     aligned = (piece | bits | block_bytes) % 16 == 0
     if total // piece <= max(4 * sum(map(len, sides)), EQUAL_PIECES):
-        starts, tables = None, [_equal_pieces(side, piece) for side in sides]
+        pairs = zip(columns, sides, strict=True)
+        starts, tables = None, [_equal_pieces(column, side[:, 1], piece) for column, side in pairs]
     else:
         starts, tables = _common_pieces(sides)
     whole = aligned and starts is None and piece % STRIPE_BYTES == 0 and block_bytes % STRIPE_BYTES == 0
@@ -187,18 +198,18 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
 
 def _same_length(sides: list[Runs]) -> int:
     """The length that all runs have (as pages do, mostly), or 0."""
-    length = sides[0][0, 1]
-    return int(length) if all((side[:, 1] == length).all() for side in sides) else 0
+    if not all(map(len, sides)):
+        return 0
+    length = int(sides[0][0, 1])
+    return length if all(int(side[:, 1].min()) == length == int(side[:, 1].max()) for side in sides) else 0
 
 
-def _equal_pieces(runs: Runs, piece: int) -> Words:
-    addresses: Words = runs[:, 0]
-    counts = (runs[:, 1] // np.uint64(piece)).astype(np.int64)
-    total = int(counts.sum())
-    if total == len(runs):
+def _equal_pieces(addresses: Words, lengths: Words, piece: int) -> Words:
+    if int(lengths[0]) == piece and int(lengths.max()) == piece:
         return addresses
+    counts = (lengths // np.uint64(piece)).astype(np.int64)
     before = np.repeat(np.cumsum(counts) - counts, counts)
-    inside = (np.arange(total) - before).astype(np.uint64) * np.uint64(piece)
+    inside = (np.arange(len(before)) - before).astype(np.uint64) * np.uint64(piece)
     pieces: Words = np.repeat(addresses, counts) + inside
     return pieces
 

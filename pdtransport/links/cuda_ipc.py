@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 
 from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.kernels import pages
+from pdtransport.kernels.reference import Spans
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats
@@ -46,10 +47,10 @@ MAX_ALLOCATIONS = 1024  # in one export
 MAX_OFFERED = 4096  # batches offered and not released, a channel
 MAX_QUEUED = 4096  # batches to copy, a channel
 MAX_UNDER_WAY = 4  # kernels of a channel on the GPU at once: enough to hide their launches
+MAX_PREPARED = 16  # checksums that wait for the model, over all peers
+MAX_PREPARED_RUNS = 1 << 15  # of each: their tables wait in a ring of 8 MiB
 MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
 DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
-
-Spans = npt.NDArray[np.uint64]  # shape (n, 3): first address there, last one (excluded), first address here
 
 
 class CudaIpcLink(Link):
@@ -74,9 +75,11 @@ class CudaIpcLink(Link):
         self.regions, self.device = regions, regions.device
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._channels: list[CudaIpcChannel] = []
+        self.prepared: deque[Launch] = deque()  # checksums that wait for the model
         try:
             self.sending = gpu.GpuPages(self.device)
             self.receiving = gpu.GpuPages(self.device, wake_fd=self._wake)
+            self.preparing = gpu.GpuPages(self.device)
             self._cookie = DeviceMemory(COOKIE_BYTES, self.device)
             cookie = secrets.token_bytes(COOKIE_BYTES)
             gpu.from_host(self._cookie.address, cookie)
@@ -148,8 +151,8 @@ class CudaIpcLink(Link):
         for channel in self._channels:
             channel.close()
         self._channels.clear()
-        self.sending.close()
-        self.receiving.close()
+        for kernels in (self.sending, self.receiving, self.preparing):
+            kernels.close()
         os.close(self._wake)
 
 
@@ -164,6 +167,12 @@ class _Copy:
     blocks: int
     done: Done | None
     launch: Launch | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    offer: bytes
+    launch: Launch
 
 
 @dataclass(eq=False)
@@ -196,28 +205,51 @@ class CudaIpcChannel(Channel):
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
-    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+    def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> _Prepared | None:
+        """The checksums' kernel goes behind the event, on a stream that others' batches don't wait on."""
+        waiting = self._link.prepared
+        try:
+            while waiting and waiting[0].done():
+                waiting.popleft()
+            if self._broken or not checksum_blocks or len(waiting) >= MAX_PREPARED or len(runs) > MAX_PREPARED_RUNS:
+                return None
+            runs = merge_runs(as_runs(runs))
+            self._link.regions.check(runs)
+            stream = self._link.preparing
+            stream.after(event_handle)
+            prepared = _Prepared(pack(runs), stream.checksum(runs, checksum_blocks))
+        except (ValueError, LinkError, self._link.gpu.GpuError):
+            return None  # send() meets it again, and says so
+        waiting.append(prepared.launch)
+        return prepared
+
+    def send(
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+    ) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")
         if len(self._offered) >= MAX_OFFERED:
             raise LinkBusy(f"{MAX_OFFERED} batches are offered and not released")
+        launch: Launch | None
         try:
-            runs = merge_runs(as_runs(runs))
-            self._link.regions.check(runs)
-            offer = pack(runs)
+            if isinstance(prepared, _Prepared):
+                offer, launch = prepared.offer, prepared.launch
+            else:
+                merged = merge_runs(as_runs(runs))
+                self._link.regions.check(merged)
+                offer = pack(merged)
+                launch = self._link.sending.checksum(merged, checksum_blocks) if checksum_blocks else None
             if len(offer) > MAX_OFFER_BYTES:
                 raise LinkError(f"a batch of {len(runs)} runs is too fragmented: lower links.gpu_batch_bytes")
-            # Waiting is fine here: reading one batch takes a tenth of a millisecond, and the model's kernels run on.
-            sums = self._link.sending.checksum(runs, checksum_blocks).wait() if checksum_blocks else None
-        except ValueError as error:
-            raise LinkError(str(error)) from None
-        except self._link.gpu.GpuError as error:
+            # Waiting is fine here: reading a batch takes less than a millisecond, and the model's kernels run on.
+            checksums = b"" if launch is None else launch.wait().astype("<u8").tobytes()
+        except (ValueError, self._link.gpu.GpuError) as error:
             raise LinkError(str(error)) from None
         self._offered[key] = done
         self.stats.bytes_sent += stream_bytes(runs)
         self.stats.batches_sent += 1
-        return offer, b"" if sums is None else sums.astype("<u8").tobytes()
+        return offer, checksums
 
     def release(self, key: int) -> None:
         done = self._offered.pop(key, None)
@@ -238,7 +270,7 @@ class CudaIpcChannel(Channel):
                 if self._watch.pid != os.getpid():  # CUDA maps no process' memory to itself
                     here = gpu.ipc_open(handle, device)
                     self._mapped.append(here)
-                spans.append((base, base + nbytes, here))
+                spans.append((base, base + nbytes, (here - base) % (1 << 64)))
             self._spans = np.array(sorted(spans), dtype=np.uint64)
             cookie = self._translate(np.array([[self._peer["at"], COOKIE_BYTES]], dtype=np.uint64))
             found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES)
@@ -346,14 +378,9 @@ class CudaIpcChannel(Channel):
             LinkError: a run outside what the peer exported.
         """
         assert self._spans is not None
-        first, last = runs[:, 0], runs[:, 0] + runs[:, 1]
-        index = np.searchsorted(self._spans[:, 0], first, side="right").astype(np.int64) - 1
-        place = np.maximum(index, 0)
-        if not bool(((index >= 0) & (last >= first) & (last <= self._spans[place, 1])).all()):
+        here = pages.translate(runs, self._spans)
+        if here is None:
             raise LinkError("the offer names memory that its sender did not export")
-        here = np.empty_like(runs)
-        here[:, 0] = first - self._spans[place, 0] + self._spans[place, 2]
-        here[:, 1] = runs[:, 1]
         return here
 
     # -- both --------------------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkError
-from pdtransport.kernels.runs import Runs
+from pdtransport.kernels import pages
+from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, Region
 
 PAGE = 4096
@@ -52,13 +54,9 @@ class Regions:
         Raises:
             LinkError: one does not.
         """
-        first = runs[:, 0]
-        last = first + runs[:, 1]
-        index = np.searchsorted(self._starts, first, side="right").astype(np.int64) - 1
-        inside = (index >= 0) & (last >= first) & (last <= self._ends[np.maximum(index, 0)])
-        if not inside.all():
-            address, nbytes = runs[np.flatnonzero(~inside)[0]].tolist()
-            raise LinkError(f"{nbytes} bytes at {address:#x} are outside the registered memory")
+        if pages.translate(runs, self._spans) is None:
+            outside = next(run for run in runs if pages.translate(run.reshape(1, 2), self._spans) is None)
+            raise LinkError(f"{outside[1]} bytes at {int(outside[0]):#x} are outside the registered memory")
 
     def _rebuild(self) -> None:
         """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
@@ -71,8 +69,30 @@ class Regions:
                 spans[-1][1] = max(spans[-1][1], high)
             else:
                 spans.append([low, high])
-        table = np.array(spans or [[0, 0]], dtype=np.uint64)
-        self._starts, self._ends = table[:, 0].copy(), table[:, 1].copy()
+        self._spans = np.array([[low, high, 0] for low, high in spans] or [[0, 0, 0]], dtype=np.uint64)
+
+
+class Block(Protocol):
+    """Contiguous memory, as long as the object lives."""
+
+    address: int
+
+    def part(self, offset: int, nbytes: int) -> Any:
+        """Some of it, in the shape that UCX takes: an array, or an object with ``__cuda_array_interface__``."""
+        ...
+
+
+class HostBlock:
+    """Host memory that begins at a page."""
+
+    def __init__(self, nbytes: int) -> None:
+        raw = np.empty(nbytes + PAGE, dtype=np.uint8)
+        skip = -raw.ctypes.data % PAGE
+        self._memory: npt.NDArray[np.uint8] = raw[skip : skip + nbytes]
+        self.address: int = self._memory.ctypes.data
+
+    def part(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        return self._memory[offset : offset + nbytes]
 
 
 class SlotRing:
@@ -81,15 +101,28 @@ class SlotRing:
     Args:
         nbytes: wanted size of the ring; it has at least two slots.
         slot_bytes: size of a slot.
+        allocate: makes the block, given its length in bytes.
     """
 
     MIN_SLOTS = 2
 
-    def __init__(self, nbytes: int, slot_bytes: int) -> None:
+    def __init__(self, nbytes: int, slot_bytes: int, allocate: Callable[[int], Block] = HostBlock) -> None:
         self.slot_bytes = -(-slot_bytes // PAGE) * PAGE
         self.count = max(self.MIN_SLOTS, nbytes // self.slot_bytes)
-        self._memory: npt.NDArray[np.uint8] | None = None
+        self._allocate = allocate
+        self._block: Block | None = None
         self._free = list(range(self.count))
+
+    @property
+    def block(self) -> Block:
+        """The memory of all slots.
+
+        Raises:
+            LinkError: there is not that much (of GPU or pinned memory).
+        """
+        if self._block is None:
+            self._block = self._allocate(self.count * self.slot_bytes)
+        return self._block
 
     @property
     def free(self) -> int:
@@ -109,13 +142,12 @@ class SlotRing:
             raise ValueError(f"slot {slot} was given back twice")
         self._free.append(slot)
 
-    def view(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        """The first ``nbytes`` bytes of a slot."""
+    def view(self, slot: int, nbytes: int) -> Any:
+        """The first ``nbytes`` bytes of a slot, as :meth:`Block.part`."""
         if not 0 <= nbytes <= self.slot_bytes:
             raise ValueError(f"{nbytes} bytes do not fit a slot of {self.slot_bytes}")
-        if self._memory is None:
-            raw = np.empty(self.count * self.slot_bytes + PAGE, dtype=np.uint8)
-            skip = -raw.ctypes.data % PAGE
-            self._memory = raw[skip : skip + self.count * self.slot_bytes]
-        start = slot * self.slot_bytes
-        return self._memory[start : start + nbytes]
+        return self.block.part(slot * self.slot_bytes, nbytes)
+
+    def run(self, slot: int, nbytes: int) -> Runs:
+        """Where these bytes lie."""
+        return run(self.block.address + slot * self.slot_bytes, nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pdtransport.protocol.actions import Action, Limits, Peer, Release, Send
@@ -45,6 +45,7 @@ class _Request:
     ready: int = 0
     tokens_done: int = 0
     finished: bool = False
+    first_token: int | None = None
     cancelled: tuple[Code, str] | None = None
     consumers: int | None = None  # how many will grant; the first grant says
     grants: dict[Peer, ProducerMachine] = field(default_factory=dict)
@@ -57,10 +58,17 @@ class Sending:
 
     Args:
         block_bytes: ``(head_lo, head_hi)`` -> bytes of one block here; raises ValueError for heads not held.
+        batch_bytes: the largest batch that the link to a peer takes, where ``limits`` allow a larger one.
     """
 
-    def __init__(self, limits: Limits, block_bytes: Callable[[int, int], int]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        block_bytes: Callable[[int, int], int],
+        batch_bytes: Callable[[Peer], int] | None = None,
+    ) -> None:
         self.limits = limits
+        self._batch_bytes = batch_bytes
         self.counters: Counter[str] = Counter()
         self._block_bytes = block_bytes
         self._requests: dict[TransferId, _Request] = {}
@@ -105,15 +113,24 @@ class Sending:
         request.ready, request.tokens_done = blocks, tokens_done
         return self._each(transfer, request, lambda machine: machine.pages_ready(blocks, tokens_done, now))
 
-    def finish(self, transfer: TransferId, now: float) -> list[Action]:
-        """The engine is done with the request: from here on its pages are held for decode alone."""
+    def upcoming(self, transfer: TransferId, since: int, blocks: int) -> list[tuple[ProducerMachine, int, int]]:
+        """What :meth:`pages_ready` would push, as (grant's machine, first block, blocks), were the blocks before
+        ``since`` pushed already. For who has time to prepare it; changes nothing."""
+        request = self._requests.get(transfer)
+        machines = request.grants.values() if request else ()
+        return [(machine, *batch) for machine in machines for batch in machine.upcoming(since, blocks)]
+
+    def finish(self, transfer: TransferId, now: float, first_token: int | None = None) -> list[Action]:
+        """The engine is done with the request: from here on its pages are held for decode alone. ``first_token`` goes
+        into the commit of every grant that promises to go on from it."""
         request = self._requests.get(transfer)
         if request is None:
             return []
-        request.finished = True
+        request.finished, request.first_token = True, first_token
         request.hold_until = now + (self.limits.claim_s if request.claimed_by else self.limits.hold_s)
         self._agenda.set((transfer, _HOLD), request.hold_until)
-        return self._maybe_release(transfer, request)
+        actions = self._each(transfer, request, lambda machine: machine.finish(first_token, now))
+        return actions + self._maybe_release(transfer, request)
 
     def cancel(self, transfer: TransferId, code: Code, reason: str) -> list[Action]:
         """The request was aborted here; ``Release`` follows once nothing reads its pages. Unknown ids are ignored."""
@@ -220,6 +237,10 @@ class Sending:
     def early(self) -> int:
         return len(self._early)
 
+    def promised(self, transfer: TransferId) -> bool:
+        """Decode said that it goes on from the first token if the commit names it."""
+        return any(machine.grant.first_token for machine in self.machines(transfer))
+
     def machines(self, transfer: TransferId) -> list[ProducerMachine]:
         request = self._requests.get(transfer)
         return list(request.grants.values()) if request else []
@@ -257,7 +278,10 @@ class Sending:
         """Bring a grant and its request together; a grant for something else is aborted."""
         problem = self._problem_with(request, grant)
         block_bytes = 1 if problem else self._block_bytes(grant.head_lo, grant.head_hi)
-        machine = ProducerMachine(grant, peer, block_bytes, request.tokens, self.limits)
+        limits = self.limits
+        if self._batch_bytes is not None:
+            limits = replace(limits, batch_bytes=min(limits.batch_bytes, self._batch_bytes(peer)))
+        machine = ProducerMachine(grant, peer, block_bytes, request.tokens, limits)
         request.grants[peer] = machine
         request.consumers = request.consumers or grant.consumers
         if request.cancelled is not None:
@@ -265,7 +289,10 @@ class Sending:
         if problem:
             self.counters["grants_mismatched"] += 1
             return self._run(machine, machine.cancel(Code.MISMATCH, problem))
-        actions = machine.start(now) + machine.pages_ready(request.ready, request.tokens_done, now)
+        actions = machine.start(now)
+        if request.finished:
+            actions += machine.finish(request.first_token, now)
+        actions += machine.pages_ready(request.ready, request.tokens_done, now)
         return self._run(machine, actions)
 
     def _problem_with(self, request: _Request, grant: Grant) -> str:

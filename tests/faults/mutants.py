@@ -12,8 +12,8 @@ from typing import Any
 from pdtransport import taking as taking_module
 from pdtransport.handing import Handing
 from pdtransport.kernels.reference import memory
-from pdtransport.links.cma import CmaChannel, Tickets
 from pdtransport.links.memory import SlotRing
+from pdtransport.links.reading import ReadingChannel, Tickets
 from pdtransport.links.ucx_channel import UcxChannel
 from pdtransport.peers import Peers
 from pdtransport.protocol.actions import Action, Ready
@@ -24,7 +24,7 @@ from pdtransport.taking import Taking
 
 def trusts_the_link() -> None:
     """Checksums are not looked at."""
-    for kind in (CmaChannel, UcxChannel):
+    for kind in (ReadingChannel, UcxChannel):
         receive = kind.receive
 
         def unchecked(
@@ -73,7 +73,7 @@ def keeps_slots() -> None:
 
 def keeps_channels() -> None:
     """The channel of a peer that is gone is not closed."""
-    for kind in (CmaChannel, UcxChannel):
+    for kind in (ReadingChannel, UcxChannel):
         kind.close = lambda self: None  # type: ignore[method-assign, assignment]
 
 
@@ -103,7 +103,7 @@ def wrong_place() -> None:
 
 def overruns() -> None:
     """A copy changes the byte behind what it was granted."""
-    for kind in (CmaChannel, UcxChannel):
+    for kind in (ReadingChannel, UcxChannel):
         receive = kind.receive
 
         def patched(self: Any, key: int, offer: bytes, runs: Any, *rest: Any, receive: Any = receive) -> None:
@@ -126,7 +126,7 @@ def ignores_withdrawal() -> None:
         return ready(self, max(blocks, self._ready), tokens_done, now)
 
     ProducerMachine.pages_ready = patched  # type: ignore[method-assign]
-    CmaChannel.release = lambda self, key: None  # type: ignore[method-assign, assignment]
+    ReadingChannel.release = lambda self, key: None  # type: ignore[method-assign, assignment]
 
 
 def never_gives_up() -> None:

@@ -188,7 +188,8 @@ STEPS_HEAD = """## A process dies, or stands still, at a step of the protocol
 The process strikes itself (SIGKILL, SIGSTOP) at exactly that step, in the middle of a transfer of five batches. A cell
 says how the handles ended that the surviving and the stopped workers held (`ok`, or the outcome's code), how long
 after the death a survivor's transfers had ended (*told after*: median / p99), and when a transfer went
-through again, the restart of what died included (*again after*).
+through again, the restart of what died included (*again after*; the rig begins to try once all of the run's handles
+have ended, so that an offer which nobody had claimed yet, kept for `deadlines.hold_s`, adds its 3 s here).
 """
 REST_HEAD = """## Messages, batches and processes
 

@@ -273,7 +273,7 @@ class Worker:
                 0, sum(not c.closed for c in channels) - self.wanted_channels(link)
             )
             for ring in ("sending", "receiving"):
-                slots = getattr(link, ring, None)
+                slots = getattr(getattr(link, "memory", None), ring, None)
                 if slots is not None:
                     holds[f"{link.name} {ring} slots"] = slots.count - slots.free
         return holds

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pdtransport.errors import LinkError, LinkUnavailable, SettingsError
 from pdtransport.launch.reading import load
-from pdtransport.links import cma, ucx, ucx_channel
+from pdtransport.links import cma, reading, ucx, ucx_words
 from pdtransport.protocol.actions import Limits, Ready
 from pdtransport.protocol.messages import (
     Abort,
@@ -63,7 +63,7 @@ def _tell(receiving: Receiving, sending: Sending, message: Message, now: float) 
 
 
 def _offers(data: bytes) -> None:
-    for parse in (cma.unpack_offer, ucx_channel._parse_offer):
+    for parse in (reading.unpack_offer, ucx_words.parsed_offer):
         with contextlib.suppress(LinkError):
             parse(data)
 

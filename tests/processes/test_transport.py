@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import mmap
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +17,7 @@ import pytest
 
 from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
 from tests.rig import twin_gpu
+from tests.rig.twin_gpu import TwinEvent
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SLOT = 3, 40, 4, 16, 64
 WAIT_S = 20.0
@@ -53,11 +56,16 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int) -> Worker:
+def worker(
+    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int = -1
+) -> Worker:
     heads = HEADS // ranks
     shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
-    device = 0 if settings.links.order == ("cuda_ipc",) else -1
-    kv = np.empty(shape, dtype=np.uint8) if device < 0 else twin_gpu.DeviceMemory(math.prod(shape), 0).array(shape)
+    size = math.prod(shape)
+    if device < 0:  # not of the heap, which shm does not share
+        kv = np.ndarray(shape, dtype=np.uint8, buffer=mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE))
+    else:
+        kv = twin_gpu.DeviceMemory(size, 0).array(shape)
     kv[:] = fill
     geometry = replace(KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS), device=device)
     return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
@@ -66,27 +74,30 @@ def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engi
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx", "cuda_ipc"])
+@pytest.fixture(params=["shm", "cma", "ucx", "cuda_ipc", "ucx-gpu"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
-        if request.param == "cuda_ipc":
+        order, device = request.param.split("-")[0], 0 if request.param in ("cuda_ipc", "ucx-gpu") else -1
+        if device >= 0:
             stack.enter_context(twin_gpu.installed())
 
         def make(p: int = 1, d: int = 1, deadlines: dict | None = None, decode_block: int = BLOCK_SIZE) -> Cluster:
             settings = Settings.parse(
                 {
                     "links": {
-                        "order": [request.param],
+                        "order": [order],
                         "batch_bytes": 1 << 16,
-                        "gpu_batch_bytes": 1 << 16,
+                        "gpu_batch_bytes": 1 << 16 if order == "cuda_ipc" else 1 << 20,
+                        "gpu_slot_bytes": 1 << 16,
+                        "gpu_staging_bytes": 1 << 19,
                         "staging_bytes": 1 << 19,
                     },
                     "deadlines": deadlines or {},
                 }
             )
             base = free_ports(p)
-            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE) for r in range(p)]
-            decode = [worker(r, d, settings, 0, 255, "decode", decode_block) for r in range(d)]
+            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE, device) for r in range(p)]
+            decode = [worker(r, d, settings, 0, 255, "decode", decode_block, device) for r in range(d)]
             for one in (*prefill, *decode):
                 stack.enter_context(one.transport)
             return Cluster(prefill, decode)
@@ -141,6 +152,36 @@ def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: 
     assert np.array_equal(gathered(c, target), whole)
     untouched = [page for page in range(BLOCKS) if page not in target]
     assert (gathered(c, untouched) == 255).all(), "a page that was not granted was written"
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("told", [1234, None])
+def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
+    cluster: MakeCluster, p: int, d: int, told: int | None
+) -> None:
+    """Prefill hears of the promise before it is finished, and nothing is handed over before; each of decode's workers
+    then learns what prefill named, or that it named nothing."""
+    pair, pages, key = cluster(p, d), [3, 4], request_key(range(32))
+    whole = fill_pages(pair, pages, 1)
+    heard = [threading.Event() for _ in pair.prefill]
+    offers = [
+        one.transport.offer("t", key, 32, on_promise=event.set) for one, event in zip(pair.prefill, heard, strict=True)
+    ]
+    receipts = [
+        one.transport.receive("t", key, 32, [7, 8], host="127.0.0.1", port=pair.port, ranks=p, first_token=True)
+        for one in pair.decode
+    ]
+    for offer in offers:
+        offer.ready(pages, 32)
+    assert all(event.wait(WAIT_S) for event in heard)
+    with pytest.raises(TimeoutError):
+        receipts[0].result(0.3)
+    for offer in offers:
+        offer.finish(told)
+    assert [receipt.result(WAIT_S).first_token for receipt in receipts] == [told] * d
+    assert (gathered(pair, [7, 8]) == whole).all()
+    for offer in offers:
+        offer.result(WAIT_S)
 
 
 def test_blocks_that_decode_holds_are_not_sent(cluster: MakeCluster) -> None:
@@ -394,3 +435,43 @@ def test_a_link_below_the_wanted_bandwidth_is_refused_not_taken_in_silence() -> 
         with pytest.raises(TransferFailed, match="min_bandwidth_bytes_s") as caught:
             receipt.result(WAIT_S)
         assert caught.value.code == "refused"
+
+
+def test_pages_on_a_gpu_leave_when_their_event_has_passed() -> None:
+    """What was prepared while the GPU computed is sent only afterwards, with the bytes that were computed; pages that
+    were taken back meanwhile are prepared anew."""
+    with twin_gpu.installed(), ExitStack() as stack:
+        settings = Settings.parse({"links": {"order": ["cuda_ipc"]}})
+        prefill = worker(0, 1, settings, free_ports(1), 0, "prefill", BLOCK_SIZE, device=0)
+        decode = worker(0, 1, settings, 0, 255, "decode", BLOCK_SIZE, device=0)
+        for one in (prefill, decode):
+            stack.enter_context(one.transport)
+        c = Cluster([prefill], [decode])
+        tokens, key, transfer = 8 * BLOCK_SIZE, request_key(range(128)), secrets.token_hex(16)
+        source, moved, target = list(range(8)), list(range(8, 16)), list(range(20, 28))
+        offer = prefill.transport.offer(transfer, key, tokens)
+        (receipt,) = receive_all(c, transfer, key, tokens, target)
+        granted_by = time.monotonic() + WAIT_S
+        while not any(record["events"].get("granted") for record in prefill.transport.status()["transfers"]):
+            assert time.monotonic() < granted_by
+            time.sleep(0.01)
+        first, second, again = TwinEvent(), TwinEvent(), TwinEvent()
+        offer.ready(source, 64, after=first)
+        offer.ready(source, tokens, after=second)
+        time.sleep(0.2)
+        assert prefill.transport.status()["counters"].get("bytes_sent", 0) == 0, "sent before they were computed"
+        fill_pages(c, source, seed=5)
+        first.happen()
+        sent_by = time.monotonic() + WAIT_S
+        while prefill.transport.status()["counters"].get("blocks_sent", 0) != 4:
+            assert time.monotonic() < sent_by
+            time.sleep(0.01)
+        offer.withdraw(WAIT_S)  # preempted: the second step's pages were never announced
+        offer.ready(moved, tokens, after=again)
+        whole = fill_pages(c, moved, seed=6)
+        second.happen()
+        again.happen()
+        offer.finish()
+        assert receipt.result(WAIT_S).ok
+        assert offer.result(WAIT_S).ok
+        assert np.array_equal(gathered(c, target)[:, 4:], whole[:, 4:])

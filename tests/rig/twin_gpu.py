@@ -28,7 +28,11 @@ from pdtransport.kernels.runs import Runs
 
 GRAIN = 2 << 20
 HANDLE = struct.Struct("<QQQ40x")  # pid, descriptor, bytes: as long as a cudaIpcMemHandle_t
+COPY_BLOCKS = 1
 delay_s = 0.0  # how long a launch waits before it copies: tests set it
+going = threading.Event()  # launches wait while it is clear
+going.set()
+under_way: list[Launch] = []
 
 _allocations: dict[int, tuple[int, int, Any]] = {}  # base -> bytes, descriptor, owner
 _mappings: dict[int, Any] = {}
@@ -75,17 +79,27 @@ class GpuPages:
 
     def _launch(self, call: Any) -> Launch:
         def run() -> tuple[Any, float]:
+            going.wait()
             time.sleep(delay_s)
             begun = time.perf_counter()
             return call(), time.perf_counter() - begun
 
-        work = self._stream.submit(run)
+        launch = Launch(self._stream.submit(run))
+        under_way.append(launch)
+        launch._work.add_done_callback(lambda _: under_way.remove(launch))
         if self._wake_fd >= 0:
-            work.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
-        return Launch(work)
+            launch._work.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
+        return launch
 
     def copy_runs(self, src: Runs, dst: Runs, blocks: int = 0) -> Launch:
+        total = int(src[:, 1].sum())
+        if total != int(dst[:, 1].sum()) or (blocks and (total % blocks or total // blocks % 8)):
+            raise ValueError(f"a stream of {total} bytes does not hold {blocks} equally long blocks of whole words")
         return self._launch(lambda: pages.copy_runs(src, dst, blocks))
+
+    def after(self, event_handle: int) -> None:
+        """What is launched from now on waits for it."""
+        self._stream.submit(TwinEvent._all[event_handle].passed.wait, 30)
 
     def checksum(self, runs: Runs, blocks: int) -> Launch:
         return self._launch(lambda: pages.checksum(runs, blocks))
@@ -177,6 +191,10 @@ def ipc_close(address: int) -> None:
 
 def open_mappings() -> int:
     return len(_mappings)
+
+
+def pinned(nbytes: int) -> np.ndarray:
+    return np.zeros(nbytes, dtype=np.uint8)
 
 
 def to_host(address: int, nbytes: int) -> bytes:

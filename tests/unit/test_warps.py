@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdtransport.kernels import pieces, reference
-from pdtransport.kernels.runs import Runs, run, stream_bytes
+from pdtransport.kernels import pages, pieces, reference
+from pdtransport.kernels.reference import Checksums
+from pdtransport.kernels.runs import Runs, layout_runs, run, stream_bytes
 from tests.unit.run_layouts import Bytes, Layout, laid_out, layouts, outside, placed, stream
 from tests.unit.test_kernels import GOLDEN
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "kernels" / "csrc" / "pages.cu"
 WARPS = 8  # of a block
-Sums = reference.Checksums
-Kernels = Callable[..., Sums]
+Kernels = Callable[..., Checksums]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     subprocess.run([compiler, *flags, "-include", HERE / "warps.h", SOURCE, "-o", library], check=True, timeout=120)
     loaded = ctypes.CDLL(str(library))
 
-    def launch(src: Runs, dst: Runs | None, blocks: int, most: int = 1 << 17, grid: int = 2) -> Sums:
+    def launch(src: Runs, dst: Runs | None, blocks: int, most: int = 1 << 17, grid: int = 2) -> Checksums:
         plan = pieces.cut(src, dst, blocks)
         sums = np.zeros(blocks, dtype=np.uint64)
         for part in plan.parts(most):
-            table = plan.table(part)
-            assert table.shape[1] <= most
+            assert part.high - part.low <= most
+            table = np.empty(plan.table_bytes(part) // 8, dtype=np.uint64)
+            plan.fill(part, table)
             arguments = plan.arguments(part, table.ctypes.data, sums.ctypes.data, WARPS * grid)
             function = getattr(loaded, plan.kernel(blocks))
             loaded.run_kernel(function, grid, 32 * WARPS, (ctypes.c_uint64 * len(arguments))(*arguments))
@@ -93,7 +95,7 @@ def test_long_tables_go_in_parts(kernels: Kernels, layout: Layout, monkey: int) 
 
 
 def test_each_kernel_runs(kernels: Kernels) -> None:
-    """Pages, head slices and odd cuts each take the kernel made for them; many words in parts, too."""
+    """Pages, head slices and odd cuts each take the kernel made for them, and do so in several parts, too."""
     rng = np.random.default_rng(3)
     shuffled: list[int] = rng.permutation(24).tolist()
     seen = set()
@@ -104,8 +106,36 @@ def test_each_kernel_runs(kernels: Kernels) -> None:
         seen.add(pieces.cut(placed(src, 4096), placed(dst, 4096), blocks).grain)
         check(kernels, layout)
     assert seen == {"stripes", "pairs", "singles"}
-    odd, odd_bytes = laid_out([8] * 5000, rng.permutation(5000).tolist(), 8, 0)
-    check(kernels, Layout(odd, *laid_out([40000], [0], 0, 8)[:1], odd_bytes, 40300, 5), most=1024)
+    for length, count in ((1024, 2500), (16, 5000), (8, 5000)):  # several parts of at most 1,024 pieces
+        src, src_bytes = laid_out([length] * count, rng.permutation(count).tolist(), 16 if length > 8 else 8, 0)
+        dst, dst_bytes = laid_out([length * count], [0], 0, 16)
+        check(kernels, Layout(src, dst, src_bytes, dst_bytes, 5), most=1024)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "row"), [(16, 8, 256), (32, 3, 72), (1, 4, 64)])
+def test_orders_are_converted(kernels: Kernels, tokens: int, heads: int, row: int) -> None:
+    """Pages go from vLLM's NHC order to HNC and back, all heads or a slice; the checksum is the same for both."""
+    page = tokens * heads * row
+    source = filled(6 * page)
+    nhc = source.ctypes.data + page * np.array([4, 0, 3, 5])
+    for first, count in ((0, heads), (1, 2)) if heads > 1 else ():
+        target, back = np.zeros(4 * page, dtype=np.uint8), np.zeros_like(source)
+        hnc = target.ctypes.data + page * np.arange(4)
+        src, dst = (
+            layout_runs(nhc, "NHC", tokens, heads, row, first=first, count=count),
+            layout_runs(hnc, "HNC", tokens, heads, row, first=first, count=count),
+        )
+        sums = kernels(src, dst, 4)
+        shaped = source.reshape(6, tokens, heads, row)[[4, 0, 3, 5], :, first : first + count]
+        found = target.reshape(4, heads, tokens, row)
+        assert (found[:, first : first + count] == shaped.transpose(0, 2, 1, 3)).all()
+        assert not np.delete(found, slice(first, first + count), axis=1).any()
+        assert kernels(dst, None, 4).tolist() == sums.tolist() == reference.checksum(src, 4).tolist()
+        moved = src + np.array([back.ctypes.data, 0], dtype=np.uint64)
+        kernels(dst, moved - np.array([source.ctypes.data, 0], dtype=np.uint64), 0)
+        assert (back.reshape(6, tokens, heads, row)[[4, 0, 3, 5], :, first : first + count] == shaped).all()
+    with pytest.raises(ValueError, match="heads"):
+        layout_runs(nhc, "NHC", tokens, heads, row, first=1, count=heads)
 
 
 def test_few_runs_of_odd_lengths_need_no_long_table() -> None:
@@ -124,6 +154,18 @@ def test_checksum_is_the_documented_function(kernels: Kernels, length: int) -> N
     data = filled(length)
     data[:] = np.arange(length) % 251
     assert int(kernels(run(data.ctypes.data, length), None, 1)[0]) == GOLDEN[length]
+
+
+def test_the_bell_is_rung_without_python() -> None:
+    """What CUDA calls when a launch ended adds one to the eventfd; no Python and no GIL."""
+    eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        assert pages._C is not None
+        for _ in range(3):
+            pages._C.pdt_ring(ctypes.c_void_p(eventfd))
+        assert os.eventfd_read(eventfd) == 3
+    finally:
+        os.close(eventfd)
 
 
 def test_turns_leave_no_warp_idle_at_the_end() -> None:
