@@ -125,14 +125,14 @@ class ControlChannel:
         if self._closed:
             return
         endpoint, now = Endpoint(host, port), self._shared.clock()
+        if not self._attentive:
+            self._last_tick = now  # there was nothing to look after until now
         dialer = self._dialers.get(endpoint)
         if dialer is None:
             problem = self._obstacle(endpoint)
             if problem is not None:
                 self._pending.append(problem)
                 return
-            if not self._dialers and not len(self._directory):
-                self._last_tick = now  # there was nothing to look after until now
             dialer = self._dialers[endpoint] = Dialer(endpoint, self._shared, now)
         answer = dialer.want(now)
         if answer is not None:
@@ -268,13 +268,18 @@ class ControlChannel:
         if self._pending:
             return self._last_tick
         times = [dialer.next_deadline() for dialer in self._dialers.values()]
-        if len(self._directory):
+        if self._attentive:
             times.append(self._last_tick + self._shared.beat_s)  # regular, so that our own pauses are noticed
         for part in (self._directory, self._listener):
             due = part.next_deadline() if part is not None else None
             if due is not None:
                 times.append(due)
         return max(min(times), self._last_tick + TICK_GRAIN_S) if times else None
+
+    @property
+    def _attentive(self) -> bool:
+        """Somebody's silence is being timed."""
+        return bool(len(self._directory)) or any(dialer.waiting for dialer in self._dialers.values())
 
     def _take_pending(self) -> list[Event]:
         events = list(self._pending)
@@ -310,7 +315,7 @@ class ControlChannel:
     def _forgive_own_pause(self, now: float) -> None:
         """If this thread stood still (a stopped process, a busy machine), peers were not silent, we were deaf."""
         gap = now - self._last_tick
-        if gap > max(self._shared.settings.liveness_s / 2, 2 * self._shared.beat_s):
+        if self._attentive and gap > max(self._shared.settings.liveness_s / 2, 2 * self._shared.beat_s):
             self._directory.forgive(gap, now)
             for dialer in self._dialers.values():
                 dialer.forgive(gap)

@@ -272,9 +272,9 @@ class Worker:
             holds[f"{link.name} channels of nobody"] = max(
                 0, sum(not c.closed for c in channels) - self.wanted_channels(link)
             )
-            for ring in ("sending", "receiving"):
-                slots = getattr(getattr(link, "memory", None), ring, None)
-                if slots is not None:
+            for memory in getattr(link, "memories", []):
+                for ring in ("sending", "receiving"):
+                    slots = getattr(memory, ring)
                     holds[f"{link.name} {ring} slots"] = slots.count - slots.free
         return holds
 

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from pdtransport.control import limits
-from pdtransport.control.channel import ConnectFailed, PeerDown, PeerId, PeerUp, Received
+from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerDown, PeerId, PeerUp, Received
 from pdtransport.control.client import fetch_status
 from pdtransport.protocol.messages import Claim
 from pdtransport.settings import ControlSettings
@@ -97,6 +97,25 @@ def test_our_own_pause_is_not_the_peers_silence(rig: Bench) -> None:
         time.sleep(0.8)
         rig.run(0.5)
     assert down_reasons(node) == []
+
+
+def test_a_wait_for_nobody_ends_in_time_though_the_thread_sleeps_meanwhile() -> None:
+    """Sleeping because nothing is due is no pause of ours that others must be forgiven for (seeds 438 and 464 of the
+    fault rig waited ten times control.connect_s)."""
+    now = [100.0]
+    settings = ControlSettings(port=0, liveness_s=1.0, connect_s=1.5)
+    channel = ControlChannel(settings, identity("d"), clock=lambda: now[0])
+    try:
+        channel.connect(HOST, 1)
+        failed = None
+        while failed is None and now[0] < 120.0:
+            due = channel.next_deadline()
+            now[0] += min(1.0, max(0.001, due - now[0])) if due is not None else 1.0
+            failed = next((event for event in channel.tick(now[0]) if isinstance(event, ConnectFailed)), None)
+    finally:
+        channel.close()
+    assert failed is not None
+    assert now[0] <= 101.6
 
 
 def test_a_restarted_peer_is_another_incarnation_and_the_old_one_is_down_first(rig: Bench) -> None:
