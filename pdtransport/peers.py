@@ -29,6 +29,7 @@ OnPeer = Callable[["Peer | None", "tuple[Code, str] | None"], None]
 
 MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
 MAX_WHY = 400
+REFUSED_S = 2.0  # a peer that no link reached is asked again after this: the cause may have passed
 ANSWER_S = 5.0  # a sender that does not say whether it can use a link within this can't
 
 
@@ -63,6 +64,7 @@ class Peer:
     answering_until: float = float("inf")
     measured: float | None = None  # bytes a second that the probe of `inbound` found
     refused: tuple[Code, str] | None = None
+    refused_until: float = 0.0
 
     def channels(self) -> list[Channel]:
         """Each channel once."""
@@ -120,7 +122,7 @@ class Peers:
         peer = self._peers.get(self._by_endpoint.get(endpoint, PeerId("", -1, 0)))
         if peer is not None and peer.inbound is not None:
             on_peer(peer, None)
-        elif peer is not None and peer.refused is not None:
+        elif peer is not None and peer.refused is not None and self._now < peer.refused_until:
             on_peer(None, peer.refused)
         else:
             waiting = self._waiting.setdefault(endpoint, [])
@@ -129,6 +131,10 @@ class Peers:
                 return
             waiting.append(on_peer)
             self._control.connect(*endpoint)
+            if peer is not None and peer.refused is not None:
+                peer.refused = None
+                peer.excluded.clear()
+                self._offer_next_link(peer)
 
     # -- events of the control channel ---------------------------------------------------------------------------
 
@@ -227,7 +233,7 @@ class Peers:
                     peer.host,
                 )
             except LinkUnavailable as error:
-                peer.refused = (Code.REFUSED, str(error))
+                peer.refused, peer.refused_until = (Code.REFUSED, str(error)), self._now + REFUSED_S
                 logger.error("no link to %s rank %d: %s", peer.id.engine, peer.id.rank, error)
                 self._settle(peer)
                 return

@@ -85,3 +85,12 @@ def test_a_network_that_was_cut_carries_transfers_again() -> None:
         pytest.skip(str(why))
     assert report.failures + report.trouble == []
     assert report.total.mended != []
+
+
+def test_a_link_that_could_not_be_agreed_on_is_tried_again(lane: Lane) -> None:
+    """A word about links that got lost once must not part two peers for as long as they live (seed 519)."""
+    plan = healthy(1, lane.link, lane.prefills)
+    plan.rules["prefill0"] = [Rule("out", "link", "drop", count=1)]
+    result = lane.run(plan)
+    assert result.problems == []
+    assert result.ended["refused"] == 1
