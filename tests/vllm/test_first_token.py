@@ -20,7 +20,7 @@ from tests.rig.straying import straying
 
 PROMPTS = 48  # of token ids; texts and chats come on top
 LEAST_TOKENS = 64  # a shorter prompt is computed before decode has granted
-AT_A_TIME = 4
+AT_A_TIME = 8
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # Why decode may have to sample the first token of these tests: its grant came too late, the token is part of a
 # character, or it is the last one.
