@@ -17,6 +17,7 @@ from typing import Any
 from tests.rig.client import Order
 from tests.rig.ports import HOST
 from tests.rig.servers import POLL_S, PORTS, Server, ServerFailed, die_with_parent
+from tests.rig.straying import Straying
 
 START_S = 60.0
 STOP_S = 15.0
@@ -34,15 +35,9 @@ class RunningRouter:
 
 @contextmanager
 def routed(
-    prefills: Sequence[Server],
-    decodes: Sequence[Server],
-    logs: Path,
-    order: Order,
-    *more: str,
-    control_port: int | None = None,
+    prefills: Sequence[Server | Straying], decodes: Sequence[Server], logs: Path, order: Order, *more: str
 ) -> Iterator[RunningRouter]:
-    """A router for the length of a ``with`` block. ``more`` options; ``control_port``: where decode finds prefill, if
-    not at its own.
+    """A router for the length of a ``with`` block, with ``more`` options.
 
     Raises:
         ServerFailed: it did not start; with its last log lines.
@@ -51,8 +46,7 @@ def routed(
     log_file = logs / f"router-{port}.log"
     command = [sys.executable, "-m", "pdtransport.router.cli", "--port", str(port), "--dispatch", order, *more]
     for flag, servers in (("--prefill", prefills), ("--decode", decodes)):
-        port_of = {s.url: control_port if flag == "--prefill" and control_port else s.control_port for s in servers}
-        command += [flag, *(f"{s.url}@{HOST}:{port_of[s.url]}/{s.spec.tp}" for s in servers)]
+        command += [flag, *(f"{s.url}@{HOST}:{s.control_port}/{s.spec.tp}" for s in servers)]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command, cwd=logs, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent()
