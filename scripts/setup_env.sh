@@ -76,7 +76,7 @@ stage_vllm() {
 
 stage_ucx() { pip install -q "ucxx-cu13==0.52.*"; }
 stage_project() { pip install -q --no-build-isolation -e ".[dev]"; }
-stage_bench() { pip install -q --no-deps "nixl-cu13==$NIXL_VERSION"; }
+stage_bench() { pip install -q --no-deps "nixl==$NIXL_VERSION" "nixl-cu13==$NIXL_VERSION"; }
 
 if ! "$PYTHON" -c '' 2>/dev/null; then
     say "making $VENV with Python $version"

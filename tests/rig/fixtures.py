@@ -71,7 +71,11 @@ def plain_spec() -> ServerSpec:
 
 def pair_spec(name: str, role: KVRole, audit: Path | None = None, **more: Any) -> ServerSpec:
     """A pdtransport server. vLLM's dev mode lets tests empty its prefix cache."""
-    extra: dict[str, Any] = {"deadlines": DEADLINES, "observe": {"recent_transfers": 512}}
+    extra: dict[str, Any] = {
+        "deadlines": DEADLINES,
+        "observe": {"recent_transfers": 512},
+        "control": {"liveness_s": 5.0},  # three servers on two cores may hold a thread up for longer than the default
+    }
     if audit is not None:
         extra["observe"]["audit_dir"] = str(audit)
     env = {"VLLM_SERVER_DEV_MODE": "1"}
