@@ -1,0 +1,136 @@
+"""Which chunks are there: a hash table of fixed capacity in flat arrays.
+
+An *entry* is a small integer that stays the same while its key is in the table. Lookups of many keys are one pass of
+array operations; there is no resizing, so no pause at any size. Memory is committed as entries come into use.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.kv.keys import KEY_BYTES
+
+Entries = npt.NDArray[np.int32]
+KeyRows = npt.NDArray[np.uint64]
+
+MAX_ENTRIES = 1 << 30
+_WORDS = KEY_BYTES // 8
+
+
+def key_rows(packed: bytes) -> KeyRows:
+    """Keys one after the other, 32 bytes each, as rows of 4 words.
+
+    Raises:
+        ValueError: not a whole number of keys.
+    """
+    return np.frombuffer(packed, dtype=np.uint64).reshape(-1, _WORDS)
+
+
+class Index:
+    """A table of at most ``capacity`` keys, chained hashing.
+
+    Beside the key it holds columns that the shelf reads and writes by entry: ``nbytes`` (uint32), ``checksum``
+    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin`` (uint8) and ``group`` (uint16), each a memoryview for
+    single values, and ``tier_column`` as an array for many. All are zero in a new entry.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if not 1 <= capacity <= MAX_ENTRIES:
+            raise ValueError(f"an index of {capacity} entries; 1 to {MAX_ENTRIES} are possible")
+        self.capacity = capacity
+        bits = max(4, (capacity - 1).bit_length())
+        # Random odd multiplier: nobody outside can choose keys that fall into one chain.
+        self._multiplier = np.uint64(secrets.randbits(64) | 1)
+        self._shift = np.uint64(64 - bits)
+        self._keys = np.zeros((capacity, _WORDS), dtype=np.uint64)
+        self._heads = np.full(1 << bits, -1, dtype=np.int32)
+        self._chain = np.zeros(capacity, dtype=np.int32)
+        self._head, self._next = memoryview(self._heads), memoryview(self._chain)
+        self._raw = memoryview(self._keys).cast("B")
+        self._fresh = 0  # entries from here on were never used
+        self._free = -1  # head of the list of those given back, chained like the buckets
+        self.count = 0
+        self.tier_column = np.zeros(capacity, dtype=np.uint8)
+        self.tiers = memoryview(self.tier_column)
+        self.nbytes = memoryview(np.zeros(capacity, dtype=np.uint32))
+        self.checksum = memoryview(np.zeros(capacity, dtype=np.uint64))
+        self.refs = memoryview(np.zeros(capacity, dtype=np.uint16))
+        self.state = memoryview(np.zeros(capacity, dtype=np.uint8))
+        self.pin = memoryview(np.zeros(capacity, dtype=np.uint8))
+        self.group = memoryview(np.zeros(capacity, dtype=np.uint16))
+
+    def find(self, keys: KeyRows) -> Entries:
+        """The entry of each key, -1 where there is none: int32 of shape (n,)."""
+        found = np.full(len(keys), -1, dtype=np.int32)
+        rows = np.arange(len(keys))
+        at = self._heads[self._buckets(keys)]
+        while len(rows):
+            there = at >= 0
+            if not there.all():
+                rows, at = rows[there], at[there]
+            same = (self._keys[at] == keys[rows]).all(axis=1)
+            found[rows[same]] = at[same]
+            rows, at = rows[~same], self._chain[at[~same]]
+        return found
+
+    def entry(self, key: bytes) -> int:
+        """The entry of one key, -1 if there is none."""
+        return int(self.find(key_rows(key))[0])
+
+    def key(self, entry: int) -> bytes:
+        return bytes(self._raw[entry * KEY_BYTES : (entry + 1) * KEY_BYTES])
+
+    def add(self, key: bytes) -> int:
+        """A new entry for a key that is not there.
+
+        Raises:
+            IndexError: the table is full.
+        """
+        if self._free >= 0:
+            entry = self._free
+            self._free = self._next[entry]
+        elif self._fresh < self.capacity:
+            entry = self._fresh
+            self._fresh += 1
+        else:
+            raise IndexError(f"the index is full ({self.capacity} entries)")
+        self._raw[entry * KEY_BYTES : (entry + 1) * KEY_BYTES] = key
+        bucket = self._bucket(entry)
+        self._next[entry], self._head[bucket] = self._head[bucket], entry
+        self.count += 1
+        return entry
+
+    def remove(self, entry: int) -> None:
+        """Forget an entry; its number may be given out again at once."""
+        bucket = self._bucket(entry)
+        at = self._head[bucket]
+        if at == entry:
+            self._head[bucket] = self._next[entry]
+        else:
+            while self._next[at] != entry:
+                at = self._next[at]
+            self._next[at] = self._next[entry]
+        for column in (self.tiers, self.nbytes, self.checksum, self.refs, self.state, self.pin, self.group):
+            column[entry] = 0
+        self._next[entry], self._free = self._free, entry
+        self.count -= 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def nbytes_committed(self) -> int:
+        """Bytes that the table's entries in use take up, buckets included."""
+        columns = sum(view.itemsize for view in (self.tiers, self.nbytes, self.checksum, self.refs, self.state))
+        each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.group.itemsize
+        return self._heads.nbytes + self._fresh * each
+
+    def _buckets(self, keys: KeyRows) -> npt.NDArray[np.uint64]:
+        with np.errstate(over="ignore"):
+            return (keys[:, 0] * self._multiplier) >> self._shift
+
+    def _bucket(self, entry: int) -> int:
+        return ((int(self._keys[entry, 0]) * int(self._multiplier)) & ((1 << 64) - 1)) >> int(self._shift)
