@@ -19,7 +19,7 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, as_runs, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
-from pdtransport.pool.copying import Copying, Operation
+from pdtransport.pool.copying import WINDOWS, Copying, Operation
 from pdtransport.pool.request import Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
@@ -124,6 +124,7 @@ class PoolClient:
 
         self._reactor = Reactor(make, name=f"pdpool-client-{name}")
         self._reactor.start()
+        self._threads = threads
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy")
 
     # -- chunks ------------------------------------------------------------------------------------------------------
@@ -208,7 +209,11 @@ class PoolClient:
     # -- how ---------------------------------------------------------------------------------------------------------
 
     def _question(
-        self, make: Callable[[int], Message], read: Callable[[say.FromPool], T | None], deadline_s: float
+        self,
+        make: Callable[[int], Message],
+        read: Callable[[say.FromPool], T | None],
+        deadline_s: float,
+        counted: bool = True,
     ) -> Pending[T]:
         future: Future[T] = Future()
         number = next(self._numbers)
@@ -216,7 +221,7 @@ class PoolClient:
         def heard(_session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
             if isinstance(answer, PoolUnavailable):
                 with self._guard:
-                    self.counters["unavailable"] += 1
+                    self.counters["unavailable"] += counted
                 future.set_exception(answer)
                 return True
             value = read(answer)
@@ -257,7 +262,7 @@ class PoolClient:
             storing,
             list(keys),
             checked,
-            WINDOW_BYTES,
+            lambda: self._window(deadline),
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
@@ -269,6 +274,21 @@ class PoolClient:
             self._active[id(operation)] = operation
             future = self._copiers.submit(self._run, operation)
         return Pending(future, seconds, operation.cancel)
+
+    def _window(self, deadline: float) -> int:
+        """Bytes to ask for at one time, so that what this client holds fits what it may, and a tier below memory
+        finds room to bring chunks up to.
+
+        Raises:
+            PoolUnavailable: there is no pool.
+        """
+        if self._wire.session is None or self._wire.session.mapping is None:
+            left = max(0.01, deadline - now_plus(0))
+            self._question(lambda number: say.Lookup(request=number, keys=b""), _found, left, counted=False).result()
+        session = self._wire.session
+        if session is None or session.mapping is None:
+            raise PoolUnavailable("the pool ended")
+        return min(WINDOW_BYTES, session.client_bytes // (WINDOWS * self._threads), session.memory_bytes // 8)
 
     def _run(self, operation: Operation) -> Copied:
         copying = Copying(operation)

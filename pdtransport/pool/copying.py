@@ -47,7 +47,7 @@ class Operation:
     storing: bool
     keys: Sequence[bytes]
     runs: Sequence[Runs]
-    window_bytes: int
+    window_bytes: Callable[[], int]  # may raise PoolUnavailable
     number: Callable[[], int]
     ask: Callable[[Message, int], None]
     tell: Callable[[Session, Message], None]
@@ -79,10 +79,10 @@ class Copying:
     def run(self) -> None:
         """To the end, or until the deadline, the end of the service, or a cancellation; then nothing of the caller's
         memory or the pool's is touched any more."""
-        stretches = self._stretches()
         if self._do.cancelled.is_set():
             return
         try:
+            stretches = self._stretches(self._do.window_bytes())
             for stretch in itertools.islice(stretches, WINDOWS):
                 self._open(*stretch)
             while self._windows and not self._do.cancelled.is_set():
@@ -101,11 +101,11 @@ class Copying:
             if self._session is not None:
                 self._session.leave()
 
-    def _stretches(self) -> Iterator[tuple[int, int]]:
+    def _stretches(self, window_bytes: int) -> Iterator[tuple[int, int]]:
         """Windows of at most so many bytes and keys; a larger chunk has one of its own."""
         first = nbytes = 0
         for last, size in enumerate(self.sizes):
-            if last > first and (nbytes + size > self._do.window_bytes or last - first == say.MAX_KEYS):
+            if last > first and (nbytes + size > window_bytes or last - first == say.MAX_KEYS):
                 yield first, last
                 first, nbytes = last, 0
             nbytes += size
@@ -142,7 +142,7 @@ class Copying:
             if part.verdict in (Verdict.WRITE, Verdict.READ):
                 granted.append(part)
             else:
-                self.verdicts[window.first + part.index] = part.verdict
+                self.verdicts[window.first + part.place] = part.verdict
         for batch in self._batches(granted, window.first):
             if self._do.cancelled.is_set():
                 return
@@ -150,7 +150,7 @@ class Copying:
 
     def _batches(self, parts: list[Part], first: int) -> Iterator[list[Part]]:
         """Parts of one length, not too many bytes together: each batch is one call of the copy kernel."""
-        for size, alike in itertools.groupby(parts, key=lambda part: self.sizes[first + part.index]):
+        for size, alike in itertools.groupby(parts, key=lambda part: self.sizes[first + part.place]):
             group = list(alike)
             step = max(1, MAX_COPY_BYTES // size)
             for start in range(0, len(group), step):
@@ -159,7 +159,7 @@ class Copying:
     def _copy(self, window: Window, batch: list[Part], session: Session) -> list[int]:
         """Copy a batch between the caller's memory and the pool's; the checksums of what arrived."""
         assert session.mapping is not None
-        indices = [window.first + part.index for part in batch]
+        indices = [window.first + part.place for part in batch]
         ours = np.concatenate([self._do.runs[index] for index in indices])
         frames = b"".join(part.frames for part in batch)
         sizes = [self.sizes[index] for index in indices]
@@ -169,7 +169,7 @@ class Copying:
 
     def _fill(self, window: Window, batch: list[Part], session: Session) -> None:
         checksums = self._copy(window, batch, session)
-        window.published.append([part.index for part in batch])
+        window.published.append([part.place for part in batch])
         self._do.tell(session, say.Publish(request=window.number, indices=_indices(batch), checksums=_words(checksums)))
 
     def _on_done(self, window: Window, done: say.Done) -> None:
@@ -186,10 +186,10 @@ class Copying:
         checksums = self._copy(window, batch, session)
         for part, found in zip(batch, checksums, strict=True):
             good = found == part.checksum
-            self.verdicts[window.first + part.index] = Verdict.READ if good else Verdict.MISS
+            self.verdicts[window.first + part.place] = Verdict.READ if good else Verdict.MISS
             if not good:
                 self.damaged += 1
-                self._do.tell(session, say.Damaged(request=window.number, index=part.index))
+                self._do.tell(session, say.Damaged(request=window.number, index=part.place))
         self._do.tell(session, say.Release(request=window.number, indices=_indices(batch)))
 
 
@@ -215,7 +215,7 @@ def _parts(answer: say.Answer, sizes: Sequence[int], first: int, frame_bytes: in
 
 
 def _indices(batch: list[Part]) -> bytes:
-    return np.array([part.index for part in batch], dtype="<u4").tobytes()
+    return np.array([part.place for part in batch], dtype="<u4").tobytes()
 
 
 def _words(numbers: list[int]) -> bytes:

@@ -48,19 +48,19 @@ class Index:
         self._keys = np.zeros((capacity, _WORDS), dtype=np.uint64)
         self._heads = np.full(1 << bits, -1, dtype=np.int32)
         self._chain = np.zeros(capacity, dtype=np.int32)
-        self._head, self._next = memoryview(self._heads), memoryview(self._chain)
-        self._raw = memoryview(self._keys).cast("B")
+        self._head, self._next = self._heads.data, self._chain.data
+        self._raw = self._keys.data.cast("B")
         self._fresh = 0  # entries from here on were never used
         self._free = -1  # head of the list of those given back, chained like the buckets
         self.count = 0
         self.tier_column = np.zeros(capacity, dtype=np.uint8)
-        self.tiers = memoryview(self.tier_column)
-        self.nbytes = memoryview(np.zeros(capacity, dtype=np.uint32))
-        self.checksum = memoryview(np.zeros(capacity, dtype=np.uint64))
-        self.refs = memoryview(np.zeros(capacity, dtype=np.uint16))
-        self.state = memoryview(np.zeros(capacity, dtype=np.uint8))
-        self.pin = memoryview(np.zeros(capacity, dtype=np.uint8))
-        self.group = memoryview(np.zeros(capacity, dtype=np.uint16))
+        self.tiers = self.tier_column.data
+        self.nbytes = np.zeros(capacity, dtype=np.uint32).data
+        self.checksum = np.zeros(capacity, dtype=np.uint64).data
+        self.refs = np.zeros(capacity, dtype=np.uint16).data
+        self.state = np.zeros(capacity, dtype=np.uint8).data
+        self.pin = np.zeros(capacity, dtype=np.uint8).data
+        self.group = np.zeros(capacity, dtype=np.uint16).data
 
     def find(self, keys: KeyRows) -> Entries:
         """The entry of each key, -1 where there is none: int32 of shape (n,)."""

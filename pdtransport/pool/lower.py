@@ -29,7 +29,7 @@ class Lower:
     def attach(self, index: Index) -> None:
         self._index = index
         self._policy = make_policy(self._policy_name, Links(index.capacity))
-        self._stored = memoryview(np.zeros(index.capacity, dtype=np.uint32))
+        self._stored = np.zeros(index.capacity, dtype=np.uint32).data
 
     def __len__(self) -> int:
         return len(self._policy)

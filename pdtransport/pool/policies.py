@@ -27,9 +27,9 @@ class Links:
     """Room for linked lists over entries ``0 .. capacity - 1``; an entry is in one list at a time."""
 
     def __init__(self, capacity: int) -> None:
-        self.before = memoryview(np.zeros(capacity, dtype=np.int32))
-        self.after = memoryview(np.zeros(capacity, dtype=np.int32))
-        self.uses = memoryview(np.zeros(capacity, dtype=np.uint8))  # counted by lfu and s3fifo
+        self.before = np.zeros(capacity, dtype=np.int32).data
+        self.after = np.zeros(capacity, dtype=np.int32).data
+        self.uses = np.zeros(capacity, dtype=np.uint8).data  # counted by lfu and s3fifo
 
 
 class Order:

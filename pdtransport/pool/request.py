@@ -22,9 +22,9 @@ class Verdict(IntEnum):
 
 
 class Part(NamedTuple):
-    """What a request is told about its key number ``index``. ``frames`` are uint32 ids."""
+    """What a request is told about its key number ``place``. ``frames`` are uint32 ids."""
 
-    index: int
+    place: int
     verdict: Verdict
     checksum: int = 0
     frames: bytes = b""
@@ -41,7 +41,7 @@ class Session:
 
 @dataclass(eq=False)
 class Request:
-    """One store or load. ``held`` and ``waits`` map an index to its entry."""
+    """One store or load. ``held`` and ``waits`` map a place to its entry."""
 
     session: Session
     number: int

@@ -360,7 +360,7 @@ def _numbers(packed: bytes, kind: str) -> list[int]:
 def _packed(request: int, parts: list[Part]) -> say.Answer:
     return say.Answer(
         request=request,
-        indices=np.array([part.index for part in parts], dtype="<u4").tobytes(),
+        indices=np.array([part.place for part in parts], dtype="<u4").tobytes(),
         verdicts=bytes(part.verdict for part in parts),
         checksums=np.array([part.checksum for part in parts], dtype="<u8").tobytes(),
         frames=b"".join(part.frames for part in parts),

@@ -39,7 +39,7 @@ class Session:
     def __init__(self, lock: LockFile, byte: int) -> None:
         self.byte = byte
         self.mapping: Mapping | None = None
-        self.frame_bytes = self.client_bytes = 0
+        self.memory_bytes = self.frame_bytes = self.client_bytes = 0
         self.broken = False
         self._lock = lock
         self._guard = threading.Lock()
@@ -269,6 +269,7 @@ class Wire:
         except OSError as error:
             self._hang_up(f"its memory can't be mapped: {error.strerror}")
             return
+        session.memory_bytes = mapping.nbytes
         session.frame_bytes, session.client_bytes = welcome.frame_bytes, welcome.client_bytes
         session.mapping, self._why = mapping, ""
         threading.Thread(target=_populate, args=(session,), name="pdpool-populate", daemon=True).start()

@@ -1,0 +1,408 @@
+"""The life of a chunk, without sockets: nothing wrong is granted, nothing is lost, whatever clients and tiers do."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.request import Part, Request, Session, Verdict
+from pdtransport.pool.room import HARD, NO_PIN, SOFT
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.shelf import MEMORY, READY, Shelf
+from tests.unit.pool_rig import MemoryTier
+
+FRAME = 4096
+
+
+def key(number: int) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
+
+
+def keys(*numbers: int) -> bytes:
+    return b"".join(map(key, numbers))
+
+
+def shelf(frames: int = 4, **options: Any) -> Shelf:
+    made = PoolSettings.parse(
+        {"memory_bytes": 1 << 20, "frame_bytes": FRAME, "max_chunks": 64, "client_bytes": 1 << 20, **options}
+    )
+    return Shelf(made, frames, lambda _frames, _nbytes, checksum: checksum != 666)
+
+
+class Asker:
+    """One client of a shelf."""
+
+    def __init__(self, on: Shelf, group: int = 0) -> None:
+        self.shelf, self.session, self.group, self.number = on, Session("test"), group, 0
+
+    def _request(self, store: bool) -> Request:
+        self.number += 1
+        return Request(self.session, self.number, store, self.group)
+
+    def store(self, *numbers: int, nbytes: int = FRAME) -> Request:
+        request = self._request(True)
+        self.shelf.store(request, keys(*numbers), [nbytes] * len(numbers))
+        return request
+
+    def load(self, *numbers: int, nbytes: int = FRAME) -> Request:
+        request = self._request(False)
+        self.shelf.load(request, keys(*numbers), [nbytes] * len(numbers))
+        return request
+
+    def put(self, *numbers: int, nbytes: int = FRAME) -> list[Verdict]:
+        """Store and publish whatever may be."""
+        request = self.store(*numbers, nbytes=nbytes)
+        verdicts = self.told(request)
+        self.shelf.publish(request, [(place, 7) for place in list(request.held)])
+        return verdicts
+
+    def told(self, request: Request) -> list[Verdict]:
+        return [part.verdict for part in self.parts(request)]
+
+    def parts(self, request: Request) -> list[Part]:
+        return self.shelf.outbox.pop(request, [])
+
+
+def test_a_chunk_is_invisible_until_it_is_published() -> None:
+    """Lookups and loads never see what is being written."""
+    on = shelf()
+    writer, reader = Asker(on), Asker(on)
+    request = writer.store(1)
+    assert writer.told(request) == [Verdict.WRITE]
+    assert on.lookup(keys(1)) == (0, 0)
+    reading = reader.load(1)
+    assert reader.told(reading) == []  # it waits
+    assert on.publish(request, [(0, 42)]) == 1
+    assert on.lookup(keys(1)) == (1, 1)
+    assert [(part.verdict, part.checksum) for part in reader.parts(reading)] == [(Verdict.READ, 42)]
+
+
+def test_equal_keys_in_flight_are_stored_once() -> None:
+    """The second writer of a key is told to wait, and then that it is there."""
+    on = shelf()
+    first, second = Asker(on), Asker(on)
+    one, other = first.store(1), second.store(1)
+    assert first.told(one) == [Verdict.WRITE]
+    assert second.told(other) == []
+    on.publish(one, [(0, 1)])
+    assert second.told(other) == [Verdict.HAVE]
+
+
+def test_a_failed_store_never_becomes_visible_and_the_next_in_line_takes_over() -> None:
+    """When the writer dies, the one who waits to store the key gets its place, and readers go on waiting."""
+    on = shelf()
+    first, second, reader = Asker(on), Asker(on), Asker(on)
+    one, other, reading = first.store(1), second.store(1), reader.load(1)
+    on.cancel(one)
+    assert on.publish(one, [(0, 1)]) == 0  # too late
+    assert on.lookup(keys(1)) == (0, 0)
+    assert second.told(other) == [Verdict.WRITE]
+    assert reader.told(reading) == []
+    on.cancel(other)
+    assert reader.told(reading) == [Verdict.MISS]
+    assert (len(on.index), on.room.frames.free) == (0, 4)
+
+
+def test_one_request_may_name_a_key_twice() -> None:
+    """The second one is answered once the first is published, instead of never."""
+    on = shelf()
+    asker = Asker(on)
+    request = asker.store(1, 1)
+    assert asker.told(request) == [Verdict.WRITE]
+    on.publish(request, [(0, 1)])
+    assert asker.told(request) == [Verdict.HAVE]
+
+
+def test_what_is_referenced_is_never_evicted() -> None:
+    """With all memory referenced a store is refused; once a reader lets go, its chunk may go."""
+    on = shelf(frames=2)
+    asker = Asker(on)
+    asker.put(1, 2)
+    reading = asker.load(1, 2)
+    assert asker.put(3) == [Verdict.FULL]
+    on.release(reading, [0])
+    assert asker.put(3) == [Verdict.WRITE]
+    assert on.lookup(keys(1)) == (0, 0)
+    assert on.lookup(keys(2)) == (1, 1)
+
+
+def test_a_store_that_evicts_a_key_it_names_itself_is_told_the_truth() -> None:
+    """What made room for the first key of a request does not count as there for the second."""
+    on = shelf(frames=1)
+    asker = Asker(on)
+    asker.put(1)
+    request = asker.store(2, 1)
+    assert asker.told(request) == [Verdict.WRITE, Verdict.FULL]
+
+
+def test_a_dropped_chunk_stays_whole_for_its_readers() -> None:
+    """Dropping makes it invisible at once; its memory is given out again after the last reader let go."""
+    on = shelf(frames=1)
+    asker = Asker(on)
+    asker.put(1)
+    reading = asker.load(1)
+    assert on.drop(None) == 1
+    assert on.lookup(keys(1)) == (0, 0)
+    assert asker.put(2) == [Verdict.FULL]
+    assert asker.put(1) == [Verdict.BUSY]
+    on.release(reading, [0])
+    assert asker.put(1) == [Verdict.WRITE]
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_another_length_under_the_same_key_is_no_hit(store: bool) -> None:
+    """A key that means something else to somebody is refused, not served."""
+    on = shelf()
+    asker = Asker(on)
+    asker.put(1)
+    request = asker.store(1, nbytes=8) if store else asker.load(1, nbytes=8)
+    assert asker.told(request) == [Verdict.MISMATCH]
+
+
+def test_damage_is_believed_only_if_it_is_there() -> None:
+    """A chunk that does not have its checksum is dropped; a reader that is wrong about it drops nothing."""
+    on = shelf()
+    asker = Asker(on)
+    request = asker.store(1, 2)
+    on.publish(request, [(0, 666), (1, 1)])
+    reading = asker.load(1, 2)
+    assert on.damaged(reading, 0)
+    assert not on.damaged(reading, 1)
+    assert on.lookup(keys(1)) == (0, 0)
+    assert on.lookup(keys(2)) == (1, 1)
+
+
+def test_a_client_holds_no_more_than_it_may() -> None:
+    """Beyond client_bytes it is told to release first; after that it may."""
+    on = shelf(frames=512, client_bytes=1 << 20)
+    asker = Asker(on)
+    asker.put(1, 2, nbytes=1 << 19)
+    reading = asker.load(1, 2, nbytes=1 << 19)
+    assert asker.told(reading) == [Verdict.READ, Verdict.READ]
+    assert asker.put(3) == [Verdict.BUSY]
+    on.cancel(reading)
+    assert asker.session.held_bytes == 0
+    assert asker.put(3) == [Verdict.WRITE]
+
+
+def test_pins() -> None:
+    """Hard pins stay, soft ones go last, and a pin that runs out is none."""
+    on = shelf(frames=4)
+    asker = Asker(on)
+    asker.put(1, 2, 3, 4)
+    assert on.pin(keys(1), HARD, until=10.0) == 1
+    assert on.pin(keys(2), SOFT, until=None) == 1
+    assert on.pin(keys(9), HARD, until=None) == 0  # not there
+    asker.put(5, 6)
+    assert [on.lookup(keys(n))[0] for n in (1, 2, 3, 4)] == [1, 1, 0, 0]
+    reading = asker.load(5, 6)
+    assert asker.put(7) == [Verdict.WRITE]
+    assert on.lookup(keys(2)) == (0, 0)
+    on.cancel(reading)
+    on.tick(10.0)
+    asker.put(8, 9, 10, 11)
+    assert on.lookup(keys(1)) == (0, 0)
+
+
+def test_hard_pins_can_not_take_all_memory() -> None:
+    """Half of the memory stays for stores."""
+    on = shelf(frames=4)
+    Asker(on).put(1, 2, 3, 4)
+    assert on.pin(keys(1, 2, 3, 4), HARD, until=None) == 2
+    assert on.pin(keys(1, 2), NO_PIN, until=None) == 2
+    assert on.room.hard_frames == 0
+
+
+def test_a_tenant_never_exceeds_its_quota_and_recycles_its_own() -> None:
+    """One tenant's flood costs that tenant alone."""
+    on = shelf(frames=8, quotas={"a": 2 * FRAME})
+    flood, other = Asker(on, on.room.group_of("a")), Asker(on, on.room.group_of("b"))
+    other.put(1, 2)
+    for number in range(10, 30):
+        assert flood.put(number) == [Verdict.WRITE]
+    assert on.lookup(keys(1, 2)) == (2, 2)
+    assert on.room.groups[1].used == 2
+    assert on.lookup(keys(28, 29)) == (2, 2)
+    assert flood.put(99, nbytes=3 * FRAME) == [Verdict.FULL]
+    other.put(*range(40, 48))
+    assert on.room.groups[1].used <= 2
+
+
+def test_admission_twice_stores_what_comes_again() -> None:
+    """A chunk that is stored once and never again takes no memory."""
+    on = shelf(admission="twice")
+    asker = Asker(on)
+    assert asker.put(1) == [Verdict.LATER]
+    assert asker.put(1) == [Verdict.WRITE]
+    assert asker.put(1) == [Verdict.HAVE]
+
+
+def test_a_full_index_makes_room_by_forgetting() -> None:
+    """The number of chunks has a limit like their bytes, and reaching it stops nothing."""
+    on = shelf(frames=64, max_chunks=16)
+    asker = Asker(on)
+    assert asker.put(*range(40)) == [Verdict.WRITE] * 16 + [Verdict.FULL] * 24  # all of them being written
+    assert asker.put(*range(16, 24)) == [Verdict.WRITE] * 8
+    assert len(on.index) == 16
+
+
+class Lives(RuleBasedStateMachine):
+    """Random clients over a tiny pool with a tier below: at every step, what is held is whole and nobody else's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tier = MemoryTier()
+        made = PoolSettings.parse(
+            {"memory_bytes": 1 << 20, "frame_bytes": FRAME, "max_chunks": 16, "client_bytes": 1 << 20,
+             "quotas": {"q": 3 * FRAME}, "writeback_bytes": 4 * FRAME}
+        )  # fmt: skip
+        self.memory: dict[int, tuple[bytes, int]] = {}  # frame -> whose content it has
+        self.shelf = Shelf(made, 6, self._whole, [Lower(self.tier, 2, 5 * FRAME, "lru")])
+        self.askers = [Asker(self.shelf), Asker(self.shelf), Asker(self.shelf, 1)]
+        self.asked: list[tuple[Request, list[int]]] = []
+        self.granted: dict[tuple[Request, int], tuple[bytes, bytes, Verdict]] = {}  # -> key, frames, verdict
+
+    @staticmethod
+    def nbytes(number: int) -> int:
+        return FRAME * (1 + number % 2)
+
+    def _whole(self, frames: bytes, nbytes: int, checksum: int) -> bool:
+        content = {self.memory[frame] for frame in memoryview(frames).cast("I")}
+        return len(content) == 1 and next(iter(content))[1] == checksum
+
+    def _fill(self, frames: bytes, whose: bytes) -> None:
+        for frame in memoryview(frames).cast("I"):
+            self.memory[frame] = (whose, int.from_bytes(whose[:7], "little"))
+
+    def _settle(self) -> None:
+        """Hear what the shelf says; writers do not write yet, readers check what they were granted."""
+        outbox, self.shelf.outbox = self.shelf.outbox, {}
+        for request, parts in outbox.items():
+            numbers = next(numbers for known, numbers in self.asked if known is request)
+            for part in parts:
+                whose = key(numbers[part.place])
+                if part.verdict is Verdict.WRITE:
+                    assert len(part.frames) // 4 == self.nbytes(numbers[part.place]) // FRAME
+                    self.granted[request, part.place] = (whose, part.frames, part.verdict)
+                elif part.verdict is Verdict.READ:
+                    self.granted[request, part.place] = (whose, part.frames, part.verdict)
+                    assert self._whole(part.frames, 0, part.checksum)
+
+    @rule(who=st.integers(0, 2), numbers=st.lists(st.integers(0, 11), min_size=1, max_size=4), store=st.booleans())
+    def ask(self, who: int, numbers: list[int], store: bool) -> None:
+        asker = self.askers[who]
+        request = asker._request(store)
+        self.asked.append((request, numbers))
+        sizes = [self.nbytes(number) for number in numbers]
+        (self.shelf.store if store else self.shelf.load)(request, keys(*numbers), sizes)
+        self._settle()
+
+    @rule(pick=st.integers(0, 99), good=st.booleans())
+    def finish_one(self, pick: int, good: bool) -> None:
+        if not self.granted:
+            return
+        (request, place), (whose, frames, verdict) = list(self.granted.items())[pick % len(self.granted)]
+        del self.granted[request, place]
+        if verdict is Verdict.WRITE and good:
+            self._fill(frames, whose)
+            assert self.shelf.publish(request, [(place, int.from_bytes(whose[:7], "little"))]) == 1
+        elif verdict is Verdict.WRITE:
+            self._fill(frames, bytes(32))  # torn
+            self.shelf.release(request, [place])
+        else:
+            self.shelf.release(request, [place])
+        self._settle()
+
+    @rule(who=st.integers(0, 2))
+    def client_dies(self, who: int) -> None:
+        for request, _ in self.asked:
+            if request.session is self.askers[who].session:
+                self.granted = {each: value for each, value in self.granted.items() if each[0] is not request}
+                self.shelf.cancel(request)
+        self._settle()
+
+    @rule(number=st.integers(0, 11), kind=st.sampled_from([NO_PIN, SOFT, HARD]))
+    def pin(self, number: int, kind: int) -> None:
+        self.shelf.pin(key(number), kind, None)
+
+    @rule(number=st.integers(0, 11))
+    def drop(self, number: int) -> None:
+        self.shelf.drop(key(number))
+        self._settle()
+
+    @rule(fail=st.booleans())
+    def tier_works(self, fail: bool) -> None:
+        jobs, self.shelf.jobs = list(self.shelf.jobs), type(self.shelf.jobs)()
+        for job in jobs:
+            self._work(job, fail)
+        self._settle()
+
+    def _work(self, job: Job, fail: bool) -> None:
+        if isinstance(job, WriteBack):
+            assert self._whole(job.frames, job.nbytes, job.checksum)
+            if not fail:
+                self.tier.held[job.key] = b""
+            self.shelf.written_back(job, None if fail else job.nbytes)
+        elif isinstance(job, Promote):
+            found = job.key in self.tier.held and not fail
+            self._fill(job.frames, job.key if found else bytes(32))
+            self.shelf.promoted(job, int.from_bytes(job.key[:7], "little") if found else None)
+        else:
+            assert isinstance(job, Delete)
+            self.tier.held.pop(job.key, None)
+
+    @invariant()
+    def what_is_held_is_whole_and_nobody_elses(self) -> None:
+        """Readers' frames have their content all the time; writers' frames are theirs alone."""
+        writers: set[int] = set()
+        readers: set[int] = set()
+        for whose, frames, verdict in self.granted.values():
+            ids = set(memoryview(frames).cast("I").tolist())
+            if verdict is Verdict.READ:
+                readers |= ids
+                assert self._whole(frames, 0, int.from_bytes(whose[:7], "little"))
+            else:
+                assert not ids & writers
+                writers |= ids
+        assert not readers & writers
+
+    @invariant()
+    def accounts_balance(self) -> None:
+        """Frames used are those of entries; limits hold; pinned and referenced chunks are where they should be."""
+        kept = [frames for frames in self.shelf._frames if frames is not None]
+        assert sum(len(frames) // 4 for frames in kept) == 6 - self.shelf.room.frames.free
+        assert len(set(b"".join(kept))) or not kept
+        assert sum(group.used for group in self.shelf.room.groups) == 6 - self.shelf.room.frames.free
+        assert self.shelf.room.groups[1].used <= 3
+        assert self.shelf.lower[0].used <= 5 * FRAME
+        for entry, frames in enumerate(self.shelf._frames):
+            if self.shelf.index.tiers[entry] & MEMORY:
+                assert frames is not None
+                assert self.shelf.index.state[entry] == READY
+
+    def teardown(self) -> None:
+        """When everybody is gone, everything can be dropped, and nothing leaked."""
+        for who in range(3):
+            self.client_dies(who)
+        for _ in range(3):
+            self.tier_works(fail=False)
+        self.shelf.drop(None)
+        self.tier_works(fail=False)
+        assert len(self.shelf.index) == 0
+        assert self.shelf.room.frames.free == 6
+        assert self.shelf.lower[0].used == 0
+        assert self.shelf.room.hard_frames == 0
+        assert not self.tier.held
+        assert all(asker.session.held_bytes == 0 for asker in self.askers)
+
+
+TestLives = Lives.TestCase
+TestLives.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
