@@ -416,19 +416,23 @@ class Shelf:
         assert frames is not None
         for tier in self.lower:
             reserved = nbytes + tier.tier.overhead_bytes
-            if self._writeback_bytes + nbytes > self.settings.writeback_bytes or reserved > tier.limit:
+            if self._writeback_bytes + nbytes > self.settings.writeback_bytes or not self._make_room(tier, reserved):
                 self.counters[f"{tier.name}_write_skipped"] += 1
                 continue
             tier.used += reserved
-            self._trim(tier)
             self._writeback_bytes += nbytes
             self.index.refs[entry] += 1
             checksum, tenant = self.index.checksum[entry], self._tenant(entry)
             self.jobs.append(WriteBack(tier, entry, self.index.key(entry), tenant, nbytes, checksum, frames, reserved))
 
-    def _trim(self, tier: Lower) -> None:
-        while tier.used > tier.limit and self._drop_coldest(tier):
-            pass
+    def _make_room(self, tier: Lower, nbytes: int) -> bool:
+        """Drop from a tier until so many bytes fit; False if what is being written there takes the room."""
+        if nbytes > tier.limit:
+            return False
+        while tier.used + nbytes > tier.limit:
+            if not self._drop_coldest(tier):
+                return False
+        return True
 
     def _drop_coldest(self, tier: Lower) -> bool:
         entry = tier.coldest()

@@ -111,6 +111,9 @@ class Daemon:
         self.process.send_signal(how)
         if how in (signal.SIGKILL, signal.SIGTERM):
             self.process.wait(ANSWER_S)
+        if how == signal.SIGSTOP:
+            stat = Path(f"/proc/{self.process.pid}/stat")
+            until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it did not stop")
 
     def outcome(self) -> tuple[int, str]:
         """Exit status and standard error of one that ends by itself."""

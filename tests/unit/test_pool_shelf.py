@@ -252,6 +252,120 @@ def test_a_full_index_makes_room_by_forgetting() -> None:
     assert len(on.index) == 16
 
 
+def with_tier(limit: int = 8 * FRAME, frames: int = 4) -> tuple[Shelf, Lower]:
+    made = PoolSettings.parse({"memory_bytes": 1 << 20, "frame_bytes": FRAME, "max_chunks": 64})
+    tier = Lower(MemoryTier(), 2, limit, "lru")
+    return Shelf(made, frames, lambda _frames, _nbytes, checksum: checksum != 666, [tier]), tier
+
+
+def written(on: Shelf) -> None:
+    """All write-backs that wait succeed."""
+    while on.jobs:
+        job = on.jobs.popleft()
+        if isinstance(job, WriteBack):
+            on.written_back(job, job.nbytes)
+
+
+def test_a_chunk_goes_down_and_comes_up_again() -> None:
+    """Stored chunks are written back, and one that memory lost is promoted for the first who loads it, and all others
+    who wait."""
+    on, _ = with_tier(frames=1)
+    asker, other = Asker(on), Asker(on)
+    asker.put(1)
+    assert asker.put(2) == [Verdict.FULL]  # it is referenced while it is written
+    written(on)
+    asker.put(2)
+    written(on)
+    assert on.lookup(keys(1)) == (1, 0)
+    one, two = asker.load(1), other.load(1)
+    [job] = on.jobs
+    assert isinstance(job, Promote)
+    assert on.lookup(keys(1, 2)) == (2, 0)
+    on.promoted(job, 7)
+    assert asker.told(one) == other.told(two) == [Verdict.READ]
+
+
+def test_a_chunk_that_can_not_be_read_below_is_a_miss_and_can_be_stored() -> None:
+    """A failed promotion drops the chunk there, and a storer who waits takes over."""
+    on, _ = with_tier(frames=1)
+    asker = Asker(on)
+    for number in (1, 2):
+        asker.put(number)
+        written(on)
+    reading, storing = asker.load(1), Request(asker.session, 99, True)
+    [job] = on.jobs
+    on.jobs.clear()
+    assert isinstance(job, Promote)
+    on.drop(keys(1))  # so that a store of it waits for the same frames
+    on.store(storing, keys(1), [FRAME])
+    on.promoted(job, None)
+    assert asker.told(storing) == [Verdict.WRITE]
+    on.publish(storing, [(0, 1)])
+    assert asker.told(reading) == [Verdict.READ]
+
+
+def test_a_chunk_dropped_on_its_way_down_stays_dropped() -> None:
+    """What was forgotten while it was written to a tier is removed there and does not come back."""
+    on, tier = with_tier()
+    Asker(on).put(1)
+    job = on.jobs.popleft()
+    assert isinstance(job, WriteBack)
+    on.drop(None)
+    on.written_back(job, FRAME)
+    assert on.lookup(keys(1)) == (0, 0)
+    assert [type(each) for each in on.jobs] == [Delete]
+    assert (tier.used, len(on.index), on.room.frames.free) == (0, 0, 4)
+
+
+def test_a_chunk_dropped_on_its_way_up_stays_dropped() -> None:
+    """Its readers get a miss, and it does not become visible."""
+    on, _ = with_tier(frames=1)
+    asker = Asker(on)
+    for number in (1, 2):
+        asker.put(number)
+        written(on)
+    reading = asker.load(1)
+    job = on.jobs.popleft()
+    assert isinstance(job, Promote)
+    on.drop(keys(1))
+    on.promoted(job, 7)
+    assert asker.told(reading) == [Verdict.MISS]
+    assert on.lookup(keys(1)) == (0, 0)
+    assert on.room.frames.free == 1
+
+
+def test_a_tier_never_exceeds_its_limit_writes_under_way_included() -> None:
+    """Room is made before a write begins, not after it."""
+    on, tier = with_tier(limit=3 * FRAME, frames=8)
+    asker = Asker(on)
+    for number in range(12):
+        asker.put(number)
+        if number > 5:
+            written(on)
+        assert tier.used <= 3 * FRAME
+    assert on.counters["below_write_skipped"] == 4  # while its room was all reserved
+    assert on.lookup(keys(10, 11)) == (2, 2)
+
+
+def test_a_damaged_chunk_is_not_promoted_over_its_readers() -> None:
+    """Its memory copy is dropped while someone reads it; until that ends, the copy below has to wait."""
+    on, _ = with_tier()
+    asker = Asker(on)
+    request = asker.store(1)
+    on.publish(request, [(0, 666)])
+    written(on)
+    reading = asker.load(1)
+    assert on.damaged(reading, 0)
+    again = asker.load(1)
+    assert asker.told(again) == [Verdict.FULL]
+    on.cancel(reading)
+    again = asker.load(1)
+    job = on.jobs.popleft()
+    assert isinstance(job, Promote)
+    on.promoted(job, 5)
+    assert [(part.verdict, part.checksum) for part in asker.parts(again)] == [(Verdict.READ, 5)]
+
+
 class Lives(RuleBasedStateMachine):
     """Random clients over a tiny pool with a tier below: at every step, what is held is whole and nobody else's."""
 
