@@ -37,6 +37,14 @@ compute     -> prefill's HTTP response
 tail        -> decode's worker has verified the last page; below zero where it had before prefill's response
 D step      -> decode's first token at the client: scheduling, the step that computes it, HTTP
 hand-off    tail + D step
+
+With ``--gpu`` an 8B-shaped model with dummy weights runs on one GPU, prefill and decode side by side:
+
+    python -m benchmarks.handoff --gpu --against nixl-push,nixl [--modes eager,graphs] [--fragment] [--seconds 230]
+
+Its rows and columns are described in :mod:`benchmarks._gpu_handoff`. ``--seconds`` bounds the whole run, server starts
+included; with ``--json FILE`` every system's samples are written as soon as they are there, and ``--resume FILE`` takes
+over what an earlier run measured. ``--rehearse`` does the same with a small model on CPU cores.
 """
 
 from __future__ import annotations
@@ -47,47 +55,88 @@ import json
 import os
 import platform
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _gpu_handoff
+from benchmarks._gpu_scale import FULL, REHEARSAL
 from benchmarks._handoff_report import breakdown_table, summarise, summary_table
-from benchmarks._handoff_systems import SYSTEMS, Sample, System, measure
+from benchmarks._handoff_systems import SYSTEMS, Sample, measure
+from tests.rig.device import card
 from tests.rig.servers import ServerFailed, fleet
 
 MAX_LENGTH = 8000
+LENGTHS = [512, 2048, 4000]
+PEERS = ("nixl", "nixl-push")
+GPU_RUNS, RUNS = 5, 7
 
 
 def lengths(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if not values or not all(1 < value <= MAX_LENGTH for value in values):
-        raise argparse.ArgumentTypeError(f"prompt lengths lie within 2..{MAX_LENGTH}, such as 512,2048,4000")
-    return values
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError("prompt lengths are numbers separated by commas, such as 512,2048") from None
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.handoff", description=__doc__.splitlines()[0])
-    parser.add_argument("--against", choices=("nixl", "none"), default="nixl", help="the peer to compare with")
-    parser.add_argument("--lens", type=lengths, default=[512, 2048, 4000], help="prompt lengths in tokens")
-    parser.add_argument("--runs", type=int, default=7, help="measured requests per length and system")
+    parser.add_argument(
+        "--against", type=names, default=["nixl"], help=f"peers to compare with: {', '.join(PEERS)}; none"
+    )
+    parser.add_argument("--lens", type=lengths, help="prompt lengths in tokens")
+    parser.add_argument("--runs", type=int, help=f"measured requests per length and system ({RUNS}; --gpu: {GPU_RUNS})")
     parser.add_argument("--rounds", type=int, default=2, help="times that each system is started")
     parser.add_argument("--dispatch", choices=("concurrent", "serial", "both"), default="both")
-    parser.add_argument("--systems", default="", help="only these, by comma: " + ", ".join(SYSTEMS))
+    parser.add_argument("--systems", type=names, default=[], help="only these, by comma: " + ", ".join(SYSTEMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every sample and the medians here")
+    gpu = parser.add_argument_group("on one GPU")
+    gpu.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU; see the module's help")
+    gpu.add_argument("--rehearse", action="store_true", help="--gpu with a small model on CPU cores")
+    gpu.add_argument("--modes", type=names, help="eager, graphs (CUDA graphs), or both by comma; default eager")
+    gpu.add_argument("--graphs", action="store_true", help="short for --modes graphs")
+    gpu.add_argument("--fragment", action="store_true", help="measure again with fragmented KV caches")
+    gpu.add_argument("--together", type=int, default=1, help="systems that live at a time (default 1), 25 GB a server")
+    gpu.add_argument("--seconds", type=float, default=230.0, help="bound of the whole run (default 230)")
+    gpu.add_argument("--settings", type=json.loads, default={}, help="pdtransport's settings, as JSON")
+    gpu.add_argument("--no-router", action="store_true", help="leave the rows through the router out")
+    gpu.add_argument(
+        "--router-first-token", default="", help="pdrouter options for the row of that name (default: its own)"
+    )
+    gpu.add_argument("--resume", type=Path, nargs="+", default=[], help="take over the samples of these JSON files")
+    gpu.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     options = parser.parse_args(argv)
-    if options.runs < 1 or options.rounds < 1:
-        parser.error("--runs and --rounds are at least 1")
-    unknown = set(filter(None, options.systems.split(","))) - set(SYSTEMS)
-    if unknown:
-        parser.error(f"--systems: unknown {', '.join(sorted(unknown))}; known are {', '.join(SYSTEMS)}")
+    options.gpu = options.gpu or options.rehearse
+    options.runs = options.runs if options.runs is not None else GPU_RUNS if options.gpu else RUNS
+    options.modes = ["graphs"] if options.graphs and not options.modes else options.modes or ["eager"]
+    scale = REHEARSAL if options.rehearse else FULL
+    options.lens = options.lens or (list(scale.lengths) if options.gpu else LENGTHS)
+    longest = scale.max_len - _gpu_handoff.MAX_TOKENS if options.gpu else MAX_LENGTH
+    if min(options.runs, options.rounds, options.together) < 1:
+        parser.error("--runs, --rounds and --together are at least 1")
+    if not all(1 < length <= longest for length in options.lens):
+        parser.error(f"--lens: prompt lengths lie within 2..{longest}, such as 512,2048")
+    for option, given, known in (
+        ("--systems", options.systems, list(_gpu_handoff.SYSTEMS if options.gpu else SYSTEMS)),
+        ("--against", options.against, [*(PEERS if options.gpu else PEERS[:1]), "none"]),
+        ("--modes", options.modes, list(scale.modes)),
+    ):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            parser.error(f"{option}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     return options
 
 
-def chosen(options: argparse.Namespace) -> list[System]:
-    names = options.systems.split(",") if options.systems else list(SYSTEMS)
-    if options.against == "none":
-        names = [name for name in names if name != "nixl"]
-    return [SYSTEMS[name] for name in names]
+def chosen(options: argparse.Namespace) -> list[str]:
+    known = _gpu_handoff.SYSTEMS if options.gpu else tuple(SYSTEMS)
+    wanted = options.systems or [name for name in known if name not in PEERS or name in options.against]
+    return [name for name in known if name in wanted]
 
 
 def shares(runs: int, rounds: int) -> list[int]:
@@ -100,13 +149,45 @@ def run(options: argparse.Namespace) -> list[Sample]:
     for index, runs in enumerate(shares(options.runs, options.rounds)):
         if not runs:
             continue
-        for system in chosen(options):
+        for system in (SYSTEMS[name] for name in chosen(options)):
             say(f"round {index + 1} of {options.rounds}: {system.name}")
             with fleet(*system.specs) as servers:
                 seed = options.seed * 1000 + index
                 fresh = asyncio.run(measure(system, servers, options.lens, runs, options.dispatch, seed))
             samples += fresh
     return samples
+
+
+def run_gpu(options: argparse.Namespace) -> int:
+    ends = time.monotonic() + options.seconds
+    before = {**machine(), "card": card()}
+    plan = _gpu_handoff.Plan(
+        scale=REHEARSAL if options.rehearse else FULL,
+        modes=options.modes,
+        systems=chosen(options),
+        lengths=options.lens,
+        runs=options.runs,
+        fragment=options.fragment,
+        together=options.together,
+        settings=options.settings,
+        router=not options.no_router,
+        router_first_token=options.router_first_token,
+        seed=options.seed,
+        ends=ends,
+        logs=options.logs or Path(tempfile.mkdtemp(prefix="pdtransport-handoff-")),
+    )
+    plan.logs.mkdir(parents=True, exist_ok=True)
+    samples = _gpu_handoff.read(options.resume)
+    for fresh in _gpu_handoff.run(plan, list(samples), say):
+        samples += fresh
+        if options.json:
+            options.json.write_text(_gpu_handoff.document(plan, before, samples) + "\n")
+    print(_gpu_handoff.table(_gpu_handoff.summarise(samples)))
+    there = {(sample.mode, sample.system) for sample in samples if not sample.failed}
+    missing = [f"{mode} {name}" for mode in plan.modes for name in plan.systems if (mode, name) not in there]
+    if missing:
+        say(f"not measured: {', '.join(missing)}")
+    return 1 if missing else 0
 
 
 def machine() -> dict[str, Any]:
@@ -139,6 +220,8 @@ def say(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    if options.gpu:
+        return run_gpu(options)
     before = machine()
     try:
         samples = run(options)

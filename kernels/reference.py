@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 from collections.abc import Iterator
 
@@ -55,8 +56,17 @@ def block_checksum(block: npt.NDArray[np.uint8]) -> np.uint64:
         plain = keyed.sum(axis=1, dtype=np.uint64)
         numbers = np.arange(1, len(words) + 1, dtype=np.uint64) * _GOLDEN
         stripes = _mix(products + _mix(plain + numbers)).sum(dtype=np.uint64)
-        tail = _mix(np.array([length], dtype=np.uint64) + _GOLDEN)
-        return np.uint64(_mix(np.array([stripes], dtype=np.uint64) ^ tail)[0])
+    return np.uint64(finish(np.array([stripes], dtype=np.uint64), length)[0])
+
+
+def finish(sums: Checksums, length: int) -> Checksums:
+    """Checksums of blocks of ``length`` bytes, from the sums of their stripes' values."""
+    return _mix(sums ^ _tail(length))
+
+
+@functools.lru_cache(maxsize=64)
+def _tail(length: int) -> Checksums:
+    return _mix(np.array([length], dtype=np.uint64) + _GOLDEN)
 
 
 def checksum(runs: Runs, blocks: int) -> Checksums:

@@ -6,6 +6,7 @@ A list is an array of shape (n, 2), dtype uint64: ``[address, nbytes]`` of each 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,3 +75,42 @@ def cut_runs(runs: Runs, bounds: list[int]) -> list[Runs]:
             piece[-1, 1] -= ends[last - 1] - np.uint64(high) if ends[last - 1] > high else np.uint64(0)
         pieces.append(piece)
     return pieces
+
+
+def layout_runs(
+    pages: npt.ArrayLike,
+    order: Literal["NHC", "HNC"],
+    tokens: int,
+    heads: int,
+    row_bytes: int,
+    *,
+    first: int = 0,
+    count: int | None = None,
+) -> Runs:
+    """Heads ``[first, first + count)`` of KV pages as one stream, in the order page, head, token, whichever of vLLM's
+    orders the pages have: copying the runs of one order into those of the other converts pages.
+
+    Args:
+        pages: where each page starts, integers, shape (n,).
+        order: of a page's bytes: token, head, channels ("NHC"), or head, token, channels ("HNC").
+        tokens: of a page.
+        heads: of a page, all of them.
+        row_bytes: of one token's one head.
+        count: default: all from ``first`` on.
+
+    Raises:
+        ValueError: heads that the pages do not have, or another order.
+    """
+    count = heads - first if count is None else count
+    if first < 0 or count < 0 or first + count > heads:
+        raise ValueError(f"heads {first} to {first + count} of pages with {heads}")
+    bases = np.asarray(pages, dtype=np.uint64)
+    if order == "HNC":
+        inside, nbytes = np.array([first * tokens * row_bytes], dtype=np.uint64), count * tokens * row_bytes
+    elif order == "NHC":
+        head, token = np.meshgrid(np.arange(first, first + count), np.arange(tokens), indexing="ij")
+        inside, nbytes = ((token * heads + head) * row_bytes).reshape(-1).astype(np.uint64), row_bytes
+    else:
+        raise ValueError(f"KV order {order!r}; NHC and HNC are known")
+    addresses = (bases[:, None] + inside[None, :]).reshape(-1)
+    return np.stack([addresses, np.full(addresses.size, nbytes, dtype=np.uint64)], axis=1)

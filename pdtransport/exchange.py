@@ -22,8 +22,9 @@ from pdtransport.control.channel import (
     Received,
     StatusAsked,
 )
+from pdtransport.gate import Gate
 from pdtransport.handing import Handing
-from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.links.base import Link
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline
@@ -66,9 +67,11 @@ class Exchange:
         unavailable: dict[str, str],
         role: str,
         scratch: Scratch,
+        gate: Gate,
         port: int | None = None,
     ) -> None:
         self._me = me
+        self.gate = gate
         self._role = role
         self._links = links
         self._started_at = time.time()
@@ -79,7 +82,7 @@ class Exchange:
         self._peers = Peers(self._control, links, unavailable, settings.links, scratch)
         audit_dir = settings.observe.audit_dir
         self._audit = Audit(audit_dir, me.engine, me.rank, geometry) if audit_dir else None
-        limits = limits_of(settings)
+        limits = limits_of(settings, geometry.device)
         common = (self._control, self._peers, self._timeline, self._counters, self._audit)
         self.handing = Handing(limits, geometry, *common)
         self.taking = Taking(limits, geometry, me, *common)
@@ -90,13 +93,15 @@ class Exchange:
         return self._control.sockets()
 
     def descriptors(self) -> list[int]:
-        return [fd for fd in (link.fileno() for link in self._links.values()) if fd >= 0]
+        links = [fd for fd in (link.fileno() for link in self._links.values()) if fd >= 0]
+        return links + self.gate.descriptors()
 
     def turn(self, now: float) -> bool:
         events = self._control.receive(now)
         for event in events:
             self._on_event(event, now)
         busy = bool(events)
+        busy = self.gate.run() or busy
         for link in self._links.values():
             busy = link.progress() or busy
         busy = self.handing.push_some() or busy
@@ -120,10 +125,12 @@ class Exchange:
         return min((t for t in times if t is not None), default=None)
 
     def close(self) -> None:
+        self.gate.flush()
         self._peers.close()
         for link in self._links.values():
             link.close()
         self._control.close()
+        self.gate.close()
         for half in (self.handing, self.taking):
             half.end_all(Code.CANCELLED, "the transport was closed")
         if self._audit is not None:
@@ -171,18 +178,19 @@ class Exchange:
             "incarnation": self._me.incarnation,
             "uptime_s": time.time() - self._started_at,
             "counters": dict(counters),
-            "live": {**self.handing.live(), **self.taking.live()},
+            "live": {**self.handing.live(), **self.taking.live(), "waiting_for_gpu": self.gate.waiting},
             "peers": [peer.status() for peer in self._peers],
             "transfers": [record.as_dict() for record in self._timeline.records(transfer)[-MAX_STATUS_RECORDS:]],
         }
 
 
-def limits_of(settings: Settings) -> Limits:
-    """The settings that the state machines need."""
+def limits_of(settings: Settings, device: int = HOST) -> Limits:
+    """The settings that the state machines need, for KV on ``device``."""
+    links, gpu = settings.links, device != HOST
     return Limits(
         **settings.deadlines.model_dump(),
-        batch_bytes=settings.links.batch_bytes,
-        window_bytes=settings.links.window_bytes,
+        batch_bytes=links.gpu_batch_bytes if gpu else links.batch_bytes,
+        window_bytes=links.gpu_window_bytes if gpu else links.window_bytes,
         max_transfers=settings.max_transfers,
         tombstones=settings.tombstones,
         checksums=settings.integrity.checksum == "full",

@@ -54,7 +54,7 @@ class Handing:
         counters: Counter[str],
         audit: Audit | None,
     ) -> None:
-        self.sending = Sending(limits, geometry.checked_block_bytes)
+        self.sending = Sending(limits, geometry.checked_block_bytes, self._batch_bytes)
         self._checksums = limits.checksums
         self._geometry = geometry
         self._control = control
@@ -66,6 +66,10 @@ class Handing:
         self._staged: dict[_Ident, tuple[Channel, int]] = {}
         self._queue: deque[act.Push] = deque()
         self._next_key = 1
+
+    def _batch_bytes(self, peer_id: PeerId) -> int:
+        peer = self._peers.get(peer_id)
+        return (Channel if peer is None or peer.outbound is None else peer.outbound).max_batch_bytes
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
@@ -90,6 +94,8 @@ class Handing:
         source.pages = list(pages)
         block_size = self._geometry.block_size
         whole = tokens_done >= source.tokens
+        if whole:
+            source.record.mark("computed", latest=True)
         blocks = -(-source.tokens // block_size) if whole else tokens_done // block_size
         self.run(self.sending.pages_ready(transfer, min(blocks, len(pages)), tokens_done, time.monotonic()))
         self.push_some()

@@ -207,6 +207,12 @@ class Peers:
         links = {name: link for name, link in self._links.items() if name not in peer.excluded}
         if peer.outbound is not None and peer.outbound.link in links:
             channel = peer.outbound  # one channel serves both directions
+            try:
+                channel.attach()
+            except LinkUnavailable as error:
+                self._exclude(peer, channel.link, str(error))
+                self._offer_next_link(peer)
+                return
         else:
             try:
                 channel = choose(

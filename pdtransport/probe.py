@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from pdtransport.errors import LinkError
-from pdtransport.kv.geometry import Region
+from pdtransport.kv.geometry import HOST, Region
 from pdtransport.links.base import Channel, LinkBusy, Runs
 
 ROUNDS = 3  # the first touches fresh memory and sets lanes up; the best counts
@@ -16,22 +17,34 @@ FIRST_KEY = 1 << 55  # keys of pages count up from 1 and never come here
 
 
 class Scratch:
-    """Memory of our own that probes read and write; made when first needed, then kept."""
+    """Memory of our own that probes read and write, beside the KV that it stands for; made once, then kept."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: int = HOST) -> None:
         self.nbytes = nbytes
-        self._sent = np.empty(max(nbytes, 8), dtype=np.uint8)  # not touched, so not resident, until a probe
-        self._received = np.empty(max(nbytes, 8), dtype=np.uint8)
+        self._device = device
+        self._parts = [_memory(max(nbytes, 8), device) for _ in ("sent", "received")]
 
     @property
     def regions(self) -> list[Region]:
-        return [Region(part.ctypes.data, part.nbytes, owner=part) for part in (self._sent, self._received)]
+        nbytes = max(self.nbytes, 8)
+        return [Region(address, nbytes, owner, self._device) for address, owner in self._parts]
 
     def source(self, nbytes: int) -> Runs:
-        return np.array([[self._sent.ctypes.data, min(nbytes, self.nbytes)]], dtype=np.uint64)
+        return np.array([[self._parts[0][0], min(nbytes, self.nbytes)]], dtype=np.uint64)
 
     def target(self) -> Runs:
-        return np.array([[self._received.ctypes.data, self.nbytes]], dtype=np.uint64)
+        return np.array([[self._parts[1][0], self.nbytes]], dtype=np.uint64)
+
+
+def _memory(nbytes: int, device: int) -> tuple[int, Any]:
+    """Address and owner of fresh memory."""
+    if device == HOST:
+        array = np.empty(nbytes, dtype=np.uint8)  # not touched, so not resident, until a probe
+        return array.ctypes.data, array
+    from pdtransport.kernels.watch import DeviceMemory
+
+    memory = DeviceMemory(nbytes, device)
+    return memory.address, memory
 
 
 class Asking:
@@ -60,13 +73,15 @@ class Asking:
         if error:
             self._done(None, error)
             return
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), self._channel.stats.seconds_moving
 
         def placed(problem: str | None) -> None:
             if problem is not None:
                 self._done(None, problem)
                 return
-            self._best = max(self._best, self._scratch.nbytes / (time.perf_counter() - begun))
+            # The link's own clock where it has one by now: on a GPU waiting takes longer than moving.
+            moving = self._channel.stats.seconds_moving - before
+            self._best = max(self._best, self._scratch.nbytes / (moving or time.perf_counter() - begun))
             self._rounds += 1
             if self._rounds < ROUNDS:
                 self._ask(self._scratch.nbytes)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pdtransport.errors import SettingsError
 
-LinkName = Literal["cma", "ucx"]
+LinkName = Literal["cuda_ipc", "cma", "ucx"]
 
 
 class _Section(BaseModel):
@@ -71,23 +71,47 @@ class LinkSettings(_Section):
     """How page bytes move between a pair of workers."""
 
     order: tuple[LinkName, ...] = Field(
-        ("cma", "ucx"),
+        ("cuda_ipc", "cma", "ucx"),
         min_length=1,
-        description="Links to try for a pair, best first; the first that both ends can use is taken.",
+        description="Links to try for a pair, best first; the first that both ends can use is taken. cuda_ipc is for "
+        "KV in GPU memory, cma for KV in host memory; each is passed over where KV lies elsewhere.",
     )
     require: LinkName | None = Field(
         None, description="Refuse a peer that can't use this link, instead of taking a slower one."
     )
     batch_bytes: int = Field(
-        4 << 20, ge=64 << 10, le=256 << 20, description="Largest batch: pages gathered into one send."
+        4 << 20, ge=64 << 10, le=256 << 20, description="Largest batch of host memory: pages gathered into one send."
     )
     window_bytes: int = Field(
         64 << 20, ge=256 << 10, description="Bytes that one transfer may have announced and not yet received by decode."
+    )
+    gpu_batch_bytes: int = Field(
+        128 << 20, ge=64 << 10, le=1 << 30, description="Largest batch of GPU memory: pages that one kernel copies."
+    )
+    gpu_window_bytes: int = Field(
+        4 << 30, ge=256 << 10, description="window_bytes of transfers from GPU memory, which need no memory in between."
     )
     staging_bytes: int = Field(
         32 << 20,
         ge=512 << 10,
         description="Size of the ring of staging slots that the ucx link gathers into and receives into, each.",
+    )
+    gpu_slot_bytes: int = Field(
+        16 << 20,
+        ge=64 << 10,
+        le=256 << 20,
+        description="Size of the ucx link's staging slots for GPU memory, and so its largest batch of it.",
+    )
+    gpu_staging_bytes: int = Field(
+        64 << 20,
+        ge=512 << 10,
+        description="Size of each of the ucx link's two rings of such slots, of which a prefill worker uses one and a "
+        "decode worker the other: GPU memory beside the model where UCX sends it directly, else pinned host memory.",
+    )
+    ucx_gpu_memory: Literal["auto", "direct", "staged"] = Field(
+        "auto",
+        description="How the ucx link moves GPU memory. direct: UCX sends it (GPUDirect, CUDA IPC), or the peer is "
+        "refused; staged: through pinned host memory; auto: direct where UCX can, else staged.",
     )
     min_bandwidth_bytes_s: float = Field(
         0, ge=0, description="Refuse a pair whose measured bandwidth lies below this. 0: measure and report only."
@@ -193,9 +217,10 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _verified(self) -> Settings:
         # A link that reads pages where they lie may see them change after a preemption: only a checksum notices.
-        used = {self.links.require} if self.links.require else set(self.links.order)
-        if self.integrity.checksum == "off" and "cma" in used:
-            raise ValueError("integrity.checksum: off needs links.order without cma, which reads pages in place")
+        used = (self.links.require,) if self.links.require else self.links.order
+        in_place = " and ".join(name for name in dict.fromkeys(used) if name in ("cuda_ipc", "cma"))
+        if self.integrity.checksum == "off" and in_place:
+            raise ValueError(f"integrity.checksum: off needs links.order without {in_place}: pages are read in place")
         return self
 
     @field_validator("model_id")

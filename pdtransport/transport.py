@@ -16,7 +16,8 @@ from typing import Any
 
 from pdtransport.control.channel import Identity
 from pdtransport.errors import TransferFailed
-from pdtransport.exchange import Exchange
+from pdtransport.exchange import Exchange, limits_of
+from pdtransport.gate import Gate
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
@@ -36,6 +37,9 @@ class Handle:
         self.future: Future[Outcome] = Future()
         self._transport = transport
         self._on_end = on_end
+
+    def _in_turn(self, after: Any | None, call: Callable[[Exchange], None]) -> None:
+        self._transport._call(lambda exchange: exchange.gate.call(self, after, lambda: call(exchange)))
 
     def _ended(self, outcome: Outcome) -> None:
         if not self.future.done():
@@ -62,12 +66,15 @@ class Handle:
 class Offer(Handle):
     """Pages of one request that this worker prefills: say what is ready, then that it is finished."""
 
-    def ready(self, pages: Sequence[int], tokens: int) -> None:
+    def ready(self, pages: Sequence[int], tokens: int, after: Any | None = None) -> None:
         """The first ``tokens`` prompt tokens are computed. ``pages[i]`` is the page of block i; a block counts as
         final once all its tokens are, the last one once the whole prompt is. Fewer tokens than before say that the
-        engine took pages back (preemption)."""
+        engine took pages back (preemption).
+
+        On a GPU, ``after`` is an event (torch's or cupy's) recorded behind the kernels that compute them: the pages are
+        final once it has passed, and what is said of this offer later waits for it too."""
         pages = list(pages)
-        self._transport._call(lambda exchange: exchange.handing.pages_ready(self, self.transfer, pages, tokens))
+        self._in_turn(after, lambda exchange: exchange.handing.pages_ready(self, self.transfer, pages, tokens))
 
     def withdraw(self, timeout_s: float) -> None:
         """The engine takes the pages back (preemption): when this returns, no link reads them any more. What decode
@@ -76,15 +83,25 @@ class Offer(Handle):
         Raises:
             concurrent.futures.TimeoutError: the I/O thread did not answer; the pages must not be reused.
         """
-        self._transport._ask(lambda exchange: exchange.handing.pages_ready(self, self.transfer, [], 0), timeout_s)
+
+        def taken_back(exchange: Exchange) -> None:
+            exchange.gate.drop(self)
+            exchange.handing.pages_ready(self, self.transfer, [], 0)
+
+        self._transport._ask(taken_back, timeout_s)
 
     def finish(self) -> None:
         """The request is through; its pages stay until decode has them (or a deadline ends the wait)."""
-        self._transport._call(lambda exchange: exchange.handing.finish(self, self.transfer))
+        self._in_turn(None, lambda exchange: exchange.handing.finish(self, self.transfer))
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
-        self._transport._call(lambda exchange: exchange.handing.cancel(self, self.transfer, Code.CANCELLED, reason))
+
+        def cancelled(exchange: Exchange) -> None:
+            exchange.gate.drop(self)
+            exchange.handing.cancel(self, self.transfer, Code.CANCELLED, reason)
+
+        self._transport._call(cancelled)
 
 
 class Receipt(Handle):
@@ -92,7 +109,7 @@ class Receipt(Handle):
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
-        self._transport._call(lambda exchange: exchange.taking.cancel(self, self.transfer, Code.CANCELLED, reason))
+        self._in_turn(None, lambda exchange: exchange.taking.cancel(self, self.transfer, Code.CANCELLED, reason))
 
 
 class Transport:
@@ -131,8 +148,8 @@ class Transport:
         memory = list(regions) if regions is not None else geometry.regions()
 
         def make(_reactor: Reactor) -> Exchange:
-            links = self.settings.links
-            scratch = Scratch(min(links.probe_bytes, links.batch_bytes))
+            links, batch_bytes = self.settings.links, limits_of(self.settings, geometry.device).batch_bytes
+            scratch = Scratch(min(links.probe_bytes, batch_bytes), geometry.device)
             opened = open_links(links, [*memory, *scratch.regions])
             me = Identity(
                 engine=self.engine,
@@ -142,8 +159,9 @@ class Transport:
                 fingerprint={**fingerprint_of(geometry, world), **(fingerprint or {})},
                 links={name: link.export() for name, link in opened.links.items()},
             )
+            gate = Gate(geometry.device)
             self._exchange = Exchange(
-                self.settings, me, geometry, opened.links, opened.unavailable, role, scratch, port
+                self.settings, me, geometry, opened.links, opened.unavailable, role, scratch, gate, port
             )
             return self._exchange
 
@@ -178,15 +196,19 @@ class Transport:
         ranks: int = 1,
         first_block: int = 0,
         on_end: OnOutcome | None = None,
+        after: Any | None = None,
     ) -> Receipt:
         """Take blocks ``first_block ..`` of ``transfer`` into ``pages`` from the ``ranks`` prefill workers whose
         control channels listen at ``port``, ``port + 1``, ... of ``host``.
 
         With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
+
+        On a GPU, kernels that still use the pages for their former owner may be on their way: ``after`` is an event
+        recorded behind them, and nothing is written before it has passed.
         """
         receipt = Receipt(self, transfer, on_end)
         wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages))
-        self._call(lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
+        receipt._in_turn(after, lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
         return receipt
 
     def claim(self, transfer: str, *, host: str, port: int, ranks: int = 1) -> None:

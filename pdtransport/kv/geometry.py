@@ -7,6 +7,7 @@ their tensor-parallel sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+HOST = -1  # the "device" of host memory
+
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address``. ``owner`` keeps it alive."""
+    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address`` of GPU number ``device`` (-1:
+    of the host). ``owner`` keeps it alive."""
 
     address: int
     nbytes: int
     owner: Any = field(default=None, repr=False, compare=False)
+    device: int = HOST
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class KVGeometry:
         heads: KV heads held here; ``head_lo`` is the first one's number over all ranks, ``total_heads`` their count.
         slot_bytes: bytes of one head of one token (key and value together).
         heads_first: a page is ``[heads, tokens, slot]`` (True) or ``[tokens, heads, slot]`` (False).
+        device: number of the GPU that holds it; -1: host memory.
     """
 
     layers: tuple[LayerPages, ...]
@@ -54,6 +60,7 @@ class KVGeometry:
     total_heads: int
     slot_bytes: int
     heads_first: bool
+    device: int = HOST
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.num_blocks, self.block_size, self.heads, self.slot_bytes) < 1:
@@ -77,30 +84,34 @@ class KVGeometry:
         return len(self.layers) * (head_hi - head_lo) * self.block_size * self.slot_bytes
 
     @classmethod
-    def of_array(cls, array: npt.NDArray[Any], *, head_lo: int = 0, total_heads: int | None = None) -> KVGeometry:
-        """Geometry of a C-contiguous array of shape ``[layers, blocks, heads, tokens, slot]`` (``HNC`` pages)."""
-        if array.ndim != 5 or not array.flags.c_contiguous:
+    def of_array(cls, array: Any, *, head_lo: int = 0, total_heads: int | None = None) -> KVGeometry:
+        """Geometry of a C-contiguous array of shape ``[layers, blocks, heads, tokens, slot]`` (``HNC`` pages): a numpy
+        array, or one of GPU memory (cupy's, torch's: what has ``__cuda_array_interface__``).
+
+        Raises:
+            ValueError: another shape, or not C-contiguous.
+        """
+        address, strides, device = _layout(array)
+        if len(array.shape) != 5 or strides is None:
             raise ValueError("expected a C-contiguous array of shape [layers, blocks, heads, tokens, slot]")
         layers, blocks, heads, tokens, _ = array.shape
-        stride = array.strides[1]
         return cls(
-            layers=tuple(
-                LayerPages(f"layer{i}", array.ctypes.data + i * array.strides[0], stride) for i in range(layers)
-            ),
+            layers=tuple(LayerPages(f"layer{i}", address + i * strides[0], strides[1]) for i in range(layers)),
             num_blocks=blocks,
             block_size=tokens,
             heads=heads,
             head_lo=head_lo,
             total_heads=total_heads if total_heads is not None else heads,
-            slot_bytes=array.strides[3],
+            slot_bytes=strides[3],
             heads_first=True,
+            device=device,
         )
 
     def regions(self) -> list[Region]:
         """The memory that the pages span, one region a layer; nothing keeps it alive but its owner."""
         last = self.num_blocks - 1
         return [
-            Region(layer.address, last * layer.block_stride + self.page_bytes)
+            Region(layer.address, last * layer.block_stride + self.page_bytes, device=self.device)
             for layer in sorted(self.layers, key=lambda layer: layer.address)
         ]
 
@@ -146,6 +157,19 @@ class KVGeometry:
         row = self.heads * self.slot_bytes
         tokens = np.arange(self.block_size, dtype=np.uint64)
         return tokens * np.uint64(row) + np.uint64(first * self.slot_bytes), count * self.slot_bytes
+
+
+def _layout(array: Any) -> tuple[int, tuple[int, ...] | None, int]:
+    """Address, strides in bytes (None where it is not C-contiguous) and device of an array."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None:
+        return array.ctypes.data, array.strides if array.flags.c_contiguous else None, HOST
+    shape, item = interface["shape"], np.dtype(interface["typestr"]).itemsize
+    dense = tuple(item * math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    given = interface.get("strides")
+    number = getattr(array.device, "id", None)  # cupy's name for it; torch says index
+    device = number if number is not None else array.device.index
+    return interface["data"][0], dense if given is None or tuple(given) == dense else None, int(device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ build of it exists any more.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -18,8 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkUnavailable
+from pdtransport.links import _ucx_query as query
 
-Bytes = npt.NDArray[np.uint8]
+# What a message is sent from or received into: host memory as an array, GPU memory as any object with
+# ``__cuda_array_interface__`` and ``nbytes``.
+Bytes = npt.NDArray[np.uint8] | Any
 
 CLOSE_S = 0.2  # longest that closing one endpoint may take
 
@@ -83,6 +85,15 @@ class Context(Protocol):
     """UCX, opened once a process; to be closed after all its workers: another order crashes at exit."""
 
     def worker(self) -> Worker: ...
+
+    def takes_gpu_memory(self) -> bool:
+        """UCX has transports for CUDA memory, and a GPU to use them on."""
+        ...
+
+    def domains_of(self, address: int, nbytes: int) -> list[str]:
+        """Names of UCX' memory domains (``cuda_ipc``, ``mlx5_0``, ...) that let a peer read this memory; empty where
+        UCX can't say."""
+        ...
 
     def close(self) -> None: ...
 
@@ -187,7 +198,7 @@ class _UcxxEndpoint:
         return self._post(self._endpoint.tag_recv, room, tag)
 
     def lanes(self) -> list[str]:
-        return _lanes(int(self._endpoint.handle))
+        return query.lanes(int(self._endpoint.handle))
 
     def close(self) -> None:
         if self._endpoint is not None:
@@ -230,6 +241,13 @@ class _UcxxContext:
     def worker(self) -> Worker:
         return _UcxxWorker(self._post, self._api, self._context)
 
+    def takes_gpu_memory(self) -> bool:
+        # not UCXContext.cuda_support, which tells how UCX was built and set, GPU or not
+        return query.takes_cuda_memory(int(self._context.handle))
+
+    def domains_of(self, address: int, nbytes: int) -> list[str]:
+        return query.domains_of(int(self._context.handle), str(self._context.info), address, nbytes)
+
     def close(self) -> None:
         self._context = None
 
@@ -270,7 +288,7 @@ class _UcpEndpoint:
         return _ucp_receive(self._api, self._worker, self._endpoint, request, room.nbytes, tag)
 
     def lanes(self) -> list[str]:
-        return _lanes(int(self._endpoint.handle))
+        return query.lanes(int(self._endpoint.handle))
 
     def close(self) -> None:
         if self._endpoint is not None:
@@ -314,6 +332,12 @@ class _UcpContext:
     def worker(self) -> Worker:
         return _UcpWorker(self._api, self._array, self._context)
 
+    def takes_gpu_memory(self) -> bool:
+        return query.takes_cuda_memory(int(self._context.handle))
+
+    def domains_of(self, address: int, nbytes: int) -> list[str]:
+        return query.domains_of(int(self._context.handle), str(self._context.info()), address, nbytes)
+
     def close(self) -> None:
         self._context = None
 
@@ -322,50 +346,3 @@ def _ucp_receive(api: Any, worker: Any, endpoint: Any, request: _UcpRequest, nby
     if api.tag_recv_nb(worker, request._buffer, nbytes, tag, request.ended, ep=endpoint) is None:
         request.completed = True
     return request
-
-
-# -- what UCX says of an endpoint ----------------------------------------------------------------------------------
-
-
-class _TransportEntry(ctypes.Structure):
-    _fields_ = (("transport", ctypes.c_char_p), ("device", ctypes.c_char_p))
-
-
-class _EndpointAttributes(ctypes.Structure):
-    """``ucp_ep_attr_t`` of UCX 1.13 and later."""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("name", ctypes.c_char * 32),
-        ("local", ctypes.c_char * 128),
-        ("remote", ctypes.c_char * 128),
-        ("entries", ctypes.POINTER(_TransportEntry)),
-        ("num_entries", ctypes.c_uint),
-        ("entry_size", ctypes.c_size_t),
-        ("user_data", ctypes.c_void_p),
-    )
-
-
-TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
-MAX_LANES = 16
-
-
-def _lanes(endpoint: int) -> list[str]:
-    """Transports of an endpoint, e.g. ``["posix", "cma"]``, in the order of their lanes; the bindings don't wrap this
-    query."""
-    try:
-        query = ctypes.CDLL("libucp.so.0").ucp_ep_query
-    except (OSError, AttributeError):
-        return []
-    query.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    entries = (_TransportEntry * MAX_LANES)()
-    attributes = _EndpointAttributes(
-        field_mask=TRANSPORTS_FIELD,
-        entries=ctypes.cast(entries, ctypes.POINTER(_TransportEntry)),
-        num_entries=MAX_LANES,
-        entry_size=ctypes.sizeof(_TransportEntry),
-    )
-    if query(endpoint, ctypes.byref(attributes)) != 0:
-        return []
-    names = [entries[i].transport for i in range(min(attributes.num_entries, MAX_LANES))]
-    return list(dict.fromkeys(name.decode("ascii", "replace") for name in names if name))

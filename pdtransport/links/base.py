@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pdtransport.kv.geometry import Region as Region  # links register these
+from pdtransport.links.memory import Regions
+from pdtransport.settings import LinkSettings
 
 # shape (n, 2), dtype uint64: [address, nbytes] of each run, in stream order
 Runs = npt.NDArray[np.uint64]
@@ -54,6 +56,7 @@ class Channel(ABC):
     link: str
     why: str  # one line: why this link carries the pair, and why better ones did not
     one_sided: bool = False  # True: the sender writes the receiver's pages itself
+    max_batch_bytes: int = 1 << 40  # the largest batch that `send` takes
     stats: LinkStats
 
     @abstractmethod
@@ -73,6 +76,14 @@ class Channel(ABC):
     @abstractmethod
     def release(self, key: int) -> None:
         """The receiver has the batch, or will never want it: forget ``key``. Unknown keys are ignored."""
+
+    def attach(self) -> None:  # noqa: B027 - most links need nothing
+        """We are about to receive: get hold of what that needs of the peer. Senders don't call it, so that they pin
+        nothing of their receivers.
+
+        Raises:
+            LinkUnavailable: we can't; the text says why.
+        """
 
     @abstractmethod
     def receive(self, key: int, offer: bytes, runs: Runs, checksums: bytes, blocks: int, done: Done) -> None:
@@ -96,6 +107,15 @@ class Link(ABC):
     """One way to move bytes, in one process."""
 
     name: str
+
+    @classmethod
+    @abstractmethod
+    def open(cls, regions: Regions, settings: LinkSettings) -> Link:
+        """The link over this process' ``regions``.
+
+        Raises:
+            LinkUnavailable: it can't be used here; the text says why.
+        """
 
     @abstractmethod
     def export(self) -> bytes:

@@ -27,6 +27,7 @@ from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats, Reg
 from pdtransport.links.calls import call
 from pdtransport.links.host import ProcessWatch, allow_reads, host_id, my_start_ticks
 from pdtransport.links.memory import PAGE, Regions
+from pdtransport.settings import LinkSettings
 
 SLICE_BYTES = 4 << 20  # read in one turn (about 0.5 ms), so that control messages get theirs
 COPY_THREADS = min(2, os.cpu_count() or 1)  # a slice; two come near what memory can do, one reaches half
@@ -72,6 +73,10 @@ class CmaLink(Link):
             raise LinkUnavailable(f"it needs Linux' /proc: {error}") from None
         allow_reads()
         _prove(os.getpid(), self._cookie.ctypes.data, self._cookie.tobytes())
+
+    @classmethod
+    def open(cls, regions: Regions, settings: LinkSettings) -> CmaLink:
+        return cls(regions)
 
     def export(self) -> bytes:
         packed: bytes = msgpack.packb(self._export)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkError
-from pdtransport.kernels.runs import Runs
-from pdtransport.kv.geometry import Region
+from pdtransport.kernels.runs import Runs, run
+from pdtransport.kv.geometry import HOST, Region
 
 PAGE = 4096
 
 
 class Regions:
-    """The memory that links of this process may read and write. Regions may come and go; they may overlap."""
+    """The memory that links of this process may read and write. Regions may come and go; they may overlap. All lie on
+    one device.
+
+    Raises:
+        ValueError: regions of several devices.
+    """
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
         self._regions = list(regions)
         self._rebuild()
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self._regions)
+
+    @property
+    def device(self) -> int:
+        """Number of the GPU that holds them; -1: host memory."""
+        return self._regions[0].device if self._regions else HOST
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -50,6 +64,8 @@ class Regions:
     def _rebuild(self) -> None:
         """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
         case."""
+        if any(region.device != self.device for region in self._regions):
+            raise ValueError(f"regions on several devices: {sorted({region.device for region in self._regions})}")
         spans: list[list[int]] = []
         for low, high in sorted((r.address, r.address + r.nbytes) for r in self._regions):
             if spans and low <= spans[-1][1]:
@@ -60,21 +76,57 @@ class Regions:
         self._starts, self._ends = table[:, 0].copy(), table[:, 1].copy()
 
 
+class Block(Protocol):
+    """Contiguous memory, as long as the object lives."""
+
+    address: int
+
+    def part(self, offset: int, nbytes: int) -> Any:
+        """Some of it, in the shape that UCX takes: an array, or an object with ``__cuda_array_interface__``."""
+        ...
+
+
+class HostBlock:
+    """Host memory that begins at a page."""
+
+    def __init__(self, nbytes: int) -> None:
+        raw = np.empty(nbytes + PAGE, dtype=np.uint8)
+        skip = -raw.ctypes.data % PAGE
+        self._memory: npt.NDArray[np.uint8] = raw[skip : skip + nbytes]
+        self.address: int = self._memory.ctypes.data
+
+    def part(self, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        return self._memory[offset : offset + nbytes]
+
+
 class SlotRing:
     """A bounded number of equally long staging slots in one block of memory, which is allocated at first use.
 
     Args:
         nbytes: wanted size of the ring; it has at least two slots.
         slot_bytes: size of a slot.
+        allocate: makes the block, given its length in bytes.
     """
 
     MIN_SLOTS = 2
 
-    def __init__(self, nbytes: int, slot_bytes: int) -> None:
+    def __init__(self, nbytes: int, slot_bytes: int, allocate: Callable[[int], Block] = HostBlock) -> None:
         self.slot_bytes = -(-slot_bytes // PAGE) * PAGE
         self.count = max(self.MIN_SLOTS, nbytes // self.slot_bytes)
-        self._memory: npt.NDArray[np.uint8] | None = None
+        self._allocate = allocate
+        self._block: Block | None = None
         self._free = list(range(self.count))
+
+    @property
+    def block(self) -> Block:
+        """The memory of all slots.
+
+        Raises:
+            LinkError: there is not that much (of GPU or pinned memory).
+        """
+        if self._block is None:
+            self._block = self._allocate(self.count * self.slot_bytes)
+        return self._block
 
     @property
     def free(self) -> int:
@@ -94,13 +146,12 @@ class SlotRing:
             raise ValueError(f"slot {slot} was given back twice")
         self._free.append(slot)
 
-    def view(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        """The first ``nbytes`` bytes of a slot."""
+    def view(self, slot: int, nbytes: int) -> Any:
+        """The first ``nbytes`` bytes of a slot, as :meth:`Block.part`."""
         if not 0 <= nbytes <= self.slot_bytes:
             raise ValueError(f"{nbytes} bytes do not fit a slot of {self.slot_bytes}")
-        if self._memory is None:
-            raw = np.empty(self.count * self.slot_bytes + PAGE, dtype=np.uint8)
-            skip = -raw.ctypes.data % PAGE
-            self._memory = raw[skip : skip + self.count * self.slot_bytes]
-        start = slot * self.slot_bytes
-        return self._memory[start : start + nbytes]
+        return self.block.part(slot * self.slot_bytes, nbytes)
+
+    def run(self, slot: int, nbytes: int) -> Runs:
+        """Where these bytes lie."""
+        return run(self.block.address + slot * self.slot_bytes, nbytes)

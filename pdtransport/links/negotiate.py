@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdtransport.errors import LinkUnavailable
+from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import Channel, Link, Region
 from pdtransport.links.memory import Regions
 from pdtransport.settings import LinkName, LinkSettings
 
 logger = logging.getLogger(__name__)
+
+
+# Module and class of each link; a link's own needs are imported with it alone.
+_LINKS = {"cuda_ipc": ("cuda_ipc", "CudaIpcLink"), "cma": ("cma", "CmaLink"), "ucx": ("ucx", "UcxLink")}
+_HOST_ONLY = {"cma": "KV lies in GPU memory"}
+_GPU_ONLY = {"cuda_ipc": "KV lies in host memory"}
 
 
 @dataclass
@@ -21,6 +29,7 @@ class OpenedLinks:
     regions: Regions
     links: dict[str, Link] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)  # links for memory of another kind than ours
 
 
 def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool | None = None) -> OpenedLinks:
@@ -35,9 +44,13 @@ def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool |
         LinkUnavailable: none works here, or the required one does not.
     """
     opened = OpenedLinks(Regions(regions))
+    elsewhere = _GPU_ONLY if opened.regions.device == HOST else _HOST_ONLY
     for name in (settings.require,) if settings.require else dict.fromkeys(settings.order):
         if name == "ucx" and ucx is False:
             opened.unavailable[name] = "it was left out"
+            continue
+        if name in elsewhere:  # no news, unless it was asked for
+            opened.elsewhere[name] = elsewhere[name]
             continue
         try:
             opened.links[name] = _open(name, opened.regions, settings)
@@ -46,11 +59,12 @@ def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool |
             logger.info("link %s can't be used here: %s", name, error)
     try:
         if settings.require and settings.require not in opened.links:
-            raise LinkUnavailable(_required(settings.require, opened.unavailable[settings.require]))
+            why = {**opened.unavailable, **opened.elsewhere}[settings.require]
+            raise LinkUnavailable(_required(settings.require, why))
         if ucx and "ucx" not in opened.links:
             raise LinkUnavailable(f"ucx: {opened.unavailable.get('ucx', 'it is not in links.order')}")
         if not opened.links:
-            why = _reasons(opened.unavailable)
+            why = _reasons({**opened.elsewhere, **opened.unavailable})
             raise LinkUnavailable(f"no link of links.order can be used here: {why}")
     except LinkUnavailable:
         for link in opened.links.values():
@@ -67,14 +81,14 @@ def choose(
     peer_exports: Mapping[str, bytes],
     peer_host: str,
 ) -> Channel:
-    """Open a channel over the first link of ``order`` that both ends can use; its ``why`` says what it is and why
-    better ones were not taken.
+    """Open a channel over the first link of ``order`` that both ends can use, ready to receive; its ``why`` says what
+    it is and why better ones were not taken.
 
     Raises:
         LinkUnavailable: none can be used, or the required one can't; the text says why for each.
     """
     reasons: dict[str, str] = {}
-    for name in [require] if require else order:
+    for name in [require] if require else [name for name in order if name in links or name in unavailable]:
         link = links.get(name)
         if link is None:
             reasons[name] = unavailable.get(name, "it is not open here")
@@ -86,6 +100,12 @@ def choose(
             except LinkUnavailable as error:
                 reasons[name] = str(error)
                 continue
+            try:
+                channel.attach()
+            except LinkUnavailable as error:
+                channel.close()
+                reasons[name] = str(error)
+                continue
             if reasons:
                 channel.why = f"{channel.why}; {_reasons(reasons)}"
             return channel
@@ -95,14 +115,9 @@ def choose(
 
 
 def _open(name: LinkName, regions: Regions, settings: LinkSettings) -> Link:
-    # Imported here, so that a link's own needs are nobody else's.
-    if name == "cma":
-        from pdtransport.links.cma import CmaLink
-
-        return CmaLink(regions)
-    from pdtransport.links.ucx import UcxLink
-
-    return UcxLink(regions, settings)
+    module, kind = _LINKS[name]
+    link: Link = getattr(importlib.import_module(f"pdtransport.links.{module}"), kind).open(regions, settings)
+    return link
 
 
 def _required(name: str, why: str) -> str:

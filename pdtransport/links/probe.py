@@ -12,11 +12,11 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs
-from pdtransport.links.base import Channel, LinkBusy, Region
+from pdtransport.kv.geometry import HOST, Region
+from pdtransport.links.base import Channel, LinkBusy
 from pdtransport.links.memory import PAGE, Regions
 
 OPS = ("probe?", "probe", "probe-busy", "probe-end")
@@ -27,20 +27,31 @@ MAX_BATCH_BYTES = 256 << 20
 PROBE_PAGE = 32 << 10  # the scratch pages are moved in shuffled order, as a fragmented cache would be
 
 
+def scratch(nbytes: int, device: int) -> Region:
+    """Memory of our own on ``device``, to be registered."""
+    if device == HOST:
+        array = np.zeros(nbytes, dtype=np.uint8)
+        return Region(array.ctypes.data, nbytes, owner=array)
+    from pdtransport.kernels.watch import DeviceMemory
+
+    memory = DeviceMemory(nbytes, device)
+    return Region(memory.address, nbytes, owner=memory, device=device)
+
+
 class _Scratch:
     """Registered memory of ``nbytes`` bytes for as long as a probe runs."""
 
     def __init__(self, regions: Regions, nbytes: int) -> None:
-        self._memory: npt.NDArray[np.uint8] = np.zeros(nbytes, dtype=np.uint8)
         self._regions = regions
-        self._region = Region(self._memory.ctypes.data, nbytes, self._memory)
+        self._region = scratch(nbytes, regions.device)
         regions.add(self._region)
 
     def runs(self) -> Runs:
-        starts = np.arange(0, self._memory.size, PROBE_PAGE, dtype=np.uint64)
+        nbytes = self._region.nbytes
+        starts = np.arange(0, nbytes, PROBE_PAGE, dtype=np.uint64)
         runs = np.empty((len(starts), 2), dtype=np.uint64)
-        runs[:, 0] = starts + np.uint64(self._memory.ctypes.data)
-        runs[:, 1] = np.minimum(np.uint64(PROBE_PAGE), np.uint64(self._memory.size) - starts)
+        runs[:, 0] = starts + np.uint64(self._region.address)
+        runs[:, 1] = np.minimum(np.uint64(PROBE_PAGE), np.uint64(nbytes) - starts)
         shuffled: Runs = np.random.default_rng(0).permutation(runs)
         return shuffled
 

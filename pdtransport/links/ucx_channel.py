@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgpack
 import numpy as np
 
 from pdtransport.errors import LinkError
-from pdtransport.kernels import pages
-from pdtransport.kernels.reference import memory
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.links._ucx_binding import CLOSE_S, Bytes, Endpoint, Request, Worker
 from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats
 from pdtransport.links.calls import call
 from pdtransport.links.memory import SlotRing
+from pdtransport.links.ucx_memory import Memory, Move
+from pdtransport.links.ucx_words import (
+    WORD_BYTES,
+    Say,
+    Word,
+    packed,
+    packed_offer,
+    parsed,
+    parsed_offer,
+    sealed,
+    unsealed,
+)
 
 if TYPE_CHECKING:
     from pdtransport.links.ucx import UcxLink
 
 MAX_OFFERED = 4096  # batches offered and not released, a channel
 MAX_QUEUED = 4096  # batches to ask for, a channel
-MAX_ADDRESS_BYTES = 1000  # a worker has 80 (tcp) to 300 bytes
-ASK = struct.Struct(f"<QQQH{MAX_ADDRESS_BYTES + 16}s")  # key, tag to send it to, bytes, length of sealed address, it
-INBOX_TAG = 0  # where a channel hears what its peer asks for; batches come to 1, 2, ...
-REFUSAL_BYTES = 1  # an answer this short, shorter than any batch, says that the batch was taken back
-CANARY_BYTES = 16
+INBOX_TAG = 0  # where a channel hears its peer's words; batches come to 1, 2, ...
+END_BYTES = 1  # ends the receive of a batch that its sender took back; shorter than any batch
 MAX_ENDPOINTS = 4
 
 
@@ -49,7 +52,7 @@ class _Offered:
 @dataclass(eq=False)
 class _Sent:
     request: Request
-    offered: _Offered | None  # None: a refusal
+    offered: _Offered | None  # None: no batch
 
 
 @dataclass(eq=False)
@@ -64,8 +67,10 @@ class _Wanted:
     blocks: int
     done: Done | None
     slot: int = -1
+    tag: int = -1
     request: Request | None = None
-    canary: bytes = b""
+    refused: bool = False  # its sender took it back: what ends `request` are no pages
+    move: Move | None = None  # into the pages
 
 
 class _Stopwatch:
@@ -88,30 +93,33 @@ class UcxChannel(Channel):
     link = "ucx"
     one_sided = False
 
-    def __init__(self, link: UcxLink, worker: Worker, why: str) -> None:
+    def __init__(self, link: UcxLink, worker: Worker, memory: Memory, why: str) -> None:
         self.why = why
         self.stats = LinkStats()
+        self.max_batch_bytes = memory.sending.slot_bytes
         self.closed = False
         self.ended = False  # closed, and UCX holds nothing of it any more
         self.worker = worker
-        self._link = link
+        self._link, self._memory = link, memory
         self._address = sealed(worker.address)
         self._endpoints: dict[bytes, Endpoint] = {}  # by sealed address
         self._next_tag = INBOX_TAG + 1
         self._broken = ""
         self._end_by = 0.0
         # A peer that does not take or send what was agreed on must not hold all slots.
-        self._send_share = max(SlotRing.MIN_SLOTS, link.sending.count // 2)
-        self._receive_share = max(SlotRing.MIN_SLOTS, link.receiving.count // 2)
+        self._send_share = max(SlotRing.MIN_SLOTS, memory.sending.count // 2)
+        self._receive_share = max(SlotRing.MIN_SLOTS, memory.receiving.count // 2)
         self._offered: dict[int, _Offered] = {}
         self._sent: list[_Sent] = []
         self._staged = 0  # slots of the sending ring that this channel holds
-        self._asks: list[Request] = []
+        self._said: list[Request] = []
         self._queue: deque[_Wanted] = deque()
         self._posted: list[_Wanted] = []
+        self._placing: list[_Wanted] = []
         self._reporting: list[_Wanted] = []  # ended; their callbacks are due
+        self._fences: list[tuple[list[_Wanted], Callable[[], None]]] = []  # what they wait for, of `_placing`
         self._sending_time, self._receiving_time = _Stopwatch(), _Stopwatch()
-        self._inbox = np.zeros(ASK.size, dtype=np.uint8)
+        self._inbox = np.zeros(WORD_BYTES, dtype=np.uint8)
         self._heard: Request | None = worker.receive(self._inbox, INBOX_TAG)
 
     # -- sender ------------------------------------------------------------------------------------------------------
@@ -130,7 +138,7 @@ class UcxChannel(Channel):
         nbytes = self._offered[key].nbytes
         self.stats.bytes_sent += nbytes
         self.stats.batches_sent += 1
-        return msgpack.packb((nbytes, self._address)), checksums
+        return packed_offer(nbytes, self._address), checksums
 
     def release(self, key: int) -> None:
         offered = self._offered.pop(key, None)
@@ -140,24 +148,24 @@ class UcxChannel(Channel):
     def _offer(self, key: int, runs: Runs, blocks: int, done: Done) -> bytes:
         """Gather into a slot; one contiguous run stays in its pages if its checksum will tell should they change."""
         nbytes = stream_bytes(runs)
-        if nbytes <= REFUSAL_BYTES:
+        if nbytes <= END_BYTES:
             raise LinkError("an empty batch")
-        if len(runs) == 1 and blocks:
-            self._link.regions.check(runs)
-            checksums = pages.checksum(runs, blocks)
-            self._offered[key] = _Offered(nbytes, memory(int(runs[0, 0]), nbytes), None, done)
+        self._link.regions.check(runs)
+        stays = self._memory.in_place(runs, blocks) if len(runs) == 1 and blocks else None
+        if stays is not None:
+            data, checksums = stays
+            self._offered[key] = _Offered(nbytes, data, None, done)
             return checksums.astype("<u8").tobytes()
-        ring = self._link.sending
+        ring = self._memory.sending
         if nbytes > ring.slot_bytes:
-            raise LinkError(f"a batch of {nbytes} bytes exceeds a staging slot: raise links.batch_bytes to {nbytes}")
+            raise LinkError(self._too_long(nbytes))
         if self._staged >= self._send_share or not ring.free:
             raise LinkBusy("all staging slots hold batches that the peer has not asked for yet")
-        self._link.regions.check(runs)
         slot = ring.take()
-        data = ring.view(slot, nbytes)
         try:
-            checksums = pages.gather(runs, data.ctypes.data, blocks)
-        except ValueError:
+            data = ring.view(slot, nbytes)
+            checksums = self._memory.gather(runs, slot, nbytes, blocks)
+        except (ValueError, LinkError):
             ring.give_back(slot)
             raise
         self._staged += 1
@@ -165,10 +173,14 @@ class UcxChannel(Channel):
         self._link.callbacks.add(done, None)  # the pages were read already
         return checksums.astype("<u8").tobytes()
 
+    def _too_long(self, nbytes: int) -> str:
+        setting = "links.batch_bytes" if self._link.regions.device < 0 else "links.gpu_slot_bytes"
+        return f"a batch of {nbytes} bytes exceeds a staging slot: raise {setting} to {nbytes}"
+
     def _let_go(self, offered: _Offered, error: str | None) -> None:
         """Nothing reads this batch any more."""
         if offered.slot is not None:
-            self._link.sending.give_back(offered.slot)
+            self._memory.sending.give_back(offered.slot)
             self._staged -= 1
             offered.slot = None
         offered.data = None
@@ -176,14 +188,15 @@ class UcxChannel(Channel):
             self._link.callbacks.add(offered.done, error)
             offered.done = None
 
-    def _answer(self, endpoint: Endpoint, key: int, tag: int, nbytes: int) -> None:
-        """Send what the peer asked for, or a refusal: its receive must end either way."""
-        offered = self._offered.get(key)
+    def _answer(self, endpoint: Endpoint, ask: Word) -> None:
+        """Send what the peer asked for, or say that it won't come."""
+        offered = self._offered.get(ask.key)
         asked_before = offered is not None and any(sent.offered is offered for sent in self._sent)
-        if offered is None or offered.data is None or offered.nbytes != nbytes or asked_before:
-            self._sent.append(_Sent(endpoint.send(np.zeros(REFUSAL_BYTES, dtype=np.uint8), tag), None))
+        if offered is None or offered.data is None or offered.nbytes != ask.nbytes or asked_before:
+            refusal = packed(Word(Say.REFUSED, ask.key, ask.tag, 0, self._address))
+            self._sent.append(_Sent(endpoint.send(refusal, INBOX_TAG), None))
         else:
-            self._sent.append(_Sent(endpoint.send(offered.data, tag), offered))
+            self._sent.append(_Sent(endpoint.send(offered.data, ask.tag), offered))
 
     def _sends_done(self) -> bool:
         done = [sent for sent in self._sent if sent.request.completed]
@@ -208,13 +221,13 @@ class UcxChannel(Channel):
             raise LinkError(str(error)) from None
         self._link.regions.check(runs)
         nbytes = stream_bytes(runs)
-        offered, address = _parse_offer(offer)
+        offered, address = parsed_offer(offer)
         if offered != nbytes:
             raise LinkError(f"the offer is {offered} bytes long, {nbytes} are expected")
         endpoint = self._reach(address)
-        if nbytes > self._link.receiving.slot_bytes:
-            raise LinkError(f"a batch of {nbytes} bytes exceeds a staging slot: raise links.batch_bytes to {nbytes}")
-        if nbytes <= REFUSAL_BYTES:
+        if nbytes > self._memory.receiving.slot_bytes:
+            raise LinkError(self._too_long(nbytes))
+        if nbytes <= END_BYTES:
             raise LinkError("an empty batch")
         if checksums and (len(checksums) != 8 * blocks or blocks < 1 or nbytes % blocks):
             raise LinkError(f"{len(checksums) // 8} checksums for {blocks} blocks of {nbytes} bytes")
@@ -223,65 +236,75 @@ class UcxChannel(Channel):
     def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
         fenced = set(keys)
         self._queue = deque(wanted for wanted in self._queue if wanted.key not in fenced)
-        for wanted in (*self._posted, *self._reporting):
+        for wanted in (*self._posted, *self._placing, *self._reporting):
             if wanted.key in fenced:
                 wanted.done = None  # its slot waits for the message; its pages are not written any more
-        done()
+        being_written = [wanted for wanted in self._placing if wanted.key in fenced]
+        if being_written:
+            self._fences.append((being_written, done))
+        else:
+            done()
 
     def _ask_some(self) -> bool:
         """Post receives into free slots and ask the peer for them."""
         asked = False
-        ring = self._link.receiving
-        while self._queue and ring.free and len(self._posted) < self._receive_share:
+        ring = self._memory.receiving
+        while self._queue and ring.free and len(self._posted) + len(self._placing) < self._receive_share:
             wanted = self._queue.popleft()
-            wanted.slot = ring.take()
-            room = ring.view(wanted.slot, wanted.nbytes)
-            # A message shorter than it should be leaves these bytes as they are.
-            wanted.canary = secrets.token_bytes(min(CANARY_BYTES, wanted.nbytes - REFUSAL_BYTES))
-            room[room.size - len(wanted.canary) :] = np.frombuffer(wanted.canary, dtype=np.uint8)
-            tag, self._next_tag = self._next_tag, self._next_tag + 1
-            wanted.request = wanted.endpoint.receive(room, tag)
-            ask = ASK.pack(wanted.key, tag, wanted.nbytes, len(self._address), self._address)
-            self._asks.append(wanted.endpoint.send(np.frombuffer(ask, dtype=np.uint8), INBOX_TAG))
-            self._posted.append(wanted)
             asked = True
+            wanted.slot = ring.take()
+            try:
+                room = ring.view(wanted.slot, wanted.nbytes)
+            except LinkError as error:
+                ring.give_back(wanted.slot)
+                self._report(wanted, f"link: {error}")
+                continue
+            wanted.tag, self._next_tag = self._next_tag, self._next_tag + 1
+            wanted.request = wanted.endpoint.receive(room, wanted.tag)
+            self._say(wanted.endpoint, Word(Say.ASK, wanted.key, wanted.tag, wanted.nbytes, self._address))
+            self._posted.append(wanted)
         return asked
 
     def _receives_done(self) -> bool:
+        """Begin to place what arrived."""
         done = [wanted for wanted in self._posted if wanted.request is not None and wanted.request.completed]
-        if not done:
-            return False
         self._posted = [wanted for wanted in self._posted if wanted not in done]
         for wanted in done:
-            error = self._place(wanted) if wanted.done is not None else None
-            self._link.receiving.give_back(wanted.slot)
+            error = self._arrived(wanted)
+            if error is None and wanted.done is not None:
+                wanted.move = self._memory.place(
+                    wanted.slot, wanted.nbytes, wanted.runs, wanted.blocks, wanted.checksums
+                )
+                self._placing.append(wanted)
+                continue
+            self._memory.receiving.give_back(wanted.slot)
             if wanted.done is not None:
                 self._report(wanted, error)
-        return True
+        return bool(done)
 
-    def _place(self, wanted: _Wanted) -> str | None:
-        """Verify the slot, then scatter it into the pages: damaged bytes never reach them."""
+    def _arrived(self, wanted: _Wanted) -> str | None:
+        """Why its slot does not hold the batch, or None."""
         assert wanted.request is not None
         error = wanted.request.error()
         if error:
             self._break(error)
             return f"link: {error}"
-        room = self._link.receiving.view(wanted.slot, wanted.nbytes)
-        if room[room.size - len(wanted.canary) :].tobytes() == wanted.canary:
-            return "damaged: withdrawn by its sender before it was sent, or cut short"
-        source = np.array([[room.ctypes.data, wanted.nbytes]], dtype=np.uint64)
-        try:
-            if wanted.checksums:
-                expected = np.frombuffer(wanted.checksums, dtype="<u8")
-                wrong = np.flatnonzero(pages.checksum(source, wanted.blocks) != expected)
-                if len(wrong):
-                    return (
-                        f"damaged: {len(wrong)} of {wanted.blocks} blocks differ from their checksums, first {wrong[0]}"
-                    )
-            pages.copy_runs(source, wanted.runs)
-        except ValueError as problem:
-            return f"link: {problem}"
-        return None
+        return "damaged: withdrawn by its sender before it was sent" if wanted.refused else None
+
+    def _places_done(self) -> bool:
+        """Report batches that are in place, and fences that waited for them."""
+        done = [wanted for wanted in self._placing if wanted.move is not None and wanted.move.done()]
+        self._placing = [wanted for wanted in self._placing if wanted not in done]
+        for wanted in done:
+            assert wanted.move is not None
+            self._memory.receiving.give_back(wanted.slot)
+            if wanted.done is not None:
+                self._report(wanted, f"link: {self._broken}" if self.closed else wanted.move.error())
+        waiting = self._fences if done else []
+        for fence in [fence for fence in waiting if not any(wanted in self._placing for wanted in fence[0])]:
+            self._fences.remove(fence)
+            self._link.callbacks.add(fence[1])
+        return bool(done)
 
     def _report(self, wanted: _Wanted, error: str | None) -> None:
         """Say how it ended, soon, unless it is fenced before that."""
@@ -309,25 +332,43 @@ class UcxChannel(Channel):
         if self._broken:
             return self._fail_all()
         sent, received = self._sends_done(), self._receives_done()
+        placed = self._places_done()
         asked = self._ask_some()
-        self._asks = [ask for ask in self._asks if not ask.completed]
+        self._said = [word for word in self._said if not word.completed]
         self.stats.seconds_sending += self._sending_time.set(bool(self._sent))
-        self.stats.seconds_moving += self._receiving_time.set(bool(self._posted))
-        return heard or sent or received or asked
+        self.stats.seconds_moving += self._receiving_time.set(bool(self._posted or self._placing))
+        return heard or sent or received or placed or asked
 
     def _listen(self, message: Request) -> bool:
-        """Answer one ask."""
+        """Do what one word says."""
         error = message.error()
         if error:
             self._break(error)
             return True
-        key, tag, nbytes, length, address = ASK.unpack(self._inbox.tobytes())
+        word = parsed(self._inbox)
         self._heard = self.worker.receive(self._inbox, INBOX_TAG)
         try:
-            self._answer(self._reach(address[:length]), key, tag, nbytes)
+            if word.say == Say.ASK:
+                self._answer(self._reach(word.address), word)
+            elif word.say == Say.END:
+                nothing = np.zeros(END_BYTES, dtype=np.uint8)
+                self._sent.append(_Sent(self._reach(word.address).send(nothing, word.tag), None))
+            elif word.say == Say.REFUSED:
+                self._refused(word.tag)
         except LinkError:
             self.stats.errors += 1  # nobody to answer to
         return True
+
+    def _refused(self, tag: int) -> None:
+        """Its receive has to end before its slot is free. It is marked before we ask for that, so that the end is never
+        taken for the batch, checksums or not."""
+        for wanted in self._posted:
+            if wanted.tag == tag and not wanted.refused:
+                wanted.refused = True
+                self._say(wanted.endpoint, Word(Say.END, wanted.key, tag, 0, self._address))
+
+    def _say(self, endpoint: Endpoint, word: Word) -> None:
+        self._said.append(endpoint.send(packed(word), INBOX_TAG))
 
     def _reach(self, address: bytes) -> Endpoint:
         """The endpoint to a channel of the peer: one, or two where it uses a channel for each direction."""
@@ -367,18 +408,19 @@ class UcxChannel(Channel):
 
     def _end(self) -> None:
         """Let go of the worker once no message holds a slot any more: at once, as a rule, else at a deadline. With its
-        worker, a message that did not end is destroyed; nothing reads or writes its slot after that."""
+        worker, a message that did not end is destroyed; nothing reads or writes its slot after that. A kernel that
+        writes pages can't be called back, only waited for."""
         self._fail_all()
-        if self.ended or ((self._posted or self._sent) and time.monotonic() < self._end_by):
+        if self.ended or self._placing or ((self._posted or self._sent) and time.monotonic() < self._end_by):
             return
         self._link.forget(self.worker)
         self.worker.close()
         self.ended = True
         posted, sent = self._posted, self._sent
-        self._posted, self._sent, self._asks, self._heard = [], [], [], None
+        self._posted, self._sent, self._said, self._heard = [], [], [], None
         for wanted in posted:
             wanted.request = None
-            self._link.receiving.give_back(wanted.slot)
+            self._memory.receiving.give_back(wanted.slot)
         for message in sent:
             if message.offered is not None:
                 self._let_go(message.offered, f"link: {self._broken}")
@@ -391,6 +433,7 @@ class UcxChannel(Channel):
     def _fail_all(self) -> bool:
         """The peer is gone: end all work with an error. Slots of messages that UCX still holds stay with them."""
         error = f"link: {self._broken}"
+        self._places_done()
         held = {id(sent.offered) for sent in self._sent if not sent.request.completed}
         owed = bool(self._offered or self._queue)
         for offered in self._offered.values():
@@ -412,39 +455,9 @@ class UcxChannel(Channel):
         ended = [wanted for wanted in self._posted if wanted.request is None or wanted.request.completed]
         self._posted = [wanted for wanted in self._posted if wanted not in ended]
         for wanted in ended:
-            self._link.receiving.give_back(wanted.slot)
+            self._memory.receiving.give_back(wanted.slot)
         return owed
 
     def _check_open(self) -> None:
         if self._broken:
             raise LinkError(self._broken)
-
-
-def _parse_offer(offer: bytes) -> tuple[int, bytes]:
-    """The batch's length and the sealed address of the channel that offers it."""
-    try:
-        nbytes, address = msgpack.unpackb(offer, raw=False)
-        if not isinstance(nbytes, int) or not isinstance(address, bytes):
-            raise ValueError("a number and an address are expected")
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise LinkError(f"not an offer of the ucx link: {error}") from None
-    return nbytes, address
-
-
-def sealed(address: bytes) -> bytes:
-    """A worker address behind its digest: UCX trusts addresses blindly, a damaged one would crash the process."""
-    if len(address) > MAX_ADDRESS_BYTES:
-        raise LinkError(f"UCX' address of {len(address)} bytes is too long: name fewer devices in UCX_NET_DEVICES")
-    return hashlib.blake2b(address, digest_size=16, person=b"pdt-ucx-address").digest() + address
-
-
-def unsealed(sealed_address: bytes) -> bytes:
-    """The worker address.
-
-    Raises:
-        ValueError: it was damaged.
-    """
-    address = sealed_address[16:]
-    if not 0 < len(address) <= MAX_ADDRESS_BYTES or sealed(address) != sealed_address:
-        raise ValueError("not a UCX address")
-    return address

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.geometry import HOST, KVGeometry
 
 
 class Audit:
@@ -21,12 +22,19 @@ class Audit:
         self._geometry = geometry
         self._rank = rank
 
+    def _read(self, address: int, nbytes: int) -> Any:
+        if self._geometry.device == HOST:
+            return (ctypes.c_char * nbytes).from_address(address)
+        from pdtransport.kernels.gpu import to_host
+
+        return to_host(address, nbytes)
+
     def block(
         self, transfer: str, role: str, peer: str, peer_rank: int, block: int, page: int, head_lo: int, head_hi: int
     ) -> None:
         digest = hashlib.sha256()
         for address, nbytes in self._geometry.runs([page], head_lo, head_hi).tolist():
-            digest.update((ctypes.c_char * nbytes).from_address(address))
+            digest.update(self._read(address, nbytes))
         line = {
             "transfer": transfer,
             "role": role,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pdtransport.protocol.actions import Action, Limits, Peer, Release, Send
@@ -57,10 +57,17 @@ class Sending:
 
     Args:
         block_bytes: ``(head_lo, head_hi)`` -> bytes of one block here; raises ValueError for heads not held.
+        batch_bytes: the largest batch that the link to a peer takes, where ``limits`` allow a larger one.
     """
 
-    def __init__(self, limits: Limits, block_bytes: Callable[[int, int], int]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        block_bytes: Callable[[int, int], int],
+        batch_bytes: Callable[[Peer], int] | None = None,
+    ) -> None:
         self.limits = limits
+        self._batch_bytes = batch_bytes
         self.counters: Counter[str] = Counter()
         self._block_bytes = block_bytes
         self._requests: dict[TransferId, _Request] = {}
@@ -257,7 +264,10 @@ class Sending:
         """Bring a grant and its request together; a grant for something else is aborted."""
         problem = self._problem_with(request, grant)
         block_bytes = 1 if problem else self._block_bytes(grant.head_lo, grant.head_hi)
-        machine = ProducerMachine(grant, peer, block_bytes, request.tokens, self.limits)
+        limits = self.limits
+        if self._batch_bytes is not None:
+            limits = replace(limits, batch_bytes=min(limits.batch_bytes, self._batch_bytes(peer)))
+        machine = ProducerMachine(grant, peer, block_bytes, request.tokens, limits)
         request.grants[peer] = machine
         request.consumers = request.consumers or grant.consumers
         if request.cancelled is not None:

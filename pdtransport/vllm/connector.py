@@ -133,6 +133,10 @@ class PDTransportConnector(KVConnectorBase_V1):
     ) -> None:
         """Pages leave per step, not per layer."""
 
+    def finish_forward(self) -> None:
+        """New model runner: the step is launched, its sampling is not yet."""
+        self.worker.after_forward(self._commands)
+
     def wait_for_save(self) -> None:
         self.worker.after_forward(self._commands)
 

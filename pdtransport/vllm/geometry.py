@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.errors import SettingsError
-from pdtransport.kv.geometry import KVGeometry, LayerPages, Region, head_range
+from pdtransport.kv.geometry import HOST, KVGeometry, LayerPages, Region, head_range
 from pdtransport.protocol.messages import FingerprintValue
 from pdtransport.settings import Settings
 
@@ -73,10 +73,8 @@ def _distinct(kv_caches: KVCaches) -> KVCaches:
     seen: set[int] = set()
     caches: KVCaches = {}
     for name, cache in kv_caches.items():
-        if cache.device.type != "cpu":
-            raise SettingsError(
-                f"layer {name} keeps its KV on {cache.device}; this version moves KV in host memory only"
-            )
+        if cache.device.type not in ("cpu", "cuda"):
+            raise SettingsError(f"layer {name} keeps its KV on {cache.device}; KV on a CPU or a CUDA GPU can be moved")
         if cache.dim() != 4:
             raise SettingsError(
                 f"layer {name} has a KV cache of {cache.dim()} dimensions, 4 were expected: state-space and hybrid "
@@ -121,12 +119,18 @@ def _geometry(caches: KVCaches, config: VllmConfig, rank: int, ranks: int) -> KV
         total_heads=total,
         slot_bytes=content * item,
         heads_first=heads_first,
+        device=_device(first),
     )
+
+
+def _device(cache: torch.Tensor) -> int:
+    return int(cache.device.index) if cache.device.type == "cuda" else HOST
 
 
 def _regions(caches: KVCaches) -> list[Region]:
     storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches.values()}
-    return [Region(address, storage.nbytes(), owner=storage) for address, storage in storages.items()]
+    device = _device(next(iter(caches.values())))
+    return [Region(address, storage.nbytes(), storage, device) for address, storage in storages.items()]
 
 
 def _fingerprint(caches: KVCaches, config: VllmConfig, settings: Settings) -> dict[str, FingerprintValue]:

@@ -70,6 +70,7 @@ class SchedulerSide:
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
         self._bell = Bell()
+        self._look_again = 0  # empty steps that must not wait
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
@@ -165,10 +166,22 @@ class SchedulerSide:
             after = self._progress(output)
         self._claim_waiting()
         before, self._before = self._before, []
-        if self._awaited and not (before or output.total_num_scheduled_tokens):
-            # The engine only waits for our workers: do so here, asleep, instead of letting it spin through empty steps.
-            self._bell.wait(self._settings.idle_wait_s)
+        if output.total_num_scheduled_tokens:
+            self._look_again = 1
+        elif self._awaited and not before:
+            self._wait()
         return Commands(before, after, self._bell.name)
+
+    def _wait(self) -> None:
+        """The engine only waits for our workers: do so here, asleep, instead of letting it spin through empty steps.
+
+        With asynchronous scheduling the engine looks at a step's outcome one step later: neither a step that is still
+        computed nor what the bell announced may wait here.
+        """
+        if self._look_again:
+            self._look_again -= 1
+        elif self._bell.wait(self._settings.idle_wait_s):
+            self._look_again = 2
 
     def _progress(self, output: SchedulerOutput) -> list[Command]:
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}

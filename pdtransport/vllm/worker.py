@@ -8,6 +8,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pdtransport.kv.geometry import HOST
 from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
@@ -18,6 +19,7 @@ from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
@@ -87,15 +89,30 @@ class WorkerSide:
         """Idempotent: vLLM's two model runners call it from different hooks."""
         self._rope.name = commands.bell
         todo, commands.before = commands.before, []
+        # Pages that we are given may still be used by kernels of earlier steps, for requests that have ended since.
+        earlier = self._mark() if any(isinstance(command, Take) for command in todo) else None
         for command in todo:
-            self._do(command)
+            self._do(command, earlier)
 
     def after_forward(self, commands: Commands) -> None:
+        """Once the step's kernels are launched; idempotent too."""
         todo, commands.after = commands.after, []
+        computed = self._mark() if todo else None
         for command in todo:
-            self._do(command)
+            self._do(command, computed)
 
-    def _do(self, command: Command) -> None:
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event behind all that this thread has launched on its stream; None where KV is in host memory."""
+        assert self._transport is not None
+        if self._transport.geometry.device == HOST:
+            return None
+        import torch
+
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._transport.geometry.device))
+        return event
+
+    def _do(self, command: Command, after: torch.cuda.Event | None) -> None:
         transport = self._transport
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
@@ -104,7 +121,7 @@ class WorkerSide:
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
             if offer is not None:
-                offer.ready(self._kernel_pages(command.pages), command.tokens)
+                offer.ready(self._kernel_pages(command.pages), command.tokens, after)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
             if offer is not None:
@@ -114,7 +131,7 @@ class WorkerSide:
         elif isinstance(command, Claim):
             transport.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
         elif isinstance(command, Take):
-            self._take(transport, command)
+            self._take(transport, command, after)
         elif isinstance(command, Cancel):
             receipt = self._receipts.get(command.req_id)
             if receipt is not None:
@@ -133,7 +150,7 @@ class WorkerSide:
         else:
             offer.cancel("the request was aborted on prefill")
 
-    def _take(self, transport: Transport, take: Take) -> None:
+    def _take(self, transport: Transport, take: Take, after: torch.cuda.Event | None) -> None:
         kernel_blocks = -(-take.tokens // transport.geometry.block_size)
         first = min(take.first_block * self._ratio, kernel_blocks)
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
@@ -153,6 +170,7 @@ class WorkerSide:
             ranks=take.ranks,
             first_block=first,
             on_end=ended,
+            after=after,
         )
         self._receipts[take.req_id] = receipt
         if receipt.future.done():  # it ended in the I/O thread before we noted it

@@ -2,6 +2,9 @@
 
 Each end has one buffer of pages; runs are named by offsets into it. An end makes progress on its own, like the
 transport's I/O thread, unless it is told to hold still.
+
+The buffer lies in host memory, or (setting ``gpu``) on a GPU: ``"cuda"`` is a real one, ``"twin"`` the stand-in of
+:mod:`tests.rig.twin_gpu`, and with ``"twin-direct"`` UCX is said to know its memory.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,10 +24,13 @@ import msgpack
 import numpy as np
 
 from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import LinkBusy, Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.links.probe import Probe, ProbeSource
+from pdtransport.links.ucx_gpu import CudaGpu
 from pdtransport.settings import LinkSettings
+from tests.rig import twin_gpu
 
 ANSWER_S = 30.0
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
@@ -106,14 +113,15 @@ def _serve(pipe: Connection, nbytes: int, settings: dict[str, Any]) -> None:
     namespace = settings.pop("netns", None)
     if namespace:
         _enter_network(namespace)
-    try:
-        server = _Server(nbytes, settings)
-    except Exception as error:  # noqa: BLE001 - told to the test
-        pipe.recv()
-        pipe.send((type(error).__name__, str(error)))
-        return
-    _serve_calls(pipe, server)
-    server.close()
+    with twin_gpu.installed() if settings.get("gpu", "").startswith("twin") else nullcontext():
+        try:
+            server = _Server(nbytes, settings)
+        except Exception as error:  # noqa: BLE001 - told to the test
+            pipe.recv()
+            pipe.send((type(error).__name__, str(error)))
+            return
+        _serve_calls(pipe, server)
+        server.close()
 
 
 def _enter_network(namespace: str) -> None:
@@ -146,11 +154,51 @@ def _serve_calls(pipe: Connection, server: _Server) -> None:
             pipe.send((type(error).__name__, str(error)))
 
 
+class _Buffer:
+    """Pages in host memory."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._memory = np.zeros(nbytes, dtype=np.uint8)
+        self.address: int = self._memory.ctypes.data
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        self._memory[offset : offset + data.size] = data
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return self._memory[offset : offset + nbytes].tobytes()
+
+
+class _DeviceBuffer(_Buffer):
+    """Pages on GPU 0, or on its stand-in."""
+
+    def __init__(self, nbytes: int) -> None:
+        from pdtransport.kernels import gpu
+        from pdtransport.kernels.watch import DeviceMemory
+
+        self._gpu: Any = gpu
+        self.nbytes = nbytes
+        self._device_memory = DeviceMemory(nbytes, 0)
+        self.address = self._device_memory.address
+        self.write(0, np.zeros(nbytes, dtype=np.uint8))
+
+    def write(self, offset: int, data: np.ndarray) -> None:
+        self._gpu.from_host(self.address + offset, data.tobytes())
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        data: bytes = self._gpu.to_host(self.address + offset, nbytes)
+        return data
+
+
 class _Server:
     def __init__(self, nbytes: int, settings: dict[str, Any]) -> None:
+        gpu = settings.pop("gpu", "")
         self.settings = LinkSettings.model_validate(settings)
-        self.buffer = np.zeros(nbytes, dtype=np.uint8)
-        region = Region(self.buffer.ctypes.data, nbytes, self.buffer)
+        if gpu.endswith("direct"):
+            CudaGpu.sendable = lambda self, context: True  # type: ignore[method-assign]
+            CudaGpu.why_not_direct = lambda self, context, lanes: ""  # type: ignore[method-assign]
+        self.buffer = _DeviceBuffer(nbytes) if gpu else _Buffer(nbytes)
+        region = Region(self.buffer.address, nbytes, self.buffer, device=0 if gpu else HOST)
         self.opened = open_links(self.settings, [region])
         self.links = list(self.opened.links.values())
         self.channel: Any = None
@@ -161,7 +209,7 @@ class _Server:
 
     def runs(self, spans: Spans) -> np.ndarray:
         runs = np.array(spans, dtype=np.uint64).reshape(-1, 2)
-        runs[:, 0] += np.uint64(self.buffer.ctypes.data)
+        runs[:, 0] += np.uint64(self.buffer.address)
         return runs
 
     def progress(self) -> bool:
@@ -197,14 +245,14 @@ class _Server:
 
     def do_fill(self, seed: int, size: int = 1 << 20) -> None:
         """Random bytes at the front."""
-        size = min(self.buffer.size, size)
-        self.buffer[:size] = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+        size = min(self.buffer.nbytes, size)
+        self.buffer.write(0, np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
 
     def do_set(self, offset: int, data: bytes) -> None:
-        self.buffer[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        self.buffer.write(offset, np.frombuffer(data, dtype=np.uint8))
 
     def do_read(self, spans: Spans) -> bytes:
-        return b"".join(self.buffer[offset : offset + nbytes].tobytes() for offset, nbytes in spans)
+        return b"".join(self.buffer.read(offset, nbytes) for offset, nbytes in spans)
 
     def do_send(self, key: int, spans: Spans, blocks: int) -> tuple[bytes, bytes]:
         offered: tuple[bytes, bytes] = self.channel.send(key, self.runs(spans), blocks, self.end(("send", key)))
@@ -254,7 +302,8 @@ class _Server:
         return time.monotonic() - begin
 
     def do_probe_start(self, nbytes: int) -> list[bytes]:
-        batch = self.settings.batch_bytes
+        gpu = self.opened.regions.device != HOST
+        batch = self.settings.gpu_slot_bytes if gpu else self.settings.batch_bytes
         self.probe = Probe(self.channel, self.opened.regions, nbytes, batch, time.monotonic())
         return self.probe.outbox()
 
@@ -285,9 +334,18 @@ class _Server:
             if link.name == "cma":
                 free["tickets"] = (link.tickets.free, 4096)  # type: ignore[attr-defined]
             else:
-                for ring in ("sending", "receiving"):
-                    free[ring] = (getattr(link, ring).free, getattr(link, ring).count)
+                for memory in link.memories:  # type: ignore[attr-defined]
+                    for ring in ("sending", "receiving"):
+                        free[ring] = (getattr(memory, ring).free, getattr(memory, ring).count)
         return free
+
+    def do_hold_kernels(self, hold: bool) -> None:
+        """Of a twin: kernels are launched, and do nothing until they are let go on."""
+        (twin_gpu.going.clear if hold else twin_gpu.going.set)()
+
+    def do_kernels(self) -> int:
+        """Of a twin: launched and not ended."""
+        return len(twin_gpu.under_way)
 
     def do_become_nobody(self) -> None:
         os.setgid(65534)

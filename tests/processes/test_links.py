@@ -22,17 +22,25 @@ pytestmark = pytest.mark.timeout(120)
 BATCH = 256 << 10  # what most tests move
 BIG = 16 << 20  # takes 5 to 20 ms to copy
 MEMORY = 2 * BIG
-SETTINGS: dict[str, Any] = {"batch_bytes": BIG, "staging_bytes": 4 * BIG, "probe_bytes": 0}
+SETTINGS: dict[str, Any] = {
+    "batch_bytes": BIG,
+    "staging_bytes": 4 * BIG,
+    "gpu_slot_bytes": BIG,
+    "gpu_staging_bytes": 4 * BIG,
+    "probe_bytes": 0,
+}
 PAGE = 8192
 SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
-KINDS = ["cma", "ucx", "ucx-tcp"]
+KINDS = ["cma", "ucx", "ucx-tcp", "ucx-twin"]  # the last: pages on the stand-in for a GPU
 
 
 def end(kind: str, **settings: Any) -> End:
     name = kind.split("-")[0]
     environment = {"UCX_TLS": "tcp"} if kind.endswith("-tcp") else {}
+    if kind.endswith("-twin"):
+        settings = {"gpu": "twin", **settings}
     return End(MEMORY, {**SETTINGS, "order": [name], **settings}, environment)
 
 
@@ -74,7 +82,7 @@ def ends(processes: dict[str, tuple[End, End]], kind: str) -> Iterator[tuple[End
 
 cma = pytest.mark.parametrize("kind", ["cma"], indirect=True)
 ucx = pytest.mark.parametrize("kind", ["ucx"], indirect=True)
-any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp"], indirect=True)
+any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp", "ucx-twin"], indirect=True)
 
 
 def hand_over(sender: End, receiver: End, key: int, source: Spans, target: Spans, blocks: int) -> str | None:
@@ -186,6 +194,7 @@ def test_the_ucx_environment_stays_as_it_was() -> None:
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["cma", "ucx", "ucx-tcp"], indirect=True)  # from a GPU all is gathered
 @pytest.mark.parametrize("byte", [0, 12345, BATCH - 1])
 def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, End], kind: str, byte: int) -> None:
     """The pages changed between announcement and arrival (a reused page): never accepted."""
@@ -203,7 +212,7 @@ def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, E
     assert receiver.ask("stats")["errors"] == 1
 
 
-@ucx
+@pytest.mark.parametrize("kind", ["ucx", "ucx-twin"], indirect=True)
 def test_gathered_pages_may_be_reused_at_once(ends: tuple[End, End]) -> None:
     """Once `done` was called, what happens to the pages does not reach the receiver."""
     sender, receiver = ends

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
+from tests.rig import twin_gpu
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SLOT = 3, 40, 4, 16, 64
 WAIT_S = 20.0
@@ -51,30 +53,44 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def worker(rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int) -> Worker:
+def worker(
+    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int
+) -> Worker:
     heads = HEADS // ranks
-    kv = np.full((LAYERS, BLOCKS, heads, block_size, SLOT), fill, dtype=np.uint8)
-    geometry = KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS)
+    shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
+    kv = np.empty(shape, dtype=np.uint8) if device < 0 else twin_gpu.DeviceMemory(math.prod(shape), 0).array(shape)
+    kv[:] = fill
+    geometry = replace(KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS), device=device)
     return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
 
 
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx"])
+@pytest.fixture(params=["cma", "ucx", "cuda_ipc", "ucx-gpu"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
+        order, device = request.param.split("-")[0], 0 if request.param in ("cuda_ipc", "ucx-gpu") else -1
+        if device >= 0:
+            stack.enter_context(twin_gpu.installed())
 
         def make(p: int = 1, d: int = 1, deadlines: dict | None = None, decode_block: int = BLOCK_SIZE) -> Cluster:
             settings = Settings.parse(
                 {
-                    "links": {"order": [request.param], "batch_bytes": 1 << 16, "staging_bytes": 1 << 19},
+                    "links": {
+                        "order": [order],
+                        "batch_bytes": 1 << 16,
+                        "gpu_batch_bytes": 1 << 16 if order == "cuda_ipc" else 1 << 20,
+                        "gpu_slot_bytes": 1 << 16,
+                        "gpu_staging_bytes": 1 << 19,
+                        "staging_bytes": 1 << 19,
+                    },
                     "deadlines": deadlines or {},
                 }
             )
             base = free_ports(p)
-            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE) for r in range(p)]
-            decode = [worker(r, d, settings, 0, 255, "decode", decode_block) for r in range(d)]
+            prefill = [worker(r, p, settings, base + r, 0, "prefill", BLOCK_SIZE, device) for r in range(p)]
+            decode = [worker(r, d, settings, 0, 255, "decode", decode_block, device) for r in range(d)]
             for one in (*prefill, *decode):
                 stack.enter_context(one.transport)
             return Cluster(prefill, decode)

@@ -40,13 +40,16 @@ class Answers:
 
     Args:
         directory: remembers answers between runs; None does not. The file's name is made of all that they depend on.
+        server: one with ``spec`` that runs already; it stays its owner's.
     """
 
-    def __init__(self, spec: ServerSpec, logs: Path, directory: Path | None = None) -> None:
+    def __init__(
+        self, spec: ServerSpec, logs: Path, directory: Path | None = None, server: Server | None = None
+    ) -> None:
         self._spec = spec
         self._logs = logs
         self._stack = ExitStack()
-        self._server: Server | None = None
+        self._server = server
         self._file = directory / f"{fingerprint(spec)}.json" if directory else None
         self._known: dict[str, Known] = {}
         if self._file and self._file.exists():

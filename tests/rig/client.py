@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 
 from tests.rig.ports import HOST
-from tests.rig.servers import MODEL_NAME, Server
+from tests.rig.servers import MODEL_NAME, NIXL, Server
 
 REQUEST_S = 240.0
+JSON_HEADERS = {"Content-Type": "application/json"}
 KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s: a request sent just then would be lost
 ERROR_CHARS = 600
 
@@ -105,6 +106,31 @@ def margins_of(logprobs: Mapping[str, Any] | None) -> list[float]:
     return margins
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that only needs to be sent: the JSON of a long prompt takes milliseconds to write."""
+
+    url: str
+    payload: bytes
+    stream: bool
+    headers: Mapping[str, str] | None = None
+
+
+def prepare(
+    to: Server | str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    kv: KVParams | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Prepared:
+    """A completion of token ids. ``more`` goes into the request's body."""
+    body = request_body(prompt, max_tokens, kv, **more)
+    url = to if isinstance(to, str) else to.url
+    return Prepared(f"{url}/v1/completions", json.dumps(body).encode(), body["stream"], headers)
+
+
 class Client:
     """One HTTP session. Use as ``async with Client() as client``."""
 
@@ -122,14 +148,17 @@ class Client:
             await self._session.close()
 
     @asynccontextmanager
-    async def post(self, url: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The response of a POST.
+    async def post(
+        self, url: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The response of a POST of an object, or of JSON text.
 
         Raises:
             RequestFailed: it is not 200.
         """
         assert self._session is not None, "use `async with Client()`"
-        async with self._session.post(url, json=body) as response:
+        payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self._session.post(url, data=payload, headers={**JSON_HEADERS, **(headers or {})}) as response:
             if response.status != 200:
                 raise RequestFailed(response.status, await response.text())
             yield response
@@ -145,19 +174,25 @@ class Client:
     async def complete(
         self, to: Server | str, prompt: Sequence[int], max_tokens: int, kv: KVParams | None = None, **more: Any
     ) -> Answer:
-        """One completion of token ids.
+        """One completion of token ids; see :func:`prepare`.
 
         Raises:
             RequestFailed: the server answered with an error, or a stream carried one.
         """
-        url = to if isinstance(to, str) else to.url
-        body = request_body(prompt, max_tokens, kv, **more)
+        return await self.send(prepare(to, prompt, max_tokens, kv, **more))
+
+    async def send(self, request: Prepared) -> Answer:
+        """What is answered to a prepared request; its time begins here.
+
+        Raises:
+            RequestFailed: the server answered with an error, or a stream carried one.
+        """
         sent = time.time()
-        async with self.post(f"{url}/v1/completions", body) as response:
-            if body["stream"]:
+        async with self.post(request.url, request.payload, request.headers) as response:
+            if request.stream:
                 return await _read_stream(response, sent)
             data = await response.json()
-            headers = response.headers.copy()
+            answered = response.headers.copy()
         done = time.time()
         choice = data["choices"][0]
         if choice["finish_reason"] == "error":
@@ -170,7 +205,7 @@ class Client:
             first_token=done,
             done=done,
             margins=margins_of(choice.get("logprobs")),
-            headers=headers,
+            headers=answered,
         )
 
 
@@ -202,7 +237,7 @@ def new_transfer() -> str:
 
 def to_prefill(server: Server, transfer: str) -> dict[str, Any]:
     params: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
-    if server.spec.connector == "nixl":  # its toy proxy sends these keys too, and no transfer id
+    if server.spec.connector in NIXL:  # its toy proxy sends these keys too, and no transfer id
         del params["transfer_id"]
         params |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     return params
@@ -210,7 +245,7 @@ def to_prefill(server: Server, transfer: str) -> dict[str, Any]:
 
 def to_decode(prefill: Server, transfer: str) -> dict[str, Any]:
     """What decode is told when both are dispatched at once, before prefill answered."""
-    return {
+    params = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "transfer_id": transfer,
@@ -218,6 +253,13 @@ def to_decode(prefill: Server, transfer: str) -> dict[str, Any]:
         "remote_port": prefill.control_port,
         "tp_size": prefill.spec.tp,
     }
+    if prefill.spec.connector == "nixl-push":  # it pairs requests by their ids
+        params |= {
+            "remote_engine_id": prefill.spec.engine_id(prefill.control_port),
+            "remote_request_id": f"cmpl-{transfer}-0",
+            "pp_size": 1,
+        }
+    return params
 
 
 async def hand_off(
@@ -242,8 +284,12 @@ async def hand_off(
         if not first.kv_params:
             raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
         return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **more))
-    decoding = asyncio.create_task(client.complete(decode, prompt, max_tokens, to_decode(prefill, transfer), **more))
-    prefilling = asyncio.create_task(client.complete(prefill, prompt, 1, to_prefill(prefill, transfer)))
+    same = {"X-Request-Id": transfer} if prefill.spec.connector == "nixl-push" else None  # see to_decode
+    requests = (
+        prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **more),
+        prepare(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same),
+    )
+    decoding, prefilling = (asyncio.create_task(client.send(request)) for request in requests)
     try:
         answer = await decoding
         (outcome,) = await asyncio.gather(prefilling, return_exceptions=True)

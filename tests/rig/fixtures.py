@@ -17,7 +17,7 @@ SEED = 20
 ASSORTED = 200  # the issue's least
 CACHE_BYTES = 256 << 20  # 65,536 tokens: eight of the longest prompts
 DEADLINES = {"arrival_s": 10.0, "hold_s": 10.0}  # shorter than the defaults, so that tests need not wait for these
-FAMILY_PREFIX = 20 * BLOCK
+FAMILY_PREFIX = 640  # whole blocks of 16 and of 32
 LONG_ANSWER = 96
 LONG_ANSWER_LEAST = 32
 
@@ -83,6 +83,30 @@ def pair_spec(name: str, role: KVRole, audit: Path | None = None, **more: Any) -
         env=env,
         **{"kv_cache_bytes": CACHE_BYTES, **more},
     )
+
+
+TINY_TOKENS = 1280  # all that the tiny server's cache holds
+TINY_LEN = 1024
+TINY_CHUNK = 64  # many steps a prompt: many moments to be preempted at
+
+
+def tiny_spec(audit: Path) -> ServerSpec:
+    """A server of both roles whose cache is too small for what it is asked."""
+    return pair_spec(
+        "tiny",
+        "kv_both",
+        audit,
+        cores="0",
+        blocks=TINY_TOKENS // BLOCK,
+        max_model_len=TINY_LEN,
+        max_batched_tokens=TINY_CHUNK,
+        load_failure_policy="recompute",
+    )
+
+
+def doomed_spec(audit: Path) -> ServerSpec:
+    """A prefill server that a test will kill."""
+    return pair_spec("doomed", "kv_both", audit, cores="0", load_failure_policy="fail")
 
 
 async def make_book(answers: Answers) -> Book:

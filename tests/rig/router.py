@@ -33,17 +33,26 @@ class RunningRouter:
 
 
 @contextmanager
-def routed(prefills: Sequence[Server], decodes: Sequence[Server], logs: Path, order: Order) -> Iterator[RunningRouter]:
-    """A router for the length of a ``with`` block.
+def routed(
+    prefills: Sequence[Server],
+    decodes: Sequence[Server],
+    logs: Path,
+    order: Order,
+    *more: str,
+    control_port: int | None = None,
+) -> Iterator[RunningRouter]:
+    """A router for the length of a ``with`` block. ``more`` options; ``control_port``: where decode finds prefill, if
+    not at its own.
 
     Raises:
         ServerFailed: it did not start; with its last log lines.
     """
     port = PORTS.take()
     log_file = logs / f"router-{port}.log"
-    command = [sys.executable, "-m", "pdtransport.router.cli", "--port", str(port), "--dispatch", order]
+    command = [sys.executable, "-m", "pdtransport.router.cli", "--port", str(port), "--dispatch", order, *more]
     for flag, servers in (("--prefill", prefills), ("--decode", decodes)):
-        command += [flag, *(f"{s.url}@{HOST}:{s.control_port}/{s.spec.tp}" for s in servers)]
+        port_of = {s.url: control_port if flag == "--prefill" and control_port else s.control_port for s in servers}
+        command += [flag, *(f"{s.url}@{HOST}:{port_of[s.url]}/{s.spec.tp}" for s in servers)]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command, cwd=logs, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent()

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.rig import device as place
+from tests.rig.device import PLACE, Device
 from tests.rig.ports import HOST, Ports, listens
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,7 +37,8 @@ ERROR_LINES = 12
 _FRAME = re.compile(r"\] +(File |[\^~]| )|Traceback")  # lines of a stack trace but its last
 PR_SET_PDEATHSIG = 1
 
-Connector = Literal["none", "pdtransport", "nixl"]
+Connector = Literal["none", "pdtransport", "nixl", "nixl-push"]
+NIXL = {"nixl": "NixlConnector", "nixl-push": "NixlPushConnector"}
 KVRole = Literal["kv_producer", "kv_consumer", "kv_both"]
 
 
@@ -45,12 +48,14 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What to start. Defaults are those of the token-equality tests: small chunks, blocks of 32 tokens, eager.
+    """What to start. Defaults are those of the token-equality tests: small chunks, and what ``tests.rig.device`` reads
+    from the environment.
 
     Args:
         cores: ``VLLM_CPU_OMP_THREADS_BIND``: cores of each rank, ranks apart by ``|``.
         max_batched_tokens: None leaves vLLM's default.
         extra_config: ``kv_connector_extra_config`` without the control port, which the rig picks.
+        load_format: vLLM's; None reads weights. ``dummy`` ones make fast servers whose answers mean nothing.
     """
 
     name: str
@@ -58,7 +63,7 @@ class ServerSpec:
     kv_role: KVRole = "kv_both"
     tp: int = 1
     cores: str = "0"
-    block_size: int = 32
+    block_size: int = PLACE.block_size
     dtype: str = "bfloat16"
     max_num_seqs: int = 16
     max_model_len: int = 8192
@@ -70,16 +75,23 @@ class ServerSpec:
     args: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     model: Path = TINY_LM
+    load_format: str | None = None
+    device: Device = PLACE.device
+    eager: bool = PLACE.eager
+    asynchronous: bool | None = PLACE.asynchronous
 
     def numerics(self) -> dict[str, Any]:
         """The flags that an answer's bits depend on."""
-        return {
+        facts = {
             "tp": self.tp,
             "block_size": self.block_size,
             "dtype": self.dtype,
             "max_batched_tokens": self.max_batched_tokens,
             "max_num_seqs": self.max_num_seqs,
         }
+        if self.device == "cuda":
+            facts |= {"card": place.card(), "eager": self.eager, "invariant": PLACE.invariant}
+        return facts
 
     def command(self, port: int, control_port: int) -> list[str]:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -99,29 +111,32 @@ class ServerSpec:
         }
         if self.max_batched_tokens is not None:
             flags["--max-num-batched-tokens"] = self.max_batched_tokens
+        if self.load_format is not None:
+            flags["--load-format"] = self.load_format
         if self.blocks is not None:
             flags["--num-gpu-blocks-override"] = self.blocks
         if self.connector != "none":
             flags["--kv-transfer-config"] = json.dumps(self.transfer_config(control_port))
         for flag, value in flags.items():
             command += [flag, str(value)]
-        return [*command, "--enforce-eager", *self.args]
+        return [*command, *place.flags(self.device, self.eager, self.asynchronous), *self.args]
 
     def transfer_config(self, control_port: int) -> dict[str, Any]:
         config: dict[str, Any] = {"kv_role": self.kv_role}
         if self.load_failure_policy is not None:
             config["kv_load_failure_policy"] = self.load_failure_policy
-        if self.connector == "nixl":
-            return {**config, "kv_connector": "NixlConnector"}
+        if self.connector in NIXL:
+            return {**config, "kv_connector": NIXL[self.connector], "engine_id": self.engine_id(control_port)}
         extra = {**self.extra_config, "control": {**self.extra_config.get("control", {}), "port": control_port}}
         return {**config, "kv_connector": "PDTransportConnector", "kv_connector_extra_config": extra}
 
+    def engine_id(self, control_port: int) -> str:
+        """Names a NIXL server to its peers."""
+        return f"{self.name}-{control_port}"
+
     def environment(self, control_port: int) -> dict[str, str]:
-        env = dict(os.environ)
-        env["VLLM_CPU_OMP_THREADS_BIND"] = self.cores
-        env["VLLM_NO_USAGE_STATS"] = "1"
-        env["HF_HUB_OFFLINE"] = "1"
-        if self.connector == "nixl":
+        env = {**os.environ, **place.environment(self.device, self.cores, self.name)}
+        if self.connector in NIXL:
             env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = HOST
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(control_port)
         return {**env, **self.env}
@@ -228,14 +243,17 @@ class Server:
         return group_members(self.pgid)
 
     def workers(self) -> list[int]:
-        """Process ids of the model workers, by rank."""
+        """Process ids of the model workers, by rank. A lone worker on a GPU lives in its engine's process."""
+        return self._titled("VLLM::Worker") or self._titled("VLLM::EngineCore")
+
+    def _titled(self, start: str) -> list[int]:
         named = []
         for pid in self.members():
             try:
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
             except OSError:
                 continue
-            if title.startswith("VLLM::Worker"):
+            if title.startswith(start):
                 named.append((title, pid))
         return [pid for _, pid in sorted(named)]
 
@@ -302,7 +320,8 @@ def _stop_leftovers() -> None:
 
 
 def start(specs: Sequence[ServerSpec], logs: Path | None = None, timeout_s: float = START_S) -> list[Server]:
-    """Start servers side by side and wait until all answer; on failure none is left.
+    """Start servers side by side (in turn where ``PDT_START`` says so) and wait until all answer; on failure none is
+    left.
 
     Raises:
         ServerFailed: with the last log lines of the one that failed.
@@ -315,6 +334,8 @@ def start(specs: Sequence[ServerSpec], logs: Path | None = None, timeout_s: floa
             server = Server(spec, logs)
             servers.append(server)
             _running.append(server)
+            if not PLACE.together:
+                server.wait_ready(deadline)
         for server in servers:
             server.wait_ready(deadline)
     except BaseException:

@@ -438,3 +438,12 @@ def test_words_of_another_generation_change_nothing() -> None:
         assert all(isinstance(action, Send) for action in book.on_message(D, message, 0.0))
     assert (machine.state, machine._in_flight) == before
     assert book.live == 1
+
+
+def test_a_batch_is_no_larger_than_its_link_takes() -> None:
+    """A link with smaller slots than the largest batch still gets its pages, in more batches."""
+    book = Sending(replace(LIMITS, batch_bytes=4 * BLOCK), lambda lo, hi: BLOCK, lambda peer: 2 * BLOCK + 1)
+    book.open(T, DIGEST, 16, 4, 0.0)
+    book.on_message(D, grant(4), 0.0)
+    pushes = of(book.pages_ready(T, 4, 16, 0.0), Push)
+    assert [push.blocks for push in pushes] == [2, 2]  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from pdtransport.settings import Settings
         ({"control": {"curve_public_key_file": "a"}}, r"must be set together"),
         ({"links": {"order": []}}, r"links\.order"),
         ({"links": {"order": ["rdma"]}}, r"links\.order\.0: .*'cma'.*'ucx'"),
-        ({"integrity": {"checksum": "off"}}, r"without cma"),
+        ({"integrity": {"checksum": "off"}}, r"without cuda_ipc and cma"),
         ({"deadlines": {"ack_s": 0}}, r"deadlines\.ack_s"),
         ({"model_id": " "}, r"model_id"),
         ({"contrl": {}, "x": 1}, r"and 1 more"),

@@ -157,7 +157,10 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path: Path, old: str, new: st
         ),
         ("hosts: {a: {}, b: {}}", "t.yaml:7:1: hosts: 2 hosts (a, b): this version launches on one machine; keep one"),
         ("transport: {link: {}}", "t.yaml:7:13: transport.link: unknown key, did you mean 'links'? (allowed: control,"),
-        ("transport: {links: {order: [tcp]}}", "t.yaml:7:29: transport.links.order.0: must be 'cma' or 'ucx'; found"),
+        (
+            "transport: {links: {order: [tcp]}}",
+            "t.yaml:7:29: transport.links.order.0: must be 'cuda_ipc', 'cma' or 'ucx'; found",
+        ),
         ("transport: {control: {port: 1}}", "t.yaml:7:1: transport: control.port differs from instance to instance"),
         ("transport: {control: {host: 10.0.0.9}}", "t.yaml:7:13: transport.control: host '10.0.0.9' leaves this mach"),
         ("transport: {deadlines: {ack_s: -1}}", "t.yaml:7:25: transport.deadlines.ack_s: must be greater than 0; fou"),

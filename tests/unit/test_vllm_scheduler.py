@@ -233,10 +233,26 @@ def test_an_empty_step_waits_for_the_bell_and_no_other_does(side: SchedulerSide)
     step(side)
     assert waits == [], "there was something to say"
     step(side)
+    assert waits == [], "the step that computed may still be under way"
+    step(side)
     assert waits == [Settings().idle_wait_s]
     side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None))
     step(side)
     assert len(waits) == 1, "nothing is awaited any more"
+
+
+def test_what_the_bell_announced_does_not_wait_for_another_bell(side: SchedulerSide) -> None:
+    """With asynchronous scheduling the outcome of the step that heard the bell is looked at one step later."""
+    waits: list[float] = []
+    side._bell.wait = lambda seconds: waits.append(seconds) is None  # type: ignore[method-assign]
+    r = request(CONSUME)
+    side.on_new_request(r)
+    side.allocated(r, blocks(1, 2, 3, 4), side.matched_tokens(r, 0)[0])
+    for _ in range(4):  # what to say; the wait that ends with the bell; two that look
+        step(side)
+    assert len(waits) == 1
+    step(side)
+    assert len(waits) == 2
 
 
 def test_the_bell_rings_from_another_process_end() -> None:

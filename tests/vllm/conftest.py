@@ -3,6 +3,9 @@
 Starting a vLLM server costs half a minute of processor time, so one set of servers (two for prefill, one for decode)
 lives for the whole session, and modules that need others start them beside it. All prompts' answers are learned from
 a plain server before that; pytest's cache keeps them for the next run.
+
+On a GPU (``PDT_DEVICE=cuda``) a server takes as long to start, but not the whole machine: all that the tests need start
+together at the beginning.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import pytest
 
 from tests.rig.answers import Answers
 from tests.rig.client import Client
-from tests.rig.fixtures import Book, Servers, make_book, pair_spec, plain_spec
-from tests.rig.servers import fleet
+from tests.rig.device import PLACE
+from tests.rig.fixtures import Book, Servers, doomed_spec, make_book, pair_spec, plain_spec, tiny_spec
+from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = ("idle", "equality", "prefixes", "requests", "router", "aborts", "mismatch", "preemption", "parallel")
@@ -70,9 +74,41 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def answers(logs: Path, request: pytest.FixtureRequest) -> Iterator[Answers]:
+def audit(logs: Path) -> Path:
+    """Directory of the servers' audit files."""
+    return logs / "audit"
+
+
+def main_specs(audit: Path) -> list[ServerSpec]:
+    """Two prefill servers and a decode server, all TP 1. A transfer that fails fails its request."""
+    return [
+        pair_spec("prefill-1", "kv_producer", audit, cores="0"),
+        pair_spec("prefill-2", "kv_producer", audit, cores="0"),
+        pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def standing(logs: Path, audit: Path) -> Iterator[dict[str, Server]]:
+    """Servers by name that live for the whole session: on a GPU all, on the CPU none."""
+    if not PLACE.gpu:
+        yield {}
+        return
+    specs = [plain_spec(), *main_specs(audit), tiny_spec(audit), doomed_spec(audit)]
+    with phase(f"start {len(specs)} servers"):
+        running = fleet(*specs, logs=logs)
+        started = running.__enter__()
+    try:
+        yield {spec.name: server for spec, server in zip(specs, started, strict=True)}
+    finally:
+        running.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def answers(logs: Path, standing: dict[str, Server], request: pytest.FixtureRequest) -> Iterator[Answers]:
     cache = getattr(request.config, "cache", None)
-    source = Answers(plain_spec(), logs, cache.mkdir("pdtransport-answers") if cache else None)
+    directory = cache.mkdir("pdtransport-answers") if cache else None
+    source = Answers(plain_spec(), logs, directory, standing.get("plain"))
     yield source
     source.close()
 
@@ -87,14 +123,14 @@ def book(answers: Answers) -> Book:
 
 
 @pytest.fixture(scope="session")
-def servers(book: Book, logs: Path) -> Iterator[Servers]:
-    """Two prefill servers and a decode server, all TP 1. A transfer that fails fails its request."""
-    audit = logs / "audit"
-    specs = [
-        pair_spec("prefill-1", "kv_producer", audit, cores="0"),
-        pair_spec("prefill-2", "kv_producer", audit, cores="0"),
-        pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail"),
-    ]
+def servers(book: Book, logs: Path, audit: Path, standing: dict[str, Server]) -> Iterator[Servers]:
+    specs = main_specs(audit)
+    if standing:
+        started = [standing[spec.name] for spec in specs]
+        yield Servers(*started, audit)
+        for server in started:
+            server.must_live()
+        return
     with phase("start two prefill servers and a decode server"):
         running = fleet(*specs, logs=logs)
         started = running.__enter__()

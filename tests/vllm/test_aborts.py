@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections import Counter
 from typing import Any
@@ -14,7 +15,7 @@ from tests.rig.fixtures import Book, Servers, forget
 from tests.rig.prompts import Prompts
 from tests.rig.proof import bytes_equal, crossed
 
-ABORTS = 200
+ABORTS = int(os.environ.get("PDT_ABORTS", "200"))
 AT_A_TIME = 8
 SEED = 77
 LONGEST_DELAY_S = 0.8
@@ -67,8 +68,8 @@ async def abort_one(client: Client, servers: Servers, dice: random.Random, promp
 
 
 def test_aborts_at_random_moments_leak_nothing(servers: Servers, book: Book, with_client: Any) -> None:
-    """After 200 aborts both engines hold no block, request or transfer, their workers no more files or threads, and
-    the next requests get the right tokens from pages that cross whole."""
+    """After 200 aborts (``PDT_ABORTS``) both engines hold no block, request or transfer, their workers no more files
+    or threads, and the next requests get the right tokens from pages that cross whole."""
     lengths = Prompts(SEED)
     dice = random.Random(SEED)
 

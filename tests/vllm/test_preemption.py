@@ -10,33 +10,23 @@ from typing import Any
 import pytest
 
 from tests.rig import watch
-from tests.rig.cases import BLOCK, assert_equal, handed_over
+from tests.rig.cases import assert_equal, handed_over
 from tests.rig.client import Client, hand_off
-from tests.rig.fixtures import Book, Servers, forget, pair_spec
+from tests.rig.fixtures import Book, Servers, forget, tiny_spec
 from tests.rig.prompts import Prompts
 from tests.rig.proof import bytes_equal, crossed
 from tests.rig.servers import Server, fleet
 
-TINY_BLOCKS = 40  # 1,280 tokens
-TINY_LEN = 1024
-TINY_CHUNK = 64  # many steps a prompt: many moments to be preempted at
 BACKGROUND = 4  # plain requests that grow on the tiny server meanwhile
 BACKGROUND_TOKENS = 320
 
 
 @pytest.fixture(scope="module")
-def tiny(servers: Servers, logs: Path) -> Iterator[Server]:
-    spec = pair_spec(
-        "tiny",
-        "kv_both",
-        servers.audit,
-        cores="0",
-        blocks=TINY_BLOCKS,
-        max_model_len=TINY_LEN,
-        max_batched_tokens=TINY_CHUNK,
-        load_failure_policy="recompute",
-    )
-    with fleet(spec, logs=logs) as (server,):
+def tiny(servers: Servers, logs: Path, standing: dict[str, Server]) -> Iterator[Server]:
+    if standing:
+        yield standing["tiny"]
+        return
+    with fleet(tiny_spec(servers.audit), logs=logs) as (server,):
         yield server
 
 
@@ -61,7 +51,7 @@ def test_preemption_on_decode(tiny: Server, servers: Servers, book: Book, with_c
 
 def test_preemption_on_prefill(tiny: Server, servers: Servers, book: Book, with_client: Any) -> None:
     """A prompt that prefill had to preempt half-way, pages already sent, is computed again and handed over whole."""
-    some = [case for case in book.assorted if 8 * BLOCK < len(case.prompt) < 22 * BLOCK][:24]
+    some = [case for case in book.assorted if 256 < len(case.prompt) < 704][:24]
     prompts = Prompts(9)
 
     async def scenario(client: Client) -> None:
@@ -87,7 +77,7 @@ def test_preemption_on_prefill(tiny: Server, servers: Servers, book: Book, with_
 
 def test_more_requests_than_blocks_on_both_sides(tiny: Server, servers: Servers, book: Book, with_client: Any) -> None:
     """The tiny server prefills for the big one and decodes for it at the same time: nobody waits for ever."""
-    some = [case for case in book.assorted if len(case.prompt) < 16 * BLOCK][-40:]
+    some = [case for case in book.assorted if len(case.prompt) < 512][-40:]
 
     async def scenario(client: Client) -> None:
         await forget(client, *servers.all, tiny)

@@ -1,0 +1,259 @@
+"""What arriving pushes cost the requests that decode is working on, and what pushing costs prefill.
+
+    python -m benchmarks.interference --gpu [--graphs] [--length 4096] [--rounds 4] [--window 6] [--json FILE]
+
+A prefill and a decode server of the model of ``benchmarks.handoff --gpu`` run side by side. Decode answers
+``--streams`` requests without pause. Windows of ``--window`` seconds alternate between two loads, in the order ABBA:
+
+computing   prefill computes prompts of ``--length`` tokens, ``--at-a-time`` of them, and keeps what it computed
+pushing     the same, and each prompt is handed over to decode, which answers one token
+
+Columns: *prefill tok/s*: prompt tokens whose prefill ended within windows, per second; *ITL p50*, *p99*: milliseconds
+between two tokens of decode's streams. Beside them a row of windows without any load (*quiet*), and the ratio of
+pushing to computing. On one GPU prefill itself slows decode in both loads: only their ratio says what pushes cost.
+``--rehearse`` runs on CPU cores with a small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from benchmarks._decode_streams import Gap, Streams, within
+from benchmarks._gpu_handoff import brief
+from benchmarks._gpu_scale import FULL, REHEARSAL, Scale
+from benchmarks._handoff_report import markdown
+from benchmarks.handoff import machine, say
+from tests.rig.client import Answer, Client, RequestFailed, new_transfer, prepare, to_decode, to_prefill
+from tests.rig.device import card
+from tests.rig.servers import Server, ServerFailed, fleet
+
+LOADS = ("computing", "pushing")
+STREAM_PROMPT = 32
+STREAM_TOKENS = 4096  # then a stream begins anew
+SETTLE_S = 1.0  # of each window, before it counts
+MAX_BEHIND = 4  # decode's halves that may be unfinished when prefill gets its next prompt
+FAILURES = (RequestFailed, aiohttp.ClientError, asyncio.TimeoutError)
+REQUEST_S = 60.0
+BOUND = 1.03  # the worst ratio that is wanted, either way
+
+
+@dataclass
+class Window:
+    """``tokens``: of prompts that prefill finished within ``begin .. end`` (``time.time`` seconds)."""
+
+    load: str
+    begin: float
+    end: float
+    tokens: int = 0
+    failed: int = 0
+    gaps_s: list[float] = field(default_factory=list)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.interference", description=str(__doc__).splitlines()[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpu", action="store_true", help="on one GPU")
+    where.add_argument("--rehearse", action="store_true", help="with a small model on CPU cores")
+    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs (default: eager)")
+    parser.add_argument("--length", type=int, help="prompt tokens (4096; --rehearse: 512)")
+    parser.add_argument("--streams", type=int, default=4, help="requests that decode works on (default 4)")
+    parser.add_argument("--at-a-time", type=int, default=2, help="prompts under way on prefill (default 2)")
+    parser.add_argument("--window", type=float, default=6.0, help="seconds of a window (default 6)")
+    parser.add_argument("--rounds", type=int, default=4, help="windows of each load (default 4)")
+    parser.add_argument("--seconds", type=float, default=200.0, help="bound of the whole run (default 200)")
+    parser.add_argument("--settings", type=json.loads, default={}, help="pdtransport's settings, as JSON")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    scale = FULL if options.gpu else REHEARSAL
+    options.length = options.length or (4096 if options.gpu else 512)
+    if not 1 < options.length < scale.max_len - 1:
+        parser.error(f"--length: 2..{scale.max_len - 2}")
+    if min(options.streams, options.at_a_time, options.rounds) < 1 or options.window <= SETTLE_S:
+        parser.error(f"--streams, --at-a-time and --rounds are at least 1, --window more than {SETTLE_S} s")
+    if options.streams + options.at_a_time > scale.max_num_seqs:
+        parser.error(f"--streams and --at-a-time: the servers take {scale.max_num_seqs} requests at a time")
+    if options.graphs and not options.gpu:
+        parser.error("--graphs: only with --gpu")
+    return options
+
+
+def schedule(rounds: int) -> list[str]:
+    """Quiet, then both loads in the order ABBA BAAB ..., so that a drift falls on both, then quiet."""
+    loads: list[str] = []
+    for index in range(rounds):
+        loads += LOADS if index % 2 == 0 else reversed(LOADS)
+    return ["quiet", *loads, "quiet"]
+
+
+class Load:
+    """Prompts that prefill works on, ``at_a_time`` of them, until told to stop."""
+
+    def __init__(self, client: Client, servers: Sequence[Server], scale: Scale, options: argparse.Namespace) -> None:
+        self._client, self._servers, self._scale, self._options = client, servers, scale, options
+        self._dice = random.Random(f"{options.seed} {time.time_ns()}")
+        self._decoding: set[asyncio.Task[Answer]] = set()  # decode's halves, which nobody has waited for yet
+
+    async def one(self, load: str) -> float:
+        """Send one prompt; when prefill had answered (``time.time``). Decode's half may go on: waiting for it would
+        give prefill less to do than it has without pushing."""
+        prefill, decode = self._servers
+        prompt = self._scale.prompt(self._options.length, self._dice)
+        if load == "computing":
+            return (await self._client.complete(prefill, prompt, 1)).done
+        transfer = new_transfer()
+        requests = (
+            prepare(decode, prompt, 1, to_decode(prefill, transfer)),
+            prepare(prefill, prompt, 1, to_prefill(prefill, transfer)),
+        )
+        decoding, prefilling = (asyncio.create_task(self._client.send(request)) for request in requests)
+        self._decoding.add(decoding)
+        answer = await prefilling
+        if len(self._decoding) > MAX_BEHIND:
+            await self.settle()
+        return answer.done
+
+    async def settle(self) -> None:
+        """Wait for decode's halves.
+
+        Raises:
+            RequestFailed, aiohttp.ClientError, asyncio.TimeoutError: of the first that failed.
+        """
+        waiting, self._decoding = self._decoding, set()
+        for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def window(self, load: str) -> Window:
+        begin = time.time() + SETTLE_S
+        window = Window(load, begin, begin + self._options.window - SETTLE_S)
+        if load == "quiet":
+            await asyncio.sleep(window.end - time.time())
+            return window
+        await asyncio.gather(*(self._worker(load, window) for _ in range(self._options.at_a_time)))
+        try:
+            await self.settle()
+        except FAILURES as error:
+            window.failed += 1
+            say(f"{load}: decode's half of a request failed: {error}")
+        return window
+
+    async def _worker(self, load: str, window: Window) -> None:
+        while time.time() < window.end:
+            try:
+                done = await self.one(load)
+            except FAILURES as error:
+                window.failed += 1
+                if window.failed == 1:
+                    say(f"{load}: a request failed: {error}")
+                await asyncio.sleep(0.1)
+                continue
+            if window.begin <= done <= window.end:
+                window.tokens += self._options.length
+
+
+async def measure(options: argparse.Namespace, scale: Scale, servers: Sequence[Server], ends: float) -> list[Window]:
+    async with Client(REQUEST_S) as client:
+        load = Load(client, servers, scale, options)
+        for kind in LOADS:  # sets up the connection, compiles kernels
+            for _ in range(2):
+                await load.one(kind)
+                await load.settle()
+        tokens = min(STREAM_TOKENS, scale.max_len - STREAM_PROMPT - 1)
+        streams = Streams(servers[1].url, options.streams, STREAM_PROMPT, tokens, scale.vocabulary)
+        windows: list[Window] = []
+        try:
+            await asyncio.sleep(2 * SETTLE_S)
+            for kind in schedule(options.rounds):
+                if time.monotonic() + options.window > ends:
+                    say("no time left for further windows")
+                    break
+                windows.append(await load.window(kind))
+        finally:
+            gaps, failed = await asyncio.to_thread(streams.close)
+    if failed:
+        say(f"{failed} of decode's streams failed")
+    return with_gaps(windows, gaps)
+
+
+def with_gaps(windows: list[Window], gaps: Sequence[Gap]) -> list[Window]:
+    for window in windows:
+        window.gaps_s = within(gaps, window.begin, window.end)
+    return windows
+
+
+def summarise(windows: Sequence[Window]) -> list[dict[str, Any]]:
+    """A row for each load, and the ratio of pushing to computing where both are there."""
+    rows: list[dict[str, Any]] = []
+    for load in ("quiet", *LOADS):
+        chosen = [window for window in windows if window.load == load]
+        gaps = [gap for window in chosen for gap in window.gaps_s]
+        seconds = sum(window.end - window.begin for window in chosen)
+        if not gaps:
+            continue
+        p50, p99 = (float(value) * 1e3 for value in np.percentile(gaps, [50, 99]))
+        rate = sum(window.tokens for window in chosen) / seconds
+        failed = sum(window.failed for window in chosen)
+        row = {"load": load, "windows": len(chosen), "tok_s": rate, "p50": p50, "p99": p99, "gaps": len(gaps)}
+        rows.append({**row, "failed": failed})
+    by_load = {row["load"]: row for row in rows}
+    if by_load.keys() >= set(LOADS) and by_load["computing"]["tok_s"]:
+        computing, pushing = (by_load[load] for load in LOADS)
+        rows.append({"load": "ratio", **{key: pushing[key] / computing[key] for key in ("tok_s", "p50", "p99")}})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        if row["load"] == "ratio":
+            good = row["p50"] <= BOUND and row["p99"] <= BOUND and 1 / max(row["tok_s"], 1e-9) <= BOUND
+            verdict = f"{'within' if good else 'not within'} {BOUND - 1:.0%}"
+            lines.append(["pushing / computing", *(f"{row[key]:.3f}" for key in ("tok_s", "p50", "p99")), verdict, ""])
+            continue
+        cells = [f"{row['tok_s']:.0f}", f"{row['p50']:.2f}", f"{row['p99']:.2f}", str(row["gaps"]), str(row["failed"])]
+        lines.append([row["load"], *cells])
+    return markdown(["load", "prefill tok/s", "ITL p50", "ITL p99", "gaps", "failed"], lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
+    ends = time.monotonic() + options.seconds
+    scale = FULL if options.gpu else REHEARSAL
+    logs = options.logs or Path(tempfile.mkdtemp(prefix="pdtransport-interference-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    before = {**machine(), "card": card()}
+    with tempfile.TemporaryDirectory(prefix="pdtransport-model-") as folder:
+        model = scale.write_model(Path(folder))
+        pair = scale.pair("pdtransport", model, "graphs" if options.graphs else "eager", options.settings)
+        try:
+            with fleet(*pair, logs=logs, timeout_s=min(scale.start_s, options.seconds)) as servers:
+                windows = asyncio.run(measure(options, scale, servers, ends))
+        except ServerFailed as error:
+            say(brief(error))
+            return 1
+    rows = summarise(windows)
+    print(table(rows))
+    if options.json:
+        asked = {key: value for key, value in vars(options).items() if key not in ("json", "logs")}
+        shown = {"machine": before, "asked": asked, "rows": rows, "windows": [asdict(window) for window in windows]}
+        options.json.write_text(json.dumps(shown) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

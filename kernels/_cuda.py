@@ -1,0 +1,243 @@
+"""What the GPU kernels need of CUDA: calls that are checked, memory, handles for other processes. cupy is imported when
+the first of these is called; functions make the device they work on the calling thread's current one, and leave it so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IPC_HANDLE_BYTES = 64
+HOST_ALLOC_PORTABLE_MAPPED = 1 | 2
+MEMCPY_DEFAULT = 4
+IPC_LAZY_PEER_ACCESS = 1
+POINTER_ATTRIBUTE_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+
+NO_CUPY = "the GPU kernels need cupy ({error}): install pdtransport[cupy-cu13], or [cupy-cu12] for CUDA 12"
+NOT_EXPORTABLE = (
+    "memory at {base:#x} can't be mapped by other processes: it was not made by cudaMalloc; with PyTorch, take "
+    "expandable_segments out of PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
+)
+NOT_OPENED = (
+    "can't map another process' memory on GPU {device}: {error}; both must run on one host, in different processes, "
+    "see the GPU (CUDA_VISIBLE_DEVICES, peer access) and, in containers, share the IPC and PID namespaces"
+)
+
+
+class GpuError(RuntimeError):
+    """A CUDA call failed, or a kernel did; one line that says doing what."""
+
+
+@functools.cache
+def _import_cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def cupy() -> Any:
+    """The cupy module.
+
+    Raises:
+        GpuError: it is not installed, or does not fit this machine.
+    """
+    try:
+        return _import_cupy()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise GpuError(NO_CUPY.format(error=one_line(error))) from None
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise GpuError(f"no NVIDIA driver: {error}") from None
+    pointer = ctypes.c_void_p
+    for name, arguments in {
+        "cuMemGetAddressRange_v2": (pointer, pointer, ctypes.c_uint64),
+        "cuPointerGetAttribute": (pointer, ctypes.c_int, ctypes.c_uint64),
+        "cuLaunchHostFunc": (pointer, pointer, pointer),
+        "cuGetErrorString": (ctypes.c_int, pointer),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_int
+    return library
+
+
+def driver(doing: str, function: str, *arguments: Any) -> None:
+    """Calls a function of libcuda.
+
+    Raises:
+        GpuError: it failed ``doing`` something.
+    """
+    library = _driver()
+    code = getattr(library, function)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        library.cuGetErrorString(code, ctypes.byref(text))
+        raise GpuError(f"{doing}: {(text.value or b'?').decode()} (CUDA driver error {code})")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def cuda(doing: str) -> Iterator[Any]:
+    """cupy.cuda, whose errors become :class:`GpuError`."""
+    module = cupy()
+    try:
+        yield module.cuda
+    except GpuError:
+        raise
+    except (RuntimeError, MemoryError, OSError, module.cuda.compiler.CompileException) as error:
+        raise GpuError(f"{doing}: {one_line(error)}") from None
+
+
+@contextmanager
+def on(device: int, doing: str) -> Iterator[Any]:
+    """:func:`cuda` with ``device`` current. The one before is not brought back: that could make a context, hundreds of
+    megabytes large, on a device which this process has no business with."""
+    with cuda(doing) as api:
+        api.Device(device).use()
+        yield api
+
+
+def pinned(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed pinned host memory that every device can reach at its own address; freed with the array's last view.
+
+    Raises:
+        GpuError: there is none to be had.
+    """
+    with cuda(f"allocating {nbytes} bytes of pinned host memory") as api:
+        memory = api.PinnedMemory(max(nbytes, 1), HOST_ALLOC_PORTABLE_MAPPED)
+        array = np.frombuffer(api.PinnedMemoryPointer(memory, 0), dtype=np.uint8, count=nbytes)
+    array[:] = 0
+    return array
+
+
+def to_host(address: int, nbytes: int) -> bytes:
+    """What ``nbytes`` bytes of device (or pinned) memory hold. Waits for the work of the default stream, not for that
+    of a :class:`GpuPages`.
+
+    Raises:
+        GpuError: an address that is none.
+    """
+    data = np.empty(nbytes, dtype=np.uint8)
+    if nbytes:
+        with cuda(f"reading {nbytes} bytes at {address:#x}") as api:
+            api.runtime.memcpy(data.ctypes.data, address, nbytes, MEMCPY_DEFAULT)
+            api.runtime.streamSynchronize(api.runtime.streamLegacy)
+    return data.tobytes()
+
+
+def from_host(address: int, data: bytes | npt.NDArray[Any]) -> None:
+    """Writes ``data`` to device (or pinned) memory and returns when it is there.
+
+    Raises:
+        GpuError: an address that is none.
+    """
+    array = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data)
+    if array.nbytes:
+        with cuda(f"writing {array.nbytes} bytes at {address:#x}") as api:
+            api.runtime.memcpy(address, array.ctypes.data, array.nbytes, MEMCPY_DEFAULT)
+            api.runtime.streamSynchronize(api.runtime.streamLegacy)
+
+
+def allocation_of(address: int) -> tuple[int, int]:
+    """Base and bytes of the device allocation that ``address`` lies in.
+
+    Raises:
+        GpuError: no device memory of this process is there.
+    """
+    device_of(address)
+    base, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+    doing = f"looking for the allocation of address {address:#x}"
+    driver(doing, "cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(nbytes), address)
+    return base.value, nbytes.value
+
+
+def device_of(address: int) -> int:
+    """The device whose memory ``address`` is.
+
+    Raises:
+        GpuError: it is not device memory that this process knows.
+    """
+    with cuda(f"looking for the device of address {address:#x}") as api:
+        attributes = api.runtime.pointerGetAttributes(address)
+        if attributes.type not in (api.runtime.memoryTypeDevice, api.runtime.memoryTypeManaged):
+            raise GpuError(f"address {address:#x} is not device memory of this process")
+        api.Device(attributes.device).use()
+        return int(attributes.device)
+
+
+def ipc_handle(base: int) -> bytes:
+    """The handle (64 bytes) with which another process on this host maps the allocation that starts at ``base``.
+
+    Raises:
+        GpuError: it can't be exported, with the reason; memory of the virtual-memory API can't.
+    """
+    device_of(base)
+    capable = ctypes.c_int()
+    doing = f"exporting the memory at {base:#x}"
+    driver(doing, "cuPointerGetAttribute", ctypes.byref(capable), POINTER_ATTRIBUTE_IPC_CAPABLE, base)
+    if not capable.value:
+        raise GpuError(NOT_EXPORTABLE.format(base=base))
+    with cuda(doing) as api:
+        handle: bytes = api.runtime.ipcGetMemHandle(base)
+        return handle
+
+
+def ipc_open(handle: bytes, device: int) -> int:
+    """Maps another process' allocation for ``device`` and returns its address here. A handle is opened once a process.
+
+    Raises:
+        GpuError: it can't be mapped, with what to look at; ValueError: no handle has that length.
+    """
+    if len(handle) != IPC_HANDLE_BYTES:
+        raise ValueError(f"a CUDA IPC handle has {IPC_HANDLE_BYTES} bytes, not {len(handle)}")
+    with on(device, "mapping another process' memory") as api:
+        try:
+            return int(api.runtime.ipcOpenMemHandle(handle, IPC_LAZY_PEER_ACCESS))
+        except RuntimeError as error:
+            raise GpuError(NOT_OPENED.format(device=device, error=one_line(error))) from None
+
+
+def ipc_close(address: int) -> None:
+    """Unmaps what :func:`ipc_open` mapped; no kernel may still use it.
+
+    Raises:
+        GpuError: it is not mapped, or the GPU is in trouble.
+    """
+    with cuda(f"unmapping another process' memory at {address:#x}") as api:
+        api.runtime.ipcCloseMemHandle(address)
+
+
+def device_uuid(device: int) -> str:
+    """``GPU-...``, as nvidia-smi prints it: the same in every process, whatever CUDA_VISIBLE_DEVICES says.
+
+    Raises:
+        GpuError: there is no such device.
+    """
+    with cuda(f"asking for GPU {device}'s UUID") as api:
+        digits = bytes(api.runtime.getDeviceProperties(device)["uuid"])[:16].hex()
+    return "GPU-" + "-".join(digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+
+
+def can_access(device: int, peer: int) -> bool:
+    """May kernels on ``device`` use ``peer``'s memory (or is it the same)?
+
+    Raises:
+        GpuError: there is no such device.
+    """
+    if device == peer:
+        return True
+    with cuda(f"asking whether GPU {device} reaches GPU {peer}") as api:
+        return bool(api.runtime.deviceCanAccessPeer(device, peer))

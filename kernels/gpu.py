@@ -1,0 +1,405 @@
+"""Page kernels for the GPU: what :mod:`pdtransport.kernels.pages` does, asynchronously and at the memory's speed.
+
+Runs are (n, 2) uint64 arrays of ``[address, nbytes]``; addresses may lie in this process' device memory, in another
+process' that :func:`ipc_open` mapped, or in host memory that :func:`pinned` made. They and the lengths are multiples
+of 8; multiples of 16 are faster, and whole stripes of 1 KiB fastest. The caller vouches for every address: a wrong one
+ends all CUDA work of the process.
+
+The kernels (``csrc/pages.cu``) are compiled at first use, some seconds, and cached on disk by cupy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.kernels import pages, pieces, reference
+from pdtransport.kernels._cuda import (
+    GpuError,
+    allocation_of,
+    can_access,
+    cuda,
+    cupy,
+    device_of,
+    device_uuid,
+    driver,
+    from_host,
+    ipc_close,
+    ipc_handle,
+    ipc_open,
+    on,
+    pinned,
+    to_host,
+)
+from pdtransport.kernels.reference import Checksums
+from pdtransport.kernels.runs import Runs
+
+__all__ = [
+    "COPY_BLOCKS",
+    "GpuError",
+    "GpuPages",
+    "Launch",
+    "allocation_of",
+    "can_access",
+    "device_of",
+    "device_uuid",
+    "from_host",
+    "ipc_close",
+    "ipc_handle",
+    "ipc_open",
+    "pinned",
+    "to_host",
+]
+
+COPY_BLOCKS = 528  # of threads: four on each of an H200's 132 SMs, all at once
+MAX_COPY_BLOCKS = 1 << 16
+WARPS = 8  # of a block, as in csrc/pages.cu
+THREADS = 32 * WARPS
+TABLE_BYTES = 8 << 20  # of the ring through which tables go to the GPU
+PART_BYTES = 2 << 20  # the longest table; longer ones go in parts
+RESULT_BYTES = 4 << 20  # of the ring through which checksums come back; a launch's take at most 1 MiB
+MAX_LAUNCHES = 256  # under way; one more waits for the oldest
+ALIGNMENT = 256
+HIGH_PRIORITY = -100  # CUDA takes the highest that the device has
+EVENT_FLAGS = 1  # cudaEventBlockingSync: who waits sleeps
+MEMCPY_TO_DEVICE, MEMCPY_TO_HOST = 1, 2
+NOT_READY = 600
+MS = 1e-3
+CLOSED = "it was closed"
+KERNELS = [f"pdt_{what}_{grain}" for what in ("copy", "copy_sum", "sum") for grain in ("stripes", "pairs", "singles")]
+
+
+@functools.cache
+def _module() -> Any:
+    source = Path(__file__).with_name("csrc") / "pages.cu"
+    with cuda("compiling the page kernels"):
+        return cupy().RawModule(code=source.read_text(encoding="utf-8"), options=("-std=c++17",), backend="nvrtc")
+
+
+class Launch:
+    """One launch under way; made by :class:`GpuPages`."""
+
+    def __init__(self, pages: GpuPages, blocks: int, block_bytes: int) -> None:
+        self._pages = pages
+        self._blocks, self._block_bytes = blocks, block_bytes
+        self._begun = self._computed = self._ended = 0  # events; the last two are one where nothing comes back
+        self._held: list[int] = []  # these events and others
+        self._regions: list[_Region] = []  # of the rings
+        self._result: _Region | None = None
+        self._sums: Checksums | None = None
+        self._seconds = 0.0
+
+    def done(self) -> bool:
+        """Has it ended? Does not block.
+
+        Raises:
+            GpuError: it failed; what was written is void.
+        """
+        if self._sums is None:
+            with self._pages._using("looking at a launch") as api:
+                if not _reached(api, self._ended):
+                    return False
+                self._finish()
+        return True
+
+    def wait(self) -> Checksums:
+        """Blocks until it ended, without the GIL. Checksums, uint64, shape (blocks,).
+
+        Raises:
+            GpuError: it failed; what was written is void.
+        """
+        if self._sums is None:
+            with self._pages._using("waiting for a launch") as api:
+                api.runtime.eventSynchronize(self._ended)
+                self._finish()
+        assert self._sums is not None
+        return self._sums
+
+    @property
+    def seconds(self) -> float:
+        """Time on the GPU, from when the first kernel could start (what the stream had to wait for, and its table, were
+        there) to the end of the last; known after :meth:`done` said so."""
+        if self._sums is None:
+            raise GpuError("a launch that has not ended has taken no time yet")
+        return self._seconds
+
+    def _finish(self) -> None:
+        """Takes what it brought, when it has ended, and gives back what it held."""
+        if self._sums is not None:
+            return
+        sums = np.empty(0, dtype=np.uint64)
+        if self._result is not None:
+            sums = reference.finish(self._result.host.view(np.uint64)[: self._blocks], self._block_bytes)
+        with cuda("timing a launch") as api:
+            self._seconds = float(api.runtime.eventElapsedTime(self._begun, self._computed)) * MS
+        self._sums = sums
+        for region in self._regions:
+            region.event = 0
+        self._regions.clear()
+        self._result = None
+        self._pages._events += self._held
+        self._held.clear()
+
+
+class GpuPages:
+    """Copies and sums pages on a stream of its own. Used by one thread at a time.
+
+    Launches run in the order they were made in. Making one blocks only where ``MAX_LAUNCHES`` are under way, or tables
+    of more than ``TABLE_BYTES``.
+
+    Args:
+        device: as CUDA numbers it in this process.
+        blocks: of 256 threads each: at most so many run at a time, four on an SM. Each thread takes 64 registers or
+            fewer, so that a block takes a quarter of an SM's.
+        priority: before other streams' blocks where both wait for an SM.
+        wake_fd: an eventfd that gets 1 added whenever a launch ended (not when it failed: who waits has a deadline).
+
+    Raises:
+        GpuError: no cupy, no such device, no memory, or the kernels do not compile.
+    """
+
+    def __init__(self, device: int, *, blocks: int = COPY_BLOCKS, priority: bool = True, wake_fd: int = -1) -> None:
+        if not 1 <= blocks <= MAX_COPY_BLOCKS:
+            raise ValueError(f"{blocks} blocks of threads; 1 to {MAX_COPY_BLOCKS} are allowed")
+        self.device = device
+        self._blocks, self._wake_fd = blocks, wake_fd
+        self._broken = ""
+        self._events: list[int] = []
+        self._running: deque[Launch] = deque()
+        with on(device, f"opening GPU {device}") as api:
+            functions = _module()
+            self._kernels = {name: functions.get_function(name) for name in KERNELS}
+            self._stream = api.Stream(non_blocking=True, priority=HIGH_PRIORITY if priority else 0)
+            self._uploader = api.Stream(non_blocking=True, priority=HIGH_PRIORITY if priority else 0)
+            self._tables = _Ring(api, TABLE_BYTES)
+            self._results = _Ring(api, RESULT_BYTES)
+        self._bell = _bell()
+
+    @property
+    def stream(self) -> int:
+        """The raw cudaStream_t that all launches run on."""
+        return int(self._stream.ptr)
+
+    def copy_runs(self, src: Runs, dst: Runs, blocks: int = 0) -> Launch:
+        """Starts to copy the stream ``src`` into ``dst``, which may be cut differently. The two must not overlap. The
+        checksums (``blocks`` > 0) are of what was loaded and written.
+
+        Raises:
+            ValueError: streams of different lengths, ``blocks`` does not fit, or something is no multiple of 8.
+            GpuError: CUDA refuses, or an earlier launch failed.
+        """
+        return self._launch(pieces.cut(src, dst, blocks), blocks)
+
+    def checksum(self, runs: Runs, blocks: int) -> Launch:
+        """Starts to sum ``blocks`` equally long blocks of the stream.
+
+        Raises:
+            ValueError: the stream can't be cut into that many blocks, or something is no multiple of 8.
+            GpuError: CUDA refuses, or an earlier launch failed.
+        """
+        return self._launch(pieces.cut(runs, None, blocks), blocks)
+
+    def after(self, event_handle: int) -> None:
+        """Launches from now on run after what the raw cudaEvent_t was recorded behind. The caller vouches for it.
+
+        Raises:
+            GpuError: CUDA refuses, or an earlier launch failed.
+        """
+        with self._using("waiting for an event", fatal=False) as api:
+            api.runtime.streamWaitEvent(self.stream, event_handle)
+
+    def record(self, event_handle: int) -> None:
+        """Records the raw cudaEvent_t behind all launches made so far, for another stream to wait for. The caller
+        vouches for it.
+
+        Raises:
+            GpuError: an event of another device, or an earlier launch failed.
+        """
+        with self._using("recording an event", fatal=False) as api:
+            api.runtime.eventRecord(event_handle, self.stream)
+
+    def close(self) -> None:
+        """Waits until the launches under way ended, and frees everything. May be called again."""
+        if self._broken == CLOSED:
+            return
+        with suppress(GpuError):
+            while self._running:
+                self._running.popleft().wait()
+        self._broken = CLOSED
+        with suppress(GpuError), on(self.device, "closing the page kernels") as api:
+            self._stream.synchronize()
+            self._uploader.synchronize()
+            for event in self._events:
+                api.runtime.eventDestroy(event)
+            self._events.clear()
+            self._tables.free(api)
+            self._results.free(api)
+
+    def _launch(self, plan: pieces.Pieces, blocks: int) -> Launch:
+        with self._using("launching a page kernel") as api:
+            self._retire(api)
+            runtime, launch = api.runtime, Launch(self, blocks, plan.block_bytes)
+            launch._begun = self._event(api, launch)
+            if blocks:
+                launch._result = self._results.take(api, 8 * blocks)
+                launch._regions.append(launch._result)
+                runtime.memsetAsync(launch._result.device, 0, 8 * blocks, self._uploader.ptr)
+            for part in plan.parts(PART_BYTES // 24):
+                self._run(api, plan, part, launch, blocks)
+            if not plan.total:
+                runtime.eventRecord(launch._begun, self.stream)
+                launch._computed = self._event(api, launch)
+                runtime.eventRecord(launch._computed, self.stream)
+            launch._ended = launch._computed
+            if launch._result is not None:
+                host, device = launch._result.address, launch._result.device
+                if plan.total:
+                    runtime.memcpyAsync(host, device, 8 * blocks, MEMCPY_TO_HOST, self.stream)
+                else:
+                    launch._result.host[:] = 0
+                launch._ended = launch._result.event = self._event(api, launch)
+                launch._result.launch = launch
+                runtime.eventRecord(launch._ended, self.stream)
+            self._running.append(launch)
+            if self._wake_fd >= 0:
+                self._ask_for_ring()
+            return launch
+
+    def _run(self, api: Any, plan: pieces.Pieces, part: pieces.Part, launch: Launch, blocks: int) -> None:
+        """Tables go up on a stream of their own, so that the next one's travels while this one's kernel runs."""
+        nbytes = plan.table_bytes(part)
+        region = self._tables.take(api, nbytes)
+        launch._regions.append(region)
+        plan.fill(part, region.host.view(np.uint64))
+        runtime, uploaded = api.runtime, self._event(api, launch)
+        runtime.memcpyAsync(region.device, region.address, nbytes, MEMCPY_TO_DEVICE, self._uploader.ptr)
+        runtime.eventRecord(uploaded, self._uploader.ptr)
+        runtime.streamWaitEvent(self.stream, uploaded)
+        if part.first == 0:
+            runtime.eventRecord(launch._begun, self.stream)
+        grid = min(self._blocks, -(-(part.end - part.first) // WARPS))
+        sums = launch._result.device if launch._result is not None else 0
+        arguments = plan.arguments(part, region.device, sums, grid * WARPS)
+        with self._stream:
+            self._kernels[plan.kernel(blocks)]((grid,), (THREADS,), tuple(map(np.uint64, arguments)))
+        region.event = launch._computed = self._event(api, launch)
+        runtime.eventRecord(region.event, self.stream)
+
+    def _ask_for_ring(self) -> None:
+        if self._bell:
+            driver("asking to be woken", "cuLaunchHostFunc", self.stream, self._bell, self._wake_fd)
+        else:
+            self._stream.launch_host_func(_ring, self._wake_fd)
+
+    def _retire(self, api: Any) -> None:
+        """Lets go of launches that have ended; waits for one where too many have not."""
+        while self._running:
+            launch = self._running[0]
+            if launch._sums is None and not _reached(api, launch._ended):
+                if len(self._running) < MAX_LAUNCHES:
+                    return
+                api.runtime.eventSynchronize(launch._ended)
+            launch._finish()
+            self._running.popleft()
+
+    def _event(self, api: Any, launch: Launch) -> int:
+        event = self._events.pop() if self._events else int(api.runtime.eventCreateWithFlags(EVENT_FLAGS))
+        launch._held.append(event)
+        return event
+
+    @contextmanager
+    def _using(self, doing: str, *, fatal: bool = True) -> Iterator[Any]:
+        """cupy.cuda on this device; after a fatal error all later use fails, and says why."""
+        if self._broken:
+            raise GpuError(f"GPU {self.device}'s page kernels can't be used: {self._broken}")
+        try:
+            with on(self.device, doing) as api:
+                yield api
+        except GpuError as error:
+            if fatal:
+                self._broken = f"earlier, {error}"
+            raise
+
+
+@dataclass
+class _Region:
+    """Part of a ring, taken until its event is reached."""
+
+    host: npt.NDArray[np.uint8]
+    address: int  # of host
+    device: int
+    start: int
+    nbytes: int
+    event: int = 0  # 0: free
+    launch: Launch | None = None  # which must have taken its result before
+
+
+class _Ring:
+    """Pinned host memory, as much on the device, and who has which part of both, in order."""
+
+    def __init__(self, api: Any, nbytes: int) -> None:
+        self.host = pinned(nbytes)
+        self._address = self.host.ctypes.data
+        self.device = int(api.runtime.malloc(nbytes))
+        self._taken: deque[_Region] = deque()
+
+    def take(self, api: Any, nbytes: int) -> _Region:
+        """A region of ``nbytes``; waits for the oldest ones where there is no room."""
+        nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        assert nbytes <= self.host.size // 4
+        while True:
+            while self._taken and not self._taken[0].event:
+                self._taken.popleft()
+            start = self._room(nbytes)
+            if start is not None:
+                region = _Region(
+                    self.host[start : start + nbytes], self._address + start, self.device + start, start, nbytes
+                )
+                self._taken.append(region)
+                return region
+            oldest = self._taken[0]
+            api.runtime.eventSynchronize(oldest.event)
+            if oldest.launch is not None:
+                oldest.launch._finish()
+            oldest.event = 0
+
+    def _room(self, nbytes: int) -> int | None:
+        if not self._taken:
+            return 0
+        head, tail = self._taken[0].start, self._taken[-1].start + self._taken[-1].nbytes
+        if tail > head:  # taken is [head, tail)
+            if tail + nbytes <= self.host.size:
+                return tail
+            return 0 if nbytes < head else None
+        return tail if tail + nbytes < head else None
+
+    def free(self, api: Any) -> None:
+        api.runtime.free(self.device)
+
+
+def _reached(api: Any, event: int) -> bool:
+    status = api.runtime.eventQuery(event)
+    if status not in (None, 0, NOT_READY):
+        api.runtime.check_status(status)
+    return status != NOT_READY
+
+
+def _bell() -> int:
+    """Address of the C function that rings without the GIL; 0 where it was not built."""
+    ring = getattr(pages._C, "pdt_ring", None)
+    return ctypes.cast(ring, ctypes.c_void_p).value or 0 if ring is not None else 0
+
+
+def _ring(eventfd: int) -> None:
+    with suppress(OSError):  # full, so that it wakes as it is; or closed by then
+        os.write(eventfd, (1).to_bytes(8, "little"))

@@ -1,0 +1,77 @@
+"""Events that others record on a GPU, watched by a thread that sleeps until they have passed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from pdtransport.kernels._cuda import GpuError, cuda, driver, on
+from pdtransport.kernels.gpu import _bell, _reached, _ring
+
+GRAIN = 2 << 20  # smaller allocations share their physical memory with others, and so would their mappings
+
+
+class DeviceMemory:
+    """GPU memory of our own, as its own allocation, which another process can map; freed with this object.
+
+    Raises:
+        GpuError: there is none to be had.
+    """
+
+    def __init__(self, nbytes: int, device: int) -> None:
+        self.nbytes, self.device = -(-nbytes // GRAIN) * GRAIN, device
+        with on(device, f"allocating {self.nbytes} bytes on GPU {device}") as api:
+            self._memory = api.Memory(self.nbytes)  # cudaMalloc itself, no pool
+        self.address = int(self._memory.ptr)
+
+
+class Watch:
+    """Rings an eventfd whenever an event has passed. Used by one thread.
+
+    Args:
+        device: as CUDA numbers it in this process.
+
+    Raises:
+        GpuError: no cupy, or no such device.
+    """
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        with on(device, f"opening GPU {device}") as api:
+            self._stream = api.Stream(non_blocking=True)
+        self._bell = _bell()
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def add(self, event_handle: int) -> None:
+        """Ring once the raw cudaEvent_t, which is recorded already, has passed and so have those added before."""
+        with on(self._device, "waiting for an event") as api:
+            api.runtime.streamWaitEvent(self._stream.ptr, event_handle)
+            if self._bell:
+                driver("asking to be woken", "cuLaunchHostFunc", self._stream.ptr, self._bell, self._fd)
+            else:
+                self._stream.launch_host_func(_ring, self._fd)
+
+    def passed(self, event_handle: int) -> bool:
+        """Has the GPU reached the event?
+
+        Raises:
+            GpuError: what it was recorded behind failed.
+        """
+        with on(self._device, "looking at an event") as api:
+            return _reached(api, event_handle)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def clear(self) -> None:
+        """Stop ringing, until the next event."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        """Waits for the events that were added. Safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(GpuError), cuda("closing a watch"):
+                self._stream.synchronize()
+            os.close(fd)

@@ -1,0 +1,420 @@
+"""Same host, GPU memory: the receiver maps the sender's KV cache once (CUDA IPC), and one kernel a batch copies page to
+page, whatever the fragmentation or the split of heads, and sums up checksums as it goes.
+
+As with ``cma``, only the receiver touches its pages and verifies what it placed, so that a fence is local: it waits for
+the kernels that are on their way. A batch whose pages changed while they were read fails its checksums; there is no
+transfer without them.
+
+Nobody maps the memory of those it sends to. A mapping ends with its peer's incarnation; memory of a peer that died
+stays valid until then (the driver counts references), so that a kernel in the middle of a batch does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
+from pdtransport.kv.geometry import HOST
+from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats
+from pdtransport.links.calls import call
+from pdtransport.links.host import ProcessWatch, host_id, my_start_ticks
+from pdtransport.links.memory import Regions
+from pdtransport.links.packed import pack, unpack
+from pdtransport.settings import LinkSettings
+
+if TYPE_CHECKING:
+    from pdtransport.kernels.gpu import Launch
+
+logger = logging.getLogger(__name__)
+
+EXPORT_VERSION = 1
+HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
+COOKIE_BYTES = 32
+MAX_ALLOCATIONS = 1024  # in one export
+MAX_OFFERED = 4096  # batches offered and not released, a channel
+MAX_QUEUED = 4096  # batches to copy, a channel
+MAX_UNDER_WAY = 4  # kernels of a channel on the GPU at once: enough to hide their launches
+MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
+DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
+
+Spans = npt.NDArray[np.uint64]  # shape (n, 3): first address there, last one (excluded), first address here
+
+
+class CudaIpcLink(Link):
+    """See the module's docstring.
+
+    Args:
+        regions: GPU memory that may be offered and written.
+
+    Raises:
+        LinkUnavailable: no CUDA here, or memory that can't be exported.
+    """
+
+    name = "cuda_ipc"
+
+    def __init__(self, regions: Regions) -> None:
+        if regions.device == HOST:
+            raise LinkUnavailable("KV lies in host memory")
+        from pdtransport.kernels import gpu
+        from pdtransport.kernels.watch import DeviceMemory
+
+        self.gpu = gpu
+        self.regions, self.device = regions, regions.device
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._channels: list[CudaIpcChannel] = []
+        try:
+            self.sending = gpu.GpuPages(self.device)
+            self.receiving = gpu.GpuPages(self.device, wake_fd=self._wake)
+            self._cookie = DeviceMemory(COOKIE_BYTES, self.device)
+            cookie = secrets.token_bytes(COOKIE_BYTES)
+            gpu.from_host(self._cookie.address, cookie)
+            self._export = {
+                "v": EXPORT_VERSION,
+                "host": host_id(),
+                "pid": os.getpid(),
+                "start": my_start_ticks(),
+                "gpu": gpu.device_uuid(self.device),
+                "memory": self._handles(),
+                "at": self._cookie.address,
+                "cookie": cookie,
+            }
+        except gpu.GpuError as error:
+            os.close(self._wake)
+            raise LinkUnavailable(f"{error}") from None
+
+    @classmethod
+    def open(cls, regions: Regions, settings: LinkSettings) -> CudaIpcLink:
+        return cls(regions)
+
+    def _handles(self) -> list[tuple[int, int, bytes]]:
+        """(address, bytes, handle) of each allocation that holds a region."""
+        allocations: dict[int, int] = {}
+        for address in [*(region.address for region in self.regions), self._cookie.address]:
+            base, nbytes = self.gpu.allocation_of(address)
+            allocations[base] = nbytes
+        return [(base, nbytes, self.gpu.ipc_handle(base)) for base, nbytes in allocations.items()]
+
+    def export(self) -> bytes:
+        packed: bytes = msgpack.packb(self._export)
+        return packed
+
+    def connect(self, peer_export: bytes, peer_host: str) -> CudaIpcChannel:
+        peer = _parse_export(peer_export)
+        if peer["host"] != self._export["host"]:
+            same_kernel = peer["host"].split("/")[0] == str(self._export["host"]).split("/")[0]
+            raise LinkUnavailable(
+                "another container: let both share a PID namespace (docker run --pid, hostPID)"
+                if same_kernel
+                else "another host"
+            )
+        try:
+            watch = ProcessWatch(peer["pid"], peer["start"])
+        except OSError:
+            raise LinkUnavailable(f"process {peer['pid']} is gone") from None
+        channel = CudaIpcChannel(self, watch, peer)
+        self._channels.append(channel)
+        return channel
+
+    def progress(self) -> bool:
+        try:
+            os.eventfd_read(self._wake)  # before looking: a kernel that ends now rings again
+        except BlockingIOError:
+            pass
+        self._channels = [channel for channel in self._channels if not channel.closed]
+        worked = False
+        for channel in self._channels:
+            worked = channel.progress() or worked
+        return worked
+
+    def fileno(self) -> int:
+        return self._wake
+
+    def arm(self) -> bool:
+        return not any(channel.startable for channel in self._channels)
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
+        self.sending.close()
+        self.receiving.close()
+        os.close(self._wake)
+
+
+@dataclass(eq=False)
+class _Copy:
+    """A batch to be placed; ``done`` is None once it is fenced."""
+
+    key: int
+    source: Runs
+    target: Runs
+    checksums: bytes
+    blocks: int
+    done: Done | None
+    launch: Launch | None = None
+
+
+@dataclass(eq=False)
+class _FenceWait:
+    copies: list[_Copy]
+    done: Callable[[], None] = field(repr=False)
+
+
+class CudaIpcChannel(Channel):
+    """Copies from one peer process, and lets it copy from this one."""
+
+    link = "cuda_ipc"
+    one_sided = False
+
+    def __init__(self, link: CudaIpcLink, watch: ProcessWatch, peer: dict[str, Any]) -> None:
+        same = peer["gpu"] == link.gpu.device_uuid(link.device)
+        self.why = f"cuda_ipc: {'same GPU' if same else 'GPUs of one host'}; one kernel copies pages in place"
+        self.stats = LinkStats()
+        self.closed = False
+        self._link = link
+        self._watch = watch
+        self._peer = peer
+        self._broken = ""
+        self._spans: Spans | None = None
+        self._mapped: list[int] = []
+        self._offered: dict[int, Done] = {}
+        self._queue: deque[_Copy] = deque()
+        self._under_way: deque[_Copy] = deque()
+        self._fences: list[_FenceWait] = []
+
+    # -- sender ------------------------------------------------------------------------------------------------------
+
+    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+        self._check_open()
+        if key in self._offered:
+            raise LinkError(f"key {key} is offered already")
+        if len(self._offered) >= MAX_OFFERED:
+            raise LinkBusy(f"{MAX_OFFERED} batches are offered and not released")
+        try:
+            runs = merge_runs(as_runs(runs))
+            self._link.regions.check(runs)
+            offer = pack(runs)
+            if len(offer) > MAX_OFFER_BYTES:
+                raise LinkError(f"a batch of {len(runs)} runs is too fragmented: lower links.gpu_batch_bytes")
+            # Waiting is fine here: reading one batch takes a tenth of a millisecond, and the model's kernels run on.
+            sums = self._link.sending.checksum(runs, checksum_blocks).wait() if checksum_blocks else None
+        except ValueError as error:
+            raise LinkError(str(error)) from None
+        except self._link.gpu.GpuError as error:
+            raise LinkError(str(error)) from None
+        self._offered[key] = done
+        self.stats.bytes_sent += stream_bytes(runs)
+        self.stats.batches_sent += 1
+        return offer, b"" if sums is None else sums.astype("<u8").tobytes()
+
+    def release(self, key: int) -> None:
+        done = self._offered.pop(key, None)
+        if done is not None:
+            call(done, None)
+
+    # -- receiver ----------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Map the peer's memory, and read its cookie to be sure whose it is."""
+        if self._spans is not None:
+            return
+        gpu, device = self._link.gpu, self._link.device
+        spans = []
+        try:
+            for base, nbytes, handle in self._peer["memory"]:
+                here = base
+                if self._watch.pid != os.getpid():  # CUDA maps no process' memory to itself
+                    here = gpu.ipc_open(handle, device)
+                    self._mapped.append(here)
+                spans.append((base, base + nbytes, here))
+            self._spans = np.array(sorted(spans), dtype=np.uint64)
+            cookie = self._translate(np.array([[self._peer["at"], COOKIE_BYTES]], dtype=np.uint64))
+            found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES)
+        except (gpu.GpuError, LinkError) as error:
+            self._unmap()
+            raise LinkUnavailable(f"the memory of process {self._watch.pid} can't be mapped: {error}") from None
+        if found != self._peer["cookie"]:
+            self._unmap()
+            raise LinkUnavailable(f"process {self._watch.pid} is not the peer (its cookie differs)")
+
+    def receive(self, key: int, offer: bytes, runs: Runs, checksums: bytes, blocks: int, done: Done) -> None:
+        self._check_open()
+        if len(self._queue) >= MAX_QUEUED:
+            raise LinkError(f"{MAX_QUEUED} batches wait to be copied")
+        if self._spans is None:
+            raise LinkError("the peer's memory is not mapped")
+        try:
+            runs = as_runs(runs)
+            nbytes = stream_bytes(runs)
+            self._link.regions.check(runs)
+            source = unpack(offer, nbytes)
+        except ValueError as error:
+            raise LinkError(str(error)) from None
+        if checksums and (len(checksums) != 8 * blocks or blocks < 1 or nbytes % (8 * blocks)):
+            raise LinkError(f"{len(checksums) // 8} checksums for {blocks} blocks of {nbytes} bytes")
+        self._queue.append(_Copy(key, self._translate(source), runs, checksums, blocks if checksums else 0, done))
+        self._start()
+
+    def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
+        fenced = set(keys)
+        self._queue = deque(copy for copy in self._queue if copy.key not in fenced)
+        copies = [copy for copy in self._under_way if copy.key in fenced]
+        for copy in copies:
+            copy.done = None
+        if copies:
+            self._fences.append(_FenceWait(copies, done))
+        else:
+            done()
+
+    @property
+    def startable(self) -> bool:
+        return bool(self._queue) and len(self._under_way) < MAX_UNDER_WAY
+
+    def progress(self) -> bool:
+        """Report copies that ended, in order, and start others; True if any ended."""
+        worked = False
+        while self._under_way and self._ended(self._under_way[0]):
+            self._finish(self._under_way.popleft())
+            worked = True
+        self._start()
+        return worked
+
+    def _start(self) -> None:
+        while self.startable:
+            copy = self._queue.popleft()
+            try:
+                copy.launch = self._link.receiving.copy_runs(copy.source, copy.target, copy.blocks)
+            except (ValueError, self._link.gpu.GpuError) as error:
+                self._report(copy, f"link: {error}")
+            else:
+                self._under_way.append(copy)
+
+    def _ended(self, copy: _Copy) -> bool:
+        assert copy.launch is not None
+        try:
+            return copy.launch.done()
+        except self._link.gpu.GpuError:
+            return True  # _finish meets it again
+
+    def _finish(self, copy: _Copy) -> None:
+        assert copy.launch is not None
+        try:
+            found = copy.launch.wait()
+            self.stats.seconds_moving += copy.launch.seconds
+        except self._link.gpu.GpuError as error:
+            self._broken = str(error)
+            self._report(copy, f"link: {error}")
+        else:
+            expected = np.frombuffer(copy.checksums, dtype="<u8")  # empty where none were wanted
+            wrong = np.flatnonzero(found != expected)
+            if wrong.size:
+                first = f"{len(wrong)} of {copy.blocks} blocks differ from their checksums, first {wrong[0]}"
+                self._report(copy, f"damaged: {first}")
+            else:
+                self.stats.bytes_received += stream_bytes(copy.target)
+                self.stats.batches_received += 1
+                self._report(copy, None)
+        for wait in [wait for wait in self._fences if copy in wait.copies]:
+            wait.copies.remove(copy)
+            if not wait.copies:
+                self._fences.remove(wait)
+                call(wait.done)
+
+    def _report(self, copy: _Copy, error: str | None) -> None:
+        if error is not None:
+            self.stats.errors += 1
+        done, copy.done = copy.done, None
+        if done is not None:
+            call(done, error)
+
+    def _translate(self, runs: Runs) -> Runs:
+        """The peer's addresses as this process sees them.
+
+        Raises:
+            LinkError: a run outside what the peer exported.
+        """
+        assert self._spans is not None
+        first, last = runs[:, 0], runs[:, 0] + runs[:, 1]
+        index = np.searchsorted(self._spans[:, 0], first, side="right").astype(np.int64) - 1
+        place = np.maximum(index, 0)
+        if not bool(((index >= 0) & (last >= first) & (last <= self._spans[place, 1])).all()):
+            raise LinkError("the offer names memory that its sender did not export")
+        here = np.empty_like(runs)
+        here[:, 0] = first - self._spans[place, 0] + self._spans[place, 2]
+        here[:, 1] = runs[:, 1]
+        return here
+
+    # -- both --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Waits for the kernels on their way: their pages go back to the engine after this."""
+        if self.closed:
+            return
+        self.closed = True
+        self._broken = self._broken or "the channel is closed"
+        deadline = time.monotonic() + DRAIN_S
+        while self._under_way:
+            if self._ended(self._under_way[0]):
+                self._finish(self._under_way.popleft())
+            elif time.monotonic() > deadline:
+                logger.critical("GPU %d did not finish a copy within %s s: it has hung", self._link.device, DRAIN_S)
+                break
+            else:
+                time.sleep(1e-4)
+        for copy in (*self._under_way, *self._queue):
+            self._report(copy, f"link: {self._broken}")
+        self._queue.clear()
+        for key in list(self._offered):
+            call(self._offered.pop(key), f"link: {self._broken}")
+        if not self._under_way:
+            self._unmap()
+        self._watch.close()
+
+    def _unmap(self) -> None:
+        self._spans = None
+        for address in self._mapped:
+            try:
+                self._link.gpu.ipc_close(address)
+            except self._link.gpu.GpuError as error:
+                logger.warning("a mapping of process %d was not closed: %s", self._watch.pid, error)
+        self._mapped.clear()
+
+    def _check_open(self) -> None:
+        if self._broken:
+            raise LinkError(self._broken)
+
+
+def _parse_export(export: bytes) -> dict[str, Any]:
+    types = {"v": int, "host": str, "pid": int, "start": int, "gpu": str, "memory": list, "at": int, "cookie": bytes}
+    try:
+        peer = msgpack.unpackb(export, raw=False)
+    except (ValueError, TypeError, msgpack.UnpackException):
+        peer = None
+    if not isinstance(peer, dict) or any(not isinstance(peer.get(key), kind) for key, kind in types.items()):
+        raise LinkUnavailable("the peer does not offer it")
+    if peer["v"] != EXPORT_VERSION:
+        raise LinkUnavailable(f"the peer speaks version {peer['v']} of it, this side {EXPORT_VERSION}")
+    sound = len(peer["cookie"]) == COOKIE_BYTES and 0 < peer["pid"] < 1 << 31 and 0 < peer["at"] < 1 << 63
+    if not sound or not 0 < len(peer["memory"]) <= MAX_ALLOCATIONS or not all(map(_is_allocation, peer["memory"])):
+        raise LinkUnavailable("the peer's export is damaged")
+    return peer
+
+
+def _is_allocation(item: Any) -> bool:
+    if not isinstance(item, list) or len(item) != 3:
+        return False
+    base, nbytes, handle = item
+    numbers = isinstance(base, int) and isinstance(nbytes, int) and min(base, nbytes) > 0 and base + nbytes < 1 << 63
+    return numbers and isinstance(handle, bytes) and len(handle) == HANDLE_BYTES

@@ -1,0 +1,65 @@
+"""Run lists on the wire. KV pages lie in regular strides (layer after layer, token after token), so that a list is
+written as arithmetic progressions: 32 layers of a block are one of 28 bytes, not 32 addresses of 8.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.kernels.runs import MAX_RUN_BYTES, MAX_RUNS, Runs
+
+# `count` runs of `nbytes` bytes; the first starts at `address`, the others `stride` bytes after each other.
+_PROGRESSION = np.dtype([("address", "<u8"), ("stride", "<i8"), ("count", "<u4"), ("nbytes", "<u8")], align=False)
+
+
+def pack(runs: Runs) -> bytes:
+    """``runs``, shape (n, 2), as progressions."""
+    if not len(runs):
+        return b""
+    starts = _starts(runs)
+    ends = np.append(starts[1:], len(runs))
+    packed = np.empty(len(starts), dtype=_PROGRESSION)
+    packed["address"], packed["nbytes"] = runs[starts, 0], runs[starts, 1]
+    packed["count"] = ends - starts
+    second = np.minimum(starts + 1, ends - 1)
+    packed["stride"] = (runs[second, 0] - runs[starts, 0]).view(np.int64)
+    return packed.tobytes()
+
+
+def unpack(packed: bytes, nbytes: int) -> Runs:
+    """The list that was packed, of ``nbytes`` bytes in all.
+
+    Raises:
+        ValueError: no list of runs, or one of another length. Memory is taken only for what the length allows.
+    """
+    if len(packed) % _PROGRESSION.itemsize:
+        raise ValueError(f"{len(packed)} bytes are no list of runs")
+    items = np.frombuffer(packed, dtype=_PROGRESSION)
+    counts, lengths = items["count"].astype(np.uint64), items["nbytes"].astype(np.uint64)
+    total = int(counts.sum())  # at most 2**32 a progression: a Python sum of a bounded message can't overflow 64 bits
+    if total > MAX_RUNS or (len(lengths) and int(lengths.max()) > MAX_RUN_BYTES):
+        raise ValueError(f"{total} runs in one list")
+    if int((counts * lengths).sum()) != nbytes:
+        raise ValueError(f"a list of {int((counts * lengths).sum())} bytes, {nbytes} are expected")
+    runs = np.empty((total, 2), dtype=np.uint64)
+    firsts = np.cumsum(counts) - counts
+    place = np.arange(total, dtype=np.uint64) - np.repeat(firsts, counts.astype(np.int64))
+    strides = items["stride"].astype(np.int64).view(np.uint64)
+    runs[:, 0] = np.repeat(items["address"].astype(np.uint64), counts.astype(np.int64))
+    runs[:, 0] += place * np.repeat(strides, counts.astype(np.int64))  # modulo 2**64: strides may be negative
+    runs[:, 1] = np.repeat(lengths, counts.astype(np.int64))
+    return runs
+
+
+def _starts(runs: Runs) -> npt.NDArray[np.int64]:
+    """Where a new progression begins: greedy, so that each holds at least two runs wherever two fit."""
+    steps = np.diff(runs[:, 0])
+    breaks = np.zeros(len(steps), dtype=bool)  # between run i and run i + 1
+    changed = steps[1:] != steps[:-1]
+    # The step after a break is the new progression's own: of a row of changes, every other one is a break.
+    place = np.arange(1, len(changed) + 1)
+    since = place - np.maximum.accumulate(np.where(changed, 0, place)) if len(changed) else place
+    breaks[1:] = changed & (since % 2 == 1)
+    breaks |= np.diff(runs[:, 1]) != 0
+    return np.concatenate(([0], np.flatnonzero(breaks) + 1)).astype(np.int64)

@@ -1,0 +1,252 @@
+"""The cuda_ipc link between two processes: over a stand-in for the GPU (see tests/rig/twin_gpu.py), or, with
+PDT_DEVICE=cuda, on a real one."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.kernels.runs import Runs
+from pdtransport.links.base import Region
+from pdtransport.links.cuda_ipc import CudaIpcChannel, CudaIpcLink
+from pdtransport.links.memory import Regions
+from tests.rig import twin_gpu
+
+PAGE, PAGES = 4096, 64
+ANSWER_S = 20.0
+
+
+REAL = os.environ.get("PDT_DEVICE") == "cuda"
+EXPECTED = np.random.default_rng(7).integers(0, 256, (PAGES, PAGE), dtype=np.uint8)
+
+
+def gpu() -> AbstractContextManager[Any]:
+    return nullcontext() if REAL else twin_gpu.installed()
+
+
+class Pages:
+    """Device memory, as pages."""
+
+    def __init__(self, content: np.ndarray) -> None:
+        from pdtransport.kernels.watch import DeviceMemory
+
+        self.memory = DeviceMemory(PAGES * PAGE, 0)
+        self.region = Region(self.memory.address, PAGES * PAGE, self.memory, 0)
+        self.write(0, content)
+
+    def write(self, page: int, content: np.ndarray) -> None:
+        from pdtransport.kernels.gpu import from_host
+
+        from_host(self.memory.address + page * PAGE, content.tobytes())
+
+    def read(self) -> np.ndarray:
+        from pdtransport.kernels.gpu import to_host
+
+        return np.frombuffer(to_host(self.memory.address, PAGES * PAGE), dtype=np.uint8).reshape(PAGES, PAGE)
+
+    def runs(self, pages: list[int]) -> Runs:
+        return np.array([[self.memory.address + page * PAGE, PAGE] for page in pages], dtype=np.uint64)
+
+
+def whole(value: int, pages: int = PAGES) -> np.ndarray:
+    return np.full((pages, PAGE), value, dtype=np.uint8)
+
+
+def sender(pipe: Connection) -> None:
+    """Offers what it is told to."""
+    with gpu():
+        memory = Pages(EXPECTED)
+        link = CudaIpcLink(Regions([memory.region]))
+        pipe.send(link.export())
+        channel = link.connect(pipe.recv(), "peer")
+        while True:
+            verb, value = pipe.recv()
+            if verb == "send":
+                pipe.send(channel.send(value[0], memory.runs(value[1]), len(value[1]), lambda error: None))
+            elif verb == "overwrite":
+                memory.write(value, EXPECTED[value] ^ 1)
+                pipe.send(True)
+            elif verb == "mappings":
+                pipe.send(twin_gpu.open_mappings())
+
+
+class Ends:
+    """The receiver here, the sender in ``process``."""
+
+    def __init__(self, pipe: Connection, process: Any) -> None:
+        self.pipe, self.process = pipe, process
+        self.memory = Pages(whole(255))
+        self.link = CudaIpcLink(Regions([self.memory.region]))
+        self.export = self.answer()
+        pipe.send(self.link.export())
+        self.channel: CudaIpcChannel = self.link.connect(self.export, "peer")
+        self.channel.attach()
+        self.ended: dict[int, str | None] = {}
+
+    def answer(self) -> Any:
+        assert self.pipe.poll(ANSWER_S)
+        return self.pipe.recv()
+
+    def ask(self, verb: str, value: Any = None) -> Any:
+        self.pipe.send((verb, value))
+        return self.answer()
+
+    def receive(self, key: int, source: list[int], target: list[int]) -> None:
+        offer, checksums = self.ask("send", (key, source))
+        self.receive_offer(key, offer, checksums, target)
+
+    def receive_offer(self, key: int, offer: bytes, checksums: bytes, target: list[int]) -> None:
+        runs = self.memory.runs(target)
+        self.channel.receive(key, offer, runs, checksums, len(target), lambda error: self.ended.update({key: error}))
+
+    def progress_until(self, condition: Any) -> None:
+        deadline = time.monotonic() + ANSWER_S
+        while not condition():
+            assert time.monotonic() < deadline
+            self.link.progress()
+            time.sleep(0.001)
+
+
+@contextmanager
+def two_ends() -> Iterator[Ends]:
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=sender, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    ends = Ends(ours, process)
+    try:
+        yield ends
+    finally:
+        process.kill()
+        process.join(10)
+        ends.link.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    with gpu(), two_ends() as both:
+        yield both
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    yield
+    twin_gpu.delay_s = 0.0
+
+
+def test_pages_arrive_whatever_their_order(ends: Ends) -> None:
+    """A batch is byte for byte what the sender held, and nothing else is written."""
+    source, target = [5, 2, 60, 7], [1, 30, 3, 63]
+    ends.receive(1, source, target)
+    ends.progress_until(lambda: 1 in ends.ended)
+    assert ends.ended[1] is None
+    np.testing.assert_array_equal(ends.memory.read()[target], EXPECTED[source])
+    assert (np.delete(ends.memory.read(), target, axis=0) == 255).all()
+    assert ends.channel.stats.bytes_received == 4 * PAGE
+
+
+@pytest.mark.skipif(REAL, reason="counts the mappings of the stand-in")
+def test_the_sender_maps_nothing(ends: Ends) -> None:
+    """Prefill pins no memory of the decode instances that it serves: they can be replaced freely."""
+    ends.receive(1, [0], [0])
+    ends.progress_until(lambda: 1 in ends.ended)
+    assert ends.ask("mappings") == 0
+    assert twin_gpu.open_mappings() >= 1
+    ends.channel.close()
+    assert twin_gpu.open_mappings() == 0, "a mapping outlived its channel"
+
+
+def test_pages_that_changed_after_they_were_offered_are_damaged(ends: Ends) -> None:
+    """A page that prefill overwrote meanwhile is noticed by its checksum, never attended to."""
+    offer, checksums = ends.ask("send", (1, [4, 5]))
+    ends.ask("overwrite", 5)
+    ends.receive_offer(1, offer, checksums, [0, 1])
+    ends.progress_until(lambda: 1 in ends.ended)
+    assert ends.ended[1] is not None
+    assert ends.ended[1].startswith("damaged: 1 of 2 blocks")
+
+
+def test_a_fence_waits_for_the_kernels_on_their_way(ends: Ends) -> None:
+    """Nothing is written after the fence is reported, and the fenced batch reports nothing."""
+    twin_gpu.delay_s = 0.2
+    fenced: list[bool] = []
+    ends.receive(1, [4, 5], [0, 1])
+    ends.channel.fence([1], lambda: fenced.append(True))
+    assert REAL or not fenced, "reported while the kernel may still write"
+    ends.progress_until(lambda: fenced)
+    ends.memory.write(0, whole(9, 2))
+    time.sleep(0.3)
+    assert (ends.memory.read()[0:2] == 9).all()
+    assert 1 not in ends.ended
+
+
+def test_closing_waits_for_the_kernels_on_their_way(ends: Ends) -> None:
+    """When the peer is lost its pages go back to the engine at once: no kernel may write them by then."""
+    twin_gpu.delay_s = 0.2
+    ends.receive(1, [4, 5], [0, 1])
+    ends.channel.close()
+    ends.memory.write(0, whole(9, 2))
+    time.sleep(0.3)
+    assert (ends.memory.read()[0:2] == 9).all()
+    assert 1 in ends.ended
+
+
+def test_more_batches_than_kernels_at_once_all_arrive(ends: Ends) -> None:
+    """Batches queue in order; none is lost."""
+    for key in range(1, 21):
+        ends.receive(key, [key], [key])
+    ends.progress_until(lambda: len(ends.ended) == 20)
+    assert set(ends.ended.values()) == {None}
+    np.testing.assert_array_equal(ends.memory.read()[1:21], EXPECTED[1:21])
+
+
+def test_a_peer_that_dies_in_a_batch_takes_nobody_along(ends: Ends) -> None:
+    """The kernel runs to its end on memory that stays mapped; afterwards the channel is closed in order."""
+    twin_gpu.delay_s = 0.3
+    ends.receive(1, [4, 5], [0, 1])
+    os.kill(ends.process.pid, signal.SIGKILL)
+    ends.process.join(10)
+    ends.progress_until(lambda: 1 in ends.ended)
+    assert ends.ended[1] is None
+    np.testing.assert_array_equal(ends.memory.read()[0:2], EXPECTED[4:6])
+    ends.channel.close()
+    with pytest.raises(LinkError, match="closed"):
+        ends.receive_offer(2, b"", b"", [1])
+    with pytest.raises(LinkUnavailable, match="is gone"):
+        ends.link.connect(ends.export, "peer")
+
+
+@pytest.mark.parametrize("address", [4096, 1 << 62])
+def test_an_offer_of_memory_that_was_not_exported_is_refused(ends: Ends, address: int) -> None:
+    """A peer can't make us read addresses of our own, or anybody's."""
+    from pdtransport.links.packed import pack
+
+    with pytest.raises(LinkError, match="did not export"):
+        ends.receive_offer(1, pack(np.array([[address, PAGE]], dtype=np.uint64)), b"", [0])
+    with pytest.raises(LinkError, match="expected"):
+        ends.receive_offer(1, pack(np.array([[address, PAGE + 8]], dtype=np.uint64)), b"", [0])
+    with pytest.raises(LinkError):
+        ends.receive_offer(1, b"garbage", b"", [0])
+
+
+def test_pages_outside_the_registered_memory_are_not_written(ends: Ends) -> None:
+    offer, checksums = ends.ask("send", (1, [0]))
+    with pytest.raises(LinkError, match="outside the registered memory"):
+        ends.receive_offer(1, offer, checksums, [PAGES + 600])
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"\x80", b"\xc1" * 40])
+def test_a_damaged_export_is_refused(ends: Ends, damage: bytes) -> None:
+    with pytest.raises(LinkUnavailable):
+        ends.link.connect(damage, "peer")

@@ -1,0 +1,220 @@
+"""Arguments and tables of the benchmarks and test drivers that a GPU session runs: mistakes there cost device time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import _gpu_handoff, handoff, interference
+from benchmarks._decode_streams import Gap, within
+from benchmarks._gpu_handoff import Sample, runs_per_100, summarise, table
+from benchmarks._gpu_scale import FULL, REHEARSAL
+from tests.rig.client import Answer, to_decode, to_prefill
+from tests.rig.device import Place
+from tests.rig.servers import ServerSpec
+from tests.vllm.__main__ import outcomes
+from tests.vllm.__main__ import parse as parse_tests
+
+
+def test_the_full_model_has_the_size_that_the_figures_speak_of() -> None:
+    """128 KiB of KV per token: 16,000 tokens are 2.1 GB; the cache holds the longest prompt more than twice."""
+    assert FULL.kv_token_bytes == 128 << 10
+    assert FULL.kv_tokens > 2 * max(FULL.lengths)
+    assert max(FULL.lengths) + _gpu_handoff.MAX_TOKENS <= FULL.max_len
+
+
+def test_the_model_folder_holds_a_configuration_alone(tmp_path: Path) -> None:
+    config = json.loads((FULL.write_model(tmp_path / "m") / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["num_hidden_layers"], config["hidden_size"], config["num_key_value_heads"]) == (32, 4096, 8)
+    assert [file.name for file in (tmp_path / "m").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("mode", ["eager", "graphs"])
+def test_servers_of_a_pair_fit_one_gpu(mode: Any, tmp_path: Path) -> None:
+    """Their KV caches have a size and their share of the card is small, so that two can start; graphs unless eager."""
+    for spec in FULL.pair("pdtransport", tmp_path, mode, {"links": {"order": ["ucx"]}}):
+        command = spec.command(1, 2)
+        assert command[command.index("--kv-cache-memory-bytes") + 1] == str(FULL.kv_bytes)
+        assert float(command[command.index("--gpu-memory-utilization") + 1]) < 0.1
+        assert ("--enforce-eager" in command) == (mode == "eager")
+        assert command[command.index("--load-format") + 1] == "dummy"
+        assert '"order": ["ucx"]' in command[command.index("--kv-transfer-config") + 1]
+        assert set(spec.environment(2)) - set(os.environ) <= {
+            "VLLM_NO_USAGE_STATS",
+            "HF_HUB_OFFLINE",
+            "VLLM_USE_FLASHINFER_SAMPLER",
+            "VLLM_CACHE_ROOT",
+        }
+
+
+def test_push_dispatch_names_what_nixl_pairs_requests_by() -> None:
+    """NixlPushConnector: decode is told prefill's engine and the id that both requests share."""
+
+    class Stand:
+        spec = ServerSpec("p", connector="nixl-push")
+        control_port = 77
+
+    decode = to_decode(Stand(), "ab" * 16)  # type: ignore[arg-type]
+    config = Stand.spec.transfer_config(77)
+    assert config == {"kv_role": "kv_both", "kv_connector": "NixlPushConnector", "engine_id": "p-77"}
+    assert decode["remote_engine_id"] == config["engine_id"]
+    assert decode["remote_request_id"] == f"cmpl-{'ab' * 16}-0"
+    assert "transfer_id" not in to_prefill(Stand(), "x")  # type: ignore[arg-type]
+
+
+def sample(system: str, ttft: float, **more: Any) -> Sample:
+    return Sample("eager", system, 1024, ttft_s=ttft, **more)
+
+
+def test_rows_are_medians_beside_the_aggregated_server() -> None:
+    samples = [sample("aggregated", s) for s in (0.060, 0.050, 0.055)]
+    samples += [sample("pdtransport", s, prefill_s=0.06, handoff_s=0.01, exposed_s=0.002) for s in (0.07, 0.09, 0.08)]
+    samples += [sample("pdtransport", 0.088, fragmented=True), sample("pdtransport", 9.0, failed="late")]
+    aggregated, whole, broken = summarise(samples)
+    assert (aggregated["TTFT"], aggregated["+agg"]) == (55.0, 0.0)
+    assert (whole["TTFT"], whole["(best)"], whole["+agg"], whole["exposed"]) == (80.0, 70.0, 25.0, 2.0)
+    assert (whole["runs"], whole["failed"], whole["x whole"]) == (3, 1, None)
+    assert (broken["system"], broken["x whole"]) == ("pdtransport fragmented", 1.1)
+    text = table([aggregated, whole, broken])
+    assert "+agg" in text
+    assert "failed" in text.splitlines()[0]
+    assert "commit" not in text  # nobody filled it
+
+
+def test_samples_survive_a_file(tmp_path: Path) -> None:
+    """``--resume`` reads what ``--json`` wrote."""
+    options = handoff.parse(["--gpu"])
+    plan = _gpu_handoff.Plan(FULL, options.modes, [], options.lens, 5, False, 1, {}, True, "", 0, 0.0, tmp_path)
+    samples = [sample("nixl", 0.3, runs_per_100=12.5, events={"P opened": 0.1})]
+    (tmp_path / "a.json").write_text(_gpu_handoff.document(plan, {}, samples))
+    assert _gpu_handoff.read([tmp_path / "a.json"]) == samples
+
+
+def test_what_was_measured_is_not_started_again(tmp_path: Path) -> None:
+    done = [sample("aggregated", 0.1), sample("pdtransport P's token", 0.1)]
+    plan = _gpu_handoff.Plan(
+        FULL,
+        ["eager"],
+        ["aggregated", "pdtransport"],
+        [64],
+        1,
+        False,
+        1,
+        {},
+        False,
+        (),
+        0,
+        time.monotonic() + 99,
+        tmp_path,
+    )
+    assert list(_gpu_handoff.run(plan, done, print)) == []
+
+
+def test_without_time_nothing_is_started(tmp_path: Path) -> None:
+    said: list[str] = []
+    plan = _gpu_handoff.Plan(
+        FULL, ["eager"], ["aggregated", "nixl"], [64], 1, False, 2, {}, False, "", 0, time.monotonic() + 1, tmp_path
+    )
+    assert list(_gpu_handoff.run(plan, [], said.append)) == []
+    assert said == ["eager: no time left for aggregated, nixl"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "runs"),
+    [([[1, 2, 3, 4]], 25.0), ([[4, 3, 2, 1]], 100.0), ([[1, 2, 9, 10]], 50.0), ([[7]], None), (None, None)],
+)
+def test_fragmentation_is_counted_in_ascending_runs(ids: Any, runs: float | None) -> None:
+    assert runs_per_100(Answer([1], None, {"remote_block_ids": ids}, 0, 0, 0)) == runs
+
+
+def test_handoff_arguments() -> None:
+    """The defaults of the CPU stay; --gpu brings its own."""
+    assert (handoff.parse([]).lens, handoff.parse([]).runs) == ([512, 2048, 4000], 7)
+    assert handoff.chosen(handoff.parse(["--against", "none"])) == ["aggregated", "aggregated+idle", "pdtransport"]
+    gpu = handoff.parse(["--gpu", "--against", "nixl-push,nixl", "--graphs", "--settings", '{"links": {}}'])
+    assert (gpu.lens, gpu.runs, gpu.modes) == (list(FULL.lengths), 5, ["graphs"])
+    assert handoff.chosen(gpu) == ["aggregated", "pdtransport", "nixl-push", "nixl"]
+    assert handoff.chosen(handoff.parse(["--gpu", "--systems", "pdtransport"])) == ["pdtransport"]
+    assert handoff.parse(["--rehearse"]).lens == list(REHEARSAL.lengths)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--gpu", "--lens", "17000"],
+        ["--lens", "9000"],
+        ["--gpu", "--modes", "fast"],
+        ["--rehearse", "--graphs"],
+        ["--against", "nixl-push"],
+        ["--gpu", "--systems", "foo"],
+        ["--gpu", "--runs", "0"],
+        ["--gpu", "--settings", "{"],
+    ],
+)
+def test_wrong_handoff_arguments_are_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        handoff.parse(argv)
+
+
+def test_interference_rows_compare_pushing_with_computing() -> None:
+    windows = [
+        interference.Window("computing", 0, 5, tokens=50_000, gaps_s=[0.020] * 99 + [0.040]),
+        interference.Window("pushing", 5, 10, tokens=49_000, gaps_s=[0.0202] * 99 + [0.041]),
+        interference.Window("quiet", 10, 15, gaps_s=[0.01] * 10),
+    ]
+    rows = {row["load"]: row for row in interference.summarise(windows)}
+    assert rows["computing"]["tok_s"] == 10_000
+    assert rows["ratio"]["tok_s"] == pytest.approx(0.98)
+    assert rows["ratio"]["p50"] == pytest.approx(1.01)
+    assert "within 3%" in interference.table(list(rows.values()))
+    windows[1].tokens = 40_000
+    assert "not within 3%" in interference.table(interference.summarise(windows))
+
+
+def test_interference_windows_take_turns() -> None:
+    assert interference.schedule(2) == ["quiet", "computing", "pushing", "pushing", "computing", "quiet"]
+    loads = interference.schedule(5)
+    assert loads.count("computing") == loads.count("pushing") == 5
+
+
+def test_gaps_count_for_the_window_that_holds_them() -> None:
+    gaps = [Gap(1.0, 0.5), Gap(2.0, 0.5), Gap(3.2, 0.5)]
+    assert within(gaps, 1.0, 3.0) == [0.5]
+
+
+@pytest.mark.parametrize("argv", [[], ["--gpu", "--rehearse"], ["--rehearse", "--graphs"], ["--gpu", "--streams", "8"]])
+def test_wrong_interference_arguments_are_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        interference.parse(argv)
+
+
+def test_the_environment_says_where_servers_run() -> None:
+    assert Place.of({}) == Place("cpu", True, None, True, False, None)
+    place = Place.of({"PDT_DEVICE": "cuda", "PDT_ASYNC": "0", "PDT_START": "in-turn", "PDT_INVARIANT": "1"})
+    assert place == Place("cuda", False, False, False, True, None)
+    assert (place.block_size, place.margin_or(0.25), Place().margin_or(0.25)) == (16, 0.0, 0.25)
+    assert Place.of({"PDT_MARGIN": "0.5"}).margin_or(0.25) == 0.5
+    with pytest.raises(ValueError, match="PDT_DEVICE"):
+        Place.of({"PDT_DEVICE": "gpu"})
+
+
+def test_outcomes_of_a_test_run(tmp_path: Path) -> None:
+    (tmp_path / "junit.xml").write_text(
+        "<testsuites><testsuite><testcase classname='tests.vllm.test_a' name='one' time='1.26'/>"
+        "<testcase classname='tests.vllm.test_a' name='two' time='0'><failure message='AssertionError: no&#10;more'/>"
+        "</testcase><testcase classname='tests.vllm.test_b' name='three'><skipped message='two GPUs'/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    assert [(row["test"], row["outcome"], row["why"]) for row in outcomes(tmp_path / "junit.xml")] == [
+        ("test_a::one", "passed", ""),
+        ("test_a::two", "failed", "AssertionError: no"),
+        ("test_b::three", "skipped", "two GPUs"),
+    ]
+    assert outcomes(tmp_path / "none.xml") == []
+    assert parse_tests(["--aborts", "7"]).aborts == 7
