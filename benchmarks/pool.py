@@ -8,13 +8,16 @@ whether lookups slow down as it grows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing as mp
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +28,6 @@ from pdtransport.kernels.runs import Runs
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.policies import Links, make_policy
-from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 
 PAGE = 32 << 10
@@ -65,19 +67,36 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+@contextlib.contextmanager
+def daemon(settings: PoolSettings) -> Iterator[None]:
+    """The pool in a process of its own, as people run it."""
+    options = [
+        f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in ("dir", "memory_bytes", "frame_bytes")
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pdtransport.pool.cli", *options], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert "serves" in process.stdout.readline()
+            yield
+        finally:
+            process.terminate()
+
+
 # -- bytes ------------------------------------------------------------------------------------------
 
 
 def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     """Bytes a second: memcpy, store, load; and the share of memcpy, each round's store and load beside its memcpy."""
     count = nbytes // chunk
-    source, target, spare = (np.full((nbytes // PAGE, PAGE), fill, dtype=np.uint8) for fill in (1, 2, 3))
+    source, target, spare = (_memory(nbytes) for _ in range(3))
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
     runs, back = (_runs(memory, count, seed) for seed, memory in enumerate((source, target)))
     taken: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=nbytes + 64 * MiB)
-        with Pool(made), PoolClient(directory=made.dir, deadline_s=60.0) as client:
+        with daemon(made), PoolClient(directory=made.dir, deadline_s=60.0) as client:
             for number in range(rounds + 1):  # the first one warms up: pages are mapped, threads started
                 keys = [os.urandom(32) for _ in range(count)]
                 begin = time.perf_counter()
@@ -101,6 +120,13 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     return rates | shares
 
 
+def _memory(nbytes: int) -> np.ndarray:
+    """Pages as engines have them: aligned, and touched before."""
+    raw = np.ones(nbytes + PAGE, dtype=np.uint8)
+    skip = -raw.ctypes.data % PAGE
+    return raw[skip : skip + nbytes].reshape(-1, PAGE)
+
+
 def _runs(memory: np.ndarray, count: int, seed: int) -> list[Runs]:
     """``count`` chunks over the memory's pages in random order."""
     pages = np.random.default_rng(seed).permutation(len(memory)).reshape(count, -1)
@@ -118,7 +144,7 @@ def lookups(clients: int, seconds: float) -> dict[str, float]:
     keys = [number.to_bytes(32, "big") for number in range(LOOKUP_CHUNKS)]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=LOOKUP_CHUNKS * 4096, frame_bytes=4096)
-        with Pool(made), PoolClient(directory=made.dir) as client:
+        with daemon(made), PoolClient(directory=made.dir) as client:
             content = np.zeros(4096, dtype=np.uint8)
             chunk = np.array([[content.ctypes.data, 4096]], dtype=np.uint64)
             assert client.store(keys, [chunk] * len(keys)).result().prefix == len(keys)

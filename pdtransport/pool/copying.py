@@ -24,7 +24,7 @@ from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.wire import Session
 from pdtransport.protocol.messages import Message
 
-WINDOWS = 2  # asked for at one time: while one is copied, the next is being granted
+WINDOWS = 4  # asked for at one time: while one is copied, the next are being granted
 MAX_COPY_BYTES = 32 << 20  # copied between two looks at whether anyone still wants it
 
 
@@ -87,12 +87,7 @@ class Copying:
                 self._open(*stretch)
             while self._windows and not self._do.cancelled.is_set():
                 self._hear(*self._do.heard.get())
-                for number, window in list(self._windows.items()):
-                    if window.unanswered == 0 and not window.published:
-                        del self._windows[number]
-                        self._do.forget(number, False)
-                        for stretch in itertools.islice(stretches, 1):
-                            self._open(*stretch)
+                self._tidy(stretches)
         except PoolUnavailable as error:
             self.error = str(error)
         finally:
@@ -100,6 +95,16 @@ class Copying:
                 self._do.forget(number, True)
             if self._session is not None:
                 self._session.leave()
+
+    def _tidy(self, stretches: Iterator[tuple[int, int]]) -> None:
+        """Close windows of which all is done, and open as many as are answered."""
+        for number, window in list(self._windows.items()):
+            if window.unanswered == 0 and not window.published:
+                del self._windows[number]
+                self._do.forget(number, False)
+        asking = sum(window.unanswered > 0 for window in self._windows.values())
+        for stretch in itertools.islice(stretches, max(0, WINDOWS - asking)):
+            self._open(*stretch)
 
     def _stretches(self, window_bytes: int) -> Iterator[tuple[int, int]]:
         """Windows of at most so many bytes and keys; a larger chunk has one of its own."""
