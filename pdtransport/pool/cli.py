@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pdtransport.errors import PDTransportError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, PoolSettings
+from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 SIZES = {"memory_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
@@ -41,16 +41,18 @@ def quota(text: str) -> tuple[str, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of the disk tier begin with --disk."""
+    """One option for each setting; those of the tiers begin with --disk and --redis."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
     made.add_argument("--disk", dest="disk.path", metavar="DIR", type=Path, help=_help(DiskSettings, "path"))
     _add(made, DiskSettings, "disk.", leave_out={"path"})
+    made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
+    _add(made, RedisSettings, "redis.", leave_out={"url"})
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
@@ -66,8 +68,9 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
     for path, value in vars(arguments).items():
         if value is None or path in ("status", "log_level"):
             continue
-        room = raw.setdefault("disk", {}) if path.startswith("disk.") else raw
-        room[path.removeprefix("disk.")] = dict(value) if path == "quotas" else value
+        tier, dot, name = path.partition(".")
+        room = raw.setdefault(tier, {}) if dot else raw
+        room[name or path] = dict(value) if path == "quotas" else value
     return PoolSettings.parse(raw, where="pdpool")
 
 
@@ -111,7 +114,7 @@ def _add(made: argparse.ArgumentParser, model: type[BaseModel], prefix: str, lea
             dest=f"{prefix}{name}",
             metavar=None if texts else ("SIZE" if name in SIZES else name.rpartition("_")[2].upper()),
             choices=texts or None,
-            type=size if name in SIZES else (int if isinstance(default, int) else str),
+            type=size if name in SIZES else (type(default) if isinstance(default, int | float) else str),
             help=_help(model, name) + shown,
         )
 

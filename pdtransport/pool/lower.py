@@ -21,6 +21,7 @@ class Lower:
 
     def __init__(self, tier: Tier, bit: int, limit: int, policy: PolicyName) -> None:
         self.tier, self.name, self.bit, self.limit = tier, tier.name, bit, limit
+        self.up = True  # reachable; what a tier holds that is not does not count as there
         self.used = 0  # bytes, those reserved for writes under way included
         self._policy_name = policy
         self._policy: Policy

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from pdtransport.kernels import pages
@@ -12,11 +14,14 @@ from pdtransport.pool.frames import frame_runs
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.memory import Mapping
 from pdtransport.pool.shelf import Shelf
-from pdtransport.pool.tiers import Stored, TierError
+from pdtransport.pool.tiers import Stored, TierDown, TierError
+from pdtransport.reactor import ReactorStopped
 
 logger = logging.getLogger("pdtransport.pool")
 
 SCAN_BATCH = 1024  # chunks adopted in one go
+PROBE_S = 0.5  # between looks at a tier that is down
+FOREVER_S = 1e9
 STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
 
 Post = Callable[[Callable[[], None]], None]
@@ -40,7 +45,7 @@ class Mover:
                 for each in queues
             ]
             self._threads.append(
-                threading.Thread(target=self._scan, args=(tier,), name=f"pdpool-{tier.name}-scan", daemon=True)
+                threading.Thread(target=self._look_after, args=(tier,), name=f"pdpool-{tier.name}-scan", daemon=True)
             )
         for thread in self._threads:
             thread.start()
@@ -71,7 +76,7 @@ class Mover:
                     self._promote(job)
                 else:
                     self._delete(job)
-            except RuntimeError:  # the reactor has ended
+            except ReactorStopped:
                 return
 
     def _write_back(self, job: WriteBack) -> None:
@@ -81,6 +86,8 @@ class Mover:
                 self._post(lambda: shelf.found_damaged(job))
                 return
             stored = job.tier.tier.write(job.key, job.tenant, self._parts(job.frames, job.nbytes), job.checksum)
+        except TierDown as error:
+            self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
             _complain(job.tier, "write", error)
         self._post(lambda: shelf.written_back(job, stored))
@@ -92,6 +99,8 @@ class Mover:
             if self._checksum(job.frames, job.nbytes) != checksum:
                 raise TierError(f"chunk {job.key.hex()[:16]} is damaged: its checksum differs")
             found = checksum
+        except TierDown as error:
+            self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001
             _complain(job.tier, "read", error)
         self._post(lambda: shelf.promoted(job, found))
@@ -102,22 +111,39 @@ class Mover:
         except Exception as error:  # noqa: BLE001
             _complain(job.tier, "delete", error)
 
+    def _look_after(self, tier: Lower) -> None:
+        """Learn what the tier holds, at start, and again where others write to it; notice that it is up again."""
+        scan_at = 0.0
+        while not self._stopping.is_set():
+            try:
+                if not tier.up:
+                    tier.tier.probe()
+                    self._post(lambda: setattr(tier, "up", True))
+                    logger.warning("pool tier %s is there again", tier.name)
+                    scan_at = 0.0  # who knows what it holds now
+                if time.monotonic() >= scan_at:
+                    self._scan(tier)
+                    scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
+            except TierDown as error:
+                self._went_down(tier, error)
+            except ReactorStopped:
+                return
+            except Exception as error:  # noqa: BLE001 - tried again later
+                _complain(tier, "scan", error)
+                scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
+            self._stopping.wait(PROBE_S)
+
     def _scan(self, tier: Lower) -> None:
-        batch: list[Stored] = []
-        try:
-            for found in tier.tier.scan():
-                batch.append(found)
-                if len(batch) == SCAN_BATCH:
-                    self._adopt(tier, batch)
-                    batch = []
-                if self._stopping.is_set():
-                    return
-        except Exception as error:  # noqa: BLE001
-            _complain(tier, "scan", error)
-        try:
+        found = tier.tier.scan()
+        while batch := list(itertools.islice(found, SCAN_BATCH)):
             self._adopt(tier, batch)
-        except RuntimeError:
-            pass  # the reactor has ended
+            if self._stopping.is_set():
+                return
+
+    def _went_down(self, tier: Lower, error: TierDown) -> None:
+        if tier.up:
+            _complain(tier, "reaching it", error)
+        self._post(lambda: self._shelf.went_down(tier))
 
     def _adopt(self, tier: Lower, batch: list[Stored]) -> None:
         shelf, adopted = self._shelf, threading.Event()

@@ -28,6 +28,7 @@ from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.lower import Lower
 from pdtransport.pool.memory import Mapping, make_memory
 from pdtransport.pool.mover import Mover, checksum_of
+from pdtransport.pool.redis import RedisTier
 from pdtransport.pool.request import Part, Request, Session
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.shelf import MEMORY, Shelf
@@ -348,6 +349,8 @@ def _lower(settings: PoolSettings) -> list[Lower]:
     tiers = []
     if settings.disk is not None:
         tiers.append(Lower(DiskTier(settings.disk), MEMORY << 1, settings.disk.bytes, settings.policy))
+    if settings.redis is not None:
+        tiers.append(Lower(RedisTier(settings.redis), MEMORY << 2, settings.redis.bytes, settings.policy))
     return tiers
 
 

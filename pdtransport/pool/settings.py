@@ -19,19 +19,36 @@ MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$")]
 
 
-class DiskSettings(BaseModel):
-    """The disk tier: one checksummed file a chunk."""
-
+class _TierSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
-    bytes: int = Field(ge=1 << 20, description="Size of all files together that is never exceeded.")
-    threads: int = Field(2, ge=1, le=64, description="Files that are read or written at once.")
+    bytes: int = Field(ge=1 << 20, description="Size of all its chunks together that is never exceeded.")
+    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
     codec: Literal["none", "zstd"] = Field(
         "none", description="zstd: byte-shuffled and compressed without loss (needs the zstandard package)."
     )
     item_bytes: Literal[1, 2, 4] = Field(
         2, description="Bytes of one element of the KV cache, which zstd's byte shuffle sorts by: 2 for bfloat16."
+    )
+
+
+class DiskSettings(_TierSettings):
+    """The disk tier: one checksummed file a chunk."""
+
+    path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
+
+
+class RedisSettings(_TierSettings):
+    """The tier in Redis or Valkey."""
+
+    url: str = Field(
+        pattern=r"^(redis|rediss|unix)://[^@]*$",
+        description="redis://host:port/0, rediss:// for TLS, or unix://path. No password in it: password_file.",
+    )
+    password_file: Path | None = Field(None, description="File with the password, if the server wants one.")
+    timeout_s: float = Field(2.0, gt=0, le=60, description="For one answer of the server; then it counts as down.")
+    rescan_s: float = Field(
+        30.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
     )
 
 
@@ -73,6 +90,7 @@ class PoolSettings(BaseModel):
         {}, max_length=MAX_TENANTS, description="Bytes of memory that a tenant never exceeds, by its name."
     )
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
+    redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )

@@ -73,7 +73,8 @@ class Shelf:
     def lookup(self, keys: bytes) -> tuple[int, int]:
         """How many keys from the first on are there, and how many of these are in memory."""
         entries = self.index.find(key_rows(keys))
-        tiers = np.where(entries >= 0, self.index.tier_column[entries], 0)
+        reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
+        tiers = np.where(entries >= 0, self.index.tier_column[entries] & reachable, 0)
         missing = np.flatnonzero(tiers == 0)
         there = int(missing[0]) if len(missing) else len(tiers)
         self.counters["lookups"] += 1
@@ -110,6 +111,8 @@ class Shelf:
                 self._answer(request, Part(number, Verdict.MISMATCH))
             elif self.index.state[entry] == FILLING:
                 self._wait(request, number, entry)
+            elif not self.index.tiers[entry] & MEMORY and self._holder(entry) is None:  # its tier is down
+                self._answer(request, Part(number, Verdict.MISS))
             elif self.index.tiers[entry] & MEMORY:
                 self._grant_read(request, number, entry)
             else:
@@ -213,6 +216,8 @@ class Shelf:
         elif not self.index.tiers[entry]:  # dropped meanwhile
             self.jobs.append(Delete(tier, job.key, job.tenant, job.nbytes))
         else:
+            if self.index.tiers[entry] & tier.bit:  # a scan saw it first
+                tier.leave(entry)
             self.index.tiers[entry] |= tier.bit
             tier.enter(entry, stored)
             self.counters[f"{tier.name}_written_bytes"] += stored
@@ -225,14 +230,21 @@ class Shelf:
             self._drop_from_memory(job.entry)
         self.written_back(job, None)
 
+    def went_down(self, tier: Lower) -> None:
+        """A tier can't be reached: it is left alone until it is up again."""
+        if tier.up:
+            self.counters[f"{tier.name}_went_down"] += 1
+        tier.up = False
+
     def promoted(self, job: Promote, checksum: int | None) -> None:
-        """A chunk came up from a tier below and was verified; None: it could not be read there and is dropped."""
+        """A chunk came up from a tier below and was verified; None: it could not be read there and is dropped, unless
+        the tier is down."""
         entry, tier = job.entry, job.tier
-        if checksum is None:
+        if checksum is None and tier.up:
             self.counters[f"{tier.name}_read_failed"] += 1
             self._drop_from(tier, entry)
         holder = self._holder(entry)
-        if holder is None:  # dropped meanwhile, if it could be read
+        if holder is None or (checksum is None and holder is tier):  # dropped meanwhile, or out of reach
             self._abandon(entry)
             return
         if checksum is None:
@@ -246,17 +258,18 @@ class Shelf:
 
     def adopt(self, tier: Lower, found: Stored) -> bool:
         """A chunk that lies in a tier below since an earlier run. False: there is no place for it, or it is known."""
-        entry = self.index.entry(found.key)
-        if entry < 0:
-            if len(self.index) >= self.index.capacity or tier.used + found.stored > tier.limit:
-                self.jobs.append(Delete(tier, found.key, found.tenant, found.nbytes))
-                return False
-            entry = self.index.add(found.key)
-            self.index.nbytes[entry], self.index.state[entry] = found.nbytes, READY
-            self.index.group[entry] = self.room.group_of(found.tenant)
-        elif self.index.nbytes[entry] != found.nbytes or self.index.tiers[entry] & tier.bit:
+        entry, index = self.index.entry(found.key), self.index
+        if entry >= 0 and (index.nbytes[entry] != found.nbytes or index.tiers[entry] & tier.bit):
             return False
-        self.index.tiers[entry] |= tier.bit
+        if tier.used + found.stored > tier.limit or (entry < 0 and len(index) >= index.capacity):
+            if not tier.tier.shared:
+                self.jobs.append(Delete(tier, found.key, found.tenant, found.nbytes))
+            return False
+        if entry < 0:
+            entry = index.add(found.key)
+            index.nbytes[entry], index.state[entry] = found.nbytes, READY
+            index.group[entry] = self.room.group_of(found.tenant)
+        index.tiers[entry] |= tier.bit
         tier.enter(entry, found.stored)
         return True
 
@@ -348,7 +361,7 @@ class Shelf:
                 self._grant_write(request, number, entry)
                 return
         del self._waiters[entry]
-        self.counters["stores_abandoned"] += 1
+        self.counters["fills_abandoned"] += 1
         self.index.state[entry] = READY
         self._free_frames(entry)
         self._forget_if_gone(entry)
@@ -396,7 +409,7 @@ class Shelf:
 
     def _holder(self, entry: int) -> Lower | None:
         """The fastest tier below memory that has the chunk."""
-        return next((tier for tier in self.lower if self.index.tiers[entry] & tier.bit), None)
+        return next((tier for tier in self.lower if tier.up and self.index.tiers[entry] & tier.bit), None)
 
     def _promote(self, request: Request, number: int, entry: int) -> None:
         tier, nbytes = self._holder(entry), self.index.nbytes[entry]
@@ -416,7 +429,10 @@ class Shelf:
         assert frames is not None
         for tier in self.lower:
             reserved = nbytes + tier.tier.overhead_bytes
-            if self._writeback_bytes + nbytes > self.settings.writeback_bytes or not self._make_room(tier, reserved):
+            queued = self._writeback_bytes + nbytes
+            if self.index.tiers[entry] & tier.bit:  # a scan found it there meanwhile
+                continue
+            if not tier.up or queued > self.settings.writeback_bytes or not self._make_room(tier, reserved):
                 self.counters[f"{tier.name}_write_skipped"] += 1
                 continue
             tier.used += reserved
@@ -478,7 +494,7 @@ class Shelf:
                 "by_tenant": {group.name: group.used * frame_bytes for group in self.room.groups if group.used},
             },
             "tiers": {
-                tier.name: {"limit_bytes": tier.limit, "used_bytes": tier.used, "chunks": len(tier)}
+                tier.name: {"up": tier.up, "limit_bytes": tier.limit, "used_bytes": tier.used, "chunks": len(tier)}
                 for tier in self.lower
             },
             "writeback_bytes": self._writeback_bytes,

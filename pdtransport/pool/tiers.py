@@ -13,6 +13,10 @@ class TierError(PDTransportError):
     """A tier could not do what it was asked; the text says why."""
 
 
+class TierDown(TierError):
+    """A tier can't be reached for now; what it holds may still be there."""
+
+
 class Stored(NamedTuple):
     """A chunk that a tier holds since an earlier run: ``nbytes`` of content in ``stored`` bytes."""
 
@@ -28,6 +32,15 @@ class Tier(ABC):
     name: str
     overhead_bytes: int  # that a chunk may take beyond its content
     threads: int  # that may call at once
+    shared: bool = False  # whether other pools write there too
+    rescan_s: float = 0.0  # how often to look for what they wrote; 0: at start only
+
+    def probe(self) -> None:  # noqa: B027 - most tiers are always there
+        """See whether a tier that was down is there again.
+
+        Raises:
+            TierDown: it is not.
+        """
 
     @abstractmethod
     def scan(self) -> Iterator[Stored]:
