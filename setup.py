@@ -7,6 +7,7 @@ setup(
         Extension(
             "pdtransport.kernels._pages",
             sources=["kernels/csrc/pages.c"],
+            depends=["kernels/csrc/stripes.h"],
             extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-Wall", "-pthread"],
             extra_link_args=["-pthread"],
             # Without a C compiler the package installs all the same and uses the numpy reference.

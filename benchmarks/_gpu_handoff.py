@@ -40,7 +40,7 @@ from benchmarks._handoff_report import markdown
 from pdtransport.errors import PDTransportError
 from pdtransport.router.settings import RouterSettings
 from tests.rig import watch
-from tests.rig.client import Answer, Client, Handed, RequestFailed, hand_off, in_parallel
+from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, hand_off, in_parallel
 from tests.rig.router import routed
 from tests.rig.servers import Connector, Server, ServerFailed, ServerSpec, fleet
 
@@ -219,7 +219,7 @@ class _System:
 
     async def _handed(self, client: Client, prompt: Sequence[int], sample: Sample) -> list[Sample]:
         prefill, decode = self._servers
-        order = "serial" if self._name == "nixl" else "concurrent"
+        order: Order = "serial" if self._name == "nixl" else "concurrent"
         handed = await hand_off(client, prefill, decode, prompt, MAX_TOKENS, order, stream=True)
         if handed.prefill is None:
             raise handed.prefill_error or RequestFailed(0, "prefill failed")

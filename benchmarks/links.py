@@ -27,6 +27,7 @@ from pdtransport.errors import LinkUnavailable
 from pdtransport.kernels import pages
 from pdtransport.settings import LinkSettings
 
+LINKS = ("shm", "cma", "ucx")
 PAGES_KIB = (4, 8, 16, 32, 64, 128, 256, 1024)
 BATCH_BYTES = LinkSettings().batch_bytes
 PERFTEST_TESTS = ("ucp_put_bw", "tag_bw")
@@ -65,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--bytes", type=int, default=256 << 20, help="moved per measurement (default 256 MiB)")
-    parser.add_argument("--links", default="cma,ucx", help="which links, separated by commas (default cma,ucx)")
+    parser.add_argument(
+        "--links", default=",".join(LINKS), help=f"which links, separated by commas (default {','.join(LINKS)})"
+    )
     parser.add_argument("--pages", default=",".join(map(str, PAGES_KIB)), help="page sizes in KiB (default: all eight)")
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many (default 5)")
     arguments = parser.parse_args()
@@ -80,9 +83,9 @@ def parse() -> argparse.Namespace:
         parser.error("--pages: numbers separated by commas")
     if not set(arguments.pages) <= set(PAGES_KIB):
         parser.error(f"--pages: some of {', '.join(map(str, PAGES_KIB))}")
-    unknown = set(arguments.links) - {"cma", "ucx"}
+    unknown = set(arguments.links) - set(LINKS)
     if unknown:
-        parser.error(f"--links: {', '.join(sorted(unknown))} is not one of cma, ucx")
+        parser.error(f"--links: {', '.join(sorted(unknown))} is not one of {', '.join(LINKS)}")
     return arguments
 
 

@@ -17,6 +17,7 @@ IPC_HANDLE_BYTES = 64
 HOST_ALLOC_PORTABLE_MAPPED = 1 | 2
 MEMCPY_DEFAULT = 4
 IPC_LAZY_PEER_ACCESS = 1
+MAX_ERROR = 600  # characters; a compiler has much to say
 POINTER_ATTRIBUTE_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
 
 NO_CUPY = "the GPU kernels need cupy ({error}): install pdtransport[cupy-cu13], or [cupy-cu12] for CUDA 12"
@@ -64,10 +65,15 @@ def _driver() -> ctypes.CDLL:
         "cuMemGetAddressRange_v2": (pointer, pointer, ctypes.c_uint64),
         "cuPointerGetAttribute": (pointer, ctypes.c_int, ctypes.c_uint64),
         "cuLaunchHostFunc": (pointer, pointer, pointer),
+        "cuInit": (ctypes.c_uint,),
+        "cuDeviceGet": (pointer, ctypes.c_int),
+        "cuDeviceGetUuid_v2": (pointer, ctypes.c_int),
         "cuGetErrorString": (ctypes.c_int, pointer),
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, ctypes.c_int
+    if code := library.cuInit(0):
+        raise GpuError(f"the NVIDIA driver does not start (CUDA driver error {code})")
     return library
 
 
@@ -86,7 +92,7 @@ def driver(doing: str, function: str, *arguments: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:MAX_ERROR] or type(error).__name__
 
 
 @contextmanager
@@ -192,7 +198,7 @@ def ipc_handle(base: int) -> bytes:
         raise GpuError(NOT_EXPORTABLE.format(base=base))
     with cuda(doing) as api:
         handle: bytes = api.runtime.ipcGetMemHandle(base)
-        return handle
+    return handle
 
 
 def ipc_open(handle: bytes, device: int) -> int:
@@ -226,8 +232,11 @@ def device_uuid(device: int) -> str:
     Raises:
         GpuError: there is no such device.
     """
-    with cuda(f"asking for GPU {device}'s UUID") as api:
-        digits = bytes(api.runtime.getDeviceProperties(device)["uuid"])[:16].hex()
+    doing = f"asking for GPU {device}'s UUID"
+    number, raw = ctypes.c_int(), (ctypes.c_uint8 * 16)()
+    driver(doing, "cuDeviceGet", ctypes.byref(number), device)
+    driver(doing, "cuDeviceGetUuid_v2", ctypes.byref(raw), number)
+    digits = bytes(raw).hex()
     return "GPU-" + "-".join(digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
 
 

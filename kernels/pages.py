@@ -1,4 +1,5 @@
-"""Page kernels for host memory: copy between lists of runs, checksum what they hold, read another process' pages.
+"""Page kernels for host memory: copy between lists of runs, checksum what they hold, read another process' pages,
+through the kernel or where they are mapped.
 
 Runs are (n, 2) uint64 arrays of ``[address, nbytes]`` in stream order (:mod:`pdtransport.kernels.runs`); the caller
 vouches for every address of this process. With ``blocks`` > 0 a function also returns the checksums (uint64, shape
@@ -35,6 +36,7 @@ def _load() -> ctypes.CDLL | None:
         "pdt_checksum": (pointer, count, count, pointer),
         "pdt_choose": (ctypes.c_int,),
         "pdt_copy": (pointer, count, pointer, count, count, pointer),
+        "pdt_translate": (pointer, count, pointer, count, pointer),
         "pdt_read_remote": (ctypes.c_int64, pointer, count, pointer, count, count, pointer, ctypes.c_int, count, count),
     }.items():
         function = getattr(library, name)
@@ -111,6 +113,39 @@ def read_remote(
     """
     if _C is None:
         return reference.read_remote(pid, remote, local, blocks, ticket=ticket)
+    if pid <= 0:
+        raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return _read(pid, remote, local, blocks, threads, ticket)
+
+
+def read_mapped(
+    mapped: Runs, local: Runs, blocks: int = 0, *, threads: int = 1, ticket: Ticket | None = None
+) -> Checksums:
+    """Copy ``mapped`` runs, which another process may be writing to, into ``local`` runs: plain loads and stores, large
+    streams round the cache. The caller vouches for the ticket's address too.
+
+    Args, Raises: as :func:`read_remote`, with ESTALE the only OSError. Where checksums are asked for, they are those of
+    the bytes stored.
+    """
+    if _C is None:
+        return reference.read_mapped(mapped, local, blocks, ticket=ticket)
+    return _read(0, mapped, local, blocks, threads, ticket)
+
+
+def translate(runs: Runs, spans: reference.Spans) -> Runs | None:
+    """Where ``runs`` of a peer stand in this process: ``spans``, shape (n, 3), dtype uint64, are ``[low, high, shift]``
+    of the peer's memory mapped here, ascending; an address moves up by its span's shift, modulo 2**64. None if a run
+    does not lie within one span."""
+    if _C is None:
+        return reference.translate(runs, spans)
+    runs, spans = np.ascontiguousarray(runs), np.ascontiguousarray(spans)
+    here = np.empty_like(runs)
+    code = _C.pdt_translate(runs.ctypes.data, len(runs), spans.ctypes.data, len(spans), here.ctypes.data)
+    return here if code == 0 else None
+
+
+def _read(pid: int, remote: Runs, local: Runs, blocks: int, threads: int, ticket: Ticket | None) -> Checksums:
+    assert _C is not None
     remote, local = as_runs(remote), as_runs(local)
     sums = _room(blocks)
     address, number = ticket or (0, 0)

@@ -17,6 +17,7 @@ from pdtransport.kernels.runs import Runs, as_runs, cut_runs, run, stream_bytes
 
 Checksums = npt.NDArray[np.uint64]
 Ticket = tuple[int, int]
+Spans = npt.NDArray[np.uint64]
 
 LANES = 128
 STRIPE_BYTES = 8 * LANES
@@ -116,6 +117,33 @@ def read_remote(pid: int, remote: Runs, local: Runs, blocks: int = 0, *, ticket:
         raise
     _check_ticket(pid, ticket)
     return checksum(local, blocks)
+
+
+def read_mapped(mapped: Runs, local: Runs, blocks: int = 0, *, ticket: Ticket | None = None) -> Checksums:
+    """See :func:`pdtransport.kernels.pages.read_mapped`."""
+    mapped, local = _fitting(mapped, local)
+    _check_mapped_ticket(ticket)
+    _copy(mapped, local)
+    _check_mapped_ticket(ticket)
+    return checksum(local, blocks)
+
+
+def translate(runs: Runs, spans: Spans) -> Runs | None:
+    """See :func:`pdtransport.kernels.pages.translate`."""
+    first, length = runs[:, 0], runs[:, 1]
+    index = np.searchsorted(spans[:, 0], first, side="right").astype(np.int64) - 1
+    low, high, shift = spans[np.maximum(index, 0)].T
+    if not ((first >= low) & (first <= high) & (length <= high - first)).all():
+        return None
+    here = runs.copy()
+    with np.errstate(over="ignore"):
+        here[:, 0] += shift
+    return here
+
+
+def _check_mapped_ticket(ticket: Ticket | None) -> None:
+    if ticket is not None and int(memory(ticket[0], 8).view(np.uint64)[0]) != ticket[1]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def _check_ticket(pid: int, ticket: Ticket | None) -> None:

@@ -48,7 +48,7 @@ def merge_runs(runs: Runs) -> Runs:
     kept = runs[runs[:, 1] > 0] if len(runs) and not runs[:, 1].all() else runs
     if len(kept) < 2:
         return kept
-    joins = kept[:-1, 0] + kept[:-1, 1] == kept[1:, 0]
+    joins = kept[1:, 0] - kept[:-1, 0] == kept[:-1, 1]
     if not joins.any():
         return kept
     starts = np.flatnonzero(np.concatenate(([True], ~joins)))

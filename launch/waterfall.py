@@ -16,6 +16,14 @@ _STRETCHES: tuple[tuple[str, str], ...] = (
     ("first_token", "decode schedules and computes its first token"),
     ("done", "decode writes the rest"),
 )
+# The same where prefill's first token was the answer's.
+_EARLY: tuple[tuple[str, str], ...] = (
+    ("dispatched", "router chooses and dispatches"),
+    ("first_batch", "prefill queues and computes its first pages"),
+    ("first_token", "prefill computes the rest and answers with the first token"),
+    ("verified", "commit, and decode verifies"),
+    ("done", "decode goes on from the first token"),
+)
 
 
 def milestones(trace: Mapping[str, Any], total_s: float) -> dict[str, float]:
@@ -49,7 +57,8 @@ def bars(passed: Mapping[str, float]) -> list[str]:
     total = max(passed["done"], 1e-6)
     lines, at = [], 0.0
     whole = "first_token" not in passed  # the router sees no single tokens in an answer that is not streamed
-    for name, text in _STRETCHES:
+    early = passed.get("first_token", total) < passed.get("verified", 0.0)
+    for name, text in _EARLY if early else _STRETCHES:
         if name not in passed:
             continue
         until = min(max(passed[name], at), total)  # clocks of two processes differ by a little

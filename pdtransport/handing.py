@@ -15,7 +15,7 @@ from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Channel, LinkBusy
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline, TransferRecord
-from pdtransport.outcome import OnOutcome, Outcome, tell
+from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.peers import Peers
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.messages import Ack, Code, Commit, ConsumerMessage, Grant
@@ -38,6 +38,7 @@ class _Source:
     tokens: int
     on_end: OnOutcome
     record: TransferRecord
+    on_promise: OnPromise | None = None  # until it was called
     nbytes: int = 0
 
 
@@ -73,7 +74,15 @@ class Handing:
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
-    def open(self, owner: object, transfer: str, digest: bytes, tokens: int, on_end: OnOutcome) -> None:
+    def open(
+        self,
+        owner: object,
+        transfer: str,
+        digest: bytes,
+        tokens: int,
+        on_end: OnOutcome,
+        on_promise: OnPromise | None = None,
+    ) -> None:
         blocks = -(-tokens // self._geometry.block_size)
         try:
             actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic())
@@ -83,7 +92,8 @@ class Handing:
             return
         record = self._timeline.open(transfer, "producer")
         record.mark("opened")
-        self._sources[transfer] = _Source(owner, [], tokens, on_end, record)
+        self._sources[transfer] = _Source(owner, [], tokens, on_end, record, on_promise)
+        self._see_promise(transfer)
         self.run(actions)
 
     def pages_ready(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
@@ -100,11 +110,11 @@ class Handing:
         self.run(self.sending.pages_ready(transfer, min(blocks, len(pages)), tokens_done, time.monotonic()))
         self.push_some()
 
-    def finish(self, owner: object, transfer: str) -> None:
+    def finish(self, owner: object, transfer: str, first_token: int | None = None) -> None:
         source = self._owned(owner, transfer)
         if source is not None:
             source.record.mark("finished")
-            self.run(self.sending.finish(transfer, time.monotonic()))
+            self.run(self.sending.finish(transfer, time.monotonic(), first_token))
 
     def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
         if self._owned(owner, transfer) is not None:
@@ -122,7 +132,16 @@ class Handing:
         if source is not None and isinstance(message, (Grant, Ack)):
             source.record.mark("granted" if isinstance(message, Grant) else "acked")
             source.record.peer = peer.engine
-        self.run(self.sending.on_message(peer, message, now))
+        actions = self.sending.on_message(peer, message, now)
+        if isinstance(message, Grant):
+            self._see_promise(message.transfer)
+        self.run(actions)
+
+    def _see_promise(self, transfer: str) -> None:
+        source = self._sources.get(transfer)
+        if source is not None and source.on_promise is not None and self.sending.promised(transfer):
+            said, source.on_promise = source.on_promise, None
+            said()
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Its channels are closed already."""

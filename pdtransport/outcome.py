@@ -20,10 +20,12 @@ class Outcome:
     blocks: int = 0
     nbytes: int = 0
     link: str = ""
+    first_token: int | None = None  # consumer: the request goes on from this token
     events: dict[str, float] = field(default_factory=dict, repr=False)  # step -> wall-clock second
 
 
 OnOutcome = Callable[[Outcome], None]
+OnPromise = Callable[[], None]  # decode goes on from the first token if it is told which
 
 
 def tell(on_end: OnOutcome, outcome: Outcome) -> None:

@@ -32,8 +32,8 @@ class Scratch:
     def source(self, nbytes: int) -> Runs:
         return np.array([[self._parts[0][0], min(nbytes, self.nbytes)]], dtype=np.uint64)
 
-    def target(self) -> Runs:
-        return np.array([[self._parts[1][0], self.nbytes]], dtype=np.uint64)
+    def target(self, nbytes: int) -> Runs:
+        return np.array([[self._parts[1][0], min(nbytes, self.nbytes)]], dtype=np.uint64)
 
 
 def _memory(nbytes: int, device: int) -> tuple[int, Any]:
@@ -60,13 +60,14 @@ class Asking:
         """``ask(nbytes)`` requests one round; ``done(bytes a second, "")`` or ``done(None, why not)`` ends it."""
         self._channel = channel
         self._scratch = scratch
+        self._nbytes = min(scratch.nbytes, channel.max_batch_bytes)
         self._ask = ask
         self._done = done
         self._rounds = 0
         self._best = 0.0
 
     def start(self) -> None:
-        self._ask(self._scratch.nbytes)
+        self._ask(self._nbytes)
 
     def offered(self, key: int, offer: bytes, error: str) -> None:
         """The sender's answer to one request."""
@@ -81,15 +82,15 @@ class Asking:
                 return
             # The link's own clock where it has one by now: on a GPU waiting takes longer than moving.
             moving = self._channel.stats.seconds_moving - before
-            self._best = max(self._best, self._scratch.nbytes / (moving or time.perf_counter() - begun))
+            self._best = max(self._best, self._nbytes / (moving or time.perf_counter() - begun))
             self._rounds += 1
             if self._rounds < ROUNDS:
-                self._ask(self._scratch.nbytes)
+                self._ask(self._nbytes)
             else:
                 self._done(self._best, "")
 
         try:
-            self._channel.receive(key, offer, self._scratch.target(), b"", 1, placed)
+            self._channel.receive(key, offer, self._scratch.target(self._nbytes), b"", 1, placed)
         except LinkError as error_:
             self._done(None, str(error_))
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pdtransport.errors import SettingsError
 
-LinkName = Literal["cuda_ipc", "cma", "ucx"]
+LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 
 
 class _Section(BaseModel):
@@ -71,10 +71,10 @@ class LinkSettings(_Section):
     """How page bytes move between a pair of workers."""
 
     order: tuple[LinkName, ...] = Field(
-        ("cuda_ipc", "cma", "ucx"),
+        ("cuda_ipc", "shm", "cma", "ucx"),
         min_length=1,
         description="Links to try for a pair, best first; the first that both ends can use is taken. cuda_ipc is for "
-        "KV in GPU memory, cma for KV in host memory; each is passed over where KV lies elsewhere.",
+        "KV in GPU memory, shm and cma for KV in host memory; each is passed over where KV lies elsewhere.",
     )
     require: LinkName | None = Field(
         None, description="Refuse a peer that can't use this link, instead of taking a slower one."
@@ -86,7 +86,11 @@ class LinkSettings(_Section):
         64 << 20, ge=256 << 10, description="Bytes that one transfer may have announced and not yet received by decode."
     )
     gpu_batch_bytes: int = Field(
-        128 << 20, ge=64 << 10, le=1 << 30, description="Largest batch of GPU memory: pages that one kernel copies."
+        1 << 30,
+        ge=64 << 10,
+        le=4 << 30,
+        description="Largest batch of GPU memory: pages that one kernel copies. Smaller ones overlap a little more, "
+        "and make a GPU that prefill and decode share change between the two more often.",
     )
     gpu_window_bytes: int = Field(
         4 << 30, ge=256 << 10, description="window_bytes of transfers from GPU memory, which need no memory in between."
@@ -218,7 +222,7 @@ class Settings(_Section):
     def _verified(self) -> Settings:
         # A link that reads pages where they lie may see them change after a preemption: only a checksum notices.
         used = (self.links.require,) if self.links.require else self.links.order
-        in_place = " and ".join(name for name in dict.fromkeys(used) if name in ("cuda_ipc", "cma"))
+        in_place = " and ".join(name for name in dict.fromkeys(used) if name in ("cuda_ipc", "shm", "cma"))
         if self.integrity.checksum == "off" and in_place:
             raise ValueError(f"integrity.checksum: off needs links.order without {in_place}: pages are read in place")
         return self

@@ -36,6 +36,7 @@ class Fetch:
     tokens: int
     first_block: int
     pages: Sequence[int]
+    first_token: bool = False  # promise to go on from the first token, if prefill names it
 
 
 @dataclass
@@ -167,6 +168,7 @@ class Taking:
                 len(wanted.pages),
                 parts,
                 time.monotonic(),
+                wanted.first_token,
             )
         except TransferOver as over:
             self._end(wanted.transfer, over.code, over.reason)
@@ -215,7 +217,7 @@ class Taking:
             elif isinstance(action, act.Fence):
                 self._fence(action)
             elif isinstance(action, act.Ready):
-                self._end(action.transfer, None, "")
+                self._end(action.transfer, None, "", action.first_token)
             elif isinstance(action, act.Failed):
                 self._end(action.transfer, action.code, action.reason)
 
@@ -263,7 +265,7 @@ class Taking:
         else:
             peer.inbound.fence(keys, fenced)
 
-    def _end(self, transfer: str, code: Code | None, reason: str) -> None:
+    def _end(self, transfer: str, code: Code | None, reason: str, first_token: int | None = None) -> None:
         sink = self._sinks.pop(transfer, None)
         if sink is None:
             return
@@ -288,6 +290,7 @@ class Taking:
                 blocks=len(sink.wanted.pages),
                 nbytes=sink.nbytes,
                 link=record.link,
+                first_token=first_token,
                 events=dict(record.events),
             ),
         )

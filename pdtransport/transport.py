@@ -21,7 +21,7 @@ from pdtransport.gate import Gate
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
-from pdtransport.outcome import OnOutcome, Outcome
+from pdtransport.outcome import OnOutcome, OnPromise, Outcome
 from pdtransport.probe import Scratch
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
 from pdtransport.reactor import Reactor
@@ -90,9 +90,10 @@ class Offer(Handle):
 
         self._transport._ask(taken_back, timeout_s)
 
-    def finish(self) -> None:
-        """The request is through; its pages stay until decode has them (or a deadline ends the wait)."""
-        self._in_turn(None, lambda exchange: exchange.handing.finish(self, self.transfer))
+    def finish(self, first_token: int | None = None) -> None:
+        """The request is through; its pages stay until decode has them (or a deadline ends the wait). ``first_token``:
+        what was sampled, for a decode that promised to go on from it."""
+        self._in_turn(None, lambda exchange: exchange.handing.finish(self, self.transfer, first_token))
 
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
@@ -116,7 +117,8 @@ class Transport:
     """One worker's side of pdtransport.
 
     Args:
-        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close`.
+        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close`, and nobody may write it
+            while this opens: the `shm` link makes it shared memory then, in place.
         settings: see :mod:`pdtransport.settings`.
         engine: name of the instance; workers of one instance share it and differ in ``rank`` of ``world``.
         fingerprint: facts that must be equal on both ends beside the geometry (model, dtype, backend, ...).
@@ -172,14 +174,22 @@ class Transport:
 
     # -- prefill -------------------------------------------------------------------------------------------------
 
-    def offer(self, transfer: str, key: bytes, tokens: int, on_end: OnOutcome | None = None) -> Offer:
+    def offer(
+        self,
+        transfer: str,
+        key: bytes,
+        tokens: int,
+        on_end: OnOutcome | None = None,
+        on_promise: OnPromise | None = None,
+    ) -> Offer:
         """Announce a request of ``tokens`` prompt tokens whose pages will be handed over as ``transfer``.
 
         ``key`` is the content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must name the same.
-        ``on_end`` runs in the I/O thread and must not block.
+        ``on_end`` and ``on_promise`` run in the I/O thread and must not block. The latter is called, once at most, when
+        decode promises to go on from the first token that :meth:`Offer.finish` names.
         """
         offer = Offer(self, transfer, on_end)
-        self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended))
+        self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended, on_promise))
         return offer
 
     # -- decode --------------------------------------------------------------------------------------------------
@@ -195,6 +205,7 @@ class Transport:
         port: int,
         ranks: int = 1,
         first_block: int = 0,
+        first_token: bool = False,
         on_end: OnOutcome | None = None,
         after: Any | None = None,
     ) -> Receipt:
@@ -202,12 +213,13 @@ class Transport:
         control channels listen at ``port``, ``port + 1``, ... of ``host``.
 
         With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
+        ``first_token`` promises to go on from the outcome's first token, if it has one, and from no other.
 
         On a GPU, kernels that still use the pages for their former owner may be on their way: ``after`` is an event
         recorded behind them, and nothing is written before it has passed.
         """
         receipt = Receipt(self, transfer, on_end)
-        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages))
+        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages), first_token)
         receipt._in_turn(after, lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
         return receipt
 

@@ -1,6 +1,6 @@
 /*
  * Page kernels for the CPU: copy between two lists of runs, checksum the byte stream that a list of runs
- * describes, and read another process' pages, each in one pass over the bytes.
+ * describes, and read another process' pages (mapped here, or through the kernel), each in one pass over the bytes.
  *
  * Called through ctypes (see pages.py), which lets go of the GIL. kernels/README.md defines the checksum;
  * reference.py says the same in numpy. Functions return 0 or a negative errno; -EINVAL and -EOVERFLOW mean that the
@@ -18,127 +18,33 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "stripes.h"
+
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the checksum is defined over little-endian words; the numpy reference serves other machines"
 #endif
 
 #define API __attribute__((visibility("default")))
 
-#define LANES 128
-#define STRIPE_BYTES 1024            /* LANES 64-bit words */
 #define HASH_CHUNK (16 << 10)        /* bytes copied before they are hashed: they are still in the L1 cache */
 #define REMOTE_HASH_CHUNK (256 << 10) /* bytes read from a peer before they are hashed: still in the L2 cache */
 #define REMOTE_CHUNK (1 << 20)
 #define IOV_LIMIT 1024               /* Linux' IOV_MAX */
 #define MAX_THREADS 8
+#define STREAM_MIN (256 << 10)       /* streams that are worth going round the cache */
 #define MIN_PART (512 << 10)         /* bytes that are worth a thread: 50 us of copying, starting one takes 20 */
 #define THREAD_STACK (256 << 10)
-#define GOLDEN 0x9e3779b97f4a7c15ull
-#define KEY_SEED 0x7064747061676573ull /* "pdtpages" */
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#else
-#define X86 0
-#endif
 
 typedef struct {
     uint64_t address;
     uint64_t nbytes;
 } run_t;
 
-typedef uint64_t __attribute__((aligned(1), may_alias)) word_t; /* pages may start at any address */
-
 /* ---- checksum ------------------------------------------------------------------------------------------------ */
-
-static uint64_t keys[LANES] __attribute__((aligned(64)));
-
-static inline uint64_t mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-}
-
-static void make_keys(void) {
-    for (int i = 0; i < LANES; i++) keys[i] = mix(KEY_SEED + (uint64_t)(i + 1) * GOLDEN);
-}
-
-/* What a stripe of sums `products` and `plain` counts for; `number` is its place in the block, from 1. */
-static inline uint64_t stripe_value(uint64_t products, uint64_t plain, uint64_t number) {
-    return mix(products + mix(plain + number * GOLDEN));
-}
-
-/* hash_stripes(bytes, count, first): sum of the values of `count` whole stripes, the first of which has number `first`
- * in its block. Chosen once, when the module is loaded. */
-typedef uint64_t hash_stripes_t(const void *bytes, uint64_t count, uint64_t first);
-
-static uint64_t hash_stripes_portable(const void *bytes, uint64_t count, uint64_t first) {
-    const word_t *words = bytes;
-    uint64_t sum = 0;
-    for (uint64_t s = 1; s <= count; s++, words += LANES) {
-        uint64_t products = 0, plain = 0;
-        for (int i = 0; i < LANES; i++) {
-            uint64_t y = words[i] ^ keys[i];
-            products += (uint64_t)(uint32_t)y * (uint32_t)(y >> 32);
-            plain += y;
-        }
-        sum += stripe_value(products, plain, first + s);
-    }
-    return sum;
-}
-
-#if X86
-/* Compilers don't see that the product above is one instruction a vector. */
-__attribute__((target("avx2"))) static inline uint64_t sum_lanes_256(__m256i v) {
-    __m128i half = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    return (uint64_t)_mm_cvtsi128_si64(half) + (uint64_t)_mm_extract_epi64(half, 1);
-}
-
-__attribute__((target("avx2"))) static uint64_t hash_stripes_avx2(const void *bytes, uint64_t count, uint64_t first) {
-    const __m256i *words = bytes, *key = (const __m256i *)keys;
-    uint64_t sum = 0;
-    for (uint64_t s = 1; s <= count; s++, words += LANES / 4) {
-        __m256i products = _mm256_setzero_si256(), plain = products;
-        for (int i = 0; i < LANES / 4; i++) {
-            __m256i y = _mm256_xor_si256(_mm256_loadu_si256(words + i), _mm256_load_si256(key + i));
-            products = _mm256_add_epi64(products, _mm256_mul_epu32(y, _mm256_srli_epi64(y, 32)));
-            plain = _mm256_add_epi64(plain, y);
-        }
-        sum += stripe_value(sum_lanes_256(products), sum_lanes_256(plain), first + s);
-    }
-    return sum;
-}
-
-__attribute__((target("avx512f"))) static uint64_t hash_stripes_avx512(const void *bytes, uint64_t count,
-                                                                       uint64_t first) {
-    const unsigned char *words = bytes;
-    uint64_t sum = 0;
-    for (uint64_t s = 1; s <= count; s++, words += STRIPE_BYTES) {
-        __m512i products = _mm512_setzero_si512(), plain = products;
-        for (int i = 0; i < LANES / 8; i++) {
-            __m512i y = _mm512_xor_si512(_mm512_loadu_si512(words + 64 * i), _mm512_load_si512(keys + 8 * i));
-            products = _mm512_add_epi64(products, _mm512_mul_epu32(y, _mm512_srli_epi64(y, 32)));
-            plain = _mm512_add_epi64(plain, y);
-        }
-        sum += stripe_value((uint64_t)_mm512_reduce_add_epi64(products), (uint64_t)_mm512_reduce_add_epi64(plain),
-                            first + s);
-    }
-    return sum;
-}
-#endif
-
-static hash_stripes_t *hash_stripes = hash_stripes_portable;
 
 /* The widest that this processor has, at most `level` (0: portable, 1: AVX2, 2: AVX-512); returns the level chosen. */
 API int pdt_choose(int level) {
-#if X86
-    __builtin_cpu_init();
-    if (level >= 2 && __builtin_cpu_supports("avx512f")) return hash_stripes = hash_stripes_avx512, 2;
-    if (level >= 1 && __builtin_cpu_supports("avx2")) return hash_stripes = hash_stripes_avx2, 1;
-#endif
-    (void)level;
-    return hash_stripes = hash_stripes_portable, 0;
+    return choose_stripes(level);
 }
 
 /* A stream cut in equally long blocks, hashed as it goes by. */
@@ -298,15 +204,62 @@ static uint64_t fill_iov(cursor_t c, uint64_t limit, struct iovec *iov, int *use
 
 /* A stretch of the stream, read by one thread. */
 typedef struct {
-    pid_t pid;
+    pid_t pid; /* whose memory `from` is; 0: mapped here */
+    int stream; /* a mapped copy goes round the cache */
     cursor_t from, to;
     uint64_t bytes;
     hasher_t hasher;
     int error;
 } part_t;
 
+/* Round the cache where both sides allow it: whole stripes of a block to lines of the destination. Returns how many
+ * bytes it moved; 0: none can be moved that way from here. */
+static uint64_t stream_stretch(hasher_t *h, unsigned char *to, const unsigned char *from, uint64_t n,
+                               const unsigned char *next) {
+    if ((uintptr_t)to % LINE_BYTES || n < STRIPE_BYTES) return 0;
+    if (!h->out) {
+        n -= n % STRIPE_BYTES;
+        stream_stripes(to, from, n / STRIPE_BYTES, next);
+        return n;
+    }
+    uint64_t whole = (n < h->left ? n : h->left) / STRIPE_BYTES;
+    if (!whole || h->filled) return 0;
+    h->sum += stream_hash_stripes(to, from, whole, h->stripe, next);
+    h->stripe += whole;
+    h->left -= whole * STRIPE_BYTES;
+    if (!h->left) hasher_end_block(h);
+    return whole * STRIPE_BYTES;
+}
+
+static void copy_part(part_t *p) {
+    while (p->bytes) {
+        uint64_t a = cursor_left(&p->from), b = cursor_left(&p->to), n = a < b ? a : b;
+        if (n > p->bytes) n = p->bytes;
+        const unsigned char *source = cursor_at(&p->from);
+        unsigned char *place = cursor_at(&p->to);
+        const unsigned char *next = source + n; /* what will be read after this stretch, to be fetched ahead */
+        if (n == a && p->from.index + 1 < p->from.count)
+            next = (const unsigned char *)(uintptr_t)p->from.runs[p->from.index + 1].address;
+        uint64_t moved = p->stream ? stream_stretch(&p->hasher, place, source, n, next) : 0;
+        if (!moved) {
+            moved = n;
+            if (p->hasher.out && moved > HASH_CHUNK) moved = HASH_CHUNK;
+            if (p->stream && (uintptr_t)place % LINE_BYTES == 0 && n > STRIPE_BYTES) /* up to where stripes begin */
+                moved = p->hasher.filled && STRIPE_BYTES - p->hasher.filled < n ? STRIPE_BYTES - p->hasher.filled : moved;
+            memcpy(place, source, moved);
+            if (p->hasher.out) hasher_feed(&p->hasher, place, moved);
+        }
+        p->from.offset += moved, p->to.offset += moved, p->bytes -= moved;
+    }
+    stream_fence();
+}
+
 static void *read_part(void *argument) {
     part_t *p = argument;
+    if (!p->pid) {
+        copy_part(p);
+        return NULL;
+    }
     struct iovec from_iov[IOV_LIMIT], to_iov[IOV_LIMIT];
     while (p->bytes) {
         int nfrom, nto;
@@ -342,16 +295,22 @@ static int read_parts(part_t *parts, int count) {
     return error;
 }
 
-/* Does the word at `address` of the peer still hold `number`? */
+/* Does the word at `address` of the peer (pid 0: mapped here) still hold `number`? */
 static int ticket_holds(pid_t pid, uint64_t address, uint64_t number) {
     uint64_t found = 0;
+    if (!pid) {
+        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* neither before what was read, nor after what will be */
+        found = __atomic_load_n((const uint64_t *)(uintptr_t)address, __ATOMIC_SEQ_CST);
+        __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        return found == number ? 0 : -ESTALE;
+    }
     struct iovec to = {&found, sizeof found}, from = {(void *)(uintptr_t)address, sizeof found};
     if (process_vm_readv(pid, &to, 1, &from, 1, 0) == sizeof found) return found == number ? 0 : -ESTALE;
     return errno == EFAULT ? -ESTALE : -errno;
 }
 
-/* Copy from `remote` runs of process `pid` into `local` runs of this one, straight from page to page, by up to
- * `threads` threads; with blocks > 0, checksum what arrived. With a ticket_at, -ESTALE if the word there did not hold
+/* Copy from `remote` runs of process `pid` (0: the peer's memory mapped here, at addresses of this process) into `local`
+ * runs of this one, straight from page to page, by up to `threads` threads; with blocks > 0, checksum what arrived. With a ticket_at, -ESTALE if the word there did not hold
  * `ticket` the whole time: before nothing is read, afterwards nothing that was read counts. */
 API int pdt_read_remote(int64_t pid, const run_t *remote, uint64_t nremote, const run_t *local, uint64_t nlocal,
                         uint64_t blocks, uint64_t *out, int threads, uint64_t ticket_at, uint64_t ticket) {
@@ -369,7 +328,7 @@ API int pdt_read_remote(int64_t pid, const run_t *remote, uint64_t nremote, cons
         uint64_t first = units * (uint64_t)i / (uint64_t)count, last = units * (uint64_t)(i + 1) / (uint64_t)count;
         uint64_t bytes = i == count - 1 ? total - first * unit : (last - first) * unit;
         part_t *p = &parts[i];
-        p->pid = (pid_t)pid, p->from = from, p->to = to, p->bytes = bytes, p->error = 0;
+        p->pid = (pid_t)pid, p->stream = total >= STREAM_MIN, p->from = from, p->to = to, p->bytes = bytes, p->error = 0;
         hasher_start(&p->hasher, total, blocks, out ? out + first : out);
         skip(&from, bytes), skip(&to, bytes);
     }
@@ -379,6 +338,26 @@ API int pdt_read_remote(int64_t pid, const run_t *remote, uint64_t nremote, cons
         if (stale) error = stale;
     }
     return error;
+}
+
+/* Addresses low .. high of a peer, mapped here `shift` bytes further up (modulo 2^64). */
+typedef struct {
+    uint64_t low, high, shift;
+} span_t;
+
+/* Where `runs` of a peer stand here, to `out`; -ENXIO if one does not lie within one of `spans`, which ascend. */
+API int pdt_translate(const run_t *runs, uint64_t count, const span_t *spans, uint64_t nspans, run_t *out) {
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t at = runs[i].address, low = 0, high = nspans;
+        while (low < high) { /* the first span that begins after it */
+            uint64_t middle = (low + high) / 2;
+            if (spans[middle].low <= at) low = middle + 1;
+            else high = middle;
+        }
+        if (!low || at > spans[low - 1].high || runs[i].nbytes > spans[low - 1].high - at) return -ENXIO;
+        out[i] = (run_t){at + spans[low - 1].shift, runs[i].nbytes};
+    }
+    return 0;
 }
 
 /* For cuLaunchHostFunc: adds 1 to the eventfd whose number is the argument. Needs no GIL; a full counter wakes as well. */

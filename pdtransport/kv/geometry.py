@@ -140,7 +140,10 @@ class KVGeometry:
         bases = np.array([layer.address for layer in self.layers], dtype=np.uint64)
         strides = np.array([layer.block_stride for layer in self.layers], dtype=np.uint64)
         starts = bases[None, :] + ids.astype(np.uint64)[:, None] * strides[None, :]  # (block, layer)
-        addresses = (starts[:, :, None] + offsets[None, None, :]).reshape(-1)
+        if offsets.size == 1:  # whole pages, or heads that lie together
+            addresses = (starts + offsets[0]).reshape(-1)
+        else:
+            addresses = (starts[:, :, None] + offsets[None, None, :]).reshape(-1)
         runs = np.empty((addresses.size, 2), dtype=np.uint64)
         runs[:, 0] = addresses
         runs[:, 1] = length

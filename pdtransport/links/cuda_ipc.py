@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 import numpy as np
-import numpy.typing as npt
 
 from pdtransport.errors import LinkError, LinkUnavailable
+from pdtransport.kernels import pages
+from pdtransport.kernels.reference import Spans
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats
@@ -48,8 +49,6 @@ MAX_QUEUED = 4096  # batches to copy, a channel
 MAX_UNDER_WAY = 4  # kernels of a channel on the GPU at once: enough to hide their launches
 MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
 DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
-
-Spans = npt.NDArray[np.uint64]  # shape (n, 3): first address there, last one (excluded), first address here
 
 
 class CudaIpcLink(Link):
@@ -238,7 +237,7 @@ class CudaIpcChannel(Channel):
                 if self._watch.pid != os.getpid():  # CUDA maps no process' memory to itself
                     here = gpu.ipc_open(handle, device)
                     self._mapped.append(here)
-                spans.append((base, base + nbytes, here))
+                spans.append((base, base + nbytes, (here - base) % (1 << 64)))
             self._spans = np.array(sorted(spans), dtype=np.uint64)
             cookie = self._translate(np.array([[self._peer["at"], COOKIE_BYTES]], dtype=np.uint64))
             found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES)
@@ -346,14 +345,9 @@ class CudaIpcChannel(Channel):
             LinkError: a run outside what the peer exported.
         """
         assert self._spans is not None
-        first, last = runs[:, 0], runs[:, 0] + runs[:, 1]
-        index = np.searchsorted(self._spans[:, 0], first, side="right").astype(np.int64) - 1
-        place = np.maximum(index, 0)
-        if not bool(((index >= 0) & (last >= first) & (last <= self._spans[place, 1])).all()):
+        here = pages.translate(runs, self._spans)
+        if here is None:
             raise LinkError("the offer names memory that its sender did not export")
-        here = np.empty_like(runs)
-        here[:, 0] = first - self._spans[place, 0] + self._spans[place, 2]
-        here[:, 1] = runs[:, 1]
         return here
 
     # -- both --------------------------------------------------------------------------------------------------------

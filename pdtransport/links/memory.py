@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import LinkError
+from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, Region
 
@@ -53,13 +54,9 @@ class Regions:
         Raises:
             LinkError: one does not.
         """
-        first = runs[:, 0]
-        last = first + runs[:, 1]
-        index = np.searchsorted(self._starts, first, side="right").astype(np.int64) - 1
-        inside = (index >= 0) & (last >= first) & (last <= self._ends[np.maximum(index, 0)])
-        if not inside.all():
-            address, nbytes = runs[np.flatnonzero(~inside)[0]].tolist()
-            raise LinkError(f"{nbytes} bytes at {address:#x} are outside the registered memory")
+        if pages.translate(runs, self._spans) is None:
+            outside = next(run for run in runs if pages.translate(run.reshape(1, 2), self._spans) is None)
+            raise LinkError(f"{outside[1]} bytes at {int(outside[0]):#x} are outside the registered memory")
 
     def _rebuild(self) -> None:
         """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
@@ -72,8 +69,7 @@ class Regions:
                 spans[-1][1] = max(spans[-1][1], high)
             else:
                 spans.append([low, high])
-        table = np.array(spans or [[0, 0]], dtype=np.uint64)
-        self._starts, self._ends = table[:, 0].copy(), table[:, 1].copy()
+        self._spans = np.array([[low, high, 0] for low, high in spans] or [[0, 0, 0]], dtype=np.uint64)
 
 
 class Block(Protocol):

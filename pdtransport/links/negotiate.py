@@ -17,8 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 # Module and class of each link; a link's own needs are imported with it alone.
-_LINKS = {"cuda_ipc": ("cuda_ipc", "CudaIpcLink"), "cma": ("cma", "CmaLink"), "ucx": ("ucx", "UcxLink")}
-_HOST_ONLY = {"cma": "KV lies in GPU memory"}
+_LINKS = {
+    "cuda_ipc": ("cuda_ipc", "CudaIpcLink"),
+    "shm": ("shm", "ShmLink"),
+    "cma": ("cma", "CmaLink"),
+    "ucx": ("ucx", "UcxLink"),
+}
+_HOST_ONLY = dict.fromkeys(("shm", "cma"), "KV lies in GPU memory")
 _GPU_ONLY = {"cuda_ipc": "KV lies in host memory"}
 
 

@@ -17,6 +17,9 @@ def pack(runs: Runs) -> bytes:
     """``runs``, shape (n, 2), as progressions."""
     if not len(runs):
         return b""
+    regular = _regular(runs)
+    if regular is not None:
+        return regular.tobytes()
     starts = _starts(runs)
     ends = np.append(starts[1:], len(runs))
     packed = np.empty(len(starts), dtype=_PROGRESSION)
@@ -43,6 +46,12 @@ def unpack(packed: bytes, nbytes: int) -> Runs:
     if int((counts * lengths).sum()) != nbytes:
         raise ValueError(f"a list of {int((counts * lengths).sum())} bytes, {nbytes} are expected")
     runs = np.empty((total, 2), dtype=np.uint64)
+    if len(items) and bool((counts == counts[0]).all() and (lengths == lengths[0]).all()):
+        strides = items["stride"].astype(np.int64).view(np.uint64)
+        steps = strides[:, None] * np.arange(int(counts[0]), dtype=np.uint64)
+        runs[:, 0] = (items["address"].astype(np.uint64)[:, None] + steps).reshape(-1)
+        runs[:, 1] = lengths[0]
+        return runs
     firsts = np.cumsum(counts) - counts
     place = np.arange(total, dtype=np.uint64) - np.repeat(firsts, counts.astype(np.int64))
     strides = items["stride"].astype(np.int64).view(np.uint64)
@@ -50,6 +59,25 @@ def unpack(packed: bytes, nbytes: int) -> Runs:
     runs[:, 0] += place * np.repeat(strides, counts.astype(np.int64))  # modulo 2**64: strides may be negative
     runs[:, 1] = np.repeat(lengths, counts.astype(np.int64))
     return runs
+
+
+def _regular(runs: Runs) -> npt.NDArray[np.void] | None:
+    """The progressions of runs that are all alike, as those of whole pages are: found at once. None: they are not."""
+    addresses = np.ascontiguousarray(runs[:, 0])
+    steps = np.diff(addresses)
+    if not len(steps) or not bool((runs[:, 1] == runs[0, 1]).all()):
+        return None
+    other = steps != steps[0]
+    count = int(other.argmax()) + 1 if other.any() else len(runs)
+    if count < 2 or len(runs) % count:
+        return None
+    table = addresses.reshape(-1, count)
+    if not bool((table[:, 1:] - table[:, :-1] == steps[0]).all()):
+        return None
+    packed = np.empty(len(table), dtype=_PROGRESSION)
+    packed["address"], packed["nbytes"] = table[:, 0], runs[0, 1]
+    packed["count"], packed["stride"] = count, steps[:1].view(np.int64)[0]
+    return packed
 
 
 def _starts(runs: Runs) -> npt.NDArray[np.int64]:

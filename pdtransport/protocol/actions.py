@@ -60,9 +60,13 @@ class Fence:
 
 @dataclass(frozen=True)
 class Ready:
-    """Consumer: every page of ``transfer`` is here and verified. Said once; nothing follows."""
+    """Consumer: every page of ``transfer`` is here and verified. Said once; nothing follows.
+
+    ``first_token``: the request goes on from this token, which prefill sampled; None: it samples its own.
+    """
 
     transfer: str
+    first_token: int | None = None
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,8 @@ class ConsumerMachine:
             return self._give_up(
                 Code.MISMATCH, f"prefill committed {commit.tokens} tokens, decode asked for {self.grant.tokens}"
             )
+        if commit.first_token is not None and not self.grant.first_token:
+            return self._give_up(Code.MISMATCH, "the commit names a first token that this side did not ask for")
         if commit.batches > self.grant.blocks:
             return self._give_up(
                 Code.MISMATCH, f"the commit names {commit.batches} batches for {self.grant.blocks} blocks"
@@ -230,10 +232,10 @@ class ConsumerMachine:
         if covered != self.grant.blocks:
             return self._give_up(Code.MISMATCH, f"{covered} of {self.grant.blocks} granted blocks were committed")
         places = ((batch.seq, *self._shape(batch)) for batch in batches)
-        if commit_digest(self.grant.digest, places) != commit.digest:
+        if commit_digest(self.grant.digest, places, commit.first_token) != commit.digest:
             return self._give_up(Code.MISMATCH, "the commit's digest is not that of the batches received")
         self._move(ConsumerState.READY)
-        return [Send(self.peer, self._ack()), Ready(self.grant.transfer)]
+        return [Send(self.peer, self._ack()), Ready(self.grant.transfer, commit.first_token)]
 
     def _problem_with(self, batch: Batch) -> str:
         grant = self.grant

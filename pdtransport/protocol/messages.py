@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
@@ -28,6 +28,7 @@ Attempt = Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)]
 BlockIndex = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Reason = Annotated[str, Field(max_length=MAX_REASON)]
 Digest = Annotated[bytes, Field(min_length=16, max_length=32)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Code(str, Enum):
@@ -80,7 +81,8 @@ class Grant(_Granted):
     ``digest`` is the content key of the request (tokens, salt, adapters): prefill refuses a transfer whose own
     request differs. ``head_lo``/``head_hi`` name the KV heads wanted, counted over all ranks. ``consumers`` is how
     many consumer workers will grant from this producer worker. ``pages`` are the consumer's page ids (little-endian
-    u32), for links on which the producer writes them itself.
+    u32), for links on which the producer writes them itself. ``first_token`` is a promise: if the commit names the
+    first token that prefill sampled, the request goes on from it or fails, and never samples another in its place.
     """
 
     kind: Literal["grant"] = "grant"
@@ -93,6 +95,7 @@ class Grant(_Granted):
     consumers: Annotated[int, Field(ge=1, le=4096)] = 1
     window_bytes: Annotated[int, Field(ge=1)]
     pages: Annotated[bytes, Field(max_length=4 * MAX_BLOCKS)] = b""
+    first_token: bool = False
 
 
 class Accept(_Granted):
@@ -138,13 +141,15 @@ class Nack(_Granted):
 
 
 class Commit(_Granted):
-    """Producer: that was all: ``batches`` batches, ``tokens`` tokens; ``digest`` is over the prompt's key and the
-    batches' places (:mod:`pdtransport.protocol.digest`)."""
+    """Producer: that was all: ``batches`` batches, ``tokens`` tokens; ``digest`` is over the prompt's key, the batches'
+    places and the first token (:mod:`pdtransport.protocol.digest`). ``first_token`` is what prefill sampled, named only
+    to those that promised to go on from it; None: sample it yourself."""
 
     kind: Literal["commit"] = "commit"
     batches: Annotated[int, Field(ge=0, le=1 << 31)]
     tokens: Annotated[int, Field(ge=1)]
     digest: Digest
+    first_token: Token | None = None
 
 
 class Ack(_Granted):

@@ -71,6 +71,8 @@ class ProducerMachine:
         self._out: list[_Out] = []
         self._in_flight = 0
         self._commit: Commit | None = None
+        self._finished = False
+        self._first_token: int | None = None
         self._tokens_done = 0
         self._last_words: Message | None = None  # what to say once fenced
         self._deadline = float("inf")
@@ -92,6 +94,15 @@ class ProducerMachine:
         if rewound:
             return self._rewind(now)
         return self._advance(now)
+
+    def finish(self, first_token: int | None, now: float) -> list[Action]:
+        """The engine is through with the request. Whoever promised to go on from its first token learns it now."""
+        self._finished = True
+        if self.grant.first_token:
+            self._first_token = first_token
+        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+            return []
+        return self._maybe_commit(now)
 
     def pushed(self, seq: int, attempt: int, checksums: bytes, offer: bytes, now: float) -> list[Action]:
         """The link staged a batch (one-sided links: wrote it)."""
@@ -228,13 +239,16 @@ class ProducerMachine:
             return []
         if any(out.announced is None and not out.received for out in self._out):
             return []
+        if self.grant.first_token and not self._finished:
+            return []  # the commit may name the token, which the engine is about to tell
         places = [(out.seq, out.first_block, out.blocks, out.blocks * self.block_bytes) for out in self._out]
         self._commit = Commit(
             transfer=self.grant.transfer,
             generation=self.grant.generation,
             batches=len(places),
             tokens=self.tokens,
-            digest=commit_digest(self.grant.digest, places),
+            digest=commit_digest(self.grant.digest, places, self._first_token),
+            first_token=self._first_token,
         )
         self._move(ProducerState.COMMITTING)
         self._deadline = now + self.limits.ack_s

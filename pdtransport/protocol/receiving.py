@@ -54,6 +54,7 @@ class Part:
 class _Transfer:
     parts: dict[Peer, ConsumerMachine]
     first_failure: tuple[Code, str] | None = None
+    first_tokens: set[int | None] = field(default_factory=set)
     ended: set[Peer] = field(default_factory=set)
 
 
@@ -82,8 +83,10 @@ class Receiving:
         blocks: int,
         parts: Sequence[Part],
         now: float,
+        first_token: bool = False,
     ) -> list[Action]:
-        """Grant blocks ``first_block .. first_block + blocks`` of ``transfer`` to each of ``parts``.
+        """Grant blocks ``first_block .. first_block + blocks`` of ``transfer`` to each of ``parts``. ``first_token``:
+        promise to go on from the first token that prefill sampled, if the commit names it.
 
         Raises:
             TransferOver: the id is live or was used before, or too many transfers are live.
@@ -106,6 +109,7 @@ class Receiving:
                 consumers=part.consumers,
                 window_bytes=self.limits.window_bytes,
                 pages=part.pages,
+                first_token=first_token,
             )
             machines[part.peer] = ConsumerMachine(grant, part.peer, part.block_bytes, self.limits, part.one_sided)
         if len(machines) != len(parts) or not machines:
@@ -208,6 +212,7 @@ class Receiving:
             outward += self._each(
                 others, lambda other: other.cancel(Code.PEER_CANCELLED, "another part of this transfer failed")
             )
+        live.first_tokens.update(action.first_token for action in actions if isinstance(action, Ready))
         if len(outward) != len(actions) and machine.state in (ConsumerState.READY, ConsumerState.FAILED):
             live.ended.add(peer)
             if len(live.ended) == len(live.parts) and transfer in self._live:
@@ -222,9 +227,11 @@ class Receiving:
         }
         while len(self._over) > self.limits.tombstones:
             self._over.popitem(last=False)
+        if live.first_failure is None and len(live.first_tokens) > 1:
+            live.first_failure = (Code.MISMATCH, "prefill's workers committed different first tokens")
         if live.first_failure is None:
             self.counters["transfers_ready"] += 1
-            return Ready(transfer)
+            return Ready(transfer, next(iter(live.first_tokens), None))
         code, reason = live.first_failure
         self.counters["transfers_failed"] += 1
         self.counters[f"failed_{code.value}"] += 1

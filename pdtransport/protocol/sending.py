@@ -45,6 +45,7 @@ class _Request:
     ready: int = 0
     tokens_done: int = 0
     finished: bool = False
+    first_token: int | None = None
     cancelled: tuple[Code, str] | None = None
     consumers: int | None = None  # how many will grant; the first grant says
     grants: dict[Peer, ProducerMachine] = field(default_factory=dict)
@@ -112,15 +113,17 @@ class Sending:
         request.ready, request.tokens_done = blocks, tokens_done
         return self._each(transfer, request, lambda machine: machine.pages_ready(blocks, tokens_done, now))
 
-    def finish(self, transfer: TransferId, now: float) -> list[Action]:
-        """The engine is done with the request: from here on its pages are held for decode alone."""
+    def finish(self, transfer: TransferId, now: float, first_token: int | None = None) -> list[Action]:
+        """The engine is done with the request: from here on its pages are held for decode alone. ``first_token`` goes
+        into the commit of every grant that promises to go on from it."""
         request = self._requests.get(transfer)
         if request is None:
             return []
-        request.finished = True
+        request.finished, request.first_token = True, first_token
         request.hold_until = now + (self.limits.claim_s if request.claimed_by else self.limits.hold_s)
         self._agenda.set((transfer, _HOLD), request.hold_until)
-        return self._maybe_release(transfer, request)
+        actions = self._each(transfer, request, lambda machine: machine.finish(first_token, now))
+        return actions + self._maybe_release(transfer, request)
 
     def cancel(self, transfer: TransferId, code: Code, reason: str) -> list[Action]:
         """The request was aborted here; ``Release`` follows once nothing reads its pages. Unknown ids are ignored."""
@@ -227,6 +230,10 @@ class Sending:
     def early(self) -> int:
         return len(self._early)
 
+    def promised(self, transfer: TransferId) -> bool:
+        """Decode said that it goes on from the first token if the commit names it."""
+        return any(machine.grant.first_token for machine in self.machines(transfer))
+
     def machines(self, transfer: TransferId) -> list[ProducerMachine]:
         request = self._requests.get(transfer)
         return list(request.grants.values()) if request else []
@@ -275,7 +282,10 @@ class Sending:
         if problem:
             self.counters["grants_mismatched"] += 1
             return self._run(machine, machine.cancel(Code.MISMATCH, problem))
-        actions = machine.start(now) + machine.pages_ready(request.ready, request.tokens_done, now)
+        actions = machine.start(now)
+        if request.finished:
+            actions += machine.finish(request.first_token, now)
+        actions += machine.pages_ready(request.ready, request.tokens_done, now)
         return self._run(machine, actions)
 
     def _problem_with(self, request: _Request, grant: Grant) -> str:

@@ -7,14 +7,17 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pdtransport.router import first_token
 from pdtransport.router.call import PATHS, Call
-from pdtransport.router.endpoints import Endpoint
+from pdtransport.router.endpoints import Endpoint, Failure
+from pdtransport.router.first_token import FirstToken
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import RouterSettings
+from pdtransport.router.splice import Lost, joined
 from pdtransport.router.traces import Trace
 from pdtransport.router.upstream import Opened, PrefillAnswer, Upstream, UpstreamError
 
-Order = Literal["concurrent", "serial", "alone"]
+Order = Literal["concurrent", "serial", "alone", "continued"]
 _CLIENT_FAULTS = range(400, 500)
 
 
@@ -30,6 +33,7 @@ class Dispatch:
     prefill: Endpoint | None
     order: Order
     why_order: str
+    first: FirstToken | None = None  # continued: the token that decode goes on from, which the client has
 
 
 def prefill_params(transfer_id: str) -> dict[str, Any]:
@@ -37,10 +41,20 @@ def prefill_params(transfer_id: str) -> dict[str, Any]:
     return {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id}
 
 
+def continue_params(first: FirstToken) -> dict[str, Any]:
+    """kv_transfer_params for a decode that computes the prompt itself, and goes on from a token that was given out."""
+    return {"do_remote_decode": False, "do_remote_prefill": False, "continue_from": first.token}
+
+
 class Attempt:
     """Runs a :class:`Dispatch`. :meth:`open` once, then :meth:`close`, whatever happened.
 
     Each attempt has its own ``transfer_id``, so that nothing late of a given-up one can reach another.
+
+    Attributes:
+        opened: decode's answer, once it began. With ``first`` set, :meth:`rest` waits for it.
+        first: the token that prefill gave out and decode goes on from. A streamed answer begins with it.
+        whole: the answer's whole body, where it is made of both servers' answers.
     """
 
     def __init__(
@@ -55,6 +69,9 @@ class Attempt:
         self.transfer_id = secrets.token_hex(16)
         self.dispatch = dispatch
         self.opened: Opened | None = None
+        self.first: FirstToken | None = dispatch.first
+        self.whole: bytes | None = None
+        self._asks = False  # prefill for its first token
         self._trace = trace
         self._upstream = upstream
         self._settings = settings
@@ -65,29 +82,91 @@ class Attempt:
         self._end_decode = dispatch.decode.begin(prompt_tokens)
         self._end_prefill = dispatch.prefill.begin(prompt_tokens) if dispatch.prefill else lambda: None
 
-    async def open(self, call: Call, headers: list[tuple[str, str]]) -> Opened:
-        """Send the request and wait for the first bytes of decode's answer.
+    async def open(self, call: Call, headers: list[tuple[str, str]]) -> None:
+        """Send the request and wait for the first bytes of decode's answer, or for a streamed answer's first token from
+        prefill.
 
         Raises:
             UpstreamError: a server failed, and nothing has reached the client.
             NoHandover: prefill has nothing to hand over, so decode would wait for nothing.
+            first_token.Unusable: decode goes on from a token of prefill's whose text can't be told.
         """
         self._began = asyncio.get_running_loop().time()
         params: dict[str, Any] | None = None
         prefill = self.dispatch.prefill
         if prefill is not None:
+            self._asks = self._may_ask(call)
             self._prefill = self._start(self._run_prefill(prefill, call, headers))
             self._trace.mark("dispatched")
             if self.dispatch.order == "serial":
                 params = await self._wait_for_prefill(self._prefill, prefill)
             elif prefill.control is not None:
                 params = prefill.control.params(self.transfer_id)
+                if self._asks:
+                    params["first_token"] = True
         self._decode = self._start(self._run_decode(params, call, headers))
         self._trace.mark("decode_dispatched" if prefill is not None else "dispatched")
-        self.opened = await self._race(self._decode, call.stream)
-        if call.stream:
-            self._trace.mark("first_token")
+        self.opened = await self._race(self._decode, call)
+        if self.first is None:
+            if call.stream:
+                self._trace.mark("first_token")
+        elif self.opened is not None and not call.stream:
+            self.whole = await self._join(call, self.first, self.opened)
+
+    def begin(self, call: Call, headers: list[tuple[str, str]]) -> None:
+        """Send decode a request that goes on from :attr:`first`; :meth:`rest` waits for the answer."""
+        assert self.first is not None
+        self._began = asyncio.get_running_loop().time()
+        self._decode = self._start(self._run_decode(continue_params(self.first), call, headers))
+
+    async def rest(self) -> Opened:
+        """The answer of a decode that goes on from the first token.
+
+        Raises:
+            UpstreamError: decode failed before its first bytes.
+        """
+        assert self._decode is not None
+        while self.opened is None:
+            name, until = self._next_deadline(None, stream=True)
+            left = until - asyncio.get_running_loop().time()
+            await asyncio.wait({self._decode}, timeout=max(left, 0))
+            if not self._decode.done():
+                raise self._too_slow(self.dispatch.decode, name)
+            self.opened = self._decode.result()
+        status = self.opened.response.status
+        if status >= 300:  # it said yes to the same body when it promised, or another decode did
+            raise UpstreamError(self.dispatch.decode, "status", f"answers {status}", status)
         return self.opened
+
+    def lost(self, why: str, how: Failure = "status") -> UpstreamError:
+        """What a decode did that did not go on from the first token."""
+        error = UpstreamError(self.dispatch.decode, how, why, 500)
+        self._blame(error)
+        return error
+
+    def _may_ask(self, call: Call) -> bool:
+        """Note in the trace why the first token is decode's, if prefill may not give it out."""
+        why = "off" if self._settings.first_token == "off" else call.not_first
+        if not why and self.dispatch.order != "concurrent":
+            why = "serial"  # decode grants too late for its promise to be in prefill's answer
+        self._trace.first_token("decode" if why else None, why)
+        return not why
+
+    async def _join(self, call: Call, first: FirstToken, opened: Opened) -> bytes | None:
+        """Prefill's first token and decode's rest as one body; None if decode answers with an error of the client's."""
+        if opened.response.status >= 300:
+            return None
+        try:
+            left = self._settings.timeouts.total_s - self._trace.elapsed()
+            async with asyncio.timeout(max(left, 0)):
+                raw = await self._upstream.whole(self.dispatch.decode, opened)
+            return joined(call.api, first, raw)
+        except TimeoutError:
+            raise self._too_slow(self.dispatch.decode, "total_s") from None
+        except Lost:
+            raise self.lost("did not go on from the first token") from None
+        except ValueError as error:
+            raise self.lost(f"answers {error}") from None
 
     def close(self) -> None:
         """Give up whatever still runs: connections close, so that the servers abort. Never blocks, never raises."""
@@ -108,7 +187,10 @@ class Attempt:
         return task
 
     async def _run_prefill(self, prefill: Endpoint, call: Call, headers: list[tuple[str, str]]) -> PrefillAnswer:
-        path, body = PATHS[call.api], call.for_prefill(prefill_params(self.transfer_id))
+        params = prefill_params(self.transfer_id)
+        if self._asks:
+            params["first_token"] = True
+        path, body = PATHS[call.api], call.for_prefill(params, self._asks and call.token_ids)
         began = asyncio.get_running_loop().time()
         try:
             answer = await self._upstream.prefill(prefill, path, body, headers, self.transfer_id)
@@ -154,22 +236,39 @@ class Attempt:
             raise NoHandover
         return params
 
-    async def _race(self, decode: asyncio.Task[Opened], stream: bool) -> Opened:
-        """Decode's first bytes, unless prefill fails before them (where both got the request at once)."""
+    async def _race(self, decode: asyncio.Task[Opened], call: Call) -> Opened | None:
+        """Decode's first bytes, unless prefill fails before them (where both got the request at once). None: prefill
+        gave out the first token of a stream."""
         prefill = self._prefill if self.dispatch.order == "concurrent" else None
         while True:
-            name, until = self._next_deadline(prefill, stream)
+            name, until = self._next_deadline(prefill, call.stream)
             waiting: set[asyncio.Task[Any]] = {decode} if prefill is None else {decode, prefill}
+            if prefill is not None and self._asks and decode.done() and decode.exception() is None:
+                waiting = {prefill}  # only its answer tells whether decode's begins with the first token
             left = until - asyncio.get_running_loop().time()
             await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
-            if decode.done():
+            if decode in waiting and decode.done() and (prefill is None or not self._asks or decode.exception()):
                 return decode.result()
             if prefill is not None and prefill.done():
-                self._handed_over(prefill)
+                params = self._handed_over(prefill)
+                if self._asks:
+                    self._read_first(call, prefill.result().answer, params)
+                    if self.first is not None and call.stream:
+                        return None
                 prefill = None
             elif asyncio.get_running_loop().time() >= until:
                 late = self.dispatch.prefill if name == "prefill_s" else None
                 raise self._too_slow(late or self.dispatch.decode, name)
+
+    def _read_first(self, call: Call, answer: dict[str, Any], params: dict[str, Any]) -> None:
+        try:
+            self.first, why = first_token.read(call.api, answer, params)
+        except first_token.Unusable:
+            self._trace.first_token("decode", "unusable")
+            raise
+        self._trace.first_token("prefill" if self.first else "decode", why)
+        if self.first is not None:
+            self.dispatch.decode.goes_on = True
 
     def _next_deadline(self, prefill: asyncio.Task[Any] | None, stream: bool) -> tuple[str, float]:
         """Name and loop time of the wait that ends first."""

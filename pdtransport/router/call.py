@@ -12,11 +12,10 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import Any, Literal
+from typing import Any
 
 from pdtransport.router.api_errors import ApiError
-
-Api = Literal["completions", "chat"]
+from pdtransport.router.first_token import Api, why_not
 
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _PROMPT_KEY: dict[Api, str] = {"completions": "prompt", "chat": "messages"}
@@ -74,10 +73,14 @@ class Call:
     prompt_bytes: int
     prefix_keys: tuple[bytes, ...]  # digest of the prompt's first 1, 2, ... chunks
     alone: Reason | None  # set: the hand-off can't serve it
+    not_first: str  # why prefill must not give out the first token: a code, empty if it may
+    token_ids: bool  # the answer is to tell token ids
 
-    def for_prefill(self, params: dict[str, Any]) -> bytes:
-        """Prefill's body: one token, not streamed, with ``params`` as its kv_transfer_params."""
-        return b"".join((self.prefill_head, b',"kv_transfer_params":', _dumps(params), b"}"))
+    def for_prefill(self, params: dict[str, Any], token_ids: bool = False) -> bytes:
+        """Prefill's body: one token, not streamed, with ``params`` as its kv_transfer_params. ``token_ids``: have
+        it tell the prompt's."""
+        ids = b',"return_token_ids":true' if token_ids else b""
+        return b"".join((self.prefill_head, ids, b',"kv_transfer_params":', _dumps(params), b"}"))
 
     def for_decode(self, params: dict[str, Any] | None) -> bytes:
         """Decode's body: the client's bytes, with ``params`` as its kv_transfer_params."""
@@ -117,6 +120,8 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int) -> Call:
         prompt_bytes=len(prompt_text) if prompt_text.isascii() else len(prompt_text.encode()),
         prefix_keys=_prefix_keys(api, prompt_text, members, chunk_chars, chunks),
         alone=alone,
+        not_first=why_not(api, {key: member.value for key, member in members.items()}),
+        token_ids="return_token_ids" in members and bool(members["return_token_ids"].value),
     )
 
 

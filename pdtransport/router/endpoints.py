@@ -57,6 +57,7 @@ class Endpoint:
     engine_id: str = ""
     restarts: int = 0
     learned: ControlAddress | None = None
+    goes_on: bool = False  # decode: its connector has promised to go on from a first token, since it was last lost
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -130,6 +131,7 @@ class Endpoint:
             self.ejected_until = time.monotonic() + health.eject_s
         if how in {"connect", "disconnected"}:
             self.learned = None  # it may belong to a process that is gone
+            self.goes_on = False
         if how == "connect":
             self.set_healthy(False, why)
         self.last_error = why[:MAX_ERROR_CHARS]
@@ -140,6 +142,7 @@ class Endpoint:
             log.warning("%s server %s is %s%s", self.role, self.name, "healthy" if healthy else "unhealthy: ", why)
         if healthy and not self.healthy:
             self.succeeded()
+        self.goes_on = self.goes_on and healthy
         self.healthy = healthy
         self.last_error = "" if healthy else why[:MAX_ERROR_CHARS]
 

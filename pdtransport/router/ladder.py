@@ -11,6 +11,7 @@ from pdtransport.router.api_errors import SERVER, ApiError, is_openai_error
 from pdtransport.router.attempt import Attempt, Dispatch, NoHandover
 from pdtransport.router.call import Call, Reason
 from pdtransport.router.endpoints import Endpoint, Fleet, usable
+from pdtransport.router.first_token import Unusable
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.settings import RouterSettings
@@ -66,7 +67,13 @@ class Ladder:
                 await attempt.open(call, headers)
             except NoHandover:
                 attempt.close()
-                self._nothing_handed_over(dispatch, rungs, trace)
+                name = dispatch.prefill.name if dispatch.prefill else ""
+                why = f"prefill server {name} had nothing to hand over"
+                self._leave_prefill(Reason("no_handover", why), rungs, trace)
+            except Unusable:
+                attempt.close()
+                why = "prefill gave out a first token whose text can't be told"
+                self._leave_prefill(Reason("first_token_unusable", why), rungs, trace)
             except UpstreamError as error:
                 attempt.close()
                 self._step_down(error, dispatch, rungs, trace)
@@ -75,6 +82,37 @@ class Ladder:
                 raise
             else:
                 return attempt
+
+    async def go_on(
+        self,
+        call: Call,
+        headers: list[tuple[str, str]],
+        trace: Trace,
+        failed: Attempt,
+        error: UpstreamError,
+        tries: int,
+    ) -> Attempt:
+        """After ``failed``: another attempt at what follows the first token, which the client has. ``tries``: how many
+        there were. A decode server that is known to go on from a given token computes the prompt itself.
+
+        Raises:
+            UpstreamError: ``error``, if there is none, or enough was tried.
+        """
+        first = failed.first
+        assert first is not None
+        failed.close()
+        trace.failure(str(error))
+        self._metrics.retries.add(error.endpoint.role, error.how)
+        known = [endpoint for endpoint in self._fleet.decode if endpoint.goes_on]
+        decode = self._placer.choose("decode", call.prefix_keys, usable(known))
+        if decode is None or tries >= max(self._settings.decode_retries, 1):
+            raise error
+        dispatch = Dispatch(decode, None, "continued", f"the client has the first token; {error}", first)
+        attempt = Attempt(dispatch, call.prompt_tokens, trace, self._upstream, self._settings, self._metrics)
+        trace.dispatch(attempt.transfer_id, dispatch.order, dispatch.why_order[:300], None, decode.name)
+        self._traces.add(trace)
+        attempt.begin(call, headers)
+        return attempt
 
     def _why_alone(self, call: Call) -> Reason | None:
         if call.alone is not None:
@@ -112,14 +150,14 @@ class Ladder:
         trace.path = "disaggregated" if prefill else "decode-only"
         trace.why_alone = rungs.alone.text if rungs.alone else None
         trace.why_code = rungs.alone.code if rungs.alone else None
+        trace.first_token(None)
         trace.dispatch(attempt.transfer_id, dispatch.order, dispatch.why_order, prefill, dispatch.decode.name)
         self._traces.add(trace)
 
-    def _nothing_handed_over(self, dispatch: Dispatch, rungs: _Rungs, trace: Trace) -> None:
-        name = dispatch.prefill.name if dispatch.prefill else ""
-        rungs.alone = Reason("no_handover", f"prefill server {name} had nothing to hand over")
-        trace.failure(rungs.alone.text)
-        self._metrics.retries.add("prefill", "no_handover")
+    def _leave_prefill(self, reason: Reason, rungs: _Rungs, trace: Trace) -> None:
+        rungs.alone = reason
+        trace.failure(reason.text)
+        self._metrics.retries.add("prefill", reason.code)
 
     def _step_down(self, error: UpstreamError, dispatch: Dispatch, rungs: _Rungs, trace: Trace) -> None:
         """Decide what the next attempt leaves out, or raise the request's final error."""

@@ -78,6 +78,12 @@ class Metrics:
         self.retries = Counter(
             "pdrouter_retries_total", "Dispatches given up, by who failed and how.", "role", "failure"
         )
+        self.first_tokens = Counter(
+            "pdrouter_first_tokens_total",
+            "Disaggregated requests that were answered, by which server sampled their first token, and why decode did.",
+            "server",
+            "reason",
+        )
         self.refused = Counter("pdrouter_refused_total", "Requests that the router itself refused.", "reason")
         self.routing = Histogram(
             "pdrouter_routing_seconds",
@@ -96,7 +102,7 @@ class Metrics:
 
     def lines(self) -> list[str]:
         series = (
-            self.requests, self.alone, self.retries, self.refused,
+            self.requests, self.alone, self.retries, self.first_tokens, self.refused,
             self.routing, self.prefill, self.first_token, self.duration,
         )  # fmt: skip
         return [line for one in series for line in one.lines()]

@@ -9,38 +9,10 @@ from aiohttp import ClientError, web
 
 from pdtransport.router.api_errors import SERVER, error_body
 from pdtransport.router.attempt import Attempt
+from pdtransport.router.events import WholeEvents
 from pdtransport.router.settings import RouterTimeouts
 from pdtransport.router.traces import Trace
 from pdtransport.router.upstream import end_to_end
-
-MAX_HELD_BYTES = 1 << 20  # of an unfinished event; a longer one is passed on in pieces
-_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
-
-
-class WholeEvents:
-    """Passes on whole server-sent events and holds the beginning of an unfinished one.
-
-    No client can use half an event; and if decode dies in the middle of one, the error event that follows must not
-    be glued to it.
-    """
-
-    def __init__(self) -> None:
-        self._held = b""
-
-    def feed(self, chunk: bytes) -> bytes:
-        data = self._held + chunk if self._held else chunk
-        if data.endswith(b"\n\n"):
-            self._held = b""
-            return data
-        cut = max(at + len(end) if (at := data.rfind(end)) >= 0 else 0 for end in _EVENT_ENDS)
-        if len(data) - cut > MAX_HELD_BYTES:
-            cut = len(data)
-        self._held = data[cut:]
-        return data[:cut]
-
-    def rest(self) -> bytes:
-        held, self._held = self._held, b""
-        return held
 
 
 class Watch:
@@ -91,6 +63,9 @@ def pd_headers(trace: Trace) -> dict[str, str]:
     }
     if last["prefill"] is not None:
         headers["x-pd-prefill"] = last["prefill"]
+    if trace.first_token_from is not None:
+        why = f"; {trace.why_first_token}" if trace.why_first_token else ""
+        headers["x-pd-first-token"] = trace.first_token_from + why
     return headers
 
 
@@ -98,35 +73,49 @@ class Relay:
     """Carries one opened answer."""
 
     def __init__(self, request: web.Request, attempt: Attempt, trace: Trace, timeouts: RouterTimeouts) -> None:
-        if attempt.opened is None:
-            raise ValueError("the attempt has no answer yet")
         self._request = request
-        self._upstream = attempt.opened.response
-        self._first = attempt.opened.first
+        self._opened = attempt.opened
+        self._whole = attempt.whole
         self._trace = trace
         self._timeouts = timeouts
         self._watch = Watch(timeouts.total_s - trace.elapsed())
         self._decode = attempt.dispatch.decode.name
-        self._events = WholeEvents() if self._is_stream() else None
+        self._events: WholeEvents | None = None
+        if attempt.opened is not None:
+            self._upstream = attempt.opened.response
+            self._events = WholeEvents() if self._is_stream() else None
 
     async def run(self) -> web.StreamResponse:
-        """Pass the answer on to its end; the client's going away ends it with CancelledError or ConnectionError."""
+        """Pass the answer on to its end; the client's going away ends it with CancelledError or ConnectionError.
+
+        Raises:
+            ValueError: the attempt has no answer yet.
+        """
+        if self._opened is None:
+            raise ValueError("the attempt has no answer yet")
         response = web.StreamResponse(status=self._upstream.status, reason=self._upstream.reason)
         for name, value in end_to_end(self._upstream.headers):
-            response.headers.add(name, value)
+            if self._whole is None or name.lower() != "content-length":
+                response.headers.add(name, value)
         response.headers.update(pd_headers(self._trace))
         try:
             await response.prepare(self._request)
-            await self._pass_on(response)
+            await self._pass_on(response, self._opened.first)
         finally:
             self._watch.stop()
         return response
 
+    def _streams(self) -> bool:
+        return self._events is not None
+
     def _is_stream(self) -> bool:
         return self._upstream.headers.get("Content-Type", "").lower().startswith("text/event-stream")
 
-    async def _pass_on(self, response: web.StreamResponse) -> None:
-        chunk: bytes | None = self._first
+    async def _pass_on(self, response: web.StreamResponse, first: bytes) -> None:
+        chunk: bytes | None = first
+        if self._whole is not None:  # put together from two answers
+            await self._write(response, self._whole)
+            chunk = b""
         while chunk:
             await self._write(response, self._events.feed(chunk) if self._events else chunk)
             chunk = await self._next()
@@ -156,13 +145,14 @@ class Relay:
         if self._request.transport is not None:
             self._request.transport.abort()
 
-    async def _interrupted(self, response: web.StreamResponse) -> None:
+    async def _interrupted(self, response: web.StreamResponse, why: str = "") -> None:
         """Decode failed in the middle of its answer: say so where the form allows it, else cut the connection."""
-        why = f"timeouts.{self._watch.expired} passed" if self._watch.expired else "it broke the connection"
+        broke = f"timeouts.{self._watch.expired} passed" if self._watch.expired else "it broke the connection"
+        why = why or broke
         message = f"decode server {self._decode} did not finish its answer: {why}"
         self._trace.outcome = "interrupted"
         self._trace.note = message
-        if self._events is None:
+        if not self._streams():
             self._drop_client()  # a cut body is the only way to tell that it is incomplete
             return
         body = error_body(message, SERVER, "upstream_interrupted")

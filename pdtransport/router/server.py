@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import os
+import secrets
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -18,9 +19,10 @@ from pdtransport.router import metrics as prom
 from pdtransport.router.admin import Admin
 from pdtransport.router.admission import Admission, Seat
 from pdtransport.router.api_errors import SERVER, ApiError
-from pdtransport.router.attempt import Attempt
-from pdtransport.router.call import Api, parse
+from pdtransport.router.call import Call, parse
+from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
+from pdtransport.router.first_token import Api
 from pdtransport.router.health import Prober
 from pdtransport.router.ladder import Ladder
 from pdtransport.router.listening import Listener
@@ -174,14 +176,21 @@ class Router:
             self._count(trace)
 
     async def _answer(self, request: web.Request, api: Api, trace: Trace, seat: Seat) -> web.StreamResponse:
-        attempt = await self._dispatch(request, api, trace, seat)
+        call, headers = await self._read(request, api, trace, seat)
+        attempt = await self._ladder.open(call, headers, trace)
+        timeouts = self.settings.timeouts
+        if attempt.opened is None:
+            return await EarlyRelay(request, attempt, trace, timeouts, call, headers, self._ladder, seat.release).run()
         seat.release()
         try:
-            return await Relay(request, attempt, trace, self.settings.timeouts).run()
+            return await Relay(request, attempt, trace, timeouts).run()
         finally:
             attempt.close()
 
-    async def _dispatch(self, request: web.Request, api: Api, trace: Trace, seat: Seat) -> Attempt:
+    async def _read(
+        self, request: web.Request, api: Api, trace: Trace, seat: Seat
+    ) -> tuple[Call, list[tuple[str, str]]]:
+        """The request, and the headers that servers get with it."""
         raw = await seat.read(request)
         trace.mark("received")
         placement = self.settings.placement
@@ -189,7 +198,9 @@ class Router:
         trace.model, trace.stream = call.model, call.stream
         trace.prompt_tokens, trace.prompt_bytes = call.prompt_tokens, call.prompt_bytes
         headers = request_headers(request.headers, self._server_key, self._drop_authorization)
-        return await self._ladder.open(call, headers, trace)
+        if self.settings.first_token == "auto" and "X-Request-Id" not in request.headers:
+            headers.append(("X-Request-Id", secrets.token_hex(16)))  # both servers name their answers after it
+        return call, headers
 
     def _count(self, trace: Trace) -> None:
         trace.mark("done")
@@ -197,6 +208,8 @@ class Router:
         self.metrics.requests.add(trace.api, path, trace.outcome)
         if trace.why_code:
             self.metrics.alone.add(trace.why_code)
+        if trace.first_token_from is not None:
+            self.metrics.first_tokens.add(trace.first_token_from, trace.why_first_token or "")
         if "dispatched" in events and len(trace.dispatches) == 1:
             self.metrics.routing.observe(events["dispatched"] - events["received"], path)
         if "first_token" in events:

@@ -180,6 +180,11 @@ class RouterSettings(_Section):
         "concurrent",
         description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",
     )
+    first_token: Literal["auto", "off"] = Field(
+        "off",
+        description="auto: where that is exact, a stream begins with the token that prefill sampled, and decode goes "
+        "on from it. off: decode samples it.",
+    )
     api_key: SecretStr | None = Field(None, description="Key that clients must send as Authorization: Bearer KEY.")
     api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
     upstream_api_key: SecretStr | None = Field(

@@ -28,6 +28,8 @@ class Trace:
         self.path = ""
         self.why_alone: str | None = None
         self.why_code: str | None = None
+        self.first_token_from: str | None = None  # "prefill" or "decode", once that is known
+        self.why_first_token: str | None = None  # a code: why it is decode's
         self.note: str | None = None
         self.outcome = "running"
         self.status: int | None = None
@@ -39,9 +41,11 @@ class Trace:
         self.events[event] = self.elapsed()
 
     def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
-        """A new dispatch; its events are not known yet."""
+        """A new dispatch; its events are not known yet. One that goes on from the first token keeps those of the one
+        that gave it."""
         for event in _ANSWERED:
-            self.events.pop(event, None)
+            if order != "continued":
+                self.events.pop(event, None)
         self.mark("route")
         self.dispatches.append(
             {
@@ -54,6 +58,10 @@ class Trace:
                 "failure": None,
             }
         )
+
+    def first_token(self, server: str | None, why: str = "") -> None:
+        """Who samples this request's first token; ``why`` it is decode."""
+        self.first_token_from, self.why_first_token = server, why or None
 
     def failure(self, why: str) -> None:
         """The last dispatch failed."""
@@ -72,6 +80,8 @@ class Trace:
             "path": self.path,
             "why_not_disaggregated": self.why_alone,
             "why_code": self.why_code,
+            "first_token_from": self.first_token_from,
+            "why_first_token_from_decode": self.why_first_token,
             "dispatch": last.get("order"),
             "prefill": last.get("prefill"),
             "decode": last.get("decode"),

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import (
@@ -24,6 +24,7 @@ from aiohttp import (
 from pdtransport.router.endpoints import Endpoint, Failure
 from pdtransport.router.settings import RouterSettings
 
+MAX_WHOLE_BYTES = 64 << 20  # of a decode's answer that prefill's first token is put into
 MAX_ERROR_BODY_BYTES = 64 << 10  # of a server's error answer; more is cut off
 _LARGE_BODY_BYTES = 1 << 20  # from here on aiohttp wants a file-like object, which it sends in pieces
 _READ_BYTES = 64 << 10
@@ -56,6 +57,7 @@ class PrefillAnswer:
     """Prefill's 2xx answer, of which only the hand-off counts. None: it has nothing to hand over."""
 
     params: dict[str, Any] | None
+    answer: dict[str, Any] = field(default_factory=dict)  # all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +116,12 @@ class Upstream:
         response = await self._post(endpoint, path, body, headers)
         try:
             await self._refuse_error(endpoint, response, from_status=300)
-            raw = await self._read(endpoint, response, self._settings.max_prefill_response_bytes, cut=False)
+            bound = self._settings.max_prefill_response_bytes
+            raw = await self._read(endpoint, response, bound, cut=False, limit="max_prefill_response_bytes")
         except BaseException:
             response.close()
             raise
-        return PrefillAnswer(_handover(endpoint, raw, transfer_id))
+        return _handover(endpoint, raw, transfer_id)
 
     async def decode(
         self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]], mark: Any
@@ -142,6 +145,14 @@ class Upstream:
             raise
         return Opened(response, first)
 
+    async def whole(self, endpoint: Endpoint, opened: Opened) -> bytes:
+        """All of an opened answer.
+
+        Raises:
+            UpstreamError: it broke off, or is longer than an answer of one choice should be.
+        """
+        return opened.first + await self._read(endpoint, opened.response, MAX_WHOLE_BYTES, cut=False, limit="bytes")
+
     async def _post(self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]]) -> ClientResponse:
         data = body if len(body) < _LARGE_BODY_BYTES else io.BytesIO(body)
         try:
@@ -162,8 +173,11 @@ class Upstream:
         except (ClientError, OSError, asyncio.TimeoutError) as error:
             raise UpstreamError(endpoint, "disconnected", f"broke the connection: {reason(error)}") from None
 
-    async def _read(self, endpoint: Endpoint, response: ClientResponse, bound: int, cut: bool) -> bytes:
-        """The body, at most ``bound`` bytes; a longer one is cut off or refused. Frees the connection."""
+    async def _read(
+        self, endpoint: Endpoint, response: ClientResponse, bound: int, cut: bool, limit: str = ""
+    ) -> bytes:
+        """The body, at most ``bound`` bytes; a longer one is cut off, or refused with the ``limit``'s name. Frees the
+        connection."""
         parts, size = [], 0
         while part := await self._read_some(endpoint, response):
             parts.append(part)
@@ -171,7 +185,7 @@ class Upstream:
             if size > bound:
                 response.close()
                 if not cut:
-                    raise UpstreamError(endpoint, "protocol", f"answers more than max_prefill_response_bytes ({bound})")
+                    raise UpstreamError(endpoint, "protocol", f"answers more than {limit} ({bound})")
                 break
         return b"".join(parts)[:bound]
 
@@ -186,19 +200,19 @@ def reason(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _handover(endpoint: Endpoint, raw: bytes, transfer_id: str) -> dict[str, Any] | None:
+def _handover(endpoint: Endpoint, raw: bytes, transfer_id: str) -> PrefillAnswer:
     try:
         answer = json.loads(raw)
     except (ValueError, RecursionError):
         raise UpstreamError(endpoint, "protocol", "answers no JSON") from None
     params = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
     if params is None:
-        return None
+        return PrefillAnswer(None)
     if not isinstance(params, dict):
         raise UpstreamError(endpoint, "protocol", "answers kv_transfer_params that are no object")
     if params.get("transfer_id", transfer_id) != transfer_id:
         raise UpstreamError(endpoint, "protocol", "answers about another transfer_id")
-    return params or None
+    return PrefillAnswer(params or None, answer)
 
 
 def _refuse_error_event(endpoint: Endpoint, first: bytes) -> None:

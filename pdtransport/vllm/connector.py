@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from pdtransport.settings import Settings
+from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import control_port
-from pdtransport.vllm.metadata import Commands
+from pdtransport.vllm.metadata import Commands, News
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.scheduler import SchedulerSide
 from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
@@ -70,6 +71,7 @@ class PDTransportConnector(KVConnectorBase_V1):
                 engine=str(config.engine_id),
                 port=control_port(settings, vllm_config),
                 ranks=parallel.tensor_parallel_size,
+                first_tokens=FirstTokens(vllm_config),
             )
         else:
             self._worker = WorkerSide(settings, vllm_config, str(config.kv_role))
@@ -147,6 +149,9 @@ class PDTransportConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         results = self.get_transfer_results(finished_req_ids)
         return results.finished_sending, results.finished_recving
+
+    def build_connector_worker_meta(self) -> News | None:
+        return self._worker.take_news() if self._worker is not None else None
 
     def get_kv_connector_stats(self) -> PDTransportStats | None:
         return self._worker.take_stats() if self._worker is not None else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Finish:
-    """Prefill: the request is through; report ``finished_sending`` once its pages are free."""
+    """Prefill: the request is through; report ``finished_sending`` once its pages are free. ``first_token``: what
+    decode promised to go on from."""
 
     req_id: str
+    first_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Claim:
 @dataclass(frozen=True)
 class Take:
     """Decode: take blocks ``first_block ..`` into ``pages``. Without pages nothing is reported to the scheduler:
-    decode holds the prefix already, or the request is gone, and prefill learns that it may free its pages."""
+    decode holds the prefix already, or the request is gone, and prefill learns that it may free its pages.
+    ``first_token``: promise to go on from the first token that prefill names."""
 
     req_id: str
     transfer: str
@@ -74,6 +77,7 @@ class Take:
     host: str
     port: int
     ranks: int
+    first_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,16 @@ class Commands(KVConnectorMetadata):
     before: list[Command] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
     bell: str = ""
+
+
+@dataclass
+class News(KVConnectorWorkerMetadata):
+    """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
+    first token; ``first_tokens``: requests of decode's, and what they go on from."""
+
+    promised: set[str] = field(default_factory=set)
+    first_tokens: dict[str, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
+        assert isinstance(other, News)
+        return News(self.promised | other.promised, {**self.first_tokens, **other.first_tokens})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pdtransport.protocol.messages import TransferId
+from pdtransport.protocol.messages import Token, TransferId
 from pdtransport.settings import one_line
 
 
@@ -17,6 +17,7 @@ class _Params(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     transfer_id: TransferId | None = None
+    first_token: bool = False  # prefill may give its first token out, and decode goes on from it
 
 
 class ProduceParams(_Params):
@@ -31,13 +32,23 @@ class ConsumeParams(_Params):
     tp_size: Annotated[int, Field(ge=1, le=4096)] = 1
 
 
+class ContinueParams(BaseModel):
+    """Decode computes the prompt itself and goes on from ``continue_from``, a first token that a client has."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    continue_from: Token
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks of the connector: at most one of the two, or why its wish can't be granted."""
+    """What a request asks of the connector: at most one of the three, or why its wish can't be granted."""
 
-    produce: str | None = None  # transfer id
+    produce: ProduceParams | None = None
     consume: ConsumeParams | None = None
+    continue_from: int | None = None
     problem: str = ""
+    lost: bool = False  # with a problem: the request must not start from its first token
 
 
 def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:
@@ -47,6 +58,7 @@ def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:
     if not isinstance(params, dict):
         return Wanted(problem="kv_transfer_params is not an object")
     prefill, decode = params.get("do_remote_decode"), params.get("do_remote_prefill")
+    goes_on = not (prefill or decode) and params.get("continue_from") is not None
     try:
         if decode:
             if not consumer:
@@ -55,7 +67,13 @@ def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:
         if prefill:
             if not producer:
                 return Wanted(problem="do_remote_decode was sent to an instance whose kv_role is kv_consumer")
-            return Wanted(produce=ProduceParams.model_validate(params).transfer_id or secrets.token_hex(16))
+            produce = ProduceParams.model_validate(params)
+            minted = produce.transfer_id or secrets.token_hex(16)
+            return Wanted(produce=produce.model_copy(update={"transfer_id": minted}))
+        if goes_on:
+            if not consumer:
+                return Wanted(problem="continue_from was sent to an instance whose kv_role is kv_producer", lost=True)
+            return Wanted(continue_from=ContinueParams.model_validate(params).continue_from)
     except ValidationError as error:
-        return Wanted(problem=f"kv_transfer_params.{one_line(error)}")
+        return Wanted(problem=f"kv_transfer_params.{one_line(error)}", lost=goes_on)
     return Wanted()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
 from pdtransport.vllm.bell import Bell
-from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.first_token import FirstTokens, give_up
+from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, News, Open, Pages, Rewind, Take
 from pdtransport.vllm.params import ConsumeParams, parse
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ CLAIM_EVERY_S = 2.0  # a request that waits for room here tells prefill so at th
 class _Producing:
     transfer: str
     tokens: int
+    first_token: bool = False  # the router asks for it
+    promised: bool = False  # decode goes on from it
 
 
 @dataclass
@@ -37,6 +40,8 @@ class _Consuming:
     params: ConsumeParams
     key: bytes
     tokens: int
+    request: Request
+    first_token: bool = False  # go on from prefill's, which is promised from "loading" on
     state: str = "waiting"  # -> "loading" -> "done"; or straight to "done" when nothing needs to come
     claim_at: float = 0.0
 
@@ -47,6 +52,7 @@ class SchedulerSide:
     Args:
         host, port: control address of this engine's rank-0 worker, for the parameters that prefill returns.
         ranks: tensor-parallel size of this engine.
+        first_tokens: which requests may go on from prefill's first token; None: none may.
     """
 
     def __init__(
@@ -59,17 +65,20 @@ class SchedulerSide:
         engine: str,
         port: int,
         ranks: int,
+        first_tokens: FirstTokens | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._producer, self._consumer = producer, consumer
         self._block_size = block_size
         self._engine, self._port, self._ranks = engine, port, ranks
+        self._first_tokens = first_tokens
         self._clock = clock
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
         self._bell = Bell()
+        self._tokens: dict[str, int] = {}  # first tokens that came before all workers had their pages
         self._look_again = 0  # empty steps that must not wait
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
@@ -83,15 +92,36 @@ class SchedulerSide:
             problem = "a prompt of embeddings has no token ids to identify its KV by"
         if problem:
             logger.warning("request %s is not handed over: %s", request.request_id, problem)
+            if wanted.lost:
+                give_up(request)
             return
         if wanted.produce is not None:
-            tokens = request.num_prompt_tokens
-            self._producing[request.request_id] = _Producing(wanted.produce, tokens)
-            self._before.append(Open(request.request_id, wanted.produce, content_key(request), tokens))
+            transfer, tokens = wanted.produce.transfer_id, request.num_prompt_tokens
+            assert transfer is not None
+            self._producing[request.request_id] = _Producing(transfer, tokens, wanted.produce.first_token)
+            self._before.append(Open(request.request_id, transfer, content_key(request), tokens))
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
-                wanted.consume, content_key(request), request.num_prompt_tokens, claim_at=self._clock()
+                wanted.consume,
+                content_key(request),
+                request.num_prompt_tokens,
+                request,
+                first_token=wanted.consume.first_token and self._may_go_on(request),
+                claim_at=self._clock(),
             )
+        elif wanted.continue_from is not None:
+            self._go_on(request, wanted.continue_from if self._may_go_on(request) else None)
+
+    def _may_go_on(self, request: Request) -> bool:
+        """Whether going on from prefill's first token is exact, and leaves something to compute here."""
+        may = self._first_tokens is not None and not self._first_tokens.why_not(request)
+        return may and request.max_tokens > 1
+
+    def _go_on(self, request: Request, token: int | None) -> None:
+        """From ``token``, or not at all: a client may have it already."""
+        if token is None or self._first_tokens is None or not self._first_tokens.append(request, token):
+            logger.warning("request %s can't go on from the first token that prefill gave out", request.request_id)
+            give_up(request)
 
     # -- decode --------------------------------------------------------------------------------------------------
 
@@ -116,7 +146,7 @@ class SchedulerSide:
         self._awaited.add(request.request_id)
         first = (entry.tokens - external_tokens) // self._block_size
         end = -(-entry.tokens // self._block_size)
-        self._take(request.request_id, entry, first, blocks.get_block_ids()[0][first:end])
+        self._take(request.request_id, entry, first, blocks.get_block_ids()[0][first:end], entry.first_token)
 
     def _release(self, req_id: str, entry: _Consuming) -> None:
         """Nothing needs to come: say so, and prefill frees its pages.
@@ -129,7 +159,9 @@ class SchedulerSide:
             return
         self._take(req_id, entry, -(-entry.tokens // self._block_size), [])
 
-    def _take(self, req_id: str, entry: _Consuming, first_block: int, pages: list[int]) -> None:
+    def _take(
+        self, req_id: str, entry: _Consuming, first_block: int, pages: list[int], first_token: bool = False
+    ) -> None:
         p = entry.params
         self._taken[p.transfer_id] = None
         if len(self._taken) > self._settings.tombstones:
@@ -145,20 +177,37 @@ class SchedulerSide:
                 p.remote_host,
                 p.remote_port,
                 p.tp_size,
+                first_token,
             )
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
         self._awaited.difference_update(output.finished_sending or (), output.finished_recving or ())
+        news = getattr(output, "kv_connector_worker_meta", None)
+        if isinstance(news, News):
+            self._tokens.update(news.first_tokens)
+            self._hear(news.promised)
+        failed = getattr(output, "failed_recving", ())
         for req_id in output.finished_recving or ():
+            token = self._tokens.pop(req_id, None)
             entry = self._consuming.get(req_id)
-            if entry is not None:
-                entry.state = "done"
+            if entry is None:
+                continue
+            entry.state = "done"
+            if entry.first_token and req_id in failed:
+                self._go_on(entry.request, None)
+            elif token is not None:
+                self._go_on(entry.request, token)
+
+    def _hear(self, promised: set[str]) -> None:
+        for req_id in promised & self._producing.keys():
+            self._producing[req_id].promised = True
 
     # -- each step -----------------------------------------------------------------------------------------------
 
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
+        self._hear(self._bell.promises())
         for req_id in output.preempted_req_ids or ():
             if req_id in self._producing:
                 self._before.append(Rewind(req_id))
@@ -228,6 +277,7 @@ class SchedulerSide:
                 self._before.append(Cancel(req_id))
             elif consuming.state == "waiting":
                 self._release(req_id, consuming)
+        self._hear(self._bell.promises())
         entry = self._producing.pop(req_id, None)
         if entry is None:
             return False, None
@@ -236,8 +286,13 @@ class SchedulerSide:
         if request.status not in delivered or request.num_computed_tokens < entry.tokens:
             self._before.append(Drop(req_id))
             return True, None
-        self._before.append(Finish(req_id))
+        token, declined = self._first_token_of(entry, request)
+        self._before.append(Finish(req_id, token))
+        told: dict[str, Any] = {}
+        if entry.first_token:
+            told = {"first_token_declined": declined} if token is None else {"first_token": token}
         return True, {
+            **told,
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "transfer_id": entry.transfer,
@@ -248,6 +303,23 @@ class SchedulerSide:
             "remote_port": self._port,
             "tp_size": self._ranks,
         }
+
+    def _first_token_of(self, entry: _Producing, request: Request) -> tuple[int | None, str]:
+        """The first token if decode goes on from it, and the router may give it out; else None and why not."""
+        from vllm.v1.request import RequestStatus
+
+        if not entry.first_token or self._first_tokens is None:
+            return None, "unsupported"
+        declined = self._first_tokens.why_not(request)
+        if declined:
+            return None, declined
+        if request.status is not RequestStatus.FINISHED_LENGTH_CAPPED or len(request.output_token_ids) != 1:
+            return None, "stopped"  # it was the last one, too: decode finds that by itself
+        if not entry.promised:
+            return None, "no_promise"
+        token = int(request.output_token_ids[0])
+        declined = self._first_tokens.why_no_token(request, token)
+        return (None, declined) if declined else (token, "")
 
 
 def content_key(request: Request) -> bytes:

@@ -14,7 +14,7 @@ from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.geometry import KVCaches, describe
-from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, News, Open, Pages, Rewind, Take
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # vLLM's threads spin through short waits, and a thread that wants the interpreter lock from a spinning one waits a
-# switch interval for it, every time. The default of 5 ms would be most of a hand-off.
-SWITCH_INTERVAL_S = 0.0005
+# switch interval for it, every time. The default of 5 ms would be most of a hand-off. On a GPU host the worker lives in
+# the engine's own process, and a hand-off takes the lock some ten times.
+SWITCH_INTERVAL_S = 0.0001
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
 
 
@@ -50,6 +51,7 @@ class WorkerSide:
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._stats = PDTransportStats()
+        self._news = News()
 
     def register(self, kv_caches: KVCaches) -> None:
         """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
@@ -117,7 +119,10 @@ class WorkerSide:
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
             ended = partial(self._source_ended, command.req_id)
-            self._offers[command.req_id] = transport.offer(command.transfer, command.key, command.tokens, ended)
+            promised = partial(self._promised, command.req_id)
+            self._offers[command.req_id] = transport.offer(
+                command.transfer, command.key, command.tokens, ended, promised
+            )
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
             if offer is not None:
@@ -146,7 +151,7 @@ class WorkerSide:
                 self._closing.add(command.req_id)
         offer = self._offers.pop(command.req_id)
         if isinstance(command, Finish):
-            offer.finish()
+            offer.finish(command.first_token)
         else:
             offer.cancel("the request was aborted on prefill")
 
@@ -169,6 +174,7 @@ class WorkerSide:
             port=take.port,
             ranks=take.ranks,
             first_block=first,
+            first_token=take.first_token,
             on_end=ended,
             after=after,
         )
@@ -194,10 +200,17 @@ class WorkerSide:
                 self._released.add(req_id)
         self._rope.pull()
 
+    def _promised(self, req_id: str) -> None:
+        with self._lock:
+            self._news.promised.add(req_id)
+        self._rope.tell(req_id)
+
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._lock:
             self._stats.record("consumer", outcome)
             self._received.add(req_id)
+            if outcome.first_token is not None:
+                self._news.first_tokens[req_id] = outcome.first_token
             if not outcome.ok:
                 self._failed.add(req_id)
         self._rope.pull()
@@ -209,6 +222,12 @@ class WorkerSide:
             received, self._received = self._received, set()
             failed, self._failed = self._failed, set()
         return sent, received, failed
+
+    def take_news(self) -> News | None:
+        """Since the last call; None if there is none. First tokens come no later than their request's end."""
+        with self._lock:
+            news, self._news = self._news, News()
+        return news if news.promised or news.first_tokens else None
 
     def take_stats(self) -> PDTransportStats | None:
         """What ended since the last call; None if nothing did."""

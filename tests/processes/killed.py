@@ -35,6 +35,7 @@ from pdtransport.outcome import Outcome
 from tests.rig import twin_gpu
 
 Side = Literal["prefill", "decode"]
+SIDES: tuple[Side, Side] = ("prefill", "decode")
 Device = Literal["cpu", "cuda", "twin"]
 HOST = "127.0.0.1"
 LAYERS, HEADS, BLOCK_SIZE = 4, 4, 16
@@ -226,7 +227,7 @@ class Survivor:
         self._stack.enter_context(gpu(device))
         self._worker = Worker(link, device, "survivor")
         self._stack.enter_context(self._worker.transport)
-        self._friends = {side: Peer(link, device, side, f"friend-{side}") for side in ("prefill", "decode")}
+        self._friends = {side: Peer(link, device, side, f"friend-{side}") for side in SIDES}
         self._seed = seed << 20
         for side in self._friends:
             self._serves_on(side)
@@ -268,11 +269,11 @@ class Survivor:
             assert time.monotonic() < give_up, "no bytes flow between the survivor and its victim"
         victim.kill()
         killed = time.monotonic()
-        for lane in lanes:
-            assert lane is not None
-            outcome: Outcome = lane[1].future.result(ENDED_S)  # its own deadlines must be shorter
+        for under_way in lanes:
+            assert under_way is not None
+            outcome: Outcome = under_way[1].future.result(ENDED_S)  # its own deadlines must be shorter
             if outcome.ok:
-                tally.went_well += self._right(*lane, victim_side)
+                tally.went_well += self._right(*under_way, victim_side)
             elif "first_batch" in outcome.events or outcome.nbytes:
                 tally.cut += 1
             else:
@@ -287,9 +288,11 @@ class Survivor:
         """Give both sides a transfer within a lane's pages, in an order of its own."""
         self._seed += 1
         base = lane * LANE_BLOCKS
-        orders = [tuple(base + page for page in self._dice.sample(range(LANE_BLOCKS), LANE_BLOCKS)) for _ in range(2)]
+        source, target = (
+            tuple(base + page for page in self._dice.sample(range(LANE_BLOCKS), LANE_BLOCKS)) for _ in range(2)
+        )
         port = peer.port if peer.side == "prefill" else self._worker.transport.port
-        job = Job(secrets.token_hex(16), self._seed, *orders, port)
+        job = Job(secrets.token_hex(16), self._seed, source, target, port)
         handle = self._worker.take(job) if peer.side == "prefill" else self._worker.give(job)
         peer.pipe.send(job)
         return job, handle
@@ -349,13 +352,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rounds here")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     ends = time.monotonic() + options.seconds
-    sides: tuple[Side, Side] = ("prefill", "decode")
     with Survivor(options.link, options.device, options.seed) as survivor:
         for number in range(options.times):
             if time.monotonic() > ends:
                 print(f"no time left after {number} of {options.times}")
                 break
-            tally = survivor.round(sides[number % 2])
+            tally = survivor.round(SIDES[number % 2])
             print(
                 f"{number + 1:>3} {tally.side:<8} {tally.went_well:>5} right, {tally.cut} cut, {tally.unstarted} "
                 f"not begun, all ended after {tally.ended_s:.2f} s",

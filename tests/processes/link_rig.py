@@ -331,13 +331,20 @@ class _Server:
         """What is free of each bounded resource, and how much there is."""
         free: dict[str, tuple[int, int]] = {}
         for link in self.links:
-            if link.name == "cma":
+            if link.name in ("shm", "cma"):
                 free["tickets"] = (link.tickets.free, 4096)  # type: ignore[attr-defined]
             else:
                 for memory in link.memories:  # type: ignore[attr-defined]
                     for ring in ("sending", "receiving"):
                         free[ring] = (getattr(memory, ring).free, getattr(memory, ring).count)
         return free
+
+    def do_held(self) -> dict[str, int]:
+        """Descriptors, mappings, and resident bytes of this process."""
+        with open("/proc/self/maps") as maps, open("/proc/self/statm") as statm:
+            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            mappings = len(maps.readlines())
+        return {"descriptors": len(os.listdir("/proc/self/fd")), "mappings": mappings, "resident": resident}
 
     def do_hold_kernels(self, hold: bool) -> None:
         """Of a twin: kernels are launched, and do nothing until they are let go on."""

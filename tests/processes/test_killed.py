@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.processes.killed import Device, Side, Survivor
+from tests.processes.killed import SIDES, Device, Survivor
 
-SIDES: tuple[Side, Side] = ("prefill", "decode")
 KILLS = 2  # `python -m tests.processes.killed` does more of them
 
 

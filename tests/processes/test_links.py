@@ -33,7 +33,7 @@ PAGE = 8192
 SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
-KINDS = ["cma", "ucx", "ucx-tcp", "ucx-twin"]  # the last: pages on the stand-in for a GPU
+KINDS = ["shm", "cma", "ucx", "ucx-tcp", "ucx-twin"]  # the last: pages on the stand-in for a GPU
 
 
 def end(kind: str, **settings: Any) -> End:
@@ -80,7 +80,7 @@ def ends(processes: dict[str, tuple[End, End]], kind: str) -> Iterator[tuple[End
         assert_all_free(one)
 
 
-cma = pytest.mark.parametrize("kind", ["cma"], indirect=True)
+in_place = pytest.mark.parametrize("kind", ["shm", "cma"], indirect=True)
 ucx = pytest.mark.parametrize("kind", ["ucx"], indirect=True)
 any_ucx = pytest.mark.parametrize("kind", ["ucx", "ucx-tcp", "ucx-twin"], indirect=True)
 
@@ -194,14 +194,14 @@ def test_the_ucx_environment_stays_as_it_was() -> None:
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["cma", "ucx", "ucx-tcp"], indirect=True)  # from a GPU all is gathered
+@pytest.mark.parametrize("kind", ["shm", "cma", "ucx", "ucx-tcp"], indirect=True)  # from a GPU all is gathered
 @pytest.mark.parametrize("byte", [0, 12345, BATCH - 1])
 def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, End], kind: str, byte: int) -> None:
     """The pages changed between announcement and arrival (a reused page): never accepted."""
     sender, receiver = ends
     sender.ask("fill", 1)
     # ucx gathers fragmented pages at once; only what it sends straight from its pages can change
-    spans = [(0, BATCH)] if kind != "cma" else [(o, n) for o, n in shuffled(PAGES, PAGE, 2)]
+    spans = [(0, BATCH)] if kind.startswith("ucx") else [(o, n) for o, n in shuffled(PAGES, PAGE, 2)]
     offer, checksums = sender.ask("send", 1, spans, BLOCKS)
     old = sender.ask("read", [(byte, 1)])
     sender.ask("set", byte, bytes([old[0] ^ 0x10]))
@@ -356,7 +356,7 @@ def test_garbage_offers_are_refused_and_the_link_goes_on(ends: tuple[End, End]) 
     assert hand_over(sender, receiver, 1, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
 
 
-@cma
+@in_place
 def test_an_offer_of_unmapped_memory_is_an_error(ends: tuple[End, End]) -> None:
     """A lying or late offer makes no pages, and kills nobody."""
     sender, receiver = ends
@@ -487,15 +487,16 @@ def test_ucx_uses_shared_memory_on_one_host(processes: dict[str, tuple[End, End]
         ("pid", "1", "does not offer"),
     ],
 )
-def test_cma_refuses_all_but_the_very_process(
-    processes: dict[str, tuple[End, End]], field: str, value: Any, why: str
+@in_place
+def test_links_that_read_refuse_all_but_the_very_process(
+    processes: dict[str, tuple[End, End]], kind: str, field: str, value: Any, why: str
 ) -> None:
     """Another host, a recycled pid, another process: each is refused by what is wrong with it."""
-    one, two = of_kind(processes, "cma")
-    export = msgpack.unpackb(one.ask("export")["cma"])
+    one, two = of_kind(processes, kind)
+    export = msgpack.unpackb(one.ask("export")[kind])
     export[field] = value
     with pytest.raises(LinkUnavailable, match=why):
-        two.ask("connect", {"cma": msgpack.packb(export)})
+        two.ask("connect", {kind: msgpack.packb(export)})
 
 
 def test_another_process_namespace_is_named(processes: dict[str, tuple[End, End]]) -> None:
@@ -508,10 +509,10 @@ def test_another_process_namespace_is_named(processes: dict[str, tuple[End, End]
 
 def test_garbage_exports_are_refused() -> None:
     """UCX itself would crash on a damaged address."""
-    with end("cma", order=["cma", "ucx"]) as one:
+    with end("cma", order=["shm", "cma", "ucx"]) as one:
         for export in (b"", b"\xc1", os.urandom(64), msgpack.packb({"v": 1}), msgpack.packb({"v": 1, "address": b"x"})):
             with pytest.raises(LinkUnavailable, match="no link"):
-                one.ask("connect", {"cma": export, "ucx": export})
+                one.ask("connect", {"shm": export, "cma": export, "ucx": export})
         damaged = msgpack.unpackb(one.ask("export")["ucx"])
         damaged["address"] = damaged["address"][:-1] + b"\xff"
         with pytest.raises(LinkUnavailable, match="damaged"):
@@ -521,12 +522,12 @@ def test_garbage_exports_are_refused() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_a_process_that_may_not_be_read_names_the_remedy() -> None:
     """Then the next link is taken, and says why."""
-    both = {"order": ["cma", "ucx"]}
-    with end("ucx-tcp", **both) as one, end("ucx-tcp", **both) as two:
+    every = {"order": ["shm", "cma", "ucx"]}
+    with end("ucx-tcp", **every) as one, end("ucx-tcp", **every) as two:
         two.ask("become_nobody")
         why = two.ask("connect", one.ask("export"))
-        assert why.startswith("ucx (tcp); cma unavailable: ")
-        assert "kernel.yama.ptrace_scope" in why
+        assert why.startswith("ucx (tcp); shm unavailable: ")
+        assert why.count("kernel.yama.ptrace_scope") == 2
 
 
 def test_a_required_link_is_not_replaced(processes: dict[str, tuple[End, End]]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import mmap
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -54,11 +56,15 @@ def free_ports(count: int) -> int:
 
 
 def worker(
-    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int
+    rank: int, ranks: int, settings: Settings, port: int, fill: int, engine: str, block_size: int, device: int = -1
 ) -> Worker:
     heads = HEADS // ranks
     shape = (LAYERS, BLOCKS, heads, block_size, SLOT)
-    kv = np.empty(shape, dtype=np.uint8) if device < 0 else twin_gpu.DeviceMemory(math.prod(shape), 0).array(shape)
+    size = math.prod(shape)
+    if device < 0:  # not of the heap, which shm does not share
+        kv = np.ndarray(shape, dtype=np.uint8, buffer=mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE))
+    else:
+        kv = twin_gpu.DeviceMemory(size, 0).array(shape)
     kv[:] = fill
     geometry = replace(KVGeometry.of_array(kv, head_lo=rank * heads, total_heads=HEADS), device=device)
     return Worker(kv, Transport(geometry, settings, engine=engine, rank=rank, world=ranks, port=port))
@@ -67,7 +73,7 @@ def worker(
 MakeCluster = Callable[..., Cluster]
 
 
-@pytest.fixture(params=["cma", "ucx", "cuda_ipc", "ucx-gpu"])
+@pytest.fixture(params=["shm", "cma", "ucx", "cuda_ipc", "ucx-gpu"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[MakeCluster]:
     with ExitStack() as stack:
         order, device = request.param.split("-")[0], 0 if request.param in ("cuda_ipc", "ucx-gpu") else -1
@@ -145,6 +151,36 @@ def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: 
     assert np.array_equal(gathered(c, target), whole)
     untouched = [page for page in range(BLOCKS) if page not in target]
     assert (gathered(c, untouched) == 255).all(), "a page that was not granted was written"
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("told", [1234, None])
+def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
+    cluster: MakeCluster, p: int, d: int, told: int | None
+) -> None:
+    """Prefill hears of the promise before it is finished, and nothing is handed over before; each of decode's workers
+    then learns what prefill named, or that it named nothing."""
+    pair, pages, key = cluster(p, d), [3, 4], request_key(range(32))
+    whole = fill_pages(pair, pages, 1)
+    heard = [threading.Event() for _ in pair.prefill]
+    offers = [
+        one.transport.offer("t", key, 32, on_promise=event.set) for one, event in zip(pair.prefill, heard, strict=True)
+    ]
+    receipts = [
+        one.transport.receive("t", key, 32, [7, 8], host="127.0.0.1", port=pair.port, ranks=p, first_token=True)
+        for one in pair.decode
+    ]
+    for offer in offers:
+        offer.ready(pages, 32)
+    assert all(event.wait(WAIT_S) for event in heard)
+    with pytest.raises(TimeoutError):
+        receipts[0].result(0.3)
+    for offer in offers:
+        offer.finish(told)
+    assert [receipt.result(WAIT_S).first_token for receipt in receipts] == [told] * d
+    assert (gathered(pair, [7, 8]) == whole).all()
+    for offer in offers:
+        offer.result(WAIT_S)
 
 
 def test_blocks_that_decode_holds_are_not_sent(cluster: MakeCluster) -> None:

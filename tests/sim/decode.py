@@ -71,10 +71,13 @@ class DecodeWorker(Worker):
         heads = {part.peer: (part.head_lo, part.head_hi) for part in parts}
         lease = Lease(request.transfer, request.prompt, request.held, pages, heads)  # type: ignore[arg-type]
         lease.verified = {part.peer: set() for part in parts}  # type: ignore[misc]
+        lease.first_token = request.first_token
         now = self.world.now
         digest = digest_of(request.prompt)
         try:
-            actions = self.receiving.begin(request.transfer, digest, request.tokens, request.held, blocks, parts, now)
+            actions = self.receiving.begin(
+                request.transfer, digest, request.tokens, request.held, blocks, parts, now, request.first_token
+            )
         except TransferOver as over:
             if not over.reason:
                 raise Violation("refused without a reason") from over
@@ -265,6 +268,9 @@ class DecodeWorker(Worker):
         lease = self._close(ready.transfer, "Ready")
         self.check_pages(lease)
         engine: Any = self.instance
+        told = self.world.told.get(ready.transfer) if lease.first_token else None
+        if ready.first_token != told:
+            raise Violation(f"{ready} goes on from {ready.first_token}, prefill gave out {told}")
         engine.on_end(self, ready.transfer, True)
 
     def _on_failed(self, failed: Failed) -> None:

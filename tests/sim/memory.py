@@ -56,6 +56,7 @@ class Lease:
     heads: dict[PeerId, tuple[int, int]]
     generations: dict[PeerId, Generation] = field(default_factory=dict)
     verified: dict[PeerId, set[int]] = field(default_factory=dict)  # blocks
+    first_token: bool = False  # promised to go on from prefill's
     open: bool = True  # the peers may write
     ended: str = ""  # Ready or Failed, once said
 

@@ -144,7 +144,7 @@ def ready_without_all_batches(patch: Patch) -> None:
         if self._commit is None or not all(slot.verified for slot in self._slots.values()):
             return []
         self._move(ConsumerState.READY)
-        return [Send(self.peer, self._ack()), Ready(self.grant.transfer)]
+        return [Send(self.peer, self._ack()), Ready(self.grant.transfer, self._commit.first_token)]
 
     patch.setattr(ConsumerMachine, "_check_complete", check)
 
@@ -304,6 +304,24 @@ def ack_is_said_once(patch: Patch) -> None:
     patch.setattr(Receiving, "_answer_for_the_ended", lambda self, peer, message: [])
 
 
+def commit_before_the_first_token(patch: Patch) -> None:
+    """Prefill commits once its pages are out, and tells its router a token that no commit names."""
+    original = ProducerMachine._maybe_commit
+
+    def maybe_commit(self: ProducerMachine, now: float) -> list[Action]:
+        self._finished = True
+        return original(self, now)
+
+    patch.setattr(ProducerMachine, "_maybe_commit", maybe_commit)
+
+
+def first_token_is_lost(patch: Patch) -> None:
+    def change(self: ConsumerMachine, actions: list[Action], *_: Any) -> list[Action]:
+        return [replace(a, first_token=None) if isinstance(a, Ready) else a for a in actions]
+
+    _after(patch, ConsumerMachine, "_check_complete", change)
+
+
 def no_deadlines(patch: Patch) -> None:
     def change(self: ConsumerMachine, _: Any, *__: Any) -> Any:
         self._deadline = float("inf")
@@ -370,8 +388,8 @@ def rogue_swap(patch: Patch) -> None:
     """Prefill commits its first batch only, and calls that everything."""
     original = producer_module.commit_digest
 
-    def digest(request_digest: bytes, places: Any) -> bytes:
-        return original(request_digest, list(places)[:1])
+    def digest(request_digest: bytes, places: Any, first_token: int | None) -> bytes:
+        return original(request_digest, list(places)[:1], first_token)
 
     patch.setattr(producer_module, "commit_digest", digest)
     commit = ProducerMachine._maybe_commit
@@ -400,7 +418,7 @@ def _naive_complete(self: ConsumerMachine) -> list[Action]:
     if commit is None or len(list(verified)) < commit.batches:
         return []
     self._move(ConsumerState.READY)
-    return [Send(self.peer, self._ack()), Ready(self.grant.transfer)]
+    return [Send(self.peer, self._ack()), Ready(self.grant.transfer, self._commit.first_token)]
 
 
 MUTANTS = [
@@ -436,6 +454,8 @@ MUTANTS = [
             batch_is_said_once,
             commit_is_said_once,
             ack_is_said_once,
+            commit_before_the_first_token,
+            first_token_is_lost,
             no_deadlines,
             silent_failure,
         )

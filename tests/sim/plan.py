@@ -95,6 +95,11 @@ class Request:
     def tokens(self) -> int:
         return self.blocks * BLOCK_SIZE - (self.prompt % BLOCK_SIZE)
 
+    @property
+    def first_token(self) -> bool:
+        """Decode promises to go on from the token that prefill samples."""
+        return self.prompt % 2 == 1 and self.blocks > self.held
+
 
 @dataclass(frozen=True)
 class Plan:

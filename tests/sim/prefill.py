@@ -412,8 +412,12 @@ class PrefillEngine(Instance):
         if job.over or job.ready < job.request.blocks:
             return
         job.over = True
+        transfer = job.request.transfer
+        promised = any(worker.sending.promised(transfer) for worker in self.workers)  # type: ignore[attr-defined]
+        token = first_token_of(job.request) if promised else None
+        self.world.told[transfer] = token
         for worker in self.workers:
-            worker.do(worker.sending.finish(job.request.transfer, self.world.now))  # type: ignore[attr-defined]
+            worker.do(worker.sending.finish(transfer, self.world.now, token))  # type: ignore[attr-defined]
         self._rearm()
 
     def abort(self, transfer: str) -> None:
@@ -456,6 +460,10 @@ class PrefillEngine(Instance):
 
 def digest_of(prompt: int) -> bytes:
     return prompt.to_bytes(16, "little")
+
+
+def first_token_of(request: Request) -> int:
+    return request.prompt if request.producer_prompt is None else request.producer_prompt
 
 
 def is_junk(value: int) -> bool:

@@ -155,6 +155,7 @@ class World:
         self.log: list[str] = []
         self.counters: Counter[str] = Counter()
         self.instances: dict[str, Instance] = {}
+        self.told: dict[str, int | None] = {}  # transfer -> the first token that prefill gave out, if it gave one
         self.cut: set[frozenset[str]] = set()
         self.sessions: Counter[frozenset[PeerId]] = Counter()
         self._heap: list[tuple[float, int, Worker | None, Callable[..., None], tuple[Any, ...]]] = []

@@ -117,6 +117,7 @@ Move = Callable[[ModuleType, Runs, Runs, int], npt.NDArray[np.uint64]]
 MOVES: dict[str, Move] = {
     "copy": lambda kernels, src, dst, blocks: kernels.copy_runs(src, dst, blocks),
     "remote": lambda kernels, src, dst, blocks: kernels.read_remote(os.getpid(), src, dst, blocks),
+    "mapped": lambda kernels, src, dst, blocks: kernels.read_mapped(src, dst, blocks),
 }
 
 
@@ -183,25 +184,76 @@ def test_threads_divide_a_stream_without_a_seam(threads: int) -> None:
         assert sums.tolist() == reference.checksum(src, blocks).tolist()
 
 
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize(("lengths", "first"), [([32768] * 40, 0), ([4096] * 300, 64), ([1032, 8, 65528] * 20, 0)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_streams_go_round_the_cache_whole(lengths: list[int], first: int, threads: int) -> None:
+    """Large mapped streams take streaming stores where the destination is aligned, in each instruction set: stripes
+    that a block's or a run's end cuts, runs that begin within one, any block length."""
+    total = sum(lengths)
+    source = np.random.default_rng(1).integers(0, 256, total + 5000, dtype=np.uint8)
+    src = fragment(source, lengths[::-1], np.random.default_rng(2).permutation(len(lengths)).tolist(), 3, 5)
+    memory = np.zeros(total + 4 * GUARD + len(lengths) * GUARD, dtype=np.uint8)
+    target = memory[-memory.ctypes.data % GUARD :]
+    dst = fragment(target, lengths, np.random.default_rng(3).permutation(len(lengths)).tolist(), GUARD, GUARD + first)
+    for blocks in (0, 1, 2, 20):
+        target[:] = 0xA5
+        sums = pages.read_mapped(src, dst, blocks, threads=threads)
+        assert stream(dst) == stream(src)
+        assert (target[~mask(target, dst)] == 0xA5).all()
+        assert sums.tolist() == reference.checksum(src, blocks).tolist()
+
+
+READS: dict[str, Callable[..., object]] = {
+    "remote": lambda kernels, src, dst, ticket: kernels.read_remote(os.getpid(), src, dst, ticket=ticket),
+    "mapped": lambda kernels, src, dst, ticket: kernels.read_mapped(src, dst, ticket=ticket),
+}
+
+
 @pytest.mark.parametrize("kernels", BOTH)
-def test_a_ticket_must_hold_before_and_after(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("read", READS)
+def test_a_ticket_must_hold_before_and_after(kernels: ModuleType, read: str) -> None:
     """Nothing is read for a ticket that is void; one that is torn up while pages are read voids them."""
     data, target = block(), np.zeros(8192, dtype=np.uint8)
     words = np.array([77], dtype=np.uint64)
     source, into = run(data.ctypes.data, 8192), run(target.ctypes.data, 8192)
-    kernels.read_remote(os.getpid(), source, into, ticket=(words.ctypes.data, 77))
+    READS[read](kernels, source, into, (words.ctypes.data, 77))
     assert (target == data).all()
     target[:] = 0
-    for ticket in ((words.ctypes.data, 78), (4096, 77)):
+    for ticket in ((words.ctypes.data, 78), *([(4096, 77)] if read == "remote" else [])):
         with pytest.raises(OSError) as caught:
-            kernels.read_remote(os.getpid(), source, into, ticket=ticket)
+            READS[read](kernels, source, into, ticket)
         assert caught.value.errno == errno.ESTALE
         assert not target.any()
     # The copy itself tears up the ticket: its word lies within the destination.
     target.view(np.uint64)[5] = 77
     with pytest.raises(OSError) as caught:
-        kernels.read_remote(os.getpid(), source, into, ticket=(target.ctypes.data + 40, 77))
+        READS[read](kernels, source, into, (target.ctypes.data + 40, 77))
     assert caught.value.errno == errno.ESTALE
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 130), st.integers(0, 25)), max_size=8),
+)
+def test_translation_moves_what_lies_within_a_span(sizes: list[int], wanted: list[tuple[int, int]]) -> None:
+    """C and numpy agree with the definition, whatever a peer claims; a length that wraps around is outside."""
+    spans, at = [], 3
+    for number, size in enumerate(sizes):
+        spans.append((at, at + size, (1 << 64) - 1 - number if number % 2 else 1000 * number))
+        at += size + number % 3
+    table = np.array(spans, dtype=np.uint64)
+    for lengths in (wanted, [*wanted, (4, (1 << 64) - 2)]):
+        runs = np.array(lengths, dtype=np.uint64).reshape(-1, 2)
+        homes = [max((s for s in spans if s[0] <= a), default=None) for a, _ in lengths]
+        inside = all(s is not None and a + n <= s[1] for (a, n), s in zip(lengths, homes, strict=True))
+        expected = (
+            [[(a + s[2]) % (1 << 64), n] for (a, n), s in zip(lengths, homes, strict=True) if s] if inside else None
+        )
+        for kernels in (pages, reference):
+            found = kernels.translate(runs, table)
+            assert (found.tolist() if found is not None else None) == expected
 
 
 # -- what a checksum must find --------------------------------------------------------------------------------------

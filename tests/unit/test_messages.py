@@ -48,6 +48,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "consumers": st.integers(1, 4096),
         "window_bytes": st.integers(1, 1 << 62),
         "pages": st.binary(max_size=99),
+        "first_token": st.booleans(),
     },
     m.Accept: {**granted, "known": st.booleans(), "tokens_done": st.integers(0, 1 << 40)},
     m.Batch: {
@@ -71,6 +72,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "batches": st.integers(0, 1 << 31),
         "tokens": st.integers(1, 1 << 40),
         "digest": digests,
+        "first_token": st.none() | st.integers(0, (1 << 31) - 1),
     },
     m.Ack: granted,
     m.Revoke: {**granted, "code": codes, "reason": reasons},
@@ -167,7 +169,7 @@ def test_a_flipped_bit_is_another_message_or_a_wire_error(message: m.Message, da
 @example(b"\x91" * 5000)
 @example(b"\x81\xa4kind" * 500)
 @example(b"\x81\x90\x90")
-@example(b"\x82\xa4kind\xa2\xff\xfe\xa1v\x01")
+@example(b"\x82\xa4kind\xa2\xff\xfe\xa1v\x02")
 def test_any_bytes_are_a_message_or_a_wire_error(frame: bytes) -> None:
     decodes_or_fails_cleanly(frame)
 
@@ -194,9 +196,9 @@ def test_deep_nesting_is_a_wire_error_in_every_field(depth: int) -> None:
     deep = b"\x91" * depth + b"\xc0"
     for frame in (
         deep,
-        b"\x82\xa4kind" + deep + b"\xa1v\x01",
-        b"\x83\xa4kind\xa4ping\xa1v\x01\xabincarnation" + deep,
-        b"\x83\xa4kind\xa5abort\xa1v\x01\xa4code" + deep,
+        b"\x82\xa4kind" + deep + b"\xa1v\x02",
+        b"\x83\xa4kind\xa4ping\xa1v\x02\xabincarnation" + deep,
+        b"\x83\xa4kind\xa5abort\xa1v\x02\xa4code" + deep,
     ):
         with pytest.raises(m.WireError):
             m.decode(frame)
@@ -208,7 +210,7 @@ def test_deep_nesting_in_the_version_is_a_wire_error(depth: int) -> None:
         m.decode(b"\x82\xa4kind\xa4ping\xa1v" + b"\x91" * depth + b"\xc0")
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 1 << 60, "1", None, 1.5, [1], {"v": 1}])
+@pytest.mark.parametrize("version", [0, 1, 3, -1, 1 << 60, "1", None, 1.5, [1], {"v": 1}])
 def test_another_version_is_a_wire_error_that_names_versions(version: Any) -> None:
     with pytest.raises(m.WireError, match="protocol version"):
         m.decode(packed({"v": version, "kind": "ping", "incarnation": 1}))
@@ -267,7 +269,7 @@ def test_wire_bytes_are_plain_msgpack_with_the_version() -> None:
     """What other implementations have to produce."""
     raw = msgpack.unpackb(m.encode(m.Nack(transfer="t", generation=7, wants=((1, 0), (2, 1)), reason="r")))
     assert raw == {
-        "v": 1,
+        "v": 2,
         "kind": "nack",
         "transfer": "t",
         "generation": 7,

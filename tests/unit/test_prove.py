@@ -249,3 +249,12 @@ def test_a_waterfall_of_a_request_that_was_not_disaggregated() -> None:
     assert waterfall.moved(trace) == "no page crossed: echo returns the prompt"
     [line] = waterfall.bars(waterfall.milestones(trace, 0.25))
     assert " 250.0 ms" in line
+
+
+def test_a_waterfall_of_an_early_first_token() -> None:
+    """Prefill's first token comes before decode has verified: the stretches stand in the order in which they ended."""
+    trace = {**TRACE, "events": {"dispatched": 0.002, "first_token": 0.06}}
+    lines = waterfall.bars(waterfall.milestones(trace, 0.1))
+    assert [float(line.rpartition("|")[2].split()[0]) for line in lines] == [2.0, 18.0, 40.0, 10.0, 30.0]
+    assert lines[2].endswith("prefill computes the rest and answers with the first token")
+    assert lines[4].endswith("decode goes on from the first token")

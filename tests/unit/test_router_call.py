@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import pdtransport.router.call as call_module
 from pdtransport.router.api_errors import ApiError
-from pdtransport.router.call import Api, Call, parse
+from pdtransport.router.call import Call, parse
+from pdtransport.router.first_token import Api
 
 PARAMS = {"do_remote_prefill": True, "transfer_id": "ab"}
 _DROPPED = call_module._NOT_FOR_PREFILL

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from pdtransport.router.relay import MAX_HELD_BYTES, WholeEvents
+from pdtransport.router.events import MAX_HELD_BYTES, WholeEvents
 from tests.unit.router_rig import Script, ask, completion, event, rigged, run, soon, stream
 
 

@@ -95,7 +95,7 @@ def test_long_tables_go_in_parts(kernels: Kernels, layout: Layout, monkey: int) 
 
 
 def test_each_kernel_runs(kernels: Kernels) -> None:
-    """Pages, head slices and odd cuts each take the kernel made for them; many words in parts, too."""
+    """Pages, head slices and odd cuts each take the kernel made for them, and do so in several parts, too."""
     rng = np.random.default_rng(3)
     shuffled: list[int] = rng.permutation(24).tolist()
     seen = set()
@@ -106,8 +106,10 @@ def test_each_kernel_runs(kernels: Kernels) -> None:
         seen.add(pieces.cut(placed(src, 4096), placed(dst, 4096), blocks).grain)
         check(kernels, layout)
     assert seen == {"stripes", "pairs", "singles"}
-    odd, odd_bytes = laid_out([8] * 5000, rng.permutation(5000).tolist(), 8, 0)
-    check(kernels, Layout(odd, *laid_out([40000], [0], 0, 8)[:1], odd_bytes, 40300, 5), most=1024)
+    for length, count in ((1024, 2500), (16, 5000), (8, 5000)):  # several parts of at most 1,024 pieces
+        src, src_bytes = laid_out([length] * count, rng.permutation(count).tolist(), 16 if length > 8 else 8, 0)
+        dst, dst_bytes = laid_out([length * count], [0], 0, 16)
+        check(kernels, Layout(src, dst, src_bytes, dst_bytes, 5), most=1024)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "row"), [(16, 8, 256), (32, 3, 72), (1, 4, 64)])

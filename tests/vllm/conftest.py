@@ -27,7 +27,9 @@ from tests.rig.fixtures import Book, Servers, doomed_spec, make_book, pair_spec,
 from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
-ORDER = ("idle", "equality", "prefixes", "requests", "router", "aborts", "mismatch", "preemption", "parallel")
+ORDER = (
+    "idle", "equality", "prefixes", "requests", "router", "first_token", "aborts", "mismatch", "preemption", "parallel",
+)  # fmt: skip
 MODULE_S = 900
 
 _phases: list[tuple[str, float]] = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
 from tests.rig.client import Client, Order
 from tests.rig.fixtures import ASSORTED, Book, Servers, forget
@@ -34,8 +35,12 @@ def test_tokens_and_pages_equal(order: Order, servers: Servers, book: Book, with
         crossings = await crossed(book.assorted, handed, [servers.prefill], servers.decode)
         prove_crossed_whole(crossings)
         blocks = bytes_equal(crossings, servers.audit)
+        links = {peer["link"] for reply in await watch.status(servers.decode) for peer in reply["peers"]}
+        links.discard("")  # a peer that was not asked for anything yet
+        assert links in ({"cuda_ipc"}, {"shm"}), f"not the best link of one host: {links}"
         tokens = sum(len(case.prompt) for case in book.assorted)
-        print(f"\n{len(handed)} requests, {blocks} blocks; decode computed {own} prompt tokens, {external} came")
+        print(f"\n{len(handed)} requests, {blocks} blocks over {links}")
+        print(f"decode computed {own} prompt tokens, {external} came")
         assert own <= len(handed), "decode computed more than each prompt's last token"
         assert external >= tokens - len(handed), f"of {tokens} prompt tokens only {external} came from prefill"
 

@@ -1,0 +1,32 @@
+"""Server-sent events, whole ones only."""
+
+from __future__ import annotations
+
+MAX_HELD_BYTES = 1 << 20  # of an unfinished event; a longer one is passed on in pieces
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+class WholeEvents:
+    """Passes on whole server-sent events and holds the beginning of an unfinished one.
+
+    No client can use half an event; and if decode dies in the middle of one, the error event that follows must not
+    be glued to it.
+    """
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        data = self._held + chunk if self._held else chunk
+        if data.endswith(b"\n\n"):
+            self._held = b""
+            return data
+        cut = max(at + len(end) if (at := data.rfind(end)) >= 0 else 0 for end in _EVENT_ENDS)
+        if len(data) - cut > MAX_HELD_BYTES:
+            cut = len(data)
+        self._held = data[cut:]
+        return data[:cut]
+
+    def rest(self) -> bytes:
+        held, self._held = self._held, b""
+        return held

@@ -1,0 +1,134 @@
+"""Two answers made one: the first token from prefill's, the rest from decode's, in the form of a plain server's."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pdtransport.router.events import WholeEvents
+from pdtransport.router.first_token import Api, FirstToken
+
+# stop_reason of a decode that could not keep its promise (pdtransport.vllm.first_token)
+LOST = "pdtransport:first-token-lost"
+MAX_FIRST_EVENT_BYTES = 64 << 20
+_DATA, _END = b"data: ", b"\n\n"
+
+
+class Lost(Exception):
+    """Decode did not go on from the first token: nothing of its answer is to be used."""
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return _DATA + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + _END
+
+
+def opening(api: Api, first: FirstToken, token_ids: bool) -> bytes:
+    """The events that a plain server sends up to its first token; ``token_ids``: the client asked for them."""
+    ids = [first.token] if token_ids else None
+    prompt = first.prompt_ids if token_ids else None
+    plain = {"index": 0, "logprobs": None, "finish_reason": None}
+    if api == "completions":
+        choice = {**plain, "text": first.text, "stop_reason": None, "prompt_token_ids": prompt, "token_ids": ids}
+        return _event({**first.head, "object": "text_completion", "choices": [choice]})
+    head = {**first.head, "object": "chat.completion.chunk"}
+    role = {**plain, "delta": {"role": first.role, "content": ""}}
+    content = {**plain, "delta": {"content": first.text}, "token_ids": ids}
+    return _event({**head, "choices": [role], "prompt_token_ids": prompt, "prompt_text": None}) + _event(
+        {**head, "choices": [content]}
+    )
+
+
+class StreamSplice:
+    """Decode's events as the rest of a stream that began with :func:`opening`."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._events = WholeEvents()
+        self._held = b""
+        self._begun = False  # the event of decode's own first token has passed
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Whole events of what came so far.
+
+        Raises:
+            Lost: decode says that this is not the answer's rest.
+        """
+        data = self._events.feed(chunk)
+        if not self._begun:
+            data = self._whole(data)
+        if self._begun and b'"usage":' not in data:
+            return data
+        return b"".join(self._change(event + _END) for event in data.split(_END) if event)
+
+    def rest(self) -> bytes:
+        return self._events.rest()
+
+    def _whole(self, data: bytes) -> bytes:
+        """Even the longest event (a long prompt's ids) is looked at before anything of it passes."""
+        data, self._held = self._held + data, b""
+        if data and not data.endswith(_END):
+            data, self._held = b"", data
+            if len(self._held) > MAX_FIRST_EVENT_BYTES:
+                raise Lost
+        return data
+
+    def _change(self, event: bytes) -> bytes:
+        """An event of a plain server's form; what is none passes as it is."""
+        if self._begun and b'"usage":' not in event:
+            return event
+        try:
+            value = json.loads(event.removeprefix(_DATA))
+        except (ValueError, RecursionError):
+            return event
+        if not isinstance(value, dict):
+            return event
+        if not self._begun and "error" in value:
+            raise Lost
+        changed = count_first(value)
+        for choice in value.get("choices") or ():
+            if self._begun:
+                break
+            if self._api == "chat" and "role" in choice.get("delta", {}):
+                return b""  # prefill's answer had it
+            refuse_lost(choice)
+            self._begun = True
+            if choice.get("prompt_token_ids") is not None:
+                choice["prompt_token_ids"], changed = None, True
+        return _event(value) if changed else event
+
+
+def joined(api: Api, first: FirstToken, raw: bytes) -> bytes:
+    """One whole answer of prefill's first token and decode's ``raw`` rest.
+
+    Raises:
+        Lost: decode did not go on from the token.
+        ValueError: ``raw`` is no answer.
+    """
+    try:
+        answer = json.loads(raw)
+        (choice,) = answer["choices"]
+        refuse_lost(choice)
+        where, key = (choice["message"], "content") if api == "chat" else (choice, "text")
+        where[key] = first.text + (where[key] or "")
+        if choice.get("token_ids") is not None:
+            choice["token_ids"] = [first.token, *choice["token_ids"]]
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no answer of one choice: {type(error).__name__}") from None
+    count_first(answer)
+    return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def count_first(value: dict[str, Any]) -> bool:
+    """Decode's engine did not count the first token as one that it wrote. False if ``value`` tells no usage."""
+    usage = value.get("usage")
+    if not isinstance(usage, dict):
+        return False
+    for key in ("completion_tokens", "total_tokens"):
+        if isinstance(usage.get(key), int):
+            usage[key] += 1
+    return True
+
+
+def refuse_lost(choice: dict[str, Any]) -> None:
+    if choice.get("stop_reason") == LOST:
+        raise Lost

@@ -1,0 +1,175 @@
+"""Decode goes on from the first token that prefill sampled, where that is exact.
+
+Decode's request gets the token appended to its prompt before it is scheduled. For the whole of vLLM it then is a
+request of one more prompt token, all but the last computed, and its next step computes the second token. What this
+touches of vLLM's ``Request`` is tried on one when the engine starts; where it does not behave as expected, nothing of
+it is used.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+# Decode ends a request with this stop_reason if the token that it promised to go on from did not come. The one token
+# of its answer is not to be used.
+LOST = "pdtransport:first-token-lost"
+
+# Sampling parameters that ask nothing of the tokens sampled so far: the second token comes out as if decode had sampled
+# the first itself. A parameter that is in neither table must have its default value.
+_STATELESS = frozenset(
+    {
+        "_all_stop_token_ids", "_eos_token_id", "extra_args", "flat_logprobs", "ignore_eos",
+        "include_stop_str_in_output", "max_tokens", "min_p", "n", "output_kind", "output_text_buffer_length", "seed",
+        "skip_clone", "skip_reading_prefix_cache", "skip_special_tokens", "stop_token_ids", "stream_interval",
+        "temperature", "top_k", "top_p",
+    }
+)  # fmt: skip
+_CODES = {
+    "presence_penalty": "penalties",
+    "frequency_penalty": "penalties",
+    "repetition_penalty": "penalties",
+    "logprobs": "logprobs",
+    "prompt_logprobs": "logprobs",
+    "logprob_token_ids": "logprobs",
+    "structured_outputs": "structured_output",
+    "min_tokens": "min_tokens",
+    "stop": "stop",
+    "bad_words": "bad_words",
+    "logit_bias": "logit_bias",
+    "allowed_token_ids": "allowed_token_ids",
+    "thinking_token_budget": "reasoning",
+}
+_TAIL_TOKENS = 8  # of a prompt: more than the bytes of one character
+
+
+class FirstTokens:
+    """Decides, for one engine, which requests may start on prefill and go on here."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._model = config.model_config
+        self._tokenizer: Any = None
+        self.unsupported = _why_unsupported(config)  # a code; empty if the engine can take part
+
+    def why_not(self, request: Request) -> str:
+        """What makes it inexact to go on from another engine's first token: a code, empty if nothing does."""
+        if self.unsupported:
+            return self.unsupported
+        params = request.sampling_params
+        if params is None or request.prompt_token_ids is None or request.prompt_is_token_ids is not None:
+            return "prompt"
+        if request.resumable:
+            return "streamed_input"
+        if set(params.extra_args or ()) - {"kv_transfer_params"}:
+            return "extra_args"
+        if params.seed is not None and not _is_greedy(params):
+            return "seed"
+        return _stateful(params)
+
+    def why_no_token(self, request: Request, token: int) -> str:
+        """Prefill: why the text of ``token`` can't be cut off from what follows: a code, empty if it can.
+
+        Decode's detokenizer knows the prompt and its own tokens. A character whose bytes lie on both sides of the cut
+        would be lost.
+        """
+        tokenizer = self._get_tokenizer()
+        if tokenizer is None or token in tokenizer.all_special_ids:
+            return "special_token"
+        text = tokenizer.decode([token])
+        tail = tokenizer.decode(list(request.prompt_token_ids or ())[-_TAIL_TOKENS:])
+        return "partial_character" if not text or "\ufffd" in text or tail.endswith("\ufffd") else ""
+
+    def append(self, request: Request, token: int) -> bool:
+        """Go on from ``token``. Call before the request is scheduled with it. False: this is no token of the model."""
+        if not 0 <= token < self._model.get_vocab_size():
+            return False
+        _append(request, token)
+        return True
+
+    def _get_tokenizer(self) -> Any:
+        """The one that vLLM's scheduler process has loaded; None with ``--skip-tokenizer-init``."""
+        if self._tokenizer is None and not self._model.skip_tokenizer_init:
+            from vllm.tokenizers import cached_tokenizer_from_config
+
+            self._tokenizer = cached_tokenizer_from_config(model_config=self._model)
+        return self._tokenizer
+
+
+def give_up(request: Request) -> None:
+    """End the request with its next token, and say with :data:`LOST` that the answer is not to be used."""
+    _limit(request, 1)
+    assert request.sampling_params is not None
+    request.sampling_params.stop_token_ids = None  # their hit would take the stop reason's place
+    request.stop_reason = LOST
+
+
+def _append(request: Request, token: int) -> None:
+    assert request.prompt_token_ids is not None
+    request.prompt_token_ids = [*request.prompt_token_ids, token]
+    request._all_token_ids.append(token)
+    request.num_prompt_tokens += 1
+    request.update_block_hashes()
+    _limit(request, request.max_tokens - 1)
+
+
+def _limit(request: Request, max_tokens: int) -> None:
+    """The parameters are copied: an engine that runs in its client's process shares them with it."""
+    request.max_tokens = max_tokens
+    request.sampling_params = copy.copy(request.sampling_params)
+    assert request.sampling_params is not None
+    request.sampling_params.max_tokens = max_tokens
+
+
+def _is_greedy(params: Any) -> bool:
+    from vllm.sampling_params import SamplingType
+
+    return bool(params.sampling_type is SamplingType.GREEDY)
+
+
+def _stateful(params: Any) -> str:
+    from vllm.sampling_params import SamplingParams
+
+    plain = SamplingParams()
+    for name in params.__struct_fields__:
+        if name not in _STATELESS:
+            given, default = getattr(params, name), getattr(plain, name)
+            if given is not default and (type(given) is not type(default) or given != default):
+                return _CODES.get(name, "sampling_params")
+    return ""
+
+
+def _why_unsupported(config: VllmConfig) -> str:
+    model = config.model_config
+    if model.logits_processors or entry_points(group="vllm.logits_processors"):
+        return "logits_processors"  # they may look at the tokens sampled so far
+    # A parser reads the text of decode's tokens, and would miss the first.
+    if config.structured_outputs_config.reasoning_parser or model.hf_config.model_type == "gpt_oss":
+        return "reasoning"
+    if model.is_encoder_decoder or model.skip_tokenizer_init:
+        return "model"
+    return "" if _works() else "vllm_version"
+
+
+def _works() -> bool:
+    """Try it on a request of this vLLM."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.request import Request
+
+    try:
+        request = Request("first-token-probe", [1, 2], SamplingParams(max_tokens=4), None)
+        _append(request, 3)
+        new = NewRequestData.from_request(request, ([],))
+        assert new.sampling_params is not None
+        lengths = (request.num_tokens, request.num_prompt_tokens, request.max_tokens, new.sampling_params.max_tokens)
+        same = request.prompt_token_ids == new.prompt_token_ids == list(request.all_token_ids) == [1, 2, 3]
+        appended = same and lengths == (3, 3, 3, 3) and request.num_output_tokens == 0
+        give_up(request)
+        return appended and request.max_tokens == 1 and request.prompt_is_token_ids is None and not request.resumable
+    except Exception:  # noqa: BLE001 - whatever is missing: not a vLLM that this was made for
+        return False
