@@ -31,7 +31,8 @@ from pdtransport.pool.policies import Links, make_policy
 from pdtransport.pool.settings import PoolSettings
 
 PAGE = 32 << 10
-BATCH = 64  # keys in one lookup: 4096 tokens in chunks of 64
+BATCHES = (64, 256)  # keys in one lookup: prompts of 4096 and 16384 tokens in chunks of 64
+BATCH = BATCHES[0]
 LOOKUP_CHUNKS = 4096  # in the pool while lookups are measured
 MiB = 1 << 20
 
@@ -42,7 +43,7 @@ def main() -> int:
     if "bytes" in arguments.parts:
         result["bandwidth"] = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
-        result["lookups"] = lookups(arguments.clients, arguments.seconds)
+        result["lookups"] = [lookups(arguments.clients, arguments.seconds, batch) for batch in BATCHES]
     if "index" in arguments.parts:
         result["index"] = [in_process(index_of, size) for size in sizes(arguments.entries)]
     print(table(result))
@@ -95,7 +96,7 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     runs, back = (_runs(memory, count, seed) for seed, memory in enumerate((source, target)))
     taken: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
-        made = PoolSettings(dir=Path(place) / "p", memory_bytes=nbytes + 64 * MiB)
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
         with daemon(made), PoolClient(directory=made.dir, deadline_s=60.0) as client:
             for number in range(rounds + 1):  # the first one warms up: pages are mapped, threads started
                 keys = [os.urandom(32) for _ in range(count)]
@@ -139,9 +140,9 @@ def _runs(memory: np.ndarray, count: int, seed: int) -> list[Runs]:
 # -- lookups ------------------------------------------------------------------------------------------
 
 
-def lookups(clients: int, seconds: float) -> dict[str, float]:
-    """Keys looked up a second by so many processes together, BATCH in a message, all of them there."""
-    keys = [number.to_bytes(32, "big") for number in range(LOOKUP_CHUNKS)]
+def lookups(clients: int, seconds: float, batch: int) -> dict[str, float]:
+    """Keys looked up a second by so many processes together, ``batch`` in a message, all of them there."""
+    keys = [os.urandom(32) for _ in range(LOOKUP_CHUNKS)]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=LOOKUP_CHUNKS * 4096, frame_bytes=4096)
         with daemon(made), PoolClient(directory=made.dir) as client:
@@ -151,7 +152,7 @@ def lookups(clients: int, seconds: float) -> dict[str, float]:
             context = mp.get_context("spawn")
             start, results = context.Barrier(clients + 1), context.Queue()
             asking = [
-                context.Process(target=_ask, args=(made.dir, keys, seconds, start, results), daemon=True)
+                context.Process(target=_ask, args=(made.dir, keys, seconds, batch, start, results), daemon=True)
                 for _ in range(clients)
             ]
             for process in asking:
@@ -163,22 +164,23 @@ def lookups(clients: int, seconds: float) -> dict[str, float]:
     latencies = sorted(each for _, own in found for each in own)
     return {
         "clients": clients,
+        "batch": batch,
         "keys a second": sum(count for count, _ in found) / seconds,
         "p50 ms": 1e3 * latencies[len(latencies) // 2],
         "p99 ms": 1e3 * latencies[int(len(latencies) * 0.99)],
     }
 
 
-def _ask(directory: Path, keys: list[bytes], seconds: float, start: Any, results: Any) -> None:
+def _ask(directory: Path, keys: list[bytes], seconds: float, batch: int, start: Any, results: Any) -> None:
     with PoolClient(directory=directory) as client:
         client.lookup(keys[:1]).result()
         start.wait(120)
         done, taken, at = 0, [], 0
         ends = time.perf_counter() + seconds
         while (begin := time.perf_counter()) < ends:
-            done += client.lookup(keys[at : at + BATCH]).result().there
+            done += client.lookup(keys[at : at + batch]).result().there
             taken.append(time.perf_counter() - begin)
-            at = (at + BATCH) % len(keys)
+            at = (at + batch) % len(keys)
         results.put((done, taken[:: max(1, len(taken) // 10_000)]))
 
 
@@ -233,12 +235,11 @@ def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for what, value in result.get("bandwidth", {}).items():
         lines.append(f"{what:16} " + (f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"))
-    if "lookups" in result:
-        found = result["lookups"]
-        lines.append(
-            f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "
-            f"{BATCH}; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
-        )
+    lines += [
+        f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "
+        f"{found['batch']}; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
+        for found in result.get("lookups", [])
+    ]
     lines += [
         f"index            {each['chunks']:8} chunks: {each['bytes a chunk']:.0f} bytes each, "
         f"{each['lookups a second'] / 1e6:.2f} M lookups/s, {each['adds a second'] / 1e6:.2f} M adds/s"

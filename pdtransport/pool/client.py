@@ -29,7 +29,7 @@ from pdtransport.reactor import Reactor
 
 T = TypeVar("T")
 
-WINDOW_BYTES = 16 << 20  # of chunks granted in one message
+WINDOW_BYTES = 64 << 20  # of chunks granted in one message
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
 

@@ -24,7 +24,7 @@ from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.wire import Session
 from pdtransport.protocol.messages import Message
 
-WINDOWS = 4  # asked for at one time: while one is copied, the next are being granted
+WINDOWS = 3  # asked for at one time: while one is copied, the next are being granted
 MAX_COPY_BYTES = 32 << 20  # copied between two looks at whether anyone still wants it
 
 
@@ -170,7 +170,7 @@ class Copying:
         sizes = [self.sizes[index] for index in indices]
         theirs = merge_runs(frame_runs(session.mapping.address, frames, session.frame_bytes, sizes))
         source, target = (ours, theirs) if self._do.storing else (theirs, ours)
-        return pages.copy_runs(source, target, len(batch)).tolist()  # type: ignore[no-any-return]
+        return pages.read_mapped(source, target, len(batch)).tolist()  # type: ignore[no-any-return]
 
     def _fill(self, window: Window, batch: list[Part], session: Session) -> None:
         checksums = self._copy(window, batch, session)

@@ -6,6 +6,7 @@ array operations; there is no resizing, so no pause at any size. Memory is commi
 
 from __future__ import annotations
 
+import operator
 import secrets
 
 import numpy as np
@@ -18,6 +19,7 @@ KeyRows = npt.NDArray[np.uint64]
 
 MAX_ENTRIES = 1 << 30
 _WORDS = KEY_BYTES // 8
+_MASK = (1 << 64) - 1
 
 
 def key_rows(packed: bytes) -> KeyRows:
@@ -41,15 +43,17 @@ class Index:
         if not 1 <= capacity <= MAX_ENTRIES:
             raise ValueError(f"an index of {capacity} entries; 1 to {MAX_ENTRIES} are possible")
         self.capacity = capacity
-        bits = max(4, (capacity - 1).bit_length())
-        # Random odd multiplier: nobody outside can choose keys that fall into one chain.
-        self._multiplier = np.uint64(secrets.randbits(64) | 1)
-        self._shift = np.uint64(64 - bits)
+        bits = max(4, capacity.bit_length())  # half to all of the buckets are in use when it is full
+        # Random odd multipliers, one a word: whatever keys clients choose, they do not fall into one chain.
+        self._factors = [secrets.randbits(64) | 1 for _ in range(_WORDS)]
+        self._multipliers = np.array(self._factors, dtype=np.uint64)
+        self._bits, self._shift = 64 - bits, np.uint64(64 - bits)
         self._keys = np.zeros((capacity, _WORDS), dtype=np.uint64)
         self._heads = np.full(1 << bits, -1, dtype=np.int32)
         self._chain = np.zeros(capacity, dtype=np.int32)
         self._head, self._next = self._heads.data, self._chain.data
         self._raw = self._keys.data.cast("B")
+        self._words = self._raw.cast("Q")
         self._fresh = 0  # entries from here on were never used
         self._free = -1  # head of the list of those given back, chained like the buckets
         self.count = 0
@@ -64,16 +68,11 @@ class Index:
 
     def find(self, keys: KeyRows) -> Entries:
         """The entry of each key, -1 where there is none: int32 of shape (n,)."""
-        found = np.full(len(keys), -1, dtype=np.int32)
-        rows = np.arange(len(keys))
-        at = self._heads[self._buckets(keys)]
-        while len(rows):
-            there = at >= 0
-            if not there.all():
-                rows, at = rows[there], at[there]
-            same = (self._keys[at] == keys[rows]).all(axis=1)
-            found[rows[same]] = at[same]
-            rows, at = rows[~same], self._chain[at[~same]]
+        found = self._heads[self._buckets(keys)]
+        rows = np.flatnonzero((self._keys[found] != keys).any(axis=1) & (found >= 0))
+        while len(rows):  # those whose chain has another key first
+            found[rows] = at = self._chain[found[rows]]
+            rows = rows[(self._keys[at] != keys[rows]).any(axis=1) & (at >= 0)]
         return found
 
     def entry(self, key: bytes) -> int:
@@ -129,8 +128,8 @@ class Index:
         return self._heads.nbytes + self._fresh * each
 
     def _buckets(self, keys: KeyRows) -> npt.NDArray[np.uint64]:
-        with np.errstate(over="ignore"):
-            return (keys[:, 0] * self._multiplier) >> self._shift
+        return (keys @ self._multipliers) >> self._shift
 
     def _bucket(self, entry: int) -> int:
-        return ((int(self._keys[entry, 0]) * int(self._multiplier)) & ((1 << 64) - 1)) >> int(self._shift)
+        words = self._words[entry * _WORDS : (entry + 1) * _WORDS]
+        return (sum(map(operator.mul, words, self._factors)) & _MASK) >> self._bits

@@ -72,15 +72,18 @@ class Shelf:
 
     def lookup(self, keys: bytes) -> tuple[int, int]:
         """How many keys from the first on are there, and how many of these are in memory."""
-        entries = self.index.find(key_rows(keys))
+        entries, tiers = self._entries(keys), self.index.tiers
         reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
-        tiers = np.where(entries >= 0, self.index.tier_column[entries] & reachable, 0)
-        missing = np.flatnonzero(tiers == 0)
-        there = int(missing[0]) if len(missing) else len(tiers)
+        there = in_memory = 0
+        for entry in entries:
+            if entry < 0 or not tiers[entry] & reachable:
+                break
+            there += 1
+            in_memory += tiers[entry] & MEMORY
         self.counters["lookups"] += 1
-        self.counters["lookup_keys"] += len(tiers)
+        self.counters["lookup_keys"] += len(entries)
         self.counters["lookup_hits"] += there
-        return there, int(np.count_nonzero(tiers[:there] & MEMORY))
+        return there, in_memory
 
     def store(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""

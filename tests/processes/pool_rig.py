@@ -193,7 +193,7 @@ class Other:
 
 
 def _serve(pipe: Connection, directory: Path) -> None:
-    whole = pages.copy_runs
+    whole = pages.read_mapped
     client = PoolClient(directory=directory, deadline_s=ANSWER_S, who="other")
     halting, go = threading.Event(), threading.Event()
 
@@ -207,7 +207,7 @@ def _serve(pipe: Connection, directory: Path) -> None:
             go.wait(ANSWER_S)
         return whole(src, dst, blocks)
 
-    pages.copy_runs = copy
+    pages.read_mapped = copy  # type: ignore[assignment]
     verbs: dict[str, Callable[..., Any]] = {
         "halt": halting.set,
         "lookup": lambda numbers: client.lookup([key(n) for n in numbers]).result().there,

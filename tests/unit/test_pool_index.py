@@ -44,7 +44,7 @@ def test_the_index_is_a_dictionary(steps: list[tuple[bool, int]]) -> None:
 
 
 def test_keys_that_share_words_are_told_apart() -> None:
-    """All 32 bytes count: keys that agree in their first 24 (and so fall into one chain) are different keys."""
+    """All 32 bytes count: keys that agree in their first 24 are different keys."""
     index = Index(64)
     keys = [bytes(24) + number.to_bytes(8, "little") for number in range(64)]
     entries = [index.add(each) for each in keys]
@@ -53,6 +53,20 @@ def test_keys_that_share_words_are_told_apart() -> None:
         index.remove(entries[gone])
         entries[gone] = -1
     assert index.find(key_rows(b"".join(keys))).tolist() == entries
+
+
+@pytest.mark.parametrize("shift", [0, 64, 128, 192])
+def test_chosen_keys_do_not_fall_into_one_chain(shift: int) -> None:
+    """A client that counts its keys up, in whichever word, does not slow the others' lookups down."""
+    index = Index(4096)
+    for number in range(4096):
+        index.add((number << shift).to_bytes(32, "little"))
+    assert longest_chain(index) < 64
+
+
+def longest_chain(index: Index) -> int:
+    chains = np.bincount(index._buckets(index._keys).astype(np.int64))
+    return int(chains.max())
 
 
 def test_what_is_no_row_of_keys_is_an_error() -> None:
