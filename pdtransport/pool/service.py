@@ -307,7 +307,7 @@ class PoolService:
                 }
                 for each in self._clients.values()
             ],
-            **self.shelf.status(),
+            **_contents(self.shelf),
             "service": dict(self.counters),
         }
 
@@ -343,6 +343,29 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _contents(shelf: Shelf) -> dict[str, Any]:
+    """Sizes and counters, for people and metrics."""
+    frame_bytes, frames = shelf.settings.frame_bytes, shelf.room.frames
+    return {
+        "chunks": len(shelf.index),
+        "max_chunks": shelf.index.capacity,
+        "index_bytes": shelf.index.nbytes_committed,
+        "memory": {
+            "bytes": frames.count * frame_bytes,
+            "used_bytes": (frames.count - frames.free) * frame_bytes,
+            "hard_pinned_bytes": shelf.room.hard_frames * frame_bytes,
+            "by_tenant": {group.name: group.used * frame_bytes for group in shelf.room.groups if group.used},
+        },
+        "tiers": {
+            tier.name: {"up": tier.up, "limit_bytes": tier.limit, "used_bytes": tier.used, "chunks": len(tier)}
+            for tier in shelf.lower
+        },
+        "writeback_bytes": shelf.writeback_bytes,
+        "being_filled": shelf.being_filled,
+        "counters": dict(sorted(shelf.counters.items())),
+    }
 
 
 def _lower(settings: PoolSettings) -> list[Lower]:

@@ -66,7 +66,12 @@ class Shelf:
         self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
         self._seen = Ghosts()
         self._unpin_at: dict[int, float] = {}
-        self._writeback_bytes = 0
+        self.writeback_bytes = 0  # that wait or are being written, all tiers together
+
+    @property
+    def being_filled(self) -> int:
+        """Chunks on their way into memory."""
+        return len(self._waiters)
 
     # -- what clients ask -------------------------------------------------------------------------------------------
 
@@ -212,7 +217,7 @@ class Shelf:
     def written_back(self, job: WriteBack, stored: int | None) -> None:
         """A chunk was written to a tier below, in ``stored`` bytes; None: it was not."""
         entry, tier = job.entry, job.tier
-        self._writeback_bytes -= job.nbytes
+        self.writeback_bytes -= job.nbytes
         tier.used -= job.reserved
         if stored is None:
             self.counters[f"{tier.name}_write_failed"] += 1
@@ -432,14 +437,14 @@ class Shelf:
         assert frames is not None
         for tier in self.lower:
             reserved = nbytes + tier.tier.overhead_bytes
-            queued = self._writeback_bytes + nbytes
+            queued = self.writeback_bytes + nbytes
             if self.index.tiers[entry] & tier.bit:  # a scan found it there meanwhile
                 continue
             if not tier.up or queued > self.settings.writeback_bytes or not self._make_room(tier, reserved):
                 self.counters[f"{tier.name}_write_skipped"] += 1
                 continue
             tier.used += reserved
-            self._writeback_bytes += nbytes
+            self.writeback_bytes += nbytes
             self.index.refs[entry] += 1
             checksum, tenant = self.index.checksum[entry], self._tenant(entry)
             self.jobs.append(WriteBack(tier, entry, self.index.key(entry), tenant, nbytes, checksum, frames, reserved))
@@ -482,25 +487,3 @@ class Shelf:
     def _answer(self, request: Request, part: Part) -> None:
         self.counters[part.verdict.name.lower()] += 1
         self.outbox.setdefault(request, []).append(part)
-
-    def status(self) -> dict[str, object]:
-        """Sizes and counters, for people and metrics."""
-        frame_bytes, frames = self.settings.frame_bytes, self.room.frames
-        return {
-            "chunks": len(self.index),
-            "max_chunks": self.index.capacity,
-            "index_bytes": self.index.nbytes_committed,
-            "memory": {
-                "bytes": frames.count * frame_bytes,
-                "used_bytes": (frames.count - frames.free) * frame_bytes,
-                "hard_pinned_bytes": self.room.hard_frames * frame_bytes,
-                "by_tenant": {group.name: group.used * frame_bytes for group in self.room.groups if group.used},
-            },
-            "tiers": {
-                tier.name: {"up": tier.up, "limit_bytes": tier.limit, "used_bytes": tier.used, "chunks": len(tier)}
-                for tier in self.lower
-            },
-            "writeback_bytes": self._writeback_bytes,
-            "being_filled": len(self._waiters),
-            "counters": dict(sorted(self.counters.items())),
-        }

@@ -50,7 +50,8 @@ def test_a_writer_killed_in_its_copy_leaves_nothing_and_the_next_takes_over(dire
         waiting = threading.Thread(target=lambda: done.append(store(client, [1])))
         done: list = []
         waiting.start()
-        reading = client.load([key(2)], [Pages(1).runs(0)])
+        room = Pages(1)  # must live as long as the load
+        reading = client.load([key(2)], [room.runs(0)])
         until(lambda: mine(client)["requests"] >= 2, "nobody waits")
         other.kill()
         waiting.join(30)
@@ -149,7 +150,8 @@ def test_a_cancelled_wait_holds_nothing(directory: Path, other: Other) -> None:
     with pool(directory), PoolClient(directory=directory) as client:
         store(client, [2])
         other.halt_in("store", [1])
-        pending = client.load([key(1), key(2)], [Pages(1).runs(0), Pages(1).runs(0)], deadline_s=60.0)
+        room = Pages(2)  # must live as long as the load
+        pending = client.load([key(1), key(2)], [room.runs(0), room.runs(1)], deadline_s=60.0)
         until(lambda: mine(client)["requests"], "it does not wait")
         pending.cancel()
         assert "LOST" in names(pending.result())
