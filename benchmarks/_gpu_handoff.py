@@ -26,6 +26,7 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -72,6 +73,7 @@ class Sample:
     commit_s: float | None = None
     runs_per_100: float | None = None
     failed: str = ""
+    first_token_from: str = ""  # what our router says of it
     events: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -197,7 +199,10 @@ class _System:
                 with routed([prefill], [decode], self._plan.logs, "concurrent", *args) as router:
                     for length in self._plan.lengths:
                         await self._one(client, length, router.url, row)
-                    samples += await self._rounds(client, router.url, f"pdtransport {row}")
+                    fresh = await self._rounds(client, router.url, f"pdtransport {row}")
+                    count = Counter(sample.first_token_from or sample.failed or "?" for sample in fresh)
+                    say(f"{self._mode}: {row}: first tokens from {dict(count)}")
+                    samples += fresh
             except ServerFailed as error:
                 say(f"{self._mode}: {row}: {error}")
         return samples
@@ -211,6 +216,7 @@ class _System:
                 to = router or self._servers[0]
                 answer = await client.complete(to, prompt, MAX_TOKENS, stream=True)
                 sample.ttft_s = answer.ttft_s
+                sample.first_token_from = answer.headers.get("x-pd-first-token", "")
                 return [sample]
             return await self._handed(client, prompt, sample)
         except FAILURES as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.rig.device import Device
-from tests.rig.servers import Connector, KVRole, ServerSpec
+from tests.rig.servers import TINY_LM, Connector, KVRole, ServerSpec
 
 Mode = Literal["eager", "graphs"]
 GIB = 1 << 30
@@ -62,7 +63,8 @@ class Scale:
         return ("eager", "graphs") if self.device == "cuda" else ("eager",)
 
     def write_model(self, folder: Path) -> Path:
-        """Write the model's ``config.json``, all that ``--load-format dummy --skip-tokenizer-init`` reads."""
+        """Write what ``--load-format dummy`` reads: the model's ``config.json``, and tiny-lm's tokenizer, without which
+        no text of a first token can be passed on."""
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -83,6 +85,8 @@ class Scale:
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY_LM / name, folder)
         return folder
 
     def prompt(self, length: int, dice: random.Random) -> list[int]:
@@ -112,7 +116,6 @@ class Scale:
             kv_cache_bytes=self.kv_bytes,
             load_failure_policy="fail" if connector == "pdtransport" else None,
             extra_config=settings or {},
-            args=("--skip-tokenizer-init",),
             model=model,
             load_format="dummy",
             device=self.device,
@@ -138,7 +141,7 @@ FULL = Scale(
     heads=32,
     kv_heads=8,
     intermediate=14336,
-    vocabulary=32000,
+    vocabulary=4096,  # tiny-lm's tokenizer has as many
     block_size=16,
     kv_bytes=6 * GIB,  # 49,152 tokens: three of the longest prompts
     lengths=(1024, 4096, 8192, 16000),
@@ -154,7 +157,7 @@ REHEARSAL = Scale(
     heads=8,
     kv_heads=4,
     intermediate=512,
-    vocabulary=2048,
+    vocabulary=4096,
     block_size=32,
     kv_bytes=GIB // 64,
     lengths=(64, 512),

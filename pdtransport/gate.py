@@ -44,9 +44,10 @@ class Gate:
 
             self._watch = Watch(device)
 
-    def call(self, owner: object, event: Any | None, call: Callable[[], None]) -> None:
+    def call(self, owner: object, event: Any | None, call: Callable[[], None]) -> int:
         """Run ``call`` once ``event`` (a ``torch.cuda.Event`` or ``cupy.cuda.Event``, recorded; None: nothing) has
-        passed, and after what waits for the same ``owner``; at once where nothing is to wait for."""
+        passed, and after what waits for the same ``owner``; at once where nothing is to wait for. The event's raw
+        handle if it has to wait for that, else 0."""
         handle = 0
         if event is not None and self._watch is not None:
             handle = event_handle(event)
@@ -54,7 +55,7 @@ class Gate:
                 handle = 0
         if not handle and not self._waiting[id(owner)]:
             call()
-            return
+            return 0
         if len(self._entries) >= MAX_WAITING:
             raise RuntimeError(f"{MAX_WAITING} calls wait for the GPU, which does not get on")
         if handle:
@@ -62,6 +63,7 @@ class Gate:
             self._watch.add(handle)
         self._entries.append(_Entry(owner, event, handle, call))
         self._waiting[id(owner)] += 1
+        return handle
 
     def drop(self, owner: object) -> None:
         """Forget what waits for ``owner``."""

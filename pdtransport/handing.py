@@ -6,13 +6,13 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from pdtransport.control.channel import ControlChannel, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.geometry import KVGeometry
-from pdtransport.links.base import Channel, LinkBusy
+from pdtransport.links.base import Channel, LinkBusy, Runs
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
@@ -29,6 +29,16 @@ MAX_PUSHES_A_TURN = 8  # staging a batch takes about a millisecond: control mess
 _Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, attempt
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch whose pages are not final yet. Only for these pages, and this channel."""
+
+    pages: list[int]
+    channel: Channel
+    runs: Runs
+    what: object
+
+
 @dataclass
 class _Source:
     """Pages that we hand over: ``pages[i]`` holds block i of the request. Only ``owner`` may say more of it."""
@@ -40,6 +50,9 @@ class _Source:
     record: TransferRecord
     on_promise: OnPromise | None = None  # until it was called
     nbytes: int = 0
+    final: int = 0  # leading blocks
+    foreseen: int = 0  # leading blocks that foresee() has seen
+    prepared: dict[tuple[PeerId, int, int], _Prepared] = field(default_factory=dict)  # by first block and count
 
 
 class Handing:
@@ -102,13 +115,38 @@ class Handing:
         if source is None:
             return
         source.pages = list(pages)
+        if tokens_done >= source.tokens:
+            source.record.mark("computed", latest=True)
+        blocks = self._final_blocks(source, pages, tokens_done)
+        if blocks < source.final or not pages:  # taken back
+            source.foreseen = blocks
+            source.prepared.clear()
+        source.final = blocks
+        self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
+        self.push_some()
+
+    def foresee(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
+        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
+        then; afterwards it wants the interpreter, and decode wants the pages. So what can be done, is done now."""
+        source = self._owned(owner, transfer)
+        if source is None:
+            return
+        blocks = self._final_blocks(source, pages, tokens_done)
+        for machine, first, count in self.sending.upcoming(transfer, source.foreseen, blocks):
+            peer = self._peers.get(machine.peer)
+            if peer is None or peer.outbound is None:
+                continue
+            ids = list(pages[first : first + count])
+            runs = self._geometry.runs(ids, machine.grant.head_lo, machine.grant.head_hi)
+            prepared = peer.outbound.prepare(runs, count if self._checksums else 0, event)
+            if prepared is not None:
+                source.prepared[machine.peer, first, count] = _Prepared(ids, peer.outbound, runs, prepared)
+        source.foreseen = max(source.foreseen, blocks)
+
+    def _final_blocks(self, source: _Source, pages: Sequence[int], tokens_done: int) -> int:
         block_size = self._geometry.block_size
         whole = tokens_done >= source.tokens
-        if whole:
-            source.record.mark("computed", latest=True)
-        blocks = -(-source.tokens // block_size) if whole else tokens_done // block_size
-        self.run(self.sending.pages_ready(transfer, min(blocks, len(pages)), tokens_done, time.monotonic()))
-        self.push_some()
+        return min(-(-source.tokens // block_size) if whole else tokens_done // block_size, len(pages))
 
     def finish(self, owner: object, transfer: str, first_token: int | None = None) -> None:
         source = self._owned(owner, transfer)
@@ -221,9 +259,15 @@ class Handing:
         if source is None or peer is None or peer.outbound is None:
             raise LinkError("the decode worker agreed on no link")
         pages = source.pages[push.first_block : push.first_block + push.blocks]
-        runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
         key, self._next_key = self._next_key, self._next_key + 1
-        offer, checksums = peer.outbound.send(key, runs, push.blocks if self._checksums else 0, _ignore)
+        blocks = push.blocks if self._checksums else 0
+        early = source.prepared.pop((push.peer, push.first_block, push.blocks), None)
+        if early is not None and early.pages == pages and early.channel is peer.outbound and not push.attempt:
+            runs = early.runs
+            offer, checksums = peer.outbound.send(key, runs, blocks, _ignore, early.what)
+        else:
+            runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
+            offer, checksums = peer.outbound.send(key, runs, blocks, _ignore)
         self._staged[ident] = (peer.outbound, key)
         nbytes = int(runs[:, 1].sum())
         source.nbytes += nbytes

@@ -39,7 +39,10 @@ class Handle:
         self._on_end = on_end
 
     def _in_turn(self, after: Any | None, call: Callable[[Exchange], None]) -> None:
-        self._transport._call(lambda exchange: exchange.gate.call(self, after, lambda: call(exchange)))
+        def said(exchange: Exchange) -> None:
+            exchange.gate.call(self, after, lambda: call(exchange))
+
+        self._transport._call(said)
 
     def _ended(self, outcome: Outcome) -> None:
         if not self.future.done():
@@ -74,7 +77,14 @@ class Offer(Handle):
         On a GPU, ``after`` is an event (torch's or cupy's) recorded behind the kernels that compute them: the pages are
         final once it has passed, and what is said of this offer later waits for it too."""
         pages = list(pages)
-        self._in_turn(after, lambda exchange: exchange.handing.pages_ready(self, self.transfer, pages, tokens))
+
+        def said(exchange: Exchange) -> None:
+            handing = exchange.handing
+            event = exchange.gate.call(self, after, lambda: handing.pages_ready(self, self.transfer, pages, tokens))
+            if event:
+                handing.foresee(self, self.transfer, pages, tokens, event)
+
+        self._transport._call(said)
 
     def withdraw(self, timeout_s: float) -> None:
         """The engine takes the pages back (preemption): when this returns, no link reads them any more. What decode

@@ -59,8 +59,16 @@ class Channel(ABC):
     max_batch_bytes: int = 1 << 40  # the largest batch that `send` takes
     stats: LinkStats
 
+    def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> object | None:
+        """GPU memory: do what can be done of a :meth:`send` before the kernels have ended that compute the pages,
+        behind which the raw cudaEvent_t is recorded. The result is for that one ``send``, after the event; it may be
+        dropped. None: there is nothing to gain."""
+        return None
+
     @abstractmethod
-    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+    def send(
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+    ) -> tuple[bytes, bytes]:
         """Offer ``runs`` under ``key`` (unique per channel, < 2**56).
 
         The stream holds ``checksum_blocks`` equally long blocks (0: no checksums wanted). Returns

@@ -47,6 +47,8 @@ MAX_ALLOCATIONS = 1024  # in one export
 MAX_OFFERED = 4096  # batches offered and not released, a channel
 MAX_QUEUED = 4096  # batches to copy, a channel
 MAX_UNDER_WAY = 4  # kernels of a channel on the GPU at once: enough to hide their launches
+MAX_PREPARED = 16  # checksums that wait for the model, over all peers
+MAX_PREPARED_RUNS = 1 << 15  # of each: their tables wait in a ring of 8 MiB
 MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
 DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
 
@@ -73,9 +75,11 @@ class CudaIpcLink(Link):
         self.regions, self.device = regions, regions.device
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._channels: list[CudaIpcChannel] = []
+        self.prepared: deque[Launch] = deque()  # checksums that wait for the model
         try:
             self.sending = gpu.GpuPages(self.device)
             self.receiving = gpu.GpuPages(self.device, wake_fd=self._wake)
+            self.preparing = gpu.GpuPages(self.device)
             self._cookie = DeviceMemory(COOKIE_BYTES, self.device)
             cookie = secrets.token_bytes(COOKIE_BYTES)
             gpu.from_host(self._cookie.address, cookie)
@@ -147,8 +151,8 @@ class CudaIpcLink(Link):
         for channel in self._channels:
             channel.close()
         self._channels.clear()
-        self.sending.close()
-        self.receiving.close()
+        for kernels in (self.sending, self.receiving, self.preparing):
+            kernels.close()
         os.close(self._wake)
 
 
@@ -163,6 +167,12 @@ class _Copy:
     blocks: int
     done: Done | None
     launch: Launch | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    offer: bytes
+    launch: Launch
 
 
 @dataclass(eq=False)
@@ -195,28 +205,51 @@ class CudaIpcChannel(Channel):
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
-    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+    def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> _Prepared | None:
+        """The checksums' kernel goes behind the event, on a stream that others' batches don't wait on."""
+        waiting = self._link.prepared
+        try:
+            while waiting and waiting[0].done():
+                waiting.popleft()
+            if self._broken or not checksum_blocks or len(waiting) >= MAX_PREPARED or len(runs) > MAX_PREPARED_RUNS:
+                return None
+            runs = merge_runs(as_runs(runs))
+            self._link.regions.check(runs)
+            stream = self._link.preparing
+            stream.after(event_handle)
+            prepared = _Prepared(pack(runs), stream.checksum(runs, checksum_blocks))
+        except (ValueError, LinkError, self._link.gpu.GpuError):
+            return None  # send() meets it again, and says so
+        waiting.append(prepared.launch)
+        return prepared
+
+    def send(
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+    ) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")
         if len(self._offered) >= MAX_OFFERED:
             raise LinkBusy(f"{MAX_OFFERED} batches are offered and not released")
+        launch: Launch | None
         try:
-            runs = merge_runs(as_runs(runs))
-            self._link.regions.check(runs)
-            offer = pack(runs)
+            if isinstance(prepared, _Prepared):
+                offer, launch = prepared.offer, prepared.launch
+            else:
+                merged = merge_runs(as_runs(runs))
+                self._link.regions.check(merged)
+                offer = pack(merged)
+                launch = self._link.sending.checksum(merged, checksum_blocks) if checksum_blocks else None
             if len(offer) > MAX_OFFER_BYTES:
                 raise LinkError(f"a batch of {len(runs)} runs is too fragmented: lower links.gpu_batch_bytes")
-            # Waiting is fine here: reading one batch takes a tenth of a millisecond, and the model's kernels run on.
-            sums = self._link.sending.checksum(runs, checksum_blocks).wait() if checksum_blocks else None
-        except ValueError as error:
-            raise LinkError(str(error)) from None
-        except self._link.gpu.GpuError as error:
+            # Waiting is fine here: reading a batch takes less than a millisecond, and the model's kernels run on.
+            checksums = b"" if launch is None else launch.wait().astype("<u8").tobytes()
+        except (ValueError, self._link.gpu.GpuError) as error:
             raise LinkError(str(error)) from None
         self._offered[key] = done
         self.stats.bytes_sent += stream_bytes(runs)
         self.stats.batches_sent += 1
-        return offer, b"" if sums is None else sums.astype("<u8").tobytes()
+        return offer, checksums
 
     def release(self, key: int) -> None:
         done = self._offered.pop(key, None)

@@ -132,7 +132,9 @@ class ReadingChannel(Channel):
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
-    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+    def send(
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+    ) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")

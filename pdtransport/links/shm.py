@@ -1,7 +1,7 @@
 """Same host, host memory: the receiver maps the sender's pages and copies them straight into its own.
 
-One copy in user space, no system call and no pinning of pages: about twice as fast as `cma`, with which it shares
-everything else. Who may be read by whom is the same question, and what can't be mapped is read the way `cma` does.
+One copy in user space, no system call and no pinning of pages; everything else it shares with `cma`. Who may be read by
+whom is the same question, and what can't be mapped is read the way `cma` does.
 """
 
 from __future__ import annotations

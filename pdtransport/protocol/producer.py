@@ -198,6 +198,14 @@ class ProducerMachine:
         soonest = min(self._deadline, self._resend_at)
         return None if soonest == float("inf") else soonest
 
+    def upcoming(self, since: int, blocks: int) -> list[tuple[int, int]]:
+        """Batches, as (first block, blocks), that :meth:`pages_ready` would push once ``blocks`` blocks are final and
+        all before ``since`` were pushed. Asks for nothing and changes nothing."""
+        if self.state is not ProducerState.STREAMING:
+            return []
+        first, limit = max(self._next_block, since), min(blocks, self._end)
+        return [(at, min(self._batch_blocks, limit - at)) for at in range(first, limit, self._batch_blocks)]
+
     # -- pushing -------------------------------------------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Action]:

@@ -113,6 +113,13 @@ class Sending:
         request.ready, request.tokens_done = blocks, tokens_done
         return self._each(transfer, request, lambda machine: machine.pages_ready(blocks, tokens_done, now))
 
+    def upcoming(self, transfer: TransferId, since: int, blocks: int) -> list[tuple[ProducerMachine, int, int]]:
+        """What :meth:`pages_ready` would push, as (grant's machine, first block, blocks), were the blocks before
+        ``since`` pushed already. For who has time to prepare it; changes nothing."""
+        request = self._requests.get(transfer)
+        machines = request.grants.values() if request else ()
+        return [(machine, *batch) for machine in machines for batch in machine.upcoming(since, blocks)]
+
     def finish(self, transfer: TransferId, now: float, first_token: int | None = None) -> list[Action]:
         """The engine is done with the request: from here on its pages are held for decode alone. ``first_token`` goes
         into the commit of every grant that promises to go on from it."""

@@ -138,7 +138,10 @@ def _stateful(params: Any) -> str:
     for name in params.__struct_fields__:
         if name not in _STATELESS:
             given, default = getattr(params, name), getattr(plain, name)
-            if given is not default and (type(given) is not type(default) or given != default):
+            if hasattr(given, "__array__"):
+                return "sampling_params"
+            off = (given is None or given is False or given == []) and not default  # servers write some of them out
+            if not off and given != default:
                 return _CODES.get(name, "sampling_params")
     return ""
 

@@ -17,6 +17,7 @@ import pytest
 
 from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
 from tests.rig import twin_gpu
+from tests.rig.twin_gpu import TwinEvent
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SLOT = 3, 40, 4, 16, 64
 WAIT_S = 20.0
@@ -434,3 +435,43 @@ def test_a_link_below_the_wanted_bandwidth_is_refused_not_taken_in_silence() -> 
         with pytest.raises(TransferFailed, match="min_bandwidth_bytes_s") as caught:
             receipt.result(WAIT_S)
         assert caught.value.code == "refused"
+
+
+def test_pages_on_a_gpu_leave_when_their_event_has_passed() -> None:
+    """What was prepared while the GPU computed is sent only afterwards, with the bytes that were computed; pages that
+    were taken back meanwhile are prepared anew."""
+    with twin_gpu.installed(), ExitStack() as stack:
+        settings = Settings.parse({"links": {"order": ["cuda_ipc"]}})
+        prefill = worker(0, 1, settings, free_ports(1), 0, "prefill", BLOCK_SIZE, device=0)
+        decode = worker(0, 1, settings, 0, 255, "decode", BLOCK_SIZE, device=0)
+        for one in (prefill, decode):
+            stack.enter_context(one.transport)
+        c = Cluster([prefill], [decode])
+        tokens, key, transfer = 8 * BLOCK_SIZE, request_key(range(128)), secrets.token_hex(16)
+        source, moved, target = list(range(8)), list(range(8, 16)), list(range(20, 28))
+        offer = prefill.transport.offer(transfer, key, tokens)
+        (receipt,) = receive_all(c, transfer, key, tokens, target)
+        granted_by = time.monotonic() + WAIT_S
+        while not any(record["events"].get("granted") for record in prefill.transport.status()["transfers"]):
+            assert time.monotonic() < granted_by
+            time.sleep(0.01)
+        first, second, again = TwinEvent(), TwinEvent(), TwinEvent()
+        offer.ready(source, 64, after=first)
+        offer.ready(source, tokens, after=second)
+        time.sleep(0.2)
+        assert prefill.transport.status()["counters"].get("bytes_sent", 0) == 0, "sent before they were computed"
+        fill_pages(c, source, seed=5)
+        first.happen()
+        sent_by = time.monotonic() + WAIT_S
+        while prefill.transport.status()["counters"].get("blocks_sent", 0) != 4:
+            assert time.monotonic() < sent_by
+            time.sleep(0.01)
+        offer.withdraw(WAIT_S)  # preempted: the second step's pages were never announced
+        offer.ready(moved, tokens, after=again)
+        whole = fill_pages(c, moved, seed=6)
+        second.happen()
+        again.happen()
+        offer.finish()
+        assert receipt.result(WAIT_S).ok
+        assert offer.result(WAIT_S).ok
+        assert np.array_equal(gathered(c, target)[:, 4:], whole[:, 4:])

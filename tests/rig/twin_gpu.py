@@ -97,6 +97,10 @@ class GpuPages:
             raise ValueError(f"a stream of {total} bytes does not hold {blocks} equally long blocks of whole words")
         return self._launch(lambda: pages.copy_runs(src, dst, blocks))
 
+    def after(self, event_handle: int) -> None:
+        """What is launched from now on waits for it."""
+        self._stream.submit(TwinEvent._all[event_handle].passed.wait, 30)
+
     def checksum(self, runs: Runs, blocks: int) -> Launch:
         return self._launch(lambda: pages.checksum(runs, blocks))
 

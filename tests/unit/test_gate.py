@@ -21,7 +21,10 @@ def gate() -> Iterator[Gate]:
 
 
 def rings(gate: Gate) -> bool:
-    return bool(select.select(gate.descriptors(), [], [], 0)[0])
+    poll = select.poll()  # select() takes no descriptor above 1023
+    for descriptor in gate.descriptors():
+        poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def test_a_call_runs_only_after_its_event(gate: Gate) -> None:

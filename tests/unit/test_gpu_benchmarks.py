@@ -28,11 +28,17 @@ def test_the_full_model_has_the_size_that_the_figures_speak_of() -> None:
     assert max(FULL.lengths) + _gpu_handoff.MAX_TOKENS <= FULL.max_len
 
 
-def test_the_model_folder_holds_a_configuration_alone(tmp_path: Path) -> None:
+def test_the_model_folder_holds_no_weights(tmp_path: Path) -> None:
+    """A configuration, and a tokenizer that knows each of its tokens."""
     config = json.loads((FULL.write_model(tmp_path / "m") / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert (config["num_hidden_layers"], config["hidden_size"], config["num_key_value_heads"]) == (32, 4096, 8)
-    assert [file.name for file in (tmp_path / "m").iterdir()] == ["config.json"]
+    assert {file.name for file in (tmp_path / "m").iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert config["vocab_size"] == len(json.loads((tmp_path / "m" / "tokenizer.json").read_text())["model"]["vocab"])
 
 
 @pytest.mark.parametrize("mode", ["eager", "graphs"])

@@ -93,6 +93,8 @@ def request(kv: Any = None, prompt: list[int] | None = None, hasher: Any = None,
         ({"extra_args": {"mine": 1}}, "extra_args"),
         ({"spaces_between_special_tokens": False}, "sampling_params"),
         ({"detokenize": False}, "sampling_params"),
+        ({"watermarking": True}, "sampling_params"),
+        ({"watermarking": False}, ""),
     ],
 )
 def test_sampling_state_makes_it_inexact(firsts: FirstTokens, sampling: dict[str, Any], code: str) -> None:
