@@ -35,7 +35,11 @@ PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
 
 
 class Pending(Generic[T]):
-    """An answer on its way. ``await pending`` or ``pending.result()`` gives it."""
+    """An answer on its way. ``await pending`` or ``pending.result()`` gives it.
+
+    A task that is cancelled while it awaits a store or load does not end the copy: the memory is the caller's again
+    when ``future`` is done, soon after :meth:`cancel`.
+    """
 
     def __init__(self, future: Future[T], deadline_s: float, cancel: Callable[[], None] | None = None) -> None:
         self.future = future
@@ -58,7 +62,7 @@ class Pending(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio
 
-        # shielded: when the task is cancelled, the copy still ends before the caller may reuse its memory
+        # shielded: a cancelled task must not make `future` look done while the copy goes on
         return (yield from asyncio.shield(asyncio.wrap_future(self.future)).__await__())
 
 
