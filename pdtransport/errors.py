@@ -27,6 +27,10 @@ class PeerRefused(PDTransportError):
         self.field = field
 
 
+class PoolUnavailable(PDTransportError):
+    """The pool did not answer: it does not run, ended meanwhile, or a deadline passed. Whoever asked goes without."""
+
+
 class TransferFailed(PDTransportError):
     """A transfer ended without its pages; ``code`` is one of :class:`pdtransport.protocol.messages.Code`."""
 

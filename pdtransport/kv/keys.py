@@ -10,6 +10,8 @@ import hashlib
 import sys
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,7 @@ KEY_BYTES = 32
 MAX_TOKEN = (1 << 32) - 1  # token ids travel as u32
 _REQUEST = b"pdt-request-1"  # personalisation: bump the number if the encoding ever changes
 _BLOCK = b"pdt-block-1"
+_CHUNK = b"pdt-chunk-1"
 
 
 def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] = ()) -> bytes:
@@ -55,6 +58,82 @@ def block_keys(tokens: Sequence[int], block_size: int, *, salt: str = "", extra:
     for end in range(step, len(packed) + 1, step):
         state = hashlib.blake2b(key, digest_size=KEY_BYTES, person=_BLOCK)
         state.update(packed[end - step : end])
+        key = state.digest()
+        keys.append(key)
+    return keys
+
+
+@dataclass(frozen=True)
+class KeySpace:
+    """What the bytes of a stored chunk depend on beside its tokens. Chunks of different spaces never meet.
+
+    ``shard`` names which part of the model's KV a chunk holds ("heads 0-4 of 8, layers 0-32"): workers of another
+    tensor-parallel size find each other's chunks where their shards are the same. ``salt`` keeps tenants apart.
+
+    Raises:
+        ValueError: a field that every chunk depends on is empty, or ``chunk_tokens`` is below 1.
+    """
+
+    model: str
+    revision: str
+    dtype: str
+    layout: str
+    shard: str
+    chunk_tokens: int
+    lora: str = ""
+    salt: str = ""
+    extra: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dtype", "layout", "shard"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: chunks of different {name}s would be taken for one another")
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {self.chunk_tokens}, it must be at least 1")
+
+
+class Media(NamedTuple):
+    """A picture or sound in the prompt: where its placeholder tokens begin, and the hash of its content."""
+
+    first_token: int
+    content: str
+
+
+def chunk_keys(
+    space: KeySpace, tokens: Sequence[int], *, media: Sequence[Media] = (), tail: bool = True
+) -> list[bytes]:
+    """Keys of the prompt's chunks for storage, 32 bytes each: a chunk's key covers all tokens up to its end.
+
+    Two prompts share the keys of exactly the chunks of their common prefix; a picture makes a difference from the
+    chunk on in which it begins. The last chunk may be partial: its key is that of just these tokens, so a longer
+    prompt does not find it.
+
+    Args:
+        media: in order of ``first_token``.
+        tail: whether a last partial chunk gets a key.
+
+    Raises:
+        ValueError: a token id is out of range or no integer, or ``media`` is out of order or beyond the prompt.
+    """
+    packed = memoryview(_pack(tokens))
+    places = [piece.first_token for piece in media]
+    if places != sorted(places) or (places and not 0 <= places[0] <= places[-1] < len(packed) // 4):
+        raise ValueError(f"media must begin within the {len(packed) // 4} tokens, in order, not at {places}")
+    facts = (space.model, space.revision, space.dtype, space.layout, space.shard, space.lora, *space.extra)
+    root = _start(_CHUNK, space.salt, facts)
+    root.update(_length(space.chunk_tokens))
+    key, keys, seen = root.digest(), [], 0
+    for first in range(0, len(packed) // 4, space.chunk_tokens):
+        piece = packed[4 * first : 4 * (first + space.chunk_tokens)]
+        if len(piece) < 4 * space.chunk_tokens and not tail:
+            break
+        state = hashlib.blake2b(key, digest_size=KEY_BYTES, person=_CHUNK)
+        state.update(_length(len(piece) // 4))
+        state.update(piece)
+        while seen < len(media) and places[seen] < first + space.chunk_tokens:
+            state.update(_length(places[seen] - first))
+            _feed(state, media[seen].content)
+            seen += 1
         key = state.digest()
         keys.append(key)
     return keys

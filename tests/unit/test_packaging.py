@@ -101,14 +101,14 @@ def test_wheel_holds_the_compiled_kernels(wheel: tuple[Path, str]) -> None:
 
 
 def test_wheel_registers_its_commands_and_the_vllm_plugin(wheel: tuple[Path, str]) -> None:
-    """pdlaunch and pdrouter are commands, and vLLM finds the connector by its plugin entry point."""
+    """pdlaunch, pdpool and pdrouter are commands, and vLLM finds the connector by its plugin entry point."""
     with zipfile.ZipFile(wheel[0]) as archive:
         [name] = [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
         points = configparser.ConfigParser()
         points.read_string(archive.read(name).decode())
         [metadata] = [name for name in archive.namelist() if name.endswith("/METADATA")]
         text = archive.read(metadata).decode()
-    assert set(points["console_scripts"]) == {"pdlaunch", "pdrouter"}
+    assert set(points["console_scripts"]) == {"pdlaunch", "pdpool", "pdrouter"}
     assert dict(points["vllm.general_plugins"]) == {"pdtransport": "pdtransport.vllm:register"}
     assert "License-Expression: Apache-2.0" in text
     core = [line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]

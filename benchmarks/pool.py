@@ -1,0 +1,252 @@
+"""The shared pool on this host: ``python -m benchmarks.pool``.
+
+Three things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
+turns, medians); lookups from several client processes; and the index alone, at several sizes: bytes a chunk, and
+whether lookups slow down as it grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing as mp
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from pdtransport.kernels.runs import Runs
+from pdtransport.pool.client import PoolClient
+from pdtransport.pool.index import Index, key_rows
+from pdtransport.pool.policies import Links, make_policy
+from pdtransport.pool.settings import PoolSettings
+
+PAGE = 32 << 10
+BATCHES = (64, 256)  # keys in one lookup: prompts of 4096 and 16384 tokens in chunks of 64
+BATCH = BATCHES[0]
+LOOKUP_CHUNKS = 4096  # in the pool while lookups are measured
+MiB = 1 << 20
+
+
+def main() -> int:
+    arguments = parse()
+    result: dict[str, Any] = {}
+    if "bytes" in arguments.parts:
+        result["bandwidth"] = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds)
+    if "lookups" in arguments.parts:
+        result["lookups"] = [lookups(arguments.clients, arguments.seconds, batch) for batch in BATCHES]
+    if "index" in arguments.parts:
+        result["index"] = [in_process(index_of, size) for size in sizes(arguments.entries)]
+    print(table(result))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--parts", default="bytes,lookups,index", help="what to measure (default: bytes,lookups,index)")
+    parser.add_argument("--bytes", type=int, default=256 * MiB, help="moved per measurement (default 256 MiB)")
+    parser.add_argument("--chunk", type=int, default=2 * MiB, help="bytes of a chunk (default 2 MiB)")
+    parser.add_argument("--rounds", type=int, default=7, help="medians are over so many (default 7)")
+    parser.add_argument("--clients", type=int, default=8, help="processes that look up (default 8)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of lookups (default 3)")
+    parser.add_argument("--entries", type=int, default=10_000_000, help="of the largest index (default 10 million)")
+    arguments = parser.parse_args()
+    if arguments.chunk % PAGE or arguments.bytes % arguments.chunk:
+        parser.error(f"--chunk must be a multiple of {PAGE}, and --bytes of --chunk")
+    return arguments
+
+
+@contextlib.contextmanager
+def daemon(settings: PoolSettings) -> Iterator[None]:
+    """The pool in a process of its own, as people run it."""
+    options = [
+        f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in ("dir", "memory_bytes", "frame_bytes")
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pdtransport.pool.cli", *options], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert "serves" in process.stdout.readline()
+            yield
+        finally:
+            process.terminate()
+
+
+# -- bytes ------------------------------------------------------------------------------------------
+
+
+def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
+    """Bytes a second: memcpy, store, load; and the share of memcpy, each round's store and load beside its memcpy."""
+    count = nbytes // chunk
+    source, target, spare = (_memory(nbytes) for _ in range(3))
+    source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
+    runs, back = (_runs(memory, count, seed) for seed, memory in enumerate((source, target)))
+    taken: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
+        with daemon(made), PoolClient(directory=made.dir, deadline_s=60.0) as client:
+            for number in range(rounds + 1):  # the first one warms up: pages are mapped, threads started
+                keys = [os.urandom(32) for _ in range(count)]
+                begin = time.perf_counter()
+                np.copyto(spare, source)
+                copied = time.perf_counter()
+                stored = client.store(keys, runs).result()
+                between = time.perf_counter()
+                loaded = client.load(keys, back).result()
+                end = time.perf_counter()
+                assert stored.prefix == loaded.prefix == count, (stored.error, loaded.error)
+                if number:
+                    taken["memcpy"].append(copied - begin)
+                    taken["store"].append(between - copied)
+                    taken["load"].append(end - between)
+                client.drop(None).result()
+    rates = {what: nbytes / median(seconds) for what, seconds in taken.items()}
+    shares = {
+        f"{what} / memcpy": median(base / own for base, own in zip(taken["memcpy"], taken[what], strict=True))
+        for what in ("store", "load")
+    }
+    return rates | shares
+
+
+def _memory(nbytes: int) -> np.ndarray:
+    """Pages as engines have them: aligned, and touched before."""
+    raw = np.ones(nbytes + PAGE, dtype=np.uint8)
+    skip = -raw.ctypes.data % PAGE
+    return raw[skip : skip + nbytes].reshape(-1, PAGE)
+
+
+def _runs(memory: np.ndarray, count: int, seed: int) -> list[Runs]:
+    """``count`` chunks over the memory's pages in random order."""
+    pages = np.random.default_rng(seed).permutation(len(memory)).reshape(count, -1)
+    runs = np.empty((*pages.shape, 2), dtype=np.uint64)
+    runs[..., 0] = memory.ctypes.data + pages * PAGE
+    runs[..., 1] = PAGE
+    return list(runs)
+
+
+# -- lookups ------------------------------------------------------------------------------------------
+
+
+def lookups(clients: int, seconds: float, batch: int) -> dict[str, float]:
+    """Keys looked up a second by so many processes together, ``batch`` in a message, all of them there."""
+    keys = [os.urandom(32) for _ in range(LOOKUP_CHUNKS)]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=LOOKUP_CHUNKS * 4096, frame_bytes=4096)
+        with daemon(made), PoolClient(directory=made.dir) as client:
+            content = np.zeros(4096, dtype=np.uint8)
+            chunk = np.array([[content.ctypes.data, 4096]], dtype=np.uint64)
+            assert client.store(keys, [chunk] * len(keys)).result().prefix == len(keys)
+            context = mp.get_context("spawn")
+            start, results = context.Barrier(clients + 1), context.Queue()
+            asking = [
+                context.Process(target=_ask, args=(made.dir, keys, seconds, batch, start, results), daemon=True)
+                for _ in range(clients)
+            ]
+            for process in asking:
+                process.start()
+            start.wait(120)
+            found = [results.get(timeout=seconds + 60) for _ in asking]
+            for process in asking:
+                process.join(30)
+    latencies = sorted(each for _, own in found for each in own)
+    return {
+        "clients": clients,
+        "batch": batch,
+        "keys a second": sum(count for count, _ in found) / seconds,
+        "p50 ms": 1e3 * latencies[len(latencies) // 2],
+        "p99 ms": 1e3 * latencies[int(len(latencies) * 0.99)],
+    }
+
+
+def _ask(directory: Path, keys: list[bytes], seconds: float, batch: int, start: Any, results: Any) -> None:
+    with PoolClient(directory=directory) as client:
+        client.lookup(keys[:1]).result()
+        start.wait(120)
+        done, taken, at = 0, [], 0
+        ends = time.perf_counter() + seconds
+        while (begin := time.perf_counter()) < ends:
+            done += client.lookup(keys[at : at + batch]).result().there
+            taken.append(time.perf_counter() - begin)
+            at = (at + batch) % len(keys)
+        results.put((done, taken[:: max(1, len(taken) // 10_000)]))
+
+
+# -- index ------------------------------------------------------------------------------------------
+
+
+def sizes(largest: int) -> list[int]:
+    return [size for size in (largest // 100, largest // 10, largest) if size]
+
+
+def index_of(entries: int) -> dict[str, float]:
+    """An index and an LRU order of so many chunks: resident bytes a chunk, and lookups a second in batches."""
+    chance = np.random.default_rng(1)
+    before = _resident()
+    index, policy = Index(entries), make_policy("lru", Links(entries))
+    begin = time.perf_counter()
+    for first in range(0, entries, 100_000):
+        raw = chance.bytes(32 * min(100_000, entries - first))
+        for at in range(0, len(raw), 32):
+            entry = index.add(raw[at : at + 32])
+            index.nbytes[entry] = index.tiers[entry] = index.state[entry] = 1
+            index.checksum[entry] = index.refs[entry] = index.pin[entry] = index.group[entry] = 0
+            policy.add(entry, 0)
+    filled = time.perf_counter() - begin
+    resident = _resident() - before
+    batches = [
+        key_rows(b"".join(index.key(entry) for entry in chance.integers(0, entries, BATCH).tolist()))
+        for _ in range(2000)
+    ]
+    begin = time.perf_counter()
+    for batch in batches:
+        assert (index.find(batch) >= 0).all()
+    return {
+        "chunks": entries,
+        "bytes a chunk": resident / entries,
+        "adds a second": entries / filled,
+        "lookups a second": len(batches) * BATCH / (time.perf_counter() - begin),
+    }
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def in_process(function: Any, *arguments: Any) -> Any:
+    """Call it in a fresh process: what it takes up is its own."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for what, value in result.get("bandwidth", {}).items():
+        lines.append(f"{what:16} " + (f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"))
+    lines += [
+        f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "
+        f"{found['batch']}; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
+        for found in result.get("lookups", [])
+    ]
+    lines += [
+        f"index            {each['chunks']:8} chunks: {each['bytes a chunk']:.0f} bytes each, "
+        f"{each['lookups a second'] / 1e6:.2f} M lookups/s, {each['adds a second'] / 1e6:.2f} M adds/s"
+        for each in result.get("index", [])
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""The pool from a client's side: store chunks, look keys up, load chunks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Literal, TypeVar
+
+from pdtransport.errors import PoolUnavailable
+from pdtransport.kernels.runs import Runs, as_runs, stream_bytes
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool import messages as say
+from pdtransport.pool.copying import WINDOWS, Copying, Operation
+from pdtransport.pool.request import Verdict
+from pdtransport.pool.room import HARD, NO_PIN, SOFT
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.wire import Asked, Session, Wire, now_plus
+from pdtransport.protocol.messages import Message
+from pdtransport.reactor import Reactor
+
+T = TypeVar("T")
+
+WINDOW_BYTES = 64 << 20  # of chunks granted in one message
+GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
+PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
+
+
+class Pending(Generic[T]):
+    """An answer on its way. ``await pending`` or ``pending.result()`` gives it.
+
+    A task that is cancelled while it awaits a store or load does not end the copy: the memory is the caller's again
+    when ``future`` is done, soon after :meth:`cancel`.
+    """
+
+    def __init__(self, future: Future[T], deadline_s: float, cancel: Callable[[], None] | None = None) -> None:
+        self.future = future
+        self._deadline_s = deadline_s
+        self._cancel = cancel
+
+    def result(self) -> T:
+        """Wait for the answer, which comes by the deadline at the latest (a copy under way is finished first).
+
+        Raises:
+            PoolUnavailable: there is none; not raised for stores and loads, whose verdicts say it.
+        """
+        return self.future.result(self._deadline_s + GRACE_S)
+
+    def cancel(self) -> None:
+        """Stop soon. The caller's memory is its own again when the result is there."""
+        if self._cancel is not None:
+            self._cancel()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        import asyncio
+
+        # shielded: a cancelled task must not make `future` look done while the copy goes on
+        return (yield from asyncio.shield(asyncio.wrap_future(self.future)).__await__())
+
+
+@dataclass(frozen=True)
+class Found:
+    """The first ``there`` keys are in the pool, ``in_memory`` of them in memory."""
+
+    there: int
+    in_memory: int
+
+
+@dataclass(frozen=True)
+class Copied:
+    """How a store or load ended. ``verdicts`` has one for each key: WRITE (stored by this call) and HAVE (was there),
+    or READ (copied and verified); all others mean that the chunk was not moved. ``error`` says why it ended early."""
+
+    verdicts: tuple[Verdict, ...]
+    nbytes: int
+    error: str = ""
+
+    @property
+    def prefix(self) -> int:
+        """How many keys from the first on are in the pool now, or were loaded."""
+        good = (Verdict.WRITE, Verdict.HAVE, Verdict.READ)
+        return next((n for n, verdict in enumerate(self.verdicts) if verdict not in good), len(self.verdicts))
+
+
+class PoolClient:
+    """A client of the pool ``name`` on this host. All methods may be called from any thread, and return at once.
+
+    No pool needs to run: whatever is asked meanwhile finds nothing, at once; a pool that comes up later is found.
+
+    Args:
+        name, directory: of the pool (``pool.name``, ``pool.dir``).
+        tenant: whose quota the chunks count against.
+        deadline_s: of each call that names no other.
+        threads: stores and loads that run at once; each copies with one thread.
+        who: shown in the pool's status; default this program and its process id.
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        directory: Path | None = None,
+        *,
+        tenant: str = "",
+        deadline_s: float = 10.0,
+        threads: int = 2,
+        who: str = "",
+    ) -> None:
+        place = PoolSettings(name=name) if directory is None else PoolSettings(name=name, dir=directory)
+        who = (who or f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}")[:128]
+        self.deadline_s = deadline_s
+        self.counters: Counter[str] = Counter()
+        self._numbers = itertools.count(1)
+        self._guard = threading.Lock()  # of the two below and of the counters
+        self._active: dict[int, Operation] = {}
+        self._closing = False
+
+        def make(_reactor: Reactor) -> Wire:
+            self._wire = Wire(place.dir, name, who, tenant)
+            return self._wire
+
+        self._reactor = Reactor(make, name=f"pdpool-client-{name}")
+        self._reactor.start()
+        self._threads = threads
+        self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy")
+
+    # -- chunks ------------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> Pending[Found]:
+        """How many of ``keys``, counted from the first, are in the pool: the longest prefix that can be loaded. One
+        message for up to 4096 keys; more are not looked at."""
+        packed = b"".join(keys[: say.MAX_KEYS])
+        return self._question(
+            lambda number: say.Lookup(request=number, keys=packed), _found, deadline_s or self.deadline_s
+        )
+
+    def store(self, keys: Sequence[bytes], runs: Sequence[Runs], *, deadline_s: float | None = None) -> Pending[Copied]:
+        """Copy chunk ``i`` out of the memory ``runs[i]`` ((n, 2) uint64 of address and bytes) into the pool under
+        ``keys[i]``. What is there already is not copied; a chunk that somebody else is storing is waited for.
+
+        The memory must not change until the result is there.
+
+        Raises:
+            ValueError: a key is not 32 bytes long, a chunk not a multiple of 8 bytes or longer than 1 GiB, or there
+                are not as many of them.
+        """
+        return self._copy(True, keys, runs, deadline_s)
+
+    def load(self, keys: Sequence[bytes], runs: Sequence[Runs], *, deadline_s: float | None = None) -> Pending[Copied]:
+        """Copy the chunk ``keys[i]`` out of the pool into ``runs[i]`` and verify it there. Only chunks with the verdict
+        READ hold what was stored; the memory of all others has undefined content.
+
+        Raises:
+            ValueError: as :meth:`store`.
+        """
+        return self._copy(False, keys, runs, deadline_s)
+
+    def pin(
+        self,
+        keys: Sequence[bytes],
+        pin: Literal["none", "soft", "hard"],
+        *,
+        for_s: float | None = None,
+        deadline_s: float | None = None,
+    ) -> Pending[int]:
+        """Keep these chunks in memory ("hard": always, "soft": as long as anything else can go), or no longer ("none");
+        ``for_s`` seconds long. The answer is how many are pinned: those in memory, hard ones up to half of it."""
+        packed, kind = b"".join(keys[: say.MAX_KEYS]), PINS[pin]
+        return self._question(
+            lambda number: say.Pin(request=number, keys=packed, pin=kind, for_s=for_s),
+            _count,
+            deadline_s or self.deadline_s,
+        )
+
+    def drop(self, keys: Sequence[bytes] | None, *, deadline_s: float | None = None) -> Pending[int]:
+        """Forget these chunks, or all (None), in all tiers. The answer is how many there were."""
+        packed = b"".join(keys[: say.MAX_KEYS]) if keys is not None else b""
+        return self._question(
+            lambda number: say.Drop(request=number, keys=packed, everything=keys is None),
+            _count,
+            deadline_s or self.deadline_s,
+        )
+
+    def status(self, *, deadline_s: float | None = None) -> Pending[dict[str, Any]]:
+        """The pool's sizes, clients and counters."""
+        return self._question(lambda number: say.StatusAsked(request=number), _status, deadline_s or self.deadline_s)
+
+    def close(self) -> None:
+        """End what is under way and give everything back. Safe to call twice."""
+        with self._guard:
+            self._closing = True
+            active = list(self._active.values())
+        for operation in active:
+            operation.cancel()
+        self._copiers.shutdown(wait=True)
+        self._reactor.stop()
+
+    def __enter__(self) -> PoolClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- how ---------------------------------------------------------------------------------------------------------
+
+    def _question(
+        self,
+        make: Callable[[int], Message],
+        read: Callable[[say.FromPool], T | None],
+        deadline_s: float,
+        counted: bool = True,
+    ) -> Pending[T]:
+        future: Future[T] = Future()
+        number = next(self._numbers)
+
+        def heard(_session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+            if isinstance(answer, PoolUnavailable):
+                with self._guard:
+                    self.counters["unavailable"] += counted
+                future.set_exception(answer)
+                return True
+            value = read(answer)
+            if value is None:
+                future.set_exception(PoolUnavailable(f"the pool answered with a {answer.kind}"))
+            else:
+                future.set_result(value)
+            return True
+
+        asked = Asked(make(number), number, now_plus(deadline_s), heard)
+        self._post(lambda: self._wire.ask(asked))
+        return Pending(future, deadline_s)
+
+    def _copy(
+        self, storing: bool, keys: Sequence[bytes], runs: Sequence[Runs], deadline_s: float | None
+    ) -> Pending[Copied]:
+        if len(keys) != len(runs):
+            raise ValueError(f"{len(keys)} keys for {len(runs)} chunks")
+        if any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError(f"a key must be {KEY_BYTES} bytes long")
+        checked = [as_runs(each) for each in runs]
+        for each in checked:
+            nbytes = stream_bytes(each)
+            if nbytes % 8 or not 0 < nbytes <= MAX_CHUNK_BYTES:
+                raise ValueError(f"a chunk of {nbytes} bytes; 8 to {MAX_CHUNK_BYTES}, a multiple of 8, are possible")
+        seconds = deadline_s or self.deadline_s
+        deadline = now_plus(seconds)
+
+        def ask(message: Message, number: int) -> None:
+            def heard(session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+                operation.heard.put((number, session, answer))
+                return isinstance(answer, PoolUnavailable)
+
+            asked = Asked(message, number, deadline, heard)
+            self._post(lambda: self._wire.ask(asked))
+
+        operation = Operation(
+            storing,
+            list(keys),
+            checked,
+            lambda: self._window(deadline),
+            lambda: next(self._numbers),
+            ask,
+            lambda session, message: self._post(lambda: self._wire.tell(session, message)),
+            lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel)),
+        )
+        with self._guard:
+            if self._closing:
+                raise PoolUnavailable("the client is closed")
+            self._active[id(operation)] = operation
+            future = self._copiers.submit(self._run, operation)
+        return Pending(future, seconds, operation.cancel)
+
+    def _window(self, deadline: float) -> int:
+        """Bytes to ask for at one time, so that what this client holds fits what it may, and a tier below memory
+        finds room to bring chunks up to.
+
+        Raises:
+            PoolUnavailable: there is no pool.
+        """
+        if self._wire.session is None or self._wire.session.mapping is None:
+            left = max(0.01, deadline - now_plus(0))
+            self._question(lambda number: say.Lookup(request=number, keys=b""), _found, left, counted=False).result()
+        session = self._wire.session
+        if session is None or session.mapping is None:
+            raise PoolUnavailable("the pool ended")
+        return min(WINDOW_BYTES, session.client_bytes // (WINDOWS * self._threads), session.memory_bytes // 8)
+
+    def _run(self, operation: Operation) -> Copied:
+        copying = Copying(operation)
+        try:
+            copying.run()
+        finally:
+            with self._guard:
+                self._active.pop(id(operation))
+        moved = sum(
+            size
+            for size, verdict in zip(copying.sizes, copying.verdicts, strict=True)
+            if verdict in (Verdict.WRITE, Verdict.READ)
+        )
+        what = "store" if operation.storing else "load"
+        with self._guard:
+            self.counters[f"{what}_bytes"] += moved
+            self.counters["damaged"] += copying.damaged
+            self.counters["unavailable"] += bool(copying.error)
+            for verdict, times in Counter(copying.verdicts).items():
+                self.counters[f"{what}_{verdict.name.lower()}"] += times
+        return Copied(tuple(copying.verdicts), moved, copying.error)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        try:
+            self._reactor.post(call)
+        except RuntimeError:
+            raise PoolUnavailable("the client is closed") from None
+
+
+def _found(answer: say.FromPool) -> Found | None:
+    return Found(answer.there, answer.in_memory) if isinstance(answer, say.Found) else None
+
+
+def _count(answer: say.FromPool) -> int | None:
+    return answer.count if isinstance(answer, say.Done) else None
+
+
+def _status(answer: say.FromPool) -> dict[str, Any] | None:
+    return json.loads(answer.status) if isinstance(answer, say.Status) else None  # type: ignore[no-any-return]

@@ -1,0 +1,163 @@
+"""The tier on disk, or on any mounted file system: one checksummed file a chunk, ``t-TENANT/KEY[:3]/KEY.NBYTES``.
+
+A file is published whole by renaming it, and its name says all that the index needs: a start after any end reads
+directories, not files. Nothing is synced, since nothing relies on it: a file that a crash left damaged fails its
+checks when it is read, counts as a miss, and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pdtransport.errors import SettingsError
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.codecs import make_codec
+from pdtransport.pool.envelope import HEADER_BYTES, PLAIN, seal, unseal
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
+from pdtransport.pool.tiers import Stored, Tier, TierError
+
+IOV_LIMIT = 1024  # Linux' IOV_MAX
+_TENANT = "t-"
+_TEMPORARY = "new-"
+
+
+class DiskTier(Tier):
+    """Chunks below ``settings.path``, which is made if it is missing.
+
+    Raises:
+        SettingsError: it can't be made or written.
+    """
+
+    name = "disk"
+    overhead_bytes = HEADER_BYTES
+
+    def __init__(self, settings: DiskSettings) -> None:
+        self.threads = settings.threads
+        self._root = settings.path
+        self._codec = make_codec(settings.codec, settings.item_bytes)
+        self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
+        self._numbers = itertools.count()
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            probe = self._root / f"{self._run}probe"
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            probe.unlink()
+        except OSError as error:
+            raise SettingsError(f"pool.disk.path: {self._root} can't be written ({error.strerror})") from None
+
+    def scan(self) -> Iterator[Stored]:
+        for folder in _folders(self._root):
+            if not folder.name.startswith(_TENANT):
+                self._tidy(folder)
+                continue
+            tenant = folder.name.removeprefix(_TENANT)
+            for part in _folders(Path(folder.path)):
+                for file in _folders(Path(part.path)):
+                    found = _parsed(file, tenant)
+                    if found is not None:
+                        yield found
+                    else:
+                        self._tidy(file)
+
+    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
+        pieces = seal(key, parts, checksum, self._codec)
+        temporary = self._root / f"{self._run}{next(self._numbers)}"
+        total = sum(len(piece) for piece in pieces)
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                _write_all(fd, pieces)
+            finally:
+                os.close(fd)
+            path = self._path(key, tenant, sum(len(part) for part in parts))
+            try:
+                os.replace(temporary, path)
+            except FileNotFoundError:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        return total
+
+    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
+        nbytes = sum(len(part) for part in parts)
+        fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            header = unseal(os.pread(fd, HEADER_BYTES, 0), key, nbytes, self._codec)
+            if os.fstat(fd).st_size != HEADER_BYTES + header.payload:
+                raise TierError(f"chunk {key.hex()[:16]} is damaged: its file has another length")
+            if header.codec == PLAIN:
+                _read_all(fd, parts, HEADER_BYTES)
+            else:
+                assert self._codec is not None
+                payload = bytearray(header.payload)
+                _read_all(fd, [memoryview(payload)], HEADER_BYTES)
+                self._codec.decode(bytes(payload), parts)
+        finally:
+            os.close(fd)
+        return header.checksum
+
+    def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
+        self._path(key, tenant, nbytes).unlink(missing_ok=True)
+
+    def _path(self, key: bytes, tenant: str, nbytes: int) -> Path:
+        name = key.hex()
+        return self._root / f"{_TENANT}{tenant}" / name[:3] / f"{name}.{nbytes}"
+
+    def _tidy(self, found: os.DirEntry[str]) -> None:
+        """Remove what an earlier run did not finish; leave everything else alone."""
+        if found.name.startswith(_TEMPORARY) and not found.name.startswith(self._run):
+            with contextlib.suppress(OSError):
+                os.unlink(found.path)
+
+
+def _folders(path: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as found:
+            yield from found
+    except (NotADirectoryError, FileNotFoundError):
+        return
+
+
+def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
+    name, _, size = file.name.partition(".")
+    try:
+        key, nbytes, stored = bytes.fromhex(name), int(size), file.stat(follow_symlinks=False).st_size
+    except (ValueError, OSError):
+        return None
+    fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + HEADER_BYTES
+    return Stored(key, tenant, nbytes, stored) if fits else None
+
+
+def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
+    left = [memoryview(piece) for piece in pieces]
+    while left:
+        _advance(left, os.writev(fd, left[:IOV_LIMIT]))
+
+
+def _read_all(fd: int, parts: Sequence[memoryview], offset: int) -> None:
+    left = list(parts)
+    while left:
+        got = os.preadv(fd, left[:IOV_LIMIT], offset)
+        if got == 0:
+            raise TierError("the file ends early")
+        offset += got
+        _advance(left, got)
+
+
+def _advance(left: list[memoryview], done: int) -> None:
+    """Take the first ``done`` bytes off."""
+    whole = 0
+    while whole < len(left) and done >= len(left[whole]):
+        done -= len(left[whole])
+        whole += 1
+    del left[:whole]
+    if done:
+        left[0] = left[0][done:]

@@ -1,0 +1,135 @@
+"""Which chunks are there: a hash table of fixed capacity in flat arrays.
+
+An *entry* is a small integer that stays the same while its key is in the table. Lookups of many keys are one pass of
+array operations; there is no resizing, so no pause at any size. Memory is committed as entries come into use.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+
+import numpy as np
+import numpy.typing as npt
+
+from pdtransport.kv.keys import KEY_BYTES
+
+Entries = npt.NDArray[np.int32]
+KeyRows = npt.NDArray[np.uint64]
+
+MAX_ENTRIES = 1 << 30
+_WORDS = KEY_BYTES // 8
+_MASK = (1 << 64) - 1
+
+
+def key_rows(packed: bytes) -> KeyRows:
+    """Keys one after the other, 32 bytes each, as rows of 4 words.
+
+    Raises:
+        ValueError: not a whole number of keys.
+    """
+    return np.frombuffer(packed, dtype=np.uint64).reshape(-1, _WORDS)
+
+
+class Index:
+    """A table of at most ``capacity`` keys, chained hashing.
+
+    Beside the key it holds columns that the shelf reads and writes by entry: ``nbytes`` (uint32), ``checksum``
+    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin`` (uint8) and ``group`` (uint16), each a memoryview for
+    single values, and ``tier_column`` as an array for many. All are zero in a new entry.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if not 1 <= capacity <= MAX_ENTRIES:
+            raise ValueError(f"an index of {capacity} entries; 1 to {MAX_ENTRIES} are possible")
+        self.capacity = capacity
+        bits = max(4, capacity.bit_length())  # half to all of the buckets are in use when it is full
+        # Random odd multipliers, one a word: whatever keys clients choose, they do not fall into one chain.
+        self._factors = [secrets.randbits(64) | 1 for _ in range(_WORDS)]
+        self._multipliers = np.array(self._factors, dtype=np.uint64)
+        self._bits, self._shift = 64 - bits, np.uint64(64 - bits)
+        self._keys = np.zeros((capacity, _WORDS), dtype=np.uint64)
+        self._heads = np.full(1 << bits, -1, dtype=np.int32)
+        self._chain = np.zeros(capacity, dtype=np.int32)
+        self._head, self._next = self._heads.data, self._chain.data
+        self._raw = self._keys.data.cast("B")
+        self._words = self._raw.cast("Q")
+        self._fresh = 0  # entries from here on were never used
+        self._free = -1  # head of the list of those given back, chained like the buckets
+        self.count = 0
+        self.tier_column = np.zeros(capacity, dtype=np.uint8)
+        self.tiers = self.tier_column.data
+        self.nbytes = np.zeros(capacity, dtype=np.uint32).data
+        self.checksum = np.zeros(capacity, dtype=np.uint64).data
+        self.refs = np.zeros(capacity, dtype=np.uint16).data
+        self.state = np.zeros(capacity, dtype=np.uint8).data
+        self.pin = np.zeros(capacity, dtype=np.uint8).data
+        self.group = np.zeros(capacity, dtype=np.uint16).data
+
+    def find(self, keys: KeyRows) -> Entries:
+        """The entry of each key, -1 where there is none: int32 of shape (n,)."""
+        found = self._heads[self._buckets(keys)]
+        rows = np.flatnonzero((self._keys[found] != keys).any(axis=1) & (found >= 0))
+        while len(rows):  # those whose chain has another key first
+            found[rows] = at = self._chain[found[rows]]
+            rows = rows[(self._keys[at] != keys[rows]).any(axis=1) & (at >= 0)]
+        return found
+
+    def entry(self, key: bytes) -> int:
+        """The entry of one key, -1 if there is none."""
+        return int(self.find(key_rows(key))[0])
+
+    def key(self, entry: int) -> bytes:
+        return bytes(self._raw[entry * KEY_BYTES : (entry + 1) * KEY_BYTES])
+
+    def add(self, key: bytes) -> int:
+        """A new entry for a key that is not there.
+
+        Raises:
+            IndexError: the table is full.
+        """
+        if self._free >= 0:
+            entry = self._free
+            self._free = self._next[entry]
+        elif self._fresh < self.capacity:
+            entry = self._fresh
+            self._fresh += 1
+        else:
+            raise IndexError(f"the index is full ({self.capacity} entries)")
+        self._raw[entry * KEY_BYTES : (entry + 1) * KEY_BYTES] = key
+        bucket = self._bucket(entry)
+        self._next[entry], self._head[bucket] = self._head[bucket], entry
+        self.count += 1
+        return entry
+
+    def remove(self, entry: int) -> None:
+        """Forget an entry; its number may be given out again at once."""
+        bucket = self._bucket(entry)
+        at = self._head[bucket]
+        if at == entry:
+            self._head[bucket] = self._next[entry]
+        else:
+            while self._next[at] != entry:
+                at = self._next[at]
+            self._next[at] = self._next[entry]
+        for column in (self.tiers, self.nbytes, self.checksum, self.refs, self.state, self.pin, self.group):
+            column[entry] = 0
+        self._next[entry], self._free = self._free, entry
+        self.count -= 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def nbytes_committed(self) -> int:
+        """Bytes that the table's entries in use take up, buckets included."""
+        columns = sum(view.itemsize for view in (self.tiers, self.nbytes, self.checksum, self.refs, self.state))
+        each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.group.itemsize
+        return self._heads.nbytes + self._fresh * each
+
+    def _buckets(self, keys: KeyRows) -> npt.NDArray[np.uint64]:
+        return (keys @ self._multipliers) >> self._shift
+
+    def _bucket(self, entry: int) -> int:
+        words = self._words[entry * _WORDS : (entry + 1) * _WORDS]
+        return (sum(map(operator.mul, words, self._factors)) & _MASK) >> self._bits

@@ -1,0 +1,110 @@
+"""The pool's memory: a file of shared memory that the service makes and clients on the host map."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+from pdtransport.errors import SettingsError
+from pdtransport.pool.settings import PoolSettings
+
+SUFFIX = ".memory"
+POPULATE_BYTES = 32 << 20  # mapped at once in advance
+MADV_POPULATE_WRITE = 23  # Linux 5.14
+
+
+class Mapping:
+    """A mapped memory file. ``address`` and ``nbytes`` say where it lies in this process."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._map = mmap.mmap(fd, nbytes)
+        try:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # the kernel does not do it for shared memory here; nothing is lost but speed
+        self._hold = ctypes.c_char.from_buffer(self._map)
+        self.address = ctypes.addressof(self._hold)
+
+    def populate(self, first: int) -> int:
+        """Map the next stretch from ``first`` on ahead of its use; returns where to go on, ``nbytes`` at the end."""
+        step = min(POPULATE_BYTES, self.nbytes - first)
+        libc = ctypes.CDLL(None)
+        if libc.madvise(ctypes.c_void_p(self.address + first), ctypes.c_size_t(step), MADV_POPULATE_WRITE):
+            return self.nbytes  # an older kernel: pages are mapped as they are touched
+        return first + step
+
+    def view(self, first: int, nbytes: int) -> memoryview:
+        """These bytes; the view must be gone before :meth:`close`."""
+        return memoryview(self._map)[first : first + nbytes]
+
+    def close(self) -> None:
+        """Unmap. Nothing may use ``address`` any more."""
+        del self._hold
+        self._map.close()
+
+
+def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
+    """A new memory file, with all of its memory taken: its path, its descriptor (locked: it is in use) and its length
+    in bytes. Files that earlier services of this name left behind are removed.
+
+    Raises:
+        SettingsError: there is not so much memory, or the directory can't be used.
+    """
+    folder = settings.memory_dir or settings.dir
+    path = folder / f"{settings.name}-{secrets.token_hex(8)}{SUFFIX}"
+    fd = -1
+    try:
+        remove_stale(folder, settings.name)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        unit = max(settings.frame_bytes, os.fstatvfs(fd).f_bsize)  # a hugetlbfs has only whole huge pages
+        nbytes = settings.memory_bytes // unit * unit or unit
+        # Taken now: memory that is missing later would kill whoever touches it.
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            raise SettingsError(
+                f"pool.memory_bytes: {folder} does not have {settings.memory_bytes} bytes: set less, or give it more"
+            ) from None
+        raise SettingsError(f"the pool's memory can't be made in {folder}: {error.strerror}; set pool.dir") from None
+    return path, fd, nbytes
+
+
+def map_memory(path: Path, nbytes: int) -> Mapping:
+    """Map the service's memory into this process.
+
+    Raises:
+        OSError: the file is gone (the service ended) or may not be opened.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(fd).st_size < nbytes:
+            raise OSError(errno.EINVAL, f"it is shorter than {nbytes} bytes")
+        return Mapping(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
+def remove_stale(folder: Path, name: str) -> None:
+    """Remove memory files of this name whose service is gone. Clients that still map one keep it until they unmap."""
+    for path in folder.glob(name + "-" + 16 * "?" + SUFFIX):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass  # in use
+        finally:
+            os.close(fd)

@@ -1,0 +1,251 @@
+"""What a client and the pool say to each other. Versioned, msgpack on the wire, no pickle.
+
+Many keys travel as one byte string (32 bytes each), and so do the numbers that belong to them (little-endian).
+A *request* is numbered by its client; the chunks it holds are named by their place among its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.protocol.messages import MAX_REASON, Message, WireError
+
+POOL_VERSION = 1
+
+MAX_KEYS = 4096  # of one message; clients cut longer lists
+MAX_FRAME_BYTES = 4 << 20  # of a message
+MAX_PIN_S = 30 * 86400.0
+
+RequestId = Annotated[int, Field(ge=1, lt=1 << 63)]
+Keys = Annotated[bytes, Field(max_length=KEY_BYTES * MAX_KEYS)]
+Words32 = Annotated[bytes, Field(max_length=4 * MAX_KEYS)]
+Words64 = Annotated[bytes, Field(max_length=8 * MAX_KEYS)]
+
+
+class Hello(Message):
+    """Client, first on a connection: I hold byte ``lock`` of the lock file as long as I live."""
+
+    kind: Literal["hello"] = "hello"
+    lock: Annotated[int, Field(ge=1, lt=1 << 62)]
+    name: Annotated[str, Field(max_length=128)]
+    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{0,64}$")] = ""
+
+
+class Welcome(Message):
+    """Service: map this file."""
+
+    kind: Literal["welcome"] = "welcome"
+    memory: Annotated[str, Field(max_length=4096)]
+    nbytes: Annotated[int, Field(ge=1)]
+    frame_bytes: Annotated[int, Field(ge=4096)]
+    client_bytes: Annotated[int, Field(ge=1)]
+
+
+class _Numbered(Message):
+    request: RequestId
+
+
+class _Keyed(_Numbered):
+    keys: Keys
+
+    @model_validator(mode="after")
+    def _whole_keys(self) -> _Keyed:
+        if len(self.keys) % KEY_BYTES:
+            raise ValueError(f"keys are {KEY_BYTES} bytes each")
+        return self
+
+    @property
+    def count(self) -> int:
+        return len(self.keys) // KEY_BYTES
+
+
+class _Sized(_Keyed):
+    """``sizes``: bytes of each chunk, uint32."""
+
+    sizes: Words32
+
+    @model_validator(mode="after")
+    def _as_many(self) -> _Sized:
+        if len(self.sizes) // 4 != self.count or len(self.sizes) % 4:
+            raise ValueError("one size a key")
+        return self
+
+
+class Store(_Sized):
+    """Client: I want to store these. Answered by :class:`Answer` messages until each key has its verdict."""
+
+    kind: Literal["store"] = "store"
+
+
+class Load(_Sized):
+    """Client: I want to read these. Answered as :class:`Store`."""
+
+    kind: Literal["load"] = "load"
+
+
+class Answer(_Numbered):
+    """Service: verdicts about some keys of a request, in no order. ``indices`` and ``frames`` are uint32, ``checksums``
+    uint64, ``verdicts`` a byte each; ``frames`` has those of all WRITE and READ chunks one after the other."""
+
+    kind: Literal["answer"] = "answer"
+    indices: Words32
+    verdicts: Annotated[bytes, Field(max_length=MAX_KEYS)]
+    checksums: Words64
+    frames: Annotated[bytes, Field(max_length=MAX_FRAME_BYTES)]
+
+
+class Publish(_Numbered):
+    """Client: these chunks of a store are complete in their frames, and these are their checksums."""
+
+    kind: Literal["publish"] = "publish"
+    indices: Words32
+    checksums: Words64
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Publish:
+        if 2 * len(self.indices) != len(self.checksums) or len(self.indices) % 4:
+            raise ValueError("one checksum an index")
+        return self
+
+
+class Release(_Numbered):
+    """Client: I don't read (or will not write) these any more. Not answered."""
+
+    kind: Literal["release"] = "release"
+    indices: Words32
+
+
+class Damaged(_Numbered):
+    """Client: what I copied of this chunk does not have its checksum. Answered by :class:`Done`."""
+
+    kind: Literal["damaged"] = "damaged"
+    index: Annotated[int, Field(ge=0, lt=MAX_KEYS)]
+
+
+class Cancel(_Numbered):
+    """Client: I neither read nor write anything of this request any more. Not answered."""
+
+    kind: Literal["cancel"] = "cancel"
+
+
+class Lookup(_Keyed):
+    """Client: how many of these are there, counted from the first? Answered by :class:`Found`."""
+
+    kind: Literal["lookup"] = "lookup"
+
+
+class Found(_Numbered):
+    """Service: the first ``there`` keys are, ``in_memory`` of them in memory."""
+
+    kind: Literal["found"] = "found"
+    there: int
+    in_memory: int
+
+
+class Pin(_Keyed):
+    """Client: keep these in memory (see :meth:`pdtransport.pool.shelf.Shelf.pin`). Answered by :class:`Done`."""
+
+    kind: Literal["pin"] = "pin"
+    pin: Annotated[int, Field(ge=0, le=2)]
+    for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] | None = None
+
+
+class Drop(_Keyed):
+    """Client: forget these, or all that are there. Answered by :class:`Done`."""
+
+    kind: Literal["drop"] = "drop"
+    everything: bool = False
+
+
+class Done(_Numbered):
+    """Service: it was done to so many chunks."""
+
+    kind: Literal["done"] = "done"
+    count: int
+
+
+class StatusAsked(_Numbered):
+    """Client: how are you? Answered by :class:`Status`."""
+
+    kind: Literal["status?"] = "status?"
+
+
+class Status(_Numbered):
+    """Service: ``status`` is JSON text."""
+
+    kind: Literal["status"] = "status"
+    status: str
+
+
+class Bye(Message):
+    """Client: I copy nothing any more and am about to go."""
+
+    kind: Literal["bye"] = "bye"
+
+
+class Refused(Message):
+    """Service: not understood, or not welcome; ``what`` is "hello" where a new Hello mends it. ``request`` is 0 where
+    it is about none."""
+
+    kind: Literal["refused"] = "refused"
+    request: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    what: Annotated[str, Field(max_length=64)]
+    reason: Annotated[str, Field(max_length=MAX_REASON)]
+
+
+FromClient = Hello | Store | Load | Publish | Release | Damaged | Cancel | Lookup | Pin | Drop | StatusAsked | Bye
+FromPool = Welcome | Answer | Found | Done | Status | Refused
+
+_FROM_CLIENT: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="kind")])
+_FROM_POOL: TypeAdapter[FromPool] = TypeAdapter(Annotated[FromPool, Field(discriminator="kind")])
+
+
+def encode(message: Message) -> bytes:
+    """Message to wire bytes: a msgpack map of its fields and the version ``v``."""
+    fields: dict[str, Any] = {"v": POOL_VERSION}
+    for name in type(message).model_fields:
+        fields[name] = getattr(message, name)
+    packed: bytes = msgpack.packb(fields, use_bin_type=True)
+    return packed
+
+
+def from_client(frame: bytes) -> FromClient:
+    """What a client said.
+
+    Raises:
+        WireError: not msgpack, not a message, another version, or a field out of bounds.
+    """
+    return _parsed(frame, _FROM_CLIENT)
+
+
+def from_pool(frame: bytes) -> FromPool:
+    """What the service said.
+
+    Raises:
+        WireError: as :func:`from_client`.
+    """
+    return _parsed(frame, _FROM_POOL)
+
+
+def _parsed(frame: bytes, kinds: TypeAdapter[Any]) -> Any:
+    try:
+        raw = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=False)
+    except Exception as error:  # noqa: BLE001 - msgpack raises half a dozen types on garbage
+        raise WireError(f"not a msgpack frame: {type(error).__name__}") from None
+    if not isinstance(raw, Mapping):
+        raise WireError("not a message: no map")
+    version = raw.get("v")
+    if version != POOL_VERSION:
+        shown = version if isinstance(version, int) else type(version).__name__
+        raise WireError(f"pool version {shown}, this side speaks {POOL_VERSION}; run the same pdtransport on both")
+    try:
+        return kinds.validate_python({key: value for key, value in raw.items() if key != "v"})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WireError(f"{where}: {first['msg']}"[:MAX_REASON]) from None

@@ -1,0 +1,176 @@
+"""Work for the tiers below memory, in threads of their own: write back, promote, delete, and the scan at start."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from pdtransport.kernels import pages
+from pdtransport.pool.frames import frame_runs
+from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.memory import Mapping
+from pdtransport.pool.shelf import Shelf
+from pdtransport.pool.tiers import Stored, TierDown, TierError
+from pdtransport.reactor import ReactorStopped
+
+logger = logging.getLogger("pdtransport.pool")
+
+SCAN_BATCH = 1024  # chunks adopted in one go
+PROBE_S = 0.5  # between looks at a tier that is down
+FOREVER_S = 1e9
+STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class Mover:
+    """Threads for each tier of ``shelf``. Jobs about one key run in order, by the same thread; results are posted to
+    the thread that drives the shelf."""
+
+    def __init__(self, shelf: Shelf, memory: Mapping, post: Post) -> None:
+        self._shelf, self._memory, self._post = shelf, memory, post
+        self._frame_bytes = shelf.settings.frame_bytes
+        self._stopping = threading.Event()
+        self._queues: dict[str, list[queue.SimpleQueue[Job | None]]] = {}
+        self._threads: list[threading.Thread] = []
+        for tier in shelf.lower:
+            queues: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in range(tier.tier.threads)]
+            self._queues[tier.name] = queues
+            self._threads += [
+                threading.Thread(target=self._work, args=(each,), name=f"pdpool-{tier.name}", daemon=True)
+                for each in queues
+            ]
+            self._threads.append(
+                threading.Thread(target=self._look_after, args=(tier,), name=f"pdpool-{tier.name}-scan", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        queues = self._queues[job.tier.name]
+        queues[int.from_bytes(job.key[-4:], "little") % len(queues)].put(job)
+
+    def close(self) -> None:
+        """End the threads; chunks that wait to be written back are not."""
+        self._stopping.set()
+        for queues in self._queues.values():
+            for each in queues:
+                each.put(None)
+        for thread in self._threads:
+            thread.join(STOP_S)
+
+    @property
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self, jobs: queue.SimpleQueue[Job | None]) -> None:
+        while (job := jobs.get()) is not None and not self._stopping.is_set():
+            try:
+                if isinstance(job, WriteBack):
+                    self._write_back(job)
+                elif isinstance(job, Promote):
+                    self._promote(job)
+                else:
+                    self._delete(job)
+            except ReactorStopped:
+                return
+
+    def _write_back(self, job: WriteBack) -> None:
+        shelf, stored = self._shelf, None
+        try:
+            if self._checksum(job.frames, job.nbytes) != job.checksum:
+                self._post(lambda: shelf.found_damaged(job))
+                return
+            stored = job.tier.tier.write(job.key, job.tenant, self._parts(job.frames, job.nbytes), job.checksum)
+        except TierDown as error:
+            self._went_down(job.tier, error)
+        except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
+            _complain(job.tier, "write", error)
+        self._post(lambda: shelf.written_back(job, stored))
+
+    def _promote(self, job: Promote) -> None:
+        shelf, found = self._shelf, None
+        try:
+            checksum = job.tier.tier.read(job.key, job.tenant, self._parts(job.frames, job.nbytes))
+            if self._checksum(job.frames, job.nbytes) != checksum:
+                raise TierError(f"chunk {job.key.hex()[:16]} is damaged: its checksum differs")
+            found = checksum
+        except TierDown as error:
+            self._went_down(job.tier, error)
+        except Exception as error:  # noqa: BLE001
+            _complain(job.tier, "read", error)
+        self._post(lambda: shelf.promoted(job, found))
+
+    def _delete(self, job: Delete) -> None:
+        try:
+            job.tier.tier.delete(job.key, job.tenant, job.nbytes)
+        except Exception as error:  # noqa: BLE001
+            _complain(job.tier, "delete", error)
+
+    def _look_after(self, tier: Lower) -> None:
+        """Learn what the tier holds, at start, and again where others write to it; notice that it is up again."""
+        scan_at = 0.0
+        while not self._stopping.is_set():
+            try:
+                if not tier.up:
+                    tier.tier.probe()
+                    self._post(lambda: setattr(tier, "up", True))
+                    logger.warning("pool tier %s is there again", tier.name)
+                    scan_at = 0.0  # who knows what it holds now
+                if time.monotonic() >= scan_at:
+                    self._scan(tier)
+                    scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
+            except TierDown as error:
+                self._went_down(tier, error)
+            except ReactorStopped:
+                return
+            except Exception as error:  # noqa: BLE001 - tried again later
+                _complain(tier, "scan", error)
+                scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
+            self._stopping.wait(PROBE_S)
+
+    def _scan(self, tier: Lower) -> None:
+        found = tier.tier.scan()
+        while batch := list(itertools.islice(found, SCAN_BATCH)):
+            self._adopt(tier, batch)
+            if self._stopping.is_set():
+                return
+
+    def _went_down(self, tier: Lower, error: TierDown) -> None:
+        if tier.up:
+            _complain(tier, "reaching it", error)
+        self._post(lambda: self._shelf.went_down(tier))
+
+    def _adopt(self, tier: Lower, batch: list[Stored]) -> None:
+        shelf, adopted = self._shelf, threading.Event()
+
+        def adopt() -> None:
+            for found in batch:
+                if not shelf.adopt(tier, found):
+                    shelf.counters[f"{tier.name}_not_adopted"] += 1
+            adopted.set()
+
+        self._post(adopt)
+        while not adopted.wait(0.5) and not self._stopping.is_set():
+            pass  # one batch at a time: requests come first
+
+    def _parts(self, frames: bytes, nbytes: int) -> list[memoryview]:
+        runs = frame_runs(0, frames, self._frame_bytes, [nbytes])
+        return [self._memory.view(first, length) for first, length in runs.tolist()]
+
+    def _checksum(self, frames: bytes, nbytes: int) -> int:
+        return checksum_of(self._memory, frames, nbytes, self._frame_bytes)
+
+
+def checksum_of(memory: Mapping, frames: bytes, nbytes: int, frame_bytes: int) -> int:
+    """The checksum of what lies in these frames now."""
+    return int(pages.checksum(frame_runs(memory.address, frames, frame_bytes, [nbytes]), 1)[0])
+
+
+def _complain(tier: Lower, what: str, error: Exception) -> None:
+    text = error if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
+    logger.warning("pool tier %s: %s failed: %s", tier.name, what, str(text).replace("\n", " ")[:300])

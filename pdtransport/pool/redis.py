@@ -1,0 +1,114 @@
+"""The tier in Redis or Valkey: one string a chunk, ``pdtkv:TENANT:KEY:NBYTES``, with the same header as a file.
+
+Chunk bytes go as they are. Several pools, on several hosts, may share one server: each finds the others' chunks by
+scanning for names, at start and every ``rescan_s``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pdtransport.errors import SettingsError
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.codecs import make_codec
+from pdtransport.pool.envelope import HEADER_BYTES, PLAIN, seal, unseal
+from pdtransport.pool.settings import RedisSettings
+from pdtransport.pool.tiers import Stored, Tier, TierDown, TierError
+
+PREFIX = "pdtkv"
+SCAN_COUNT = 1000  # names in one step of a scan
+_NAME = re.compile(rf"{PREFIX}:([A-Za-z0-9._\-]{{0,64}}):([0-9a-f]{{{2 * KEY_BYTES}}}):([0-9]{{1,10}})".encode())
+
+
+class RedisTier(Tier):
+    """Chunks at ``settings.url``. Nothing is connected before the first call.
+
+    Raises:
+        SettingsError: the redis package is missing, or the URL or the password file can't be used.
+    """
+
+    name = "redis"
+    shared = True
+    overhead_bytes = HEADER_BYTES
+
+    def __init__(self, settings: RedisSettings) -> None:
+        try:
+            import redis
+        except ImportError:
+            raise SettingsError("pool.redis needs the redis package: pip install 'pdtransport[pool]'") from None
+        self.threads, self.rescan_s = settings.threads, settings.rescan_s
+        self._codec = make_codec(settings.codec, settings.item_bytes)
+        self._down = (redis.ConnectionError, redis.TimeoutError, OSError)
+        self._error = redis.RedisError
+        try:
+            file = settings.password_file
+            password = file.read_text(encoding="utf-8").strip() if file is not None else None
+            self._client: Any = redis.Redis.from_url(
+                settings.url,
+                password=password,
+                socket_timeout=settings.timeout_s,
+                socket_connect_timeout=settings.timeout_s,
+                max_connections=settings.threads + 1,
+            )
+        except OSError as error:
+            raise SettingsError(f"pool.redis.password_file: {file} can't be read ({error.strerror})") from None
+        except ValueError as error:
+            raise SettingsError(f"pool.redis.url: {error}") from None
+
+    def probe(self) -> None:
+        self._ask(self._client.ping)
+
+    def scan(self) -> Iterator[Stored]:
+        cursor = 0
+        while True:
+            cursor, names = self._ask(self._client.scan, cursor, f"{PREFIX}:*", SCAN_COUNT)
+            matches = [match for name in names if (match := _NAME.fullmatch(name))]
+            pipeline = self._client.pipeline(transaction=False)
+            for match in matches:
+                pipeline.strlen(match[0])
+            for match, stored in zip(matches, self._ask(pipeline.execute), strict=True):
+                if stored:
+                    yield Stored(bytes.fromhex(match[2].decode()), match[1].decode(), int(match[3]), stored)
+            if cursor == 0:
+                return
+
+    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
+        value = b"".join(seal(key, parts, checksum, self._codec))
+        self._ask(self._client.set, _name(key, tenant, sum(len(part) for part in parts)), value)
+        return len(value)
+
+    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
+        nbytes = sum(len(part) for part in parts)
+        value = self._ask(self._client.get, _name(key, tenant, nbytes))
+        if value is None:
+            raise TierError(f"chunk {key.hex()[:16]} is not there any more")
+        header = unseal(value[:HEADER_BYTES], key, nbytes, self._codec)
+        payload = memoryview(value)[HEADER_BYTES:]
+        if len(payload) != header.payload:
+            raise TierError(f"chunk {key.hex()[:16]} is damaged: it has another length")
+        if header.codec != PLAIN:
+            assert self._codec is not None
+            self._codec.decode(bytes(payload), parts)
+            return header.checksum
+        first = 0
+        for part in parts:
+            part[:] = payload[first : first + len(part)]
+            first += len(part)
+        return header.checksum
+
+    def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
+        self._ask(self._client.unlink, _name(key, tenant, nbytes))
+
+    def _ask(self, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except self._down as error:
+            raise TierDown(f"the server can't be reached: {error}") from None
+        except self._error as error:  # out of memory, wrong password, ...
+            raise TierError(f"the server refused: {error}") from None
+
+
+def _name(key: bytes, tenant: str, nbytes: int) -> str:
+    return f"{PREFIX}:{tenant}:{key.hex()}:{nbytes}"

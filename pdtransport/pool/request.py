@@ -1,0 +1,51 @@
+"""One store or load of one client: what it holds, what it waits for, what it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Verdict(IntEnum):
+    """The answer about one key of a store or load."""
+
+    HAVE = 0  # store: published already, by whomever
+    WRITE = 1  # store: fill these frames, then publish
+    READ = 2  # load: copy from these frames, verify, then release
+    MISS = 3  # load: not there
+    FULL = 4  # no room: all the rest is referenced or pinned, or the chunk is larger than its limit
+    BUSY = 5  # this client holds as much as it may: release first
+    LATER = 6  # store: admission wants to see the key once more
+    MISMATCH = 7  # the key is known with another length
+    LOST = 8  # never on the wire: the deadline passed, the pool ended, or the operation was cancelled
+
+
+class Part(NamedTuple):
+    """What a request is told about its key number ``place``. ``frames`` are uint32 ids."""
+
+    place: int
+    verdict: Verdict
+    checksum: int = 0
+    frames: bytes = b""
+
+
+@dataclass(eq=False)
+class Session:
+    """One client, as long as it lives."""
+
+    name: str
+    held_bytes: int = 0
+    requests: dict[int, Request] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Request:
+    """One store or load. ``held`` and ``waits`` map a place to its entry."""
+
+    session: Session
+    number: int
+    store: bool
+    group: int = 0
+    held: dict[int, int] = field(default_factory=dict)
+    waits: dict[int, int] = field(default_factory=dict)

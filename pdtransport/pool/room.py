@@ -1,0 +1,148 @@
+"""Room in memory: which chunk has to go, for whom. Quotas, pins and policies over the frames of one pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from pdtransport.pool.frames import Frames, frames_for
+from pdtransport.pool.index import Index
+from pdtransport.pool.policies import Links, Order, Policy, PolicyName, make_policy
+
+NO_PIN, SOFT, HARD = 0, 1, 2
+COMMON = 0  # the group of all tenants without a quota
+HARD_PIN_SHARE = 0.5  # of all frames: stores must always find some to evict
+
+
+@dataclass
+class Group:
+    """Chunks that share a limit: those of one tenant with a quota, or of all tenants without one."""
+
+    name: str
+    limit: int  # frames
+    weight: int  # under pressure the group that is largest for its weight gives first
+    policy: Policy
+    soft: Order  # softly pinned, least recently used first: they go when nothing else is left
+    used: int = field(default=0)
+
+
+class Room:
+    """The frames of a pool, and what lies in them.
+
+    Args:
+        quotas: frames by tenant. Tenants that are not named share what remains.
+        evicted: called with each entry that had to go, after it left the order; it must give the frames back.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        frames: Frames,
+        frame_bytes: int,
+        policy: PolicyName,
+        quotas: Mapping[str, int],
+        evicted: Callable[[int], None],
+    ) -> None:
+        self._index, self.frames, self.frame_bytes = index, frames, frame_bytes
+        self._evicted = evicted
+        links = Links(index.capacity)
+        rest = max(1, frames.count - sum(quotas.values()))
+        shares = [("", frames.count, rest), *((name, quota, max(1, quota)) for name, quota in quotas.items())]
+        self.groups = [
+            Group(name, limit, weight, make_policy(policy, links), Order(links)) for name, limit, weight in shares
+        ]
+        self._numbers = {group.name: number for number, group in enumerate(self.groups)}
+        self.hard_frames = 0
+
+    def group_of(self, tenant: str) -> int:
+        return self._numbers.get(tenant, COMMON)
+
+    def need(self, entry: int) -> int:
+        """Frames that an entry's chunk takes."""
+        return frames_for(self._index.nbytes[entry], self.frame_bytes)
+
+    # -- frames ----------------------------------------------------------------------------------------------------
+
+    def take(self, nbytes: int, number: int) -> bytes | None:
+        """Frames for a chunk of the group ``number``, after evicting what must go; None if there is no room because
+        all that is left is referenced or pinned, or the chunk is larger than the group's limit."""
+        need, group = frames_for(nbytes, self.frame_bytes), self.groups[number]
+        if need > group.limit:
+            return None
+        while group.used + need > group.limit:
+            if not self._evict_from(group):
+                return None
+        while self.frames.free < need:
+            if not self.evict_one():
+                return None
+        group.used += need
+        return self.frames.take(need)
+
+    def give_back(self, frames: bytes, number: int) -> None:
+        """Frames that nobody reads or writes any more."""
+        self.frames.give_back(frames)
+        self.groups[number].used -= len(frames) // 4
+
+    def evict_one(self) -> bool:
+        """Evict the chunk whose turn it is; False if all are referenced or pinned."""
+        return any(self._evict_from(each) for each in self._by_pressure())
+
+    def _by_pressure(self) -> list[Group]:
+        if len(self.groups) == 1:
+            return self.groups
+        return sorted(self.groups, key=lambda group: group.used / group.weight, reverse=True)
+
+    def _evict_from(self, group: Group) -> bool:
+        entry = group.policy.evict(self._unreferenced)
+        if entry < 0:
+            entry = next(filter(self._unreferenced, group.soft.oldest_first()), -1)
+            if entry < 0:
+                return False
+            group.soft.remove(entry)
+        self._evicted(entry)
+        return True
+
+    def _unreferenced(self, entry: int) -> bool:
+        return self._index.refs[entry] == 0
+
+    # -- order -----------------------------------------------------------------------------------------------------
+
+    def enter(self, entry: int) -> None:
+        """The chunk is in memory now."""
+        group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
+        if pin == NO_PIN:
+            group.policy.add(entry, int.from_bytes(self._index.key(entry)[:8], "little"))
+        elif pin == SOFT:
+            group.soft.append(entry)
+        else:
+            self.hard_frames += self.need(entry)
+
+    def leave(self, entry: int) -> None:
+        """The chunk leaves memory, and not because its turn came."""
+        group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
+        if pin == NO_PIN:
+            group.policy.remove(entry)
+        elif pin == SOFT:
+            group.soft.remove(entry)
+        else:
+            self.hard_frames -= self.need(entry)
+
+    def touch(self, entry: int) -> None:
+        """The chunk was read."""
+        group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
+        if pin == NO_PIN:
+            group.policy.touch(entry)
+        elif pin == SOFT:
+            group.soft.remove(entry)
+            group.soft.append(entry)
+
+    def pin(self, entry: int, pin: int) -> bool:
+        """Pin a chunk that is in memory; False if hard pins hold as much as they may already."""
+        if self._index.pin[entry] == pin:
+            return True
+        if pin == HARD and self.hard_frames + self.need(entry) > HARD_PIN_SHARE * self.frames.count:
+            return False
+        self.leave(entry)
+        self._index.pin[entry] = pin
+        self.enter(entry)
+        return True

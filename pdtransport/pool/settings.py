@@ -1,0 +1,126 @@
+"""What the pool can be told: one model for ``pdpool`` and Python."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pdtransport.errors import SettingsError
+from pdtransport.pool.policies import PolicyName
+from pdtransport.settings import one_line
+
+MAX_TENANTS = 256  # with a quota of their own
+MAX_CHUNK_BYTES = 1 << 30
+MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
+
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$")]
+
+
+class _TierSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int = Field(ge=1 << 20, description="Size of all its chunks together that is never exceeded.")
+    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
+    codec: Literal["none", "zstd"] = Field(
+        "none", description="zstd: byte-shuffled and compressed without loss (needs the zstandard package)."
+    )
+    item_bytes: Literal[1, 2, 4] = Field(
+        2, description="Bytes of one element of the KV cache, which zstd's byte shuffle sorts by: 2 for bfloat16."
+    )
+
+
+class DiskSettings(_TierSettings):
+    """The disk tier: one checksummed file a chunk."""
+
+    path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
+
+
+class RedisSettings(_TierSettings):
+    """The tier in Redis or Valkey."""
+
+    url: str = Field(
+        pattern=r"^(redis|rediss|unix)://[^@]*$",
+        description="redis://host:port/0, rediss:// for TLS, or unix://path. No password in it: password_file.",
+    )
+    password_file: Path | None = Field(None, description="File with the password, if the server wants one.")
+    timeout_s: float = Field(2.0, gt=0, le=60, description="For one answer of the server; then it counts as down.")
+    rescan_s: float = Field(
+        30.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
+    )
+
+
+class PoolSettings(BaseModel):
+    """Everything that a pool can be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    name: str = Field(
+        "default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool; clients find it by this."
+    )
+    dir: Path = Field(
+        Path(f"/dev/shm/pdtransport-{os.getuid()}"),
+        description="Directory of the pool's socket and lock file, and of its memory; open to its owner alone.",
+    )
+    memory_dir: Path | None = Field(
+        None, description="Where the memory lies instead: a hugetlbfs mount, for huge pages. Default: dir."
+    )
+    memory_bytes: int = Field(1 << 30, ge=1 << 20, description="Memory for chunks, taken at start and never exceeded.")
+    frame_bytes: int = Field(
+        64 << 10,
+        ge=4096,
+        le=16 << 20,
+        description="Memory is handed out in frames of this size, a multiple of 4096; a chunk wastes less than one.",
+    )
+    max_chunks: int = Field(
+        1 << 20, ge=16, le=1 << 27, description="Chunks that the index can hold, those in tiers below memory included."
+    )
+    client_bytes: int = Field(
+        512 << 20,
+        ge=1 << 20,
+        description="Chunks that one client may hold for reading and writing at one time; more has to wait for it.",
+    )
+    policy: PolicyName = Field("lru", description="Which chunk goes when room is needed.")
+    admission: Literal["all", "twice"] = Field(
+        "all", description="twice: a chunk is stored the second time that somebody wants to store it."
+    )
+    quotas: dict[TenantName, Annotated[int, Field(ge=1)]] = Field(
+        {}, max_length=MAX_TENANTS, description="Bytes of memory that a tenant never exceeds, by its name."
+    )
+    disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
+    redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
+    writeback_bytes: int = Field(
+        256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> PoolSettings:
+        if self.frame_bytes % 4096:
+            raise ValueError(f"frame_bytes is {self.frame_bytes}, it must be a multiple of 4096")
+        if self.memory_bytes < self.frame_bytes:
+            raise ValueError("memory_bytes does not hold a single frame")
+        if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
+            raise ValueError(f"dir is too long: the socket's path may have {MAX_SOCKET_PATH} bytes")
+        return self
+
+    @property
+    def socket_path(self) -> Path:
+        return self.dir / f"{self.name}.sock"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.dir / f"{self.name}.lock"
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], *, where: str = "pool") -> PoolSettings:
+        """Parse ``raw``.
+
+        Raises:
+            SettingsError: one line that names the key, what is wrong and what is allowed.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise SettingsError(f"{where}: {one_line(error)}") from None

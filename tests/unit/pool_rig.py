@@ -1,0 +1,86 @@
+"""Clients of a shelf, and a tier whose work the test does itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pdtransport.pool.request import Part, Request, Session, Verdict
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.shelf import Shelf
+from pdtransport.pool.tiers import Stored, Tier
+
+FRAME = 4096
+
+
+class MemoryTier(Tier):
+    """Holds keys; never called by the shelf, which only hands out jobs."""
+
+    name = "below"
+    overhead_bytes = 0
+    threads = 1
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, bytes] = {}
+
+    def scan(self) -> Iterator[Stored]:
+        return iter(())
+
+    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
+        raise AssertionError
+
+    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
+        raise AssertionError
+
+    def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
+        raise AssertionError
+
+
+def key(number: int) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
+
+
+def keys(*numbers: int) -> bytes:
+    return b"".join(map(key, numbers))
+
+
+def shelf(frames: int = 4, **options: Any) -> Shelf:
+    made = PoolSettings.parse(
+        {"memory_bytes": 1 << 20, "frame_bytes": FRAME, "max_chunks": 64, "client_bytes": 1 << 20, **options}
+    )
+    return Shelf(made, frames, lambda _frames, _nbytes, checksum: checksum != 666)
+
+
+class Asker:
+    """One client of a shelf."""
+
+    def __init__(self, on: Shelf, group: int = 0) -> None:
+        self.shelf, self.session, self.group, self.number = on, Session("test"), group, 0
+
+    def _request(self, store: bool) -> Request:
+        self.number += 1
+        return Request(self.session, self.number, store, self.group)
+
+    def store(self, *numbers: int, nbytes: int = FRAME) -> Request:
+        request = self._request(True)
+        self.shelf.store(request, keys(*numbers), [nbytes] * len(numbers))
+        return request
+
+    def load(self, *numbers: int, nbytes: int = FRAME) -> Request:
+        request = self._request(False)
+        self.shelf.load(request, keys(*numbers), [nbytes] * len(numbers))
+        return request
+
+    def put(self, *numbers: int, nbytes: int = FRAME) -> list[Verdict]:
+        """Store and publish whatever may be."""
+        request = self.store(*numbers, nbytes=nbytes)
+        verdicts = self.told(request)
+        self.shelf.publish(request, [(place, 7) for place in list(request.held)])
+        return verdicts
+
+    def told(self, request: Request) -> list[Verdict]:
+        return [part.verdict for part in self.parts(request)]
+
+    def parts(self, request: Request) -> list[Part]:
+        return self.shelf.outbox.pop(request, [])
