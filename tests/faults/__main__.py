@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--network", type=int, default=0, help="times that each case of the network is run")
     parser.add_argument("--case", choices=list(CASES), help="of the network: this one only")
     parser.add_argument("--results", type=Path, help="add the results to this file; the matrix then shows all of it")
+    parser.add_argument("--note", default="", help="what is known about the failures, for the matrix")
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
     one.add_argument("--step", choices=list(STEPS), help="this protocol step")
@@ -61,6 +62,7 @@ def main() -> int:
             report.load(args.results)
         report.save(args.results)
     if args.write:
+        report.note = args.note
         args.write.write_text(report.markdown(args.machine, time.strftime("%Y-%m-%d")), encoding="utf-8")
     return 1 if failed else 0
 

@@ -45,6 +45,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)  # at the end, of no run in particular
     commands: list[str] = field(default_factory=list)
+    note: str = ""  # about the failures
 
     def add(self, result: Result) -> None:
         self.cells[result.plan.row, result.plan.column].add(result)
@@ -112,6 +113,8 @@ class Report:
         for text in self.failures:
             head, *problems = text.splitlines()
             lines.append(f"* {head}" + "".join(f"<br>`{problem.strip()[:300]}`" for problem in problems[:1]))
+        if self.note:
+            lines.insert(1, f"{self.note}\n")
         lines += [f"* at the end: {text}" for text in self.trouble]
         return "\n".join(lines) + "\n"
 

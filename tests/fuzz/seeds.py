@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgpack
 
-from pdtransport.protocol.messages import encode
+from pdtransport.protocol.messages import PROTOCOL_VERSION, encode
 from tests.fuzz.targets import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, SEPARATOR, TRANSFER
 from tests.unit.test_protocol_messages import EXAMPLES
 
@@ -26,6 +26,8 @@ TOPOLOGIES = (
 
 def seeds(target: str) -> list[bytes]:
     found = [file.read_bytes() for file in sorted((HERE / "corpus" / target).glob("*"))]
+    # Kept inputs are of version 1; under any other they would all end at the version.
+    found = [each.replace(b"\xa1v\x01", b"\xa1v" + bytes([PROTOCOL_VERSION])) for each in found]
     if target == "topology":
         return [*TOPOLOGIES, *(file.read_bytes() for file in sorted(EXAMPLE_FILES.glob("*.yaml"))), *found]
     if target == "exports":
@@ -43,7 +45,7 @@ def seeds(target: str) -> list[bytes]:
 
 def _conversation() -> list[bytes]:
     """What fits the transfer that the target has open, from both sides."""
-    about = {"v": 1, "transfer": TRANSFER, "generation": GENERATION}
+    about = {"v": PROTOCOL_VERSION, "transfer": TRANSFER, "generation": GENERATION}
     place = {"head_lo": 0, "head_hi": 4, "window_bytes": 1 << 20, "pages": b"", "consumers": 1}
     tokens = BLOCKS * BLOCK_TOKENS
     words = [

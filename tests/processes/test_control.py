@@ -202,7 +202,7 @@ def test_another_protocol_version_is_refused_by_name(rig: Bench, changes: dict[s
         rig.until(lambda: answers.extend(stranger.answers()) or answers)
         refused = decode(answers[0])
         assert isinstance(refused, Refused)
-        assert (refused.field, refused.ours, refused.yours) == ("protocol_version", "1", "99")
+        assert (refused.field, refused.ours, refused.yours) == ("protocol_version", str(PROTOCOL_VERSION), "99")
     finally:
         stranger.close()
     assert not node.of(PeerUp)
