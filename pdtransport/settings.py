@@ -78,8 +78,8 @@ class LinkSettings(_Section):
         ("cuda_ipc", "cma", "ucx"),
         min_length=1,
         description="Links to try for a pair, best first; the first that both ends can use is taken. cuda_ipc is for "
-        "KV in GPU memory, cma and shm (not tried unless named) for KV in host memory; each is passed over where KV lies "
-        "elsewhere.",
+        "KV in GPU memory, cma and shm (not tried unless named) for KV in host memory; each is passed over where KV "
+        "lies elsewhere.",
     )
     require: LinkName | None = Field(
         None, description="Refuse a peer that can't use this link, instead of taking a slower one."
