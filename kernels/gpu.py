@@ -107,7 +107,7 @@ class Launch:
         """
         if self._sums is None:
             with self._pages._using("looking at a launch") as api:
-                if not _reached(api, self._ended):
+                if not reached(api, self._ended):
                     return False
                 self._finish()
         return True
@@ -183,7 +183,7 @@ class GpuPages:
             self._uploader = api.Stream(non_blocking=True, priority=HIGH_PRIORITY if priority else 0)
             self._tables = _Ring(api, TABLE_BYTES)
             self._results = _Ring(api, RESULT_BYTES)
-        self._bell = _bell()
+        self._bell = bell()
 
     @property
     def stream(self) -> int:
@@ -299,13 +299,13 @@ class GpuPages:
         if self._bell:
             driver("asking to be woken", "cuLaunchHostFunc", self.stream, self._bell, self._wake_fd)
         else:
-            self._stream.launch_host_func(_ring, self._wake_fd)
+            self._stream.launch_host_func(ring, self._wake_fd)
 
     def _retire(self, api: Any) -> None:
         """Lets go of launches that have ended; waits for one where too many have not."""
         while self._running:
             launch = self._running[0]
-            if launch._sums is None and not _reached(api, launch._ended):
+            if launch._sums is None and not reached(api, launch._ended):
                 if len(self._running) < MAX_LAUNCHES:
                     return
                 api.runtime.eventSynchronize(launch._ended)
@@ -387,19 +387,19 @@ class _Ring:
         api.runtime.free(self.device)
 
 
-def _reached(api: Any, event: int) -> bool:
+def reached(api: Any, event: int) -> bool:
     status = api.runtime.eventQuery(event)
     if status not in (None, 0, NOT_READY):
         api.runtime.check_status(status)
     return status != NOT_READY
 
 
-def _bell() -> int:
+def bell() -> int:
     """Address of the C function that rings without the GIL; 0 where it was not built."""
-    ring = getattr(pages._C, "pdt_ring", None)
-    return ctypes.cast(ring, ctypes.c_void_p).value or 0 if ring is not None else 0
+    function = getattr(pages._C, "pdt_ring", None)
+    return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
 
 
-def _ring(eventfd: int) -> None:
+def ring(eventfd: int) -> None:
     with suppress(OSError):  # full, so that it wakes as it is; or closed by then
         os.write(eventfd, (1).to_bytes(8, "little"))

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 
 from pdtransport.kernels._cuda import GpuError, cuda, driver, on
-from pdtransport.kernels.gpu import _bell, _reached, _ring
+from pdtransport.kernels.gpu import bell, reached, ring
 
 GRAIN = 2 << 20  # smaller allocations share their physical memory with others, and so would their mappings
 
@@ -39,7 +39,7 @@ class Watch:
         self._device = device
         with on(device, f"opening GPU {device}") as api:
             self._stream = api.Stream(non_blocking=True)
-        self._bell = _bell()
+        self._bell = bell()
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def add(self, event_handle: int) -> None:
@@ -49,7 +49,7 @@ class Watch:
             if self._bell:
                 driver("asking to be woken", "cuLaunchHostFunc", self._stream.ptr, self._bell, self._fd)
             else:
-                self._stream.launch_host_func(_ring, self._fd)
+                self._stream.launch_host_func(ring, self._fd)
 
     def passed(self, event_handle: int) -> bool:
         """Has the GPU reached the event?
@@ -58,7 +58,7 @@ class Watch:
             GpuError: what it was recorded behind failed.
         """
         with on(self._device, "looking at an event") as api:
-            return _reached(api, event_handle)
+            return reached(api, event_handle)
 
     def fileno(self) -> int:
         return self._fd
