@@ -19,7 +19,7 @@ from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerDown,
 from pdtransport.control.client import StatusUnavailable, fetch_status
 from pdtransport.control.curve import load_keys, make_keys
 from pdtransport.errors import SettingsError
-from pdtransport.protocol.messages import Claim, Ping, Refused, decode, encode
+from pdtransport.protocol.messages import PROTOCOL_VERSION, Claim, Ping, Refused, decode, encode
 from pdtransport.settings import ControlSettings
 from tests.processes.control_rig import FAST, HOST, Bench, Node, Stranger, bench, identity
 from tests.processes.test_control import ask, both_up, peer
@@ -46,7 +46,7 @@ def nested(depth: int) -> bytes:
 
 
 def message(**fields: Any) -> bytes:
-    packed: bytes = msgpack.packb({"v": 1, **fields})
+    packed: bytes = msgpack.packb({"v": PROTOCOL_VERSION, **fields})
     return packed
 
 
