@@ -77,7 +77,7 @@ GARBAGE = {
     "deep version": b"\x82\xa4kind\xa4ping\xa1v" + nested(1010),
     "map that claims four billion entries": b"\xdf\xff\xff\xff\xff",
     "bad utf-8": b"\x82\xa4kind\xa2\xff\xfe\xa1v\x01",
-    "kind twice": b"\x83\xa4kind\xa5claim\xa4kind\xa4ping\xa1v\x01",
+    "kind twice": b"\x83\xa4kind\xa5claim\xa4kind\xa4ping\xa1v" + bytes([PROTOCOL_VERSION]),
     "too long for a stranger": message(kind="link", link="ucx", body=b"x" * (limits.MAX_STRANGER_FRAME + 1)),
     "server words": message(kind="status", status="{}"),
 }
