@@ -18,7 +18,7 @@ from functools import partial
 
 from tests.rig.answers import Answers
 from tests.rig.client import Answer, Client, Handed, Order, hand_off, in_parallel
-from tests.rig.device import PLACE
+from tests.rig.device import PLACE, wide_vectors
 from tests.rig.prompts import Prompts
 from tests.rig.servers import Server
 
@@ -26,6 +26,7 @@ MARGIN = PLACE.margin_or(0.25)  # nats; same tensor-parallel size
 MARGIN_TP = 0.5  # nats; other tensor-parallel sizes
 BLOCK = PLACE.block_size
 MAX_ANSWER = 16
+LONGEST = 8000 if PLACE.gpu or wide_vectors() else 4000  # tokens of a prompt: what a machine computes in ten seconds
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ async def best_of(answers: Answers, groups: Sequence[Sequence[Sequence[int]]], *
 
 async def assorted(answers: Answers, seed: int, *, scale: float = 1.0, margin: float = MARGIN) -> list[Case]:
     """Prompts of all sizes: every length below a block, multiples of a block and one more and one less, anything up
-    to 2,500 tokens, and a few of up to 8,000. About 240 with ``scale`` 1."""
+    to 2,500 tokens, and a few of up to ``LONGEST``. About 240 with ``scale`` 1."""
     prompts = Prompts(seed)
 
     def some(count: float) -> range:
@@ -81,7 +82,9 @@ async def assorted(answers: Answers, seed: int, *, scale: float = 1.0, margin: f
     groups = [[prompts.one(n) for _ in range(4)] for n in range(1, BLOCK, step)]
     for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)[::step]:
         groups += [[prompts.one(k * BLOCK + more) for _ in range(3)] for more in (-1, 0, 1)]
-    groups += [[prompts.one(n) for _ in range(3)] for n in (4000, 7999, 8000)[:: -1 if step == 1 else -step]]
+    groups += [
+        [prompts.one(n) for _ in range(3)] for n in (LONGEST // 2, LONGEST - 1, LONGEST)[:: -1 if step == 1 else -step]
+    ]
     singles = [prompts.one(prompts.below(BLOCK + 1, 700)) for _ in some(230)]
     singles += [prompts.one(prompts.below(700, 2500)) for _ in some(36)]
     return await best_of(answers, groups, margin=margin) + await cases(answers, singles, margin=margin, least=4)

@@ -16,7 +16,7 @@ import aiohttp
 from tests.rig.ports import HOST
 from tests.rig.servers import MODEL_NAME, NIXL, Server
 
-REQUEST_S = 240.0
+REQUEST_S = 900.0
 JSON_HEADERS = {"Content-Type": "application/json"}
 KEEP_ALIVE_S = 2.0  # vLLM closes idle connections after 5 s: a request sent just then would be lost
 ERROR_CHARS = 600

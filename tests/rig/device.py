@@ -80,6 +80,13 @@ PLACE = Place.of(os.environ)
 
 
 @cache
+def wide_vectors() -> bool:
+    """The processor has AVX-512. Without it vLLM takes some 25 s for a prompt of 8,000 tokens on one core, three times as
+    long as with it."""
+    return "avx512f" in Path("/proc/cpuinfo").read_text()
+
+
+@cache
 def card() -> str:
     """Name of the first NVIDIA GPU as its driver tells it; "" without one."""
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):

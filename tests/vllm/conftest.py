@@ -30,7 +30,7 @@ from tests.rig.servers import Server, ServerSpec, fleet
 ORDER = (
     "idle", "equality", "prefixes", "requests", "router", "first_token", "aborts", "mismatch", "preemption", "parallel",
 )  # fmt: skip
-MODULE_S = 900
+MODULE_S = 2400
 
 _phases: list[tuple[str, float]] = []
 
