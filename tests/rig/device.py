@@ -81,8 +81,7 @@ PLACE = Place.of(os.environ)
 
 @cache
 def wide_vectors() -> bool:
-    """The processor has AVX-512. Without it vLLM takes some 25 s for a prompt of 8,000 tokens on one core, three times as
-    long as with it."""
+    """The processor has AVX-512. Without it vLLM took some 25 s for a prompt of 8,000 tokens on one core."""
     return "avx512f" in Path("/proc/cpuinfo").read_text()
 
 
