@@ -32,7 +32,9 @@ class Bell:
 
     def wait(self, seconds: float) -> bool:
         """Until somebody rings, at most ``seconds``; True if somebody did."""
-        rung, _, _ = select.select([self._socket], [], [], seconds)
+        poll = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
+        poll.register(self._socket, select.POLLIN)
+        rung = poll.poll(seconds * 1000)
         if rung:
             with contextlib.suppress(BlockingIOError):
                 while self._socket.recv(16):

@@ -12,12 +12,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing as mp
 import os
-import select
 import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import msgpack
@@ -139,7 +138,7 @@ def _serve_calls(pipe: Connection, server: _Server) -> None:
         busy = server.progress()
         if not busy and server.may_sleep():
             waiting = [pipe.fileno(), *server.descriptors()]
-            select.select(waiting, [], [], 0.2)
+            wait(waiting, 0.2)
         try:
             if not pipe.poll(0):
                 continue

@@ -142,12 +142,14 @@ def test_an_ended_kernel_wakes_a_sleeping_thread() -> None:
                 pass
             twin_gpu.going.clear()
             launch = link._gpu.place(run(memory.address, PAGE), run(memory.address + PAGE, PAGE), 1, direct=False)
-            assert not select.select([link.fileno()], [], [], 0.1)[0]
+            rings = select.poll()
+            rings.register(link.fileno(), select.POLLIN)
+            assert not rings.poll(100)
             twin_gpu.going.set()
-            assert select.select([link.fileno()], [], [], 10)[0]
+            assert rings.poll(10_000)
             wait_until(launch.done)
             link.progress()
-            assert not select.select([link.fileno()], [], [], 0.1)[0], "it must fall asleep again"
+            assert not rings.poll(100), "it must fall asleep again"
         finally:
             twin_gpu.going.set()
             link.close()

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.answers import Answers
-from tests.rig.cases import BLOCK, MARGIN_TP, Case, assorted, best_of, cases
+from tests.rig.cases import BLOCK, MARGIN_TP, SURE_OF_HALF, Case, assorted, best_of, cases
 from tests.rig.client import Client
-from tests.rig.device import PLACE, wide_vectors
+from tests.rig.device import DTYPES, PLACE
 from tests.rig.prompts import Prompts
 from tests.rig.servers import KVRole, Server, ServerSpec
 
 SEED = 20
-# Without AVX-512 vLLM computes some 300 tokens a second on one core: all of it would take more than an hour.
-SCALE = 1.0 if PLACE.gpu or wide_vectors() else 0.4
-ASSORTED = round(200 * SCALE)
-CACHE_BYTES = 256 << 20  # 65,536 tokens: eight of the longest prompts
+ASSORTED = 200
+CACHE_BYTES = 65_536 * 2048 * DTYPES[PLACE.dtype]  # eight of the longest prompts of tiny-lm
 DEADLINES = {"arrival_s": 10.0, "hold_s": 10.0}  # shorter than the defaults, so that tests need not wait for these
 FAMILY_PREFIX = 640  # whole blocks of 16 and of 32
 LONG_ANSWER = 96
@@ -118,15 +116,15 @@ def doomed_spec(audit: Path) -> ServerSpec:
 
 async def make_book(answers: Answers) -> Book:
     """Raises AssertionError if the plain server is sure of too few prompts for a meaningful test."""
-    everything = await assorted(answers, SEED, scale=SCALE)
+    everything = await assorted(answers, SEED)
     assert len(everything) >= ASSORTED, f"the plain server is sure of {len(everything)} prompts only"
     prompts = Prompts(SEED + 1)
     base = prompts.one(FAMILY_PREFIX)
     tails = [[[*base, *prompts.one(n)[1:]] for _ in range(6)] for n in (2, 33, 90, 257, 520)]
-    lengthy = [prompts.one(prompts.below(100, 200)) for _ in range(60)]
+    lengthy = [prompts.one(prompts.below(100, 200)) for _ in range(60 if SURE_OF_HALF else 16)]
     return Book(
         assorted=everything,
-        parallel=await assorted(answers, SEED, scale=SCALE, margin=MARGIN_TP),
+        parallel=await assorted(answers, SEED, margin=MARGIN_TP),
         family=await best_of(answers, tails),
         long=await cases(answers, lengthy, least=LONG_ANSWER_LEAST, longest=LONG_ANSWER),
         spare=await cases(answers, [prompts.one(prompts.below(100, 400)) for _ in range(60)], least=3),

@@ -10,9 +10,10 @@ from typing import Any
 from tests.rig import audit, watch
 from tests.rig.cases import Case
 from tests.rig.client import Client, Handed
+from tests.rig.device import DTYPES
 from tests.rig.servers import Server
 
-KV_BYTES_PER_TOKEN = 4096  # tiny-lm: 8 layers x (key, value) x 4 heads x 32 x 2 bytes
+KV_ELEMENTS_PER_TOKEN = 2048  # tiny-lm: 8 layers x (key, value) x 4 heads x 32
 KV_HEADS = 4
 ACK_S = 10.0  # prefill hears of the last page's arrival a moment after the client got its answer
 
@@ -48,7 +49,7 @@ async def crossed(
         assert len(skipped) == len(blocks) == 1, f"{what}: decode's ranks disagree: {records}"
         crossing = Crossing(case, done, skipped.pop(), blocks.pop(), sum(r["bytes"] for r in records))
         assert crossing.skipped + crossing.blocks == case.blocks, f"{what}: {crossing}"
-        block_bytes = decode.spec.block_size * KV_BYTES_PER_TOKEN
+        block_bytes = decode.spec.block_size * KV_ELEMENTS_PER_TOKEN * DTYPES[decode.spec.dtype]
         assert crossing.nbytes == crossing.blocks * block_bytes, f"{what}: {crossing.nbytes} bytes crossed"
         found.append(crossing)
     await _delivered(found, prefills)

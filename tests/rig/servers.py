@@ -64,7 +64,7 @@ class ServerSpec:
     tp: int = 1
     cores: str = "0"
     block_size: int = PLACE.block_size
-    dtype: str = "bfloat16"
+    dtype: str = PLACE.dtype
     max_num_seqs: int = 16
     max_model_len: int = 8192
     max_batched_tokens: int | None = 256

@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,7 @@ going = threading.Event()  # launches wait while it is clear
 going.set()
 under_way: list[Launch] = []
 
-_allocations: dict[int, tuple[int, int, Any]] = {}  # base -> bytes, descriptor, owner
+_allocations: dict[int, tuple[int, int]] = {}  # base -> bytes, descriptor; for as long as something holds the memory
 _mappings: dict[int, Any] = {}
 
 
@@ -50,10 +51,15 @@ class DeviceMemory:
         os.ftruncate(descriptor, size)
         self._map = mmap.mmap(descriptor, size)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        _allocations[self.address] = (size, descriptor, self._map)
+        _allocations[self.address] = (size, descriptor)
+        weakref.finalize(self._map, _free, self.address)
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
         return np.frombuffer(self._map, dtype=np.uint8)[: int(np.prod(shape))].reshape(shape)
+
+
+def _free(base: int) -> None:
+    os.close(_allocations.pop(base)[1])
 
 
 class Launch:
@@ -160,14 +166,14 @@ def device_uuid(device: int) -> str:
 
 
 def allocation_of(address: int) -> tuple[int, int]:
-    for base, (nbytes, _, _) in _allocations.items():
+    for base, (nbytes, _) in list(_allocations.items()):
         if base <= address < base + nbytes:
             return base, nbytes
     raise GpuError(f"{address:#x} is no device memory")
 
 
 def ipc_handle(base: int) -> bytes:
-    nbytes, descriptor, _ = _allocations[base]
+    nbytes, descriptor = _allocations[base]
     return HANDLE.pack(os.getpid(), descriptor, nbytes)
 
 

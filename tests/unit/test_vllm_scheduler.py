@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import resource
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -253,6 +256,26 @@ def test_what_the_bell_announced_does_not_wait_for_another_bell(side: SchedulerS
     assert len(waits) == 1
     step(side)
     assert len(waits) == 2
+
+
+def test_the_bell_of_an_engine_with_thousands_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that holds more descriptors than select() takes waits for its bell like any other."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
+    bell, rope = Bell(), Rope()
+    far = socket.socket(fileno=fcntl.fcntl(bell._socket.fileno(), fcntl.F_DUPFD_CLOEXEC, 2000))
+    bell._socket.close()
+    monkeypatch.setattr(bell, "_socket", far)
+    rope.name = bell.name
+    try:
+        assert not bell.wait(0.001)
+        rope.pull()
+        assert bell.wait(5.0)
+        assert not bell.wait(0.0)
+    finally:
+        bell.close()
+        rope.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_bell_rings_from_another_process_end() -> None:

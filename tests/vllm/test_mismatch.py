@@ -11,11 +11,15 @@ import pytest
 from tests.rig import watch
 from tests.rig.cases import handed_over, plainly
 from tests.rig.client import Client, RequestFailed, hand_off
+from tests.rig.device import PLACE
 from tests.rig.fixtures import Book, Servers, forget, pair_spec
 from tests.rig.proof import crossed, record_of
 from tests.rig.servers import Server, fleet
 
-OTHERS: dict[str, dict[str, Any]] = {"block_size": {"block_size": 64}, "dtype": {"dtype": "float32"}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "block_size": {"block_size": 64},
+    "dtype": {"dtype": "bfloat16" if PLACE.single else "float32"},
+}
 
 
 @pytest.fixture(scope="module")
