@@ -2,8 +2,8 @@
 
 Measured on tiny-lm with two plain servers (chunks of 256 and of 2048 tokens, 1 and 16 requests at a time, cached and
 not; 202 prompts of 16 answer tokens): answers differed only where the chosen token lay at most 0.0625 nats above the
-runner-up. Between TP 1 and TP 2: at most 0.125. The margins below are four times as wide; float32
-needs next to none. Damaged KV moves answers by whole nats; ``test_answers_depend_on_every_part_of_the_context`` keeps this honest.
+runner-up. Between TP 1 and TP 2: at most 0.125. The margins below are four times as wide; float32 needs next to none.
+Damaged KV moves answers by whole nats; ``test_answers_depend_on_every_part_of_the_context`` keeps this honest.
 
 On a GPU the batch's shape decides which kernels run and how CUDA graphs pad it, and decode computes a prompt's last
 token in a batch of its own: bits need not be equal even one request at a time. The margin covers that too
