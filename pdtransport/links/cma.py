@@ -16,7 +16,7 @@ from pdtransport.errors import LinkUnavailable
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, run
 from pdtransport.links.base import Link, Region
-from pdtransport.links.host import ProcessWatch, allow_reads, host_id, my_start_ticks
+from pdtransport.links.host import allow_reads, host_id, my_start_ticks, neighbour
 from pdtransport.links.memory import Regions
 from pdtransport.links.reading import COPY_THREADS, MAX_TICKETS, NOT_PERMITTED, Reader, ReadingChannel, Tickets
 from pdtransport.settings import LinkSettings
@@ -70,13 +70,7 @@ class CmaLink(Link):
 
     def connect(self, peer_export: bytes, peer_host: str) -> ReadingChannel:
         peer = _parse_export(peer_export)
-        if peer["host"] != self._export["host"]:
-            same_kernel = peer["host"].split("/")[0] == str(self._export["host"]).split("/")[0]
-            raise LinkUnavailable("another container (process namespace)" if same_kernel else "another host")
-        try:
-            watch = ProcessWatch(peer["pid"], peer["start"])
-        except OSError:
-            raise LinkUnavailable(f"process {peer['pid']} is gone") from None
+        watch = neighbour(peer["host"], peer["pid"], peer["start"])
         try:
             _prove(peer["pid"], peer["at"], peer["cookie"])
             reader, why = self._reader(peer)

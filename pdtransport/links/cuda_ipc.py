@@ -30,13 +30,13 @@ from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats
 from pdtransport.links.calls import call
-from pdtransport.links.host import ProcessWatch, host_id, my_start_ticks
+from pdtransport.links.host import ProcessWatch, host_id, my_start_ticks, neighbour
 from pdtransport.links.memory import Regions
 from pdtransport.links.packed import pack, unpack
 from pdtransport.settings import LinkSettings
 
 if TYPE_CHECKING:
-    from pdtransport.kernels.gpu import Launch
+    from pdtransport.kernels.gpu import Checksums, Launch
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ MAX_PREPARED = 16  # checksums that wait for the model, over all peers
 MAX_PREPARED_RUNS = 1 << 15  # of each: their tables wait in a ring of 8 MiB
 MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
 DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
+LOOK_S = 2e-5
 
 
 class CudaIpcLink(Link):
@@ -115,18 +116,7 @@ class CudaIpcLink(Link):
 
     def connect(self, peer_export: bytes, peer_host: str) -> CudaIpcChannel:
         peer = _parse_export(peer_export)
-        if peer["host"] != self._export["host"]:
-            same_kernel = peer["host"].split("/")[0] == str(self._export["host"]).split("/")[0]
-            raise LinkUnavailable(
-                "another container: let both share a PID namespace (docker run --pid, hostPID)"
-                if same_kernel
-                else "another host"
-            )
-        try:
-            watch = ProcessWatch(peer["pid"], peer["start"])
-        except OSError:
-            raise LinkUnavailable(f"process {peer['pid']} is gone") from None
-        channel = CudaIpcChannel(self, watch, peer)
+        channel = CudaIpcChannel(self, neighbour(peer["host"], peer["pid"], peer["start"]), peer)
         self._channels.append(channel)
         return channel
 
@@ -243,13 +233,21 @@ class CudaIpcChannel(Channel):
             if len(offer) > MAX_OFFER_BYTES:
                 raise LinkError(f"a batch of {len(runs)} runs is too fragmented: lower links.gpu_batch_bytes")
             # Waiting is fine here: reading a batch takes less than a millisecond, and the model's kernels run on.
-            checksums = b"" if launch is None else launch.wait().astype("<u8").tobytes()
+            checksums = b"" if launch is None else self._await(launch).astype("<u8").tobytes()
         except (ValueError, self._link.gpu.GpuError) as error:
             raise LinkError(str(error)) from None
         self._offered[key] = done
         self.stats.bytes_sent += stream_bytes(runs)
         self.stats.batches_sent += 1
         return offer, checksums
+
+    def _await(self, launch: Launch) -> Checksums:
+        deadline = time.monotonic() + DRAIN_S
+        while not launch.done():
+            if time.monotonic() > deadline:
+                raise LinkError(f"GPU {self._link.device} did not read a batch within {DRAIN_S} s: it has hung")
+            time.sleep(LOOK_S)
+        return launch.wait()
 
     def release(self, key: int) -> None:
         done = self._offered.pop(key, None)

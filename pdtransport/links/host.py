@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 
+from pdtransport.errors import LinkUnavailable
+
 PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
@@ -55,6 +57,26 @@ class ProcessWatch:
         if self._stat >= 0:
             os.close(self._stat)
             self._stat = -1
+
+
+def neighbour(host: str, pid: int, started: int) -> ProcessWatch:
+    """Watches a peer that must be a process of this host.
+
+    Args:
+        host: its :func:`host_id`.
+
+    Raises:
+        LinkUnavailable: it is on another host, in another container, or gone.
+    """
+    here = host_id()
+    if host != here:
+        if host.split("/")[0] == here.split("/")[0]:
+            raise LinkUnavailable("another container: let both share a PID namespace (docker run --pid, hostPID)")
+        raise LinkUnavailable("another host")
+    try:
+        return ProcessWatch(pid, started)
+    except OSError:
+        raise LinkUnavailable(f"process {pid} is gone") from None
 
 
 def my_start_ticks() -> int:

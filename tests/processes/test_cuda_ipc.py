@@ -17,6 +17,7 @@ import pytest
 
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.kernels.runs import Runs
+from pdtransport.links import cuda_ipc
 from pdtransport.links.base import Region
 from pdtransport.links.cuda_ipc import CudaIpcChannel, CudaIpcLink
 from pdtransport.links.memory import Regions
@@ -60,6 +61,24 @@ class Pages:
 
 def whole(value: int, pages: int = PAGES) -> np.ndarray:
     return np.full((pages, PAGE), value, dtype=np.uint8)
+
+
+@pytest.mark.skipif(REAL, reason="a real GPU does not hang when it is told to")
+def test_a_gpu_that_hangs_does_not_hang_the_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that serves all peers waits a bounded time for a batch's checksums."""
+    monkeypatch.setattr(cuda_ipc, "DRAIN_S", 0.2)
+    with twin_gpu.installed():
+        memory = Pages(EXPECTED)
+        link = CudaIpcLink(Regions([memory.region]))
+        channel = link.connect(link.export(), "peer")
+        twin_gpu.going.clear()
+        try:
+            with pytest.raises(LinkError, match=r"GPU 0 did not read a batch within 0\.2 s"):
+                channel.send(1, memory.runs([0, 1]), 2, lambda error: None)
+        finally:
+            twin_gpu.going.set()
+        assert channel.send(1, memory.runs([0, 1]), 2, lambda error: None)[1]
+        link.close()
 
 
 def sender(pipe: Connection) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.answers import Answers
-from tests.rig.cases import BLOCK, MARGIN_TP, SURE_OF_HALF, Case, assorted, best_of, cases
+from tests.rig.cases import BLOCK, LONGEST, MARGIN_TP, SURE_OF_HALF, Case, assorted, best_of, cases
 from tests.rig.client import Client
 from tests.rig.device import DTYPES, PLACE
 from tests.rig.prompts import Prompts
@@ -43,7 +43,7 @@ class Book:
 
     Args:
         assorted: of all sizes.
-        parallel: of all sizes and sure enough for other tensor-parallel sizes.
+        parallel: of up to half the longest size, and sure enough for other tensor-parallel sizes.
         family: share their first ``FAMILY_PREFIX`` tokens, no more; the first one is hardly longer.
         long: short prompts with long answers.
         spare: of medium size, for tests that want to see that servers still serve; not in ``assorted``.
@@ -67,7 +67,7 @@ class Book:
 
 
 def plain_spec() -> ServerSpec:
-    return ServerSpec("plain", kv_cache_bytes=CACHE_BYTES)
+    return ServerSpec("plain", kv_cache_bytes=CACHE_BYTES, cores="0-1")  # alone on the machine
 
 
 def pair_spec(name: str, role: KVRole, audit: Path | None = None, **more: Any) -> ServerSpec:
@@ -120,11 +120,11 @@ async def make_book(answers: Answers) -> Book:
     assert len(everything) >= ASSORTED, f"the plain server is sure of {len(everything)} prompts only"
     prompts = Prompts(SEED + 1)
     base = prompts.one(FAMILY_PREFIX)
-    tails = [[[*base, *prompts.one(n)[1:]] for _ in range(6)] for n in (2, 33, 90, 257, 520)]
+    tails = [[[*base, *prompts.one(n)[1:]] for _ in range(6 if SURE_OF_HALF else 1)] for n in (2, 33, 90, 257, 520)]
     lengthy = [prompts.one(prompts.below(100, 200)) for _ in range(60 if SURE_OF_HALF else 16)]
     return Book(
         assorted=everything,
-        parallel=await assorted(answers, SEED, margin=MARGIN_TP),
+        parallel=[case for case in await assorted(answers, SEED, margin=MARGIN_TP) if len(case.prompt) <= LONGEST // 2],
         family=await best_of(answers, tails),
         long=await cases(answers, lengthy, least=LONG_ANSWER_LEAST, longest=LONG_ANSWER),
         spare=await cases(answers, [prompts.one(prompts.below(100, 400)) for _ in range(60)], least=3),

@@ -84,6 +84,7 @@ class ServerSpec:
         """The flags that an answer's bits depend on."""
         facts = {
             "tp": self.tp,
+            "cores": self.cores,
             "block_size": self.block_size,
             "dtype": self.dtype,
             "max_batched_tokens": self.max_batched_tokens,

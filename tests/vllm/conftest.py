@@ -85,7 +85,7 @@ def main_specs(audit: Path) -> list[ServerSpec]:
     """Two prefill servers and a decode server, all TP 1. A transfer that fails fails its request."""
     return [
         pair_spec("prefill-1", "kv_producer", audit, cores="0"),
-        pair_spec("prefill-2", "kv_producer", audit, cores="0"),
+        pair_spec("prefill-2", "kv_producer", audit, cores="1"),
         pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail"),
     ]
 

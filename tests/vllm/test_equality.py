@@ -12,7 +12,7 @@ from tests.rig.client import Client, Order
 from tests.rig.fixtures import ASSORTED, Book, Servers, forget
 from tests.rig.proof import Crossing, Recomputed, bytes_equal, crossed
 
-MIXED = 80
+MIXED = 40
 
 
 def prove_crossed_whole(crossings: list[Crossing]) -> None:

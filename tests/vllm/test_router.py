@@ -32,7 +32,7 @@ def test_completions_through_the_router(
     order: Order, servers: Servers, book: Book, with_client: Any, logs: Path
 ) -> None:
     """Streamed and not, over two prefill servers: the plain server's tokens, each request proven to have crossed."""
-    some: list[Case] = book.assorted[:: max(1, len(book.assorted) // ROUTED)]
+    some: list[Case] = book.parallel[:: max(1, len(book.parallel) // ROUTED)]
 
     async def scenario(client: Client) -> None:
         with routed([servers.prefill, servers.other_prefill], [servers.decode], logs, order) as router:
