@@ -6,6 +6,7 @@ Units are in the names: ``_s`` seconds, ``_bytes`` bytes.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,16 @@ LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can't be but this machine: ``localhost`` or a loopback address. A name that merely looks like
+    one (127.0.0.1.example.org) is not."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 class ControlSettings(_Section):
@@ -55,20 +66,26 @@ class ControlSettings(_Section):
         None, description="Z85 public keys that may connect. Default: only our own public key (one shared pair)."
     )
     allow_plaintext: bool = Field(
-        False, description="Permit a non-loopback host without CURVE (a trusted, isolated network)."
+        False,
+        description="Permit hosts other than loopback, our own and those of peers, without CURVE (a trusted, isolated "
+        "network).",
     )
 
     @model_validator(mode="after")
     def _closed_by_default(self) -> ControlSettings:
         if (self.curve_public_key_file is None) != (self.curve_secret_key_file is None):
             raise ValueError("curve_public_key_file and curve_secret_key_file must be set together")
-        loopback = self.host in {"localhost", "::1"} or self.host.startswith("127.")
-        if not loopback and self.curve_secret_key_file is None and not self.allow_plaintext:
+        if self.needs_keys(self.host):
             raise ValueError(
-                f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: set "
-                "curve_public_key_file and curve_secret_key_file, or allow_plaintext: true on a trusted network"
+                f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: make a pair with "
+                "`pdlaunch keys DIR` and set curve_public_key_file and curve_secret_key_file, or allow_plaintext: true "
+                "on a trusted network"
             )
         return self
+
+    def needs_keys(self, host: str) -> bool:
+        """Whether talking with ``host``, or listening there, would leave this machine in plaintext unbidden."""
+        return self.curve_secret_key_file is None and not self.allow_plaintext and not is_loopback(host)
 
 
 class LinkSettings(_Section):
