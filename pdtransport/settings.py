@@ -221,14 +221,6 @@ class PoolUse(_Section):
         1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
     )
 
-    def check(self, load_failure_policy: str) -> None:
-        """Raises SettingsError in an engine that does not recompute what can't be loaded."""
-        if self.load and load_failure_policy != "recompute":
-            raise SettingsError(
-                f"pool.load needs kv_load_failure_policy: recompute (--kv-transfer-config), not {load_failure_policy}: "
-                "a chunk may be gone when it is to be loaded. Set it, or pool.load: false"
-            )
-
 
 class Settings(_Section):
     """Everything that one instance of pdtransport can be told."""

@@ -62,7 +62,9 @@ class PDTransportConnector(KVConnectorBase_V1):
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("pdtransport does not hand over pipeline-parallel shards yet: use tensor parallelism")
         if settings.pool is not None:
-            settings.pool.check(str(config.kv_load_failure_policy))
+            from pdtransport.vllm.pool_space import check_use
+
+            check_use(settings.pool, str(config.kv_load_failure_policy))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:

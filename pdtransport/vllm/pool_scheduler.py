@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -78,7 +79,8 @@ class PoolScheduler:
             return
         self._spaces = [shards[rank].space for rank in range(self._ranks)]
         if self._client is None:
-            self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who="lookup")
+            who = f"vllm-{os.getpid()}-lookup"
+            self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
 
     def close(self) -> None:
         if self._client is not None:

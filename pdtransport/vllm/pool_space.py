@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
+from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import HOST
 from pdtransport.kv.keys import KeySpace
-from pdtransport.pool.settings import MAX_CHUNK_BYTES
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.settings import PoolUse
 from pdtransport.transport import fingerprint_of
 from pdtransport.vllm.geometry import Described
 
@@ -26,6 +28,18 @@ class Shard(KVConnectorHandshakeMetadata):
     """What one worker tells the scheduler when the engine starts: the space of its chunks, without a salt."""
 
     space: KeySpace
+
+
+def check_use(use: PoolUse, load_failure_policy: str) -> None:
+    """Raises SettingsError if the pool's place can't be one, or in an engine that does not recompute what can't be
+    loaded."""
+    place = {"name": use.name} if use.dir is None else {"name": use.name, "dir": use.dir}
+    PoolSettings.parse(place, where="kv_connector_extra_config: pool")
+    if use.load and load_failure_policy != "recompute":
+        raise SettingsError(
+            f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
+            "chunk may be gone when it is to be loaded. Set it, or pool.load: false"
+        )
 
 
 def key_space(described: Described, config: VllmConfig, chunk_blocks: int) -> KeySpace:

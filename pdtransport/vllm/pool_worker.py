@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -63,8 +64,9 @@ class PoolWorker:
         self._stores: dict[str, list[Pending[Copied]]] = {}
         self._loads: dict[str, Pending[Copied]] = {}
         # Loads have a client of their own: a request waits for them, and for stores nobody does.
-        self._loader = PoolClient(use.name, use.dir, tenant=use.tenant, threads=LOAD_THREADS, who=f"load-{rank}")
-        self._storer = PoolClient(use.name, use.dir, tenant=use.tenant, threads=STORE_THREADS, who=f"store-{rank}")
+        who = f"vllm-{os.getpid()}"
+        self._loader = PoolClient(use.name, use.dir, tenant=use.tenant, threads=LOAD_THREADS, who=f"{who}-load")
+        self._storer = PoolClient(use.name, use.dir, tenant=use.tenant, threads=STORE_THREADS, who=f"{who}-store")
 
     def close(self) -> None:
         """End what is under way: nothing touches the pages any more."""

@@ -27,7 +27,7 @@ from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.held import Held
 from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle
 from pdtransport.vllm.pool_scheduler import PoolScheduler
-from pdtransport.vllm.pool_space import Shard, salt_of
+from pdtransport.vllm.pool_space import Shard, check_use, salt_of
 from pdtransport.vllm.pool_worker import PoolWorker
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, PRODUCE, Clock, blocks, request, step
@@ -270,9 +270,11 @@ def test_salts_do_not_run_into_each_other(half: Half) -> None:
 
 def test_loading_needs_an_engine_that_recomputes() -> None:
     with pytest.raises(SettingsError, match=r"pool\.load needs kv_load_failure_policy: recompute") as caught:
-        PoolUse().check("fail")
+        check_use(PoolUse(), "fail")
     assert "\n" not in str(caught.value)
-    PoolUse(load=False).check("fail")
+    check_use(PoolUse(load=False), "fail")
+    with pytest.raises(SettingsError, match="dir is too long"):
+        check_use(PoolUse(dir=Path("/x" * 60)), "recompute")
 
 
 def test_pages_are_reported_free_once_whoever_is_last() -> None:
