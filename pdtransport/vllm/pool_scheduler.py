@@ -164,7 +164,7 @@ class PoolScheduler:
             self._late += waiting
             self._give_up(prompt)
         else:
-            prompt.there = min(lookup.future.result().there for lookup in prompt.lookups)
+            prompt.there = min(prompt.sought, *(lookup.future.result().there for lookup in prompt.lookups))
             prompt.state = "found"
         return True
 

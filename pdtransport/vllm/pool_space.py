@@ -86,6 +86,9 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
         # A sliding window's block table loses the blocks behind it while the prompt is still computed.
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"only full attention in one group of layers can be stored, not {names}"
+    speculation = config.speculative_config
+    if speculation is not None and speculation.use_eagle():
+        return "a draft model's KV of a chunk depends on the token behind it, which its key does not say"
     parallel = config.parallel_config
     if max(getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")) > 1:
         return "context-parallel shards can't be stored"
