@@ -202,6 +202,43 @@ class ObserveSettings(_Section):
     )
 
 
+class PoolUse(_Section):
+    """How an engine uses the shared pool of stored prefixes (``pdpool``)."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool on this host.")
+    dir: Path | None = Field(None, description="Directory of the pool. Default: as that of pdpool.")
+    load: bool = Field(
+        True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
+    )
+    store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
+    salt: str = Field(
+        "",
+        max_length=4096,
+        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top.",
+    )
+    tenant: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9._\-]{1,64})?$",
+        description="Whose quota of the pool the stored chunks count against.",
+    )
+    chunk_blocks: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="vLLM blocks in a chunk, which is stored and found whole. Engines that share chunks need the same.",
+    )
+    lookup_s: float = Field(
+        0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."
+    )
+    load_s: float = Field(5.0, gt=0, le=600, description="A load that took so long has failed: vLLM recomputes.")
+    store_s: float = Field(
+        5.0, gt=0, le=600, description="A store that took so long, waiting included, is given up; its pages are free."
+    )
+    max_queued_chunks: int = Field(
+        1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
+    )
+
+
 class Settings(_Section):
     """Everything that one instance of pdtransport can be told."""
 
@@ -210,6 +247,7 @@ class Settings(_Section):
     deadlines: DeadlineSettings = DeadlineSettings()
     integrity: IntegritySettings = IntegritySettings()
     observe: ObserveSettings = ObserveSettings()
+    pool: PoolUse | None = Field(None, description="Use a shared pool of stored prefixes on this host. Unset: none.")
     max_transfers: int = Field(
         4096,
         ge=1,
