@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
+from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.metadata import (
@@ -100,6 +101,8 @@ class SchedulerSide:
         self._pool = self._make_pool()
         self._tokens: dict[str, int] = {}  # first tokens that came before all workers had their pages
         self._look_again = 0  # empty steps that must not wait
+        self._arrivals = Arrivals(ranks)
+        self._start: StepStart | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
@@ -115,6 +118,11 @@ class SchedulerSide:
             clock=self._clock,
             ring=self._rope.pull,
         )
+
+    def bind(self, connector: Any, manager: Any) -> None:
+        """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
+        if self._settings.step_ahead:
+            self._start = StepStart.of(connector, manager, self._begin)
 
     def start_pool(self, shards: dict[int, Shard]) -> None:
         """The workers told which chunks of the pool are theirs."""
@@ -233,6 +241,10 @@ class SchedulerSide:
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
+        """Reads what workers reported, and takes out of it which requests went on before."""
+        late = self._arrivals.reported(output.finished_recving or ())
+        if late and output.finished_recving is not None:
+            output.finished_recving = output.finished_recving - late
         self._awaited.difference_update(output.finished_sending or (), output.finished_recving or ())
         news = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(news, News):
@@ -260,6 +272,14 @@ class SchedulerSide:
 
     # -- each step -----------------------------------------------------------------------------------------------
 
+    def _begin(self, step: StepStart) -> None:
+        """A step begins, and may find requests whose pages arrived."""
+        if self._awaited and not self._before and step.idle():
+            self._wait()
+        ready = self._arrivals.hear(self._bell.arrivals(), self._awaited)
+        if ready:
+            self._arrivals.went_on(step.go_on(ready))
+
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
         self._hear(self._bell.promises())
@@ -276,9 +296,13 @@ class SchedulerSide:
         before, self._before = self._before, []
         if output.total_num_scheduled_tokens:
             self._look_again = 1
-        elif not before and (self._awaited or (self._pool is not None and self._pool.asking)):
+        elif not before and self._waits_here():
             self._wait()
         return Commands(before, after, self._bell.name)
+
+    def _waits_here(self) -> bool:
+        asking = self._pool is not None and self._pool.asking
+        return asking or (bool(self._awaited) and self._start is None)
 
     def _wait(self) -> None:
         """The engine only waits for our workers: do so here, asleep, instead of letting it spin through empty steps.

@@ -61,6 +61,7 @@ class WorkerSide:
         self._caches = caches
         self._role = role
         self._transport: Transport | None = None
+        self._rank = 0
         self._ratio = 1
         self._offers: dict[str, Offer] = {}
         self._receipts: dict[str, Receipt] = {}
@@ -81,7 +82,7 @@ class WorkerSide:
         described = describe(kv_caches, self._config, self._settings)
         shorten_spins(self._settings)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-        self._ratio = described.kernel_blocks_per_block
+        self._rank, self._ratio = described.rank, described.kernel_blocks_per_block
         transfer_config = self._config.kv_transfer_config
         assert transfer_config is not None
         self._transport = Transport(
@@ -278,6 +279,8 @@ class WorkerSide:
             self._received.add(req_id)
             if not ok:
                 self._failed.add(req_id)
+        if ok:
+            self._rope.arrived(req_id, self._rank)
         self._rope.pull()
 
     def _count_chunks(self, role: str, tally: Counter[str], nbytes: int) -> None:
@@ -287,7 +290,7 @@ class WorkerSide:
     def _promised(self, req_id: str) -> None:
         with self._lock:
             self._news.promised.add(req_id)
-        self._rope.tell(req_id)
+        self._rope.promised(req_id)
 
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._lock:
@@ -297,6 +300,8 @@ class WorkerSide:
                 self._news.first_tokens[req_id] = outcome.first_token
             if not outcome.ok:
                 self._failed.add(req_id)
+        if outcome.ok and outcome.first_token is None:  # a first token comes with the step's output
+            self._rope.arrived(req_id, self._rank)
         self._rope.pull()
 
     def collect(self) -> tuple[set[str], set[str], set[str]]:
