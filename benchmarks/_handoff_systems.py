@@ -38,7 +38,7 @@ class System:
 
 
 def _spec(name: str, cores: str, **more: Any) -> ServerSpec:
-    return ServerSpec(name, cores=cores, dtype="bfloat16", max_batched_tokens=None, max_num_seqs=8, **more)
+    return ServerSpec(name, cores=cores, max_batched_tokens=None, max_num_seqs=8, **more)
 
 
 SYSTEMS = {

@@ -2,9 +2,10 @@
 
     python -m benchmarks.handoff --against nixl --lens 512,2048,4000 [--runs 7] [--dispatch both] [--json FILE]
 
-Every system gets the same vLLM servers (tiny-lm on CPU, eager, blocks of 32 tokens, prefill on core 0, decode on core
-1) and prompts that no server has seen, one at a time. All figures are medians over ``--runs``; systems take turns,
-``--rounds`` times, so that a noisy minute does not fall on one of them.
+Every system gets the same vLLM servers (tiny-lm on CPU, float32 on processors without AVX-512 and else bfloat16, eager,
+blocks of 32 tokens, prefill on core 0, decode on core 1) and prompts that no server has seen, one at a time. All
+figures are medians over ``--runs``; systems take turns, ``--rounds`` times, so that a noisy minute does not fall on one
+of them.
 
 Columns, in milliseconds:
 
@@ -64,7 +65,7 @@ from benchmarks import _gpu_handoff
 from benchmarks._gpu_scale import FULL, REHEARSAL
 from benchmarks._handoff_report import breakdown_table, summarise, summary_table
 from benchmarks._handoff_systems import SYSTEMS, Sample, measure
-from tests.rig.device import card
+from tests.rig.device import PLACE, card
 from tests.rig.servers import ServerFailed, fleet
 
 MAX_LENGTH = 8000
@@ -207,6 +208,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
+        "dtype": PLACE.dtype,
         "kernel": platform.release(),
         "python": platform.python_version(),
         "versions": versions,
@@ -229,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         say(str(error))
         return 1
     rows = summarise(samples)
+    print(f"{before['cpu']}, {before['cores']} cores, {before['dtype']}")
     print(summary_table(rows))
     table = breakdown_table(samples)
     if table:

@@ -1,8 +1,10 @@
 """Bandwidth of each link between two processes on this host: ``python -m benchmarks.links``.
 
 Pages of 4 KiB to 1 MiB, in order and shuffled, checksums off and full, moved by the channels that production uses;
-beside them memcpy and ``ucx_perftest`` (from the libucx wheel) with 4 MiB messages over shared memory. Everything is
-measured in turns, several rounds, so that a noisy machine disturbs all alike; the table shows medians.
+beside them memcpy and ``ucx_perftest`` (from the libucx wheel) over shared memory: with messages of 4 MiB, which it
+sends from one buffer again and again, so that it stays in the caches, and with messages as long as all that the links
+move, which no cache holds. Everything is measured in turns, several rounds, so that a noisy machine disturbs all alike;
+the table shows medians.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ PAGES_KIB = (4, 8, 16, 32, 64, 128, 256, 1024)
 BATCH_BYTES = LinkSettings().batch_bytes
 PERFTEST_TESTS = ("ucp_put_bw", "tag_bw")
 PERFTEST_PORT = 21090
-PERFTEST_BYTES = 4 << 20
-PERFTEST_ITERATIONS = 500
+CACHED_BYTES = 4 << 20
+PERFTEST_TOTAL = 2 << 30  # bytes of one measurement
+WALK = ", uncached"
 PERFTEST_S = 60.0
 
 Rates = dict[tuple[str, str, int], list[float]]  # (what, how, page KiB) -> bytes a second, one a round
@@ -99,7 +102,8 @@ def measure(pairs: dict[str, Pair], nbytes: int, pages_kib: tuple[int, ...], rat
     note("memcpy", "", 0, memcpy_rate(nbytes))
     for pair_name, pair in pairs.items():
         for test in PERFTEST_TESTS:
-            note(f"ucx_perftest {test}", "", 0, perftest_rate(test))
+            note(f"ucx_perftest {test}", "", 0, perftest_rate(test, CACHED_BYTES))
+            note(f"ucx_perftest {test}{WALK}", "", 0, perftest_rate(test, nbytes))
         for shuffled in (False, True):
             for checksums in (False, True):
                 for kib in pages_kib:
@@ -118,7 +122,7 @@ def memcpy_rate(nbytes: int) -> float:
     return best
 
 
-def perftest_rate(test: str) -> float | None:
+def perftest_rate(test: str, message_bytes: int) -> float | None:
     """Overall bytes a second of ucx_perftest between two processes of this host; None where it is not installed."""
     found = find_perftest()
     if found is None:
@@ -131,7 +135,8 @@ def perftest_rate(test: str) -> float | None:
     server = subprocess.Popen(common, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         time.sleep(0.5)
-        wanted = ["-t", test, "-s", str(PERFTEST_BYTES), "-n", str(PERFTEST_ITERATIONS), "-w", "20", "-v"]
+        count = max(4, PERFTEST_TOTAL // message_bytes)
+        wanted = ["-t", test, "-s", str(message_bytes), "-n", str(count), "-w", str(min(20, count // 4)), "-v"]
         client = subprocess.run(
             [*common, "127.0.0.1", *wanted], env=environment, capture_output=True, text=True, timeout=PERFTEST_S
         )
@@ -161,9 +166,11 @@ def parse_perftest(output: str) -> float | None:
 
 
 def summarise(rates: Rates, why: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians in bytes a second, and the ratio of each to the better of ucx_perftest's tests."""
+    """Medians in bytes a second, and the ratio of each to the better of ucx_perftest's tests, cached and not."""
     middle = {key: median(values) for key, values in rates.items()}
-    perftest = max((rate for (what, _, _), rate in middle.items() if what.startswith("ucx_perftest")), default=None)
+    tests = {what: rate for (what, _, _), rate in middle.items() if what.startswith("ucx_perftest")}
+    perftest = max((rate for what, rate in tests.items() if not what.endswith(WALK)), default=None)
+    walking = max((rate for what, rate in tests.items() if what.endswith(WALK)), default=None)
     rows = [
         {
             "what": what,
@@ -171,6 +178,7 @@ def summarise(rates: Rates, why: dict[str, str], arguments: argparse.Namespace) 
             "page_kib": page,
             "bytes_s": round(rate),
             "of_perftest": round(rate / perftest, 3) if perftest else None,
+            "of_perftest_uncached": round(rate / walking, 3) if walking else None,
             "all_bytes_s": [round(value) for value in rates[what, how, page]],
         }
         for (what, how, page), rate in middle.items()
@@ -207,7 +215,10 @@ def table(result: dict[str, Any]) -> str:
                 and row["how"].startswith("shuffled")
                 and row["of_perftest"]
             ):
-                lines.append(f"{name} 32 KiB {row['how']}: {row['of_perftest']:.0%} of ucx_perftest")
+                lines.append(
+                    f"{name} 32 KiB {row['how']}: {row['of_perftest']:.0%} of ucx_perftest from the caches, "
+                    f"{row['of_perftest_uncached']:.0%} of it over as many bytes"
+                )
     return "\n".join(lines)
 
 

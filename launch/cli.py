@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.errors import PDTransportError
-from pdtransport.launch import guard, preflight, prove, status
+from pdtransport.launch import guard, preflight, prove, size, status
 from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
 from pdtransport.launch.processes import Fleet
 from pdtransport.launch.reading import load
@@ -53,6 +53,16 @@ def parser() -> argparse.ArgumentParser:
     verbs.choices["up"].add_argument("--no-proof", action="store_true", help="skip the golden prompt")
     keys = verbs.add_parser("keys", help="make a CURVE key pair for the control channel")
     keys.add_argument("folder", type=Path, metavar="DIR", help="folder to write the pair into; made if it is not there")
+    sizes = verbs.add_parser("size", help="what a model's KV cache weighs, and how long its pages take over a link")
+    sizes.add_argument("model", type=Path, metavar="MODEL", help="a model's folder, or its config.json")
+    sizes.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
+    sizes.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens a block (16)")
+    sizes.add_argument("--dtype", default="auto", help="of the KV cache, such as fp8 (auto: the weights')")
+    sizes.add_argument("--tokens", type=int, nargs="+", metavar="N", help="prompt lengths to tell of")
+    sizes.add_argument(
+        "--rate", action="append", default=[], metavar="NAME=GB/s", help="a link's rate; may be given again"
+    )
+    sizes.add_argument("--json", action="store_true", help="answer with one JSON object")
     return made
 
 
@@ -64,10 +74,13 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         "check": lambda: _check(arguments),
         "status": lambda: _status(arguments),
         "keys": lambda: _keys(arguments),
+        "size": lambda: _size(arguments),
     }
     try:
         return verbs[arguments.verb]()
     except TopologyError as error:
+        return _fail(error, USAGE)
+    except size.SizeError as error:
         return _fail(error, USAGE)
     except (PlanError, RunError) as error:
         return _fail(error, PREFLIGHT)
@@ -183,6 +196,19 @@ def _keys(arguments: argparse.Namespace) -> int:
         "# a new key pair; name it in the topology of every instance that shall talk to each other:\n"
         f"transport:\n  control:\n    curve_public_key_file: {public}\n    curve_secret_key_file: {secret}"
     )
+    return OK
+
+
+def _size(arguments: argparse.Namespace) -> int:
+    found = size.kv_size(
+        size.read_config(arguments.model), tp=arguments.tp, block_size=arguments.block_size, dtype=arguments.dtype
+    )
+    tokens = arguments.tokens or size.DEFAULT_TOKENS
+    if min(tokens) < 1:
+        raise size.SizeError(f"--tokens {min(tokens)}: a prompt has 1 token or more")
+    rates = dict(map(size.parse_rate, arguments.rate)) or size.NOMINAL_RATES
+    told = size.report(found, tokens, rates)
+    print(json.dumps(told, indent=2) if arguments.json else size.as_text(found, tokens, rates))
     return OK
 
 

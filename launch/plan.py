@@ -17,6 +17,7 @@ from typing import Any
 from pdtransport.errors import PDTransportError
 from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.topology import Role, Topology
+from pdtransport.settings import is_loopback
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
 HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
@@ -306,6 +307,8 @@ def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> 
     # The router asks workers for their part of a trace, with the keys that the workers have.
     control = topology.transport.control.model_dump(mode="json", exclude_none=True)
     options = {key: control[key] for key in CURVE_KEYS if key in control}
+    if control["allow_plaintext"]:
+        options["allow_plaintext"] = True
     options |= chosen.model_dump(mode="json", exclude_unset=True, exclude=set(KV_ROLES))
     options |= {"host": chosen.host, "port": port}
     if admin_port is not None:
@@ -318,7 +321,7 @@ def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> 
 
 
 def _serves_loopback(host: str) -> bool:
-    return host in {"localhost", "::1", "0.0.0.0", "::", ""} or host.startswith("127.")
+    return host in {"0.0.0.0", "::", ""} or is_loopback(host)
 
 
 def _options(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:

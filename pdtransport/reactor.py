@@ -119,7 +119,7 @@ class Reactor:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        _leave_pinned_cores()
+        leave_pinned_cores()
         try:
             work = self._make(self)
         except BaseException as error:  # noqa: BLE001 - raised again by start()
@@ -174,7 +174,7 @@ class Reactor:
         self._wake_out.close()
 
 
-def _leave_pinned_cores() -> None:
+def leave_pinned_cores() -> None:
     """An engine may have pinned the thread that started us to its compute cores; I/O may run on any core the
     process' cgroup allows, so that it stays out of the model's way."""
     try:

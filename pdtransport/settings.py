@@ -6,6 +6,7 @@ Units are in the names: ``_s`` seconds, ``_bytes`` bytes.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,16 @@ LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can't be but this machine: ``localhost`` or a loopback address. A name that merely looks like
+    one (127.0.0.1.example.org) is not."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 class ControlSettings(_Section):
@@ -55,20 +66,26 @@ class ControlSettings(_Section):
         None, description="Z85 public keys that may connect. Default: only our own public key (one shared pair)."
     )
     allow_plaintext: bool = Field(
-        False, description="Permit a non-loopback host without CURVE (a trusted, isolated network)."
+        False,
+        description="Permit hosts other than loopback, our own and those of peers, without CURVE (a trusted, isolated "
+        "network).",
     )
 
     @model_validator(mode="after")
     def _closed_by_default(self) -> ControlSettings:
         if (self.curve_public_key_file is None) != (self.curve_secret_key_file is None):
             raise ValueError("curve_public_key_file and curve_secret_key_file must be set together")
-        loopback = self.host in {"localhost", "::1"} or self.host.startswith("127.")
-        if not loopback and self.curve_secret_key_file is None and not self.allow_plaintext:
+        if self.needs_keys(self.host):
             raise ValueError(
-                f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: set "
-                "curve_public_key_file and curve_secret_key_file, or allow_plaintext: true on a trusted network"
+                f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: make a pair with "
+                "`pdlaunch keys DIR` and set curve_public_key_file and curve_secret_key_file, or allow_plaintext: true "
+                "on a trusted network"
             )
         return self
+
+    def needs_keys(self, host: str) -> bool:
+        """Whether talking with ``host``, or listening there, would leave this machine in plaintext unbidden."""
+        return self.curve_secret_key_file is None and not self.allow_plaintext and not is_loopback(host)
 
 
 class LinkSettings(_Section):
@@ -185,6 +202,43 @@ class ObserveSettings(_Section):
     )
 
 
+class PoolUse(_Section):
+    """How an engine uses the shared pool of stored prefixes (``pdpool``)."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool on this host.")
+    dir: Path | None = Field(None, description="Directory of the pool. Default: as that of pdpool.")
+    load: bool = Field(
+        True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
+    )
+    store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
+    salt: str = Field(
+        "",
+        max_length=4096,
+        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top.",
+    )
+    tenant: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9._\-]{1,64})?$",
+        description="Whose quota of the pool the stored chunks count against.",
+    )
+    chunk_blocks: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="vLLM blocks in a chunk, which is stored and found whole. Engines that share chunks need the same.",
+    )
+    lookup_s: float = Field(
+        0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."
+    )
+    load_s: float = Field(5.0, gt=0, le=600, description="A load that took so long has failed: vLLM recomputes.")
+    store_s: float = Field(
+        5.0, gt=0, le=600, description="A store that took so long, waiting included, is given up; its pages are free."
+    )
+    max_queued_chunks: int = Field(
+        1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
+    )
+
+
 class Settings(_Section):
     """Everything that one instance of pdtransport can be told."""
 
@@ -193,6 +247,7 @@ class Settings(_Section):
     deadlines: DeadlineSettings = DeadlineSettings()
     integrity: IntegritySettings = IntegritySettings()
     observe: ObserveSettings = ObserveSettings()
+    pool: PoolUse | None = Field(None, description="Use a shared pool of stored prefixes on this host. Unset: none.")
     max_transfers: int = Field(
         4096,
         ge=1,

@@ -179,6 +179,12 @@ class ControlChannel:
         host, port = endpoint
         if not _HOST.fullmatch(host) or len(host) > 255:
             return ConnectFailed(host, port, f"{plain(host, 80)!r} is no host name or address", "host", refused=True)
+        if self._shared.settings.needs_keys(host):
+            text = (
+                f"{host} is not this machine, and this side has no CURVE keys: make a pair with `pdlaunch keys DIR` "
+                "and set control.curve_public_key_file and control.curve_secret_key_file, or control.allow_plaintext"
+            )
+            return ConnectFailed(host, port, text, "curve", refused=True)
         if not 1 <= port <= 65535:
             return ConnectFailed(host, port, f"port {port} is not within 1..65535", "port", refused=True)
         if len(self._dialers) >= MAX_CONNECTIONS and not self._make_room():

@@ -36,7 +36,8 @@ def fetch_status(
     Args:
         transfer: narrows it to one transfer's timeline.
         timeout_s: for all of it.
-        settings: of ours: CURVE keys, and ``max_frame_bytes`` as the longest answer. Default: plain, 4 MiB.
+        settings: of ours: CURVE keys, and ``max_frame_bytes`` as the longest answer. Default: plain, 4 MiB; plain to
+            another machine only with ``allow_plaintext``.
 
     Raises:
         StatusUnavailable: no answer in time, a refusal, or an answer that is no status. One line.
@@ -44,6 +45,11 @@ def fetch_status(
     """
     settings = settings or ControlSettings()
     keys = curve.load_keys(settings)
+    if settings.needs_keys(host):
+        raise StatusUnavailable(
+            f"no status from {host}:{port}: it is not this machine, and this side has no CURVE keys (curve_*_key_file; "
+            "allow_plaintext on a trusted network)"
+        )
     deadline = time.monotonic() + timeout_s
     context: zmq.Context[Socket] = zmq.Context(1)
     socket = monitor = None

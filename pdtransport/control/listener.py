@@ -40,6 +40,7 @@ from pdtransport.protocol.messages import (
     decode,
     encode,
 )
+from pdtransport.settings import ControlSettings
 
 WATCHED = (
     zmq.EVENT_DISCONNECTED
@@ -90,7 +91,7 @@ class Listener:
         try:
             curve.apply_server(self.socket, shared.keys)
             self.monitor = watch(shared.context, self.socket, WATCHED)
-            _bind(self.socket, host, port, shared.me.rank)
+            _bind(self.socket, shared.settings, port, shared.me.rank)
         except BaseException:
             self.close()
             raise
@@ -273,7 +274,8 @@ class Listener:
         return []
 
 
-def _bind(socket: Socket, host: str, port: int, rank: int) -> None:
+def _bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> None:
+    host = settings.host
     if port > 65535:
         raise SettingsError(f"control.port: rank {rank} would listen on port {port}; choose a lower control.port")
     try:
@@ -281,6 +283,11 @@ def _bind(socket: Socket, host: str, port: int, rank: int) -> None:
         family, *_, address = stdlib_socket.getaddrinfo(host, port, type=stdlib_socket.SOCK_STREAM)[0]
         if family == stdlib_socket.AF_INET6:
             socket.set(zmq.IPV6, 1)
+        if settings.needs_keys(str(address[0])):  # what `localhost` means is the resolver's word
+            raise SettingsError(
+                f"control.host: {host!r} is {address[0]}, which leaves this machine, so CURVE keys are needed: make a "
+                "pair with `pdlaunch keys DIR` and set control.curve_public_key_file and control.curve_secret_key_file"
+            )
         socket.bind(tcp_url(str(address[0]), port or "*"))
     except (OSError, zmq.ZMQError) as error:
         where = f"control.port: port {port} of {host} (rank {rank} uses control.port + {rank})"

@@ -25,7 +25,7 @@ from pdtransport.pool.room import HARD, NO_PIN, SOFT
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.wire import Asked, Session, Wire, now_plus
 from pdtransport.protocol.messages import Message
-from pdtransport.reactor import Reactor
+from pdtransport.reactor import Reactor, leave_pinned_cores
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class PoolClient:
         self._reactor = Reactor(make, name=f"pdpool-client-{name}")
         self._reactor.start()
         self._threads = threads
-        self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy")
+        self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
@@ -277,6 +277,7 @@ class PoolClient:
                 raise PoolUnavailable("the client is closed")
             self._active[id(operation)] = operation
             future = self._copiers.submit(self._run, operation)
+        future.add_done_callback(lambda _: self._forget(operation))  # also if it is cancelled before it began
         return Pending(future, seconds, operation.cancel)
 
     def _window(self, deadline: float) -> int:
@@ -296,11 +297,7 @@ class PoolClient:
 
     def _run(self, operation: Operation) -> Copied:
         copying = Copying(operation)
-        try:
-            copying.run()
-        finally:
-            with self._guard:
-                self._active.pop(id(operation))
+        copying.run()
         moved = sum(
             size
             for size, verdict in zip(copying.sizes, copying.verdicts, strict=True)
@@ -314,6 +311,10 @@ class PoolClient:
             for verdict, times in Counter(copying.verdicts).items():
                 self.counters[f"{what}_{verdict.name.lower()}"] += times
         return Copied(tuple(copying.verdicts), moved, copying.error)
+
+    def _forget(self, operation: Operation) -> None:
+        with self._guard:
+            self._active.pop(id(operation), None)
 
     def _post(self, call: Callable[[], None]) -> None:
         try:

@@ -91,9 +91,22 @@ def private_directory(path: Path) -> None:
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
     except OSError as error:
         raise SettingsError(f"pool.dir: {path} can't be made ({error.strerror}): choose another") from None
+    check_private(path)
+
+
+def check_private(path: Path) -> None:
+    """Whoever uses a pool asks this before it opens anything there: in a directory that somebody else made under this
+    name, it would hand its pages to them, and take theirs.
+
+    Raises:
+        SettingsError: there is no such directory, it is a symbolic link, not ours, or open to others.
+    """
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise SettingsError(f"pool.dir: {path} can't be used ({error.strerror}): is the pool running?") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise SettingsError(
             f"pool.dir: {path} must be a directory of user {os.getuid()} with mode 0700: mend it or choose another"

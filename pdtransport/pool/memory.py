@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from pdtransport.errors import SettingsError
@@ -83,11 +84,14 @@ def map_memory(path: Path, nbytes: int) -> Mapping:
     """Map the service's memory into this process.
 
     Raises:
-        OSError: the file is gone (the service ended) or may not be opened.
+        OSError: the file is gone (the service ended), may not be opened, or is not this user's alone.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if os.fstat(fd).st_size < nbytes:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise OSError(errno.EACCES, "it is no file of this user alone")
+        if found.st_size < nbytes:
             raise OSError(errno.EINVAL, f"it is shorter than {nbytes} bytes")
         return Mapping(fd, nbytes)
     finally:

@@ -85,6 +85,7 @@ class PoolService:
             self.shelf = Shelf(settings, nbytes // frame_bytes, verify, _lower(settings))
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
+            settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
             self._inbox = Inbox(self._socket, addressed=True)
             self._mover = Mover(self.shelf, memory, reactor.post)
         except BaseException:

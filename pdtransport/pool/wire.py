@@ -18,7 +18,7 @@ from zmq.utils.monitor import parse_monitor_message
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket, watch
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.pool import messages as say
-from pdtransport.pool.locks import SERVICE_BYTE, LockFile
+from pdtransport.pool.locks import SERVICE_BYTE, LockFile, check_private
 from pdtransport.pool.memory import Mapping, map_memory
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.settings import ControlSettings
@@ -191,6 +191,7 @@ class Wire:
                 self._end(asked, str(error))
 
     def _open(self) -> None:
+        check_private(self._lock_path.parent)
         lock = LockFile(self._lock_path)
         if not lock.held(SERVICE_BYTE):
             lock.close()

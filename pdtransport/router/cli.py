@@ -46,7 +46,7 @@ def _metavar(field: FieldInfo) -> str | None:
     annotation: Any = field.annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
-    names = {int: "N", float: "SECONDS", str: "TEXT"}
+    names = {int: "N", float: "SECONDS", str: "TEXT", bool: "true|false"}
     return names.get(annotation, "FILE")
 
 

@@ -32,6 +32,7 @@ from pdtransport.router.relay import Relay, pd_headers
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
+from pdtransport.settings import is_loopback
 
 log = logging.getLogger("pdtransport.router")
 
@@ -117,7 +118,7 @@ class Router:
         else:
             self._admin = await self._open(settings.admin_host, settings.admin_port, "admin_port", admin.routes())
         self._main = await self._open(settings.host, settings.port, "port", routes)
-        if not self._keys and not settings.host.startswith("127.") and settings.host not in {"localhost", "::1"}:
+        if not self._keys and not is_loopback(settings.host):
             log.warning("the router listens on %s and asks for no key: set api_key_file", settings.host)
 
     async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef]) -> Listener:

@@ -240,6 +240,9 @@ class RouterSettings(_Section):
     curve_server_key: str | None = Field(
         None, description="Z85 public key that workers must hold. Default: our own public key (one shared pair)."
     )
+    allow_plaintext: bool = Field(
+        False, description="Ask workers on other machines for their status without CURVE (a trusted, isolated network)."
+    )
     timeouts: RouterTimeouts = RouterTimeouts()
     health: RouterHealth = RouterHealth()
     placement: RouterPlacement = RouterPlacement()
@@ -262,6 +265,7 @@ class RouterSettings(_Section):
             curve_public_key_file=self.curve_public_key_file,
             curve_secret_key_file=self.curve_secret_key_file,
             curve_server_key=self.curve_server_key,
+            allow_plaintext=self.allow_plaintext,
         )
 
     @classmethod

@@ -12,16 +12,20 @@ time is as good as none.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import select
 import socket
+import struct
 
 MAX_REQUEST_ID_BYTES = 1 << 16
+_CREDENTIALS = struct.Struct("3i")  # Linux' struct ucred: process, user, group
 _PROMISES = "-promises"  # behind the bell's name: its own rings would fill the queue
 
 
 class Bell:
-    """The scheduler's end: datagram sockets in Linux' abstract namespace, under an unguessable name."""
+    """The scheduler's end: datagram sockets in Linux' abstract namespace. Their random names are no secret on a host
+    (``/proc/net/unix`` lists them), so the kernel says whose process a word comes from, and only this user's count."""
 
     def __init__(self) -> None:
         self.name = f"\0pdtransport-{secrets.token_hex(16)}"
@@ -37,7 +41,7 @@ class Bell:
         rung = poll.poll(seconds * 1000)
         if rung:
             with contextlib.suppress(BlockingIOError):
-                while self._socket.recv(16):
+                while _heard(self._socket, 16) is not None:
                     pass
         return bool(rung)
 
@@ -45,8 +49,9 @@ class Bell:
         """Ids of the requests that workers told since the last call."""
         told = set()
         with contextlib.suppress(BlockingIOError):
-            while name := self._promises.recv(MAX_REQUEST_ID_BYTES):
-                told.add(name.decode(errors="replace"))
+            while (name := _heard(self._promises, MAX_REQUEST_ID_BYTES)) is not None:
+                if name:
+                    told.add(name.decode(errors="replace"))
         return told
 
     def close(self) -> None:
@@ -57,7 +62,21 @@ class Bell:
 def _datagrams() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     made.setblocking(False)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return made
+
+
+def _heard(listening: socket.socket, nbytes: int) -> bytes | None:
+    """The next datagram; empty if it came from another user, None if it was empty itself.
+
+    Raises:
+        BlockingIOError: there is none.
+    """
+    data, ancillary, _, _ = listening.recvmsg(nbytes, socket.CMSG_SPACE(_CREDENTIALS.size))
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(content) == _CREDENTIALS.size:
+            return (data or None) if _CREDENTIALS.unpack(content)[1] == os.getuid() else b""
+    return b""
 
 
 class Rope:

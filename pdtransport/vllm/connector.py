@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from pdtransport.vllm.pool_space import Shard
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,6 +61,10 @@ class PDTransportConnector(KVConnectorBase_V1):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("pdtransport does not hand over pipeline-parallel shards yet: use tensor parallelism")
+        if settings.pool is not None:
+            from pdtransport.vllm.pool_space import check_use
+
+            check_use(settings.pool, str(config.kv_load_failure_policy))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -74,7 +80,7 @@ class PDTransportConnector(KVConnectorBase_V1):
                 first_tokens=FirstTokens(vllm_config),
             )
         else:
-            self._worker = WorkerSide(settings, vllm_config, str(config.kv_role))
+            self._worker = WorkerSide(settings, vllm_config, str(config.kv_role), kv_cache_config)
 
     # -- scheduler -----------------------------------------------------------------------------------------------
 
@@ -103,6 +109,14 @@ class PDTransportConnector(KVConnectorBase_V1):
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.has_pending_work()
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
+        self.scheduler.start_pool(metadata)
+
+    def get_external_cache_hit_sources(self, request: Request, num_hits: int) -> dict[Any, int]:
+        if CacheHitSource is not None and self.scheduler.from_pool(request.request_id):
+            return {CacheHitSource.HOST: num_hits}
+        return super().get_external_cache_hit_sources(request, num_hits)
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         return self._kv_cache_config.transfer_group_ids
@@ -150,11 +164,15 @@ class PDTransportConnector(KVConnectorBase_V1):
         results = self.get_transfer_results(finished_req_ids)
         return results.finished_sending, results.finished_recving
 
+    def get_handshake_metadata(self) -> Shard | None:
+        return self.worker.shard
+
     def build_connector_worker_meta(self) -> News | None:
         return self._worker.take_news() if self._worker is not None else None
 
     def get_kv_connector_stats(self) -> PDTransportStats | None:
-        return self._worker.take_stats() if self._worker is not None else None
+        side = self._worker or self._scheduler
+        return side.take_stats() if side is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PDTransportStats:

@@ -5,6 +5,7 @@ Commands name requests by vLLM's own id: two requests may come with one transfer
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -31,7 +32,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Rewind:
-    """Prefill: the engine took this request's pages back; they are overwritten in this very step."""
+    """The engine took this request's pages back; they are overwritten in this very step."""
 
     req_id: str
 
@@ -47,9 +48,11 @@ class Finish:
 
 @dataclass(frozen=True)
 class Drop:
-    """Prefill: the request was aborted; report ``finished_sending`` once its pages are free."""
+    """Prefill: the request was aborted; report ``finished_sending`` once its pages are free. Not with ``report``
+    false: its pages are still loaded from the pool, and the end of that is reported."""
 
     req_id: str
+    report: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,39 @@ class Take:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Decode: the request was aborted while its pages were on their way."""
+    """The request was aborted while its pages were on their way, from prefill or from the pool."""
 
     req_id: str
 
 
-Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel
+@dataclass(frozen=True)
+class Fetch:
+    """Load chunks from the pool into ``pages``, of which the first ``held`` blocks of the first chunk are left out: the
+    engine holds them. ``keys``: by rank, one a chunk."""
+
+    req_id: str
+    keys: list[list[bytes]]
+    held: int
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """After this step, ``pages`` hold whole chunks: store them in the pool. ``keys``: by rank, one a chunk."""
+
+    req_id: str
+    keys: list[list[bytes]]
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The request is through; report ``finished_sending`` once its stores no longer read its pages."""
+
+    req_id: str
+
+
+Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch | Keep | Settle
 
 
 @dataclass
@@ -103,11 +133,13 @@ class Commands(KVConnectorMetadata):
 @dataclass
 class News(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
-    first token; ``first_tokens``: requests of decode's, and what they go on from."""
+    first token; ``first_tokens``: requests of decode's, and what they go on from; ``kept``: how many :class:`Keep` of
+    a request no longer read its pages."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
+    kept: Counter[str] = field(default_factory=Counter)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
         assert isinstance(other, News)
-        return News(self.promised | other.promised, {**self.first_tokens, **other.first_tokens})
+        return News(self.promised | other.promised, {**self.first_tokens, **other.first_tokens}, self.kept + other.kept)

@@ -11,16 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
-from pdtransport.vllm.bell import Bell
+from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.first_token import FirstTokens, give_up
-from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, News, Open, Pages, Rewind, Take
+from pdtransport.vllm.metadata import (
+    Cancel,
+    Claim,
+    Command,
+    Commands,
+    Drop,
+    Finish,
+    News,
+    Open,
+    Pages,
+    Rewind,
+    Settle,
+    Take,
+)
 from pdtransport.vllm.params import ConsumeParams, parse
+from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from pdtransport.vllm.pool_scheduler import PoolScheduler
+    from pdtransport.vllm.pool_space import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +95,40 @@ class SchedulerSide:
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
         self._bell = Bell()
+        self._rope = Rope()
+        self._rope.name = self._bell.name
+        self._pool = self._make_pool()
         self._tokens: dict[str, int] = {}  # first tokens that came before all workers had their pages
         self._look_again = 0  # empty steps that must not wait
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
+    def _make_pool(self) -> PoolScheduler | None:
+        if self._settings.pool is None:
+            return None
+        from pdtransport.vllm.pool_scheduler import PoolScheduler
+
+        return PoolScheduler(
+            self._settings.pool,
+            block_size=self._block_size,
+            ranks=self._ranks,
+            clock=self._clock,
+            ring=self._rope.pull,
+        )
+
+    def start_pool(self, shards: dict[int, Shard]) -> None:
+        """The workers told which chunks of the pool are theirs."""
+        if self._pool is not None:
+            self._pool.start(shards)
+
     # -- arrival -------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
+        self._read_wishes(request)
+        if self._pool is not None and request.request_id not in self._consuming:
+            self._pool.arrive(request)
+
+    def _read_wishes(self, request: Request) -> None:
         wanted = parse(request.kv_transfer_params, producer=self._producer, consumer=self._consumer)
         problem = wanted.problem
         if (wanted.produce or wanted.consume) and request.prompt_token_ids is None:
@@ -125,9 +168,12 @@ class SchedulerSide:
 
     # -- decode --------------------------------------------------------------------------------------------------
 
-    def matched_tokens(self, request: Request, computed: int) -> tuple[int, bool]:
-        """Tokens that can come from prefill beyond the ``computed`` ones held here, and whether they come later."""
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Tokens that can come from prefill, or the pool, beyond the ``computed`` ones held here, and whether they come
+        later. None: ask again later."""
         entry = self._consuming.get(request.request_id)
+        if entry is None and self._pool is not None:
+            return self._pool.matched_tokens(request, computed)
         if entry is None or entry.state != "waiting" or request.num_output_tokens:
             return 0, False
         # The last prompt token is computed here in any case: its logits give the first token.
@@ -137,6 +183,11 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         entry = self._consuming.get(request.request_id)
+        if entry is None and self._pool is not None:
+            fetch = self._pool.allocated(request, blocks.get_block_ids()[0], external_tokens)
+            if fetch is not None:
+                self._before.append(fetch)
+                self._awaited.add(request.request_id)
         if entry is None or entry.state != "waiting":
             return
         if external_tokens == 0:
@@ -187,8 +238,12 @@ class SchedulerSide:
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
             self._hear(news.promised)
+            if self._pool is not None:
+                self._pool.kept(news.kept)
         failed = getattr(output, "failed_recving", ())
         for req_id in output.finished_recving or ():
+            if self._pool is not None:
+                self._pool.loaded(req_id, req_id not in failed)
             token = self._tokens.pop(req_id, None)
             entry = self._consuming.get(req_id)
             if entry is None:
@@ -209,15 +264,19 @@ class SchedulerSide:
         after: list[Command] = []
         self._hear(self._bell.promises())
         for req_id in output.preempted_req_ids or ():
-            if req_id in self._producing:
+            storing = self._pool is not None and self._pool.preempted(req_id)
+            if storing or req_id in self._producing:
                 self._before.append(Rewind(req_id))
-        if self._producing:
-            after = self._progress(output)
+        if self._producing or self._pool is not None:
+            computed = _computed_before(output)
+            after += self._progress(output, computed)
+            if self._pool is not None:
+                after += self._pool.progress(output, computed)
         self._claim_waiting()
         before, self._before = self._before, []
         if output.total_num_scheduled_tokens:
             self._look_again = 1
-        elif self._awaited and not before:
+        elif not before and (self._awaited or (self._pool is not None and self._pool.asking)):
             self._wait()
         return Commands(before, after, self._bell.name)
 
@@ -232,10 +291,7 @@ class SchedulerSide:
         elif self._bell.wait(self._settings.idle_wait_s):
             self._look_again = 2
 
-    def _progress(self, output: SchedulerOutput) -> list[Command]:
-        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        cached = output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    def _progress(self, output: SchedulerOutput, computed: dict[str, int]) -> list[Command]:
         progress: list[Command] = []
         for req_id, before in computed.items():
             entry = self._producing.get(req_id)
@@ -261,7 +317,23 @@ class SchedulerSide:
         """Commands wait for a step."""
         return bool(self._before)
 
+    def take_stats(self) -> PDTransportStats | None:
+        """What became of chunks without the workers, since the last call; None if nothing did."""
+        counts = self._pool.take_counts() if self._pool is not None else None
+        if not counts:
+            return None
+        stats = PDTransportStats()
+        stats.count_chunks(counts)
+        return stats
+
+    def from_pool(self, req_id: str) -> bool:
+        """Whether this request's pages come from the pool."""
+        return self._pool is not None and self._pool.loading(req_id)
+
     def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        self._rope.close()
         self._bell.close()
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -279,8 +351,17 @@ class SchedulerSide:
                 self._release(req_id, consuming)
         self._hear(self._bell.promises())
         entry = self._producing.pop(req_id, None)
+        if self.from_pool(req_id):  # vLLM keeps the blocks until the load's end is reported, and wants one report
+            self._before.append(Cancel(req_id))
+            if entry is not None:
+                self._before.append(Drop(req_id, report=False))
+                entry = None
+        storing = self._pool is not None and self._pool.finished(req_id)
         if entry is None:
-            return False, None
+            if storing:
+                self._awaited.add(req_id)
+                self._before.append(Settle(req_id))
+            return storing, None
         self._awaited.add(req_id)
         delivered = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
         if request.status not in delivered or request.num_computed_tokens < entry.tokens:
@@ -320,6 +401,14 @@ class SchedulerSide:
         token = int(request.output_token_ids[0])
         declined = self._first_tokens.why_no_token(request, token)
         return (None, declined) if declined else (token, "")
+
+
+def _computed_before(output: SchedulerOutput) -> dict[str, int]:
+    """Tokens of each scheduled request that were computed before this step."""
+    computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return computed
 
 
 def content_key(request: Request) -> bytes:

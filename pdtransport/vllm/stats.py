@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,15 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 @dataclass
 class PDTransportStats(KVConnectorStats):
     """``data``: ``ended`` counts ``role/outcome``, ``bytes`` counts by role, ``exposed_s`` lists the seconds between
-    commit and the last verified page (what a request waited for beyond prefill)."""
+    commit and the last verified page (what a request waited for beyond prefill), ``chunks`` counts those of the shared
+    pool by what became of them, each worker's shard of a chunk for itself."""
 
     def __post_init__(self) -> None:
         if not self.data:
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": []}
+        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": [], "chunks": {}}
 
     def record(self, role: str, outcome: Outcome) -> None:
         key = f"{role}/{'ok' if outcome.ok else outcome.code}"
@@ -37,18 +39,27 @@ class PDTransportStats(KVConnectorStats):
         if role == "consumer" and "verified" in times and "committed" in times:
             self._observe([max(0.0, times["verified"] - times["committed"])])
 
+    def count_chunks(self, counts: Mapping[str, int], role: str = "", nbytes: int = 0) -> None:
+        """Chunks by what became of them, and the bytes that were copied."""
+        for what, count in counts.items():
+            if count:
+                self.data["chunks"][what] = self.data["chunks"].get(what, 0) + count
+        if nbytes:
+            self.data["bytes"][role] = self.data["bytes"].get(role, 0) + nbytes
+
     def _observe(self, seconds: list[float]) -> None:
         room = MAX_OBSERVATIONS - len(self.data["exposed_s"])
         self.data["exposed_s"] += seconds[:room]
 
     def aggregate(self, other: KVConnectorStats) -> PDTransportStats:
-        for name in ("ended", "bytes"):
+        for name in ("ended", "bytes", "chunks"):
             self.data[name] = dict(Counter(self.data[name]) + Counter(other.data[name]))
         self._observe(other.data["exposed_s"])
         return self
 
     def reduce(self) -> dict[str, int | float]:
         values: dict[str, int | float] = {f"transfers {key}": count for key, count in self.data["ended"].items()}
+        values.update({f"pool chunks {what}": count for what, count in self.data["chunks"].items()})
         values.update({f"MB {role}": round(count / 1e6, 1) for role, count in self.data["bytes"].items()})
         exposed = sorted(self.data["exposed_s"])
         if exposed:
@@ -56,7 +67,7 @@ class PDTransportStats(KVConnectorStats):
         return values
 
     def is_empty(self) -> bool:
-        return not self.data["ended"]
+        return not self.data["ended"] and not self.data["chunks"]
 
 
 class PDTransportPromMetrics(KVConnectorPromMetrics):
@@ -77,8 +88,16 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
         )
         self._bytes = self._counter_cls(
             name="vllm:pdtransport_bytes",
-            documentation="Bytes of KV pages handed over (producer) or taken and verified (consumer).",
+            documentation="Bytes of KV pages handed over (producer) or taken and verified (consumer), loaded from the "
+            "shared pool and verified (load), or stored there (store).",
             labelnames=[*labelnames, "role"],
+        )
+        self._chunks = self._counter_cls(
+            name="vllm:pdtransport_pool_chunks",
+            documentation="Chunks of the shared pool, one a worker: loaded (hit), not there (miss), stored, there "
+            "when they were to be stored (present), not stored for want of room (skipped), not looked up, loaded or "
+            "stored for another reason (failed).",
+            labelnames=[*labelnames, "outcome"],
         )
         self._exposed = self._histogram_cls(
             name="vllm:pdtransport_exposed_seconds",
@@ -93,5 +112,7 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
             self._transfers.labels(*labels, *key.split("/", 1)).inc(count)
         for role, count in transfer_stats_data["bytes"].items():
             self._bytes.labels(*labels, role).inc(count)
+        for what, count in transfer_stats_data["chunks"].items():
+            self._chunks.labels(*labels, what).inc(count)
         for seconds in transfer_stats_data["exposed_s"]:
             self._exposed.labels(*labels).observe(seconds)

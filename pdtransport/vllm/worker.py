@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,34 @@ from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.bell import Rope
-from pdtransport.vllm.geometry import KVCaches, describe
-from pdtransport.vllm.metadata import Cancel, Claim, Command, Commands, Drop, Finish, News, Open, Pages, Rewind, Take
+from pdtransport.vllm.geometry import Described, KVCaches, describe
+from pdtransport.vllm.held import Held
+from pdtransport.vllm.metadata import (
+    Cancel,
+    Claim,
+    Command,
+    Commands,
+    Drop,
+    Fetch,
+    Finish,
+    Keep,
+    News,
+    Open,
+    Pages,
+    Rewind,
+    Settle,
+    Take,
+)
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from pdtransport.vllm.pool_space import Shard
+    from pdtransport.vllm.pool_worker import PoolWorker
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +55,10 @@ REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engin
 class WorkerSide:
     """One per tensor-parallel rank."""
 
-    def __init__(self, settings: Settings, config: VllmConfig, role: str) -> None:
+    def __init__(self, settings: Settings, config: VllmConfig, role: str, caches: KVCacheConfig | None = None) -> None:
         self._settings = settings
         self._config = config
+        self._caches = caches
         self._role = role
         self._transport: Transport | None = None
         self._ratio = 1
@@ -44,9 +66,10 @@ class WorkerSide:
         self._receipts: dict[str, Receipt] = {}
         self._lock = threading.Lock()
         self._rope = Rope()
+        self._pool: PoolWorker | None = None
+        self.shard: Shard | None = None  # what chunks of the pool are this worker's
         # Written by the I/O thread and by the worker's own, under the lock:
-        self._released: set[str] = set()  # requests whose transfer ended before they did
-        self._closing: set[str] = set()  # requests that are through and wait for their transfer's end
+        self._held = Held()
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._failed: set[str] = set()
@@ -79,8 +102,34 @@ class WorkerSide:
             self._transport.host,
             self._transport.port,
         )
+        self._open_pool(described)
+
+    def _open_pool(self, described: Described) -> None:
+        use = self._settings.pool
+        if use is None:
+            return
+        from pdtransport.vllm.pool_space import Shard, key_space, why_no_pool
+        from pdtransport.vllm.pool_worker import PoolWorker
+
+        assert self._caches is not None
+        problem = why_no_pool(described, self._config, self._caches, use.chunk_blocks)
+        if problem:
+            logger.warning("pdtransport: the pool is not used: %s", problem)
+            return
+        self._pool = PoolWorker(
+            use,
+            described.geometry,
+            ratio=self._ratio,
+            rank=described.rank,
+            on_loaded=self._loaded,
+            on_kept=self._kept,
+            count=self._count_chunks,
+        )
+        self.shard = Shard(key_space(described, self._config, use.chunk_blocks))
 
     def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
         if self._transport is not None:
             self._transport.close()
         self._rope.close()
@@ -120,6 +169,8 @@ class WorkerSide:
         if isinstance(command, Open):
             ended = partial(self._source_ended, command.req_id)
             promised = partial(self._promised, command.req_id)
+            with self._lock:
+                self._held.use(command.req_id)
             self._offers[command.req_id] = transport.offer(
                 command.transfer, command.key, command.tokens, ended, promised
             )
@@ -131,6 +182,8 @@ class WorkerSide:
             offer = self._offers.get(command.req_id)
             if offer is not None:
                 offer.withdraw(REWIND_S)
+            if self._pool is not None:
+                self._pool.rewind(command.req_id, REWIND_S)
         elif isinstance(command, (Finish, Drop)):
             self._close_offer(command)
         elif isinstance(command, Claim):
@@ -141,14 +194,30 @@ class WorkerSide:
             receipt = self._receipts.get(command.req_id)
             if receipt is not None:
                 receipt.cancel("the request was aborted on decode")
+            elif self._pool is not None:
+                self._pool.cancel(command.req_id)
+        elif isinstance(command, Settle):
+            self._end(command.req_id)
+        elif self._pool is not None:
+            self._do_pool(self._pool, command)
+
+    def _do_pool(self, pool: PoolWorker, command: Command) -> None:
+        if isinstance(command, Keep):
+            with self._lock:
+                self._held.use(command.req_id)
+            pool.keep(command)
+        elif isinstance(command, Fetch):
+            pool.fetch(command)
+
+    def _end(self, req_id: str) -> None:
+        """The scheduler is through with the request: report it once nothing uses its pages."""
+        with self._lock:
+            if self._held.end(req_id):
+                self._sent.add(req_id)
 
     def _close_offer(self, command: Finish | Drop) -> None:
-        with self._lock:
-            if command.req_id in self._released:
-                self._released.discard(command.req_id)
-                self._sent.add(command.req_id)
-            else:
-                self._closing.add(command.req_id)
+        if isinstance(command, Finish) or command.report:
+            self._end(command.req_id)
         offer = self._offers.pop(command.req_id)
         if isinstance(command, Finish):
             offer.finish(command.first_token)
@@ -188,17 +257,32 @@ class WorkerSide:
             return blocks
         return [block * self._ratio + i for block in blocks for i in range(self._ratio)]
 
-    # -- what ended (called in the I/O thread) -------------------------------------------------------------------
+    # -- what ended (called in the I/O thread, or the pool client's) --------------------------------------------------
 
     def _source_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._lock:
             self._stats.record("producer", outcome)
-            if req_id in self._closing:
-                self._closing.discard(req_id)
+            if self._held.leave(req_id):
                 self._sent.add(req_id)
-            else:
-                self._released.add(req_id)
         self._rope.pull()
+
+    def _kept(self, req_id: str) -> None:
+        with self._lock:
+            self._news.kept[req_id] += 1
+            if self._held.leave(req_id):
+                self._sent.add(req_id)
+        self._rope.pull()
+
+    def _loaded(self, req_id: str, ok: bool) -> None:
+        with self._lock:
+            self._received.add(req_id)
+            if not ok:
+                self._failed.add(req_id)
+        self._rope.pull()
+
+    def _count_chunks(self, role: str, tally: Counter[str], nbytes: int) -> None:
+        with self._lock:
+            self._stats.count_chunks(tally, role, nbytes)
 
     def _promised(self, req_id: str) -> None:
         with self._lock:
@@ -227,7 +311,7 @@ class WorkerSide:
         """Since the last call; None if there is none. First tokens come no later than their request's end."""
         with self._lock:
             news, self._news = self._news, News()
-        return news if news.promised or news.first_tokens else None
+        return news if news.promised or news.first_tokens or news.kept else None
 
     def take_stats(self) -> PDTransportStats | None:
         """What ended since the last call; None if nothing did."""

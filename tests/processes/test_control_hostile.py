@@ -316,6 +316,36 @@ def both_up_as_server(rig: Bench, client: Node, fellow: Node, pair: Callable[[st
     rig.until(lambda: fellow.of(PeerUp) and client.of(PeerUp))
 
 
+@pytest.mark.parametrize("host", ["10.1.2.3", "127.0.0.1.example.org", "fe80::1"])
+def test_nobody_on_another_machine_is_called_in_plaintext(rig: Bench, pair: Callable[[str], Pair], host: str) -> None:
+    """Closed by default, in both directions: a peer's address comes from a request, and may be anything."""
+    node = rig.node("d")
+    node.channel.connect(host, 7670)
+    rig.until(lambda: node.of(ConnectFailed))
+    (failed,) = node.of(ConnectFailed)
+    assert failed.refused
+    for word in ("CURVE", "pdlaunch keys", "control.curve_secret_key_file", "control.allow_plaintext"):
+        assert word in failed.reason
+    assert not node.channel._dialers  # no socket was opened for it
+    with pytest.raises(StatusUnavailable, match="CURVE"):
+        fetch_status(host, 7670, timeout_s=0.2)
+    for opened in (rig.node("k", **pair("keys")), rig.node("o", allow_plaintext=True)):
+        opened.channel.connect(host, 7670)
+        assert opened.channel._dialers
+
+
+def test_a_name_that_resolves_to_another_address_is_not_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`localhost` is what the resolver says: what counts is the address that is bound."""
+    elsewhere = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
+    monkeypatch.setattr("pdtransport.control.listener.stdlib_socket.getaddrinfo", lambda *_, **__: elsewhere)
+    channel = ControlChannel(ControlSettings(**{**FAST, "host": "localhost"}), identity("a"))
+    try:
+        with pytest.raises(SettingsError, match=r"control\.host.*pdlaunch keys"):
+            channel.bind()
+    finally:
+        channel.close()
+
+
 def test_a_stranger_without_a_key_gets_no_status(rig: Bench, pair: Callable[[str], Pair]) -> None:
     node = rig.node("p", **pair("good"))
     error, asked = ask(rig, node, {"engine": "p"}, timeout_s=1.0)

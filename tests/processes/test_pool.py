@@ -18,6 +18,7 @@ from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
 from pdtransport.pool.cli import main
 from pdtransport.pool.client import PoolClient
+from pdtransport.pool.memory import map_memory
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import (
@@ -186,6 +187,43 @@ def test_no_pool_is_no_hit_at_once(directory: Path) -> None:
         done = load(client, [1])
         assert names(done) == ["LOST"]
         assert client.counters["unavailable"] == 3
+
+
+def test_a_directory_that_is_not_ours_alone_is_not_used_by_clients_either(directory: Path, tmp_path: Path) -> None:
+    """Whoever makes the pool's directory first must not get our pages: clients look at it as the service does."""
+    theirs = tmp_path / "theirs"
+    with Pool(PoolSettings(dir=directory, memory_bytes=1 << 20)):
+        assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+        theirs.symlink_to(directory)
+        with PoolClient(directory=theirs) as client, pytest.raises(PoolUnavailable, match="mode 0700"):
+            client.lookup([key(1)]).result()
+        for mode in (0o755, 0o770, 0o701):
+            directory.chmod(mode)
+            with PoolClient(directory=directory) as client, pytest.raises(PoolUnavailable, match="mode 0700"):
+                client.lookup([key(1)]).result()
+        directory.chmod(0o700)
+        if os.getuid() == 0:
+            os.chown(directory, 65534, -1)
+            with PoolClient(directory=directory) as client, pytest.raises(PoolUnavailable, match="of user 0"):
+                client.lookup([key(1)]).result()
+            os.chown(directory, 0, -1)
+        with PoolClient(directory=directory) as client:
+            assert client.lookup([key(1)]).result().there == 0
+
+
+def test_memory_that_is_not_ours_alone_is_not_mapped(tmp_path: Path) -> None:
+    """A link, a device, a file that others may write: never taken for the pool's memory."""
+    good, link = tmp_path / "good", tmp_path / "link"
+    good.write_bytes(b"\0" * 8192)
+    good.chmod(0o600)
+    map_memory(good, 8192).close()
+    link.symlink_to(good)
+    for path in (link, Path("/dev/zero")):
+        with pytest.raises(OSError):
+            map_memory(path, 8192)
+    good.chmod(0o620)
+    with pytest.raises(OSError, match="this user alone"):
+        map_memory(good, 8192)
 
 
 def test_mistakes_are_one_line(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

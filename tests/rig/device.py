@@ -82,7 +82,7 @@ class Place:
 def _one_of(env: Mapping[str, str], name: str, *values: str) -> str:
     value = env.get(name, "") or values[0]
     if value not in values:
-        raise ValueError(f"{name}={value}: one of {', '.join(v for v in values if v)} is needed")
+        raise ValueError(f"{name}={value}: one of {', '.join(sorted({v for v in values if v}))} is needed")
     return value
 
 

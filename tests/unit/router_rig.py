@@ -265,7 +265,7 @@ async def rigged(
             "decode": [engine.url for engine in rig.decode],
             **settings,
         }
-        raw["timeouts"] = {"drain_s": 0.1, **raw.get("timeouts", {})}
+        raw["timeouts"] = {"drain_s": 0.1, "worker_status_s": 0.05, **raw.get("timeouts", {})}
         rig.router = Router(RouterSettings.build(raw))
         await rig.router.start()
         stack.push_async_callback(rig.router.stop)

@@ -15,7 +15,7 @@ from benchmarks._decode_streams import Gap, within
 from benchmarks._gpu_handoff import Sample, runs_per_100, summarise, table
 from benchmarks._gpu_scale import FULL, REHEARSAL
 from tests.rig.client import Answer, to_decode, to_prefill
-from tests.rig.device import Place
+from tests.rig.device import Place, wide_vectors
 from tests.rig.servers import ServerSpec
 from tests.vllm.__main__ import outcomes
 from tests.vllm.__main__ import parse as parse_tests
@@ -201,13 +201,16 @@ def test_wrong_interference_arguments_are_refused(argv: list[str]) -> None:
 
 
 def test_the_environment_says_where_servers_run() -> None:
-    assert Place.of({}) == Place("cpu", True, None, True, False, None)
+    assert Place.of({"PDT_DTYPE": "bfloat16"}) == Place("cpu", True, None, True, False, "bfloat16", None)
+    assert Place.of({}).dtype == ("bfloat16" if wide_vectors() else "float32")
     place = Place.of({"PDT_DEVICE": "cuda", "PDT_ASYNC": "0", "PDT_START": "in-turn", "PDT_INVARIANT": "1"})
-    assert place == Place("cuda", False, False, False, True, None)
+    assert place == Place("cuda", False, False, False, True, "bfloat16", None)
     assert (place.block_size, place.margin_or(0.25), Place().margin_or(0.25)) == (16, 0.0, 0.25)
     assert Place.of({"PDT_MARGIN": "0.5"}).margin_or(0.25) == 0.5
     with pytest.raises(ValueError, match="PDT_DEVICE"):
         Place.of({"PDT_DEVICE": "gpu"})
+    with pytest.raises(ValueError, match=r"PDT_DTYPE=fp8: one of bfloat16, float32 is needed"):
+        Place.of({"PDT_DTYPE": "fp8"})
 
 
 def test_outcomes_of_a_test_run(tmp_path: Path) -> None:

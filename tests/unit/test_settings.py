@@ -18,7 +18,10 @@ from pdtransport.settings import Settings
         ({"control": {"prot": 1}}, r"control\.prot: unknown key"),
         ({"control": {"port": 70000}}, r"control\.port: .*65535"),
         ({"control": "tcp://x"}, r"control: "),
-        ({"control": {"host": "10.0.0.1"}}, r"needs CURVE keys.*allow_plaintext"),
+        ({"control": {"host": "10.0.0.1"}}, r"needs CURVE keys.*pdlaunch keys.*curve_secret_key_file.*allow_plaintext"),
+        ({"control": {"host": "127.0.0.1.example.org"}}, r"needs CURVE keys"),
+        ({"control": {"host": "0.0.0.0"}}, r"needs CURVE keys"),
+        ({"control": {"host": "::"}}, r"needs CURVE keys"),
         ({"control": {"curve_public_key_file": "a"}}, r"must be set together"),
         ({"links": {"order": []}}, r"links\.order"),
         ({"links": {"order": ["rdma"]}}, r"links\.order\.0: .*'shm'.*'cma'.*'ucx'"),
@@ -38,6 +41,8 @@ def test_a_mistake_is_named_in_one_line(raw: dict[str, Any], message: str) -> No
 def test_nothing_leaves_the_host_unless_configured() -> None:
     """Promise 7."""
     assert Settings.parse({}).control.host == "127.0.0.1"
+    for here in ("localhost", "127.0.0.9", "::1", "::ffff:127.0.0.1"):
+        assert Settings.parse({"control": {"host": here}}).control.host == here
     assert Settings.parse({"control": {"host": "10.0.0.1", "allow_plaintext": True}}).control.host == "10.0.0.1"
 
 

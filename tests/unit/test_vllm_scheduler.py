@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import resource
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -291,6 +294,24 @@ def test_the_bell_rings_from_another_process_end() -> None:
     bell.close()
     rope.pull()
     rope.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can speak as another user")
+def test_no_other_user_of_the_host_can_promise_a_first_token() -> None:
+    """The bell's name can be read in /proc/net/unix: a promise counts only if it comes from this user."""
+    bell, rope = Bell(), Rope()
+    rope.name = bell.name
+    try:
+        forge = (
+            "import os, socket, sys; os.setgid(65534); os.setuid(65534); "
+            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.sendto(b'forged', '\\0' + sys.argv[1])"
+        )
+        subprocess.run([sys.executable, "-c", forge, bell.name[1:] + "-promises"], check=True, timeout=30)
+        rope.tell("true")
+        assert bell.promises() == {"true"}
+    finally:
+        bell.close()
+        rope.close()
 
 
 def test_a_router_without_transfer_ids_gets_one_from_prefill(side: SchedulerSide) -> None:

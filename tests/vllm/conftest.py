@@ -29,7 +29,7 @@ from tests.rig.servers import Server, ServerSpec, fleet
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = (
     "idle", "equality", "prefixes", "requests", "router", "first_token", "aborts", "faults", "mismatch", "preemption",
-    "parallel",
+    "pool", "parallel",
 )  # fmt: skip
 MODULE_S = 2400
 

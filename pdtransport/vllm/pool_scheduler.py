@@ -1,0 +1,244 @@
+"""The shared pool in vLLM's scheduler: asks what it holds, and says which pages to load and to store."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pdtransport.errors import PoolUnavailable
+from pdtransport.kv.keys import KeySpace, chunk_keys
+from pdtransport.pool.client import Found, Pending, PoolClient
+from pdtransport.pool.messages import MAX_KEYS
+from pdtransport.settings import PoolUse
+from pdtransport.vllm.metadata import Fetch, Keep
+from pdtransport.vllm.pool_space import Shard, salt_of, why_unkeyable
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+# A lookup that a request no longer waits for may still be answered for so long. Meanwhile nobody else waits for a pool
+# that does not answer.
+ANSWER_S = 10.0
+
+
+@dataclass
+class _Prompt:
+    """A request's whole chunks. Counts of chunks are counted from the first one."""
+
+    keys: list[list[bytes]]  # by rank
+    tokens: int
+    sought: int = 0  # chunks that were asked for
+    lookups: Collection[Pending[Found]] = ()
+    until: float = 0.0
+    state: str = "asking"  # -> "found" -> "loading" -> "done"
+    there: int = 0  # chunks that the pool holds
+    computed: int = 0  # tokens that the engine held when it last asked
+    stored: int = 0  # chunks that are in the pool, or on their way
+    open: int = 0  # stores that the workers have not reported, over all ranks
+
+
+class PoolScheduler:
+    """One per engine. Inert until all workers told which chunks are theirs.
+
+    Args:
+        ring: to be called, from any thread, when an answer has come.
+        client: for tests.
+    """
+
+    def __init__(
+        self,
+        use: PoolUse,
+        *,
+        block_size: int,
+        ranks: int,
+        clock: Callable[[], float],
+        ring: Callable[[], None],
+        client: PoolClient | None = None,
+    ) -> None:
+        self._use = use
+        self._block_size, self._ranks = block_size, ranks
+        self._chunk = use.chunk_blocks * block_size
+        self._clock, self._ring = clock, ring
+        self._client = client
+        self._spaces: list[KeySpace] = []  # by rank
+        self._prompts: dict[str, _Prompt] = {}
+        self._late: list[Pending[Found]] = []
+        self._counts: Counter[str] = Counter()
+
+    def start(self, shards: Mapping[int, Shard]) -> None:
+        """What the workers told, by rank."""
+        if sorted(shards) != list(range(self._ranks)):
+            logger.warning("the pool is not used: %d of %d workers can use it", len(shards), self._ranks)
+            return
+        self._spaces = [shards[rank].space for rank in range(self._ranks)]
+        if self._client is None:
+            who = f"vllm-{os.getpid()}-lookup"
+            self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+    @property
+    def asking(self) -> bool:
+        """Whether a request waits for an answer."""
+        return any(prompt.state == "asking" for prompt in self._prompts.values())
+
+    def take_counts(self) -> Counter[str]:
+        """Chunks by what became of them, since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+    def _count(self, what: str, chunks: int) -> None:
+        if chunks > 0:
+            self._counts[what] += chunks * self._ranks
+
+    # -- look up -------------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request) -> None:
+        """Ask at once what the pool holds of this prompt."""
+        whole = request.num_prompt_tokens // self._chunk
+        if not self._spaces or not whole:
+            return
+        if why_unkeyable(request):
+            self._count("skipped", whole)
+            return
+        assert request.prompt_token_ids is not None
+        salt = salt_of(self._use.salt, request)
+        by_space = {
+            space: chunk_keys(replace(space, salt=salt), request.prompt_token_ids, tail=False)
+            for space in dict.fromkeys(self._spaces)
+        }
+        prompt = _Prompt([by_space[space] for space in self._spaces], request.num_prompt_tokens)
+        self._prompts[request.request_id] = prompt
+        # The last prompt token is computed here in any case: its logits give the first token.
+        prompt.sought = min((prompt.tokens - 1) // self._chunk, MAX_KEYS)
+        self._late = [late for late in self._late if not late.future.done()]
+        if not self._use.load or not prompt.sought or request.skip_reading_prefix_cache:
+            prompt.sought, prompt.state = 0, "found"
+        elif self._late:
+            self._give_up(prompt)
+        else:
+            self._ask(prompt, [keys[: prompt.sought] for keys in by_space.values()])
+
+    def _ask(self, prompt: _Prompt, questions: Iterable[list[bytes]]) -> None:
+        assert self._client is not None
+        try:
+            prompt.lookups = [self._client.lookup(keys) for keys in questions]
+        except PoolUnavailable:
+            self._give_up(prompt)
+            return
+        prompt.until = self._clock() + self._use.lookup_s
+        for lookup in prompt.lookups:
+            lookup.future.add_done_callback(lambda _: self._ring())
+
+    def _give_up(self, prompt: _Prompt) -> None:
+        self._count("failed", prompt.sought)
+        prompt.sought, prompt.state = 0, "found"
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Tokens that the pool holds beyond the ``computed`` ones held here (None: ask again later), and whether they
+        come later."""
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None or prompt.state in ("loading", "done") or request.num_output_tokens:
+            return 0, False
+        if prompt.state == "asking" and not self._answered(prompt):
+            return None, False
+        prompt.computed = computed
+        more = max(0, prompt.there * self._chunk - computed)
+        return more, more > 0
+
+    def _answered(self, prompt: _Prompt) -> bool:
+        """Whether a request need not wait any longer."""
+        waiting = [lookup for lookup in prompt.lookups if not lookup.future.done()]
+        if waiting and self._clock() < prompt.until:
+            return False
+        if waiting or any(lookup.future.exception() for lookup in prompt.lookups):
+            self._late += waiting
+            self._give_up(prompt)
+        else:
+            prompt.there = min(prompt.sought, *(lookup.future.result().there for lookup in prompt.lookups))
+            prompt.state = "found"
+        return True
+
+    # -- load ----------------------------------------------------------------------------------------------------
+
+    def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> Fetch | None:
+        """The request got ``blocks``, in which ``external_tokens`` are to come from the pool."""
+        prompt = self._prompts.get(request.request_id)
+        if prompt is None or prompt.state != "found":
+            return None
+        prompt.stored = prompt.there
+        self._count("miss", prompt.sought - max(prompt.there, prompt.computed // self._chunk))
+        if not external_tokens:
+            prompt.state = "done"
+            return None
+        prompt.state = "loading"
+        held = prompt.there * self._chunk - external_tokens
+        first = held // self._chunk
+        return Fetch(
+            request.request_id,
+            [keys[first : prompt.there] for keys in prompt.keys],
+            held % self._chunk // self._block_size,
+            blocks[held // self._block_size : prompt.there * self._use.chunk_blocks],
+        )
+
+    def loading(self, req_id: str) -> bool:
+        prompt = self._prompts.get(req_id)
+        return prompt is not None and prompt.state == "loading"
+
+    def loaded(self, req_id: str, ok: bool) -> None:
+        """A load ended. One that failed is computed here, and stored again."""
+        prompt = self._prompts.get(req_id)
+        if prompt is not None and prompt.state == "loading":
+            prompt.state = "done"
+            if not ok:
+                prompt.there = prompt.stored = 0
+
+    # -- store ---------------------------------------------------------------------------------------------------
+
+    def progress(self, output: SchedulerOutput, computed: Mapping[str, int]) -> list[Keep]:
+        """What this step completes. ``computed``: tokens of each scheduled request before it."""
+        found: list[Keep] = []
+        if not self._use.store:
+            return found
+        for req_id, before in computed.items():
+            prompt = self._prompts.get(req_id)
+            if prompt is None or prompt.state != "done" or prompt.stored >= len(prompt.keys[0]):
+                continue
+            block_state = output.kv_connector_block_state
+            ids = block_state.get_block_ids(req_id) if block_state is not None else None
+            first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
+            if ids is None or end <= first:
+                continue
+            per = self._use.chunk_blocks
+            found.append(Keep(req_id, [keys[first:end] for keys in prompt.keys], list(ids[0][first * per : end * per])))
+            prompt.stored = end
+            prompt.open += self._ranks
+        return found
+
+    def kept(self, reports: Mapping[str, int]) -> None:
+        """How many stores of each request the workers no longer read pages for."""
+        for req_id, count in reports.items():
+            if req_id in self._prompts:
+                self._prompts[req_id].open -= count
+
+    def preempted(self, req_id: str) -> bool:
+        """Its pages are overwritten in this step; True if workers may still read them."""
+        prompt = self._prompts.get(req_id)
+        if prompt is None:
+            return False
+        prompt.stored = prompt.there
+        return prompt.open > 0
+
+    def finished(self, req_id: str) -> bool:
+        """Forget the request; True if workers may still read its pages."""
+        prompt = self._prompts.pop(req_id, None)
+        return prompt is not None and prompt.open > 0

@@ -1,0 +1,117 @@
+"""Which chunks of the shared pool are this engine's: what their keys depend on beside the tokens, and who has none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+
+from pdtransport.errors import SettingsError
+from pdtransport.kv.geometry import HOST
+from pdtransport.kv.keys import KeySpace
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.settings import PoolUse
+from pdtransport.transport import fingerprint_of
+from pdtransport.vllm.geometry import Described
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+
+@dataclass
+class Shard(KVConnectorHandshakeMetadata):
+    """What one worker tells the scheduler when the engine starts: the space of its chunks, without a salt."""
+
+    space: KeySpace
+
+
+def check_use(use: PoolUse, load_failure_policy: str) -> None:
+    """Raises SettingsError if the pool's place can't be one, or in an engine that does not recompute what can't be
+    loaded."""
+    place = {"name": use.name} if use.dir is None else {"name": use.name, "dir": use.dir}
+    PoolSettings.parse(place, where="kv_connector_extra_config: pool")
+    if use.load and load_failure_policy != "recompute":
+        raise SettingsError(
+            f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
+            "chunk may be gone when it is to be loaded. Set it, or pool.load: false"
+        )
+
+
+def key_space(described: Described, config: VllmConfig, chunk_blocks: int) -> KeySpace:
+    """The space of this worker's chunks. Pages are opaque bytes, in a format that is the attention backend's own
+    business: another version of vLLM has another space."""
+    import vllm
+
+    geometry, facts = described.geometry, described.fingerprint
+    layout = {
+        **fingerprint_of(geometry, described.ranks),
+        "attention_backend": facts["attention_backend"],
+        "layer_names": facts["layer_names"],
+        "kernel_blocks": described.kernel_blocks_per_block,
+        "vllm": vllm.__version__,
+    }
+    # Of another tensor-parallel size: the shard says what differs. Of another protocol version: pages are the same.
+    del layout["tp_size"], layout["protocol_version"]
+    weights = (facts["revision"], facts["weights"], facts["model_config"], _altered(config))
+    return KeySpace(
+        model=str(facts["model"]),
+        revision=json.dumps(weights),
+        dtype=f"{facts['dtype']}/{facts['kv_cache_dtype']}",
+        layout=json.dumps(layout, sort_keys=True),
+        shard=f"heads {geometry.head_lo}-{geometry.head_hi} of {geometry.total_heads}, {len(geometry.layers)} layers",
+        chunk_tokens=chunk_blocks * config.cache_config.block_size,
+    )
+
+
+def _altered(config: VllmConfig) -> str:
+    """What makes other KV of the same weight files: quantisation on the fly, a draft model's layers."""
+    facts = (config.model_config.quantization, str(config.speculative_config or ""))
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+
+
+def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig, chunk_blocks: int) -> str:
+    """What keeps this engine's KV out of the pool, for the log; empty if nothing does."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    geometry = described.geometry
+    if geometry.device != HOST:
+        return "KV in GPU memory can't be stored or loaded yet"
+    kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
+    if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec):
+        # A sliding window's block table loses the blocks behind it while the prompt is still computed.
+        names = ", ".join(kind.__name__ for kind in kinds)
+        return f"only full attention in one group of layers can be stored, not {names}"
+    speculation = config.speculative_config
+    if speculation is not None and speculation.use_eagle():
+        return "a draft model's KV of a chunk depends on the token behind it, which its key does not say"
+    parallel = config.parallel_config
+    if max(getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")) > 1:
+        return "context-parallel shards can't be stored"
+    blocks = chunk_blocks * described.kernel_blocks_per_block
+    nbytes = blocks * geometry.block_bytes(geometry.head_lo, geometry.head_hi)
+    if nbytes > MAX_CHUNK_BYTES:
+        return f"pool.chunk_blocks {chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
+    return ""
+
+
+def why_unkeyable(request: Request) -> str:
+    """What this request's KV depends on that no key says; empty if it can be found by its tokens."""
+    if request.lora_request is not None:
+        return "lora"  # an adapter may change under its name
+    if request.mm_features:
+        return "multimodal"
+    if request.prompt_token_ids is None or request.prompt_embeds is not None or request.prompt_is_token_ids is not None:
+        return "embeddings"
+    if request.resumable or request.sampling_params is None:
+        return "kind"  # streamed input, pooling
+    return ""
+
+
+def salt_of(configured: str, request: Request) -> str:
+    """Of the instance and of the request; no two pairs are the same."""
+    return f"{len(configured)}:{configured}{request.cache_salt or ''}"

@@ -1,0 +1,196 @@
+"""The shared pool in one worker: stores chunks of pages and loads them, in the pool client's threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+
+import numpy as np
+
+from pdtransport.errors import PoolUnavailable
+from pdtransport.kernels.runs import Runs, run
+from pdtransport.kv.geometry import KVGeometry
+from pdtransport.pool.client import Copied, Pending, PoolClient
+from pdtransport.pool.request import Verdict
+from pdtransport.settings import PoolUse
+from pdtransport.vllm.metadata import Fetch, Keep
+
+logger = logging.getLogger(__name__)
+
+LOAD_THREADS = 2
+STORE_THREADS = 1
+
+# What the counters call a chunk that came to this; all other verdicts are failures.
+STORED = {
+    Verdict.WRITE: "stored",
+    Verdict.HAVE: "present",
+    Verdict.LATER: "skipped",
+    Verdict.FULL: "skipped",
+    Verdict.BUSY: "skipped",
+}
+
+
+class PoolWorker:
+    """One per worker, used by its own thread; the callbacks come from any thread.
+
+    Args:
+        ratio: attention kernel's blocks in one of the scheduler's.
+        on_loaded: of a request, and whether all its pages are what was stored.
+        on_kept: of a request: one :class:`Keep` no longer reads its pages.
+        count: chunks by what became of them, and the bytes that were copied.
+    """
+
+    def __init__(
+        self,
+        use: PoolUse,
+        geometry: KVGeometry,
+        *,
+        ratio: int,
+        rank: int,
+        on_loaded: Callable[[str, bool], None],
+        on_kept: Callable[[str], None],
+        count: Callable[[str, Counter[str], int], None],
+    ) -> None:
+        self._use, self._geometry = use, geometry
+        self._ratio, self._rank = ratio, rank
+        self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
+        self._lock = threading.Lock()
+        self._queued = 0  # chunks
+        self._stores: dict[str, list[Pending[Copied]]] = {}
+        self._loads: dict[str, Pending[Copied]] = {}
+        # Loads have a client of their own: a request waits for them, and for stores nobody does.
+        who = f"vllm-{os.getpid()}"
+        self._loader = PoolClient(use.name, use.dir, tenant=use.tenant, threads=LOAD_THREADS, who=f"{who}-load")
+        self._storer = PoolClient(use.name, use.dir, tenant=use.tenant, threads=STORE_THREADS, who=f"{who}-store")
+
+    def close(self) -> None:
+        """End what is under way: nothing touches the pages any more."""
+        for client in (self._loader, self._storer):
+            client.close()
+
+    # -- store ---------------------------------------------------------------------------------------------------
+
+    def keep(self, command: Keep) -> None:
+        """Store as many of its chunks as the queue has room for."""
+        keys = command.keys[self._rank]
+        with self._lock:
+            room = max(0, self._use.max_queued_chunks - self._queued)
+            chosen = keys[:room]
+            self._queued += len(chosen)
+        if len(chosen) < len(keys):
+            self._count("store", Counter(skipped=len(keys) - len(chosen)), 0)
+        if not chosen:
+            self._on_kept(command.req_id)
+            return
+        runs = self._chunks(command.pages)[: len(chosen)]
+        try:
+            pending = self._storer.store(chosen, runs, deadline_s=self._use.store_s)
+        except PoolUnavailable:
+            self._end_store(command.req_id, Counter(failed=len(chosen)), len(chosen), 0)
+            return
+        with self._lock:
+            self._stores.setdefault(command.req_id, []).append(pending)
+        pending.future.add_done_callback(lambda done: self._stored(command.req_id, pending, len(chosen), done))
+
+    def _stored(self, req_id: str, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
+        with self._lock:
+            others = [each for each in self._stores.pop(req_id) if each is not pending]
+            if others:
+                self._stores[req_id] = others
+        copied = _outcome(done)
+        if copied is None:
+            tally = Counter({"skipped" if done.cancelled() else "failed": chunks})
+        else:
+            tally = Counter(STORED.get(verdict, "failed") for verdict in copied.verdicts)
+        self._end_store(req_id, tally, chunks, copied.nbytes if copied else 0)
+
+    def _end_store(self, req_id: str, tally: Counter[str], chunks: int, nbytes: int) -> None:
+        with self._lock:
+            self._queued -= chunks
+        self._count("store", tally, nbytes)
+        self._on_kept(req_id)
+
+    def rewind(self, req_id: str, timeout_s: float) -> None:
+        """The engine takes this request's pages back: when this returns, no store reads them any more.
+
+        Raises:
+            TimeoutError: one still does; the pages must not be reused.
+        """
+        with self._lock:
+            pending = list(self._stores.get(req_id, ()))
+        running = [each for each in pending if not each.future.cancel()]
+        for each in running:
+            each.cancel()
+        if futures.wait([each.future for each in running], timeout_s).not_done:
+            raise TimeoutError(f"a store of request {req_id} did not let go of its pages within {timeout_s} s")
+
+    # -- load ----------------------------------------------------------------------------------------------------
+
+    def fetch(self, command: Fetch) -> None:
+        """Load its chunks. Of the first one the engine may hold blocks already, and others may use them: these bytes
+        go to memory of their own."""
+        keys = command.keys[self._rank]
+        held = command.held * self._ratio * self._block_bytes
+        spare = np.empty(held, dtype=np.uint8)
+        pages = self._chunks(command.pages, first=self._use.chunk_blocks - command.held)
+        if held:
+            pages[0] = np.concatenate([run(spare.ctypes.data, held), pages[0]])
+
+        def ended(done: Future[Copied], _alive: np.ndarray = spare) -> None:
+            with self._lock:
+                self._loads.pop(command.req_id, None)
+            self._loaded(command.req_id, len(keys), _outcome(done))
+
+        try:
+            pending = self._loader.load(keys, pages, deadline_s=self._use.load_s)
+        except PoolUnavailable:
+            self._loaded(command.req_id, len(keys), None)
+            return
+        with self._lock:
+            self._loads[command.req_id] = pending
+        pending.future.add_done_callback(ended)
+
+    def _loaded(self, req_id: str, chunks: int, copied: Copied | None) -> None:
+        good = copied.verdicts.count(Verdict.READ) if copied is not None else 0
+        self._count("load", Counter(hit=good, failed=chunks - good), copied.nbytes if copied else 0)
+        self._on_loaded(req_id, good == chunks)
+
+    def cancel(self, req_id: str) -> None:
+        """Nobody wants these pages any more; that they are free is reported as the load's end."""
+        with self._lock:
+            pending = self._loads.get(req_id)
+        if pending is not None and not pending.future.cancel():
+            pending.cancel()
+
+    # -- where ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _block_bytes(self) -> int:
+        return self._geometry.block_bytes(self._geometry.head_lo, self._geometry.head_hi)
+
+    def _chunks(self, blocks: Sequence[int], first: int = 0) -> list[Runs]:
+        """The runs of each chunk in these scheduler's blocks; the first chunk has ``first`` of them (0: as all)."""
+        step, at = self._use.chunk_blocks, 0
+        found = []
+        while at < len(blocks):
+            end = at + (first if not at and first else step)
+            pages = [block * self._ratio + i for block in blocks[at:end] for i in range(self._ratio)]
+            found.append(self._geometry.runs(pages, self._geometry.head_lo, self._geometry.head_hi))
+            at = end
+        return found
+
+
+def _outcome(done: Future[Copied]) -> Copied | None:
+    """How a copy ended; None if it was cancelled before it began, or failed for a reason that nobody foresaw."""
+    if done.cancelled():
+        return None
+    error = done.exception()
+    if error is not None:
+        logger.error("a copy between pages and pool failed: %r", error)
+        return None
+    return done.result()

@@ -1,0 +1,404 @@
+"""The connector's use of the shared pool, without an engine: what the scheduler's half asks for, and what a worker's
+half does with real pages and a real pool."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from pdtransport.errors import PoolUnavailable, SettingsError
+from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.keys import KeySpace
+from pdtransport.pool.client import Found, Pending
+from pdtransport.pool.service import Pool
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.settings import PoolUse, Settings
+from pdtransport.vllm.held import Held
+from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle
+from pdtransport.vllm.pool_scheduler import PoolScheduler
+from pdtransport.vllm.pool_space import Shard, check_use, salt_of
+from pdtransport.vllm.pool_worker import PoolWorker
+from pdtransport.vllm.scheduler import SchedulerSide
+from tests.unit.test_vllm_scheduler import BLOCK, PRODUCE, Clock, blocks, request, step
+
+SPACE = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
+OTHER_HALF = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 2-4 of 4", chunk_tokens=2 * BLOCK)
+PROMPT = 10 * BLOCK + 5  # five chunks of two blocks
+PLAIN: dict[str, Any] = {"prompt_embeds": None, "prompt_is_token_ids": None, "resumable": False, "sampling_params": 1}
+PLAIN |= {"skip_reading_prefix_cache": False}
+IDS = [10, 11, 12, 13, 14]  # what tests.unit.test_vllm_scheduler.step says the first blocks are
+
+
+class Asked:
+    """A pool client whose answers the test gives."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Sequence[bytes], Future[Found]]] = []
+
+    def lookup(self, keys: Sequence[bytes]) -> Pending[Found]:
+        future: Future[Found] = Future()
+        self.asked.append((keys, future))
+        return Pending(future, 1.0)
+
+    def answer(self, there: int | None) -> None:
+        """To the oldest question; None: there is no pool."""
+        _, future = self.asked.pop(0)
+        if there is None:
+            future.set_exception(PoolUnavailable("no pool"))
+        else:
+            future.set_result(Found(there, there))
+
+    def close(self) -> None:
+        pass
+
+
+class Half:
+    """A scheduler's half with a pool."""
+
+    def __init__(self, ranks: int = 1, **use: Any) -> None:
+        self.clock = Clock()
+        settings = Settings(pool=PoolUse(chunk_blocks=2, **use))
+        self.side = SchedulerSide(
+            settings, producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=ranks, clock=self.clock
+        )
+        self.pool = Asked()
+        assert isinstance(self.side._pool, PoolScheduler)
+        self.side._pool._client = self.pool  # type: ignore[assignment]
+        self.side.start_pool({rank: Shard((SPACE, OTHER_HALF)[rank]) for rank in range(ranks)})
+
+    def arrive(self, params: Any = None, name: str = "r", **more: Any) -> Any:
+        made = request(params, PROMPT, name, **{**PLAIN, **more})
+        self.side.on_new_request(made)
+        return made
+
+    def counts(self) -> dict[str, int]:
+        stats = self.side.take_stats()
+        return stats.data["chunks"] if stats is not None else {}
+
+    def admit(self, made: Any, there: int, held: int = 0) -> list[Any]:
+        """The pool's answer, then room for the request; the commands before the next step."""
+        while self.pool.asked:
+            self.pool.answer(there)
+        external, later = self.side.matched_tokens(made, held)
+        assert later == bool(external)
+        self.side.allocated(made, blocks(*range(20, 31)), external or 0)
+        return step(self.side).before
+
+
+@pytest.fixture
+def half() -> Iterator[Half]:
+    made = Half()
+    yield made
+    made.side.close()
+
+
+def ended(name: str = "r", ok: bool = True) -> Any:
+    failed = set() if ok else {name}
+    return SimpleNamespace(finished_recving={name}, finished_sending=None, failed_recving=failed)
+
+
+def told(**kept: int) -> Any:
+    news = News(kept=Counter(kept))
+    return SimpleNamespace(finished_recving=None, finished_sending=None, kv_connector_worker_meta=news)
+
+
+def test_without_a_pool_nothing_is_hashed_or_asked() -> None:
+    side = SchedulerSide(Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1)
+    made = request(None, PROMPT)  # has none of the fields that the pool looks at
+    side.on_new_request(made)
+    assert side.matched_tokens(made, 0) == (0, False)
+    assert (step(side).before, step(side, {"r": (0, PROMPT)}).after, side.take_stats()) == ([], [], None)
+
+
+def test_an_answer_that_is_out_is_not_waited_for(half: Half) -> None:
+    """The scheduler asks again later; other requests go on meanwhile."""
+    made = half.arrive()
+    assert half.side.matched_tokens(made, 0) == (None, False)
+    half.pool.answer(3)
+    assert [half.side.matched_tokens(made, 0) for _ in range(2)] == [(3 * 2 * BLOCK, True)] * 2
+
+
+def test_a_pool_that_does_not_answer_costs_lookup_s_once(half: Half) -> None:
+    """Then the request goes without, and so does everyone until the answer has come."""
+    first = half.arrive()
+    assert half.side.matched_tokens(first, 0) == (None, False)
+    half.clock.now += 0.2
+    assert half.side.matched_tokens(first, 0) == (0, False)
+    second = half.arrive(name="s")
+    assert half.side.matched_tokens(second, 0) == (0, False)
+    assert half.counts() == {"failed": 10}
+    half.pool.answer(5)
+    assert half.side.matched_tokens(first, 0) == (0, False)
+    third = half.arrive(name="t")
+    half.pool.answer(5)
+    assert half.side.matched_tokens(third, 0) == (5 * 2 * BLOCK, True)
+
+
+def test_no_pool_is_a_miss(half: Half) -> None:
+    made = half.arrive()
+    half.pool.answer(None)
+    assert half.side.matched_tokens(made, 0) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("held", "first", "left_out", "pages"),
+    [(0, 0, 0, range(20, 28)), (BLOCK, 0, 1, range(21, 28)), (4 * BLOCK, 2, 0, range(24, 28)), (9 * BLOCK, 4, 0, ())],
+)
+def test_what_the_engine_holds_is_not_loaded(half: Half, held: int, first: int, left_out: int, pages: Any) -> None:
+    """The pool brings what lies beyond, also from the middle of a chunk on."""
+    commands = half.admit(half.arrive(), there=4, held=held)
+    if not pages:
+        assert commands == []
+        return
+    (command,) = commands
+    assert isinstance(command, Fetch)
+    assert (command.held, command.pages) == (left_out, list(pages))
+    assert len(command.keys[0]) == 4 - first
+
+
+def test_the_last_token_is_never_asked_for(half: Half) -> None:
+    """Its logits give the first token: a prompt that ends with a chunk is loaded up to the chunk before."""
+    made = request(None, 4 * BLOCK, **PLAIN)
+    half.side.on_new_request(made)
+    assert len(half.pool.asked[0][0]) == 1
+
+
+def test_chunks_are_stored_as_they_are_computed_and_once(half: Half) -> None:
+    """What the pool holds, and half a chunk, are not stored."""
+    made = half.arrive()
+    half.admit(made, there=0)
+    (keep,) = step(half.side, {"r": (0, 3 * BLOCK)}).after
+    assert isinstance(keep, Keep)
+    assert (keep.pages, len(keep.keys[0])) == (IDS[:2], 1)
+    (more,) = step(half.side, {"r": (3 * BLOCK, BLOCK)}).after
+    assert (more.pages, len(more.keys[0])) == (IDS[2:4], 1)
+    assert step(half.side, {"r": (4 * BLOCK, 1)}).after == []
+
+
+def test_what_was_loaded_is_not_stored_and_what_failed_is(half: Half) -> None:
+    loaded = half.arrive()
+    half.admit(loaded, there=1)
+    half.side.update_output(ended())
+    (keep,) = step(half.side, {"r": (2 * BLOCK, 2 * BLOCK)}).after
+    assert keep.pages == IDS[2:4]
+    failed = half.arrive(name="s")
+    half.admit(failed, there=1)
+    half.side.update_output(ended("s", ok=False))
+    assert half.side.matched_tokens(failed, 0) == (0, False), "a failed load is computed here"
+    (keep,) = step(half.side, {"s": (0, 4 * BLOCK)}).after
+    assert keep.pages == IDS[:4]
+
+
+def test_pages_are_kept_until_their_stores_are_through(half: Half) -> None:
+    """A request that ends before is held; one whose stores were reported is not."""
+    slow, fast = half.arrive(), half.arrive(name="s")
+    for made in (slow, fast):
+        half.admit(made, there=0)
+    assert len(step(half.side, {"r": (0, 4 * BLOCK), "s": (0, 4 * BLOCK)}).after) == 2
+    half.side.update_output(told(s=1))
+    assert half.side.finished(fast, []) == (False, None)
+    assert half.side.finished(slow, []) == (True, None)
+    assert step(half.side).before == [Settle("r")]
+
+
+def test_each_rank_has_its_keys_and_its_reports() -> None:
+    """A chunk is there if all shards of it are; pages are free when every rank has reported."""
+    half = Half(ranks=2)
+    made = half.arrive()
+    half.pool.answer(5)
+    half.pool.answer(2)
+    (fetch,) = half.admit(made, there=0)
+    assert [len(keys) for keys in fetch.keys] == [2, 2]
+    assert not set(fetch.keys[0]) & set(fetch.keys[1])
+    half.side.update_output(ended())
+    step(half.side, {"r": (4 * BLOCK, 2 * BLOCK)})
+    half.side.update_output(told(r=1))
+    assert half.side.finished(made, [])[0]
+    half.side.close()
+
+
+def test_a_preempted_request_takes_its_pages_back_and_stores_again(half: Half) -> None:
+    made = half.arrive()
+    half.admit(made, there=0)
+    step(half.side, {"r": (0, 4 * BLOCK)})
+    assert step(half.side, preempted=("r",)).before == [Rewind("r")]
+    half.side.update_output(told(r=1))
+    (keep,) = step(half.side, {"r": (0, 2 * BLOCK)}).after
+    assert keep.pages == IDS[:2]
+
+
+def test_an_abort_while_loading_is_reported_once(half: Half) -> None:
+    """vLLM keeps the pages until the load's end is reported, and a second report would end the engine."""
+    made = half.arrive(PRODUCE)
+    half.admit(made, there=2)
+    made.status = None
+    assert half.side.finished(made, []) == (False, None)
+    assert step(half.side).before == [Cancel("r"), Drop("r", report=False)]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"lora_request": 1}, {"mm_features": [1]}, {"prompt_embeds": 1}, {"sampling_params": None}, {"resumable": True}],
+)
+def test_what_has_no_key_passes_by(half: Half, odd: dict[str, Any]) -> None:
+    made = half.arrive(**odd)
+    assert half.pool.asked == []
+    assert half.side.matched_tokens(made, 0) == (0, False)
+    assert step(half.side, {"r": (0, 4 * BLOCK)}).after == []
+    assert half.counts() == {"skipped": 5}
+
+
+def test_salts_do_not_run_into_each_other(half: Half) -> None:
+    """Neither the instance's and the request's, nor one request's and another's."""
+    pairs = [("", "ab"), ("a", "b"), ("ab", ""), ("1:a", ""), ("", "1:a")]
+    assert len({salt_of(ours, SimpleNamespace(cache_salt=theirs)) for ours, theirs in pairs}) == len(pairs)  # type: ignore[arg-type]
+    for salt in (None, "x", "y"):
+        half.arrive(name=str(salt), cache_salt=salt)
+    assert len({keys[0] for keys, _ in half.pool.asked}) == 3
+
+
+def test_loading_needs_an_engine_that_recomputes() -> None:
+    with pytest.raises(SettingsError, match=r"pool\.load needs kv_load_failure_policy: recompute") as caught:
+        check_use(PoolUse(), "fail")
+    assert "\n" not in str(caught.value)
+    check_use(PoolUse(load=False), "fail")
+    with pytest.raises(SettingsError, match="dir is too long"):
+        check_use(PoolUse(dir=Path("/x" * 60)), "recompute")
+
+
+def test_pages_are_reported_free_once_whoever_is_last() -> None:
+    held = Held()
+    for order in ("leave leave end", "leave end leave", "end leave leave"):
+        held.use("r")
+        held.use("r")
+        assert [getattr(held, verb)("r") for verb in order.split()] == [False, False, True]
+    assert held.end("never used")
+
+
+# -- a worker's half -----------------------------------------------------------------------------------------------
+
+LAYERS, PAGES, HEADS, TOKENS, SLOT = 3, 32, 2, 4, 64
+
+
+class Engine:
+    """Pages of a worker, and what its half reported."""
+
+    def __init__(self, directory: Path, **use: Any) -> None:
+        self.kv = np.zeros((LAYERS, PAGES, HEADS, TOKENS, SLOT), dtype=np.uint8)
+        self.heard = threading.Condition()
+        self.loaded: dict[str, bool] = {}
+        self.kept: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.worker = PoolWorker(
+            PoolUse(dir=directory, chunk_blocks=2, **use),
+            KVGeometry.of_array(self.kv),
+            ratio=1,
+            rank=0,
+            on_loaded=self._on_loaded,
+            on_kept=self._on_kept,
+            count=lambda _role, tally, _nbytes: self.counts.update(tally),
+        )
+
+    def _on_loaded(self, name: str, ok: bool) -> None:
+        with self.heard:
+            self.loaded[name] = ok
+            self.heard.notify_all()
+
+    def _on_kept(self, name: str) -> None:
+        with self.heard:
+            self.kept[name] += 1
+            self.heard.notify_all()
+
+    def keep(self, keys: list[bytes], pages: list[int], name: str = "r") -> None:
+        self.worker.keep(Keep(name, [keys], pages))
+
+    def fetch(self, keys: list[bytes], pages: list[int], held: int = 0, name: str = "r") -> bool:
+        self.worker.fetch(Fetch(name, [keys], held, pages))
+        with self.heard:
+            assert self.heard.wait_for(lambda: name in self.loaded, 20)
+            return self.loaded.pop(name)
+
+    def wait_kept(self, times: int = 1, name: str = "r") -> None:
+        with self.heard:
+            assert self.heard.wait_for(lambda: self.kept[name] >= times, 20)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Pool]:
+    with Pool(PoolSettings(dir=tmp_path, memory_bytes=8 << 20, frame_bytes=4096)) as pool:
+        yield pool
+
+
+def engine_of(tmp_path: Path, **use: Any) -> Engine:
+    made = Engine(tmp_path, **use)
+    made.kv[:] = np.random.default_rng(1).integers(1, 256, made.kv.shape, dtype=np.uint8)
+    return made
+
+
+def key(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_pages_come_back_into_other_pages_and_no_others(running: Pool, tmp_path: Path) -> None:
+    """Also where a chunk's first block is the engine's already: nobody writes there."""
+    engine = engine_of(tmp_path)
+    engine.keep([key(1), key(2)], [3, 9, 4, 1])
+    engine.wait_kept()
+    assert engine.counts == {"stored": 2}
+    before = engine.kv.copy()
+    assert engine.fetch([key(1), key(2)], [20, 21, 22], held=1)
+    assert np.array_equal(engine.kv[:, [20, 21, 22]], before[:, [9, 4, 1]])
+    others = [page for page in range(PAGES) if page not in (20, 21, 22)]
+    assert np.array_equal(engine.kv[:, others], before[:, others])
+    engine.worker.close()
+
+
+def test_one_chunk_that_is_gone_fails_the_load(running: Pool, tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    engine.keep([key(1)], [3, 9])
+    engine.wait_kept()
+    assert not engine.fetch([key(1), key(2)], [20, 21, 22, 23])
+    assert engine.counts == {"stored": 1, "hit": 1, "failed": 1}
+    engine.worker.close()
+
+
+def test_without_a_pool_all_is_over_at_once(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    engine.keep([key(1)], [3, 9])
+    engine.wait_kept()
+    assert not engine.fetch([key(1)], [20, 21])
+    assert engine.counts["failed"] == 2
+    engine.worker.close()
+
+
+def test_a_full_queue_skips_and_never_waits(tmp_path: Path) -> None:
+    """A pool that hangs: what finds no place in the queue is counted and let go, the rest is let go by a deadline, and
+    at once when the engine wants its pages back."""
+    from tests.processes.pool_rig import daemon
+
+    with daemon(tmp_path) as pool:
+        engine = engine_of(tmp_path, max_queued_chunks=3, store_s=60.0)
+        engine.keep([key(1)], [3, 9])
+        engine.wait_kept()
+        pool.kill(signal.SIGSTOP)
+        engine.keep([key(2), key(3)], [0, 1, 2, 3], name="a")
+        engine.keep([key(4), key(5)], [4, 5, 6, 7], name="b")
+        engine.keep([key(6)], [8, 9], name="c")
+        engine.wait_kept(name="c")
+        assert engine.counts["skipped"] == 2
+        assert not engine.kept["a"] + engine.kept["b"]
+        for name in ("b", "a"):
+            engine.worker.rewind(name, 5.0)
+            engine.wait_kept(name=name)
+        engine.worker.close()
