@@ -240,7 +240,7 @@ is a round of two to seven requests, streamed or not, three of five through the 
 servers, while one thing goes wrong; or, where it says so, one request. In {struck} the fault took effect; **{failed}
 broke a promise**. A run fails if status 200 comes with other tokens than a plain server's, a request has not ended by
 its deadline, the router breaks a stream off without an error event, no request is answered afterwards, or one fails
-without a fault. Every 50 rounds and in the end: all blocks free, no transfer, descriptors, threads and memory of
+without a fault. Every 25 rounds and in the end: all blocks free, no transfer, descriptors, threads and memory of
 workers and router as at the start; servers that died, started again, are used again, while nobody else was started; no
 stack trace in a log; no process left.
 

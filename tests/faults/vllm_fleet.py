@@ -9,6 +9,7 @@ import re
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,23 @@ class Usage:
         return f"{self.files} files, {self.threads} threads, {self.rss >> 20} MiB"
 
 
+def unreconciled(counts: Counter[str]) -> list[str]:
+    """What the counters of all servers, none of which died, contradict each other in."""
+    ok, failed = counts["handovers_ok"], counts["handovers_failed"]
+    print(
+        f"counted: {counts['fetches_ok']} fetches ok, {counts['fetches_failed']} failed; {ok} handovers ok, {failed} "
+        f"failed; {counts['blocks_sent']} blocks sent, {counts['blocks_received']} received"
+    )
+    found = []
+    if not ok <= counts["fetches_ok"] <= ok + failed:  # a fetch whose ack was lost is a handover that failed
+        found.append(f"{counts['fetches_ok']} fetches ok, but {ok} handovers ok and {failed} failed")
+    if counts["blocks_received"] > counts["blocks_sent"]:
+        found.append(f"{counts['blocks_sent']} blocks sent, but {counts['blocks_received']} received")
+    if counts["bytes_received"] > counts["bytes_sent"]:
+        found.append(f"{counts['bytes_sent']} bytes sent, but {counts['bytes_received']} received")
+    return found
+
+
 @dataclass
 class Fleet:
     """Servers of both roles, their router, and prompts with known answers.
@@ -86,6 +104,7 @@ class Fleet:
     book: list[Case]
     sockets: dict[str, Path] = field(default_factory=dict)
     usage: dict[str, Usage] = field(default_factory=dict)  # at rest, by process; see :meth:`rest`
+    counted: Counter[str] | None = None  # by all servers at rest; None once one died, whose counts went with it
     away: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # servers being started again
 
     @property
@@ -127,6 +146,7 @@ class Fleet:
 
         for name in [key for key in self.usage if key.split(":")[0] == server.spec.name]:
             del self.usage[name]
+        self.counted = None
         self.away[server.spec.name] = asyncio.create_task(again())
 
     async def back(self, wait: bool = True) -> list[str]:
@@ -161,9 +181,16 @@ class Fleet:
         return {name: Usage.of(pid) for name, pid in self.processes().items()}
 
     async def begin(self, client: Client) -> None:
-        """Remember what processes hold at rest, of those that were not looked at before."""
+        """Remember what processes hold at rest, of those that were not looked at before, and their counters."""
         for name, usage in (await self.rest(client)).items():
             self.usage.setdefault(name, usage)
+        self.counted = self.counted or await self._counters()
+
+    async def _counters(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for server in self.all:
+            total += await watch.counters(server)
+        return total
 
     async def leaks(self, client: Client) -> list[str]:
         """What is held now and was not at :meth:`begin`."""
@@ -176,6 +203,8 @@ class Fleet:
             grown = usage.grown(self.usage.get(name, usage))
             print(f"{name}: {self.usage.get(name)} -> {usage}")
             found += [f"{name}: {text}" for text in grown]
+        if self.counted is not None:
+            found += unreconciled(await self._counters() - self.counted)
         return found
 
     def complaints(self) -> list[str]:
