@@ -61,7 +61,7 @@ def main() -> int:
     if len(plans) == 1:
         print(plans[0])
     began = time.monotonic()
-    report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])])
+    report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *said(sys.argv[1:])])])
     if plans:
         run_plans(plans, args.lanes, report, args.seconds, shout=print)
     if real:
@@ -82,6 +82,18 @@ def main() -> int:
         report.note = args.note
         report.write(args.write, args.machine, time.strftime("%Y-%m-%d"), vllm=real)
     return 1 if failed else 0
+
+
+def said(arguments: list[str]) -> list[str]:
+    """Arguments without those that only say where results go."""
+    kept, rest = [], iter(arguments)
+    for each in rest:
+        name, given, _ = each.partition("=")
+        if name not in ("--results", "--write", "--machine", "--note"):
+            kept.append(each)
+        elif not given:
+            next(rest, None)
+    return kept
 
 
 def plans_of(args: argparse.Namespace, links: list[str]) -> list[Plan]:

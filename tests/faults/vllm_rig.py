@@ -6,6 +6,7 @@ Status 200 means the plain server's tokens; each request ends within its deadlin
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import signal
 import time
@@ -33,6 +34,7 @@ CHECK_EVERY = 25  # rounds: then blocks, transfers, descriptors and memory are l
 WARM = 24  # requests before what is held at rest counts
 MENDED_S = 10.0
 PROBE_S = 0.05
+SLOW_S = 2.0
 
 
 class Round:
@@ -214,10 +216,14 @@ async def play(fleet: Fleet, plans: Sequence[Plan], report: Report, shout: Calla
         for number, plan in enumerate(plans, 1):
             kills = any(what.startswith(KILL) for _, _, what in plan.signals)
             await welcome(fleet, client, await fleet.back(wait=kills), report)
+            began = time.time()
             result = await Round(fleet, client, plan).go()
             report.add(result)
+            print(told(result), flush=True)
             if result.problems:
                 shout(described(result))
+            if kills or result.problems:
+                print(*await asyncio.to_thread(slow, fleet, began), sep="\n", flush=True)
             if number % CHECK_EVERY == 0 or number == len(plans):
                 names = await fleet.back()
                 await welcome(fleet, client, names, report)
@@ -227,6 +233,22 @@ async def play(fleet: Fleet, plans: Sequence[Plan], report: Report, shout: Calla
                 report.trouble += [f"after seed {plan.seed}: {leak}" for leak in await fleet.leaks(client)]
                 print(f"{number} rounds of {len(plans)}, {report.total.failed} failed", flush=True)
         report.trouble += fleet.complaints()
+
+
+def told(result: Result) -> str:
+    """A round in one line."""
+    plan, ended = result.plan, ", ".join(f"{end} {count}" for end, count in result.ended.items())
+    took, again = max(result.took_s, default=0.0), result.mended_s
+    line = f"{plan.seed}: {plan.row} / {plan.column}: {ended}; slowest {took:.2f} s"
+    line += f", over {result.noticed_s:.2f} s after the death" if result.noticed_s is not None else ""
+    return line + (f", again after {again:.2f} s" if again is not None else "")
+
+
+def slow(fleet: Fleet, since: float) -> list[str]:
+    """The router's timelines of its requests since then (Unix seconds) that took long."""
+    traces = fleet.router.get_json("/pd/traces")["traces"]
+    late = [each for each in traces if each["at"] >= since and max(each["events"].values(), default=0.0) > SLOW_S]
+    return ["    " + json.dumps({key: each[key] for key in ("at", "events", "dispatches")}) for each in late]
 
 
 async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
