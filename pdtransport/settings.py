@@ -270,6 +270,17 @@ class Settings(_Section):
         description="How long an engine step with nothing to compute waits for a transfer to end, instead of polling.",
     )
 
+    step_ahead: bool = Field(
+        True,
+        description="Let a request go on in the first engine step after its pages arrived, not two steps later. Where "
+        "vLLM's scheduler is not as expected this changes nothing.",
+    )
+    short_priming: bool = Field(
+        True,
+        description="Prime vLLM's detokenizer with a long prompt's last tokens instead of all of them: the answer's "
+        "first token leaves up to 13 ms sooner for 16,000 tokens. Needs vLLM's statistics switched on.",
+    )
+
     spin_s: float | None = Field(
         None,
         ge=0,

@@ -14,6 +14,7 @@ from pdtransport.settings import Settings
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import control_port
 from pdtransport.vllm.metadata import Commands, News
+from pdtransport.vllm.priming import shorten_priming
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.scheduler import SchedulerSide
 from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
@@ -186,6 +187,9 @@ class PDTransportConnector(KVConnectorBase_V1):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> PDTransportPromMetrics:
+        # The one hook that runs in the API server's process and knows the settings.
+        if Settings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config).short_priming:
+            shorten_priming()
         return PDTransportPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
