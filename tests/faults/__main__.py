@@ -67,7 +67,7 @@ def main() -> int:
     if real:
         seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
         print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
-        run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0)
+        run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0, args.seconds)
     elif args.network:
         run_network(args.network, [args.case] if args.case else list(CASES), report)
     print(report.summary(time.monotonic() - began))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import signal
 import time
@@ -208,8 +209,14 @@ async def welcome(fleet: Fleet, client: Client, names: Sequence[str], report: Re
                 report.trouble.append(f"{name}, started again, and {other.spec.name}: wrong: {handed}")
 
 
-async def play(fleet: Fleet, plans: Sequence[Plan], report: Report, shout: Callable[[str], object] = print) -> None:
-    """All plans, one after the other; what fails is shouted at once."""
+async def play(
+    fleet: Fleet,
+    plans: Sequence[Plan],
+    report: Report,
+    until: float = math.inf,
+    shout: Callable[[str], object] = print,
+) -> None:
+    """All plans that begin before ``until``, one after the other; what fails is shouted at once."""
     async with Client() as client:
         await warm(fleet, client)
         await fleet.begin(client)
@@ -222,9 +229,10 @@ async def play(fleet: Fleet, plans: Sequence[Plan], report: Report, shout: Calla
             print(told(result), flush=True)
             if result.problems:
                 shout(described(result))
-            if kills or result.problems:
+            if result.problems or max([*result.took_s, result.mended_s or 0.0]) > SLOW_S:
                 print(*await asyncio.to_thread(slow, fleet, began), sep="\n", flush=True)
-            if number % CHECK_EVERY == 0 or number == len(plans):
+            late = time.monotonic() > until
+            if number % CHECK_EVERY == 0 or number == len(plans) or late:
                 names = await fleet.back()
                 await welcome(fleet, client, names, report)
                 if names:
@@ -232,6 +240,9 @@ async def play(fleet: Fleet, plans: Sequence[Plan], report: Report, shout: Calla
                 await fleet.begin(client)
                 report.trouble += [f"after seed {plan.seed}: {leak}" for leak in await fleet.leaks(client)]
                 print(f"{number} rounds of {len(plans)}, {report.total.failed} failed", flush=True)
+            if late:
+                print(f"no time is left; the next seed is {plan.seed + 1}")
+                break
         report.trouble += fleet.complaints()
 
 
@@ -248,6 +259,7 @@ def slow(fleet: Fleet, since: float) -> list[str]:
     """The router's timelines of its requests since then (Unix seconds) that took long."""
     traces = fleet.router.get_json("/pd/traces")["traces"]
     late = [each for each in traces if each["at"] >= since and max(each["events"].values(), default=0.0) > SLOW_S]
+    late.reverse()
     return ["    " + json.dumps({key: each[key] for key in ("at", "events", "dispatches")}) for each in late]
 
 
@@ -260,6 +272,7 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
 
         async def one(number: int, leaves_s: float) -> None:
             each = request(chance, chance.getrandbits(32), 0.0)
+            each.way = "router"
             leaves = chance.random() < LEAVING and leaves_s > 0
             if leaves:
                 each.cancel_at = chance.uniform(0, leaves_s)
@@ -267,6 +280,8 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
             replay = f"--rig vllm --disconnects {count} --seed {seed}"
             it = Round(fleet, client, Plan(number, LINK, 1, row, column, replay, [each]))
             await it.one(each)
+            if not leaves and it.result.ended["ok"] == 0:
+                it.result.problems.append(f"a client that stayed got {dict(it.result.ended)}")
             if leaves_s > 0:
                 it.result.struck = it.result.ended["left"] > 0
                 report.add(it.result)
@@ -293,11 +308,16 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
         wrong = [case for case, answer in zip(fleet.book, answers, strict=True) if tuple(answer.tokens) != case.tokens]
         if wrong:
             report.trouble.append(f"afterwards {len(wrong)} of {len(answers)} answers have other tokens than before")
+        print(f"afterwards {len(answers) - len(wrong)} of {len(answers)} prompts have the same tokens as before")
         report.trouble += fleet.complaints()
 
 
-def run_vllm(report: Report, seeds: Sequence[int], kill_every: int, policy: str, disconnects: int, seed: int) -> None:
-    """Rounds with ``seeds``, or ``disconnects`` requests. A server that does not start is told as trouble."""
+def run_vllm(
+    report: Report, seeds: Sequence[int], kill_every: int, policy: str, disconnects: int, seed: int, seconds: float
+) -> None:
+    """Rounds with ``seeds`` (none begins after ``seconds``, if that is not 0), or ``disconnects`` requests. A server
+    that does not start is told as trouble."""
+    until = time.monotonic() + (seconds or math.inf)
 
     async def go() -> None:
         if disconnects:
@@ -305,7 +325,7 @@ def run_vllm(report: Report, seeds: Sequence[int], kill_every: int, policy: str,
                 await leave(fleet, disconnects, seed, report)
             return
         async with started(inject=True, policy=policy, count=CASES, longest=LONGEST) as fleet:
-            await play(fleet, [round_of(each, kill_every) for each in seeds], report)
+            await play(fleet, [round_of(each, kill_every) for each in seeds], report, until)
 
     try:
         asyncio.run(go())
