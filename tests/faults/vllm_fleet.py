@@ -230,9 +230,10 @@ def specs(sockets: Path | None, policy: str) -> list[ServerSpec]:
         ("decode-2", "kv_consumer", "0"),
     ):
         spec = pair_spec(name, role, cores=core)  # type: ignore[arg-type]
-        extra: dict[str, Any] = {"deadlines": DEADLINES, "observe": {"recent_transfers": 512}}
+        extra: dict[str, Any] = {"observe": {"recent_transfers": 512}}
         env = dict(spec.env)
         if sockets is not None:
+            extra["deadlines"] = DEADLINES
             env[SOCKET_VARIABLE] = str(sockets / f"{name}.sock")
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(sockets)]))
         if role == "kv_consumer":

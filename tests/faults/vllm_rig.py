@@ -188,7 +188,7 @@ async def warm(fleet: Fleet, client: Client) -> None:
         case = fleet.book[number % len(fleet.book)]
         await hand_off(client, prefill, decode, case.prompt, len(case.tokens))
     longest = max(fleet.book, key=lambda case: len(case.prompt))
-    await asyncio.gather(*(hand_off(client, p, d, longest.prompt, len(longest.tokens)) for p, d in jobs * 4))
+    await asyncio.gather(*(hand_off(client, p, d, longest.prompt, len(longest.tokens)) for p, d in jobs * 2))
 
 
 async def welcome(fleet: Fleet, client: Client, names: Sequence[str], report: Report) -> None:
@@ -236,7 +236,10 @@ async def play(
                 names = await fleet.back()
                 await welcome(fleet, client, names, report)
                 if names:
-                    await warm(fleet, client)
+                    try:
+                        await warm(fleet, client)
+                    except RequestFailed as error:
+                        report.trouble.append(f"after seed {plan.seed}, with {names} started again: {error}")
                 await fleet.begin(client)
                 report.trouble += [f"after seed {plan.seed}: {leak}" for leak in await fleet.leaks(client)]
                 print(f"{number} rounds of {len(plans)}, {report.total.failed} failed", flush=True)
