@@ -1,7 +1,8 @@
 """``python -m tests.faults --runs 5000``: faults in real processes; ``--seed N`` replays one run.
 
 Each run takes worker processes (one or two that prefill, one that decodes) with real sockets and links through several
-transfers while something goes wrong, and checks the promises. A failing seed is printed with the command that
+transfers while something goes wrong, and checks the promises. ``--rig vllm`` does the same with real vLLM servers
+behind the router: requests, and tokens that must be a plain server's. A failing seed is printed with the command that
 replays it: the same transfers and faults in fresh processes, though not the machine's own scheduling.
 """
 
@@ -20,12 +21,13 @@ from tests.faults.plan import Plan
 from tests.faults.report import Report
 from tests.faults.runner import random_plans, run_network, run_plans
 from tests.faults.steps import STEPS, step_plan, step_plans
+from tests.faults.vllm_rig import run_vllm
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--rig", choices=["engine-free"], default="engine-free")
-    parser.add_argument("--runs", type=int, default=200, help="random runs")
+    parser.add_argument("--rig", choices=["engine-free", "vllm"], default="engine-free")
+    parser.add_argument("--runs", type=int, default=200, help="random runs; of vllm: rounds of some requests")
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--kills", type=int, default=0, help="times that each side is killed at each protocol step")
     parser.add_argument("--links", default="cma,ucx", help="links to run over, by their names in settings")
@@ -37,6 +39,14 @@ def main() -> int:
     parser.add_argument("--case", choices=list(CASES), help="of the network: this one only")
     parser.add_argument("--results", type=Path, help="add the results to this file; the matrix then shows all of it")
     parser.add_argument("--note", default="", help="what is known about the failures, for the matrix")
+    vllm = parser.add_argument_group("the rig vllm, to which --runs, --start, --seed, --write and --results apply, too")
+    vllm.add_argument("--kill-every", type=int, default=50, help="every so many-th seed kills a server; 0: none")
+    vllm.add_argument(
+        "--policy", choices=["fail", "recompute"], default="fail", help="kv_load_failure_policy of decode"
+    )
+    vllm.add_argument(
+        "--disconnects", type=int, default=0, help="instead: so many requests, 30% of whose clients leave"
+    )
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
     one.add_argument("--step", choices=list(STEPS), help="this protocol step")
@@ -46,16 +56,23 @@ def main() -> int:
     one.add_argument("--number", type=int, default=0)
     args = parser.parse_args()
     links = args.links.split(",")
-    plans = plans_of(args, links)
+    real = args.rig == "vllm"
+    plans = [] if real else plans_of(args, links)
     if len(plans) == 1:
         print(plans[0])
     began = time.monotonic()
-    report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])])
+    report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *said(sys.argv[1:])])])
     if plans:
         run_plans(plans, args.lanes, report, args.seconds, shout=print)
-    if args.network:
+    if real:
+        seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
+        print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
+        run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0, args.seconds)
+    elif args.network:
         run_network(args.network, [args.case] if args.case else list(CASES), report)
     print(report.summary(time.monotonic() - began))
+    for text in report.trouble if real else ():
+        print(f"at the end: {text}")
     failed = bool(report.failures or report.trouble)
     if args.results:
         if args.results.exists():
@@ -63,8 +80,20 @@ def main() -> int:
         report.save(args.results)
     if args.write:
         report.note = args.note
-        args.write.write_text(report.markdown(args.machine, time.strftime("%Y-%m-%d")), encoding="utf-8")
+        report.write(args.write, args.machine, time.strftime("%Y-%m-%d"), vllm=real)
     return 1 if failed else 0
+
+
+def said(arguments: list[str]) -> list[str]:
+    """Arguments without those that only say where results go."""
+    kept, rest = [], iter(arguments)
+    for each in rest:
+        name, given, _ = each.partition("=")
+        if name not in ("--results", "--write", "--machine", "--note"):
+            kept.append(each)
+        elif not given:
+            next(rest, None)
+    return kept
 
 
 def plans_of(args: argparse.Namespace, links: list[str]) -> list[Plan]:

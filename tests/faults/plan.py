@@ -90,25 +90,25 @@ def plan_of(seed: int, links: list[str]) -> Plan:
     if what < 0.04:
         pass
     elif what < 0.60:
-        plan.row, plan.column = _frames(chance, plan)
+        plan.row, plan.column = frame_fault(chance, plan)
     elif what < 0.75:
-        plan.row, plan.column = _links(chance, plan)
+        plan.row, plan.column = link_fault(chance, plan)
     elif what < 0.85:
         plan.row, plan.column = _process(chance, plan)
     elif what < 0.90:
         plan.row, plan.column = "engines", CANCEL
         for each in plan.transfers:
             if chance.random() < 0.6:
-                _cancel(chance, each)
+                cancel(chance, each)
     else:
         plan.row, plan.column = "several at once", "mixed"
         for _ in range(chance.randint(2, 4)):
-            chance.choice((_frames, _frames, _links))(chance, plan)
+            chance.choice((frame_fault, frame_fault, link_fault))(chance, plan)
         if chance.random() < 0.3:
             _process(chance, plan)
         for each in plan.transfers:
             if chance.random() < 0.2:
-                _cancel(chance, each)
+                cancel(chance, each)
     return plan
 
 
@@ -140,13 +140,13 @@ def _transfer(chance: random.Random, seed: int) -> Transfer:
     return each
 
 
-def _cancel(chance: random.Random, each: Transfer) -> None:
+def cancel(chance: random.Random, each: Transfer) -> None:
     each.cancel_side = chance.choice(("prefill", "decode"))
     begin = each.offer_at if each.cancel_side == "prefill" else each.receive_at
     each.cancel_at = begin + chance.choice((0.0, chance.uniform(0, 0.05), chance.uniform(0, 0.3)))
 
 
-def _frames(chance: random.Random, plan: Plan) -> tuple[str, str]:
+def frame_fault(chance: random.Random, plan: Plan) -> tuple[str, str]:
     """One kind of message, one fault."""
     action = chance.choice(FRAME_ACTIONS)
     if action in ("replay", "foreign"):
@@ -175,7 +175,7 @@ def _frames(chance: random.Random, plan: Plan) -> tuple[str, str]:
         plan.rules.setdefault(side, []).append(rule)
     if kind in ("revoke", "revoked", "abort"):  # said only where somebody gives up
         for each in plan.transfers:
-            _cancel(chance, each)
+            cancel(chance, each)
             if kind != "abort":
                 each.cancel_side = "decode"
     if kind == "nack":  # said only where something is missing
@@ -184,7 +184,7 @@ def _frames(chance: random.Random, plan: Plan) -> tuple[str, str]:
     return (kind if kind != "any" else f"all of {sides[0][:-1]}'s messages"), action
 
 
-def _links(chance: random.Random, plan: Plan) -> tuple[str, str]:
+def link_fault(chance: random.Random, plan: Plan) -> tuple[str, str]:
     side, point, action = chance.choice(LINK_FAULTS)
     rule = Rule(
         point,

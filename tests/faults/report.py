@@ -102,14 +102,44 @@ class Report:
             self._table(),
             REST_HEAD,
             self._list(),
-            TAIL,
         ]
         return "\n".join(parts)
 
-    def _failures(self) -> str:
+    def vllm_section(self, machine: str, date: str) -> str:
+        """What the vLLM rig showed, for the same page."""
+        whole, killed = self.total, Cell()
+        for (_, column), cell in self.cells.items():
+            if column == "kill":
+                killed.merge(cell)
+        head = VLLM_HEAD.format(
+            runs=whole.runs,
+            struck=whole.struck,
+            failed=whole.failed,
+            commands="`, `".join(self.commands),
+            machine=machine,
+            date=date,
+            ends=sum(whole.ends.values()),
+            told=spread(killed.noticed),
+        )
+        return "\n".join([head, self._failures("### Broken promises with vLLM\n"), self._list()])
+
+    def write(self, path: Path, machine: str, date: str, *, vllm: bool) -> None:
+        """Put this rig's part into the page; the other rig's stays as it is."""
+        page = path.read_text(encoding="utf-8") if path.exists() else ""
+        page = page.partition(TAIL_TITLE)[0]
+        free, _, section = page.partition(VLLM_TITLE)
+        section = VLLM_TITLE + section if section else ""
+        if vllm:
+            section = self.vllm_section(machine, date)
+        else:
+            free = self.markdown(machine, date)
+        parts = [part.rstrip("\n") + "\n" for part in (free, section, TAIL) if part]
+        path.write_text("\n".join(parts), encoding="utf-8")
+
+    def _failures(self, title: str = "## Broken promises\n") -> str:
         if not self.failures and not self.trouble:
             return "No run broke a promise.\n"
-        lines = ["## Broken promises\n"]
+        lines = [title]
         for text in self.failures:
             head, *problems = text.splitlines()
             lines.append(f"* {head}" + "".join(f"<br>`{problem.strip()[:300]}`" for problem in problems[:1]))
@@ -201,7 +231,26 @@ One fault a run, unless it says otherwise, on two to five transfers at once; man
 decode's handle ended; *again after*: until a transfer went through once the fault was over, or from a process' death
 (median / p99 each). Deadlines are shortened here (`tests/faults/plan.py`); heartbeats and liveness are the defaults.
 """
-TAIL = """## What is not here yet
+VLLM_TITLE = "## Real vLLM\n"
+VLLM_TEXT = """
+Written by `{commands}` on {date} ({machine}).
 
-Faults under real vLLM, of the router, and of the shared pool.
+{runs} runs, {ends} requests: vLLM servers with `tiny-lm` (two that prefill, two that decode) behind `pdrouter`. A run
+is a round of two to seven requests, streamed or not, three of five through the router and the others straight to two
+servers, while one thing goes wrong; or, where it says so, one request. In {struck} the fault took effect; **{failed}
+broke a promise**. A run fails if status 200 comes with other tokens than a plain server's, a request has not ended by
+its deadline, the router breaks a stream off without an error event, no request is answered afterwards, or one fails
+without a fault. Every 25 rounds and in the end: all blocks free, no transfer, descriptors, threads and memory of
+workers and router as at the start; servers that died, started again, are used again, while nobody else was started; no
+stack trace in a log; no process left.
+
+*transfers ended*: `ok` (disaggregated), `ok from decode alone` (the end of the router's ladder), `left` (the client),
+or the error. *took*: the whole request. *again after*: until a new request was answered once the fault was over, or
+from a process' death. Requests that were under way through the router when a server was killed had ended {told} after
+it (median / p99 of the rounds' last).
+"""
+VLLM_HEAD = VLLM_TITLE + VLLM_TEXT
+TAIL_TITLE = "## What is not here yet\n"
+TAIL = f"""{TAIL_TITLE}
+Faults of the router itself, and of the shared pool.
 """

@@ -27,6 +27,7 @@ STOP_S = 15.0
 class RunningRouter:
     url: str
     log: Path
+    pid: int
 
     def get_json(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
@@ -52,7 +53,7 @@ def routed(
             command, cwd=logs, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent()
         )
     try:
-        router = RunningRouter(f"http://{HOST}:{port}", log_file)
+        router = RunningRouter(f"http://{HOST}:{port}", log_file, process.pid)
         _wait_ready(router, process)
         yield router
     finally:

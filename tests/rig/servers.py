@@ -55,6 +55,7 @@ class ServerSpec:
         cores: ``VLLM_CPU_OMP_THREADS_BIND``: cores of each rank, ranks apart by ``|``.
         max_batched_tokens: None leaves vLLM's default.
         extra_config: ``kv_connector_extra_config`` without the control port, which the rig picks.
+        connector_module: where vLLM finds the connector's class; "" is the installed one.
         load_format: vLLM's; None reads weights. ``dummy`` ones make fast servers whose answers mean nothing.
     """
 
@@ -72,6 +73,7 @@ class ServerSpec:
     blocks: int | None = None
     load_failure_policy: Literal["fail", "recompute"] | None = None
     extra_config: Mapping[str, Any] = field(default_factory=dict)
+    connector_module: str = ""
     args: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     model: Path = TINY_LM
@@ -128,6 +130,8 @@ class ServerSpec:
             config["kv_load_failure_policy"] = self.load_failure_policy
         if self.connector in NIXL:
             return {**config, "kv_connector": NIXL[self.connector], "engine_id": self.engine_id(control_port)}
+        if self.connector_module:
+            config["kv_connector_module_path"] = self.connector_module
         extra = {**self.extra_config, "control": {**self.extra_config.get("control", {}), "port": control_port}}
         return {**config, "kv_connector": "PDTransportConnector", "kv_connector_extra_config": extra}
 
@@ -176,13 +180,17 @@ class Server:
         self.port = PORTS.take()
         self.control_port = PORTS.take(spec.tp)
         self.log = logs / f"{spec.name}-{self.port}.log"
+        self.launch()
+
+    def launch(self) -> None:
+        """Start its processes; again, on the same ports, once all of them are gone. They end with this thread."""
         self.started_at = time.monotonic()
         self.ready_s: float | None = None
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                spec.command(self.port, self.control_port),
-                env=spec.environment(self.control_port),
-                cwd=logs,
+                self.spec.command(self.port, self.control_port),
+                env=self.spec.environment(self.control_port),
+                cwd=self.log.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
