@@ -116,7 +116,7 @@ def _router(raw: Any) -> Any:
     for key in _PLACEHOLDERS:
         if key in raw:
             raise wrong("pdlaunch fills in the servers itself; take it out", key)
-    for key in ("api_key", "upstream_api_key"):
+    for key in ("api_key", "admin_api_key", "upstream_api_key"):
         if raw.get(key) is not None:
             raise wrong(f"a topology holds no secrets: put the key into a file and name it in {key}_file", key)
     return {**raw, **_PLACEHOLDERS}
