@@ -85,7 +85,7 @@ class Admin:
         """The newest timelines; ``?limit=N`` of them."""
         self._check(request)
         text = request.query.get("limit", str(_DEFAULT_LISTED))
-        if not text.isdecimal() or len(text) > 9:
+        if not (text.isascii() and text.isdecimal()) or len(text) > 9:
             raise ApiError(400, "limit must be a whole number", param="limit", code="bad_limit")
         traces = self._traces.newest(min(int(text), MAX_LISTED))
         return web.json_response({"traces": [trace.as_json() for trace in traces]})
@@ -123,8 +123,11 @@ class Admin:
     async def status(self, request: web.Request) -> web.Response:
         """The router's state; ``?workers=1`` asks every worker whose control address is known for its own."""
         self._check(request)
+        workers = request.query.get("workers", "0")
+        if workers not in {"0", "1"}:
+            raise ApiError(400, "workers must be 0 or 1", param="workers", code="bad_workers")
         answer = self._state()
-        if request.query.get("workers", "0") not in {"", "0"}:
+        if workers == "1":
             known = {f"{one.role} {one.name}": one for one in self._fleet.all}
             answer["workers"] = await self._ask(known, "")
         return web.json_response(answer)

@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import SecretStr
 
@@ -15,6 +16,14 @@ log = logging.getLogger("pdtransport.router")
 
 MAX_API_KEYS = 64  # every request is compared with each of them
 MAX_KEY_FILE = 1 << 20  # bytes
+MAX_TENANT = 64  # characters of a name
+
+
+class ClientKey(NamedTuple):
+    """A key, and the tenant that it belongs to ("": none)."""
+
+    key: str
+    tenant: str = ""
 
 
 def variable_of(setting: str) -> str:
@@ -36,6 +45,26 @@ def all_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[st
     if len(lines) > MAX_API_KEYS:
         raise SettingsError(f"{setting}_file: {len(lines)} keys, at most {MAX_API_KEYS} are allowed")
     return tuple(lines)
+
+
+def client_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[ClientKey, ...]:
+    """The same, where a line may name the key's tenant: ``KEY`` or ``KEY TENANT``.
+
+    Raises:
+        SettingsError: as :func:`all_keys`; a line that is neither, or a key of two tenants.
+    """
+    found: dict[str, ClientKey] = {}
+    for number, line in enumerate(all_keys(one, file, setting), 1):
+        key, *rest = line.split()
+        if len(rest) > 1 or any(not name.isprintable() or len(name) > MAX_TENANT for name in rest):
+            raise SettingsError(
+                f"{setting}_file: key {number} is neither KEY nor KEY TENANT (a name without spaces, of at most "
+                f"{MAX_TENANT} characters)"
+            )
+        made = ClientKey(key, *rest)
+        if found.setdefault(key, made) != made:
+            raise SettingsError(f"{setting}_file: key {number} is there before, with another tenant: give each its own")
+    return tuple(found.values())
 
 
 def read_lines(path: Path, setting: str) -> list[str]:

@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler
 
 from pdtransport.errors import SettingsError
 from pdtransport.router import metrics as prom
+from pdtransport.router import openapi
 from pdtransport.router.admin import Admin
 from pdtransport.router.admission import Admission, Seat
 from pdtransport.router.api_errors import SERVER, ApiError
@@ -30,6 +31,7 @@ from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.relay import Relay, pd_headers
 from pdtransport.router.settings import RouterSettings
+from pdtransport.router.tenants import Salter, Tenants
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
 from pdtransport.settings import is_loopback
@@ -50,9 +52,10 @@ class Router:
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
         clients, admins = settings.client_keys(), settings.admin_keys()
-        if set(clients) & set(admins):
+        if {each.key for each in clients} & set(admins):
             raise SettingsError("api_key_file and admin_api_key_file share a key: clients would be administrators")
-        self._keys = Keys(clients, "API key")
+        self._keys = Keys([each.key for each in clients], "API key")
+        self._tenants = Tenants(clients, settings.tenant_secret())
         self._admin_keys = Keys(admins, "admin key")
         self._server_key = settings.server_key()
         self._drop_authorization = bool(self._keys)  # it holds our key, which is none of the servers' business
@@ -116,12 +119,14 @@ class Router:
             web.post("/v1/chat/completions", self._chat),
             web.get("/v1/models", self._models),
             web.get("/health", self._health),
+            self._description(public=True, admin=settings.admin_port is None),
         ]
         if settings.admin_port is None:
             routes += admin.routes()
         else:
             where = (settings.admin_host, settings.admin_port, "admin_port")
-            self._admin = await self._open(*where, admin.routes(), min(size, ADMIN_CONNECTIONS))
+            inside = [*admin.routes(), self._description(public=False, admin=True)]
+            self._admin = await self._open(*where, inside, min(size, ADMIN_CONNECTIONS))
         self._main = await self._open(settings.host, settings.port, "port", routes, size)
         if not self._keys and not is_loopback(settings.host):
             log.warning("the router listens on %s and asks for no key: set api_key_file", settings.host)
@@ -139,6 +144,14 @@ class Router:
             why = os.strerror(error.errno) if error.errno else str(error)
             raise SettingsError(f"{setting}: can't listen on {host}:{port}: {why}; choose another {setting}") from None
         return listener
+
+    def _description(self, *, public: bool, admin: bool) -> web.RouteDef:
+        text = openapi.describe(public=public, admin=admin, keys=bool(self._keys), admin_keys=bool(self._admin_keys))
+
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response(text)
+
+        return web.get("/openapi.json", answer)
 
     def describe(self) -> dict[str, Any]:
         """State for /pd/status, as JSON."""
@@ -163,9 +176,9 @@ class Router:
     async def _serve(self, request: web.Request, api: Api) -> web.StreamResponse:
         trace = Trace(api)
         try:
-            self._keys.check(request)
+            salter = self._tenants.salter(self._keys.check(request))
             with self._admission.enter() as seat:
-                return await self._answer(request, api, trace, seat)
+                return await self._answer(request, api, trace, seat, salter)
         except ApiError as error:
             trace.outcome = "refused" if not trace.dispatches else "failed" if error.status >= 500 else "client_error"
             trace.status = error.status
@@ -183,8 +196,10 @@ class Router:
         finally:
             self._count(trace)
 
-    async def _answer(self, request: web.Request, api: Api, trace: Trace, seat: Seat) -> web.StreamResponse:
-        call, headers = await self._read(request, api, trace, seat)
+    async def _answer(
+        self, request: web.Request, api: Api, trace: Trace, seat: Seat, salter: Salter | None
+    ) -> web.StreamResponse:
+        call, headers = await self._read(request, api, trace, seat, salter)
         attempt = await self._ladder.open(call, headers, trace)
         timeouts = self.settings.timeouts
         if attempt.opened is None:
@@ -196,7 +211,7 @@ class Router:
             attempt.close()
 
     async def _read(
-        self, request: web.Request, api: Api, trace: Trace, seat: Seat
+        self, request: web.Request, api: Api, trace: Trace, seat: Seat, salter: Salter | None
     ) -> tuple[Call, list[tuple[str, str]]]:
         """The request, and the headers that servers get with it."""
         raw = await seat.read(request)
@@ -205,7 +220,8 @@ class Router:
         seat.take()
         trace.mark("received")
         placement = self.settings.placement
-        call = parse(raw, api, chunk_chars=placement.affinity_chunk_chars, chunks=placement.affinity_chunks)
+        chunks = {"chunk_chars": placement.affinity_chunk_chars, "chunks": placement.affinity_chunks}
+        call = parse(raw, api, salter=salter, **chunks)
         trace.model, trace.stream = call.model, call.stream
         trace.prompt_tokens, trace.prompt_bytes = call.prompt_tokens, call.prompt_bytes
         headers = request_headers(request.headers, self._server_key, self._drop_authorization)

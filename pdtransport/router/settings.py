@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from pdtransport.errors import SettingsError
-from pdtransport.router.keyfiles import all_keys
+from pdtransport.router.keyfiles import ClientKey, all_keys, client_keys
 from pdtransport.settings import ControlSettings, one_line
 
 MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
@@ -203,7 +203,16 @@ class RouterSettings(_Section):
         None,
         description="Key that clients must send as Authorization: Bearer KEY. Also from the variable PDROUTER_API_KEY.",
     )
-    api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
+    api_key_file: Path | None = Field(
+        None,
+        description="File with such keys, one a line; read at start. A line KEY TENANT keeps the prefixes that the "
+        "tenant's requests cache apart from all others'.",
+    )
+    tenant_secret_file: Path | None = Field(
+        None,
+        description="File with the secret (32 characters or more) from which each tenant's cache_salt is derived: the "
+        "same for all routers, and kept, or what is cached is lost. Also from the variable PDROUTER_TENANT_SECRET.",
+    )
     upstream_api_key: SecretStr | None = Field(
         None,
         description="Key that the servers want. Also from the variable PDROUTER_UPSTREAM_API_KEY. Unset: a client's "
@@ -309,13 +318,22 @@ class RouterSettings(_Section):
         except ValidationError as error:
             raise SettingsError(f"{where}: {one_line(error)}") from None
 
-    def client_keys(self) -> tuple[str, ...]:
+    def client_keys(self) -> tuple[ClientKey, ...]:
         """Keys of which a client must show one; empty: none is asked for.
 
         Raises:
-            SettingsError: a key file can't be read or holds no key.
+            SettingsError: a key file can't be read, holds no key, or a line that is none.
         """
-        return all_keys(self.api_key, self.api_key_file, "api_key")
+        return client_keys(self.api_key, self.api_key_file, "api_key")
+
+    def tenant_secret(self) -> str | None:
+        """From which tenants' salts are derived, if it is set.
+
+        Raises:
+            SettingsError: its file can't be read or is empty.
+        """
+        lines = all_keys(None, self.tenant_secret_file, "tenant_secret")
+        return lines[0] if lines else None
 
     def admin_keys(self) -> tuple[str, ...]:
         """Keys of which /pd/* and /metrics want one; empty: none is asked for.
