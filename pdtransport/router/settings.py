@@ -49,6 +49,10 @@ class EndpointSettings(_Section):
     @model_validator(mode="after")
     def _usable(self) -> EndpointSettings:
         parts = urlsplit(self.url)
+        try:
+            _ = parts.port
+        except ValueError:  # its text shows what stands there, which may be half of user:password@host
+            raise ValueError("a server URL's port is a number, and it takes no user and no password") from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError(f"{self.url!r} is no server URL: give http://HOST:PORT")
         if parts.username is not None or parts.query or parts.fragment:
