@@ -137,6 +137,48 @@ def test_the_router_at_debug_level_tells_no_secret(kept: Secrets) -> None:
         assert "acme-corporation" not in text
 
 
+WORKERS = """
+import json, logging, secrets, sys
+logging.basicConfig(level="DEBUG")
+import numpy as np
+from pdtransport import KVGeometry, Settings, Transport, TransferFailed, request_key
+
+def transport(name, keys):
+    control = {"port": 0, "connect_s": 2.0, "curve_public_key_file": keys[0], "curve_secret_key_file": keys[1]}
+    settings = Settings.parse({"control": control, "pool": {"salt_file": sys.argv[2]}})
+    print(settings, file=sys.stderr)
+    return Transport(KVGeometry.of_array(np.zeros((1, 8, 2, 16, 64), np.uint8)), settings, engine=name, port=0)
+
+good, bad = json.loads(sys.argv[1])
+key = request_key([1, 2])
+with transport("p", good) as p, transport("d", good) as d, transport("m", bad) as m:
+    for taker in (d, m):
+        transfer = secrets.token_hex(16)
+        offer = p.offer(transfer, key, 2)
+        offer.ready([0], 2)
+        offer.finish()
+        receipt = taker.receive(transfer, key, 2, [1], host="127.0.0.1", port=p.port)
+        try:
+            print("ended:", receipt.result(30).ok)
+        except TransferFailed as error:
+            print("failed:", error)
+    print(json.dumps([p.status(), d.status(), m.status()]))
+"""
+
+
+def test_workers_at_debug_level_tell_no_secret(kept: Secrets, tmp_path: Path) -> None:
+    """Neither where keys fit nor where they do not, in logs, errors and status."""
+    other = make_keys(tmp_path / "other")
+    pairs = json.dumps([[str(kept.public), str(kept.secret)], [str(other[0]), str(other[1])]])
+    argv = [sys.executable, "-c", WORKERS, pairs, str(kept.files["salt"])]
+    done = subprocess.run(argv, cwd=REPO, capture_output=True, text=True, timeout=UP_S)
+    assert "ended: True" in done.stdout, done.stderr
+    assert "failed: " in done.stdout, done.stderr
+    assert "DEBUG" in done.stderr
+    for secret in (*kept.texts.values(), other[1].read_text().strip()):
+        assert secret[-16:] not in done.stdout + done.stderr
+
+
 def test_nothing_that_pdlaunch_starts_or_writes_shows_a_secret(
     rig: Rig, kept: Secrets, monkeypatch: pytest.MonkeyPatch
 ) -> None:

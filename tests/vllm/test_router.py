@@ -120,7 +120,7 @@ def test_a_tenants_prefixes_are_nobody_elses(
     (tmp_path / "keys").write_text("one acme\ntwo acme\nthree rival\n")
     (tmp_path / "secret").write_text("0123456789abcdef" * 2)
     keys = ("--api-key-file", str(tmp_path / "keys"), "--tenant-secret-file", str(tmp_path / "secret"))
-    case = max(book.assorted, key=lambda case: len(case.prompt))
+    case = min((each for each in book.assorted if len(each.prompt) > 4 * BLOCK), key=lambda each: len(each.prompt))
     held = (len(case.prompt) - 1) // BLOCK
 
     async def scenario(client: Client) -> None:
