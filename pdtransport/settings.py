@@ -217,6 +217,7 @@ class PoolUse(_Section):
     salt: str = Field(
         "",
         max_length=MAX_SALT,
+        repr=False,
         description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top. A "
         "secret one belongs into salt_file: everybody on a machine sees its command lines, and vLLM logs them.",
     )
@@ -249,14 +250,14 @@ class PoolUse(_Section):
             raise ValueError("salt and salt_file are both set: keep one")
         return self
 
-    def read_salt(self) -> str:
-        """The salt, wherever it comes from.
+    def with_salt(self) -> PoolUse:
+        """The same, with the salt of ``salt_file``.
 
         Raises:
-            SettingsError: its file can't be read or is empty; the text never shows what it holds.
+            SettingsError: the file can't be read or is empty; the text never shows what it holds.
         """
         if self.salt_file is None:
-            return self.salt
+            return self
         try:
             salt = self.salt_file.read_bytes()[: MAX_SALT + 1].decode().strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -264,7 +265,7 @@ class PoolUse(_Section):
             raise SettingsError(f"pool.salt_file: can't read {self.salt_file}: {reason}") from None
         if not 0 < len(salt) <= MAX_SALT:
             raise SettingsError(f"pool.salt_file: {self.salt_file} holds no salt of 1 to {MAX_SALT} characters")
-        return salt
+        return self.model_copy(update={"salt": salt, "salt_file": None})
 
 
 class Settings(_Section):

@@ -65,7 +65,7 @@ class PoolScheduler:
         ring: Callable[[], None],
         client: PoolClient | None = None,
     ) -> None:
-        self._use, self._salt = use, use.read_salt()
+        self._use = use.with_salt()
         self._block_size, self._ranks = block_size, ranks
         self._chunk = use.chunk_blocks * block_size
         self._clock, self._ring = clock, ring
@@ -114,7 +114,7 @@ class PoolScheduler:
             self._count("skipped", whole)
             return
         assert request.prompt_token_ids is not None
-        salt = salt_of(self._salt, request)
+        salt = salt_of(self._use.salt, request)
         by_space = {
             space: chunk_keys(replace(space, salt=salt), request.prompt_token_ids, tail=False)
             for space in dict.fromkeys(self._spaces)
