@@ -409,6 +409,21 @@ def test_admin_port_takes_pd_off_the_main_port() -> None:
     run(test)
 
 
+def test_each_port_describes_what_it_serves_and_which_keys_it_wants() -> None:
+    async def test() -> None:
+        async with rigged(admin_port=0, api_key="outside") as rig:
+            outside = (await rig.get("/openapi.json")).json()
+            async with rig.client.get(f"{rig.router.admin_url}/openapi.json") as response:
+                inside = await response.json()
+            assert {"/v1/completions", "/health"} < set(outside["paths"])
+            assert {"/metrics", "/pd/status"} < set(inside["paths"])
+            assert set(outside["paths"]) & set(inside["paths"]) == {"/openapi.json"}
+            assert outside["paths"]["/v1/completions"]["post"]["security"] == [{"clientKey": []}]
+            assert not any("security" in one["get"] for one in inside["paths"].values())
+
+    run(test)
+
+
 @pytest.mark.parametrize("own_port", [False, True])
 def test_an_admin_key_is_asked_for_by_admin_paths_and_no_others(own_port: bool, tmp_path: Path) -> None:
     """With an admin key nothing of the router's inside is shown without it, to loopback and clients' keys either."""
