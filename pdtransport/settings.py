@@ -202,6 +202,9 @@ class ObserveSettings(_Section):
     )
 
 
+MAX_SALT = 4096  # characters
+
+
 class PoolUse(_Section):
     """How an engine uses the shared pool of stored prefixes (``pdpool``)."""
 
@@ -213,9 +216,12 @@ class PoolUse(_Section):
     store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
     salt: str = Field(
         "",
-        max_length=4096,
-        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top.",
+        max_length=MAX_SALT,
+        repr=False,
+        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top. A "
+        "secret one belongs into salt_file: everybody on a machine sees its command lines, and vLLM logs them.",
     )
+    salt_file: Path | None = Field(None, description="File with the salt, instead of salt.")
     tenant: str = Field(
         "",
         pattern=r"^([A-Za-z0-9._\-]{1,64})?$",
@@ -237,6 +243,29 @@ class PoolUse(_Section):
     max_queued_chunks: int = Field(
         1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
     )
+
+    @model_validator(mode="after")
+    def _one_salt(self) -> PoolUse:
+        if self.salt and self.salt_file is not None:
+            raise ValueError("salt and salt_file are both set: keep one")
+        return self
+
+    def with_salt(self) -> PoolUse:
+        """The same, with the salt of ``salt_file``.
+
+        Raises:
+            SettingsError: the file can't be read or is empty; the text never shows what it holds.
+        """
+        if self.salt_file is None:
+            return self
+        try:
+            salt = self.salt_file.read_bytes()[: MAX_SALT + 1].decode().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsError(f"pool.salt_file: can't read {self.salt_file}: {reason}") from None
+        if not 0 < len(salt) <= MAX_SALT:
+            raise SettingsError(f"pool.salt_file: {self.salt_file} holds no salt of 1 to {MAX_SALT} characters")
+        return self.model_copy(update={"salt": salt, "salt_file": None})
 
 
 class Settings(_Section):

@@ -50,6 +50,9 @@ class PoolScheduler:
     Args:
         ring: to be called, from any thread, when an answer has come.
         client: for tests.
+
+    Raises:
+        SettingsError: the salt's file can't be used.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class PoolScheduler:
         ring: Callable[[], None],
         client: PoolClient | None = None,
     ) -> None:
-        self._use = use
+        self._use = use.with_salt()
         self._block_size, self._ranks = block_size, ranks
         self._chunk = use.chunk_blocks * block_size
         self._clock, self._ring = clock, ring
