@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ RECHECK_S = 5.0  # vLLM's own, after which a reader looks that heard nothing
 
 
 @pytest.fixture
-def queue() -> Iterator[tuple[Any, Any]]:
+def queue() -> tuple[Any, Any]:
     """A writer and a reader of vLLM's, as engine and worker have them."""
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
@@ -30,7 +29,7 @@ def queue() -> Iterator[tuple[Any, Any]]:
     ready.start()
     writer.wait_until_ready()
     ready.join()
-    yield writer, reader
+    return writer, reader
 
 
 def receive(writer: Any, reader: Any) -> float:
