@@ -211,6 +211,9 @@ class PoolUse(_Section):
         True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
     )
     store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
+    generated: bool = Field(
+        True, description="Store the chunks that answers complete, too: they are part of the next turn's prompt."
+    )
     salt: str = Field(
         "",
         max_length=4096,
@@ -226,6 +229,13 @@ class PoolUse(_Section):
         ge=1,
         le=4096,
         description="vLLM blocks in a chunk, which is stored and found whole. Engines that share chunks need the same.",
+    )
+    shards: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Parts by KV heads that a chunk is stored in. Engines of other tensor-parallel sizes share chunks "
+        "if all of them are told the largest of their sizes. Default: the engine's own size.",
     )
     lookup_s: float = Field(
         0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."

@@ -30,10 +30,13 @@ ANSWER_S = 10.0
 
 @dataclass
 class _Prompt:
-    """A request's whole chunks. Counts of chunks are counted from the first one."""
+    """A request's whole chunks: the prompt's, and those that its answer completes. Counts of chunks are counted from
+    the first one."""
 
-    keys: list[list[bytes]]  # by rank
-    tokens: int
+    request: Request
+    shards: list[list[KeySpace]]  # by rank, of its parts, with the salt
+    keys: dict[KeySpace, list[bytes]]
+    tokens: int  # the prompt's
     sought: int = 0  # chunks that were asked for
     lookups: Collection[Pending[Found]] = ()
     until: float = 0.0
@@ -42,6 +45,15 @@ class _Prompt:
     computed: int = 0  # tokens that the engine held when it last asked
     stored: int = 0  # chunks that are in the pool, or on their way
     open: int = 0  # stores that the workers have not reported, over all ranks
+
+    @property
+    def whole(self) -> int:
+        """Chunks that have keys."""
+        return len(self.keys[self.shards[0][0]])
+
+    def cut(self, first: int, end: int) -> list[list[bytes]]:
+        """Keys of chunks ``first..end``, by rank."""
+        return [[self.keys[space][i] for i in range(first, end) for space in parts] for parts in self.shards]
 
 
 class PoolScheduler:
@@ -65,9 +77,10 @@ class PoolScheduler:
         self._use = use
         self._block_size, self._ranks = block_size, ranks
         self._chunk = use.chunk_blocks * block_size
+        self._generated = use.store and use.generated
         self._clock, self._ring = clock, ring
         self._client = client
-        self._spaces: list[KeySpace] = []  # by rank
+        self._shards: list[list[KeySpace]] = []  # by rank
         self._prompts: dict[str, _Prompt] = {}
         self._late: list[Pending[Found]] = []
         self._counts: Counter[str] = Counter()
@@ -77,7 +90,7 @@ class PoolScheduler:
         if sorted(shards) != list(range(self._ranks)):
             logger.warning("the pool is not used: %d of %d workers can use it", len(shards), self._ranks)
             return
-        self._spaces = [shards[rank].space for rank in range(self._ranks)]
+        self._shards = [shards[rank].spaces for rank in range(self._ranks)]
         if self._client is None:
             who = f"vllm-{os.getpid()}-lookup"
             self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
@@ -98,26 +111,30 @@ class PoolScheduler:
 
     def _count(self, what: str, chunks: int) -> None:
         if chunks > 0:
-            self._counts[what] += chunks * self._ranks
+            self._counts[what] += chunks * sum(map(len, self._shards))
 
     # -- look up -------------------------------------------------------------------------------------------------
 
-    def arrive(self, request: Request) -> None:
-        """Ask at once what the pool holds of this prompt."""
+    def arrive(self, request: Request, look_up: bool = True) -> None:
+        """Ask at once what the pool holds of this prompt, unless its pages come from prefill."""
         whole = request.num_prompt_tokens // self._chunk
-        if not self._spaces or not whole:
+        if not self._shards or not (whole or self._generated):
             return
         if why_unkeyable(request):
             self._count("skipped", whole)
             return
         assert request.prompt_token_ids is not None
         salt = salt_of(self._use.salt, request)
-        by_space = {
-            space: chunk_keys(replace(space, salt=salt), request.prompt_token_ids, tail=False)
-            for space in dict.fromkeys(self._spaces)
+        salted = [[replace(space, salt=salt) for space in parts] for parts in self._shards]
+        keys = {
+            space: chunk_keys(space, request.prompt_token_ids, tail=False)
+            for space in dict.fromkeys(space for parts in salted for space in parts)
         }
-        prompt = _Prompt([by_space[space] for space in self._spaces], request.num_prompt_tokens)
+        prompt = _Prompt(request, salted, keys, request.num_prompt_tokens)
         self._prompts[request.request_id] = prompt
+        if not look_up:
+            prompt.state = "done"
+            return
         # The last prompt token is computed here in any case: its logits give the first token.
         prompt.sought = min((prompt.tokens - 1) // self._chunk, MAX_KEYS)
         self._late = [late for late in self._late if not late.future.done()]
@@ -126,7 +143,7 @@ class PoolScheduler:
         elif self._late:
             self._give_up(prompt)
         else:
-            self._ask(prompt, [keys[: prompt.sought] for keys in by_space.values()])
+            self._ask(prompt, [some[: prompt.sought] for some in keys.values()])
 
     def _ask(self, prompt: _Prompt, questions: Iterable[list[bytes]]) -> None:
         assert self._client is not None
@@ -185,7 +202,7 @@ class PoolScheduler:
         first = held // self._chunk
         return Fetch(
             request.request_id,
-            [keys[first : prompt.there] for keys in prompt.keys],
+            prompt.cut(first, prompt.there),
             held % self._chunk // self._block_size,
             blocks[held // self._block_size : prompt.there * self._use.chunk_blocks],
         )
@@ -211,18 +228,32 @@ class PoolScheduler:
             return found
         for req_id, before in computed.items():
             prompt = self._prompts.get(req_id)
-            if prompt is None or prompt.state != "done" or prompt.stored >= len(prompt.keys[0]):
+            if prompt is None or prompt.state != "done":
+                continue
+            first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
+            if self._generated and before > prompt.tokens:
+                end = max(end, self._lengthen(prompt, before))
+            if end <= first:
                 continue
             block_state = output.kv_connector_block_state
             ids = block_state.get_block_ids(req_id) if block_state is not None else None
-            first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
-            if ids is None or end <= first:
+            if ids is None:
                 continue
             per = self._use.chunk_blocks
-            found.append(Keep(req_id, [keys[first:end] for keys in prompt.keys], list(ids[0][first * per : end * per])))
+            found.append(Keep(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per])))
             prompt.stored = end
             prompt.open += self._ranks
         return found
+
+    def _lengthen(self, prompt: _Prompt, computed: int) -> int:
+        """Whole chunks that were computed before this step, of whose tokens all are known and final: the scheduler
+        also counts drafts, and tokens that are still sampled. They have keys from now on."""
+        end, known = min(computed, prompt.request.num_tokens - 1) // self._chunk, prompt.whole
+        if end > known:
+            tokens = prompt.request.all_token_ids[known * self._chunk : end * self._chunk]
+            for space, keys in prompt.keys.items():
+                keys += chunk_keys(space, tokens, tail=False, after=keys[-1] if keys else None)
+        return end
 
     def kept(self, reports: Mapping[str, int]) -> None:
         """How many stores of each request the workers no longer read pages for."""

@@ -125,8 +125,8 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         self._read_wishes(request)
-        if self._pool is not None and request.request_id not in self._consuming:
-            self._pool.arrive(request)
+        if self._pool is not None:
+            self._pool.arrive(request, look_up=request.request_id not in self._consuming)
 
     def _read_wishes(self, request: Request) -> None:
         wanted = parse(request.kv_transfer_params, producer=self._producer, consumer=self._consumer)

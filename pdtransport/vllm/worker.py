@@ -108,24 +108,25 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, key_space, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
-        problem = why_no_pool(described, self._config, self._caches, use.chunk_blocks)
+        problem = why_no_pool(described, self._config, self._caches, use)
         if problem:
             logger.warning("pdtransport: the pool is not used: %s", problem)
             return
         self._pool = PoolWorker(
             use,
             described.geometry,
+            parts=head_parts(described.geometry, use.shards or described.ranks),
             ratio=self._ratio,
             rank=described.rank,
             on_loaded=self._loaded,
             on_kept=self._kept,
             count=self._count_chunks,
         )
-        self.shard = Shard(key_space(described, self._config, use.chunk_blocks))
+        self.shard = Shard(key_spaces(described, self._config, use))
 
     def close(self) -> None:
         if self._pool is not None:
