@@ -130,22 +130,28 @@ class PoolScheduler:
             space: chunk_keys(space, request.prompt_token_ids, tail=False)
             for space in dict.fromkeys(space for parts in salted for space in parts)
         }
-        prompt = _Prompt(request, salted, keys, request.num_prompt_tokens)
+        prompt = _Prompt(request, salted, keys, request.num_prompt_tokens, state="done")
         self._prompts[request.request_id] = prompt
-        if not look_up:
-            prompt.state = "done"
+        if look_up:
+            self.ask(request.request_id)
+
+    def ask(self, req_id: str) -> None:
+        """Ask what the pool holds of this prompt; the scheduler is told when it asks next."""
+        prompt = self._prompts.get(req_id)
+        if prompt is None:
             return
+        prompt.state = "asking"
         # The last prompt token is computed here in any case: its logits give the first token.
         prompt.sought = min((prompt.tokens - 1) // self._chunk, MAX_KEYS)
         self._late = [late for late in self._late if not late.future.done()]
-        if not self._use.load or not prompt.sought or request.skip_reading_prefix_cache:
+        if not self._use.load or not prompt.sought or prompt.request.skip_reading_prefix_cache:
             prompt.sought, prompt.state = 0, "found"
         elif self._late:
             self._give_up(prompt)
         else:
-            self._ask(prompt, [some[: prompt.sought] for some in keys.values()])
+            self._look_up(prompt, [some[: prompt.sought] for some in prompt.keys.values()])
 
-    def _ask(self, prompt: _Prompt, questions: Iterable[list[bytes]]) -> None:
+    def _look_up(self, prompt: _Prompt, questions: Iterable[list[bytes]]) -> None:
         assert self._client is not None
         try:
             prompt.lookups = [self._client.lookup(keys) for keys in questions]

@@ -172,7 +172,7 @@ class SchedulerSide:
         """Tokens that can come from prefill, or the pool, beyond the ``computed`` ones held here, and whether they come
         later. None: ask again later."""
         entry = self._consuming.get(request.request_id)
-        if entry is None and self._pool is not None:
+        if self._pool is not None and (entry is None or entry.state == "done"):
             return self._pool.matched_tokens(request, computed)
         if entry is None or entry.state != "waiting" or request.num_output_tokens:
             return 0, False
@@ -183,7 +183,7 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         entry = self._consuming.get(request.request_id)
-        if entry is None and self._pool is not None:
+        if self._pool is not None and (entry is None or entry.state == "done"):
             fetch = self._pool.allocated(request, blocks.get_block_ids()[0], external_tokens)
             if fetch is not None:
                 self._before.append(fetch)
@@ -242,17 +242,20 @@ class SchedulerSide:
                 self._pool.kept(news.kept)
         failed = getattr(output, "failed_recving", ())
         for req_id in output.finished_recving or ():
+            from_pool = self.from_pool(req_id)
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
             token = self._tokens.pop(req_id, None)
             entry = self._consuming.get(req_id)
-            if entry is None:
+            if entry is None or from_pool:
                 continue
             entry.state = "done"
             if entry.first_token and req_id in failed:
                 self._go_on(entry.request, None)
             elif token is not None:
                 self._go_on(entry.request, token)
+            elif self._pool is not None and req_id in failed:
+                self._pool.ask(req_id)  # prefill may have stored what it could not hand over
 
     def _hear(self, promised: set[str]) -> None:
         for req_id in promised & self._producing.keys():

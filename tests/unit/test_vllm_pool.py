@@ -236,6 +236,34 @@ def test_decode_asks_the_pool_nothing(half: Half) -> None:
     assert half.side.matched_tokens(made, 0) == (PROMPT, True)
 
 
+@pytest.mark.parametrize("there", [0, 3])
+def test_what_prefill_could_not_hand_over_is_looked_for(half: Half, there: int) -> None:
+    """Prefill died, and what it had stored did not: decode computes only what the pool lacks. Once: a load that fails
+    is not tried again."""
+    made = half.arrive(CONSUME)
+    half.admit(made, there=0)
+    half.side.update_output(ended(ok=False))
+    assert half.side.matched_tokens(made, 0) == (None, False)
+    commands = half.admit(made, there)
+    assert [type(command) for command in commands] == ([Fetch] if there else [])
+    if there:
+        half.side.update_output(ended(ok=False))
+        assert half.side.matched_tokens(made, 0) == (0, False)
+        assert half.pool.asked == []
+    assert len(step(half.side, {"r": (0, 4 * BLOCK)}).after) == 1
+
+
+def test_an_abort_while_decode_loads_from_the_pool(half: Half) -> None:
+    """One word to the workers, and one report to wait for."""
+    made = half.arrive(CONSUME)
+    half.admit(made, there=0)
+    half.side.update_output(ended(ok=False))
+    half.admit(made, there=3)
+    made.status = None
+    assert half.side.finished(made, []) == (False, None)
+    assert step(half.side).before == [Cancel("r")]
+
+
 def test_what_was_loaded_is_not_stored_and_what_failed_is(half: Half) -> None:
     loaded = half.arrive()
     half.admit(loaded, there=1)
