@@ -244,6 +244,14 @@ class PoolUse(_Section):
     store_s: float = Field(
         5.0, gt=0, le=600, description="A store that took so long, waiting included, is given up; its pages are free."
     )
+    hand_off_s: float | None = Field(
+        None,
+        ge=0,
+        le=3600,
+        description="Prefill lets go of a finished prompt's pages that decode has not granted room for within this "
+        "time, if the pool has all its whole chunks: decode then loads them from there, where it uses the pool. Unset: "
+        "it holds them until deadlines.hold_s.",
+    )
     max_queued_chunks: int = Field(
         1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
     )

@@ -117,7 +117,14 @@ class Settle:
     req_id: str
 
 
-Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch | Keep | Settle
+@dataclass(frozen=True)
+class Yield:
+    """Prefill: the pool has the finished request's pages; let go of them unless decode is taking them."""
+
+    req_id: str
+
+
+Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch | Keep | Settle | Yield
 
 
 @dataclass

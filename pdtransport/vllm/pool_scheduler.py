@@ -56,6 +56,16 @@ class _Prompt:
         return [[self.keys[space][i] for i in range(first, end) for space in parts] for parts in self.shards]
 
 
+@dataclass
+class _HandOff:
+    """A finished prompt whose pages prefill holds for decode. It need not once the pool has them."""
+
+    keys: list[list[bytes]]  # by space, of its whole chunks
+    at: float  # when to ask
+    open: int  # stores that the workers have not reported
+    lookups: Collection[Pending[Found]] = ()
+
+
 class PoolScheduler:
     """One per engine. Inert until all workers told which chunks are theirs.
 
@@ -83,6 +93,7 @@ class PoolScheduler:
         self._shards: list[list[KeySpace]] = []  # by rank
         self._prompts: dict[str, _Prompt] = {}
         self._late: list[Pending[Found]] = []
+        self._hand_offs: dict[str, _HandOff] = {}
         self._counts: Counter[str] = Counter()
 
     def start(self, shards: Mapping[int, Shard]) -> None:
@@ -264,8 +275,9 @@ class PoolScheduler:
     def kept(self, reports: Mapping[str, int]) -> None:
         """How many stores of each request the workers no longer read pages for."""
         for req_id, count in reports.items():
-            if req_id in self._prompts:
-                self._prompts[req_id].open -= count
+            of = self._prompts.get(req_id) or self._hand_offs.get(req_id)
+            if of is not None:
+                of.open -= count
 
     def preempted(self, req_id: str) -> bool:
         """Its pages are overwritten in this step; True if workers may still read them."""
@@ -275,7 +287,43 @@ class PoolScheduler:
         prompt.stored = prompt.there
         return prompt.open > 0
 
-    def finished(self, req_id: str) -> bool:
-        """Forget the request; True if workers may still read its pages."""
+    def finished(self, req_id: str, hand_off: bool = False) -> bool:
+        """Forget the request; True if workers may still read its pages. ``hand_off``: prefill holds them for decode."""
         prompt = self._prompts.pop(req_id, None)
-        return prompt is not None and prompt.open > 0
+        if prompt is None:
+            return False
+        whole, after = prompt.tokens // self._chunk, self._use.hand_off_s
+        if hand_off and after is not None and 0 < whole <= MAX_KEYS:
+            keys = [some[:whole] for some in prompt.keys.values()]
+            self._hand_offs[req_id] = _HandOff(keys, self._clock() + after, prompt.open)
+        return prompt.open > 0
+
+    # -- hand over -----------------------------------------------------------------------------------------------
+
+    def freed(self, req_ids: Iterable[str]) -> None:
+        """Nobody holds these requests' pages any more."""
+        for req_id in req_ids:
+            self._hand_offs.pop(req_id, None)
+
+    def handed_over(self) -> list[str]:
+        """Requests whose time is up and whose whole chunks the pool has; each is asked for once, and told once."""
+        found = []
+        for req_id, hand_off in list(self._hand_offs.items()):
+            if not hand_off.lookups:
+                if self._clock() >= hand_off.at and not hand_off.open:
+                    self._inquire(req_id, hand_off)
+            elif all(lookup.future.done() for lookup in hand_off.lookups):
+                del self._hand_offs[req_id]
+                there = [
+                    0 if lookup.future.exception() else lookup.future.result().there for lookup in hand_off.lookups
+                ]
+                if min(there) >= len(hand_off.keys[0]):
+                    found.append(req_id)
+        return found
+
+    def _inquire(self, req_id: str, hand_off: _HandOff) -> None:
+        assert self._client is not None
+        try:
+            hand_off.lookups = [self._client.lookup(keys) for keys in hand_off.keys]
+        except PoolUnavailable:
+            del self._hand_offs[req_id]

@@ -26,6 +26,7 @@ from pdtransport.vllm.metadata import (
     Rewind,
     Settle,
     Take,
+    Yield,
 )
 from pdtransport.vllm.params import ConsumeParams, parse
 from pdtransport.vllm.stats import PDTransportStats
@@ -234,6 +235,8 @@ class SchedulerSide:
 
     def update_output(self, output: KVConnectorOutput) -> None:
         self._awaited.difference_update(output.finished_sending or (), output.finished_recving or ())
+        if self._pool is not None:
+            self._pool.freed(output.finished_sending or ())
         news = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
@@ -275,6 +278,7 @@ class SchedulerSide:
             after += self._progress(output, computed)
             if self._pool is not None:
                 after += self._pool.progress(output, computed)
+                self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()
         before, self._before = self._before, []
         if output.total_num_scheduled_tokens:
@@ -343,8 +347,6 @@ class SchedulerSide:
 
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """``(keep the blocks until finished_sending, parameters for the response)``."""
-        from vllm.v1.request import RequestStatus
-
         req_id = request.request_id
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
@@ -359,15 +361,15 @@ class SchedulerSide:
             if entry is not None:
                 self._before.append(Drop(req_id, report=False))
                 entry = None
-        storing = self._pool is not None and self._pool.finished(req_id)
+        delivered = entry is not None and _delivered(request, entry.tokens)
+        storing = self._pool is not None and self._pool.finished(req_id, hand_off=delivered)
         if entry is None:
             if storing:
                 self._awaited.add(req_id)
                 self._before.append(Settle(req_id))
             return storing, None
         self._awaited.add(req_id)
-        delivered = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
-        if request.status not in delivered or request.num_computed_tokens < entry.tokens:
+        if not delivered:
             self._before.append(Drop(req_id))
             return True, None
         token, declined = self._first_token_of(entry, request)
@@ -404,6 +406,14 @@ class SchedulerSide:
         token = int(request.output_token_ids[0])
         declined = self._first_tokens.why_no_token(request, token)
         return (None, declined) if declined else (token, "")
+
+
+def _delivered(request: Request, tokens: int) -> bool:
+    """Whether the request came to a regular end, its prompt of ``tokens`` computed."""
+    from vllm.v1.request import RequestStatus
+
+    ends = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+    return request.status in ends and request.num_computed_tokens >= tokens
 
 
 def _computed_before(output: SchedulerOutput) -> dict[str, int]:

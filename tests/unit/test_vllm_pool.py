@@ -26,7 +26,7 @@ from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.held import Held
-from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle
+from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle, Yield
 from pdtransport.vllm.pool_scheduler import PoolScheduler
 from pdtransport.vllm.pool_space import Shard, check_use, head_parts, salt_of
 from pdtransport.vllm.pool_worker import PoolWorker
@@ -288,6 +288,49 @@ def test_pages_are_kept_until_their_stores_are_through(half: Half) -> None:
     assert half.side.finished(fast, []) == (False, None)
     assert half.side.finished(slow, []) == (True, None)
     assert step(half.side).before == [Settle("r")]
+
+
+def through(half: Half, made: Any) -> None:
+    """The prefill request has come to its regular end."""
+    from vllm.v1.request import RequestStatus
+
+    made.status, made.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, PROMPT
+    assert half.side.finished(made, [])[0]
+
+
+@pytest.mark.parametrize(("there", "ends"), [(5, [Yield("r")]), (4, []), (None, [])])
+def test_prefill_lets_go_of_pages_that_the_pool_has(there: int | None, ends: list[Any]) -> None:
+    """Once decode has had its time to ask for them and its own stores are through, and only if all chunks are there."""
+    half = Half(hand_off_s=2.0)
+    made = half.arrive(PRODUCE)
+    half.admit(made, there=0)
+    assert len([c for c in step(half.side, {"r": (0, PROMPT)}).after if isinstance(c, Keep)]) == 1
+    through(half, made)
+    step(half.side)
+    half.clock.now += 3
+    step(half.side)
+    assert half.pool.asked == [], "its stores are not through"
+    half.side.update_output(told(r=1))
+    step(half.side)
+    half.clock.now += 3
+    assert step(half.side).before == []
+    assert len(half.pool.asked[0][0]) == 5
+    half.pool.answer(there)
+    assert step(half.side).before == ends
+    assert step(half.side).before == half.pool.asked == []
+    half.side.close()
+
+
+def test_pages_that_decode_took_are_not_asked_for() -> None:
+    half = Half(hand_off_s=2.0)
+    made = half.arrive(PRODUCE)
+    half.admit(made, there=5)
+    half.side.update_output(ended())
+    through(half, made)
+    half.side.update_output(SimpleNamespace(finished_recving=None, finished_sending={"r"}))
+    half.clock.now += 3
+    assert step(half.side).before[1:] == half.pool.asked == []
+    half.side.close()
 
 
 def test_each_rank_has_its_keys_and_its_reports() -> None:
