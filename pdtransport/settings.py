@@ -214,6 +214,9 @@ class PoolUse(_Section):
         True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
     )
     store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
+    generated: bool = Field(
+        True, description="Store the chunks that answers complete, too: they are part of the next turn's prompt."
+    )
     salt: str = Field(
         "",
         max_length=MAX_SALT,
@@ -233,12 +236,27 @@ class PoolUse(_Section):
         le=4096,
         description="vLLM blocks in a chunk, which is stored and found whole. Engines that share chunks need the same.",
     )
+    shards: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Parts by KV heads that a chunk is stored in. Engines of other tensor-parallel sizes share chunks "
+        "if all of them are told the largest of their sizes. Default: the engine's own size.",
+    )
     lookup_s: float = Field(
         0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."
     )
     load_s: float = Field(5.0, gt=0, le=600, description="A load that took so long has failed: vLLM recomputes.")
     store_s: float = Field(
         5.0, gt=0, le=600, description="A store that took so long, waiting included, is given up; its pages are free."
+    )
+    hand_off_s: float | None = Field(
+        None,
+        ge=0,
+        le=3600,
+        description="Prefill lets go of a finished prompt's pages that decode has not granted room for within this "
+        "time, if the pool has all its whole chunks: decode then loads them from there, where it uses the pool. Unset: "
+        "it holds them until deadlines.hold_s.",
     )
     max_queued_chunks: int = Field(
         1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."

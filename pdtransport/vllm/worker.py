@@ -31,6 +31,7 @@ from pdtransport.vllm.metadata import (
     Rewind,
     Settle,
     Take,
+    Yield,
 )
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
@@ -64,6 +65,7 @@ class WorkerSide:
         self._rank = 0
         self._ratio = 1
         self._offers: dict[str, Offer] = {}
+        self._finished: dict[str, Offer] = {}  # of requests that are through
         self._receipts: dict[str, Receipt] = {}
         self._lock = threading.Lock()
         self._rope = Rope()
@@ -109,24 +111,25 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, key_space, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
-        problem = why_no_pool(described, self._config, self._caches, use.chunk_blocks)
+        problem = why_no_pool(described, self._config, self._caches, use)
         if problem:
             logger.warning("pdtransport: the pool is not used: %s", problem)
             return
         self._pool = PoolWorker(
             use,
             described.geometry,
+            parts=head_parts(described.geometry, use.shards or described.ranks),
             ratio=self._ratio,
             rank=described.rank,
             on_loaded=self._loaded,
             on_kept=self._kept,
             count=self._count_chunks,
         )
-        self.shard = Shard(key_space(described, self._config, use.chunk_blocks))
+        self.shard = Shard(key_spaces(described, self._config, use))
 
     def close(self) -> None:
         if self._pool is not None:
@@ -199,6 +202,10 @@ class WorkerSide:
                 self._pool.cancel(command.req_id)
         elif isinstance(command, Settle):
             self._end(command.req_id)
+        elif isinstance(command, Yield):
+            offer = self._finished.get(command.req_id)
+            if offer is not None:
+                offer.let_go("the pool has its pages")
         elif self._pool is not None:
             self._do_pool(self._pool, command)
 
@@ -221,7 +228,10 @@ class WorkerSide:
             self._end(command.req_id)
         offer = self._offers.pop(command.req_id)
         if isinstance(command, Finish):
+            self._finished[command.req_id] = offer
             offer.finish(command.first_token)
+            if offer.future.done():  # it ended in the I/O thread before we noted it
+                self._finished.pop(command.req_id, None)
         else:
             offer.cancel("the request was aborted on prefill")
 
@@ -261,6 +271,7 @@ class WorkerSide:
     # -- what ended (called in the I/O thread, or the pool client's) --------------------------------------------------
 
     def _source_ended(self, req_id: str, outcome: Outcome) -> None:
+        self._finished.pop(req_id, None)
         with self._lock:
             self._stats.record("producer", outcome)
             if self._held.leave(req_id):
