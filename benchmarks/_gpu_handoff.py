@@ -214,7 +214,7 @@ class _System:
         try:
             if router or len(self._servers) == 1:
                 to = router or self._servers[0]
-                answer = await client.complete(to, prompt, MAX_TOKENS, stream=True)
+                answer = await client.complete(to, prompt, MAX_TOKENS, stream=True, return_token_ids=False)
                 sample.ttft_s = answer.ttft_s
                 sample.first_token_from = answer.headers.get("x-pd-first-token", "")
                 return [sample]
@@ -226,7 +226,7 @@ class _System:
     async def _handed(self, client: Client, prompt: Sequence[int], sample: Sample) -> list[Sample]:
         prefill, decode = self._servers
         order: Order = "serial" if self._name == "nixl" else "concurrent"
-        handed = await hand_off(client, prefill, decode, prompt, MAX_TOKENS, order, stream=True)
+        handed = await hand_off(client, prefill, decode, prompt, MAX_TOKENS, order, stream=True, echo=False)
         if handed.prefill is None:
             raise handed.prefill_error or RequestFailed(0, "prefill failed")
         sent = min(handed.prefill.sent, handed.decode.sent)

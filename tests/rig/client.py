@@ -220,8 +220,8 @@ async def _read_stream(response: aiohttp.ClientResponse, sent: float) -> Answer:
             raise RequestFailed(200, json.dumps(data["error"]))
         for choice in data.get("choices", ()):
             fresh = choice.get("token_ids") or []
-            if fresh and not answer.tokens:
-                answer.first_token = time.time()
+            if not answer.first_token and (fresh or "token_ids" not in choice or choice["token_ids"] is None):
+                answer.first_token = time.time()  # vLLM sends no event without a token
             answer.tokens += fresh
             answer.finish = choice.get("finish_reason") or answer.finish
             if answer.finish == "error":
@@ -271,23 +271,26 @@ async def hand_off(
     order: Order = "concurrent",
     *,
     transfer: str | None = None,
+    echo: bool = True,
     **more: Any,
 ) -> Handed:
-    """One disaggregated completion. ``more`` goes into decode's request.
+    """One disaggregated completion. ``more`` goes into decode's request; without ``echo`` the answers name no token
+    ids, as most clients want them: a server spends milliseconds on the ids of a long prompt.
 
     Raises:
         RequestFailed: decode answered with an error, or (serial) prefill did or said nothing to hand over.
     """
     transfer = transfer or new_transfer()
+    both = {"return_token_ids": echo}
     if order == "serial":
-        first = await client.complete(prefill, prompt, 1, to_prefill(prefill, transfer))
+        first = await client.complete(prefill, prompt, 1, to_prefill(prefill, transfer), **both)
         if not first.kv_params:
             raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
-        return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **more))
+        return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **both, **more))
     same = {"X-Request-Id": transfer} if prefill.spec.connector == "nixl-push" else None  # see to_decode
     requests = (
-        prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **more),
-        prepare(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same),
+        prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **both, **more),
+        prepare(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same, **both),
     )
     decoding, prefilling = (asyncio.create_task(client.send(request)) for request in requests)
     try:
