@@ -286,7 +286,8 @@ async def hand_off(
         first = await client.complete(prefill, prompt, 1, to_prefill(prefill, transfer), **both)
         if not first.kv_params:
             raise RequestFailed(200, "prefill's answer has no kv_transfer_params")
-        return Handed(transfer, first, await client.complete(decode, prompt, max_tokens, first.kv_params, **both, **more))
+        answer = await client.complete(decode, prompt, max_tokens, first.kv_params, **both, **more)
+        return Handed(transfer, first, answer)
     same = {"X-Request-Id": transfer} if prefill.spec.connector == "nixl-push" else None  # see to_decode
     requests = (
         prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **both, **more),
