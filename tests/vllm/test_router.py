@@ -126,14 +126,14 @@ def test_a_tenants_prefixes_are_nobody_elses(
     async def scenario(client: Client) -> None:
         await forget(client, *servers.all)
         with routed([servers.prefill], [servers.decode], logs, "concurrent", *keys) as router:
-            for key, skipped in (("one", 0), ("two", held), ("three", 0), ("three", held), ("one", held)):
+            for key, again in (("one", False), ("two", True), ("three", False), ("three", True), ("one", True)):
                 before = await watch.engine_state(client, servers.prefill)
                 shown = {"Authorization": f"Bearer {key}"}
                 answer = await client.complete(router.url, case.prompt, len(case.tokens), headers=shown)
                 assert_equal([case], [answer])
                 (crossing,) = await crossed([case], as_handed([answer]), [servers.prefill], servers.decode)
-                assert crossing.skipped == skipped, key
+                assert crossing.skipped >= held if again else crossing.skipped == 0, key
                 after = await watch.engine_state(client, servers.prefill)
-                assert bool(after.local_hit_tokens - before.local_hit_tokens) == bool(skipped), key
+                assert bool(after.local_hit_tokens - before.local_hit_tokens) == again, key
 
     with_client(scenario)
