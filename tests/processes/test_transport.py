@@ -207,7 +207,10 @@ def test_prefill_lets_go_only_of_what_decode_has_not_granted(cluster: MakeCluste
     waiting.ready([3, 4], tokens)
     waiting.finish()
     waiting.let_go("kept elsewhere")
-    assert waiting.future.result(WAIT_S).reason == "kept elsewhere"
+    ended = waiting.future.result(WAIT_S)
+    assert (ended.code, ended.reason) == ("cancelled", "kept elsewhere")
+    (record,) = [r for r in c.prefill[0].transport.status()["transfers"] if r["transfer"] == "waiting"]
+    assert (record["role"], record["reason"]) == ("producer", "kept elsewhere")
     (late,) = receive_all(c, "waiting", key, tokens, [7, 8])
     assert not late.future.result(WAIT_S).ok
 

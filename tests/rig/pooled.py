@@ -21,6 +21,7 @@ CHUNK_BLOCKS = 2
 CHUNK = CHUNK_BLOCKS * BLOCK
 SHARDS = 2  # so that servers of TP 1 and of TP 2 share chunks; each part counts for itself
 MEMORY = "512MiB"
+HAND_OFF_S = 4.0  # what decode does not ask for within this is left to the pool; less than DEADLINES' hold_s
 OUTCOMES = ("hit", "miss", "stored", "present", "skipped", "failed")
 
 
@@ -75,16 +76,17 @@ class Service:
         return counters
 
 
-def pooled(directory: Path, spec: ServerSpec) -> ServerSpec:
+def pooled(directory: Path, spec: ServerSpec, **more: Any) -> ServerSpec:
     """``spec`` with the pool in ``directory``."""
-    use = {"dir": str(directory), "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0}
+    use = {"dir": str(directory), "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0, **more}
     return replace(spec, extra_config={**spec.extra_config, "pool": use}, load_failure_policy="recompute")
 
 
 def tiny_pooled_spec(name: str, directory: Path) -> ServerSpec:
     """Its cache is too small for what it is asked."""
     tiny: dict[str, Any] = {"blocks": TINY_TOKENS // BLOCK, "max_model_len": TINY_LEN}
-    return pooled(directory, pair_spec(name, "kv_both", cores="0", max_batched_tokens=TINY_CHUNK, **tiny))
+    spec = pair_spec(name, "kv_both", cores="0", max_batched_tokens=TINY_CHUNK, **tiny)
+    return pooled(directory, spec, hand_off_s=HAND_OFF_S)
 
 
 def reusable(cases: Sequence[Case]) -> int:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from tests.rig import watch
-from tests.rig.cases import handed_over
-from tests.rig.client import Client, Order, RequestFailed, hand_off
+from tests.rig.cases import Case, handed_over
+from tests.rig.client import Client, Order, RequestFailed, hand_off, new_transfer, to_decode, to_prefill
 from tests.rig.device import PLACE
 from tests.rig.fixtures import TINY_LEN, Book, Servers, forget, pair_spec
 from tests.rig.pooled import CHUNK, Service, ask, pooled, reusable, storable
 from tests.rig.prompts import Prompts
-from tests.rig.proof import bytes_equal, crossed
+from tests.rig.proof import bytes_equal, crossed, record_of
 from tests.rig.servers import Server, fleet
 
 GIVEN_UP_S = 40.0
@@ -36,6 +36,10 @@ def wide(servers: Servers, pool: Service, logs: Path) -> Iterator[Server]:
 def doomed(request: pytest.FixtureRequest, standing: dict[str, Server]) -> Server:
     """A server that may be killed: one with two ranks where there can be one."""
     return standing["doomed"] if standing else request.getfixturevalue("wide")
+
+
+def pool_cases(book: Book) -> list[Case]:
+    return [case for case in book.parallel if 2 * CHUNK < len(case.prompt) < TINY_LEN - 64][:8]
 
 
 @pytest.mark.parametrize("order", ["concurrent", "serial"])
@@ -64,7 +68,7 @@ def test_chunks_are_shared_between_tensor_parallel_sizes(
 ) -> None:
     """What a server of TP 1 stored, by parts, one of TP 2 finds, and the other way round."""
     first, second = (reader, wide) if way == "1 to 2" else (wide, reader)
-    some = [case for case in book.parallel if 2 * CHUNK < len(case.prompt) < TINY_LEN - 64][:8]
+    some = pool_cases(book)
 
     async def scenario(client: Client) -> None:
         await forget(client, first, second)
@@ -79,11 +83,31 @@ def test_chunks_are_shared_between_tensor_parallel_sizes(
     with_client(scenario)
 
 
+def test_the_pool_takes_what_decode_does_not_ask_for(
+    wide: Server, reader: Server, book: Book, with_client: Any
+) -> None:
+    """Prefill's memory is free before its deadline; decode comes late and loads what prefill stored."""
+    (case, *_), salt = pool_cases(book), "late"
+
+    async def scenario(client: Client) -> None:
+        await forget(client, reader, wide)
+        transfer = new_transfer()
+        handed = await client.complete(reader, case.prompt, 1, to_prefill(reader, transfer), cache_salt=salt)
+        assert handed.kv_params
+        assert watch.live(await watch.status(reader)), "prefill holds nothing"
+        await watch.settled(client, [reader])
+        assert (await record_of(reader, transfer, "producer"))["reason"] == "the pool has its pages"
+        grown = await ask(client, wide, [case], kv=handed.kv_params, cache_salt=salt)
+        assert grown["hit"] == reusable([case]), grown
+
+    with_client(scenario)
+
+
 def test_prefill_killed_in_the_middle_of_transfers(
     doomed: Server, servers: Servers, book: Book, with_client: Any
 ) -> None:
     """SIGKILL of a prefill server with transfers under way: their requests fail within the deadlines, nothing leaks,
-    and decode goes on with other prefill servers. Last in this module: it costs the server."""
+    and decode goes on with other prefill servers. It costs the server: only a test of what is left comes after it."""
     prompts = Prompts(5)
 
     async def bytes_flow(before: int) -> None:
@@ -108,4 +132,22 @@ def test_prefill_killed_in_the_middle_of_transfers(
         bytes_equal(await crossed(some, handed, [servers.prefill], servers.decode), servers.audit)
         await watch.settled(client, servers.all)
 
+    with_client(scenario)
+
+
+def test_decode_finds_in_the_pool_what_a_dead_prefill_cannot_hand_over(
+    wide: Server, reader: Server, book: Book, with_client: Any
+) -> None:
+    """Its transfer fails, and what it had stored is loaded instead of computed, from the other tensor-parallel size."""
+    some = pool_cases(book)[:3]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, reader)
+        for case in some:
+            kv = to_decode(wide, new_transfer())
+            grown = await ask(client, reader, [case], kv=kv, cache_salt="2 to 1")
+            assert grown["hit"] == reusable([case]), grown
+
+    if wide.process.poll() is None:  # alone, this test finds it alive, and nothing stored
+        pytest.skip("the tests before this one store the prompts and kill their server")
     with_client(scenario)
