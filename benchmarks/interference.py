@@ -41,6 +41,7 @@ from tests.rig.device import card
 from tests.rig.servers import Server, ServerFailed, fleet
 
 LOADS = ("computing", "pushing")
+PLAIN = {"return_token_ids": False}  # else decode's server spends milliseconds on the echo of each long prompt
 STREAM_PROMPT = 32
 STREAM_TOKENS = 4096  # then a stream begins anew
 SETTLE_S = 1.0  # of each window, before it counts
@@ -114,11 +115,11 @@ class Load:
         prefill, decode = self._servers
         prompt = self._scale.prompt(self._options.length, self._dice)
         if load == "computing":
-            return (await self._client.complete(prefill, prompt, 1)).done
+            return (await self._client.complete(prefill, prompt, 1, **PLAIN)).done
         transfer = new_transfer()
         requests = (
-            prepare(decode, prompt, 1, to_decode(prefill, transfer)),
-            prepare(prefill, prompt, 1, to_prefill(prefill, transfer)),
+            prepare(decode, prompt, 1, to_decode(prefill, transfer), **PLAIN),
+            prepare(prefill, prompt, 1, to_prefill(prefill, transfer), **PLAIN),
         )
         decoding, prefilling = (asyncio.create_task(self._client.send(request)) for request in requests)
         self._decoding.add(decoding)

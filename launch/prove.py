@@ -146,7 +146,7 @@ def _one(topology: Topology, plan: Plan) -> Crossing:
     decoders = plan.of("decode")
     before = {one.name: workers.received(_statuses(topology, one)) for one in decoders}
     keys = topology.router.client_keys()
-    answer = web.post(f"{plan.router.url}/v1/completions", body, timeout_s, _bearer(keys[0] if keys else None))
+    answer = web.post(f"{plan.router.url}/v1/completions", body, timeout_s, _bearer(keys[0].key if keys else None))
     disaggregated = _choice(answer, "the router")
     decode = _named(decoders, answer.headers.get("x-pd-decode", ""), "decode")
     statuses = _statuses(topology, decode, answer.headers.get("x-pd-transfer-id", ""))

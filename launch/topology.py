@@ -35,6 +35,8 @@ OWN_FLAGS: Mapping[str, str] = {
     "host": "no key: servers listen on 127.0.0.1, and clients reach them through the router (router.host)",
     "kv-transfer-config": "transport and kv_load_failure_policy",
 }
+# Flags whose value is secret, and the variable that vLLM reads instead.
+SECRET_FLAGS: Mapping[str, str] = {"api-key": "the variable VLLM_API_KEY", "hf-token": "the variable HF_TOKEN"}
 FLAG_ALIASES = {"tp": "tensor-parallel-size", "tensor-parallel": "tensor-parallel-size"}
 
 # Flags that shape KV pages or their content: prefill and decode must agree on them.
@@ -79,6 +81,9 @@ def _flags(raw: Any) -> Any:
         own = canonical.removeprefix("no-")
         if own in OWN_FLAGS:
             raise wrong(f"pdlaunch sets --{own} itself, from {OWN_FLAGS[own]}", key)
+        if canonical in SECRET_FLAGS:
+            text = f"everybody on a machine sees its command lines: set {SECRET_FLAGS[canonical]} for pdlaunch instead"
+            raise wrong(text, key)
         if name in flags:
             raise wrong("given twice, once with - and once with _", key)
         flags[name] = value
@@ -107,6 +112,7 @@ def _ids(raw: Any) -> Any:
 
 
 # The real servers get their ports when the plan is made.
+_NO_SECRETS = "a topology holds no secrets"
 _PLACEHOLDERS = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"]}
 
 
@@ -116,9 +122,9 @@ def _router(raw: Any) -> Any:
     for key in _PLACEHOLDERS:
         if key in raw:
             raise wrong("pdlaunch fills in the servers itself; take it out", key)
-    for key in ("api_key", "upstream_api_key"):
+    for key in ("api_key", "admin_api_key", "upstream_api_key"):
         if raw.get(key) is not None:
-            raise wrong(f"a topology holds no secrets: put the key into a file and name it in {key}_file", key)
+            raise wrong(f"{_NO_SECRETS}: put the key into a file and name it in {key}_file", key)
     return {**raw, **_PLACEHOLDERS}
 
 
@@ -271,6 +277,8 @@ class Topology(_Section):
     @field_validator("transport")
     @classmethod
     def _no_port(cls, transport: Settings) -> Settings:
+        if transport.pool is not None and transport.pool.salt:
+            raise wrong(f"{_NO_SECRETS}: put the salt into a file and name it in pool.salt_file")
         if "port" in transport.control.model_fields_set:
             raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
         return transport

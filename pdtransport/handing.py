@@ -158,6 +158,12 @@ class Handing:
         if self._owned(owner, transfer) is not None:
             self.run(self.sending.cancel(transfer, code, reason))
 
+    def let_go(self, owner: object, transfer: str, reason: str) -> None:
+        """Give up, unless a decode worker has granted room already."""
+        source = self._owned(owner, transfer)
+        if source is not None and "granted" not in source.record.events:
+            self.run(self.sending.cancel(transfer, Code.CANCELLED, reason))
+
     def _owned(self, owner: object, transfer: str) -> _Source | None:
         """None for an offer that was refused because its transfer id is somebody else's."""
         source = self._sources.get(transfer)

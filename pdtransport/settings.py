@@ -202,6 +202,9 @@ class ObserveSettings(_Section):
     )
 
 
+MAX_SALT = 4096  # characters
+
+
 class PoolUse(_Section):
     """How an engine uses the shared pool of stored prefixes (``pdpool``)."""
 
@@ -211,11 +214,17 @@ class PoolUse(_Section):
         True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
     )
     store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
+    generated: bool = Field(
+        True, description="Store the chunks that answers complete, too: they are part of the next turn's prompt."
+    )
     salt: str = Field(
         "",
-        max_length=4096,
-        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top.",
+        max_length=MAX_SALT,
+        repr=False,
+        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top. A "
+        "secret one belongs into salt_file: everybody on a machine sees its command lines, and vLLM logs them.",
     )
+    salt_file: Path | None = Field(None, description="File with the salt, instead of salt.")
     tenant: str = Field(
         "",
         pattern=r"^([A-Za-z0-9._\-]{1,64})?$",
@@ -227,6 +236,13 @@ class PoolUse(_Section):
         le=4096,
         description="vLLM blocks in a chunk, which is stored and found whole. Engines that share chunks need the same.",
     )
+    shards: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Parts by KV heads that a chunk is stored in. Engines of other tensor-parallel sizes share chunks "
+        "if all of them are told the largest of their sizes. Default: the engine's own size.",
+    )
     lookup_s: float = Field(
         0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."
     )
@@ -234,9 +250,40 @@ class PoolUse(_Section):
     store_s: float = Field(
         5.0, gt=0, le=600, description="A store that took so long, waiting included, is given up; its pages are free."
     )
+    hand_off_s: float | None = Field(
+        None,
+        ge=0,
+        le=3600,
+        description="Prefill lets go of a finished prompt's pages that decode has not granted room for within this "
+        "time, if the pool has all its whole chunks: decode then loads them from there, where it uses the pool. Unset: "
+        "it holds them until deadlines.hold_s.",
+    )
     max_queued_chunks: int = Field(
         1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
     )
+
+    @model_validator(mode="after")
+    def _one_salt(self) -> PoolUse:
+        if self.salt and self.salt_file is not None:
+            raise ValueError("salt and salt_file are both set: keep one")
+        return self
+
+    def with_salt(self) -> PoolUse:
+        """The same, with the salt of ``salt_file``.
+
+        Raises:
+            SettingsError: the file can't be read or is empty; the text never shows what it holds.
+        """
+        if self.salt_file is None:
+            return self
+        try:
+            salt = self.salt_file.read_bytes()[: MAX_SALT + 1].decode().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsError(f"pool.salt_file: can't read {self.salt_file}: {reason}") from None
+        if not 0 < len(salt) <= MAX_SALT:
+            raise SettingsError(f"pool.salt_file: {self.salt_file} holds no salt of 1 to {MAX_SALT} characters")
+        return self.model_copy(update={"salt": salt, "salt_file": None})
 
 
 class Settings(_Section):

@@ -105,6 +105,10 @@ class Offer(Handle):
         what was sampled, for a decode that promised to go on from it."""
         self._in_turn(None, lambda exchange: exchange.handing.finish(self, self.transfer, first_token))
 
+    def let_go(self, reason: str) -> None:
+        """Give up, unless decode has granted room already: it can have the pages from elsewhere."""
+        self._in_turn(None, lambda exchange: exchange.handing.let_go(self, self.transfer, reason))
+
     def cancel(self, reason: str = "cancelled") -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
 

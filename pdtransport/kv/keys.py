@@ -100,7 +100,12 @@ class Media(NamedTuple):
 
 
 def chunk_keys(
-    space: KeySpace, tokens: Sequence[int], *, media: Sequence[Media] = (), tail: bool = True
+    space: KeySpace,
+    tokens: Sequence[int],
+    *,
+    media: Sequence[Media] = (),
+    tail: bool = True,
+    after: bytes | None = None,
 ) -> list[bytes]:
     """Keys of the prompt's chunks for storage, 32 bytes each: a chunk's key covers all tokens up to its end.
 
@@ -111,6 +116,7 @@ def chunk_keys(
     Args:
         media: in order of ``first_token``.
         tail: whether a last partial chunk gets a key.
+        after: key of the whole chunk before the first of ``tokens``; None: they are the prompt's first.
 
     Raises:
         ValueError: a token id is out of range or no integer, or ``media`` is out of order or beyond the prompt.
@@ -122,7 +128,7 @@ def chunk_keys(
     facts = (space.model, space.revision, space.dtype, space.layout, space.shard, space.lora, *space.extra)
     root = _start(_CHUNK, space.salt, facts)
     root.update(_length(space.chunk_tokens))
-    key, keys, seen = root.digest(), [], 0
+    key, keys, seen = root.digest() if after is None else after, [], 0
     for first in range(0, len(packed) // 4, space.chunk_tokens):
         piece = packed[4 * first : 4 * (first + space.chunk_tokens)]
         if len(piece) < 4 * space.chunk_tokens and not tail:

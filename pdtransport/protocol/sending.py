@@ -255,6 +255,11 @@ class Sending:
                 self.counters["stale_messages"] += 1
                 return []
             return [self._abort(peer, grant, Code.REUSED, "this transfer id was granted before; mint one per dispatch")]
+        if self._is_foreign(peer, grant.transfer):
+            self.counters["foreign_messages"] += 1
+            return [
+                self._abort(peer, grant, Code.REUSED, "this transfer was granted by others; mint an id per dispatch")
+            ]
         if request is not None:
             return self._serve(request, peer, grant, now)
         if grant.transfer in self._over:
@@ -323,7 +328,9 @@ class Sending:
         code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
         reason = message.reason or "decode gave up before prefill began"
         actions: list[Action] = [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
-        if request is None:
+        if machine is None and self._is_foreign(peer, message.transfer):
+            self.counters["foreign_messages"] += 1
+        elif request is None:
             if message.transfer not in self._over:
                 self._bury(message.transfer, code, reason)  # its request may still arrive: nobody will take it
         elif machine is None:
@@ -388,6 +395,18 @@ class Sending:
             self._over.popitem(last=False)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _is_foreign(self, peer: Peer, transfer: TransferId) -> bool:
+        """All consumers of the transfer have granted, and ``peer`` is none of them. Until then whoever knows the id may
+        be one whose grant is still on its way, or was lost."""
+        request = self._requests.get(transfer)
+        if request is not None:
+            grants = [machine.grant for machine in request.grants.values()]
+            known = peer in request.grants
+        else:
+            early = {of: grant for (each, of), (grant, _) in self._early.items() if each == transfer}
+            grants, known = list(early.values()), peer in early
+        return not known and bool(grants) and len(grants) >= grants[0].consumers
 
     def _machine(self, transfer: TransferId, peer: Peer, generation: int) -> ProducerMachine | None:
         request = self._requests.get(transfer)

@@ -1,4 +1,7 @@
-"""/pd/*: timelines and state, for the people who run the router. No prompt, no answer and no key is in them."""
+"""/pd/* and /metrics: timelines, state and counters, for the people who run the router.
+
+No prompt, no answer and no key is in them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any
 
 from aiohttp import web
 
+from pdtransport.router import metrics as prom
 from pdtransport.router.api_errors import ApiError
 from pdtransport.router.endpoints import Endpoint, Fleet
+from pdtransport.router.keys import Keys
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.workers import worker_status
@@ -42,32 +47,45 @@ class Admin:
         traces: Traces,
         settings: RouterSettings,
         state: Callable[[], dict[str, Any]],
+        metrics: Callable[[], str],
+        keys: Keys,
     ) -> None:
         self._fleet = fleet
         self._traces = traces
         self._settings = settings
         self._state = state
+        self._metrics = metrics
+        self._keys = keys
         self._own_port = settings.admin_port is not None
 
     def routes(self) -> list[web.RouteDef]:
         return [
+            web.get("/metrics", self.metrics),
             web.get("/pd/status", self.status),
             web.get("/pd/traces", self.recent),
             web.get("/pd/trace/{transfer_id}", self.one),
         ]
 
     def _check(self, request: web.Request) -> None:
-        if not self._own_port and not from_loopback(request):
+        if self._keys:
+            self._keys.check(request)
+        elif not self._own_port and not from_loopback(request):
             raise ApiError(
-                403, "/pd/* is for clients on the router's own machine: set admin_port to serve it elsewhere",
+                403, "this path is for clients on the router's own machine: to serve it elsewhere, set admin_port, or "
+                "admin_api_key_file",
                 kind="permission_error", code="loopback_only",
             )  # fmt: skip
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """The router's counters and histograms, Prometheus text."""
+        self._check(request)
+        return web.Response(text=self._metrics(), headers={"Content-Type": prom.CONTENT_TYPE})
 
     async def recent(self, request: web.Request) -> web.Response:
         """The newest timelines; ``?limit=N`` of them."""
         self._check(request)
         text = request.query.get("limit", str(_DEFAULT_LISTED))
-        if not text.isdecimal() or len(text) > 9:
+        if not (text.isascii() and text.isdecimal()) or len(text) > 9:
             raise ApiError(400, "limit must be a whole number", param="limit", code="bad_limit")
         traces = self._traces.newest(min(int(text), MAX_LISTED))
         return web.json_response({"traces": [trace.as_json() for trace in traces]})
@@ -105,8 +123,11 @@ class Admin:
     async def status(self, request: web.Request) -> web.Response:
         """The router's state; ``?workers=1`` asks every worker whose control address is known for its own."""
         self._check(request)
+        workers = request.query.get("workers", "0")
+        if workers not in {"0", "1"}:
+            raise ApiError(400, "workers must be 0 or 1", param="workers", code="bad_workers")
         answer = self._state()
-        if request.query.get("workers", "0") not in {"", "0"}:
+        if workers == "1":
             known = {f"{one.role} {one.name}": one for one in self._fleet.all}
             answer["workers"] = await self._ask(known, "")
         return web.json_response(answer)

@@ -20,14 +20,21 @@ class Admission:
         self.buffered = 0
 
     def enter(self) -> Seat:
-        """Take a place for one request.
+        """A place for one request, to be taken when its body is in: a client that is slow to send holds up none.
 
+        Raises:
+            ApiError: 503, there are max_inflight already.
+        """
+        self.check()
+        return Seat(self, self._settings)
+
+    def check(self) -> None:
+        """
         Raises:
             ApiError: 503, there are max_inflight already.
         """
         if self.inflight >= self._settings.max_inflight:
             raise self._full(f"the router already serves max_inflight ({self._settings.max_inflight}) requests")
-        return Seat(self, self._settings)
 
     def reserve(self, nbytes: int) -> None:
         """Account for ``nbytes`` of a body.
@@ -51,15 +58,26 @@ class Seat:
         self._admission = admission
         self._settings = settings
         self._bytes = 0
+        self._taken = False
 
     def __enter__(self) -> Seat:
-        self._admission.inflight += 1
         return self
+
+    def take(self) -> None:
+        """The request is in, and under way from now on.
+
+        Raises:
+            ApiError: 503, there are max_inflight already.
+        """
+        self._admission.check()
+        self._admission.inflight += 1
+        self._taken = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._admission.inflight -= 1
+        self._admission.inflight -= self._taken
+        self._taken = False
         self.release()
 
     def release(self) -> None:

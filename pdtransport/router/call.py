@@ -16,6 +16,7 @@ from typing import Any
 
 from pdtransport.router.api_errors import ApiError
 from pdtransport.router.first_token import Api, why_not
+from pdtransport.router.tenants import Salter
 
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _PROMPT_KEY: dict[Api, str] = {"completions": "prompt", "chat": "messages"}
@@ -63,7 +64,7 @@ class Call:
     """What a client asked for."""
 
     api: Api
-    raw: bytes  # the client's body
+    raw: bytes  # the client's body, with its tenant's cache_salt if it has one
     brace: int  # offset of the byte after the body's opening brace
     prefill_head: bytes  # prefill's body but for kv_transfer_params and the closing brace
     drop_null: bytes | None  # decode's body without the client's `"kv_transfer_params": null`, where it sent that
@@ -96,14 +97,17 @@ def _dumps(value: dict[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int) -> Call:
-    """Parse a client's body.
+def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter | None = None) -> Call:
+    """Parse a client's body. ``salter``: of the client's tenant, from its own cache_salt to that which servers get.
 
     Raises:
         ApiError: 400, the body is not a JSON object, or carries what only the router may set.
     """
     text, members = _split(raw)
     _check_reserved(members)
+    if salter is not None:
+        text, members = _salted(text, members, salter)
+        raw = text.encode()
     prompt = members.get(_PROMPT_KEY[api])
     prompt_text = text[prompt.start : prompt.end] if prompt else ""
     alone = _why_alone(api, members)
@@ -206,6 +210,24 @@ def _check_reserved(members: dict[str, _Member]) -> None:
             param="kv_transfer_params",
             code="reserved_parameter",
         )
+
+
+def _salted(text: str, members: dict[str, _Member], salter: Salter) -> tuple[str, dict[str, _Member]]:
+    """The body with another cache_salt, and where its members are then."""
+    own = members["cache_salt"].value if "cache_salt" in members else None
+    if own is not None and (not isinstance(own, str) or not own):
+        raise ApiError(400, "cache_salt must be a string that is not empty", param="cache_salt", code="invalid_value")
+    salt = salter(own or "")
+    pieces = [f'"cache_salt":"{salt}"']
+    at = 1 + len(pieces[0])
+    made = {"cache_salt": _Member(salt, 1, at - len(salt) - 2, at)}
+    for key, member in members.items():
+        if key != "cache_salt":
+            pieces.append(text[member.key_start : member.end])
+            shift = at + 1 - member.key_start
+            made[key] = _Member(member.value, at + 1, member.start + shift, member.end + shift)
+            at = member.end + shift
+    return "{" + ",".join(pieces) + "}", made
 
 
 def _joined(text: str, members: dict[str, _Member], without: frozenset[str] | set[str]) -> bytes:

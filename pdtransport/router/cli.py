@@ -21,6 +21,7 @@ from pdtransport.router.settings import RouterSettings
 
 _NOT_OPTIONS = {
     "api_key",
+    "admin_api_key",
     "upstream_api_key",
 }  # a command line is seen by everybody on the machine: use the files
 _MANY = {"prefill", "decode"}

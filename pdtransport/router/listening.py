@@ -1,14 +1,39 @@
-"""A listening socket with bounds: connections, header lines, idle time, time to drain."""
+"""A listening socket with bounds: connections, idle ones, header lines, time to say something, time to drain."""
 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import logging
+import resource
+from collections import OrderedDict
+from typing import cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
 
+from pdtransport.errors import SettingsError
 from pdtransport.router.settings import RouterSettings
 
-_BACKLOG = 1024
+log = logging.getLogger("pdtransport.router")
+
+ADMIN_CONNECTIONS = 128  # of an admin port, which people and a metrics collector use
+_BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
+_SWEEP_S = 1.0  # between looks at who is late, at most
+_SPARE = 256  # descriptors for everything but connections: files, probes, threads
+_SEND_S = 30.0  # beyond keep_alive_s: for the rest of an answer that its client takes slowly
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Whether aiohttp's word about a connection is one for the log. What is no HTTP gets a 400, no traceback: anybody
+    could fill the disk, and the text quotes headers, which may hold a key."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
+_http_log = logging.getLogger("pdtransport.router.http")
+_http_log.addFilter(_worth_a_line)
 
 
 class _Refuse(asyncio.Protocol):
@@ -19,13 +44,59 @@ class _Refuse(asyncio.Protocol):
             transport.abort()
 
 
+class _Connection(asyncio.Protocol):
+    """One client connection in front of aiohttp's handler of it: *idle* until a request is in, head and body, and again
+    after the request. An idle one has a deadline, and gives way where there are too many."""
+
+    def __init__(self, listener: Listener, inner: asyncio.Protocol) -> None:
+        self._listener = listener
+        self._inner = inner
+        self.transport: asyncio.Transport | None = None
+        self.client = ""
+        self.deadline = 0.0
+        self.waited_for = True  # it should be saying, or has begun to say, what it wants
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if peer else ""
+        self._inner.connection_made(transport)
+        self._listener.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._listener.lost(self)
+        self._inner.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.waited_for:
+            self._listener.began(self)
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+
 class Listener:
     """Serves one application on one address."""
 
-    def __init__(self, app: web.Application, settings: RouterSettings) -> None:
-        self._max_connections = settings.max_connections
+    def __init__(self, app: web.Application, settings: RouterSettings, max_connections: int) -> None:
+        self._settings = settings
+        self._max_connections = max_connections
+        self._open: dict[asyncio.BaseTransport, _Connection] = {}
+        self._accepted = 0  # open ones, and those about to be
+        self._idle: OrderedDict[_Connection, None] = OrderedDict()  # longest idle first
+        self._idle_of: dict[str, OrderedDict[_Connection, None]] = {}  # the same by client address
+        self._sweeper: asyncio.TimerHandle | None = None
+        app.middlewares.insert(0, self._watching())
         self._runner = web.AppRunner(
             app,
+            logger=_http_log,
             access_log=None,  # a log line per request would name who asked what
             handler_cancellation=True,  # a client's going away must reach the servers at once
             shutdown_timeout=settings.timeouts.drain_s,
@@ -49,16 +120,134 @@ class Listener:
         """
         await self._runner.setup()
         self._server = await asyncio.get_running_loop().create_server(
-            self._protocol, host, port, backlog=_BACKLOG, reuse_address=True
+            self._protocol, host, port, backlog=min(_BACKLOG, self._max_connections), reuse_address=True
         )
+        self._sweep()
 
     def _protocol(self) -> asyncio.BaseProtocol:
         server = self._runner.server
-        if server is None or len(server.connections) >= self._max_connections:
+        if server is None:
             return _Refuse()
-        return server()
+        if self._accepted >= self._max_connections:
+            victim = next(iter(self._idle), None)
+            if victim is None:
+                return _Refuse()
+            self._close(victim)
+        self._accepted += 1
+        return _Connection(self, server())
 
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
         await self._runner.cleanup()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    # -- who is idle ------------------------------------------------------------------------------------------------
+
+    def opened(self, connection: _Connection) -> None:
+        assert connection.transport is not None
+        self._open[connection.transport] = connection
+        self._rest(connection, self._settings.timeouts.client_head_s, waited_for=True)
+
+    def began(self, connection: _Connection) -> None:
+        """It says something. While it is idle, that is the beginning of a head."""
+        if connection in self._idle:
+            self._rest(connection, self._settings.timeouts.client_head_s, waited_for=True)
+
+    def body_in(self, request: web.Request) -> None:
+        """All of a request has been read: from now on it is the client that waits."""
+        if request.transport in self._open:
+            self._work(self._open[request.transport])
+
+    def lost(self, connection: _Connection) -> None:
+        if connection.transport is not None and self._open.pop(connection.transport, None) is not None:
+            self._accepted -= 1
+        self._work(connection)
+
+    def _rest(self, connection: _Connection, seconds: float, *, waited_for: bool) -> None:
+        """It is idle from now on, for so long at most."""
+        connection.waited_for = waited_for
+        connection.deadline = asyncio.get_running_loop().time() + seconds
+        fellows = self._idle_of.setdefault(connection.client, OrderedDict())
+        for idle in (self._idle, fellows):
+            idle[connection] = None
+            idle.move_to_end(connection)
+        if len(fellows) > self._settings.max_idle_per_client:
+            self._close(next(iter(fellows)))
+
+    def _work(self, connection: _Connection) -> None:
+        """It is not idle any more."""
+        self._idle.pop(connection, None)
+        fellows = self._idle_of.get(connection.client)
+        if fellows is not None:
+            fellows.pop(connection, None)
+            if not fellows:
+                del self._idle_of[connection.client]
+
+    def _close(self, connection: _Connection) -> None:
+        self.lost(connection)
+        if connection.transport is not None:
+            connection.transport.abort()
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        for connection in [one for one in self._idle if one.deadline <= loop.time()]:
+            self._close(connection)
+        self._sweeper = loop.call_later(min(_SWEEP_S, self._settings.timeouts.client_head_s / 4), self._sweep)
+
+    def _watching(self) -> Middleware:
+        timeouts = self._settings.timeouts
+        after_s = self._settings.keep_alive_s + _SEND_S
+
+        @web.middleware
+        async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
+            connection = self._open.get(request.transport) if request.transport is not None else None
+            if connection is None:
+                return await handler(request)
+            if request.can_read_body:  # whoever reads it has a deadline of his own; this one is for bodies nobody reads
+                self._rest(connection, timeouts.client_body_s + _SEND_S, waited_for=True)
+            else:
+                self._work(connection)
+            try:
+                return await handler(request)
+            finally:
+                if connection.transport in self._open:
+                    self._rest(connection, after_s, waited_for=False)
+
+        return watch
+
+
+def room(settings: RouterSettings) -> int:
+    """How many client connections fit: ``max_connections``, or fewer where this process may not open so many files.
+    The soft limit is raised as far as the hard one allows.
+
+    Raises:
+        SettingsError: not even one fits.
+    """
+    wanted = _descriptors(settings.max_connections, settings)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings.max_connections
+    sizes = range(1, settings.max_connections + 1)
+    fit = bisect.bisect_right(sizes, soft, key=lambda size: _descriptors(size, settings))
+    if not fit:
+        raise SettingsError(
+            f"this process may open {soft} files at most, and the router needs {_descriptors(1, settings)} for "
+            "one client: raise the limit (ulimit -n)"
+        )
+    log.warning(
+        "max_connections is %d, but with at most %d open files only %d fit: raise the limit (ulimit -n) or set less",
+        settings.max_connections, soft, fit,
+    )  # fmt: skip
+    return fit
+
+
+def _descriptors(connections: int, settings: RouterSettings) -> int:
+    """The most that so many client connections take: each, two for its servers where a request is under way, and those
+    that are accepted only to be closed."""
+    admin = 0 if settings.admin_port is None else 2 * min(ADMIN_CONNECTIONS, settings.max_connections)
+    return connections + 2 * min(connections, settings.max_inflight) + min(connections, _BACKLOG) + admin + _SPARE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import os
 import secrets
@@ -16,6 +15,7 @@ from aiohttp.typedefs import Handler
 
 from pdtransport.errors import SettingsError
 from pdtransport.router import metrics as prom
+from pdtransport.router import openapi
 from pdtransport.router.admin import Admin
 from pdtransport.router.admission import Admission, Seat
 from pdtransport.router.api_errors import SERVER, ApiError
@@ -24,12 +24,14 @@ from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
 from pdtransport.router.first_token import Api
 from pdtransport.router.health import Prober
+from pdtransport.router.keys import Keys
 from pdtransport.router.ladder import Ladder
-from pdtransport.router.listening import Listener
+from pdtransport.router.listening import ADMIN_CONNECTIONS, Listener, room
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.relay import Relay, pd_headers
 from pdtransport.router.settings import RouterSettings
+from pdtransport.router.tenants import Salter, Tenants
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
 from pdtransport.settings import is_loopback
@@ -44,12 +46,17 @@ class Router:
     """The front door. ``start``, then requests come in at :attr:`url`; ``stop`` ends it.
 
     Raises:
-        SettingsError: a key file can't be used.
+        SettingsError: a key file can't be used, or a client's key is an administrator's too.
     """
 
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
-        self._keys = tuple(key.encode() for key in settings.client_keys())
+        clients, admins = settings.client_keys(), settings.admin_keys()
+        if {each.key for each in clients} & set(admins):
+            raise SettingsError("api_key_file and admin_api_key_file share a key: clients would be administrators")
+        self._keys = Keys([each.key for each in clients], "API key")
+        self._tenants = Tenants(clients, settings.tenant_secret())
+        self._admin_keys = Keys(admins, "admin key")
         self._server_key = settings.server_key()
         self._drop_authorization = bool(self._keys)  # it holds our key, which is none of the servers' business
         self.metrics = Metrics()
@@ -74,7 +81,7 @@ class Router:
 
     @property
     def admin_url(self) -> str:
-        """Where /pd/* is served."""
+        """Where /pd/* and /metrics are served."""
         return _url(self.settings.admin_host, self._admin.port) if self._admin else self.url
 
     async def start(self) -> None:
@@ -105,26 +112,31 @@ class Router:
 
     async def _listen(self) -> None:
         settings = self.settings
-        admin = Admin(self.fleet, self._traces, settings, self.describe)
+        size = room(settings)
+        admin = Admin(self.fleet, self._traces, settings, self.describe, self._metrics_text, self._admin_keys)
         routes: list[web.RouteDef] = [
             web.post("/v1/completions", self._completions),
             web.post("/v1/chat/completions", self._chat),
             web.get("/v1/models", self._models),
             web.get("/health", self._health),
-            web.get("/metrics", self._metrics),
+            self._description(public=True, admin=settings.admin_port is None),
         ]
         if settings.admin_port is None:
             routes += admin.routes()
         else:
-            self._admin = await self._open(settings.admin_host, settings.admin_port, "admin_port", admin.routes())
-        self._main = await self._open(settings.host, settings.port, "port", routes)
+            where = (settings.admin_host, settings.admin_port, "admin_port")
+            inside = [*admin.routes(), self._description(public=False, admin=True)]
+            self._admin = await self._open(*where, inside, min(size, ADMIN_CONNECTIONS))
+        self._main = await self._open(settings.host, settings.port, "port", routes, size)
         if not self._keys and not is_loopback(settings.host):
             log.warning("the router listens on %s and asks for no key: set api_key_file", settings.host)
+        if settings.admin_port is not None and not self._admin_keys and not is_loopback(settings.admin_host):
+            log.warning("/pd/* is served on %s and asks for no key: set admin_api_key_file", settings.admin_host)
 
-    async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef]) -> Listener:
+    async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef], size: int) -> Listener:
         app = web.Application(middlewares=[_openai_errors])
         app.add_routes(routes)
-        listener = Listener(app, self.settings)
+        listener = Listener(app, self.settings, size)
         self._stack.push_async_callback(listener.stop)
         try:
             await listener.start(host, port)
@@ -132,6 +144,14 @@ class Router:
             why = os.strerror(error.errno) if error.errno else str(error)
             raise SettingsError(f"{setting}: can't listen on {host}:{port}: {why}; choose another {setting}") from None
         return listener
+
+    def _description(self, *, public: bool, admin: bool) -> web.RouteDef:
+        text = openapi.describe(public=public, admin=admin, keys=bool(self._keys), admin_keys=bool(self._admin_keys))
+
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response(text)
+
+        return web.get("/openapi.json", answer)
 
     def describe(self) -> dict[str, Any]:
         """State for /pd/status, as JSON."""
@@ -156,9 +176,9 @@ class Router:
     async def _serve(self, request: web.Request, api: Api) -> web.StreamResponse:
         trace = Trace(api)
         try:
-            self._authorize(request)
+            salter = self._tenants.salter(self._keys.check(request))
             with self._admission.enter() as seat:
-                return await self._answer(request, api, trace, seat)
+                return await self._answer(request, api, trace, seat, salter)
         except ApiError as error:
             trace.outcome = "refused" if not trace.dispatches else "failed" if error.status >= 500 else "client_error"
             trace.status = error.status
@@ -176,8 +196,10 @@ class Router:
         finally:
             self._count(trace)
 
-    async def _answer(self, request: web.Request, api: Api, trace: Trace, seat: Seat) -> web.StreamResponse:
-        call, headers = await self._read(request, api, trace, seat)
+    async def _answer(
+        self, request: web.Request, api: Api, trace: Trace, seat: Seat, salter: Salter | None
+    ) -> web.StreamResponse:
+        call, headers = await self._read(request, api, trace, seat, salter)
         attempt = await self._ladder.open(call, headers, trace)
         timeouts = self.settings.timeouts
         if attempt.opened is None:
@@ -189,13 +211,17 @@ class Router:
             attempt.close()
 
     async def _read(
-        self, request: web.Request, api: Api, trace: Trace, seat: Seat
+        self, request: web.Request, api: Api, trace: Trace, seat: Seat, salter: Salter | None
     ) -> tuple[Call, list[tuple[str, str]]]:
         """The request, and the headers that servers get with it."""
         raw = await seat.read(request)
+        if self._main is not None:
+            self._main.body_in(request)
+        seat.take()
         trace.mark("received")
         placement = self.settings.placement
-        call = parse(raw, api, chunk_chars=placement.affinity_chunk_chars, chunks=placement.affinity_chunks)
+        chunks = {"chunk_chars": placement.affinity_chunk_chars, "chunks": placement.affinity_chunks}
+        call = parse(raw, api, salter=salter, **chunks)
         trace.model, trace.stream = call.model, call.stream
         trace.prompt_tokens, trace.prompt_bytes = call.prompt_tokens, call.prompt_bytes
         headers = request_headers(request.headers, self._server_key, self._drop_authorization)
@@ -217,21 +243,8 @@ class Router:
             self.metrics.first_token.observe(events["first_token"], path)
         self.metrics.duration.observe(events["done"], path)
 
-    def _authorize(self, request: web.Request) -> None:
-        if not self._keys:
-            return
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        given = token.strip().encode("utf-8", "surrogateescape")
-        known = [hmac.compare_digest(given, key) for key in self._keys]  # all of them: the time taken tells nothing
-        if scheme.lower() != "bearer" or not any(known):
-            raise ApiError(
-                401, "no valid API key: send it as Authorization: Bearer KEY",
-                kind="authentication_error", code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"}, close=True,
-            )  # fmt: skip
-
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        self._authorize(request)
+        self._keys.check(request)
         headers = request_headers(request.headers, self._server_key, self._drop_authorization)
         timeout = ClientTimeout(total=self.settings.health.timeout_s)
         for endpoint in usable(self.fleet.decode):
@@ -260,7 +273,7 @@ class Router:
         good = all(role["healthy"] for role in roles.values())
         return web.json_response({"status": "ok" if good else "degraded", **roles}, status=200 if good else 503)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    def _metrics_text(self) -> str:
         labels = {one: (("role", one.role), ("server", one.name)) for one in self.fleet.all}
         lines = self.metrics.lines()
         lines += prom.gauge("pdrouter_inflight", "Requests under way.", [((), self._admission.inflight)])
@@ -272,7 +285,7 @@ class Router:
             ("pdrouter_server_restarts", "Times that a prefill server's engine id changed.", "restarts"),
         ):
             lines += prom.gauge(name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all])
-        return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": prom.CONTENT_TYPE})
+        return "\n".join(lines) + "\n"
 
 
 def _url(host: str, port: int) -> str:

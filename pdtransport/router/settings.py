@@ -17,10 +17,10 @@ from pydantic import (
 )
 
 from pdtransport.errors import SettingsError
+from pdtransport.router.keyfiles import ClientKey, all_keys, client_keys
 from pdtransport.settings import ControlSettings, one_line
 
 MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
-MAX_API_KEYS = 64  # every request is compared with each of them
 
 
 class _Section(BaseModel):
@@ -49,6 +49,10 @@ class EndpointSettings(_Section):
     @model_validator(mode="after")
     def _usable(self) -> EndpointSettings:
         parts = urlsplit(self.url)
+        try:
+            _ = parts.port
+        except ValueError:  # its text shows what stands there, which may be half of user:password@host
+            raise ValueError("a server URL's port is a number, and it takes no user and no password") from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError(f"{self.url!r} is no server URL: give http://HOST:PORT")
         if parts.username is not None or parts.query or parts.fragment:
@@ -99,6 +103,13 @@ class RouterTimeouts(_Section):
     stall_s: float = Field(300.0, gt=0, le=86400, description="Longest silence of decode within an answer.")
     client_stall_s: float = Field(
         120.0, gt=0, le=86400, description="A client that takes nothing for this long is disconnected."
+    )
+    client_head_s: float = Field(
+        20.0,
+        gt=0,
+        le=3600,
+        description="Receiving a request's line and headers, from the opening of a connection or from their first byte "
+        "on one that served before; then it is closed.",
     )
     client_body_s: float = Field(60.0, gt=0, le=3600, description="Receiving a client's whole request body.")
     total_s: float = Field(3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte.")
@@ -174,8 +185,15 @@ class RouterSettings(_Section):
         None,
         ge=0,
         le=65535,
-        description="Serve /pd/* here and nowhere else. Unset: on the main port, for loopback clients only.",
+        description="Serve /pd/* and /metrics here and nowhere else. Unset: on the main port, for loopback clients "
+        "only, or for holders of an admin key if there is one.",
     )
+    admin_api_key: SecretStr | None = Field(
+        None,
+        description="Key that /pd/* and /metrics want as Authorization: Bearer KEY, from everybody. Also from the "
+        "variable PDROUTER_ADMIN_API_KEY.",
+    )
+    admin_api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
     dispatch: Literal["concurrent", "serial"] = Field(
         "concurrent",
         description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",
@@ -185,12 +203,24 @@ class RouterSettings(_Section):
         description="auto: where that is exact, a stream begins with the token that prefill sampled, and decode goes "
         "on from it. off: decode samples it.",
     )
-    api_key: SecretStr | None = Field(None, description="Key that clients must send as Authorization: Bearer KEY.")
-    api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
+    api_key: SecretStr | None = Field(
+        None,
+        description="Key that clients must send as Authorization: Bearer KEY. Also from the variable PDROUTER_API_KEY.",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="File with such keys, one a line; read at start. A line KEY TENANT keeps the prefixes that the "
+        "tenant's requests cache apart from all others'.",
+    )
+    tenant_secret_file: Path | None = Field(
+        None,
+        description="File with the secret (32 characters or more) from which each tenant's cache_salt is derived: the "
+        "same for all routers, and kept, or what is cached is lost. Also from the variable PDROUTER_TENANT_SECRET.",
+    )
     upstream_api_key: SecretStr | None = Field(
         None,
-        description="Key that the servers want. Unset: a client's Authorization header passes through, unless "
-        "api_key or api_key_file is set.",
+        description="Key that the servers want. Also from the variable PDROUTER_UPSTREAM_API_KEY. Unset: a client's "
+        "Authorization header passes through, unless the router has keys of its own.",
     )
     upstream_api_key_file: Path | None = Field(None, description="File with the key that the servers want.")
     max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413).")
@@ -200,7 +230,19 @@ class RouterSettings(_Section):
         ge=1024,
         description="Request bodies held at once; more are refused (503). Memory is up to 5 times this.",
     )
-    max_connections: int = Field(4096, ge=1, le=1 << 20, description="Client connections; more are closed at once.")
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        le=1 << 20,
+        description="Client connections. For one more the longest idle one is closed, or the new one if none is idle.",
+    )
+    max_idle_per_client: int = Field(
+        1024,
+        ge=1,
+        le=1 << 20,
+        description="Connections of one client address without a request under way; for one more its longest idle one "
+        "is closed.",
+    )
     max_header_bytes: int = Field(
         16384, ge=1024, le=1 << 20, description="Longest header line of a client or a server."
     )
@@ -280,18 +322,30 @@ class RouterSettings(_Section):
         except ValidationError as error:
             raise SettingsError(f"{where}: {one_line(error)}") from None
 
-    def client_keys(self) -> tuple[str, ...]:
-        """Keys of which a client must show one; empty: no key is asked for.
+    def client_keys(self) -> tuple[ClientKey, ...]:
+        """Keys of which a client must show one; empty: none is asked for.
+
+        Raises:
+            SettingsError: a key file can't be read, holds no key, or a line that is none.
+        """
+        return client_keys(self.api_key, self.api_key_file, "api_key")
+
+    def tenant_secret(self) -> str | None:
+        """From which tenants' salts are derived, if it is set.
+
+        Raises:
+            SettingsError: its file can't be read or is empty.
+        """
+        lines = all_keys(None, self.tenant_secret_file, "tenant_secret")
+        return lines[0] if lines else None
+
+    def admin_keys(self) -> tuple[str, ...]:
+        """Keys of which /pd/* and /metrics want one; empty: none is asked for.
 
         Raises:
             SettingsError: a key file can't be read or holds no key.
         """
-        keys = [self.api_key.get_secret_value()] if self.api_key else []
-        if self.api_key_file is not None:
-            keys += _read_keys(self.api_key_file, "api_key_file")
-        if len(keys) > MAX_API_KEYS:
-            raise SettingsError(f"api_key_file: {len(keys)} keys, at most {MAX_API_KEYS} are allowed")
-        return tuple(keys)
+        return all_keys(self.admin_api_key, self.admin_api_key_file, "admin_api_key")
 
     def server_key(self) -> str | None:
         """The key sent to servers, if one is set.
@@ -299,20 +353,5 @@ class RouterSettings(_Section):
         Raises:
             SettingsError: the key file can't be read or holds no key.
         """
-        if self.upstream_api_key is not None:
-            return self.upstream_api_key.get_secret_value()
-        if self.upstream_api_key_file is not None:
-            return _read_keys(self.upstream_api_key_file, "upstream_api_key_file")[0]
-        return None
-
-
-def _read_keys(path: Path, setting: str) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SettingsError(f"{setting}: can't read {path}: {reason}") from None
-    keys = [line.strip() for line in lines if line.strip()]
-    if not keys:
-        raise SettingsError(f"{setting}: {path} holds no key: write one a line, or leave the setting out")
-    return keys
+        keys = all_keys(self.upstream_api_key, self.upstream_api_key_file, "upstream_api_key")
+        return keys[0] if keys else None

@@ -4,9 +4,9 @@ While requests wait for pages and nothing is computed, vLLM steps its workers on
 the other's answer spins. The scheduler's half waits for the bell between such empty steps instead. Ringing it wrongly,
 or not at all, costs a little time and nothing else: what ended is reported by the workers' next step in any case.
 
-Beside it the workers pass on from which requests' first tokens decode promised to go on. What a step's output says of
-that comes after the requests that ended in this step, and most prompts take one step. A promise that is not heard in
-time is as good as none.
+Beside it the workers say which requests' pages arrived, and from which requests' first tokens decode promised to go on.
+Steps' outputs say so too, but one or two steps later, and of a promise too late: most prompts take one step. A promise
+that is not heard in time is as good as none, an arrival is learned from the step's output then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import struct
 
 MAX_REQUEST_ID_BYTES = 1 << 16
 _CREDENTIALS = struct.Struct("3i")  # Linux' struct ucred: process, user, group
-_PROMISES = "-promises"  # behind the bell's name: its own rings would fill the queue
+_WORDS = "-words"  # behind the bell's name: its own rings would fill the queue
+_WORD = struct.Struct("<cH")  # kind and rank, before the request's id
+_PROMISED, _ARRIVED = b"p", b"a"
 
 
 class Bell:
@@ -31,8 +33,10 @@ class Bell:
         self.name = f"\0pdtransport-{secrets.token_hex(16)}"
         self._socket = _datagrams()
         self._socket.bind(self.name)
-        self._promises = _datagrams()
-        self._promises.bind(self.name + _PROMISES)
+        self._words = _datagrams()
+        self._words.bind(self.name + _WORDS)
+        self._promised: set[str] = set()
+        self._arrived: set[tuple[str, int]] = set()
 
     def wait(self, seconds: float) -> bool:
         """Until somebody rings, at most ``seconds``; True if somebody did."""
@@ -46,17 +50,32 @@ class Bell:
         return bool(rung)
 
     def promises(self) -> set[str]:
-        """Ids of the requests that workers told since the last call."""
-        told = set()
+        """Ids of the requests whose first tokens decode goes on from, told since the last call."""
+        self._listen()
+        promised, self._promised = self._promised, set()
+        return promised
+
+    def arrivals(self) -> set[tuple[str, int]]:
+        """Requests whose pages arrived, with the worker's rank, told since the last call."""
+        self._listen()
+        arrived, self._arrived = self._arrived, set()
+        return arrived
+
+    def _listen(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while (name := _heard(self._promises, MAX_REQUEST_ID_BYTES)) is not None:
-                if name:
-                    told.add(name.decode(errors="replace"))
-        return told
+            while (word := _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES)) is not None:
+                if len(word) <= _WORD.size:
+                    continue
+                kind, rank = _WORD.unpack_from(word)
+                req_id = word[_WORD.size :].decode(errors="replace")
+                if kind == _PROMISED:
+                    self._promised.add(req_id)
+                elif kind == _ARRIVED:
+                    self._arrived.add((req_id, rank))
 
     def close(self) -> None:
         self._socket.close()
-        self._promises.close()
+        self._words.close()
 
 
 def _datagrams() -> socket.socket:
@@ -92,11 +111,18 @@ class Rope:
             with contextlib.suppress(OSError):
                 self._socket.sendto(b"!", self.name)
 
-    def tell(self, req_id: str) -> None:
+    def promised(self, req_id: str) -> None:
         """Decode goes on from this request's first token."""
+        self._tell(_PROMISED, 0, req_id)
+
+    def arrived(self, req_id: str, rank: int) -> None:
+        """This request's pages are in this rank's memory, verified."""
+        self._tell(_ARRIVED, rank, req_id)
+
+    def _tell(self, kind: bytes, rank: int, req_id: str) -> None:
         if self.name:
             with contextlib.suppress(OSError):
-                self._socket.sendto(req_id.encode(), self.name + _PROMISES)
+                self._socket.sendto(_WORD.pack(kind, rank) + req_id.encode(), self.name + _WORDS)
 
     def close(self) -> None:
         self._socket.close()

@@ -93,7 +93,7 @@ class Cancel:
 @dataclass(frozen=True)
 class Fetch:
     """Load chunks from the pool into ``pages``, of which the first ``held`` blocks of the first chunk are left out: the
-    engine holds them. ``keys``: by rank, one a chunk."""
+    engine holds them. ``keys``: by rank, one for each of its parts of each chunk, chunk by chunk."""
 
     req_id: str
     keys: list[list[bytes]]
@@ -103,7 +103,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Keep:
-    """After this step, ``pages`` hold whole chunks: store them in the pool. ``keys``: by rank, one a chunk."""
+    """After this step, ``pages`` hold whole chunks: store them in the pool. ``keys`` as in :class:`Fetch`."""
 
     req_id: str
     keys: list[list[bytes]]
@@ -117,7 +117,14 @@ class Settle:
     req_id: str
 
 
-Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch | Keep | Settle
+@dataclass(frozen=True)
+class Yield:
+    """Prefill: the pool has the finished request's pages; let go of them unless decode is taking them."""
+
+    req_id: str
+
+
+Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch | Keep | Settle | Yield
 
 
 @dataclass

@@ -30,10 +30,13 @@ ANSWER_S = 10.0
 
 @dataclass
 class _Prompt:
-    """A request's whole chunks. Counts of chunks are counted from the first one."""
+    """A request's whole chunks: the prompt's, and those that its answer completes. Counts of chunks are counted from
+    the first one."""
 
-    keys: list[list[bytes]]  # by rank
-    tokens: int
+    request: Request
+    shards: list[list[KeySpace]]  # by rank, of its parts, with the salt
+    keys: dict[KeySpace, list[bytes]]
+    tokens: int  # the prompt's
     sought: int = 0  # chunks that were asked for
     lookups: Collection[Pending[Found]] = ()
     until: float = 0.0
@@ -43,6 +46,25 @@ class _Prompt:
     stored: int = 0  # chunks that are in the pool, or on their way
     open: int = 0  # stores that the workers have not reported, over all ranks
 
+    @property
+    def whole(self) -> int:
+        """Chunks that have keys."""
+        return len(self.keys[self.shards[0][0]])
+
+    def cut(self, first: int, end: int) -> list[list[bytes]]:
+        """Keys of chunks ``first..end``, by rank."""
+        return [[self.keys[space][i] for i in range(first, end) for space in parts] for parts in self.shards]
+
+
+@dataclass
+class _HandOff:
+    """A finished prompt whose pages prefill holds for decode. It need not once the pool has them."""
+
+    keys: list[list[bytes]]  # by space, of its whole chunks
+    at: float  # when to ask
+    open: int  # stores that the workers have not reported
+    lookups: Collection[Pending[Found]] = ()
+
 
 class PoolScheduler:
     """One per engine. Inert until all workers told which chunks are theirs.
@@ -50,6 +72,9 @@ class PoolScheduler:
     Args:
         ring: to be called, from any thread, when an answer has come.
         client: for tests.
+
+    Raises:
+        SettingsError: the salt's file can't be used.
     """
 
     def __init__(
@@ -62,14 +87,16 @@ class PoolScheduler:
         ring: Callable[[], None],
         client: PoolClient | None = None,
     ) -> None:
-        self._use = use
+        self._use = use.with_salt()
         self._block_size, self._ranks = block_size, ranks
         self._chunk = use.chunk_blocks * block_size
+        self._generated = use.store and use.generated
         self._clock, self._ring = clock, ring
         self._client = client
-        self._spaces: list[KeySpace] = []  # by rank
+        self._shards: list[list[KeySpace]] = []  # by rank
         self._prompts: dict[str, _Prompt] = {}
         self._late: list[Pending[Found]] = []
+        self._hand_offs: dict[str, _HandOff] = {}
         self._counts: Counter[str] = Counter()
 
     def start(self, shards: Mapping[int, Shard]) -> None:
@@ -77,7 +104,7 @@ class PoolScheduler:
         if sorted(shards) != list(range(self._ranks)):
             logger.warning("the pool is not used: %d of %d workers can use it", len(shards), self._ranks)
             return
-        self._spaces = [shards[rank].space for rank in range(self._ranks)]
+        self._shards = [shards[rank].spaces for rank in range(self._ranks)]
         if self._client is None:
             who = f"vllm-{os.getpid()}-lookup"
             self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
@@ -98,37 +125,47 @@ class PoolScheduler:
 
     def _count(self, what: str, chunks: int) -> None:
         if chunks > 0:
-            self._counts[what] += chunks * self._ranks
+            self._counts[what] += chunks * sum(map(len, self._shards))
 
     # -- look up -------------------------------------------------------------------------------------------------
 
-    def arrive(self, request: Request) -> None:
-        """Ask at once what the pool holds of this prompt."""
+    def arrive(self, request: Request, look_up: bool = True) -> None:
+        """Ask at once what the pool holds of this prompt, unless its pages come from prefill."""
         whole = request.num_prompt_tokens // self._chunk
-        if not self._spaces or not whole:
+        if not self._shards or not (whole or self._generated):
             return
         if why_unkeyable(request):
             self._count("skipped", whole)
             return
         assert request.prompt_token_ids is not None
         salt = salt_of(self._use.salt, request)
-        by_space = {
-            space: chunk_keys(replace(space, salt=salt), request.prompt_token_ids, tail=False)
-            for space in dict.fromkeys(self._spaces)
+        salted = [[replace(space, salt=salt) for space in parts] for parts in self._shards]
+        keys = {
+            space: chunk_keys(space, request.prompt_token_ids, tail=False)
+            for space in dict.fromkeys(space for parts in salted for space in parts)
         }
-        prompt = _Prompt([by_space[space] for space in self._spaces], request.num_prompt_tokens)
+        prompt = _Prompt(request, salted, keys, request.num_prompt_tokens, state="done")
         self._prompts[request.request_id] = prompt
+        if look_up:
+            self.ask(request.request_id)
+
+    def ask(self, req_id: str) -> None:
+        """Ask what the pool holds of this prompt; the scheduler is told when it asks next."""
+        prompt = self._prompts.get(req_id)
+        if prompt is None:
+            return
+        prompt.state = "asking"
         # The last prompt token is computed here in any case: its logits give the first token.
         prompt.sought = min((prompt.tokens - 1) // self._chunk, MAX_KEYS)
         self._late = [late for late in self._late if not late.future.done()]
-        if not self._use.load or not prompt.sought or request.skip_reading_prefix_cache:
+        if not self._use.load or not prompt.sought or prompt.request.skip_reading_prefix_cache:
             prompt.sought, prompt.state = 0, "found"
         elif self._late:
             self._give_up(prompt)
         else:
-            self._ask(prompt, [keys[: prompt.sought] for keys in by_space.values()])
+            self._look_up(prompt, [some[: prompt.sought] for some in prompt.keys.values()])
 
-    def _ask(self, prompt: _Prompt, questions: Iterable[list[bytes]]) -> None:
+    def _look_up(self, prompt: _Prompt, questions: Iterable[list[bytes]]) -> None:
         assert self._client is not None
         try:
             prompt.lookups = [self._client.lookup(keys) for keys in questions]
@@ -185,7 +222,7 @@ class PoolScheduler:
         first = held // self._chunk
         return Fetch(
             request.request_id,
-            [keys[first : prompt.there] for keys in prompt.keys],
+            prompt.cut(first, prompt.there),
             held % self._chunk // self._block_size,
             blocks[held // self._block_size : prompt.there * self._use.chunk_blocks],
         )
@@ -211,24 +248,39 @@ class PoolScheduler:
             return found
         for req_id, before in computed.items():
             prompt = self._prompts.get(req_id)
-            if prompt is None or prompt.state != "done" or prompt.stored >= len(prompt.keys[0]):
+            if prompt is None or prompt.state != "done":
+                continue
+            first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
+            if self._generated and before > prompt.tokens:
+                end = max(end, self._lengthen(prompt, before))
+            if end <= first:
                 continue
             block_state = output.kv_connector_block_state
             ids = block_state.get_block_ids(req_id) if block_state is not None else None
-            first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
-            if ids is None or end <= first:
+            if ids is None:
                 continue
             per = self._use.chunk_blocks
-            found.append(Keep(req_id, [keys[first:end] for keys in prompt.keys], list(ids[0][first * per : end * per])))
+            found.append(Keep(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per])))
             prompt.stored = end
             prompt.open += self._ranks
         return found
 
+    def _lengthen(self, prompt: _Prompt, computed: int) -> int:
+        """Whole chunks that were computed before this step, of whose tokens all are known and final: the scheduler
+        also counts drafts, and tokens that are still sampled. They have keys from now on."""
+        end, known = min(computed, prompt.request.num_tokens - 1) // self._chunk, prompt.whole
+        if end > known:
+            tokens = prompt.request.all_token_ids[known * self._chunk : end * self._chunk]
+            for space, keys in prompt.keys.items():
+                keys += chunk_keys(space, tokens, tail=False, after=keys[-1] if keys else None)
+        return end
+
     def kept(self, reports: Mapping[str, int]) -> None:
         """How many stores of each request the workers no longer read pages for."""
         for req_id, count in reports.items():
-            if req_id in self._prompts:
-                self._prompts[req_id].open -= count
+            of = self._prompts.get(req_id) or self._hand_offs.get(req_id)
+            if of is not None:
+                of.open -= count
 
     def preempted(self, req_id: str) -> bool:
         """Its pages are overwritten in this step; True if workers may still read them."""
@@ -238,7 +290,43 @@ class PoolScheduler:
         prompt.stored = prompt.there
         return prompt.open > 0
 
-    def finished(self, req_id: str) -> bool:
-        """Forget the request; True if workers may still read its pages."""
+    def finished(self, req_id: str, hand_off: bool = False) -> bool:
+        """Forget the request; True if workers may still read its pages. ``hand_off``: prefill holds them for decode."""
         prompt = self._prompts.pop(req_id, None)
-        return prompt is not None and prompt.open > 0
+        if prompt is None:
+            return False
+        whole, after = prompt.tokens // self._chunk, self._use.hand_off_s
+        if hand_off and after is not None and 0 < whole <= MAX_KEYS:
+            keys = [some[:whole] for some in prompt.keys.values()]
+            self._hand_offs[req_id] = _HandOff(keys, self._clock() + after, prompt.open)
+        return prompt.open > 0
+
+    # -- hand over -----------------------------------------------------------------------------------------------
+
+    def freed(self, req_ids: Iterable[str]) -> None:
+        """Nobody holds these requests' pages any more."""
+        for req_id in req_ids:
+            self._hand_offs.pop(req_id, None)
+
+    def handed_over(self) -> list[str]:
+        """Requests whose time is up and whose whole chunks the pool has; each is asked for once, and told once."""
+        found = []
+        for req_id, hand_off in list(self._hand_offs.items()):
+            if not hand_off.lookups:
+                if self._clock() >= hand_off.at and not hand_off.open:
+                    self._inquire(req_id, hand_off)
+            elif all(lookup.future.done() for lookup in hand_off.lookups):
+                del self._hand_offs[req_id]
+                there = [
+                    0 if lookup.future.exception() else lookup.future.result().there for lookup in hand_off.lookups
+                ]
+                if min(there) >= len(hand_off.keys[0]):
+                    found.append(req_id)
+        return found
+
+    def _inquire(self, req_id: str, hand_off: _HandOff) -> None:
+        assert self._client is not None
+        try:
+            hand_off.lookups = [self._client.lookup(keys) for keys in hand_off.keys]
+        except PoolUnavailable:
+            del self._hand_offs[req_id]

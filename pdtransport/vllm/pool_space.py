@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 from pdtransport.errors import SettingsError
-from pdtransport.kv.geometry import HOST
+from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.settings import PoolUse
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Shard(KVConnectorHandshakeMetadata):
-    """What one worker tells the scheduler when the engine starts: the space of its chunks, without a salt."""
+    """What one worker tells the scheduler when the engine starts: the spaces of its parts of chunks, without a salt."""
 
-    space: KeySpace
+    spaces: list[KeySpace]
 
 
 def check_use(use: PoolUse, load_failure_policy: str) -> None:
@@ -42,9 +42,25 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
         )
 
 
-def key_space(described: Described, config: VllmConfig, chunk_blocks: int) -> KeySpace:
-    """The space of this worker's chunks. Pages are opaque bytes, in a format that is the attention backend's own
-    business: another version of vLLM has another space."""
+def head_parts(geometry: KVGeometry, shards: int) -> list[tuple[int, int]]:
+    """Ranges of KV heads that this worker stores for itself, if all heads make ``shards`` parts.
+
+    Raises:
+        SettingsError: its heads are not whole parts.
+    """
+    heads, odd = divmod(geometry.total_heads, shards)
+    heads = heads or 1  # fewer heads than shards: several workers hold each
+    if (odd and shards < geometry.total_heads) or geometry.heads % heads:
+        raise SettingsError(
+            f"pool.shards {shards} makes no whole parts of a worker's {geometry.heads} KV heads of "
+            f"{geometry.total_heads}: set it to the largest tensor-parallel size of the engines that share chunks"
+        )
+    return [(head, head + heads) for head in range(geometry.head_lo, geometry.head_hi, heads)]
+
+
+def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[KeySpace]:
+    """The spaces of this worker's parts of chunks. Pages are opaque bytes, in a format that is the attention backend's
+    own business: another version of vLLM has another space."""
     import vllm
 
     geometry, facts = described.geometry, described.fingerprint
@@ -58,14 +74,17 @@ def key_space(described: Described, config: VllmConfig, chunk_blocks: int) -> Ke
     # Of another tensor-parallel size: the shard says what differs. Of another protocol version: pages are the same.
     del layout["tp_size"], layout["protocol_version"]
     weights = (facts["revision"], facts["weights"], facts["model_config"], _altered(config))
-    return KeySpace(
-        model=str(facts["model"]),
-        revision=json.dumps(weights),
-        dtype=f"{facts['dtype']}/{facts['kv_cache_dtype']}",
-        layout=json.dumps(layout, sort_keys=True),
-        shard=f"heads {geometry.head_lo}-{geometry.head_hi} of {geometry.total_heads}, {len(geometry.layers)} layers",
-        chunk_tokens=chunk_blocks * config.cache_config.block_size,
-    )
+    return [
+        KeySpace(
+            model=str(facts["model"]),
+            revision=json.dumps(weights),
+            dtype=f"{facts['dtype']}/{facts['kv_cache_dtype']}",
+            layout=json.dumps(layout, sort_keys=True),
+            shard=f"heads {low}-{high} of {geometry.total_heads}, {len(geometry.layers)} layers",
+            chunk_tokens=use.chunk_blocks * config.cache_config.block_size,
+        )
+        for low, high in head_parts(geometry, use.shards or described.ranks)
+    ]
 
 
 def _altered(config: VllmConfig) -> str:
@@ -74,7 +93,7 @@ def _altered(config: VllmConfig) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig, chunk_blocks: int) -> str:
+def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig, use: PoolUse) -> str:
     """What keeps this engine's KV out of the pool, for the log; empty if nothing does."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
@@ -92,10 +111,13 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     parallel = config.parallel_config
     if max(getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")) > 1:
         return "context-parallel shards can't be stored"
-    blocks = chunk_blocks * described.kernel_blocks_per_block
-    nbytes = blocks * geometry.block_bytes(geometry.head_lo, geometry.head_hi)
+    try:
+        parts = head_parts(geometry, use.shards or described.ranks)
+    except SettingsError as error:
+        return str(error)
+    nbytes = use.chunk_blocks * described.kernel_blocks_per_block * geometry.block_bytes(*parts[0])
     if nbytes > MAX_CHUNK_BYTES:
-        return f"pool.chunk_blocks {chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
+        return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
     return ""
 
 

@@ -39,6 +39,7 @@ class PoolWorker:
     """One per worker, used by its own thread; the callbacks come from any thread.
 
     Args:
+        parts: ranges of KV heads; each is a chunk of its own in the pool.
         ratio: attention kernel's blocks in one of the scheduler's.
         on_loaded: of a request, and whether all its pages are what was stored.
         on_kept: of a request: one :class:`Keep` no longer reads its pages.
@@ -50,6 +51,7 @@ class PoolWorker:
         use: PoolUse,
         geometry: KVGeometry,
         *,
+        parts: Sequence[tuple[int, int]],
         ratio: int,
         rank: int,
         on_loaded: Callable[[str, bool], None],
@@ -57,7 +59,7 @@ class PoolWorker:
         count: Callable[[str, Counter[str], int], None],
     ) -> None:
         self._use, self._geometry = use, geometry
-        self._ratio, self._rank = ratio, rank
+        self._parts, self._ratio, self._rank = parts, ratio, rank
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
         self._lock = threading.Lock()
         self._queued = 0  # chunks
@@ -135,13 +137,14 @@ class PoolWorker:
         """Load its chunks. Of the first one the engine may hold blocks already, and others may use them: these bytes
         go to memory of their own."""
         keys = command.keys[self._rank]
-        held = command.held * self._ratio * self._block_bytes
-        spare = np.empty(held, dtype=np.uint8)
+        held = command.held * self._ratio
+        aside = [np.empty(held * self._geometry.block_bytes(*part), dtype=np.uint8) for part in self._parts]
         pages = self._chunks(command.pages, first=self._use.chunk_blocks - command.held)
         if held:
-            pages[0] = np.concatenate([run(spare.ctypes.data, held), pages[0]])
+            for i, spare in enumerate(aside):
+                pages[i] = np.concatenate([run(spare.ctypes.data, spare.nbytes), pages[i]])
 
-        def ended(done: Future[Copied], _alive: np.ndarray = spare) -> None:
+        def ended(done: Future[Copied], _alive: list[np.ndarray] = aside) -> None:
             with self._lock:
                 self._loads.pop(command.req_id, None)
             self._loaded(command.req_id, len(keys), _outcome(done))
@@ -169,18 +172,15 @@ class PoolWorker:
 
     # -- where ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _block_bytes(self) -> int:
-        return self._geometry.block_bytes(self._geometry.head_lo, self._geometry.head_hi)
-
     def _chunks(self, blocks: Sequence[int], first: int = 0) -> list[Runs]:
-        """The runs of each chunk in these scheduler's blocks; the first chunk has ``first`` of them (0: as all)."""
+        """The runs of each part of each chunk in these scheduler's blocks; the first chunk has ``first`` of them (0: as
+        all)."""
         step, at = self._use.chunk_blocks, 0
         found = []
         while at < len(blocks):
             end = at + (first if not at and first else step)
             pages = [block * self._ratio + i for block in blocks[at:end] for i in range(self._ratio)]
-            found.append(self._geometry.runs(pages, self._geometry.head_lo, self._geometry.head_hi))
+            found += [self._geometry.runs(pages, *part) for part in self._parts]
             at = end
         return found
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
+from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.metadata import (
@@ -26,6 +27,7 @@ from pdtransport.vllm.metadata import (
     Rewind,
     Settle,
     Take,
+    Yield,
 )
 from pdtransport.vllm.params import ConsumeParams, parse
 from pdtransport.vllm.stats import PDTransportStats
@@ -100,6 +102,8 @@ class SchedulerSide:
         self._pool = self._make_pool()
         self._tokens: dict[str, int] = {}  # first tokens that came before all workers had their pages
         self._look_again = 0  # empty steps that must not wait
+        self._arrivals = Arrivals(ranks)
+        self._start: StepStart | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
@@ -116,6 +120,11 @@ class SchedulerSide:
             ring=self._rope.pull,
         )
 
+    def bind(self, connector: Any, manager: Any) -> None:
+        """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
+        if self._settings.step_ahead:
+            self._start = StepStart.of(connector, manager, self._begin)
+
     def start_pool(self, shards: dict[int, Shard]) -> None:
         """The workers told which chunks of the pool are theirs."""
         if self._pool is not None:
@@ -125,8 +134,8 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         self._read_wishes(request)
-        if self._pool is not None and request.request_id not in self._consuming:
-            self._pool.arrive(request)
+        if self._pool is not None:
+            self._pool.arrive(request, look_up=request.request_id not in self._consuming)
 
     def _read_wishes(self, request: Request) -> None:
         wanted = parse(request.kv_transfer_params, producer=self._producer, consumer=self._consumer)
@@ -172,7 +181,7 @@ class SchedulerSide:
         """Tokens that can come from prefill, or the pool, beyond the ``computed`` ones held here, and whether they come
         later. None: ask again later."""
         entry = self._consuming.get(request.request_id)
-        if entry is None and self._pool is not None:
+        if self._pool is not None and (entry is None or entry.state == "done"):
             return self._pool.matched_tokens(request, computed)
         if entry is None or entry.state != "waiting" or request.num_output_tokens:
             return 0, False
@@ -183,7 +192,7 @@ class SchedulerSide:
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         entry = self._consuming.get(request.request_id)
-        if entry is None and self._pool is not None:
+        if self._pool is not None and (entry is None or entry.state == "done"):
             fetch = self._pool.allocated(request, blocks.get_block_ids()[0], external_tokens)
             if fetch is not None:
                 self._before.append(fetch)
@@ -233,7 +242,13 @@ class SchedulerSide:
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
+        """Reads what workers reported, and takes out of it which requests went on before."""
+        late = self._arrivals.reported(output.finished_recving or ())
+        if late and output.finished_recving is not None:
+            output.finished_recving = output.finished_recving - late
         self._awaited.difference_update(output.finished_sending or (), output.finished_recving or ())
+        if self._pool is not None:
+            self._pool.freed(output.finished_sending or ())
         news = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
@@ -242,23 +257,34 @@ class SchedulerSide:
                 self._pool.kept(news.kept)
         failed = getattr(output, "failed_recving", ())
         for req_id in output.finished_recving or ():
+            from_pool = self.from_pool(req_id)
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
             token = self._tokens.pop(req_id, None)
             entry = self._consuming.get(req_id)
-            if entry is None:
+            if entry is None or from_pool:
                 continue
             entry.state = "done"
             if entry.first_token and req_id in failed:
                 self._go_on(entry.request, None)
             elif token is not None:
                 self._go_on(entry.request, token)
+            elif self._pool is not None and req_id in failed:
+                self._pool.ask(req_id)  # prefill may have stored what it could not hand over
 
     def _hear(self, promised: set[str]) -> None:
         for req_id in promised & self._producing.keys():
             self._producing[req_id].promised = True
 
     # -- each step -----------------------------------------------------------------------------------------------
+
+    def _begin(self, step: StepStart) -> None:
+        """A step begins, and may find requests whose pages arrived."""
+        if self._awaited and not self._before and step.idle():
+            self._wait()
+        ready = self._arrivals.hear(self._bell.arrivals(), self._awaited)
+        if ready:
+            self._arrivals.went_on(step.go_on(ready))
 
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
@@ -272,13 +298,18 @@ class SchedulerSide:
             after += self._progress(output, computed)
             if self._pool is not None:
                 after += self._pool.progress(output, computed)
+                self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()
         before, self._before = self._before, []
         if output.total_num_scheduled_tokens:
             self._look_again = 1
-        elif not before and (self._awaited or (self._pool is not None and self._pool.asking)):
+        elif not before and self._waits_here():
             self._wait()
         return Commands(before, after, self._bell.name)
+
+    def _waits_here(self) -> bool:
+        asking = self._pool is not None and self._pool.asking
+        return asking or (bool(self._awaited) and self._start is None)
 
     def _wait(self) -> None:
         """The engine only waits for our workers: do so here, asleep, instead of letting it spin through empty steps.
@@ -340,8 +371,6 @@ class SchedulerSide:
 
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """``(keep the blocks until finished_sending, parameters for the response)``."""
-        from vllm.v1.request import RequestStatus
-
         req_id = request.request_id
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
@@ -356,15 +385,15 @@ class SchedulerSide:
             if entry is not None:
                 self._before.append(Drop(req_id, report=False))
                 entry = None
-        storing = self._pool is not None and self._pool.finished(req_id)
+        delivered = entry is not None and _delivered(request, entry.tokens)
+        storing = self._pool is not None and self._pool.finished(req_id, hand_off=delivered)
         if entry is None:
             if storing:
                 self._awaited.add(req_id)
                 self._before.append(Settle(req_id))
             return storing, None
         self._awaited.add(req_id)
-        delivered = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
-        if request.status not in delivered or request.num_computed_tokens < entry.tokens:
+        if not delivered:
             self._before.append(Drop(req_id))
             return True, None
         token, declined = self._first_token_of(entry, request)
@@ -401,6 +430,14 @@ class SchedulerSide:
         token = int(request.output_token_ids[0])
         declined = self._first_tokens.why_no_token(request, token)
         return (None, declined) if declined else (token, "")
+
+
+def _delivered(request: Request, tokens: int) -> bool:
+    """Whether the request came to a regular end, its prompt of ``tokens`` computed."""
+    from vllm.v1.request import RequestStatus
+
+    ends = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+    return request.status in ends and request.num_computed_tokens >= tokens
 
 
 def _computed_before(output: SchedulerOutput) -> dict[str, int]:

@@ -22,7 +22,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 class PDTransportStats(KVConnectorStats):
     """``data``: ``ended`` counts ``role/outcome``, ``bytes`` counts by role, ``exposed_s`` lists the seconds between
     commit and the last verified page (what a request waited for beyond prefill), ``chunks`` counts those of the shared
-    pool by what became of them, each worker's shard of a chunk for itself."""
+    pool by what became of them, each part of a chunk for itself."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -94,7 +94,7 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
         )
         self._chunks = self._counter_cls(
             name="vllm:pdtransport_pool_chunks",
-            documentation="Chunks of the shared pool, one a worker: loaded (hit), not there (miss), stored, there "
+            documentation="Chunks of the shared pool, by parts: loaded (hit), not there (miss), stored, there "
             "when they were to be stored (present), not stored for want of room (skipped), not looked up, loaded or "
             "stored for another reason (failed).",
             labelnames=[*labelnames, "outcome"],

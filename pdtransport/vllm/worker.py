@@ -31,6 +31,7 @@ from pdtransport.vllm.metadata import (
     Rewind,
     Settle,
     Take,
+    Yield,
 )
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
@@ -61,8 +62,10 @@ class WorkerSide:
         self._caches = caches
         self._role = role
         self._transport: Transport | None = None
+        self._rank = 0
         self._ratio = 1
         self._offers: dict[str, Offer] = {}
+        self._finished: dict[str, Offer] = {}  # of requests that are through
         self._receipts: dict[str, Receipt] = {}
         self._lock = threading.Lock()
         self._rope = Rope()
@@ -81,7 +84,7 @@ class WorkerSide:
         described = describe(kv_caches, self._config, self._settings)
         shorten_spins(self._settings)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
-        self._ratio = described.kernel_blocks_per_block
+        self._rank, self._ratio = described.rank, described.kernel_blocks_per_block
         transfer_config = self._config.kv_transfer_config
         assert transfer_config is not None
         self._transport = Transport(
@@ -108,24 +111,25 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, key_space, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
-        problem = why_no_pool(described, self._config, self._caches, use.chunk_blocks)
+        problem = why_no_pool(described, self._config, self._caches, use)
         if problem:
             logger.warning("pdtransport: the pool is not used: %s", problem)
             return
         self._pool = PoolWorker(
             use,
             described.geometry,
+            parts=head_parts(described.geometry, use.shards or described.ranks),
             ratio=self._ratio,
             rank=described.rank,
             on_loaded=self._loaded,
             on_kept=self._kept,
             count=self._count_chunks,
         )
-        self.shard = Shard(key_space(described, self._config, use.chunk_blocks))
+        self.shard = Shard(key_spaces(described, self._config, use))
 
     def close(self) -> None:
         if self._pool is not None:
@@ -198,6 +202,10 @@ class WorkerSide:
                 self._pool.cancel(command.req_id)
         elif isinstance(command, Settle):
             self._end(command.req_id)
+        elif isinstance(command, Yield):
+            offer = self._finished.get(command.req_id)
+            if offer is not None:
+                offer.let_go("the pool has its pages")
         elif self._pool is not None:
             self._do_pool(self._pool, command)
 
@@ -220,7 +228,10 @@ class WorkerSide:
             self._end(command.req_id)
         offer = self._offers.pop(command.req_id)
         if isinstance(command, Finish):
+            self._finished[command.req_id] = offer
             offer.finish(command.first_token)
+            if offer.future.done():  # it ended in the I/O thread before we noted it
+                self._finished.pop(command.req_id, None)
         else:
             offer.cancel("the request was aborted on prefill")
 
@@ -260,6 +271,7 @@ class WorkerSide:
     # -- what ended (called in the I/O thread, or the pool client's) --------------------------------------------------
 
     def _source_ended(self, req_id: str, outcome: Outcome) -> None:
+        self._finished.pop(req_id, None)
         with self._lock:
             self._stats.record("producer", outcome)
             if self._held.leave(req_id):
@@ -278,6 +290,8 @@ class WorkerSide:
             self._received.add(req_id)
             if not ok:
                 self._failed.add(req_id)
+        if ok:
+            self._rope.arrived(req_id, self._rank)
         self._rope.pull()
 
     def _count_chunks(self, role: str, tally: Counter[str], nbytes: int) -> None:
@@ -287,7 +301,7 @@ class WorkerSide:
     def _promised(self, req_id: str) -> None:
         with self._lock:
             self._news.promised.add(req_id)
-        self._rope.tell(req_id)
+        self._rope.promised(req_id)
 
     def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._lock:
@@ -297,6 +311,8 @@ class WorkerSide:
                 self._news.first_tokens[req_id] = outcome.first_token
             if not outcome.ok:
                 self._failed.add(req_id)
+        if outcome.ok and outcome.first_token is None:  # a first token comes with the step's output
+            self._rope.arrived(req_id, self._rank)
         self._rope.pull()
 
     def collect(self) -> tuple[set[str], set[str], set[str]]:

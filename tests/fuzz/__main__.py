@@ -1,7 +1,9 @@
 """``python -m tests.fuzz wire --seconds 600``: fuzz what arrives from outside (``wire``, ``exports``, ``topology``).
 
 Guided by coverage where atheris is installed (``pip install atheris``), else by chance. An input that crashes
-or hangs is written to the working directory; ``--input FILE`` runs it again.
+or hangs is written to the working directory; ``--input FILE`` runs it again. ``--corpus DIR`` keeps what reached new
+code, and ``--pack DIR`` adds that to what every later run begins with (``corpus/TARGET.pack``): of inputs that reach
+the same code, the shortest.
 """
 
 from __future__ import annotations
@@ -11,7 +13,10 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 HANG_S = 30  # of wall time, on a machine that may be busy
 MAX_LENGTH = 1 << 16
@@ -24,7 +29,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the unguided mutations")
     parser.add_argument("--corpus", type=Path, help="keep what atheris finds here; default: a folder thrown away")
     parser.add_argument("--input", type=Path, help="run this input only")
+    parser.add_argument("--pack", type=Path, help="add the inputs of this folder to the kept ones, and run nothing")
     args = parser.parse_args()
+    if args.pack is not None:
+        return pack(args.target, args.pack)
     if args.input is not None:
         from tests.fuzz.targets import TARGETS
 
@@ -46,6 +54,52 @@ def main() -> int:
         atheris.Setup([sys.argv[0], *options, "-print_final_stats=1", str(corpus)], TARGETS[args.target])
         atheris.Fuzz()  # ends the process
     return 0
+
+
+def pack(target: str, folder: Path) -> int:
+    """Keep those of the inputs in ``folder``, and of those kept before, that reach steps from line to line that no
+    shorter one reaches. Says how many of how many."""
+    from tests.fuzz.seeds import PACKS, kept, write_pack
+    from tests.fuzz.targets import TARGETS
+
+    found = sorted(
+        {*kept(target), *(file.read_bytes() for file in folder.iterdir())}, key=lambda each: (len(each), each)
+    )
+    seen: set[tuple[str, int, int]] = set()
+    chosen = []
+    for data in found:
+        reached = arcs(lambda data=data: TARGETS[target](data))  # type: ignore[misc]
+        if not reached <= seen:
+            seen |= reached
+            chosen.append(data)
+    write_pack(target, chosen)
+    print(f"{target}: kept {len(chosen)} of {len(found)} inputs in {PACKS / target}.pack")
+    return 0
+
+
+def arcs(call: Callable[[], None]) -> set[tuple[str, int, int]]:
+    """The steps from line to line that ``call`` takes, in our code and in what parses for us."""
+    taken: set[tuple[str, int, int]] = set()
+
+    def local(frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            at = (frame.f_code.co_filename, last.get(id(frame), 0), frame.f_lineno)
+            taken.add(at)
+            last[id(frame)] = frame.f_lineno
+        return local
+
+    def entered(frame: FrameType, event: str, _: object) -> Any:
+        name = frame.f_code.co_filename
+        last.pop(id(frame), None)  # of a frame before this one
+        return local if "pdtransport" in name or "yaml" in name else None
+
+    last: dict[int, int] = {}
+    sys.settrace(entered)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return taken
 
 
 def by_chance(target: str, seconds: float, seed: int) -> int:

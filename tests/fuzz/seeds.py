@@ -12,6 +12,7 @@ from tests.fuzz.targets import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERA
 from tests.unit.test_protocol_messages import EXAMPLES
 
 HERE = Path(__file__).parent
+PACKS = HERE / "corpus"
 EXAMPLE_FILES = HERE.parents[1] / "examples"
 TOPOLOGIES = (
     b"",
@@ -24,10 +25,21 @@ TOPOLOGIES = (
 )
 
 
+_KEPT, _NOW = b"\xa1v\x01", b"\xa1v" + bytes([PROTOCOL_VERSION])  # under another version all would end at the version
+
+
+def kept(target: str) -> list[bytes]:
+    """What earlier runs found worth keeping."""
+    pack = PACKS / f"{target}.pack"
+    return [each.replace(_KEPT, _NOW) for each in msgpack.unpackb(pack.read_bytes())] if pack.exists() else []
+
+
+def write_pack(target: str, inputs: list[bytes]) -> None:
+    (PACKS / f"{target}.pack").write_bytes(msgpack.packb([each.replace(_NOW, _KEPT) for each in inputs]))
+
+
 def seeds(target: str) -> list[bytes]:
-    found = [file.read_bytes() for file in sorted((HERE / "corpus" / target).glob("*"))]
-    # Kept inputs are of version 1; under any other they would all end at the version.
-    found = [each.replace(b"\xa1v\x01", b"\xa1v" + bytes([PROTOCOL_VERSION])) for each in found]
+    found = [file.read_bytes().replace(_KEPT, _NOW) for file in sorted((PACKS / target).glob("*"))] + kept(target)
     if target == "topology":
         return [*TOPOLOGIES, *(file.read_bytes() for file in sorted(EXAMPLE_FILES.glob("*.yaml"))), *found]
     if target == "exports":

@@ -27,7 +27,7 @@ from pdtransport.protocol.receiving import Part, Receiving
 from pdtransport.protocol.sending import Sending
 
 TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
-BLOCKS, BLOCK_BYTES, BLOCK_TOKENS = 5, 64, 16
+BLOCKS, BLOCK_BYTES, BLOCK_TOKENS, HEADS = 5, 64, 16, 4
 MAX_FRAMES = 16  # of one input
 SEPARATOR = b"\xc1\xc1"  # a byte that msgpack never uses, twice, parts frames
 
@@ -38,7 +38,7 @@ def wire(data: bytes) -> None:
     receiving = Receiving(Limits(), first_generation=GENERATION)
     part = Part(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
     receiving.begin(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, 0, BLOCKS, [part], 0.0)
-    sending = Sending(Limits(), lambda low, high: BLOCK_BYTES * (high - low))
+    sending = Sending(Limits(), _block_bytes)
     sending.open(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, BLOCKS, 0.0)
     sending.pages_ready(TRANSFER, BLOCKS, BLOCKS * BLOCK_TOKENS, 0.0)
     for number, frame in enumerate(data.split(SEPARATOR)[:MAX_FRAMES]):
@@ -51,6 +51,12 @@ def wire(data: bytes) -> None:
             _tell(receiving, sending, message, float(number))
         if isinstance(message, Batch):
             _offers(message.offer)
+
+
+def _block_bytes(head_lo: int, head_hi: int) -> int:
+    if not 0 <= head_lo < head_hi <= HEADS:  # as KVGeometry.checked_block_bytes does
+        raise ValueError("heads that are not held here")
+    return BLOCK_BYTES * (head_hi - head_lo)
 
 
 def _tell(receiving: Receiving, sending: Sending, message: Message, now: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerDown,
 from pdtransport.control.client import StatusUnavailable, fetch_status
 from pdtransport.control.curve import load_keys, make_keys
 from pdtransport.errors import SettingsError
-from pdtransport.protocol.messages import PROTOCOL_VERSION, Claim, Ping, Refused, decode, encode
+from pdtransport.protocol.messages import PROTOCOL_VERSION, Claim, LinkCall, Ping, Refused, decode, encode
 from pdtransport.settings import ControlSettings
 from tests.processes.control_rig import FAST, HOST, Bench, Node, Stranger, bench, identity
 from tests.processes.test_control import ask, both_up, peer
@@ -199,6 +201,81 @@ def test_a_frame_over_the_limit_costs_its_sender_the_connection(rig: Bench) -> N
         assert node.counters["frames_in"] >= heard
     finally:
         stranger.close()
+
+
+def test_connections_that_say_nothing_are_closed_in_time(rig: Bench) -> None:
+    """Neither a silent connection nor one that stops within its greeting keeps a descriptor for longer than connect_s;
+    meanwhile others are served."""
+    node = rig.node("p", connect_s=1.0)
+    greeting = bytes.fromhex("ff00000000000000017f03")
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for number in range(200):
+            one = stack.enter_context(socket.create_connection((HOST, node.port)))
+            one.sendall(greeting[: number % (len(greeting) + 1)])
+            one.setblocking(False)
+            silent.append(one)
+        still_serves(rig, node)
+
+        def closed(one: socket.socket) -> bool:
+            try:
+                while one.recv(4096):  # its own greeting comes first
+                    pass
+            except BlockingIOError:
+                return False
+            except ConnectionError:
+                return True
+            return True
+
+        def all_closed() -> bool:
+            silent[:] = [one for one in silent if not closed(one)]
+            return not silent
+
+        rig.until(all_closed)
+    assert not [event for event in node.of(PeerUp) if event.peer.engine != "newcomer"]
+    still_serves(rig, node)
+
+
+@pytest.mark.parametrize("body", [0, 200_000], ids=["small frames", "large frames"])
+def test_a_peer_that_floods_costs_the_others_little_time_and_no_memory(rig: Bench, body: int) -> None:
+    """Frames are read in turn from all, so many a turn at most, and what is not read yet waits at its sender."""
+    node, flooder = rig.node("p"), rig.node("d")
+    both_up(rig, flooder, node)
+    flood = LinkCall(link="cma", body=bytes(body)) if body else Claim(transfer="flood")
+    sent = refused = 0
+
+    def pour() -> None:
+        nonlocal sent, refused
+        for _ in range(2000):
+            if not flooder.channel.send(peer(node), flood):
+                refused += 1
+                return
+            sent += 1
+
+    def within_the_flood(condition: Callable[[], Any]) -> None:
+        def poured() -> Any:
+            pour()
+            node.events[:] = [each for each in node.events if not isinstance(each, Received) or each.message != flood]
+            return condition()
+
+        rig.until(poured)
+
+    within_the_flood(lambda: refused)
+    before = resident_bytes()
+    newcomer = rig.node("newcomer")
+    newcomer.channel.connect(HOST, node.port)
+    within_the_flood(lambda: newcomer.of(PeerUp))
+    for number in range(5):
+        word = Claim(transfer=f"after-all-{number}")
+        assert newcomer.channel.send(peer(node), word)
+        within_the_flood(lambda word=word: Received(peer(newcomer), word) in node.events)
+    assert sent > 5000 if not body else sent > 300
+    assert resident_bytes() - before < 100 << 20
+    assert not node.of(PeerDown)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_a_thousand_strangers_are_forgotten_in_order(rig: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,34 @@ def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
         offer.result(WAIT_S)
 
 
+def test_prefill_lets_go_only_of_what_decode_has_not_granted(cluster: MakeCluster) -> None:
+    """What was granted is delivered all the same; what was not is free at once, and a grant that comes later fails."""
+    c = cluster()
+    tokens, key = 2 * BLOCK_SIZE, request_key(range(32))
+    whole = fill_pages(c, [3, 4], 1)
+    (granted,) = receive_all(c, "granted", key, tokens, [7, 8])
+    offer = c.prefill[0].transport.offer("granted", key, tokens)
+    offer.ready([3, 4], BLOCK_SIZE)
+    ends = time.monotonic() + WAIT_S
+    while c.decode[0].transport.status()["counters"].get("blocks_received", 0) < 1:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+    offer.let_go("kept elsewhere")
+    offer.ready([3, 4], tokens)
+    offer.finish()
+    assert granted.result(WAIT_S).ok
+    assert offer.result(WAIT_S).ok
+    assert np.array_equal(gathered(c, [7, 8]), whole)
+
+    waiting = c.prefill[0].transport.offer("waiting", key, tokens)
+    waiting.ready([3, 4], tokens)
+    waiting.finish()
+    waiting.let_go("kept elsewhere")
+    assert waiting.future.result(WAIT_S).reason == "kept elsewhere"
+    (late,) = receive_all(c, "waiting", key, tokens, [7, 8])
+    assert not late.future.result(WAIT_S).ok
+
+
 def test_blocks_that_decode_holds_are_not_sent(cluster: MakeCluster) -> None:
     c = cluster()
     tokens, key, transfer = 8 * BLOCK_SIZE, request_key(range(128)), secrets.token_hex(16)

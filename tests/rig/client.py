@@ -198,7 +198,7 @@ class Client:
         if choice["finish_reason"] == "error":
             raise RequestFailed(200, json.dumps(choice))
         return Answer(
-            tokens=choice["token_ids"],
+            tokens=choice.get("token_ids") or [],
             finish=choice["finish_reason"],
             kv_params=data.get("kv_transfer_params"),
             sent=sent,

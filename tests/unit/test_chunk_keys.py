@@ -100,6 +100,14 @@ def test_a_picture_changes_the_chunks_from_where_it_begins() -> None:
         assert len({keys[index] for keys in (plain, one, other, moved)}) == 4
 
 
+@pytest.mark.parametrize("first", [0, 4, 8])
+def test_keys_go_on_from_the_chunk_before(first: int) -> None:
+    """An answer's chunks have the keys that the next turn's prompt will have."""
+    whole = chunk_keys(SPACE, range(14), tail=False)
+    keys = chunk_keys(SPACE, range(first), tail=False)
+    assert keys + chunk_keys(SPACE, range(first, 14), tail=False, after=keys[-1] if keys else None) == whole
+
+
 def test_chunk_keys_are_no_block_keys() -> None:
     """Keys of two kinds never meet."""
     assert block_keys(range(4), 4)[0] != chunk_keys(SPACE, range(4))[0]

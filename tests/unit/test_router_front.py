@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from pydantic import SecretStr
 
 from pdtransport.errors import SettingsError
 from pdtransport.router import Router, RouterSettings
@@ -125,6 +126,26 @@ def test_bodies_under_way_are_bounded_in_bytes() -> None:
     run(test)
 
 
+def test_clients_that_are_slow_to_send_take_nobodys_place() -> None:
+    """A request counts against max_inflight from the end of its body on, and gives way like an idle one before."""
+
+    async def test() -> None:
+        async with rigged(max_inflight=1, max_connections=4) as rig:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+            slow = []
+            for _ in range(4):
+                slow.append(await asyncio.open_connection("127.0.0.1", rig.router.port))
+                slow[-1][1].write(head)
+            await asyncio.sleep(0.05)
+            assert (await rig.ask()).status == 200
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await asyncio.wait_for(slow[0][0].readexactly(1), 5)
+            for _, writer in slow:
+                writer.close()
+
+    run(test)
+
+
 def test_body_that_does_not_arrive_is_given_up() -> None:
     async def test() -> None:
         async with rigged(timeouts={"client_body_s": 0.1}) as rig:
@@ -138,18 +159,99 @@ def test_body_that_does_not_arrive_is_given_up() -> None:
 
 
 def test_connections_beyond_the_bound_are_closed_and_room_is_reused() -> None:
+    """max_connections holds: where all are at work the new one goes, and room that was left is used again."""
+
     async def test() -> None:
         async with rigged(max_connections=3) as rig:
-            opened = [await asyncio.open_connection("127.0.0.1", rig.router.port) for _ in range(3)]
-            await asyncio.sleep(0.05)
+            more = asyncio.Event()
+
+            async def wait(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                await more.wait()
+                return await rig.d.answer(request, body)
+
+            rig.d.script = wait
+            busy = [asyncio.create_task(rig.ask()) for _ in range(3)]
+            await rig.d.wait_for(3)
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.router.port)
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await asyncio.wait_for(reader.readexactly(1), 5)
             writer.close()
-            for _, one in opened:
-                one.close()
-            await asyncio.sleep(0.05)
+            more.set()
+            assert [(await one).status for one in busy] == [200, 200, 200]
             assert (await rig.get("/health")).status == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize("bound", ["max_connections", "max_idle_per_client"])
+def test_the_longest_idle_connection_gives_way(bound: str) -> None:
+    """Connections that say nothing can't keep others out: the oldest of them is closed for the next one."""
+
+    async def test() -> None:
+        async with rigged(**{bound: 3}) as rig:
+            opened = [await asyncio.open_connection("127.0.0.1", rig.router.port) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            assert (await rig.get("/health")).status == 200  # a fourth
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await asyncio.wait_for(opened[0][0].readexactly(1), 5)
+            for reader, writer in opened[1:]:
+                writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b" 200 " in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            for _, writer in opened:
+                writer.close()
+
+    run(test)
+
+
+def test_a_head_that_trickles_in_is_cut_off() -> None:
+    """Slowloris: a request line and headers have client_head_s in all, on a new connection and on a used one."""
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def say() -> None:
+            writer.write(b"GET /health HTTP/1.1\r\n")
+            while True:
+                writer.write(b"X: y\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+        saying = asyncio.create_task(say())
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await asyncio.wait_for(reader.readexactly(1), 5)
+        saying.cancel()
+        await asyncio.gather(saying, return_exceptions=True)
+        writer.close()
+
+    async def test() -> None:
+        async with rigged(timeouts={"client_head_s": 0.2}) as rig:
+            await trickle(*await asyncio.open_connection("127.0.0.1", rig.router.port))
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.router.port)
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+            await reader.readexactly(length)
+            await asyncio.sleep(0.5)  # idle after a request: keep_alive_s holds, not client_head_s
+            await trickle(reader, writer)
+            assert (await rig.get("/health")).status == 200
+
+    run(test)
+
+
+def test_a_request_that_takes_long_is_not_taken_for_an_idle_one() -> None:
+    async def test() -> None:
+        async with rigged(timeouts={"client_head_s": 0.1}, max_connections=2) as rig:
+
+            async def slow(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                await asyncio.sleep(0.6)
+                return await rig.d.answer(request, body)
+
+            rig.d.script = slow
+            asked = asyncio.create_task(rig.ask())
+            await rig.d.wait_for(1)
+            for _ in range(5):
+                _, writer = await asyncio.open_connection("127.0.0.1", rig.router.port)
+                await asyncio.sleep(0.01)
+                writer.close()
+            assert (await asked).status == 200
 
     run(test)
 
@@ -287,8 +389,9 @@ def test_pd_is_served_to_loopback_only_and_not_through_a_proxy() -> None:
         async with rigged() as rig:
             assert (await rig.get("/pd/status")).status == 200
             for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"):
-                reply = await rig.get("/pd/status", headers={name: "1.2.3.4"})
-                assert (reply.status, reply.error["code"]) == (403, "loopback_only")
+                for path in ("/pd/status", "/pd/traces", "/pd/trace/x", "/metrics"):
+                    reply = await rig.get(path, headers={name: "1.2.3.4"})
+                    assert (reply.status, reply.error["code"]) == (403, "loopback_only")
 
     run(test)
 
@@ -297,13 +400,78 @@ def test_admin_port_takes_pd_off_the_main_port() -> None:
     async def test() -> None:
         async with rigged(admin_port=0) as rig:
             reply = await rig.ask()
-            assert (await rig.get("/pd/status")).status == 404
+            assert (await rig.get("/pd/status")).status == (await rig.get("/metrics")).status == 404
             assert rig.router.admin_url != rig.router.url
             path = f"{rig.router.admin_url}/pd/trace/{reply.headers['x-pd-transfer-id']}"
             async with rig.client.get(path) as response:
                 assert (await response.json())["outcome"] == "ok"
 
     run(test)
+
+
+def test_each_port_describes_what_it_serves_and_which_keys_it_wants() -> None:
+    async def test() -> None:
+        async with rigged(admin_port=0, api_key="outside") as rig:
+            outside = (await rig.get("/openapi.json")).json()
+            async with rig.client.get(f"{rig.router.admin_url}/openapi.json") as response:
+                inside = await response.json()
+            assert {"/v1/completions", "/health"} < set(outside["paths"])
+            assert {"/metrics", "/pd/status"} < set(inside["paths"])
+            assert set(outside["paths"]) & set(inside["paths"]) == {"/openapi.json"}
+            assert outside["paths"]["/v1/completions"]["post"]["security"] == [{"clientKey": []}]
+            assert not any("security" in one["get"] for one in inside["paths"].values())
+
+    run(test)
+
+
+@pytest.mark.parametrize("own_port", [False, True])
+def test_an_admin_key_is_asked_for_by_admin_paths_and_no_others(own_port: bool, tmp_path: Path) -> None:
+    """With an admin key nothing of the router's inside is shown without it, to loopback and clients' keys either."""
+
+    async def test() -> None:
+        keys = tmp_path / "admin"
+        keys.write_text("inside\n")
+        settings: dict[str, Any] = {"admin_port": 0} if own_port else {}
+        async with rigged(api_key="outside", admin_api_key_file=str(keys), **settings) as rig:
+            for path in ("/pd/status", "/pd/traces", "/pd/trace/x", "/metrics"):
+                url = rig.router.admin_url + path
+                for wrong in ({}, {"Authorization": "Bearer outside"}, {"Authorization": "Bearer insid"}):
+                    async with rig.client.get(url, headers=wrong) as response:
+                        answer = await response.json()
+                        assert (response.status, answer["error"]["code"]) == (401, "invalid_api_key")
+                shown = {"Authorization": "Bearer inside", "X-Forwarded-For": "1.2.3.4"}
+                async with rig.client.get(url, headers=shown) as response:
+                    assert response.status == (404 if path.endswith("x") else 200)
+            assert (await rig.ask(headers={"Authorization": "Bearer inside"})).status == 401
+            assert (await rig.ask(headers={"Authorization": "Bearer outside"})).status == 200
+
+    run(test)
+
+
+def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDROUTER_API_KEY", "outside")
+    monkeypatch.setenv("PDROUTER_ADMIN_API_KEY", "inside")
+    monkeypatch.setenv("PDROUTER_UPSTREAM_API_KEY", "server")
+
+    async def test() -> None:
+        async with rigged() as rig:
+            assert (await rig.ask()).status == (await rig.get("/pd/status")).status == 401
+            assert (await rig.ask(headers={"Authorization": "Bearer outside"})).status == 200
+            assert (await rig.get("/pd/status", headers={"Authorization": "Bearer inside"})).status == 200
+            assert rig.d.seen[0].headers["authorization"] == "Bearer server"
+
+    run(test)
+
+
+def test_a_key_for_clients_is_none_for_administrators(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\nboth\n")
+    settings = RouterSettings(
+        prefill=("http://h:1",), decode=("http://h:2",), api_key_file=keys, admin_api_key=SecretStr("both")
+    )
+    with pytest.raises(SettingsError, match="admin_api_key_file share a key") as caught:
+        Router(settings)
+    assert "both" not in str(caught.value)
 
 
 def test_traces_are_a_bounded_ring_found_by_every_transfer_id() -> None:

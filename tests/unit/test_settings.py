@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pdtransport.errors import SettingsError
-from pdtransport.settings import Settings
+from pdtransport.settings import PoolUse, Settings
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,21 @@ def test_the_environment_fills_in_the_control_address(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PDTRANSPORT_CONTROL_PORT", "many")
     with pytest.raises(SettingsError, match=re.escape("control.port")):
         Settings.parse({})
+
+
+def test_a_salt_in_a_file_is_the_same_salt_and_never_shown(tmp_path: Path) -> None:
+    """A command line, which vLLM logs as well, names the file; its text is told by no error."""
+    file = tmp_path / "salt"
+    file.write_text("hush hush\n")
+    use = PoolUse(salt_file=file)
+    assert use.with_salt() == PoolUse(salt="hush hush").with_salt() == PoolUse(salt="hush hush")
+    assert "hush" not in repr(use) + repr(use.with_salt())
+    for wrong in (b"", b" \n", b"x" * 5000, b"hush\xff"):
+        file.write_bytes(wrong)
+        with pytest.raises(SettingsError, match=r"pool\.salt_file") as caught:
+            use.with_salt()
+        assert "hush" not in str(caught.value)
+    with pytest.raises(SettingsError, match=r"pool\.salt_file"):
+        PoolUse(salt_file=tmp_path / "none").with_salt()
+    with pytest.raises(ValueError, match="salt and salt_file are both set"):
+        PoolUse(salt="a", salt_file=file)

@@ -272,13 +272,13 @@ def test_a_promise_counts_until_the_step_that_ends_the_prompt(engine: Engine, wh
     def tell(commands: Commands) -> None:
         rope.name = commands.bell
         if when != "never":
-            rope.tell("somebody-else")
-            rope.tell(r.request_id)
+            rope.promised("somebody-else")
+            rope.promised(r.request_id)
 
     if when == "before":
         side = engine.scheduler.connector.scheduler
         rope.name = side._bell.name
-        rope.tell(r.request_id)
+        rope.promised(r.request_id)
     (out,) = engine.step(sampled=TOKEN, meanwhile=None if when == "before" else tell)
     rope.close()
     assert out.kv_transfer_params.get("first_token") == (None if when == "never" else TOKEN)

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +20,18 @@ pytest.importorskip("vllm")
 
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kv.geometry import KVGeometry
-from pdtransport.kv.keys import KeySpace
+from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.held import Held
-from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle
+from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle, Yield
 from pdtransport.vllm.pool_scheduler import PoolScheduler
-from pdtransport.vllm.pool_space import Shard, check_use, salt_of
+from pdtransport.vllm.pool_space import Shard, check_use, head_parts, salt_of
 from pdtransport.vllm.pool_worker import PoolWorker
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_scheduler import BLOCK, PRODUCE, Clock, blocks, request, step
+from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, blocks, request, step
 
 SPACE = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
 OTHER_HALF = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 2-4 of 4", chunk_tokens=2 * BLOCK)
@@ -75,7 +76,7 @@ class Half:
         self.pool = Asked()
         assert isinstance(self.side._pool, PoolScheduler)
         self.side._pool._client = self.pool  # type: ignore[assignment]
-        self.side.start_pool({rank: Shard((SPACE, OTHER_HALF)[rank]) for rank in range(ranks)})
+        self.side.start_pool({rank: Shard([(SPACE, OTHER_HALF)[rank]]) for rank in range(ranks)})
 
     def arrive(self, params: Any = None, name: str = "r", **more: Any) -> Any:
         made = request(params, PROMPT, name, **{**PLAIN, **more})
@@ -186,6 +187,83 @@ def test_chunks_are_stored_as_they_are_computed_and_once(half: Half) -> None:
     assert step(half.side, {"r": (4 * BLOCK, 1)}).after == []
 
 
+def speak(made: Any, tokens: int) -> None:
+    """The request has so many answer tokens."""
+    made.num_tokens, made.num_output_tokens = PROMPT + tokens, tokens
+    made.all_token_ids = [*made.prompt_token_ids, *range(1000, 1000 + tokens)]
+
+
+@pytest.mark.parametrize("params", [None, CONSUME])
+def test_chunks_of_answers_are_stored_under_the_next_turns_keys(half: Half, params: Any) -> None:
+    """Of plain requests and of decode's: once all their tokens are known and computed."""
+    made = half.arrive(params)
+    if params is None:
+        half.admit(made, there=5)
+        half.side.update_output(ended())
+    grown = 2 * BLOCK - 5 + 1  # the sixth chunk is whole, and one token more is sampled
+    speak(made, grown - 1)
+    before = step(half.side, {"r": (PROMPT + grown - 2, 1)}).after
+    assert sum(len(keep.keys[0]) for keep in before) == (0 if params is None else 5)
+    speak(made, grown)
+    (keep,) = step(half.side, {"r": (PROMPT + grown - 1, 1)}).after
+    assert keep.keys == [chunk_keys(replace(SPACE, salt=salt_of("", made)), made.all_token_ids, tail=False)[5:6]]
+    assert step(half.side, {"r": (PROMPT + grown, 1)}).after == []
+
+
+def test_drafts_and_tokens_still_sampled_are_not_stored(half: Half) -> None:
+    """The scheduler counts tokens as computed that it may take back."""
+    made = half.arrive()
+    half.admit(made, there=5)
+    half.side.update_output(ended())
+    speak(made, 2 * BLOCK - 5)
+    assert step(half.side, {"r": (PROMPT + 3 * BLOCK, 4)}).after == []
+
+
+def test_answers_are_not_stored_where_the_setting_says_so() -> None:
+    half = Half(generated=False)
+    made = half.arrive()
+    half.admit(made, there=5)
+    half.side.update_output(ended())
+    speak(made, 4 * BLOCK)
+    assert step(half.side, {"r": (PROMPT + 4 * BLOCK - 1, 1)}).after == []
+    half.side.close()
+
+
+def test_decode_asks_the_pool_nothing(half: Half) -> None:
+    """Its pages come from prefill; it stores what it computes."""
+    made = half.arrive(CONSUME)
+    assert half.pool.asked == []
+    assert half.side.matched_tokens(made, 0) == (PROMPT, True)
+
+
+@pytest.mark.parametrize("there", [0, 3])
+def test_what_prefill_could_not_hand_over_is_looked_for(half: Half, there: int) -> None:
+    """Prefill died, and what it had stored did not: decode computes only what the pool lacks. Once: a load that fails
+    is not tried again."""
+    made = half.arrive(CONSUME)
+    half.admit(made, there=0)
+    half.side.update_output(ended(ok=False))
+    assert half.side.matched_tokens(made, 0) == (None, False)
+    commands = half.admit(made, there)
+    assert [type(command) for command in commands] == ([Fetch] if there else [])
+    if there:
+        half.side.update_output(ended(ok=False))
+        assert half.side.matched_tokens(made, 0) == (0, False)
+        assert half.pool.asked == []
+    assert len(step(half.side, {"r": (0, 4 * BLOCK)}).after) == 1
+
+
+def test_an_abort_while_decode_loads_from_the_pool(half: Half) -> None:
+    """One word to the workers, and one report to wait for."""
+    made = half.arrive(CONSUME)
+    half.admit(made, there=0)
+    half.side.update_output(ended(ok=False))
+    half.admit(made, there=3)
+    made.status = None
+    assert half.side.finished(made, []) == (False, None)
+    assert step(half.side).before == [Cancel("r")]
+
+
 def test_what_was_loaded_is_not_stored_and_what_failed_is(half: Half) -> None:
     loaded = half.arrive()
     half.admit(loaded, there=1)
@@ -212,6 +290,49 @@ def test_pages_are_kept_until_their_stores_are_through(half: Half) -> None:
     assert step(half.side).before == [Settle("r")]
 
 
+def through(half: Half, made: Any) -> None:
+    """The prefill request has come to its regular end."""
+    from vllm.v1.request import RequestStatus
+
+    made.status, made.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, PROMPT
+    assert half.side.finished(made, [])[0]
+
+
+@pytest.mark.parametrize(("there", "ends"), [(5, [Yield("r")]), (4, []), (None, [])])
+def test_prefill_lets_go_of_pages_that_the_pool_has(there: int | None, ends: list[Any]) -> None:
+    """Once decode has had its time to ask for them and its own stores are through, and only if all chunks are there."""
+    half = Half(hand_off_s=2.0)
+    made = half.arrive(PRODUCE)
+    half.admit(made, there=0)
+    assert len([c for c in step(half.side, {"r": (0, PROMPT)}).after if isinstance(c, Keep)]) == 1
+    through(half, made)
+    step(half.side)
+    half.clock.now += 3
+    step(half.side)
+    assert half.pool.asked == [], "its stores are not through"
+    half.side.update_output(told(r=1))
+    step(half.side)
+    half.clock.now += 3
+    assert step(half.side).before == []
+    assert len(half.pool.asked[0][0]) == 5
+    half.pool.answer(there)
+    assert step(half.side).before == ends
+    assert step(half.side).before == half.pool.asked == []
+    half.side.close()
+
+
+def test_pages_that_decode_took_are_not_asked_for() -> None:
+    half = Half(hand_off_s=2.0)
+    made = half.arrive(PRODUCE)
+    half.admit(made, there=5)
+    half.side.update_output(ended())
+    through(half, made)
+    half.side.update_output(SimpleNamespace(finished_recving=None, finished_sending={"r"}))
+    half.clock.now += 3
+    assert step(half.side).before[1:] == half.pool.asked == []
+    half.side.close()
+
+
 def test_each_rank_has_its_keys_and_its_reports() -> None:
     """A chunk is there if all shards of it are; pages are free when every rank has reported."""
     half = Half(ranks=2)
@@ -225,6 +346,22 @@ def test_each_rank_has_its_keys_and_its_reports() -> None:
     step(half.side, {"r": (4 * BLOCK, 2 * BLOCK)})
     half.side.update_output(told(r=1))
     assert half.side.finished(made, [])[0]
+    half.side.close()
+
+
+def test_parts_of_a_chunk_are_asked_for_and_stored_together() -> None:
+    """One worker whose heads make two parts: a chunk is there if both are."""
+    half = Half()
+    half.side.start_pool({0: Shard([SPACE, OTHER_HALF])})
+    made = half.arrive()
+    keys = [asked for asked, _ in half.pool.asked]
+    half.pool.answer(5)
+    (fetch,) = half.admit(made, there=2)
+    assert fetch.keys == [[keys[0][0], keys[1][0], keys[0][1], keys[1][1]]]
+    half.side.update_output(ended())
+    (keep,) = step(half.side, {"r": (4 * BLOCK, 2 * BLOCK)}).after
+    assert keep.keys == [[keys[0][2], keys[1][2]]]
+    assert half.counts() == {"miss": 6}
     half.side.close()
 
 
@@ -294,15 +431,17 @@ LAYERS, PAGES, HEADS, TOKENS, SLOT = 3, 32, 2, 4, 64
 class Engine:
     """Pages of a worker, and what its half reported."""
 
-    def __init__(self, directory: Path, **use: Any) -> None:
-        self.kv = np.zeros((LAYERS, PAGES, HEADS, TOKENS, SLOT), dtype=np.uint8)
+    def __init__(self, directory: Path, shards: int = 1, rank: int = 0, ranks: int = 1, **use: Any) -> None:
+        self.kv = np.zeros((LAYERS, PAGES, HEADS // ranks, TOKENS, SLOT), dtype=np.uint8)
+        geometry = KVGeometry.of_array(self.kv, head_lo=rank * HEADS // ranks, total_heads=HEADS)
         self.heard = threading.Condition()
         self.loaded: dict[str, bool] = {}
         self.kept: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.worker = PoolWorker(
             PoolUse(dir=directory, chunk_blocks=2, **use),
-            KVGeometry.of_array(self.kv),
+            geometry,
+            parts=head_parts(geometry, shards),
             ratio=1,
             rank=0,
             on_loaded=self._on_loaded,
@@ -362,6 +501,49 @@ def test_pages_come_back_into_other_pages_and_no_others(running: Pool, tmp_path:
     others = [page for page in range(PAGES) if page not in (20, 21, 22)]
     assert np.array_equal(engine.kv[:, others], before[:, others])
     engine.worker.close()
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_engines_of_other_tensor_parallel_sizes_share_parts(running: Pool, tmp_path: Path, held: int) -> None:
+    """One worker with all heads stores two parts of each chunk; two with a half each load their own; and back."""
+    whole = engine_of(tmp_path, shards=2)
+    parts = [key(1), key(11), key(2), key(12)]  # chunk by chunk
+    whole.keep(parts, [3, 9, 4, 1])
+    whole.wait_kept()
+    assert whole.counts == {"stored": 4}
+    for rank in range(2):
+        half = engine_of(tmp_path, shards=2, rank=rank, ranks=2)
+        before = half.kv.copy()
+        assert half.fetch(parts[rank::2], [20, 21, 22, 23][held:], held=held)
+        here, there = [20, 21, 22, 23][held:], [3, 9, 4, 1][held:]
+        assert np.array_equal(half.kv[:, here], whole.kv[:, there, rank : rank + 1])
+        others = [page for page in range(PAGES) if page not in here]
+        assert np.array_equal(half.kv[:, others], before[:, others])
+        half.keep([key(21 + rank)], [20 + held, 21 + held], name="s")
+        half.wait_kept(name="s")
+        half.worker.close()
+    kept = whole.kv.copy()
+    assert whole.fetch([key(21), key(22)], [6, 7])
+    assert np.array_equal(whole.kv[:, 6], kept[:, [3, 9][held]])
+    whole.worker.close()
+
+
+def test_parts_are_whole_heads() -> None:
+    """By default a worker's heads are one part, so that engines of another size find nothing; and no part is ever
+    anything but the heads that its key names."""
+
+    def parts(shards: int, heads: tuple[int, int], total: int = 4) -> list[tuple[int, int]]:
+        kv = np.zeros((1, 1, heads[1] - heads[0], TOKENS, SLOT), dtype=np.uint8)
+        return head_parts(KVGeometry.of_array(kv, head_lo=heads[0], total_heads=total), shards)
+
+    assert parts(1, (0, 4)) == [(0, 4)]
+    assert parts(2, (2, 4)) == [(2, 4)]
+    assert parts(2, (0, 4)) == [(0, 2), (2, 4)]
+    assert parts(4, (2, 4)) == [(2, 3), (3, 4)]
+    assert parts(8, (1, 2)) == [(1, 2)]  # two workers hold it
+    for shards, heads in ((1, (0, 2)), (3, (0, 4))):
+        with pytest.raises(SettingsError, match=rf"pool\.shards {shards} makes no whole parts"):
+            parts(shards, heads)
 
 
 def test_one_chunk_that_is_gone_fails_the_load(running: Pool, tmp_path: Path) -> None:

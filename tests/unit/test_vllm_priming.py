@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -80,7 +80,7 @@ def test_the_same_text_token_by_token(make: Any, skip_special: bool, monkeypatch
 class Counting:
     """A stream that remembers what it was primed with."""
 
-    primed: list[int] = []
+    primed: ClassVar[list[int]] = []
 
     def __init__(self, ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         type(self).primed.append(len(ids))

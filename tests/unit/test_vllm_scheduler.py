@@ -298,17 +298,19 @@ def test_the_bell_rings_from_another_process_end() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can speak as another user")
 def test_no_other_user_of_the_host_can_promise_a_first_token() -> None:
-    """The bell's name can be read in /proc/net/unix: a promise counts only if it comes from this user."""
+    """Nor report pages as arrived: the bell's name can be read in /proc/net/unix, so a word counts only if it comes$
+    from this user."""
     bell, rope = Bell(), Rope()
     rope.name = bell.name
     try:
         forge = (
             "import os, socket, sys; os.setgid(65534); os.setuid(65534); "
-            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.sendto(b'forged', '\\0' + sys.argv[1])"
+            "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); "
+            "[s.sendto(kind + b'\\0\\0forged', '\\0' + sys.argv[1]) for kind in (b'p', b'a')]"
         )
-        subprocess.run([sys.executable, "-c", forge, bell.name[1:] + "-promises"], check=True, timeout=30)
-        rope.tell("true")
-        assert bell.promises() == {"true"}
+        subprocess.run([sys.executable, "-c", forge, bell.name[1:] + "-words"], check=True, timeout=30)
+        rope.promised("true")
+        assert (bell.promises(), bell.arrivals()) == ({"true"}, set())
     finally:
         bell.close()
         rope.close()

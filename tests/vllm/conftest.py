@@ -24,6 +24,7 @@ from tests.rig.answers import Answers
 from tests.rig.client import Client
 from tests.rig.device import PLACE
 from tests.rig.fixtures import Book, Servers, doomed_spec, make_book, pair_spec, plain_spec, tiny_spec
+from tests.rig.pooled import Service, tiny_pooled_spec
 from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
@@ -144,6 +145,21 @@ def servers(book: Book, logs: Path, audit: Path, standing: dict[str, Server]) ->
             server.must_live()
     finally:
         running.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def pool(logs: Path) -> Iterator[Service]:
+    service = Service(logs)
+    service.start()
+    yield service
+    service.kill()
+
+
+@pytest.fixture(scope="session")
+def reader(pool: Service, book: Book, logs: Path) -> Iterator[Server]:
+    """A server with the pool. It starts when it is first asked for: when another one has stored what it finds."""
+    with fleet(tiny_pooled_spec("reader", pool.directory), logs=logs) as (server,):
+        yield server
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from tests.rig import watch
 from tests.rig.cases import handed_over
 from tests.rig.client import Client, Order, RequestFailed, hand_off
 from tests.rig.device import PLACE
-from tests.rig.fixtures import Book, Servers, forget, pair_spec
+from tests.rig.fixtures import TINY_LEN, Book, Servers, forget, pair_spec
+from tests.rig.pooled import CHUNK, Service, ask, pooled, reusable, storable
 from tests.rig.prompts import Prompts
 from tests.rig.proof import bytes_equal, crossed
 from tests.rig.servers import Server, fleet
@@ -22,12 +23,12 @@ GIVEN_UP_S = 40.0
 
 
 @pytest.fixture(scope="module")
-def wide(servers: Servers, logs: Path) -> Iterator[Server]:
-    """A server of both roles with two tensor-parallel ranks."""
+def wide(servers: Servers, pool: Service, logs: Path) -> Iterator[Server]:
+    """A server of both roles with two tensor-parallel ranks, and a pool."""
     if PLACE.gpu:
         pytest.skip("two tensor-parallel ranks need two GPUs")
-    spec = pair_spec("tp2", "kv_both", servers.audit, cores="0|1", tp=2, load_failure_policy="fail")
-    with fleet(spec, logs=logs) as (server,):
+    spec = pair_spec("tp2", "kv_both", servers.audit, cores="0|1", tp=2)
+    with fleet(pooled(pool.directory, spec), logs=logs) as (server,):
         yield server
 
 
@@ -54,6 +55,27 @@ def test_other_tensor_parallel_size(
         await watch.settled(client, [prefill, decode])
 
     assert len(some) >= 16
+    with_client(scenario)
+
+
+@pytest.mark.parametrize("way", ["1 to 2", "2 to 1"])
+def test_chunks_are_shared_between_tensor_parallel_sizes(
+    way: str, wide: Server, reader: Server, book: Book, with_client: Any
+) -> None:
+    """What a server of TP 1 stored, by parts, one of TP 2 finds, and the other way round."""
+    first, second = (reader, wide) if way == "1 to 2" else (wide, reader)
+    some = [case for case in book.parallel if 2 * CHUNK < len(case.prompt) < TINY_LEN - 64][:8]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, first, second)
+        fresh = await ask(client, first, some, cache_salt=way)
+        assert fresh["hit"] == 0, fresh
+        assert fresh["stored"] + fresh["present"] == storable(some), fresh
+        found = await ask(client, second, some, at_a_time=1, cache_salt=way)
+        assert found["hit"] == reusable(some), found
+        assert not found["stored"] + found["miss"] + found["failed"], found
+
+    assert len(some) == 8
     with_client(scenario)
 
 

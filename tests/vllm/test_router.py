@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.rig import watch
-from tests.rig.cases import Case, assert_equal
+from tests.rig.cases import BLOCK, Case, assert_equal
 from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, in_parallel
 from tests.rig.fixtures import Book, Servers, forget
 from tests.rig.proof import bytes_equal, crossed
@@ -109,5 +109,31 @@ def test_errors_come_through_as_openai_errors(servers: Servers, with_client: Any
             assert caught.value.status == 400
             assert '"error"' in caught.value.text
             await watch.settled(client, servers.all)
+
+    with_client(scenario)
+
+
+def test_a_tenants_prefixes_are_nobody_elses(
+    servers: Servers, with_client: Any, book: Book, logs: Path, tmp_path: Path
+) -> None:
+    """What one tenant's request left in the caches of both engines is found by its own next one, and by no other's."""
+    (tmp_path / "keys").write_text("one acme\ntwo acme\nthree rival\n")
+    (tmp_path / "secret").write_text("0123456789abcdef" * 2)
+    keys = ("--api-key-file", str(tmp_path / "keys"), "--tenant-secret-file", str(tmp_path / "secret"))
+    case = min((each for each in book.assorted if len(each.prompt) > 4 * BLOCK), key=lambda each: len(each.prompt))
+    held = (len(case.prompt) - 1) // BLOCK
+
+    async def scenario(client: Client) -> None:
+        await forget(client, *servers.all)
+        with routed([servers.prefill], [servers.decode], logs, "concurrent", *keys) as router:
+            for key, skipped in (("one", 0), ("two", held), ("three", 0), ("three", held), ("one", held)):
+                before = await watch.engine_state(client, servers.prefill)
+                shown = {"Authorization": f"Bearer {key}"}
+                answer = await client.complete(router.url, case.prompt, len(case.tokens), headers=shown)
+                assert_equal([case], [answer])
+                (crossing,) = await crossed([case], as_handed([answer]), [servers.prefill], servers.decode)
+                assert crossing.skipped == skipped, key
+                after = await watch.engine_state(client, servers.prefill)
+                assert bool(after.local_hit_tokens - before.local_hit_tokens) == bool(skipped), key
 
     with_client(scenario)

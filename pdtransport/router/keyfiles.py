@@ -1,0 +1,91 @@
+"""Where the router's keys come from: files and the environment, which other users of a machine can't see."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import SecretStr
+
+from pdtransport.errors import SettingsError
+
+log = logging.getLogger("pdtransport.router")
+
+MAX_API_KEYS = 64  # every request is compared with each of them
+MAX_KEY_FILE = 1 << 20  # bytes
+MAX_TENANT = 64  # characters of a name
+
+
+class ClientKey(NamedTuple):
+    """A key, and the tenant that it belongs to ("": none)."""
+
+    key: str
+    tenant: str = ""
+
+
+def variable_of(setting: str) -> str:
+    """The environment variable that may hold a key: ``api_key`` is ``PDROUTER_API_KEY``."""
+    return f"PDROUTER_{setting.upper()}"
+
+
+def all_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[str, ...]:
+    """Lines with a key each: of the setting itself, of its variable, of its file.
+
+    Raises:
+        SettingsError: the file can't be read or holds no key, or they are too many.
+    """
+    lines = [one.get_secret_value()] if one else []
+    if variable := os.environ.get(variable_of(setting), "").strip():
+        lines.append(variable)
+    if file is not None:
+        lines += read_lines(file, f"{setting}_file")
+    if len(lines) > MAX_API_KEYS:
+        raise SettingsError(f"{setting}_file: {len(lines)} keys, at most {MAX_API_KEYS} are allowed")
+    return tuple(lines)
+
+
+def client_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[ClientKey, ...]:
+    """The same, where a line may name the key's tenant: ``KEY`` or ``KEY TENANT``.
+
+    Raises:
+        SettingsError: as :func:`all_keys`; a line that is neither, or a key of two tenants.
+    """
+    found: dict[str, ClientKey] = {}
+    for number, line in enumerate(all_keys(one, file, setting), 1):
+        key, *rest = line.split()
+        if len(rest) > 1 or any(not name.isprintable() or len(name) > MAX_TENANT for name in rest):
+            raise SettingsError(
+                f"{setting}_file: key {number} is neither KEY nor KEY TENANT (a name without spaces, of at most "
+                f"{MAX_TENANT} characters)"
+            )
+        made = ClientKey(key, *rest)
+        if found.setdefault(key, made) != made:
+            raise SettingsError(f"{setting}_file: key {number} is there before, with another tenant: give each its own")
+    return tuple(found.values())
+
+
+def read_lines(path: Path, setting: str) -> list[str]:
+    """What a file of secrets holds, without blank lines.
+
+    Raises:
+        SettingsError: it can't be read or holds nothing; the text never shows what it holds.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_KEY_FILE + 1)
+            mode = os.fstat(file.fileno()).st_mode
+        text = raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"{setting}: can't read {path}: {reason}") from None
+    if len(raw) > MAX_KEY_FILE:
+        raise SettingsError(f"{setting}: {path} is larger than {MAX_KEY_FILE} bytes: is it the right file?")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise SettingsError(f"{setting}: {path} holds no key: write one a line, or leave the setting out")
+    if mode & stat.S_IRWXO:
+        log.warning("%s: all users of this machine can read or change %s; chmod 600 it", setting, path)
+    return lines

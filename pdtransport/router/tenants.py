@@ -1,0 +1,52 @@
+"""Tenants: prefixes that one of them cached are nobody else's, in the engines' caches and in the pool alike.
+
+vLLM and pdtransport keep prefixes apart by a request's ``cache_salt``. The router derives it from a secret, the
+tenant's name and the client's own ``cache_salt``: no client can name another tenant's, or learn its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable, Sequence
+
+from pdtransport.errors import SettingsError
+from pdtransport.router.keyfiles import ClientKey
+
+MIN_SECRET = 32  # characters
+Salter = Callable[[str], str]  # from a client's own cache_salt ("": none) to that which servers get
+
+
+class Tenants:
+    """Which tenant each key belongs to.
+
+    Raises:
+        SettingsError: keys name tenants and there is no secret, or a short one.
+    """
+
+    def __init__(self, keys: Sequence[ClientKey], secret: str | None) -> None:
+        named = [each.tenant for each in keys if each.tenant]
+        if named and secret is None:
+            raise SettingsError(
+                f"api_key_file names tenants ({named[0]}, ...) and there is no secret to salt their prefixes with: "
+                "set tenant_secret_file (for example: openssl rand -hex 32 > FILE)"
+            )
+        if secret is not None and len(secret) < MIN_SECRET:
+            raise SettingsError(
+                f"tenant_secret_file holds {len(secret)} characters, at least {MIN_SECRET} are needed: make one with "
+                "openssl rand -hex 32"
+            )
+        self._salters = [_salter(secret or "", each.tenant) if each.tenant else None for each in keys]
+
+    def salter(self, place: int | None) -> Salter | None:
+        """For requests with the key at ``place``; None: of no tenant, their cache_salt is left as it is."""
+        return None if place is None else self._salters[place]
+
+
+def _salter(secret: str, tenant: str) -> Salter:
+    of_tenant = hmac.digest(secret.encode(), b"pdtransport tenant\0" + tenant.encode(), "sha256")
+
+    def salt(own: str) -> str:
+        return hmac.new(of_tenant, own.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+    return salt

@@ -1,0 +1,114 @@
+"""A request goes on in the first engine step that begins after its pages arrived.
+
+By vLLM's own way a worker's report waits for a step to be launched and to be looked at, and its request for one more:
+two empty steps with a sleep of a millisecond each where nothing else is computed, and up to two steps of the model
+where something is. The workers' word (:mod:`bell`) is there before: what vLLM does with the report is done when the
+next step begins, and the report, which comes in any case, is taken out when it comes.
+
+vLLM has no hook there. What is taken hold of, :class:`StepStart` says; where it is not as expected, reports take their
+own way.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Arrivals:
+    """Which requests' pages are on all ranks, told before vLLM's report of it.
+
+    Args:
+        ranks: tensor-parallel size of this engine.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._there: dict[str, set[int]] = {}
+        self._reports: set[str] = set()  # still to come, of requests that went on without them
+
+    def hear(self, told: Collection[tuple[str, int]], awaited: Collection[str]) -> set[str]:
+        """Requests of ``awaited`` whose pages are on all ranks by now, each once."""
+        ready = set()
+        for req_id, rank in told:
+            if req_id in awaited and rank < self._ranks:
+                there = self._there.setdefault(req_id, set())
+                there.add(rank)
+                if len(there) == self._ranks:
+                    ready.add(req_id)
+        return ready
+
+    def went_on(self, req_ids: Collection[str]) -> None:
+        self._reports.update(req_ids)
+
+    def reported(self, req_ids: Collection[str]) -> set[str]:
+        """Those of vLLM's report that are no news."""
+        for req_id in req_ids:
+            self._there.pop(req_id, None)
+        late = self._reports.intersection(req_ids)
+        self._reports -= late
+        return late
+
+
+class StepStart:
+    """Calls ``begins`` at each step's beginning: ``schedule()`` calls ``new_step_starts`` of the cache manager that the
+    connector was given, before it looks at any request."""
+
+    def __init__(self, scheduler: Scheduler, manager: KVCacheManager, begins: Callable[[StepStart], None]) -> None:
+        from vllm.v1.outputs import KVConnectorOutput
+        from vllm.v1.request import RequestStatus
+
+        self._scheduler = scheduler
+        self._output, self._waiting = KVConnectorOutput, RequestStatus.WAITING_FOR_REMOTE_KVS
+        starts = manager.new_step_starts
+
+        def started() -> Any:
+            begins(self)
+            return starts()
+
+        manager.new_step_starts = started  # type: ignore[method-assign]
+
+    @classmethod
+    def of(cls, connector: Any, manager: Any, begins: Callable[[StepStart], None]) -> StepStart | None:
+        """For the scheduler that owns ``connector``; None where this vLLM has another."""
+        try:
+            from vllm.v1.core.sched.scheduler import Scheduler
+
+            owner = next(
+                thing
+                for thing in gc.get_objects()
+                if issubclass(type(thing), Scheduler) and getattr(thing, "connector", None) is connector
+            )
+            for needed in ("requests", "running", "waiting", "finished_recving_kv_req_ids"):
+                getattr(owner, needed)
+            if callable(owner._update_from_kv_xfer_finished) and callable(manager.new_step_starts):
+                return cls(owner, manager, begins)
+        except (ImportError, StopIteration, AttributeError) as error:
+            logger.info("requests go on by vLLM's own report: %s", error or "its scheduler was not found")
+        return None
+
+    def idle(self) -> bool:
+        """Whether all requests wait for pages: this step would compute nothing."""
+        scheduler = self._scheduler
+        return not scheduler.running and all(
+            request.status is self._waiting and request.request_id not in scheduler.finished_recving_kv_req_ids
+            for request in scheduler.waiting
+        )
+
+    def go_on(self, req_ids: Collection[str]) -> set[str]:
+        """Do what vLLM does when workers report these; returns those for which it applied."""
+        requests = self._scheduler.requests
+        ours = {
+            req_id for req_id in req_ids if req_id in requests and requests[req_id].status is self._waiting
+        } - self._scheduler.finished_recving_kv_req_ids
+        if ours:
+            self._scheduler._update_from_kv_xfer_finished(self._output(finished_recving=set(ours)))
+        return ours

@@ -1,0 +1,132 @@
+"""Servers that share a pool, the pool itself, and what the servers' counters say of its chunks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pdtransport.pool.client import PoolClient
+from tests.processes.pool_rig import Daemon, status, until
+from tests.rig import watch
+from tests.rig.cases import BLOCK, Case, assert_equal
+from tests.rig.client import Client, in_parallel
+from tests.rig.fixtures import TINY_CHUNK, TINY_LEN, TINY_TOKENS, pair_spec
+from tests.rig.servers import Server, ServerSpec
+
+CHUNK_BLOCKS = 2
+CHUNK = CHUNK_BLOCKS * BLOCK
+SHARDS = 2  # so that servers of TP 1 and of TP 2 share chunks; each part counts for itself
+MEMORY = "512MiB"
+OUTCOMES = ("hit", "miss", "stored", "present", "skipped", "failed")
+
+
+class Service:
+    """A pool that can end and start again in the same directory; at most one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.directory = folder / "pool"
+        self.disk = ("--disk", str(folder / "disk"), "--disk-bytes", "1GiB", "--disk-codec", "zstd")
+        self._daemon: Daemon | None = None
+
+    def start(self, *options: str) -> None:
+        self.kill()
+        self._daemon = Daemon(self.directory, *options, memory=MEMORY)
+
+    def signal(self, number: int) -> None:
+        assert self._daemon is not None
+        self._daemon.kill(number)
+
+    def kill(self) -> None:
+        if self._daemon is not None:
+            self._daemon.close()
+            self._daemon = None
+
+    def written(self) -> int:
+        """Chunks on disk, once all that memory holds is there."""
+        with PoolClient(directory=self.directory) as client:
+
+            def done() -> int:
+                found = status(client)
+                return 0 if found["writeback_bytes"] else int(found["tiers"]["disk"]["chunks"])
+
+            return int(until(done, "chunks were not written to disk"))
+
+    def found(self, chunks: int) -> None:
+        """Wait until the index of a restarted pool has this many."""
+        with PoolClient(directory=self.directory) as client:
+            until(lambda: status(client)["chunks"] == chunks, "the index was not rebuilt")
+
+    def at_rest(self) -> dict[str, int]:
+        """Its counters.
+
+        Raises:
+            AssertionError: somebody still holds a chunk or fills one.
+        """
+        with PoolClient(directory=self.directory) as client:
+            found = status(client)
+        held = [each for each in found["clients"] if each["held_bytes"]]
+        assert not held, held
+        assert not found["being_filled"], found
+        counters: dict[str, int] = found["counters"]
+        return counters
+
+
+def pooled(directory: Path, spec: ServerSpec) -> ServerSpec:
+    """``spec`` with the pool in ``directory``."""
+    use = {"dir": str(directory), "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0}
+    return replace(spec, extra_config={**spec.extra_config, "pool": use}, load_failure_policy="recompute")
+
+
+def tiny_pooled_spec(name: str, directory: Path) -> ServerSpec:
+    """Its cache is too small for what it is asked."""
+    tiny: dict[str, Any] = {"blocks": TINY_TOKENS // BLOCK, "max_model_len": TINY_LEN}
+    return pooled(directory, pair_spec(name, "kv_both", cores="0", max_batched_tokens=TINY_CHUNK, **tiny))
+
+
+def reusable(cases: Sequence[Case]) -> int:
+    """Parts of chunks that a server can load of them: the last token of a prompt is computed in any case."""
+    return SHARDS * sum((len(case.prompt) - 1) // CHUNK for case in cases)
+
+
+def storable(cases: Sequence[Case]) -> int:
+    """Parts of chunks that a server stores of them: an answer's last token is not computed, and what the last step
+    completes is not stored."""
+    return SHARDS * sum(max(len(case.prompt), len(case.prompt) + len(case.tokens) - 2) // CHUNK for case in cases)
+
+
+def next_turns(cases: Sequence[Case]) -> list[Case]:
+    """Prompts that go on where an answer's middle was."""
+    halves = [(case, len(case.tokens) // 2 + 1) for case in cases]
+    return [Case((*case.prompt, *case.tokens[:half]), case.tokens[half:]) for case, half in halves]
+
+
+async def counters(client: Client, server: Server) -> Counter[str]:
+    """Parts of chunks by what became of them, as the server's workers and scheduler tell it."""
+    text = await client.get_text(f"{server.url}/metrics")
+    found: Counter[str] = Counter()
+    for outcome in OUTCOMES:
+        try:
+            found[outcome] = int(watch.metric(text, "vllm:pdtransport_pool_chunks_total", outcome=outcome))
+        except KeyError:
+            continue
+    return found
+
+
+async def rested(client: Client, server: Server) -> Counter[str]:
+    """The counters once nothing is under way: every block is free again."""
+    await watch.settled(client, [server])
+    return await counters(client, server)
+
+
+async def ask(client: Client, server: Server, some: Sequence[Case], at_a_time: int = 4, **more: Any) -> Counter[str]:
+    """Assert right answers; what the counters grew by."""
+    before = await rested(client, server)
+    jobs = [partial(client.complete, server, case.prompt, len(case.tokens), **more) for case in some]
+    assert_equal(some, await in_parallel(at_a_time, jobs))
+    grown = await rested(client, server)
+    grown.subtract(before)
+    return grown

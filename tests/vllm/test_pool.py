@@ -1,0 +1,272 @@
+"""Engines that store prompts in a shared pool and load them from it: the same tokens, whoever computed them and when.
+
+Two servers start here, one after the other. What came from the pool is proved by the workers' counters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import watch
+from tests.rig.cases import BLOCK, Case, handed_over, plainly
+from tests.rig.client import Client
+from tests.rig.device import PLACE
+from tests.rig.fixtures import FAMILY_PREFIX, Book, Servers, forget, pair_spec
+from tests.rig.pooled import CHUNK, SHARDS, Service, ask, counters, next_turns, pooled, rested, reusable, storable
+from tests.rig.servers import Server, fleet
+
+pytestmark = pytest.mark.skipif(PLACE.gpu, reason="KV in GPU memory is not stored yet")
+
+LONGEST = 700  # tokens of a prompt
+
+
+@pytest.fixture(scope="module")
+def writer(pool: Service, book: Book, logs: Path) -> Iterator[Server]:
+    """The first server. A test of this module kills it."""
+    with fleet(pooled(pool.directory, pair_spec("writer", "kv_both", cores="0")), logs=logs) as (server,):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def chosen(book: Book) -> list[Case]:
+    """Prompts of at least two chunks, of all lengths around a chunk's boundary."""
+    long_enough = [case for case in book.assorted if 2 * CHUNK < len(case.prompt) <= LONGEST]
+    even = [case for case in long_enough if len(case.prompt) % BLOCK in (0, 1, BLOCK - 1)]
+    return [*even[:8], *[case for case in long_enough if case not in even][:8]]
+
+
+def test_a_prompt_is_found_after_the_engine_forgot_it(writer: Server, chosen: list[Case], with_client: Any) -> None:
+    """What the engine computed is in the pool, and comes from there once its own cache is empty."""
+    some = chosen
+
+    async def scenario(client: Client) -> None:
+        grown = await ask(client, writer, some)
+        assert grown["stored"] + grown["present"] == storable(some), grown
+        assert not grown["failed"] + grown["skipped"], grown
+        await forget(client, writer)
+        grown = await ask(client, writer, some, at_a_time=1)
+        assert grown["hit"] == reusable(some), grown
+        assert not grown["stored"] + grown["miss"] + grown["failed"], grown
+
+    assert len(some) >= 12
+    with_client(scenario)
+
+
+def test_blocks_that_the_engine_holds_are_not_loaded_over(writer: Server, book: Book, with_client: Any) -> None:
+    """The engine holds a chunk's first block, in use by others; the pool brings the rest of the chunk."""
+    prefix = FAMILY_PREFIX // CHUNK * CHUNK - BLOCK  # ends in the middle of a chunk
+    some = book.family
+
+    async def scenario(client: Client) -> None:
+        await ask(client, writer, some)
+        await forget(client, writer)
+        await client.complete(writer, some[0].prompt[: prefix + 1], 1)
+        state = await watch.engine_state(client, writer)
+        grown = await ask(client, writer, some[1:2])
+        after = await watch.engine_state(client, writer)
+        chunks = SHARDS * ((len(some[1].prompt) - 1) // CHUNK - prefix // CHUNK)
+        assert grown["hit"] == chunks > 0, grown
+        assert after.local_hit_tokens - state.local_hit_tokens >= prefix
+        await plainly(client, writer, some)
+
+    with_client(scenario)
+
+
+def test_the_next_turn_finds_the_answer(writer: Server, book: Book, with_client: Any) -> None:
+    """KV that was computed while answering is found by a prompt that has the answer in it."""
+    some = book.long[:8]
+    turns = next_turns(some)
+    assert reusable(turns) > reusable(some)
+
+    async def scenario(client: Client) -> None:
+        await ask(client, writer, some)
+        await forget(client, writer)
+        grown = await ask(client, writer, turns, at_a_time=1)
+        assert grown["hit"] == reusable(turns), grown
+
+    with_client(scenario)
+
+
+def test_another_salt_does_not_hit(writer: Server, chosen: list[Case], with_client: Any) -> None:
+    """One tenant's prompts are not found by another, and are by itself."""
+    some = chosen[:4]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, writer)
+        grown = await ask(client, writer, some, cache_salt="another tenant")
+        assert grown["hit"] == 0 < grown["stored"], grown
+        await forget(client, writer)
+        assert (await ask(client, writer, some, cache_salt="another tenant"))["hit"] == reusable(some)
+        await forget(client, writer)
+        assert (await ask(client, writer, some, cache_salt="a third"))["hit"] == 0
+
+    with_client(scenario)
+
+
+def test_damaged_chunks_are_computed_again(writer: Server, pool: Service, chosen: list[Case], with_client: Any) -> None:
+    """Not a byte of a chunk that is not what was stored gets into an answer; the chunk is stored afresh."""
+    some = chosen[:6]
+
+    async def scenario(client: Client) -> None:
+        await ask(client, writer, some)
+        (memory,) = pool.directory.glob("*.memory")
+        with memory.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            for at in range(0, size, 1 << 15):
+                file.seek(at)
+                file.write(b"\xff")
+        await forget(client, writer)
+        grown = await ask(client, writer, some, at_a_time=1)
+        assert grown["failed"] > 0, grown
+        assert grown["hit"] == 0 < grown["stored"], grown
+        await forget(client, writer)
+        assert (await ask(client, writer, some, at_a_time=1))["hit"] == reusable(some)
+
+    with_client(scenario)
+
+
+def test_another_server_finds_what_a_dead_one_stored(
+    writer: Server, pool: Service, chosen: list[Case], with_client: Any, request: pytest.FixtureRequest
+) -> None:
+    """Server and pool are killed. A server and a pool that start afterwards find what was on disk, where it was
+    compressed; and then it is in memory again."""
+    some = chosen
+    pool.start(*pool.disk)
+
+    async def scenario(client: Client) -> None:
+        await forget(client, writer)
+        await ask(client, writer, some[:1])  # it notices that the pool is another one
+        await forget(client, writer)
+        grown = await ask(client, writer, some)
+        assert grown["stored"] + grown["present"] + grown["hit"] >= reusable(some), grown
+        assert not grown["failed"] + grown["skipped"], grown
+
+    with_client(scenario)
+    chunks = pool.written()
+    assert chunks >= reusable(some)
+    writer.kill()
+    pool.start(*pool.disk)
+    pool.found(chunks)
+    reader: Server = request.getfixturevalue("reader")
+
+    async def go_on(client: Client) -> None:
+        grown = await ask(client, reader, some, at_a_time=1)
+        assert grown["hit"] == reusable(some), grown
+        assert not grown["stored"] + grown["miss"] + grown["failed"], grown
+        read = pool.at_rest()["disk_read_bytes"]
+        assert read > 0
+        await forget(client, reader)
+        assert (await ask(client, reader, some, at_a_time=1))["hit"] == reusable(some)
+        assert pool.at_rest()["disk_read_bytes"] == read
+
+    with_client(go_on)
+
+
+def test_prefill_hands_over_what_came_from_the_pool(
+    reader: Server, servers: Servers, chosen: list[Case], with_client: Any
+) -> None:
+    """A prefill request loads its prompt from the pool, stores the rest, and hands all of it over."""
+    some = chosen[:8]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, reader, servers.decode)
+        before = await rested(client, reader)
+        await handed_over(client, some, lambda _: reader, servers.decode, "concurrent", at_a_time=1)
+        await watch.settled(client, [reader, servers.decode])
+        grown = await counters(client, reader)
+        grown.subtract(before)
+        assert grown["hit"] == reusable(some), grown
+
+    with_client(scenario)
+
+
+def test_what_decode_generates_flows_back(reader: Server, servers: Servers, book: Book, with_client: Any) -> None:
+    """A decode server stores the prompt that it was handed and the answer that it gave: the next turn's prefill, on
+    whatever server, finds both."""
+    some = book.long[8:16]
+    turns = next_turns(some)
+
+    async def scenario(client: Client) -> None:
+        await forget(client, reader, servers.prefill)
+        before = await rested(client, reader)
+        await handed_over(client, some, lambda _: servers.prefill, reader, "concurrent", at_a_time=3)
+        await watch.settled(client, [reader, servers.prefill])
+        grown = await counters(client, reader)
+        grown.subtract(before)
+        assert grown["stored"] + grown["present"] >= storable(some), grown
+        await forget(client, reader)
+        grown = await ask(client, reader, turns, at_a_time=1)
+        assert grown["hit"] == reusable(turns), grown
+
+    with_client(scenario)
+
+
+def test_preempted_requests_store_no_page_that_was_given_away(reader: Server, book: Book, with_client: Any) -> None:
+    """Requests that lose their pages while these are stored and loaded: their answers are right, and so are those of
+    whoever finds what they stored."""
+    some = book.long[:16]
+
+    async def scenario(client: Client) -> None:
+        before = await watch.engine_state(client, reader)
+        await ask(client, reader, some, at_a_time=12)
+        assert (await watch.engine_state(client, reader)).preemptions > before.preemptions, "nothing was shown"
+        await forget(client, reader)
+        grown = await ask(client, reader, some, at_a_time=1)
+        assert grown["hit"] > 0 == grown["failed"], grown
+
+    with_client(scenario)
+
+
+def test_aborts_while_pages_are_loaded_leave_nothing(reader: Server, chosen: list[Case], with_client: Any) -> None:
+    """Clients that hang up at any moment of a load or store: every block is free again, and answers are right."""
+    some = chosen[:16]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, reader)
+        asked = [asyncio.create_task(client.complete(reader, case.prompt, 64)) for case in some]
+        for number, task in enumerate(asked):
+            await asyncio.sleep(0.002 * (number % 5))
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await ask(client, reader, some[:4])
+
+    with_client(scenario)
+
+
+def test_a_pool_that_hangs_or_dies_costs_hits_and_nothing_else(
+    reader: Server, pool: Service, chosen: list[Case], with_client: Any
+) -> None:
+    """Stopped, killed in the middle of loads and stores, gone, and back again: right answers, and it is used again."""
+    some = chosen
+
+    async def scenario(client: Client) -> None:
+        await forget(client, reader)
+        pool.signal(signal.SIGSTOP)
+        grown = await ask(client, reader, some[:4])
+        assert grown["failed"] > 0 == grown["hit"], grown
+        pool.signal(signal.SIGCONT)
+        await ask(client, reader, some)
+        await forget(client, reader)
+        asked = asyncio.create_task(ask(client, reader, some, at_a_time=8))
+        await asyncio.sleep(0.3)
+        pool.kill()
+        await asked
+        await forget(client, reader)
+        grown = await ask(client, reader, some[:8])
+        assert grown["failed"] > 0 == grown["hit"], grown
+        pool.start()
+        await forget(client, reader)
+        assert (await ask(client, reader, some[:8]))["stored"] > 0
+        await forget(client, reader)
+        assert (await ask(client, reader, some[:8], at_a_time=1))["hit"] == reusable(some[:8])
+        pool.at_rest()
+
+    with_client(scenario)
+    reader.must_live()
