@@ -146,7 +146,7 @@ class Exchange:
         elif isinstance(event, PeerDown):
             logger.warning("peer %s is gone: %s", event.peer, event.reason)
             self._counters["peers_lost"] += 1
-            self._peers.down(event.peer, event.reason)
+            self._peers.down(event.peer, event.reason, ended=event.ended)
             self.handing.peer_lost(event.peer, event.reason)
             self.taking.peer_lost(event.peer, event.reason)
         elif isinstance(event, ConnectFailed):

@@ -151,12 +151,15 @@ class Peers:
             elif peer.offered is None:
                 self._offer_next_link(peer)
 
-    def down(self, peer_id: PeerId, reason: str) -> None:
+    def down(self, peer_id: PeerId, reason: str, *, ended: bool = True) -> None:
         peer = self._peers.pop(peer_id, None)
         if peer is None:
             return
         for channel in peer.channels():
-            channel.close()
+            if ended:
+                channel.close()
+            else:
+                channel.give_up()
         for endpoint in [e for e, p in self._by_endpoint.items() if p == peer_id]:
             del self._by_endpoint[endpoint]
             self._fail_waiters(endpoint, (Code.PEER_LOST, reason))

@@ -129,7 +129,7 @@ class Directory:
         if theirs <= known.theirs:
             return []
         known.theirs = theirs
-        return self._down(peer_id, "it had given us up, and starts afresh")
+        return self._down(peer_id, "it had given us up, and starts afresh", ended=False)
 
     def _breaks_with(self, peer_id: PeerId) -> _Breaks:
         known = self._breaks.setdefault(peer_id, _Breaks())
@@ -165,7 +165,7 @@ class Directory:
         """Give up connections that were silent, or broken, for too long."""
         events: list[Event] = []
         for peer in self:
-            reason = ""
+            reason, silent = "", False
             for route in list(peer.routes):
                 if now < self._limit(route):
                     continue
@@ -173,7 +173,7 @@ class Directory:
                 reason = f"silent for {self._liveness_s:g} s" if silent else "connection lost"
                 self._detach(peer, route, silent=silent)
             if not peer.routes:
-                events += self._give_up(peer.id, reason)
+                events += self._give_up(peer.id, reason, ended=not silent)
         return events
 
     def next_deadline(self) -> float | None:
@@ -196,19 +196,19 @@ class Directory:
         route.peer, route.broken_until = None, None
         route.unbind(silent=silent)
 
-    def _give_up(self, peer_id: PeerId, reason: str) -> list[Event]:
+    def _give_up(self, peer_id: PeerId, reason: str, *, ended: bool = True) -> list[Event]:
         """Down by our own judgement: they must be told when they come back."""
         self._breaks_with(peer_id).ours += 1
-        return self._down(peer_id, reason)
+        return self._down(peer_id, reason, ended=ended)
 
-    def _down(self, peer_id: PeerId, reason: str) -> list[Event]:
+    def _down(self, peer_id: PeerId, reason: str, *, ended: bool = True) -> list[Event]:
         peer = self._peers.pop(peer_id, None)
         if peer is None:
             return []
         self._current.pop((peer_id.engine, peer_id.rank), None)
         for route in list(peer.routes):
             self._detach(peer, route, silent=False)
-        return [PeerDown(peer_id, reason)]
+        return [PeerDown(peer_id, reason, ended)]
 
     # -- words ---------------------------------------------------------------------------------------------------
 

@@ -57,10 +57,12 @@ class PeerUp:
 
 @dataclass(frozen=True)
 class PeerDown:
-    """The peer is gone, or given up; ``reason`` is one line. It may come up again, then with new state."""
+    """The peer is gone, or given up; ``reason`` is one line. It may come up again, then with new state. ``ended``: its
+    process, or what connects us, is known to have ended; else it may only stand still."""
 
     peer: PeerId
     reason: str
+    ended: bool = True
 
 
 @dataclass(frozen=True)

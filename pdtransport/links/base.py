@@ -110,6 +110,11 @@ class Channel(ABC):
         """The peer's incarnation ended: drop all work; callbacks still owed get an error, now or in the next
         :meth:`Link.progress`. Never blocks for long, never raises."""
 
+    def give_up(self) -> None:
+        """As :meth:`close`, but the peer may only stand still: messages that have begun may end before what carries
+        them goes."""
+        self.close()
+
 
 class Link(ABC):
     """One way to move bytes, in one process."""

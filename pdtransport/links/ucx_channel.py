@@ -37,6 +37,9 @@ MAX_QUEUED = 4096  # batches to ask for, a channel
 INBOX_TAG = 0  # where a channel hears its peer's words; batches come to 1, 2, ...
 END_BYTES = 1  # ends the receive of a batch that its sender took back; shorter than any batch
 MAX_ENDPOINTS = 4
+# A worker whose endpoint was closed in the middle of a message stays for good (ucxx 0.52, UCX 1.21). A process that
+# stood still may go on within this time, and end the message; one that does not holds its share of slots for so long.
+PATIENCE_S = 10.0
 
 
 @dataclass(eq=False)
@@ -106,6 +109,7 @@ class UcxChannel(Channel):
         self._next_tag = INBOX_TAG + 1
         self._broken = ""
         self._end_by = 0.0
+        self._patient_until = 0.0  # endpoints stay until then, if they are in the middle of a message
         # A peer that does not take or send what was agreed on must not hold all slots.
         self._send_share = max(SlotRing.MIN_SLOTS, memory.sending.count // 2)
         self._receive_share = max(SlotRing.MIN_SLOTS, memory.receiving.count // 2)
@@ -395,10 +399,21 @@ class UcxChannel(Channel):
         return False
 
     def close(self) -> None:
-        if self.closed:
-            return
-        self._break("the channel is closed")
-        self.closed = True
+        self._patient_until = 0.0
+        self._shut()
+
+    def give_up(self) -> None:
+        if not self.closed:
+            self._patient_until = time.monotonic() + PATIENCE_S
+        self._shut()
+
+    def _shut(self) -> None:
+        if not self.closed:
+            self._break("the channel is closed")
+            self.closed = True
+        self._end()
+
+    def _disconnect(self) -> None:
         for endpoint in self._endpoints.values():
             try:
                 endpoint.close()
@@ -406,14 +421,18 @@ class UcxChannel(Channel):
                 self.stats.errors += 1
         self._endpoints.clear()
         self._end_by = time.monotonic() + CLOSE_S
-        self._end()
 
     def _end(self) -> None:
         """Let go of the worker once no message holds a slot any more: at once, as a rule, else at a deadline. With its
         worker, a message that did not end is destroyed; nothing reads or writes its slot after that. A kernel that
         writes pages can't be called back, only waited for."""
         self._fail_all()
-        if self.ended or self._placing or ((self._posted or self._sent) and time.monotonic() < self._end_by):
+        if self.ended:
+            return
+        if self._endpoints and not ((self._posted or self._sent) and time.monotonic() < self._patient_until):
+            self._disconnect()
+            self._fail_all()
+        if self._endpoints or self._placing or ((self._posted or self._sent) and time.monotonic() < self._end_by):
             return
         self._link.forget(self.worker)
         self.worker.close()

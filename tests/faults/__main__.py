@@ -64,7 +64,9 @@ def main() -> int:
     report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *said(sys.argv[1:])])])
     if plans:
         run_plans(plans, args.lanes, report, args.seconds, shout=print)
-    if real:
+    if real and args.runs == 0 and args.seed is None and not args.disconnects:
+        report.commands.clear()  # only to write down what is known
+    elif real:
         seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
         print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
         run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0, args.seconds)

@@ -242,7 +242,9 @@ broke a promise**. A run fails if status 200 comes with other tokens than a plai
 its deadline, the router breaks a stream off without an error event, no request is answered afterwards, or one fails
 without a fault. Every 25 rounds and in the end: all blocks free, no transfer, descriptors, threads and memory of
 workers and router as at the start; servers that died, started again, are used again, while nobody else was started; no
-stack trace in a log; no process left.
+stack trace in a log; no process left; the counters of servers none of which died agree with each other. Now and then
+vLLM loses the word that wakes an idle process of its own and looks again after 5 s, with or without a KV connector; the
+rig shortens that, so as to measure the faults.
 
 *transfers ended*: `ok` (disaggregated), `ok from decode alone` (the end of the router's ladder), `left` (the client),
 or the error. *took*: the whole request. *again after*: until a new request was answered once the fault was over, or

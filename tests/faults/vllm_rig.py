@@ -25,11 +25,13 @@ from tests.faults.vllm_plan import LINK, Request, request, round_of
 from tests.rig.client import Answer, Client, Handed, RequestFailed, hand_off, in_parallel
 from tests.rig.fixtures import forget
 from tests.rig.servers import Server, ServerFailed
+from tests.rig.watch import rss_bytes
 
 CASES, LONGEST = 160, 900  # prompts, and tokens of one
 SHORT_CASES, SHORT = 300, 250  # the same, where clients leave
 LEAVING = 0.3  # of all clients
-AT_A_TIME, PIECE, USUAL = 8, 100, 100
+AT_A_TIME, PIECE = 8, 100
+USUAL = 600  # requests first, whose clients stay: torch keeps memory for each size of step that it met
 IDLE_S = 60.0
 CHECK_EVERY = 25  # rounds: then blocks, transfers, descriptors and memory are looked at
 WARM = 24  # requests before what is held at rest counts
@@ -292,14 +294,18 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
                 usual.extend(it.result.took_s)
 
         usual: list[float] = []
-        await in_parallel(AT_A_TIME, [partial(one, number, 0.0) for number in range(USUAL)])
+        for _ in range(0, USUAL, PIECE):
+            await in_parallel(AT_A_TIME, [partial(one, number, 0.0) for number in range(PIECE)])
+            await forget(client, *fleet.all)
+            print("MiB: " + ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in fleet.processes().items()))
         middle = sorted(usual)[len(usual) // 2]
         await fleet.begin(client)
         for first in range(0, count, PIECE):
             numbers = range(first, min(count, first + PIECE))
             await in_parallel(AT_A_TIME, [partial(one, number, middle) for number in numbers])
             await forget(client, *fleet.all)  # so that pages cross again
-            print(f"{numbers[-1] + 1} requests of {count}, {report.total.failed} failed", flush=True)
+            resident = ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in fleet.processes().items())
+            print(f"{numbers[-1] + 1} requests of {count}, {report.total.failed} failed; MiB: {resident}", flush=True)
         report.trouble += await fleet.leaks(client)
         print(f"idle for {IDLE_S:.0f} s")
         await asyncio.sleep(IDLE_S)

@@ -300,6 +300,9 @@ class _Server:
         self.channel.close()
         return time.monotonic() - begin
 
+    def do_give_up(self) -> None:
+        self.channel.give_up()
+
     def do_probe_start(self, nbytes: int) -> list[bytes]:
         gpu = self.opened.regions.device != HOST
         batch = self.settings.gpu_slot_bytes if gpu else self.settings.batch_bytes

@@ -427,6 +427,38 @@ def test_the_other_end_survives(
         assert survivor.ask("read", [(0, BATCH)]) == other.ask("read", spans)
 
 
+def test_a_peer_that_stood_still_costs_no_descriptors() -> None:
+    """A sender stands still in the middle of batches, is given up, goes on, and gives up in turn: UCX keeps nothing of
+    the channel on either side."""
+    with end("ucx") as sender, end("ucx") as receiver:
+
+        def held() -> list[int]:
+            return [len(os.listdir(f"/proc/{one.process.pid}/fd")) for one in (sender, receiver)]
+
+        pair(sender, receiver)  # what stays with the first one
+        for one in (sender, receiver):
+            one.ask("close_channel")
+        for delay_s in (0.0, 0.0, 0.001, 0.002, 0.004):
+            before = held()
+            pair(sender, receiver)
+            start_moving(sender, receiver)
+            time.sleep(delay_s)
+            sender.signal(signal.SIGSTOP)
+            time.sleep(0.05)
+            receiver.ask("give_up")
+            time.sleep(0.3)
+            sender.signal(signal.SIGCONT)
+            time.sleep(0.3)
+            sender.ask("give_up")
+            for one in (sender, receiver):
+                assert_all_free(one)
+                one.ask("forget")
+            until = time.monotonic() + 5.0
+            while any(now > old for now, old in zip(held(), before, strict=True)):
+                assert time.monotonic() < until, f"descriptors of sender and receiver: {before} -> {held()}"
+                time.sleep(0.05)
+
+
 def test_work_on_a_closed_channel_is_refused(ends: tuple[End, End]) -> None:
     sender, receiver = ends
     offer, checksums = sender.ask("send", 1, [(0, PAGE)], 1)

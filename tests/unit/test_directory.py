@@ -68,7 +68,7 @@ def test_silence_ends_a_peer_when_its_last_connection_is_silent(directory: Direc
     assert (one.unbound, one.peer, other.unbound) == ([True], None, [])
     other.last_heard = 7.0
     assert directory.tick(11.9) == []
-    assert directory.tick(12.0) == [PeerDown(P1, "silent for 5 s")]
+    assert directory.tick(12.0) == [PeerDown(P1, "silent for 5 s", ended=False)]
     assert directory.next_deadline() is None
     assert not directory.send(P1, b"x")
 

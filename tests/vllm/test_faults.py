@@ -12,7 +12,7 @@ from typing import Any
 from tests.faults.report import Report
 from tests.faults.vllm_fleet import ROUTER, Fleet
 from tests.faults.vllm_plan import round_of
-from tests.faults.vllm_rig import Round
+from tests.faults.vllm_rig import Round, warm
 from tests.rig import watch
 from tests.rig.cases import handed_over
 from tests.rig.client import Client
@@ -36,6 +36,7 @@ def test_servers_that_stand_still_break_no_promise(servers: Servers, book: Book,
         prefills = [servers.prefill, servers.other_prefill]
         with routed(prefills, [servers.decode], logs, "concurrent", *ROUTER) as router:
             fleet = Fleet(prefills, [servers.decode], router, [case for case in book.spare if len(case.tokens) >= 4])
+            await warm(fleet, client)
             await fleet.begin(client)
             seed = FIRST_SEED
             while time.monotonic() < until or seed < FIRST_SEED + LEAST:
