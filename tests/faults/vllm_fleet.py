@@ -209,15 +209,16 @@ class Fleet:
 
     def complaints(self) -> list[str]:
         """Stack traces through pdtransport in the logs of servers and router: errors nobody expected."""
-        found = []
+        found: Counter[str] = Counter()
         for log in [*(server.log for server in self.all), self.router.log]:
             lines = log.read_text(errors="replace").splitlines()
             for number, line in enumerate(lines):
                 if "Traceback (most recent call last)" in line:
                     trace = lines[number : number + _TRACE_LINES]
                     if any(re.search(r"[/.]pdtransport/", each) for each in trace):
-                        found.append(f"{log.name}:{number + 1}: " + " | ".join(trace[-1:]))
-        return found
+                        said = next((each for each in trace[1:] if each and not each[0].isspace()), trace[-1])
+                        found[f"{log.name}: a stack trace: {said[-200:]}"] += 1
+        return [f"{text} ({count} times)" for text, count in found.items()]
 
 
 def specs(sockets: Path | None, policy: str) -> list[ServerSpec]:
