@@ -38,6 +38,8 @@ from pdtransport.settings import is_loopback
 
 log = logging.getLogger("pdtransport.router")
 
+CLIENT_LEFT = 499  # nginx's code for it
+
 MAX_MODELS_BYTES = 4 << 20  # of a /v1/models answer
 _PROBE_CONNECTIONS = 4  # to one server, beside those that carry requests
 
@@ -306,6 +308,8 @@ async def _openai_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPException as error:
         return ApiError(error.status, f"{error.reason}: the router has no such path", code="not_found").response()
     except ConnectionError:
+        if request.transport is None or request.transport.is_closing():
+            return web.Response(status=CLIENT_LEFT)  # nobody reads it, and nobody logs it
         raise
     except Exception as error:
         log.exception("a request failed in the router itself")

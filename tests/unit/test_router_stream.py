@@ -8,10 +8,12 @@ import random
 import socket
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from pdtransport.router.events import MAX_HELD_BYTES, WholeEvents
+from pdtransport.router.server import _openai_errors
 from tests.unit.router_rig import Script, ask, completion, event, rigged, run, soon, stream
 
 
@@ -297,3 +299,31 @@ def test_timeline_has_the_events_in_their_order() -> None:
                 assert (trace["dispatch"], trace["outcome"], trace["status"]) == (order, "ok", 200)
 
     run(test)
+
+
+def test_a_client_that_leaves_as_its_answer_begins_is_no_error_of_the_router(caplog: pytest.LogCaptureFixture) -> None:
+    """Clients leave all the time: a log full of stack traces hides what matters."""
+
+    async def leaving(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"too late")
+        return response
+
+    async def test() -> None:
+        app = web.Application(middlewares=[_openai_errors])
+        app.router.add_get("/", leaving)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with aiohttp.ClientSession() as session:
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(f"http://127.0.0.1:{runner.addresses[0][1]}/")
+        await asyncio.sleep(0.05)
+        await runner.cleanup()
+
+    with caplog.at_level("WARNING"):
+        run(test)
+    assert [record.message for record in caplog.records] == []
