@@ -53,4 +53,5 @@ def test_servers_that_stand_still_break_no_promise(servers: Servers, book: Book,
     assert report.failures == [], report.failures[0]
     assert report.trouble == []
     assert report.total.struck >= LEAST / 2
-    assert report.total.ends["ok"] > report.total.runs
+    served = sum(count for end, count in report.total.ends.items() if end.startswith("ok"))
+    assert served >= LEAST, "clients that stay are served"
