@@ -45,7 +45,7 @@ def main() -> int:
         "--policy", choices=["fail", "recompute"], default="fail", help="kv_load_failure_policy of decode"
     )
     vllm.add_argument(
-        "--disconnects", type=int, default=0, help="instead: so many requests, 30% of whose clients leave"
+        "--disconnects", type=int, default=0, help="instead: so many requests, 30%% of whose clients leave"
     )
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
