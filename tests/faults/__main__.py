@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.faults.network import CASES
+from tests.faults.network import CASES, NoNamespaces
 from tests.faults.plan import Plan
 from tests.faults.report import Report
 from tests.faults.runner import random_plans, run_network, run_plans
@@ -71,7 +71,10 @@ def main() -> int:
         print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
         run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0, args.seconds)
     elif args.network:
-        run_network(args.network, [args.case] if args.case else list(CASES), report)
+        try:
+            run_network(args.network, [args.case] if args.case else list(CASES), report)
+        except NoNamespaces as error:
+            parser.error(f"--network: {error}")
     print(report.summary(time.monotonic() - began))
     for text in report.trouble if real else ():
         print(f"at the end: {text}")
