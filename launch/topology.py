@@ -111,8 +111,8 @@ def _ids(raw: Any) -> Any:
     return parse_cores(raw) if isinstance(raw, str) else raw
 
 
-# The real servers get their ports when the plan is made.
 _NO_SECRETS = "a topology holds no secrets"
+# The real servers get their ports when the plan is made.
 _PLACEHOLDERS = {"prefill": ["http://127.0.0.1:1"], "decode": ["http://127.0.0.1:2"]}
 
 
