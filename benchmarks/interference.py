@@ -39,7 +39,7 @@ from benchmarks._gpu_handoff import brief
 from benchmarks._gpu_scale import FULL, REHEARSAL, Scale
 from benchmarks._handoff_report import markdown
 from benchmarks.handoff import machine, say
-from tests.rig.client import Answer, Client, RequestFailed, Prepared, new_transfer, prepare, to_decode, to_prefill
+from tests.rig.client import Answer, Client, Prepared, RequestFailed, new_transfer, prepare, to_decode, to_prefill
 from tests.rig.device import card
 from tests.rig.servers import Server, ServerFailed, fleet
 
