@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from pdtransport.kernels.runs import Runs
+from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.policies import Links, make_policy
@@ -112,7 +113,7 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
                     taken["memcpy"].append(copied - begin)
                     taken["store"].append(between - copied)
                     taken["load"].append(end - between)
-                client.drop(None).result()
+                PoolAdmin(client).clear()
     rates = {what: nbytes / median(seconds) for what, seconds in taken.items()}
     shares = {
         f"{what} / memcpy": median(base / own for base, own in zip(taken["memcpy"], taken[what], strict=True))

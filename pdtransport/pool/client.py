@@ -162,29 +162,70 @@ class PoolClient:
         """
         return self._copy(False, keys, runs, deadline_s)
 
-    def pin(
+    # -- what people ask (see pdtransport.pool.admin) -----------------------------------------------------------------
+
+    def manage(
         self,
         keys: Sequence[bytes],
-        pin: Literal["none", "soft", "hard"],
+        action: Literal["pin", "drop", "leave", "fetch", "write"],
         *,
+        pin: Literal["none", "soft", "hard"] = "none",
         for_s: float | None = None,
+        tier: str = "",
+        again: bool = False,
         deadline_s: float | None = None,
     ) -> Pending[int]:
-        """Keep these chunks in memory ("hard": always, "soft": as long as anything else can go), or no longer ("none");
-        ``for_s`` seconds long. The answer is how many are pinned: those in memory, hard ones up to half of it."""
-        packed, kind = b"".join(keys[: say.MAX_KEYS]), PINS[pin]
+        """Do this to up to 512 chunks (see :meth:`pdtransport.pool.control.Control.manage`); the answer is to how many
+        it was done."""
         return self._question(
-            lambda number: say.Pin(request=number, keys=packed, pin=kind, for_s=for_s),
+            lambda number: say.Manage(
+                request=number, keys=b"".join(keys), action=action, pin=PINS[pin], for_s=for_s, tier=tier, again=again
+            ),
             _count,
             deadline_s or self.deadline_s,
         )
 
-    def drop(self, keys: Sequence[bytes] | None, *, deadline_s: float | None = None) -> Pending[int]:
-        """Forget these chunks, or all (None), in all tiers. The answer is how many there were."""
-        packed = b"".join(keys[: say.MAX_KEYS]) if keys is not None else b""
+    def look(
+        self,
+        keys: Sequence[bytes] | None,
+        first: int = 0,
+        *,
+        tenant: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Pending[say.Looked]:
+        """What the pool holds of up to 4096 ``keys``; None: of all, from place ``first`` on, and of one ``tenant``."""
+        packed = b"".join(keys or ())
         return self._question(
-            lambda number: say.Drop(request=number, keys=packed, everything=keys is None),
-            _count,
+            lambda number: say.Look(request=number, keys=packed, sweep=keys is None, first=first, tenant=tenant),
+            lambda answer: answer if isinstance(answer, say.Looked) else None,
+            deadline_s or self.deadline_s,
+        )
+
+    def count(self, first: int = 0, *, deadline_s: float | None = None) -> Pending[say.Counted]:
+        """How much the pool holds by tier and tenant, from place ``first`` of its index on."""
+        return self._question(
+            lambda number: say.Count(request=number, first=first),
+            lambda answer: answer if isinstance(answer, say.Counted) else None,
+            deadline_s or self.deadline_s,
+        )
+
+    def introduce(self, space: str) -> None:
+        """Tell the pool of what the keys of this engine's chunks are made: now, and again whenever it starts anew."""
+        message = say.Introduce(request=next(self._numbers), space=space)
+
+        def say_it() -> None:
+            self._wire.introduction = message
+            session = self._wire.session
+            if session is not None and session.mapping is not None:
+                self._wire.tell(session, message)
+
+        self._post(say_it)
+
+    def spaces(self, *, deadline_s: float | None = None) -> Pending[tuple[str, ...]]:
+        """What engines told it, the last one first."""
+        return self._question(
+            lambda number: say.SpacesAsked(request=number),
+            lambda answer: answer.spaces if isinstance(answer, say.Spaces) else None,
             deadline_s or self.deadline_s,
         )
 

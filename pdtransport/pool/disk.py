@@ -40,6 +40,7 @@ class DiskTier(Tier):
         self.threads = settings.threads
         self._root = settings.path
         self._codec = make_codec(settings.codec, settings.item_bytes)
+        self.packs = self._codec is not None
         self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
         self._numbers = itertools.count()
         try:

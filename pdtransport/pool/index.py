@@ -82,6 +82,15 @@ class Index:
     def key(self, entry: int) -> bytes:
         return bytes(self._raw[entry * KEY_BYTES : (entry + 1) * KEY_BYTES])
 
+    @property
+    def fresh(self) -> int:
+        """No entry from here on was ever used."""
+        return self._fresh
+
+    def keys(self, entries: Entries) -> bytes:
+        """Their keys, one after the other."""
+        return self._keys[entries].tobytes()
+
     def add(self, key: bytes) -> int:
         """A new entry for a key that is not there.
 

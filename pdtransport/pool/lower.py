@@ -30,7 +30,8 @@ class Lower:
     def attach(self, index: Index) -> None:
         self._index = index
         self._policy = make_policy(self._policy_name, Links(index.capacity))
-        self._stored = np.zeros(index.capacity, dtype=np.uint32).data
+        self.stored = np.zeros(index.capacity, dtype=np.uint32)  # bytes that each entry's chunk takes there
+        self._stored = self.stored.data
 
     def __len__(self) -> int:
         return len(self._policy)

@@ -15,11 +15,15 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.protocol.messages import MAX_REASON, Message, WireError
 
-POOL_VERSION = 1
+POOL_VERSION = 2
 
 MAX_KEYS = 4096  # of one message; clients cut longer lists
 MAX_FRAME_BYTES = 4 << 20  # of a message
+MAX_MANAGED = 512  # keys of one Manage: what the pool does about them must not keep readers waiting
 MAX_PIN_S = 30 * 86400.0
+MAX_SPACE = 16 << 10  # characters of an engine's key spaces
+
+Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{0,64}$")]
 
 RequestId = Annotated[int, Field(ge=1, lt=1 << 63)]
 Keys = Annotated[bytes, Field(max_length=KEY_BYTES * MAX_KEYS)]
@@ -33,7 +37,7 @@ class Hello(Message):
     kind: Literal["hello"] = "hello"
     lock: Annotated[int, Field(ge=1, lt=1 << 62)]
     name: Annotated[str, Field(max_length=128)]
-    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{0,64}$")] = ""
+    tenant: Tenant = ""
 
 
 class Welcome(Message):
@@ -147,19 +151,80 @@ class Found(_Numbered):
     in_memory: int
 
 
-class Pin(_Keyed):
-    """Client: keep these in memory (see :meth:`pdtransport.pool.shelf.Shelf.pin`). Answered by :class:`Done`."""
+class Manage(_Keyed):
+    """Client: do this to these chunks (see :class:`pdtransport.pool.control.Control`). Answered by :class:`Done`."""
 
-    kind: Literal["pin"] = "pin"
-    pin: Annotated[int, Field(ge=0, le=2)]
+    kind: Literal["manage"] = "manage"
+    action: Literal["pin", "drop", "leave", "fetch", "write"]
+    pin: Annotated[int, Field(ge=0, le=2)] = 0
     for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] | None = None
+    tier: Annotated[str, Field(max_length=64)] = ""
+    again: bool = False
+
+    @model_validator(mode="after")
+    def _few(self) -> Manage:
+        if self.count > MAX_MANAGED:
+            raise ValueError(f"{self.count} keys, at most {MAX_MANAGED} are managed at a time")
+        return self
 
 
-class Drop(_Keyed):
-    """Client: forget these, or all that are there. Answered by :class:`Done`."""
+class Look(_Keyed):
+    """Client: what do you hold of these, or (``sweep``) of all, from place ``first`` on? Answered by
+    :class:`Looked`."""
 
-    kind: Literal["drop"] = "drop"
-    everything: bool = False
+    kind: Literal["look"] = "look"
+    sweep: bool = False
+    first: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    tenant: Tenant | None = None
+
+
+class Looked(_Numbered):
+    """Service: a row for each chunk. ``sizes``: uint32; ``tiers`` and ``flags``: bits, a byte each. ``next``: where
+    a sweep goes on, -1 at its end. ``backlog``: jobs that wait for tiers."""
+
+    kind: Literal["looked"] = "looked"
+    keys: Keys
+    sizes: Words32
+    tiers: Annotated[bytes, Field(max_length=MAX_KEYS)]
+    flags: Annotated[bytes, Field(max_length=MAX_KEYS)]
+    next: int = -1
+    backlog: int = 0
+
+
+class Count(_Numbered):
+    """Client: how much do you hold, from place ``first`` of the index on? Answered by :class:`Counted`."""
+
+    kind: Literal["count"] = "count"
+    first: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+
+
+class Counted(_Numbered):
+    """Service: ``held`` is JSON text, a list of ``[tier, tenant, chunks, bytes]`` for one part of the index; ``next``
+    as in :class:`Looked`."""
+
+    kind: Literal["counted"] = "counted"
+    held: str
+    next: int = -1
+
+
+class Introduce(_Numbered):
+    """Client: chunks of this engine have keys of this kind; ``space`` is JSON text. Answered by :class:`Done`."""
+
+    kind: Literal["introduce"] = "introduce"
+    space: Annotated[str, Field(max_length=MAX_SPACE)]
+
+
+class SpacesAsked(_Numbered):
+    """Client: what were you introduced to? Answered by :class:`Spaces`."""
+
+    kind: Literal["spaces?"] = "spaces?"
+
+
+class Spaces(_Numbered):
+    """Service: ``spaces`` is what engines said, the last one first."""
+
+    kind: Literal["spaces"] = "spaces"
+    spaces: tuple[str, ...]
 
 
 class Done(_Numbered):
@@ -198,8 +263,24 @@ class Refused(Message):
     reason: Annotated[str, Field(max_length=MAX_REASON)]
 
 
-FromClient = Hello | Store | Load | Publish | Release | Damaged | Cancel | Lookup | Pin | Drop | StatusAsked | Bye
-FromPool = Welcome | Answer | Found | Done | Status | Refused
+FromClient = (
+    Hello
+    | Store
+    | Load
+    | Publish
+    | Release
+    | Damaged
+    | Cancel
+    | Lookup
+    | Manage
+    | Look
+    | Count
+    | Introduce
+    | SpacesAsked
+    | StatusAsked
+    | Bye
+)
+FromPool = Welcome | Answer | Found | Done | Looked | Counted | Spaces | Status | Refused
 
 _FROM_CLIENT: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="kind")])
 _FROM_POOL: TypeAdapter[FromPool] = TypeAdapter(Annotated[FromPool, Field(discriminator="kind")])

@@ -24,21 +24,25 @@ PROBE_S = 0.5  # between looks at a tier that is down
 FOREVER_S = 1e9
 STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
 
+END, READ, REST = range(3)  # what goes first
+
+_Queue = queue.PriorityQueue[tuple[int, int, Job | None]]
 Post = Callable[[Callable[[], None]], None]
 
 
 class Mover:
-    """Threads for each tier of ``shelf``. Jobs about one key run in order, by the same thread; results are posted to
-    the thread that drives the shelf."""
+    """Threads for each tier of ``shelf``. Writes and deletes of one key run in order, by the same thread; results are
+    posted to the thread that drives the shelf."""
 
     def __init__(self, shelf: Shelf, memory: Mapping, post: Post) -> None:
         self._shelf, self._memory, self._post = shelf, memory, post
         self._frame_bytes = shelf.settings.frame_bytes
         self._stopping = threading.Event()
-        self._queues: dict[str, list[queue.SimpleQueue[Job | None]]] = {}
+        self._queues: dict[str, list[_Queue]] = {}
+        self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
         for tier in shelf.lower:
-            queues: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in range(tier.tier.threads)]
+            queues: list[_Queue] = [queue.PriorityQueue() for _ in range(tier.tier.threads)]
             self._queues[tier.name] = queues
             self._threads += [
                 threading.Thread(target=self._work, args=(each,), name=f"pdpool-{tier.name}", daemon=True)
@@ -51,15 +55,23 @@ class Mover:
             thread.start()
 
     def submit(self, job: Job) -> None:
+        """Reads go first: someone waits for them. A read of a key never stands behind a write of it, which must have
+        ended for the tier to have it."""
         queues = self._queues[job.tier.name]
-        queues[int.from_bytes(job.key[-4:], "little") % len(queues)].put(job)
+        rank = READ if isinstance(job, Promote) else REST
+        queues[int.from_bytes(job.key[-4:], "little") % len(queues)].put((rank, next(self._numbers), job))
+
+    @property
+    def backlog(self) -> int:
+        """Jobs that wait, of all tiers."""
+        return sum(each.qsize() for queues in self._queues.values() for each in queues)
 
     def close(self) -> None:
         """End the threads; chunks that wait to be written back are not."""
         self._stopping.set()
         for queues in self._queues.values():
             for each in queues:
-                each.put(None)
+                each.put((END, 0, None))
         for thread in self._threads:
             thread.join(STOP_S)
 
@@ -67,8 +79,8 @@ class Mover:
     def ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _work(self, jobs: queue.SimpleQueue[Job | None]) -> None:
-        while (job := jobs.get()) is not None and not self._stopping.is_set():
+    def _work(self, jobs: _Queue) -> None:
+        while (job := jobs.get()[2]) is not None and not self._stopping.is_set():
             try:
                 if isinstance(job, WriteBack):
                     self._write_back(job)

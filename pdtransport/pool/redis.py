@@ -40,6 +40,7 @@ class RedisTier(Tier):
             raise SettingsError("pool.redis needs the redis package: pip install 'pdtransport[pool]'") from None
         self.threads, self.rescan_s = settings.threads, settings.rescan_s
         self._codec = make_codec(settings.codec, settings.item_bytes)
+        self.packs = self._codec is not None
         self._down = (redis.ConnectionError, redis.TimeoutError, OSError)
         self._error = redis.RedisError
         try:

@@ -23,6 +23,7 @@ from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
+from pdtransport.pool.control import Control
 from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.lower import Lower
@@ -83,6 +84,7 @@ class PoolService:
                 return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
 
             self.shelf = Shelf(settings, nbytes // frame_bytes, verify, _lower(settings))
+            self._control = Control(self.shelf)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
             settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
@@ -94,6 +96,7 @@ class PoolService:
         self._clients: dict[bytes, Client] = {}
         self._complaints = Complaints()
         self._tick_at = 0.0
+        self._paused = False
         self.counters: Counter[str] = Counter()
 
     # -- what the reactor drives ------------------------------------------------------------------------------------
@@ -123,6 +126,9 @@ class PoolService:
                 return False
             if isinstance(letter, Letter):
                 self._on_letter(letter, now)
+            if self._paused:
+                break
+        self._paused = False
         self._flush()
         return True
 
@@ -219,18 +225,33 @@ class PoolService:
             request = session.requests.pop(message.request, None)
             if request is not None:
                 shelf.cancel(request)
-        elif isinstance(message, say.Pin):
-            until = None if message.for_s is None else now + message.for_s
-            self._send(
-                client.route, say.Done(request=message.request, count=shelf.pin(message.keys, message.pin, until))
-            )
-        elif isinstance(message, say.Drop):
-            count = shelf.drop(None if message.everything else message.keys)
-            self._send(client.route, say.Done(request=message.request, count=count))
         elif isinstance(message, say.StatusAsked):
             self._send(client.route, say.Status(request=message.request, status=json.dumps(self.status())))
         elif isinstance(message, say.Bye):
             self._end(client)
+        else:
+            self._on_control(client, message, now)
+
+    def _on_control(self, client: Client, message: Message, now: float) -> None:
+        """What people ask. Each of these ends the turn: whoever waits for a chunk is answered before the next one."""
+        assert self._mover is not None
+        self._paused = True
+        number: int = getattr(message, "request", 0)
+        try:
+            if isinstance(message, say.Manage):
+                answer: Message = say.Done(request=number, count=self._control.manage(message, now))
+            elif isinstance(message, say.Look):
+                answer = self._control.look(message, self._mover.backlog)
+            elif isinstance(message, say.Count):
+                answer = self._control.count(message)
+            elif isinstance(message, say.Introduce):
+                self._control.introduce(message.space)
+                answer = say.Done(request=number, count=1)
+            else:
+                answer = say.Spaces(request=number, spaces=self._control.spaces())
+        except WireError as error:  # understood, and not possible here
+            answer = say.Refused(request=number, what="wish", reason=str(error))
+        self._send(client.route, answer)
 
     def _on_request(self, client: Client, message: say.Store | say.Load) -> None:
         requests, sizes = client.session.requests, _numbers(message.sizes, "<u4")
@@ -360,10 +381,18 @@ def _contents(shelf: Shelf) -> dict[str, Any]:
             "by_tenant": {group.name: group.used * frame_bytes for group in shelf.room.groups if group.used},
         },
         "tiers": {
-            tier.name: {"up": tier.up, "limit_bytes": tier.limit, "used_bytes": tier.used, "chunks": len(tier)}
+            tier.name: {
+                "up": tier.up,
+                "limit_bytes": tier.limit,
+                "used_bytes": tier.used,
+                "chunks": len(tier),
+                "packs": tier.tier.packs,
+                "bit": tier.bit,
+            }
             for tier in shelf.lower
         },
         "writeback_bytes": shelf.writeback_bytes,
+        "writeback_limit": shelf.settings.writeback_bytes,
         "being_filled": shelf.being_filled,
         "counters": dict(sorted(shelf.counters.items())),
     }

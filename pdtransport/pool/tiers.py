@@ -33,6 +33,7 @@ class Tier(ABC):
     overhead_bytes: int  # that a chunk may take beyond its content
     threads: int  # that may call at once
     shared: bool = False  # whether other pools write there too
+    packs: bool = False  # whether it has a codec, so that chunks take less room there
     rescan_s: float = 0.0  # how often to look for what they wrote; 0: at start only
 
     def probe(self) -> None:  # noqa: B027 - most tiers are always there

@@ -96,6 +96,7 @@ class Wire:
         self._next_try = 0.0
         self._why = ""
         self._asked: dict[int, Asked] = {}
+        self.introduction: say.Introduce | None = None  # said at the beginning of each session
         self._unsent: list[Asked] = []
 
     # -- asking -----------------------------------------------------------------------------------------------------
@@ -256,7 +257,11 @@ class Wire:
             self._hang_up(message.reason)
         elif isinstance(message, say.Refused) and message.what == "hello":
             self._hang_up("it lost this client's session")
-        elif not isinstance(message, say.Refused):
+        elif isinstance(message, say.Refused):
+            refused = self._asked.get(message.request)
+            if message.what == "wish" and refused is not None:
+                self._end(refused, message.reason)
+        else:
             asked = self._asked.get(message.request)
             if asked is not None and asked.heard(self.session, message):
                 self._asked.pop(asked.number, None)
@@ -274,6 +279,8 @@ class Wire:
         session.frame_bytes, session.client_bytes = welcome.frame_bytes, welcome.client_bytes
         session.mapping, self._why = mapping, ""
         threading.Thread(target=_populate, args=(session,), name="pdpool-populate", daemon=True).start()
+        if self.introduction is not None:
+            self._send(self.introduction)
         unsent, self._unsent = self._unsent, []
         for asked in unsent:
             if asked.number in self._asked and session is self.session:

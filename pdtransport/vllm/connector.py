@@ -115,7 +115,9 @@ class PDTransportConnector(KVConnectorBase_V1):
         self.scheduler.bind(self, kv_cache_manager)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        self.scheduler.start_pool(metadata)
+        model = self._vllm_config.model_config
+        served = model.served_model_name
+        self.scheduler.start_pool(metadata, [served] if isinstance(served, str) else served or [], str(model.tokenizer))
 
     def get_external_cache_hit_sources(self, request: Request, num_hits: int) -> dict[Any, int]:
         if CacheHitSource is not None and self.scheduler.from_pool(request.request_id):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending, PoolClient
-from pdtransport.pool.messages import MAX_KEYS
+from pdtransport.pool.messages import MAX_KEYS, MAX_SPACE
 from pdtransport.settings import PoolUse
 from pdtransport.vllm.metadata import Fetch, Keep
-from pdtransport.vllm.pool_space import Shard, salt_of, why_unkeyable
+from pdtransport.vllm.pool_space import Shard, introduction, salt_of, why_unkeyable
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -99,8 +99,8 @@ class PoolScheduler:
         self._hand_offs: dict[str, _HandOff] = {}
         self._counts: Counter[str] = Counter()
 
-    def start(self, shards: Mapping[int, Shard]) -> None:
-        """What the workers told, by rank."""
+    def start(self, shards: Mapping[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
+        """What the workers told, by rank. The pool is told, so that people can look prompts up in it."""
         if sorted(shards) != list(range(self._ranks)):
             logger.warning("the pool is not used: %d of %d workers can use it", len(shards), self._ranks)
             return
@@ -108,6 +108,9 @@ class PoolScheduler:
         if self._client is None:
             who = f"vllm-{os.getpid()}-lookup"
             self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
+            told = introduction([shards[rank] for rank in range(self._ranks)], self._use, served, tokenizer)
+            if len(told) <= MAX_SPACE:
+                self._client.introduce(told)
 
     def close(self) -> None:
         if self._client is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.spaces import Space, whole_salt
 from pdtransport.settings import PoolUse
 from pdtransport.transport import fingerprint_of
 from pdtransport.vllm.geometry import Described
@@ -87,6 +89,24 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
     ]
 
 
+def introduction(shards: Sequence[Shard], use: PoolUse, served: Sequence[str], tokenizer: str) -> str:
+    """What the pool is told of this engine's keys, as JSON text."""
+    spaces = [space for shard in shards for space in shard.spaces]
+    first = spaces[0]
+    told = Space(
+        model=first.model,
+        revision=first.revision,
+        dtype=first.dtype,
+        layout=first.layout,
+        shards=tuple(dict.fromkeys(space.shard for space in spaces)),
+        chunk_tokens=first.chunk_tokens,
+        salted=bool(use.salt),
+        served=tuple(served),
+        tokenizer=tokenizer,
+    )
+    return told.model_dump_json()
+
+
 def _altered(config: VllmConfig) -> str:
     """What makes other KV of the same weight files: quantisation on the fly, a draft model's layers."""
     facts = (config.model_config.quantization, str(config.speculative_config or ""))
@@ -135,5 +155,5 @@ def why_unkeyable(request: Request) -> str:
 
 
 def salt_of(configured: str, request: Request) -> str:
-    """Of the instance and of the request; no two pairs are the same."""
-    return f"{len(configured)}:{configured}{request.cache_salt or ''}"
+    """Of the instance and of the request."""
+    return whole_salt(configured, request.cache_salt or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +125,10 @@ class SchedulerSide:
         if self._settings.step_ahead:
             self._start = StepStart.of(connector, manager, self._begin)
 
-    def start_pool(self, shards: dict[int, Shard]) -> None:
-        """The workers told which chunks of the pool are theirs."""
+    def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
+        """The workers told which chunks of the pool are theirs. ``served``: the model's names for clients."""
         if self._pool is not None:
-            self._pool.start(shards)
+            self._pool.start(shards, served, tokenizer)
 
     # -- arrival -------------------------------------------------------------------------------------------------
 

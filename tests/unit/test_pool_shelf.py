@@ -90,7 +90,7 @@ def test_a_dropped_chunk_stays_whole_for_its_readers() -> None:
     asker = Asker(on)
     asker.put(1)
     reading = asker.load(1)
-    assert on.drop(None) == 1
+    assert on.drop(keys(1)) == 1
     assert on.lookup(keys(1)) == (0, 0)
     assert asker.put(2) == [Verdict.FULL]
     assert asker.put(1) == [Verdict.BUSY]
@@ -273,7 +273,7 @@ def test_a_chunk_dropped_on_its_way_down_stays_dropped() -> None:
     Asker(on).put(1)
     job = on.jobs.popleft()
     assert isinstance(job, WriteBack)
-    on.drop(None)
+    on.drop(keys(1))
     on.written_back(job, FRAME)
     assert on.lookup(keys(1)) == (0, 0)
     assert [type(each) for each in on.jobs] == [Delete]
