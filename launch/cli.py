@@ -2,7 +2,7 @@
 
 Exit status:
   0    done; for `up`: stopped on request after it was up
-  1    `status`: nothing is up under that name, or a worker does not answer
+  1    `status`: nothing is up under that name, or a worker does not answer; `pool`: there is no such pool
   2    the command line or the topology file is wrong
   3    preflight found a reason not to start
   4    a process did not start
@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pdtransport.errors import PDTransportError
-from pdtransport.launch import guard, preflight, prove, size, status
+from pdtransport.errors import PDTransportError, PoolUnavailable
+from pdtransport.launch import guard, pool, preflight, prove, size, status
 from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
 from pdtransport.launch.processes import Fleet
 from pdtransport.launch.reading import load
@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--rate", action="append", default=[], metavar="NAME=GB/s", help="a link's rate; may be given again"
     )
     sizes.add_argument("--json", action="store_true", help="answer with one JSON object")
+    pool.add_parser(verbs)
     return made
 
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         "status": lambda: _status(arguments),
         "keys": lambda: _keys(arguments),
         "size": lambda: _size(arguments),
+        "pool": lambda: _pool(arguments),
     }
     try:
         return verbs[arguments.verb]()
@@ -209,6 +211,16 @@ def _size(arguments: argparse.Namespace) -> int:
     rates = dict(map(size.parse_rate, arguments.rate)) or size.NOMINAL_RATES
     told = size.report(found, tokens, rates)
     print(json.dumps(told, indent=2) if arguments.json else size.as_text(found, tokens, rates))
+    return OK
+
+
+def _pool(arguments: argparse.Namespace) -> int:
+    try:
+        print(pool.run(arguments))
+    except PoolUnavailable as error:
+        return _fail(error, NOT_UP)
+    except PDTransportError as error:
+        return _fail(error, USAGE)
     return OK
 
 

@@ -7,6 +7,7 @@ matters when they stop in the middle.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,11 +106,13 @@ class PoolAdmin:
                 of[0] += chunks
                 of[1] += nbytes
             first = part.next
-        rows = sorted(held.items(), key=lambda item: (self._order(item[0][0]), item[0][1]))
+        rows = sorted(held.items(), key=lambda item: (self.tier_names.index(item[0][0]), item[0][1]))
         return [{"tier": tier, "tenant": tenant, "chunks": n[0], "bytes": n[1]} for (tier, tenant), n in rows]
 
-    def _order(self, tier: str) -> int:
-        return list(self._tiers()).index(tier)
+    @property
+    def tier_names(self) -> list[str]:
+        """Fastest first."""
+        return list(self._tiers())
 
     def spaces(self) -> list[Space]:
         """What engines told of their keys since the pool started, the last one first."""
@@ -124,7 +127,13 @@ class PoolAdmin:
         return found
 
     def sweep(self, tenant: str | None = None) -> Iterator[list[Place]]:
-        """All chunks, or one tenant's, in slices; those that come meanwhile may be missing."""
+        """All chunks, or one tenant's, in slices; those that come meanwhile may be missing.
+
+        Raises:
+            AdminError: that can't be a tenant.
+        """
+        if tenant is not None and not re.fullmatch(say.TENANT, tenant):
+            raise AdminError(f"{tenant[:80]!r} is no name of a tenant")
         first = 0
         while first >= 0:
             self._go_on()
@@ -208,7 +217,7 @@ class PoolAdmin:
         if to == "memory":
             return self.prefetch(chosen)
         if to != BELOW and to not in self._tiers():
-            raise AdminError(f"no tier {to!r} in this pool; there are: {', '.join([*self._tiers(), BELOW])}")
+            raise AdminError(f"no tier {to!r} in this pool; there are: {', '.join([*self.tier_names, BELOW])}")
         return self._in_windows(chosen, lambda places: self._push_down(places, to))
 
     def compress(self, chosen: Chosen) -> Outcome:

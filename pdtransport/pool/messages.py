@@ -23,7 +23,8 @@ MAX_MANAGED = 512  # keys of one Manage: what the pool does about them must not 
 MAX_PIN_S = 30 * 86400.0
 MAX_SPACE = 16 << 10  # characters of an engine's key spaces
 
-Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{0,64}$")]
+TENANT = r"^[A-Za-z0-9._\-]{0,64}$"
+Tenant = Annotated[str, Field(pattern=TENANT)]
 
 RequestId = Annotated[int, Field(ge=1, lt=1 << 63)]
 Keys = Annotated[bytes, Field(max_length=KEY_BYTES * MAX_KEYS)]
