@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pdtransport.errors import PDTransportError, PoolUnavailable
+from pdtransport.errors import PDTransportError, PoolRefusal, PoolUnavailable
 from pdtransport.launch import guard, pool, preflight, prove, size, status
 from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
 from pdtransport.launch.processes import Fleet
@@ -217,6 +217,8 @@ def _size(arguments: argparse.Namespace) -> int:
 def _pool(arguments: argparse.Namespace) -> int:
     try:
         print(pool.run(arguments))
+    except PoolRefusal as error:
+        return _fail(error, USAGE)
     except PoolUnavailable as error:
         return _fail(error, NOT_UP)
     except PDTransportError as error:

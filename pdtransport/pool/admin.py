@@ -137,12 +137,15 @@ class PoolAdmin:
         first = 0
         while first >= 0:
             self._go_on()
-            part = self._client.look(None, first, tenant=tenant).result()
-            yield self._places(part)
-            first = part.next
-            while part.backlog > MAX_BACKLOG:
+            places, first = self.some(first, tenant)
+            yield places
+            while self._client.look(()).result().backlog > MAX_BACKLOG:
                 self._pause()
-                part = self._client.look(()).result()
+
+    def some(self, first: int, tenant: str | None = None) -> tuple[list[Place], int]:
+        """One slice of a sweep from place ``first`` on, and where the next one begins (-1: that was all)."""
+        part = self._client.look(None, first, tenant=tenant).result()
+        return self._places(part), part.next
 
     def _places(self, part: say.Looked) -> list[Place]:
         bits = self._tiers()

@@ -18,10 +18,10 @@ from pydantic import BaseModel
 from pdtransport.errors import PDTransportError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings
+from pdtransport.pool.settings import DiskSettings, HttpSettings, PoolSettings, RedisSettings
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-SIZES = {"memory_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
+SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
 
 
 def size(text: str) -> int:
@@ -41,11 +41,11 @@ def quota(text: str) -> tuple[str, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of the tiers begin with --disk and --redis."""
+    """One option for each setting; those of tiers and API begin with --disk, --redis, --http."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "http"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -53,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     _add(made, DiskSettings, "disk.", leave_out={"path"})
     made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
     _add(made, RedisSettings, "redis.", leave_out={"url"})
+    made.add_argument("--http", dest="http.listen", metavar="HOST:PORT", help=_help(HttpSettings, "listen"))
+    _add(made, HttpSettings, "http.", leave_out={"listen"})
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
@@ -97,6 +99,8 @@ def _serve(settings: PoolSettings) -> int:
     with Pool(settings) as pool:
         memory = pool.status()["memory"]["bytes"]
         print(f"pdpool: {settings.name} serves {memory >> 20} MiB at {settings.socket_path}", flush=True)
+        if pool.url:
+            print(f"pdpool: HTTP API at {pool.url}, described in {pool.url}/openapi.json", flush=True)
         while not ended.wait(1.0):
             pass
     return 0

@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zmq
@@ -36,6 +36,9 @@ from pdtransport.pool.shelf import MEMORY, Shelf
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
+
+if TYPE_CHECKING:
+    from pdtransport.pool.api import PoolApi
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -345,6 +348,20 @@ class Pool:
         self.settings = settings or PoolSettings()
         self._reactor = Reactor(self._make, name=f"pdpool-{self.settings.name}")
         self._reactor.start()
+        self._api: PoolApi | None = None
+        if self.settings.http is not None:
+            from pdtransport.pool.api import PoolApi
+
+            try:
+                self._api = PoolApi(self.settings, self.settings.http)
+            except BaseException:
+                self._reactor.stop()
+                raise
+
+    @property
+    def url(self) -> str:
+        """Where the HTTP API is; empty: there is none."""
+        return self._api.url if self._api is not None else ""
 
     def _make(self, reactor: Reactor) -> PoolService:
         self._service = PoolService(self.settings, reactor)
@@ -356,6 +373,9 @@ class Pool:
 
     def close(self) -> None:
         """End the service. Safe to call twice."""
+        if self._api is not None:
+            self._api.close()
+            self._api = None
         self._reactor.stop()
 
     def __enter__(self) -> Pool:

@@ -52,6 +52,33 @@ class RedisSettings(_TierSettings):
     )
 
 
+class HttpSettings(BaseModel):
+    """The HTTP API, through which people and programs see and manage what the pool holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: str = Field(
+        pattern=r"^(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):\d{1,5}$",
+        description="HOST:PORT to serve the HTTP API on; port 0: any that is free.",
+    )
+    key_file: Path = Field(
+        description="File with keys, one a line; requests show one as Authorization: Bearer KEY. Needed on loopback, "
+        "too, which every user of the machine reaches."
+    )
+    max_body_bytes: int = Field(4 << 20, ge=1 << 10, le=64 << 20, description="Longest request body.")
+
+    @model_validator(mode="after")
+    def _port(self) -> HttpSettings:
+        if self.address[1] > 65535:
+            raise ValueError(f"port {self.address[1]} is beyond 65535")
+        return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
 class PoolSettings(BaseModel):
     """Everything that a pool can be told."""
 
@@ -91,6 +118,7 @@ class PoolSettings(BaseModel):
     )
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
+    http: HttpSettings | None = Field(None, description="An HTTP API to see and manage what the pool holds.")
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )

@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket, watch
-from pdtransport.errors import PoolUnavailable, SettingsError
+from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
 from pdtransport.pool import messages as say
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, check_private
 from pdtransport.pool.memory import Mapping, map_memory
@@ -221,9 +221,9 @@ class Wire:
         for asked in [asked for asked in self._asked.values() if asked.number not in unsent]:
             self._end(asked, why)
 
-    def _end(self, asked: Asked, why: str) -> None:
+    def _end(self, asked: Asked, why: str, kind: type[PoolUnavailable] = PoolUnavailable) -> None:
         self._asked.pop(asked.number, None)
-        asked.heard(None, PoolUnavailable(f"pool {self._pool}: {why}"))
+        asked.heard(None, kind(f"pool {self._pool}: {why}"))
 
     # -- what arrives -----------------------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Wire:
         elif isinstance(message, say.Refused):
             refused = self._asked.get(message.request)
             if message.what == "wish" and refused is not None:
-                self._end(refused, message.reason)
+                self._end(refused, message.reason, PoolRefusal)
         else:
             asked = self._asked.get(message.request)
             if asked is not None and asked.heard(self.session, message):

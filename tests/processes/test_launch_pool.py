@@ -154,7 +154,7 @@ def test_the_status_is_a_table_or_json(client: PoolClient, command: Command) -> 
         (("pin", "--all", "--for", "0"), 2, "more than 0"),
         (("move", "--all", "--to", "tape"), 2, "memory, disk, below"),
         (("compress", "--all"), 2, "--disk-codec"),
-        (("clear", "--tenant", "bob"), 1, "no quota"),
+        (("clear", "--tenant", "bob"), 2, "no quota"),
         (("clear", "--tenant", "b b"), 2, "tenant"),
         (("lookup", "--tokens", "-1"), 2, "token ids"),
         (("lookup", "--tokens", "1", "--model", "big"), 2, "choose one: tiny-lm"),
