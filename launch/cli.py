@@ -119,7 +119,8 @@ def _run(
     launch = Launch(topology, plan, fleet, say)
     serving = False
     try:
-        say(f"{plan.name}: {len(plan.instances)} servers and a router; logs in {folder.path}")
+        what = f"{'a pool, ' if plan.pool else ''}{len(plan.instances)} servers and a router"
+        say(f"{plan.name}: {what}; logs in {folder.path}")
         launch.start()
         folder.record({"pid": os.getpid(), "state": "proving", **plan.public()})
         proof = None
@@ -175,6 +176,8 @@ def _show(plan: Plan, topology: Topology) -> None:
         for key, value in shown["environment"].items():
             print(f"  {key}={shlex.quote(value)}")
         print(f"  {shlex.join(shown['command'])}")
+    if plan.pool is not None:
+        print(f"\npool: {plan.pool.name} in {plan.pool.dir}\n  {shlex.join(plan.pool.argv)}")
     print(f"\nrouter: {plan.router.url}\n  {shlex.join(plan.router.argv)}")
 
 
@@ -241,8 +244,17 @@ def _invitation(plan: Plan) -> str:
     return (
         f"{plan.name} is up. Send requests to {plan.router.url}/v1, for example:\n"
         f"  curl {plan.router.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
+        f"{_pool_line(plan)}"
         "Ctrl-C stops it."
     )
+
+
+def _pool_line(plan: Plan) -> str:
+    if plan.pool is None:
+        return ""
+    where = f" and at {plan.pool.url}" if plan.pool.url else ""
+    command = shlex.join(["pdlaunch", "pool", "status", "--pool", plan.pool.name, "--dir", str(plan.pool.dir)])
+    return f"Its pool can be seen with `{command}`{where}.\n"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import signal
 import sys
 import threading
@@ -18,18 +17,18 @@ from pydantic import BaseModel
 from pdtransport.errors import PDTransportError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, HttpSettings, PoolSettings, RedisSettings
+from pdtransport.pool.settings import DiskSettings, HttpSettings, PoolSettings, RedisSettings, parse_size
 
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+MAIN = {"disk": "path", "redis": "url", "http": "listen"}  # the setting of a part that its own option gives
 SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
 
 
 def size(text: str) -> int:
     """Bytes, as a number or with a unit: 64GiB."""
-    parts = re.fullmatch(r"(\d{1,15})\s?([KMGT]iB)?", text)
-    if parts is None:
+    found = parse_size(text)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB or TiB")
-    return int(parts[1]) * UNITS[parts[2] or ""]
+    return found
 
 
 def quota(text: str) -> tuple[str, int]:
@@ -58,6 +57,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
+
+
+def options(settings: PoolSettings) -> list[str]:
+    """The command line of these settings; what has its default is left out."""
+    raw = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    found = [each for tenant, limit in raw.pop("quotas", {}).items() for each in ("--quota", f"{tenant}={limit}")]
+    for name, value in raw.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        for key, each in inner.items():
+            option = f"{name}-{key}" if key and key != MAIN.get(name) else name
+            found += [f"--{option}".replace("_", "-"), str(each)]
+    return found
 
 
 def settings_from(arguments: argparse.Namespace) -> PoolSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,16 @@ MAX_TENANTS = 256  # with a quota of their own
 MAX_CHUNK_BYTES = 1 << 30
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE = re.compile(r"(\d{1,15})\s?([KMGT]iB)?")
+
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$")]
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes, from a number or one with a unit, such as 64GiB; None if it is none."""
+    parts = _SIZE.fullmatch(text)
+    return None if parts is None else int(parts[1]) * UNITS[parts[2] or ""]
 
 
 class _TierSettings(BaseModel):
