@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> str:
             status = admin.status()
             return json.dumps(status, indent=2) if arguments.json else as_text(status)
         if verb == "spaces":
-            spaces = [space.model_dump() for space in admin.spaces()]
+            spaces = [space.public() for space in admin.spaces()]
             return json.dumps(spaces, indent=2) if arguments.json else _spaces_text(spaces)
         if verb == "lookup":
             found = find(admin, _prompt(arguments, admin))

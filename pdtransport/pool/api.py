@@ -132,7 +132,7 @@ class PoolApi:
 
     async def _spaces(self, request: web.Request) -> web.Response:
         def spaces(admin: PoolAdmin) -> dict[str, Any]:
-            return {"spaces": [space.model_dump(exclude={"tokenizer"}) for space in admin.spaces()]}
+            return {"spaces": [space.public() for space in admin.spaces()]}
 
         return await self._answer(request, spaces)
 

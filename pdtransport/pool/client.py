@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 WINDOW_BYTES = 64 << 20  # of chunks granted in one message
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
+FOREVER_S = 1e9
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
 
 
@@ -220,6 +221,21 @@ class PoolClient:
                 self._wire.tell(session, message)
 
         self._post(say_it)
+
+    def watch(self, heard: Callable[[Sequence[bytes] | None], None]) -> None:
+        """Hear of every chunk that the pool forgets from now on, in the client's I/O thread: ``heard`` gets keys (none
+        at first: the watch began); None once, when the pool ended or does not answer, and nothing after that."""
+        number = next(self._numbers)
+
+        def on_answer(_session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+            if not isinstance(answer, say.Gone):
+                heard(None)
+                return True
+            heard([answer.keys[i : i + KEY_BYTES] for i in range(0, len(answer.keys), KEY_BYTES)])
+            return False
+
+        asked = Asked(say.Watch(request=number), number, now_plus(FOREVER_S), on_answer)
+        self._post(lambda: self._wire.ask(asked))
 
     def spaces(self, *, deadline_s: float | None = None) -> Pending[tuple[str, ...]]:
         """What engines told it, the last one first."""

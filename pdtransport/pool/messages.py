@@ -192,6 +192,19 @@ class Looked(_Numbered):
     backlog: int = 0
 
 
+class Watch(_Numbered):
+    """Client: tell me of every chunk that you forget from now on. Answered by :class:`Gone`, again and again."""
+
+    kind: Literal["watch"] = "watch"
+
+
+class Gone(_Numbered):
+    """Service: these are in no tier any more. The first one, with no keys, says that the watch began."""
+
+    kind: Literal["gone"] = "gone"
+    keys: Keys
+
+
 class Count(_Numbered):
     """Client: how much do you hold, from place ``first`` of the index on? Answered by :class:`Counted`."""
 
@@ -275,13 +288,14 @@ FromClient = (
     | Lookup
     | Manage
     | Look
+    | Watch
     | Count
     | Introduce
     | SpacesAsked
     | StatusAsked
     | Bye
 )
-FromPool = Welcome | Answer | Found | Done | Looked | Counted | Spaces | Status | Refused
+FromPool = Welcome | Answer | Found | Done | Looked | Gone | Counted | Spaces | Status | Refused
 
 _FROM_CLIENT: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="kind")])
 _FROM_POOL: TypeAdapter[FromPool] = TypeAdapter(Annotated[FromPool, Field(discriminator="kind")])

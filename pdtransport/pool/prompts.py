@@ -44,7 +44,8 @@ class Found:
     def public(self) -> dict[str, Any]:
         return {
             "model": self.space.model,
-            "dtype": self.space.dtype,
+            "dtype": self.space.key["dtype"],
+            "codec": self.space.key.get("codec", ""),
             "shards": len(self.space.shards),
             "chunk_tokens": self.space.chunk_tokens,
             "prompt_tokens": self.tokens,

@@ -97,6 +97,7 @@ class PoolService:
             self.close()
             raise
         self._clients: dict[bytes, Client] = {}
+        self._watchers: dict[bytes, int] = {}  # route -> number of its request
         self._complaints = Complaints()
         self._tick_at = 0.0
         self._paused = False
@@ -245,6 +246,10 @@ class PoolService:
                 answer: Message = say.Done(request=number, count=self._control.manage(message, now))
             elif isinstance(message, say.Look):
                 answer = self._control.look(message, self._mover.backlog)
+            elif isinstance(message, say.Watch):
+                self._watchers[client.route] = number
+                self.shelf.gone = self.shelf.gone or []
+                answer = say.Gone(request=number, keys=b"")
             elif isinstance(message, say.Count):
                 answer = self._control.count(message)
             elif isinstance(message, say.Introduce):
@@ -273,6 +278,8 @@ class PoolService:
         assert self._mover is not None
         while self.shelf.jobs:
             self._mover.submit(self.shelf.jobs.popleft())
+        if self.shelf.gone:
+            self._tell_gone()
         if not self.shelf.outbox:
             return
         outbox, self.shelf.outbox = self.shelf.outbox, {}
@@ -282,6 +289,13 @@ class PoolService:
             if route is not None:
                 self._answer(route, request, parts)
             self._tidy(request)
+
+    def _tell_gone(self) -> None:
+        gone, self.shelf.gone = self.shelf.gone or [], []
+        for first in range(0, len(gone), say.MAX_KEYS):
+            keys = b"".join(gone[first : first + say.MAX_KEYS])
+            for route, number in list(self._watchers.items()):
+                self._send(route, say.Gone(request=number, keys=keys))
 
     def _answer(self, route: bytes, request: Request, parts: list[Part]) -> None:
         first = ids = 0
@@ -304,6 +318,7 @@ class PoolService:
             # is answered with a demand for a new Hello.
             self.counters["unsent"] += 1
             client = self._clients.pop(route, None)
+            self._unwatch(route)
             if client is not None:
                 self._clients[secrets.token_bytes(16)] = client
 
@@ -320,6 +335,12 @@ class PoolService:
             self.shelf.cancel(request)
         client.session.requests.clear()
         self._clients = {route: each for route, each in self._clients.items() if each is not client}
+        self._unwatch(client.route)
+
+    def _unwatch(self, route: bytes) -> None:
+        self._watchers.pop(route, None)
+        if not self._watchers:
+            self.shelf.gone = None
 
     def status(self) -> dict[str, Any]:
         return {

@@ -57,6 +57,7 @@ class Shelf:
         for tier in self.lower:
             tier.attach(self.index)
         self.jobs: deque[Job] = deque()
+        self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
         self.outbox: dict[Request, list[Part]] = {}
         self.counters: Counter[str] = Counter()
         self._verify = verify
@@ -402,6 +403,8 @@ class Shelf:
 
     def _forget_if_gone(self, entry: int) -> None:
         if not self.index.tiers[entry] and self.index.state[entry] == READY and self._frames[entry] is None:
+            if self.gone is not None:
+                self.gone.append(self.index.key(entry))
             self.index.remove(entry)
 
     # -- tiers below ------------------------------------------------------------------------------------------------

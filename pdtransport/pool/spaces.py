@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.messages import MAX_SPACE
@@ -19,15 +20,42 @@ class Space(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: _Text
-    revision: _Text
-    dtype: _Text
-    layout: _Text
+    key: dict[str, str | int | list[str]] = Field(description="Fields of a KeySpace, but for shard and salt.")
     shards: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_SHARDS)]
-    chunk_tokens: Annotated[int, Field(ge=1)]
     salted: bool = Field(False, description="Whether the engine has a salt of its own; who has not, can't find keys.")
     served: tuple[_Text, ...] = Field((), description="Names that clients use for the model.")
     tokenizer: _Text = Field("", description="Where the engine has its tokenizer from.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Space:
+        try:
+            self._space(self.shards[0], "")
+        except TypeError as error:
+            raise ValueError(f"no key space: {error}") from None
+        return self
+
+    @classmethod
+    def of(cls, spaces: Sequence[KeySpace], **about: Any) -> Space:
+        """Of parts of the same chunks."""
+        key = asdict(spaces[0])
+        del key["shard"], key["salt"]
+        return cls(key=key, shards=tuple(dict.fromkeys(space.shard for space in spaces)), **about)
+
+    @property
+    def model(self) -> str:
+        return str(self.key["model"])
+
+    @property
+    def chunk_tokens(self) -> int:
+        return int(str(self.key["chunk_tokens"]))
+
+    def public(self) -> dict[str, Any]:
+        """For people."""
+        return {**self.key, "shards": list(self.shards), "salted": self.salted, "served": list(self.served)}
+
+    def _space(self, shard: str, salt: str) -> KeySpace:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.key.items()}
+        return KeySpace(**fields, shard=shard, salt=salt)
 
     def parts(self, tokens: Sequence[int], *, salt: str = "", cache_salt: str = "") -> list[list[bytes]]:
         """For each whole chunk of a prompt, the keys of its parts.
@@ -40,22 +68,7 @@ class Space(BaseModel):
             ValueError: a token id is out of range.
         """
         salted = whole_salt(salt, cache_salt)
-        by_shard = [
-            chunk_keys(
-                KeySpace(
-                    model=self.model,
-                    revision=self.revision,
-                    dtype=self.dtype,
-                    layout=self.layout,
-                    shard=shard,
-                    chunk_tokens=self.chunk_tokens,
-                    salt=salted,
-                ),
-                tokens,
-                tail=False,
-            )
-            for shard in self.shards
-        ]
+        by_shard = [chunk_keys(self._space(shard, salted), tokens, tail=False) for shard in self.shards]
         return [list(parts) for parts in zip(*by_shard, strict=True)]
 
 

@@ -92,19 +92,7 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
 def introduction(shards: Sequence[Shard], use: PoolUse, served: Sequence[str], tokenizer: str) -> str:
     """What the pool is told of this engine's keys, as JSON text."""
     spaces = [space for shard in shards for space in shard.spaces]
-    first = spaces[0]
-    told = Space(
-        model=first.model,
-        revision=first.revision,
-        dtype=first.dtype,
-        layout=first.layout,
-        shards=tuple(dict.fromkeys(space.shard for space in spaces)),
-        chunk_tokens=first.chunk_tokens,
-        salted=bool(use.salt),
-        served=tuple(served),
-        tokenizer=tokenizer,
-    )
-    return told.model_dump_json()
+    return Space.of(spaces, salted=bool(use.salt), served=tuple(served), tokenizer=tokenizer).model_dump_json()
 
 
 def _altered(config: VllmConfig) -> str:
@@ -139,6 +127,11 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     if nbytes > MAX_CHUNK_BYTES:
         return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
     return ""
+
+
+def kv_events_on(config: VllmConfig) -> bool:
+    """Whether vLLM publishes KV events."""
+    return config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events
 
 
 def why_unkeyable(request: Request) -> str:

@@ -44,6 +44,8 @@ class PoolWorker:
         on_loaded: of a request, and whether all its pages are what was stored.
         on_kept: of a request: one :class:`Keep` no longer reads its pages.
         count: chunks by what became of them, and the bytes that were copied.
+        on_stored: whose parts of this worker are all in the pool: chunks, by the key of their first part; None: nobody
+            wants to know.
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class PoolWorker:
         on_loaded: Callable[[str, bool], None],
         on_kept: Callable[[str], None],
         count: Callable[[str, Counter[str], int], None],
+        on_stored: Callable[[list[bytes]], None] | None = None,
     ) -> None:
         self._use, self._geometry = use, geometry
         self._parts, self._ratio, self._rank = parts, ratio, rank
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
+        self._on_stored = on_stored
         self._lock = threading.Lock()
         self._queued = 0  # chunks
         self._stores: dict[str, list[Pending[Copied]]] = {}
@@ -97,9 +101,10 @@ class PoolWorker:
             return
         with self._lock:
             self._stores.setdefault(command.req_id, []).append(pending)
-        pending.future.add_done_callback(lambda done: self._stored(command.req_id, pending, len(chosen), done))
+        pending.future.add_done_callback(lambda done: self._stored(command, pending, len(chosen), done))
 
-    def _stored(self, req_id: str, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
+    def _stored(self, command: Keep, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
+        req_id = command.req_id
         with self._lock:
             others = [each for each in self._stores.pop(req_id) if each is not pending]
             if others:
@@ -109,7 +114,16 @@ class PoolWorker:
             tally = Counter({"skipped" if done.cancelled() else "failed": chunks})
         else:
             tally = Counter(STORED.get(verdict, "failed") for verdict in copied.verdicts)
+            self._tell_stored(command, copied)
         self._end_store(req_id, tally, chunks, copied.nbytes if copied else 0)
+
+    def _tell_stored(self, command: Keep, copied: Copied) -> None:
+        if self._on_stored is None:
+            return
+        parts, there = len(self._parts), (Verdict.WRITE, Verdict.HAVE)
+        whole = range(len(copied.verdicts) // parts)
+        good = [i for i in whole if all(each in there for each in copied.verdicts[i * parts : (i + 1) * parts])]
+        self._on_stored([command.keys[0][i * parts] for i in good])
 
     def _end_store(self, req_id: str, tally: Counter[str], chunks: int, nbytes: int) -> None:
         with self._lock:

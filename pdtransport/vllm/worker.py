@@ -111,7 +111,7 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, kv_events_on, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
@@ -128,6 +128,7 @@ class WorkerSide:
             on_loaded=self._loaded,
             on_kept=self._kept,
             count=self._count_chunks,
+            on_stored=self._in_pool if kv_events_on(self._config) else None,
         )
         self.shard = Shard(key_spaces(described, self._config, use))
 
@@ -285,6 +286,10 @@ class WorkerSide:
                 self._sent.add(req_id)
         self._rope.pull()
 
+    def _in_pool(self, chunks: list[bytes]) -> None:
+        with self._lock:
+            self._news.in_pool.update(chunks)
+
     def _loaded(self, req_id: str, ok: bool) -> None:
         with self._lock:
             self._received.add(req_id)
@@ -327,7 +332,7 @@ class WorkerSide:
         """Since the last call; None if there is none. First tokens come no later than their request's end."""
         with self._lock:
             news, self._news = self._news, News()
-        return news if news.promised or news.first_tokens or news.kept else None
+        return news if news.promised or news.first_tokens or news.kept or news.in_pool else None
 
     def take_stats(self) -> PDTransportStats | None:
         """What ended since the last call; None if nothing did."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pdtransport.kv.keys import KeySpace
 from pdtransport.launch.cli import main
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
@@ -18,17 +20,12 @@ from pdtransport.pool.spaces import Space
 from tests.processes.pool_rig import CHUNK, Pages, until
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-lm"
-SPACE = Space(
-    model="tiny-lm",
-    revision="r",
-    dtype="float32",
-    layout="l",
-    shards=("heads 0-1 of 2", "heads 1-2 of 2"),
-    chunk_tokens=8,
-    served=("tiny",),
-    tokenizer=str(MODEL),
-)
-SALTED = SPACE.model_copy(update={"salted": True, "chunk_tokens": 4})
+HALVES = [
+    KeySpace(model="tiny-lm", revision="r", dtype="float32", layout="l", shard=f"heads {head}", chunk_tokens=8)
+    for head in range(2)
+]
+SPACE = Space.of(HALVES, served=("tiny",), tokenizer=str(MODEL))
+SALTED = Space.of([replace(half, chunk_tokens=4) for half in HALVES], salted=True, served=("tiny",))
 TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    return parser.parse_args(argv)\n" * 2
 
 

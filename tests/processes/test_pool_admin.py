@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdtransport.errors import PoolUnavailable
+from pdtransport.kv.keys import KeySpace
 from pdtransport.pool import messages as say
 from pdtransport.pool.admin import AdminError, Chosen, Outcome, PoolAdmin
 from pdtransport.pool.client import PoolClient
@@ -21,7 +22,9 @@ from pdtransport.pool.spaces import Space, whole_salt
 from tests.processes.pool_rig import CHUNK, Other, Pages, daemon, key, load, names, store, until
 from tests.unit.pool_rig import Asker
 
-SPACE = Space(model="m", revision="r", dtype="d", layout="l", shards=("heads 0-2", "heads 2-4"), chunk_tokens=4)
+SPACE = Space.of(
+    [KeySpace(model="m", revision="r", dtype="d", layout="l", shard=f"heads {i}", chunk_tokens=4) for i in range(2)]
+)
 
 
 @pytest.fixture
@@ -202,3 +205,25 @@ def test_one_message_has_bounds(directory: Path) -> None:
     """More keys than may be managed at a time are refused, whoever sends them."""
     with pytest.raises(ValueError, match="at most 512"):
         say.Manage(request=1, keys=bytes(32 * 513), action="drop")
+
+
+def test_whoever_watches_hears_of_every_chunk_that_goes(directory: Path) -> None:
+    """Evicted and dropped ones; and once, that the pool itself went."""
+    heard: list[list[bytes] | None] = []
+    with PoolClient(directory=directory) as client:
+        with Pool(PoolSettings(dir=directory, memory_bytes=8 * CHUNK)) as pool:
+            client.watch(lambda keys: heard.append(None if keys is None else list(keys)))
+            until(lambda: heard == [[]], "the watch did not begin")
+            store(client, range(12))
+            PoolAdmin(client).drop(chosen(11))
+            gone = {key(n) for n in (0, 1, 2, 3, 11)}
+            until(lambda: {each for keys in heard for each in keys or ()} == gone, "not all were told of")
+            with PoolClient(directory=directory) as other:
+                other.watch(lambda _keys: None)
+                other.lookup([]).result()
+            assert pool._service.shelf.gone is not None
+        until(lambda: heard[-1] is None, "its end was not told of")
+        with Pool(PoolSettings(dir=directory, memory_bytes=8 * CHUNK)) as pool:
+            store(client, range(12))
+            assert pool._service.shelf.gone is None
+            assert heard[-1] is None
