@@ -14,16 +14,32 @@ from typing import Any
 
 import pytest
 
+from pdtransport.pool.admin import PoolAdmin
+from pdtransport.pool.client import PoolClient
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
 from tests.rig.client import Client
 from tests.rig.device import PLACE
 from tests.rig.fixtures import FAMILY_PREFIX, Book, Servers, forget, pair_spec
-from tests.rig.pooled import CHUNK, SHARDS, Service, ask, counters, next_turns, pooled, rested, reusable, storable
+from tests.rig.pooled import (
+    CHUNK,
+    SHARDS,
+    Events,
+    Service,
+    ask,
+    counters,
+    events_of,
+    next_turns,
+    pooled,
+    rested,
+    reusable,
+    storable,
+)
 from tests.rig.servers import Server, fleet
 
 pytestmark = pytest.mark.skipif(PLACE.gpu, reason="KV in GPU memory is not stored yet")
 
+OWNER = "pdpool"  # of blocks in the pool, in KV events
 LONGEST = 700  # tokens of a prompt
 
 
@@ -108,6 +124,41 @@ def test_another_salt_does_not_hit(writer: Server, chosen: list[Case], with_clie
         assert (await ask(client, writer, some, cache_salt="a third"))["hit"] == 0
 
     with_client(scenario)
+
+
+def test_kv_events_tell_what_the_pool_holds(
+    writer: Server, pool: Service, chosen: list[Case], with_client: Any
+) -> None:
+    """Routers that follow vLLM's KV events learn which blocks can be had from the pool, under vLLM's own hashes, and
+    when they are gone from it; an engine that finds what others stored tells of that, too."""
+    some = chosen[:3]
+    events = Events(events_of(pool.directory, writer.name))
+
+    async def scenario(client: Client) -> None:
+        await client.complete(writer, chosen[3].prompt, 1)  # it subscribes in the background
+        await client.complete(writer, chosen[3].prompt[::-1], 1)
+        with PoolClient(directory=pool.directory) as people:
+            PoolAdmin(people).clear()
+            await forget(client, writer)
+            await ask(client, writer, some)
+            stored = events.blocks("BlockStored", OWNER)
+            whole = sum(len(case.prompt) // CHUNK for case in some) * CHUNK // BLOCK
+            assert len(stored) >= whole
+            assert stored <= events.blocks("BlockStored", None), "vLLM knows these blocks by other hashes"
+            told = [each for each in events.heard if each.get("ownership") == OWNER and each["type"] == "BlockStored"]
+            assert {each["medium"] for each in told} == {"CPU"}
+            assert all(len(each["token_ids"]) == CHUNK == BLOCK * len(each["block_hashes"]) for each in told)
+            assert {tuple(each["token_ids"]) for each in told if each["parent_block_hash"] is None} >= {
+                tuple(case.prompt[:CHUNK]) for case in some
+            }
+            PoolAdmin(people).clear()
+            await ask(client, writer, chosen[3:4])
+            assert events.blocks("BlockRemoved", OWNER) >= stored
+
+    try:
+        with_client(scenario)
+    finally:
+        events.close()
 
 
 def test_damaged_chunks_are_computed_again(writer: Server, pool: Service, chosen: list[Case], with_client: Any) -> None:
