@@ -67,10 +67,12 @@ class PoolEvents:
     # -- what the engine sees ----------------------------------------------------------------------------------------
 
     def found(self, request: Request, chunks: Sequence[tuple[bytes, ...]], since: int) -> None:
-        """The pool holds the request's first chunks, whose parts have these keys, as of ``since``."""
+        """The pool holds the request's first chunks, whose parts have these keys, as of ``since``. This is told each
+        time: a consumer may have come later, or have been told that all blocks of this engine were cleared."""
         self._drain()
         for number, keys in enumerate(chunks):
-            if keys[0] not in self._known and (chunk := self._describe(request, number, keys, since)) is not None:
+            chunk = self._describe(request, number, keys, since)
+            if chunk is not None:
                 self._tell(chunk)
 
     def storing(self, request: Request, first: int, chunks: Sequence[tuple[bytes, ...]]) -> None:
@@ -98,7 +100,7 @@ class PoolEvents:
         """Events since the last call."""
         self._drain()
         events, self._events = self._events, []
-        return events
+        return _joined(events)
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class PoolEvents:
             for block in range(first, end)
         ]
         event = BlockStored(
-            block_hashes=hashes,
+            block_hashes=list(hashes),  # it may be joined with others
             parent_block_hash=maybe_convert_block_hash(request.block_hashes[first - 1]) if first else None,
             token_ids=list(request.all_token_ids[first * size : end * size]),
             block_size=size,
@@ -134,11 +136,12 @@ class PoolEvents:
         return _Chunk(hashes, keys, event, since)
 
     def _tell(self, chunk: _Chunk) -> None:
-        if not self._watching or chunk.keys[0] in self._known:
+        if not self._watching:
             return
         if any(self._gone.get(key, -1) > chunk.since for key in chunk.keys):
             return
-        self._known[chunk.keys[0]] = chunk
+        self._known.setdefault(chunk.keys[0], chunk)
+        self._known.move_to_end(chunk.keys[0])
         self._of.update(dict.fromkeys(chunk.keys, chunk))
         self._events.append(chunk.stored)
         chunk.stored = None
@@ -181,3 +184,23 @@ class PoolEvents:
                     ownership=OWNER,
                 )
             )
+
+
+def _joined(events: list[Any]) -> list[Any]:
+    """Chunks that follow one another in a prompt, in one event."""
+    from vllm.distributed.kv_events import BlockStored
+
+    found: list[Any] = []
+    for event in events:
+        last = found[-1] if found else None
+        if (
+            isinstance(event, BlockStored)
+            and isinstance(last, BlockStored)
+            and event.parent_block_hash == last.block_hashes[-1]
+        ):
+            last.block_hashes += event.block_hashes
+            last.token_ids += event.token_ids
+            last.extra_keys = [*(last.extra_keys or ()), *(event.extra_keys or ())]
+        else:
+            found.append(event)
+    return found

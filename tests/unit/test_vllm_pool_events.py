@@ -76,15 +76,26 @@ def test_a_chunk_is_told_of_once_every_worker_stored_its_parts(rig: Rig) -> None
     assert (event.block_hashes, event.parent_block_hash, event.extra_keys) == ([b"h0", b"h1"], None, [("s",), None])
 
 
+def test_chunks_in_a_row_are_one_event_each_time_that_they_are_found(rig: Rig) -> None:
+    """Consumers that came later, or forgot, learn of them at the next hit."""
+    for _ in range(2):
+        rig.events.found(rig.request(), parts(0, 1, 2), rig.events.now)
+        (event,) = rig.events.take()
+        assert event.block_hashes == [b"h%d" % i for i in range(6)]
+        assert (event.token_ids, len(event.extra_keys)) == (list(range(24)), 6)
+
+
 def test_what_went_is_taken_back_whichever_part_it_was(rig: Rig) -> None:
-    """Once; and it can be told of again."""
+    """And it can be told of again."""
     rig.events.found(rig.request(), parts(0, 1), rig.events.now)
     rig.told()
     rig.pool.say([key(101), key(55)])
     rig.pool.say([key(1)])
     assert rig.told() == [("BlockRemoved", [b"h2", b"h3"])]
     rig.events.found(rig.request(), parts(0, 1), rig.events.now)
-    assert rig.told() == [("BlockStored", [b"h2", b"h3"])]
+    assert rig.told() == [("BlockStored", [b"h0", b"h1", b"h2", b"h3"])]
+    rig.pool.say([key(0)])
+    assert rig.told() == [("BlockRemoved", [b"h0", b"h1"])]
 
 
 def test_what_went_before_its_report_came_is_not_told_of(rig: Rig) -> None:
