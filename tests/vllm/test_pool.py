@@ -16,6 +16,7 @@ import pytest
 
 from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
+from pdtransport.pool.prompts import Prompt, find
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
 from tests.rig.client import Client
@@ -35,7 +36,7 @@ from tests.rig.pooled import (
     reusable,
     storable,
 )
-from tests.rig.servers import Server, fleet
+from tests.rig.servers import TINY_LM, Server, fleet
 
 pytestmark = pytest.mark.skipif(PLACE.gpu, reason="KV in GPU memory is not stored yet")
 
@@ -122,6 +123,30 @@ def test_another_salt_does_not_hit(writer: Server, chosen: list[Case], with_clie
         assert (await ask(client, writer, some, cache_salt="another tenant"))["hit"] == reusable(some)
         await forget(client, writer)
         assert (await ask(client, writer, some, cache_salt="a third"))["hit"] == 0
+
+    with_client(scenario)
+
+
+def test_people_find_a_prompt_that_an_engine_stored(
+    writer: Server, pool: Service, chosen: list[Case], with_client: Any
+) -> None:
+    """What the engine told the pool of its keys is enough to find its chunks: all whole ones of a prompt, under the
+    request's salt too, and none of another's."""
+    some = chosen[:3]
+
+    async def scenario(client: Client) -> None:
+        await ask(client, writer, some[:2])
+        await ask(client, writer, some[2:], cache_salt="whose")
+        with PoolClient(directory=pool.directory) as people:
+            admin = PoolAdmin(people)
+            for case, salt in zip(some, ("", "", "whose"), strict=True):
+                (found,) = find(admin, Prompt(case.prompt, cache_salt=salt))
+                assert (found.there, set(found.tiers)) == (len(case.prompt) // CHUNK, {"memory"})
+            (found,) = find(admin, Prompt(some[0].prompt, cache_salt="another's"))
+            assert found.there == 0
+            (space,) = admin.spaces()
+            assert Path(space.tokenizer) == TINY_LM
+            assert len(space.shards) == SHARDS
 
     with_client(scenario)
 
