@@ -7,6 +7,7 @@ copy uses it any more.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket, watch
 from pdtransport.errors import PoolUnavailable, SettingsError
+from pdtransport.kv.geometry import HOST
 from pdtransport.pool import messages as say
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, check_private
 from pdtransport.pool.memory import Mapping, map_memory
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.settings import ControlSettings
+
+logger = logging.getLogger(__name__)
 
 RETRY_S = 0.005  # between attempts to say Hello while the connection comes about
 MAX_ASKED = 1 << 16  # questions under way
@@ -41,6 +45,7 @@ class Session:
         self.mapping: Mapping | None = None
         self.memory_bytes = self.frame_bytes = self.client_bytes = 0
         self.broken = False
+        self.prepared = threading.Event()  # all that is done ahead of the first copy
         self._lock = lock
         self._guard = threading.Lock()
         self._users = 0
@@ -82,9 +87,10 @@ class Asked:
 
 
 class Wire:
-    """Work for a :class:`pdtransport.reactor.Reactor`."""
+    """Work for a :class:`pdtransport.reactor.Reactor`. ``device``: the GPU that copies (-1: none)."""
 
-    def __init__(self, directory: Path, name: str, client_name: str, tenant: str) -> None:
+    def __init__(self, directory: Path, name: str, client_name: str, tenant: str, device: int = HOST) -> None:
+        self._device = device
         self._lock_path, self._socket_path = directory / f"{name}.lock", directory / f"{name}.sock"
         self._pool, self._client_name, self._tenant = name, client_name, tenant
         self._context: zmq.Context[Socket] = zmq.Context(1)
@@ -273,21 +279,36 @@ class Wire:
         session.memory_bytes = mapping.nbytes
         session.frame_bytes, session.client_bytes = welcome.frame_bytes, welcome.client_bytes
         session.mapping, self._why = mapping, ""
-        threading.Thread(target=_populate, args=(session,), name="pdpool-populate", daemon=True).start()
+        threading.Thread(target=_prepare, args=(session, self._device), name="pdpool-prepare", daemon=True).start()
         unsent, self._unsent = self._unsent, []
         for asked in unsent:
             if asked.number in self._asked and session is self.session:
                 self._send(asked.message)
 
 
-def _populate(session: Session) -> None:
-    """Map the memory's pages ahead of the first copies, which would else spend a quarter of their time on it."""
-    if session.enter():
-        assert session.mapping is not None
+def _prepare(session: Session, device: int) -> None:
+    """Map the memory's pages ahead of the first copies, which would else spend a quarter of their time on it; a GPU's
+    can't begin before it is registered."""
+    try:
+        if session.enter():
+            assert session.mapping is not None
+            try:
+                _reach_memory(session.mapping, device, lambda: session.broken)
+            finally:
+                session.leave()
+    finally:
+        session.prepared.set()
+
+
+def _reach_memory(mapping: Mapping, device: int, stop: Callable[[], bool]) -> None:
+    if device == HOST:
         done = 0
-        while done < session.mapping.nbytes and not session.broken:
-            done = session.mapping.populate(done)
-        session.leave()
+        while done < mapping.nbytes and not stop():
+            done = mapping.populate(done)
+        return
+    mapping.register(device, stop)
+    if mapping.problem:
+        logger.warning("the pool's chunks are neither stored nor loaded: %s", mapping.problem)
 
 
 def now_plus(seconds: float) -> float:
