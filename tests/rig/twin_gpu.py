@@ -237,7 +237,7 @@ def to_host(address: int, nbytes: int) -> bytes:
 
 
 def from_host(address: int, data: bytes) -> None:
-    ctypes.memmove(address, data, len(data))
+    ctypes.memmove(address, bytes(data), len(data))
 
 
 @contextmanager
