@@ -25,10 +25,11 @@ from pdtransport.pool.copiers import Copier, make_copier
 from pdtransport.pool.copying import WINDOWS, Copying, Operation
 from pdtransport.pool.request import Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
-from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, STAGING_BYTES, PoolSettings
 from pdtransport.pool.wire import Asked, Session, Wire, now_plus
 from pdtransport.protocol.messages import Message
 from pdtransport.reactor import Reactor, leave_pinned_cores
+from pdtransport.settings import Settings
 
 T = TypeVar("T")
 
@@ -95,9 +96,10 @@ class Copied:
 
 
 class PoolClient:
-    """A client of the pool ``name`` on this host. All methods may be called from any thread, and return at once.
+    """A client of the pool ``name`` on this host, or of the one at ``address`` on another.
 
-    No pool needs to run: whatever is asked meanwhile finds nothing, at once; a pool that comes up later is found.
+    All methods may be called from any thread, and return at once. No pool needs to run: whatever is asked meanwhile
+    finds nothing, at once; a pool that comes up later is found.
 
     Args:
         name, directory: of the pool (``pool.name``, ``pool.dir``).
@@ -119,6 +121,9 @@ class PoolClient:
         threads: int = 2,
         who: str = "",
         device: int = HOST,
+        address: str | None = None,
+        settings: Settings | None = None,
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         place = PoolSettings(name=name) if directory is None else PoolSettings(name=name, dir=directory)
         who = (who or f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}")[:128]
@@ -129,8 +134,16 @@ class PoolClient:
         self._active: dict[int, Operation] = {}
         self._closing = False
 
-        def make(_reactor: Reactor) -> Wire:
-            self._wire = Wire(place.dir, name, who, tenant, device)
+        def make(reactor: Reactor) -> Wire:
+            if address is None:
+                self._wire = Wire(place.dir, name, who, tenant, device)
+            else:
+                from pdtransport.pool.remote import RemoteWire, host_and_port
+
+                host, port = host_and_port(address)
+                self._wire = RemoteWire(
+                    host, port, settings or Settings(), who, tenant, device, staging_bytes, reactor.post
+                )
             return self._wire
 
         self._reactor = Reactor(make, name=f"pdpool-client-{name}")
@@ -142,6 +155,11 @@ class PoolClient:
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
         if device != HOST:
             self._question(lambda number: say.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
+
+    @classmethod
+    def connect(cls, address: str, settings: Settings | None = None, **more: Any) -> PoolClient:
+        """A client of the pool at ``address`` (``tcp://HOST:PORT``) on another host; the rest as in the constructor."""
+        return cls(address=address, settings=settings, **more)
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
@@ -324,9 +342,12 @@ class PoolClient:
         session = self._wire.session
         if session is None or session.mapping is None:
             raise PoolUnavailable("the pool ended")
-        while self._device != HOST and not session.prepared.wait(PREPARED_LOOK_S):
+        session.begin()
+        while session.waits and not session.prepared.wait(PREPARED_LOOK_S):
             if operation.cancelled.is_set() or now_plus(0) > deadline:
-                raise PoolUnavailable("its memory is not registered with the GPU yet")
+                raise PoolUnavailable("copies can't begin yet: memory is being registered, or links opened")
+        if session.waits and session.problem:
+            raise PoolUnavailable(session.problem)
         return min(WINDOW_BYTES, session.client_bytes // (WINDOWS * self._threads), session.memory_bytes // 8)
 
     def _run(self, operation: Operation) -> Copied:

@@ -163,7 +163,7 @@ class Copying:
 
     def _on_answer(self, window: Window, answer: say.Answer, session: Session) -> None:
         granted: list[Part] = []
-        for part in _parts(answer, self.sizes, window.first, session.frame_bytes):
+        for part in parts_of(answer, self.sizes, window.first, session.frame_bytes):
             window.unanswered -= 1
             if part.verdict in (Verdict.WRITE, Verdict.READ):
                 granted.append(part)
@@ -227,7 +227,7 @@ class Copying:
         self._do.tell(session, say.Release(request=window.number, indices=_indices(batch)))
 
 
-def _parts(answer: say.Answer, sizes: Sequence[int], first: int, frame_bytes: int) -> Iterator[Part]:
+def parts_of(answer: say.Answer, sizes: Sequence[int], first: int, frame_bytes: int) -> Iterator[Part]:
     """The parts of an answer.
 
     Raises:
