@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pdtransport.errors import PDTransportError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings
+from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings, RemoteSettings
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 SIZES = {"memory_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
@@ -41,11 +41,12 @@ def quota(text: str) -> tuple[str, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of the tiers begin with --disk and --redis."""
+    """One option for each setting; those of the tiers begin with --disk and --redis, those
+    of the door for other hosts with --remote."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "remote"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -53,6 +54,15 @@ def parser() -> argparse.ArgumentParser:
     _add(made, DiskSettings, "disk.", leave_out={"path"})
     made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
     _add(made, RedisSettings, "redis.", leave_out={"url"})
+    made.add_argument("--listen", dest="remote.listen", metavar="HOST:PORT", help=_help(RemoteSettings, "listen"))
+    _add(made, RemoteSettings, "remote.", leave_out={"listen", "curve_allowed_keys"})
+    made.add_argument(
+        "--remote-curve-allowed-key",
+        dest="remote.curve_allowed_keys",
+        metavar="KEY",
+        action="append",
+        help=_help(RemoteSettings, "curve_allowed_keys"),
+    )
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
@@ -108,6 +118,15 @@ def _add(made: argparse.ArgumentParser, model: type[BaseModel], prefix: str, lea
             continue
         default: Any = None if field.is_required() else field.default
         shown = "" if default is None else f" Default: {default}."
+        if isinstance(default, bool):
+            made.add_argument(
+                f"--{prefix}{name}".replace("_", "-").replace(".", "-"),
+                dest=f"{prefix}{name}",
+                action="store_const",
+                const=True,
+                help=_help(model, name),
+            )
+            continue
         texts = [each for each in get_args(field.annotation) if isinstance(each, str)]
         made.add_argument(
             f"--{prefix}{name}".replace("_", "-").replace(".", "-"),

@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zmq
@@ -26,7 +26,7 @@ from pdtransport.pool import messages as say
 from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.lower import Lower
-from pdtransport.pool.memory import Mapping, make_memory
+from pdtransport.pool.memory import Mapping, make_memory, map_memory
 from pdtransport.pool.mover import Mover, checksum_of
 from pdtransport.pool.redis import RedisTier
 from pdtransport.pool.request import Part, Request, Session
@@ -35,6 +35,9 @@ from pdtransport.pool.shelf import MEMORY, Shelf
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
+
+if TYPE_CHECKING:
+    from pdtransport.pool.agent import Agent
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -141,6 +144,11 @@ class PoolService:
         if self._memory is not None and (self._mover is None or self._mover.ended):
             self._memory.close()
         self._lock.close()
+
+    def share_memory(self) -> Mapping:
+        """Its memory, as clients in this process map it."""
+        assert self._memory is not None
+        return map_memory(self._memory_path, self._memory.nbytes)
 
     @property
     def _open_socket(self) -> Socket:
@@ -317,13 +325,24 @@ class Pool:
     """A pool in this process; clients in this and other processes find it by ``settings.name``.
 
     Raises:
-        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used.
+        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used, the door
+            for other hosts can't be opened.
+        LinkUnavailable: no link to other hosts works here.
     """
 
     def __init__(self, settings: PoolSettings | None = None) -> None:
         self.settings = settings or PoolSettings()
+        self._agent: Agent | None = None
         self._reactor = Reactor(self._make, name=f"pdpool-{self.settings.name}")
         self._reactor.start()
+        if self.settings.remote is not None:
+            from pdtransport.pool.agent import Agent
+
+            try:
+                self._agent = Agent(self.settings, self._service.share_memory())
+            except BaseException:
+                self.close()
+                raise
 
     def _make(self, reactor: Reactor) -> PoolService:
         self._service = PoolService(self.settings, reactor)
@@ -335,6 +354,9 @@ class Pool:
 
     def close(self) -> None:
         """End the service. Safe to call twice."""
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
         self._reactor.stop()
 
     def __enter__(self) -> Pool:
