@@ -2,7 +2,8 @@
 
 Three things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
 turns, medians); lookups from several client processes; and the index alone, at several sizes: bytes a chunk, and
-whether lookups slow down as it grows.
+whether lookups slow down as it grows. With ``--gpu`` the pages lie in the memory of GPU 0, and memcpy is
+cudaMemcpy between it and as many bytes of pinned host memory, in one piece.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,7 +43,8 @@ def main() -> int:
     arguments = parse()
     result: dict[str, Any] = {}
     if "bytes" in arguments.parts:
-        result["bandwidth"] = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds)
+        measure = gpu_bandwidth if arguments.gpu else bandwidth
+        result["bandwidth"] = measure(arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
         result["lookups"] = [lookups(arguments.clients, arguments.seconds, batch) for batch in BATCHES]
     if "index" in arguments.parts:
@@ -53,17 +55,19 @@ def main() -> int:
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parser.add_argument("--parts", default="bytes,lookups,index", help="what to measure (default: bytes,lookups,index)")
-    parser.add_argument("--bytes", type=int, default=256 * MiB, help="moved per measurement (default 256 MiB)")
+    parser.add_argument("--gpu", action="store_true", help="bytes out of and into GPU 0's memory")
+    parser.add_argument("--bytes", type=int, help="moved per measurement (default 256 MiB, with --gpu 1 GiB)")
     parser.add_argument("--chunk", type=int, default=2 * MiB, help="bytes of a chunk (default 2 MiB)")
     parser.add_argument("--rounds", type=int, default=7, help="medians are over so many (default 7)")
     parser.add_argument("--clients", type=int, default=8, help="processes that look up (default 8)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of lookups (default 3)")
     parser.add_argument("--entries", type=int, default=10_000_000, help="of the largest index (default 10 million)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    arguments.bytes = arguments.bytes or (1024 if arguments.gpu else 256) * MiB
     if arguments.chunk % PAGE or arguments.bytes % arguments.chunk:
         parser.error(f"--chunk must be a multiple of {PAGE}, and --bytes of --chunk")
     return arguments
@@ -94,7 +98,7 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     count = nbytes // chunk
     source, target, spare = (_memory(nbytes) for _ in range(3))
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
-    runs, back = (_runs(memory, count, seed) for seed, memory in enumerate((source, target)))
+    runs, back = (_runs(memory.ctypes.data, nbytes, count, seed) for seed, memory in enumerate((source, target)))
     taken: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
@@ -129,13 +133,67 @@ def _memory(nbytes: int) -> np.ndarray:
     return raw[skip : skip + nbytes].reshape(-1, PAGE)
 
 
-def _runs(memory: np.ndarray, count: int, seed: int) -> list[Runs]:
+def _runs(address: int, nbytes: int, count: int, seed: int) -> list[Runs]:
     """``count`` chunks over the memory's pages in random order."""
-    pages = np.random.default_rng(seed).permutation(len(memory)).reshape(count, -1)
+    pages = np.random.default_rng(seed).permutation(nbytes // PAGE).reshape(count, -1)
     runs = np.empty((*pages.shape, 2), dtype=np.uint64)
-    runs[..., 0] = memory.ctypes.data + pages * PAGE
+    runs[..., 0] = address + pages * PAGE
     runs[..., 1] = PAGE
     return list(runs)
+
+
+def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
+    """Bytes a second between GPU memory and the pool, beside one contiguous cudaMemcpy of as many bytes each way; and
+    how many seconds it took from the client's making to the pool's memory being registered with CUDA."""
+    from pdtransport.kernels import gpu
+    from pdtransport.kernels.watch import DeviceMemory
+
+    count = nbytes // chunk
+    source, target = DeviceMemory(nbytes, 0), DeviceMemory(nbytes, 0)
+    host = gpu.pinned(nbytes)
+    host[:] = np.random.default_rng(0).integers(0, 256, nbytes, dtype=np.uint8)
+    gpu.from_host(source.address, host)
+    runs, back = (_runs(memory.address, nbytes, count, seed) for seed, memory in enumerate((source, target)))
+    taken: dict[str, list[float]] = {"memcpy out": [], "memcpy in": [], "store": [], "load": []}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
+        with daemon(made):
+            begin = time.perf_counter()
+            with PoolClient(directory=made.dir, deadline_s=60.0, device=0) as client:
+                client.load([os.urandom(32)], back[:1]).result()
+                registered = time.perf_counter() - begin
+                for number in range(rounds + 1):  # the first one warms up
+                    keys = [os.urandom(32) for _ in range(count)]
+                    moments = [time.perf_counter()]
+                    _cuda_memcpy(host.ctypes.data, source.address, nbytes)
+                    moments.append(time.perf_counter())
+                    _cuda_memcpy(target.address, host.ctypes.data, nbytes)
+                    moments.append(time.perf_counter())
+                    stored = client.store(keys, runs).result()
+                    moments.append(time.perf_counter())
+                    loaded = client.load(keys, back).result()
+                    moments.append(time.perf_counter())
+                    assert stored.prefix == loaded.prefix == count, (stored.error, loaded.error)
+                    if number:
+                        for what, seconds in zip(taken, np.diff(moments).tolist(), strict=True):
+                            taken[what].append(seconds)
+                    client.drop(None).result()
+    for page in (0, chunk // PAGE, nbytes // PAGE - 1):
+        pair = (np.concatenate(each)[page, 0] for each in (runs, back))
+        assert len({gpu.to_host(int(address), PAGE) for address in pair}) == 1, "a page is not what it was"
+    rates = {what: nbytes / median(seconds) for what, seconds in taken.items()}
+    shares = {
+        "store / memcpy": rates["store"] / rates["memcpy out"],
+        "load / memcpy": rates["load"] / rates["memcpy in"],
+    }
+    return rates | shares | {"registered s": registered}
+
+
+def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
+    import cupy
+
+    cupy.cuda.runtime.memcpy(target, source, nbytes, 4)  # cudaMemcpyDefault
+    cupy.cuda.runtime.deviceSynchronize()
 
 
 # -- lookups ------------------------------------------------------------------------------------------
@@ -235,7 +293,8 @@ def in_process(function: Any, *arguments: Any) -> Any:
 def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
     for what, value in result.get("bandwidth", {}).items():
-        lines.append(f"{what:16} " + (f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"))
+        unit = f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"
+        lines.append(f"{what:16} " + (f"{value:8.2f}" if what.endswith(" s") else unit))
     lines += [
         f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "
         f"{found['batch']}; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"

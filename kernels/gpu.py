@@ -1,9 +1,9 @@
 """Page kernels for the GPU: what :mod:`pdtransport.kernels.pages` does, asynchronously and at the memory's speed.
 
 Runs are (n, 2) uint64 arrays of ``[address, nbytes]``; addresses may lie in this process' device memory, in another
-process' that :func:`ipc_open` mapped, or in host memory that :func:`pinned` made. They and the lengths are multiples
-of 8; multiples of 16 are faster, and whole stripes of 1 KiB fastest. The caller vouches for every address: a wrong one
-ends all CUDA work of the process.
+process' that :func:`ipc_open` mapped, or in host memory that :func:`pinned` made or :func:`register_host` pinned. They
+and the lengths are multiples of 8; multiples of 16 are faster, and whole stripes of 1 KiB fastest. The caller vouches
+for every address: a wrong one ends all CUDA work of the process.
 
 The kernels (``csrc/pages.cu``) are compiled at first use, some seconds, and cached on disk by cupy.
 """
@@ -39,7 +39,9 @@ from pdtransport.kernels._cuda import (
     ipc_open,
     on,
     pinned,
+    register_host,
     to_host,
+    unregister_host,
 )
 from pdtransport.kernels.reference import Checksums
 from pdtransport.kernels.runs import Runs
@@ -49,6 +51,7 @@ __all__ = [
     "GpuError",
     "GpuPages",
     "Launch",
+    "Plan",
     "allocation_of",
     "can_access",
     "device_of",
@@ -58,8 +61,12 @@ __all__ = [
     "ipc_handle",
     "ipc_open",
     "pinned",
+    "register_host",
     "to_host",
+    "unregister_host",
 ]
+
+Plan = pieces.Pieces
 
 COPY_BLOCKS = 528  # of threads: four on each of an H200's 132 SMs, all at once
 MAX_COPY_BLOCKS = 1 << 16
@@ -198,7 +205,23 @@ class GpuPages:
             ValueError: streams of different lengths, ``blocks`` does not fit, or something is no multiple of 8.
             GpuError: CUDA refuses, or an earlier launch failed.
         """
-        return self._launch(pieces.cut(src, dst, blocks), blocks)
+        return self.start(self.plan(src, dst, blocks), blocks)
+
+    def plan(self, src: Runs, dst: Runs, blocks: int = 0) -> Plan:
+        """The part of :meth:`copy_runs` that needs no GPU, for :meth:`start`.
+
+        Raises:
+            ValueError: as :meth:`copy_runs`.
+        """
+        return pieces.cut(src, dst, blocks)
+
+    def start(self, plan: Plan, blocks: int = 0) -> Launch:
+        """Starts what was planned, with as many ``blocks``.
+
+        Raises:
+            GpuError: CUDA refuses, or an earlier launch failed.
+        """
+        return self._launch(plan, blocks)
 
     def checksum(self, runs: Runs, blocks: int) -> Launch:
         """Starts to sum ``blocks`` equally long blocks of the stream.

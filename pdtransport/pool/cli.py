@@ -17,9 +17,23 @@ from pydantic import BaseModel
 from pdtransport.errors import PDTransportError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, HttpSettings, PoolSettings, RedisSettings, parse_size
+from pdtransport.pool.settings import (
+    DiskSettings,
+    HttpSettings,
+    PoolSettings,
+    RedisSettings,
+    RemoteSettings,
+    parse_size,
+)
 
-MAIN = {"disk": "path", "redis": "url", "http": "listen"}  # the setting of a part that its own option gives
+# Settings whose options are not called as they are.
+OWN = {
+    "disk.path": "disk",
+    "redis.url": "redis",
+    "http.listen": "http",
+    "remote.listen": "listen",
+    "remote.curve_allowed_keys": "remote-curve-allowed-key",
+}
 SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
 
 
@@ -40,11 +54,12 @@ def quota(text: str) -> tuple[str, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of tiers and API begin with --disk, --redis, --http."""
+    """One option for each setting; those of tiers begin with --disk and --redis, of the API
+    with --http, of the door for other hosts with --remote."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "http"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "http", "remote"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -54,6 +69,15 @@ def parser() -> argparse.ArgumentParser:
     _add(made, RedisSettings, "redis.", leave_out={"url"})
     made.add_argument("--http", dest="http.listen", metavar="HOST:PORT", help=_help(HttpSettings, "listen"))
     _add(made, HttpSettings, "http.", leave_out={"listen"})
+    made.add_argument("--listen", dest="remote.listen", metavar="HOST:PORT", help=_help(RemoteSettings, "listen"))
+    _add(made, RemoteSettings, "remote.", leave_out={"listen", "curve_allowed_keys"})
+    made.add_argument(
+        "--remote-curve-allowed-key",
+        dest="remote.curve_allowed_keys",
+        metavar="KEY",
+        action="append",
+        help=_help(RemoteSettings, "curve_allowed_keys"),
+    )
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
@@ -62,12 +86,14 @@ def parser() -> argparse.ArgumentParser:
 def options(settings: PoolSettings) -> list[str]:
     """The command line of these settings; what has its default is left out."""
     raw = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    found = [each for tenant, limit in raw.pop("quotas", {}).items() for each in ("--quota", f"{tenant}={limit}")]
+    found: list[str] = []
     for name, value in raw.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        for key, each in inner.items():
-            option = f"{name}-{key}" if key and key != MAIN.get(name) else name
-            found += [f"--{option}".replace("_", "-"), str(each)]
+        if name == "quotas":
+            value, name = {"": [f"{tenant}={limit}" for tenant, limit in value.items()]}, "quota"
+        for key, each in (value if isinstance(value, dict) else {"": value}).items():
+            option = OWN.get(f"{name}.{key}", f"{name}-{key}" if key else name).replace("_", "-")
+            for one in each if isinstance(each, list) else [each]:
+                found += [f"--{option}", str(one)]
     return found
 
 
@@ -123,6 +149,15 @@ def _add(made: argparse.ArgumentParser, model: type[BaseModel], prefix: str, lea
             continue
         default: Any = None if field.is_required() else field.default
         shown = "" if default is None else f" Default: {default}."
+        if isinstance(default, bool):
+            made.add_argument(
+                f"--{prefix}{name}".replace("_", "-").replace(".", "-"),
+                dest=f"{prefix}{name}",
+                action="store_const",
+                const=True,
+                help=_help(model, name),
+            )
+            continue
         texts = [each for each in get_args(field.annotation) if isinstance(each, str)]
         made.add_argument(
             f"--{prefix}{name}".replace("_", "-").replace(".", "-"),

@@ -316,7 +316,7 @@ def from_client(frame: bytes) -> FromClient:
     Raises:
         WireError: not msgpack, not a message, another version, or a field out of bounds.
     """
-    return _parsed(frame, _FROM_CLIENT)
+    return parsed(frame, _FROM_CLIENT)
 
 
 def from_pool(frame: bytes) -> FromPool:
@@ -325,10 +325,15 @@ def from_pool(frame: bytes) -> FromPool:
     Raises:
         WireError: as :func:`from_client`.
     """
-    return _parsed(frame, _FROM_POOL)
+    return parsed(frame, _FROM_POOL)
 
 
-def _parsed(frame: bytes, kinds: TypeAdapter[Any]) -> Any:
+def parsed(frame: bytes, kinds: TypeAdapter[Any]) -> Any:
+    """A message of these kinds.
+
+    Raises:
+        WireError: as :func:`from_client`.
+    """
     try:
         raw = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=False)
     except Exception as error:  # noqa: BLE001 - msgpack raises half a dozen types on garbage

@@ -27,7 +27,7 @@ from pdtransport.pool.control import Control
 from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.lower import Lower
-from pdtransport.pool.memory import Mapping, make_memory
+from pdtransport.pool.memory import Mapping, make_memory, map_memory
 from pdtransport.pool.mover import Mover, checksum_of
 from pdtransport.pool.redis import RedisTier
 from pdtransport.pool.request import Part, Request, Session
@@ -38,6 +38,7 @@ from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
 
 if TYPE_CHECKING:
+    from pdtransport.pool.agent import Agent
     from pdtransport.pool.api import PoolApi
 
 logger = logging.getLogger("pdtransport.pool")
@@ -151,6 +152,11 @@ class PoolService:
         if self._memory is not None and (self._mover is None or self._mover.ended):
             self._memory.close()
         self._lock.close()
+
+    def share_memory(self) -> Mapping:
+        """Its memory, as clients in this process map it."""
+        assert self._memory is not None
+        return map_memory(self._memory_path, self._memory.nbytes)
 
     @property
     def _open_socket(self) -> Socket:
@@ -362,22 +368,29 @@ class Pool:
     """A pool in this process; clients in this and other processes find it by ``settings.name``.
 
     Raises:
-        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used.
+        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used, the door
+            for other hosts can't be opened.
+        LinkUnavailable: no link to other hosts works here.
     """
 
     def __init__(self, settings: PoolSettings | None = None) -> None:
         self.settings = settings or PoolSettings()
+        self._agent: Agent | None = None
         self._reactor = Reactor(self._make, name=f"pdpool-{self.settings.name}")
         self._reactor.start()
         self._api: PoolApi | None = None
-        if self.settings.http is not None:
-            from pdtransport.pool.api import PoolApi
+        try:
+            if self.settings.remote is not None:
+                from pdtransport.pool.agent import Agent
 
-            try:
+                self._agent = Agent(self.settings, self._service.share_memory())
+            if self.settings.http is not None:
+                from pdtransport.pool.api import PoolApi
+
                 self._api = PoolApi(self.settings, self.settings.http)
-            except BaseException:
-                self._reactor.stop()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def url(self) -> str:
@@ -394,9 +407,12 @@ class Pool:
 
     def close(self) -> None:
         """End the service. Safe to call twice."""
-        if self._api is not None:
-            self._api.close()
-            self._api = None
+        api, self._api = self._api, None
+        if api is not None:
+            api.close()
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
         self._reactor.stop()
 
     def __enter__(self) -> Pool:

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pdtransport.errors import SettingsError
 from pdtransport.pool.policies import PolicyName
-from pdtransport.settings import one_line
+from pdtransport.settings import ControlSettings, Settings, one_line
 
 MAX_TENANTS = 256  # with a quota of their own
 MAX_CHUNK_BYTES = 1 << 30
+STAGING_BYTES = 128 << 20  # of a client of a pool on another host; its copies are cut so that they fit
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -89,6 +90,64 @@ class HttpSettings(BaseModel):
         return host.strip("[]"), int(port)
 
 
+class RemoteSettings(BaseModel):
+    """The door for clients on other hosts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: str = Field(
+        description="HOST:PORT that clients on other hosts reach this pool at; pages use the next port too. Off this "
+        "machine it needs CURVE keys."
+    )
+    curve_public_key_file: Path | None = Field(
+        None, description="CURVE key pair of this pool; made with `pdlaunch keys`."
+    )
+    curve_secret_key_file: Path | None = Field(None, description="Secret half of it.")
+    curve_allowed_keys: tuple[str, ...] | None = Field(
+        None, description="Z85 public key of clients that may connect. Default: only our own (one shared pair)."
+    )
+    allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
+    max_clients: int = Field(64, ge=1, le=1024, description="Clients on other hosts that may be connected at once.")
+
+    @model_validator(mode="after")
+    def _can_be(self) -> RemoteSettings:
+        host, colon, port = self.listen.rpartition(":")
+        if not host or not colon or not port.isdecimal() or not 1 <= int(port) <= 65534:
+            raise ValueError(f"listen is {self.listen!r}: HOST:PORT, with a port of 1 to 65534, is needed")
+        self.control(0)
+        return self
+
+    @property
+    def host(self) -> str:
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.listen.rpartition(":")[2])
+
+    def control(self, offset: int) -> ControlSettings:
+        """As a channel's settings, ``offset`` ports up.
+
+        Raises:
+            ValueError: keys are missing.
+        """
+        try:
+            return ControlSettings(
+                host=self.host,
+                port=self.port + offset,
+                curve_public_key_file=self.curve_public_key_file,
+                curve_secret_key_file=self.curve_secret_key_file,
+                curve_allowed_keys=self.curve_allowed_keys,
+                allow_plaintext=self.allow_plaintext,
+            )
+        except ValidationError as error:
+            raise ValueError(one_line(error)) from None
+
+    def settings(self) -> Settings:
+        """Of the transport that moves pages."""
+        return Settings(control=self.control(1))
+
+
 class PoolSettings(BaseModel):
     """Everything that a pool can be told."""
 
@@ -129,6 +188,7 @@ class PoolSettings(BaseModel):
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
     http: HttpSettings | None = Field(None, description="An HTTP API to see and manage what the pool holds.")
+    remote: RemoteSettings | None = Field(None, description="A door for clients on other hosts.")
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 from pdtransport.errors import SettingsError
-from pdtransport.kv.geometry import HOST, KVGeometry
+from pdtransport.kv.geometry import KVGeometry
 from pdtransport.kv.keys import KeySpace
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.spaces import Space, whole_salt
@@ -106,8 +106,6 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     geometry = described.geometry
-    if geometry.device != HOST:
-        return "KV in GPU memory can't be stored or loaded yet"
     kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
     if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec):
         # A sliding window's block table loses the blocks behind it while the prompt is still computed.

@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.geometry import HOST
 from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
@@ -119,17 +120,21 @@ class WorkerSide:
         if problem:
             logger.warning("pdtransport: the pool is not used: %s", problem)
             return
-        self._pool = PoolWorker(
-            use,
-            described.geometry,
-            parts=head_parts(described.geometry, use.shards or described.ranks),
-            ratio=self._ratio,
-            rank=described.rank,
-            on_loaded=self._loaded,
-            on_kept=self._kept,
-            count=self._count_chunks,
-            on_stored=self._in_pool if kv_events_on(self._config) else None,
-        )
+        try:
+            self._pool = PoolWorker(
+                use,
+                described.geometry,
+                parts=head_parts(described.geometry, use.shards or described.ranks),
+                ratio=self._ratio,
+                rank=described.rank,
+                on_loaded=self._loaded,
+                on_kept=self._kept,
+                count=self._count_chunks,
+                on_stored=self._in_pool if kv_events_on(self._config) else None,
+            )
+        except PoolUnavailable as error:
+            logger.warning("pdtransport: the pool is not used: %s", error)
+            return
         self.shard = Shard(key_spaces(described, self._config, use))
 
     def close(self) -> None:
@@ -146,7 +151,7 @@ class WorkerSide:
         self._rope.name = commands.bell
         todo, commands.before = commands.before, []
         # Pages that we are given may still be used by kernels of earlier steps, for requests that have ended since.
-        earlier = self._mark() if any(isinstance(command, Take) for command in todo) else None
+        earlier = self._mark() if any(isinstance(command, (Take, Fetch)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
 
@@ -208,15 +213,15 @@ class WorkerSide:
             if offer is not None:
                 offer.let_go("the pool has its pages")
         elif self._pool is not None:
-            self._do_pool(self._pool, command)
+            self._do_pool(self._pool, command, after)
 
-    def _do_pool(self, pool: PoolWorker, command: Command) -> None:
+    def _do_pool(self, pool: PoolWorker, command: Command, after: torch.cuda.Event | None) -> None:
         if isinstance(command, Keep):
             with self._lock:
                 self._held.use(command.req_id)
-            pool.keep(command)
+            pool.keep(command, after)
         elif isinstance(command, Fetch):
-            pool.fetch(command)
+            pool.fetch(command, after)
 
     def _end(self, req_id: str) -> None:
         """The scheduler is through with the request: report it once nothing uses its pages."""

@@ -468,6 +468,7 @@ pool:
   quotas: {alice: 1GiB}
   disk: {path: ./disk, bytes: 8 GiB, codec: zstd}
   http: {listen: "127.0.0.1:0", key_file: ./keys}
+  remote: {listen: "127.0.0.1:7700", max_clients: 3}
 """
 
 
@@ -483,6 +484,8 @@ def test_a_pool_is_started_for_all_instances(tmp_path: Path) -> None:
     assert (settings.disk.path, settings.disk.bytes, settings.disk.codec) == (tmp_path / "disk", 8 << 30, "zstd")
     assert settings.http is not None
     assert settings.http.key_file == tmp_path / "keys"
+    assert settings.remote is not None
+    assert (settings.remote.port, settings.remote.max_clients) == (7700, 3)
     assert plan.pool.url == f"http://127.0.0.1:{settings.http.address[1]}"
     assert 21350 <= settings.http.address[1] < 21399
     for instance in plan.instances:

@@ -1,6 +1,6 @@
 """Engines that store prompts in a shared pool and load them from it: the same tokens, whoever computed them and when.
 
-Two servers start here, one after the other. What came from the pool is proved by the workers' counters.
+On the CPU two servers start here, one after the other. What came from the pool is proved by the workers' counters.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from pdtransport.pool.prompts import Prompt, find
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
 from tests.rig.client import Client
-from tests.rig.device import PLACE
-from tests.rig.fixtures import FAMILY_PREFIX, Book, Servers, forget, pair_spec
+from tests.rig.fixtures import FAMILY_PREFIX, Book, Servers, forget
 from tests.rig.pooled import (
     CHUNK,
     SHARDS,
@@ -31,23 +30,25 @@ from tests.rig.pooled import (
     counters,
     events_of,
     next_turns,
-    pooled,
     rested,
     reusable,
     storable,
+    surely_stored,
+    writer_spec,
 )
 from tests.rig.servers import TINY_LM, Server, fleet
-
-pytestmark = pytest.mark.skipif(PLACE.gpu, reason="KV in GPU memory is not stored yet")
 
 OWNER = "pdpool"  # of blocks in the pool, in KV events
 LONGEST = 700  # tokens of a prompt
 
 
 @pytest.fixture(scope="module")
-def writer(pool: Service, book: Book, logs: Path) -> Iterator[Server]:
+def writer(pool: Service, book: Book, logs: Path, standing: dict[str, Server]) -> Iterator[Server]:
     """The first server. A test of this module kills it."""
-    with fleet(pooled(pool.directory, pair_spec("writer", "kv_both", cores="0")), logs=logs) as (server,):
+    if standing:
+        yield standing["writer"]
+        return
+    with fleet(writer_spec(pool.directory), logs=logs) as (server,):
         yield server
 
 
@@ -65,7 +66,7 @@ def test_a_prompt_is_found_after_the_engine_forgot_it(writer: Server, chosen: li
 
     async def scenario(client: Client) -> None:
         grown = await ask(client, writer, some)
-        assert grown["stored"] + grown["present"] == storable(some), grown
+        assert surely_stored(some) <= grown["stored"] + grown["present"] <= storable(some), grown
         assert not grown["failed"] + grown["skipped"], grown
         await forget(client, writer)
         grown = await ask(client, writer, some, at_a_time=1)
@@ -275,7 +276,7 @@ def test_what_decode_generates_flows_back(reader: Server, servers: Servers, book
         await watch.settled(client, [reader, servers.prefill])
         grown = await counters(client, reader)
         grown.subtract(before)
-        assert grown["stored"] + grown["present"] >= storable(some), grown
+        assert grown["stored"] + grown["present"] >= surely_stored(some), grown
         await forget(client, reader)
         grown = await ask(client, reader, turns, at_a_time=1)
         assert grown["hit"] == reusable(turns), grown
