@@ -10,6 +10,7 @@ import json
 from collections import OrderedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from pdtransport.pool import messages as say
 from pdtransport.pool.index import Entries
@@ -50,7 +51,7 @@ class Control:
             keys=keys,
             sizes=(np.asarray(index.nbytes)[at] * there).astype("<u4").tobytes(),
             tiers=(index.tier_column[at] * there).astype("u1").tobytes(),
-            flags=bytes(self._flags(entry) if entry >= 0 else 0 for entry in entries.tolist()),
+            flags=(self._flags(at) * there).astype("u1").tobytes(),
             next=after,
             backlog=backlog,
         )
@@ -73,15 +74,24 @@ class Control:
             raise WireError(f"tenant {tenant!r} has no quota here: the pool tells only such tenants' chunks apart")
         return group
 
-    def _flags(self, entry: int) -> int:
+    def _flags(self, entries: Entries) -> npt.NDArray[np.uint8]:
         shelf, index = self._shelf, self._shelf.index
-        coming = index.state[entry] == FILLING
-        flags = COMING * coming
-        flags |= WRITING * (shelf.being_written[entry] > 0)
-        flags |= USED * (coming or index.refs[entry] > shelf.being_written[entry])
-        flags |= {NO_PIN: 0, SOFT: SOFT_PIN, HARD: HARD_PIN}[index.pin[entry]]
-        plain = any(index.tiers[entry] & tier.bit and tier.stored[entry] >= index.nbytes[entry] for tier in shelf.lower)
-        return flags | PLAIN * plain
+        writes, writing = shelf.being_written, np.zeros(len(entries), dtype=np.int64)
+        if writes:
+            writing = np.array([writes[entry] for entry in entries.tolist()], dtype=np.int64)
+        coming = np.asarray(index.state)[entries] == FILLING
+        pin, nbytes, plain = np.asarray(index.pin)[entries], np.asarray(index.nbytes)[entries], np.zeros_like(coming)
+        for tier in shelf.lower:
+            plain |= (index.tier_column[entries] & tier.bit != 0) & (tier.stored[entries] >= nbytes)
+        columns = (
+            (COMING, coming),
+            (WRITING, writing > 0),
+            (USED, coming | (np.asarray(index.refs)[entries] > writing)),
+            (SOFT_PIN, pin == SOFT),
+            (HARD_PIN, pin == HARD),
+            (PLAIN, plain),
+        )
+        return sum((bit * column.astype(np.uint8) for bit, column in columns), np.zeros(len(entries), dtype=np.uint8))
 
     def count(self, asked: say.Count) -> say.Counted:
         """Chunks and bytes by tier and tenant, of one part of the index."""

@@ -158,7 +158,7 @@ def test_kv_events_tell_what_the_pool_holds(
     """Routers that follow vLLM's KV events learn which blocks can be had from the pool, under vLLM's own hashes, and
     when they are gone from it; an engine that finds what others stored tells of that, too."""
     some = chosen[:3]
-    events = Events(events_of(pool.directory, writer.name))
+    events = Events(events_of(pool.directory, writer.spec.name))
 
     async def scenario(client: Client) -> None:
         await client.complete(writer, chosen[3].prompt, 1)  # it subscribes in the background
