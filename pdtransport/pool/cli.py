@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from pdtransport.errors import PDTransportError
+from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings
@@ -33,11 +33,19 @@ def size(text: str) -> int:
 
 
 def quota(text: str) -> tuple[str, int]:
-    """TENANT=SIZE."""
+    """NAME=SIZE: of a tenant, of a tier."""
     tenant, equals, limit = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is no quota: TENANT=SIZE")
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SIZE")
     return tenant, size(limit)
+
+
+def tier_option(text: str) -> tuple[str, str, str]:
+    """NAME.OPTION=VALUE."""
+    parts = re.fullmatch(r"([^.=]+)\.([^=]+)=(.*)", text)
+    if parts is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option of a tier: NAME.OPTION=VALUE")
+    return parts[1], parts[2], parts[3]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "tiers"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -53,6 +61,22 @@ def parser() -> argparse.ArgumentParser:
     _add(made, DiskSettings, "disk.", leave_out={"path"})
     made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
     _add(made, RedisSettings, "redis.", leave_out={"url"})
+    made.add_argument(
+        "--tier",
+        dest="tiers",
+        metavar="NAME=SIZE",
+        type=quota,
+        action="append",
+        help="A tier of another package below all others, by the name of its entry point.",
+    )
+    made.add_argument(
+        "--tier-option",
+        dest="tier_options",
+        metavar="NAME.OPTION=VALUE",
+        type=tier_option,
+        action="append",
+        help="What such a tier is told; NAME.codec: as --disk-codec.",
+    )
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
@@ -66,11 +90,18 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
     """
     raw: dict[str, Any] = {}
     for path, value in vars(arguments).items():
-        if value is None or path in ("status", "log_level"):
+        if value is None or path in ("status", "log_level", "tiers", "tier_options"):
             continue
         tier, dot, name = path.partition(".")
         room = raw.setdefault(tier, {}) if dot else raw
         room[name or path] = dict(value) if path == "quotas" else value
+    for name, nbytes in arguments.tiers or ():
+        raw.setdefault("tiers", {})[name] = {"bytes": nbytes, "options": {}}
+    for name, option, text in arguments.tier_options or ():
+        tier = raw.get("tiers", {}).get(name)
+        if tier is None:
+            raise SettingsError(f"pdpool: --tier-option {name}.{option}: there is no --tier {name}=SIZE")
+        (tier if option == "codec" else tier["options"])[option] = text
     return PoolSettings.parse(raw, where="pdpool")
 
 

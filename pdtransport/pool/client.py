@@ -19,6 +19,7 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, as_runs, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.copying import WINDOWS, Copying, Operation
 from pdtransport.pool.request import Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
@@ -141,9 +142,19 @@ class PoolClient:
             lambda number: say.Lookup(request=number, keys=packed), _found, deadline_s or self.deadline_s
         )
 
-    def store(self, keys: Sequence[bytes], runs: Sequence[Runs], *, deadline_s: float | None = None) -> Pending[Copied]:
+    def store(
+        self,
+        keys: Sequence[bytes],
+        runs: Sequence[Runs],
+        *,
+        lossy: Lossy | None = None,
+        deadline_s: float | None = None,
+    ) -> Pending[Copied]:
         """Copy chunk ``i`` out of the memory ``runs[i]`` ((n, 2) uint64 of address and bytes) into the pool under
         ``keys[i]``. What is there already is not copied; a chunk that somebody else is storing is waited for.
+
+        ``lossy``: tiers below memory may pack them with this codec, so that a later load gets bytes that differ. Only
+        for keys of a :class:`~pdtransport.kv.keys.KeySpace` whose ``codec`` says so.
 
         The memory must not change until the result is there.
 
@@ -151,7 +162,7 @@ class PoolClient:
             ValueError: a key is not 32 bytes long, a chunk not a multiple of 8 bytes or longer than 1 GiB, or there
                 are not as many of them.
         """
-        return self._copy(True, keys, runs, deadline_s)
+        return self._copy(True, keys, runs, deadline_s, lossy)
 
     def load(self, keys: Sequence[bytes], runs: Sequence[Runs], *, deadline_s: float | None = None) -> Pending[Copied]:
         """Copy the chunk ``keys[i]`` out of the pool into ``runs[i]`` and verify it there. Only chunks with the verdict
@@ -240,7 +251,12 @@ class PoolClient:
         return Pending(future, deadline_s)
 
     def _copy(
-        self, storing: bool, keys: Sequence[bytes], runs: Sequence[Runs], deadline_s: float | None
+        self,
+        storing: bool,
+        keys: Sequence[bytes],
+        runs: Sequence[Runs],
+        deadline_s: float | None,
+        lossy: Lossy | None = None,
     ) -> Pending[Copied]:
         if len(keys) != len(runs):
             raise ValueError(f"{len(keys)} keys for {len(runs)} chunks")
@@ -271,6 +287,7 @@ class PoolClient:
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
             lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel)),
+            lossy,
         )
         with self._guard:
             if self._closing:

@@ -19,6 +19,7 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, merge_runs, stream_bytes
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.frames import frame_runs, frames_for
 from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.wire import Session
@@ -52,6 +53,7 @@ class Operation:
     ask: Callable[[Message, int], None]
     tell: Callable[[Session, Message], None]
     forget: Callable[[int, bool], None]
+    lossy: Lossy | None = None  # how what is stored may be packed below memory
     heard: queue.SimpleQueue[Heard] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -121,9 +123,12 @@ class Copying:
         number = self._do.number()
         keys = b"".join(self._do.keys[first:last])
         sizes = np.array(self.sizes[first:last], dtype="<u4").tobytes()
-        kind = say.Store if self._do.storing else say.Load
         self._windows[number] = Window(number, first, last, last - first)
-        self._do.ask(kind(request=number, keys=keys, sizes=sizes), number)
+        codec, grid = self._do.lossy or ("", None)
+        if self._do.storing:
+            self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
+        else:
+            self._do.ask(say.Load(request=number, keys=keys, sizes=sizes), number)
 
     def _hear(self, number: int, session: Session | None, message: say.FromPool | PoolUnavailable | None) -> None:
         if isinstance(message, PoolUnavailable):

@@ -35,8 +35,8 @@ class Index:
     """A table of at most ``capacity`` keys, chained hashing.
 
     Beside the key it holds columns that the shelf reads and writes by entry: ``nbytes`` (uint32), ``checksum``
-    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin`` (uint8) and ``group`` (uint16), each a memoryview for
-    single values, and ``tier_column`` as an array for many. All are zero in a new entry.
+    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin``, ``form`` (uint8) and ``group`` (uint16), each a
+    memoryview for single values, and ``tier_column`` as an array for many. All are zero in a new entry.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -64,6 +64,7 @@ class Index:
         self.refs = np.zeros(capacity, dtype=np.uint16).data
         self.state = np.zeros(capacity, dtype=np.uint8).data
         self.pin = np.zeros(capacity, dtype=np.uint8).data
+        self.form = np.zeros(capacity, dtype=np.uint8).data
         self.group = np.zeros(capacity, dtype=np.uint16).data
 
     def find(self, keys: KeyRows) -> Entries:
@@ -112,7 +113,7 @@ class Index:
             while self._next[at] != entry:
                 at = self._next[at]
             self._next[at] = self._next[entry]
-        for column in (self.tiers, self.nbytes, self.checksum, self.refs, self.state, self.pin, self.group):
+        for column in (self.tiers, self.nbytes, self.checksum, self.refs, self.state, self.pin, self.form, self.group):
             column[entry] = 0
         self._next[entry], self._free = self._free, entry
         self.count -= 1
@@ -124,7 +125,7 @@ class Index:
     def nbytes_committed(self) -> int:
         """Bytes that the table's entries in use take up, buckets included."""
         columns = sum(view.itemsize for view in (self.tiers, self.nbytes, self.checksum, self.refs, self.state))
-        each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.group.itemsize
+        each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.form.itemsize + self.group.itemsize
         return self._heads.nbytes + self._fresh * each
 
     def _buckets(self, keys: KeyRows) -> npt.NDArray[np.uint64]:

@@ -13,32 +13,52 @@ from pdtransport.pool.policies import PolicyName
 from pdtransport.settings import one_line
 
 MAX_TENANTS = 256  # with a quota of their own
+MAX_FOREIGN_TIERS = 4
+OWN_TIERS = ("memory", "disk", "redis", "s3")
 MAX_CHUNK_BYTES = 1 << 30
+CODEC_NAME = r"^[a-z0-9][a-z0-9._\-]{0,31}$"
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$")]
+TierName = Annotated[str, Field(pattern=CODEC_NAME)]
+CodecName = Annotated[str, Field(pattern=CODEC_NAME)]
 
 
-class _TierSettings(BaseModel):
+class AnyTierSettings(BaseModel):
+    """What all tiers can be told."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bytes: int = Field(ge=1 << 20, description="Size of all its chunks together that is never exceeded.")
-    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
-    codec: Literal["none", "zstd"] = Field(
-        "none", description="zstd: byte-shuffled and compressed without loss (needs the zstandard package)."
+    codec: CodecName = Field(
+        "none",
+        description="Codec without loss: none, zstd (byte-shuffled; needs the zstandard package), or one that another "
+        "package adds.",
     )
     item_bytes: Literal[1, 2, 4] = Field(
         2, description="Bytes of one element of the KV cache, which zstd's byte shuffle sorts by: 2 for bfloat16."
     )
 
 
-class DiskSettings(_TierSettings):
+class TierSettings(AnyTierSettings):
+    """What the tiers that come with pdtransport can be told."""
+
+    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
+
+
+class ForeignTierSettings(AnyTierSettings):
+    """A tier that another package adds, see :mod:`pdtransport.pool.plugins`."""
+
+    options: dict[str, str | int | float | bool] = Field({}, description="What the tier itself wants to know.")
+
+
+class DiskSettings(TierSettings):
     """The disk tier: one checksummed file a chunk."""
 
     path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
 
 
-class RedisSettings(_TierSettings):
+class RedisSettings(TierSettings):
     """The tier in Redis or Valkey."""
 
     url: str = Field(
@@ -91,6 +111,9 @@ class PoolSettings(BaseModel):
     )
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
+    tiers: dict[TierName, ForeignTierSettings] = Field(
+        {}, max_length=MAX_FOREIGN_TIERS, description="Tiers of other packages by their names, below all others."
+    )
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )
@@ -101,6 +124,8 @@ class PoolSettings(BaseModel):
             raise ValueError(f"frame_bytes is {self.frame_bytes}, it must be a multiple of 4096")
         if self.memory_bytes < self.frame_bytes:
             raise ValueError("memory_bytes does not hold a single frame")
+        for name in set(self.tiers) & set(OWN_TIERS):
+            raise ValueError(f"tiers: {name} is the name of one that comes with pdtransport")
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise ValueError(f"dir is too long: the socket's path may have {MAX_SOCKET_PATH} bytes")
         return self

@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.codecs import MAX_FORMS, Lossy
 from pdtransport.pool.frames import Frames
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
@@ -65,6 +66,7 @@ class Shelf:
         self._frames: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
         self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
         self._seen = Ghosts()
+        self._forms: list[Lossy | None] = [None]  # ways to pack chunks below memory, by the index's ``form``
         self._unpin_at: dict[int, float] = {}
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
 
@@ -212,6 +214,15 @@ class Shelf:
             del self._unpin_at[entry]
             self.room.pin(entry, NO_PIN)
 
+    def form_of(self, lossy: Lossy | None) -> int:
+        """The number of a way to pack chunks below memory; 0: exactly, also where there are too many ways."""
+        if lossy not in self._forms:
+            if len(self._forms) > MAX_FORMS:
+                self.counters["forms_refused"] += 1
+                return 0
+            self._forms.append(lossy)
+        return self._forms.index(lossy)
+
     # -- what tiers below report ------------------------------------------------------------------------------------
 
     def written_back(self, job: WriteBack, stored: int | None) -> None:
@@ -299,7 +310,7 @@ class Shelf:
             return -1
         entry = self.index.add(key)
         self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
-        self.index.group[entry] = request.group
+        self.index.group[entry], self.index.form[entry] = request.group, request.form
         self._frames[entry] = frames
         self._waiters[entry] = deque()
         self._grant_write(request, number, entry)
@@ -447,7 +458,10 @@ class Shelf:
             self.writeback_bytes += nbytes
             self.index.refs[entry] += 1
             checksum, tenant = self.index.checksum[entry], self._tenant(entry)
-            self.jobs.append(WriteBack(tier, entry, self.index.key(entry), tenant, nbytes, checksum, frames, reserved))
+            lossy = self._forms[self.index.form[entry]]
+            self.jobs.append(
+                WriteBack(tier, entry, self.index.key(entry), tenant, nbytes, checksum, frames, reserved, lossy)
+            )
 
     def _make_room(self, tier: Lower, nbytes: int) -> bool:
         """Drop from a tier until so many bytes fit; False if what is being written there takes the room."""
