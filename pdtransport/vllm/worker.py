@@ -111,7 +111,7 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, loss_of, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
@@ -128,6 +128,7 @@ class WorkerSide:
             on_loaded=self._loaded,
             on_kept=self._kept,
             count=self._count_chunks,
+            lossy=loss_of(described, use),
         )
         self.shard = Shard(key_spaces(described, self._config, use))
 
