@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings
+from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings, S3Settings
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 SIZES = {"memory_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
@@ -49,11 +49,11 @@ def tier_option(text: str) -> tuple[str, str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of the tiers begin with --disk and --redis."""
+    """One option for each setting; those of the tiers begin with --disk, --redis and --s3."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "tiers"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "s3", "tiers"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -61,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     _add(made, DiskSettings, "disk.", leave_out={"path"})
     made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
     _add(made, RedisSettings, "redis.", leave_out={"url"})
+    made.add_argument("--s3", dest="s3.bucket", metavar="BUCKET", help=_help(S3Settings, "bucket"))
+    _add(made, S3Settings, "s3.", leave_out={"bucket"})
     made.add_argument(
         "--tier",
         dest="tiers",

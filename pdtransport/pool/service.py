@@ -33,6 +33,7 @@ from pdtransport.pool.mover import Mover, checksum_of
 from pdtransport.pool.plugins import make_tier, tier_codec
 from pdtransport.pool.redis import RedisTier
 from pdtransport.pool.request import Part, Request, Session
+from pdtransport.pool.s3 import S3Tier
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, AnyTierSettings, PoolSettings
 from pdtransport.pool.shelf import MEMORY, Shelf
 from pdtransport.pool.tiers import Tier
@@ -380,6 +381,8 @@ def _lower(settings: PoolSettings) -> list[Lower]:
         made.append((DiskTier(settings.disk), settings.disk))
     if settings.redis is not None:
         made.append((RedisTier(settings.redis), settings.redis))
+    if settings.s3 is not None:
+        made.append((S3Tier(settings.s3), settings.s3))
     made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
     return [
         Lower(tier, MEMORY << number, its.bytes, settings.policy, tier_codec(its.codec, its.item_bytes))

@@ -72,6 +72,37 @@ class RedisSettings(TierSettings):
     )
 
 
+class S3Settings(TierSettings):
+    """The tier in S3-compatible object storage."""
+
+    bucket: str = Field(pattern=r"^[A-Za-z0-9._\-]{3,255}$", description="Bucket of the chunks; it must be there.")
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$", description="http(s)://host:port of the server. Default: AWS."
+    )
+    region: str = Field(
+        "us-east-1", pattern=r"^[A-Za-z0-9\-]{1,64}$", description="Region that requests are signed for."
+    )
+    prefix: str = Field(
+        "pdtkv", pattern=r"^[A-Za-z0-9._\-]+(/[A-Za-z0-9._\-]+)*$", max_length=512, description="Of objects' names."
+    )
+    credentials_file: Path | None = Field(
+        None,
+        description="File with the key and its secret, in the format of ~/.aws/credentials. Default: the usual places "
+        "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, the instance's role).",
+    )
+    profile: str | None = Field(None, max_length=64, description="Profile in the credentials file. Default: default.")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="Where the bucket's name goes: the path, or the host's name. auto: path with an endpoint."
+    )
+    threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
+    timeout_s: float = Field(
+        5.0, gt=0, le=60, description="For a connection, and for each wait for data; then the server counts as down."
+    )
+    rescan_s: float = Field(
+        300.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
+    )
+
+
 class PoolSettings(BaseModel):
     """Everything that a pool can be told."""
 
@@ -111,6 +142,7 @@ class PoolSettings(BaseModel):
     )
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
+    s3: S3Settings | None = Field(None, description="A tier in S3-compatible object storage, below disk and Redis.")
     tiers: dict[TierName, ForeignTierSettings] = Field(
         {}, max_length=MAX_FOREIGN_TIERS, description="Tiers of other packages by their names, below all others."
     )
