@@ -39,7 +39,7 @@ class Server:
     """A SeaweedFS on the loopback, which checks signatures. One for all tests; each has a prefix of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._starts = folder, 0
         (folder / "data").mkdir(parents=True)
         identity = {"name": "pool", "credentials": [{"accessKey": KEY_ID, "secretKey": SECRET}], "actions": ["Admin"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -63,7 +63,15 @@ class Server:
             part, _, kind = name.partition(".")
             ports.append(f"-{part}.port{'.' + kind if kind else ''}={port}")
         options = ["-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}/data", "-volume.max=8", *ports]
-        options += [f"-s3.config={self.folder}/s3.json", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0"]
+        options += [
+            f"-s3.config={self.folder}/s3.json",
+            "-master.volumeSizeLimitMB=64",
+            "-s3.port.iceberg=0",
+            "-master.telemetry=false",
+        ]
+        self._starts += 1  # a master that knows an earlier term waits long for its peers before it elects itself
+        (self.folder / f"master{self._starts}").mkdir()
+        options.append(f"-master.dir={self.folder}/master{self._starts}")
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen([WEED, "server", *options], stdout=log, stderr=log, cwd=self.folder)
         until(self._serves, "the server does not start")
