@@ -79,16 +79,10 @@ class Shelf:
 
     def lookup(self, keys: bytes) -> tuple[int, int]:
         """How many keys from the first on are there, and how many of these are in memory."""
-        entries, tiers = self._entries(keys), self.index.tiers
         reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
-        there = in_memory = 0
-        for entry in entries:
-            if entry < 0 or not tiers[entry] & reachable:
-                break
-            there += 1
-            in_memory += tiers[entry] & MEMORY
+        there, in_memory = self.index.prefix(key_rows(keys), reachable, MEMORY)
         self.counters["lookups"] += 1
-        self.counters["lookup_keys"] += len(entries)
+        self.counters["lookup_keys"] += len(keys) // KEY_BYTES
         self.counters["lookup_hits"] += there
         return there, in_memory
 
