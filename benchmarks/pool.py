@@ -46,7 +46,11 @@ def main() -> int:
         measure = gpu_bandwidth if arguments.gpu else bandwidth
         result["bandwidth"] = measure(arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
-        result["lookups"] = [lookups(arguments.clients, arguments.seconds, batch) for batch in BATCHES]
+        result["lookups"] = [
+            lookups(arguments.clients, arguments.seconds, batch, chunks)
+            for chunks in dict.fromkeys((LOOKUP_CHUNKS, arguments.entries))
+            for batch in BATCHES
+        ]
     if "index" in arguments.parts:
         result["index"] = [in_process(index_of, size) for size in sizes(arguments.entries)]
     print(table(result))
@@ -74,14 +78,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def daemon(settings: PoolSettings) -> Iterator[None]:
-    """The pool in a process of its own, as people run it."""
+def daemon(settings: PoolSettings, more: tuple[dict[str, str], list[str]] = ({}, [])) -> Iterator[None]:
+    """The pool in a process of its own, as people run it. ``more``: environment and options beside the settings'."""
     options = [
-        f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in ("dir", "memory_bytes", "frame_bytes")
+        f"--{name.replace('_', '-')}={getattr(settings, name)}"
+        for name in ("dir", "memory_bytes", "frame_bytes", "max_chunks")
     ]
-    with subprocess.Popen(
-        [sys.executable, "-m", "pdtransport.pool.cli", *options], stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "pdtransport.pool.cli", *options, *more[1]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | more[0]) as process:
         try:
             assert process.stdout is not None
             assert "serves" in process.stdout.readline()
@@ -199,15 +203,54 @@ def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
 # -- lookups ------------------------------------------------------------------------------------------
 
 
-def lookups(clients: int, seconds: float, batch: int) -> dict[str, float]:
-    """Keys looked up a second by so many processes together, ``batch`` in a message, all of them there."""
-    keys = [os.urandom(32) for _ in range(LOOKUP_CHUNKS)]
+TIER = """
+import numpy as np
+from benchmarks.pool import names
+from pdtransport.pool.tiers import Stored, Tier
+
+class Names(Tier):
+    overhead_bytes, threads, shared = 0, 1, True
+    def __init__(self, options):
+        self.chunks = int(options["chunks"])
+    def scan(self):
+        raw = names(self.chunks)
+        for at in range(0, len(raw), 32):
+            yield Stored(raw[at : at + 32], "", 4096, 8)
+    def write(self, key, tenant, nbytes, pieces):
+        raise OSError("this tier only has names")
+    read = delete = write
+"""
+
+
+def names(chunks: int) -> bytes:
+    """Keys of so many chunks, always the same."""
+    return np.random.default_rng(7).bytes(32 * chunks)
+
+
+def install(place: Path, chunks: int) -> tuple[dict[str, str], list[str]]:
+    """A package with a tier that knows so many names, so that an index can be filled without their bytes: environment
+    and options of a pool that uses it."""
+    info = place / "pdt_names-1.dist-info"
+    info.mkdir()
+    (place / "pdt_names.py").write_text(TIER)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pdt-names\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[pdtransport.pool.tiers]\nnames = pdt_names:Names\n")
+    path = os.pathsep.join([str(place), *filter(None, sys.path)])
+    return {"PYTHONPATH": path}, ["--tier=names=1TiB", f"--tier-option=names.chunks={chunks}"]
+
+
+def lookups(clients: int, seconds: float, batch: int, chunks: int) -> dict[str, float]:
+    """Keys looked up a second by so many processes together, ``batch`` in a message, all of them there, in a pool that
+    knows ``chunks``."""
+    raw = names(chunks)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
-        made = PoolSettings(dir=Path(place) / "p", memory_bytes=LOOKUP_CHUNKS * 4096, frame_bytes=4096)
-        with daemon(made), PoolClient(directory=made.dir) as client:
-            content = np.zeros(4096, dtype=np.uint8)
-            chunk = np.array([[content.ctypes.data, 4096]], dtype=np.uint64)
-            assert client.store(keys, [chunk] * len(keys)).result().prefix == len(keys)
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=64 * MiB, max_chunks=chunks + 1)
+        with daemon(made, install(Path(place), chunks)), PoolClient(directory=made.dir) as client:
+            keys = [raw[at : at + 32] for at in range(0, len(raw), 32 * max(1, chunks // LOOKUP_CHUNKS))][
+                :LOOKUP_CHUNKS
+            ]
+            while client.status(deadline_s=60).result()["chunks"] < chunks:
+                time.sleep(0.2)
             context = mp.get_context("spawn")
             start, results = context.Barrier(clients + 1), context.Queue()
             asking = [
@@ -222,6 +265,7 @@ def lookups(clients: int, seconds: float, batch: int) -> dict[str, float]:
                 process.join(30)
     latencies = sorted(each for _, own in found for each in own)
     return {
+        "chunks": chunks,
         "clients": clients,
         "batch": batch,
         "keys a second": sum(count for count, _ in found) / seconds,
@@ -297,7 +341,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{what:16} " + (f"{value:8.2f}" if what.endswith(" s") else unit))
     lines += [
         f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "
-        f"{found['batch']}; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
+        f"{found['batch']}, {found['chunks']} chunks; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
         for found in result.get("lookups", [])
     ]
     lines += [

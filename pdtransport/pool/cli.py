@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from pdtransport.errors import PDTransportError
+from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import (
@@ -23,6 +24,7 @@ from pdtransport.pool.settings import (
     PoolSettings,
     RedisSettings,
     RemoteSettings,
+    S3Settings,
     parse_size,
 )
 
@@ -30,6 +32,7 @@ from pdtransport.pool.settings import (
 OWN = {
     "disk.path": "disk",
     "redis.url": "redis",
+    "s3.bucket": "s3",
     "http.listen": "http",
     "remote.listen": "listen",
     "remote.curve_allowed_keys": "remote-curve-allowed-key",
@@ -46,20 +49,28 @@ def size(text: str) -> int:
 
 
 def quota(text: str) -> tuple[str, int]:
-    """TENANT=SIZE."""
+    """NAME=SIZE: of a tenant, of a tier."""
     tenant, equals, limit = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is no quota: TENANT=SIZE")
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SIZE")
     return tenant, size(limit)
 
 
+def tier_option(text: str) -> tuple[str, str, str]:
+    """NAME.OPTION=VALUE."""
+    parts = re.fullmatch(r"([^.=]+)\.([^=]+)=(.*)", text)
+    if parts is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option of a tier: NAME.OPTION=VALUE")
+    return parts[1], parts[2], parts[3]
+
+
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of tiers begin with --disk and --redis, of the API
-    with --http, of the door for other hosts with --remote."""
+    """One option for each setting; those of tiers begin with --disk, --redis and --s3, of the
+    API with --http, of the door for other hosts with --remote."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "http", "remote"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "s3", "tiers", "http", "remote"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -78,6 +89,24 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         help=_help(RemoteSettings, "curve_allowed_keys"),
     )
+    made.add_argument("--s3", dest="s3.bucket", metavar="BUCKET", help=_help(S3Settings, "bucket"))
+    _add(made, S3Settings, "s3.", leave_out={"bucket"})
+    made.add_argument(
+        "--tier",
+        dest="tiers",
+        metavar="NAME=SIZE",
+        type=quota,
+        action="append",
+        help="A tier of another package below all others, by the name of its entry point.",
+    )
+    made.add_argument(
+        "--tier-option",
+        dest="tier_options",
+        metavar="NAME.OPTION=VALUE",
+        type=tier_option,
+        action="append",
+        help="What such a tier is told; NAME.codec: as --disk-codec.",
+    )
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
@@ -90,10 +119,21 @@ def options(settings: PoolSettings) -> list[str]:
     for name, value in raw.items():
         if name == "quotas":
             value, name = {"": [f"{tenant}={limit}" for tenant, limit in value.items()]}, "quota"
+        elif name == "tiers":
+            found += _tier_options(value)
+            continue
         for key, each in (value if isinstance(value, dict) else {"": value}).items():
             option = OWN.get(f"{name}.{key}", f"{name}-{key}" if key else name).replace("_", "-")
             for one in each if isinstance(each, list) else [each]:
                 found += [f"--{option}", str(one)]
+    return found
+
+
+def _tier_options(tiers: dict[str, Any]) -> list[str]:
+    found = [each for name, tier in tiers.items() for each in ("--tier", f"{name}={tier['bytes']}")]
+    for name, tier in tiers.items():
+        told = {**tier.get("options", {}), **({"codec": tier["codec"]} if "codec" in tier else {})}
+        found += [each for option, value in told.items() for each in ("--tier-option", f"{name}.{option}={value}")]
     return found
 
 
@@ -105,11 +145,18 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
     """
     raw: dict[str, Any] = {}
     for path, value in vars(arguments).items():
-        if value is None or path in ("status", "log_level"):
+        if value is None or path in ("status", "log_level", "tiers", "tier_options"):
             continue
         tier, dot, name = path.partition(".")
         room = raw.setdefault(tier, {}) if dot else raw
         room[name or path] = dict(value) if path == "quotas" else value
+    for name, nbytes in arguments.tiers or ():
+        raw.setdefault("tiers", {})[name] = {"bytes": nbytes, "options": {}}
+    for name, option, text in arguments.tier_options or ():
+        tier = raw.get("tiers", {}).get(name)
+        if tier is None:
+            raise SettingsError(f"pdpool: --tier-option {name}.{option}: there is no --tier {name}=SIZE")
+        (tier if option == "codec" else tier["options"])[option] = text
     return PoolSettings.parse(raw, where="pdpool")
 
 

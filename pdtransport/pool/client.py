@@ -21,6 +21,7 @@ from pdtransport.kernels.runs import Runs, as_runs, stream_bytes
 from pdtransport.kv.geometry import HOST
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.copiers import Copier, make_copier
 from pdtransport.pool.copying import WINDOWS, Copying, Operation
 from pdtransport.pool.request import Verdict
@@ -176,11 +177,15 @@ class PoolClient:
         keys: Sequence[bytes],
         runs: Sequence[Runs],
         *,
+        lossy: Lossy | None = None,
         deadline_s: float | None = None,
         after: Any | None = None,
     ) -> Pending[Copied]:
         """Copy chunk ``i`` out of the memory ``runs[i]`` ((n, 2) uint64 of address and bytes) into the pool under
         ``keys[i]``. What is there already is not copied; a chunk that somebody else is storing is waited for.
+
+        ``lossy``: tiers below memory may pack them with this codec, so that a later load gets bytes that differ. Only
+        for keys of a :class:`~pdtransport.kv.keys.KeySpace` whose ``codec`` says so.
 
         The memory must not change until the result is there. On a GPU, ``after`` is an event (torch's or cupy's)
         recorded behind the kernels that fill it: it is read when that has passed.
@@ -189,7 +194,7 @@ class PoolClient:
             ValueError: a key is not 32 bytes long, a chunk not a multiple of 8 bytes or longer than 1 GiB, or there
                 are not as many of them.
         """
-        return self._copy(True, keys, runs, deadline_s, after)
+        return self._copy(True, keys, runs, deadline_s, after, lossy)
 
     def load(
         self,
@@ -344,7 +349,13 @@ class PoolClient:
         return Pending(future, deadline_s)
 
     def _copy(
-        self, storing: bool, keys: Sequence[bytes], runs: Sequence[Runs], deadline_s: float | None, after: Any | None
+        self,
+        storing: bool,
+        keys: Sequence[bytes],
+        runs: Sequence[Runs],
+        deadline_s: float | None,
+        after: Any | None,
+        lossy: Lossy | None = None,
     ) -> Pending[Copied]:
         if len(keys) != len(runs):
             raise ValueError(f"{len(keys)} keys for {len(runs)} chunks")
@@ -376,6 +387,7 @@ class PoolClient:
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
             lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel)),
             after,
+            lossy,
         )
         with self._guard:
             if self._closing:

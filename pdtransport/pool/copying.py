@@ -20,6 +20,7 @@ import numpy as np
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, merge_runs, stream_bytes
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.copiers import Copier, UnderWay
 from pdtransport.pool.frames import frame_runs, frames_for
 from pdtransport.pool.request import Part, Verdict
@@ -66,6 +67,7 @@ class Operation:
     tell: Callable[[Session, Message], None]
     forget: Callable[[int, bool], None]
     after: Any | None = None  # an event, behind which a GPU's memory may be used
+    lossy: Lossy | None = None  # how what is stored may be packed below memory
     heard: queue.SimpleQueue[Heard] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -142,9 +144,12 @@ class Copying:
         number = self._do.number()
         keys = b"".join(self._do.keys[first:last])
         sizes = np.array(self.sizes[first:last], dtype="<u4").tobytes()
-        kind = say.Store if self._do.storing else say.Load
         self._windows[number] = Window(number, first, last, last - first)
-        self._do.ask(kind(request=number, keys=keys, sizes=sizes), number)
+        codec, grid = self._do.lossy or ("", None)
+        if self._do.storing:
+            self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
+        else:
+            self._do.ask(say.Load(request=number, keys=keys, sizes=sizes), number)
 
     def _hear(self, number: int, session: Session | None, message: say.FromPool | PoolUnavailable | None) -> None:
         if isinstance(message, PoolUnavailable):

@@ -16,10 +16,8 @@ from pathlib import Path
 
 from pdtransport.errors import SettingsError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.codecs import make_codec
-from pdtransport.pool.envelope import HEADER_BYTES, PLAIN, seal, unseal
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
-from pdtransport.pool.tiers import Stored, Tier, TierError
+from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError
 
 IOV_LIMIT = 1024  # Linux' IOV_MAX
 _TENANT = "t-"
@@ -39,8 +37,6 @@ class DiskTier(Tier):
     def __init__(self, settings: DiskSettings) -> None:
         self.threads = settings.threads
         self._root = settings.path
-        self._codec = make_codec(settings.codec, settings.item_bytes)
-        self.packs = self._codec is not None
         self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
         self._numbers = itertools.count()
         try:
@@ -65,8 +61,7 @@ class DiskTier(Tier):
                     else:
                         self._tidy(file)
 
-    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
-        pieces = seal(key, parts, checksum, self._codec)
+    def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
         temporary = self._root / f"{self._run}{next(self._numbers)}"
         total = sum(len(piece) for piece in pieces)
         try:
@@ -75,7 +70,7 @@ class DiskTier(Tier):
                 _write_all(fd, pieces)
             finally:
                 os.close(fd)
-            path = self._path(key, tenant, sum(len(part) for part in parts))
+            path = self._path(key, tenant, nbytes)
             try:
                 os.replace(temporary, path)
             except FileNotFoundError:
@@ -87,23 +82,15 @@ class DiskTier(Tier):
             raise
         return total
 
-    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
-        nbytes = sum(len(part) for part in parts)
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
         fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            header = unseal(os.pread(fd, HEADER_BYTES, 0), key, nbytes, self._codec)
-            if os.fstat(fd).st_size != HEADER_BYTES + header.payload:
+            parts = place(os.pread(fd, HEADER_BYTES, 0))
+            if os.fstat(fd).st_size != HEADER_BYTES + sum(map(len, parts)):
                 raise TierError(f"chunk {key.hex()[:16]} is damaged: its file has another length")
-            if header.codec == PLAIN:
-                _read_all(fd, parts, HEADER_BYTES)
-            else:
-                assert self._codec is not None
-                payload = bytearray(header.payload)
-                _read_all(fd, [memoryview(payload)], HEADER_BYTES)
-                self._codec.decode(bytes(payload), parts)
+            _read_all(fd, parts, HEADER_BYTES)
         finally:
             os.close(fd)
-        return header.checksum
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
         self._path(key, tenant, nbytes).unlink(missing_ok=True)

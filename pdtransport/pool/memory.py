@@ -96,7 +96,10 @@ class Mapping:
         if self._pieces:
             self._unregister()
         del self._hold
-        self._map.close()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a failed call's traceback still holds a view: unmapped when that is collected
 
 
 def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:

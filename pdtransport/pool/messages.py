@@ -27,6 +27,7 @@ TENANT = r"^[A-Za-z0-9._\-]{0,64}$"
 Tenant = Annotated[str, Field(pattern=TENANT)]
 
 RequestId = Annotated[int, Field(ge=1, lt=1 << 63)]
+Extent = Annotated[int, Field(ge=1, le=1 << 30)]
 Keys = Annotated[bytes, Field(max_length=KEY_BYTES * MAX_KEYS)]
 Words32 = Annotated[bytes, Field(max_length=4 * MAX_KEYS)]
 Words64 = Annotated[bytes, Field(max_length=8 * MAX_KEYS)]
@@ -82,9 +83,12 @@ class _Sized(_Keyed):
 
 
 class Store(_Sized):
-    """Client: I want to store these. Answered by :class:`Answer` messages until each key has its verdict."""
+    """Client: I want to store these. Answered by :class:`Answer` messages until each key has its verdict. ``codec`` and
+    ``grid`` (:class:`pdtransport.kernels.quant.Grid`): how they may be packed with loss below memory; unset: not."""
 
     kind: Literal["store"] = "store"
+    codec: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._\-]{0,31})?$")] = ""
+    grid: tuple[Literal["float32", "float16", "bfloat16"], Extent, Extent, Extent] | None = None
 
 
 class Load(_Sized):

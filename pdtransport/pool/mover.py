@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 
 from pdtransport.kernels import pages
+from pdtransport.pool.envelope import Opening, seal
 from pdtransport.pool.frames import frame_runs
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.memory import Mapping
+from pdtransport.pool.plugins import lossy_codec
 from pdtransport.pool.shelf import Shelf
 from pdtransport.pool.tiers import Stored, TierDown, TierError
 from pdtransport.reactor import ReactorStopped
@@ -97,17 +99,27 @@ class Mover:
             if self._checksum(job.frames, job.nbytes) != job.checksum:
                 self._post(lambda: shelf.found_damaged(job))
                 return
-            stored = job.tier.tier.write(job.key, job.tenant, self._parts(job.frames, job.nbytes), job.checksum)
+            pieces = self._sealed(job)
+            stored = job.tier.tier.write(job.key, job.tenant, job.nbytes, pieces)
         except TierDown as error:
             self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
             _complain(job.tier, "write", error)
         self._post(lambda: shelf.written_back(job, stored))
 
+    def _sealed(self, job: WriteBack) -> list[bytes | memoryview]:
+        parts = self._parts(job.frames, job.nbytes)
+        codec = lossy_codec(job.lossy.codec) if job.lossy is not None else None
+        if codec is None or job.lossy is None:
+            return seal(job.key, parts, job.checksum, job.tier.codec)
+        return seal(job.key, parts, job.checksum, codec, job.lossy.grid)
+
     def _promote(self, job: Promote) -> None:
         shelf, found = self._shelf, None
         try:
-            checksum = job.tier.tier.read(job.key, job.tenant, self._parts(job.frames, job.nbytes))
+            opening = Opening(job.key, self._parts(job.frames, job.nbytes))
+            job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
+            checksum = opening.finish()
             if self._checksum(job.frames, job.nbytes) != checksum:
                 raise TierError(f"chunk {job.key.hex()[:16]} is damaged: its checksum differs")
             found = checksum

@@ -21,18 +21,23 @@ from pdtransport.control.limits import MAX_FRAMES_A_TURN
 from pdtransport.control.shared import Complaints
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
 from pdtransport.errors import SettingsError
+from pdtransport.kernels.quant import Grid
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.control import Control
 from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.lower import Lower
 from pdtransport.pool.memory import Mapping, make_memory, map_memory
 from pdtransport.pool.mover import Mover, checksum_of
+from pdtransport.pool.plugins import make_tier, tier_codec
 from pdtransport.pool.redis import RedisTier
 from pdtransport.pool.request import Part, Request, Session
-from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.s3 import S3Tier
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, AnyTierSettings, PoolSettings
 from pdtransport.pool.shelf import MEMORY, Shelf
+from pdtransport.pool.tiers import Tier
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
@@ -274,7 +279,8 @@ class PoolService:
         if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in sizes):
             raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
         storing = isinstance(message, say.Store)
-        request = requests[message.request] = Request(client.session, message.request, storing, client.group)
+        form = self.shelf.form_of(_lossy(message)) if isinstance(message, say.Store) else 0
+        request = requests[message.request] = Request(client.session, message.request, storing, client.group, form)
         (self.shelf.store if storing else self.shelf.load)(request, message.keys, sizes)
 
     # -- what they are told -----------------------------------------------------------------------------------------
@@ -443,7 +449,7 @@ def _contents(shelf: Shelf) -> dict[str, Any]:
                 "limit_bytes": tier.limit,
                 "used_bytes": tier.used,
                 "chunks": len(tier),
-                "packs": tier.tier.packs,
+                "packs": tier.codec is not None,
                 "bit": tier.bit,
             }
             for tier in shelf.lower
@@ -456,18 +462,28 @@ def _contents(shelf: Shelf) -> dict[str, Any]:
 
 
 def _lower(settings: PoolSettings) -> list[Lower]:
-    tiers = []
+    made: list[tuple[Tier, AnyTierSettings]] = []
     if settings.disk is not None:
-        tiers.append(Lower(DiskTier(settings.disk), MEMORY << 1, settings.disk.bytes, settings.policy))
+        made.append((DiskTier(settings.disk), settings.disk))
     if settings.redis is not None:
-        tiers.append(Lower(RedisTier(settings.redis), MEMORY << 2, settings.redis.bytes, settings.policy))
-    return tiers
+        made.append((RedisTier(settings.redis), settings.redis))
+    if settings.s3 is not None:
+        made.append((S3Tier(settings.s3), settings.s3))
+    made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
+    return [
+        Lower(tier, MEMORY << number, its.bytes, settings.policy, tier_codec(its.codec, its.item_bytes))
+        for number, (tier, its) in enumerate(made, 1)
+    ]
 
 
 def _numbers(packed: bytes, kind: str) -> list[int]:
     if len(packed) % int(kind[-1]):
         raise WireError("numbers are cut off")
     return np.frombuffer(packed, dtype=kind).tolist()  # type: ignore[no-any-return]
+
+
+def _lossy(message: say.Store) -> Lossy | None:
+    return Lossy(message.codec, Grid(*message.grid)) if message.codec and message.grid else None
 
 
 def _packed(request: int, parts: list[Part]) -> say.Answer:

@@ -14,14 +14,19 @@ from pdtransport.pool.policies import PolicyName
 from pdtransport.settings import ControlSettings, Settings, one_line
 
 MAX_TENANTS = 256  # with a quota of their own
+MAX_FOREIGN_TIERS = 4
+OWN_TIERS = ("memory", "disk", "redis", "s3")
 MAX_CHUNK_BYTES = 1 << 30
 STAGING_BYTES = 128 << 20  # of a client of a pool on another host; its copies are cut so that they fit
+CODEC_NAME = r"^[a-z0-9][a-z0-9._\-]{0,31}$"
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"(\d{1,15})\s?([KMGT]iB)?")
 
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$")]
+TierName = Annotated[str, Field(pattern=CODEC_NAME)]
+CodecName = Annotated[str, Field(pattern=CODEC_NAME)]
 
 
 def parse_size(text: str) -> int | None:
@@ -30,26 +35,41 @@ def parse_size(text: str) -> int | None:
     return None if parts is None else int(parts[1]) * UNITS[parts[2] or ""]
 
 
-class _TierSettings(BaseModel):
+class AnyTierSettings(BaseModel):
+    """What all tiers can be told."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bytes: int = Field(ge=1 << 20, description="Size of all its chunks together that is never exceeded.")
-    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
-    codec: Literal["none", "zstd"] = Field(
-        "none", description="zstd: byte-shuffled and compressed without loss (needs the zstandard package)."
+    codec: CodecName = Field(
+        "none",
+        description="Codec without loss: none, zstd (byte-shuffled; needs the zstandard package), or one that another "
+        "package adds.",
     )
     item_bytes: Literal[1, 2, 4] = Field(
         2, description="Bytes of one element of the KV cache, which zstd's byte shuffle sorts by: 2 for bfloat16."
     )
 
 
-class DiskSettings(_TierSettings):
+class TierSettings(AnyTierSettings):
+    """What the tiers that come with pdtransport can be told."""
+
+    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
+
+
+class ForeignTierSettings(AnyTierSettings):
+    """A tier that another package adds, see :mod:`pdtransport.pool.plugins`."""
+
+    options: dict[str, str | int | float | bool] = Field({}, description="What the tier itself wants to know.")
+
+
+class DiskSettings(TierSettings):
     """The disk tier: one checksummed file a chunk."""
 
     path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
 
 
-class RedisSettings(_TierSettings):
+class RedisSettings(TierSettings):
     """The tier in Redis or Valkey."""
 
     url: str = Field(
@@ -148,6 +168,37 @@ class RemoteSettings(BaseModel):
         return Settings(control=self.control(1))
 
 
+class S3Settings(TierSettings):
+    """The tier in S3-compatible object storage."""
+
+    bucket: str = Field(pattern=r"^[A-Za-z0-9._\-]{3,255}$", description="Bucket of the chunks; it must be there.")
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$", description="http(s)://host:port of the server. Default: AWS."
+    )
+    region: str = Field(
+        "us-east-1", pattern=r"^[A-Za-z0-9\-]{1,64}$", description="Region that requests are signed for."
+    )
+    prefix: str = Field(
+        "pdtkv", pattern=r"^[A-Za-z0-9._\-]+(/[A-Za-z0-9._\-]+)*$", max_length=512, description="Of objects' names."
+    )
+    credentials_file: Path | None = Field(
+        None,
+        description="File with the key and its secret, in the format of ~/.aws/credentials. Default: the usual places "
+        "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, the instance's role).",
+    )
+    profile: str | None = Field(None, max_length=64, description="Profile in the credentials file. Default: default.")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="Where the bucket's name goes: the path, or the host's name. auto: path with an endpoint."
+    )
+    threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
+    timeout_s: float = Field(
+        5.0, gt=0, le=60, description="For a connection, and for each wait for data; then the server counts as down."
+    )
+    rescan_s: float = Field(
+        300.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
+    )
+
+
 class PoolSettings(BaseModel):
     """Everything that a pool can be told."""
 
@@ -189,6 +240,10 @@ class PoolSettings(BaseModel):
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
     http: HttpSettings | None = Field(None, description="An HTTP API to see and manage what the pool holds.")
     remote: RemoteSettings | None = Field(None, description="A door for clients on other hosts.")
+    s3: S3Settings | None = Field(None, description="A tier in S3-compatible object storage, below disk and Redis.")
+    tiers: dict[TierName, ForeignTierSettings] = Field(
+        {}, max_length=MAX_FOREIGN_TIERS, description="Tiers of other packages by their names, below all others."
+    )
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )
@@ -199,6 +254,8 @@ class PoolSettings(BaseModel):
             raise ValueError(f"frame_bytes is {self.frame_bytes}, it must be a multiple of 4096")
         if self.memory_bytes < self.frame_bytes:
             raise ValueError("memory_bytes does not hold a single frame")
+        for name in set(self.tiers) & set(OWN_TIERS):
+            raise ValueError(f"tiers: {name} is the name of one that comes with pdtransport")
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise ValueError(f"dir is too long: the socket's path may have {MAX_SOCKET_PATH} bytes")
         return self

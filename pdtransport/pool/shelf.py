@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.codecs import MAX_FORMS, Lossy
 from pdtransport.pool.frames import Frames
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
@@ -65,6 +66,7 @@ class Shelf:
         self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
         self._seen = Ghosts()
         self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
+        self._forms: list[Lossy | None] = [None]  # ways to pack chunks below memory, by the index's ``form``
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
 
     @property
@@ -76,16 +78,10 @@ class Shelf:
 
     def lookup(self, keys: bytes) -> tuple[int, int]:
         """How many keys from the first on are there, and how many of these are in memory."""
-        entries, tiers = self.entries(keys), self.index.tiers
         reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
-        there = in_memory = 0
-        for entry in entries:
-            if entry < 0 or not tiers[entry] & reachable:
-                break
-            there += 1
-            in_memory += tiers[entry] & MEMORY
+        there, in_memory = self.index.prefix(key_rows(keys), reachable, MEMORY)
         self.counters["lookups"] += 1
-        self.counters["lookup_keys"] += len(entries)
+        self.counters["lookup_keys"] += len(keys) // KEY_BYTES
         self.counters["lookup_hits"] += there
         self.counters["lookup_hits_memory"] += in_memory
         return there, in_memory
@@ -206,6 +202,15 @@ class Shelf:
         """Pins whose time is over end."""
         self.room.tick(now)
 
+    def form_of(self, lossy: Lossy | None) -> int:
+        """The number of a way to pack chunks below memory; 0: exactly, also where there are too many ways."""
+        if lossy not in self._forms:
+            if len(self._forms) > MAX_FORMS:
+                self.counters["forms_refused"] += 1
+                return 0
+            self._forms.append(lossy)
+        return self._forms.index(lossy)
+
     # -- what tiers below report ------------------------------------------------------------------------------------
 
     def written_back(self, job: WriteBack, stored: int | None) -> None:
@@ -295,7 +300,7 @@ class Shelf:
             return -1
         entry = self.index.add(key)
         self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
-        self.index.group[entry] = request.group
+        self.index.group[entry], self.index.form[entry] = request.group, request.form
         self._frames[entry] = frames
         self._waiters[entry] = deque()
         self._grant_write(request, number, entry)
@@ -456,7 +461,8 @@ class Shelf:
         self.being_written[entry] += 1
         self.index.refs[entry] += 1
         checksum, tenant = self.index.checksum[entry], self._tenant(entry)
-        self.jobs.append(WriteBack(tier, entry, self.index.key(entry), tenant, nbytes, checksum, frames, reserved))
+        lossy, key = self._forms[self.index.form[entry]], self.index.key(entry)
+        self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
         return True
 
     def _make_room(self, tier: Lower, nbytes: int) -> bool:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 from pdtransport.errors import SettingsError
+from pdtransport.kernels.quant import DTYPES, DType, Grid
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.kv.keys import KeySpace
+from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.plugins import lossy_codec
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.spaces import Space, whole_salt
 from pdtransport.settings import PoolUse
@@ -41,6 +44,11 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
         raise SettingsError(
             f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
             "chunk may be gone when it is to be loaded. Set it, or pool.load: false"
+        )
+    if use.codec != "none" and lossy_codec(use.codec) is None:
+        raise SettingsError(
+            f"pool.codec {use.codec} is no lossy codec that is installed here: none, fp8 and int4 always are; lossless "
+            "ones are set for a tier of the pool (pdpool --disk-codec)"
         )
 
 
@@ -84,6 +92,7 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
             layout=json.dumps(layout, sort_keys=True),
             shard=f"heads {low}-{high} of {geometry.total_heads}, {len(geometry.layers)} layers",
             chunk_tokens=use.chunk_blocks * config.cache_config.block_size,
+            codec="" if use.codec == "none" else use.codec,
         )
         for low, high in head_parts(geometry, use.shards or described.ranks)
     ]
@@ -93,6 +102,31 @@ def introduction(shards: Sequence[Shard], use: PoolUse, served: Sequence[str], t
     """What the pool is told of this engine's keys, as JSON text."""
     spaces = [space for shard in shards for space in shard.spaces]
     return Space.of(spaces, salted=bool(use.salt), served=tuple(served), tokenizer=tokenizer).model_dump_json()
+
+
+def loss_of(described: Described, use: PoolUse) -> Lossy | None:
+    """How tiers may pack this worker's chunks with loss; None: not. Keys and values of a head have scales of their own
+    in each block; where they lie elsewhere in a page than thought, scales fit worse, and nothing else is wrong."""
+    geometry = described.geometry
+    if use.codec == "none":
+        return None
+    dtype = _element(described)
+    assert dtype is not None
+    content, tokens = geometry.slot_bytes // Grid(dtype, 1, 1, 1).item_bytes, geometry.block_size
+    if geometry.heads_first and "CPU_ATTN" in str(described.fingerprint["attention_backend"]):
+        grid = Grid(dtype, 1, 1, tokens * content // 2)  # all keys of a head's page, then all values
+    elif geometry.heads_first:
+        grid = Grid(dtype, tokens, 2, content // 2)
+    else:
+        low, high = head_parts(geometry, use.shards or described.ranks)[0]
+        grid = Grid(dtype, tokens, 2 * (high - low), content // 2)
+    return Lossy(use.codec, grid)
+
+
+def _element(described: Described) -> DType | None:
+    """The element type of this worker's KV; None: none that lossy codecs know."""
+    name = str(described.fingerprint["kv_cache_dtype"]).rpartition("/")[2]
+    return next((dtype for dtype in DTYPES if dtype == name), None)
 
 
 def _altered(config: VllmConfig) -> str:
@@ -117,6 +151,10 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     parallel = config.parallel_config
     if max(getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")) > 1:
         return "context-parallel shards can't be stored"
+    if use.codec != "none" and _element(described) is None:
+        return (
+            f"pool.codec {use.codec} packs KV of {', '.join(DTYPES)}, not of {described.fingerprint['kv_cache_dtype']}"
+        )
     try:
         parts = head_parts(geometry, use.shards or described.ranks)
     except SettingsError as error:

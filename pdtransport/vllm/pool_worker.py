@@ -21,6 +21,7 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.pool.client import Copied, Pending, PoolClient
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.request import Verdict
 from pdtransport.settings import PoolUse
 from pdtransport.vllm.metadata import Fetch, Keep
@@ -52,6 +53,7 @@ class PoolWorker:
         on_loaded: of a request, and whether all its pages are what was stored.
         on_kept: of a request: one :class:`Keep` no longer reads its pages.
         count: chunks by what became of them, and the bytes that were copied.
+        lossy: how tiers of the pool may pack its chunks with loss.
         on_stored: whose parts of this worker are all in the pool: chunks, by the key of their first part; None: nobody
             wants to know.
 
@@ -70,8 +72,10 @@ class PoolWorker:
         on_loaded: Callable[[str, bool], None],
         on_kept: Callable[[str], None],
         count: Callable[[str, Counter[str], int], None],
+        lossy: Lossy | None = None,
         on_stored: Callable[[list[bytes]], None] | None = None,
     ) -> None:
+        self._lossy = lossy
         self._use, self._geometry = use, geometry
         self._parts, self._ratio, self._rank = parts, ratio, rank
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
@@ -111,7 +115,7 @@ class PoolWorker:
             return
         runs = self._chunks(command.pages)[: len(chosen)]
         try:
-            pending = self._storer.store(chosen, runs, deadline_s=self._use.store_s, after=after)
+            pending = self._storer.store(chosen, runs, lossy=self._lossy, deadline_s=self._use.store_s, after=after)
         except PoolUnavailable:
             self._end_store(command.req_id, Counter(failed=len(chosen)), len(chosen), 0)
             return

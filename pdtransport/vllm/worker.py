@@ -112,7 +112,7 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, kv_events_on, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, kv_events_on, loss_of, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
@@ -130,6 +130,7 @@ class WorkerSide:
                 on_loaded=self._loaded,
                 on_kept=self._kept,
                 count=self._count_chunks,
+                lossy=loss_of(described, use),
                 on_stored=self._in_pool if kv_events_on(self._config) else None,
             )
         except PoolUnavailable as error:

@@ -19,16 +19,19 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.errors import PoolUnavailable, SettingsError
+from pdtransport.kernels.quant import Grid
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.settings import PoolUse, Settings
+from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.held import Held
 from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle, Yield
 from pdtransport.vllm.pool_scheduler import PoolScheduler
-from pdtransport.vllm.pool_space import Shard, check_use, head_parts, salt_of
+from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of
 from pdtransport.vllm.pool_worker import PoolWorker
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.rig import twin_gpu
@@ -413,6 +416,33 @@ def test_loading_needs_an_engine_that_recomputes() -> None:
     check_use(PoolUse(load=False), "fail")
     with pytest.raises(SettingsError, match="dir is too long"):
         check_use(PoolUse(dir=Path("/x" * 60)), "recompute")
+
+
+def test_a_lossy_codec_is_one_that_is_there_and_gets_heads_apart() -> None:
+    """A name that is none, or a lossless codec's, is refused in one line; keys and values of each head have scales of
+    their own, and the grid fits a chunk."""
+    for name in ("fp9", "zstd"):
+        with pytest.raises(SettingsError, match=rf"pool\.codec {name} is no lossy codec"):
+            check_use(PoolUse(codec=name), "recompute")
+    cache = np.zeros((3, 8, 4, 16, 64), dtype=np.float32)  # [layers, blocks, heads, tokens, keys and values]
+    geometry = KVGeometry.of_array(cache)
+    for backend, heads_first, grid in (
+        ("CPU_ATTN:vec", True, Grid("float32", 1, 1, 16 * 32)),
+        ("FLASH_ATTN", True, Grid("float32", 16, 2, 32)),
+        ("FLASH_ATTN", False, Grid("float32", 16, 4, 32)),
+    ):
+        described = Described(
+            geometry=replace(geometry, heads_first=heads_first),
+            regions=[],
+            fingerprint={"kv_cache_dtype": "auto/float32", "attention_backend": backend},
+            kernel_blocks_per_block=1,
+            rank=0,
+            ranks=1,
+            port=0,
+        )
+        assert loss_of(described, PoolUse()) is None
+        assert loss_of(described, PoolUse(codec="int4", shards=2)) == Lossy("int4", grid)
+        assert grid.outer(2 * geometry.block_bytes(0, 2))
 
 
 def test_pages_are_reported_free_once_whoever_is_last() -> None:
