@@ -1,9 +1,10 @@
 """The shared pool on this host: ``python -m benchmarks.pool``.
 
-Three things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
-turns, medians); lookups from several client processes; and the index alone, at several sizes: bytes a chunk, and
-whether lookups slow down as it grows. With ``--gpu`` the pages lie in the memory of GPU 0, and memcpy is
-cudaMemcpy between it and as many bytes of pinned host memory, in one piece.
+Four things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
+turns, medians); the same for the disk tier beside fio, where that is installed; lookups from several client processes,
+with few chunks and with many; and the index alone, at several sizes: bytes a chunk, and whether lookups slow down as it
+grows. With ``--gpu`` the pages lie in the memory of GPU 0, and memcpy is cudaMemcpy between it and as many bytes of
+pinned host memory, in one piece.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def main() -> int:
     if "bytes" in arguments.parts:
         measure = gpu_bandwidth if arguments.gpu else bandwidth
         result["bandwidth"] = measure(arguments.bytes, arguments.chunk, arguments.rounds)
+    if "disk" in arguments.parts:
+        result["disk"] = disk(arguments.disk, arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
         result["lookups"] = [
             lookups(arguments.clients, arguments.seconds, batch, chunks)
@@ -62,7 +65,9 @@ def main() -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--parts", default="bytes,lookups,index", help="what to measure (default: bytes,lookups,index)")
+    parts = "bytes,disk,lookups,index"
+    parser.add_argument("--parts", default=parts, help=f"what to measure (default: {parts})")
+    parser.add_argument("--disk", type=Path, default=Path(), help="where the disk is measured (default: here)")
     parser.add_argument("--gpu", action="store_true", help="bytes out of and into GPU 0's memory")
     parser.add_argument("--bytes", type=int, help="moved per measurement (default 256 MiB, with --gpu 1 GiB)")
     parser.add_argument("--chunk", type=int, default=2 * MiB, help="bytes of a chunk (default 2 MiB)")
@@ -181,7 +186,7 @@ def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
                     if number:
                         for what, seconds in zip(taken, np.diff(moments).tolist(), strict=True):
                             taken[what].append(seconds)
-                    client.drop(None).result()
+                    PoolAdmin(client).clear()
     for page in (0, chunk // PAGE, nbytes // PAGE - 1):
         pair = (np.concatenate(each)[page, 0] for each in (runs, back))
         assert len({gpu.to_host(int(address), PAGE) for address in pair}) == 1, "a page is not what it was"
@@ -198,6 +203,69 @@ def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
 
     cupy.cuda.runtime.memcpy(target, source, nbytes, 4)  # cudaMemcpyDefault
     cupy.cuda.runtime.deviceSynchronize()
+
+
+# -- disk ---------------------------------------------------------------------------------------------
+
+
+def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
+    """Bytes a second of the disk tier, through a whole pool: from a store until all is written, and loads of a pool
+    that has just started; and what fio does with files and threads like these, each round beside its own."""
+    count, threads = nbytes // chunk, 2
+    source = _memory(nbytes)
+    source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
+    runs = _runs(source, count, 0)
+    rates: dict[str, list[float]] = {"disk write": [], "disk read": []}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as short, tempfile.TemporaryDirectory(dir=place) as folder:
+        made = PoolSettings(dir=Path(short) / "p", memory_bytes=2 * nbytes)
+        options = [f"--disk={folder}/tier", f"--disk-bytes={4 * nbytes}", f"--disk-threads={threads}"]
+        options.append(f"--writeback-bytes={2 * nbytes}")
+        for _ in range(rounds):
+            keys = [os.urandom(32) for _ in range(count)]
+            with PoolClient(directory=made.dir, deadline_s=60.0) as client:
+                with daemon(made, ({}, options)):
+                    client.status().result()
+                    begin = time.perf_counter()
+                    assert client.store(keys, runs).result().prefix == count
+                    while client.status().result()["writeback_bytes"]:
+                        time.sleep(0.002)
+                    rates["disk write"].append(nbytes / (time.perf_counter() - begin))
+                with daemon(made, ({}, options)):
+                    while client.lookup(keys).result().there < count:
+                        time.sleep(0.01)
+                    begin = time.perf_counter()
+                    assert client.load(keys, runs).result().prefix == count
+                    rates["disk read"].append(nbytes / (time.perf_counter() - begin))
+                    PoolAdmin(client).clear()
+            for what in ("write", "read"):
+                found = _fio(folder, what, chunk, count, threads)
+                if found:
+                    rates.setdefault(f"fio {what}", []).append(found)
+    shares = {
+        f"{what} / fio": median(
+            own / other for own, other in zip(rates[f"disk {what}"], rates[f"fio {what}"], strict=True)
+        )
+        for what in ("write", "read")
+        if f"fio {what}" in rates
+    }
+    return {what: median(each) for what, each in rates.items()} | shares
+
+
+def _fio(folder: str, what: str, chunk: int, count: int, threads: int) -> float:
+    """Bytes a second; 0 without fio."""
+    command = ["fio", "--name=fio", f"--directory={folder}", f"--rw={what}", f"--bs={chunk}", f"--filesize={chunk}"]
+    command += [f"--nrfiles={count // threads}", f"--numjobs={threads}", "--thread", "--ioengine=psync", "--direct=1"]
+    command += ["--group_reporting", "--file_service_type=sequential", "--openfiles=1", "--fallocate=none"]
+    try:
+        done = subprocess.run(
+            [*command, "--output-format=json"], capture_output=True, text=True, timeout=300, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0.0
+    if what == "read":
+        for file in Path(folder).glob("fio.*"):
+            file.unlink()
+    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][what]["bw_bytes"])
 
 
 # -- lookups ------------------------------------------------------------------------------------------
@@ -336,7 +404,7 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
-    for what, value in result.get("bandwidth", {}).items():
+    for what, value in (*result.get("bandwidth", {}).items(), *result.get("disk", {}).items()):
         unit = f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"
         lines.append(f"{what:16} " + (f"{value:8.2f}" if what.endswith(" s") else unit))
     lines += [

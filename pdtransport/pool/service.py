@@ -128,7 +128,7 @@ class PoolService:
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
             self._bury_the_dead()
-            self.shelf.tick(now)
+            self.shelf.room.tick(now)
         for _ in range(MAX_FRAMES_A_TURN):
             letter = self._inbox.read()
             if not letter:

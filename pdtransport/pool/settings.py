@@ -67,6 +67,9 @@ class DiskSettings(TierSettings):
     """The disk tier: one checksummed file a chunk."""
 
     path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
+    direct: Literal["auto", "off"] = Field(
+        "auto", description="auto: round the page cache where the file system does that; off: through it."
+    )
 
 
 class RedisSettings(TierSettings):

@@ -198,10 +198,6 @@ class Shelf:
             done += 1
         return done
 
-    def tick(self, now: float) -> None:
-        """Pins whose time is over end."""
-        self.room.tick(now)
-
     def form_of(self, lossy: Lossy | None) -> int:
         """The number of a way to pack chunks below memory; 0: exactly, also where there are too many ways."""
         if lossy not in self._forms:
@@ -491,8 +487,6 @@ class Shelf:
         key, nbytes = self.index.key(entry), self.index.nbytes[entry]
         self.jobs.append(Delete(tier, key, self._tenant(entry), nbytes))
         self._forget_if_gone(entry)
-
-    # -- small things -----------------------------------------------------------------------------------------------
 
     def entries(self, keys: bytes) -> list[int]:
         """Of each key; -1: it is not known."""

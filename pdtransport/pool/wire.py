@@ -253,7 +253,7 @@ class Wire:
     # -- what arrives -----------------------------------------------------------------------------------------------
 
     def _read_monitor(self) -> None:
-        while self._monitor is not None:
+        while self._monitor is not None and int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             try:
                 report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:

@@ -264,7 +264,7 @@ def test_garbage_and_strangers_change_nothing(directory: Path) -> None:
         hello = say.encode(say.Hello(lock=12345, name="x"))
         for frame, answer in [
             (b"garbage", "not a msgpack"),
-            (hello.replace(b"\xa1v\x02", b"\xa1v\x63"), "version 99"),
+            (hello.replace(b"\xa1v" + bytes([say.POOL_VERSION]), b"\xa1v\x63"), "version 99"),
             (say.encode(say.Manage(request=1, keys=b"", action="drop")), "say Hello"),
             (say.encode(say.Lookup(request=1, keys=b"").model_copy(update={"keys": b"123"})), "32 bytes"),
             (hello, "not this client's"),

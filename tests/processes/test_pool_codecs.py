@@ -20,7 +20,7 @@ from pdtransport.kernels.runs import run
 from pdtransport.pool import plugins
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.codecs import Lossy
-from pdtransport.pool.envelope import HEADER_BYTES
+from pdtransport.pool.disk import BLOCK
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import CHUNK, Bytes, key, names, status, until
@@ -70,7 +70,22 @@ def files(directory: Path, number: int) -> list[Path]:
     return list((directory / "disk").glob(f"*/*/{key(number).hex()}.*"))
 
 
-@pytest.mark.parametrize(("name", "share"), [("fp8", 0.51), ("int4", 0.27)])
+@pytest.mark.parametrize("direct", ["auto", "off"])
+@pytest.mark.parametrize("nbytes", [CHUNK, 3 * 4096 + 8, 8])
+def test_chunks_of_any_length_come_back_from_disk(directory: Path, nbytes: int, direct: str) -> None:
+    """Whole blocks or not, round the page cache or through it: what was stored, byte for byte."""
+    stored, loaded = kv(1)[:nbytes].copy(), np.zeros(nbytes, dtype=np.uint8)
+    with pool(directory, direct=direct), PoolClient(directory=directory) as client:
+        put(client, 1, stored)
+        flood(client)
+        found = client.load([key(1)], [run(loaded.ctypes.data, nbytes)]).result()
+        assert names(found) == ["READ"]
+        assert np.array_equal(loaded, stored)
+        assert files(directory, 1)[0].stat().st_size == BLOCK + nbytes
+        assert status(client)["counters"]["disk_read_bytes"] >= nbytes
+
+
+@pytest.mark.parametrize(("name", "share"), [("fp8", 0.53), ("int4", 0.28)])
 def test_a_chunk_is_packed_with_loss_only_where_asked_for(directory: Path, name: str, share: float) -> None:
     """What comes up is what decoding the codes gives, also after a restart, and verified; its file is as short as the
     codec promises; chunks that did not ask come back exactly, in a tier with a codec of its own too."""
@@ -112,7 +127,7 @@ def test_a_damaged_packed_chunk_is_a_miss(directory: Path) -> None:
     """A flipped bit among the codes, among the scales or in what says how elements lie, and a file cut off: never
     served."""
     with pool(directory), PoolClient(directory=directory) as client:
-        places = [HEADER_BYTES, HEADER_BYTES + 5, HEADER_BYTES + 16, HEADER_BYTES + CHUNK // 4, -1]
+        places = [BLOCK, BLOCK + 5, BLOCK + 16, BLOCK + CHUNK // 4, -1]
         for number in range(len(places) + 1):
             put(client, number, kv(number), Lossy("fp8", GRID))
         flood(client)
@@ -121,7 +136,7 @@ def test_a_damaged_packed_chunk_is_a_miss(directory: Path) -> None:
             raw = bytearray(file.read_bytes())
             raw[place] ^= 0x20
             file.write_bytes(raw)
-        os.truncate(files(directory, len(places))[0], HEADER_BYTES + 1000)
+        os.truncate(files(directory, len(places))[0], BLOCK + 1000)
         assert [get(client, number) for number in range(len(places) + 1)] == [None] * (len(places) + 1)
         assert status(client)["counters"]["disk_read_failed"] == len(places) + 1
 

@@ -148,7 +148,7 @@ def test_pins() -> None:
     assert asker.put(7) == [Verdict.WRITE]
     assert on.lookup(keys(2)) == (0, 0)
     on.cancel(reading)
-    on.tick(10.0)
+    on.room.tick(10.0)
     asker.put(8, 9, 10, 11)
     assert on.lookup(keys(1)) == (0, 0)
 
