@@ -177,7 +177,7 @@ def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
                     if number:
                         for what, seconds in zip(taken, np.diff(moments).tolist(), strict=True):
                             taken[what].append(seconds)
-                    client.drop(None).result()
+                    PoolAdmin(client).clear()
     for page in (0, chunk // PAGE, nbytes // PAGE - 1):
         pair = (np.concatenate(each)[page, 0] for each in (runs, back))
         assert len({gpu.to_host(int(address), PAGE) for address in pair}) == 1, "a page is not what it was"
