@@ -10,7 +10,7 @@ from typing import Any
 
 from pdtransport.errors import PDTransportError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.admin import Chosen, Outcome, PoolAdmin
+from pdtransport.pool.admin import BELOW, Chosen, Outcome, PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.messages import MAX_PIN_S
 from pdtransport.pool.prompts import Found, Prompt, chunks_of, find, spaces_for
@@ -109,7 +109,13 @@ def _act(verb: str, arguments: argparse.Namespace, admin: PoolAdmin) -> tuple[Ou
         return outcome, f"{outcome.done} chunks in memory are not pinned"
     if verb == "move":
         outcome = admin.move(chosen, arguments.to)
-        where = "in memory" if arguments.to == "memory" else f"in {arguments.to}, and not in memory"
+        where = (
+            "in memory"
+            if arguments.to == "memory"
+            else "below, and not in memory"
+            if arguments.to == BELOW
+            else f"in tier {arguments.to}, and not in memory"
+        )
         return outcome, f"{outcome.done} of {outcome.of} chunks are {where}"
     verbs: dict[str, tuple[Callable[[Chosen], Outcome], str]] = {
         "prefetch": (admin.prefetch, "are in memory"),
