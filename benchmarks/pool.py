@@ -50,9 +50,9 @@ def main() -> int:
         result["disk"] = disk(arguments.disk, arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
         result["lookups"] = [
-            lookups(arguments.clients, arguments.seconds, batch, chunks)
+            found
             for chunks in dict.fromkeys((LOOKUP_CHUNKS, arguments.entries))
-            for batch in BATCHES
+            for found in lookups(arguments.clients, arguments.seconds, chunks)
         ]
     if "index" in arguments.parts:
         result["index"] = [in_process(index_of, size) for size in sizes(arguments.entries)]
@@ -211,7 +211,7 @@ def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
 def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     """Bytes a second of the disk tier, through a whole pool: from a store until all is written, and loads of a pool
     that has just started; and what fio does with files and threads like these, each round beside its own."""
-    count, threads = nbytes // chunk, 2
+    count, threads = nbytes // chunk, 4
     source = _memory(nbytes)
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
     runs = _runs(source, count, 0)
@@ -307,8 +307,8 @@ def install(place: Path, chunks: int) -> tuple[dict[str, str], list[str]]:
     return {"PYTHONPATH": path}, ["--tier=names=1TiB", f"--tier-option=names.chunks={chunks}"]
 
 
-def lookups(clients: int, seconds: float, batch: int, chunks: int) -> dict[str, float]:
-    """Keys looked up a second by so many processes together, ``batch`` in a message, all of them there, in a pool that
+def lookups(clients: int, seconds: float, chunks: int) -> list[dict[str, float]]:
+    """Keys looked up a second by so many processes together, some in a message, all of them there, in a pool that
     knows ``chunks``."""
     raw = names(chunks)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
@@ -319,21 +319,24 @@ def lookups(clients: int, seconds: float, batch: int, chunks: int) -> dict[str, 
             ]
             while client.status(deadline_s=60).result()["chunks"] < chunks:
                 time.sleep(0.2)
-            context = mp.get_context("spawn")
-            start, results = context.Barrier(clients + 1), context.Queue()
-            asking = [
-                context.Process(target=_ask, args=(made.dir, keys, seconds, batch, start, results), daemon=True)
-                for _ in range(clients)
-            ]
-            for process in asking:
-                process.start()
-            start.wait(120)
-            found = [results.get(timeout=seconds + 60) for _ in asking]
-            for process in asking:
-                process.join(30)
+            return [_together(clients, seconds, batch, made.dir, keys) | {"chunks": chunks} for batch in BATCHES]
+
+
+def _together(clients: int, seconds: float, batch: int, directory: Path, keys: list[bytes]) -> dict[str, float]:
+    context = mp.get_context("spawn")
+    start, results = context.Barrier(clients + 1), context.Queue()
+    asking = [
+        context.Process(target=_ask, args=(directory, keys, seconds, batch, start, results), daemon=True)
+        for _ in range(clients)
+    ]
+    for process in asking:
+        process.start()
+    start.wait(120)
+    found = [results.get(timeout=seconds + 60) for _ in asking]
+    for process in asking:
+        process.join(30)
     latencies = sorted(each for _, own in found for each in own)
     return {
-        "chunks": chunks,
         "clients": clients,
         "batch": batch,
         "keys a second": sum(count for count, _ in found) / seconds,

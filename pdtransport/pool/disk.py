@@ -4,9 +4,8 @@ A file is published whole by renaming it, and its name says all that the index n
 directories, not files. Nothing is synced, since nothing relies on it: a file that a crash left damaged fails its
 checks when it is read, counts as a miss, and is removed.
 
-A chunk's header has a block of its own, so that its payload can go straight between the pool's frames and the disk,
-round the page cache (``O_DIRECT``) where the file system does that: the pool is the cache, and writes through another
-took up to four times as long.
+Where the file system has direct I/O (``O_DIRECT``), bytes go round the page cache, for the pool is the cache, and
+through a buffer of huge pages: from frames of small ones the disk would get more and shorter pieces.
 """
 
 from __future__ import annotations
@@ -17,12 +16,15 @@ import logging
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pdtransport.errors import SettingsError
+from pdtransport.kernels import pages
+from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
 from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError
@@ -30,7 +32,9 @@ from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError
 logger = logging.getLogger("pdtransport.pool")
 
 IOV_LIMIT = 1024  # Linux' IOV_MAX
-BLOCK = 4096  # what direct I/O aligns to, addresses too; the payload's place in a file
+BLOCK = 4096  # what direct I/O aligns to; the payload's place in a file
+STRETCH = 4 << 20  # bytes of a file that are written or read at once
+HUGE = 2 << 20
 _TENANT = "t-"
 _TEMPORARY = "new-"
 
@@ -48,6 +52,7 @@ class DiskTier(Tier):
     def __init__(self, settings: DiskSettings) -> None:
         self.threads = settings.threads
         self._root = settings.path
+        self._local = threading.local()
         self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
         self._numbers = itertools.count()
         try:
@@ -63,7 +68,7 @@ class DiskTier(Tier):
         try:
             fd = os.open(probe, os.O_WRONLY | os.O_DIRECT)
             try:
-                os.writev(fd, [_aligned(BLOCK)])
+                os.pwrite(fd, self._buffer()[:BLOCK], 0)
             finally:
                 os.close(fd)
             return True
@@ -89,17 +94,16 @@ class DiskTier(Tier):
 
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
         temporary = self._root / f"{self._run}{next(self._numbers)}"
-        header = _aligned(BLOCK)
-        header[:HEADER_BYTES] = pieces[0]
-        payload = [memoryview(piece) for piece in pieces[1:]]
-        total = BLOCK + sum(map(len, payload))
+        header = bytes(pieces[0]).ljust(BLOCK, b"\0")
+        total = BLOCK + sum(map(len, pieces[1:]))
         try:
             flags = os.O_DIRECT if self._direct else 0
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
             try:
-                _write_all(fd, [header, *(_blocks(payload) if self._direct else payload)])
-                if self._direct and total % BLOCK:
-                    os.truncate(fd, total)
+                if self._direct:
+                    self._write_direct(fd, [header, *pieces[1:]], total)
+                else:
+                    _write_all(fd, [header, *pieces[1:]])
             finally:
                 os.close(fd)
             path = self._path(key, tenant, nbytes)
@@ -118,22 +122,50 @@ class DiskTier(Tier):
         flags = os.O_DIRECT if self._direct else 0
         fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | flags)
         try:
-            header = _aligned(BLOCK)
-            os.preadv(fd, [header], 0)
-            parts = place(bytes(header[:HEADER_BYTES]))
-            length = sum(map(len, parts))
-            if os.fstat(fd).st_size != BLOCK + length:
-                raise TierError(f"chunk {key.hex()[:16]} is damaged: its file has another length")
-            whole = _whole_blocks(parts) if self._direct else len(parts)
-            rest = parts[whole:]
-            copy = [_aligned(sum(map(len, rest)))] if rest else []
-            _read_all(fd, [*parts[:whole], *copy], BLOCK, length)
-            first = 0
-            for part in rest:
-                part[:] = copy[0][first : first + len(part)]
-                first += len(part)
+            size = os.fstat(fd).st_size
+            if self._direct:
+                self._read_direct(fd, size, place)
+                return
+            parts = place(os.pread(fd, HEADER_BYTES, 0))
+            _check(size, parts)
+            _read_all(fd, parts, BLOCK)
         finally:
             os.close(fd)
+
+    def _write_direct(self, fd: int, pieces: Sequence[bytes | memoryview], total: int) -> None:
+        buffer, bounds = self._buffer(), [*range(0, total, STRETCH), total]
+        for first, stretch in zip(bounds, cut_runs(_runs(pieces), bounds), strict=False):
+            nbytes, at = stream_bytes(stretch), 0
+            pages.read_mapped(stretch, run(_address(buffer), nbytes))
+            ends = -(-nbytes // BLOCK) * BLOCK
+            buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
+            while at < ends:
+                at += os.pwrite(fd, buffer[at:ends], first + at)
+        if total % BLOCK:
+            os.truncate(fd, total)
+
+    def _read_direct(self, fd: int, size: int, place: Place) -> None:
+        buffer = self._buffer()
+        _pread(fd, buffer, 0, size)
+        parts = place(bytes(buffer[:HEADER_BYTES]))
+        _check(size, parts)
+        bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
+        for first, stretch in zip(bounds, cut_runs(_runs(parts), bounds), strict=False):
+            nbytes, skip = stream_bytes(stretch), 0 if first else BLOCK
+            if first:
+                _pread(fd, buffer, BLOCK + first, nbytes)
+            pages.read_mapped(run(_address(buffer) + skip, nbytes), stretch)
+
+    def _buffer(self) -> memoryview:
+        """This thread's, of ``STRETCH`` bytes."""
+        found: memoryview | None = getattr(self._local, "buffer", None)
+        if found is None:
+            memory = mmap.mmap(-1, STRETCH + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            skip = -_address(memoryview(memory)) % HUGE
+            found = self._local.buffer = memoryview(memory)[skip : skip + STRETCH]
+        return found
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
         self._path(key, tenant, nbytes).unlink(missing_ok=True)
@@ -167,32 +199,27 @@ def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
     return Stored(key, tenant, nbytes, stored) if fits else None
 
 
-def _aligned(nbytes: int) -> memoryview:
-    """Memory of at least so many bytes that begins and ends at blocks."""
-    return memoryview(mmap.mmap(-1, -(-nbytes // BLOCK) * BLOCK))
+def _runs(pieces: Sequence[bytes | memoryview]) -> Runs:
+    return np.array([(_address(piece), len(piece)) for piece in pieces], dtype=np.uint64).reshape(-1, 2)
 
 
-def _whole_blocks(parts: Sequence[memoryview]) -> int:
-    """How many parts from the first on begin and end at blocks in memory."""
-    whole = 0
-    while whole < len(parts) and not (len(parts[whole]) | _address(parts[whole])) % BLOCK:
-        whole += 1
-    return whole
+def _address(piece: bytes | memoryview) -> int:
+    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
 
-def _blocks(parts: Sequence[memoryview]) -> list[memoryview]:
-    """The same bytes in memory that direct I/O can write: those that are not there yet, copied, zeros behind them."""
-    whole = _whole_blocks(parts)
-    rest, first = parts[whole:], 0
-    copy = [_aligned(sum(map(len, rest)))] if rest else []
-    for part in rest:
-        copy[0][first : first + len(part)] = part
-        first += len(part)
-    return [*parts[:whole], *copy]
+def _check(size: int, parts: Sequence[memoryview]) -> None:
+    if size != BLOCK + sum(map(len, parts)):
+        raise TierError("the chunk is damaged: its file has another length")
 
 
-def _address(part: memoryview) -> int:
-    return int(np.frombuffer(part, dtype=np.uint8).ctypes.data) if len(part) else 0
+def _pread(fd: int, buffer: memoryview, offset: int, wanted: int) -> None:
+    """Read so many bytes, or as many as fit the buffer."""
+    wanted, got = min(wanted, len(buffer)), 0
+    while got < wanted:
+        more = os.preadv(fd, [buffer[got:]], offset + got)
+        if more == 0:
+            raise TierError("the file ends early")
+        got += more
 
 
 def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
@@ -201,10 +228,9 @@ def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
         _advance(left, os.writev(fd, left[:IOV_LIMIT]))
 
 
-def _read_all(fd: int, parts: Sequence[memoryview], offset: int, length: int) -> None:
-    """Read ``length`` bytes into ``parts``, which may be longer."""
-    left, ends = list(parts), offset + length
-    while offset < ends:
+def _read_all(fd: int, parts: Sequence[memoryview], offset: int) -> None:
+    left = list(parts)
+    while left:
         got = os.preadv(fd, left[:IOV_LIMIT], offset)
         if got == 0:
             raise TierError("the file ends early")

@@ -20,7 +20,7 @@ from pdtransport.kernels.runs import run
 from pdtransport.pool import plugins
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.codecs import Lossy
-from pdtransport.pool.disk import BLOCK
+from pdtransport.pool.disk import BLOCK, STRETCH
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import CHUNK, Bytes, key, names, status, until
@@ -71,18 +71,22 @@ def files(directory: Path, number: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("direct", ["auto", "off"])
-@pytest.mark.parametrize("nbytes", [CHUNK, 3 * 4096 + 8, 8])
+@pytest.mark.parametrize("nbytes", [CHUNK, 3 * 4096 + 8, 8, STRETCH - BLOCK, 2 * STRETCH + 8])
 def test_chunks_of_any_length_come_back_from_disk(directory: Path, nbytes: int, direct: str) -> None:
     """Whole blocks or not, round the page cache or through it: what was stored, byte for byte."""
-    stored, loaded = kv(1)[:nbytes].copy(), np.zeros(nbytes, dtype=np.uint8)
-    with pool(directory, direct=direct), PoolClient(directory=directory) as client:
-        put(client, 1, stored)
-        flood(client)
-        found = client.load([key(1)], [run(loaded.ctypes.data, nbytes)]).result()
-        assert names(found) == ["READ"]
-        assert np.array_equal(loaded, stored)
-        assert files(directory, 1)[0].stat().st_size == BLOCK + nbytes
-        assert status(client)["counters"]["disk_read_bytes"] >= nbytes
+    stored, loaded = np.resize(kv(1), nbytes), np.zeros(nbytes, dtype=np.uint8)
+    stored[::4095] = np.arange(len(stored[::4095]), dtype=np.uint32).astype(np.uint8)
+    tier = {"path": directory / "disk", "bytes": 64 << 20, "direct": direct}
+    made = PoolSettings.parse({"dir": directory, "memory_bytes": 2 * nbytes + (1 << 20), "disk": tier})
+    with PoolClient(directory=directory) as client:
+        with Pool(made):
+            put(client, 1, stored)
+        with Pool(made):
+            until(lambda: client.lookup([key(1)]).result().there, "it was not found again")
+            found = client.load([key(1)], [run(loaded.ctypes.data, nbytes)]).result()
+            assert names(found) == ["READ"]
+            assert np.array_equal(loaded, stored)
+            assert files(directory, 1)[0].stat().st_size == BLOCK + nbytes
 
 
 @pytest.mark.parametrize(("name", "share"), [("fp8", 0.53), ("int4", 0.28)])
