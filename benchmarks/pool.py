@@ -1,8 +1,10 @@
 """The shared pool on this host: ``python -m benchmarks.pool``.
 
-Three things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
-turns, medians); lookups from several client processes; and the index alone, at several sizes: bytes a chunk, and
-whether lookups slow down as it grows.
+Four things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
+turns, medians); the same for the disk tier beside fio, where that is installed; lookups from several client processes,
+with few chunks and with many; and the index alone, at several sizes: bytes a chunk, and whether lookups slow down as it
+grows. With ``--gpu`` the pages lie in the memory of GPU 0, and memcpy is cudaMemcpy between it and as many bytes of
+pinned host memory, in one piece.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pdtransport.kernels.runs import Runs
+from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.policies import Links, make_policy
@@ -41,9 +44,16 @@ def main() -> int:
     arguments = parse()
     result: dict[str, Any] = {}
     if "bytes" in arguments.parts:
-        result["bandwidth"] = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds)
+        measure = gpu_bandwidth if arguments.gpu else bandwidth
+        result["bandwidth"] = measure(arguments.bytes, arguments.chunk, arguments.rounds)
+    if "disk" in arguments.parts:
+        result["disk"] = disk(arguments.disk, arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
-        result["lookups"] = [lookups(arguments.clients, arguments.seconds, batch) for batch in BATCHES]
+        result["lookups"] = [
+            found
+            for chunks in dict.fromkeys((LOOKUP_CHUNKS, arguments.entries))
+            for found in lookups(arguments.clients, arguments.seconds, chunks)
+        ]
     if "index" in arguments.parts:
         result["index"] = [in_process(index_of, size) for size in sizes(arguments.entries)]
     print(table(result))
@@ -52,31 +62,35 @@ def main() -> int:
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
-    parser.add_argument("--parts", default="bytes,lookups,index", help="what to measure (default: bytes,lookups,index)")
-    parser.add_argument("--bytes", type=int, default=256 * MiB, help="moved per measurement (default 256 MiB)")
+    parts = "bytes,disk,lookups,index"
+    parser.add_argument("--parts", default=parts, help=f"what to measure (default: {parts})")
+    parser.add_argument("--disk", type=Path, default=Path(), help="where the disk is measured (default: here)")
+    parser.add_argument("--gpu", action="store_true", help="bytes out of and into GPU 0's memory")
+    parser.add_argument("--bytes", type=int, help="moved per measurement (default 256 MiB, with --gpu 1 GiB)")
     parser.add_argument("--chunk", type=int, default=2 * MiB, help="bytes of a chunk (default 2 MiB)")
     parser.add_argument("--rounds", type=int, default=7, help="medians are over so many (default 7)")
     parser.add_argument("--clients", type=int, default=8, help="processes that look up (default 8)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of lookups (default 3)")
     parser.add_argument("--entries", type=int, default=10_000_000, help="of the largest index (default 10 million)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    arguments.bytes = arguments.bytes or (1024 if arguments.gpu else 256) * MiB
     if arguments.chunk % PAGE or arguments.bytes % arguments.chunk:
         parser.error(f"--chunk must be a multiple of {PAGE}, and --bytes of --chunk")
     return arguments
 
 
 @contextlib.contextmanager
-def daemon(settings: PoolSettings) -> Iterator[None]:
-    """The pool in a process of its own, as people run it."""
+def daemon(settings: PoolSettings, more: tuple[dict[str, str], list[str]] = ({}, [])) -> Iterator[None]:
+    """The pool in a process of its own, as people run it. ``more``: environment and options beside the settings'."""
     options = [
-        f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in ("dir", "memory_bytes", "frame_bytes")
+        f"--{name.replace('_', '-')}={getattr(settings, name)}"
+        for name in ("dir", "memory_bytes", "frame_bytes", "max_chunks")
     ]
-    with subprocess.Popen(
-        [sys.executable, "-m", "pdtransport.pool.cli", *options], stdout=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "pdtransport.pool.cli", *options, *more[1]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | more[0]) as process:
         try:
             assert process.stdout is not None
             assert "serves" in process.stdout.readline()
@@ -93,7 +107,7 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     count = nbytes // chunk
     source, target, spare = (_memory(nbytes) for _ in range(3))
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
-    runs, back = (_runs(memory, count, seed) for seed, memory in enumerate((source, target)))
+    runs, back = (_runs(memory.ctypes.data, nbytes, count, seed) for seed, memory in enumerate((source, target)))
     taken: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
@@ -112,7 +126,7 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
                     taken["memcpy"].append(copied - begin)
                     taken["store"].append(between - copied)
                     taken["load"].append(end - between)
-                client.drop(None).result()
+                PoolAdmin(client).clear()
     rates = {what: nbytes / median(seconds) for what, seconds in taken.items()}
     shares = {
         f"{what} / memcpy": median(base / own for base, own in zip(taken["memcpy"], taken[what], strict=True))
@@ -128,39 +142,199 @@ def _memory(nbytes: int) -> np.ndarray:
     return raw[skip : skip + nbytes].reshape(-1, PAGE)
 
 
-def _runs(memory: np.ndarray, count: int, seed: int) -> list[Runs]:
+def _runs(address: int, nbytes: int, count: int, seed: int) -> list[Runs]:
     """``count`` chunks over the memory's pages in random order."""
-    pages = np.random.default_rng(seed).permutation(len(memory)).reshape(count, -1)
+    pages = np.random.default_rng(seed).permutation(nbytes // PAGE).reshape(count, -1)
     runs = np.empty((*pages.shape, 2), dtype=np.uint64)
-    runs[..., 0] = memory.ctypes.data + pages * PAGE
+    runs[..., 0] = address + pages * PAGE
     runs[..., 1] = PAGE
     return list(runs)
+
+
+def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
+    """Bytes a second between GPU memory and the pool, beside one contiguous cudaMemcpy of as many bytes each way; and
+    how many seconds it took from the client's making to the pool's memory being registered with CUDA."""
+    from pdtransport.kernels import gpu
+    from pdtransport.kernels.watch import DeviceMemory
+
+    count = nbytes // chunk
+    source, target = DeviceMemory(nbytes, 0), DeviceMemory(nbytes, 0)
+    host = gpu.pinned(nbytes)
+    host[:] = np.random.default_rng(0).integers(0, 256, nbytes, dtype=np.uint8)
+    gpu.from_host(source.address, host)
+    runs, back = (_runs(memory.address, nbytes, count, seed) for seed, memory in enumerate((source, target)))
+    taken: dict[str, list[float]] = {"memcpy out": [], "memcpy in": [], "store": [], "load": []}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
+        with daemon(made):
+            begin = time.perf_counter()
+            with PoolClient(directory=made.dir, deadline_s=60.0, device=0) as client:
+                client.load([os.urandom(32)], back[:1]).result()
+                registered = time.perf_counter() - begin
+                for number in range(rounds + 1):  # the first one warms up
+                    keys = [os.urandom(32) for _ in range(count)]
+                    moments = [time.perf_counter()]
+                    _cuda_memcpy(host.ctypes.data, source.address, nbytes)
+                    moments.append(time.perf_counter())
+                    _cuda_memcpy(target.address, host.ctypes.data, nbytes)
+                    moments.append(time.perf_counter())
+                    stored = client.store(keys, runs).result()
+                    moments.append(time.perf_counter())
+                    loaded = client.load(keys, back).result()
+                    moments.append(time.perf_counter())
+                    assert stored.prefix == loaded.prefix == count, (stored.error, loaded.error)
+                    if number:
+                        for what, seconds in zip(taken, np.diff(moments).tolist(), strict=True):
+                            taken[what].append(seconds)
+                    PoolAdmin(client).clear()
+    for page in (0, chunk // PAGE, nbytes // PAGE - 1):
+        pair = (np.concatenate(each)[page, 0] for each in (runs, back))
+        assert len({gpu.to_host(int(address), PAGE) for address in pair}) == 1, "a page is not what it was"
+    rates = {what: nbytes / median(seconds) for what, seconds in taken.items()}
+    shares = {
+        "store / memcpy": rates["store"] / rates["memcpy out"],
+        "load / memcpy": rates["load"] / rates["memcpy in"],
+    }
+    return rates | shares | {"registered s": registered}
+
+
+def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
+    import cupy
+
+    cupy.cuda.runtime.memcpy(target, source, nbytes, 4)  # cudaMemcpyDefault
+    cupy.cuda.runtime.deviceSynchronize()
+
+
+# -- disk ---------------------------------------------------------------------------------------------
+
+
+def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
+    """Bytes a second of the disk tier, through a whole pool: from a store until all is written, and loads of a pool
+    that has just started; and what fio does with files and threads like these, each round beside its own."""
+    count, threads = nbytes // chunk, 4
+    source = _memory(nbytes)
+    source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
+    runs = _runs(source, count, 0)
+    rates: dict[str, list[float]] = {"disk write": [], "disk read": []}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as short, tempfile.TemporaryDirectory(dir=place) as folder:
+        made = PoolSettings(dir=Path(short) / "p", memory_bytes=2 * nbytes)
+        options = [f"--disk={folder}/tier", f"--disk-bytes={4 * nbytes}", f"--disk-threads={threads}"]
+        options.append(f"--writeback-bytes={2 * nbytes}")
+        for _ in range(rounds):
+            keys = [os.urandom(32) for _ in range(count)]
+            with PoolClient(directory=made.dir, deadline_s=60.0) as client:
+                with daemon(made, ({}, options)):
+                    client.status().result()
+                    begin = time.perf_counter()
+                    assert client.store(keys, runs).result().prefix == count
+                    while client.status().result()["writeback_bytes"]:
+                        time.sleep(0.002)
+                    rates["disk write"].append(nbytes / (time.perf_counter() - begin))
+                with daemon(made, ({}, options)):
+                    while client.lookup(keys).result().there < count:
+                        time.sleep(0.01)
+                    begin = time.perf_counter()
+                    assert client.load(keys, runs).result().prefix == count
+                    rates["disk read"].append(nbytes / (time.perf_counter() - begin))
+                    PoolAdmin(client).clear()
+            for what in ("write", "read"):
+                found = _fio(folder, what, chunk, count, threads)
+                if found:
+                    rates.setdefault(f"fio {what}", []).append(found)
+    shares = {
+        f"{what} / fio": median(
+            own / other for own, other in zip(rates[f"disk {what}"], rates[f"fio {what}"], strict=True)
+        )
+        for what in ("write", "read")
+        if f"fio {what}" in rates
+    }
+    return {what: median(each) for what, each in rates.items()} | shares
+
+
+def _fio(folder: str, what: str, chunk: int, count: int, threads: int) -> float:
+    """Bytes a second; 0 without fio."""
+    command = ["fio", "--name=fio", f"--directory={folder}", f"--rw={what}", f"--bs={chunk}", f"--filesize={chunk}"]
+    command += [f"--nrfiles={count // threads}", f"--numjobs={threads}", "--thread", "--ioengine=psync", "--direct=1"]
+    command += ["--group_reporting", "--file_service_type=sequential", "--openfiles=1", "--fallocate=none"]
+    try:
+        done = subprocess.run(
+            [*command, "--output-format=json"], capture_output=True, text=True, timeout=300, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return 0.0
+    if what == "read":
+        for file in Path(folder).glob("fio.*"):
+            file.unlink()
+    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][what]["bw_bytes"])
 
 
 # -- lookups ------------------------------------------------------------------------------------------
 
 
-def lookups(clients: int, seconds: float, batch: int) -> dict[str, float]:
-    """Keys looked up a second by so many processes together, ``batch`` in a message, all of them there."""
-    keys = [os.urandom(32) for _ in range(LOOKUP_CHUNKS)]
+TIER = """
+import numpy as np
+from benchmarks.pool import names
+from pdtransport.pool.tiers import Stored, Tier
+
+class Names(Tier):
+    overhead_bytes, threads, shared = 0, 1, True
+    def __init__(self, options):
+        self.chunks = int(options["chunks"])
+    def scan(self):
+        raw = names(self.chunks)
+        for at in range(0, len(raw), 32):
+            yield Stored(raw[at : at + 32], "", 4096, 8)
+    def write(self, key, tenant, nbytes, pieces):
+        raise OSError("this tier only has names")
+    read = delete = write
+"""
+
+
+def names(chunks: int) -> bytes:
+    """Keys of so many chunks, always the same."""
+    return np.random.default_rng(7).bytes(32 * chunks)
+
+
+def install(place: Path, chunks: int) -> tuple[dict[str, str], list[str]]:
+    """A package with a tier that knows so many names, so that an index can be filled without their bytes: environment
+    and options of a pool that uses it."""
+    info = place / "pdt_names-1.dist-info"
+    info.mkdir()
+    (place / "pdt_names.py").write_text(TIER)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pdt-names\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[pdtransport.pool.tiers]\nnames = pdt_names:Names\n")
+    path = os.pathsep.join([str(place), *filter(None, sys.path)])
+    return {"PYTHONPATH": path}, ["--tier=names=1TiB", f"--tier-option=names.chunks={chunks}"]
+
+
+def lookups(clients: int, seconds: float, chunks: int) -> list[dict[str, float]]:
+    """Keys looked up a second by so many processes together, some in a message, all of them there, in a pool that
+    knows ``chunks``."""
+    raw = names(chunks)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
-        made = PoolSettings(dir=Path(place) / "p", memory_bytes=LOOKUP_CHUNKS * 4096, frame_bytes=4096)
-        with daemon(made), PoolClient(directory=made.dir) as client:
-            content = np.zeros(4096, dtype=np.uint8)
-            chunk = np.array([[content.ctypes.data, 4096]], dtype=np.uint64)
-            assert client.store(keys, [chunk] * len(keys)).result().prefix == len(keys)
-            context = mp.get_context("spawn")
-            start, results = context.Barrier(clients + 1), context.Queue()
-            asking = [
-                context.Process(target=_ask, args=(made.dir, keys, seconds, batch, start, results), daemon=True)
-                for _ in range(clients)
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=64 * MiB, max_chunks=chunks + 1)
+        with daemon(made, install(Path(place), chunks)), PoolClient(directory=made.dir) as client:
+            keys = [raw[at : at + 32] for at in range(0, len(raw), 32 * max(1, chunks // LOOKUP_CHUNKS))][
+                :LOOKUP_CHUNKS
             ]
-            for process in asking:
-                process.start()
-            start.wait(120)
-            found = [results.get(timeout=seconds + 60) for _ in asking]
-            for process in asking:
-                process.join(30)
+            while client.status(deadline_s=60).result()["chunks"] < chunks:
+                time.sleep(0.2)
+            return [_together(clients, seconds, batch, made.dir, keys) | {"chunks": chunks} for batch in BATCHES]
+
+
+def _together(clients: int, seconds: float, batch: int, directory: Path, keys: list[bytes]) -> dict[str, float]:
+    context = mp.get_context("spawn")
+    start, results = context.Barrier(clients + 1), context.Queue()
+    asking = [
+        context.Process(target=_ask, args=(directory, keys, seconds, batch, start, results), daemon=True)
+        for _ in range(clients)
+    ]
+    for process in asking:
+        process.start()
+    start.wait(120)
+    found = [results.get(timeout=seconds + 60) for _ in asking]
+    for process in asking:
+        process.join(30)
     latencies = sorted(each for _, own in found for each in own)
     return {
         "clients": clients,
@@ -233,11 +407,12 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
-    for what, value in result.get("bandwidth", {}).items():
-        lines.append(f"{what:16} " + (f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"))
+    for what, value in (*result.get("bandwidth", {}).items(), *result.get("disk", {}).items()):
+        unit = f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"
+        lines.append(f"{what:16} " + (f"{value:8.2f}" if what.endswith(" s") else unit))
     lines += [
         f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "
-        f"{found['batch']}; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
+        f"{found['batch']}, {found['chunks']} chunks; p50 {found['p50 ms']:.2f} ms, p99 {found['p99 ms']:.2f} ms"
         for found in result.get("lookups", [])
     ]
     lines += [

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 IPC_HANDLE_BYTES = 64
 HOST_ALLOC_PORTABLE_MAPPED = 1 | 2
+HOST_REGISTER_PORTABLE_MAPPED = 1 | 2
+CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 MEMCPY_DEFAULT = 4
 IPC_LAZY_PEER_ACCESS = 1
 MAX_ERROR = 600  # characters; a compiler has much to say
@@ -65,6 +67,7 @@ def _driver() -> ctypes.CDLL:
         "cuMemGetAddressRange_v2": (pointer, pointer, ctypes.c_uint64),
         "cuPointerGetAttribute": (pointer, ctypes.c_int, ctypes.c_uint64),
         "cuLaunchHostFunc": (pointer, pointer, pointer),
+        "cuThreadExchangeStreamCaptureMode": (pointer,),
         "cuInit": (ctypes.c_uint,),
         "cuDeviceGet": (pointer, ctypes.c_int),
         "cuDeviceGetUuid_v2": (pointer, ctypes.c_int),
@@ -127,6 +130,42 @@ def pinned(nbytes: int) -> npt.NDArray[np.uint8]:
         array = np.frombuffer(api.PinnedMemoryPointer(memory, 0), dtype=np.uint8, count=nbytes)
     array[:] = 0
     return array
+
+
+def register_host(address: int, nbytes: int, device: int) -> None:
+    """Pins host memory that somebody else allocated, whole pages, so that every device reaches it at its own address.
+    It must not be unmapped before :func:`unregister_host`.
+
+    Raises:
+        GpuError: it can't be pinned, is pinned already, or devices would see it elsewhere.
+    """
+    with on(device, f"registering {nbytes} bytes of host memory") as api, _beside_captures():
+        api.runtime.hostRegister(address, nbytes, HOST_REGISTER_PORTABLE_MAPPED)
+        seen = api.runtime.pointerGetAttributes(address).devicePointer
+        if seen != address:
+            api.runtime.hostUnregister(address)
+            raise GpuError(f"GPU {device} sees host memory at {seen:#x} instead of {address:#x}")
+
+
+def unregister_host(address: int, device: int) -> None:
+    """Ends what :func:`register_host` began at ``address``; no kernel may still use it.
+
+    Raises:
+        GpuError: it is not registered, or the GPU is in trouble.
+    """
+    with on(device, f"letting go of host memory at {address:#x}") as api, _beside_captures():
+        api.runtime.hostUnregister(address)
+
+
+@contextmanager
+def _beside_captures() -> Iterator[None]:
+    """This thread's calls do not end the capture of a CUDA graph that another thread has begun."""
+    mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
+    driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
 def to_host(address: int, nbytes: int) -> bytes:

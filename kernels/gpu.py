@@ -1,9 +1,9 @@
 """Page kernels for the GPU: what :mod:`pdtransport.kernels.pages` does, asynchronously and at the memory's speed.
 
 Runs are (n, 2) uint64 arrays of ``[address, nbytes]``; addresses may lie in this process' device memory, in another
-process' that :func:`ipc_open` mapped, or in host memory that :func:`pinned` made. They and the lengths are multiples
-of 8; multiples of 16 are faster, and whole stripes of 1 KiB fastest. The caller vouches for every address: a wrong one
-ends all CUDA work of the process.
+process' that :func:`ipc_open` mapped, or in host memory that :func:`pinned` made or :func:`register_host` pinned. They
+and the lengths are multiples of 8; multiples of 16 are faster, and whole stripes of 1 KiB fastest. The caller vouches
+for every address: a wrong one ends all CUDA work of the process.
 
 The kernels (``csrc/pages.cu``) are compiled at first use, some seconds, and cached on disk by cupy.
 """
@@ -39,7 +39,9 @@ from pdtransport.kernels._cuda import (
     ipc_open,
     on,
     pinned,
+    register_host,
     to_host,
+    unregister_host,
 )
 from pdtransport.kernels.reference import Checksums
 from pdtransport.kernels.runs import Runs
@@ -59,7 +61,9 @@ __all__ = [
     "ipc_handle",
     "ipc_open",
     "pinned",
+    "register_host",
     "to_host",
+    "unregister_host",
 ]
 
 Plan = pieces.Pieces

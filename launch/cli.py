@@ -2,7 +2,7 @@
 
 Exit status:
   0    done; for `up`: stopped on request after it was up
-  1    `status`: nothing is up under that name, or a worker does not answer
+  1    `status`: nothing is up under that name, or a worker does not answer; `pool`: there is no such pool
   2    the command line or the topology file is wrong
   3    preflight found a reason not to start
   4    a process did not start
@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pdtransport.errors import PDTransportError
-from pdtransport.launch import guard, preflight, prove, size, status
+from pdtransport.errors import PDTransportError, PoolRefusal, PoolUnavailable
+from pdtransport.launch import guard, pool, preflight, prove, size, status
 from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
 from pdtransport.launch.processes import Fleet
 from pdtransport.launch.reading import load
@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--rate", action="append", default=[], metavar="NAME=GB/s", help="a link's rate; may be given again"
     )
     sizes.add_argument("--json", action="store_true", help="answer with one JSON object")
+    pool.add_parser(verbs)
     return made
 
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         "status": lambda: _status(arguments),
         "keys": lambda: _keys(arguments),
         "size": lambda: _size(arguments),
+        "pool": lambda: _pool(arguments),
     }
     try:
         return verbs[arguments.verb]()
@@ -117,7 +119,8 @@ def _run(
     launch = Launch(topology, plan, fleet, say)
     serving = False
     try:
-        say(f"{plan.name}: {len(plan.instances)} servers and a router; logs in {folder.path}")
+        what = f"{'a pool, ' if plan.pool else ''}{len(plan.instances)} servers and a router"
+        say(f"{plan.name}: {what}; logs in {folder.path}")
         launch.start()
         folder.record({"pid": os.getpid(), "state": "proving", **plan.public()})
         proof = None
@@ -173,6 +176,8 @@ def _show(plan: Plan, topology: Topology) -> None:
         for key, value in shown["environment"].items():
             print(f"  {key}={shlex.quote(value)}")
         print(f"  {shlex.join(shown['command'])}")
+    if plan.pool is not None:
+        print(f"\npool: {plan.pool.name} in {plan.pool.dir}\n  {shlex.join(plan.pool.argv)}")
     print(f"\nrouter: {plan.router.url}\n  {shlex.join(plan.router.argv)}")
 
 
@@ -212,6 +217,18 @@ def _size(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _pool(arguments: argparse.Namespace) -> int:
+    try:
+        print(pool.run(arguments))
+    except PoolRefusal as error:
+        return _fail(error, USAGE)
+    except PoolUnavailable as error:
+        return _fail(error, NOT_UP)
+    except PDTransportError as error:
+        return _fail(error, USAGE)
+    return OK
+
+
 def _folder(arguments: argparse.Namespace, topology: Topology) -> Path:
     return (arguments.run_dir or default_folder(topology.name)).absolute()
 
@@ -227,8 +244,17 @@ def _invitation(plan: Plan) -> str:
     return (
         f"{plan.name} is up. Send requests to {plan.router.url}/v1, for example:\n"
         f"  curl {plan.router.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
+        f"{_pool_line(plan)}"
         "Ctrl-C stops it."
     )
+
+
+def _pool_line(plan: Plan) -> str:
+    if plan.pool is None:
+        return ""
+    where = f" and at {plan.pool.url}" if plan.pool.url else ""
+    command = shlex.join(["pdlaunch", "pool", "status", "--pool", plan.pool.name, "--dir", str(plan.pool.dir)])
+    return f"Its pool can be seen with `{command}`{where}.\n"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from typing import Any
 from pdtransport.errors import PDTransportError
 from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.topology import Role, Topology
-from pdtransport.settings import is_loopback
+from pdtransport.pool.cli import options
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.settings import PoolUse, is_loopback
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
 HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
@@ -82,12 +84,21 @@ class RouterPlan:
 
 
 @dataclass(frozen=True)
+class PoolPlan:
+    name: str
+    dir: Path
+    url: str  # of the HTTP API; empty: there is none
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     name: str
     model: str
     served_name: str
     instances: tuple[Instance, ...]
     router: RouterPlan
+    pool: PoolPlan | None = None
 
     def of(self, role: str) -> list[Instance]:
         return [instance for instance in self.instances if instance.role == role]
@@ -102,6 +113,14 @@ class Plan:
                 "url": self.router.url,
                 "admin_url": self.router.admin_url,
                 "command": list(self.router.argv),
+            },
+            "pool": None
+            if self.pool is None
+            else {
+                "name": self.pool.name,
+                "dir": str(self.pool.dir),
+                "url": self.pool.url,
+                "command": list(self.pool.argv),
             },
             "instances": [
                 {
@@ -222,6 +241,9 @@ def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, com
     ports = ports or Ports()
     ports.reserve([port for role in topology.by_role().values() for port in _fixed(role)])
     ports.reserve([port for port in (topology.router.port, topology.router.admin_port) if port])
+    if topology.pool is not None and topology.pool.http is not None:
+        ports.reserve([topology.pool.http.address[1]])
+    pool = _pool(topology.pool, ports)
     folder = topology.model_folder(base)
     model = str(folder) if folder else topology.model.id
     cores = _cores(topology)
@@ -232,7 +254,8 @@ def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, com
             argv = tuple(command(topology, bare, model))
             env = _environment(topology, role, bare, local=folder is not None)
             instances.append(Instance(**{**bare.__dict__, "argv": argv, "env": env}))
-    return Plan(topology.name, model, topology.served_name, tuple(instances), _router(topology, instances, ports))
+    router = _router(topology, instances, ports)
+    return Plan(topology.name, model, topology.served_name, tuple(instances), router, pool)
 
 
 def _bare(
@@ -320,6 +343,19 @@ def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> 
     return RouterPlan(chosen.host, port, chosen.admin_host, admin_port, tuple(argv))
 
 
+def _pool(settings: PoolSettings | None, ports: Ports) -> PoolPlan | None:
+    if settings is None:
+        return None
+    url = ""
+    if settings.http is not None:
+        host, port = settings.http.address
+        port = port or ports.pick(host=host)
+        http = settings.http.model_copy(update={"listen": f"{f'[{host}]' if ':' in host else host}:{port}"})
+        settings, url = settings.model_copy(update={"http": http}), _url(host, port)
+    argv = (sys.executable, "-m", "pdtransport.pool.cli", *options(settings))
+    return PoolPlan(settings.name, settings.dir, url, argv)
+
+
 def _serves_loopback(host: str) -> bool:
     return host in {"0.0.0.0", "::", ""} or is_loopback(host)
 
@@ -354,4 +390,10 @@ def resolved(topology: Topology, base: Path) -> Topology:
                 updates[name] = fixed(value)
         return section.model_copy(update=updates)
 
-    return topology.model_copy(update={"transport": fixed(topology.transport), "router": fixed(topology.router)})
+    transport, pool = fixed(topology.transport), topology.pool
+    if pool is not None:
+        pool = fixed(pool)
+        place = {"name": pool.name, "dir": pool.dir}
+        use = PoolUse(**place) if transport.pool is None else transport.pool.model_copy(update=place)
+        transport = transport.model_copy(update={"pool": use})
+    return topology.model_copy(update={"transport": transport, "router": fixed(topology.router), "pool": pool})

@@ -94,6 +94,12 @@ def _ports(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
                 f"control port {busy} ({instance.name}) is in use on {instance.control_host}: stop what uses it, or "
                 "set control_port: 0 to have free ones picked",
             )
+    if topology.pool is not None and topology.pool.http is not None:
+        at, wanted = topology.pool.http.address
+        if wanted and first_busy(at, [wanted]) is not None:
+            yield file.problem(
+                ("pool", "http", "listen"), f"port {wanted} is in use on {at}: stop what uses it, or set port 0"
+            )
     for key, host, port in (
         ("port", topology.router.host, plan.router.port),
         ("admin_port", plan.router.admin_host, plan.router.admin_port),
@@ -133,7 +139,7 @@ def _cores(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[Finding]:
 
 
 def _memory(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
-    wanted = 0
+    wanted = pool = topology.pool.memory_bytes if topology.pool is not None else 0
     weights = _weights_bytes(topology, file)
     for instance in plan.instances:
         if instance.gpus:
@@ -149,9 +155,10 @@ def _memory(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
     available = _available_bytes()
     if available is not None and wanted > available:
         yield file.problem(
-            ("roles",),
-            f"the CPU servers need about {wanted / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are available: "
-            "lower kv-cache-memory-bytes or count",
+            ("roles",) if wanted > pool else ("pool", "memory_bytes"),
+            f"the CPU servers {'and the pool ' if pool else ''}need about {wanted / GIB:.1f} GiB of memory and "
+            f"{available / GIB:.1f} GiB are available: lower kv-cache-memory-bytes or count"
+            + (" or pool.memory_bytes" if pool else ""),
         )
 
 

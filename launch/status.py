@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pdtransport.errors import PoolUnavailable
 from pdtransport.launch import web, workers
 from pdtransport.launch.plan import resolved
 from pdtransport.launch.rundir import is_up, read_record
 from pdtransport.launch.topology import Topology
+from pdtransport.pool.client import PoolClient
 from pdtransport.settings import ControlSettings
+
+POOL_S = 5.0  # for its answer
 
 
 def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, Any] | None:
@@ -20,7 +24,8 @@ def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, An
     control = resolved(topology, file_folder).transport.control
     instances = [_instance(instance, control) for instance in record["instances"]]
     router = {**record["router"], "healthy": web.is_healthy(record["router"]["url"])}
-    healthy = router["healthy"] and all(instance["healthy"] for instance in instances)
+    pool = _pool(record["pool"]) if record.get("pool") else None
+    healthy = router["healthy"] and all(one["healthy"] for one in (*instances, *([pool] if pool else [])))
     return {
         "name": record["name"],
         "pid": record["pid"],
@@ -29,7 +34,17 @@ def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, An
         "healthy": healthy,
         "router": router,
         "instances": instances,
+        "pool": pool,
     }
+
+
+def _pool(planned: dict[str, Any]) -> dict[str, Any]:
+    known = {"name": planned["name"], "dir": planned["dir"], "url": planned["url"]}
+    try:
+        with PoolClient(planned["name"], Path(planned["dir"]), who="pdlaunch status", deadline_s=POOL_S) as client:
+            return {**known, "healthy": True, "status": client.status().result()}
+    except PoolUnavailable as error:
+        return {**known, "healthy": False, "error": str(error)}
 
 
 def _instance(instance: dict[str, Any], control: ControlSettings) -> dict[str, Any]:
@@ -58,6 +73,10 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [f"{found['name']}: {state} (pid {found['pid']}, logs in {found['logs']})"]
     router = found["router"]
     lines.append(f"router      {router['url']}  {'healthy' if router['healthy'] else 'does not answer'}")
+    if pool := found["pool"]:
+        memory = pool["status"]["memory"] if pool["healthy"] else {}
+        held = f"{workers.size(memory['used_bytes'])} of {workers.size(memory['bytes'])} in memory" if memory else ""
+        lines.append(f"pool        {pool['name']} in {pool['dir']}  {held or pool['error']}")
     for instance in found["instances"]:
         answers = "healthy" if instance["server_answers"] else "does not answer"
         lines.append(f"{instance['name']:<11} {instance['url']}  {answers}")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, fiel
 from pydantic_core import PydanticCustomError
 
 from pdtransport.launch.cores import MAX_CORE, parse_cores
+from pdtransport.pool.settings import PoolSettings, parse_size
 from pdtransport.router.settings import RouterSettings
 from pdtransport.settings import Settings
 
@@ -128,9 +129,24 @@ def _router(raw: Any) -> Any:
     return {**raw, **_PLACEHOLDERS}
 
 
+def _pool(raw: Any) -> Any:
+    """Sizes may have units; what is no size is left for the model to refuse."""
+    if not isinstance(raw, dict):
+        return {} if raw is None else raw
+
+    def sized(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: sized("bytes" if key == "quotas" else name, each) for name, each in value.items()}
+        size = parse_size(value) if key.endswith("bytes") and isinstance(value, str) else None
+        return value if size is None else size
+
+    return {key: sized(key, value) for key, value in raw.items()}
+
+
 Flags = Annotated[dict[str, Any], BeforeValidator(_flags)]
 Environment = Annotated[dict[str, str], BeforeValidator(_environment)]
 Router = Annotated[RouterSettings, BeforeValidator(_router)]
+Pool = Annotated[PoolSettings, BeforeValidator(_pool)]
 Ids = Annotated[
     tuple[Annotated[int, Strict(), Field(ge=0, le=MAX_CORE)], ...], BeforeValidator(_ids), Field(min_length=1)
 ]
@@ -262,6 +278,7 @@ class Topology(_Section):
         default_factory=lambda: RouterSettings.model_validate(_PLACEHOLDERS),
         description="RouterSettings, but for prefill and decode.",
     )
+    pool: Pool | None = Field(None, description="Start a pool for all instances: PoolSettings, sizes such as 64GiB.")
     kv_load_failure_policy: Literal["recompute", "fail"] = Field(
         "recompute", description="What decode does with a request whose pages did not arrive: compute them, or fail it."
     )
@@ -282,6 +299,20 @@ class Topology(_Section):
         if "port" in transport.control.model_fields_set:
             raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
         return transport
+
+    @model_validator(mode="after")
+    def _one_pool(self) -> Topology:
+        use = self.transport.pool
+        if self.pool is None:
+            return self
+        for key in ("name", "dir"):
+            if use is not None and key in use.model_fields_set and getattr(use, key) != getattr(self.pool, key):
+                raise wrong(
+                    f"transport.pool.{key} is another pool's than the one of pool: take one of them out", "pool"
+                )
+        if self.kv_load_failure_policy != "recompute" and (use is None or use.load):
+            raise wrong("instances that load from a pool recompute what they can't load", "kv_load_failure_policy")
+        return self
 
     @model_validator(mode="after")
     def _same_pages(self) -> Topology:
@@ -311,6 +342,8 @@ class Topology(_Section):
                 first = getattr(role, key)
                 ports += [(f"roles.{name}.{key}", first + offset) for offset in range(count) if first]
         ports += [(f"router.{key}", getattr(self.router, key)) for key in ("port", "admin_port")]
+        if self.pool is not None and self.pool.http is not None:
+            ports.append(("pool.http.listen", self.pool.http.address[1]))
         return [(key, port) for key, port in ports if port]
 
     def by_role(self) -> dict[str, Role]:

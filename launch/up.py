@@ -10,7 +10,7 @@ from types import FrameType
 
 from pdtransport.errors import PDTransportError
 from pdtransport.launch import logs, web
-from pdtransport.launch.plan import Instance, Plan
+from pdtransport.launch.plan import Instance, Plan, PoolPlan
 from pdtransport.launch.processes import Fleet, Process
 from pdtransport.launch.topology import Topology
 
@@ -136,11 +136,27 @@ class Launch:
         Raises:
             ProcessFailed: one ended, or was not up within ``defaults.start_timeout_s``.
         """
+        if self.plan.pool is not None:
+            self._start_pool(self.plan.pool)
         for wave in waves(self.plan.instances):
             started = [(self._server(instance), instance.url) for instance in wave]
             await_health(self._fleet, started, self.topology.defaults.start_timeout_s, self._say)
         router = self.plan.router
         await_health(self._fleet, [(self._fleet.start("router", router.argv), router.url)], ROUTER_START_S, self._say)
+
+    def _start_pool(self, pool: PoolPlan) -> None:
+        """Before the servers: it takes all of its memory, and they are told of it."""
+        self._say(f"starting pool {pool.name} in {pool.dir}")
+        process = self._fleet.start("pool", pool.argv)
+        seconds = self.topology.defaults.start_timeout_s
+        deadline = time.monotonic() + seconds
+        while not (ready := [line for line in process.tail(8) if " serves " in line]):
+            check(self._fleet)
+            if time.monotonic() > deadline:
+                raise ProcessFailed(process, f"was not up within {seconds:g} s (defaults.start_timeout_s)")
+            time.sleep(POLL_S)
+        at = f", HTTP API at {pool.url}" if pool.url else ""
+        self._say(f"  {process.name:<12} {process.seconds:4.0f} s  ready: {ready[0].partition(': ')[2]}{at}")
 
     def _server(self, instance: Instance) -> Process:
         self._say(f"starting {instance.name} on {instance.url} ({instance.place})")

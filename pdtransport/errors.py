@@ -31,6 +31,10 @@ class PoolUnavailable(PDTransportError):
     """The pool did not answer: it does not run, ended meanwhile, or a deadline passed. Whoever asked goes without."""
 
 
+class PoolRefusal(PoolUnavailable):
+    """The pool runs, and can't do what it was asked; the text says why."""
+
+
 class TransferFailed(PDTransportError):
     """A transfer ended without its pages; ``code`` is one of :class:`pdtransport.protocol.messages.Code`."""
 

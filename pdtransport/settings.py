@@ -243,6 +243,12 @@ class PoolUse(_Section):
         description="Parts by KV heads that a chunk is stored in. Engines of other tensor-parallel sizes share chunks "
         "if all of them are told the largest of their sizes. Default: the engine's own size.",
     )
+    codec: str = Field(
+        "none",
+        pattern=r"^[a-z0-9][a-z0-9._\-]{0,31}$",
+        description="fp8 or int4: tiers below the pool's memory may hold the chunks with loss, by a scale a head. Only "
+        "engines with the same setting share chunks. none: loaded bytes are those stored.",
+    )
     lookup_s: float = Field(
         0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."
     )

@@ -91,7 +91,7 @@ class Listener:
         try:
             curve.apply_server(self.socket, shared.keys)
             self.monitor = watch(shared.context, self.socket, WATCHED)
-            _bind(self.socket, shared.settings, port, shared.me.rank)
+            bind(self.socket, shared.settings, port, shared.me.rank)
         except BaseException:
             self.close()
             raise
@@ -274,7 +274,12 @@ class Listener:
         return []
 
 
-def _bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> None:
+def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> None:
+    """Bind to an address of ``settings.host``; an address that leaves this machine needs keys.
+
+    Raises:
+        SettingsError: it can't be bound.
+    """
     host = settings.host
     if port > 65535:
         raise SettingsError(f"control.port: rank {rank} would listen on port {port}; choose a lower control.port")

@@ -69,6 +69,7 @@ class KeySpace:
 
     ``shard`` names which part of the model's KV a chunk holds ("heads 0-4 of 8, layers 0-32"): workers of another
     tensor-parallel size find each other's chunks where their shards are the same. ``salt`` keeps tenants apart.
+    ``codec`` names a lossy codec that chunks may have gone through; empty: their bytes are exact.
 
     Raises:
         ValueError: a field that every chunk depends on is empty, or ``chunk_tokens`` is below 1.
@@ -83,6 +84,7 @@ class KeySpace:
     lora: str = ""
     salt: str = ""
     extra: tuple[str, ...] = ()
+    codec: str = ""
 
     def __post_init__(self) -> None:
         for name in ("model", "dtype", "layout", "shard"):
@@ -128,6 +130,8 @@ def chunk_keys(
     facts = (space.model, space.revision, space.dtype, space.layout, space.shard, space.lora, *space.extra)
     root = _start(_CHUNK, space.salt, facts)
     root.update(_length(space.chunk_tokens))
+    if space.codec:  # behind all else: keys of exact chunks are what they were before there were codecs
+        _feed(root, space.codec)
     key, keys, seen = root.digest() if after is None else after, [], 0
     for first in range(0, len(packed) // 4, space.chunk_tokens):
         piece = packed[4 * first : 4 * (first + space.chunk_tokens)]

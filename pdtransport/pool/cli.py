@@ -15,37 +15,62 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from pdtransport.errors import PDTransportError
+from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import DiskSettings, PoolSettings, RedisSettings
+from pdtransport.pool.settings import (
+    DiskSettings,
+    HttpSettings,
+    PoolSettings,
+    RedisSettings,
+    RemoteSettings,
+    S3Settings,
+    parse_size,
+)
 
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-SIZES = {"memory_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
+# Settings whose options are not called as they are.
+OWN = {
+    "disk.path": "disk",
+    "redis.url": "redis",
+    "s3.bucket": "s3",
+    "http.listen": "http",
+    "remote.listen": "listen",
+    "remote.curve_allowed_keys": "remote-curve-allowed-key",
+}
+SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
 
 
 def size(text: str) -> int:
     """Bytes, as a number or with a unit: 64GiB."""
-    parts = re.fullmatch(r"(\d{1,15})\s?([KMGT]iB)?", text)
-    if parts is None:
+    found = parse_size(text)
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB or TiB")
-    return int(parts[1]) * UNITS[parts[2] or ""]
+    return found
 
 
 def quota(text: str) -> tuple[str, int]:
-    """TENANT=SIZE."""
+    """NAME=SIZE: of a tenant, of a tier."""
     tenant, equals, limit = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is no quota: TENANT=SIZE")
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SIZE")
     return tenant, size(limit)
 
 
+def tier_option(text: str) -> tuple[str, str, str]:
+    """NAME.OPTION=VALUE."""
+    parts = re.fullmatch(r"([^.=]+)\.([^=]+)=(.*)", text)
+    if parts is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no option of a tier: NAME.OPTION=VALUE")
+    return parts[1], parts[2], parts[3]
+
+
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of the tiers begin with --disk and --redis."""
+    """One option for each setting; those of tiers begin with --disk, --redis and --s3, of the
+    API with --http, of the door for other hosts with --remote."""
     made = argparse.ArgumentParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
-    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis"})
+    _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "s3", "tiers", "http", "remote"})
     made.add_argument(
         "--quota", dest="quotas", metavar="TENANT=SIZE", type=quota, action="append", help=_help(PoolSettings, "quotas")
     )
@@ -53,9 +78,63 @@ def parser() -> argparse.ArgumentParser:
     _add(made, DiskSettings, "disk.", leave_out={"path"})
     made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
     _add(made, RedisSettings, "redis.", leave_out={"url"})
+    made.add_argument("--http", dest="http.listen", metavar="HOST:PORT", help=_help(HttpSettings, "listen"))
+    _add(made, HttpSettings, "http.", leave_out={"listen"})
+    made.add_argument("--listen", dest="remote.listen", metavar="HOST:PORT", help=_help(RemoteSettings, "listen"))
+    _add(made, RemoteSettings, "remote.", leave_out={"listen", "curve_allowed_keys"})
+    made.add_argument(
+        "--remote-curve-allowed-key",
+        dest="remote.curve_allowed_keys",
+        metavar="KEY",
+        action="append",
+        help=_help(RemoteSettings, "curve_allowed_keys"),
+    )
+    made.add_argument("--s3", dest="s3.bucket", metavar="BUCKET", help=_help(S3Settings, "bucket"))
+    _add(made, S3Settings, "s3.", leave_out={"bucket"})
+    made.add_argument(
+        "--tier",
+        dest="tiers",
+        metavar="NAME=SIZE",
+        type=quota,
+        action="append",
+        help="A tier of another package below all others, by the name of its entry point.",
+    )
+    made.add_argument(
+        "--tier-option",
+        dest="tier_options",
+        metavar="NAME.OPTION=VALUE",
+        type=tier_option,
+        action="append",
+        help="What such a tier is told; NAME.codec: as --disk-codec.",
+    )
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
+
+
+def options(settings: PoolSettings) -> list[str]:
+    """The command line of these settings; what has its default is left out."""
+    raw = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    found: list[str] = []
+    for name, value in raw.items():
+        if name == "quotas":
+            value, name = {"": [f"{tenant}={limit}" for tenant, limit in value.items()]}, "quota"
+        elif name == "tiers":
+            found += _tier_options(value)
+            continue
+        for key, each in (value if isinstance(value, dict) else {"": value}).items():
+            option = OWN.get(f"{name}.{key}", f"{name}-{key}" if key else name).replace("_", "-")
+            for one in each if isinstance(each, list) else [each]:
+                found += [f"--{option}", str(one)]
+    return found
+
+
+def _tier_options(tiers: dict[str, Any]) -> list[str]:
+    found = [each for name, tier in tiers.items() for each in ("--tier", f"{name}={tier['bytes']}")]
+    for name, tier in tiers.items():
+        told = {**tier.get("options", {}), **({"codec": tier["codec"]} if "codec" in tier else {})}
+        found += [each for option, value in told.items() for each in ("--tier-option", f"{name}.{option}={value}")]
+    return found
 
 
 def settings_from(arguments: argparse.Namespace) -> PoolSettings:
@@ -66,11 +145,18 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
     """
     raw: dict[str, Any] = {}
     for path, value in vars(arguments).items():
-        if value is None or path in ("status", "log_level"):
+        if value is None or path in ("status", "log_level", "tiers", "tier_options"):
             continue
         tier, dot, name = path.partition(".")
         room = raw.setdefault(tier, {}) if dot else raw
         room[name or path] = dict(value) if path == "quotas" else value
+    for name, nbytes in arguments.tiers or ():
+        raw.setdefault("tiers", {})[name] = {"bytes": nbytes, "options": {}}
+    for name, option, text in arguments.tier_options or ():
+        tier = raw.get("tiers", {}).get(name)
+        if tier is None:
+            raise SettingsError(f"pdpool: --tier-option {name}.{option}: there is no --tier {name}=SIZE")
+        (tier if option == "codec" else tier["options"])[option] = text
     return PoolSettings.parse(raw, where="pdpool")
 
 
@@ -97,6 +183,8 @@ def _serve(settings: PoolSettings) -> int:
     with Pool(settings) as pool:
         memory = pool.status()["memory"]["bytes"]
         print(f"pdpool: {settings.name} serves {memory >> 20} MiB at {settings.socket_path}", flush=True)
+        if pool.url:
+            print(f"pdpool: HTTP API at {pool.url}, described in {pool.url}/openapi.json", flush=True)
         while not ended.wait(1.0):
             pass
     return 0
@@ -108,6 +196,15 @@ def _add(made: argparse.ArgumentParser, model: type[BaseModel], prefix: str, lea
             continue
         default: Any = None if field.is_required() else field.default
         shown = "" if default is None else f" Default: {default}."
+        if isinstance(default, bool):
+            made.add_argument(
+                f"--{prefix}{name}".replace("_", "-").replace(".", "-"),
+                dest=f"{prefix}{name}",
+                action="store_const",
+                const=True,
+                help=_help(model, name),
+            )
+            continue
         texts = [each for each in get_args(field.annotation) if isinstance(each, str)]
         made.add_argument(
             f"--{prefix}{name}".replace("_", "-").replace(".", "-"),

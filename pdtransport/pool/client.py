@@ -12,24 +12,30 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, as_runs, stream_bytes
+from pdtransport.kv.geometry import HOST
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.copiers import Copier, make_copier
 from pdtransport.pool.copying import WINDOWS, Copying, Operation
 from pdtransport.pool.request import Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
-from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
-from pdtransport.pool.wire import Asked, Session, Wire, now_plus
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, STAGING_BYTES, PoolSettings
+from pdtransport.pool.wire import FOREVER_S, Asked, Session, Wire, now_plus
 from pdtransport.protocol.messages import Message
 from pdtransport.reactor import Reactor, leave_pinned_cores
+from pdtransport.settings import Settings
 
 T = TypeVar("T")
 
 WINDOW_BYTES = 64 << 20  # of chunks granted in one message
+PREPARED_LOOK_S = 0.02
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
 
@@ -91,15 +97,18 @@ class Copied:
 
 
 class PoolClient:
-    """A client of the pool ``name`` on this host. All methods may be called from any thread, and return at once.
+    """A client of the pool ``name`` on this host, or of the one at ``address`` on another.
 
-    No pool needs to run: whatever is asked meanwhile finds nothing, at once; a pool that comes up later is found.
+    All methods may be called from any thread, and return at once. No pool needs to run: whatever is asked meanwhile
+    finds nothing, at once; a pool that comes up later is found.
 
     Args:
         name, directory: of the pool (``pool.name``, ``pool.dir``).
         tenant: whose quota the chunks count against.
         deadline_s: of each call that names no other.
         threads: stores and loads that run at once; each copies with one thread.
+        device: number of the GPU whose memory chunks are copied from and to (-1: host memory). Then the pool's memory
+            is registered with CUDA as soon as there is a pool, and stores and loads wait for that.
         who: shown in the pool's status; default this program and its process id.
     """
 
@@ -112,6 +121,10 @@ class PoolClient:
         deadline_s: float = 10.0,
         threads: int = 2,
         who: str = "",
+        device: int = HOST,
+        address: str | None = None,
+        settings: Settings | None = None,
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         place = PoolSettings(name=name) if directory is None else PoolSettings(name=name, dir=directory)
         who = (who or f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}")[:128]
@@ -122,14 +135,32 @@ class PoolClient:
         self._active: dict[int, Operation] = {}
         self._closing = False
 
-        def make(_reactor: Reactor) -> Wire:
-            self._wire = Wire(place.dir, name, who, tenant)
+        def make(reactor: Reactor) -> Wire:
+            if address is None:
+                self._wire = Wire(place.dir, name, who, tenant, device)
+            else:
+                from pdtransport.pool.remote import RemoteWire, host_and_port
+
+                host, port = host_and_port(address)
+                self._wire = RemoteWire(
+                    host, port, settings or Settings(), who, tenant, device, staging_bytes, reactor.post
+                )
             return self._wire
 
         self._reactor = Reactor(make, name=f"pdpool-client-{name}")
         self._reactor.start()
-        self._threads = threads
+        self._threads, self._device = threads, device
+        self._spare: SimpleQueue[Copier] = SimpleQueue()  # one for each thread
+        for _ in range(threads):
+            self._spare.put(make_copier(device))
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
+        if device != HOST:
+            self._question(lambda number: say.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
+
+    @classmethod
+    def connect(cls, address: str, settings: Settings | None = None, **more: Any) -> PoolClient:
+        """A client of the pool at ``address`` (``tcp://HOST:PORT``) on another host; the rest as in the constructor."""
+        return cls(address=address, settings=settings, **more)
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
@@ -141,50 +172,126 @@ class PoolClient:
             lambda number: say.Lookup(request=number, keys=packed), _found, deadline_s or self.deadline_s
         )
 
-    def store(self, keys: Sequence[bytes], runs: Sequence[Runs], *, deadline_s: float | None = None) -> Pending[Copied]:
+    def store(
+        self,
+        keys: Sequence[bytes],
+        runs: Sequence[Runs],
+        *,
+        lossy: Lossy | None = None,
+        deadline_s: float | None = None,
+        after: Any | None = None,
+    ) -> Pending[Copied]:
         """Copy chunk ``i`` out of the memory ``runs[i]`` ((n, 2) uint64 of address and bytes) into the pool under
         ``keys[i]``. What is there already is not copied; a chunk that somebody else is storing is waited for.
 
-        The memory must not change until the result is there.
+        ``lossy``: tiers below memory may pack them with this codec, so that a later load gets bytes that differ. Only
+        for keys of a :class:`~pdtransport.kv.keys.KeySpace` whose ``codec`` says so.
+
+        The memory must not change until the result is there. On a GPU, ``after`` is an event (torch's or cupy's)
+        recorded behind the kernels that fill it: it is read when that has passed.
 
         Raises:
             ValueError: a key is not 32 bytes long, a chunk not a multiple of 8 bytes or longer than 1 GiB, or there
                 are not as many of them.
         """
-        return self._copy(True, keys, runs, deadline_s)
+        return self._copy(True, keys, runs, deadline_s, after, lossy)
 
-    def load(self, keys: Sequence[bytes], runs: Sequence[Runs], *, deadline_s: float | None = None) -> Pending[Copied]:
+    def load(
+        self,
+        keys: Sequence[bytes],
+        runs: Sequence[Runs],
+        *,
+        deadline_s: float | None = None,
+        after: Any | None = None,
+    ) -> Pending[Copied]:
         """Copy the chunk ``keys[i]`` out of the pool into ``runs[i]`` and verify it there. Only chunks with the verdict
-        READ hold what was stored; the memory of all others has undefined content.
+        READ hold what was stored; the memory of all others has undefined content. On a GPU, ``after`` is an event
+        behind the kernels that still use this memory: nothing is written before it has passed.
 
         Raises:
             ValueError: as :meth:`store`.
         """
-        return self._copy(False, keys, runs, deadline_s)
+        return self._copy(False, keys, runs, deadline_s, after)
 
-    def pin(
+    # -- what people ask (see pdtransport.pool.admin) -----------------------------------------------------------------
+
+    def manage(
         self,
         keys: Sequence[bytes],
-        pin: Literal["none", "soft", "hard"],
+        action: Literal["pin", "drop", "leave", "fetch", "write"],
         *,
+        pin: Literal["none", "soft", "hard"] = "none",
         for_s: float | None = None,
+        tier: str = "",
+        again: bool = False,
         deadline_s: float | None = None,
     ) -> Pending[int]:
-        """Keep these chunks in memory ("hard": always, "soft": as long as anything else can go), or no longer ("none");
-        ``for_s`` seconds long. The answer is how many are pinned: those in memory, hard ones up to half of it."""
-        packed, kind = b"".join(keys[: say.MAX_KEYS]), PINS[pin]
+        """Do this to up to 512 chunks (see :meth:`pdtransport.pool.control.Control.manage`); the answer is to how many
+        it was done."""
         return self._question(
-            lambda number: say.Pin(request=number, keys=packed, pin=kind, for_s=for_s),
+            lambda number: say.Manage(
+                request=number, keys=b"".join(keys), action=action, pin=PINS[pin], for_s=for_s, tier=tier, again=again
+            ),
             _count,
             deadline_s or self.deadline_s,
         )
 
-    def drop(self, keys: Sequence[bytes] | None, *, deadline_s: float | None = None) -> Pending[int]:
-        """Forget these chunks, or all (None), in all tiers. The answer is how many there were."""
-        packed = b"".join(keys[: say.MAX_KEYS]) if keys is not None else b""
+    def look(
+        self,
+        keys: Sequence[bytes] | None,
+        first: int = 0,
+        *,
+        tenant: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Pending[say.Looked]:
+        """What the pool holds of up to 4096 ``keys``; None: of all, from place ``first`` on, and of one ``tenant``."""
+        packed = b"".join(keys or ())
         return self._question(
-            lambda number: say.Drop(request=number, keys=packed, everything=keys is None),
-            _count,
+            lambda number: say.Look(request=number, keys=packed, sweep=keys is None, first=first, tenant=tenant),
+            lambda answer: answer if isinstance(answer, say.Looked) else None,
+            deadline_s or self.deadline_s,
+        )
+
+    def count(self, first: int = 0, *, deadline_s: float | None = None) -> Pending[say.Counted]:
+        """How much the pool holds by tier and tenant, from place ``first`` of its index on."""
+        return self._question(
+            lambda number: say.Count(request=number, first=first),
+            lambda answer: answer if isinstance(answer, say.Counted) else None,
+            deadline_s or self.deadline_s,
+        )
+
+    def introduce(self, space: str) -> None:
+        """Tell the pool of what the keys of this engine's chunks are made: now, and again whenever it starts anew."""
+        message = say.Introduce(request=next(self._numbers), space=space)
+
+        def say_it() -> None:
+            self._wire.introduction = message
+            session = self._wire.session
+            if session is not None and session.mapping is not None:
+                self._wire.tell(session, message)
+
+        self._post(say_it)
+
+    def watch(self, heard: Callable[[Sequence[bytes] | None], None]) -> None:
+        """Hear of every chunk that the pool forgets from now on, in the client's I/O thread: ``heard`` gets keys (none
+        at first: the watch began); None once, when the pool ended or does not answer, and nothing after that."""
+        number = next(self._numbers)
+
+        def on_answer(_session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+            if not isinstance(answer, say.Gone):
+                heard(None)
+                return True
+            heard([answer.keys[i : i + KEY_BYTES] for i in range(0, len(answer.keys), KEY_BYTES)])
+            return False
+
+        asked = Asked(say.Watch(request=number), number, now_plus(FOREVER_S), on_answer)
+        self._post(lambda: self._wire.ask(asked))
+
+    def spaces(self, *, deadline_s: float | None = None) -> Pending[tuple[str, ...]]:
+        """What engines told it, the last one first."""
+        return self._question(
+            lambda number: say.SpacesAsked(request=number),
+            lambda answer: answer.spaces if isinstance(answer, say.Spaces) else None,
             deadline_s or self.deadline_s,
         )
 
@@ -200,6 +307,8 @@ class PoolClient:
         for operation in active:
             operation.cancel()
         self._copiers.shutdown(wait=True)
+        while not self._spare.empty():
+            self._spare.get().close()
         self._reactor.stop()
 
     def __enter__(self) -> PoolClient:
@@ -240,7 +349,13 @@ class PoolClient:
         return Pending(future, deadline_s)
 
     def _copy(
-        self, storing: bool, keys: Sequence[bytes], runs: Sequence[Runs], deadline_s: float | None
+        self,
+        storing: bool,
+        keys: Sequence[bytes],
+        runs: Sequence[Runs],
+        deadline_s: float | None,
+        after: Any | None,
+        lossy: Lossy | None = None,
     ) -> Pending[Copied]:
         if len(keys) != len(runs):
             raise ValueError(f"{len(keys)} keys for {len(runs)} chunks")
@@ -266,11 +381,13 @@ class PoolClient:
             storing,
             list(keys),
             checked,
-            lambda: self._window(deadline),
+            lambda: self._window(deadline, operation),
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
             lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel)),
+            after,
+            lossy,
         )
         with self._guard:
             if self._closing:
@@ -280,9 +397,9 @@ class PoolClient:
         future.add_done_callback(lambda _: self._forget(operation))  # also if it is cancelled before it began
         return Pending(future, seconds, operation.cancel)
 
-    def _window(self, deadline: float) -> int:
+    def _window(self, deadline: float, operation: Operation) -> int:
         """Bytes to ask for at one time, so that what this client holds fits what it may, and a tier below memory
-        finds room to bring chunks up to.
+        finds room to bring chunks up to; when copies can begin.
 
         Raises:
             PoolUnavailable: there is no pool.
@@ -293,11 +410,21 @@ class PoolClient:
         session = self._wire.session
         if session is None or session.mapping is None:
             raise PoolUnavailable("the pool ended")
+        session.begin()
+        while session.waits and not session.prepared.wait(PREPARED_LOOK_S):
+            if operation.cancelled.is_set() or now_plus(0) > deadline:
+                raise PoolUnavailable("copies can't begin yet: memory is being registered, or links opened")
+        if session.waits and session.problem:
+            raise PoolUnavailable(session.problem)
         return min(WINDOW_BYTES, session.client_bytes // (WINDOWS * self._threads), session.memory_bytes // 8)
 
     def _run(self, operation: Operation) -> Copied:
-        copying = Copying(operation)
-        copying.run()
+        copier = self._spare.get()
+        copying = Copying(operation, copier)
+        try:
+            copying.run()
+        finally:
+            self._spare.put(copier)
         moved = sum(
             size
             for size, verdict in zip(copying.sizes, copying.verdicts, strict=True)

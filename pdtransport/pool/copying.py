@@ -11,14 +11,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pdtransport.errors import PoolUnavailable
-from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, merge_runs, stream_bytes
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.copiers import Copier, UnderWay
 from pdtransport.pool.frames import frame_runs, frames_for
 from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.wire import Session
@@ -36,7 +39,18 @@ class Window:
     first: int
     last: int
     unanswered: int
+    copying: int = 0  # batches
     published: deque[list[int]] = field(default_factory=deque)  # told and not yet confirmed, by message
+
+
+@dataclass
+class Batch:
+    """Chunks whose copy is under way."""
+
+    window: Window
+    parts: list[Part]
+    session: Session
+    copy: UnderWay
 
 
 @dataclass
@@ -52,6 +66,8 @@ class Operation:
     ask: Callable[[Message, int], None]
     tell: Callable[[Session, Message], None]
     forget: Callable[[int, bool], None]
+    after: Any | None = None  # an event, behind which a GPU's memory may be used
+    lossy: Lossy | None = None  # how what is stored may be packed below memory
     heard: queue.SimpleQueue[Heard] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -67,8 +83,9 @@ Heard = tuple[int, Session | None, "say.FromPool | PoolUnavailable | None"]
 class Copying:
     """Runs an operation. ``verdicts`` has one for each key, whatever happens."""
 
-    def __init__(self, operation: Operation) -> None:
-        self._do = operation
+    def __init__(self, operation: Operation, copier: Copier) -> None:
+        self._do, self._copier = operation, copier
+        self._under_way: deque[Batch] = deque()
         self.sizes = [stream_bytes(runs) for runs in operation.runs]
         self.verdicts = [Verdict.LOST] * len(operation.keys)
         self.damaged = 0
@@ -86,11 +103,17 @@ class Copying:
             for stretch in itertools.islice(stretches, WINDOWS):
                 self._open(*stretch)
             while self._windows and not self._do.cancelled.is_set():
-                self._hear(*self._do.heard.get())
+                if self._under_way and self._do.heard.empty():
+                    self._finish(self._under_way.popleft())
+                else:
+                    self._hear(*self._do.heard.get())
                 self._tidy(stretches)
         except PoolUnavailable as error:
             self.error = str(error)
         finally:
+            for batch in self._under_way:
+                with suppress(PoolUnavailable):
+                    batch.copy.wait()
             for number in self._windows:
                 self._do.forget(number, True)
             if self._session is not None:
@@ -99,7 +122,7 @@ class Copying:
     def _tidy(self, stretches: Iterator[tuple[int, int]]) -> None:
         """Close windows of which all is done, and open as many as are answered."""
         for number, window in list(self._windows.items()):
-            if window.unanswered == 0 and not window.published:
+            if not (window.unanswered or window.copying or window.published):
                 del self._windows[number]
                 self._do.forget(number, False)
         asking = sum(window.unanswered > 0 for window in self._windows.values())
@@ -121,9 +144,12 @@ class Copying:
         number = self._do.number()
         keys = b"".join(self._do.keys[first:last])
         sizes = np.array(self.sizes[first:last], dtype="<u4").tobytes()
-        kind = say.Store if self._do.storing else say.Load
         self._windows[number] = Window(number, first, last, last - first)
-        self._do.ask(kind(request=number, keys=keys, sizes=sizes), number)
+        codec, grid = self._do.lossy or ("", None)
+        if self._do.storing:
+            self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
+        else:
+            self._do.ask(say.Load(request=number, keys=keys, sizes=sizes), number)
 
     def _hear(self, number: int, session: Session | None, message: say.FromPool | PoolUnavailable | None) -> None:
         if isinstance(message, PoolUnavailable):
@@ -142,7 +168,7 @@ class Copying:
 
     def _on_answer(self, window: Window, answer: say.Answer, session: Session) -> None:
         granted: list[Part] = []
-        for part in _parts(answer, self.sizes, window.first, session.frame_bytes):
+        for part in parts_of(answer, self.sizes, window.first, session.frame_bytes):
             window.unanswered -= 1
             if part.verdict in (Verdict.WRITE, Verdict.READ):
                 granted.append(part)
@@ -151,7 +177,9 @@ class Copying:
         for batch in self._batches(granted, window.first):
             if self._do.cancelled.is_set():
                 return
-            (self._fill if self._do.storing else self._take)(window, batch, session)
+            self._begin(window, batch, session)
+            while len(self._under_way) >= self._copier.depth:
+                self._finish(self._under_way.popleft())
 
     def _batches(self, parts: list[Part], first: int) -> Iterator[list[Part]]:
         """Parts of one length, not too many bytes together: each batch is one call of the copy kernel."""
@@ -161,19 +189,26 @@ class Copying:
             for start in range(0, len(group), step):
                 yield group[start : start + step]
 
-    def _copy(self, window: Window, batch: list[Part], session: Session) -> list[int]:
-        """Copy a batch between the caller's memory and the pool's; the checksums of what arrived."""
+    def _begin(self, window: Window, parts: list[Part], session: Session) -> None:
+        """Begin to copy a batch between the caller's memory and the pool's."""
         assert session.mapping is not None
-        indices = [window.first + part.place for part in batch]
+        indices = [window.first + part.place for part in parts]
         ours = np.concatenate([self._do.runs[index] for index in indices])
-        frames = b"".join(part.frames for part in batch)
+        frames = b"".join(part.frames for part in parts)
         sizes = [self.sizes[index] for index in indices]
         theirs = merge_runs(frame_runs(session.mapping.address, frames, session.frame_bytes, sizes))
-        source, target = (ours, theirs) if self._do.storing else (theirs, ours)
-        return pages.read_mapped(source, target, len(batch)).tolist()  # type: ignore[no-any-return]
+        copy = self._copier.begin(
+            ours, theirs, len(parts), storing=self._do.storing, mapping=session.mapping, after=self._do.after
+        )
+        window.copying += 1
+        self._under_way.append(Batch(window, parts, session, copy))
 
-    def _fill(self, window: Window, batch: list[Part], session: Session) -> None:
-        checksums = self._copy(window, batch, session)
+    def _finish(self, batch: Batch) -> None:
+        checksums = batch.copy.wait().tolist()
+        batch.window.copying -= 1
+        (self._fill if self._do.storing else self._take)(batch.window, batch.parts, batch.session, checksums)
+
+    def _fill(self, window: Window, batch: list[Part], session: Session, checksums: list[int]) -> None:
         window.published.append([part.place for part in batch])
         self._do.tell(session, say.Publish(request=window.number, indices=_indices(batch), checksums=_words(checksums)))
 
@@ -187,8 +222,7 @@ class Copying:
         for index in indices:
             self.verdicts[window.first + index] = Verdict.WRITE
 
-    def _take(self, window: Window, batch: list[Part], session: Session) -> None:
-        checksums = self._copy(window, batch, session)
+    def _take(self, window: Window, batch: list[Part], session: Session, checksums: list[int]) -> None:
         for part, found in zip(batch, checksums, strict=True):
             good = found == part.checksum
             self.verdicts[window.first + part.place] = Verdict.READ if good else Verdict.MISS
@@ -198,7 +232,7 @@ class Copying:
         self._do.tell(session, say.Release(request=window.number, indices=_indices(batch)))
 
 
-def _parts(answer: say.Answer, sizes: Sequence[int], first: int, frame_bytes: int) -> Iterator[Part]:
+def parts_of(answer: say.Answer, sizes: Sequence[int], first: int, frame_bytes: int) -> Iterator[Part]:
     """The parts of an answer.
 
     Raises:

@@ -3,25 +3,38 @@
 A file is published whole by renaming it, and its name says all that the index needs: a start after any end reads
 directories, not files. Nothing is synced, since nothing relies on it: a file that a crash left damaged fails its
 checks when it is read, counts as a miss, and is removed.
+
+Where the file system has direct I/O (``O_DIRECT``), bytes go round the page cache, for the pool is the cache, and
+through a buffer of huge pages: from frames of small ones the disk would get more and shorter pieces.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
+import mmap
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pdtransport.errors import SettingsError
+from pdtransport.kernels import pages
+from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.codecs import make_codec
-from pdtransport.pool.envelope import HEADER_BYTES, PLAIN, seal, unseal
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
-from pdtransport.pool.tiers import Stored, Tier, TierError
+from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError
+
+logger = logging.getLogger("pdtransport.pool")
 
 IOV_LIMIT = 1024  # Linux' IOV_MAX
+BLOCK = 4096  # what direct I/O aligns to; the payload's place in a file
+STRETCH = 4 << 20  # bytes of a file that are written or read at once
+HUGE = 2 << 20
 _TENANT = "t-"
 _TEMPORARY = "new-"
 
@@ -34,21 +47,36 @@ class DiskTier(Tier):
     """
 
     name = "disk"
-    overhead_bytes = HEADER_BYTES
+    overhead_bytes = BLOCK
 
     def __init__(self, settings: DiskSettings) -> None:
         self.threads = settings.threads
         self._root = settings.path
-        self._codec = make_codec(settings.codec, settings.item_bytes)
+        self._local = threading.local()
         self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
         self._numbers = itertools.count()
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = self._root / f"{self._run}probe"
-            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            probe.unlink()
+            self._direct = settings.direct == "auto" and self._probe_direct()
         except OSError as error:
             raise SettingsError(f"pool.disk.path: {self._root} can't be written ({error.strerror})") from None
+
+    def _probe_direct(self) -> bool:
+        """Whether files can be written here, round the page cache even."""
+        probe = self._root / f"{self._run}probe"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            fd = os.open(probe, os.O_WRONLY | os.O_DIRECT)
+            try:
+                os.pwrite(fd, self._buffer()[:BLOCK], 0)
+            finally:
+                os.close(fd)
+            return True
+        except OSError as error:
+            logger.warning("pool tier disk: %s has no direct I/O (%s): slower", self._root, error.strerror)
+            return False
+        finally:
+            probe.unlink()
 
     def scan(self) -> Iterator[Stored]:
         for folder in _folders(self._root):
@@ -64,17 +92,21 @@ class DiskTier(Tier):
                     else:
                         self._tidy(file)
 
-    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
-        pieces = seal(key, parts, checksum, self._codec)
+    def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
         temporary = self._root / f"{self._run}{next(self._numbers)}"
-        total = sum(len(piece) for piece in pieces)
+        header = bytes(pieces[0]).ljust(BLOCK, b"\0")
+        total = BLOCK + sum(map(len, pieces[1:]))
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            flags = os.O_DIRECT if self._direct else 0
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
             try:
-                _write_all(fd, pieces)
+                if self._direct:
+                    self._write_direct(fd, [header, *pieces[1:]], total)
+                else:
+                    _write_all(fd, [header, *pieces[1:]])
             finally:
                 os.close(fd)
-            path = self._path(key, tenant, sum(len(part) for part in parts))
+            path = self._path(key, tenant, nbytes)
             try:
                 os.replace(temporary, path)
             except FileNotFoundError:
@@ -86,23 +118,54 @@ class DiskTier(Tier):
             raise
         return total
 
-    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
-        nbytes = sum(len(part) for part in parts)
-        fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC)
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
+        flags = os.O_DIRECT if self._direct else 0
+        fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | flags)
         try:
-            header = unseal(os.pread(fd, HEADER_BYTES, 0), key, nbytes, self._codec)
-            if os.fstat(fd).st_size != HEADER_BYTES + header.payload:
-                raise TierError(f"chunk {key.hex()[:16]} is damaged: its file has another length")
-            if header.codec == PLAIN:
-                _read_all(fd, parts, HEADER_BYTES)
-            else:
-                assert self._codec is not None
-                payload = bytearray(header.payload)
-                _read_all(fd, [memoryview(payload)], HEADER_BYTES)
-                self._codec.decode(bytes(payload), parts)
+            size = os.fstat(fd).st_size
+            if self._direct:
+                self._read_direct(fd, size, place)
+                return
+            parts = place(os.pread(fd, HEADER_BYTES, 0))
+            _check(size, parts)
+            _read_all(fd, parts, BLOCK)
         finally:
             os.close(fd)
-        return header.checksum
+
+    def _write_direct(self, fd: int, pieces: Sequence[bytes | memoryview], total: int) -> None:
+        buffer, bounds = self._buffer(), [*range(0, total, STRETCH), total]
+        for first, stretch in zip(bounds, cut_runs(_runs(pieces), bounds), strict=False):
+            nbytes, at = stream_bytes(stretch), 0
+            pages.read_mapped(stretch, run(_address(buffer), nbytes))
+            ends = -(-nbytes // BLOCK) * BLOCK
+            buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
+            while at < ends:
+                at += os.pwrite(fd, buffer[at:ends], first + at)
+        if total % BLOCK:
+            os.truncate(fd, total)
+
+    def _read_direct(self, fd: int, size: int, place: Place) -> None:
+        buffer = self._buffer()
+        _pread(fd, buffer, 0, size)
+        parts = place(bytes(buffer[:HEADER_BYTES]))
+        _check(size, parts)
+        bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
+        for first, stretch in zip(bounds, cut_runs(_runs(parts), bounds), strict=False):
+            nbytes, skip = stream_bytes(stretch), 0 if first else BLOCK
+            if first:
+                _pread(fd, buffer, BLOCK + first, nbytes)
+            pages.read_mapped(run(_address(buffer) + skip, nbytes), stretch)
+
+    def _buffer(self) -> memoryview:
+        """This thread's, of ``STRETCH`` bytes."""
+        found: memoryview | None = getattr(self._local, "buffer", None)
+        if found is None:
+            memory = mmap.mmap(-1, STRETCH + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            skip = -_address(memoryview(memory)) % HUGE
+            found = self._local.buffer = memoryview(memory)[skip : skip + STRETCH]
+        return found
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
         self._path(key, tenant, nbytes).unlink(missing_ok=True)
@@ -132,8 +195,31 @@ def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
         key, nbytes, stored = bytes.fromhex(name), int(size), file.stat(follow_symlinks=False).st_size
     except (ValueError, OSError):
         return None
-    fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + HEADER_BYTES
+    fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + BLOCK
     return Stored(key, tenant, nbytes, stored) if fits else None
+
+
+def _runs(pieces: Sequence[bytes | memoryview]) -> Runs:
+    return np.array([(_address(piece), len(piece)) for piece in pieces], dtype=np.uint64).reshape(-1, 2)
+
+
+def _address(piece: bytes | memoryview) -> int:
+    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
+
+
+def _check(size: int, parts: Sequence[memoryview]) -> None:
+    if size != BLOCK + sum(map(len, parts)):
+        raise TierError("the chunk is damaged: its file has another length")
+
+
+def _pread(fd: int, buffer: memoryview, offset: int, wanted: int) -> None:
+    """Read so many bytes, or as many as fit the buffer."""
+    wanted, got = min(wanted, len(buffer)), 0
+    while got < wanted:
+        more = os.preadv(fd, [buffer[got:]], offset + got)
+        if more == 0:
+            raise TierError("the file ends early")
+        got += more
 
 
 def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:

@@ -6,12 +6,14 @@ array operations; there is no resizing, so no pause at any size. Memory is commi
 
 from __future__ import annotations
 
+import ctypes
 import operator
 import secrets
 
 import numpy as np
 import numpy.typing as npt
 
+from pdtransport.kernels.pages import _C
 from pdtransport.kv.keys import KEY_BYTES
 
 Entries = npt.NDArray[np.int32]
@@ -20,6 +22,18 @@ KeyRows = npt.NDArray[np.uint64]
 MAX_ENTRIES = 1 << 30
 _WORDS = KEY_BYTES // 8
 _MASK = (1 << 64) - 1
+
+
+if _C is not None:
+    _C.pdt_find.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p)
+    _C.pdt_find.restype = None
+    _C.pdt_prefix.argtypes = (
+        *2 * (ctypes.c_void_p,),
+        ctypes.c_uint64,
+        *2 * (ctypes.c_uint8,),
+        ctypes.c_void_p,
+    )
+    _C.pdt_prefix.restype = ctypes.c_uint64
 
 
 def key_rows(packed: bytes) -> KeyRows:
@@ -35,8 +49,8 @@ class Index:
     """A table of at most ``capacity`` keys, chained hashing.
 
     Beside the key it holds columns that the shelf reads and writes by entry: ``nbytes`` (uint32), ``checksum``
-    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin`` (uint8) and ``group`` (uint16), each a memoryview for
-    single values, and ``tier_column`` as an array for many. All are zero in a new entry.
+    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin``, ``form`` (uint8) and ``group`` (uint16), each a
+    memoryview for single values, and ``tier_column`` as an array for many. All are zero in a new entry.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -59,15 +73,29 @@ class Index:
         self.count = 0
         self.tier_column = np.zeros(capacity, dtype=np.uint8)
         self.tiers = self.tier_column.data
+        self._of_table = np.array(
+            [
+                self._multipliers.ctypes.data,
+                self._shift,
+                *(each.ctypes.data for each in (self._keys, self._heads, self._chain, self.tier_column)),
+            ],
+            dtype=np.uint64,
+        )
+        self._table = self._of_table.ctypes.data  # as csrc/table.c wants it
         self.nbytes = np.zeros(capacity, dtype=np.uint32).data
         self.checksum = np.zeros(capacity, dtype=np.uint64).data
         self.refs = np.zeros(capacity, dtype=np.uint16).data
         self.state = np.zeros(capacity, dtype=np.uint8).data
         self.pin = np.zeros(capacity, dtype=np.uint8).data
+        self.form = np.zeros(capacity, dtype=np.uint8).data
         self.group = np.zeros(capacity, dtype=np.uint16).data
 
     def find(self, keys: KeyRows) -> Entries:
         """The entry of each key, -1 where there is none: int32 of shape (n,)."""
+        if _C is not None:
+            keys, out = np.ascontiguousarray(keys), np.empty(len(keys), dtype=np.int32)
+            _C.pdt_find(self._table, keys.ctypes.data, len(keys), out.ctypes.data)
+            return out
         found = self._heads[self._buckets(keys)]
         rows = np.flatnonzero((self._keys[found] != keys).any(axis=1) & (found >= 0))
         while len(rows):  # those whose chain has another key first
@@ -75,12 +103,36 @@ class Index:
             rows = rows[(self._keys[at] != keys[rows]).any(axis=1) & (at >= 0)]
         return found
 
+    def prefix(self, keys: KeyRows, reachable: int, memory: int) -> tuple[int, int]:
+        """How many keys from the first on are in one of the tiers ``reachable``, and how many of these in one of
+        ``memory`` (bits of ``tiers``)."""
+        entries = self.find(keys)
+        if _C is not None:
+            held = ctypes.c_uint64()
+            there = _C.pdt_prefix(
+                self._table, entries.ctypes.data, len(entries), reachable, memory, ctypes.addressof(held)
+            )
+            return there, held.value
+        tiers = np.where(entries >= 0, self.tier_column[entries], 0)
+        missing = np.flatnonzero(tiers & reachable == 0)
+        there = int(missing[0]) if len(missing) else len(entries)
+        return there, int(np.count_nonzero(tiers[:there] & memory))
+
     def entry(self, key: bytes) -> int:
         """The entry of one key, -1 if there is none."""
         return int(self.find(key_rows(key))[0])
 
     def key(self, entry: int) -> bytes:
         return bytes(self._raw[entry * KEY_BYTES : (entry + 1) * KEY_BYTES])
+
+    @property
+    def fresh(self) -> int:
+        """No entry from here on was ever used."""
+        return self._fresh
+
+    def keys(self, entries: Entries) -> bytes:
+        """Their keys, one after the other."""
+        return self._keys[entries].tobytes()
 
     def add(self, key: bytes) -> int:
         """A new entry for a key that is not there.
@@ -112,7 +164,7 @@ class Index:
             while self._next[at] != entry:
                 at = self._next[at]
             self._next[at] = self._next[entry]
-        for column in (self.tiers, self.nbytes, self.checksum, self.refs, self.state, self.pin, self.group):
+        for column in (self.tiers, self.nbytes, self.checksum, self.refs, self.state, self.pin, self.form, self.group):
             column[entry] = 0
         self._next[entry], self._free = self._free, entry
         self.count -= 1
@@ -124,7 +176,7 @@ class Index:
     def nbytes_committed(self) -> int:
         """Bytes that the table's entries in use take up, buckets included."""
         columns = sum(view.itemsize for view in (self.tiers, self.nbytes, self.checksum, self.refs, self.state))
-        each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.group.itemsize
+        each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.form.itemsize + self.group.itemsize
         return self._heads.nbytes + self._fresh * each
 
     def _buckets(self, keys: KeyRows) -> npt.NDArray[np.uint64]:

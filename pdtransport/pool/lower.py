@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pdtransport.pool.codecs import Codec, Lossy
 from pdtransport.pool.index import Index
 from pdtransport.pool.policies import Links, Policy, PolicyName, make_policy
 from pdtransport.pool.tiers import Tier
@@ -17,9 +18,11 @@ class Lower:
     Args:
         bit: its bit in the index's ``tiers`` column.
         limit: bytes that it may hold, what is being written included.
+        codec: packs what is written there, unless the chunk has one of its own.
     """
 
-    def __init__(self, tier: Tier, bit: int, limit: int, policy: PolicyName) -> None:
+    def __init__(self, tier: Tier, bit: int, limit: int, policy: PolicyName, codec: Codec | None = None) -> None:
+        self.codec = codec
         self.tier, self.name, self.bit, self.limit = tier, tier.name, bit, limit
         self.up = True  # reachable; what a tier holds that is not does not count as there
         self.used = 0  # bytes, those reserved for writes under way included
@@ -30,7 +33,8 @@ class Lower:
     def attach(self, index: Index) -> None:
         self._index = index
         self._policy = make_policy(self._policy_name, Links(index.capacity))
-        self._stored = np.zeros(index.capacity, dtype=np.uint32).data
+        self.stored = np.zeros(index.capacity, dtype=np.uint32)  # bytes that each entry's chunk takes there
+        self._stored = self.stored.data
 
     def __len__(self) -> int:
         return len(self._policy)
@@ -68,6 +72,7 @@ class WriteBack:
     checksum: int
     frames: bytes
     reserved: int
+    lossy: Lossy | None = None  # how it may be packed with loss
 
 
 @dataclass(frozen=True)

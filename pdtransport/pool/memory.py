@@ -9,6 +9,9 @@ import mmap
 import os
 import secrets
 import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pdtransport.errors import SettingsError
@@ -17,13 +20,27 @@ from pdtransport.pool.settings import PoolSettings
 SUFFIX = ".memory"
 POPULATE_BYTES = 32 << 20  # mapped at once in advance
 MADV_POPULATE_WRITE = 23  # Linux 5.14
+REGISTER_BYTES = 64 << 20  # pinned at once: CUDA's other calls wait meanwhile
+
+_guard = threading.Lock()  # of the table below
+_mapped: dict[tuple[int, int], Mapping] = {}  # by device and inode: clients of one process share a mapping
 
 
 class Mapping:
-    """A mapped memory file. ``address`` and ``nbytes`` say where it lies in this process."""
+    """A mapped memory file. ``address`` and ``nbytes`` say where it lies in this process.
+
+    Attributes:
+        registered: all of it, with CUDA.
+        problem: why it can't be.
+    """
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self.nbytes = nbytes
+        self.registered, self.problem = False, ""
+        self.users = 1
+        self._registering = threading.Lock()
+        self._device = 0
+        self._pieces: list[int] = []  # addresses of what is registered
         self._map = mmap.mmap(fd, nbytes)
         try:
             self._map.madvise(mmap.MADV_HUGEPAGE)
@@ -40,14 +57,49 @@ class Mapping:
             return self.nbytes  # an older kernel: pages are mapped as they are touched
         return first + step
 
+    def register(self, device: int, stop: Callable[[], bool]) -> None:
+        """Register it with CUDA, once, so that kernels of any GPU reach it at ``address``. That takes a second for some
+        GB; ``stop`` is asked on the way. :attr:`registered` and :attr:`problem` say what came of it."""
+        from pdtransport.kernels import gpu
+
+        with self._registering:
+            self._device = device
+            while not self.registered and not self.problem and not stop():
+                at = len(self._pieces) * REGISTER_BYTES
+                try:
+                    gpu.register_host(self.address + at, min(REGISTER_BYTES, self.nbytes - at), device)
+                except gpu.GpuError as error:
+                    self.problem = f"its memory can't be registered with GPU {device}: {error}"
+                    return
+                self._pieces.append(self.address + at)
+                self.registered = at + REGISTER_BYTES >= self.nbytes
+
+    def _unregister(self) -> None:
+        from pdtransport.kernels import gpu
+
+        for address in self._pieces:
+            with suppress(gpu.GpuError):
+                gpu.unregister_host(address, self._device)
+
     def view(self, first: int, nbytes: int) -> memoryview:
         """These bytes; the view must be gone before :meth:`close`."""
         return memoryview(self._map)[first : first + nbytes]
 
     def close(self) -> None:
-        """Unmap. Nothing may use ``address`` any more."""
+        """Unmap, unless another client uses it. Nothing of the caller's may use ``address`` any more."""
+        with _guard:
+            self.users -= 1
+            if self.users:
+                return
+            for place in [place for place, mapping in _mapped.items() if mapping is self]:
+                del _mapped[place]
+        if self._pieces:
+            self._unregister()
         del self._hold
-        self._map.close()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a failed call's traceback still holds a view: unmapped when that is collected
 
 
 def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
@@ -81,7 +133,7 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
 
 
 def map_memory(path: Path, nbytes: int) -> Mapping:
-    """Map the service's memory into this process.
+    """Map the service's memory into this process; where a client of it has done so, share that.
 
     Raises:
         OSError: the file is gone (the service ended), may not be opened, or is not this user's alone.
@@ -93,7 +145,14 @@ def map_memory(path: Path, nbytes: int) -> Mapping:
             raise OSError(errno.EACCES, "it is no file of this user alone")
         if found.st_size < nbytes:
             raise OSError(errno.EINVAL, f"it is shorter than {nbytes} bytes")
-        return Mapping(fd, nbytes)
+        with _guard:
+            place = found.st_dev, found.st_ino
+            mapping = _mapped.get(place)
+            if mapping is None or mapping.nbytes != nbytes:
+                mapping = _mapped[place] = Mapping(fd, nbytes)
+            else:
+                mapping.users += 1
+            return mapping
     finally:
         os.close(fd)
 

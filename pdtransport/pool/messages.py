@@ -15,13 +15,19 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.protocol.messages import MAX_REASON, Message, WireError
 
-POOL_VERSION = 1
+POOL_VERSION = 2
 
 MAX_KEYS = 4096  # of one message; clients cut longer lists
 MAX_FRAME_BYTES = 4 << 20  # of a message
+MAX_MANAGED = 512  # keys of one Manage: what the pool does about them must not keep readers waiting
 MAX_PIN_S = 30 * 86400.0
+MAX_SPACE = 16 << 10  # characters of an engine's key spaces
+
+TENANT = r"^[A-Za-z0-9._\-]{0,64}$"
+Tenant = Annotated[str, Field(pattern=TENANT)]
 
 RequestId = Annotated[int, Field(ge=1, lt=1 << 63)]
+Extent = Annotated[int, Field(ge=1, le=1 << 30)]
 Keys = Annotated[bytes, Field(max_length=KEY_BYTES * MAX_KEYS)]
 Words32 = Annotated[bytes, Field(max_length=4 * MAX_KEYS)]
 Words64 = Annotated[bytes, Field(max_length=8 * MAX_KEYS)]
@@ -33,7 +39,7 @@ class Hello(Message):
     kind: Literal["hello"] = "hello"
     lock: Annotated[int, Field(ge=1, lt=1 << 62)]
     name: Annotated[str, Field(max_length=128)]
-    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{0,64}$")] = ""
+    tenant: Tenant = ""
 
 
 class Welcome(Message):
@@ -77,9 +83,12 @@ class _Sized(_Keyed):
 
 
 class Store(_Sized):
-    """Client: I want to store these. Answered by :class:`Answer` messages until each key has its verdict."""
+    """Client: I want to store these. Answered by :class:`Answer` messages until each key has its verdict. ``codec`` and
+    ``grid`` (:class:`pdtransport.kernels.quant.Grid`): how they may be packed with loss below memory; unset: not."""
 
     kind: Literal["store"] = "store"
+    codec: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._\-]{0,31})?$")] = ""
+    grid: tuple[Literal["float32", "float16", "bfloat16"], Extent, Extent, Extent] | None = None
 
 
 class Load(_Sized):
@@ -147,19 +156,93 @@ class Found(_Numbered):
     in_memory: int
 
 
-class Pin(_Keyed):
-    """Client: keep these in memory (see :meth:`pdtransport.pool.shelf.Shelf.pin`). Answered by :class:`Done`."""
+class Manage(_Keyed):
+    """Client: do this to these chunks (see :class:`pdtransport.pool.control.Control`). Answered by :class:`Done`."""
 
-    kind: Literal["pin"] = "pin"
-    pin: Annotated[int, Field(ge=0, le=2)]
+    kind: Literal["manage"] = "manage"
+    action: Literal["pin", "drop", "leave", "fetch", "write"]
+    pin: Annotated[int, Field(ge=0, le=2)] = 0
     for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] | None = None
+    tier: Annotated[str, Field(max_length=64)] = ""
+    again: bool = False
+
+    @model_validator(mode="after")
+    def _few(self) -> Manage:
+        if self.count > MAX_MANAGED:
+            raise ValueError(f"{self.count} keys, at most {MAX_MANAGED} are managed at a time")
+        return self
 
 
-class Drop(_Keyed):
-    """Client: forget these, or all that are there. Answered by :class:`Done`."""
+class Look(_Keyed):
+    """Client: what do you hold of these, or (``sweep``) of all, from place ``first`` on? Answered by
+    :class:`Looked`."""
 
-    kind: Literal["drop"] = "drop"
-    everything: bool = False
+    kind: Literal["look"] = "look"
+    sweep: bool = False
+    first: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    tenant: Tenant | None = None
+
+
+class Looked(_Numbered):
+    """Service: a row for each chunk. ``sizes``: uint32; ``tiers`` and ``flags``: bits, a byte each. ``next``: where
+    a sweep goes on, -1 at its end. ``backlog``: jobs that wait for tiers."""
+
+    kind: Literal["looked"] = "looked"
+    keys: Keys
+    sizes: Words32
+    tiers: Annotated[bytes, Field(max_length=MAX_KEYS)]
+    flags: Annotated[bytes, Field(max_length=MAX_KEYS)]
+    next: int = -1
+    backlog: int = 0
+
+
+class Watch(_Numbered):
+    """Client: tell me of every chunk that you forget from now on. Answered by :class:`Gone`, again and again."""
+
+    kind: Literal["watch"] = "watch"
+
+
+class Gone(_Numbered):
+    """Service: these are in no tier any more. The first one, with no keys, says that the watch began."""
+
+    kind: Literal["gone"] = "gone"
+    keys: Keys
+
+
+class Count(_Numbered):
+    """Client: how much do you hold, from place ``first`` of the index on? Answered by :class:`Counted`."""
+
+    kind: Literal["count"] = "count"
+    first: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+
+
+class Counted(_Numbered):
+    """Service: ``held`` is JSON text, a list of ``[tier, tenant, chunks, bytes]`` for one part of the index; ``next``
+    as in :class:`Looked`."""
+
+    kind: Literal["counted"] = "counted"
+    held: str
+    next: int = -1
+
+
+class Introduce(_Numbered):
+    """Client: chunks of this engine have keys of this kind; ``space`` is JSON text. Answered by :class:`Done`."""
+
+    kind: Literal["introduce"] = "introduce"
+    space: Annotated[str, Field(max_length=MAX_SPACE)]
+
+
+class SpacesAsked(_Numbered):
+    """Client: what were you introduced to? Answered by :class:`Spaces`."""
+
+    kind: Literal["spaces?"] = "spaces?"
+
+
+class Spaces(_Numbered):
+    """Service: ``spaces`` is what engines said, the last one first."""
+
+    kind: Literal["spaces"] = "spaces"
+    spaces: tuple[str, ...]
 
 
 class Done(_Numbered):
@@ -198,8 +281,25 @@ class Refused(Message):
     reason: Annotated[str, Field(max_length=MAX_REASON)]
 
 
-FromClient = Hello | Store | Load | Publish | Release | Damaged | Cancel | Lookup | Pin | Drop | StatusAsked | Bye
-FromPool = Welcome | Answer | Found | Done | Status | Refused
+FromClient = (
+    Hello
+    | Store
+    | Load
+    | Publish
+    | Release
+    | Damaged
+    | Cancel
+    | Lookup
+    | Manage
+    | Look
+    | Watch
+    | Count
+    | Introduce
+    | SpacesAsked
+    | StatusAsked
+    | Bye
+)
+FromPool = Welcome | Answer | Found | Done | Looked | Gone | Counted | Spaces | Status | Refused
 
 _FROM_CLIENT: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="kind")])
 _FROM_POOL: TypeAdapter[FromPool] = TypeAdapter(Annotated[FromPool, Field(discriminator="kind")])
@@ -220,7 +320,7 @@ def from_client(frame: bytes) -> FromClient:
     Raises:
         WireError: not msgpack, not a message, another version, or a field out of bounds.
     """
-    return _parsed(frame, _FROM_CLIENT)
+    return parsed(frame, _FROM_CLIENT)
 
 
 def from_pool(frame: bytes) -> FromPool:
@@ -229,10 +329,15 @@ def from_pool(frame: bytes) -> FromPool:
     Raises:
         WireError: as :func:`from_client`.
     """
-    return _parsed(frame, _FROM_POOL)
+    return parsed(frame, _FROM_POOL)
 
 
-def _parsed(frame: bytes, kinds: TypeAdapter[Any]) -> Any:
+def parsed(frame: bytes, kinds: TypeAdapter[Any]) -> Any:
+    """A message of these kinds.
+
+    Raises:
+        WireError: as :func:`from_client`.
+    """
     try:
         raw = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=False)
     except Exception as error:  # noqa: BLE001 - msgpack raises half a dozen types on garbage

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 
 from pdtransport.kernels import pages
+from pdtransport.pool.envelope import Opening, seal
 from pdtransport.pool.frames import frame_runs
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.memory import Mapping
+from pdtransport.pool.plugins import lossy_codec
 from pdtransport.pool.shelf import Shelf
 from pdtransport.pool.tiers import Stored, TierDown, TierError
 from pdtransport.reactor import ReactorStopped
@@ -24,21 +26,25 @@ PROBE_S = 0.5  # between looks at a tier that is down
 FOREVER_S = 1e9
 STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
 
+END, READ, REST = range(3)  # what goes first
+
+_Queue = queue.PriorityQueue[tuple[int, int, Job | None]]
 Post = Callable[[Callable[[], None]], None]
 
 
 class Mover:
-    """Threads for each tier of ``shelf``. Jobs about one key run in order, by the same thread; results are posted to
-    the thread that drives the shelf."""
+    """Threads for each tier of ``shelf``. Writes and deletes of one key run in order, by the same thread; results are
+    posted to the thread that drives the shelf."""
 
     def __init__(self, shelf: Shelf, memory: Mapping, post: Post) -> None:
         self._shelf, self._memory, self._post = shelf, memory, post
         self._frame_bytes = shelf.settings.frame_bytes
         self._stopping = threading.Event()
-        self._queues: dict[str, list[queue.SimpleQueue[Job | None]]] = {}
+        self._queues: dict[str, list[_Queue]] = {}
+        self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
         for tier in shelf.lower:
-            queues: list[queue.SimpleQueue[Job | None]] = [queue.SimpleQueue() for _ in range(tier.tier.threads)]
+            queues: list[_Queue] = [queue.PriorityQueue() for _ in range(tier.tier.threads)]
             self._queues[tier.name] = queues
             self._threads += [
                 threading.Thread(target=self._work, args=(each,), name=f"pdpool-{tier.name}", daemon=True)
@@ -51,15 +57,23 @@ class Mover:
             thread.start()
 
     def submit(self, job: Job) -> None:
+        """Reads go first: someone waits for them. A read of a key never stands behind a write of it, which must have
+        ended for the tier to have it."""
         queues = self._queues[job.tier.name]
-        queues[int.from_bytes(job.key[-4:], "little") % len(queues)].put(job)
+        rank = READ if isinstance(job, Promote) else REST
+        queues[int.from_bytes(job.key[-4:], "little") % len(queues)].put((rank, next(self._numbers), job))
+
+    @property
+    def backlog(self) -> int:
+        """Jobs that wait, of all tiers."""
+        return sum(each.qsize() for queues in self._queues.values() for each in queues)
 
     def close(self) -> None:
         """End the threads; chunks that wait to be written back are not."""
         self._stopping.set()
         for queues in self._queues.values():
             for each in queues:
-                each.put(None)
+                each.put((END, 0, None))
         for thread in self._threads:
             thread.join(STOP_S)
 
@@ -67,8 +81,8 @@ class Mover:
     def ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _work(self, jobs: queue.SimpleQueue[Job | None]) -> None:
-        while (job := jobs.get()) is not None and not self._stopping.is_set():
+    def _work(self, jobs: _Queue) -> None:
+        while (job := jobs.get()[2]) is not None and not self._stopping.is_set():
             try:
                 if isinstance(job, WriteBack):
                     self._write_back(job)
@@ -85,17 +99,27 @@ class Mover:
             if self._checksum(job.frames, job.nbytes) != job.checksum:
                 self._post(lambda: shelf.found_damaged(job))
                 return
-            stored = job.tier.tier.write(job.key, job.tenant, self._parts(job.frames, job.nbytes), job.checksum)
+            pieces = self._sealed(job)
+            stored = job.tier.tier.write(job.key, job.tenant, job.nbytes, pieces)
         except TierDown as error:
             self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
             _complain(job.tier, "write", error)
         self._post(lambda: shelf.written_back(job, stored))
 
+    def _sealed(self, job: WriteBack) -> list[bytes | memoryview]:
+        parts = self._parts(job.frames, job.nbytes)
+        codec = lossy_codec(job.lossy.codec) if job.lossy is not None else None
+        if codec is None or job.lossy is None:
+            return seal(job.key, parts, job.checksum, job.tier.codec)
+        return seal(job.key, parts, job.checksum, codec, job.lossy.grid)
+
     def _promote(self, job: Promote) -> None:
         shelf, found = self._shelf, None
         try:
-            checksum = job.tier.tier.read(job.key, job.tenant, self._parts(job.frames, job.nbytes))
+            opening = Opening(job.key, self._parts(job.frames, job.nbytes))
+            job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
+            checksum = opening.finish()
             if self._checksum(job.frames, job.nbytes) != checksum:
                 raise TierError(f"chunk {job.key.hex()[:16]} is damaged: its checksum differs")
             found = checksum

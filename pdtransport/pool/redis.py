@@ -12,10 +12,8 @@ from typing import Any
 
 from pdtransport.errors import SettingsError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.codecs import make_codec
-from pdtransport.pool.envelope import HEADER_BYTES, PLAIN, seal, unseal
 from pdtransport.pool.settings import RedisSettings
-from pdtransport.pool.tiers import Stored, Tier, TierDown, TierError
+from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierDown, TierError, fill
 
 PREFIX = "pdtkv"
 SCAN_COUNT = 1000  # names in one step of a scan
@@ -39,7 +37,6 @@ class RedisTier(Tier):
         except ImportError:
             raise SettingsError("pool.redis needs the redis package: pip install 'pdtransport[pool]'") from None
         self.threads, self.rescan_s = settings.threads, settings.rescan_s
-        self._codec = make_codec(settings.codec, settings.item_bytes)
         self._down = (redis.ConnectionError, redis.TimeoutError, OSError)
         self._error = redis.RedisError
         try:
@@ -74,29 +71,16 @@ class RedisTier(Tier):
             if cursor == 0:
                 return
 
-    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
-        value = b"".join(seal(key, parts, checksum, self._codec))
-        self._ask(self._client.set, _name(key, tenant, sum(len(part) for part in parts)), value)
+    def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
+        value = b"".join(pieces)
+        self._ask(self._client.set, _name(key, tenant, nbytes), value)
         return len(value)
 
-    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
-        nbytes = sum(len(part) for part in parts)
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
         value = self._ask(self._client.get, _name(key, tenant, nbytes))
         if value is None:
             raise TierError(f"chunk {key.hex()[:16]} is not there any more")
-        header = unseal(value[:HEADER_BYTES], key, nbytes, self._codec)
-        payload = memoryview(value)[HEADER_BYTES:]
-        if len(payload) != header.payload:
-            raise TierError(f"chunk {key.hex()[:16]} is damaged: it has another length")
-        if header.codec != PLAIN:
-            assert self._codec is not None
-            self._codec.decode(bytes(payload), parts)
-            return header.checksum
-        first = 0
-        for part in parts:
-            part[:] = payload[first : first + len(part)]
-            first += len(part)
-        return header.checksum
+        fill(value, place)
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
         self._ask(self._client.unlink, _name(key, tenant, nbytes))

@@ -53,6 +53,7 @@ class Room:
         ]
         self._numbers = {group.name: number for number, group in enumerate(self.groups)}
         self.hard_frames = 0
+        self._unpin_at: dict[int, float] = {}
 
     def group_of(self, tenant: str) -> int:
         return self._numbers.get(tenant, COMMON)
@@ -136,13 +137,26 @@ class Room:
             group.soft.remove(entry)
             group.soft.append(entry)
 
-    def pin(self, entry: int, pin: int) -> bool:
-        """Pin a chunk that is in memory; False if hard pins hold as much as they may already."""
-        if self._index.pin[entry] == pin:
-            return True
-        if pin == HARD and self.hard_frames + self.need(entry) > HARD_PIN_SHARE * self.frames.count:
-            return False
-        self.leave(entry)
-        self._index.pin[entry] = pin
-        self.enter(entry)
+    def pin(self, entry: int, pin: int, until: float | None = None) -> bool:
+        """Pin a chunk that is in memory, or unpin it; ``until``: the pin ends then by itself. False if hard pins hold
+        as much as they may already."""
+        if self._index.pin[entry] != pin:
+            if pin == HARD and self.hard_frames + self.need(entry) > HARD_PIN_SHARE * self.frames.count:
+                return False
+            self.leave(entry)
+            self._index.pin[entry] = pin
+            self.enter(entry)
+        self._unpin_at.pop(entry, None)
+        if until is not None and pin != NO_PIN:
+            self._unpin_at[entry] = until
         return True
+
+    def forget_pin(self, entry: int) -> None:
+        """It left memory."""
+        self._index.pin[entry] = NO_PIN
+        self._unpin_at.pop(entry, None)
+
+    def tick(self, now: float) -> None:
+        """Pins whose time is over end."""
+        for entry in [entry for entry, until in self._unpin_at.items() if until <= now]:
+            self.pin(entry, NO_PIN)

@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zmq
@@ -21,20 +21,30 @@ from pdtransport.control.limits import MAX_FRAMES_A_TURN
 from pdtransport.control.shared import Complaints
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
 from pdtransport.errors import SettingsError
+from pdtransport.kernels.quant import Grid
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
+from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.control import Control
 from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.lower import Lower
-from pdtransport.pool.memory import Mapping, make_memory
+from pdtransport.pool.memory import Mapping, make_memory, map_memory
 from pdtransport.pool.mover import Mover, checksum_of
+from pdtransport.pool.plugins import make_tier, tier_codec
 from pdtransport.pool.redis import RedisTier
 from pdtransport.pool.request import Part, Request, Session
-from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.s3 import S3Tier
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, AnyTierSettings, PoolSettings
 from pdtransport.pool.shelf import MEMORY, Shelf
+from pdtransport.pool.tiers import Tier
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
+
+if TYPE_CHECKING:
+    from pdtransport.pool.agent import Agent
+    from pdtransport.pool.api import PoolApi
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -83,6 +93,7 @@ class PoolService:
                 return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
 
             self.shelf = Shelf(settings, nbytes // frame_bytes, verify, _lower(settings))
+            self._control = Control(self.shelf)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
             settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
@@ -92,8 +103,10 @@ class PoolService:
             self.close()
             raise
         self._clients: dict[bytes, Client] = {}
+        self._watchers: dict[bytes, int] = {}  # route -> number of its request
         self._complaints = Complaints()
         self._tick_at = 0.0
+        self._paused = False
         self.counters: Counter[str] = Counter()
 
     # -- what the reactor drives ------------------------------------------------------------------------------------
@@ -115,7 +128,7 @@ class PoolService:
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
             self._bury_the_dead()
-            self.shelf.tick(now)
+            self.shelf.room.tick(now)
         for _ in range(MAX_FRAMES_A_TURN):
             letter = self._inbox.read()
             if not letter:
@@ -123,6 +136,9 @@ class PoolService:
                 return False
             if isinstance(letter, Letter):
                 self._on_letter(letter, now)
+            if self._paused:
+                break
+        self._paused = False
         self._flush()
         return True
 
@@ -141,6 +157,11 @@ class PoolService:
         if self._memory is not None and (self._mover is None or self._mover.ended):
             self._memory.close()
         self._lock.close()
+
+    def share_memory(self) -> Mapping:
+        """Its memory, as clients in this process map it."""
+        assert self._memory is not None
+        return map_memory(self._memory_path, self._memory.nbytes)
 
     @property
     def _open_socket(self) -> Socket:
@@ -219,18 +240,37 @@ class PoolService:
             request = session.requests.pop(message.request, None)
             if request is not None:
                 shelf.cancel(request)
-        elif isinstance(message, say.Pin):
-            until = None if message.for_s is None else now + message.for_s
-            self._send(
-                client.route, say.Done(request=message.request, count=shelf.pin(message.keys, message.pin, until))
-            )
-        elif isinstance(message, say.Drop):
-            count = shelf.drop(None if message.everything else message.keys)
-            self._send(client.route, say.Done(request=message.request, count=count))
         elif isinstance(message, say.StatusAsked):
             self._send(client.route, say.Status(request=message.request, status=json.dumps(self.status())))
         elif isinstance(message, say.Bye):
             self._end(client)
+        else:
+            self._on_control(client, message, now)
+
+    def _on_control(self, client: Client, message: Message, now: float) -> None:
+        """What people ask. Each of these ends the turn: whoever waits for a chunk is answered before the next one."""
+        assert self._mover is not None
+        self._paused = True
+        number: int = getattr(message, "request", 0)
+        try:
+            if isinstance(message, say.Manage):
+                answer: Message = say.Done(request=number, count=self._control.manage(message, now))
+            elif isinstance(message, say.Look):
+                answer = self._control.look(message, self._mover.backlog)
+            elif isinstance(message, say.Watch):
+                self._watchers[client.route] = number
+                self.shelf.gone = self.shelf.gone or []
+                answer = say.Gone(request=number, keys=b"")
+            elif isinstance(message, say.Count):
+                answer = self._control.count(message)
+            elif isinstance(message, say.Introduce):
+                self._control.introduce(message.space)
+                answer = say.Done(request=number, count=1)
+            else:
+                answer = say.Spaces(request=number, spaces=self._control.spaces())
+        except WireError as error:  # understood, and not possible here
+            answer = say.Refused(request=number, what="wish", reason=str(error))
+        self._send(client.route, answer)
 
     def _on_request(self, client: Client, message: say.Store | say.Load) -> None:
         requests, sizes = client.session.requests, _numbers(message.sizes, "<u4")
@@ -239,7 +279,8 @@ class PoolService:
         if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in sizes):
             raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
         storing = isinstance(message, say.Store)
-        request = requests[message.request] = Request(client.session, message.request, storing, client.group)
+        form = self.shelf.form_of(_lossy(message)) if isinstance(message, say.Store) else 0
+        request = requests[message.request] = Request(client.session, message.request, storing, client.group, form)
         (self.shelf.store if storing else self.shelf.load)(request, message.keys, sizes)
 
     # -- what they are told -----------------------------------------------------------------------------------------
@@ -249,6 +290,8 @@ class PoolService:
         assert self._mover is not None
         while self.shelf.jobs:
             self._mover.submit(self.shelf.jobs.popleft())
+        if self.shelf.gone:
+            self._tell_gone()
         if not self.shelf.outbox:
             return
         outbox, self.shelf.outbox = self.shelf.outbox, {}
@@ -258,6 +301,13 @@ class PoolService:
             if route is not None:
                 self._answer(route, request, parts)
             self._tidy(request)
+
+    def _tell_gone(self) -> None:
+        gone, self.shelf.gone = self.shelf.gone or [], []
+        for first in range(0, len(gone), say.MAX_KEYS):
+            keys = b"".join(gone[first : first + say.MAX_KEYS])
+            for route, number in list(self._watchers.items()):
+                self._send(route, say.Gone(request=number, keys=keys))
 
     def _answer(self, route: bytes, request: Request, parts: list[Part]) -> None:
         first = ids = 0
@@ -280,6 +330,7 @@ class PoolService:
             # is answered with a demand for a new Hello.
             self.counters["unsent"] += 1
             client = self._clients.pop(route, None)
+            self._unwatch(route)
             if client is not None:
                 self._clients[secrets.token_bytes(16)] = client
 
@@ -296,6 +347,12 @@ class PoolService:
             self.shelf.cancel(request)
         client.session.requests.clear()
         self._clients = {route: each for route, each in self._clients.items() if each is not client}
+        self._unwatch(client.route)
+
+    def _unwatch(self, route: bytes) -> None:
+        self._watchers.pop(route, None)
+        if not self._watchers:
+            self.shelf.gone = None
 
     def status(self) -> dict[str, Any]:
         return {
@@ -317,13 +374,34 @@ class Pool:
     """A pool in this process; clients in this and other processes find it by ``settings.name``.
 
     Raises:
-        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used.
+        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used, the door
+            for other hosts can't be opened.
+        LinkUnavailable: no link to other hosts works here.
     """
 
     def __init__(self, settings: PoolSettings | None = None) -> None:
         self.settings = settings or PoolSettings()
+        self._agent: Agent | None = None
         self._reactor = Reactor(self._make, name=f"pdpool-{self.settings.name}")
         self._reactor.start()
+        self._api: PoolApi | None = None
+        try:
+            if self.settings.remote is not None:
+                from pdtransport.pool.agent import Agent
+
+                self._agent = Agent(self.settings, self._service.share_memory())
+            if self.settings.http is not None:
+                from pdtransport.pool.api import PoolApi
+
+                self._api = PoolApi(self.settings, self.settings.http)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where the HTTP API is; empty: there is none."""
+        return self._api.url if self._api is not None else ""
 
     def _make(self, reactor: Reactor) -> PoolService:
         self._service = PoolService(self.settings, reactor)
@@ -335,6 +413,12 @@ class Pool:
 
     def close(self) -> None:
         """End the service. Safe to call twice."""
+        api, self._api = self._api, None
+        if api is not None:
+            api.close()
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
         self._reactor.stop()
 
     def __enter__(self) -> Pool:
@@ -360,28 +444,46 @@ def _contents(shelf: Shelf) -> dict[str, Any]:
             "by_tenant": {group.name: group.used * frame_bytes for group in shelf.room.groups if group.used},
         },
         "tiers": {
-            tier.name: {"up": tier.up, "limit_bytes": tier.limit, "used_bytes": tier.used, "chunks": len(tier)}
+            tier.name: {
+                "up": tier.up,
+                "limit_bytes": tier.limit,
+                "used_bytes": tier.used,
+                "chunks": len(tier),
+                "packs": tier.codec is not None,
+                "bit": tier.bit,
+            }
             for tier in shelf.lower
         },
         "writeback_bytes": shelf.writeback_bytes,
+        "writeback_limit": shelf.settings.writeback_bytes,
         "being_filled": shelf.being_filled,
         "counters": dict(sorted(shelf.counters.items())),
     }
 
 
 def _lower(settings: PoolSettings) -> list[Lower]:
-    tiers = []
+    made: list[tuple[Tier, AnyTierSettings]] = []
     if settings.disk is not None:
-        tiers.append(Lower(DiskTier(settings.disk), MEMORY << 1, settings.disk.bytes, settings.policy))
+        made.append((DiskTier(settings.disk), settings.disk))
     if settings.redis is not None:
-        tiers.append(Lower(RedisTier(settings.redis), MEMORY << 2, settings.redis.bytes, settings.policy))
-    return tiers
+        made.append((RedisTier(settings.redis), settings.redis))
+    if settings.s3 is not None:
+        made.append((S3Tier(settings.s3), settings.s3))
+    made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
+    return [
+        Lower(tier, MEMORY << number, its.bytes, settings.policy, tier_codec(its.codec, its.item_bytes))
+        for number, (tier, its) in enumerate(made, 1)
+    ]
 
 
 def _numbers(packed: bytes, kind: str) -> list[int]:
     if len(packed) % int(kind[-1]):
         raise WireError("numbers are cut off")
     return np.frombuffer(packed, dtype=kind).tolist()  # type: ignore[no-any-return]
+
+
+def _lossy(message: say.Store) -> Lossy | None:
+    return Lossy(message.codec, Grid(*message.grid)) if message.codec and message.grid else None
 
 
 def _packed(request: int, parts: list[Part]) -> say.Answer:

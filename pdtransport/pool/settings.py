@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,35 +11,69 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pdtransport.errors import SettingsError
 from pdtransport.pool.policies import PolicyName
-from pdtransport.settings import one_line
+from pdtransport.settings import ControlSettings, Settings, one_line
 
 MAX_TENANTS = 256  # with a quota of their own
+MAX_FOREIGN_TIERS = 4
+OWN_TIERS = ("memory", "disk", "redis", "s3")
 MAX_CHUNK_BYTES = 1 << 30
+STAGING_BYTES = 128 << 20  # of a client of a pool on another host; its copies are cut so that they fit
+CODEC_NAME = r"^[a-z0-9][a-z0-9._\-]{0,31}$"
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE = re.compile(r"(\d{1,15})\s?([KMGT]iB)?")
+
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$")]
+TierName = Annotated[str, Field(pattern=CODEC_NAME)]
+CodecName = Annotated[str, Field(pattern=CODEC_NAME)]
 
 
-class _TierSettings(BaseModel):
+def parse_size(text: str) -> int | None:
+    """Bytes, from a number or one with a unit, such as 64GiB; None if it is none."""
+    parts = _SIZE.fullmatch(text)
+    return None if parts is None else int(parts[1]) * UNITS[parts[2] or ""]
+
+
+class AnyTierSettings(BaseModel):
+    """What all tiers can be told."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bytes: int = Field(ge=1 << 20, description="Size of all its chunks together that is never exceeded.")
-    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
-    codec: Literal["none", "zstd"] = Field(
-        "none", description="zstd: byte-shuffled and compressed without loss (needs the zstandard package)."
+    codec: CodecName = Field(
+        "none",
+        description="Codec without loss: none, zstd (byte-shuffled; needs the zstandard package), or one that another "
+        "package adds.",
     )
     item_bytes: Literal[1, 2, 4] = Field(
         2, description="Bytes of one element of the KV cache, which zstd's byte shuffle sorts by: 2 for bfloat16."
     )
 
 
-class DiskSettings(_TierSettings):
+class TierSettings(AnyTierSettings):
+    """What the tiers that come with pdtransport can be told."""
+
+    threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
+
+
+class ForeignTierSettings(AnyTierSettings):
+    """A tier that another package adds, see :mod:`pdtransport.pool.plugins`."""
+
+    options: dict[str, str | int | float | bool] = Field({}, description="What the tier itself wants to know.")
+
+
+class DiskSettings(TierSettings):
     """The disk tier: one checksummed file a chunk."""
 
     path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
+    threads: int = Field(4, ge=1, le=64, description="Chunks that are read or written at once.")
+    direct: Literal["auto", "off"] = Field(
+        "auto", description="auto: round the page cache where the file system does that; off: through it."
+    )
 
 
-class RedisSettings(_TierSettings):
+class RedisSettings(TierSettings):
     """The tier in Redis or Valkey."""
 
     url: str = Field(
@@ -49,6 +84,122 @@ class RedisSettings(_TierSettings):
     timeout_s: float = Field(2.0, gt=0, le=60, description="For one answer of the server; then it counts as down.")
     rescan_s: float = Field(
         30.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
+    )
+
+
+class HttpSettings(BaseModel):
+    """The HTTP API, through which people and programs see and manage what the pool holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: str = Field(
+        pattern=r"^(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):\d{1,5}$",
+        description="HOST:PORT to serve the HTTP API on; port 0: any that is free.",
+    )
+    key_file: Path = Field(
+        description="File with keys, one a line; requests show one as Authorization: Bearer KEY. Needed on loopback, "
+        "too, which every user of the machine reaches."
+    )
+    max_body_bytes: int = Field(4 << 20, ge=1 << 10, le=64 << 20, description="Longest request body.")
+
+    @model_validator(mode="after")
+    def _port(self) -> HttpSettings:
+        if self.address[1] > 65535:
+            raise ValueError(f"port {self.address[1]} is beyond 65535")
+        return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+class RemoteSettings(BaseModel):
+    """The door for clients on other hosts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: str = Field(
+        description="HOST:PORT that clients on other hosts reach this pool at; pages use the next port too. Off this "
+        "machine it needs CURVE keys."
+    )
+    curve_public_key_file: Path | None = Field(
+        None, description="CURVE key pair of this pool; made with `pdlaunch keys`."
+    )
+    curve_secret_key_file: Path | None = Field(None, description="Secret half of it.")
+    curve_allowed_keys: tuple[str, ...] | None = Field(
+        None, description="Z85 public key of clients that may connect. Default: only our own (one shared pair)."
+    )
+    allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
+    max_clients: int = Field(64, ge=1, le=1024, description="Clients on other hosts that may be connected at once.")
+
+    @model_validator(mode="after")
+    def _can_be(self) -> RemoteSettings:
+        host, colon, port = self.listen.rpartition(":")
+        if not host or not colon or not port.isdecimal() or not 1 <= int(port) <= 65534:
+            raise ValueError(f"listen is {self.listen!r}: HOST:PORT, with a port of 1 to 65534, is needed")
+        self.control(0)
+        return self
+
+    @property
+    def host(self) -> str:
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.listen.rpartition(":")[2])
+
+    def control(self, offset: int) -> ControlSettings:
+        """As a channel's settings, ``offset`` ports up.
+
+        Raises:
+            ValueError: keys are missing.
+        """
+        try:
+            return ControlSettings(
+                host=self.host,
+                port=self.port + offset,
+                curve_public_key_file=self.curve_public_key_file,
+                curve_secret_key_file=self.curve_secret_key_file,
+                curve_allowed_keys=self.curve_allowed_keys,
+                allow_plaintext=self.allow_plaintext,
+            )
+        except ValidationError as error:
+            raise ValueError(one_line(error)) from None
+
+    def settings(self) -> Settings:
+        """Of the transport that moves pages."""
+        return Settings(control=self.control(1))
+
+
+class S3Settings(TierSettings):
+    """The tier in S3-compatible object storage."""
+
+    bucket: str = Field(pattern=r"^[A-Za-z0-9._\-]{3,255}$", description="Bucket of the chunks; it must be there.")
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$", description="http(s)://host:port of the server. Default: AWS."
+    )
+    region: str = Field(
+        "us-east-1", pattern=r"^[A-Za-z0-9\-]{1,64}$", description="Region that requests are signed for."
+    )
+    prefix: str = Field(
+        "pdtkv", pattern=r"^[A-Za-z0-9._\-]+(/[A-Za-z0-9._\-]+)*$", max_length=512, description="Of objects' names."
+    )
+    credentials_file: Path | None = Field(
+        None,
+        description="File with the key and its secret, in the format of ~/.aws/credentials. Default: the usual places "
+        "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, the instance's role).",
+    )
+    profile: str | None = Field(None, max_length=64, description="Profile in the credentials file. Default: default.")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        "auto", description="Where the bucket's name goes: the path, or the host's name. auto: path with an endpoint."
+    )
+    threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
+    timeout_s: float = Field(
+        5.0, gt=0, le=60, description="For a connection, and for each wait for data; then the server counts as down."
+    )
+    rescan_s: float = Field(
+        300.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
     )
 
 
@@ -91,6 +242,12 @@ class PoolSettings(BaseModel):
     )
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
+    http: HttpSettings | None = Field(None, description="An HTTP API to see and manage what the pool holds.")
+    remote: RemoteSettings | None = Field(None, description="A door for clients on other hosts.")
+    s3: S3Settings | None = Field(None, description="A tier in S3-compatible object storage, below disk and Redis.")
+    tiers: dict[TierName, ForeignTierSettings] = Field(
+        {}, max_length=MAX_FOREIGN_TIERS, description="Tiers of other packages by their names, below all others."
+    )
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )
@@ -101,6 +258,8 @@ class PoolSettings(BaseModel):
             raise ValueError(f"frame_bytes is {self.frame_bytes}, it must be a multiple of 4096")
         if self.memory_bytes < self.frame_bytes:
             raise ValueError("memory_bytes does not hold a single frame")
+        for name in set(self.tiers) & set(OWN_TIERS):
+            raise ValueError(f"tiers: {name} is the name of one that comes with pdtransport")
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise ValueError(f"dir is too long: the socket's path may have {MAX_SOCKET_PATH} bytes")
         return self

@@ -14,15 +14,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.codecs import MAX_FORMS, Lossy
 from pdtransport.pool.frames import Frames
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.policies import Ghosts
 from pdtransport.pool.request import Part, Request, Verdict
-from pdtransport.pool.room import NO_PIN, Room
+from pdtransport.pool.room import Room
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers import Stored
 
@@ -59,13 +58,15 @@ class Shelf:
         for tier in self.lower:
             tier.attach(self.index)
         self.jobs: deque[Job] = deque()
+        self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
         self.outbox: dict[Request, list[Part]] = {}
         self.counters: Counter[str] = Counter()
         self._verify = verify
         self._frames: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
         self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
         self._seen = Ghosts()
-        self._unpin_at: dict[int, float] = {}
+        self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
+        self._forms: list[Lossy | None] = [None]  # ways to pack chunks below memory, by the index's ``form``
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
 
     @property
@@ -77,23 +78,18 @@ class Shelf:
 
     def lookup(self, keys: bytes) -> tuple[int, int]:
         """How many keys from the first on are there, and how many of these are in memory."""
-        entries, tiers = self._entries(keys), self.index.tiers
         reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
-        there = in_memory = 0
-        for entry in entries:
-            if entry < 0 or not tiers[entry] & reachable:
-                break
-            there += 1
-            in_memory += tiers[entry] & MEMORY
+        there, in_memory = self.index.prefix(key_rows(keys), reachable, MEMORY)
         self.counters["lookups"] += 1
-        self.counters["lookup_keys"] += len(entries)
+        self.counters["lookup_keys"] += len(keys) // KEY_BYTES
         self.counters["lookup_hits"] += there
+        self.counters["lookup_hits_memory"] += in_memory
         return there, in_memory
 
     def store(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""
         begun: dict[bytes, int] = {}
-        for number, (entry, nbytes) in enumerate(zip(self._entries(keys), sizes, strict=True)):
+        for number, (entry, nbytes) in enumerate(zip(self.entries(keys), sizes, strict=True)):
             key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
             if entry >= 0 and not self._is(entry, key):
                 entry = -1  # evicted by what came before it in this request
@@ -112,16 +108,18 @@ class Shelf:
     def load(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: READ, and the chunk is referenced; or MISS. Keys on the way into memory (a writer fills
         them, or they come up from a tier below) are answered when they are there."""
-        for number, (entry, nbytes) in enumerate(zip(self._entries(keys), sizes, strict=True)):
+        for number, (entry, nbytes) in enumerate(zip(self.entries(keys), sizes, strict=True)):
             if entry < 0 or not (self.index.tiers[entry] or self.index.state[entry] == FILLING):
                 self._answer(request, Part(number, Verdict.MISS))
             elif self.index.nbytes[entry] != nbytes:
                 self._answer(request, Part(number, Verdict.MISMATCH))
             elif self.index.state[entry] == FILLING:
+                self.counters["waited_hits"] += 1
                 self._wait(request, number, entry)
             elif not self.index.tiers[entry] & MEMORY and self._holder(entry) is None:  # its tier is down
                 self._answer(request, Part(number, Verdict.MISS))
             elif self.index.tiers[entry] & MEMORY:
+                self.counters["memory_hits"] += 1
                 self._grant_read(request, number, entry)
             else:
                 self._promote(request, number, entry)
@@ -173,44 +171,41 @@ class Shelf:
             self.counters["damage_denied"] += 1
             return False
         self.counters["damaged_memory"] += 1
-        self._drop_from_memory(entry)
+        self.leave_memory(entry)
         return True
 
     def pin(self, keys: bytes, pin: int, until: float | None) -> int:
         """Pin (or with NO_PIN unpin) the chunks that are in memory; returns how many. A hard pin keeps a chunk in
         memory, a soft one as long as anything else can go. ``until``: the pin ends then by itself."""
         done = 0
-        for entry in self._entries(keys):
-            if entry < 0 or not self.index.tiers[entry] & MEMORY or not self.room.pin(entry, pin):
-                continue
-            self._unpin_at.pop(entry, None)
-            if until is not None and pin != NO_PIN:
-                self._unpin_at[entry] = until
-            done += 1
+        for entry in self.entries(keys):
+            done += entry >= 0 and bool(self.index.tiers[entry] & MEMORY) and self.room.pin(entry, pin, until)
         return done
 
-    def drop(self, keys: bytes | None) -> int:
-        """Forget these chunks (None: all that are visible), in every tier; returns how many. Readers keep what they
-        hold until they release it."""
-        found = np.flatnonzero(self.index.tier_column).tolist() if keys is None else self._entries(keys)
+    def drop(self, keys: bytes) -> int:
+        """Forget these chunks in every tier; returns how many there were. Readers keep what they hold until they
+        release it."""
         done = 0
-        for entry in found:
+        for entry in self.entries(keys):
             if entry < 0 or not self.index.tiers[entry]:
                 continue
             for tier in self.lower:
                 self._drop_from(tier, entry)
             if self.index.tiers[entry] & MEMORY:
-                self._drop_from_memory(entry)
+                self.leave_memory(entry)
             else:
                 self._forget_if_gone(entry)
             done += 1
         return done
 
-    def tick(self, now: float) -> None:
-        """Pins whose time is over end."""
-        for entry in [entry for entry, until in self._unpin_at.items() if until <= now]:
-            del self._unpin_at[entry]
-            self.room.pin(entry, NO_PIN)
+    def form_of(self, lossy: Lossy | None) -> int:
+        """The number of a way to pack chunks below memory; 0: exactly, also where there are too many ways."""
+        if lossy not in self._forms:
+            if len(self._forms) > MAX_FORMS:
+                self.counters["forms_refused"] += 1
+                return 0
+            self._forms.append(lossy)
+        return self._forms.index(lossy)
 
     # -- what tiers below report ------------------------------------------------------------------------------------
 
@@ -219,6 +214,8 @@ class Shelf:
         entry, tier = job.entry, job.tier
         self.writeback_bytes -= job.nbytes
         tier.used -= job.reserved
+        if (left := self.being_written.pop(entry) - 1) > 0:
+            self.being_written[entry] = left
         if stored is None:
             self.counters[f"{tier.name}_write_failed"] += 1
         elif not self.index.tiers[entry]:  # dropped meanwhile
@@ -235,7 +232,7 @@ class Shelf:
         """A chunk in memory did not have its checksum when it should be written to a tier below."""
         self.counters["damaged_memory"] += 1
         if self.index.tiers[job.entry] & MEMORY:
-            self._drop_from_memory(job.entry)
+            self.leave_memory(job.entry)
         self.written_back(job, None)
 
     def went_down(self, tier: Lower) -> None:
@@ -299,7 +296,7 @@ class Shelf:
             return -1
         entry = self.index.add(key)
         self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
-        self.index.group[entry] = request.group
+        self.index.group[entry], self.index.form[entry] = request.group, request.form
         self._frames[entry] = frames
         self._waiters[entry] = deque()
         self._grant_write(request, number, entry)
@@ -383,7 +380,7 @@ class Shelf:
             self._free_frames(entry)
             self._forget_if_gone(entry)
 
-    def _drop_from_memory(self, entry: int) -> None:
+    def leave_memory(self, entry: int) -> None:
         """Invisible at once; its frames are free when the last reader let go of them."""
         self.room.leave(entry)
         self._leave_memory(entry)
@@ -394,8 +391,7 @@ class Shelf:
 
     def _leave_memory(self, entry: int) -> None:
         self.index.tiers[entry] &= ~MEMORY & 0xFF
-        self.index.pin[entry] = NO_PIN
-        self._unpin_at.pop(entry, None)
+        self.room.forget_pin(entry)
         if self.index.refs[entry] == 0:
             self._free_frames(entry)
             self._forget_if_gone(entry)
@@ -408,6 +404,8 @@ class Shelf:
 
     def _forget_if_gone(self, entry: int) -> None:
         if not self.index.tiers[entry] and self.index.state[entry] == READY and self._frames[entry] is None:
+            if self.gone is not None:
+                self.gone.append(self.index.key(entry))
             self.index.remove(entry)
 
     # -- tiers below ------------------------------------------------------------------------------------------------
@@ -420,34 +418,48 @@ class Shelf:
         return next((tier for tier in self.lower if tier.up and self.index.tiers[entry] & tier.bit), None)
 
     def _promote(self, request: Request, number: int, entry: int) -> None:
+        tier = self._holder(entry)
+        if tier is not None and self.bring_up(entry):
+            self.counters[f"{tier.name}_hits"] += 1
+            self._wait(request, number, entry)
+        else:
+            self._answer(request, Part(number, Verdict.FULL))
+
+    def bring_up(self, entry: int) -> bool:
+        """Have a chunk that is not in memory read into it; False if there is no room, or no tier that has it."""
         tier, nbytes = self._holder(entry), self.index.nbytes[entry]
         busy = self.index.refs[entry]  # dropped from memory, and someone still reads it there
         frames = None if busy or tier is None else self.room.take(nbytes, self.index.group[entry])
         if frames is None or tier is None:
-            self._answer(request, Part(number, Verdict.FULL))
-            return
+            return False
         self._frames[entry] = frames
         self.index.state[entry] = FILLING
         self._waiters[entry] = deque()
-        self._wait(request, number, entry)
         self.jobs.append(Promote(tier, entry, self.index.key(entry), self._tenant(entry), nbytes, frames))
+        return True
 
     def _write_back(self, entry: int) -> None:
+        for tier in self.lower:
+            if not self.index.tiers[entry] & tier.bit and not self.write_down(entry, tier):
+                self.counters[f"{tier.name}_write_skipped"] += 1
+
+    def write_down(self, entry: int, tier: Lower) -> bool:
+        """Have a chunk in memory written to a tier below, once more if it is there; False if too much waits already,
+        the tier is down, or has no room."""
         nbytes, frames = self.index.nbytes[entry], self._frames[entry]
         assert frames is not None
-        for tier in self.lower:
-            reserved = nbytes + tier.tier.overhead_bytes
-            queued = self.writeback_bytes + nbytes
-            if self.index.tiers[entry] & tier.bit:  # a scan found it there meanwhile
-                continue
-            if not tier.up or queued > self.settings.writeback_bytes or not self._make_room(tier, reserved):
-                self.counters[f"{tier.name}_write_skipped"] += 1
-                continue
-            tier.used += reserved
-            self.writeback_bytes += nbytes
-            self.index.refs[entry] += 1
-            checksum, tenant = self.index.checksum[entry], self._tenant(entry)
-            self.jobs.append(WriteBack(tier, entry, self.index.key(entry), tenant, nbytes, checksum, frames, reserved))
+        reserved = nbytes + tier.tier.overhead_bytes
+        queued = self.writeback_bytes + nbytes
+        if not tier.up or queued > self.settings.writeback_bytes or not self._make_room(tier, reserved):
+            return False
+        tier.used += reserved
+        self.writeback_bytes += nbytes
+        self.being_written[entry] += 1
+        self.index.refs[entry] += 1
+        checksum, tenant = self.index.checksum[entry], self._tenant(entry)
+        lossy, key = self._forms[self.index.form[entry]], self.index.key(entry)
+        self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
+        return True
 
     def _make_room(self, tier: Lower, nbytes: int) -> bool:
         """Drop from a tier until so many bytes fit; False if what is being written there takes the room."""
@@ -476,9 +488,8 @@ class Shelf:
         self.jobs.append(Delete(tier, key, self._tenant(entry), nbytes))
         self._forget_if_gone(entry)
 
-    # -- small things -----------------------------------------------------------------------------------------------
-
-    def _entries(self, keys: bytes) -> list[int]:
+    def entries(self, keys: bytes) -> list[int]:
+        """Of each key; -1: it is not known."""
         return self.index.find(key_rows(keys)).tolist()
 
     def _is(self, entry: int, key: bytes) -> bool:

@@ -1,12 +1,21 @@
-"""What a tier below memory must be able to do. All calls may block; they run in the tier's own threads."""
+"""What a tier below memory must be able to do. All calls may block; they run in the tier's own threads.
+
+A tier holds *sealed* chunks: a header of ``HEADER_BYTES`` and a payload, opaque to it
+(:mod:`pdtransport.pool.envelope`).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from pdtransport.errors import PDTransportError
+from pdtransport.kv.keys import KEY_BYTES
+
+HEADER_BYTES = 44 + KEY_BYTES
+
+Place = Callable[[bytes], list[memoryview]]
 
 
 class TierError(PDTransportError):
@@ -51,20 +60,21 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
-        """Store a chunk, whole or not at all; returns the bytes it takes.
+    def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
+        """Store a chunk of ``nbytes`` of content, sealed in ``pieces``, whole or not at all; returns the bytes that it
+        takes.
 
         Raises:
             TierError, OSError: it was not stored.
         """
 
     @abstractmethod
-    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
-        """Fill ``parts`` with a chunk of exactly their length; returns the checksum that it was stored with. Whether
-        the bytes have it is for the caller to verify.
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
+        """Read a sealed chunk: ``place(header)`` says where the payload goes; fill all of that, and see that nothing is
+        left over. Whether the bytes are right is for the caller to verify.
 
         Raises:
-            TierError, OSError: it is not there, has another length, or can't be read.
+            TierError, OSError: it is not there, has another length, can't be read; and what ``place`` raises.
         """
 
     @abstractmethod
@@ -74,3 +84,19 @@ class Tier(ABC):
         Raises:
             TierError, OSError: it may still be there.
         """
+
+
+def fill(value: bytes | memoryview, place: Place) -> None:
+    """What :meth:`Tier.read` does with a sealed chunk that lies in memory.
+
+    Raises:
+        TierError: it has another length than its header says; and what ``place`` raises.
+    """
+    payload = memoryview(value)[HEADER_BYTES:]
+    parts = place(bytes(value[:HEADER_BYTES]))
+    if len(payload) != sum(map(len, parts)):
+        raise TierError("the chunk is damaged: it has another length")
+    first = 0
+    for part in parts:
+        part[:] = payload[first : first + len(part)]
+        first += len(part)

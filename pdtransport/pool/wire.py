@@ -7,6 +7,7 @@ copy uses it any more.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,16 +17,20 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket, watch
-from pdtransport.errors import PoolUnavailable, SettingsError
+from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
+from pdtransport.kv.geometry import HOST
 from pdtransport.pool import messages as say
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, check_private
 from pdtransport.pool.memory import Mapping, map_memory
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.settings import ControlSettings
 
+logger = logging.getLogger(__name__)
+
 RETRY_S = 0.005  # between attempts to say Hello while the connection comes about
 MAX_ASKED = 1 << 16  # questions under way
 MAX_FRAMES_A_TURN = 256
+FOREVER_S = 1e9  # of a question that has no last answer
 
 CONTROL = ControlSettings(max_frame_bytes=say.MAX_FRAME_BYTES)
 
@@ -36,15 +41,22 @@ class Session:
     """One run of the service as this client sees it. ``mapping`` may be used between :meth:`enter` and
     :meth:`leave`."""
 
-    def __init__(self, lock: LockFile, byte: int) -> None:
+    def __init__(self, byte: int, let_go: Callable[[], None]) -> None:
         self.byte = byte
         self.mapping: Mapping | None = None
         self.memory_bytes = self.frame_bytes = self.client_bytes = 0
         self.broken = False
-        self._lock = lock
+        self.waits = False  # copies must wait for what is done ahead of the first one
+        self.prepared = threading.Event()  # that is done
+        self.problem = ""  # or can't be
+        self._let_go = let_go
         self._guard = threading.Lock()
         self._users = 0
         self._closed = False
+
+    def begin(self) -> None:
+        """Somebody wants to copy."""
+        return
 
     def enter(self) -> bool:
         """Keep the memory mapped until :meth:`leave`; False if the session is over already."""
@@ -70,7 +82,7 @@ class Session:
             self._closed = True
             if self.mapping is not None:
                 self.mapping.close()
-            self._lock.close()  # last: the service gives the memory out again
+            self._let_go()  # last: the service gives the memory out again
 
 
 class Asked:
@@ -82,12 +94,22 @@ class Asked:
 
 
 class Wire:
-    """Work for a :class:`pdtransport.reactor.Reactor`."""
+    """Work for a :class:`pdtransport.reactor.Reactor`. ``device``: the GPU that copies (-1: none)."""
 
-    def __init__(self, directory: Path, name: str, client_name: str, tenant: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        client_name: str,
+        tenant: str,
+        device: int = HOST,
+        context: zmq.Context[Socket] | None = None,
+    ) -> None:
+        self._device = device
         self._lock_path, self._socket_path = directory / f"{name}.lock", directory / f"{name}.sock"
         self._pool, self._client_name, self._tenant = name, client_name, tenant
-        self._context: zmq.Context[Socket] = zmq.Context(1)
+        self._own_context = context is None
+        self._context: zmq.Context[Socket] = context or zmq.Context(1)
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
         self._inbox: Inbox | None = None
@@ -96,6 +118,7 @@ class Wire:
         self._next_try = 0.0
         self._why = ""
         self._asked: dict[int, Asked] = {}
+        self.introduction: say.Introduce | None = None  # said at the beginning of each session
         self._unsent: list[Asked] = []
 
     # -- asking -----------------------------------------------------------------------------------------------------
@@ -168,7 +191,8 @@ class Wire:
             except zmq.ZMQError:
                 pass  # the lock says it as well
         self._hang_up("the client is closed", linger=200)
-        self._context.term()
+        if self._own_context:
+            self._context.term()
 
     # -- a session's begin and end ----------------------------------------------------------------------------------
 
@@ -178,10 +202,8 @@ class Wire:
             if self.session is None:
                 self._open()
             if not self._greeted:
-                assert self.session is not None
                 assert self._socket is not None
-                hello = say.Hello(lock=self.session.byte, name=self._client_name, tenant=self._tenant)
-                self._socket.send(say.encode(hello), zmq.NOBLOCK)
+                self._socket.send(say.encode(self._hello()), zmq.NOBLOCK)
                 self._greeted = True
         except zmq.Again:
             pass  # not connected yet
@@ -190,13 +212,17 @@ class Wire:
             for asked in unsent:
                 self._end(asked, str(error))
 
+    def _hello(self) -> Message:
+        assert self.session is not None
+        return say.Hello(lock=self.session.byte, name=self._client_name, tenant=self._tenant)
+
     def _open(self) -> None:
         check_private(self._lock_path.parent)
         lock = LockFile(self._lock_path)
         if not lock.held(SERVICE_BYTE):
             lock.close()
             raise SettingsError(f"no pool {self._pool!r} runs in {self._lock_path.parent}")
-        self.session, self._greeted = Session(lock, lock.take_any()), False
+        self.session, self._greeted = Session(lock.take_any(), lock.close), False
         self._socket = open_socket(self._context, zmq.DEALER, CONTROL, ipv6=False)
         self._monitor = watch(self._context, self._socket, zmq.EVENT_DISCONNECTED)
         self._inbox = Inbox(self._socket, addressed=False)
@@ -220,14 +246,14 @@ class Wire:
         for asked in [asked for asked in self._asked.values() if asked.number not in unsent]:
             self._end(asked, why)
 
-    def _end(self, asked: Asked, why: str) -> None:
+    def _end(self, asked: Asked, why: str, kind: type[PoolUnavailable] = PoolUnavailable) -> None:
         self._asked.pop(asked.number, None)
-        asked.heard(None, PoolUnavailable(f"pool {self._pool}: {why}"))
+        asked.heard(None, kind(f"pool {self._pool}: {why}"))
 
     # -- what arrives -----------------------------------------------------------------------------------------------
 
     def _read_monitor(self) -> None:
-        while self._monitor is not None:
+        while self._monitor is not None and int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             try:
                 report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
@@ -244,10 +270,13 @@ class Wire:
             if not isinstance(letter, Letter) or letter.body is None:
                 continue
             try:
-                self._on_message(say.from_pool(letter.body.bytes))
+                self._on_frame(letter.body.bytes)
             except WireError as error:
                 self._hang_up(str(error))
         return True
+
+    def _on_frame(self, frame: bytes) -> None:
+        self._on_message(say.from_pool(frame))
 
     def _on_message(self, message: say.FromPool) -> None:
         if isinstance(message, say.Welcome):
@@ -256,7 +285,11 @@ class Wire:
             self._hang_up(message.reason)
         elif isinstance(message, say.Refused) and message.what == "hello":
             self._hang_up("it lost this client's session")
-        elif not isinstance(message, say.Refused):
+        elif isinstance(message, say.Refused):
+            refused = self._asked.get(message.request)
+            if message.what == "wish" and refused is not None:
+                self._end(refused, message.reason, PoolRefusal)
+        else:
             asked = self._asked.get(message.request)
             if asked is not None and asked.heard(self.session, message):
                 self._asked.pop(asked.number, None)
@@ -273,21 +306,44 @@ class Wire:
         session.memory_bytes = mapping.nbytes
         session.frame_bytes, session.client_bytes = welcome.frame_bytes, welcome.client_bytes
         session.mapping, self._why = mapping, ""
-        threading.Thread(target=_populate, args=(session,), name="pdpool-populate", daemon=True).start()
+        session.waits = self._device != HOST
+        threading.Thread(target=_prepare, args=(session, self._device), name="pdpool-prepare", daemon=True).start()
+        self._send_unsent(session)
+
+    def _send_unsent(self, session: Session) -> None:
+        if self.introduction is not None:
+            self._send(self.introduction)
         unsent, self._unsent = self._unsent, []
         for asked in unsent:
             if asked.number in self._asked and session is self.session:
                 self._send(asked.message)
 
 
-def _populate(session: Session) -> None:
-    """Map the memory's pages ahead of the first copies, which would else spend a quarter of their time on it."""
-    if session.enter():
-        assert session.mapping is not None
+def _prepare(session: Session, device: int) -> None:
+    """Map the memory's pages ahead of the first copies, which would else spend a quarter of their time on it; a GPU's
+    can't begin before it is registered."""
+    try:
+        if session.enter():
+            assert session.mapping is not None
+            try:
+                reach_memory(session.mapping, device, lambda: session.broken)
+                session.problem = session.mapping.problem
+            finally:
+                session.leave()
+    finally:
+        session.prepared.set()
+
+
+def reach_memory(mapping: Mapping, device: int, stop: Callable[[], bool]) -> None:
+    """Make copies between a device's memory and the mapping possible, and fast from the first one on."""
+    if device == HOST:
         done = 0
-        while done < session.mapping.nbytes and not session.broken:
-            done = session.mapping.populate(done)
-        session.leave()
+        while done < mapping.nbytes and not stop():
+            done = mapping.populate(done)
+        return
+    mapping.register(device, stop)
+    if mapping.problem:
+        logger.warning("the pool's chunks are neither stored nor loaded: %s", mapping.problem)
 
 
 def now_plus(seconds: float) -> float:

@@ -13,12 +13,12 @@ from typing import Any
 from aiohttp import web
 
 from pdtransport.router import metrics as prom
-from pdtransport.router.api_errors import ApiError
 from pdtransport.router.endpoints import Endpoint, Fleet
-from pdtransport.router.keys import Keys
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.workers import worker_status
+from pdtransport.serving.errors import ApiError
+from pdtransport.serving.keys import Keys
 
 MAX_LISTED = 1000  # traces in one answer of /pd/traces
 _DEFAULT_LISTED = 100

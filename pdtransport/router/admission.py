@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import TracebackType
 
 from aiohttp import web
 
-from pdtransport.router.api_errors import SERVER, ApiError
 from pdtransport.router.settings import RouterSettings
+from pdtransport.serving.bodies import read_body
+from pdtransport.serving.errors import SERVER, ApiError
 
 
 class Admission:
@@ -91,35 +91,14 @@ class Seat:
         Raises:
             ApiError: 413 too large, 408 too slow, 400 cut short, 503 too many bytes under way.
         """
-        bound = self._settings.max_body_bytes
-        if request.content_length is not None and request.content_length > bound:
-            raise self._too_large()
-        seconds = self._settings.timeouts.client_body_s
-        late = asyncio.TimeoutError()
-        timer = asyncio.get_running_loop().call_later(seconds, request.content.set_exception, late)
-        parts: list[bytes] = []
-        size = 0
-        try:
-            while part := await request.content.readany():
-                size += len(part)
-                if size > bound:
-                    raise self._too_large()
-                self._admission.reserve(len(part))
-                self._bytes += len(part)
-                parts.append(part)
-        except asyncio.TimeoutError:
-            raise ApiError(
-                408, f"the body did not arrive within timeouts.client_body_s ({seconds:g} s)",
-                code="body_timeout", close=True,
-            ) from None  # fmt: skip
-        except (web.RequestPayloadError, ValueError) as error:
-            raise ApiError(
-                400, f"the body can't be read: {type(error).__name__}", code="bad_body", close=True
-            ) from None
-        finally:
-            timer.cancel()
-        return b"".join(parts)
+        bounds = self._settings
 
-    def _too_large(self) -> ApiError:
-        bound = self._settings.max_body_bytes
-        return ApiError(413, f"the body is larger than max_body_bytes ({bound})", code="body_too_large", close=True)
+        def reserve(nbytes: int) -> None:
+            self._admission.reserve(nbytes)
+            self._bytes += nbytes
+
+        limit, seconds = (
+            (bounds.max_body_bytes, "max_body_bytes"),
+            (bounds.timeouts.client_body_s, "timeouts.client_body_s"),
+        )
+        return await read_body(request, limit, seconds, reserve)

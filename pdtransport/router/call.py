@@ -14,9 +14,9 @@ from hashlib import blake2b
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
-from pdtransport.router.api_errors import ApiError
 from pdtransport.router.first_token import Api, why_not
 from pdtransport.router.tenants import Salter
+from pdtransport.serving.errors import ApiError
 
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _PROMPT_KEY: dict[Api, str] = {"completions": "prompt", "chat": "messages"}

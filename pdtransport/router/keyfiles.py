@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import SecretStr
 
 from pdtransport.errors import SettingsError
-
-log = logging.getLogger("pdtransport.router")
+from pdtransport.serving.keyfiles import read_lines
 
 MAX_API_KEYS = 64  # every request is compared with each of them
-MAX_KEY_FILE = 1 << 20  # bytes
 MAX_TENANT = 64  # characters of a name
 
 
@@ -65,27 +61,3 @@ def client_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple
         if found.setdefault(key, made) != made:
             raise SettingsError(f"{setting}_file: key {number} is there before, with another tenant: give each its own")
     return tuple(found.values())
-
-
-def read_lines(path: Path, setting: str) -> list[str]:
-    """What a file of secrets holds, without blank lines.
-
-    Raises:
-        SettingsError: it can't be read or holds nothing; the text never shows what it holds.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_KEY_FILE + 1)
-            mode = os.fstat(file.fileno()).st_mode
-        text = raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SettingsError(f"{setting}: can't read {path}: {reason}") from None
-    if len(raw) > MAX_KEY_FILE:
-        raise SettingsError(f"{setting}: {path} is larger than {MAX_KEY_FILE} bytes: is it the right file?")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise SettingsError(f"{setting}: {path} holds no key: write one a line, or leave the setting out")
-    if mode & stat.S_IRWXO:
-        log.warning("%s: all users of this machine can read or change %s; chmod 600 it", setting, path)
-    return lines

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pdtransport.router.api_errors import SERVER, ApiError, is_openai_error
 from pdtransport.router.attempt import Attempt, Dispatch, NoHandover
 from pdtransport.router.call import Call, Reason
 from pdtransport.router.endpoints import Endpoint, Fleet, usable
@@ -17,6 +16,7 @@ from pdtransport.router.placement import Placer
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, UpstreamError
+from pdtransport.serving.errors import SERVER, ApiError, is_openai_error
 
 _BUSY = frozenset({408, 425, 429})  # a 4xx that says nothing about the request: another server may take it
 

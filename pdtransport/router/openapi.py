@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pdtransport import __version__
 from pdtransport.router.call import PATHS
+from pdtransport.serving.openapi import as_json, document, got, key_scheme, query, refused, wanting
 
-_ERROR = {"$ref": "#/components/schemas/Error"}
-_TEXT = {"type": ["string", "null"]}
 _COUNT = {"type": "integer", "minimum": 0}
 _JUDGED = "; the servers judge it"
 _WHERE = "Which way the request went; absent where it was refused before it was sent to a server."
@@ -20,32 +18,25 @@ _HEADERS = {
 
 def describe(*, public: bool, admin: bool, keys: bool, admin_keys: bool) -> dict[str, Any]:
     """The description of one listening socket, as JSON: ``public`` and ``admin`` paths, and which ask for keys."""
-    paths: dict[str, Any] = {"/openapi.json": {"get": _get("openapi", "This description.", _json({"type": "object"}))}}
+    paths: dict[str, Any] = {"/openapi.json": {"get": got("openapi", "This description.", as_json({"type": "object"}))}}
     if public:
-        paths |= _public(_wanting("clientKey") if keys else {})
+        paths |= _public(wanting("clientKey") if keys else {})
     if admin:
-        paths |= _admin(_wanting("adminKey") if admin_keys else {}, closed=not admin_keys and public)
+        paths |= _admin(wanting("adminKey") if admin_keys else {}, closed=not admin_keys and public)
     schemes = {
-        name: {"type": "http", "scheme": "bearer", "description": text}
+        name: key_scheme(text)
         for name, text, there in (
             ("clientKey", "A key of api_key_file.", public and keys),
             ("adminKey", "A key of admin_api_key_file.", admin and admin_keys),
         )
         if there
     }
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "pdrouter",
-            "version": __version__,
-            "summary": "One OpenAI-compatible server in front of vLLM prefill and decode servers.",
-        },
-        "paths": paths,
-        "components": {"schemas": {"Error": _error_schema()}, "securitySchemes": schemes},
-    }
+    return document(
+        "pdrouter", "One OpenAI-compatible server in front of vLLM prefill and decode servers.", paths, schemes
+    )
 
 
-def _public(wanting: dict[str, Any]) -> dict[str, Any]:
+def _public(security: dict[str, Any]) -> dict[str, Any]:
     prompts = {
         "completions": ("A completion.", "prompt", "text, token ids, or a list of such"),
         "chat": ("A chat completion.", "messages", "the conversation"),
@@ -53,8 +44,8 @@ def _public(wanting: dict[str, Any]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for api, path in PATHS.items():
         summary, key, about = prompts[api]
-        paths[path] = {"post": _generate(api, summary, {key: {"description": about + _JUDGED}}, wanting)}
-    health = _json(
+        paths[path] = {"post": _generate(api, summary, {key: {"description": about + _JUDGED}}, security)}
+    health = as_json(
         {
             "type": "object",
             "required": ["status", "prefill", "decode"],
@@ -62,15 +53,15 @@ def _public(wanting: dict[str, Any]) -> dict[str, Any]:
         }
     )
     degraded = {**health, "description": "No healthy server of one role."}
-    models = _json({}, "A decode server's own list.")
-    paths["/v1/models"] = {"get": {**_get("models", "The models.", models), **wanting}}
-    paths["/v1/models"]["get"]["responses"] |= {"4XX": _refused(), "5XX": _refused()}
-    paths["/health"] = {"get": _get("health", "Whether servers of both roles are healthy.", health)}
+    models = as_json({}, "A decode server's own list.")
+    paths["/v1/models"] = {"get": {**got("models", "The models.", models), **security}}
+    paths["/v1/models"]["get"]["responses"] |= {"4XX": refused(), "5XX": refused()}
+    paths["/health"] = {"get": got("health", "Whether servers of both roles are healthy.", health)}
     paths["/health"]["get"]["responses"]["503"] = degraded
     return paths
 
 
-def _generate(api: str, summary: str, prompt: dict[str, Any], wanting: dict[str, Any]) -> dict[str, Any]:
+def _generate(api: str, summary: str, prompt: dict[str, Any], security: dict[str, Any]) -> dict[str, Any]:
     body = {
         "type": "object",
         "description": "As vLLM takes it: the router reads little of it and passes on all of it. No member twice.",
@@ -96,95 +87,53 @@ def _generate(api: str, summary: str, prompt: dict[str, Any], wanting: dict[str,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {
             "200": served,
-            "400": _refused("The body can't be read, or a server says that it is wrong."),
-            "408": _refused("The body did not arrive in time."),
-            "413": _refused("The body is larger than max_body_bytes."),
-            "503": _refused("The router is full, or no decode server is healthy.", retry=True),
-            "4XX": _refused(),
-            "5XX": _refused("Servers failed, and what was left to try failed too."),
+            "400": refused("The body can't be read, or a server says that it is wrong."),
+            "408": refused("The body did not arrive in time."),
+            "413": refused("The body is larger than max_body_bytes."),
+            "503": refused("The router is full, or no decode server is healthy.", retry=True),
+            "4XX": refused(),
+            "5XX": refused("Servers failed, and what was left to try failed too."),
         },
-        **wanting,
+        **security,
     }
 
 
-def _admin(wanting: dict[str, Any], *, closed: bool) -> dict[str, Any]:
-    refused: dict[str, Any] = {"4XX": _refused("No key, or no such thing.")}
+def _admin(security: dict[str, Any], *, closed: bool) -> dict[str, Any]:
+    refusals: dict[str, Any] = {"4XX": refused("No key, or no such thing.")}
     if closed:
-        refused["403"] = _refused("Only clients on the router's own machine may ask.")
+        refusals["403"] = refused("Only clients on the router's own machine may ask.")
     text = {
         "description": "Prometheus text.",
         "content": {"text/plain": {"schema": {"type": "string"}}},
     }
-    listed = _json(
+    listed = as_json(
         {
             "type": "object",
             "required": ["traces"],
             "properties": {"traces": {"type": "array", "items": {"type": "object"}}},
         }
     )
-    state = _json(
+    state = as_json(
         {
             "type": "object",
             "required": ["uptime_s", "dispatch", "inflight", "buffered_bytes", "prefill", "decode"],
             "properties": {"uptime_s": {"type": "number"}, "inflight": _COUNT, "buffered_bytes": _COUNT},
         }
     )
-    limit = _query("limit", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "How many at most.")
-    workers = _query("workers", {"enum": ["0", "1"]}, "1: with the status of every worker.")
+    limit = query("limit", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "How many at most.")
+    workers = query("workers", {"enum": ["0", "1"]}, "1: with the status of every worker.")
     transfer = {"name": "transfer_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     operations = {
-        "/metrics": (_get("metrics", "Counters and histograms.", text), []),
-        "/pd/status": (_get("status", "Servers and work under way.", state), [workers]),
-        "/pd/traces": (_get("traces", "Timelines of the newest requests.", listed), [limit]),
-        "/pd/trace/{transfer_id}": (_get("trace", "One timeline.", _json({"type": "object"})), [transfer]),
+        "/metrics": (got("metrics", "Counters and histograms.", text), []),
+        "/pd/status": (got("status", "Servers and work under way.", state), [workers]),
+        "/pd/traces": (got("traces", "Timelines of the newest requests.", listed), [limit]),
+        "/pd/trace/{transfer_id}": (got("trace", "One timeline.", as_json({"type": "object"})), [transfer]),
     }
     for operation, parameters in operations.values():
-        operation |= {"parameters": parameters, **wanting}
-        operation["responses"] |= refused
+        operation |= {"parameters": parameters, **security}
+        operation["responses"] |= refusals
     return {path: {"get": operation} for path, (operation, _) in operations.items()}
-
-
-def _get(name: str, summary: str, answer: dict[str, Any]) -> dict[str, Any]:
-    return {"operationId": name, "summary": summary, "responses": {"200": answer}}
-
-
-def _query(name: str, schema: dict[str, Any], text: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
-
-
-def _wanting(scheme: str) -> dict[str, Any]:
-    return {"security": [{scheme: []}]}
-
-
-def _json(schema: dict[str, Any], text: str = "The answer.") -> dict[str, Any]:
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
-
-
-def _refused(text: str = "Refused.", *, retry: bool = False) -> dict[str, Any]:
-    answer = {**_json(_ERROR, text)}
-    if retry:
-        answer["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
-    return answer
 
 
 def _role() -> dict[str, Any]:
     return {"type": "object", "required": ["healthy", "of"], "properties": {"healthy": _COUNT, "of": _COUNT}}
-
-
-def _error_schema() -> dict[str, Any]:
-    return {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message"],
-                "properties": {
-                    "message": {"type": "string"},
-                    "type": _TEXT,
-                    "param": _TEXT,
-                    "code": {"type": ["string", "integer", "null"]},
-                },
-            }
-        },
-    }

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from aiohttp import ClientError, web
 
-from pdtransport.router.api_errors import SERVER, error_body
 from pdtransport.router.attempt import Attempt
 from pdtransport.router.events import WholeEvents
 from pdtransport.router.settings import RouterTimeouts
 from pdtransport.router.traces import Trace
 from pdtransport.router.upstream import end_to_end
+from pdtransport.serving.errors import SERVER, error_body
 
 
 class Watch:

@@ -11,34 +11,32 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from aiohttp import ClientError, ClientTimeout, web
-from aiohttp.typedefs import Handler
 
 from pdtransport.errors import SettingsError
 from pdtransport.router import metrics as prom
 from pdtransport.router import openapi
 from pdtransport.router.admin import Admin
 from pdtransport.router.admission import Admission, Seat
-from pdtransport.router.api_errors import SERVER, ApiError
 from pdtransport.router.call import Call, parse
 from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
 from pdtransport.router.first_token import Api
 from pdtransport.router.health import Prober
-from pdtransport.router.keys import Keys
 from pdtransport.router.ladder import Ladder
-from pdtransport.router.listening import ADMIN_CONNECTIONS, Listener, room
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.relay import Relay, pd_headers
+from pdtransport.router.room import ADMIN_CONNECTIONS, room
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.tenants import Salter, Tenants
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
+from pdtransport.serving.errors import SERVER, ApiError, json_errors
+from pdtransport.serving.keys import Keys
+from pdtransport.serving.listening import Bounds, Listener, url_of
 from pdtransport.settings import is_loopback
 
 log = logging.getLogger("pdtransport.router")
-
-CLIENT_LEFT = 499  # nginx's code for it
 
 MAX_MODELS_BYTES = 4 << 20  # of a /v1/models answer
 _PROBE_CONNECTIONS = 4  # to one server, beside those that carry requests
@@ -79,12 +77,12 @@ class Router:
 
     @property
     def url(self) -> str:
-        return _url(self.settings.host, self.port)
+        return url_of(self.settings.host, self.port)
 
     @property
     def admin_url(self) -> str:
         """Where /pd/* and /metrics are served."""
-        return _url(self.settings.admin_host, self._admin.port) if self._admin else self.url
+        return url_of(self.settings.admin_host, self._admin.port) if self._admin else self.url
 
     async def start(self) -> None:
         """Check every server once, then listen.
@@ -136,9 +134,18 @@ class Router:
             log.warning("/pd/* is served on %s and asks for no key: set admin_api_key_file", settings.admin_host)
 
     async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef], size: int) -> Listener:
-        app = web.Application(middlewares=[_openai_errors])
+        app = web.Application(middlewares=[json_errors("router", log)])
         app.add_routes(routes)
-        listener = Listener(app, self.settings, size)
+        settings, timeouts = self.settings, self.settings.timeouts
+        bounds = Bounds(
+            client_head_s=timeouts.client_head_s,
+            client_body_s=timeouts.client_body_s,
+            keep_alive_s=settings.keep_alive_s,
+            max_idle_per_client=settings.max_idle_per_client,
+            max_header_bytes=settings.max_header_bytes,
+            drain_s=timeouts.drain_s,
+        )
+        listener = Listener(app, bounds, size)
         self._stack.push_async_callback(listener.stop)
         try:
             await listener.start(host, port)
@@ -288,29 +295,3 @@ class Router:
         ):
             lines += prom.gauge(name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all])
         return "\n".join(lines) + "\n"
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-@web.middleware
-async def _openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error leaves in OpenAI's form."""
-    try:
-        return await handler(request)
-    except ApiError as error:
-        return error.response()
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        refusal = ApiError(405, f"this path takes {allowed}", code="method_not_allowed", headers={"Allow": allowed})
-        return refusal.response()
-    except web.HTTPException as error:
-        return ApiError(error.status, f"{error.reason}: the router has no such path", code="not_found").response()
-    except ConnectionError:
-        if request.transport is None or request.transport.is_closing():
-            return web.Response(status=CLIENT_LEFT)  # nobody reads it, and nobody logs it
-        raise
-    except Exception as error:
-        log.exception("a request failed in the router itself")
-        return ApiError(500, f"the router failed: {type(error).__name__}", kind=SERVER, code="router_error").response()

@@ -6,6 +6,7 @@ Tested with vLLM 0.32 (the V1 connector interface with ``[blocks, heads, tokens,
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
@@ -33,6 +34,7 @@ except ImportError:  # pragma: no cover - another vLLM
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -62,10 +64,12 @@ class PDTransportConnector(KVConnectorBase_V1):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("pdtransport does not hand over pipeline-parallel shards yet: use tensor parallelism")
+        events = False
         if settings.pool is not None:
-            from pdtransport.vllm.pool_space import check_use
+            from pdtransport.vllm.pool_space import check_use, kv_events_on
 
             check_use(settings.pool, str(config.kv_load_failure_policy))
+            events = kv_events_on(vllm_config)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -79,6 +83,7 @@ class PDTransportConnector(KVConnectorBase_V1):
                 port=control_port(settings, vllm_config),
                 ranks=parallel.tensor_parallel_size,
                 first_tokens=FirstTokens(vllm_config),
+                events=events,
             )
         else:
             self._worker = WorkerSide(settings, vllm_config, str(config.kv_role), kv_cache_config)
@@ -115,7 +120,12 @@ class PDTransportConnector(KVConnectorBase_V1):
         self.scheduler.bind(self, kv_cache_manager)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        self.scheduler.start_pool(metadata)
+        model = self._vllm_config.model_config
+        served = model.served_model_name
+        self.scheduler.start_pool(metadata, [served] if isinstance(served, str) else served or [], str(model.tokenizer))
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self.scheduler.take_events()
 
     def get_external_cache_hit_sources(self, request: Request, num_hits: int) -> dict[Any, int]:
         if CacheHitSource is not None and self.scheduler.from_pool(request.request_id):

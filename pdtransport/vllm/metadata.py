@@ -141,12 +141,19 @@ class Commands(KVConnectorMetadata):
 class News(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
     first token; ``first_tokens``: requests of decode's, and what they go on from; ``kept``: how many :class:`Keep` of
-    a request no longer read its pages."""
+    a request no longer read its pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the
+    key of its first part (where KV events are on)."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
+    in_pool: Counter[bytes] = field(default_factory=Counter)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
         assert isinstance(other, News)
-        return News(self.promised | other.promised, {**self.first_tokens, **other.first_tokens}, self.kept + other.kept)
+        return News(
+            self.promised | other.promised,
+            {**self.first_tokens, **other.first_tokens},
+            self.kept + other.kept,
+            self.in_pool + other.in_pool,
+        )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending, PoolClient
-from pdtransport.pool.messages import MAX_KEYS
+from pdtransport.pool.messages import MAX_KEYS, MAX_SPACE
 from pdtransport.settings import PoolUse
 from pdtransport.vllm.metadata import Fetch, Keep
-from pdtransport.vllm.pool_space import Shard, salt_of, why_unkeyable
+from pdtransport.vllm.pool_events import PoolEvents
+from pdtransport.vllm.pool_space import Shard, introduction, salt_of, why_unkeyable
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -42,6 +44,7 @@ class _Prompt:
     until: float = 0.0
     state: str = "asking"  # -> "found" -> "loading" -> "done"
     there: int = 0  # chunks that the pool holds
+    asked_at: int = 0  # on the clock of PoolEvents
     computed: int = 0  # tokens that the engine held when it last asked
     stored: int = 0  # chunks that are in the pool, or on their way
     open: int = 0  # stores that the workers have not reported, over all ranks
@@ -50,6 +53,11 @@ class _Prompt:
     def whole(self) -> int:
         """Chunks that have keys."""
         return len(self.keys[self.shards[0][0]])
+
+    def parts(self, first: int, end: int) -> list[tuple[bytes, ...]]:
+        """Keys of all parts of each of the chunks ``first..end``."""
+        spaces = [space for parts in self.shards for space in parts]
+        return [tuple(self.keys[space][i] for space in spaces) for i in range(first, end)]
 
     def cut(self, first: int, end: int) -> list[list[bytes]]:
         """Keys of chunks ``first..end``, by rank."""
@@ -71,6 +79,7 @@ class PoolScheduler:
 
     Args:
         ring: to be called, from any thread, when an answer has come.
+        events: tell of the pool's chunks in vLLM's KV events.
         client: for tests.
 
     Raises:
@@ -85,6 +94,7 @@ class PoolScheduler:
         ranks: int,
         clock: Callable[[], float],
         ring: Callable[[], None],
+        events: bool = False,
         client: PoolClient | None = None,
     ) -> None:
         self._use = use.with_salt()
@@ -98,9 +108,12 @@ class PoolScheduler:
         self._late: list[Pending[Found]] = []
         self._hand_offs: dict[str, _HandOff] = {}
         self._counts: Counter[str] = Counter()
+        self._events: PoolEvents | None = None
+        if events:
+            self._events = PoolEvents(block_size=block_size, chunk_blocks=use.chunk_blocks, ranks=ranks, clock=clock)
 
-    def start(self, shards: Mapping[int, Shard]) -> None:
-        """What the workers told, by rank."""
+    def start(self, shards: Mapping[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
+        """What the workers told, by rank. The pool is told, so that people can look prompts up in it."""
         if sorted(shards) != list(range(self._ranks)):
             logger.warning("the pool is not used: %d of %d workers can use it", len(shards), self._ranks)
             return
@@ -108,6 +121,9 @@ class PoolScheduler:
         if self._client is None:
             who = f"vllm-{os.getpid()}-lookup"
             self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
+            told = introduction([shards[rank] for rank in range(self._ranks)], self._use, served, tokenizer)
+            if len(told) <= MAX_SPACE:
+                self._client.introduce(told)
 
     def close(self) -> None:
         if self._client is not None:
@@ -172,6 +188,9 @@ class PoolScheduler:
         except PoolUnavailable:
             self._give_up(prompt)
             return
+        if self._events is not None:
+            self._events.watch(self._client)
+            prompt.asked_at = self._events.now
         prompt.until = self._clock() + self._use.lookup_s
         for lookup in prompt.lookups:
             lookup.future.add_done_callback(lambda _: self._ring())
@@ -203,6 +222,8 @@ class PoolScheduler:
         else:
             prompt.there = min(prompt.sought, *(lookup.future.result().there for lookup in prompt.lookups))
             prompt.state = "found"
+            if self._events is not None:
+                self._events.found(prompt.request, prompt.parts(0, prompt.there), prompt.asked_at)
         return True
 
     # -- load ----------------------------------------------------------------------------------------------------
@@ -261,6 +282,8 @@ class PoolScheduler:
                 continue
             per = self._use.chunk_blocks
             found.append(Keep(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per])))
+            if self._events is not None:
+                self._events.storing(prompt.request, first, prompt.parts(first, end))
             prompt.stored = end
             prompt.open += self._ranks
         return found
@@ -274,6 +297,18 @@ class PoolScheduler:
             for space, keys in prompt.keys.items():
                 keys += chunk_keys(space, tokens, tail=False, after=keys[-1] if keys else None)
         return end
+
+    def stored(self, reports: Mapping[bytes, int]) -> None:
+        """How many workers have their parts of chunks in the pool, by the key of the chunk's first part."""
+        if self._events is not None:
+            self._events.stored(reports)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """For vLLM to publish."""
+        if self._events is None or self._client is None:
+            return []
+        self._events.watch(self._client)
+        return self._events.take()
 
     def kept(self, reports: Mapping[str, int]) -> None:
         """How many stores of each request the workers no longer read pages for."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 from pdtransport.errors import SettingsError
-from pdtransport.kv.geometry import HOST, KVGeometry
+from pdtransport.kernels.quant import DTYPES, DType, Grid
+from pdtransport.kv.geometry import KVGeometry
 from pdtransport.kv.keys import KeySpace
+from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.plugins import lossy_codec
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.spaces import Space, whole_salt
 from pdtransport.settings import PoolUse
 from pdtransport.transport import fingerprint_of
 from pdtransport.vllm.geometry import Described
@@ -39,6 +44,11 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
         raise SettingsError(
             f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
             "chunk may be gone when it is to be loaded. Set it, or pool.load: false"
+        )
+    if use.codec != "none" and lossy_codec(use.codec) is None:
+        raise SettingsError(
+            f"pool.codec {use.codec} is no lossy codec that is installed here: none, fp8 and int4 always are; lossless "
+            "ones are set for a tier of the pool (pdpool --disk-codec)"
         )
 
 
@@ -82,9 +92,41 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
             layout=json.dumps(layout, sort_keys=True),
             shard=f"heads {low}-{high} of {geometry.total_heads}, {len(geometry.layers)} layers",
             chunk_tokens=use.chunk_blocks * config.cache_config.block_size,
+            codec="" if use.codec == "none" else use.codec,
         )
         for low, high in head_parts(geometry, use.shards or described.ranks)
     ]
+
+
+def introduction(shards: Sequence[Shard], use: PoolUse, served: Sequence[str], tokenizer: str) -> str:
+    """What the pool is told of this engine's keys, as JSON text."""
+    spaces = [space for shard in shards for space in shard.spaces]
+    return Space.of(spaces, salted=bool(use.salt), served=tuple(served), tokenizer=tokenizer).model_dump_json()
+
+
+def loss_of(described: Described, use: PoolUse) -> Lossy | None:
+    """How tiers may pack this worker's chunks with loss; None: not. Keys and values of a head have scales of their own
+    in each block; where they lie elsewhere in a page than thought, scales fit worse, and nothing else is wrong."""
+    geometry = described.geometry
+    if use.codec == "none":
+        return None
+    dtype = _element(described)
+    assert dtype is not None
+    content, tokens = geometry.slot_bytes // Grid(dtype, 1, 1, 1).item_bytes, geometry.block_size
+    if geometry.heads_first and "CPU_ATTN" in str(described.fingerprint["attention_backend"]):
+        grid = Grid(dtype, 1, 1, tokens * content // 2)  # all keys of a head's page, then all values
+    elif geometry.heads_first:
+        grid = Grid(dtype, tokens, 2, content // 2)
+    else:
+        low, high = head_parts(geometry, use.shards or described.ranks)[0]
+        grid = Grid(dtype, tokens, 2 * (high - low), content // 2)
+    return Lossy(use.codec, grid)
+
+
+def _element(described: Described) -> DType | None:
+    """The element type of this worker's KV; None: none that lossy codecs know."""
+    name = str(described.fingerprint["kv_cache_dtype"]).rpartition("/")[2]
+    return next((dtype for dtype in DTYPES if dtype == name), None)
 
 
 def _altered(config: VllmConfig) -> str:
@@ -98,8 +140,6 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     geometry = described.geometry
-    if geometry.device != HOST:
-        return "KV in GPU memory can't be stored or loaded yet"
     kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
     if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec):
         # A sliding window's block table loses the blocks behind it while the prompt is still computed.
@@ -111,6 +151,10 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     parallel = config.parallel_config
     if max(getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")) > 1:
         return "context-parallel shards can't be stored"
+    if use.codec != "none" and _element(described) is None:
+        return (
+            f"pool.codec {use.codec} packs KV of {', '.join(DTYPES)}, not of {described.fingerprint['kv_cache_dtype']}"
+        )
     try:
         parts = head_parts(geometry, use.shards or described.ranks)
     except SettingsError as error:
@@ -119,6 +163,11 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     if nbytes > MAX_CHUNK_BYTES:
         return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
     return ""
+
+
+def kv_events_on(config: VllmConfig) -> bool:
+    """Whether vLLM publishes KV events."""
+    return config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events
 
 
 def why_unkeyable(request: Request) -> str:
@@ -135,5 +184,5 @@ def why_unkeyable(request: Request) -> str:
 
 
 def salt_of(configured: str, request: Request) -> str:
-    """Of the instance and of the request; no two pairs are the same."""
-    return f"{len(configured)}:{configured}{request.cache_salt or ''}"
+    """Of the instance and of the request."""
+    return whole_salt(configured, request.cache_salt or "")

@@ -1,4 +1,8 @@
-"""The shared pool in one worker: stores chunks of pages and loads them, in the pool client's threads."""
+"""The shared pool in one worker: stores chunks of pages and loads them, in the pool client's threads.
+
+On a GPU the copies are kernels on streams of the pool client's. What pages are used for before comes as an event
+(``after``), behind which they run.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, run
-from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.pool.client import Copied, Pending, PoolClient
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.request import Verdict
 from pdtransport.settings import PoolUse
 from pdtransport.vllm.metadata import Fetch, Keep
+
+if TYPE_CHECKING:
+    from pdtransport.kernels.watch import DeviceMemory
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +53,12 @@ class PoolWorker:
         on_loaded: of a request, and whether all its pages are what was stored.
         on_kept: of a request: one :class:`Keep` no longer reads its pages.
         count: chunks by what became of them, and the bytes that were copied.
+        lossy: how tiers of the pool may pack its chunks with loss.
+        on_stored: whose parts of this worker are all in the pool: chunks, by the key of their first part; None: nobody
+            wants to know.
+
+    Raises:
+        PoolUnavailable: a GPU has no memory left for it.
     """
 
     def __init__(
@@ -57,18 +72,27 @@ class PoolWorker:
         on_loaded: Callable[[str, bool], None],
         on_kept: Callable[[str], None],
         count: Callable[[str, Counter[str], int], None],
+        lossy: Lossy | None = None,
+        on_stored: Callable[[list[bytes]], None] | None = None,
     ) -> None:
+        self._lossy = lossy
         self._use, self._geometry = use, geometry
         self._parts, self._ratio, self._rank = parts, ratio, rank
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
+        self._on_stored = on_stored
         self._lock = threading.Lock()
         self._queued = 0  # chunks
         self._stores: dict[str, list[Pending[Copied]]] = {}
         self._loads: dict[str, Pending[Copied]] = {}
+        self._aside = Aside(geometry, parts, (use.chunk_blocks - 1) * ratio)
         # Loads have a client of their own: a request waits for them, and for stores nobody does.
         who = f"vllm-{os.getpid()}"
-        self._loader = PoolClient(use.name, use.dir, tenant=use.tenant, threads=LOAD_THREADS, who=f"{who}-load")
-        self._storer = PoolClient(use.name, use.dir, tenant=use.tenant, threads=STORE_THREADS, who=f"{who}-store")
+        self._loader, self._storer = (
+            PoolClient(
+                use.name, use.dir, tenant=use.tenant, threads=threads, who=f"{who}-{what}", device=geometry.device
+            )
+            for what, threads in (("load", LOAD_THREADS), ("store", STORE_THREADS))
+        )
 
     def close(self) -> None:
         """End what is under way: nothing touches the pages any more."""
@@ -77,7 +101,7 @@ class PoolWorker:
 
     # -- store ---------------------------------------------------------------------------------------------------
 
-    def keep(self, command: Keep) -> None:
+    def keep(self, command: Keep, after: Any | None = None) -> None:
         """Store as many of its chunks as the queue has room for."""
         keys = command.keys[self._rank]
         with self._lock:
@@ -91,15 +115,16 @@ class PoolWorker:
             return
         runs = self._chunks(command.pages)[: len(chosen)]
         try:
-            pending = self._storer.store(chosen, runs, deadline_s=self._use.store_s)
+            pending = self._storer.store(chosen, runs, lossy=self._lossy, deadline_s=self._use.store_s, after=after)
         except PoolUnavailable:
             self._end_store(command.req_id, Counter(failed=len(chosen)), len(chosen), 0)
             return
         with self._lock:
             self._stores.setdefault(command.req_id, []).append(pending)
-        pending.future.add_done_callback(lambda done: self._stored(command.req_id, pending, len(chosen), done))
+        pending.future.add_done_callback(lambda done: self._stored(command, pending, len(chosen), done))
 
-    def _stored(self, req_id: str, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
+    def _stored(self, command: Keep, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
+        req_id = command.req_id
         with self._lock:
             others = [each for each in self._stores.pop(req_id) if each is not pending]
             if others:
@@ -109,7 +134,16 @@ class PoolWorker:
             tally = Counter({"skipped" if done.cancelled() else "failed": chunks})
         else:
             tally = Counter(STORED.get(verdict, "failed") for verdict in copied.verdicts)
+            self._tell_stored(command, copied)
         self._end_store(req_id, tally, chunks, copied.nbytes if copied else 0)
+
+    def _tell_stored(self, command: Keep, copied: Copied) -> None:
+        if self._on_stored is None:
+            return
+        parts, there = len(self._parts), (Verdict.WRITE, Verdict.HAVE)
+        whole = range(len(copied.verdicts) // parts)
+        good = [i for i in whole if all(each in there for each in copied.verdicts[i * parts : (i + 1) * parts])]
+        self._on_stored([command.keys[0][i * parts] for i in good])
 
     def _end_store(self, req_id: str, tally: Counter[str], chunks: int, nbytes: int) -> None:
         with self._lock:
@@ -133,24 +167,25 @@ class PoolWorker:
 
     # -- load ----------------------------------------------------------------------------------------------------
 
-    def fetch(self, command: Fetch) -> None:
+    def fetch(self, command: Fetch, after: Any | None = None) -> None:
         """Load its chunks. Of the first one the engine may hold blocks already, and others may use them: these bytes
-        go to memory of their own."""
+        go aside."""
         keys = command.keys[self._rank]
         held = command.held * self._ratio
-        aside = [np.empty(held * self._geometry.block_bytes(*part), dtype=np.uint8) for part in self._parts]
         pages = self._chunks(command.pages, first=self._use.chunk_blocks - command.held)
-        if held:
-            for i, spare in enumerate(aside):
-                pages[i] = np.concatenate([run(spare.ctypes.data, spare.nbytes), pages[i]])
+        alive = []
+        for i, part in enumerate(self._parts if held else ()):
+            aside, owner = self._aside.take(held * self._geometry.block_bytes(*part))
+            pages[i] = np.concatenate([aside, pages[i]])
+            alive.append(owner)
 
-        def ended(done: Future[Copied], _alive: list[np.ndarray] = aside) -> None:
+        def ended(done: Future[Copied], _alive: list[Any] = alive) -> None:
             with self._lock:
                 self._loads.pop(command.req_id, None)
             self._loaded(command.req_id, len(keys), _outcome(done))
 
         try:
-            pending = self._loader.load(keys, pages, deadline_s=self._use.load_s)
+            pending = self._loader.load(keys, pages, deadline_s=self._use.load_s, after=after)
         except PoolUnavailable:
             self._loaded(command.req_id, len(keys), None)
             return
@@ -183,6 +218,35 @@ class PoolWorker:
             found += [self._geometry.runs(pages, *part) for part in self._parts]
             at = end
         return found
+
+
+class Aside:
+    """Memory beside the pages, for bytes of up to ``blocks`` blocks of one part that nobody wants. On the host each
+    load has its own, since checksums are taken of what stands there. On a GPU they are taken of what is written, on its
+    way: there all loads share one piece.
+
+    Raises:
+        PoolUnavailable: the GPU has none left.
+    """
+
+    def __init__(self, geometry: KVGeometry, parts: Sequence[tuple[int, int]], blocks: int) -> None:
+        self._shared: DeviceMemory | None = None
+        nbytes = max(blocks * geometry.block_bytes(*part) for part in parts)
+        if geometry.device != HOST and nbytes:
+            from pdtransport.kernels.gpu import GpuError
+            from pdtransport.kernels.watch import DeviceMemory
+
+            try:
+                self._shared = DeviceMemory(nbytes, geometry.device)
+            except GpuError as error:
+                raise PoolUnavailable(f"{error}: lower --gpu-memory-utilization") from None
+
+    def take(self, nbytes: int) -> tuple[Runs, Any]:
+        """So much of it, and what keeps it alive."""
+        if self._shared is not None:
+            return run(self._shared.address, nbytes), self._shared
+        own = np.empty(nbytes, dtype=np.uint8)
+        return run(own.ctypes.data, nbytes), own
 
 
 def _outcome(done: Future[Copied]) -> Copied | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from pdtransport.vllm.params import ConsumeParams, parse
 from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -72,6 +73,7 @@ class SchedulerSide:
         host, port: control address of this engine's rank-0 worker, for the parameters that prefill returns.
         ranks: tensor-parallel size of this engine.
         first_tokens: which requests may go on from prefill's first token; None: none may.
+        events: tell of the pool's chunks in vLLM's KV events.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class SchedulerSide:
         port: int,
         ranks: int,
         first_tokens: FirstTokens | None = None,
+        events: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -99,7 +102,7 @@ class SchedulerSide:
         self._bell = Bell()
         self._rope = Rope()
         self._rope.name = self._bell.name
-        self._pool = self._make_pool()
+        self._pool = self._make_pool(events)
         self._tokens: dict[str, int] = {}  # first tokens that came before all workers had their pages
         self._look_again = 0  # empty steps that must not wait
         self._arrivals = Arrivals(ranks)
@@ -107,7 +110,7 @@ class SchedulerSide:
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
 
-    def _make_pool(self) -> PoolScheduler | None:
+    def _make_pool(self, events: bool) -> PoolScheduler | None:
         if self._settings.pool is None:
             return None
         from pdtransport.vllm.pool_scheduler import PoolScheduler
@@ -118,6 +121,7 @@ class SchedulerSide:
             ranks=self._ranks,
             clock=self._clock,
             ring=self._rope.pull,
+            events=events,
         )
 
     def bind(self, connector: Any, manager: Any) -> None:
@@ -125,10 +129,10 @@ class SchedulerSide:
         if self._settings.step_ahead:
             self._start = StepStart.of(connector, manager, self._begin)
 
-    def start_pool(self, shards: dict[int, Shard]) -> None:
-        """The workers told which chunks of the pool are theirs."""
+    def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
+        """The workers told which chunks of the pool are theirs. ``served``: the model's names for clients."""
         if self._pool is not None:
-            self._pool.start(shards)
+            self._pool.start(shards, served, tokenizer)
 
     # -- arrival -------------------------------------------------------------------------------------------------
 
@@ -255,6 +259,7 @@ class SchedulerSide:
             self._hear(news.promised)
             if self._pool is not None:
                 self._pool.kept(news.kept)
+                self._pool.stored(news.in_pool)
         failed = getattr(output, "failed_recving", ())
         for req_id in output.finished_recving or ():
             from_pool = self.from_pool(req_id)
@@ -356,6 +361,10 @@ class SchedulerSide:
         stats = PDTransportStats()
         stats.count_chunks(counts)
         return stats
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """What became known of the pool's chunks since the last call."""
+        return self._pool.take_events() if self._pool is not None else []
 
     def from_pool(self, req_id: str) -> bool:
         """Whether this request's pages come from the pool."""

@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.geometry import HOST
 from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
@@ -111,7 +112,7 @@ class WorkerSide:
         use = self._settings.pool
         if use is None:
             return
-        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, why_no_pool
+        from pdtransport.vllm.pool_space import Shard, head_parts, key_spaces, kv_events_on, loss_of, why_no_pool
         from pdtransport.vllm.pool_worker import PoolWorker
 
         assert self._caches is not None
@@ -119,16 +120,22 @@ class WorkerSide:
         if problem:
             logger.warning("pdtransport: the pool is not used: %s", problem)
             return
-        self._pool = PoolWorker(
-            use,
-            described.geometry,
-            parts=head_parts(described.geometry, use.shards or described.ranks),
-            ratio=self._ratio,
-            rank=described.rank,
-            on_loaded=self._loaded,
-            on_kept=self._kept,
-            count=self._count_chunks,
-        )
+        try:
+            self._pool = PoolWorker(
+                use,
+                described.geometry,
+                parts=head_parts(described.geometry, use.shards or described.ranks),
+                ratio=self._ratio,
+                rank=described.rank,
+                on_loaded=self._loaded,
+                on_kept=self._kept,
+                count=self._count_chunks,
+                lossy=loss_of(described, use),
+                on_stored=self._in_pool if kv_events_on(self._config) else None,
+            )
+        except PoolUnavailable as error:
+            logger.warning("pdtransport: the pool is not used: %s", error)
+            return
         self.shard = Shard(key_spaces(described, self._config, use))
 
     def close(self) -> None:
@@ -145,7 +152,7 @@ class WorkerSide:
         self._rope.name = commands.bell
         todo, commands.before = commands.before, []
         # Pages that we are given may still be used by kernels of earlier steps, for requests that have ended since.
-        earlier = self._mark() if any(isinstance(command, Take) for command in todo) else None
+        earlier = self._mark() if any(isinstance(command, (Take, Fetch)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
 
@@ -207,15 +214,15 @@ class WorkerSide:
             if offer is not None:
                 offer.let_go("the pool has its pages")
         elif self._pool is not None:
-            self._do_pool(self._pool, command)
+            self._do_pool(self._pool, command, after)
 
-    def _do_pool(self, pool: PoolWorker, command: Command) -> None:
+    def _do_pool(self, pool: PoolWorker, command: Command, after: torch.cuda.Event | None) -> None:
         if isinstance(command, Keep):
             with self._lock:
                 self._held.use(command.req_id)
-            pool.keep(command)
+            pool.keep(command, after)
         elif isinstance(command, Fetch):
-            pool.fetch(command)
+            pool.fetch(command, after)
 
     def _end(self, req_id: str) -> None:
         """The scheduler is through with the request: report it once nothing uses its pages."""
@@ -285,6 +292,10 @@ class WorkerSide:
                 self._sent.add(req_id)
         self._rope.pull()
 
+    def _in_pool(self, chunks: list[bytes]) -> None:
+        with self._lock:
+            self._news.in_pool.update(chunks)
+
     def _loaded(self, req_id: str, ok: bool) -> None:
         with self._lock:
             self._received.add(req_id)
@@ -327,7 +338,7 @@ class WorkerSide:
         """Since the last call; None if there is none. First tokens come no later than their request's end."""
         with self._lock:
             news, self._news = self._news, News()
-        return news if news.promised or news.first_tokens or news.kept else None
+        return news if news.promised or news.first_tokens or news.kept or news.in_pool else None
 
     def take_stats(self) -> PDTransportStats | None:
         """What ended since the last call; None if nothing did."""

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
 from pdtransport.pool.client import Copied, PoolClient
+from pdtransport.settings import Settings
 
 ANSWER_S = 30.0
 CHUNK = 256 << 10
@@ -146,12 +147,13 @@ def mine(client: PoolClient) -> dict[str, Any]:
 
 
 class Other:
-    """A client in a process of its own. It can be told to halt in the middle of the next copy, half of it done."""
+    """A client in a process of its own, of the pool in a directory or at an address. It can be told to halt in the
+    middle of the next copy, half of it done."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, place: Path | str, settings: Settings | None = None) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, directory), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, place, settings), daemon=True)
         self.process.start()
         theirs.close()
         self.answer()
@@ -192,9 +194,10 @@ class Other:
         self._pipe.close()
 
 
-def _serve(pipe: Connection, directory: Path) -> None:
+def _serve(pipe: Connection, place: Path | str, settings: Settings | None) -> None:
     whole = pages.read_mapped
-    client = PoolClient(directory=directory, deadline_s=ANSWER_S, who="other")
+    how: dict[str, Any] = {"directory": place} if isinstance(place, Path) else {"address": place, "settings": settings}
+    client = PoolClient(**how, deadline_s=ANSWER_S, who="other")
     halting, go = threading.Event(), threading.Event()
 
     def copy(src: Runs, dst: Runs, blocks: int = 0) -> Any:

@@ -160,6 +160,40 @@ def test_terminate_while_starting_leaves_nothing(rig: Rig, number: int) -> None:
     assert not [pid for pid in everyone if is_alive(pid)]
 
 
+def test_a_pool_comes_first_and_goes_last(rig: Rig) -> None:
+    """The topology's pool is up before the servers start, shown by `up`, `status` and `pool status`, and gone at the
+    end; one that can't start ends the launch with its own words."""
+    place = Path(f"/dev/shm/pdt-test-{os.getpid()}-up")
+    rig.data["pool"] = {"dir": str(place), "memory_bytes": "16MiB"}
+    rig.up()
+    rig.wait_up()
+    command = [sys.executable, "-m", "pdtransport.launch.cli"]
+    shown = subprocess.run(
+        [*command, "pool", "status", "--dir", str(place)], capture_output=True, text=True, timeout=UP_S, check=True
+    )
+    assert "memory" in shown.stdout
+    told = subprocess.run(
+        [*command, "status", str(rig.file), "--run-dir", str(rig.run_dir), "--json"],
+        capture_output=True, text=True, timeout=UP_S, check=False,
+    )  # fmt: skip
+    assert json.loads(told.stdout)["pool"]["healthy"]
+    assert rig.process is not None
+    rig.process.send_signal(signal.SIGINT)
+    status, output = rig.end()
+    assert status == 0
+    assert output.index("starting pool default") < output.index("serves 16 MiB") < output.index("starting prefill-0")
+    assert f"pdlaunch pool status --pool default --dir {place}" in output
+    assert [path.name for path in place.iterdir()] == ["default.lock"]
+    assert not [pid for pid in rig.everyone() if is_alive(pid)]
+    place.chmod(0o755)
+    rig.up()
+    status, output = rig.end()
+    assert status == cli.NOT_STARTED
+    assert "must be a directory of user" in output
+    (place / "default.lock").unlink()
+    place.rmdir()
+
+
 def test_sigkill_of_pdlaunch_leaves_no_orphan(rig: Rig) -> None:
     """Even a SIGKILLed pdlaunch leaves no process: also none that ignores SIGTERM or has a session of its own."""
     rig.data["roles"]["prefill"]["args"] = {"child": True, "deaf": True}

@@ -16,6 +16,7 @@ import zmq
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
+from pdtransport.pool.admin import Outcome, PoolAdmin
 from pdtransport.pool.cli import main
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.memory import map_memory
@@ -123,12 +124,12 @@ def test_pins_and_drops_over_the_wire(directory: Path) -> None:
     """Operators can keep chunks, and have them forgotten."""
     with Pool(PoolSettings(dir=directory, memory_bytes=16 * CHUNK)), PoolClient(directory=directory) as client:
         store(client, [1, 2])
-        assert client.pin([key(1), key(9)], "hard").result() == 1
+        assert client.manage([key(1), key(9)], "pin", pin="hard").result() == 1
         for number in range(10, 40):
             store(client, [number])
         assert names(load(client, [1, 2])) == ["READ", "MISS"]
-        assert client.drop([key(1)]).result() == 1
-        assert client.drop(None).result() == 15
+        assert client.manage([key(1), key(9)], "drop").result() == 1
+        assert PoolAdmin(client).clear() == Outcome(15, 15)
         assert status(client)["chunks"] == 0
 
 
@@ -263,8 +264,8 @@ def test_garbage_and_strangers_change_nothing(directory: Path) -> None:
         hello = say.encode(say.Hello(lock=12345, name="x"))
         for frame, answer in [
             (b"garbage", "not a msgpack"),
-            (hello.replace(b"\xa1v\x01", b"\xa1v\x63"), "version 99"),
-            (say.encode(say.Drop(request=1, keys=b"", everything=True)), "say Hello"),
+            (hello.replace(b"\xa1v" + bytes([say.POOL_VERSION]), b"\xa1v\x63"), "version 99"),
+            (say.encode(say.Manage(request=1, keys=b"", action="drop")), "say Hello"),
             (say.encode(say.Lookup(request=1, keys=b"").model_copy(update={"keys": b"123"})), "32 bytes"),
             (hello, "not this client's"),
         ]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
@@ -94,7 +95,7 @@ def test_chunks_come_back_after_a_restart_and_reach_other_pools(directory: Path,
         with pool(directory, server, codec=codec):
             until(lambda: client.lookup([key(1), key(2)]).result().there == 2, "they were not found again")
             assert names(load(client, [1, 2])) == ["READ", "READ"]
-            assert client.drop(None).result() == 2
+            assert PoolAdmin(client).clear().done == 2
             until(lambda: server.client.dbsize() == 0, "they were not deleted")
 
 

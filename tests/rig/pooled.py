@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgpack
+import zmq
+
 from pdtransport.pool.client import PoolClient
 from tests.processes.pool_rig import Daemon, status, until
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, assert_equal
 from tests.rig.client import Client, in_parallel
+from tests.rig.device import PLACE
 from tests.rig.fixtures import TINY_CHUNK, TINY_LEN, TINY_TOKENS, pair_spec
 from tests.rig.servers import Server, ServerSpec
 
@@ -77,9 +82,52 @@ class Service:
 
 
 def pooled(directory: Path, spec: ServerSpec, **more: Any) -> ServerSpec:
-    """``spec`` with the pool in ``directory``."""
+    """``spec`` with the pool in ``directory``, where it publishes its KV events, too."""
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events_of(directory, spec.name)}
     use = {"dir": str(directory), "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0, **more}
-    return replace(spec, extra_config={**spec.extra_config, "pool": use}, load_failure_policy="recompute")
+    return replace(
+        spec,
+        extra_config={**spec.extra_config, "pool": use},
+        load_failure_policy="recompute",
+        args=(*spec.args, "--kv-events-config", json.dumps(events)),
+    )
+
+
+def events_of(directory: Path, name: str) -> str:
+    """Where the server ``name`` publishes its KV events."""
+    return f"ipc://{directory}/{name}.events"
+
+
+class Events:
+    """What a server publishes from now on."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.set(zmq.SUBSCRIBE, b"")
+        self._socket.connect(endpoint)
+        self.heard: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """All so far."""
+        while self._socket.poll(0):
+            _topic, _number, payload = self._socket.recv_multipart()
+            self.heard += msgpack.unpackb(payload)[1]
+        return self.heard
+
+    def blocks(self, kind: str, owner: str | None) -> set[Any]:
+        """Hashes of blocks in events of this kind."""
+        chosen = [each for each in self.read() if each["type"] == kind and each.get("ownership") == owner]
+        return {block for each in chosen for block in each["block_hashes"]}
+
+    def close(self) -> None:
+        self._socket.close(0)
+        self._context.term()
+
+
+def writer_spec(directory: Path) -> ServerSpec:
+    """The first server with the pool. A test kills it."""
+    return pooled(directory, pair_spec("writer", "kv_both", cores="0"))
 
 
 def tiny_pooled_spec(name: str, directory: Path) -> ServerSpec:
@@ -98,6 +146,15 @@ def storable(cases: Sequence[Case]) -> int:
     """Parts of chunks that a server stores of them: an answer's last token is not computed, and what the last step
     completes is not stored."""
     return SHARDS * sum(max(len(case.prompt), len(case.prompt) + len(case.tokens) - 2) // CHUNK for case in cases)
+
+
+def surely_stored(cases: Sequence[Case]) -> int:
+    """As :func:`storable`; with asynchronous scheduling (the GPU's default) the scheduler knows an answer's tokens one
+    step later, so that what its last two steps complete may be left out."""
+    late = 1 if PLACE.gpu else 0
+    return SHARDS * sum(
+        max(len(case.prompt), len(case.prompt) + len(case.tokens) - 2 - late) // CHUNK for case in cases
+    )
 
 
 def next_turns(cases: Sequence[Case]) -> list[Case]:

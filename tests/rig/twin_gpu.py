@@ -36,6 +36,10 @@ going = threading.Event()  # launches wait while it is clear
 going.set()
 under_way: list[Launch] = []
 
+registered: dict[int, int] = {}  # host memory -> bytes
+unregistered: list[int] = []
+strict = False  # refuse to copy from and to memory that a GPU would not reach: tests set it
+
 _allocations: dict[int, tuple[int, int]] = {}  # base -> bytes, descriptor; for as long as something holds the memory
 _mappings: dict[int, Any] = {}
 
@@ -102,6 +106,9 @@ class GpuPages:
         total = int(src[:, 1].sum())
         if total != int(dst[:, 1].sum()) or (blocks and (total % blocks or total // blocks % 8)):
             raise ValueError(f"a stream of {total} bytes does not hold {blocks} equally long blocks of whole words")
+        if strict:
+            for address, nbytes in np.concatenate([src, dst]).tolist():
+                _must_reach(address, nbytes)
         return src, dst
 
     def start(self, plan: Plan, blocks: int = 0) -> Launch:
@@ -206,6 +213,28 @@ def open_mappings() -> int:
     return len(_mappings)
 
 
+def _must_reach(address: int, nbytes: int) -> None:
+    """Registrations of neighbours make one stretch."""
+    known = sorted([*registered.items(), *((base, size) for base, (size, _) in _allocations.items())])
+    at = address
+    for base, size in known:
+        if base <= at < base + size:
+            at = base + size
+    if at < address + nbytes:
+        raise GpuError(f"an illegal memory access at {at:#x}")
+
+
+def register_host(address: int, nbytes: int, device: int) -> None:
+    del device
+    registered[address] = nbytes
+
+
+def unregister_host(address: int, device: int) -> None:
+    del device
+    del registered[address]
+    unregistered.append(address)
+
+
 def pinned(nbytes: int) -> np.ndarray:
     return np.zeros(nbytes, dtype=np.uint8)
 
@@ -215,7 +244,7 @@ def to_host(address: int, nbytes: int) -> bytes:
 
 
 def from_host(address: int, data: bytes) -> None:
-    ctypes.memmove(address, data, len(data))
+    ctypes.memmove(address, bytes(data), len(data))
 
 
 @contextmanager

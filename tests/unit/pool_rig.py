@@ -9,7 +9,7 @@ from typing import Any
 from pdtransport.pool.request import Part, Request, Session, Verdict
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.shelf import Shelf
-from pdtransport.pool.tiers import Stored, Tier
+from pdtransport.pool.tiers import Place, Stored, Tier
 
 FRAME = 4096
 
@@ -27,10 +27,10 @@ class MemoryTier(Tier):
     def scan(self) -> Iterator[Stored]:
         return iter(())
 
-    def write(self, key: bytes, tenant: str, parts: Sequence[memoryview], checksum: int) -> int:
+    def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
         raise AssertionError
 
-    def read(self, key: bytes, tenant: str, parts: Sequence[memoryview]) -> int:
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
         raise AssertionError
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:

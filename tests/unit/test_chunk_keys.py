@@ -69,6 +69,8 @@ def test_fields_can_not_be_mistaken_for_one_another() -> None:
         dataclasses.replace(SPACE, salt="a"),
         dataclasses.replace(SPACE, extra=("a",)),
         dataclasses.replace(SPACE, extra=("a", "")),
+        dataclasses.replace(SPACE, codec="a"),
+        dataclasses.replace(SPACE, codec="a", extra=("a",)),
         dataclasses.replace(SPACE, revision="r1a"),
         SPACE,
     ]

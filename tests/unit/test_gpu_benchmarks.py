@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _gpu_handoff, handoff, interference
+from benchmarks import _gpu_handoff, handoff, interference, pool
 from benchmarks._decode_streams import Gap, within
 from benchmarks._gpu_handoff import Sample, runs_per_100, summarise, table
 from benchmarks._gpu_scale import FULL, REHEARSAL
+from tests.rig import twin_gpu
 from tests.rig.client import Answer, to_decode, to_prefill
 from tests.rig.device import Place, wide_vectors
 from tests.rig.servers import ServerSpec
@@ -26,6 +28,16 @@ def test_the_full_model_has_the_size_that_the_figures_speak_of() -> None:
     assert FULL.kv_token_bytes == 128 << 10
     assert FULL.kv_tokens > 2 * max(FULL.lengths)
     assert max(FULL.lengths) + _gpu_handoff.MAX_TOKENS <= FULL.max_len
+
+
+def test_the_pool_is_measured_beside_plain_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the stand-in for a GPU: each figure is there, and what was loaded is what was stored."""
+    assert pool.parse(["--gpu"]).bytes == 1 << 30
+    monkeypatch.setattr(pool, "_cuda_memcpy", ctypes.memmove)
+    with twin_gpu.installed():
+        found = pool.gpu_bandwidth(4 << 20, 1 << 20, 1)
+    assert {"memcpy out", "memcpy in", "store", "load", "store / memcpy", "registered s"} <= set(found)
+    assert "GB/s" in pool.table({"bandwidth": found})
 
 
 def test_the_model_folder_holds_no_weights(tmp_path: Path) -> None:

@@ -35,8 +35,11 @@ def test_the_index_is_a_dictionary(steps: list[tuple[bool, int]]) -> None:
             else:
                 model[number] = index.add(key(number))
                 index.nbytes[model[number]] = number + 1
-    found = index.find(key_rows(b"".join(map(key, range(31)))))
-    assert found.tolist() == [model.get(number, -1) for number in range(31)]
+    asked = key_rows(b"".join(map(key, range(31))))
+    assert index.find(asked).tolist() == [model.get(number, -1) for number in range(31)]
+    with pytest.MonkeyPatch.context() as patch:  # the same in numpy
+        patch.setattr("pdtransport.pool.index._C", None)
+        assert index.find(asked).tolist() == [model.get(number, -1) for number in range(31)]
     assert len(index) == len(model)
     for number, entry in model.items():
         assert index.key(entry) == key(number)
@@ -53,6 +56,21 @@ def test_keys_that_share_words_are_told_apart() -> None:
         index.remove(entries[gone])
         entries[gone] = -1
     assert index.find(key_rows(b"".join(keys))).tolist() == entries
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_prefix_ends_where_a_key_is_in_no_tier_that_counts(numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are counted up to the first that is not there, or only in tiers out of reach; those in memory, apart."""
+    if numpy:
+        monkeypatch.setattr("pdtransport.pool.index._C", None)
+    index = Index(64)
+    for number, tiers in enumerate((1, 3, 2, 1, 4, 1, 0)):
+        index.tiers[index.add(key(number))] = tiers
+    rows = key_rows(b"".join(map(key, range(8))))
+    assert index.prefix(rows, 7, 1) == (6, 4)
+    assert index.prefix(rows, 3, 1) == (4, 3)
+    assert index.prefix(rows, 1, 1) == (2, 2)
+    assert index.prefix(rows[6:], 7, 1) == index.prefix(rows[7:], 7, 1) == index.prefix(rows[:0], 7, 1) == (0, 0)
 
 
 @pytest.mark.parametrize("shift", [0, 64, 128, 192])

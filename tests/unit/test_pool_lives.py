@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from pdtransport.pool import messages as say
+from pdtransport.pool.control import Control
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.request import Request, Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
@@ -27,6 +31,7 @@ class Lives(RuleBasedStateMachine):
         )  # fmt: skip
         self.memory: dict[int, tuple[bytes, int]] = {}  # frame -> whose content it has
         self.shelf = Shelf(made, 6, self._whole, [Lower(self.tier, 2, 5 * FRAME, "lru")])
+        self.control = Control(self.shelf)
         self.askers = [Asker(self.shelf), Asker(self.shelf), Asker(self.shelf, 1)]
         self.asked: list[tuple[Request, list[int]]] = []
         self.granted: dict[tuple[Request, int], tuple[bytes, bytes, Verdict]] = {}  # -> key, frames, verdict
@@ -97,6 +102,19 @@ class Lives(RuleBasedStateMachine):
     @rule(number=st.integers(0, 11))
     def drop(self, number: int) -> None:
         self.shelf.drop(key(number))
+        self._settle()
+
+    @rule(
+        numbers=st.lists(st.integers(0, 11), max_size=4), action=st.sampled_from(["leave", "fetch", "write", "again"])
+    )
+    def people_move_chunks(self, numbers: list[int], action: Any) -> None:
+        """Whatever they ask for, readers and writers keep what they hold."""
+        again = action == "again"
+        wish = say.Manage(
+            request=1, keys=keys(*numbers), action="write" if again else action, tier="below", again=again
+        )
+        self.control.manage(wish, 0.0)
+        self.control.look(say.Look(request=1, keys=keys(*numbers)), 0)
         self._settle()
 
     @rule(fail=st.booleans())
@@ -183,13 +201,14 @@ class Lives(RuleBasedStateMachine):
         self.shelf.lower[0].up = True
         for _ in range(3):
             self.tier_works(fail=False)
-        self.shelf.drop(None)
+        self.shelf.drop(keys(*range(12)))
         self.tier_works(fail=False)
         assert len(self.shelf.index) == 0
         assert self.shelf.room.frames.free == 6
         assert self.shelf.lower[0].used == 0
         assert self.shelf.room.hard_frames == 0
         assert not self.tier.held
+        assert not self.shelf.being_written
         assert all(asker.session.held_bytes == 0 for asker in self.askers)
 
 

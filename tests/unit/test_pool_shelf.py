@@ -90,7 +90,7 @@ def test_a_dropped_chunk_stays_whole_for_its_readers() -> None:
     asker = Asker(on)
     asker.put(1)
     reading = asker.load(1)
-    assert on.drop(None) == 1
+    assert on.drop(keys(1)) == 1
     assert on.lookup(keys(1)) == (0, 0)
     assert asker.put(2) == [Verdict.FULL]
     assert asker.put(1) == [Verdict.BUSY]
@@ -148,7 +148,7 @@ def test_pins() -> None:
     assert asker.put(7) == [Verdict.WRITE]
     assert on.lookup(keys(2)) == (0, 0)
     on.cancel(reading)
-    on.tick(10.0)
+    on.room.tick(10.0)
     asker.put(8, 9, 10, 11)
     assert on.lookup(keys(1)) == (0, 0)
 
@@ -273,7 +273,7 @@ def test_a_chunk_dropped_on_its_way_down_stays_dropped() -> None:
     Asker(on).put(1)
     job = on.jobs.popleft()
     assert isinstance(job, WriteBack)
-    on.drop(None)
+    on.drop(keys(1))
     on.written_back(job, FRAME)
     assert on.lookup(keys(1)) == (0, 0)
     assert [type(each) for each in on.jobs] == [Delete]

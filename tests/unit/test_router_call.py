@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pdtransport.router.call as call_module
-from pdtransport.router.api_errors import ApiError
 from pdtransport.router.call import Call, parse
 from pdtransport.router.first_token import Api
+from pdtransport.serving.errors import ApiError
 
 PARAMS = {"do_remote_prefill": True, "transfer_id": "ab"}
 _DROPPED = call_module._NOT_FOR_PREFILL

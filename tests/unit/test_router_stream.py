@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import socket
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from pdtransport.router.events import MAX_HELD_BYTES, WholeEvents
-from pdtransport.router.server import _openai_errors
+from pdtransport.serving.errors import json_errors
 from tests.unit.router_rig import Script, ask, completion, event, rigged, run, soon, stream
 
 
@@ -313,7 +314,7 @@ def test_a_client_that_leaves_as_its_answer_begins_is_no_error_of_the_router(cap
         return response
 
     async def test() -> None:
-        app = web.Application(middlewares=[_openai_errors])
+        app = web.Application(middlewares=[json_errors("router", logging.getLogger("pdtransport.router"))])
         app.router.add_get("/", leaving)
         runner = web.AppRunner(app)
         await runner.setup()

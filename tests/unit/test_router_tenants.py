@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pdtransport.errors import SettingsError
 from pdtransport.router import Router, RouterSettings
-from pdtransport.router.api_errors import ApiError
 from pdtransport.router.call import Call, parse
 from pdtransport.router.keyfiles import ClientKey
 from pdtransport.router.tenants import Salter, Tenants
+from pdtransport.serving.errors import ApiError
 from tests.unit.router_rig import ask, rigged, run
 from tests.unit.test_router_call import PARAMS, bodies, prompts
 

@@ -16,6 +16,8 @@ from pdtransport.launch.plan import Plan, PlanError, Ports, make_plan
 from pdtransport.launch.reading import load
 from pdtransport.launch.topology import Topology
 from pdtransport.launch.yamlfile import MAX_BYTES, TopologyError
+from pdtransport.pool.cli import parser as pool_parser
+from pdtransport.pool.cli import settings_from as pool_settings_from
 from pdtransport.router.cli import parser, settings_from
 from pdtransport.settings import Settings
 
@@ -456,3 +458,59 @@ def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert control.curve_secret_key_file.stat().st_mode & 0o077 == 0
     assert cli.main(["keys", str(tmp_path / "keys")]) == cli.USAGE
     assert "never overwritten" in capsys.readouterr().err
+
+
+POOL = """\
+pool:
+  name: kv
+  dir: ./place
+  memory_bytes: 3GiB
+  quotas: {alice: 1GiB}
+  disk: {path: ./disk, bytes: 8 GiB, codec: zstd}
+  http: {listen: "127.0.0.1:0", key_file: ./keys}
+  remote: {listen: "127.0.0.1:7700", max_clients: 3}
+"""
+
+
+def test_a_pool_is_started_for_all_instances(tmp_path: Path) -> None:
+    """Its command line says what the file says, paths relative to the file; every instance uses this pool, with what
+    transport.pool says beside."""
+    plan = planned(tmp_path, GOOD + POOL + "transport: {pool: {chunk_blocks: 4}}\n")
+    assert plan.pool is not None
+    settings = pool_settings_from(pool_parser().parse_args(list(plan.pool.argv[3:])))
+    assert (settings.name, settings.dir) == ("kv", tmp_path / "place")
+    assert (settings.memory_bytes, settings.quotas) == (3 << 30, {"alice": 1 << 30})
+    assert settings.disk is not None
+    assert (settings.disk.path, settings.disk.bytes, settings.disk.codec) == (tmp_path / "disk", 8 << 30, "zstd")
+    assert settings.http is not None
+    assert settings.http.key_file == tmp_path / "keys"
+    assert settings.remote is not None
+    assert (settings.remote.port, settings.remote.max_clients) == (7700, 3)
+    assert plan.pool.url == f"http://127.0.0.1:{settings.http.address[1]}"
+    assert 21350 <= settings.http.address[1] < 21399
+    for instance in plan.instances:
+        config = json.loads(instance.argv[instance.argv.index("--kv-transfer-config") + 1])
+        use = Settings.parse(config["kv_connector_extra_config"]).pool
+        assert use is not None
+        assert (use.name, use.dir, use.chunk_blocks) == ("kv", tmp_path / "place", 4)
+    assert planned(tmp_path, GOOD).pool is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("pool: {memory_bytes: 3GB}", "t.yaml:7:8: pool.memory_bytes: must be an integer"),
+        ("pool: {disk: {path: x, byte: 1}}", "t.yaml:7:24: pool.disk.byte: unknown key, did you mean 'bytes'?"),
+        ("pool: {policy: best}", "t.yaml:7:8: pool.policy: "),
+        ("pool: {redis: {url: 'redis://me:secret@h', bytes: 1GiB}}", "t.yaml:7:16: pool.redis.url: "),
+        ("pool: {http: {listen: '127.0.0.1:1'}}", "pool.http.key_file: missing; "),
+        ("pool: {frame_bytes: 5000}", "pool: frame_bytes is 5000, it must be a multiple of 4096"),
+        ("pool: {}\ntransport: {pool: {name: other}}", "t.yaml:7:1: pool: transport.pool.name is another pool's"),
+        ("pool: {}\nkv_load_failure_policy: fail", "t.yaml:8:1: kv_load_failure_policy: "),
+        ("pool: {http: {listen: '127.0.0.1:9', key_file: k}}\nrouter: {port: 9}", "port 9 is wanted by"),
+    ],
+)
+def test_mistakes_in_a_pool_are_named_with_line_and_key(tmp_path: Path, text: str, says: str) -> None:
+    """As for all other sections."""
+    (line,) = refusal(tmp_path, GOOD + text + "\n")
+    assert says in line

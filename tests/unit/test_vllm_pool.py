@@ -19,18 +19,22 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.errors import PoolUnavailable, SettingsError
-from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kernels.quant import Grid
+from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending
+from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.settings import PoolUse, Settings
+from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.held import Held
 from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle, Yield
 from pdtransport.vllm.pool_scheduler import PoolScheduler
-from pdtransport.vllm.pool_space import Shard, check_use, head_parts, salt_of
+from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of
 from pdtransport.vllm.pool_worker import PoolWorker
 from pdtransport.vllm.scheduler import SchedulerSide
+from tests.rig import twin_gpu
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, blocks, request, step
 
 SPACE = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
@@ -414,6 +418,33 @@ def test_loading_needs_an_engine_that_recomputes() -> None:
         check_use(PoolUse(dir=Path("/x" * 60)), "recompute")
 
 
+def test_a_lossy_codec_is_one_that_is_there_and_gets_heads_apart() -> None:
+    """A name that is none, or a lossless codec's, is refused in one line; keys and values of each head have scales of
+    their own, and the grid fits a chunk."""
+    for name in ("fp9", "zstd"):
+        with pytest.raises(SettingsError, match=rf"pool\.codec {name} is no lossy codec"):
+            check_use(PoolUse(codec=name), "recompute")
+    cache = np.zeros((3, 8, 4, 16, 64), dtype=np.float32)  # [layers, blocks, heads, tokens, keys and values]
+    geometry = KVGeometry.of_array(cache)
+    for backend, heads_first, grid in (
+        ("CPU_ATTN:vec", True, Grid("float32", 1, 1, 16 * 32)),
+        ("FLASH_ATTN", True, Grid("float32", 16, 2, 32)),
+        ("FLASH_ATTN", False, Grid("float32", 16, 4, 32)),
+    ):
+        described = Described(
+            geometry=replace(geometry, heads_first=heads_first),
+            regions=[],
+            fingerprint={"kv_cache_dtype": "auto/float32", "attention_backend": backend},
+            kernel_blocks_per_block=1,
+            rank=0,
+            ranks=1,
+            port=0,
+        )
+        assert loss_of(described, PoolUse()) is None
+        assert loss_of(described, PoolUse(codec="int4", shards=2)) == Lossy("int4", grid)
+        assert grid.outer(2 * geometry.block_bytes(0, 2))
+
+
 def test_pages_are_reported_free_once_whoever_is_last() -> None:
     held = Held()
     for order in ("leave leave end", "leave end leave", "end leave leave"):
@@ -431,9 +462,14 @@ LAYERS, PAGES, HEADS, TOKENS, SLOT = 3, 32, 2, 4, 64
 class Engine:
     """Pages of a worker, and what its half reported."""
 
-    def __init__(self, directory: Path, shards: int = 1, rank: int = 0, ranks: int = 1, **use: Any) -> None:
-        self.kv = np.zeros((LAYERS, PAGES, HEADS // ranks, TOKENS, SLOT), dtype=np.uint8)
+    def __init__(
+        self, directory: Path, shards: int = 1, rank: int = 0, ranks: int = 1, device: int = HOST, **use: Any
+    ) -> None:
+        shape = (LAYERS, PAGES, HEADS // ranks, TOKENS, SLOT)
+        self.memory = twin_gpu.DeviceMemory(int(np.prod(shape)), 0)
+        self.kv = self.memory.array(shape)
         geometry = KVGeometry.of_array(self.kv, head_lo=rank * HEADS // ranks, total_heads=HEADS)
+        geometry = replace(geometry, device=device)
         self.heard = threading.Condition()
         self.loaded: dict[str, bool] = {}
         self.kept: Counter[str] = Counter()
@@ -459,11 +495,11 @@ class Engine:
             self.kept[name] += 1
             self.heard.notify_all()
 
-    def keep(self, keys: list[bytes], pages: list[int], name: str = "r") -> None:
-        self.worker.keep(Keep(name, [keys], pages))
+    def keep(self, keys: list[bytes], pages: list[int], name: str = "r", after: Any = None) -> None:
+        self.worker.keep(Keep(name, [keys], pages), after)
 
-    def fetch(self, keys: list[bytes], pages: list[int], held: int = 0, name: str = "r") -> bool:
-        self.worker.fetch(Fetch(name, [keys], held, pages))
+    def fetch(self, keys: list[bytes], pages: list[int], held: int = 0, name: str = "r", after: Any = None) -> bool:
+        self.worker.fetch(Fetch(name, [keys], held, pages), after)
         with self.heard:
             assert self.heard.wait_for(lambda: name in self.loaded, 20)
             return self.loaded.pop(name)
@@ -501,6 +537,38 @@ def test_pages_come_back_into_other_pages_and_no_others(running: Pool, tmp_path:
     others = [page for page in range(PAGES) if page not in (20, 21, 22)]
     assert np.array_equal(engine.kv[:, others], before[:, others])
     engine.worker.close()
+
+
+def test_pages_in_gpu_memory_are_used_behind_the_step_and_not_after_a_preemption(running: Pool, tmp_path: Path) -> None:
+    """A store reads its pages when the step that fills them is through, a load writes when nobody uses them any more;
+    a preemption waits for the copy that is under way."""
+    with twin_gpu.installed():
+        twin_gpu.strict = True
+        engine = engine_of(tmp_path, device=0)
+        try:
+            step, earlier = twin_gpu.TwinEvent(), twin_gpu.TwinEvent()
+            engine.keep([key(1), key(2)], [3, 9, 4, 1], after=step)
+            engine.kv[:, 3] = 77
+            step.happen()
+            engine.wait_kept()
+            before = engine.kv.copy()
+            threading.Timer(0.1, earlier.happen).start()
+            assert engine.fetch([key(1), key(2)], [20, 21, 22], held=1, after=earlier)
+            assert np.array_equal(engine.kv[:, [20, 21, 22]], before[:, [9, 4, 1]])
+            others = [page for page in range(PAGES) if page not in (20, 21, 22)]
+            assert np.array_equal(engine.kv[:, others], before[:, others])
+            assert engine.fetch([key(1)], [23, 24])
+            assert (engine.kv[:, 23] == 77).all()
+            step = twin_gpu.TwinEvent()
+            engine.keep([key(3)], [5, 6], after=step, name="p")
+            threading.Timer(0.1, step.happen).start()
+            engine.worker.rewind("p", 5.0)
+            engine.kv[:, [5, 6]] = 0
+            engine.wait_kept(name="p")
+            assert step.passed.is_set() or not engine.fetch([key(3)], [7, 8])
+        finally:
+            engine.worker.close()
+            twin_gpu.strict = False
 
 
 @pytest.mark.parametrize("held", [0, 1])

@@ -24,7 +24,7 @@ from tests.rig.answers import Answers
 from tests.rig.client import Client
 from tests.rig.device import PLACE
 from tests.rig.fixtures import Book, Servers, doomed_spec, make_book, pair_spec, plain_spec, tiny_spec
-from tests.rig.pooled import Service, tiny_pooled_spec
+from tests.rig.pooled import Service, tiny_pooled_spec, writer_spec
 from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
@@ -94,12 +94,18 @@ def main_specs(audit: Path) -> list[ServerSpec]:
 
 
 @pytest.fixture(scope="session")
-def standing(logs: Path, audit: Path) -> Iterator[dict[str, Server]]:
-    """Servers by name that live for the whole session: on a GPU all, on the CPU none."""
+def standing(logs: Path, audit: Path, pool: Service, request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
+    """Servers by name that live for the whole session: on a GPU all that its tests want, on the CPU none."""
     if not PLACE.gpu:
         yield {}
         return
-    specs = [plain_spec(), *main_specs(audit), tiny_spec(audit), doomed_spec(audit)]
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    specs = [plain_spec()]
+    specs += main_specs(audit) if "servers" in wanted else []
+    specs += [tiny_spec(audit)] if "tiny" in wanted else []
+    specs += [doomed_spec(audit)] if "doomed" in wanted else []
+    specs += [writer_spec(pool.directory)] if "writer" in wanted else []
+    specs += [tiny_pooled_spec("reader", pool.directory)] if "reader" in wanted else []
     with phase(f"start {len(specs)} servers"):
         running = fleet(*specs, logs=logs)
         started = running.__enter__()
@@ -157,8 +163,12 @@ def pool(logs: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def reader(pool: Service, book: Book, logs: Path) -> Iterator[Server]:
-    """A server with the pool. It starts when it is first asked for: when another one has stored what it finds."""
+def reader(pool: Service, book: Book, logs: Path, standing: dict[str, Server]) -> Iterator[Server]:
+    """A server with the pool. On the CPU it starts when it is first asked for: when another one has stored what it
+    finds."""
+    if "reader" in standing:
+        yield standing["reader"]
+        return
     with fleet(tiny_pooled_spec("reader", pool.directory), logs=logs) as (server,):
         yield server
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 import logging
-import resource
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from pdtransport.errors import SettingsError
-from pdtransport.router.settings import RouterSettings
-
-log = logging.getLogger("pdtransport.router")
-
-ADMIN_CONNECTIONS = 128  # of an admin port, which people and a metrics collector use
-_BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
+BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
 _SWEEP_S = 1.0  # between looks at who is late, at most
-_SPARE = 256  # descriptors for everything but connections: files, probes, threads
 _SEND_S = 30.0  # beyond keep_alive_s: for the rest of an answer that its client takes slowly
 
 
@@ -32,8 +24,21 @@ def _worth_a_line(record: logging.LogRecord) -> bool:
     return not isinstance(error, HttpProcessingError)
 
 
-_http_log = logging.getLogger("pdtransport.router.http")
+_http_log = logging.getLogger("pdtransport.serving.http")
 _http_log.addFilter(_worth_a_line)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a client may take: seconds for the head of a request and for its body, idle connections kept and for how
+    long, the length of a header line; and how long requests under way get at the end."""
+
+    client_head_s: float
+    client_body_s: float
+    keep_alive_s: float
+    max_idle_per_client: int
+    max_header_bytes: int
+    drain_s: float
 
 
 class _Refuse(asyncio.Protocol):
@@ -85,8 +90,8 @@ class _Connection(asyncio.Protocol):
 class Listener:
     """Serves one application on one address."""
 
-    def __init__(self, app: web.Application, settings: RouterSettings, max_connections: int) -> None:
-        self._settings = settings
+    def __init__(self, app: web.Application, bounds: Bounds, max_connections: int) -> None:
+        self._bounds = bounds
         self._max_connections = max_connections
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
         self._accepted = 0  # open ones, and those about to be
@@ -99,10 +104,10 @@ class Listener:
             logger=_http_log,
             access_log=None,  # a log line per request would name who asked what
             handler_cancellation=True,  # a client's going away must reach the servers at once
-            shutdown_timeout=settings.timeouts.drain_s,
-            keepalive_timeout=settings.keep_alive_s,
-            max_line_size=settings.max_header_bytes,
-            max_field_size=settings.max_header_bytes,
+            shutdown_timeout=bounds.drain_s,
+            keepalive_timeout=bounds.keep_alive_s,
+            max_line_size=bounds.max_header_bytes,
+            max_field_size=bounds.max_header_bytes,
         )
         self._server: asyncio.Server | None = None
 
@@ -120,7 +125,7 @@ class Listener:
         """
         await self._runner.setup()
         self._server = await asyncio.get_running_loop().create_server(
-            self._protocol, host, port, backlog=min(_BACKLOG, self._max_connections), reuse_address=True
+            self._protocol, host, port, backlog=min(BACKLOG, self._max_connections), reuse_address=True
         )
         self._sweep()
 
@@ -148,12 +153,12 @@ class Listener:
     def opened(self, connection: _Connection) -> None:
         assert connection.transport is not None
         self._open[connection.transport] = connection
-        self._rest(connection, self._settings.timeouts.client_head_s, waited_for=True)
+        self._rest(connection, self._bounds.client_head_s, waited_for=True)
 
     def began(self, connection: _Connection) -> None:
         """It says something. While it is idle, that is the beginning of a head."""
         if connection in self._idle:
-            self._rest(connection, self._settings.timeouts.client_head_s, waited_for=True)
+            self._rest(connection, self._bounds.client_head_s, waited_for=True)
 
     def body_in(self, request: web.Request) -> None:
         """All of a request has been read: from now on it is the client that waits."""
@@ -173,7 +178,7 @@ class Listener:
         for idle in (self._idle, fellows):
             idle[connection] = None
             idle.move_to_end(connection)
-        if len(fellows) > self._settings.max_idle_per_client:
+        if len(fellows) > self._bounds.max_idle_per_client:
             self._close(next(iter(fellows)))
 
     def _work(self, connection: _Connection) -> None:
@@ -194,11 +199,10 @@ class Listener:
         loop = asyncio.get_running_loop()
         for connection in [one for one in self._idle if one.deadline <= loop.time()]:
             self._close(connection)
-        self._sweeper = loop.call_later(min(_SWEEP_S, self._settings.timeouts.client_head_s / 4), self._sweep)
+        self._sweeper = loop.call_later(min(_SWEEP_S, self._bounds.client_head_s / 4), self._sweep)
 
     def _watching(self) -> Middleware:
-        timeouts = self._settings.timeouts
-        after_s = self._settings.keep_alive_s + _SEND_S
+        after_s = self._bounds.keep_alive_s + _SEND_S
 
         @web.middleware
         async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -206,7 +210,7 @@ class Listener:
             if connection is None:
                 return await handler(request)
             if request.can_read_body:  # whoever reads it has a deadline of his own; this one is for bodies nobody reads
-                self._rest(connection, timeouts.client_body_s + _SEND_S, waited_for=True)
+                self._rest(connection, self._bounds.client_body_s + _SEND_S, waited_for=True)
             else:
                 self._work(connection)
             try:
@@ -218,36 +222,5 @@ class Listener:
         return watch
 
 
-def room(settings: RouterSettings) -> int:
-    """How many client connections fit: ``max_connections``, or fewer where this process may not open so many files.
-    The soft limit is raised as far as the hard one allows.
-
-    Raises:
-        SettingsError: not even one fits.
-    """
-    wanted = _descriptors(settings.max_connections, settings)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return settings.max_connections
-    sizes = range(1, settings.max_connections + 1)
-    fit = bisect.bisect_right(sizes, soft, key=lambda size: _descriptors(size, settings))
-    if not fit:
-        raise SettingsError(
-            f"this process may open {soft} files at most, and the router needs {_descriptors(1, settings)} for "
-            "one client: raise the limit (ulimit -n)"
-        )
-    log.warning(
-        "max_connections is %d, but with at most %d open files only %d fit: raise the limit (ulimit -n) or set less",
-        settings.max_connections, soft, fit,
-    )  # fmt: skip
-    return fit
-
-
-def _descriptors(connections: int, settings: RouterSettings) -> int:
-    """The most that so many client connections take: each, two for its servers where a request is under way, and those
-    that are accepted only to be closed."""
-    admin = 0 if settings.admin_port is None else 2 * min(ADMIN_CONNECTIONS, settings.max_connections)
-    return connections + 2 * min(connections, settings.max_inflight) + min(connections, _BACKLOG) + admin + _SPARE
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

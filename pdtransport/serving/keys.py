@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from pdtransport.router.api_errors import ApiError
+from pdtransport.serving.errors import ApiError
 
 
 class Keys:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+CLIENT_LEFT = 499  # nginx's code for it
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -61,3 +65,30 @@ def is_openai_error(body: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and isinstance(value.get("error"), dict) and "message" in value["error"]
+
+
+def json_errors(who: str, log: logging.Logger) -> Middleware:
+    """Every error of the server ``who`` leaves in OpenAI's form, and none with a traceback."""
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ApiError as error:
+            return error.response()
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            refusal = ApiError(405, f"this path takes {allowed}", code="method_not_allowed", headers={"Allow": allowed})
+            return refusal.response()
+        except web.HTTPException as error:
+            return ApiError(error.status, f"{error.reason}: the {who} has no such path", code="not_found").response()
+        except ConnectionError:
+            if request.transport is None or request.transport.is_closing():
+                return web.Response(status=CLIENT_LEFT)  # nobody reads it, and nobody logs it
+            raise
+        except Exception as error:
+            log.exception("a request failed in the %s itself", who)
+            text = f"the {who} failed: {type(error).__name__}"
+            return ApiError(500, text, kind=SERVER, code=f"{who}_error").response()
+
+    return answer

@@ -1,0 +1,244 @@
+"""The pool's door for clients on other hosts: for each of them a client on this host, which asks and holds for it.
+
+What a remote client says goes to the service over a connection of its own (a :class:`Wire`). So it holds no more than
+a local one may (``client_bytes``), and all of that is given up when it is gone. Bytes go by a transport whose pages are
+the pool's frames: a chunk that it loads is handed over to it; one that it stores is fetched from it, verified, and then
+published.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+import zmq
+
+from pdtransport.control import curve
+from pdtransport.control.limits import MAX_FRAMES_A_TURN
+from pdtransport.control.listener import bind
+from pdtransport.control.shared import Complaints
+from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
+from pdtransport.errors import SettingsError
+from pdtransport.kv.fingerprint import plain
+from pdtransport.pool import messages as say
+from pdtransport.pool.guest import Guest
+from pdtransport.pool.memory import Mapping
+from pdtransport.pool.moving import liveness_s, open_transport
+from pdtransport.pool.remote_messages import Ping, Pong, RemoteHello, RemoteWelcome, from_remote
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.wire import Wire
+from pdtransport.protocol.messages import Message, WireError
+from pdtransport.reactor import Reactor
+from pdtransport.transport import Transport
+
+logger = logging.getLogger("pdtransport.pool")
+
+TICK_S = 0.25
+
+
+class _Desk:
+    """Work for a :class:`Reactor`: the socket, and who is connected."""
+
+    def __init__(self, settings: PoolSettings, mapping: Mapping, transport: Transport, reactor: Reactor) -> None:
+        assert settings.remote is not None
+        self._settings, self._mapping, self._transport, self._reactor = settings, mapping, transport, reactor
+        self._context: zmq.Context[Socket] = zmq.Context(1)
+        self._silence_s = liveness_s(transport.settings)
+        control = settings.remote.control(0).model_copy(update={"max_frame_bytes": say.MAX_FRAME_BYTES})
+        self._gate: curve.Gatekeeper | None = None
+        self._socket: Socket | None = None
+        try:
+            keys = curve.load_keys(control)
+            self._gate = curve.Gatekeeper(self._context, keys) if keys is not None else None
+            self._socket = open_socket(self._context, zmq.ROUTER, control, ipv6=":" in control.host)
+            curve.apply_server(self._socket, keys)
+            try:
+                bind(self._socket, control, control.port, 0)
+            except SettingsError as error:
+                raise SettingsError(f"remote.listen: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+        self._inbox = Inbox(self._socket, addressed=True)
+        self._guests: dict[bytes, Guest] = {}
+        self._leaving: list[Guest] = []
+        self._complaints = Complaints()
+        self._tick_at = 0.0
+
+    # -- what the reactor drives ------------------------------------------------------------------------------------
+
+    def sockets(self) -> list[Socket]:
+        own = [self._socket, self._gate.socket if self._gate is not None else None]
+        return [*(each for each in own if each is not None), *(s for guest in self._all for s in guest.wire.sockets())]
+
+    def descriptors(self) -> list[int]:
+        return []
+
+    def arm(self) -> bool:
+        return not any(int(each.get(zmq.EVENTS)) & zmq.POLLIN for each in self.sockets())
+
+    def next_deadline(self) -> float | None:
+        times = [guest.wire.next_deadline() for guest in self._all]
+        return min([self._tick_at, *(at for at in times if at is not None)])
+
+    def turn(self, now: float) -> bool:
+        while self._gate is not None and self._gate.step():
+            pass
+        more = self._read(now)
+        for guest in self._all:
+            more = guest.wire.turn(now) or more
+        if now >= self._tick_at:
+            self._tick_at = now + TICK_S
+            for guest in [guest for guest in self._guests.values() if now - guest.heard_at > self._silence_s]:
+                logger.info("client %s of pool %s is silent", guest.name, self._settings.name)
+                self._part(guest)
+        for guest in [guest for guest in self._leaving if guest.gone]:
+            self._leaving.remove(guest)
+            guest.wire.close()
+        return more
+
+    def close(self) -> None:
+        """The transport is closed already: no frame is touched any more."""
+        for guest in self._all if self._socket is not None else ():
+            guest.wire.close()
+        if self._socket is not None:
+            self._socket.close(0)
+        if self._gate is not None:
+            self._gate.close()
+        self._context.term()
+
+    @property
+    def _all(self) -> list[Guest]:
+        return [*self._guests.values(), *self._leaving]
+
+    # -- what arrives -----------------------------------------------------------------------------------------------
+
+    def _read(self, now: float) -> bool:
+        for _ in range(MAX_FRAMES_A_TURN):
+            letter = self._inbox.read()
+            if not letter:
+                return False
+            if isinstance(letter, Letter):
+                self._on_letter(letter, now)
+        return True
+
+    def _on_letter(self, letter: Letter, now: float) -> None:
+        guest = self._guests.get(letter.sender)
+        try:
+            if letter.body is None:
+                raise WireError("a message of several parts")
+            message = from_remote(letter.body.bytes)
+            if isinstance(message, RemoteHello):
+                self._on_hello(letter.sender, message, now)
+            elif guest is None:
+                number = getattr(message, "request", 0)
+                self._send(letter.sender, say.Refused(request=number, what="hello", reason="say Hello first"))
+            elif isinstance(message, Ping):
+                guest.heard_at = now
+                self._send(letter.sender, Pong())
+            elif isinstance(message, say.Bye):
+                self._part(guest)
+            else:
+                guest.heard_at = now
+                guest.on_message(message, now)
+        except (WireError, RecursionError) as error:
+            text = plain(str(error), 300)
+            self._complaints.say(f"garbage from a remote client of pool {self._settings.name}: {text}", now)
+            self._send(letter.sender, say.Refused(what="message", reason=text))
+
+    def _on_hello(self, route: bytes, hello: RemoteHello, now: float) -> None:
+        remote, settings = self._settings.remote, self._settings
+        assert remote is not None
+        reason = "Hello was said already on this connection" if route in self._guests else ""
+        if len(self._all) >= remote.max_clients:
+            reason = f"{remote.max_clients} clients of other hosts are connected (remote.max_clients)"
+        if reason:
+            self._send(route, say.Refused(what="client", reason=reason))
+            return
+        name = plain(hello.name, 100)
+        wire = Wire(settings.dir, settings.name, f"{name} (remote)", hello.tenant, context=self._context)
+        self._guests[route] = Guest(
+            name,
+            wire,
+            self._transport,
+            batch_frames=max(1, hello.staging_bytes // 8 // settings.frame_bytes),
+            send=lambda message: self._send(route, message),
+            post=self._reactor.post,
+            now=now,
+        )
+        self._send(
+            route,
+            RemoteWelcome(
+                nbytes=self._mapping.nbytes,
+                frame_bytes=settings.frame_bytes,
+                client_bytes=settings.client_bytes,
+                port=self._transport.port,
+            ),
+        )
+
+    def _send(self, route: bytes, message: Message) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.send_multipart([route, say.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:  # gone, or it does not read
+            guest = self._guests.get(route)
+            if guest is not None:
+                self._part(guest)
+
+    def _part(self, guest: Guest) -> None:
+        """Give up all that it holds, once nothing moves any more."""
+        self._guests = {route: each for route, each in self._guests.items() if each is not guest}
+        self._leaving.append(guest)
+        guest.leave()
+
+
+class Agent:
+    """Listens at ``settings.remote.listen`` for clients on other hosts, and with its transport at the next port.
+
+    Args:
+        mapping: the pool's memory; becomes the agent's, which closes it.
+
+    Raises:
+        SettingsError: no such address here, a port in use, keys that are missing or can't be used.
+        LinkUnavailable: no link works here.
+    """
+
+    def __init__(self, settings: PoolSettings, mapping: Mapping) -> None:
+        remote = settings.remote
+        if remote is None:
+            raise SettingsError("remote.listen is not set")
+        self._mapping = mapping
+        try:
+            self._transport = open_transport(
+                mapping.address,
+                mapping.nbytes,
+                settings.frame_bytes,
+                remote.settings(),
+                f"pdpool-{settings.name}",
+                remote.port + 1,
+            )
+            self._reactor = Reactor(
+                lambda reactor: _Desk(settings, mapping, self._transport, reactor), name=f"pdpool-agent-{settings.name}"
+            )
+            try:
+                self._reactor.start()
+            except BaseException:
+                self._transport.close()
+                raise
+        except BaseException:
+            mapping.close()
+            raise
+
+    def close(self) -> None:
+        """End all transfers, then all that remote clients hold. Call it once."""
+        self._transport.close()
+        self._reactor.stop()
+        self._mapping.close()
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,37 @@
+"""The transport between a pool's frames and those of a client on another host."""
+
+from __future__ import annotations
+
+from pdtransport.kv.geometry import KVGeometry, LayerPages
+from pdtransport.settings import ObserveSettings, Settings
+from pdtransport.transport import Transport
+
+LIVENESS_S = 10.0  # a side that said nothing for so long is given up, unless its own settings allow more
+
+
+def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int) -> Transport:
+    """A transport whose pages are the frames of the memory at ``address``.
+
+    Raises:
+        SettingsError, LinkUnavailable: as :class:`Transport`.
+    """
+    geometry = KVGeometry(
+        layers=(LayerPages("frames", address, frame_bytes),),
+        num_blocks=nbytes // frame_bytes,
+        block_size=1,
+        heads=1,
+        head_lo=0,
+        total_heads=1,
+        slot_bytes=frame_bytes,
+        heads_first=True,
+    )
+    # An engine's own demands on its links are about its pages.
+    order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
+    links = settings.links.model_copy(update={"order": order, "require": None, "min_bandwidth_bytes_s": 0})
+    ours = settings.model_copy(update={"links": links, "observe": ObserveSettings()})
+    return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)
+
+
+def liveness_s(settings: Settings) -> float:
+    """How long the other side may be silent."""
+    return max(LIVENESS_S, settings.control.liveness_s)

@@ -1,0 +1,117 @@
+"""Tiers and codecs by name: those that come with pdtransport, and third parties' by entry points.
+
+A package adds a codec with an entry point in the group ``pdtransport.pool.codecs`` that names a class (or a function)
+without arguments, which makes a :class:`~pdtransport.pool.codecs.Codec`; and a tier with one in
+``pdtransport.pool.tiers`` that makes a :class:`~pdtransport.pool.tiers.Tier` from a dict of options. The entry point's
+name is what settings call it. Nothing is loaded before it is named.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pdtransport.errors import SettingsError
+from pdtransport.pool.codecs import FIRST_FOREIGN, LOSSY, Codec, Quantised, ShuffledZstd
+from pdtransport.pool.tiers import Tier, TierError
+
+CODECS, TIERS = "pdtransport.pool.codecs", "pdtransport.pool.tiers"
+
+
+def tier_codec(name: str, item_bytes: int) -> Codec | None:
+    """The codec that a tier was told to use; None for "none".
+
+    Raises:
+        SettingsError: there is none of this name, it can't be loaded, or it loses bits.
+    """
+    if name == "none":
+        return None
+    codec = ShuffledZstd(item_bytes) if name == "zstd" else _codec(name)
+    if codec.lossy:
+        raise SettingsError(
+            f"codec {name} loses bits: engines ask for it, under keys that say so (pool.codec of the connector's "
+            "settings); set the tier's codec to none or zstd"
+        )
+    return codec
+
+
+def lossy_codec(name: str) -> Codec | None:
+    """The lossy codec that a chunk asks for; None if this pool has none such: the chunk is then stored exactly."""
+    try:
+        codec = _codec(name)
+    except SettingsError:
+        return None
+    return codec if codec.lossy else None
+
+
+@functools.lru_cache(maxsize=256)
+def decoder(number: int) -> Codec:
+    """The codec that packed what has this number in its header.
+
+    Raises:
+        TierError: it is not at hand.
+    """
+    try:
+        if number == ShuffledZstd.number:
+            return ShuffledZstd()
+        for name in LOSSY:
+            if number == LOSSY[name]:
+                return _codec(name)
+        for name in _found(CODECS):
+            codec = _codec(name)
+            if codec.number == number:
+                return codec
+    except SettingsError as error:
+        raise TierError(str(error)) from None
+    raise TierError(f"it was packed with codec number {number}, which is not installed here")
+
+
+def make_tier(name: str, options: dict[str, Any]) -> Tier:
+    """A third party's tier.
+
+    Raises:
+        SettingsError: there is none of this name, it can't be loaded, or it can't do with these options.
+    """
+    made = _load(TIERS, name)
+    try:
+        tier = made(options)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"tier {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(tier, Tier):
+        raise SettingsError(f"tier {name}: its entry point makes a {type(tier).__name__}, no Tier")
+    tier.name = name
+    return tier
+
+
+@functools.cache
+def _codec(name: str) -> Codec:
+    if name in LOSSY:
+        return Quantised(name, LOSSY[name])  # type: ignore[arg-type]
+    made = _load(CODECS, name)
+    try:
+        codec = made()
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"codec {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(codec, Codec) or not FIRST_FOREIGN <= codec.number <= 255:
+        raise SettingsError(f"codec {name}: its entry point must make a Codec with a number of {FIRST_FOREIGN} to 255")
+    return codec
+
+
+def _found(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _load(group: str, name: str) -> Any:
+    point = _found(group).get(name)
+    if point is None:
+        known = ", ".join(sorted(_found(group))) or "none is installed"
+        raise SettingsError(f"there is no {name!r} among the entry points of {group} ({known}): install its package")
+    try:
+        return point.load()
+    except Exception as error:
+        raise SettingsError(f"{group} {name}: can't be loaded: {type(error).__name__}: {error}") from error

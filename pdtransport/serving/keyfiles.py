@@ -1,0 +1,38 @@
+"""Files that hold secrets, one a line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+from pdtransport.errors import SettingsError
+
+log = logging.getLogger("pdtransport.serving")
+
+MAX_KEY_FILE = 1 << 20  # bytes
+
+
+def read_lines(path: Path, setting: str) -> list[str]:
+    """What a file of secrets holds, without blank lines.
+
+    Raises:
+        SettingsError: it can't be read or holds nothing; the text never shows what it holds.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_KEY_FILE + 1)
+            mode = os.fstat(file.fileno()).st_mode
+        text = raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SettingsError(f"{setting}: can't read {path}: {reason}") from None
+    if len(raw) > MAX_KEY_FILE:
+        raise SettingsError(f"{setting}: {path} is larger than {MAX_KEY_FILE} bytes: is it the right file?")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise SettingsError(f"{setting}: {path} holds no key: write one a line, or leave the setting out")
+    if mode & stat.S_IRWXO:
+        log.warning("%s: all users of this machine can read or change %s; chmod 600 it", setting, path)
+    return lines

@@ -1,0 +1,206 @@
+"""vLLM's KV events of the shared pool: which blocks can be had from there, for routers that place prompts by them.
+
+Blocks have vLLM's own hashes. An engine tells of chunks that it stored, and of those that it found; and that they are
+gone once the pool says so. What it can't be sure of it does not tell of, or tells that it is gone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pdtransport.errors import PoolUnavailable
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from pdtransport.pool.client import PoolClient
+
+OWNER = "pdpool"  # who holds the blocks, in an event
+MAX_KNOWN = 1 << 18  # chunks that were told of; the oldest are told to be gone
+MAX_STORING = 1 << 14  # chunks on their way into the pool
+MAX_GONE = 1 << 16  # keys that went lately
+WATCH_S = 1.0  # between attempts to watch a pool that is not there
+REMOVED_AT_ONCE = 1024  # blocks in one event
+
+
+@dataclass
+class _Chunk:
+    """``hashes``: of its blocks; ``keys``: of all its parts; ``since``: nothing that went before this matters."""
+
+    hashes: list[Any]
+    keys: tuple[bytes, ...]
+    stored: Any  # the event that tells of it
+    since: int
+    reports: int = 0  # workers that stored their parts
+
+
+class PoolEvents:
+    """One per engine, used by the scheduler's thread."""
+
+    def __init__(self, *, block_size: int, chunk_blocks: int, ranks: int, clock: Callable[[], float]) -> None:
+        self._block_size, self._per, self._ranks, self._clock = block_size, chunk_blocks, ranks, clock
+        self._known: OrderedDict[bytes, _Chunk] = OrderedDict()  # by the first part's key
+        self._of: dict[bytes, _Chunk] = {}  # by any part's key
+        self._storing: OrderedDict[bytes, _Chunk] = OrderedDict()
+        self._heard: deque[Sequence[bytes] | None] = deque()  # what went; None: whatever there was
+        self._gone: OrderedDict[bytes, int] = OrderedDict()  # key -> when
+        self._events: list[Any] = []
+        self._watching = False
+        self._watch_at = 0.0
+        self.now = 0  # grows whenever something went
+
+    def watch(self, client: PoolClient) -> None:
+        """Hear of what goes, unless that is so already."""
+        self._drain()
+        if self._watching or self._clock() < self._watch_at:
+            return
+        self._watch_at = self._clock() + WATCH_S
+        self._watching = True
+        try:
+            client.watch(self._heard.append)
+        except PoolUnavailable:
+            self._watching = False
+
+    # -- what the engine sees ----------------------------------------------------------------------------------------
+
+    def found(self, request: Request, chunks: Sequence[tuple[bytes, ...]], since: int) -> None:
+        """The pool holds the request's first chunks, whose parts have these keys, as of ``since``. This is told each
+        time: a consumer may have come later, or have been told that all blocks of this engine were cleared."""
+        self._drain()
+        for number, keys in enumerate(chunks):
+            chunk = self._describe(request, number, keys, since)
+            if chunk is not None:
+                self._tell(chunk)
+
+    def storing(self, request: Request, first: int, chunks: Sequence[tuple[bytes, ...]]) -> None:
+        """Workers are told to store chunks ``first..``."""
+        for number, keys in enumerate(chunks, first):
+            chunk = self._describe(request, number, keys, self.now)
+            if chunk is not None:
+                self._storing[keys[0]] = chunk
+        while len(self._storing) > MAX_STORING:
+            self._storing.popitem(last=False)
+
+    def stored(self, reports: Mapping[bytes, int]) -> None:
+        """How many workers have their parts of these chunks in the pool, by the chunk's first key."""
+        self._drain()
+        for key, count in reports.items():
+            chunk = self._storing.get(key)
+            if chunk is None:
+                continue
+            chunk.reports += count
+            if chunk.reports >= self._ranks:
+                del self._storing[key]
+                self._tell(chunk)
+
+    def take(self) -> list[Any]:
+        """Events since the last call."""
+        self._drain()
+        events, self._events = self._events, []
+        return _joined(events)
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _describe(self, request: Request, number: int, keys: tuple[bytes, ...], since: int) -> _Chunk | None:
+        from vllm.distributed.kv_events import MEDIUM_CPU, BlockStored
+        from vllm.v1.core.kv_cache_utils import (
+            generate_block_hash_extra_keys,
+            maybe_convert_block_hash,
+            to_event_extra_keys,
+        )
+
+        first, end, size = number * self._per, (number + 1) * self._per, self._block_size
+        if len(request.block_hashes) < end:  # prefix caching is off: vLLM has no hashes
+            return None
+        hashes = [maybe_convert_block_hash(each) for each in request.block_hashes[first:end]]
+        extra = [
+            generate_block_hash_extra_keys(request, block * size, (block + 1) * size, 0)[0]
+            for block in range(first, end)
+        ]
+        event = BlockStored(
+            block_hashes=list(hashes),  # it may be joined with others
+            parent_block_hash=maybe_convert_block_hash(request.block_hashes[first - 1]) if first else None,
+            token_ids=list(request.all_token_ids[first * size : end * size]),
+            block_size=size,
+            lora_id=None,
+            medium=MEDIUM_CPU,
+            lora_name=None,
+            extra_keys=to_event_extra_keys(extra),
+            group_idx=0,
+            locality="LOCAL",
+            ownership=OWNER,
+        )
+        return _Chunk(hashes, keys, event, since)
+
+    def _tell(self, chunk: _Chunk) -> None:
+        if not self._watching:
+            return
+        if any(self._gone.get(key, -1) > chunk.since for key in chunk.keys):
+            return
+        self._known.setdefault(chunk.keys[0], chunk)
+        self._known.move_to_end(chunk.keys[0])
+        self._of.update(dict.fromkeys(chunk.keys, chunk))
+        self._events.append(chunk.stored)
+        chunk.stored = None
+        if len(self._known) > MAX_KNOWN:
+            self._forget([next(iter(self._known.values()))])
+
+    def _drain(self) -> None:
+        """Take in what the pool said."""
+        while self._heard:
+            keys = self._heard.popleft()
+            self.now += 1
+            if keys is None:
+                self._watching = False
+                self._storing.clear()
+                self._forget(list(self._known.values()))
+                continue
+            for key in keys:
+                self._gone[key] = self.now
+                self._gone.move_to_end(key)
+            while len(self._gone) > MAX_GONE:
+                self._gone.popitem(last=False)
+            self._forget([self._of[key] for key in keys if key in self._of])
+
+    def _forget(self, chunks: list[_Chunk]) -> None:
+        from vllm.distributed.kv_events import MEDIUM_CPU, BlockRemoved
+
+        hashes: list[Any] = []
+        for chunk in chunks:
+            if self._known.pop(chunk.keys[0], None) is not None:
+                hashes += chunk.hashes
+                for key in chunk.keys:
+                    self._of.pop(key, None)
+        for first in range(0, len(hashes), REMOVED_AT_ONCE):
+            self._events.append(
+                BlockRemoved(
+                    block_hashes=hashes[first : first + REMOVED_AT_ONCE],
+                    medium=MEDIUM_CPU,
+                    group_idx=0,
+                    locality="LOCAL",
+                    ownership=OWNER,
+                )
+            )
+
+
+def _joined(events: list[Any]) -> list[Any]:
+    """Chunks that follow one another in a prompt, in one event."""
+    from vllm.distributed.kv_events import BlockStored
+
+    found: list[Any] = []
+    for event in events:
+        last = found[-1] if found else None
+        if (
+            isinstance(event, BlockStored)
+            and isinstance(last, BlockStored)
+            and event.parent_block_hash == last.block_hashes[-1]
+        ):
+            last.block_hashes += event.block_hashes
+            last.token_ids += event.token_ids
+            last.extra_keys = [*(last.extra_keys or ()), *(event.extra_keys or ())]
+        else:
+            found.append(event)
+    return found

@@ -1,0 +1,245 @@
+"""Lossy codecs and third parties' ones, through a real pool with a tier on disk."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pdtransport.errors import SettingsError
+from pdtransport.kernels import quant
+from pdtransport.kernels.quant import Grid
+from pdtransport.kernels.runs import run
+from pdtransport.pool import plugins
+from pdtransport.pool.client import PoolClient
+from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.disk import BLOCK, STRETCH
+from pdtransport.pool.service import Pool
+from pdtransport.pool.settings import PoolSettings
+from tests.processes.pool_rig import CHUNK, Bytes, key, names, status, until
+
+GRID = Grid("bfloat16", 1, 2, 512)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    path = Path(f"/dev/shm/pdt-test-{os.getpid()}")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def pool(directory: Path, **disk: Any) -> Pool:
+    """Memory for four chunks."""
+    tier = {"path": directory / "disk", "bytes": 64 << 20, **disk}
+    return Pool(PoolSettings.parse({"dir": directory, "memory_bytes": 4 * CHUNK, "disk": tier}))
+
+
+def kv(number: int) -> Bytes:
+    """A chunk of bfloat16."""
+    values = np.random.default_rng(number).standard_normal(CHUNK // 2).astype(np.float32)
+    return quant.to_bytes(values, "bfloat16")
+
+
+def put(client: PoolClient, number: int, what: Bytes, lossy: Lossy | None = None) -> None:
+    done = client.store([key(number)], [run(what.ctypes.data, what.size)], lossy=lossy).result()
+    assert names(done) == ["WRITE"], done.error
+    until(lambda: status(client)["writeback_bytes"] == 0, "write-back hangs")
+
+
+def get(client: PoolClient, number: int) -> Bytes | None:
+    found = np.zeros(CHUNK, dtype=np.uint8)
+    done = client.load([key(number)], [run(found.ctypes.data, found.size)]).result()
+    return found if names(done) == ["READ"] else None
+
+
+def flood(client: PoolClient) -> None:
+    """Push everything else out of memory."""
+    for number in range(1001, 1005):
+        if get(client, number) is None:
+            put(client, number, kv(number))
+
+
+def files(directory: Path, number: int) -> list[Path]:
+    return list((directory / "disk").glob(f"*/*/{key(number).hex()}.*"))
+
+
+@pytest.mark.parametrize("direct", ["auto", "off"])
+@pytest.mark.parametrize("nbytes", [CHUNK, 3 * 4096 + 8, 8, STRETCH - BLOCK, 2 * STRETCH + 8])
+def test_chunks_of_any_length_come_back_from_disk(directory: Path, nbytes: int, direct: str) -> None:
+    """Whole blocks or not, round the page cache or through it: what was stored, byte for byte."""
+    stored, loaded = np.resize(kv(1), nbytes), np.zeros(nbytes, dtype=np.uint8)
+    stored[::4095] = np.arange(len(stored[::4095]), dtype=np.uint32).astype(np.uint8)
+    tier = {"path": directory / "disk", "bytes": 64 << 20, "direct": direct}
+    made = PoolSettings.parse({"dir": directory, "memory_bytes": 2 * nbytes + (1 << 20), "disk": tier})
+    with PoolClient(directory=directory) as client:
+        with Pool(made):
+            put(client, 1, stored)
+        with Pool(made):
+            until(lambda: client.lookup([key(1)]).result().there, "it was not found again")
+            found = client.load([key(1)], [run(loaded.ctypes.data, nbytes)]).result()
+            assert names(found) == ["READ"]
+            assert np.array_equal(loaded, stored)
+            assert files(directory, 1)[0].stat().st_size == BLOCK + nbytes
+
+
+@pytest.mark.parametrize(("name", "share"), [("fp8", 0.53), ("int4", 0.28)])
+def test_a_chunk_is_packed_with_loss_only_where_asked_for(directory: Path, name: str, share: float) -> None:
+    """What comes up is what decoding the codes gives, also after a restart, and verified; its file is as short as the
+    codec promises; chunks that did not ask come back exactly, in a tier with a codec of its own too."""
+    lossy = Lossy(name, GRID)
+    packed, expected = quant.pack(name, GRID, kv(1)), np.empty(CHUNK, dtype=np.uint8)  # type: ignore[arg-type]
+    assert packed is not None
+    quant.unpack(name, GRID, packed, expected)  # type: ignore[arg-type]
+    with PoolClient(directory=directory) as client:
+        with pool(directory):
+            put(client, 1, kv(1), lossy)
+            assert np.array_equal(get(client, 1), kv(1)), "memory holds what was stored"
+            put(client, 2, kv(2))
+            flood(client)
+            assert np.array_equal(get(client, 1), expected)
+            assert np.array_equal(get(client, 2), kv(2))
+            (file,) = files(directory, 1)
+            assert file.stat().st_size < share * CHUNK
+        with pool(directory, codec="zstd"):
+            until(lambda: client.lookup([key(1)]).result().there, "it was not found again")
+            assert np.array_equal(get(client, 1), expected)
+            assert np.array_equal(get(client, 2), kv(2))
+
+
+def test_what_can_not_be_packed_is_stored_exactly(directory: Path) -> None:
+    """A chunk with a not-a-number in it, of another grid, or for a codec that this pool lacks: exact, no failure."""
+    odd = kv(1)
+    odd[:2] = 0xFF
+    with pool(directory), PoolClient(directory=directory) as client:
+        put(client, 1, odd, Lossy("fp8", GRID))
+        put(client, 2, kv(2), Lossy("fp8", Grid("bfloat16", 7, 1, 512)))
+        put(client, 3, kv(3), Lossy("nobody-has-it", GRID))
+        flood(client)
+        for number, what in ((1, odd), (2, kv(2)), (3, kv(3))):
+            assert np.array_equal(get(client, number), what)
+        assert "disk_write_failed" not in status(client)["counters"]
+
+
+def test_a_damaged_packed_chunk_is_a_miss(directory: Path) -> None:
+    """A flipped bit among the codes, among the scales or in what says how elements lie, and a file cut off: never
+    served."""
+    with pool(directory), PoolClient(directory=directory) as client:
+        places = [BLOCK, BLOCK + 5, BLOCK + 16, BLOCK + CHUNK // 4, -1]
+        for number in range(len(places) + 1):
+            put(client, number, kv(number), Lossy("fp8", GRID))
+        flood(client)
+        for number, place in enumerate(places):
+            (file,) = files(directory, number)
+            raw = bytearray(file.read_bytes())
+            raw[place] ^= 0x20
+            file.write_bytes(raw)
+        os.truncate(files(directory, len(places))[0], BLOCK + 1000)
+        assert [get(client, number) for number in range(len(places) + 1)] == [None] * (len(places) + 1)
+        assert status(client)["counters"]["disk_read_failed"] == len(places) + 1
+
+
+# -- third parties ------------------------------------------------------------------------------------------
+
+FOREIGN = """
+import zlib
+from pdtransport.pool.codecs import Codec
+from pdtransport.pool.tiers import Stored, Tier, TierError, fill
+
+class Deflate(Codec):
+    name, number = "deflate", 77
+    def encode(self, parts, grid):
+        return zlib.compress(b"".join(parts), 1)
+    def decode(self, payload, parts):
+        plain, first = zlib.decompress(payload), 0
+        for part in parts:
+            part[:] = plain[first : first + len(part)]
+            first += len(part)
+
+class Shelf(Tier):
+    name, overhead_bytes, threads = "elsewhere", 100, 1
+    held = {}
+    def __init__(self, options):
+        self.limit = options["limit"]
+    def scan(self):
+        for (key, tenant, nbytes), value in list(self.held.items()):
+            yield Stored(key, tenant, nbytes, len(value))
+    def write(self, key, tenant, nbytes, pieces):
+        value = self.held[key, tenant, nbytes] = b"".join(pieces)
+        return len(value)
+    def read(self, key, tenant, nbytes, place):
+        if (key, tenant, nbytes) not in self.held:
+            raise TierError("gone")
+        fill(self.held[key, tenant, nbytes], place)
+    def delete(self, key, tenant, nbytes):
+        self.held.pop((key, tenant, nbytes), None)
+
+def broken():
+    raise RuntimeError("no luck")
+"""
+POINTS = """[pdtransport.pool.codecs]
+deflate = pdt_foreign:Deflate
+broken = pdt_foreign:broken
+absent = pdt_foreign:Absent
+
+[pdtransport.pool.tiers]
+elsewhere = pdt_foreign:Shelf
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An installed package of somebody else's."""
+    (tmp_path / "pdt_foreign.py").write_text(FOREIGN)
+    info = tmp_path / "pdt_foreign-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pdt-foreign\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(POINTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    _forget()
+    import pdt_foreign  # type: ignore[import-not-found]
+
+    yield pdt_foreign
+    sys.modules.pop("pdt_foreign")
+    _forget()
+
+
+def _forget() -> None:
+    plugins._codec.cache_clear()
+    plugins.decoder.cache_clear()
+
+
+def test_third_parties_add_codecs_and_tiers(directory: Path, foreign: Any) -> None:
+    """Named by their entry points, both are used as if they were ours; what their codec packed is read back without
+    being named."""
+    tiers = {"elsewhere": {"bytes": 64 << 20, "codec": "deflate", "options": {"limit": 5}}}
+    settings = PoolSettings.parse({"dir": directory, "memory_bytes": 4 * CHUNK, "tiers": tiers})
+    zeros = np.zeros(CHUNK, dtype=np.uint8)
+    with PoolClient(directory=directory) as client:
+        with Pool(settings):
+            put(client, 1, zeros)
+            assert [len(value) < CHUNK // 4 for value in foreign.Shelf.held.values()] == [True]
+            flood(client)
+            assert np.array_equal(get(client, 1), zeros)
+            assert status(client)["tiers"]["elsewhere"]["chunks"] == 5
+        tiers["elsewhere"]["codec"] = "none"
+        with Pool(PoolSettings.parse({"dir": directory, "memory_bytes": 4 * CHUNK, "tiers": tiers})):
+            until(lambda: client.lookup([key(1)]).result().there, "it was not found again")
+            assert np.array_equal(get(client, 1), zeros)
+
+
+@pytest.mark.parametrize(
+    ("codec", "says"),
+    [("nobody", "deflate"), ("broken", "no luck"), ("absent", "can't be loaded"), ("fp8", "engines ask for it")],
+)
+def test_a_codec_that_can_not_be_had_is_said_at_start(directory: Path, foreign: Any, codec: str, says: str) -> None:
+    """One line with the cause; a lossy one is refused, for chunks of engines that want exact bytes would pass it."""
+    with pytest.raises(SettingsError, match=says):
+        pool(directory, codec=codec)
