@@ -329,9 +329,9 @@ class PoolClient:
         future.add_done_callback(lambda _: self._forget(operation))  # also if it is cancelled before it began
         return Pending(future, seconds, operation.cancel)
 
-    def _window(self, deadline: float, operation: Operation) -> int:
-        """Bytes to ask for at one time, so that what this client holds fits what it may, and a tier below memory
-        finds room to bring chunks up to; when copies can begin.
+    def _window(self, deadline: float, operation: Operation) -> tuple[int, int]:
+        """Bytes to ask for at one time, and to hold together, so that what this client holds fits what it may, and a
+        tier below memory finds room to bring chunks up to; when copies can begin.
 
         Raises:
             PoolUnavailable: there is no pool.
@@ -348,7 +348,8 @@ class PoolClient:
                 raise PoolUnavailable("copies can't begin yet: memory is being registered, or links opened")
         if session.waits and session.problem:
             raise PoolUnavailable(session.problem)
-        return min(WINDOW_BYTES, session.client_bytes // (WINDOWS * self._threads), session.memory_bytes // 8)
+        share = session.client_bytes // self._threads
+        return min(WINDOW_BYTES, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
 
     def _run(self, operation: Operation) -> Copied:
         copier = self._spare.get()

@@ -6,8 +6,6 @@ from pdtransport.kv.geometry import KVGeometry, LayerPages
 from pdtransport.settings import ObserveSettings, Settings
 from pdtransport.transport import Transport
 
-LIVENESS_S = 10.0  # a side that said nothing for so long is given up, unless its own settings allow more
-
 
 def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int) -> Transport:
     """A transport whose pages are the frames of the memory at ``address``.
@@ -30,8 +28,3 @@ def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settin
     links = settings.links.model_copy(update={"order": order, "require": None, "min_bandwidth_bytes_s": 0})
     ours = settings.model_copy(update={"links": links, "observe": ObserveSettings()})
     return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)
-
-
-def liveness_s(settings: Settings) -> float:
-    """How long the other side may be silent."""
-    return max(LIVENESS_S, settings.control.liveness_s)

@@ -31,7 +31,7 @@ from pdtransport.outcome import Outcome
 from pdtransport.pool import messages as say
 from pdtransport.pool.frames import Frames, frames_for
 from pdtransport.pool.memory import Mapping
-from pdtransport.pool.moving import liveness_s, open_transport
+from pdtransport.pool.moving import open_transport
 from pdtransport.pool.remote_messages import (
     Ping,
     Pong,
@@ -51,6 +51,7 @@ from pdtransport.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+SILENCE_S = 10.0  # an agent that said nothing for so long is given up, unless control.liveness_s is longer
 AGAIN_S = 1.0  # after an agent could not be reached, until it is tried again
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -175,7 +176,7 @@ class RemoteWire(Wire):
         self._staging_bytes = staging_bytes
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
-        self._silence_s = liveness_s(settings)
+        self._silence_s = max(SILENCE_S, control.liveness_s)
         self._beat_at = self._heard_at = self._not_before = 0.0
         self._waiting: deque[_Granted] = deque()
         self._lent: dict[int, dict[int, bytes]] = {}  # staging frames of chunks, by request and place

@@ -70,6 +70,9 @@ class RemoteSettings(BaseModel):
         None, description="Z85 public key of clients that may connect. Default: only our own (one shared pair)."
     )
     allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
+    liveness_s: float = Field(
+        10.0, gt=0, le=600, description="A client that said nothing for so long is given up, and what it holds."
+    )
     max_clients: int = Field(64, ge=1, le=1024, description="Clients on other hosts that may be connected at once.")
 
     @model_validator(mode="after")

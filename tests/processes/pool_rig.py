@@ -147,7 +147,8 @@ def mine(client: PoolClient) -> dict[str, Any]:
 
 
 class Other:
-    """A client in a process of its own, of the pool in a directory or at an address. It can be told to halt in the middle of the next copy, half of it done."""
+    """A client in a process of its own, of the pool in a directory or at an address. It can be told to halt in the
+    middle of the next copy, half of it done."""
 
     def __init__(self, place: Path | str, settings: Settings | None = None) -> None:
         context = mp.get_context("spawn")
