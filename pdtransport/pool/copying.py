@@ -109,7 +109,8 @@ class Copying:
                     self._finish(self._under_way.popleft())
                 else:
                     self._hear(*self._do.heard.get())
-                self._tidy()
+                if not self._do.cancelled.is_set():  # or a grant that was passed over would look done
+                    self._tidy()
         except PoolUnavailable as error:
             self.error = str(error)
         finally:

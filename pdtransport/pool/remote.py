@@ -424,21 +424,23 @@ class RemoteWire(Wire):
         super()._send(message)
         session = self.session
         if isinstance(message, say.Release | say.Cancel) and isinstance(session, RemoteSession):
-            lent = self._lent.get(message.request, {})
-            places = list(lent)
+            places = list(self._lent.get(message.request, ()))
             if isinstance(message, say.Release):
                 places = np.frombuffer(message.indices, dtype="<u4").tolist()
-            frames = b"".join(lent.pop(place, b"") for place in places)
-            if not lent:
-                self._lent.pop(message.request, None)
-            self._give_back(session, frames)
+            self._give_back(session, self._take_back(message.request, places))
+
+    def _take_back(self, request: int, places: list[int]) -> bytes:
+        """The frames that were lent for these chunks; chunks without any count for nothing."""
+        lent = self._lent.get(request, {})
+        frames = b"".join(lent.pop(place, b"") for place in places)
+        if not lent:
+            self._lent.pop(request, None)
+        return frames
 
     def _publish(self, message: say.Publish) -> None:
         """A store: offer what was copied into staging frames to the agent."""
         session = self._session
-        lent = self._lent.get(message.request, {})
-        places = np.frombuffer(message.indices, dtype="<u4").tolist()
-        frames = b"".join(lent.pop(place, b"") for place in places)
+        frames = self._take_back(message.request, np.frombuffer(message.indices, dtype="<u4").tolist())
         on_end = self._moving(session, lambda _outcome: self._give_back(session, frames))
         if on_end is None or session.transport is None:
             return
