@@ -29,7 +29,7 @@ from pdtransport.pool.settings import MAX_CHUNK_BYTES, STAGING_BYTES, PoolSettin
 from pdtransport.pool.wire import Asked, Session, Wire, now_plus
 from pdtransport.protocol.messages import Message
 from pdtransport.reactor import Reactor, leave_pinned_cores
-from pdtransport.settings import Settings
+from pdtransport.settings import PoolUse, Settings
 
 T = TypeVar("T")
 
@@ -160,6 +160,12 @@ class PoolClient:
     def connect(cls, address: str, settings: Settings | None = None, **more: Any) -> PoolClient:
         """A client of the pool at ``address`` (``tcp://HOST:PORT``) on another host; the rest as in the constructor."""
         return cls(address=address, settings=settings, **more)
+
+    @classmethod
+    def of(cls, settings: Settings, use: PoolUse, **more: Any) -> PoolClient:
+        """A client of the pool that an engine's settings name."""
+        staging = use.staging_bytes
+        return cls(use.name, use.dir, address=use.address, settings=settings, staging_bytes=staging, **more)
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 

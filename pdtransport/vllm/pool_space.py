@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.kv.keys import KeySpace
+from pdtransport.pool.remote import host_and_port
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.settings import PoolUse
 from pdtransport.transport import fingerprint_of
@@ -35,6 +36,8 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
     loaded."""
     place = {"name": use.name} if use.dir is None else {"name": use.name, "dir": use.dir}
     PoolSettings.parse(place, where="kv_connector_extra_config: pool")
+    if use.address is not None:
+        host_and_port(use.address)
     if use.load and load_failure_policy != "recompute":
         raise SettingsError(
             f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
@@ -116,6 +119,8 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     nbytes = use.chunk_blocks * described.kernel_blocks_per_block * geometry.block_bytes(*parts[0])
     if nbytes > MAX_CHUNK_BYTES:
         return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
+    if use.address is not None and nbytes > use.staging_bytes:
+        return f"pool.staging_bytes {use.staging_bytes} do not hold a chunk of {nbytes} bytes: set more"
     return ""
 
 

@@ -22,7 +22,7 @@ from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.pool.client import Copied, Pending, PoolClient
 from pdtransport.pool.request import Verdict
-from pdtransport.settings import PoolUse
+from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.metadata import Fetch, Keep
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class PoolWorker:
         on_loaded: of a request, and whether all its pages are what was stored.
         on_kept: of a request: one :class:`Keep` no longer reads its pages.
         count: chunks by what became of them, and the bytes that were copied.
+        settings: of the engine, for a pool on another host.
 
     Raises:
         PoolUnavailable: a GPU has no memory left for it.
@@ -68,7 +69,9 @@ class PoolWorker:
         on_loaded: Callable[[str, bool], None],
         on_kept: Callable[[str], None],
         count: Callable[[str, Counter[str], int], None],
+        settings: Settings | None = None,
     ) -> None:
+        settings = settings or Settings()
         self._use, self._geometry = use, geometry
         self._parts, self._ratio, self._rank = parts, ratio, rank
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
@@ -80,8 +83,8 @@ class PoolWorker:
         # Loads have a client of their own: a request waits for them, and for stores nobody does.
         who = f"vllm-{os.getpid()}"
         self._loader, self._storer = (
-            PoolClient(
-                use.name, use.dir, tenant=use.tenant, threads=threads, who=f"{who}-{what}", device=geometry.device
+            PoolClient.of(
+                settings, use, tenant=use.tenant, threads=threads, who=f"{who}-{what}", device=geometry.device
             )
             for what, threads in (("load", LOAD_THREADS), ("store", STORE_THREADS))
         )

@@ -118,6 +118,7 @@ class SchedulerSide:
             ranks=self._ranks,
             clock=self._clock,
             ring=self._rope.pull,
+            settings=self._settings,
         )
 
     def bind(self, connector: Any, manager: Any) -> None:

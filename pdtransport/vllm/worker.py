@@ -130,6 +130,7 @@ class WorkerSide:
                 on_loaded=self._loaded,
                 on_kept=self._kept,
                 count=self._count_chunks,
+                settings=self._settings,
             )
         except PoolUnavailable as error:
             logger.warning("pdtransport: the pool is not used: %s", error)
