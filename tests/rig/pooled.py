@@ -16,7 +16,8 @@ from tests.rig.cases import BLOCK, Case, assert_equal
 from tests.rig.client import Client, in_parallel
 from tests.rig.device import PLACE
 from tests.rig.fixtures import TINY_CHUNK, TINY_LEN, TINY_TOKENS, pair_spec
-from tests.rig.servers import Server, ServerSpec
+from tests.rig.ports import HOST
+from tests.rig.servers import PORTS, Server, ServerSpec
 
 CHUNK_BLOCKS = 2
 CHUNK = CHUNK_BLOCKS * BLOCK
@@ -31,12 +32,15 @@ class Service:
 
     def __init__(self, folder: Path) -> None:
         self.directory = folder / "pool"
+        port = PORTS.take(2)
+        self.address = f"tcp://{HOST}:{port}"
+        self._door = ("--listen", f"{HOST}:{port}")
         self.disk = ("--disk", str(folder / "disk"), "--disk-bytes", "1GiB", "--disk-codec", "zstd")
         self._daemon: Daemon | None = None
 
     def start(self, *options: str) -> None:
         self.kill()
-        self._daemon = Daemon(self.directory, *options, memory=MEMORY)
+        self._daemon = Daemon(self.directory, *self._door, *options, memory=MEMORY)
 
     def signal(self, number: int) -> None:
         assert self._daemon is not None
@@ -77,15 +81,17 @@ class Service:
         return counters
 
 
-def pooled(directory: Path, spec: ServerSpec, **more: Any) -> ServerSpec:
-    """``spec`` with the pool in ``directory``."""
-    use = {"dir": str(directory), "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0, **more}
+def pooled(place: Path | str, spec: ServerSpec, **more: Any) -> ServerSpec:
+    """``spec`` with the pool in a directory, or at an address."""
+    where = {"dir": str(place)} if isinstance(place, Path) else {"address": place}
+    use = {**where, "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0, **more}
     return replace(spec, extra_config={**spec.extra_config, "pool": use}, load_failure_policy="recompute")
 
 
-def writer_spec(directory: Path) -> ServerSpec:
-    """The first server with the pool. A test kills it."""
-    return pooled(directory, pair_spec("writer", "kv_both", cores="0"))
+def writer_spec(service: Service) -> ServerSpec:
+    """The first server with the pool, which a test kills. On the CPU it uses the pool as one on another host, others
+    as one on theirs."""
+    return pooled(service.directory if PLACE.gpu else service.address, pair_spec("writer", "kv_both", cores="0"))
 
 
 def tiny_pooled_spec(name: str, directory: Path) -> ServerSpec:
