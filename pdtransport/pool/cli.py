@@ -55,14 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--redis", dest="redis.url", metavar="URL", help=_help(RedisSettings, "url"))
     _add(made, RedisSettings, "redis.", leave_out={"url"})
     made.add_argument("--listen", dest="remote.listen", metavar="HOST:PORT", help=_help(RemoteSettings, "listen"))
-    _add(made, RemoteSettings, "remote.", leave_out={"listen", "curve_allowed_keys"})
-    made.add_argument(
-        "--remote-curve-allowed-key",
-        dest="remote.curve_allowed_keys",
-        metavar="KEY",
-        action="append",
-        help=_help(RemoteSettings, "curve_allowed_keys"),
-    )
+    _add(made, RemoteSettings, "remote.", leave_out={"listen"})
     made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made

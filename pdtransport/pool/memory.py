@@ -30,13 +30,14 @@ class Mapping:
     """A mapped memory file. ``address`` and ``nbytes`` say where it lies in this process.
 
     Attributes:
+        populated: all of it was mapped ahead of its use.
         registered: all of it, with CUDA.
         problem: why it can't be.
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.registered, self.problem = False, ""
+        self.populated, self.registered, self.problem = False, False, ""
         self.users = 1
         self._registering = threading.Lock()
         self._device = 0

@@ -27,6 +27,7 @@ from zmq.utils.monitor import parse_monitor_message
 from pdtransport.control import curve
 from pdtransport.control.sockets import Inbox, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError, SettingsError
+from pdtransport.kv.geometry import HOST
 from pdtransport.outcome import Outcome
 from pdtransport.pool import messages as say
 from pdtransport.pool.frames import Frames, frames_for
@@ -119,7 +120,8 @@ class RemoteSession(Session):
             self.problem = f"chunks can't be moved: {error}"
             logger.warning("the pool's chunks are neither stored nor loaded: %s", self.problem)
             return
-        reach_memory(mapping, self._device, lambda: self.broken)
+        if self._device != HOST:  # frames that are not used shall take up no memory
+            reach_memory(mapping, self._device, lambda: self.broken)
         self.problem = mapping.problem
 
     def end_transfers(self) -> None:

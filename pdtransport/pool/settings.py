@@ -63,12 +63,9 @@ class RemoteSettings(BaseModel):
         "machine it needs CURVE keys."
     )
     curve_public_key_file: Path | None = Field(
-        None, description="CURVE key pair of this pool; made with `pdlaunch keys`."
+        None, description="CURVE key pair that this pool and its clients share; made with `pdlaunch keys`."
     )
     curve_secret_key_file: Path | None = Field(None, description="Secret half of it.")
-    curve_allowed_keys: tuple[str, ...] | None = Field(
-        None, description="Z85 public key of clients that may connect. Default: only our own (one shared pair)."
-    )
     allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
     liveness_s: float = Field(
         10.0, gt=0, le=600, description="A client that said nothing for so long is given up, and what it holds."
@@ -103,7 +100,6 @@ class RemoteSettings(BaseModel):
                 port=self.port + offset,
                 curve_public_key_file=self.curve_public_key_file,
                 curve_secret_key_file=self.curve_secret_key_file,
-                curve_allowed_keys=self.curve_allowed_keys,
                 allow_plaintext=self.allow_plaintext,
             )
         except ValidationError as error:
