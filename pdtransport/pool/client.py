@@ -124,6 +124,7 @@ class PoolClient:
         address: str | None = None,
         settings: Settings | None = None,
         staging_bytes: int = STAGING_BYTES,
+        copies: bool = True,
     ) -> None:
         place = PoolSettings(name=name) if directory is None else PoolSettings(name=name, dir=directory)
         who = (who or f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}")[:128]
@@ -142,7 +143,7 @@ class PoolClient:
 
                 host, port = host_and_port(address)
                 self._wire = RemoteWire(
-                    host, port, settings or Settings(), who, tenant, device, staging_bytes, reactor.post
+                    host, port, settings or Settings(), who, tenant, device, staging_bytes, copies, reactor.post
                 )
             return self._wire
 
@@ -153,7 +154,7 @@ class PoolClient:
         for _ in range(threads):
             self._spare.put(make_copier(device))
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
-        if device != HOST:
+        if device != HOST or address is not None:  # the first one who asks should not wait for that
             self._question(lambda number: say.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
 
     @classmethod

@@ -25,6 +25,7 @@ def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settin
     )
     # An engine's own demands on its links are about its pages.
     order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
-    links = settings.links.model_copy(update={"order": order, "require": None, "min_bandwidth_bytes_s": 0})
+    changed = {"order": order, "require": None, "min_bandwidth_bytes_s": 0, "probe_bytes": 0}
+    links = settings.links.model_copy(update=changed)
     ours = settings.model_copy(update={"links": links, "observe": ObserveSettings()})
     return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)

@@ -73,7 +73,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 class RemoteSession(Session):
-    """One connection to an agent. Its transport is opened when somebody wants to copy."""
+    """One connection to an agent. Its transport is opened in a thread of its own, before the first copy."""
 
     def __init__(self, settings: Settings, device: int) -> None:
         super().__init__(0, lambda: None)
@@ -152,6 +152,7 @@ class RemoteWire(Wire):
 
     Args:
         settings: keys, links, and the address of this host that the agent can reach (``control.host``).
+        copies: open links at once, not when somebody wants to copy.
         post: run a call in the I/O thread.
     """
 
@@ -164,6 +165,7 @@ class RemoteWire(Wire):
         tenant: str,
         device: int,
         staging_bytes: int,
+        copies: bool,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         super().__init__(Path(), f"tcp://{host}:{port}", client_name, tenant, device)
@@ -175,7 +177,7 @@ class RemoteWire(Wire):
                 f"pool.address: {host} is not this machine, and there are no CURVE keys (control.curve_*_key_file; "
                 "control.allow_plaintext on a trusted network)"
             )
-        self._staging_bytes = staging_bytes
+        self._staging_bytes, self._copies = staging_bytes, copies
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
         self._silence_s = max(SILENCE_S, control.liveness_s)
@@ -278,6 +280,8 @@ class RemoteWire(Wire):
         session.memory_bytes = welcome.nbytes
         session.client_bytes = min(welcome.client_bytes, session.mapping.nbytes)
         self._why = ""
+        if self._copies:
+            session.begin()
         self._send_unsent(session)
 
     def _on_remote_answer(self, answer: RemoteAnswer) -> None:

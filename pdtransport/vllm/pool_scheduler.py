@@ -109,7 +109,9 @@ class PoolScheduler:
         self._shards = [shards[rank].spaces for rank in range(self._ranks)]
         if self._client is None:
             who = f"vllm-{os.getpid()}-lookup"
-            self._client = PoolClient.of(self._settings, self._use, deadline_s=ANSWER_S, threads=1, who=who)
+            self._client = PoolClient.of(
+                self._settings, self._use, deadline_s=ANSWER_S, threads=1, who=who, copies=False
+            )
 
     def close(self) -> None:
         if self._client is not None:
