@@ -51,6 +51,7 @@ __all__ = [
     "GpuError",
     "GpuPages",
     "Launch",
+    "Plan",
     "allocation_of",
     "can_access",
     "device_of",
@@ -64,6 +65,8 @@ __all__ = [
     "to_host",
     "unregister_host",
 ]
+
+Plan = pieces.Pieces
 
 COPY_BLOCKS = 528  # of threads: four on each of an H200's 132 SMs, all at once
 MAX_COPY_BLOCKS = 1 << 16
@@ -202,7 +205,23 @@ class GpuPages:
             ValueError: streams of different lengths, ``blocks`` does not fit, or something is no multiple of 8.
             GpuError: CUDA refuses, or an earlier launch failed.
         """
-        return self._launch(pieces.cut(src, dst, blocks), blocks)
+        return self.start(self.plan(src, dst, blocks), blocks)
+
+    def plan(self, src: Runs, dst: Runs, blocks: int = 0) -> Plan:
+        """The part of :meth:`copy_runs` that needs no GPU, for :meth:`start`.
+
+        Raises:
+            ValueError: as :meth:`copy_runs`.
+        """
+        return pieces.cut(src, dst, blocks)
+
+    def start(self, plan: Plan, blocks: int = 0) -> Launch:
+        """Starts what was planned, with as many ``blocks``.
+
+        Raises:
+            GpuError: CUDA refuses, or an earlier launch failed.
+        """
+        return self._launch(plan, blocks)
 
     def checksum(self, runs: Runs, blocks: int) -> Launch:
         """Starts to sum ``blocks`` equally long blocks of the stream.

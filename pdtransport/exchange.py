@@ -38,6 +38,7 @@ from pdtransport.protocol.messages import (
     Batch,
     Claim,
     Code,
+    Coming,
     Commit,
     Grant,
     LinkCall,
@@ -161,6 +162,8 @@ class Exchange:
             self.handing.on_message(peer, message, now)
         elif isinstance(message, (Accept, Batch, Commit, Revoked, Abort)):
             self.taking.on_message(peer, message, now)
+        elif isinstance(message, Coming):
+            self.taking.coming(peer, message)
         elif isinstance(message, LinkCall):
             self._peers.link_call(peer, message)
 

@@ -12,13 +12,13 @@ from functools import partial
 from pdtransport.control.channel import ControlChannel, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.geometry import KVGeometry
-from pdtransport.links.base import Channel, LinkBusy, Runs
+from pdtransport.links.base import Channel, LinkBusy, Prepared, Runs
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.peers import Peers
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import Ack, Code, Commit, ConsumerMessage, Grant
+from pdtransport.protocol.messages import Ack, Code, Coming, Commit, ConsumerMessage, Grant
 from pdtransport.protocol.receiving import TransferOver
 from pdtransport.protocol.sending import Sending
 
@@ -36,7 +36,7 @@ class _Prepared:
     pages: list[int]
     channel: Channel
     runs: Runs
-    what: object
+    what: Prepared
 
 
 @dataclass
@@ -141,6 +141,16 @@ class Handing:
             prepared = peer.outbound.prepare(runs, count if self._checksums else 0, event)
             if prepared is not None:
                 source.prepared[machine.peer, first, count] = _Prepared(ids, peer.outbound, runs, prepared)
+                self._control.send(
+                    peer.id,
+                    Coming(
+                        transfer=transfer,
+                        generation=machine.grant.generation,
+                        first_block=first,
+                        blocks=count,
+                        offer=prepared.offer,
+                    ),
+                )
         source.foreseen = max(source.foreseen, blocks)
 
     def _final_blocks(self, source: _Source, pages: Sequence[int], tokens_done: int) -> int:

@@ -17,7 +17,7 @@ from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnOutcome, Outcome, tell
 from pdtransport.peers import Endpoint, Peer, Peers
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import Accept, Batch, Claim, Code, Commit, ProducerMessage
+from pdtransport.protocol.messages import Accept, Batch, Claim, Code, Coming, Commit, ProducerMessage
 from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Taking:
         # Generations of different incarnations never meet: 31 bits of incarnation above 31 bits of count.
         self.receiving = Receiving(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
         self._geometry = geometry
+        self._checksums = limits.checksums
         self._me = me
         self._control = control
         self._peers = peers
@@ -189,6 +190,18 @@ class Taking:
             elif isinstance(message, Commit):
                 sink.record.mark("committed")
         self.run(self.receiving.on_message(peer, message, now))
+
+    def coming(self, peer_id: PeerId, message: Coming) -> None:
+        """A batch was announced before its pages are computed."""
+        sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
+        if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
+            return
+        first = message.first_block - sink.wanted.first_block
+        pages = sink.wanted.pages[first : first + message.blocks] if first >= 0 else ()
+        if len(pages) == message.blocks:
+            runs = self._geometry.runs(pages, *sink.heads[peer_id])
+            self._counters["batches_foreseen"] += 1
+            peer.inbound.foresee(message.offer, runs, message.blocks if self._checksums else 0)
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Its channels are closed already."""

@@ -50,6 +50,13 @@ class LinkStats:
         return None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What :meth:`Channel.prepare` made; ``offer`` is what :meth:`Channel.send` will offer."""
+
+    offer: bytes
+
+
 class Channel(ABC):
     """One link to one peer incarnation."""
 
@@ -59,7 +66,7 @@ class Channel(ABC):
     max_batch_bytes: int = 1 << 40  # the largest batch that `send` takes
     stats: LinkStats
 
-    def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> object | None:
+    def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> Prepared | None:
         """GPU memory: do what can be done of a :meth:`send` before the kernels have ended that compute the pages,
         behind which the raw cudaEvent_t is recorded. The result is for that one ``send``, after the event; it may be
         dropped. None: there is nothing to gain."""
@@ -67,7 +74,7 @@ class Channel(ABC):
 
     @abstractmethod
     def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
     ) -> tuple[bytes, bytes]:
         """Offer ``runs`` under ``key`` (unique per channel, < 2**56).
 
@@ -91,6 +98,11 @@ class Channel(ABC):
 
         Raises:
             LinkUnavailable: we can't; the text says why.
+        """
+
+    def foresee(self, offer: bytes, runs: Runs, blocks: int) -> None:  # noqa: B027 - most links have nothing to gain
+        """A batch with this ``offer`` will come for ``runs`` (``blocks`` 0: without checksums): do what can be done of
+        its :meth:`receive` now, and touch neither side's pages. Never raises; the batch may never come, or be another.
         """
 
     @abstractmethod

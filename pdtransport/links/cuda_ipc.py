@@ -28,7 +28,7 @@ from pdtransport.kernels import pages
 from pdtransport.kernels.reference import Spans
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.kv.geometry import HOST
-from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats
+from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats, Prepared
 from pdtransport.links.calls import call
 from pdtransport.links.host import ProcessWatch, host_id, my_start_ticks, neighbour
 from pdtransport.links.memory import Regions
@@ -36,7 +36,7 @@ from pdtransport.links.packed import pack, unpack
 from pdtransport.settings import LinkSettings
 
 if TYPE_CHECKING:
-    from pdtransport.kernels.gpu import Checksums, Launch
+    from pdtransport.kernels.gpu import Checksums, Launch, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ MAX_QUEUED = 4096  # batches to copy, a channel
 MAX_UNDER_WAY = 4  # kernels of a channel on the GPU at once: enough to hide their launches
 MAX_PREPARED = 16  # checksums that wait for the model, over all peers
 MAX_PREPARED_RUNS = 1 << 15  # of each: their tables wait in a ring of 8 MiB
+MAX_FORESEEN = 16  # batches that a channel was told of and that have not come; each up to 1 MiB of tables
 MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
 DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
 LOOK_S = 2e-5
@@ -151,8 +152,8 @@ class _Copy:
     """A batch to be placed; ``done`` is None once it is fenced."""
 
     key: int
-    source: Runs
-    target: Runs
+    plan: Plan
+    nbytes: int
     checksums: bytes
     blocks: int
     done: Done | None
@@ -160,9 +161,15 @@ class _Copy:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    offer: bytes
+class _Prepared(Prepared):
     launch: Launch
+
+
+@dataclass(frozen=True)
+class _Foreseen:
+    runs: Runs
+    blocks: int
+    plan: Plan
 
 
 @dataclass(eq=False)
@@ -192,6 +199,7 @@ class CudaIpcChannel(Channel):
         self._queue: deque[_Copy] = deque()
         self._under_way: deque[_Copy] = deque()
         self._fences: list[_FenceWait] = []
+        self._foreseen: dict[bytes, _Foreseen] = {}  # by offer
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
@@ -214,7 +222,7 @@ class CudaIpcChannel(Channel):
         return prepared
 
     def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
     ) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
@@ -279,6 +287,19 @@ class CudaIpcChannel(Channel):
             self._unmap()
             raise LinkUnavailable(f"process {self._watch.pid} is not the peer (its cookie differs)")
 
+    def foresee(self, offer: bytes, runs: Runs, blocks: int) -> None:
+        """Tables for the kernel take a millisecond for a GiB of small pages: they are made while prefill computes."""
+        if self._broken or self._spans is None or len(runs) > MAX_PREPARED_RUNS:
+            return
+        try:
+            plan = self._plan(offer, as_runs(runs), blocks)
+        except (ValueError, LinkError):
+            return  # receive() meets it again, and says so
+        self._foreseen.pop(offer, None)
+        while len(self._foreseen) >= MAX_FORESEEN:
+            del self._foreseen[next(iter(self._foreseen))]
+        self._foreseen[offer] = _Foreseen(runs, blocks, plan)
+
     def receive(self, key: int, offer: bytes, runs: Runs, checksums: bytes, blocks: int, done: Done) -> None:
         self._check_open()
         if len(self._queue) >= MAX_QUEUED:
@@ -288,14 +309,28 @@ class CudaIpcChannel(Channel):
         try:
             runs = as_runs(runs)
             nbytes = stream_bytes(runs)
-            self._link.regions.check(runs)
-            source = unpack(offer, nbytes)
+            if checksums and (len(checksums) != 8 * blocks or blocks < 1 or nbytes % (8 * blocks)):
+                raise LinkError(f"{len(checksums) // 8} checksums for {blocks} blocks of {nbytes} bytes")
+            blocks = blocks if checksums else 0
+            known = self._foreseen.pop(offer, None)
+            if known is not None and known.blocks == blocks and np.array_equal(known.runs, runs):
+                plan = known.plan
+            else:
+                plan = self._plan(offer, runs, blocks)
         except ValueError as error:
             raise LinkError(str(error)) from None
-        if checksums and (len(checksums) != 8 * blocks or blocks < 1 or nbytes % (8 * blocks)):
-            raise LinkError(f"{len(checksums) // 8} checksums for {blocks} blocks of {nbytes} bytes")
-        self._queue.append(_Copy(key, self._translate(source), runs, checksums, blocks if checksums else 0, done))
+        self._queue.append(_Copy(key, plan, nbytes, checksums, blocks, done))
         self._start()
+
+    def _plan(self, offer: bytes, runs: Runs, blocks: int) -> Plan:
+        """What copies the batch of ``offer`` to ``runs``.
+
+        Raises:
+            ValueError, LinkError: it can't be copied.
+        """
+        self._link.regions.check(runs)
+        source = self._translate(unpack(offer, stream_bytes(runs)))
+        return self._link.receiving.plan(source, runs, blocks)
 
     def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
         fenced = set(keys)
@@ -325,7 +360,7 @@ class CudaIpcChannel(Channel):
         while self.startable:
             copy = self._queue.popleft()
             try:
-                copy.launch = self._link.receiving.copy_runs(copy.source, copy.target, copy.blocks)
+                copy.launch = self._link.receiving.start(copy.plan, copy.blocks)
             except (ValueError, self._link.gpu.GpuError) as error:
                 self._report(copy, f"link: {error}")
             else:
@@ -353,7 +388,7 @@ class CudaIpcChannel(Channel):
                 first = f"{len(wrong)} of {copy.blocks} blocks differ from their checksums, first {wrong[0]}"
                 self._report(copy, f"damaged: {first}")
             else:
-                self.stats.bytes_received += stream_bytes(copy.target)
+                self.stats.bytes_received += copy.nbytes
                 self.stats.batches_received += 1
                 self._report(copy, None)
         for wait in [wait for wait in self._fences if copy in wait.copies]:
@@ -401,6 +436,7 @@ class CudaIpcChannel(Channel):
         for copy in (*self._under_way, *self._queue):
             self._report(copy, f"link: {self._broken}")
         self._queue.clear()
+        self._foreseen.clear()
         for key in list(self._offered):
             call(self._offered.pop(key), f"link: {self._broken}")
         if not self._under_way:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pdtransport.errors import LinkError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, as_runs, cut_runs, merge_runs, stream_bytes
-from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats
+from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats, Prepared
 from pdtransport.links.calls import call
 from pdtransport.links.host import ProcessWatch
 from pdtransport.links.memory import PAGE, Regions
@@ -133,7 +133,7 @@ class ReadingChannel(Channel):
     # -- sender ------------------------------------------------------------------------------------------------------
 
     def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
     ) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:

@@ -13,7 +13,7 @@ import numpy as np
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.links._ucx_binding import CLOSE_S, Bytes, Endpoint, Request, Worker
-from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats
+from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats, Prepared
 from pdtransport.links.calls import call
 from pdtransport.links.memory import SlotRing
 from pdtransport.links.ucx_memory import Memory, Move
@@ -129,7 +129,7 @@ class UcxChannel(Channel):
     # -- sender ------------------------------------------------------------------------------------------------------
 
     def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: object | None = None
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
     ) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:

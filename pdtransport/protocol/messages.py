@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
@@ -122,6 +122,16 @@ class Batch(_Granted):
     nbytes: Annotated[int, Field(ge=1)]
     checksums: Annotated[bytes, Field(max_length=8 * MAX_BLOCKS)] = b""
     offer: Annotated[bytes, Field(max_length=1 << 20)] = b""
+
+
+class Coming(_Granted):
+    """Producer: these blocks will be a batch with this ``offer`` once they are computed. Advice, for who has time to
+    prepare: no state depends on it, and nothing may be read before the batch itself is announced."""
+
+    kind: Literal["coming"] = "coming"
+    first_block: BlockIndex
+    blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    offer: Annotated[bytes, Field(max_length=1 << 20)]
 
 
 class Received(_Granted):
@@ -261,7 +271,7 @@ class StatusReply(Message):
     status: str
 
 
-TransferMessage = ConsumerMessage | ProducerMessage
+TransferMessage = ConsumerMessage | ProducerMessage | Coming
 ControlMessage = Hello | Welcome | Refused | Ping | Pong | LinkCall | StatusRequest | StatusReply
 AnyMessage = Annotated[TransferMessage | ControlMessage, Field(discriminator="kind")]
 

@@ -491,6 +491,7 @@ def test_pages_on_a_gpu_leave_when_their_event_has_passed() -> None:
         offer.ready(source, tokens, after=second)
         time.sleep(0.2)
         assert prefill.transport.status()["counters"].get("bytes_sent", 0) == 0, "sent before they were computed"
+        assert decode.transport.status()["counters"].get("batches_foreseen", 0) == 2, "decode was not told ahead"
         fill_pages(c, source, seed=5)
         first.happen()
         sent_by = time.monotonic() + WAIT_S

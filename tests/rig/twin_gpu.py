@@ -30,6 +30,7 @@ from pdtransport.kernels.runs import Runs
 GRAIN = 2 << 20
 HANDLE = struct.Struct("<QQQ40x")  # pid, descriptor, bytes: as long as a cudaIpcMemHandle_t
 COPY_BLOCKS = 1
+Plan = tuple[Runs, Runs]
 delay_s = 0.0  # how long a launch waits before it copies: tests set it
 going = threading.Event()  # launches wait while it is clear
 going.set()
@@ -101,14 +102,20 @@ class GpuPages:
             launch._work.add_done_callback(lambda _: os.eventfd_write(self._wake_fd, 1))
         return launch
 
-    def copy_runs(self, src: Runs, dst: Runs, blocks: int = 0) -> Launch:
+    def plan(self, src: Runs, dst: Runs, blocks: int = 0) -> Plan:
         total = int(src[:, 1].sum())
         if total != int(dst[:, 1].sum()) or (blocks and (total % blocks or total // blocks % 8)):
             raise ValueError(f"a stream of {total} bytes does not hold {blocks} equally long blocks of whole words")
         if strict:
             for address, nbytes in np.concatenate([src, dst]).tolist():
                 _must_reach(address, nbytes)
-        return self._launch(lambda: pages.copy_runs(src, dst, blocks))
+        return src, dst
+
+    def start(self, plan: Plan, blocks: int = 0) -> Launch:
+        return self._launch(lambda: pages.copy_runs(*plan, blocks))
+
+    def copy_runs(self, src: Runs, dst: Runs, blocks: int = 0) -> Launch:
+        return self.start(self.plan(src, dst, blocks), blocks)
 
     def after(self, event_handle: int) -> None:
         """What is launched from now on waits for it."""

@@ -180,23 +180,26 @@ def test_wrong_handoff_arguments_are_refused(argv: list[str]) -> None:
         handoff.parse(argv)
 
 
-def test_interference_rows_compare_pushing_with_computing() -> None:
+def test_interference_rows_compare_pushing_with_other_loads() -> None:
     windows = [
         interference.Window("computing", 0, 5, tokens=50_000, gaps_s=[0.020] * 99 + [0.040]),
         interference.Window("pushing", 5, 10, tokens=49_000, gaps_s=[0.0202] * 99 + [0.041]),
+        interference.Window("joining", 5, 10, tokens=50_000, gaps_s=[0.0202] * 99 + [0.041]),
         interference.Window("quiet", 10, 15, gaps_s=[0.01] * 10),
     ]
     rows = {row["load"]: row for row in interference.summarise(windows)}
     assert rows["computing"]["tok_s"] == 10_000
-    assert rows["ratio"]["tok_s"] == pytest.approx(0.98)
-    assert rows["ratio"]["p50"] == pytest.approx(1.01)
+    assert rows["pushing / computing"]["tok_s"] == pytest.approx(0.98)
+    assert rows["pushing / computing"]["p50"] == pytest.approx(1.01)
+    assert rows["pushing / joining"]["p99"] == 1
     assert "within 3%" in interference.table(list(rows.values()))
     windows[1].tokens = 40_000
     assert "not within 3%" in interference.table(interference.summarise(windows))
 
 
 def test_interference_windows_take_turns() -> None:
-    assert interference.schedule(2) == ["quiet", "computing", "pushing", "pushing", "computing", "quiet"]
+    loads = ["computing", "joining", "pushing"]
+    assert interference.schedule(2) == ["quiet", *loads, *reversed(loads), "quiet"]
     loads = interference.schedule(5)
     assert loads.count("computing") == loads.count("pushing") == 5
 

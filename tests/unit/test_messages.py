@@ -51,6 +51,12 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "first_token": st.booleans(),
     },
     m.Accept: {**granted, "known": st.booleans(), "tokens_done": st.integers(0, 1 << 40)},
+    m.Coming: {
+        **granted,
+        "first_block": st.integers(0, m.MAX_BLOCKS),
+        "blocks": blocks,
+        "offer": st.binary(max_size=99),
+    },
     m.Batch: {
         **granted,
         "seq": seqs,
@@ -210,7 +216,7 @@ def test_deep_nesting_in_the_version_is_a_wire_error(depth: int) -> None:
         m.decode(b"\x82\xa4kind\xa4ping\xa1v" + b"\x91" * depth + b"\xc0")
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -1, 1 << 60, "1", None, 1.5, [1], {"v": 1}])
+@pytest.mark.parametrize("version", [0, 1, m.PROTOCOL_VERSION + 1, -1, 1 << 60, "1", None, 1.5, [1], {"v": 1}])
 def test_another_version_is_a_wire_error_that_names_versions(version: Any) -> None:
     with pytest.raises(m.WireError, match="protocol version"):
         m.decode(packed({"v": version, "kind": "ping", "incarnation": 1}))
@@ -269,7 +275,7 @@ def test_wire_bytes_are_plain_msgpack_with_the_version() -> None:
     """What other implementations have to produce."""
     raw = msgpack.unpackb(m.encode(m.Nack(transfer="t", generation=7, wants=((1, 0), (2, 1)), reason="r")))
     assert raw == {
-        "v": 2,
+        "v": 3,
         "kind": "nack",
         "transfer": "t",
         "generation": 7,

@@ -4,6 +4,7 @@ answer what a case needs; what workers tell is set by the case."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,15 +18,17 @@ from pdtransport.launch.plan import Plan, Ports, make_plan
 from pdtransport.launch.reading import load
 from pdtransport.launch.topology import Topology
 
-ROUTER, PREFILL, DECODE = 21340, 21341, 21342
+# Another run of these tests may be under way.
+FIRST = 21280 + 10 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+ROUTER, PREFILL, DECODE = FIRST, FIRST + 1, FIRST + 2
 TRANSFER = "t" * 32
 TOPOLOGY = f"""\
 apiVersion: pdtransport/v1
 name: proof
 model: {{id: ./model}}
 roles:
-  prefill: {{port: {PREFILL}, control_port: 21343}}
-  decode: {{port: {DECODE}, control_port: 21344}}
+  prefill: {{port: {PREFILL}, control_port: {FIRST + 3}}}
+  decode: {{port: {DECODE}, control_port: {FIRST + 4}}}
 router: {{port: {ROUTER}}}
 preflight: {{max_tokens: 3, timeout_s: 5}}
 """
@@ -106,7 +109,7 @@ def topology(tmp_path: Path) -> tuple[Topology, Plan]:
     path = tmp_path / "t.yaml"
     path.write_text(TOPOLOGY)
     loaded = load(path)[0]
-    return loaded, make_plan(loaded, tmp_path, ports=Ports(21345, 21349))
+    return loaded, make_plan(loaded, tmp_path, ports=Ports(FIRST + 5, FIRST + 9))
 
 
 def proved(topology: tuple[Topology, Plan]) -> prove.Proof:
@@ -204,7 +207,7 @@ def test_an_error_of_the_router_fails_the_proof(case: Case, topology: tuple[Topo
 def test_silence_fails_the_proof(topology: tuple[Topology, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """A router that is not there fails the proof; it does not hang it."""
     monkeypatch.setattr(workers, "ask", Case().ask)
-    with pytest.raises(prove.ProofError, match=r"the golden prompt failed: http://127\.0\.0\.1:21340"):
+    with pytest.raises(prove.ProofError, match=rf"the golden prompt failed: http://127\.0\.0\.1:{ROUTER}"):
         proved(topology)
 
 
