@@ -34,6 +34,7 @@ from pdtransport.settings import PoolUse, Settings
 T = TypeVar("T")
 
 WINDOW_BYTES = 64 << 20  # of chunks granted in one message
+GPU_WINDOW_BYTES = 128 << 20  # which it moves in the time in which the host moves a tenth of that
 PREPARED_LOOK_S = 0.02
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
@@ -356,7 +357,8 @@ class PoolClient:
         if session.waits and session.problem:
             raise PoolUnavailable(session.problem)
         share = session.client_bytes // self._threads
-        return min(WINDOW_BYTES, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
+        most = WINDOW_BYTES if self._device == HOST else GPU_WINDOW_BYTES
+        return min(most, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
 
     def _run(self, operation: Operation) -> Copied:
         copier = self._spare.get()

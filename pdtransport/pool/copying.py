@@ -27,7 +27,6 @@ from pdtransport.pool.wire import Session
 from pdtransport.protocol.messages import Message
 
 WINDOWS = 3  # asked for at one time: while one is copied, the next are being granted
-MAX_COPY_BYTES = 32 << 20  # copied between two looks at whether anyone still wants it
 
 
 @dataclass
@@ -195,7 +194,7 @@ class Copying:
         """Parts of one length, not too many bytes together: each batch is one call of the copy kernel."""
         for size, alike in itertools.groupby(parts, key=lambda part: self.sizes[first + part.place]):
             group = list(alike)
-            step = max(1, MAX_COPY_BYTES // size)
+            step = max(1, self._copier.batch_bytes // size)
             for start in range(0, len(group), step):
                 yield group[start : start + step]
 
