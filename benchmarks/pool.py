@@ -44,8 +44,8 @@ def main() -> int:
     arguments = parse()
     result: dict[str, Any] = {}
     if "bytes" in arguments.parts:
-        measure = gpu_bandwidth if arguments.gpu else bandwidth
-        result["bandwidth"] = measure(arguments.bytes, arguments.chunk, arguments.rounds)
+        moved = arguments.bytes, arguments.chunk, arguments.rounds
+        result["bandwidth"] = gpu_bandwidth(*moved, arguments.memory_dir) if arguments.gpu else bandwidth(*moved)
     if "remote" in arguments.parts:
         found = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds, f"127.0.0.1:{arguments.port}")
         result["remote"] = found
@@ -67,6 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=7790, help="for remote, with the next one (default 7790)")
     parser.add_argument("--gpu", action="store_true", help="bytes out of and into GPU 0's memory")
+    parser.add_argument("--memory-dir", type=Path, help="with --gpu: as of pdpool, a hugetlbfs (default: none)")
     parser.add_argument("--bytes", type=int, help="moved per measurement (default 256 MiB, with --gpu 1 GiB)")
     parser.add_argument("--chunk", type=int, default=2 * MiB, help="bytes of a chunk (default 2 MiB)")
     parser.add_argument("--rounds", type=int, default=7, help="medians are over so many (default 7)")
@@ -84,7 +85,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def daemon(settings: PoolSettings, listen: str = "") -> Iterator[None]:
     """The pool in a process of its own, as people run it."""
     options = [
-        f"--{name.replace('_', '-')}={getattr(settings, name)}" for name in ("dir", "memory_bytes", "frame_bytes")
+        f"--{name.replace('_', '-')}={getattr(settings, name)}"
+        for name in ("dir", "memory_bytes", "frame_bytes", "memory_dir")
+        if getattr(settings, name) is not None
     ]
     options += ["--listen", listen] if listen else []
     with subprocess.Popen(
@@ -153,9 +156,10 @@ def _runs(address: int, nbytes: int, count: int, seed: int) -> list[Runs]:
     return list(runs)
 
 
-def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
-    """Bytes a second between GPU memory and the pool, beside one contiguous cudaMemcpy of as many bytes each way; and
-    how many seconds it took from the client's making to the pool's memory being registered with CUDA."""
+def gpu_bandwidth(nbytes: int, chunk: int, rounds: int, memory_dir: Path | None = None) -> dict[str, float]:
+    """Bytes a second between GPU memory and the pool, beside one contiguous cudaMemcpy of as many bytes each way
+    between it and memory of CUDA's own (``memcpy``); what the kernels, and cudaMemcpy, reach on the pool's memory; and
+    how many seconds it took from the client's making to that being registered with CUDA."""
     from pdtransport.kernels import gpu
     from pdtransport.kernels.watch import DeviceMemory
 
@@ -168,7 +172,7 @@ def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     runs, back = (_runs(memory.address, nbytes, count, seed) for seed, memory in enumerate((source, target)))
     taken: dict[str, list[float]] = {"memcpy out": [], "memcpy in": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
-        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes, memory_dir=memory_dir)
         with daemon(made):
             begin = time.perf_counter()
             with PoolClient(directory=made.dir, deadline_s=60.0, device=0, threads=1) as client:
@@ -215,7 +219,15 @@ def _kernels_alone(client: PoolClient, source: Runs, target: Runs) -> dict[str, 
     pool = np.empty((len(places), 2), dtype=np.uint64)
     pool[:, 0], pool[:, 1] = session.mapping.address + places * PAGE, PAGE
     found = {}
-    for what, blocks, ours in (("out", 16, source), ("out", 64, source), ("in", 64, target), ("in", 128, target)):
+    for what in ("out", "in"):
+        ends = [session.mapping.address, int(source[:, 0].min())]
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            _cuda_memcpy(*(ends if what == "out" else ends[::-1]), len(places) * PAGE)
+            taken.append(time.perf_counter() - begin)
+        found[f"memcpy pool {what}"] = len(places) * PAGE / min(taken)
+    for what, blocks, ours in (("out", 16, source), ("out", 64, source), ("in", 16, target), ("in", 64, target)):
         pages, ours = gpu.GpuPages(0, blocks=blocks), ours[: len(places)]
         one, other = (ours, pool) if what == "out" else (pool, ours)
         launches = [pages.copy_runs(one, other, 32 if len(places) % 32 == 0 else 1) for _ in range(4)]
