@@ -230,6 +230,7 @@ class Agent:
                 remote.settings(),
                 f"pdpool-{settings.name}",
                 remote.port + 1,
+                remote.liveness_s,
             )
             self._reactor = Reactor(
                 lambda reactor: _Desk(settings, mapping, self._transport, reactor), name=f"pdpool-agent-{settings.name}"

@@ -7,8 +7,11 @@ from pdtransport.settings import ObserveSettings, Settings
 from pdtransport.transport import Transport
 
 
-def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int) -> Transport:
-    """A transport whose pages are the frames of the memory at ``address``.
+def open_transport(
+    address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int, liveness_s: float
+) -> Transport:
+    """A transport whose pages are the frames of the memory at ``address``, and which gives up a peer that said nothing
+    for ``liveness_s``.
 
     Raises:
         SettingsError, LinkUnavailable: as :class:`Transport`.
@@ -27,5 +30,6 @@ def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settin
     order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
     changed = {"order": order, "require": None, "min_bandwidth_bytes_s": 0, "probe_bytes": 0}
     links = settings.links.model_copy(update=changed)
-    ours = settings.model_copy(update={"links": links, "observe": ObserveSettings()})
+    control = settings.control.model_copy(update={"liveness_s": liveness_s})
+    ours = settings.model_copy(update={"links": links, "control": control, "observe": ObserveSettings()})
     return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)

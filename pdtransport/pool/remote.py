@@ -72,6 +72,11 @@ def host_and_port(address: str) -> tuple[str, int]:
     return parts[1].strip("[]"), int(parts[2])
 
 
+def silence_s(settings: Settings) -> float:
+    """How long an agent may be silent."""
+    return max(SILENCE_S, settings.control.liveness_s)
+
+
 class RemoteSession(Session):
     """One connection to an agent. Its transport is opened in a thread of its own, before the first copy."""
 
@@ -115,7 +120,15 @@ class RemoteSession(Session):
         assert mapping is not None
         name = f"pool-client-{uuid.uuid4().hex[:12]}"
         try:
-            self.transport = open_transport(mapping.address, mapping.nbytes, self.frame_bytes, self._settings, name, 0)
+            self.transport = open_transport(
+                mapping.address,
+                mapping.nbytes,
+                self.frame_bytes,
+                self._settings,
+                name,
+                0,
+                silence_s(self._settings),
+            )
         except PDTransportError as error:
             self.problem = f"chunks can't be moved: {error}"
             logger.warning("the pool's chunks are neither stored nor loaded: %s", self.problem)
@@ -180,7 +193,7 @@ class RemoteWire(Wire):
         self._staging_bytes, self._copies = staging_bytes, copies
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
-        self._silence_s = max(SILENCE_S, control.liveness_s)
+        self._silence_s = silence_s(settings)
         self._beat_at = self._heard_at = self._not_before = 0.0
         self._waiting: deque[_Granted] = deque()
         self._lent: dict[int, dict[int, bytes]] = {}  # staging frames of chunks, by request and place

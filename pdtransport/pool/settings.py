@@ -101,6 +101,7 @@ class RemoteSettings(BaseModel):
                 curve_public_key_file=self.curve_public_key_file,
                 curve_secret_key_file=self.curve_secret_key_file,
                 allow_plaintext=self.allow_plaintext,
+                liveness_s=self.liveness_s,
             )
         except ValidationError as error:
             raise ValueError(one_line(error)) from None
