@@ -110,6 +110,9 @@ class RemoteSession(Session):
             if self.enter():
                 try:
                     self._open()
+                except Exception as error:  # a link's library may raise anything
+                    logger.exception("no way to move the pool's chunks")
+                    self.problem = f"chunks can't be moved: {error!r}"
                 finally:
                     self.leave()
         finally:
@@ -382,7 +385,7 @@ class RemoteWire(Wire):
 
     def _moving(self, session: RemoteSession, call: Callable[[Outcome], None]) -> Callable[[Outcome], None] | None:
         """What a transfer is to call at its end; until then the staging frames stay. None: the session is over."""
-        if not session.enter():
+        if session.transport is None or not session.enter():
             return None
 
         def ended(outcome: Outcome) -> None:
@@ -398,8 +401,10 @@ class RemoteWire(Wire):
     def _fetch(self, granted: _Granted, frames: bytes, session: RemoteSession) -> None:
         """A load: bring these chunks into staging frames."""
         on_end = self._moving(session, partial(self._fetched, granted, frames, session))
-        if on_end is None or session.transport is None or granted.transfer is None:
+        if on_end is None:
             return
+        assert session.transport is not None
+        assert granted.transfer is not None
         pages = np.frombuffer(frames, dtype=np.uint32).tolist()
         session.transport.receive(
             granted.transfer,
@@ -461,8 +466,9 @@ class RemoteWire(Wire):
         session = self._session
         frames = self._take_back(message.request, np.frombuffer(message.indices, dtype="<u4").tolist())
         on_end = self._moving(session, lambda _outcome: self._give_back(session, frames))
-        if on_end is None or session.transport is None:
+        if on_end is None:
             return
+        assert session.transport is not None
         transfer, pages = new_transfer(), np.frombuffer(frames, dtype=np.uint32).tolist()
         offer = session.transport.offer(transfer, transfer_key(transfer), len(pages), on_end)
         offer.ready(pages, len(pages))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +33,9 @@ class Service:
     """A pool that can end and start again in the same directory; at most one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.directory = folder / "pool"
+        # CUDA registers no memory of a disk's file system.
+        self._short = Path(tempfile.mkdtemp(prefix="pdt-pool-", dir="/dev/shm")) if PLACE.gpu else None
+        self.directory = (self._short or folder) / "pool"
         port = PORTS.take(2)
         self.address = f"tcp://{HOST}:{port}"
         self._door = ("--listen", f"{HOST}:{port}")
@@ -50,6 +54,12 @@ class Service:
         if self._daemon is not None:
             self._daemon.close()
             self._daemon = None
+
+    def close(self) -> None:
+        """End it for good."""
+        self.kill()
+        if self._short is not None:
+            shutil.rmtree(self._short, ignore_errors=True)
 
     def written(self) -> int:
         """Chunks on disk, once all that memory holds is there."""

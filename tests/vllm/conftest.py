@@ -159,7 +159,7 @@ def pool(logs: Path) -> Iterator[Service]:
     service = Service(logs)
     service.start()
     yield service
-    service.kill()
+    service.close()
 
 
 @pytest.fixture(scope="session")
