@@ -1,10 +1,10 @@
 """The shared pool on this host: ``python -m benchmarks.pool``.
 
-Four things: bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums taken and verified, in
-turns, medians); the same for the disk tier beside fio, where that is installed; lookups from several client processes,
-with few chunks and with many; and the index alone, at several sizes: bytes a chunk, and whether lookups slow down as it
-grows. With ``--gpu`` the pages lie in the memory of GPU 0, and memcpy is cudaMemcpy between it and as many bytes of
-pinned host memory, in one piece.
+Bytes into and out of the pool beside memcpy (shuffled pages of 32 KiB, checksums and all, in turns, medians);
+the same for the disk tier beside fio, where that is installed; lookups from several client processes, with few chunks
+and with many; and the index alone, at several sizes: bytes a chunk, and whether lookups slow down as it grows. With
+``--gpu`` the pages lie in the memory of GPU 0, and memcpy is cudaMemcpy between it and as many bytes of pinned host
+memory, in one piece. ``--parts remote`` takes the way of a client on another host: UCX, within this one.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pdtransport.pool.client import PoolClient
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.policies import Links, make_policy
 from pdtransport.pool.settings import PoolSettings
+from pdtransport.settings import LinkSettings, Settings
 
 PAGE = 32 << 10
 BATCHES = (64, 256)  # keys in one lookup: prompts of 4096 and 16384 tokens in chunks of 64
@@ -44,8 +45,11 @@ def main() -> int:
     arguments = parse()
     result: dict[str, Any] = {}
     if "bytes" in arguments.parts:
-        measure = gpu_bandwidth if arguments.gpu else bandwidth
-        result["bandwidth"] = measure(arguments.bytes, arguments.chunk, arguments.rounds)
+        moved = arguments.bytes, arguments.chunk, arguments.rounds
+        result["bandwidth"] = gpu_bandwidth(*moved, arguments.memory_dir) if arguments.gpu else bandwidth(*moved)
+    if "remote" in arguments.parts:
+        found = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds, f"127.0.0.1:{arguments.port}")
+        result["remote"] = found
     if "disk" in arguments.parts:
         result["disk"] = disk(arguments.disk, arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
@@ -66,9 +70,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all figures here")
     parts = "bytes,disk,lookups,index"
-    parser.add_argument("--parts", default=parts, help=f"what to measure (default: {parts})")
+    parser.add_argument("--parts", default=parts, help=f"what to measure; also remote (default: {parts})")
     parser.add_argument("--disk", type=Path, default=Path(), help="where the disk is measured (default: here)")
+    parser.add_argument("--port", type=int, default=7790, help="for remote, with the next one (default 7790)")
     parser.add_argument("--gpu", action="store_true", help="bytes out of and into GPU 0's memory")
+    parser.add_argument("--memory-dir", type=Path, help="with --gpu: as of pdpool, a hugetlbfs (default: none)")
     parser.add_argument("--bytes", type=int, help="moved per measurement (default 256 MiB, with --gpu 1 GiB)")
     parser.add_argument("--chunk", type=int, default=2 * MiB, help="bytes of a chunk (default 2 MiB)")
     parser.add_argument("--rounds", type=int, default=7, help="medians are over so many (default 7)")
@@ -83,12 +89,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def daemon(settings: PoolSettings, more: tuple[dict[str, str], list[str]] = ({}, [])) -> Iterator[None]:
+def daemon(
+    settings: PoolSettings, more: tuple[dict[str, str], list[str]] = ({}, []), listen: str = ""
+) -> Iterator[None]:
     """The pool in a process of its own, as people run it. ``more``: environment and options beside the settings'."""
     options = [
         f"--{name.replace('_', '-')}={getattr(settings, name)}"
-        for name in ("dir", "memory_bytes", "frame_bytes", "max_chunks")
+        for name in ("dir", "memory_bytes", "frame_bytes", "max_chunks", "memory_dir")
+        if getattr(settings, name) is not None
     ]
+    options += ["--listen", listen] if listen else []
     command = [sys.executable, "-m", "pdtransport.pool.cli", *options, *more[1]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | more[0]) as process:
         try:
@@ -102,8 +112,10 @@ def daemon(settings: PoolSettings, more: tuple[dict[str, str], list[str]] = ({},
 # -- bytes ------------------------------------------------------------------------------------------
 
 
-def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
-    """Bytes a second: memcpy, store, load; and the share of memcpy, each round's store and load beside its memcpy."""
+def bandwidth(nbytes: int, chunk: int, rounds: int, listen: str = "") -> dict[str, float]:
+    """Bytes a second: memcpy, store, load; and the share of memcpy, each round's store and load beside its memcpy.
+    ``listen``: as a client on another host."""
+    far = Settings(links=LinkSettings(order=("ucx",)))
     count = nbytes // chunk
     source, target, spare = (_memory(nbytes) for _ in range(3))
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
@@ -111,7 +123,8 @@ def bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {"memcpy": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
-        with daemon(made), PoolClient(directory=made.dir, deadline_s=60.0) as client:
+        place_of_it: dict[str, Any] = {"address": f"tcp://{listen}"} if listen else {"directory": made.dir}
+        with daemon(made, listen), PoolClient(**place_of_it, settings=far, deadline_s=60.0) as client:
             for number in range(rounds + 1):  # the first one warms up: pages are mapped, threads started
                 keys = [os.urandom(32) for _ in range(count)]
                 begin = time.perf_counter()
@@ -151,12 +164,14 @@ def _runs(address: int, nbytes: int, count: int, seed: int) -> list[Runs]:
     return list(runs)
 
 
-def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
-    """Bytes a second between GPU memory and the pool, beside one contiguous cudaMemcpy of as many bytes each way; and
-    how many seconds it took from the client's making to the pool's memory being registered with CUDA."""
+def gpu_bandwidth(nbytes: int, chunk: int, rounds: int, memory_dir: Path | None = None) -> dict[str, float]:
+    """Bytes a second between GPU memory and the pool, beside one contiguous cudaMemcpy of as many bytes each way
+    between it and memory of CUDA's own (``memcpy``); what the kernels, and cudaMemcpy, reach on the pool's memory; and
+    how many seconds it took from the client's making to that being registered with CUDA."""
     from pdtransport.kernels import gpu
     from pdtransport.kernels.watch import DeviceMemory
 
+    sys.setswitchinterval(0.0001)  # as the connector does in an engine
     count = nbytes // chunk
     source, target = DeviceMemory(nbytes, 0), DeviceMemory(nbytes, 0)
     host = gpu.pinned(nbytes)
@@ -165,12 +180,13 @@ def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     runs, back = (_runs(memory.address, nbytes, count, seed) for seed, memory in enumerate((source, target)))
     taken: dict[str, list[float]] = {"memcpy out": [], "memcpy in": [], "store": [], "load": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
-        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
+        made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes, memory_dir=memory_dir)
         with daemon(made):
             begin = time.perf_counter()
-            with PoolClient(directory=made.dir, deadline_s=60.0, device=0) as client:
+            with PoolClient(directory=made.dir, deadline_s=60.0, device=0, threads=1) as client:
                 client.load([os.urandom(32)], back[:1]).result()
                 registered = time.perf_counter() - begin
+                kernels = _kernels_alone(client, np.concatenate(runs), np.concatenate(back))
                 for number in range(rounds + 1):  # the first one warms up
                     keys = [os.urandom(32) for _ in range(count)]
                     moments = [time.perf_counter()]
@@ -195,7 +211,39 @@ def gpu_bandwidth(nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
         "store / memcpy": rates["store"] / rates["memcpy out"],
         "load / memcpy": rates["load"] / rates["memcpy in"],
     }
-    return rates | shares | {"registered s": registered}
+    return rates | kernels | shares | {"registered s": registered}
+
+
+def _kernels_alone(client: PoolClient, source: Runs, target: Runs) -> dict[str, float]:
+    """Bytes a second of launches of 64 MiB between these pages and shuffled frames of the pool's memory, with
+    checksums, without the pool; its content is void then. Best of three."""
+    from pdtransport.kernels import gpu
+
+    session, count = client._wire.session, (64 << 20) // PAGE
+    assert session is not None
+    assert session.mapping is not None
+    frames = min(len(source), session.mapping.nbytes // PAGE)
+    places = np.random.default_rng(2).permutation(frames)[: min(count, frames)]
+    pool = np.empty((len(places), 2), dtype=np.uint64)
+    pool[:, 0], pool[:, 1] = session.mapping.address + places * PAGE, PAGE
+    found = {}
+    for what in ("out", "in"):
+        ends = [session.mapping.address, int(source[:, 0].min())]
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            _cuda_memcpy(*(ends if what == "out" else ends[::-1]), len(places) * PAGE)
+            taken.append(time.perf_counter() - begin)
+        found[f"memcpy pool {what}"] = len(places) * PAGE / min(taken)
+    for what, blocks, ours in (("out", 16, source), ("out", 64, source), ("in", 16, target), ("in", 64, target)):
+        pages, ours = gpu.GpuPages(0, blocks=blocks), ours[: len(places)]
+        one, other = (ours, pool) if what == "out" else (pool, ours)
+        launches = [pages.copy_runs(one, other, 32 if len(places) % 32 == 0 else 1) for _ in range(4)]
+        for launch in launches:
+            launch.wait()
+        found[f"kernel {what}/{blocks}b"] = len(places) * PAGE / min(launch.seconds for launch in launches[1:])
+        pages.close()
+    return found
 
 
 def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
@@ -407,8 +455,9 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
-    for what, value in (*result.get("bandwidth", {}).items(), *result.get("disk", {}).items()):
-        unit = f"{100 * value:8.0f} %" if "/" in what else f"{value / 1e9:8.2f} GB/s"
+    parts = ("bandwidth", "remote", "disk")
+    for what, value in [item for part in parts for item in result.get(part, {}).items()]:
+        unit = f"{100 * value:8.0f} %" if "/ " in what else f"{value / 1e9:8.2f} GB/s"
         lines.append(f"{what:16} " + (f"{value:8.2f}" if what.endswith(" s") else unit))
     lines += [
         f"lookups          {found['keys a second']:8.0f} keys/s from {found['clients']} clients in batches of "

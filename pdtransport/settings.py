@@ -210,6 +210,15 @@ class PoolUse(_Section):
 
     name: str = Field("default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool on this host.")
     dir: Path | None = Field(None, description="Directory of the pool. Default: as that of pdpool.")
+    address: str | None = Field(
+        None,
+        max_length=300,
+        description="tcp://HOST:PORT of a pool on another host (pdpool --listen), instead of name and dir. It uses the "
+        "keys and links of this instance, and must be able to reach control.host.",
+    )
+    staging_bytes: int = Field(
+        128 << 20, ge=1 << 20, le=64 << 30, description="Memory of each of a worker's two clients of such a pool."
+    )
     load: bool = Field(
         True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
     )
@@ -272,6 +281,8 @@ class PoolUse(_Section):
     def _one_salt(self) -> PoolUse:
         if self.salt and self.salt_file is not None:
             raise ValueError("salt and salt_file are both set: keep one")
+        if self.address is not None and self.dir is not None:
+            raise ValueError("address and dir are both set: keep one")
         return self
 
     def with_salt(self) -> PoolUse:

@@ -17,13 +17,13 @@ from pdtransport.control import curve
 from pdtransport.control.limits import MAX_FRAMES_A_TURN
 from pdtransport.control.listener import bind
 from pdtransport.control.shared import Complaints
-from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
+from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, watch
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
 from pdtransport.pool.guest import Guest
 from pdtransport.pool.memory import Mapping
-from pdtransport.pool.moving import liveness_s, open_transport
+from pdtransport.pool.moving import open_transport
 from pdtransport.pool.remote_messages import Ping, Pong, RemoteHello, RemoteWelcome, from_remote
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.wire import Wire
@@ -34,6 +34,7 @@ from pdtransport.transport import Transport
 logger = logging.getLogger("pdtransport.pool")
 
 TICK_S = 0.25
+LOOK_S = 1.0  # after a connection ended, for whose it was
 
 
 class _Desk:
@@ -43,15 +44,19 @@ class _Desk:
         assert settings.remote is not None
         self._settings, self._mapping, self._transport, self._reactor = settings, mapping, transport, reactor
         self._context: zmq.Context[Socket] = zmq.Context(1)
-        self._silence_s = liveness_s(transport.settings)
+        self._silence_s = settings.remote.liveness_s
         control = settings.remote.control(0).model_copy(update={"max_frame_bytes": say.MAX_FRAME_BYTES})
+        self._guests: dict[bytes, Guest] = {}
+        self._leaving: list[Guest] = []
         self._gate: curve.Gatekeeper | None = None
         self._socket: Socket | None = None
+        self._monitor: Socket | None = None
         try:
             keys = curve.load_keys(control)
             self._gate = curve.Gatekeeper(self._context, keys) if keys is not None else None
             self._socket = open_socket(self._context, zmq.ROUTER, control, ipv6=":" in control.host)
             curve.apply_server(self._socket, keys)
+            self._monitor = watch(self._context, self._socket, zmq.EVENT_DISCONNECTED)
             try:
                 bind(self._socket, control, control.port, 0)
             except SettingsError as error:
@@ -60,15 +65,13 @@ class _Desk:
             self.close()
             raise
         self._inbox = Inbox(self._socket, addressed=True)
-        self._guests: dict[bytes, Guest] = {}
-        self._leaving: list[Guest] = []
         self._complaints = Complaints()
-        self._tick_at = 0.0
+        self._tick_at = self._look_until = 0.0
 
     # -- what the reactor drives ------------------------------------------------------------------------------------
 
     def sockets(self) -> list[Socket]:
-        own = [self._socket, self._gate.socket if self._gate is not None else None]
+        own = [self._socket, self._monitor, self._gate.socket if self._gate is not None else None]
         return [*(each for each in own if each is not None), *(s for guest in self._all for s in guest.wire.sockets())]
 
     def descriptors(self) -> list[int]:
@@ -85,6 +88,7 @@ class _Desk:
         while self._gate is not None and self._gate.step():
             pass
         more = self._read(now)
+        self._read_monitor(now)
         for guest in self._all:
             more = guest.wire.turn(now) or more
         if now >= self._tick_at:
@@ -92,6 +96,9 @@ class _Desk:
             for guest in [guest for guest in self._guests.values() if now - guest.heard_at > self._silence_s]:
                 logger.info("client %s of pool %s is silent", guest.name, self._settings.name)
                 self._part(guest)
+            if now < self._look_until:  # a message that can't be sent says whose connection it was
+                for route in list(self._guests):
+                    self._send(route, Pong())
         for guest in [guest for guest in self._leaving if guest.gone]:
             self._leaving.remove(guest)
             guest.wire.close()
@@ -99,10 +106,9 @@ class _Desk:
 
     def close(self) -> None:
         """The transport is closed already: no frame is touched any more."""
-        for guest in self._all if self._socket is not None else ():
+        for guest in self._all:
             guest.wire.close()
-        if self._socket is not None:
-            self._socket.close(0)
+        close_watched(self._socket, self._monitor)
         if self._gate is not None:
             self._gate.close()
         self._context.term()
@@ -121,6 +127,14 @@ class _Desk:
             if isinstance(letter, Letter):
                 self._on_letter(letter, now)
         return True
+
+    def _read_monitor(self, now: float) -> None:
+        while self._monitor is not None:
+            try:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._look_until = now + LOOK_S
 
     def _on_letter(self, letter: Letter, now: float) -> None:
         guest = self._guests.get(letter.sender)
@@ -216,6 +230,7 @@ class Agent:
                 remote.settings(),
                 f"pdpool-{settings.name}",
                 remote.port + 1,
+                remote.liveness_s,
             )
             self._reactor = Reactor(
                 lambda reactor: _Desk(settings, mapping, self._transport, reactor), name=f"pdpool-agent-{settings.name}"

@@ -81,14 +81,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--http", dest="http.listen", metavar="HOST:PORT", help=_help(HttpSettings, "listen"))
     _add(made, HttpSettings, "http.", leave_out={"listen"})
     made.add_argument("--listen", dest="remote.listen", metavar="HOST:PORT", help=_help(RemoteSettings, "listen"))
-    _add(made, RemoteSettings, "remote.", leave_out={"listen", "curve_allowed_keys"})
-    made.add_argument(
-        "--remote-curve-allowed-key",
-        dest="remote.curve_allowed_keys",
-        metavar="KEY",
-        action="append",
-        help=_help(RemoteSettings, "curve_allowed_keys"),
-    )
+    _add(made, RemoteSettings, "remote.", leave_out={"listen"})
     made.add_argument("--s3", dest="s3.bucket", metavar="BUCKET", help=_help(S3Settings, "bucket"))
     _add(made, S3Settings, "s3.", leave_out={"bucket"})
     made.add_argument(

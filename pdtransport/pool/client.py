@@ -30,11 +30,12 @@ from pdtransport.pool.settings import MAX_CHUNK_BYTES, STAGING_BYTES, PoolSettin
 from pdtransport.pool.wire import FOREVER_S, Asked, Session, Wire, now_plus
 from pdtransport.protocol.messages import Message
 from pdtransport.reactor import Reactor, leave_pinned_cores
-from pdtransport.settings import Settings
+from pdtransport.settings import PoolUse, Settings
 
 T = TypeVar("T")
 
 WINDOW_BYTES = 64 << 20  # of chunks granted in one message
+GPU_WINDOW_BYTES = 128 << 20  # which it moves in the time in which the host moves a tenth of that
 PREPARED_LOOK_S = 0.02
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
@@ -125,6 +126,7 @@ class PoolClient:
         address: str | None = None,
         settings: Settings | None = None,
         staging_bytes: int = STAGING_BYTES,
+        copies: bool = True,
     ) -> None:
         place = PoolSettings(name=name) if directory is None else PoolSettings(name=name, dir=directory)
         who = (who or f"{Path(sys.argv[0]).name or 'python'}-{os.getpid()}")[:128]
@@ -143,7 +145,7 @@ class PoolClient:
 
                 host, port = host_and_port(address)
                 self._wire = RemoteWire(
-                    host, port, settings or Settings(), who, tenant, device, staging_bytes, reactor.post
+                    host, port, settings or Settings(), who, tenant, device, staging_bytes, copies, reactor.post
                 )
             return self._wire
 
@@ -154,13 +156,19 @@ class PoolClient:
         for _ in range(threads):
             self._spare.put(make_copier(device))
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
-        if device != HOST:
+        if device != HOST or address is not None:  # the first one who asks should not wait for that
             self._question(lambda number: say.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
 
     @classmethod
     def connect(cls, address: str, settings: Settings | None = None, **more: Any) -> PoolClient:
         """A client of the pool at ``address`` (``tcp://HOST:PORT``) on another host; the rest as in the constructor."""
         return cls(address=address, settings=settings, **more)
+
+    @classmethod
+    def of(cls, settings: Settings, use: PoolUse, **more: Any) -> PoolClient:
+        """A client of the pool that an engine's settings name."""
+        staging = use.staging_bytes
+        return cls(use.name, use.dir, address=use.address, settings=settings, staging_bytes=staging, **more)
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
@@ -397,9 +405,9 @@ class PoolClient:
         future.add_done_callback(lambda _: self._forget(operation))  # also if it is cancelled before it began
         return Pending(future, seconds, operation.cancel)
 
-    def _window(self, deadline: float, operation: Operation) -> int:
-        """Bytes to ask for at one time, so that what this client holds fits what it may, and a tier below memory
-        finds room to bring chunks up to; when copies can begin.
+    def _window(self, deadline: float, operation: Operation) -> tuple[int, int]:
+        """Bytes to ask for at one time, and to hold together, so that what this client holds fits what it may, and a
+        tier below memory finds room to bring chunks up to; when copies can begin.
 
         Raises:
             PoolUnavailable: there is no pool.
@@ -416,7 +424,9 @@ class PoolClient:
                 raise PoolUnavailable("copies can't begin yet: memory is being registered, or links opened")
         if session.waits and session.problem:
             raise PoolUnavailable(session.problem)
-        return min(WINDOW_BYTES, session.client_bytes // (WINDOWS * self._threads), session.memory_bytes // 8)
+        share = session.client_bytes // self._threads
+        most = WINDOW_BYTES if self._device == HOST else GPU_WINDOW_BYTES
+        return min(most, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
 
     def _run(self, operation: Operation) -> Copied:
         copier = self._spare.get()

@@ -39,9 +39,11 @@ class UnderWay(Protocol):
 
 
 class Copier(ABC):
-    """Used by one thread at a time. ``depth``: copies that may be under way at once."""
+    """Used by one thread at a time. ``depth``: copies that may be under way at once, of at most ``batch_bytes`` each,
+    unless a chunk is longer."""
 
     depth = 1
+    batch_bytes = 32 << 20
 
     @abstractmethod
     def begin(
@@ -92,6 +94,7 @@ class GpuCopier(Copier):
     """Memory of GPU number ``device``. Kernels are made at the first copy of their direction."""
 
     depth = 3  # enough to hide how long launches and answers take
+    batch_bytes = 64 << 20  # a millisecond
 
     def __init__(self, device: int) -> None:
         self._device = device

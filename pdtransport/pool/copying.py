@@ -28,7 +28,6 @@ from pdtransport.pool.wire import Session
 from pdtransport.protocol.messages import Message
 
 WINDOWS = 3  # asked for at one time: while one is copied, the next are being granted
-MAX_COPY_BYTES = 32 << 20  # copied between two looks at whether anyone still wants it
 
 
 @dataclass
@@ -38,6 +37,7 @@ class Window:
     number: int
     first: int
     last: int
+    nbytes: int
     unanswered: int
     copying: int = 0  # batches
     published: deque[list[int]] = field(default_factory=deque)  # told and not yet confirmed, by message
@@ -61,7 +61,7 @@ class Operation:
     storing: bool
     keys: Sequence[bytes]
     runs: Sequence[Runs]
-    window_bytes: Callable[[], int]  # may raise PoolUnavailable
+    window_bytes: Callable[[], tuple[int, int]]  # of one window, of all; may raise PoolUnavailable
     number: Callable[[], int]
     ask: Callable[[Message, int], None]
     tell: Callable[[Session, Message], None]
@@ -92,6 +92,9 @@ class Copying:
         self.error = ""
         self._windows: dict[int, Window] = {}
         self._session: Session | None = None
+        self._budget = 0  # bytes of all windows that are open
+        self._stretches: Iterator[tuple[int, int]] = iter(())
+        self._next: tuple[int, int] | None = None  # of the window to be opened next
 
     def run(self) -> None:
         """To the end, or until the deadline, the end of the service, or a cancellation; then nothing of the caller's
@@ -99,15 +102,16 @@ class Copying:
         if self._do.cancelled.is_set():
             return
         try:
-            stretches = self._stretches(self._do.window_bytes())
-            for stretch in itertools.islice(stretches, WINDOWS):
-                self._open(*stretch)
+            window_bytes, self._budget = self._do.window_bytes()
+            self._stretches = self._cut(window_bytes)
+            self._open_more()
             while self._windows and not self._do.cancelled.is_set():
                 if self._under_way and self._do.heard.empty():
                     self._finish(self._under_way.popleft())
                 else:
                     self._hear(*self._do.heard.get())
-                self._tidy(stretches)
+                if not self._do.cancelled.is_set():  # or a grant that was passed over would look done
+                    self._tidy()
         except PoolUnavailable as error:
             self.error = str(error)
         finally:
@@ -119,17 +123,27 @@ class Copying:
             if self._session is not None:
                 self._session.leave()
 
-    def _tidy(self, stretches: Iterator[tuple[int, int]]) -> None:
-        """Close windows of which all is done, and open as many as are answered."""
+    def _tidy(self) -> None:
+        """Close windows of which all is done, and open others."""
         for number, window in list(self._windows.items()):
             if not (window.unanswered or window.copying or window.published):
                 del self._windows[number]
                 self._do.forget(number, False)
-        asking = sum(window.unanswered > 0 for window in self._windows.values())
-        for stretch in itertools.islice(stretches, max(0, WINDOWS - asking)):
-            self._open(*stretch)
+        self._open_more()
 
-    def _stretches(self, window_bytes: int) -> Iterator[tuple[int, int]]:
+    def _open_more(self) -> None:
+        """As many as can be answered meanwhile, and fit what this operation may hold together."""
+        while sum(window.unanswered > 0 for window in self._windows.values()) < WINDOWS:
+            self._next = self._next or next(self._stretches, None)
+            if self._next is None:
+                return
+            held = sum(window.nbytes for window in self._windows.values())
+            if self._windows and held + sum(self.sizes[slice(*self._next)]) > self._budget:
+                return
+            self._open(*self._next)
+            self._next = None
+
+    def _cut(self, window_bytes: int) -> Iterator[tuple[int, int]]:
         """Windows of at most so many bytes and keys; a larger chunk has one of its own."""
         first = nbytes = 0
         for last, size in enumerate(self.sizes):
@@ -144,7 +158,7 @@ class Copying:
         number = self._do.number()
         keys = b"".join(self._do.keys[first:last])
         sizes = np.array(self.sizes[first:last], dtype="<u4").tobytes()
-        self._windows[number] = Window(number, first, last, last - first)
+        self._windows[number] = Window(number, first, last, sum(self.sizes[first:last]), last - first)
         codec, grid = self._do.lossy or ("", None)
         if self._do.storing:
             self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
@@ -185,7 +199,7 @@ class Copying:
         """Parts of one length, not too many bytes together: each batch is one call of the copy kernel."""
         for size, alike in itertools.groupby(parts, key=lambda part: self.sizes[first + part.place]):
             group = list(alike)
-            step = max(1, MAX_COPY_BYTES // size)
+            step = max(1, self._copier.batch_bytes // size)
             for start in range(0, len(group), step):
                 yield group[start : start + step]
 

@@ -21,6 +21,7 @@ SUFFIX = ".memory"
 POPULATE_BYTES = 32 << 20  # mapped at once in advance
 MADV_POPULATE_WRITE = 23  # Linux 5.14
 REGISTER_BYTES = 64 << 20  # pinned at once: CUDA's other calls wait meanwhile
+REMEDY = "CUDA takes memory in /dev/shm or on a hugetlbfs, not on a disk's file system; see pool.dir and memory_dir"
 
 _guard = threading.Lock()  # of the table below
 _mapped: dict[tuple[int, int], Mapping] = {}  # by device and inode: clients of one process share a mapping
@@ -30,13 +31,14 @@ class Mapping:
     """A mapped memory file. ``address`` and ``nbytes`` say where it lies in this process.
 
     Attributes:
+        populated: all of it was mapped ahead of its use.
         registered: all of it, with CUDA.
         problem: why it can't be.
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.registered, self.problem = False, ""
+        self.populated, self.registered, self.problem = False, False, ""
         self.users = 1
         self._registering = threading.Lock()
         self._device = 0
@@ -69,7 +71,7 @@ class Mapping:
                 try:
                     gpu.register_host(self.address + at, min(REGISTER_BYTES, self.nbytes - at), device)
                 except gpu.GpuError as error:
-                    self.problem = f"its memory can't be registered with GPU {device}: {error}"
+                    self.problem = f"its memory can't be registered with GPU {device} ({error}): {REMEDY}"
                     return
                 self._pieces.append(self.address + at)
                 self.registered = at + REGISTER_BYTES >= self.nbytes

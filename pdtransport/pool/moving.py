@@ -6,11 +6,12 @@ from pdtransport.kv.geometry import KVGeometry, LayerPages
 from pdtransport.settings import ObserveSettings, Settings
 from pdtransport.transport import Transport
 
-LIVENESS_S = 10.0  # a side that said nothing for so long is given up, unless its own settings allow more
 
-
-def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int) -> Transport:
-    """A transport whose pages are the frames of the memory at ``address``.
+def open_transport(
+    address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int, liveness_s: float
+) -> Transport:
+    """A transport whose pages are the frames of the memory at ``address``, and which gives up a peer that said nothing
+    for ``liveness_s``.
 
     Raises:
         SettingsError, LinkUnavailable: as :class:`Transport`.
@@ -27,11 +28,8 @@ def open_transport(address: int, nbytes: int, frame_bytes: int, settings: Settin
     )
     # An engine's own demands on its links are about its pages.
     order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
-    links = settings.links.model_copy(update={"order": order, "require": None, "min_bandwidth_bytes_s": 0})
-    ours = settings.model_copy(update={"links": links, "observe": ObserveSettings()})
+    changed = {"order": order, "require": None, "min_bandwidth_bytes_s": 0, "probe_bytes": 0}
+    links = settings.links.model_copy(update=changed)
+    control = settings.control.model_copy(update={"liveness_s": liveness_s})
+    ours = settings.model_copy(update={"links": links, "control": control, "observe": ObserveSettings()})
     return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)
-
-
-def liveness_s(settings: Settings) -> float:
-    """How long the other side may be silent."""
-    return max(LIVENESS_S, settings.control.liveness_s)

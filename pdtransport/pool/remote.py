@@ -27,11 +27,12 @@ from zmq.utils.monitor import parse_monitor_message
 from pdtransport.control import curve
 from pdtransport.control.sockets import Inbox, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError, SettingsError
+from pdtransport.kv.geometry import HOST
 from pdtransport.outcome import Outcome
 from pdtransport.pool import messages as say
 from pdtransport.pool.frames import Frames, frames_for
 from pdtransport.pool.memory import Mapping
-from pdtransport.pool.moving import liveness_s, open_transport
+from pdtransport.pool.moving import open_transport
 from pdtransport.pool.remote_messages import (
     Ping,
     Pong,
@@ -51,6 +52,7 @@ from pdtransport.transport import Transport
 
 logger = logging.getLogger(__name__)
 
+SILENCE_S = 10.0  # an agent that said nothing for so long is given up, unless control.liveness_s is longer
 AGAIN_S = 1.0  # after an agent could not be reached, until it is tried again
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -70,8 +72,13 @@ def host_and_port(address: str) -> tuple[str, int]:
     return parts[1].strip("[]"), int(parts[2])
 
 
+def silence_s(settings: Settings) -> float:
+    """How long an agent may be silent."""
+    return max(SILENCE_S, settings.control.liveness_s)
+
+
 class RemoteSession(Session):
-    """One connection to an agent. Its transport is opened when somebody wants to copy."""
+    """One connection to an agent. Its transport is opened in a thread of its own, before the first copy."""
 
     def __init__(self, settings: Settings, device: int) -> None:
         super().__init__(0, lambda: None)
@@ -103,6 +110,9 @@ class RemoteSession(Session):
             if self.enter():
                 try:
                     self._open()
+                except Exception as error:  # a link's library may raise anything
+                    logger.exception("no way to move the pool's chunks")
+                    self.problem = f"chunks can't be moved: {error!r}"
                 finally:
                     self.leave()
         finally:
@@ -113,12 +123,21 @@ class RemoteSession(Session):
         assert mapping is not None
         name = f"pool-client-{uuid.uuid4().hex[:12]}"
         try:
-            self.transport = open_transport(mapping.address, mapping.nbytes, self.frame_bytes, self._settings, name, 0)
+            self.transport = open_transport(
+                mapping.address,
+                mapping.nbytes,
+                self.frame_bytes,
+                self._settings,
+                name,
+                0,
+                silence_s(self._settings),
+            )
         except PDTransportError as error:
             self.problem = f"chunks can't be moved: {error}"
             logger.warning("the pool's chunks are neither stored nor loaded: %s", self.problem)
             return
-        reach_memory(mapping, self._device, lambda: self.broken)
+        if self._device != HOST:  # frames that are not used shall take up no memory
+            reach_memory(mapping, self._device, lambda: self.broken)
         self.problem = mapping.problem
 
     def end_transfers(self) -> None:
@@ -149,6 +168,7 @@ class RemoteWire(Wire):
 
     Args:
         settings: keys, links, and the address of this host that the agent can reach (``control.host``).
+        copies: open links at once, not when somebody wants to copy.
         post: run a call in the I/O thread.
     """
 
@@ -161,6 +181,7 @@ class RemoteWire(Wire):
         tenant: str,
         device: int,
         staging_bytes: int,
+        copies: bool,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         super().__init__(Path(), f"tcp://{host}:{port}", client_name, tenant, device)
@@ -172,10 +193,10 @@ class RemoteWire(Wire):
                 f"pool.address: {host} is not this machine, and there are no CURVE keys (control.curve_*_key_file; "
                 "control.allow_plaintext on a trusted network)"
             )
-        self._staging_bytes = staging_bytes
+        self._staging_bytes, self._copies = staging_bytes, copies
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
-        self._silence_s = liveness_s(settings)
+        self._silence_s = silence_s(settings)
         self._beat_at = self._heard_at = self._not_before = 0.0
         self._waiting: deque[_Granted] = deque()
         self._lent: dict[int, dict[int, bytes]] = {}  # staging frames of chunks, by request and place
@@ -275,6 +296,8 @@ class RemoteWire(Wire):
         session.memory_bytes = welcome.nbytes
         session.client_bytes = min(welcome.client_bytes, session.mapping.nbytes)
         self._why = ""
+        if self._copies:
+            session.begin()
         self._send_unsent(session)
 
     def _on_remote_answer(self, answer: RemoteAnswer) -> None:
@@ -362,7 +385,7 @@ class RemoteWire(Wire):
 
     def _moving(self, session: RemoteSession, call: Callable[[Outcome], None]) -> Callable[[Outcome], None] | None:
         """What a transfer is to call at its end; until then the staging frames stay. None: the session is over."""
-        if not session.enter():
+        if session.transport is None or not session.enter():
             return None
 
         def ended(outcome: Outcome) -> None:
@@ -378,8 +401,10 @@ class RemoteWire(Wire):
     def _fetch(self, granted: _Granted, frames: bytes, session: RemoteSession) -> None:
         """A load: bring these chunks into staging frames."""
         on_end = self._moving(session, partial(self._fetched, granted, frames, session))
-        if on_end is None or session.transport is None or granted.transfer is None:
+        if on_end is None:
             return
+        assert session.transport is not None
+        assert granted.transfer is not None
         pages = np.frombuffer(frames, dtype=np.uint32).tolist()
         session.transport.receive(
             granted.transfer,
@@ -423,24 +448,27 @@ class RemoteWire(Wire):
         super()._send(message)
         session = self.session
         if isinstance(message, say.Release | say.Cancel) and isinstance(session, RemoteSession):
-            lent = self._lent.get(message.request, {})
-            places = list(lent)
+            places = list(self._lent.get(message.request, ()))
             if isinstance(message, say.Release):
                 places = np.frombuffer(message.indices, dtype="<u4").tolist()
-            frames = b"".join(lent.pop(place, b"") for place in places)
-            if not lent:
-                self._lent.pop(message.request, None)
-            self._give_back(session, frames)
+            self._give_back(session, self._take_back(message.request, places))
+
+    def _take_back(self, request: int, places: list[int]) -> bytes:
+        """The frames that were lent for these chunks; chunks without any count for nothing."""
+        lent = self._lent.get(request, {})
+        frames = b"".join(lent.pop(place, b"") for place in places)
+        if not lent:
+            self._lent.pop(request, None)
+        return frames
 
     def _publish(self, message: say.Publish) -> None:
         """A store: offer what was copied into staging frames to the agent."""
         session = self._session
-        lent = self._lent.get(message.request, {})
-        places = np.frombuffer(message.indices, dtype="<u4").tolist()
-        frames = b"".join(lent.pop(place, b"") for place in places)
+        frames = self._take_back(message.request, np.frombuffer(message.indices, dtype="<u4").tolist())
         on_end = self._moving(session, lambda _outcome: self._give_back(session, frames))
-        if on_end is None or session.transport is None:
+        if on_end is None:
             return
+        assert session.transport is not None
         transfer, pages = new_transfer(), np.frombuffer(frames, dtype=np.uint32).tolist()
         offer = session.transport.offer(transfer, transfer_key(transfer), len(pages), on_end)
         offer.ready(pages, len(pages))

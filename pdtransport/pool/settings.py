@@ -124,13 +124,13 @@ class RemoteSettings(BaseModel):
         "machine it needs CURVE keys."
     )
     curve_public_key_file: Path | None = Field(
-        None, description="CURVE key pair of this pool; made with `pdlaunch keys`."
+        None, description="CURVE key pair that this pool and its clients share; made with `pdlaunch keys`."
     )
     curve_secret_key_file: Path | None = Field(None, description="Secret half of it.")
-    curve_allowed_keys: tuple[str, ...] | None = Field(
-        None, description="Z85 public key of clients that may connect. Default: only our own (one shared pair)."
-    )
     allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
+    liveness_s: float = Field(
+        10.0, gt=0, le=600, description="A client that said nothing for so long is given up, and what it holds."
+    )
     max_clients: int = Field(64, ge=1, le=1024, description="Clients on other hosts that may be connected at once.")
 
     @model_validator(mode="after")
@@ -161,8 +161,8 @@ class RemoteSettings(BaseModel):
                 port=self.port + offset,
                 curve_public_key_file=self.curve_public_key_file,
                 curve_secret_key_file=self.curve_secret_key_file,
-                curve_allowed_keys=self.curve_allowed_keys,
                 allow_plaintext=self.allow_plaintext,
+                liveness_s=self.liveness_s,
             )
         except ValidationError as error:
             raise ValueError(one_line(error)) from None

@@ -338,8 +338,9 @@ def reach_memory(mapping: Mapping, device: int, stop: Callable[[], bool]) -> Non
     """Make copies between a device's memory and the mapping possible, and fast from the first one on."""
     if device == HOST:
         done = 0
-        while done < mapping.nbytes and not stop():
+        while done < mapping.nbytes and not mapping.populated and not stop():
             done = mapping.populate(done)
+        mapping.populated = mapping.populated or done == mapping.nbytes
         return
     mapping.register(device, stop)
     if mapping.problem:

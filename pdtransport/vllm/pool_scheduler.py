@@ -13,7 +13,7 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending, PoolClient
 from pdtransport.pool.messages import MAX_KEYS, MAX_SPACE
-from pdtransport.settings import PoolUse
+from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.metadata import Fetch, Keep
 from pdtransport.vllm.pool_events import PoolEvents
 from pdtransport.vllm.pool_space import Shard, introduction, salt_of, why_unkeyable
@@ -81,6 +81,7 @@ class PoolScheduler:
         ring: to be called, from any thread, when an answer has come.
         events: tell of the pool's chunks in vLLM's KV events.
         client: for tests.
+        settings: of the engine, for a pool on another host.
 
     Raises:
         SettingsError: the salt's file can't be used.
@@ -96,8 +97,9 @@ class PoolScheduler:
         ring: Callable[[], None],
         events: bool = False,
         client: PoolClient | None = None,
+        settings: Settings | None = None,
     ) -> None:
-        self._use = use.with_salt()
+        self._use, self._settings = use.with_salt(), settings or Settings()
         self._block_size, self._ranks = block_size, ranks
         self._chunk = use.chunk_blocks * block_size
         self._generated = use.store and use.generated
@@ -120,7 +122,9 @@ class PoolScheduler:
         self._shards = [shards[rank].spaces for rank in range(self._ranks)]
         if self._client is None:
             who = f"vllm-{os.getpid()}-lookup"
-            self._client = PoolClient(self._use.name, self._use.dir, deadline_s=ANSWER_S, threads=1, who=who)
+            self._client = PoolClient.of(
+                self._settings, self._use, deadline_s=ANSWER_S, threads=1, who=who, copies=False
+            )
             told = introduction([shards[rank] for rank in range(self._ranks)], self._use, served, tokenizer)
             if len(told) <= MAX_SPACE:
                 self._client.introduce(told)

@@ -16,6 +16,7 @@ from pdtransport.kv.geometry import KVGeometry
 from pdtransport.kv.keys import KeySpace
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.plugins import lossy_codec
+from pdtransport.pool.remote import host_and_port
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.spaces import Space, whole_salt
 from pdtransport.settings import PoolUse
@@ -40,6 +41,8 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
     loaded."""
     place = {"name": use.name} if use.dir is None else {"name": use.name, "dir": use.dir}
     PoolSettings.parse(place, where="kv_connector_extra_config: pool")
+    if use.address is not None:
+        host_and_port(use.address)
     if use.load and load_failure_policy != "recompute":
         raise SettingsError(
             f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
@@ -162,6 +165,8 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     nbytes = use.chunk_blocks * described.kernel_blocks_per_block * geometry.block_bytes(*parts[0])
     if nbytes > MAX_CHUNK_BYTES:
         return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
+    if use.address is not None and nbytes > use.staging_bytes:
+        return f"pool.staging_bytes {use.staging_bytes} do not hold a chunk of {nbytes} bytes: set more"
     return ""
 
 

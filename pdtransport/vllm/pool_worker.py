@@ -23,7 +23,7 @@ from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.pool.client import Copied, Pending, PoolClient
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.request import Verdict
-from pdtransport.settings import PoolUse
+from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.metadata import Fetch, Keep
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class PoolWorker:
         lossy: how tiers of the pool may pack its chunks with loss.
         on_stored: whose parts of this worker are all in the pool: chunks, by the key of their first part; None: nobody
             wants to know.
+        settings: of the engine, for a pool on another host.
 
     Raises:
         PoolUnavailable: a GPU has no memory left for it.
@@ -74,8 +75,10 @@ class PoolWorker:
         count: Callable[[str, Counter[str], int], None],
         lossy: Lossy | None = None,
         on_stored: Callable[[list[bytes]], None] | None = None,
+        settings: Settings | None = None,
     ) -> None:
         self._lossy = lossy
+        settings = settings or Settings()
         self._use, self._geometry = use, geometry
         self._parts, self._ratio, self._rank = parts, ratio, rank
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
@@ -88,8 +91,8 @@ class PoolWorker:
         # Loads have a client of their own: a request waits for them, and for stores nobody does.
         who = f"vllm-{os.getpid()}"
         self._loader, self._storer = (
-            PoolClient(
-                use.name, use.dir, tenant=use.tenant, threads=threads, who=f"{who}-{what}", device=geometry.device
+            PoolClient.of(
+                settings, use, tenant=use.tenant, threads=threads, who=f"{who}-{what}", device=geometry.device
             )
             for what, threads in (("load", LOAD_THREADS), ("store", STORE_THREADS))
         )

@@ -122,6 +122,7 @@ class SchedulerSide:
             clock=self._clock,
             ring=self._rope.pull,
             events=events,
+            settings=self._settings,
         )
 
     def bind(self, connector: Any, manager: Any) -> None:

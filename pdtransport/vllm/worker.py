@@ -132,6 +132,7 @@ class WorkerSide:
                 count=self._count_chunks,
                 lossy=loss_of(described, use),
                 on_stored=self._in_pool if kv_events_on(self._config) else None,
+                settings=self._settings,
             )
         except PoolUnavailable as error:
             logger.warning("pdtransport: the pool is not used: %s", error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +22,8 @@ from tests.rig.cases import BLOCK, Case, assert_equal
 from tests.rig.client import Client, in_parallel
 from tests.rig.device import PLACE
 from tests.rig.fixtures import TINY_CHUNK, TINY_LEN, TINY_TOKENS, pair_spec
-from tests.rig.servers import Server, ServerSpec
+from tests.rig.ports import HOST
+from tests.rig.servers import PORTS, Server, ServerSpec
 
 CHUNK_BLOCKS = 2
 CHUNK = CHUNK_BLOCKS * BLOCK
@@ -34,13 +37,18 @@ class Service:
     """A pool that can end and start again in the same directory; at most one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.directory = folder / "pool"
+        # CUDA registers no memory of a disk's file system.
+        self._short = Path(tempfile.mkdtemp(prefix="pdt-pool-", dir="/dev/shm")) if PLACE.gpu else None
+        self.directory = (self._short or folder) / "pool"
+        port = PORTS.take(2)
+        self.address = f"tcp://{HOST}:{port}"
+        self._door = ("--listen", f"{HOST}:{port}")
         self.disk = ("--disk", str(folder / "disk"), "--disk-bytes", "1GiB", "--disk-codec", "zstd")
         self._daemon: Daemon | None = None
 
     def start(self, *options: str) -> None:
         self.kill()
-        self._daemon = Daemon(self.directory, *options, memory=MEMORY)
+        self._daemon = Daemon(self.directory, *self._door, *options, memory=MEMORY)
 
     def signal(self, number: int) -> None:
         assert self._daemon is not None
@@ -50,6 +58,12 @@ class Service:
         if self._daemon is not None:
             self._daemon.close()
             self._daemon = None
+
+    def close(self) -> None:
+        """End it for good."""
+        self.kill()
+        if self._short is not None:
+            shutil.rmtree(self._short, ignore_errors=True)
 
     def written(self) -> int:
         """Chunks on disk, once all that memory holds is there."""
@@ -81,10 +95,11 @@ class Service:
         return counters
 
 
-def pooled(directory: Path, spec: ServerSpec, **more: Any) -> ServerSpec:
-    """``spec`` with the pool in ``directory``, where it publishes its KV events, too."""
+def pooled(directory: Path, spec: ServerSpec, address: str = "", **more: Any) -> ServerSpec:
+    """``spec`` with the pool in ``directory``, or at ``address``. It publishes its KV events in ``directory``, too."""
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events_of(directory, spec.name)}
-    use = {"dir": str(directory), "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0, **more}
+    where = {"address": address} if address else {"dir": str(directory)}
+    use = {**where, "chunk_blocks": CHUNK_BLOCKS, "shards": SHARDS, "store_s": 2.0, **more}
     return replace(
         spec,
         extra_config={**spec.extra_config, "pool": use},
@@ -125,9 +140,11 @@ class Events:
         self._context.term()
 
 
-def writer_spec(directory: Path) -> ServerSpec:
-    """The first server with the pool. A test kills it."""
-    return pooled(directory, pair_spec("writer", "kv_both", cores="0"))
+def writer_spec(service: Service) -> ServerSpec:
+    """The first server with the pool, which a test kills. On the CPU it uses the pool as one on another host, others
+    as one on theirs."""
+    spec = pair_spec("writer", "kv_both", cores="0")
+    return pooled(service.directory, spec, "" if PLACE.gpu else service.address)
 
 
 def tiny_pooled_spec(name: str, directory: Path) -> ServerSpec:

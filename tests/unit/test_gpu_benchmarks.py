@@ -36,7 +36,9 @@ def test_the_pool_is_measured_beside_plain_copies(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pool, "_cuda_memcpy", ctypes.memmove)
     with twin_gpu.installed():
         found = pool.gpu_bandwidth(4 << 20, 1 << 20, 1)
-    assert {"memcpy out", "memcpy in", "store", "load", "store / memcpy", "registered s"} <= set(found)
+    assert {"memcpy out", "memcpy in", "store", "load", "store / memcpy", "kernel out/16b", "registered s"} <= set(
+        found
+    )
     assert "GB/s" in pool.table({"bandwidth": found})
 
 

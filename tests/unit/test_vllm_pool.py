@@ -25,7 +25,7 @@ from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.service import Pool
-from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.held import Held
@@ -35,6 +35,7 @@ from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, s
 from pdtransport.vllm.pool_worker import PoolWorker
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.rig import twin_gpu
+from tests.rig.ports import Ports
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, blocks, request, step
 
 SPACE = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
@@ -414,6 +415,10 @@ def test_loading_needs_an_engine_that_recomputes() -> None:
         check_use(PoolUse(), "fail")
     assert "\n" not in str(caught.value)
     check_use(PoolUse(load=False), "fail")
+    with pytest.raises(SettingsError, match=r"pool\.address: 'far:1' is no tcp://HOST:PORT"):
+        check_use(PoolUse(address="far:1"), "recompute")
+    with pytest.raises(ValueError, match="address and dir are both set"):
+        PoolUse(address="tcp://far:1", dir=Path("/x"))
     with pytest.raises(SettingsError, match="dir is too long"):
         check_use(PoolUse(dir=Path("/x" * 60)), "recompute")
 
@@ -463,7 +468,7 @@ class Engine:
     """Pages of a worker, and what its half reported."""
 
     def __init__(
-        self, directory: Path, shards: int = 1, rank: int = 0, ranks: int = 1, device: int = HOST, **use: Any
+        self, directory: Path | None, shards: int = 1, rank: int = 0, ranks: int = 1, device: int = HOST, **use: Any
     ) -> None:
         shape = (LAYERS, PAGES, HEADS // ranks, TOKENS, SLOT)
         self.memory = twin_gpu.DeviceMemory(int(np.prod(shape)), 0)
@@ -515,7 +520,7 @@ def running(tmp_path: Path) -> Iterator[Pool]:
         yield pool
 
 
-def engine_of(tmp_path: Path, **use: Any) -> Engine:
+def engine_of(tmp_path: Path | None, **use: Any) -> Engine:
     made = Engine(tmp_path, **use)
     made.kv[:] = np.random.default_rng(1).integers(1, 256, made.kv.shape, dtype=np.uint8)
     return made
@@ -569,6 +574,37 @@ def test_pages_in_gpu_memory_are_used_behind_the_step_and_not_after_a_preemption
         finally:
             engine.worker.close()
             twin_gpu.strict = False
+
+
+@pytest.mark.parametrize("device", [HOST, 0])
+def test_an_engine_uses_a_pool_on_another_host(tmp_path: Path, device: int) -> None:
+    """With one setting, from host memory and from a GPU's: by staging frames, which its kernels reach."""
+    ports = Ports()
+    port = ports.take(2)
+    door = RemoteSettings(listen=f"127.0.0.1:{port}")
+    with (
+        Pool(PoolSettings(dir=tmp_path, memory_bytes=8 << 20, frame_bytes=4096, remote=door)),
+        twin_gpu.installed(),
+    ):
+        twin_gpu.strict = True
+        engine = engine_of(None, device=device, address=f"tcp://127.0.0.1:{port}", staging_bytes=1 << 20)
+        near = Engine(tmp_path)
+        try:
+            engine.keep([key(1), key(2)], [3, 9, 4, 1])
+            engine.wait_kept()
+            before = engine.kv.copy()
+            assert engine.fetch([key(1), key(2)], [20, 21, 22], held=1)
+            assert np.array_equal(engine.kv[:, [20, 21, 22]], before[:, [9, 4, 1]])
+            others = [page for page in range(PAGES) if page not in (20, 21, 22)]
+            assert np.array_equal(engine.kv[:, others], before[:, others])
+            assert near.fetch([key(2)], [5, 6])
+            assert np.array_equal(near.kv[:, [5, 6]], before[:, [4, 1]])
+        finally:
+            near.worker.close()
+            engine.worker.close()
+            twin_gpu.strict = False
+        assert not twin_gpu.registered
+    ports.give_back([port, port + 1])
 
 
 @pytest.mark.parametrize("held", [0, 1])

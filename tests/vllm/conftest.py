@@ -104,7 +104,7 @@ def standing(logs: Path, audit: Path, pool: Service, request: pytest.FixtureRequ
     specs += main_specs(audit) if "servers" in wanted else []
     specs += [tiny_spec(audit)] if "tiny" in wanted else []
     specs += [doomed_spec(audit)] if "doomed" in wanted else []
-    specs += [writer_spec(pool.directory)] if "writer" in wanted else []
+    specs += [writer_spec(pool)] if "writer" in wanted else []
     specs += [tiny_pooled_spec("reader", pool.directory)] if "reader" in wanted else []
     with phase(f"start {len(specs)} servers"):
         running = fleet(*specs, logs=logs)
@@ -159,7 +159,7 @@ def pool(logs: Path) -> Iterator[Service]:
     service = Service(logs)
     service.start()
     yield service
-    service.kill()
+    service.close()
 
 
 @pytest.fixture(scope="session")

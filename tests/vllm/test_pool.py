@@ -48,7 +48,7 @@ def writer(pool: Service, book: Book, logs: Path, standing: dict[str, Server]) -
     if standing:
         yield standing["writer"]
         return
-    with fleet(writer_spec(pool.directory), logs=logs) as (server,):
+    with fleet(writer_spec(pool), logs=logs) as (server,):
         yield server
 
 
