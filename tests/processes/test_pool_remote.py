@@ -20,6 +20,7 @@ from pdtransport.control.curve import make_keys
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
+from pdtransport.pool.admin import Outcome, PoolAdmin
 from pdtransport.pool.cli import main
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.remote_messages import RemoteHello, RemotePublish
@@ -116,7 +117,7 @@ def test_what_other_chunks_left_in_a_frame_does_not_cross(pool: Pool, directory:
     with PoolClient(directory=directory) as near, at(port) as far:
         pieces = [run(secret.ctypes.data + n * CHUNK, CHUNK) for n in range(128)]
         assert near.store([key(n) for n in range(128)], pieces).result().prefix == 128
-        assert near.drop(None).result() == 128
+        assert PoolAdmin(near).clear() == Outcome(128, 128)
         assert near.store([key(1)], [run(short.ctypes.data, 8)]).result().prefix == 1
         assert far.load([key(1)], [run(short.ctypes.data, 8)]).result().prefix == 1
         session = far._wire.session

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.errors import PoolUnavailable, SettingsError
+from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace, chunk_keys
@@ -488,6 +490,7 @@ class Engine:
             on_loaded=self._on_loaded,
             on_kept=self._on_kept,
             count=lambda _role, tally, _nbytes: self.counts.update(tally),
+            lossy=Lossy(use["codec"], Grid("bfloat16", 1, 1, TOKENS * SLOT // 4)) if "codec" in use else None,
         )
 
     def _on_loaded(self, name: str, ok: bool) -> None:
@@ -528,6 +531,34 @@ def engine_of(tmp_path: Path | None, **use: Any) -> Engine:
 
 def key(number: int) -> bytes:
     return bytes([number]) * 32
+
+
+def test_what_a_tier_packed_with_loss_comes_back_decoded(tmp_path: Path) -> None:
+    """An engine that asks for fp8 gets, after the pool's restart, what decoding its pages' codes gives."""
+    settings = {"dir": tmp_path, "memory_bytes": 8 << 20, "frame_bytes": 4096}
+    made = PoolSettings.parse(settings | {"disk": {"path": tmp_path / "disk", "bytes": 8 << 20}})
+    engine = engine_of(tmp_path, codec="fp8")
+    numbers = np.random.default_rng(2).standard_normal(engine.kv.size // 2).astype(np.float32)
+    engine.kv[:] = quant.to_bytes(numbers, "bfloat16").reshape(engine.kv.shape)
+    was = engine.kv.copy()
+    with Pool(made) as pool:
+        engine.keep([key(1)], [3, 4])
+        engine.wait_kept()
+        while pool.status()["writeback_bytes"]:
+            time.sleep(0.01)
+    with Pool(made) as pool:
+        while not pool.status()["chunks"]:
+            time.sleep(0.01)
+        engine.kv[:] = 0
+        assert engine.fetch([key(1)], [7, 9])
+    engine.worker.close()
+    grid, packed = Grid("bfloat16", 1, 1, TOKENS * SLOT // 4), np.ascontiguousarray(was[:, [3, 4]])
+    codes = quant.pack("fp8", grid, packed.reshape(-1))
+    assert codes is not None
+    decoded = np.empty(packed.size, dtype=np.uint8)
+    quant.unpack("fp8", grid, codes, decoded)
+    assert np.array_equal(engine.kv[:, [7, 9]].reshape(-1), decoded)
+    assert not np.array_equal(decoded, packed.reshape(-1))
 
 
 def test_pages_come_back_into_other_pages_and_no_others(running: Pool, tmp_path: Path) -> None:
