@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 from tests.faults.network import CASES, NoNamespaces
+from tests.faults.page import write
 from tests.faults.plan import Plan
 from tests.faults.report import Report
 from tests.faults.runner import random_plans, run_network, run_plans
 from tests.faults.steps import STEPS, step_plan, step_plans
+from tests.faults.vllm_plan import round_of
 from tests.faults.vllm_rig import run_vllm
 
 
@@ -41,6 +43,7 @@ def main() -> int:
     parser.add_argument("--note", default="", help="what is known about the failures, for the matrix")
     vllm = parser.add_argument_group("the rig vllm, to which --runs, --start, --seed, --write and --results apply, too")
     vllm.add_argument("--kill-every", type=int, default=50, help="every so many-th seed kills a server; 0: none")
+    vllm.add_argument("--router-every", type=int, default=0, help="every so many-th seed strikes the router; 0: none")
     vllm.add_argument(
         "--policy", choices=["fail", "recompute"], default="fail", help="kv_load_failure_policy of decode"
     )
@@ -57,7 +60,7 @@ def main() -> int:
     args = parser.parse_args()
     links = args.links.split(",")
     real = args.rig == "vllm"
-    plans = [] if real else plans_of(args, links)
+    plans = plans_of(args, links) if args.rig == "engine-free" else []
     if len(plans) == 1:
         print(plans[0])
     began = time.monotonic()
@@ -69,7 +72,8 @@ def main() -> int:
     elif real:
         seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
         print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
-        run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0, args.seconds)
+        plans = [round_of(seed, args.kill_every, args.router_every) for seed in seeds]
+        run_vllm(report, plans, args.policy, args.disconnects, args.seed or 0, args.seconds)
     elif args.network:
         try:
             run_network(args.network, [args.case] if args.case else list(CASES), report)
@@ -85,7 +89,7 @@ def main() -> int:
         report.save(args.results)
     if args.write:
         report.note = args.note
-        report.write(args.write, args.machine, time.strftime("%Y-%m-%d"), vllm=real)
+        write(report, args.write, args.rig, args.machine, time.strftime("%Y-%m-%d"))
     return 1 if failed else 0
 
 
