@@ -50,6 +50,9 @@ def main() -> int:
     vllm.add_argument(
         "--disconnects", type=int, default=0, help="instead: so many requests, 30%% of whose clients leave"
     )
+    vllm.add_argument(
+        "--beside-plain", action="store_true", help="with --disconnects: a plain server with half of the prompts, too"
+    )
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
     one.add_argument("--step", choices=list(STEPS), help="this protocol step")
@@ -73,7 +76,9 @@ def main() -> int:
         seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
         print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
         plans = [round_of(seed, args.kill_every, args.router_every) for seed in seeds]
-        run_vllm(report, plans, args.policy, args.disconnects, args.seed or 0, args.seconds)
+        run_vllm(
+            report, plans, args.policy, args.disconnects, args.seed or 0, args.seconds, beside_plain=args.beside_plain
+        )
     elif args.network:
         try:
             run_network(args.network, [args.case] if args.case else list(CASES), report)

@@ -106,10 +106,15 @@ class Fleet:
     usage: dict[str, Usage] = field(default_factory=dict)  # at rest, by process; see :meth:`rest`
     counted: Counter[str] | None = None  # by all servers at rest; None once one died, whose counts went with it
     away: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # servers being started again
+    plain: Server | None = None  # vLLM without a connector, for comparison
 
     @property
     def all(self) -> list[Server]:
         return [*self.prefills, *self.decodes]
+
+    @property
+    def with_plain(self) -> list[Server]:
+        return [*self.all, *([self.plain] if self.plain is not None else [])]
 
     def here(self, role: str) -> list[Server]:
         """Servers of a role that are not being started again."""
@@ -258,7 +263,9 @@ async def known_cases(logs: Path, count: int, longest: int) -> list[Case]:
 
 
 @asynccontextmanager
-async def started(*, inject: bool, policy: str, count: int, longest: int) -> AsyncIterator[Fleet]:
+async def started(
+    *, inject: bool, policy: str, count: int, longest: int, beside_plain: bool = False
+) -> AsyncIterator[Fleet]:
     """Servers and router for the length of an ``async with`` block. Afterwards none of their processes is left.
 
     Raises:
@@ -270,11 +277,14 @@ async def started(*, inject: bool, policy: str, count: int, longest: int) -> Asy
     if inject:
         (logs / "tests").symlink_to(REPOSITORY / "tests")  # on the servers' path, and nothing else of the repository
     wanted = specs(logs if inject else None, policy)
+    if beside_plain:
+        wanted.append(replace(wanted[0], name="plain", connector="none", extra_config={}))
     servers = start(wanted, logs)
     try:
         sockets = {spec.name: logs / f"{spec.name}.sock" for spec in wanted} if inject else {}
-        with routed(servers[:2], servers[2:], logs, "concurrent", *ROUTER) as router:
-            yield Fleet(servers[:2], servers[2:], router, book, sockets)
+        with routed(servers[:2], servers[2:4], logs, "concurrent", *ROUTER) as router:
+            plain = servers[4] if beside_plain else None
+            yield Fleet(servers[:2], servers[2:4], router, book, sockets, plain=plain)
     finally:
         stop_all(servers)
     left = [pid for server in servers for pid in group_members(server.pgid)]

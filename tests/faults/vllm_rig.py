@@ -323,12 +323,27 @@ def slow(fleet: Fleet, since: float) -> list[str]:
     return ["    " + json.dumps({key: each[key] for key in ("at", "events", "dispatches")}) for each in late]
 
 
+def resident(fleet: Fleet) -> str:
+    """Memory of each process, and of the plain server's."""
+    pids = fleet.processes()
+    if fleet.plain is not None:
+        pids["plain:0"] = fleet.plain.workers()[0]
+    return "MiB: " + ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in pids.items())
+
+
 async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
     """``count`` requests, three of ten of whose clients leave at a random moment, then a minute with nothing to do."""
     chance = random.Random(seed)
     async with Client() as client:
         await warm(fleet, client)
         row = "short requests, eight at a time"
+
+        async def beside(number: int, each: Request) -> None:
+            """Half of the prompts go to the plain server, too: as many as each server that prefills is sent."""
+            if fleet.plain is not None and number % 2 == 0:
+                case = random.Random(each.seed).choice(fleet.book)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(client.complete(fleet.plain, case.prompt, 1), each.cancel_at or REQUEST_S)
 
         async def one(number: int, leaves_s: float) -> None:
             each = request(chance, chance.getrandbits(32), 0.0)
@@ -339,7 +354,7 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
             column = "the client leaves" if leaves else "the client stays"
             replay = f"--rig vllm --disconnects {count} --seed {seed}"
             it = Round(fleet, client, Plan(number, LINK, 1, row, column, replay, [each]))
-            await it.one(each)
+            await asyncio.gather(it.one(each), beside(number, each))
             if not leaves and it.result.ended["ok"] == 0:
                 it.result.problems.append(f"a client that stayed got {dict(it.result.ended)}")
             if leaves_s > 0:
@@ -351,16 +366,15 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
         usual: list[float] = []
         for _ in range(0, USUAL, PIECE):
             await in_parallel(AT_A_TIME, [partial(one, number, 0.0) for number in range(PIECE)])
-            await forget(client, *fleet.all)
-            print("MiB: " + ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in fleet.processes().items()))
+            await forget(client, *fleet.with_plain)
+            print(resident(fleet), flush=True)
         middle = sorted(usual)[len(usual) // 2]
         await fleet.begin(client)
         for first in range(0, count, PIECE):
             numbers = range(first, min(count, first + PIECE))
             await in_parallel(AT_A_TIME, [partial(one, number, middle) for number in numbers])
-            await forget(client, *fleet.all)  # so that pages cross again
-            resident = ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in fleet.processes().items())
-            print(f"{numbers[-1] + 1} requests of {count}, {report.total.failed} failed; MiB: {resident}", flush=True)
+            await forget(client, *fleet.with_plain)  # so that pages cross again
+            print(f"{numbers[-1] + 1} requests of {count}, {report.total.failed} failed; {resident(fleet)}", flush=True)
         report.trouble += await fleet.leaks(client)
         print(f"idle for {IDLE_S:.0f} s")
         await asyncio.sleep(IDLE_S)
@@ -376,14 +390,24 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
         report.trouble += fleet.complaints()
 
 
-def run_vllm(report: Report, plans: Sequence[Plan], policy: str, disconnects: int, seed: int, seconds: float) -> None:
+def run_vllm(
+    report: Report,
+    plans: Sequence[Plan],
+    policy: str,
+    disconnects: int,
+    seed: int,
+    seconds: float,
+    *,
+    beside_plain: bool = False,
+) -> None:
     """Rounds (none begins after ``seconds``, if that is not 0), or ``disconnects`` requests. A server
     that does not start is told as trouble."""
     until = time.monotonic() + (seconds or math.inf)
 
     async def go() -> None:
         if disconnects:
-            async with started(inject=False, policy=policy, count=SHORT_CASES, longest=SHORT) as fleet:
+            short = {"count": SHORT_CASES, "longest": SHORT}
+            async with started(inject=False, policy=policy, beside_plain=beside_plain, **short) as fleet:
                 await leave(fleet, disconnects, seed, report)
             return
         async with started(inject=True, policy=policy, count=CASES, longest=LONGEST) as fleet:

@@ -17,7 +17,21 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
-from tests.processes.pool_rig import CHUNK, Other, Pages, content, daemon, key, load, mine, names, status, store, until
+from tests.processes.pool_rig import (
+    CHUNK,
+    DAMAGES,
+    Other,
+    Pages,
+    content,
+    daemon,
+    key,
+    load,
+    mine,
+    names,
+    status,
+    store,
+    until,
+)
 
 
 @pytest.fixture
@@ -173,44 +187,6 @@ def test_a_damaged_chunk_in_memory_is_a_miss_and_dropped(directory: Path) -> Non
         until(lambda: client.lookup([key(1)]).result().there == 0, "the damaged chunk is still there")
         assert names(store(client, [1])) == ["WRITE"]
         assert names(load(client, [1])) == ["READ"]
-
-
-def damage_bit(path: Path, sibling: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-100, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(-100, os.SEEK_END)
-        file.write(bytes([byte[0] ^ 4]))
-
-
-def damage_header(path: Path, sibling: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(24)
-        file.write(b"\xff")
-
-
-def cut_off(path: Path, sibling: Path) -> None:
-    os.truncate(path, path.stat().st_size - 4096)
-
-
-def empty(path: Path, sibling: Path) -> None:
-    os.truncate(path, 0)
-
-
-def another_chunk(path: Path, sibling: Path) -> None:
-    path.write_bytes(sibling.read_bytes())
-
-
-def gone(path: Path, sibling: Path) -> None:
-    path.unlink()
-
-
-def unreadable(path: Path, sibling: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-DAMAGES = [damage_bit, damage_header, cut_off, empty, another_chunk, gone, unreadable]
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
