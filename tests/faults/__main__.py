@@ -20,7 +20,7 @@ from tests.faults.network import CASES, NoNamespaces
 from tests.faults.page import write
 from tests.faults.plan import Plan
 from tests.faults.report import Report
-from tests.faults.runner import random_plans, run_network, run_plans
+from tests.faults.runner import pool_plans, random_plans, run_network, run_plans
 from tests.faults.steps import STEPS, step_plan, step_plans
 from tests.faults.vllm_plan import round_of
 from tests.faults.vllm_rig import run_vllm
@@ -28,7 +28,7 @@ from tests.faults.vllm_rig import run_vllm
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--rig", choices=["engine-free", "vllm"], default="engine-free")
+    parser.add_argument("--rig", choices=["engine-free", "vllm", "pool"], default="engine-free")
     parser.add_argument("--runs", type=int, default=200, help="random runs; of vllm: rounds of some requests")
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--kills", type=int, default=0, help="times that each side is killed at each protocol step")
@@ -63,7 +63,7 @@ def main() -> int:
     args = parser.parse_args()
     links = args.links.split(",")
     real = args.rig == "vllm"
-    plans = plans_of(args, links) if args.rig == "engine-free" else []
+    plans = [] if real else plans_of(args, links)
     if len(plans) == 1:
         print(plans[0])
     began = time.monotonic()
@@ -111,11 +111,14 @@ def said(arguments: list[str]) -> list[str]:
 
 
 def plans_of(args: argparse.Namespace, links: list[str]) -> list[Plan]:
+    seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
+    if args.rig == "pool":
+        return list(pool_plans(seeds))
     if args.seed is not None:
-        return random_plans([args.seed], links)
+        return random_plans(seeds, links)
     if args.step is not None:
         return [step_plan(args.step, args.side, args.action, args.halt, args.number, links[0])]
-    return random_plans(range(args.start, args.start + args.runs), links) + step_plans(args.kills, links)
+    return random_plans(seeds, links) + step_plans(args.kills, links)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class Result:
 class Lane:
     """``prefills`` prefill workers and one decode worker over one link."""
 
-    def __init__(self, link: str, prefills: int, ports: Ports, number: int, network: Network | None = None) -> None:
+    def __init__(
+        self, link: str, prefills: int, ports: Ports, number: int, network: Network | None = None, mutant: str = ""
+    ) -> None:
         self.link, self.prefills, self.network = link, prefills, network
         self.host = ADDRESSES[0] if network else HOST
         settings: dict[str, Any] = {
@@ -53,15 +55,17 @@ class Lane:
         }
         self.base = ports.take(prefills)
         nonce = secrets.token_hex(3)
-        self.workers: dict[str, Process] = {}
+        starts = []
         for rank in range(prefills):
-            start = Start("prefill", f"p{number}-{nonce}", rank, prefills, self.base + rank, settings)
-            self.workers[f"prefill{rank}"] = Process(start)
-        self.workers["decode0"] = Process(Start("decode", f"d{number}-{nonce}", 0, 1, 0, settings))
+            name = f"p{number}-{nonce}"
+            start = Start("prefill", name, rank, prefills, self.base + rank, settings, mutant=mutant)
+            starts.append(start)
+        starts.append(Start("decode", f"d{number}-{nonce}", 0, 1, 0, settings, mutant=mutant))
         if network is not None:
-            for worker, name, address in zip(self.workers.values(), network.names, ADDRESSES, strict=True):
-                worker.start.namespace, worker.start.environment = name, {"UCX_TLS": "tcp"}
-                worker.start.settings = {**settings, "control": {"host": address, "allow_plaintext": True}}
+            for start, name, address in zip(starts, network.names, ADDRESSES, strict=True):
+                start.namespace, start.environment = name, {"UCX_TLS": "tcp"}
+                start.settings = {**settings, "control": {"host": address, "allow_plaintext": True}}
+        self.workers = {f"{start.role}{start.rank}": Process(start) for start in starts}
         self.said: Counter[tuple[str, str]] = Counter()  # (worker, offer or receive) since its process started
         self.rest: dict[str, dict[str, Any]] = {}  # what each process held when nothing was under way
 

@@ -159,6 +159,30 @@ def test_a_stopped_service_ends_waits_at_their_deadline(directory: Path) -> None
         assert status(client)["memory"]["used_bytes"] == CHUNK
 
 
+def test_calls_that_wait_for_a_copier_end_at_their_deadline_too(directory: Path) -> None:
+    """Every wait has a deadline: a call that queues behind others of its own client ends at its own, not at theirs, and
+    its memory is its caller's again (the fault rig's seed 131 waited for five times as long)."""
+    with daemon(directory) as service, PoolClient(directory=directory, threads=1) as client:
+        store(client, [1])
+        service.kill(signal.SIGSTOP)
+        room = [Pages(1) for _ in range(3)]
+        slow = client.load([key(1)], [room[0].runs(0)], deadline_s=4.0)
+        began = time.monotonic()
+        calls = [
+            client.load([key(1)], [room[1].runs(0)], deadline_s=0.3),
+            client.store([key(2)], [room[2].runs(0)], deadline_s=0.6),
+        ]
+        ended = [call.result() for call in calls]
+        assert time.monotonic() - began < 2.0
+        assert [names(each) for each in ended] == [["LOST"], ["LOST"]]
+        assert all("deadline" in each.error for each in ended)
+        assert not slow.future.done()
+        service.kill(signal.SIGCONT)
+        assert names(slow.result()) == ["READ"]
+        assert client.counters["load_lost"] == client.counters["store_lost"] == 1
+        assert names(load(client, [1])) == ["READ"]
+
+
 def test_a_cancelled_wait_holds_nothing(directory: Path, other: Other) -> None:
     """Cancelling a load that waits ends it at once, and releases what it holds."""
     with pool(directory), PoolClient(directory=directory) as client:
