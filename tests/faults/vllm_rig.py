@@ -277,8 +277,8 @@ async def play(
         await warm(fleet, client)
         await fleet.begin(client)
         for number, plan in enumerate(plans, 1):
-            kills = any(what.startswith(KILL) for _, _, what in plan.signals)
-            await welcome(fleet, client, await fleet.back(wait=kills), report)
+            whole = any(what.startswith(KILL) for _, _, what in plan.signals) or plan.row.startswith(ROUTER)
+            await welcome(fleet, client, await fleet.back(wait=whole), report)
             began = time.time()
             result = await Round(fleet, client, plan).go()
             report.add(result)
