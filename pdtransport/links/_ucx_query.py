@@ -1,5 +1,5 @@
-"""Questions to UCX and ucxx that the Python bindings don't wrap: what carries an endpoint, what takes GPU memory, what is
-left of a closed endpoint. Each ends in "unknown" where the library at hand can't be asked."""
+"""Questions to UCX and ucxx that the Python bindings don't wrap: what carries an endpoint, what takes GPU memory, what
+is left of a closed endpoint. Each ends in "unknown" where the library at hand can't be asked."""
 
 from __future__ import annotations
 
