@@ -92,7 +92,8 @@ class Copying:
                 self._open(*stretch)
             while self._windows and not self._do.cancelled.is_set():
                 self._hear(*self._do.heard.get())
-                self._tidy(stretches)
+                if not self._do.cancelled.is_set():  # else something granted may not have been copied
+                    self._tidy(stretches)
         except PoolUnavailable as error:
             self.error = str(error)
         finally:

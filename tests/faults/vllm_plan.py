@@ -11,7 +11,7 @@ WAYS = ("router", "router", "router", "concurrent", "serial")  # the last two: s
 HALTS_S = (0.3, 1.0, 3.0, 6.0)  # below and above the default control.liveness_s
 LINK = "the fastest"
 ROUTER = "the router"
-CUT = "cut off"
+CUT = "cut"
 CUTS_S = (2.0, 6.0)  # below and above what makes a router's health checks give a server up
 
 

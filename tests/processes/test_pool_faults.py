@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pdtransport.errors import PoolUnavailable
+from pdtransport.kernels import pages
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
@@ -181,6 +183,35 @@ def test_calls_that_wait_for_a_copier_end_at_their_deadline_too(directory: Path)
         assert names(slow.result()) == ["READ"]
         assert client.counters["load_lost"] == client.counters["store_lost"] == 1
         assert names(load(client, [1])) == ["READ"]
+
+
+@pytest.mark.parametrize("verb", ["store", "load"])
+def test_a_call_cancelled_between_two_copies_holds_nothing(
+    directory: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was granted and is not wanted any more is given back, though all was answered (the fault rig's seed 232)."""
+    # of two lengths, granted together: two copies
+    keys, rooms = [key(1), key(2)], [Pages(1), Pages(1, CHUNK // 2)]
+    runs = [room.runs(0) for room in rooms]
+    whole, calls = pages.read_mapped, []
+
+    def cancels(*arguments: Any) -> Any:
+        calls.pop().cancel()
+        return whole(*arguments)
+
+    with pool(directory, chunks=32), PoolClient(directory=directory) as client:
+        if verb == "load":
+            assert client.store(keys, runs).result().prefix == 2
+        began = threading.Event()
+        monkeypatch.setattr(pages, "read_mapped", lambda *arguments: began.wait(30) and cancels(*arguments))
+        calls.append(call := (client.store if verb == "store" else client.load)(keys, runs))
+        began.set()
+        assert names(call.result())[1] == "LOST"
+        until(lambda: mine(client)["requests"] == 0, "its request is still there")
+        assert mine(client)["held_bytes"] == 0
+        assert status(client)["being_filled"] == 0
+        client.drop(None).result()
+        assert status(client)["memory"]["used_bytes"] == 0
 
 
 def test_a_cancelled_wait_holds_nothing(directory: Path, other: Other) -> None:
