@@ -70,7 +70,7 @@ def main() -> int:
     report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *said(sys.argv[1:])])])
     if plans:
         run_plans(plans, args.lanes, report, args.seconds, shout=print)
-    if real and args.runs == 0 and args.seed is None and not args.disconnects:
+    if not (plans or args.network or args.disconnects or (real and (args.runs or args.seed is not None))):
         report.commands.clear()  # only to write down what is known
     elif real:
         seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]

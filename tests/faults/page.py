@@ -125,11 +125,11 @@ a transfer that was reported ok has other bytes than its prompt's, a byte is wri
 not ended by its deadlines, an error is raised in an I/O thread, a page, slot, ticket, descriptor or thread is not given
 back, the counters do not add up, or transfers do not go through again afterwards.
 
-**When a process dies** (median / p99): a survivor is told, and its transfers with the dead end, {told} after the death
-(or after it asked for one, if that came later: `control.connect_s`). A survivor's transfers, those that go well
-included, end {beyond} after the moment at which the engines had said all about them (a healthy one ends within 0.2 s
-of that; worst of {beyonds}: {worst}). Pages that nobody had asked for when decode died are kept for
-`deadlines.hold_s`, 3 s here: {held}. No request waits for these.
+**When a process dies** (median / p99): a survivor is told, and its transfers with the dead end, {told} after the
+death, or after it asked for one where that came later (then it takes `control.connect_s`, 2 s; the next table has
+those that were in touch). A survivor's transfers, those that go well included, end {beyond} after the moment at which
+the engines had said all about them (a healthy one ends within 0.2 s of that; worst of {beyonds}: {worst}). Pages that
+nobody had asked for when decode died are kept for `deadlines.hold_s`, 3 s here: {held}. No request waits for these.
 """
 STEPS_HEAD = """## A process dies, or stands still, at a step of the protocol
 
@@ -162,9 +162,9 @@ which died agree with each other. After each round that strikes the router: all 
 free, and these the same processes as before. Now and then vLLM loses the word that wakes an idle process of its own
 and looks again after 5 s, with or without a KV connector; the rig shortens that, so as to measure the faults.
 
-**When a server dies** (median / p99): the {{beyonds}} requests that were under way through the router took {{beyond}}
+**When a server dies** (median / p99): {{beyonds}} requests that were under way through the router took {{beyond}}
 longer than the same requests, sent at the same moments with nobody dying, right before it (those took {{healthy}});
-worst {{worst}}. They had ended {{told}} after the death.
+worst {{worst}}. Requests had ended {{told}} after the death.
 
 *transfers ended*: `ok` (disaggregated), `ok from decode alone` (the end of the router's ladder), `left` (the client),
 or the error. *took*: the whole request. *again after*: until a new request was answered once the fault was over, or
