@@ -174,13 +174,13 @@ POOL_TITLE = "## The shared pool\n"
 POOL = f"""{POOL_TITLE}
 Written by `{{commands}}` on {{date}} ({{machine}}).
 
-{{runs}} runs: one pool (`pdtransport.pool.service`, as `pdpool` runs it) and two clients (`PoolClient`, as an engine's
-worker uses it), each in a process of its own, {{ends}} chunks asked to be stored or loaded. In {{struck}} of them the
-fault took effect; **{{failed}} broke a promise**. A run fails if what a load calls READ is not what was stored, byte
-for byte, or a byte is written beside it; a call has not ended by its deadline; a chunk that was reported stored is lost
-although the pool lived and nothing was damaged; a chunk can't be stored and loaded again within 10 s; the pool keeps a
-byte, chunk, reference, pin, request, client, file or descriptor once all is dropped; the counters do not add up (each
-chunk asked for, each client that died); or an error is raised in a thread.
+{{runs}} runs: one pool (`pdtransport.pool.service`, as `pdpool` runs it) and two clients (`PoolClient`, as an
+engine's worker uses it), each in a process of its own, {{ends}} chunks asked to be stored or loaded. In {{struck}} of
+them the fault took effect; **{{failed}} broke a promise**. A run fails if what a load calls READ is not what was
+stored, byte for byte, or a byte is written beside it; a call has not ended by its deadline; a chunk that was reported
+stored is lost although the pool lived and nothing was damaged; a chunk can't be stored and loaded again within 10 s;
+the pool keeps a byte, chunk, reference, request, client, file or descriptor once all is dropped, or a pin beyond its
+time; the counters do not add up (each chunk asked for, each client that died); or an error is raised in a thread.
 
 *mid-store*, *mid-load*: in the middle of a copy, some of its bytes written. *transfers ended*: verdicts, a chunk each
 ([pool.md](pool.md#verdicts)). *took*: a call; deadlines are 0.5 to 3 s. *again after*: until both clients stored and

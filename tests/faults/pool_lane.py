@@ -137,6 +137,12 @@ class PoolLane:
     def _judge(self, run: _Run) -> None:
         result = run.result
         until = time.monotonic() + IDLE_S
+        with contextlib.suppress(PoolUnavailable):
+            while pinned := self.status()["memory"]["hard_pinned_bytes"]:
+                if time.monotonic() > until:
+                    result.problems.append(f"the pool: {pinned} bytes are pinned long after their time")
+                    break
+                time.sleep(0.02)
         while True:
             held = self._held()  # in which the watcher connects, if it has to
             audits = {name: worker.audit() for name, worker in self.workers.items()}
