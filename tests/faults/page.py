@@ -162,9 +162,10 @@ which died agree with each other. After each round that strikes the router: all 
 free, and these the same processes as before. Now and then vLLM loses the word that wakes an idle process of its own
 and looks again after 5 s, with or without a KV connector; the rig shortens that, so as to measure the faults.
 
-**When a server dies** (median / p99): {{beyonds}} requests that were under way through the router took {{beyond}}
-longer than the same requests, sent at the same moments with nobody dying, right before it (those took {{healthy}});
-worst {{worst}}. Requests had ended {{told}} after the death.
+**When a server dies** (median / p99): requests that were under way through the router had ended {{told}} after the
+death, which bounds what a death adds to any of them: without it, it would have gone on past that moment. For
+{{beyonds}} of them the same requests were sent right before, at the same moments, with nobody dying: these took
+{{healthy}}, and with the death {{beyond}} longer; worst {{worst}}.
 
 *transfers ended*: `ok` (disaggregated), `ok from decode alone` (the end of the router's ladder), `left` (the client),
 or the error. *took*: the whole request. *again after*: until a new request was answered once the fault was over, or
