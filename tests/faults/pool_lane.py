@@ -116,6 +116,7 @@ class PoolLane:
         ends: list[str] = []
         fresh = plan.seed * 64 + 56
         while time.monotonic() < until:
+            self.start()  # what died at the very end
             fresh = plan.seed * 64 + 56 + (fresh + 1) % 8
             ends = [run.ask(name, verb, (fresh,)) for name in CLIENTS for verb in ("store", "load")]
             if all(end in ("WRITE", "HAVE", "READ") for end in ends):
