@@ -111,8 +111,9 @@ class User:
     def __init__(self, pipe: Connection, start: ClientStart) -> None:
         self.pipe, self.complaints = pipe, complain()
         self.client = PoolClient(directory=start.directory, threads=THREADS, who=f"client{start.rank}")
-        for _ in range(THREADS):  # start them: they count as there from the beginning
-            self.client._copiers.submit(time.sleep, 0.02)
+        together = threading.Barrier(THREADS)
+        for _ in range(THREADS):  # start them all: they count as there from the beginning
+            self.client._copiers.submit(together.wait, GO_S)
         self._say = threading.Lock()
         self._rules: list[CopyRule] = []
         self._seen: Counter[str] = Counter()
