@@ -50,7 +50,12 @@ class ControlSettings(_Section):
         description="A peer that was silent for this long is dead; its transfers end. (A process that ends, or a host "
         "that closes its connections, is noticed within a second.)",
     )
-    connect_s: float = Field(3.0, gt=0, le=600, description="A peer that did not answer Hello for this long failed.")
+    connect_s: float = Field(
+        2.0,
+        gt=0,
+        le=600,
+        description="A peer that did not answer Hello for this long is not there: its transfers fail.",
+    )
     max_frame_bytes: int = Field(
         4 << 20, ge=4096, le=64 << 20, description="Larger control frames are refused before they are read."
     )

@@ -183,8 +183,8 @@ class _UcxxPost:
 
 
 class _UcxxEndpoint:
-    def __init__(self, post: _UcxxPost, api: Any, worker: Any, address: bytes) -> None:
-        self._post = post
+    def __init__(self, post: _UcxxPost, api: Any, worker: Any, address: bytes, closed: list[Any]) -> None:
+        self._post, self._closed = post, closed
         where = api.UCXAddress.create_from_buffer(address)
         # Without peer error handling, a peer that is killed in the middle of a copy takes this process along (UCX
         # calls abort()).
@@ -203,6 +203,7 @@ class _UcxxEndpoint:
     def close(self) -> None:
         if self._endpoint is not None:
             endpoint, self._endpoint = self._endpoint, None
+            self._closed.append(endpoint)
             endpoint.close_blocking(period=int(CLOSE_S * 1e9 / 2), max_attempts=1)
 
 
@@ -213,6 +214,7 @@ class _UcxxWorker:
         self._worker.init_blocking_progress_mode()
         self.address = bytes(self._worker.address.tobytes())
         self.progress: Callable[[], None] = self._worker.progress
+        self._closed: list[Any] = []  # endpoints
 
     def fileno(self) -> int:
         return int(self._worker.epoll_file_descriptor)
@@ -221,7 +223,7 @@ class _UcxxWorker:
         return bool(self._worker.arm())
 
     def connect(self, address: bytes) -> Endpoint:
-        return _UcxxEndpoint(self._post, self._api, self._worker, address)
+        return _UcxxEndpoint(self._post, self._api, self._worker, address, self._closed)
 
     def receive(self, room: Bytes, tag: int) -> Request:
         return self._post(self._worker.tag_recv, room, tag)
@@ -230,6 +232,9 @@ class _UcxxWorker:
         if self._worker is not None:
             worker, self._worker = self._worker, None
             self.progress = lambda: None
+            for endpoint in self._closed:
+                query.still_canceling(int(endpoint.ucxx_ptr))
+            self._closed.clear()
             worker.cancel_inflight_requests(period=int(CLOSE_S * 1e9 / 2), max_attempts=1)
 
 

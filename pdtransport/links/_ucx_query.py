@@ -1,5 +1,5 @@
-"""Questions to UCX that its Python bindings don't wrap: what carries an endpoint, and what takes GPU memory. Each ends
-in "unknown" where the library at hand can't be asked."""
+"""Questions to UCX and ucxx that the Python bindings don't wrap: what carries an endpoint, what takes GPU memory, what
+is left of a closed endpoint. Each ends in "unknown" where the library at hand can't be asked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from typing import Any
 
 LIBRARY = "libucp.so.0"
+UCXX_LIBRARY = "libucxx.so"  # that the binding has loaded
+CANCELING_SIZE = "_ZNK4ucxx8Endpoint16getCancelingSizeEv"  # size_t ucxx::Endpoint::getCancelingSize() const
 OK = 0
 
 TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
@@ -72,6 +74,18 @@ def _library() -> Any:
         return ctypes.CDLL(LIBRARY)
     except OSError:
         return None
+
+
+def still_canceling(endpoint: int) -> int:
+    """How many requests of a closed ``ucxx::Endpoint`` have not ended yet. Asking lets go of those that have: ucxx
+    keeps each that was under way when its endpoint was closed, and it keeps the endpoint and the whole worker, for as
+    long as nobody asks."""
+    try:
+        ask = getattr(ctypes.CDLL(UCXX_LIBRARY), CANCELING_SIZE)
+    except (OSError, AttributeError):
+        return 0
+    ask.restype, ask.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
+    return int(ask(endpoint))
 
 
 def lanes(endpoint: int) -> list[str]:

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -400,10 +401,32 @@ class PoolClient:
         with self._guard:
             if self._closing:
                 raise PoolUnavailable("the client is closed")
+            waits = len(self._active) >= self._threads
             self._active[id(operation)] = operation
-            future = self._copiers.submit(self._run, operation)
+            future: Future[Copied] = Future()
+            self._copiers.submit(self._begin, operation, future)
         future.add_done_callback(lambda _: self._forget(operation))  # also if it is cancelled before it began
+        if waits:
+            with suppress(PoolUnavailable):  # it is being closed, which ends what waits
+                self._post(lambda: self._wire.at(deadline, lambda: self._expire(operation, future)))
         return Pending(future, seconds, operation.cancel)
+
+    def _begin(self, operation: Operation, future: Future[Copied]) -> None:
+        """In a copier's thread, unless it is over already."""
+        if not operation.claim() or not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(self._run(operation))
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            future.set_exception(error)
+
+    def _expire(self, operation: Operation, future: Future[Copied]) -> None:
+        """It waited for a copier until its deadline: nothing of it was touched, and nothing will be."""
+        if operation.claim() and future.set_running_or_notify_cancel():
+            busy = f"no answer within the deadline (all {self._threads} copying threads of this client were busy)"
+            verdicts = (Verdict.LOST,) * len(operation.keys)
+            self._count(operation, verdicts, 0, 0, busy)
+            future.set_result(Copied(verdicts, 0, busy))
 
     def _window(self, deadline: float, operation: Operation) -> tuple[int, int]:
         """Bytes to ask for at one time, and to hold together, so that what this client holds fits what it may, and a
@@ -440,14 +463,17 @@ class PoolClient:
             for size, verdict in zip(copying.sizes, copying.verdicts, strict=True)
             if verdict in (Verdict.WRITE, Verdict.READ)
         )
+        self._count(operation, copying.verdicts, moved, copying.damaged, copying.error)
+        return Copied(tuple(copying.verdicts), moved, copying.error)
+
+    def _count(self, operation: Operation, verdicts: Sequence[Verdict], moved: int, damaged: int, error: str) -> None:
         what = "store" if operation.storing else "load"
         with self._guard:
             self.counters[f"{what}_bytes"] += moved
-            self.counters["damaged"] += copying.damaged
-            self.counters["unavailable"] += bool(copying.error)
-            for verdict, times in Counter(copying.verdicts).items():
+            self.counters["damaged"] += damaged
+            self.counters["unavailable"] += bool(error)
+            for verdict, times in Counter(verdicts).items():
                 self.counters[f"{what}_{verdict.name.lower()}"] += times
-        return Copied(tuple(copying.verdicts), moved, copying.error)
 
     def _forget(self, operation: Operation) -> None:
         with self._guard:

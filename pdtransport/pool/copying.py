@@ -70,6 +70,11 @@ class Operation:
     lossy: Lossy | None = None  # how what is stored may be packed below memory
     heard: queue.SimpleQueue[Heard] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    _claim: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> bool:
+        """Whether it is the caller's to end, which only one can: who runs it, or who gives it up."""
+        return self._claim.acquire(blocking=False)
 
     def cancel(self) -> None:
         """Stop soon."""

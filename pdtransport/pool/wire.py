@@ -7,6 +7,8 @@ copy uses it any more.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import threading
 import time
@@ -120,6 +122,8 @@ class Wire:
         self._asked: dict[int, Asked] = {}
         self.introduction: say.Introduce | None = None  # said at the beginning of each session
         self._unsent: list[Asked] = []
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
 
     # -- asking -----------------------------------------------------------------------------------------------------
 
@@ -148,6 +152,10 @@ class Wire:
         if cancel and was_sent and self.session is not None and self.session.mapping is not None:
             self._send(say.Cancel(request=number))
 
+    def at(self, when: float, call: Callable[[], None]) -> None:
+        """Call it then."""
+        heapq.heappush(self._due, (when, next(self._order), call))
+
     def _send(self, message: Message) -> None:
         assert self._socket is not None
         try:
@@ -170,11 +178,15 @@ class Wire:
         deadlines = [asked.deadline for asked in self._asked.values()]
         if self._unsent:
             deadlines.append(self._next_try)
+        if self._due:
+            deadlines.append(self._due[0][0])
         return min(deadlines, default=None)
 
     def turn(self, now: float) -> bool:
         self._read_monitor()
         more = self._read()
+        while self._due and self._due[0][0] <= now:
+            heapq.heappop(self._due)[2]()
         for asked in [asked for asked in self._asked.values() if asked.deadline <= now]:
             self._end(asked, f"no answer within the deadline{self._why and f' ({self._why})'}")
         self._unsent = [asked for asked in self._unsent if asked.number in self._asked]

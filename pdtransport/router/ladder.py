@@ -166,7 +166,7 @@ class Ladder:
         if error.endpoint.role == "prefill":
             self._after_prefill(error, rungs)
         else:
-            self._after_decode(error, rungs)
+            self._after_decode(error, dispatch, rungs)
         self._metrics.retries.add(error.endpoint.role, error.how)
 
     def _after_prefill(self, error: UpstreamError, rungs: _Rungs) -> None:
@@ -184,15 +184,19 @@ class Ladder:
             return
         rungs.prefill_left -= 1
 
-    def _after_decode(self, error: UpstreamError, rungs: _Rungs) -> None:
+    def _after_decode(self, error: UpstreamError, dispatch: Dispatch, rungs: _Rungs) -> None:
         rungs.avoid.add(error.endpoint)
         others = usable(self._fleet.decode, rungs.avoid)
         again = others or usable(self._fleet.decode)
-        said_no = not others and error.how == "status"
-        if error.how == "timeout" or not rungs.decode_left or not again or (said_no and rungs.alone):
+        said_no = error.how == "status"
+        if said_no and dispatch.prefill is not None:
+            rungs.avoid.add(dispatch.prefill)  # its pages may not have come
+        last = not others or not rungs.decode_left  # of the disaggregated attempts
+        may = bool(rungs.decode_left) or (said_no and rungs.alone is None and self._settings.decode_retries > 0)
+        if error.how == "timeout" or not again or not may or (said_no and last and rungs.alone):
             raise self._final(error)
-        rungs.decode_left -= 1
-        if said_no:
+        rungs.decode_left = max(0, rungs.decode_left - 1)
+        if said_no and last:
             rungs.alone = Reason("decode_failed", f"{error} to a disaggregated request")
 
     def _final(self, error: UpstreamError) -> ApiError:

@@ -17,16 +17,18 @@ import time
 from pathlib import Path
 
 from tests.faults.network import CASES, NoNamespaces
+from tests.faults.page import write
 from tests.faults.plan import Plan
 from tests.faults.report import Report
-from tests.faults.runner import random_plans, run_network, run_plans
+from tests.faults.runner import pool_plans, random_plans, run_network, run_plans
 from tests.faults.steps import STEPS, step_plan, step_plans
+from tests.faults.vllm_plan import round_of
 from tests.faults.vllm_rig import run_vllm
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--rig", choices=["engine-free", "vllm"], default="engine-free")
+    parser.add_argument("--rig", choices=["engine-free", "vllm", "pool"], default="engine-free")
     parser.add_argument("--runs", type=int, default=200, help="random runs; of vllm: rounds of some requests")
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--kills", type=int, default=0, help="times that each side is killed at each protocol step")
@@ -41,11 +43,15 @@ def main() -> int:
     parser.add_argument("--note", default="", help="what is known about the failures, for the matrix")
     vllm = parser.add_argument_group("the rig vllm, to which --runs, --start, --seed, --write and --results apply, too")
     vllm.add_argument("--kill-every", type=int, default=50, help="every so many-th seed kills a server; 0: none")
+    vllm.add_argument("--router-every", type=int, default=0, help="every so many-th seed strikes the router; 0: none")
     vllm.add_argument(
         "--policy", choices=["fail", "recompute"], default="fail", help="kv_load_failure_policy of decode"
     )
     vllm.add_argument(
         "--disconnects", type=int, default=0, help="instead: so many requests, 30%% of whose clients leave"
+    )
+    vllm.add_argument(
+        "--beside-plain", action="store_true", help="with --disconnects: a plain server with half of the prompts, too"
     )
     one = parser.add_argument_group("replay one run")
     one.add_argument("--seed", type=int, help="this random one")
@@ -64,12 +70,15 @@ def main() -> int:
     report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *said(sys.argv[1:])])])
     if plans:
         run_plans(plans, args.lanes, report, args.seconds, shout=print)
-    if real and args.runs == 0 and args.seed is None and not args.disconnects:
+    if not (plans or args.network or args.disconnects or (real and (args.runs or args.seed is not None))):
         report.commands.clear()  # only to write down what is known
     elif real:
         seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
         print(f"seeds {seeds[0]} to {seeds[-1]}" if args.seed is None else f"seed {args.seed}")
-        run_vllm(report, seeds, args.kill_every, args.policy, args.disconnects, args.seed or 0, args.seconds)
+        plans = [round_of(seed, args.kill_every, args.router_every) for seed in seeds]
+        run_vllm(
+            report, plans, args.policy, args.disconnects, args.seed or 0, args.seconds, beside_plain=args.beside_plain
+        )
     elif args.network:
         try:
             run_network(args.network, [args.case] if args.case else list(CASES), report)
@@ -85,7 +94,7 @@ def main() -> int:
         report.save(args.results)
     if args.write:
         report.note = args.note
-        report.write(args.write, args.machine, time.strftime("%Y-%m-%d"), vllm=real)
+        write(report, args.write, args.rig, args.machine, time.strftime("%Y-%m-%d"))
     return 1 if failed else 0
 
 
@@ -102,11 +111,14 @@ def said(arguments: list[str]) -> list[str]:
 
 
 def plans_of(args: argparse.Namespace, links: list[str]) -> list[Plan]:
+    seeds = range(args.start, args.start + args.runs) if args.seed is None else [args.seed]
+    if args.rig == "pool":
+        return list(pool_plans(seeds))
     if args.seed is not None:
-        return random_plans([args.seed], links)
+        return random_plans(seeds, links)
     if args.step is not None:
         return [step_plan(args.step, args.side, args.action, args.halt, args.number, links[0])]
-    return random_plans(range(args.start, args.start + args.runs), links) + step_plans(args.kills, links)
+    return random_plans(seeds, links) + step_plans(args.kills, links)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ class Result:
     problems: list[str] = field(default_factory=list)
     ended: Counter[str] = field(default_factory=Counter)  # "ok", or the code, of each handle
     took_s: list[float] = field(default_factory=list)  # of each decode handle, from the last word said about it
-    noticed_s: float | None = None  # from a process' death until its peers' transfers had ended
+    told_s: list[float] = field(default_factory=list)  # from a process' death until it failed a survivor's transfer
+    held_s: list[float] = field(default_factory=list)  # from the same until offers that nobody had claimed were let go
+    beyond_s: list[float] = field(default_factory=list)  # ends of requests that lived through a death, after a healthy
+    # one would have ended
+    healthy_s: list[float] = field(default_factory=list)  # what the same requests take without a death
     mended_s: float | None = None  # from the last fault until a transfer went through again
     injected: Counter[str] = field(default_factory=Counter)
     struck: bool = False  # a process died or stood still
@@ -40,7 +44,9 @@ class Result:
 class Lane:
     """``prefills`` prefill workers and one decode worker over one link."""
 
-    def __init__(self, link: str, prefills: int, ports: Ports, number: int, network: Network | None = None) -> None:
+    def __init__(
+        self, link: str, prefills: int, ports: Ports, number: int, network: Network | None = None, mutant: str = ""
+    ) -> None:
         self.link, self.prefills, self.network = link, prefills, network
         self.host = ADDRESSES[0] if network else HOST
         settings: dict[str, Any] = {
@@ -49,15 +55,17 @@ class Lane:
         }
         self.base = ports.take(prefills)
         nonce = secrets.token_hex(3)
-        self.workers: dict[str, Process] = {}
+        starts = []
         for rank in range(prefills):
-            start = Start("prefill", f"p{number}-{nonce}", rank, prefills, self.base + rank, settings)
-            self.workers[f"prefill{rank}"] = Process(start)
-        self.workers["decode0"] = Process(Start("decode", f"d{number}-{nonce}", 0, 1, 0, settings))
+            name = f"p{number}-{nonce}"
+            start = Start("prefill", name, rank, prefills, self.base + rank, settings, mutant=mutant)
+            starts.append(start)
+        starts.append(Start("decode", f"d{number}-{nonce}", 0, 1, 0, settings, mutant=mutant))
         if network is not None:
-            for worker, name, address in zip(self.workers.values(), network.names, ADDRESSES, strict=True):
-                worker.start.namespace, worker.start.environment = name, {"UCX_TLS": "tcp"}
-                worker.start.settings = {**settings, "control": {"host": address, "allow_plaintext": True}}
+            for start, name, address in zip(starts, network.names, ADDRESSES, strict=True):
+                start.namespace, start.environment = name, {"UCX_TLS": "tcp"}
+                start.settings = {**settings, "control": {"host": address, "allow_plaintext": True}}
+        self.workers = {f"{start.role}{start.rank}": Process(start) for start in starts}
         self.said: Counter[tuple[str, str]] = Counter()  # (worker, offer or receive) since its process started
         self.rest: dict[str, dict[str, Any]] = {}  # what each process held when nothing was under way
 
@@ -184,6 +192,8 @@ class _Run:
         self.healed_at: float | None = None  # when the network was mended
         self._nonce = secrets.token_hex(4)
         self._owed: dict[tuple[str, str], float] = {}  # (worker, transfer) -> last word said about it
+        self._began: dict[tuple[str, str], float] = {}  # the same -> first word
+        self._due: dict[str, float] = {}  # transfer -> when the engines will have said everything about it
         self._ended: dict[tuple[str, str], Ended] = {}
         self._dying: set[str] = set()  # killed, and not yet seen dead
         self._continue: list[tuple[float, Process]] = []
@@ -195,7 +205,7 @@ class _Run:
         for name, rules in self.plan.rules.items():
             workers[name].tell("rules", rules)
         begin = time.monotonic()
-        agenda = sorted(self._agenda(), key=lambda item: item[0])
+        agenda = sorted(self._agenda(begin), key=lambda item: item[0])
         self._last_word = begin + max([at for at, _ in agenda], default=0.0)
         while True:
             now = time.monotonic()
@@ -212,13 +222,14 @@ class _Run:
             self._listen(pause)
         self._sum_up()
 
-    def _agenda(self) -> list[tuple[float, Callable[[], None]]]:
+    def _agenda(self, begin: float) -> list[tuple[float, Callable[[], None]]]:
         agenda: list[tuple[float, Callable[[], None]]] = []
         prefills = [name for name in self.lane.workers if name.startswith("prefill")]
         port, ranks = self.lane.base, self.lane.prefills
 
         def add(at: float, name: str, transfer: str, *words: Any) -> None:
             agenda.append((at, lambda: self._say(name, transfer, *words)))
+            self._due[transfer] = max(begin + at, self._due.get(transfer, 0.0))
 
         for number, each in enumerate(self.plan.transfers):
             transfer = f"s{self.plan.seed}.{self._nonce}.{number}"
@@ -243,7 +254,7 @@ class _Run:
         if name in self.died or not worker.tell(verb, *arguments):
             return
         if verb in ("offer", "receive"):
-            self._owed[name, transfer] = time.monotonic()
+            self._owed[name, transfer] = self._began[name, transfer] = time.monotonic()
             self.lane.said[name, verb] += 1
         elif (name, transfer) in self._owed:
             self._owed[name, transfer] = time.monotonic()
@@ -322,11 +333,21 @@ class _Run:
         if name == "decode0":
             self.result.took_s.append(max(0.0, ended.at - max(since, 0.0)))
 
+    def _survived(self, key: tuple[str, str], ended: Ended, died: float) -> None:
+        """A survivor's transfer ended after the death."""
+        if "deadlines.hold_s" in ended.reason:  # pages that nobody had asked for: no request waits for them
+            self.result.held_s.append(ended.at - died)
+            return
+        if ended.code == "peer_lost":
+            self.result.told_s.append(ended.at - max(died, self._began[key]))
+        self.result.beyond_s.append(max(0.0, ended.at - self._due[key[1]]))
+
     def _sum_up(self) -> None:
         self.result.struck = self.struck_at is not None
         if self.struck_at is not None and self.died:
-            after = [e.at for (name, _), e in self._ended.items() if name not in self.died and e.at > self.struck_at]
-            self.result.noticed_s = max(after) - self.struck_at if after else None
+            for key, ended in self._ended.items():
+                if key[0] not in self.died and ended.at > self.struck_at and key in self._began:
+                    self._survived(key, ended, self.struck_at)
         if not self.plan.rules and not self.plan.signals and self.plan.column == "nothing":
             for (name, transfer), ended in self._ended.items():
                 if not ended.ok and self.plan.row == "nothing" and self.plan.transfers[0].offer_at:

@@ -1,4 +1,4 @@
-"""Two network namespaces, a link between them, and what can be done to it: cut, lossy, narrow.
+"""Two network namespaces, a link between them, and what can be done to it: cut, lossy, narrow; and ports cut off.
 
 Loss comes from nftables (random drops in the decode side's namespace), the rate limit from a token bucket. Both
 workers share a process namespace, so links of one host would still work; the rig runs UCX over TCP here.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import secrets
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tests.faults.plan import Plan, Transfer
@@ -97,6 +99,26 @@ class Network:
     def close(self) -> None:
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=TIMEOUT_S)
+
+
+@contextmanager
+def cut_off(port: int) -> Iterator[None]:
+    """Nothing gets to or from this port of the loopback address, and nobody is told.
+
+    Raises:
+        NoNamespaces: this process may not do that.
+    """
+    name, chain = f"pdt_faults_{port}", "type filter hook input priority 0;"
+    if shutil.which("nft") is None:
+        raise NoNamespaces("nft is not installed")
+    run(
+        "nft -f -",
+        f"table inet {name} {{\nchain in {{\n{chain}\ntcp dport {port} drop\ntcp sport {port} drop\n}}\n}}\n",
+    )
+    try:
+        yield
+    finally:
+        run(f"nft delete table inet {name}")
 
 
 def network_plan(case: str, number: int) -> Plan:

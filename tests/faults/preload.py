@@ -3,6 +3,7 @@
 import contextlib
 
 import pdtransport.transport
+import tests.faults.pool_worker
 import tests.faults.worker  # noqa: F401
 
 with contextlib.suppress(ImportError):

@@ -7,11 +7,12 @@ import multiprocessing as mp
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
-from tests.faults.worker import Start, main
+from tests.faults.worker import main
 
 UP_S = 60.0  # the first one waits for the fork server's imports
 ANSWER_S = 20.0
@@ -19,6 +20,13 @@ EXIT_S = 15.0
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.preload"])
+
+
+class Startable(Protocol):
+    """What a process is told at its start."""
+
+    role: str
+    rank: int
 
 
 @dataclass
@@ -38,14 +46,17 @@ class WorkerLost(Exception):
 
 
 class Process:
-    """A worker process that can be started again under the same name and port."""
+    """A worker process that can be started again under the same name and port. ``target`` runs in it; it has to say
+    that it is up, to answer audits, and to end at ``exit``."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Startable, target: Callable[[Connection, Any], None] = main) -> None:
         self.start = start
+        self._target = target
         self.name = f"{start.role}{start.rank}"
         self.starts = 0
         self.pipe: Connection | None = None
         self.ended: list[Ended] = []
+        self.said: list[tuple[Any, ...]] = []  # anything else
         self.pid = self.port = 0
         self._process: Any = None
 
@@ -55,7 +66,7 @@ class Process:
             return
         self.close()
         ours, theirs = _context.Pipe()
-        self._process = _context.Process(target=main, args=(theirs, replace(self.start)), daemon=True)
+        self._process = _context.Process(target=self._target, args=(theirs, self.start), daemon=True)
         self._process.start()
         theirs.close()
         self.pipe, self.starts = ours, self.starts + 1
@@ -87,9 +98,14 @@ class Process:
         except (EOFError, OSError):
             self.lose()
             return False
+        self._note(kind, rest)
+        return True
+
+    def _note(self, kind: str, rest: list[Any]) -> None:
         if kind == "ended":
             self.ended.append(Ended(*rest))
-        return True
+        else:
+            self.said.append((kind, *rest))
 
     def audit(self) -> dict[str, Any]:
         """
@@ -99,8 +115,8 @@ class Process:
         if not self.tell("audit"):
             raise WorkerLost(f"{self.name} is gone")
         kind, *rest = self._next(ANSWER_S)
-        while kind == "ended":
-            self.ended.append(Ended(*rest))
+        while kind != "audit":
+            self._note(kind, rest)
             kind, *rest = self._next(ANSWER_S)
         found: dict[str, Any] = rest[0]
         return found

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from tests.faults.lane import Lane
+from tests.faults.lane import Lane, Result
 from tests.faults.network import Network, network_plan
 from tests.faults.plan import Plan, plan_of
+from tests.faults.pool_lane import PoolLane
+from tests.faults.pool_plan import PoolPlan, pool_plan_of
 from tests.faults.report import Report, described
 from tests.rig.ports import Ports
 
 FIRST_PORT, LAST_PORT = 21500, 21899
 
 
+class AnyLane(Protocol):
+    """A set of processes that plays one plan after the other."""
+
+    def run(self, plan: Any) -> Result: ...
+
+    def close(self) -> list[str]: ...
+
+
 def random_plans(seeds: Sequence[int], links: list[str]) -> list[Plan]:
     return [plan_of(seed, links) for seed in seeds]
+
+
+def pool_plans(seeds: Sequence[int]) -> list[PoolPlan]:
+    """What this machine can play: without a redis-server, nothing with one."""
+    plans = [pool_plan_of(seed) for seed in seeds]
+    return plans if shutil.which("redis-server") else [plan for plan in plans if plan.link != "redis"]
 
 
 def run_plans(
@@ -44,9 +62,11 @@ def run_plans(
             todo.put(plan)
         share = max(1, round(lanes * len(theirs) / len(plans)))
         for _ in range(min(share, len(theirs))):
-            lane = Lane(link, prefills, ports, len(threads))
-            for worker in lane.workers.values():
-                worker.start.mutant = mutant
+            lane: AnyLane
+            if isinstance(theirs[0], PoolPlan):
+                lane = PoolLane(link)
+            else:
+                lane = Lane(link, prefills, ports, len(threads), mutant=mutant)
             arguments = (lane, todo, stop_at, report, lock, shout, until_failure)
             threads.append(threading.Thread(target=_work, args=arguments))
     for thread in threads:
@@ -56,7 +76,7 @@ def run_plans(
 
 
 def _work(
-    lane: Lane,
+    lane: AnyLane,
     todo: queue.SimpleQueue[Plan],
     stop_at: float,
     report: Report,

@@ -11,12 +11,13 @@ from tests.faults.network import NoNamespaces
 from tests.faults.plan import Plan, healthy
 from tests.faults.report import Report
 from tests.faults.rules import Rule
-from tests.faults.runner import FIRST_PORT, LAST_PORT, random_plans, run_network, run_plans
+from tests.faults.runner import FIRST_PORT, LAST_PORT, pool_plans, random_plans, run_network, run_plans
 from tests.faults.steps import step_plans
 from tests.rig.ports import Ports
 
 LINKS = ["cma", "ucx"]
-SEEDS, LANES, SECONDS = 150, 6, 30.0
+SEEDS, LANES, SECONDS = 150, 6, 25.0
+POOL_SEEDS, POOL_LANES, POOL_SECONDS = 60, 3, 5.0
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_faults_break_no_promise() -> None:
     assert report.trouble == []
     assert report.total.struck > report.total.runs / 3
     assert report.total.ends["ok"] > report.total.runs
+
+
+def test_faults_of_the_pool_break_no_promise() -> None:
+    """What is loaded is what was stored, every call ends by its deadline, nothing stored is lost while the pool lives,
+    and neither pool nor clients keep anything: processes die and stand still in the middle of copies, disks fill up."""
+    report = Report([])
+    run_plans(pool_plans(range(POOL_SEEDS)), POOL_LANES, report, seconds=POOL_SECONDS)
+    assert report.failures == []
+    assert report.trouble == []
+    assert report.total.struck > report.total.runs / 2
+    assert report.total.ends["READ"] > report.total.runs
 
 
 @pytest.mark.netns

@@ -26,6 +26,7 @@ from tests.rig.fixtures import forget, pair_spec, plain_spec
 from tests.rig.prompts import Prompts
 from tests.rig.router import RunningRouter, routed
 from tests.rig.servers import REPOSITORY, START_S, Server, ServerSpec, group_members, start, stop_all
+from tests.rig.watch import rss_bytes
 
 # Short enough that lost transfers do not fill the run, long enough for two cores that also start a server.
 DEADLINES = {
@@ -42,6 +43,9 @@ ROUTER = ("--timeouts-total-s", "40", "--timeouts-prefill-s", "15", "--timeouts-
 REQUEST_S = 45.0  # the router's whole deadline, and what a busy machine adds
 MORE_FILES, MORE_THREADS = 8, 4
 MORE_RSS = 96 << 20  # allocators and lazily touched pages, as in tests/vllm/test_aborts.py
+# What vLLM itself adds on CPUs where prompts of ever new lengths are computed: a plain server grew by 260 MiB over 900
+# prompts (`--beside-plain`), ever slower.
+VLLM_RSS = 256 << 20
 ANSWERS = REPOSITORY / ".pytest_cache" / "d" / "pdtransport-answers"  # where pytest keeps them, too
 CASE_SEED = 4
 _TRACE_LINES = 60
@@ -57,15 +61,15 @@ class Usage:
 
     @classmethod
     def of(cls, pid: int) -> Usage:
-        return cls(watch.open_files(pid), watch.threads(pid), watch.rss_bytes(pid))
+        return cls(watch.open_files(pid), watch.threads(pid), rss_bytes(pid))
 
-    def grown(self, since: Usage) -> list[str]:
+    def grown(self, since: Usage, more_rss: int = MORE_RSS) -> list[str]:
         found = []
         if self.files > since.files + MORE_FILES:
             found.append(f"open files {since.files} -> {self.files}")
         if self.threads > since.threads + MORE_THREADS:
             found.append(f"threads {since.threads} -> {self.threads}")
-        if self.rss > since.rss + MORE_RSS:
+        if self.rss > since.rss + more_rss:
             found.append(f"resident memory {since.rss >> 20} -> {self.rss >> 20} MiB")
         return found
 
@@ -106,10 +110,16 @@ class Fleet:
     usage: dict[str, Usage] = field(default_factory=dict)  # at rest, by process; see :meth:`rest`
     counted: Counter[str] | None = None  # by all servers at rest; None once one died, whose counts went with it
     away: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # servers being started again
+    plain: Server | None = None  # vLLM without a connector, for comparison
+    _plain_rss: int = 0
 
     @property
     def all(self) -> list[Server]:
         return [*self.prefills, *self.decodes]
+
+    @property
+    def with_plain(self) -> list[Server]:
+        return [*self.all, *([self.plain] if self.plain is not None else [])]
 
     def here(self, role: str) -> list[Server]:
         """Servers of a role that are not being started again."""
@@ -185,6 +195,14 @@ class Fleet:
         for name, usage in (await self.rest(client)).items():
             self.usage.setdefault(name, usage)
         self.counted = self.counted or await self._counters()
+        if self.plain is not None:
+            self._plain_rss = rss_bytes(self.plain.workers()[0])
+
+    def _plain_growth(self) -> int:
+        """Bytes that computing prompts costs a server without pdtransport, too."""
+        if self.plain is None:
+            return VLLM_RSS
+        return rss_bytes(self.plain.workers()[0]) - self._plain_rss
 
     async def _counters(self) -> Counter[str]:
         total: Counter[str] = Counter()
@@ -200,7 +218,8 @@ class Fleet:
             return [str(error)]
         found = []
         for name, usage in now.items():
-            grown = usage.grown(self.usage.get(name, usage))
+            more_rss = MORE_RSS + (self._plain_growth() if name.startswith("prefill") else 0)
+            grown = usage.grown(self.usage.get(name, usage), more_rss)
             print(f"{name}: {self.usage.get(name)} -> {usage}")
             found += [f"{name}: {text}" for text in grown]
         if self.counted is not None:
@@ -258,7 +277,9 @@ async def known_cases(logs: Path, count: int, longest: int) -> list[Case]:
 
 
 @asynccontextmanager
-async def started(*, inject: bool, policy: str, count: int, longest: int) -> AsyncIterator[Fleet]:
+async def started(
+    *, inject: bool, policy: str, count: int, longest: int, beside_plain: bool = False
+) -> AsyncIterator[Fleet]:
     """Servers and router for the length of an ``async with`` block. Afterwards none of their processes is left.
 
     Raises:
@@ -270,11 +291,14 @@ async def started(*, inject: bool, policy: str, count: int, longest: int) -> Asy
     if inject:
         (logs / "tests").symlink_to(REPOSITORY / "tests")  # on the servers' path, and nothing else of the repository
     wanted = specs(logs if inject else None, policy)
+    if beside_plain:
+        wanted.append(replace(wanted[0], name="plain", connector="none", extra_config={}))
     servers = start(wanted, logs)
     try:
         sockets = {spec.name: logs / f"{spec.name}.sock" for spec in wanted} if inject else {}
-        with routed(servers[:2], servers[2:], logs, "concurrent", *ROUTER) as router:
-            yield Fleet(servers[:2], servers[2:], router, book, sockets)
+        with routed(servers[:2], servers[2:4], logs, "concurrent", *ROUTER) as router:
+            plain = servers[4] if beside_plain else None
+            yield Fleet(servers[:2], servers[2:4], router, book, sockets, plain=plain)
     finally:
         stop_all(servers)
     left = [pid for server in servers for pid in group_members(server.pgid)]

@@ -10,6 +10,9 @@ from tests.faults.plan import CANCEL, KILL, STOP, Plan, Transfer, cancel, frame_
 WAYS = ("router", "router", "router", "concurrent", "serial")  # the last two: straight to the servers
 HALTS_S = (0.3, 1.0, 3.0, 6.0)  # below and above the default control.liveness_s
 LINK = "the fastest"
+ROUTER = "the router"
+CUT = "cut"
+CUTS_S = (2.0, 6.0)  # below and above what makes a router's health checks give a server up
 
 
 @dataclass
@@ -27,11 +30,13 @@ def request(chance: random.Random, seed: int, within_s: float = 0.3) -> Request:
     return Request(seed, 0, 0, at, at, [], at, way=way, stream=stream)
 
 
-def round_of(seed: int, kill_every: int, inject: bool = True) -> Plan:
-    """Each ``kill_every``-th seed kills a server, prefill and decode in turn (0: none does). Without ``inject`` there
-    are only faults that come from outside: processes that stand still, clients that leave."""
+def round_of(seed: int, kill_every: int, router_every: int = 0, inject: bool = True) -> Plan:
+    """Each ``kill_every``-th seed kills a server, prefill and decode in turn, and of the others each
+    ``router_every``-th strikes the router or its ways to the servers (0: none does). Without ``inject`` there are only
+    faults that come from outside: processes that stand still, clients that leave."""
     chance = random.Random(seed)
     flags = f"--kill-every {kill_every} " if kill_every else ""
+    flags += f"--router-every {router_every} " if router_every else ""
     plan = Plan(seed, LINK, 1, "nothing", "nothing", f"--rig vllm {flags}--seed {seed}")
     plan.transfers += [request(chance, chance.getrandbits(32)) for _ in range(chance.randint(2, 4))]
     if kill_every and seed % kill_every == kill_every - 1:
@@ -42,6 +47,9 @@ def round_of(seed: int, kill_every: int, inject: bool = True) -> Plan:
         plan.transfers += [request(chance, chance.getrandbits(32), 1.0) for _ in range(3)]
         for each in plan.transfers:
             each.way = "router"  # type: ignore[attr-defined]  # what its clients see of a death is the question
+        return plan
+    if router_every and seed % router_every == router_every - 1:
+        _router_fault(chance, plan)
         return plan
     what = chance.random() if inject else chance.uniform(0.67, 0.93)
     if what < 0.05:
@@ -67,3 +75,23 @@ def round_of(seed: int, kill_every: int, inject: bool = True) -> Plan:
         if chance.random() < 0.3:
             cancel(chance, chance.choice(plan.transfers))
     return plan
+
+
+def _router_fault(chance: random.Random, plan: Plan) -> None:
+    """The router dies or stands still, or nothing gets through between it and one server."""
+    plan.transfers += [request(chance, chance.getrandbits(32), 1.0) for _ in range(3)]
+    for each in plan.transfers:
+        each.way = "router"  # type: ignore[attr-defined]
+    what, at = chance.choice((KILL, KILL, STOP, CUT)), chance.uniform(0, 0.8)
+    if what == KILL:
+        plan.row, plan.column = ROUTER, KILL
+        plan.signals.append((at, ROUTER, KILL))
+    elif what == STOP:
+        plan.stopped_s = chance.choice(HALTS_S)
+        plan.row, plan.column = ROUTER, f"stop {plan.stopped_s:g} s"
+        plan.signals.append((at, ROUTER, STOP))
+    else:
+        plan.stopped_s = chance.choice(CUTS_S)
+        role = chance.choice(("prefill", "decode"))
+        plan.row, plan.column = f"the router's way to a {role} server", f"cut {plan.stopped_s:g} s"
+        plan.signals.append((at, role, CUT))

@@ -13,19 +13,23 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import aiohttp
 
 from tests.faults.lane import Result
-from tests.faults.plan import KILL, Plan
+from tests.faults.network import NoNamespaces, cut_off
+from tests.faults.plan import KILL, STOP, Plan
 from tests.faults.report import Report, described
 from tests.faults.vllm_fleet import REQUEST_S, Fleet, started
-from tests.faults.vllm_plan import LINK, Request, request, round_of
+from tests.faults.vllm_plan import CUT, LINK, ROUTER, Request, request
 from tests.rig.client import Answer, Client, Handed, RequestFailed, hand_off, in_parallel
 from tests.rig.fixtures import forget
+from tests.rig.router import RunningRouter
 from tests.rig.servers import Server, ServerFailed
-from tests.rig.watch import rss_bytes
+from tests.rig.watch import rss_bytes, settled
 
 CASES, LONGEST = 160, 900  # prompts, and tokens of one
 SHORT_CASES, SHORT = 300, 250  # the same, where clients leave
@@ -48,24 +52,50 @@ class Round:
         self.result = Result(plan)
         self.killed: Server | None = None
         self._chance = random.Random(plan.seed + 1)
+        self.took: dict[int, float] = {}  # seconds, by number of the request
+        self._healthy: dict[int, float] = {}
         self._struck_at: float | None = None
 
     async def go(self) -> Result:
         """Never raises for what servers do: that stands in the result."""
-        before = await self._set_rules()
+        if any(what.startswith(KILL) and role != ROUTER for _, role, what in self.plan.signals):
+            await self._rehearse()
+        before, processes = await self._set_rules(), self.fleet.processes()
         await forget(self.client, *self.fleet.here("prefill"), *self.fleet.here("decode"))
         strikes = [asyncio.create_task(self._strike(*signal)) for signal in self.plan.signals]
-        await asyncio.gather(*(self.one(each) for each in self.plan.transfers))  # type: ignore[arg-type]
+        await asyncio.gather(*(self.one(each, n) for n, each in enumerate(self.plan.transfers)))  # type: ignore[arg-type]
         await asyncio.gather(*strikes)
         faulted = time.monotonic()
         await self._clear_rules(before)
-        await self._mend(self._struck_at if self.killed is not None and self._struck_at is not None else faulted)
+        died = self.killed is not None or self.plan.column == KILL
+        await self._mend(self._struck_at if died and self._struck_at is not None else faulted)
         if self.killed is not None:
             self.fleet.restart(self.killed)
+        if self.plan.row.startswith(ROUTER):
+            await self._all_as_before(processes)
         self.result.struck = self._struck_at is not None or self.result.ended["left"] > 0
         return self.result
 
-    async def one(self, each: Request) -> None:
+    async def _rehearse(self) -> None:
+        """The same requests with nobody dying: how long each takes."""
+        await forget(self.client, *self.fleet.all)
+        calm = Round(self.fleet, self.client, replace(self.plan, row="nothing", signals=[]))
+        await asyncio.gather(*(calm.one(each, n) for n, each in enumerate(self.plan.transfers)))  # type: ignore[arg-type]
+        self._healthy, self.result.healthy_s = calm.took, calm.result.took_s
+        self.result.problems += [f"in the rehearsal: {problem}" for problem in calm.result.problems]
+
+    async def _all_as_before(self, processes: dict[str, int]) -> None:
+        """A router's end or silence leaves nothing behind in servers, and makes nobody start one again."""
+        try:
+            await settled(self.client, self.fleet.all)
+        except AssertionError as error:
+            self.result.problems.append(str(error))
+        here = self.fleet.processes()
+        others = [name for name, pid in processes.items() if here.get(name) != pid and name != "router:0"]
+        if others and not self.fleet.away:
+            self.result.problems.append(f"{others} are other processes than before")
+
+    async def one(self, each: Request, number: int = 0) -> None:
         """Send one request, perhaps leave it, and judge how it ended."""
         await asyncio.sleep(each.offer_at)
         sent = time.monotonic()
@@ -84,9 +114,11 @@ class Round:
         self.result.ended[end] += 1
         took = time.monotonic() - sent
         self.result.took_s.append(took)
+        self.took[number] = took
         if self._struck_at is not None and self.killed is not None and sent < self._struck_at:
-            after = time.monotonic() - self._struck_at
-            self.result.noticed_s = max(after, self.result.noticed_s or 0.0)
+            self.result.told_s.append(time.monotonic() - self._struck_at)
+            if number in self._healthy:
+                self.result.beyond_s.append(max(0.0, took - self._healthy[number]))
         if self.plan.row == "nothing" and not end.startswith("ok") and not self.fleet.away:
             self.result.problems.append(f"a request by {each.way} ended with {end}, without a fault")
 
@@ -114,8 +146,8 @@ class Round:
         except RequestFailed as error:
             return "error in the stream" if error.status == 200 else f"HTTP {error.status}"
         except (aiohttp.ClientError, ConnectionError):
-            # The router always ends an answer that it began, if only with an error.
-            if each.way == "router" and each.stream:
+            # The router always ends an answer that it began, if only with an error, unless it is killed itself.
+            if each.way == "router" and each.stream and (self.plan.row, self.plan.column) != (ROUTER, KILL):
                 self.result.problems.append("the router broke a stream off without an error event")
             return "broken connection"
         if tuple(answer.tokens) != case.tokens:
@@ -145,6 +177,9 @@ class Round:
 
     async def _strike(self, at: float, role: str, what: str) -> None:
         await asyncio.sleep(at)
+        if role == ROUTER:
+            await self._strike_router(what)
+            return
         server = self._chance.choice(self.fleet.here(role))
         verb, *more = what.split()
         if verb == KILL:
@@ -154,10 +189,29 @@ class Round:
             self.fleet.kill(server, more[0])
             self._struck_at = time.monotonic()
             return
-        server.signal(signal.SIGSTOP)
+        if verb == CUT:
+            with suppress(NoNamespaces), cut_off(server.port):
+                self._struck_at = time.monotonic()
+                await asyncio.sleep(self.plan.stopped_s)
+            return
+        await self._halt(server)
+
+    async def _halt(self, whom: Server | RunningRouter) -> None:
+        whom.signal(signal.SIGSTOP)
         self._struck_at = time.monotonic()
         await asyncio.sleep(self.plan.stopped_s)
-        server.signal(signal.SIGCONT)
+        whom.signal(signal.SIGCONT)
+
+    async def _strike_router(self, what: str) -> None:
+        router = self.fleet.router
+        if what == STOP:
+            await self._halt(router)
+            return
+        router.signal(signal.SIGKILL)
+        self._struck_at = time.monotonic()
+        self.fleet.usage.pop("router:0", None)
+        router.again()  # in this thread, whose end ends it
+        await asyncio.to_thread(router.wait_ready)
 
     async def _mend(self, since: float) -> None:
         """A request through the router is answered again; and where nothing was killed, hand-offs go through."""
@@ -223,8 +277,8 @@ async def play(
         await warm(fleet, client)
         await fleet.begin(client)
         for number, plan in enumerate(plans, 1):
-            kills = any(what.startswith(KILL) for _, _, what in plan.signals)
-            await welcome(fleet, client, await fleet.back(wait=kills), report)
+            whole = any(what.startswith(KILL) for _, _, what in plan.signals) or plan.row.startswith(ROUTER)
+            await welcome(fleet, client, await fleet.back(wait=whole), report)
             began = time.time()
             result = await Round(fleet, client, plan).go()
             report.add(result)
@@ -256,7 +310,8 @@ def told(result: Result) -> str:
     plan, ended = result.plan, ", ".join(f"{end} {count}" for end, count in result.ended.items())
     took, again = max(result.took_s, default=0.0), result.mended_s
     line = f"{plan.seed}: {plan.row} / {plan.column}: {ended}; slowest {took:.2f} s"
-    line += f", over {result.noticed_s:.2f} s after the death" if result.noticed_s is not None else ""
+    line += f", over {max(result.told_s):.2f} s after the death" if result.told_s else ""
+    line += f", at most {max(result.beyond_s):.2f} s beyond healthy ones" if result.beyond_s else ""
     return line + (f", again after {again:.2f} s" if again is not None else "")
 
 
@@ -268,12 +323,27 @@ def slow(fleet: Fleet, since: float) -> list[str]:
     return ["    " + json.dumps({key: each[key] for key in ("at", "events", "dispatches")}) for each in late]
 
 
+def resident(fleet: Fleet) -> str:
+    """Memory of each process, and of the plain server's."""
+    pids = fleet.processes()
+    if fleet.plain is not None:
+        pids["plain:0"] = fleet.plain.workers()[0]
+    return "MiB: " + ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in pids.items())
+
+
 async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
     """``count`` requests, three of ten of whose clients leave at a random moment, then a minute with nothing to do."""
     chance = random.Random(seed)
     async with Client() as client:
         await warm(fleet, client)
         row = "short requests, eight at a time"
+
+        async def beside(number: int, each: Request) -> None:
+            """Half of the prompts go to the plain server, too: as many as each server that prefills is sent."""
+            if fleet.plain is not None and number % 2 == 0:
+                case = random.Random(each.seed).choice(fleet.book)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(client.complete(fleet.plain, case.prompt, 1), each.cancel_at or REQUEST_S)
 
         async def one(number: int, leaves_s: float) -> None:
             each = request(chance, chance.getrandbits(32), 0.0)
@@ -284,7 +354,7 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
             column = "the client leaves" if leaves else "the client stays"
             replay = f"--rig vllm --disconnects {count} --seed {seed}"
             it = Round(fleet, client, Plan(number, LINK, 1, row, column, replay, [each]))
-            await it.one(each)
+            await asyncio.gather(it.one(each), beside(number, each))
             if not leaves and it.result.ended["ok"] == 0:
                 it.result.problems.append(f"a client that stayed got {dict(it.result.ended)}")
             if leaves_s > 0:
@@ -296,16 +366,15 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
         usual: list[float] = []
         for _ in range(0, USUAL, PIECE):
             await in_parallel(AT_A_TIME, [partial(one, number, 0.0) for number in range(PIECE)])
-            await forget(client, *fleet.all)
-            print("MiB: " + ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in fleet.processes().items()))
+            await forget(client, *fleet.with_plain)
+            print(resident(fleet), flush=True)
         middle = sorted(usual)[len(usual) // 2]
         await fleet.begin(client)
         for first in range(0, count, PIECE):
             numbers = range(first, min(count, first + PIECE))
             await in_parallel(AT_A_TIME, [partial(one, number, middle) for number in numbers])
-            await forget(client, *fleet.all)  # so that pages cross again
-            resident = ", ".join(f"{name} {rss_bytes(pid) >> 20}" for name, pid in fleet.processes().items())
-            print(f"{numbers[-1] + 1} requests of {count}, {report.total.failed} failed; MiB: {resident}", flush=True)
+            await forget(client, *fleet.with_plain)  # so that pages cross again
+            print(f"{numbers[-1] + 1} requests of {count}, {report.total.failed} failed; {resident(fleet)}", flush=True)
         report.trouble += await fleet.leaks(client)
         print(f"idle for {IDLE_S:.0f} s")
         await asyncio.sleep(IDLE_S)
@@ -322,19 +391,27 @@ async def leave(fleet: Fleet, count: int, seed: int, report: Report) -> None:
 
 
 def run_vllm(
-    report: Report, seeds: Sequence[int], kill_every: int, policy: str, disconnects: int, seed: int, seconds: float
+    report: Report,
+    plans: Sequence[Plan],
+    policy: str,
+    disconnects: int,
+    seed: int,
+    seconds: float,
+    *,
+    beside_plain: bool = False,
 ) -> None:
-    """Rounds with ``seeds`` (none begins after ``seconds``, if that is not 0), or ``disconnects`` requests. A server
+    """Rounds (none begins after ``seconds``, if that is not 0), or ``disconnects`` requests. A server
     that does not start is told as trouble."""
     until = time.monotonic() + (seconds or math.inf)
 
     async def go() -> None:
         if disconnects:
-            async with started(inject=False, policy=policy, count=SHORT_CASES, longest=SHORT) as fleet:
+            short = {"count": SHORT_CASES, "longest": SHORT}
+            async with started(inject=False, policy=policy, beside_plain=beside_plain, **short) as fleet:
                 await leave(fleet, disconnects, seed, report)
             return
         async with started(inject=True, policy=policy, count=CASES, longest=LONGEST) as fleet:
-            await play(fleet, [round_of(each, kill_every) for each in seeds], report, until)
+            await play(fleet, plans, report, until)
 
     try:
         asyncio.run(go())

@@ -49,9 +49,6 @@ ENDED_S = 30.0
 QUIET_S = 0.2
 LATEST_KILL_S = 0.4
 MAX_FILES = 12  # more open files than before the first kill
-# UCX keeps a worker alive whose peer died with a message on its way (3 to 15 files a kill, seen with ucxx 0.52): known,
-# and bounded here.
-MAX_FILES_A_KILL = {"ucx": 18}
 
 
 class Memory:
@@ -339,11 +336,10 @@ class Survivor:
         Args:
             settle_s: how long files may stay open: the control channel goes on trying a lost endpoint for a minute.
         """
-        allowed = MAX_FILES + MAX_FILES_A_KILL.get(self._link, 0) * len(self.rounds)
         deadline = time.monotonic() + settle_s
-        while (files := len(os.listdir("/proc/self/fd"))) > self._files + allowed and time.monotonic() < deadline:
+        while (files := len(os.listdir("/proc/self/fd"))) > self._files + MAX_FILES and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert files <= self._files + allowed, f"open files {self._files} -> {files}"
+        assert files <= self._files + MAX_FILES, f"open files {self._files} -> {files}"
         taken = self._free - self._worker.memory.free_bytes()
         assert taken <= self._worker.memory.kv.nbytes, f"{taken} bytes of the GPU's memory are gone"
         return f"open files {self._files} -> {files}" + (f", GPU memory {taken >> 20:+d} MiB" if self._free else "")

@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+with contextlib.suppress(ImportError):
+    import redis
+
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
 from pdtransport.pool.client import Copied, PoolClient
@@ -230,3 +233,72 @@ def _serve(pipe: Connection, place: Path | str, settings: Settings | None) -> No
             go.set()
         else:
             threading.Thread(target=run, args=(verb, arguments), daemon=True).start()
+
+
+# -- what can befall a chunk's file: (its path, another chunk's) ----------------------------------------------------
+
+
+def damage_bit(path: Path, sibling: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 4]))
+
+
+def damage_header(path: Path, sibling: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(24)
+        file.write(b"\xff")
+
+
+def cut_off(path: Path, sibling: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def empty(path: Path, sibling: Path) -> None:
+    os.truncate(path, 0)
+
+
+def another_chunk(path: Path, sibling: Path) -> None:
+    path.write_bytes(sibling.read_bytes())
+
+
+def gone(path: Path, sibling: Path) -> None:
+    path.unlink()
+
+
+def unreadable(path: Path, sibling: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = [damage_bit, damage_header, cut_off, empty, another_chunk, gone, unreadable]
+
+
+class Redis:
+    """A redis-server of our own, on a Unix socket, without persistence."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "redis.sock"
+        self.start()
+
+    def start(self, *options: str) -> None:
+        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, cwd=self.socket.parent)
+        self.client = redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5)
+        until(self.answers, "redis-server does not start")
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.client.ping())
+        except redis.RedisError:
+            return False
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+    def settings(self, **options: Any) -> dict[str, Any]:
+        return {"url": f"unix://{self.socket}", "bytes": 64 << 20, "timeout_s": 0.5, **options}

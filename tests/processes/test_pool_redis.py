@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,45 +15,17 @@ from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
-from tests.processes.pool_rig import CHUNK, key, load, names, status, store, until
+from tests.processes.pool_rig import CHUNK, Redis, key, load, names, status, store, until
 
-redis = pytest.importorskip("redis")
+pytest.importorskip("redis")
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server here")
 
 
-class Server:
-    """A redis-server of our own, on a Unix socket, without persistence."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "redis.sock"
-        self.start()
-
-    def start(self, *options: str) -> None:
-        command = ["redis-server", "--port", "0", "--unixsocket", str(self.socket), "--save", "", "--appendonly", "no"]
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, cwd=self.socket.parent)
-        self.client = redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5)
-        until(self.answers, "redis-server does not start")
-
-    def answers(self) -> bool:
-        try:
-            return bool(self.client.ping())
-        except redis.RedisError:
-            return False
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-    def settings(self, **options: Any) -> dict[str, Any]:
-        return {"url": f"unix://{self.socket}", "bytes": 64 << 20, "timeout_s": 0.5, **options}
-
-
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server() -> Iterator[Redis]:
     folder = Path(f"/dev/shm/pdt-redis-{os.getpid()}")
     folder.mkdir()
-    made = Server(folder)
+    made = Redis(folder)
     yield made
     made.kill()
     shutil.rmtree(folder)
@@ -67,7 +38,7 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def pool(directory: Path, server: Server, chunks: int = 4, name: str = "default", **options: Any) -> Pool:
+def pool(directory: Path, server: Redis, chunks: int = 4, name: str = "default", **options: Any) -> Pool:
     raw = {"dir": directory, "name": name, "memory_bytes": chunks * CHUNK, "redis": server.settings(**options)}
     return Pool(PoolSettings.parse(raw))
 
@@ -80,7 +51,7 @@ def flood(client: PoolClient, first: int) -> None:
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_chunks_come_back_after_a_restart_and_reach_other_pools(directory: Path, server: Server, codec: str) -> None:
+def test_chunks_come_back_after_a_restart_and_reach_other_pools(directory: Path, server: Redis, codec: str) -> None:
     """What one pool stored, a restarted one finds, and another one that runs already."""
     if codec == "zstd":
         pytest.importorskip("zstandard")
@@ -99,7 +70,7 @@ def test_chunks_come_back_after_a_restart_and_reach_other_pools(directory: Path,
             until(lambda: server.client.dbsize() == 0, "they were not deleted")
 
 
-def test_a_server_that_is_killed_and_starts_empty(directory: Path, server: Server) -> None:
+def test_a_server_that_is_killed_and_starts_empty(directory: Path, server: Redis) -> None:
     """Memory serves on; what was in Redis alone is no hit, then and later; new chunks are written once it is back."""
     with pool(directory, server), PoolClient(directory=directory) as client:
         store(client, [1])
@@ -117,7 +88,7 @@ def test_a_server_that_is_killed_and_starts_empty(directory: Path, server: Serve
         assert names(load(client, [1])) == ["READ"]
 
 
-def test_a_server_that_hangs(directory: Path, server: Server) -> None:
+def test_a_server_that_hangs(directory: Path, server: Redis) -> None:
     """SIGSTOP: loads from it end soon as misses, all else goes on; after SIGCONT its chunks are hits again."""
     with pool(directory, server), PoolClient(directory=directory) as client:
         store(client, [1])
@@ -131,7 +102,7 @@ def test_a_server_that_hangs(directory: Path, server: Server) -> None:
         assert status(client)["counters"]["redis_went_down"] >= 1
 
 
-def test_a_full_server_costs_its_tier_only(directory: Path, server: Server) -> None:
+def test_a_full_server_costs_its_tier_only(directory: Path, server: Redis) -> None:
     """Redis refuses for want of memory: counted, and memory serves on."""
     server.client.config_set("maxmemory", "2mb")
     with pool(directory, server, chunks=16), PoolClient(directory=directory) as client:
@@ -140,7 +111,7 @@ def test_a_full_server_costs_its_tier_only(directory: Path, server: Server) -> N
         assert names(load(client, range(16))) == ["READ"] * 16
 
 
-def test_values_that_are_not_what_was_stored_are_misses(directory: Path, server: Server) -> None:
+def test_values_that_are_not_what_was_stored_are_misses(directory: Path, server: Redis) -> None:
     """A flipped bit, a cut value, another chunk's value, none at all: never served, and stored anew."""
     with pool(directory, server), PoolClient(directory=directory) as client:
         for first in (0, 4):

@@ -269,6 +269,52 @@ def test_failing_decode_is_replaced_by_another_in_a_new_dispatch() -> None:
     run(test)
 
 
+def fails_with(bad: Engine, engine: Engine) -> Script:
+    """A decode server that gets no pages from prefill server ``bad``, and says so."""
+
+    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        params = body.get("kv_transfer_params") or {}
+        if params.get("remote_port") == bad.control_port:
+            return error(500, "the pages did not come", "InternalServerError")
+        return await engine.answer(request, body)
+
+    return script
+
+
+def test_decode_that_gets_no_pages_is_tried_again_with_another_prefill() -> None:
+    """Decode's error may be prefill's doing (it died, or stands still), which looks well to the router and whose cache
+    draws the request: the next dispatch takes another one of both roles."""
+
+    async def test() -> None:
+        async with rigged(prefill=2, decode=2) as rig:
+            await learned(rig)
+            long = ask(prompt=list(range(2000)))
+            assert (await rig.ask(long)).status == 200
+            (bad,) = [engine for engine in rig.prefill if engine.seen]
+            for engine in rig.decode:
+                engine.script = fails_with(bad, engine)
+            reply = await rig.ask(long)
+            assert (reply.status, reply.headers["x-pd-path"]) == (200, "disaggregated")
+
+    run(test)
+
+
+def test_when_two_disaggregated_dispatches_fail_the_last_one_goes_to_decode_alone() -> None:
+    """All pages get lost, and each decode server could have served the request by itself."""
+
+    async def test() -> None:
+        async with rigged(prefill=1, decode=2) as rig:
+            await learned(rig)
+            for engine in rig.decode:
+                engine.script = fails_with(rig.p, engine)
+            reply = await rig.ask()
+            assert reply.status == 200
+            assert reply.headers["x-pd-path"].startswith("decode-only; decode server ")
+            assert sum(len(engine.seen) for engine in rig.decode) == 3
+
+    run(test)
+
+
 def test_unreachable_decode_is_replaced_and_without_another_it_is_a_502() -> None:
     async def test() -> None:
         async with rigged(decode=2, health={"interval_s": 60}) as rig:
