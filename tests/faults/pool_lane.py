@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.errors import PoolUnavailable
+from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from tests.faults.lane import GROWTH_BYTES, Result
 from tests.faults.plan import KILL, STOP
@@ -178,7 +179,7 @@ class PoolLane:
     def _held(self) -> list[str]:
         """What the pool still holds once all is dropped."""
         try:
-            self.watcher.drop(None).result()
+            PoolAdmin(self.watcher).clear()
             status = self.status()
         except PoolUnavailable as error:
             return [f"the pool does not answer: {error}"]

@@ -19,8 +19,9 @@ import numpy as np
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
+from pdtransport.pool.admin import Chosen, PoolAdmin
 from pdtransport.pool.client import PoolClient
-from pdtransport.pool.copying import Copying
+from pdtransport.pool.copiers import HostCopier
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.faults.worker import Complaints, descriptors, resident_bytes
@@ -140,11 +141,11 @@ class User:
     # -- the middle of a copy ----------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        whole, copy = pages.read_mapped, Copying._copy
+        whole, begin = pages.read_mapped, HostCopier.begin
 
-        def named(copying: Copying, *arguments: Any) -> Any:
-            self._copies.verb = "store" if copying._do.storing else "load"
-            return copy(copying, *arguments)
+        def named(copier: HostCopier, *arguments: Any, storing: bool, **more: Any) -> Any:
+            self._copies.verb = "store" if storing else "load"
+            return begin(copier, *arguments, storing=storing, **more)
 
         def struck(source: Runs, target: Runs, blocks: int = 0) -> Any:
             verb = self._copies.verb
@@ -154,7 +155,7 @@ class User:
                 self._strike(rule.action)
             return whole(source, target, blocks)
 
-        Copying._copy = named  # type: ignore[method-assign]
+        HostCopier.begin = named  # type: ignore[method-assign]
         pages.read_mapped = struck  # type: ignore[assignment]
 
     def _strike(self, action: str) -> None:
@@ -199,8 +200,9 @@ class User:
 
     def do_pin(self, name: str, numbers: Sequence[int], for_s: float) -> None:
         try:
-            count = self.client.pin([key(number) for number in numbers], "hard", for_s=for_s).result()
-            self.say("ended", name, True, "PINNED" if count == len(numbers) else "UNPINNED", "", "", time.monotonic())
+            chosen = Chosen(keys=tuple(key(number) for number in numbers))
+            pinned = PoolAdmin(self.client).pin(chosen, "hard", for_s).done
+            self.say("ended", name, True, "PINNED" if pinned == len(numbers) else "UNPINNED", "", "", time.monotonic())
         except PoolUnavailable as error:
             self.say("ended", name, False, "UNPINNED", str(error), "", time.monotonic())
 

@@ -114,7 +114,7 @@ def test_chunks_are_managed_by_prompt_by_key_and_all(client: PoolClient, command
     """Each verb says for how many chunks it is so now."""
     tokens = list(range(200, 232))
     keys = [key for chunk in SPACE.parts(tokens) for key in chunk]
-    put(client, keys)
+    put(client, [*keys, SPACE.parts(range(900, 908))[0][0]])
     prompt = ("--tokens", *tokens)
     assert command.json("move", *prompt, "--to", "disk") == {"done": 8, "of": 8}
     assert command.json("prefetch", "--key", keys[0].hex()) == {"done": 1, "of": 1}

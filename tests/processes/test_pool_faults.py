@@ -16,6 +16,7 @@ import pytest
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels import pages
+from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
@@ -210,7 +211,7 @@ def test_a_call_cancelled_between_two_copies_holds_nothing(
         until(lambda: mine(client)["requests"] == 0, "its request is still there")
         assert mine(client)["held_bytes"] == 0
         assert status(client)["being_filled"] == 0
-        client.drop(None).result()
+        PoolAdmin(client).clear()
         assert status(client)["memory"]["used_bytes"] == 0
 
 

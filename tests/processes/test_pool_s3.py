@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pdtransport.errors import SettingsError
+from pdtransport.pool.admin import Chosen, PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
@@ -193,7 +194,7 @@ def test_chunks_come_back_after_a_restart_and_reach_other_pools(directory: Path,
         with pool(directory, server, "share", codec="zstd"):
             until(lambda: client.lookup([key(1), key(2)]).result().there == 2, "they were not found again")
             assert names(load(client, [1, 2])) == ["READ", "READ"]
-            assert client.drop([key(1), key(2)]).result() == 2
+            assert PoolAdmin(client).drop(Chosen(keys=(key(1), key(2)))).done == 2
             until(lambda: list(server.names("share")) == ["not-a-chunk"], "they were not deleted")
 
 
