@@ -56,7 +56,7 @@ for table, name in (("project.scripts", "console_scripts"), (f'project.entry-poi
 target = dest / "pdtransport" / "kernels" / ("_pages" + sysconfig.get_config_var("EXT_SUFFIX"))
 setup = (root / "setup.py").read_text(encoding="utf-8")
 flags = re.findall(r'"(-[^"]+)"', setup.split("extra_compile_args", 1)[1].split("]", 1)[0])
-sources = ["-I" + sysconfig.get_paths()["include"], str(root / "kernels/csrc/pages.c"), "-o", str(target)]
+sources = ["-I" + sysconfig.get_paths()["include"], *map(str, sorted((root / "kernels/csrc").glob("*.c"))), "-o", str(target)]
 for compiler in ((sysconfig.get_config_var("CC") or "cc").split()[0], "cc", "gcc", "clang"):
     try:
         done = subprocess.run([compiler, "-shared", "-fPIC", *flags, *sources], capture_output=True, text=True)

@@ -183,6 +183,7 @@ def test_a_cancelled_copy_ends_before_it_is_told(client: PoolClient) -> None:
     """When the result is there no kernel uses the pages: a preempted request's may be overwritten at once."""
     engine = Engine()
     assert engine.store(client, [1]).result().prefix == 1
+    assert engine.load(client, [1]).result().prefix == 1  # the kernels of both directions are there
     busy = Busy()
     loading, storing = engine.load(client, [1], after=busy.event), engine.store(client, [2], after=busy.event)
     time.sleep(0.1)
