@@ -34,6 +34,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+pytestmark = pytest.mark.xdist_group("vllm")  # the demo's test takes ports of the same range
+
+
 def wait_for(what: Any, seconds: float = UP_S) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
