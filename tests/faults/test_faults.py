@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
 
 from tests.faults.lane import Lane
 from tests.faults.network import NoNamespaces
-from tests.faults.plan import Plan, healthy
+from tests.faults.plan import BLOCK_SIZE, Plan, Transfer, healthy
 from tests.faults.report import Report
 from tests.faults.rules import Rule
 from tests.faults.runner import FIRST_PORT, LAST_PORT, pool_plans, random_plans, run_network, run_plans
@@ -63,6 +64,23 @@ def cancelled(seed: int, lane: Lane) -> Plan:
     plan.transfers.append(aborted)
     plan.drops_rest = False
     return plan
+
+
+@pytest.mark.parametrize("lane", ["cma", "ucx"], indirect=True)
+def test_a_flipped_bit_in_a_thousand_batches_is_found_and_mended(lane: Lane) -> None:
+    """Promise 1: damage that is rare is found, too, and costs a resend: every transfer has the right bytes."""
+    plan = healthy(11, lane.link, lane.prefills)
+    plan.drops_rest = False
+    plan.transfers.clear()
+    for number in range(200):
+        at, steps = 0.02 * number, [(0.02 * number + 0.002 * step, 4 * BLOCK_SIZE * (step + 1)) for step in range(6)]
+        plan.transfers.append(Transfer(1000 + number, 24 * BLOCK_SIZE, 0, at, at, steps, at + 0.012))
+    flips = random.Random(7).sample(range(1000), 2)
+    plan.rules["prefill0"] = [Rule("send", "any", "flip", first=first, seed=first) for first in flips]
+    result = lane.run(plan)
+    assert result.problems == []
+    assert result.injected["flip"] == len(flips)
+    assert result.ended == {"ok": 2 * len(plan.transfers)}
 
 
 def test_faults_break_no_promise() -> None:
