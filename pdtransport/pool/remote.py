@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve
 from pdtransport.control.sockets import Inbox, open_socket, tcp_url, watch
@@ -239,19 +238,14 @@ class RemoteWire(Wire):
             self.session.end_transfers()
         super().close()
 
-    def _read_monitor(self) -> None:
-        while self._monitor is not None:
-            try:
-                report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            if report["event"] == zmq.EVENT_DISCONNECTED:
-                self._read()  # what it said last
-                self._hang_up("it ended, or hung up")
-            elif report["event"] == zmq.EVENT_CONNECT_RETRIED:
-                self._hang_up("it can't be reached: does pdpool --listen run there?")
-            else:
-                self._hang_up("it refuses our CURVE key, or CURVE is on at one side only (control.curve_*)")
+    def _on_monitored(self, event: int) -> None:
+        if event == zmq.EVENT_DISCONNECTED:
+            self._read()  # what it said last
+            self._hang_up("it ended, or hung up")
+        elif event == zmq.EVENT_CONNECT_RETRIED:
+            self._hang_up("it can't be reached: does pdpool --listen run there?")
+        else:
+            self._hang_up("it refuses our CURVE key, or CURVE is on at one side only (control.curve_*)")
 
     # -- time -------------------------------------------------------------------------------------------------------
 

@@ -270,9 +270,12 @@ class Wire:
                 report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            if report["event"] == zmq.EVENT_DISCONNECTED:
-                self._read()  # what it said last
-                self._hang_up("it ended")
+            self._on_monitored(report["event"])
+
+    def _on_monitored(self, event: int) -> None:
+        if event == zmq.EVENT_DISCONNECTED:
+            self._read()  # what it said last
+            self._hang_up("it ended")
 
     def _read(self) -> bool:
         for _ in range(MAX_FRAMES_A_TURN):

@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +34,6 @@ from tests.processes.pool_rig import (
     store,
     until,
 )
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A place for one pool, with a short path: a socket's has at most 107 bytes."""
-    path = Path(f"/dev/shm/pdt-test-{os.getpid()}")
-    yield path
-    for left in path.glob("*"):
-        left.unlink()
-    if path.exists():
-        path.rmdir()
 
 
 def test_a_chunk_stored_by_one_process_is_loaded_by_another(directory: Path) -> None:

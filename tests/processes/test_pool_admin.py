@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,16 +23,6 @@ from tests.unit.pool_rig import Asker
 SPACE = Space.of(
     [KeySpace(model="m", revision="r", dtype="d", layout="l", shard=f"heads {i}", chunk_tokens=4) for i in range(2)]
 )
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    path = Path(f"/dev/shm/pdt-test-{os.getpid()}")
-    yield path
-    for left in path.glob("*"):
-        left.unlink()
-    if path.exists():
-        path.rmdir()
 
 
 def chosen(*numbers: int) -> Chosen:

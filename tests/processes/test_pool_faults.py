@@ -3,7 +3,6 @@ served, nothing is lost for good, and engines go on without."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -35,17 +34,6 @@ from tests.processes.pool_rig import (
     store,
     until,
 )
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A place for one pool."""
-    path = Path(f"/dev/shm/pdt-test-{os.getpid()}")
-    yield path
-    for left in path.glob("*"):
-        left.unlink()
-    if path.exists():
-        path.rmdir()
 
 
 @pytest.fixture

@@ -36,17 +36,6 @@ STAGING = 4 << 20
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    """A place for one pool, with a short path."""
-    path = Path(f"/dev/shm/pdt-far-{os.getpid()}")
-    yield path
-    for left in path.glob("*"):
-        left.unlink()
-    if path.exists():
-        path.rmdir()
-
-
-@pytest.fixture
 def port() -> Iterator[int]:
     taken = PORTS.take(2)
     yield taken
