@@ -31,13 +31,6 @@ def server() -> Iterator[Redis]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    path = Path(f"/dev/shm/pdt-test-{os.getpid()}")
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def pool(directory: Path, server: Redis, chunks: int = 4, name: str = "default", **options: Any) -> Pool:
     raw = {"dir": directory, "name": name, "memory_bytes": chunks * CHUNK, "redis": server.settings(**options)}
     return Pool(PoolSettings.parse(raw))

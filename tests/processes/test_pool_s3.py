@@ -147,13 +147,6 @@ def server() -> Iterator[Server]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    path = Path(f"/dev/shm/pdt-test-{os.getpid()}")
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
-
-
 def settings(directory: Path, server: Server, prefix: str, name: str = "default", **options: Any) -> PoolSettings:
     """Memory for four chunks."""
     tier = {
