@@ -42,8 +42,8 @@ class Bell:
         self._arrived: set[tuple[str, int]] = set()
 
     def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
-        """Until somebody rings, at most ``seconds``; True if somebody did. ``unless``: looked at every millisecond, ends
-        the wait."""
+        """Until somebody rings, at most ``seconds``; True if somebody did. ``unless`` ends it, looked at every
+        millisecond."""
         poll = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
         poll.register(self._socket, select.POLLIN)
         ends = time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """The engine around a scheduler, seen from within one of its steps.
 
-Nothing tells a connector that clients ask for something, or how many steps the engine keeps under way. What is taken hold
-of, :meth:`EngineLoop.of` says; where it is not as expected there is no :class:`EngineLoop`, and steps go vLLM's own way.
+Nothing tells a connector that clients ask for something, or how many steps the engine keeps under way. What is taken
+hold of, :meth:`EngineLoop.of` says; where it is not as expected there is none, and steps go vLLM's own way.
 """
 
 from __future__ import annotations
