@@ -3,6 +3,7 @@ a thousand chunks, and a GPU copies each in the time of a few dozen Python calls
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,14 +31,21 @@ class Chunks:
     """
 
     def __init__(self, runs: Sequence[Runs]) -> None:
-        checked = [each if _plain(each) else as_runs(each) for each in runs]
+        # One by one, as_runs takes longer than the copy.
+        checked = [
+            each
+            if type(each) is np.ndarray and each.dtype == _WORD and each.ndim == 2 and each.shape[1] == 2
+            else as_runs(each)
+            for each in runs
+        ]
         self._runs = np.concatenate(checked) if checked else np.empty((0, 2), dtype=np.uint64)
-        if len(self._runs) and int(self._runs[:, 1].max()) > MAX_RUN_BYTES:
+        lengths = self._runs[:, 1]
+        if len(lengths) and int(lengths.max()) > MAX_RUN_BYTES:
             raise ValueError(f"a run is longer than {MAX_RUN_BYTES} bytes")
-        rows = np.cumsum([0, *map(len, checked)])
-        self._rows: list[int] = rows.tolist()
-        ends = np.concatenate((np.zeros(1, dtype=np.uint64), np.cumsum(self._runs[:, 1], dtype=np.uint64)))
-        self.sizes: Numbers = (ends[rows[1:]] - ends[rows[:-1]]).astype(np.int64)
+        self._rows = [0, *itertools.accumulate(map(len, checked))]
+        ends = np.zeros(len(lengths) + 1, dtype=np.uint64)
+        np.cumsum(lengths, out=ends[1:])
+        self.sizes: Numbers = np.diff(ends[self._rows]).astype(np.int64)
         bad = (self.sizes % 8 != 0) | (self.sizes <= 0) | (self.sizes > MAX_CHUNK_BYTES)
         if bad.any():
             nbytes = int(self.sizes[bad.argmax()])
@@ -52,11 +60,6 @@ class Chunks:
         if last - first == len(chunks) - 1 and (np.diff(chunks) == 1).all():
             return self._runs[self._rows[first] : self._rows[last + 1]]
         return np.concatenate([self._runs[self._rows[at] : self._rows[at + 1]] for at in chunks.tolist()])
-
-
-def _plain(runs: Runs) -> bool:
-    """Whether it needs no closer look; one by one they would take longer than the copy."""
-    return type(runs) is np.ndarray and runs.dtype == _WORD and runs.ndim == 2 and runs.shape[1] == 2
 
 
 @dataclass(frozen=True)
