@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pdtransport.errors import PoolUnavailable
-from pdtransport.kernels.runs import MAX_RUN_BYTES, Runs, as_runs
+from pdtransport.kernels.runs import MAX_RUN_BYTES, MAX_RUNS, Runs, as_runs
 from pdtransport.pool import messages as say
 from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.settings import MAX_CHUNK_BYTES
@@ -19,7 +20,6 @@ from pdtransport.pool.settings import MAX_CHUNK_BYTES
 Numbers = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint8]  # verdicts
 
-_WORD = np.dtype(np.uint64)
 _VERDICTS = tuple(Verdict)
 
 
@@ -31,18 +31,11 @@ class Chunks:
     """
 
     def __init__(self, runs: Sequence[Runs]) -> None:
-        # One by one, as_runs takes longer than the copy.
-        checked = [
-            each
-            if type(each) is np.ndarray and each.dtype == _WORD and each.ndim == 2 and each.shape[1] == 2
-            else as_runs(each)
-            for each in runs
-        ]
-        self._runs = np.concatenate(checked) if checked else np.empty((0, 2), dtype=np.uint64)
+        self._runs = _joined(runs)
         lengths = self._runs[:, 1]
         if len(lengths) and int(lengths.max()) > MAX_RUN_BYTES:
             raise ValueError(f"a run is longer than {MAX_RUN_BYTES} bytes")
-        self._rows = [0, *itertools.accumulate(map(len, checked))]
+        self._rows = [0, *itertools.accumulate(map(len, runs))]
         ends = np.zeros(len(lengths) + 1, dtype=np.uint64)
         np.cumsum(lengths, out=ends[1:])
         self.sizes: Numbers = np.diff(ends[self._rows]).astype(np.int64)
@@ -60,6 +53,17 @@ class Chunks:
         if last - first == len(chunks) - 1 and (np.diff(chunks) == 1).all():
             return self._runs[self._rows[first] : self._rows[last + 1]]
         return np.concatenate([self._runs[self._rows[at] : self._rows[at + 1]] for at in chunks.tolist()])
+
+
+def _joined(runs: Sequence[Runs]) -> Runs:
+    """All in one array; to look at them one by one takes longer than the copy, unless something is wrong."""
+    if not runs:
+        return np.empty((0, 2), dtype=np.uint64)
+    with suppress(ValueError, TypeError):
+        joined = np.concatenate(runs, dtype=np.uint64, casting="no")
+        if joined.ndim == 2 and joined.shape[1] == 2 and len(joined) <= MAX_RUNS:
+            return joined
+    return np.concatenate([as_runs(each) for each in runs])
 
 
 @dataclass(frozen=True)

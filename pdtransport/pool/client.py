@@ -370,7 +370,7 @@ class PoolClient:
     ) -> Pending[Copied]:
         if len(keys) != len(runs):
             raise ValueError(f"{len(keys)} keys for {len(runs)} chunks")
-        if any(len(key) != KEY_BYTES for key in keys):
+        if set(map(len, keys)) - {KEY_BYTES}:
             raise ValueError(f"a key must be {KEY_BYTES} bytes long")
         chunks = Chunks(runs)
         seconds = deadline_s or self.deadline_s
