@@ -61,6 +61,7 @@ class Reactor:
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self._stopping = False
+        self._woken = False  # a byte lies there, or will; another would cost one more system call
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -98,6 +99,9 @@ class Reactor:
         return answer.result(timeout_s)
 
     def wake(self) -> None:
+        if self._woken:
+            return
+        self._woken = True
         try:
             self._wake_in.send(b"\0")
         except BlockingIOError:  # enough wake-ups are waiting already
@@ -159,6 +163,7 @@ class Reactor:
                 pass
         except BlockingIOError:
             pass
+        self._woken = False  # before the calls are looked at: one that is posted from here on is seen, or wakes again
 
     def _drain_calls(self) -> None:
         while self._calls:

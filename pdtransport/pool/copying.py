@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -111,6 +112,8 @@ class Copying:
         try:
             window_bytes, self._budget = self._do.window_bytes()
             self._stretches = self._cut(window_bytes)
+            self._open_more(1)
+            time.sleep(LOOK_S)  # the I/O thread sends it, instead of waiting for this one to make the others
             self._open_more()
             while self._windows and not self._do.cancelled.is_set():
                 self._step()
@@ -147,9 +150,10 @@ class Copying:
                 self._do.forget(number, False)
         self._open_more()
 
-    def _open_more(self) -> None:
+    def _open_more(self, most: int | None = None) -> None:
         """As many as can be answered meanwhile, and fit what this operation may hold together."""
-        while sum(window.unanswered > 0 for window in self._windows.values()) < self._copier.ahead:
+        most = self._copier.ahead if most is None else most
+        while sum(window.unanswered > 0 for window in self._windows.values()) < most:
             self._next = self._next or next(self._stretches, None)
             if self._next is None:
                 return
