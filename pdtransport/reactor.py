@@ -70,8 +70,8 @@ class Reactor:
         self._thread.start()
         self._started.result(timeout_s)
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run ``call`` in the I/O thread, soon. Its errors are logged.
+    def post(self, call: Callable[[], None], *, wake: bool = True) -> None:
+        """Run ``call`` in the I/O thread, soon (or when it wakes, a second at the latest). Its errors are logged.
 
         Raises:
             ReactorStopped: the thread has ended, or does not keep up.
@@ -81,7 +81,8 @@ class Reactor:
         if len(self._calls) >= MAX_POSTED_CALLS:
             raise ReactorStopped("the transport's I/O thread does not answer")
         self._calls.append(call)
-        self.wake()
+        if wake:
+            self.wake()
 
     def ask(self, call: Callable[[], T], timeout_s: float = 10.0) -> T:
         """Run ``call`` in the I/O thread and return what it returns; from the I/O thread itself, at once."""

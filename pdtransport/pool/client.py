@@ -392,7 +392,7 @@ class PoolClient:
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
-            lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel)),
+            lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel), wake=cancel),
             after,
             lossy,
         )
@@ -474,9 +474,9 @@ class PoolClient:
         with self._guard:
             self._active.pop(id(operation), None)
 
-    def _post(self, call: Callable[[], None]) -> None:
+    def _post(self, call: Callable[[], None], *, wake: bool = True) -> None:
         try:
-            self._reactor.post(call)
+            self._reactor.post(call, wake=wake)
         except RuntimeError:
             raise PoolUnavailable("the client is closed") from None
 
