@@ -3,7 +3,6 @@ a thousand chunks, and a GPU copies each in the time of a few dozen Python calls
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,13 +31,14 @@ class Chunks:
 
     def __init__(self, runs: Sequence[Runs]) -> None:
         self._runs = _joined(runs)
-        lengths = self._runs[:, 1]
+        lengths, count = self._runs[:, 1], len(runs)
         if len(lengths) and int(lengths.max()) > MAX_RUN_BYTES:
             raise ValueError(f"a run is longer than {MAX_RUN_BYTES} bytes")
-        self._rows = [0, *itertools.accumulate(map(len, runs))]
-        ends = np.zeros(len(lengths) + 1, dtype=np.uint64)
-        np.cumsum(lengths, out=ends[1:])
-        self.sizes: Numbers = np.diff(ends[self._rows]).astype(np.int64)
+        self._rows = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, runs), dtype=np.int64, count=count), out=self._rows[1:])
+        self.sizes: Numbers = np.zeros(count, dtype=np.int64)
+        some = np.diff(self._rows) > 0
+        self.sizes[some] = np.add.reduceat(lengths, self._rows[:-1][some]) if some.any() else 0
         bad = (self.sizes % 8 != 0) | (self.sizes <= 0) | (self.sizes > MAX_CHUNK_BYTES)
         if bad.any():
             nbytes = int(self.sizes[bad.argmax()])
