@@ -254,6 +254,17 @@ class PoolAdmin:
                 places = places[count:]
         return Outcome(done, of)
 
+    def hint(self, keys: Sequence[bytes]) -> int:
+        """Begin to bring up these chunks of a prompt, which are below memory; returns how many that is. It is not
+        waited for."""
+        begun = 0
+        for some in _cut(keys, say.MAX_MANAGED):
+            count = self._client.manage(some, "hint").result()
+            begun += count
+            if count < len(some):
+                break
+        return begun
+
     def _bring_up(self, places: list[Place]) -> int:
         return sum("memory" in place.tiers for place in self._fetch(places))
 

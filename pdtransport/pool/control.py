@@ -114,8 +114,9 @@ class Control:
 
         ``pin``: keep them in memory (see :meth:`Shelf.pin`). ``drop``: forget them in all tiers. ``leave``: drop them
         from memory, if a tier below has them, and nobody uses or pinned them. ``fetch``: begin to bring them into
-        memory. ``write``: begin to write those in memory to ``tier``; ``again``: even if it has them, with its codec of
-        today.
+        memory. ``hint``: the same for a prompt's chunks, in their order, that a request will want: up to the first one
+        that is not there, and as far as hints may fill memory. ``write``: begin to write those in memory to ``tier``;
+        ``again``: even if it has them, with its codec of today.
 
         Raises:
             WireError: there is no such tier.
@@ -125,6 +126,8 @@ class Control:
             return shelf.pin(asked.keys, asked.pin, None if asked.for_s is None else now + asked.for_s)
         if asked.action == "drop":
             return shelf.drop(asked.keys)
+        if asked.action == "hint":
+            return self._hint(shelf.entries(asked.keys), now)
         tier = self._tier(asked.tier) if asked.action == "write" else None
         done = 0
         for entry in shelf.entries(asked.keys):
@@ -151,6 +154,22 @@ class Control:
         if index.tiers[entry] & MEMORY or index.state[entry] == FILLING:
             return False
         return self._shelf.bring_up(entry)
+
+    def _hint(self, entries: list[int], now: float) -> int:
+        shelf, index, done = self._shelf, self._shelf.index, 0
+        shelf.counters["hints"] += 1
+        for entry in entries:
+            if entry < 0 or not index.tiers[entry]:
+                break  # a load ends here, too
+            if index.tiers[entry] & MEMORY or index.state[entry] == FILLING:
+                continue
+            nbytes = index.nbytes[entry]
+            if not shelf.hints.fits(nbytes) or not shelf.bring_up(entry):
+                shelf.counters["hints_cut"] += 1
+                break
+            shelf.hints.began(entry, nbytes, now)
+            done += 1
+        return done
 
     def _write(self, entry: int, tier: Lower, again: bool) -> bool:
         index = self._shelf.index
