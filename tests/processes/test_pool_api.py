@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from schemathesis import GenerationMode  # noqa: E402
 from pdtransport.pool import wishes  # noqa: E402
 from pdtransport.pool.cli import main  # noqa: E402
 from pdtransport.pool.client import PoolClient  # noqa: E402
-from tests.processes.pool_rig import CHUNK, Daemon, Pages, daemon, key, store, until  # noqa: E402
+from tests.processes.pool_rig import CHUNK, Pages, daemon, key, store, until  # noqa: E402
 from tests.processes.test_launch_pool import SPACE  # noqa: E402
 
 KEY = "open-sesame"
@@ -54,17 +53,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     (folder / "keys").chmod(0o600)
     options = ["--disk", str(folder / "disk"), "--disk-bytes", "64MiB", "--http-key-file", str(folder / "keys")]
     with daemon(directory, "--http", "127.0.0.1:0", *options) as made:
-        yield url_of(made), directory
+        yield made.url(), directory
     for left in directory.glob("*"):
         left.unlink()
     directory.rmdir()
-
-
-def url_of(made: Daemon) -> str:
-    assert made.process.stdout is not None
-    found = re.search(r"http://[^,\s]+", made.process.stdout.readline())
-    assert found
-    return found[0]
 
 
 @pytest.fixture(scope="module")
