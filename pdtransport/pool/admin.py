@@ -115,7 +115,7 @@ class PoolAdmin:
         return list(self._tiers())
 
     def spaces(self) -> list[Space]:
-        """What engines told of their keys since the pool started, the last one first."""
+        """What engines told of their keys, the last one first."""
         return parse_spaces(self._client.spaces().result())
 
     def look(self, keys: Sequence[bytes]) -> list[Place]:

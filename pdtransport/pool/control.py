@@ -17,22 +17,27 @@ from pdtransport.pool.index import Entries
 from pdtransport.pool.lower import Lower
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
 from pdtransport.pool.shelf import FILLING, MEMORY, Shelf
+from pdtransport.pool.space_file import MAX_SPACES, SpaceFile
 from pdtransport.protocol.messages import WireError
 
 SWEPT = 1 << 18  # entries that one answer looks at, a millisecond or two
 ROWS = 1024  # chunks of one answer of a sweep
-MAX_SPACES = 64  # engines' key spaces; the one that was told longest ago goes
 
 # Flags of a chunk in an answer.
 COMING, WRITING, USED, SOFT_PIN, HARD_PIN, PLAIN = 1, 2, 4, 8, 16, 32
 
 
 class Control:
-    """Beside a shelf, driven by the same thread."""
+    """Beside a shelf, driven by the same thread.
 
-    def __init__(self, shelf: Shelf) -> None:
-        self._shelf = shelf
-        self._spaces: OrderedDict[str, None] = OrderedDict()  # as engines told them, the last one last
+    Args:
+        kept: where key spaces are kept for the next start; None: nowhere.
+    """
+
+    def __init__(self, shelf: Shelf, kept: SpaceFile | None = None) -> None:
+        self._shelf, self._kept = shelf, kept
+        # As engines told them, the last one last.
+        self._spaces: OrderedDict[str, None] = OrderedDict.fromkeys(kept.read() if kept is not None else ())
 
     # -- contents ---------------------------------------------------------------------------------------------------
 
@@ -188,10 +193,14 @@ class Control:
 
     def introduce(self, space: str) -> None:
         """An engine says of what its chunks' keys are made."""
+        if space == next(reversed(self._spaces), None):
+            return
         self._spaces[space] = None
         self._spaces.move_to_end(space)
         while len(self._spaces) > MAX_SPACES:
             self._spaces.popitem(last=False)
+        if self._kept is not None:
+            self._kept.write(list(self._spaces))
 
     def spaces(self) -> tuple[str, ...]:
         return tuple(reversed(self._spaces))

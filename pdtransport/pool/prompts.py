@@ -65,9 +65,7 @@ def spaces_for(admin: PoolAdmin, prompt: Prompt) -> list[Space]:
     """
     known = admin.spaces()
     if not known:
-        raise AdminError(
-            "no engine told this pool of its keys since it started: start one that uses it, or name chunks by key"
-        )
+        raise AdminError("no engine has told this pool of its keys: start one that uses it, or name chunks by key")
     names = {space.model for space in known}
     found = [space for space in known if prompt.model in (None, space.model, *space.served)]
     if not found or (prompt.model is None and len(names) > 1):

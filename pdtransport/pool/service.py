@@ -33,6 +33,7 @@ from pdtransport.pool.plugins import lower_tiers
 from pdtransport.pool.request import Part, Request, Session
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.shelf import MEMORY, Shelf
+from pdtransport.pool.space_file import SpaceFile, spaces_path
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
@@ -77,6 +78,7 @@ class PoolService:
         self._memory: Mapping | None = None
         self._mover: Mover | None = None
         self._memory_fd = -1
+        self._spaces = SpaceFile(spaces_path(settings))
         try:
             if not self._lock.take(SERVICE_BYTE):
                 raise SettingsError(f"pool.name: a pool {settings.name!r} runs in {settings.dir}: choose another name")
@@ -88,7 +90,7 @@ class PoolService:
                 return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
 
             self.shelf = Shelf(settings, nbytes // frame_bytes, verify, lower_tiers(settings, MEMORY << 1))
-            self._control = Control(self.shelf)
+            self._control = Control(self.shelf, self._spaces)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
             settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
@@ -146,6 +148,7 @@ class PoolService:
             self._socket.close(0)
             self.settings.socket_path.unlink(missing_ok=True)
         self._context.term()
+        self._spaces.close()
         if self._memory_fd >= 0:
             self._memory_path.unlink(missing_ok=True)
             os.close(self._memory_fd)
