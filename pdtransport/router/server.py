@@ -22,7 +22,7 @@ from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
 from pdtransport.router.first_token import Api
 from pdtransport.router.health import Prober
-from pdtransport.router.hints import Hinter
+from pdtransport.router.hints import AT_ONCE, Hinter
 from pdtransport.router.ladder import Ladder
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
@@ -101,8 +101,9 @@ class Router:
                 settings, self.fleet, self._placer, Upstream(settings, http), self._traces, self.metrics
             )
             if settings.pool_hint.url is not None:
-                key, salt = self._pool_secrets
-                self._hinter = Hinter(settings.pool_hint, key, salt, self.fleet, self._probes, self.metrics)
+                # Connections of its own: a health check must not wait behind a hint.
+                hints = await self._stack.enter_async_context(session(settings, AT_ONCE))
+                self._hinter = Hinter(settings.pool_hint, *self._pool_secrets, self.fleet, hints, self.metrics)
                 self._stack.push_async_callback(self._hinter.stop)
             prober = Prober(self.fleet, settings.health, self._probes)
             self._stack.push_async_callback(prober.stop)
