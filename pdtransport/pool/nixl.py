@@ -22,6 +22,7 @@ from pdtransport.pool.tiers import TierError
 from pdtransport.settings import one_line
 
 MODULES = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")
+MAX_LOST = 16  # buffers of transfers that may never end
 LOOK_S = 0.0001  # between looks at a transfer that is not done at once
 
 
@@ -53,7 +54,7 @@ class NixlTier(DiskTier):
             raise SettingsError(f"tier nixl: {one_line(error)}") from None
         self._api, self._plugin = _api(), its.plugin
         self._agents = itertools.count()
-        self._lost: list[Any] = []  # agents and buffers of transfers that failed: something may still move there
+        self._lost: list[Any] = []  # agents and buffers of transfers that NIXL does not end
         self._agent()
         super().__init__(DiskSettings(path=its.path, bytes=1 << 20, threads=its.threads, direct="off"))
         self._staged = True
@@ -83,6 +84,8 @@ class NixlTier(DiskTier):
 
     def _move(self, way: str, fd: int, nbytes: int, offset: int) -> None:
         """Between this thread's buffer and a file; returns when nothing moves any more."""
+        if len(self._lost) >= MAX_LOST:
+            raise TierError(f"{MAX_LOST} transfers did not end: start the pool again")
         mine: tuple[Any, Any] | None = getattr(self._local, "agent", None)
         buffer = self._buffer()
         if mine is None:
@@ -90,7 +93,7 @@ class NixlTier(DiskTier):
             memory = agent.get_reg_descs([(address_of(buffer), STRETCH, 0, "")], mem_type="DRAM")
             agent.register_memory(memory)
             mine = self._local.agent = agent, memory
-        agent, _memory = mine
+        agent, handle = mine[0], None
         file = agent.get_reg_descs([(offset, nbytes, fd, "")], mem_type="FILE")
         try:
             agent.register_memory(file)
@@ -101,13 +104,22 @@ class NixlTier(DiskTier):
                 time.sleep(LOOK_S)
                 state = agent.check_xfer_state(handle)
             if state != "DONE":
-                raise TierError(f"NIXL says {state}")
-            agent.release_xfer_handle(handle)
-            agent.deregister_memory(file)
+                raise TierError(f"it ended as {state}")
         except Exception as error:  # noqa: BLE001
-            self._lost.append((mine, buffer))
-            self._local.agent = self._local.buffer = None
             raise TierError(f"NIXL's plugin {self._plugin} could not {way.lower()}: {error}") from None
+        finally:
+            self._end(mine, handle, file, buffer)
+
+    def _end(self, mine: tuple[Any, Any], handle: Any, file: Any, buffer: memoryview) -> None:
+        """Give a transfer's handle back. If NIXL does not take it, something may still move: the buffer stays."""
+        try:
+            if handle is not None:
+                mine[0].release_xfer_handle(handle)
+            mine[0].deregister_memory(file)
+        except Exception as error:  # noqa: BLE001
+            self._local.agent = self._local.buffer = None
+            self._lost.append((mine, handle, buffer))
+            raise TierError(f"NIXL's plugin {self._plugin} does not let go of a transfer: {error}") from None
 
 
 def _api() -> Any:

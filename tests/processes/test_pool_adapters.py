@@ -6,6 +6,7 @@ Neither is among the development tools, for their size: ``pip install mooncake-t
 from __future__ import annotations
 
 import importlib.util
+import resource
 import shutil
 import signal
 import subprocess
@@ -243,6 +244,22 @@ def test_nixl_moves_chunks_of_several_stretches(directory: Path, tmp_path: Path)
             memory.put(0, there * 0)
             assert names(client.load([key(number)], [memory.runs(0)]).result()) == ["READ"]
             assert (memory.get(0) == there).all()
+
+
+@pytest.mark.skipif(bool(NO_NIXL), reason=NO_NIXL)
+def test_a_disk_that_is_full_costs_nixl_the_chunk_only(directory: Path, tmp_path: Path) -> None:
+    """Chunks that can't be written stay in memory alone; once there is room, others are written and read."""
+    options = ["--tier", "nixl=1GiB", "--tier-option", f"nixl.path={tmp_path / 'files'}"]
+    with daemon(directory, *options, memory="16MiB") as made, PoolClient(directory=directory) as client:
+        resource.prlimit(made.process.pid, resource.RLIMIT_FSIZE, (CHUNK // 2, resource.RLIM_INFINITY))
+        assert names(store(client, range(40))) == ["WRITE"] * 40
+        written(client)
+        assert status(client)["counters"]["nixl_write_failed"] == 40
+        resource.prlimit(made.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert names(store(client, [50])) == ["WRITE"]
+        written(client)
+        assert PoolAdmin(client).move(Chosen((key(50),)), "nixl").done == 1
+        assert names(load(client, [50, 1])) == ["READ"] * 2
 
 
 @pytest.mark.skipif(bool(NO_NIXL), reason=NO_NIXL)
