@@ -222,8 +222,9 @@ class PoolScheduler:
             return
         found = [lookup.future.result() for lookup in prompt.lookups]
         there = min(each.there for each in found)
+        held = prompt.computed // self._chunk  # by the engine; not known yet of one that the scheduler did not come to
         for keys, each in zip(prompt.keys.values(), found, strict=True):
-            for first in range(0, there if each.in_memory < each.there else 0, MAX_MANAGED):
+            for first in range(held, there if each.in_memory < each.there else 0, MAX_MANAGED):
                 with suppress(PoolUnavailable):
                     self._client.manage(keys[first : min(first + MAX_MANAGED, there)], "hint")
 

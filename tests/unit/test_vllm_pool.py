@@ -178,6 +178,15 @@ def test_the_pool_hears_of_requests_that_wait_for_their_turn(half: Half) -> None
         assert half.side.matched_tokens(made, 0)[1]
 
 
+def test_chunks_that_the_engine_holds_are_not_hinted_at(half: Half) -> None:
+    made = half.arrive()
+    ((question, _),) = half.pool.asked
+    half.pool.answer(5, in_memory=0)
+    half.side.matched_tokens(made, 2 * 2 * BLOCK)
+    step(half.side)
+    assert half.pool.hinted == [question[2:5]]
+
+
 def test_no_hints_where_the_setting_says_so_or_the_pool_is_gone() -> None:
     for use, there in (({"hint": False}, 3), ({}, None)):
         half = Half(**use)
