@@ -101,6 +101,8 @@ def test_rows_are_medians_beside_the_aggregated_server() -> None:
     assert (whole["TTFT"], whole["(best)"], whole["+agg"], whole["exposed"]) == (80.0, 70.0, 25.0, 2.0)
     assert (whole["runs"], whole["failed"], whole["x whole"]) == (3, 1, None)
     assert (broken["system"], broken["x whole"]) == ("pdtransport fragmented", 1.1)
+    assert (aggregated["paired"], whole["paired"], broken["paired"]) == (0.0, None, None), "a round more"
+    assert summarise([each for each in samples if not each.failed])[1]["paired"] == 25.0  # of 10, 40 and 25
     text = table([aggregated, whole, broken])
     assert "+agg" in text
     assert "failed" in text.splitlines()[0]
