@@ -12,9 +12,9 @@ pdtransport P's token   the same requests: when prefill's HTTP response, which h
 router                  the same through our router
 router first-token      the same with the router told to pass prefill's token on
 
-Columns, milliseconds: *prefill*, *hand-off* and *TTFT* as in the module's own help; *paired*: median over the rounds of
-TTFT less the aggregated server's in the same round, which tells more where they live together; *+agg*: TTFT less the aggregated
-server's at that length and mode; *exposed*: from the moment at which prefill's worker saw the prompt computed to the
+Columns, milliseconds: *prefill*, *hand-off* and *TTFT* as in the module's own help; *+agg*: TTFT less the aggregated
+server's at that length and mode; *paired*: the median of what it is more in the same round, which tells more of systems
+that live together; *exposed*: from the moment at which prefill's worker saw the prompt computed to the
 moment at which decode's had verified its last page; *commit*: from prefill's commit to the same. With ``--fragment``
 each system is measured a second time after its servers' KV caches have been churned by many small requests of
 different lifetimes; *x whole* is TTFT over that before; *runs* says how many contiguous runs 100 blocks of prefill's
