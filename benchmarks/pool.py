@@ -124,7 +124,7 @@ def bandwidth(nbytes: int, chunk: int, rounds: int, listen: str = "") -> dict[st
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         made = PoolSettings(dir=Path(place) / "p", memory_bytes=4 * nbytes)
         place_of_it: dict[str, Any] = {"address": f"tcp://{listen}"} if listen else {"directory": made.dir}
-        with daemon(made, listen), PoolClient(**place_of_it, settings=far, deadline_s=60.0) as client:
+        with daemon(made, listen=listen), PoolClient(**place_of_it, settings=far, deadline_s=60.0) as client:
             for number in range(rounds + 1):  # the first one warms up: pages are mapped, threads started
                 keys = [os.urandom(32) for _ in range(count)]
                 begin = time.perf_counter()
@@ -262,7 +262,7 @@ def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     count, threads = nbytes // chunk, 4
     source = _memory(nbytes)
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
-    runs = _runs(source, count, 0)
+    runs = _runs(source.ctypes.data, nbytes, count, 0)
     rates: dict[str, list[float]] = {"disk write": [], "disk read": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as short, tempfile.TemporaryDirectory(dir=place) as folder:
         made = PoolSettings(dir=Path(short) / "p", memory_bytes=2 * nbytes)
