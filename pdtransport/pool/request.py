@@ -35,6 +35,7 @@ class Session:
     """One client, as long as it lives."""
 
     name: str
+    route: bytes = b""  # its connection
     held_bytes: int = 0
     requests: dict[int, Request] = field(default_factory=dict)
 

@@ -63,7 +63,10 @@ class Client:
     session: Session
     lock: int
     group: int
-    route: bytes
+
+    @property
+    def route(self) -> bytes:
+        return self.session.route
 
 
 class PoolService:
@@ -136,10 +139,10 @@ class PoolService:
                 return False
             if isinstance(letter, Letter):
                 self._on_letter(letter, now)
+                self._flush()  # a copy begins with the first answer, not the last
             if self._paused:
                 break
         self._paused = False
-        self._flush()
         return True
 
     def close(self) -> None:
@@ -200,8 +203,8 @@ class PoolService:
         if reason:
             self._send(route, say.Refused(what="client", reason=reason))
             return
-        session = Session(plain(hello.name, 128))
-        self._clients[route] = Client(session, hello.lock, self.shelf.room.group_of(hello.tenant), route)
+        session = Session(plain(hello.name, 128), route)
+        self._clients[route] = Client(session, hello.lock, self.shelf.room.group_of(hello.tenant))
         assert self._memory is not None
         self._send(
             route,
@@ -295,11 +298,8 @@ class PoolService:
         if not self.shelf.outbox:
             return
         outbox, self.shelf.outbox = self.shelf.outbox, {}
-        routes = {client.session: client.route for client in self._clients.values()}
         for request, parts in outbox.items():
-            route = routes.get(request.session)
-            if route is not None:
-                self._answer(route, request, parts)
+            self._answer(request.session.route, request, parts)
             self._tidy(request)
 
     def _tell_gone(self) -> None:
