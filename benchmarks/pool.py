@@ -278,6 +278,8 @@ def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
                     while client.status().result()["writeback_bytes"]:
                         time.sleep(0.002)
                     rates["disk write"].append(nbytes / (time.perf_counter() - begin))
+                    written = client.status().result()["counters"].get("disk_written_bytes", 0)
+                    assert written >= nbytes, f"only {written} bytes were written: see the log"
                 with daemon(made, ({}, options)):
                     while client.lookup(keys).result().there < count:
                         time.sleep(0.01)

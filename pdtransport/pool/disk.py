@@ -27,7 +27,7 @@ from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError
+from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError, check, runs_of
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -93,6 +93,18 @@ class DiskTier(Tier):
                         self._tidy(file)
 
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
+        return self._write(key, tenant, nbytes, pieces, None)
+
+    def write_checked(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int
+    ) -> int:
+        if self._direct and BLOCK + nbytes <= STRETCH:
+            return self._write(key, tenant, nbytes, pieces, checksum)
+        return super().write_checked(key, tenant, nbytes, pieces, checksum)
+
+    def _write(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int | None
+    ) -> int:
         temporary = self._root / f"{self._run}{next(self._numbers)}"
         header = bytes(pieces[0]).ljust(BLOCK, b"\0")
         total = BLOCK + sum(map(len, pieces[1:]))
@@ -101,7 +113,7 @@ class DiskTier(Tier):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
             try:
                 if self._direct:
-                    self._write_direct(fd, [header, *pieces[1:]], total)
+                    self._write_direct(fd, header, runs_of(pieces[1:]), checksum)
                 else:
                     _write_all(fd, [header, *pieces[1:]])
             finally:
@@ -118,43 +130,56 @@ class DiskTier(Tier):
             raise
         return total
 
-    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
         flags = os.O_DIRECT if self._direct else 0
         fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | flags)
         try:
             size = os.fstat(fd).st_size
             if self._direct:
-                self._read_direct(fd, size, place)
-                return
+                return self._read_direct(fd, size, place)
             parts = place(os.pread(fd, HEADER_BYTES, 0))
-            _check(size, parts)
+            _check_length(size, parts)
             _read_all(fd, parts, BLOCK)
+            return None
         finally:
             os.close(fd)
 
-    def _write_direct(self, fd: int, pieces: Sequence[bytes | memoryview], total: int) -> None:
-        buffer, bounds = self._buffer(), [*range(0, total, STRETCH), total]
-        for first, stretch in zip(bounds, cut_runs(_runs(pieces), bounds), strict=False):
+    def _write_direct(self, fd: int, header: bytes, content: Runs, checksum: int | None) -> None:
+        """Header and content; with a ``checksum``, nothing unless the content, which fits the buffer, has it."""
+        buffer, first, skip = self._buffer(), 0, len(header)
+        total = len(header) + stream_bytes(content)
+        buffer[:skip] = header
+        bounds = [0, *range(STRETCH - skip, total - skip, STRETCH), total - skip]
+        for stretch in cut_runs(content, bounds):
             nbytes, at = stream_bytes(stretch), 0
-            pages.read_mapped(stretch, run(_address(buffer), nbytes))
+            found = pages.read_mapped(stretch, run(_address(buffer) + skip, nbytes), 0 if checksum is None else 1)
+            if checksum is not None:
+                check(int(found[0]), checksum)
+            nbytes += skip
             ends = -(-nbytes // BLOCK) * BLOCK
             buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
             while at < ends:
                 at += os.pwrite(fd, buffer[at:ends], first + at)
+            first, skip = first + nbytes, 0
         if total % BLOCK:
             os.truncate(fd, total)
 
-    def _read_direct(self, fd: int, size: int, place: Place) -> None:
+    def _read_direct(self, fd: int, size: int, place: Place) -> int | None:
+        """The checksum, of a file that fits the buffer."""
         buffer = self._buffer()
         _pread(fd, buffer, 0, size)
         parts = place(bytes(buffer[:HEADER_BYTES]))
-        _check(size, parts)
+        _check_length(size, parts)
+        content = runs_of(parts)
+        if size <= STRETCH:
+            return int(pages.read_mapped(run(_address(buffer) + BLOCK, size - BLOCK), content, 1)[0])
         bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
-        for first, stretch in zip(bounds, cut_runs(_runs(parts), bounds), strict=False):
+        for first, stretch in zip(bounds, cut_runs(content, bounds), strict=False):
             nbytes, skip = stream_bytes(stretch), 0 if first else BLOCK
             if first:
                 _pread(fd, buffer, BLOCK + first, nbytes)
             pages.read_mapped(run(_address(buffer) + skip, nbytes), stretch)
+        return None
 
     def _buffer(self) -> memoryview:
         """This thread's, of ``STRETCH`` bytes."""
@@ -199,15 +224,11 @@ def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
     return Stored(key, tenant, nbytes, stored) if fits else None
 
 
-def _runs(pieces: Sequence[bytes | memoryview]) -> Runs:
-    return np.array([(_address(piece), len(piece)) for piece in pieces], dtype=np.uint64).reshape(-1, 2)
+def _address(buffer: memoryview) -> int:
+    return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
 
 
-def _address(piece: bytes | memoryview) -> int:
-    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
-
-
-def _check(size: int, parts: Sequence[memoryview]) -> None:
+def _check_length(size: int, parts: Sequence[memoryview]) -> None:
     if size != BLOCK + sum(map(len, parts)):
         raise TierError("the chunk is damaged: its file has another length")
 
