@@ -48,6 +48,9 @@ class Mover:
             self._threads.append(
                 threading.Thread(target=self._look_after, args=(tier,), name=f"{name}-scan", daemon=True)
             )
+        if shelf.lower:  # these threads are the first here to touch the memory
+            populate = threading.Thread(target=memory.populate, args=(self._stopping.is_set,), daemon=True)
+            self._threads.append(populate)
         for thread in self._threads:
             thread.start()
 
