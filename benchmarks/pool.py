@@ -42,8 +42,8 @@ MAPPED_S = 0.5  # in which a pool and a client that just started map its memory,
 MiB = 1 << 20
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
     result: dict[str, Any] = {}
     if "bytes" in arguments.parts:
         moved = arguments.bytes, arguments.chunk, arguments.rounds
