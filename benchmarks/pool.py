@@ -31,7 +31,7 @@ from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.policies import Links, make_policy
-from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.settings import DiskSettings, PoolSettings
 from pdtransport.settings import LinkSettings, Settings
 
 PAGE = 32 << 10
@@ -259,8 +259,9 @@ def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
 
 def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     """Bytes a second of the disk tier, through a whole pool: from a store until all is written, and loads of a pool
-    that has just started; and what fio does with files and threads like these, each round beside its own."""
-    count, threads = nbytes // chunk, 4
+    that has just started; and what fio does with files and threads like these, each round beside its own. The tier's
+    directories are there, as in a pool that has run for a while."""
+    count, threads = nbytes // chunk, DiskSettings.model_fields["threads"].default
     source = _memory(nbytes)
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
     runs = _runs(source.ctypes.data, nbytes, count, 0)
@@ -269,6 +270,8 @@ def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
         made = PoolSettings(dir=Path(short) / "p", memory_bytes=2 * nbytes)
         options = [f"--disk={folder}/tier", f"--disk-bytes={4 * nbytes}", f"--disk-threads={threads}"]
         options.append(f"--writeback-bytes={2 * nbytes}")
+        for number in range(4096):  # which a pool makes as it goes, each once
+            Path(folder, "tier", "t-", f"{number:03x}").mkdir(parents=True)
         for _ in range(rounds):
             keys = [os.urandom(32) for _ in range(count)]
             with PoolClient(directory=made.dir, deadline_s=60.0) as client:
