@@ -1,7 +1,8 @@
 """``benchmarks.handoff --gpu``: one model's time to first token, system by system, within a bound of time.
 
-Each system's servers start, answer one request of each length that is not measured, then ``--runs`` of each length,
-one at a time, with prompts that no server has seen; then they end before the next system's start. Rows:
+The servers of ``--together`` systems start, answer one request of each length that is not measured, then ``--runs`` of
+each length, one at a time and in turns, with prompts that no server has seen; then they end before the next ones start.
+Rows:
 
 aggregated              one plain server
 nixl                    NixlConnector: prefill first, then decode pulls
@@ -27,8 +28,10 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -39,7 +42,6 @@ import aiohttp
 from benchmarks._gpu_scale import Mode, Scale
 from benchmarks._handoff_report import markdown
 from pdtransport.errors import PDTransportError
-from pdtransport.router.settings import RouterSettings
 from tests.rig import watch
 from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, hand_off, in_parallel
 from tests.rig.router import routed
@@ -140,12 +142,51 @@ def _group(plan: Plan, group: Sequence[str], model: Path, mode: Mode, say: Any) 
     with fleet(*specs, logs=plan.logs, timeout_s=min(plan.scale.start_s, plan.left_s())) as servers:
         say(f"{mode}: {', '.join(spec.name for spec in specs)} up after {time.monotonic() - started:.0f} s")
         rest = list(servers)
-        for name in group:
-            mine = [rest.pop(0) for _ in specs_of(plan, name, model, mode)]
-            began = time.monotonic()
-            samples = asyncio.run(_System(plan, name, mode, mine).measure(say))
-            say(f"{mode}: {name}: {len(samples)} samples in {time.monotonic() - began:.0f} s")
-            yield samples
+        systems = [
+            _System(plan, name, mode, [rest.pop(0) for _ in specs_of(plan, name, model, mode)]) for name in group
+        ]
+        began = time.monotonic()
+        samples = asyncio.run(_measure(plan, systems, say))
+        say(f"{mode}: {', '.join(group)}: {len(samples)} samples in {time.monotonic() - began:.0f} s")
+        yield samples
+
+
+async def _measure(plan: Plan, systems: Sequence[_System], say: Any) -> list[Sample]:
+    """Systems that live together take turns: what the machine does meanwhile meets all of them."""
+    samples: list[Sample] = []
+    with ExitStack() as stack:
+        rows = [row for system in systems for row in system.rows(stack, say)]
+        async with Client(REQUEST_S) as client:
+            for row in rows:  # first requests set a pair's connection up, and compile kernels
+                for length in plan.lengths:
+                    for sample in await row(client, length):
+                        if sample.failed:
+                            say(f"{sample.mode}: {sample.system}: warming up with {length}: {sample.failed}")
+            samples += await _rounds(plan, client, rows)
+            if plan.fragment and plan.left_s() > 0:
+                whole = [each for system in systems if await system.fragment(client, say) for each in system.rows()]
+                samples += await _rounds(plan, client, whole)
+    count = Counter(
+        (one.system, one.first_token_from or one.failed or "?") for one in samples if "router" in one.system
+    )
+    if count:
+        say(f"first tokens through the router: {dict(count)}")
+    return samples
+
+
+_Row = Callable[[Client, int], Awaitable[list["Sample"]]]
+
+
+async def _rounds(plan: Plan, client: Client, rows: Sequence[_Row]) -> list[Sample]:
+    samples: list[Sample] = []
+    for _ in range(plan.runs):
+        for length in plan.lengths:
+            for row in rows:
+                if plan.left_s() <= 0:
+                    return samples
+                await asyncio.sleep(plan.scale.idle_s)
+                samples += await row(client, length)
+    return samples
 
 
 class _System:
@@ -154,58 +195,34 @@ class _System:
         self._dice = random.Random(f"{plan.seed} {name} {mode} {time.time_ns()}")
         self._fragmented = False
 
-    async def measure(self, say: Any) -> list[Sample]:
-        plan = self._plan
-        samples: list[Sample] = []
-        async with Client(REQUEST_S) as client:
-            for length in plan.lengths:  # the first requests of a pair set up its connection, and compile kernels
-                for sample in await self._one(client, length):
-                    if sample.failed:
-                        say(f"{self._mode}: {self._name}: warming up with {length} tokens failed: {sample.failed}")
-            samples += await self._rounds(client)
-            if self._name == "pdtransport" and plan.router:
-                samples += await self._routed(client, say)
-            if plan.fragment and plan.left_s() > 0:
-                try:
-                    await self._churn(client)
-                except FAILURES as error:
-                    say(f"{self._mode}: {self._name}: no fragmentation: {error}")
-                    return samples
-                self._fragmented = True
-                samples += await self._rounds(client)
-        return samples
+    def rows(self, stack: ExitStack | None = None, say: Any = None) -> list[_Row]:
+        """What is measured of it; with ``stack``, through routers too, which end with that."""
+        found: list[_Row] = [self._one]
+        if stack is not None and self._name == "pdtransport" and self._plan.router:
+            found += self._routed(stack, say)
+        return found
 
-    async def _rounds(self, client: Client, router: str = "", row: str = "") -> list[Sample]:
-        samples: list[Sample] = []
-        for _ in range(self._plan.runs):
-            for length in self._plan.lengths:
-                if self._plan.left_s() <= 0:
-                    return samples
-                await asyncio.sleep(self._plan.scale.idle_s)
-                samples += await self._one(client, length, router, row)
-        return samples
-
-    async def _routed(self, client: Client, say: Any) -> list[Sample]:
+    def _routed(self, stack: ExitStack, say: Any) -> list[_Row]:
         prefill, decode = self._servers
-        samples: list[Sample] = []
-        known = "first_token" in RouterSettings.model_fields
-        plain = ["--first-token", "off"] if known else []
-        early = self._plan.router_first_token.split() or (["--first-token", "auto"] if known else [])
-        for row, args in (("router", plain), ("router first-token", early)):
-            if row != "router" and not early:
-                say(f"{self._mode}: this router passes no first token on: --router-first-token would say how to ask")
-                continue
+        found: list[_Row] = []
+        early = self._plan.router_first_token.split() or ["--first-token", "auto"]
+        for row, args in (("router", ["--first-token", "off"]), ("router first-token", early)):
             try:
-                with routed([prefill], [decode], self._plan.logs, "concurrent", *args) as router:
-                    for length in self._plan.lengths:
-                        await self._one(client, length, router.url, row)
-                    fresh = await self._rounds(client, router.url, f"pdtransport {row}")
-                    count = Counter(sample.first_token_from or sample.failed or "?" for sample in fresh)
-                    say(f"{self._mode}: {row}: first tokens from {dict(count)}")
-                    samples += fresh
+                router = stack.enter_context(routed([prefill], [decode], self._plan.logs, "concurrent", *args))
             except ServerFailed as error:
                 say(f"{self._mode}: {row}: {error}")
-        return samples
+            else:
+                found.append(partial(self._one, router=router.url, row=f"pdtransport {row}"))
+        return found
+
+    async def fragment(self, client: Client, say: Any) -> bool:
+        try:
+            await self._churn(client)
+        except FAILURES as error:
+            say(f"{self._mode}: {self._name}: no fragmentation: {error}")
+            return False
+        self._fragmented = True
+        return True
 
     async def _one(self, client: Client, length: int, router: str = "", row: str = "") -> list[Sample]:
         """The samples of one request: two of a hand-off whose first token prefill has as well."""

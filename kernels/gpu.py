@@ -96,8 +96,8 @@ def _module() -> Any:
 class Launch:
     """One launch under way; made by :class:`GpuPages`."""
 
-    def __init__(self, pages: GpuPages, blocks: int, block_bytes: int) -> None:
-        self._pages = pages
+    def __init__(self, pages: GpuPages, blocks: int, block_bytes: int, timed: bool) -> None:
+        self._pages, self._timed = pages, timed
         self._blocks, self._block_bytes = blocks, block_bytes
         self._begun = self._computed = self._ended = 0  # events; the last two are one where nothing comes back
         self._held: list[int] = []  # these events and others
@@ -136,8 +136,8 @@ class Launch:
     def seconds(self) -> float:
         """Time on the GPU, from when the first kernel could start (what the stream had to wait for, and its table, were
         there) to the end of the last; known after :meth:`done` said so."""
-        if self._sums is None:
-            raise GpuError("a launch that has not ended has taken no time yet")
+        if self._sums is None or not self._timed:
+            raise GpuError("a launch that has not ended has taken no time yet" if self._timed else "it was not timed")
         return self._seconds
 
     def _finish(self) -> None:
@@ -147,8 +147,9 @@ class Launch:
         sums = np.empty(0, dtype=np.uint64)
         if self._result is not None:
             sums = reference.finish(self._result.host.view(np.uint64)[: self._blocks], self._block_bytes)
-        with cuda("timing a launch") as api:
-            self._seconds = float(api.runtime.eventElapsedTime(self._begun, self._computed)) * MS
+        if self._timed:
+            with cuda("timing a launch") as api:
+                self._seconds = float(api.runtime.eventElapsedTime(self._begun, self._computed)) * MS
         self._sums = sums
         for region in self._regions:
             region.event = 0
@@ -223,14 +224,15 @@ class GpuPages:
         """
         return self._launch(plan, blocks)
 
-    def checksum(self, runs: Runs, blocks: int) -> Launch:
-        """Starts to sum ``blocks`` equally long blocks of the stream.
+    def checksum(self, runs: Runs, blocks: int, *, timed: bool = True) -> Launch:
+        """Starts to sum ``blocks`` equally long blocks of the stream. ``timed``: :attr:`Launch.seconds` is known
+        at its end, for one call of CUDA more, which costs a thread that fights for the interpreter a lot.
 
         Raises:
             ValueError: the stream can't be cut into that many blocks, or something is no multiple of 8.
             GpuError: CUDA refuses, or an earlier launch failed.
         """
-        return self._launch(pieces.cut(runs, None, blocks), blocks)
+        return self._launch(pieces.cut(runs, None, blocks), blocks, timed)
 
     def after(self, event_handle: int) -> None:
         """Launches from now on run after what the raw cudaEvent_t was recorded behind. The caller vouches for it.
@@ -268,10 +270,10 @@ class GpuPages:
             self._tables.free(api)
             self._results.free(api)
 
-    def _launch(self, plan: pieces.Pieces, blocks: int) -> Launch:
+    def _launch(self, plan: pieces.Pieces, blocks: int, timed: bool = True) -> Launch:
         with self._using("launching a page kernel") as api:
             self._retire(api)
-            runtime, launch = api.runtime, Launch(self, blocks, plan.block_bytes)
+            runtime, launch = api.runtime, Launch(self, blocks, plan.block_bytes, timed)
             launch._begun = self._event(api, launch)
             if blocks:
                 launch._result = self._results.take(api, 8 * blocks)

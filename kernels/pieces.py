@@ -6,6 +6,7 @@ each piece's start is in the table, and is searched for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -156,8 +157,8 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
             and lengths that are not multiples of 8 (or are 0).
     """
     sides = [as_runs(side) for side in (src, dst) if side is not None]
-    piece = _same_length(sides)
-    totals = [len(side) * piece if piece else stream_bytes(side) for side in sides]
+    lengths = [_same_length(side) for side in sides]
+    totals = [len(side) * each if each else stream_bytes(side) for side, each in zip(sides, lengths, strict=True)]
     if totals[0] != totals[-1]:
         raise ValueError(f"the source is {totals[0]} bytes long, the destination {totals[-1]}")
     total = totals[0]
@@ -169,6 +170,7 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
     if not total:
         nothing = np.empty(0, dtype=np.uint64)
         return Pieces(nothing, nothing if dst is not None else None, None, 8, 0, 0, "singles")
+    piece = math.gcd(*lengths) if all(lengths) else 0  # of pages in one length, frames in another, mostly
     if not piece or piece % STRIPE_BYTES:
         sides = [merge_runs(side) for side in sides]
         piece = int(np.gcd.reduce([np.gcd.reduce(side[:, 1]) for side in sides]))
@@ -196,12 +198,12 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
     )
 
 
-def _same_length(sides: list[Runs]) -> int:
-    """The length that all runs have (as pages do, mostly), or 0."""
-    if not all(map(len, sides)):
+def _same_length(side: Runs) -> int:
+    """The length that all runs have, or 0."""
+    if not len(side):
         return 0
-    length = int(sides[0][0, 1])
-    return length if all(int(side[:, 1].min()) == length == int(side[:, 1].max()) for side in sides) else 0
+    length = int(side[0, 1])
+    return length if int(side[:, 1].min()) == length == int(side[:, 1].max()) else 0
 
 
 def _equal_pieces(addresses: Words, lengths: Words, piece: int) -> Words:

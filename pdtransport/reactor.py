@@ -61,6 +61,7 @@ class Reactor:
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self._stopping = False
+        self._woken = False  # a byte lies there, or will; another would cost one more system call
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -69,8 +70,8 @@ class Reactor:
         self._thread.start()
         self._started.result(timeout_s)
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run ``call`` in the I/O thread, soon. Its errors are logged.
+    def post(self, call: Callable[[], None], *, wake: bool = True) -> None:
+        """Run ``call`` in the I/O thread, soon (or when it wakes, a second at the latest). Its errors are logged.
 
         Raises:
             ReactorStopped: the thread has ended, or does not keep up.
@@ -80,7 +81,8 @@ class Reactor:
         if len(self._calls) >= MAX_POSTED_CALLS:
             raise ReactorStopped("the transport's I/O thread does not answer")
         self._calls.append(call)
-        self.wake()
+        if wake:
+            self.wake()
 
     def ask(self, call: Callable[[], T], timeout_s: float = 10.0) -> T:
         """Run ``call`` in the I/O thread and return what it returns; from the I/O thread itself, at once."""
@@ -98,6 +100,9 @@ class Reactor:
         return answer.result(timeout_s)
 
     def wake(self) -> None:
+        if self._woken:
+            return
+        self._woken = True
         try:
             self._wake_in.send(b"\0")
         except BlockingIOError:  # enough wake-ups are waiting already
@@ -159,6 +164,7 @@ class Reactor:
                 pass
         except BlockingIOError:
             pass
+        self._woken = False  # before the calls are looked at: one that is posted from here on is seen, or wakes again
 
     def _drain_calls(self) -> None:
         while self._calls:

@@ -215,7 +215,7 @@ class CudaIpcChannel(Channel):
             self._link.regions.check(runs)
             stream = self._link.preparing
             stream.after(event_handle)
-            prepared = _Prepared(pack(runs), stream.checksum(runs, checksum_blocks))
+            prepared = _Prepared(pack(runs), stream.checksum(runs, checksum_blocks, timed=False))
         except (ValueError, LinkError, self._link.gpu.GpuError):
             return None  # send() meets it again, and says so
         waiting.append(prepared.launch)
@@ -237,7 +237,8 @@ class CudaIpcChannel(Channel):
                 merged = merge_runs(as_runs(runs))
                 self._link.regions.check(merged)
                 offer = pack(merged)
-                launch = self._link.sending.checksum(merged, checksum_blocks) if checksum_blocks else None
+                sums = self._link.sending.checksum
+                launch = sums(merged, checksum_blocks, timed=False) if checksum_blocks else None
             if len(offer) > MAX_OFFER_BYTES:
                 raise LinkError(f"a batch of {len(runs)} runs is too fragmented: lower links.gpu_batch_bytes")
             # Waiting is fine here: reading a batch takes less than a millisecond, and the model's kernels run on.

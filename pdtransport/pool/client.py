@@ -17,17 +17,20 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from pdtransport.errors import PoolUnavailable
-from pdtransport.kernels.runs import Runs, as_runs, stream_bytes
+from pdtransport.kernels.runs import Runs
 from pdtransport.kv.geometry import HOST
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
+from pdtransport.pool.chunks import Chunks, Codes, verdicts_of
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.copiers import Copier, make_copier
 from pdtransport.pool.copying import WINDOWS, Copying, Operation
 from pdtransport.pool.request import Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
-from pdtransport.pool.settings import MAX_CHUNK_BYTES, STAGING_BYTES, PoolSettings
+from pdtransport.pool.settings import STAGING_BYTES, PoolSettings
 from pdtransport.pool.wire import FOREVER_S, Asked, Session, Wire, now_plus
 from pdtransport.protocol.messages import Message
 from pdtransport.reactor import Reactor, leave_pinned_cores
@@ -36,7 +39,6 @@ from pdtransport.settings import PoolUse, Settings
 T = TypeVar("T")
 
 WINDOW_BYTES = 64 << 20  # of chunks granted in one message
-GPU_WINDOW_BYTES = 128 << 20  # which it moves in the time in which the host moves a tenth of that
 PREPARED_LOOK_S = 0.02
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
@@ -368,13 +370,9 @@ class PoolClient:
     ) -> Pending[Copied]:
         if len(keys) != len(runs):
             raise ValueError(f"{len(keys)} keys for {len(runs)} chunks")
-        if any(len(key) != KEY_BYTES for key in keys):
+        if set(map(len, keys)) - {KEY_BYTES}:
             raise ValueError(f"a key must be {KEY_BYTES} bytes long")
-        checked = [as_runs(each) for each in runs]
-        for each in checked:
-            nbytes = stream_bytes(each)
-            if nbytes % 8 or not 0 < nbytes <= MAX_CHUNK_BYTES:
-                raise ValueError(f"a chunk of {nbytes} bytes; 8 to {MAX_CHUNK_BYTES}, a multiple of 8, are possible")
+        chunks = Chunks(runs)
         seconds = deadline_s or self.deadline_s
         deadline = now_plus(seconds)
 
@@ -389,12 +387,12 @@ class PoolClient:
         operation = Operation(
             storing,
             list(keys),
-            checked,
+            chunks,
             lambda: self._window(deadline, operation),
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
-            lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel)),
+            lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel), wake=cancel),
             after,
             lossy,
         )
@@ -424,9 +422,9 @@ class PoolClient:
         """It waited for a copier until its deadline: nothing of it was touched, and nothing will be."""
         if operation.claim() and future.set_running_or_notify_cancel():
             busy = f"no answer within the deadline (all {self._threads} copying threads of this client were busy)"
-            verdicts = (Verdict.LOST,) * len(operation.keys)
-            self._count(operation, verdicts, 0, 0, busy)
-            future.set_result(Copied(verdicts, 0, busy))
+            codes = np.full(len(operation.keys), Verdict.LOST, dtype=np.uint8)
+            self._count(operation, codes, 0, 0, busy)
+            future.set_result(Copied(verdicts_of(codes), 0, busy))
 
     def _window(self, deadline: float, operation: Operation) -> tuple[int, int]:
         """Bytes to ask for at one time, and to hold together, so that what this client holds fits what it may, and a
@@ -448,8 +446,7 @@ class PoolClient:
         if session.waits and session.problem:
             raise PoolUnavailable(session.problem)
         share = session.client_bytes // self._threads
-        most = WINDOW_BYTES if self._device == HOST else GPU_WINDOW_BYTES
-        return min(most, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
+        return min(WINDOW_BYTES, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
 
     def _run(self, operation: Operation) -> Copied:
         copier = self._spare.get()
@@ -458,30 +455,28 @@ class PoolClient:
             copying.run()
         finally:
             self._spare.put(copier)
-        moved = sum(
-            size
-            for size, verdict in zip(copying.sizes, copying.verdicts, strict=True)
-            if verdict in (Verdict.WRITE, Verdict.READ)
-        )
-        self._count(operation, copying.verdicts, moved, copying.damaged, copying.error)
-        return Copied(tuple(copying.verdicts), moved, copying.error)
+        codes = copying.verdicts
+        moved = int(copying.sizes[(codes == Verdict.WRITE) | (codes == Verdict.READ)].sum())
+        self._count(operation, codes, moved, copying.damaged, copying.error)
+        return Copied(verdicts_of(codes), moved, copying.error)
 
-    def _count(self, operation: Operation, verdicts: Sequence[Verdict], moved: int, damaged: int, error: str) -> None:
+    def _count(self, operation: Operation, codes: Codes, moved: int, damaged: int, error: str) -> None:
         what = "store" if operation.storing else "load"
         with self._guard:
             self.counters[f"{what}_bytes"] += moved
             self.counters["damaged"] += damaged
             self.counters["unavailable"] += bool(error)
-            for verdict, times in Counter(verdicts).items():
-                self.counters[f"{what}_{verdict.name.lower()}"] += times
+            for code, times in enumerate(np.bincount(codes).tolist()):
+                if times:
+                    self.counters[f"{what}_{Verdict(code).name.lower()}"] += times
 
     def _forget(self, operation: Operation) -> None:
         with self._guard:
             self._active.pop(id(operation), None)
 
-    def _post(self, call: Callable[[], None]) -> None:
+    def _post(self, call: Callable[[], None], *, wake: bool = True) -> None:
         try:
-            self._reactor.post(call)
+            self._reactor.post(call, wake=wake)
         except RuntimeError:
             raise PoolUnavailable("the client is closed") from None
 

@@ -15,7 +15,7 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.gate import event_handle
 from pdtransport.kernels import pages
 from pdtransport.kernels.reference import Checksums
-from pdtransport.kernels.runs import Runs
+from pdtransport.kernels.runs import Runs, merge_runs
 from pdtransport.kv.geometry import HOST
 from pdtransport.pool.memory import Mapping
 
@@ -30,6 +30,10 @@ HOST_THREADS = 2
 class UnderWay(Protocol):
     """A copy that has begun."""
 
+    def done(self) -> bool:
+        """Has it ended, well or not? Does not wait."""
+        ...
+
     def wait(self) -> Checksums:
         """To its end; the checksums of what arrived.
 
@@ -41,10 +45,13 @@ class UnderWay(Protocol):
 
 class Copier(ABC):
     """Used by one thread at a time. ``depth``: copies that may be under way at once, of at most ``batch_bytes`` each,
-    unless a chunk is longer."""
+    unless a chunk is longer. Chunks are asked for in ``ahead`` requests at one time, the first of ``first_bytes``, the
+    next ones longer."""
 
     depth = 1
     batch_bytes = 32 << 20
+    first_bytes = 1 << 40  # as many as later
+    ahead = 3
 
     @abstractmethod
     def begin(
@@ -66,6 +73,9 @@ class _Done:
     def __init__(self, checksums: Checksums) -> None:
         self._checksums = checksums
 
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> Checksums:
         return self._checksums
 
@@ -79,6 +89,7 @@ class HostCopier(Copier):
     def begin(
         self, ours: Runs, theirs: Runs, blocks: int, *, storing: bool, mapping: Mapping, after: Any | None
     ) -> UnderWay:
+        theirs = merge_runs(theirs)  # neighbouring frames, mostly
         source, target = (ours, theirs) if storing else (theirs, ours)
         return _Done(pages.read_mapped(source, target, blocks, threads=HOST_THREADS))
 
@@ -86,6 +97,12 @@ class HostCopier(Copier):
 class _Launched:
     def __init__(self, launch: Launch, error: type[Exception]) -> None:
         self._launch, self._error = launch, error
+
+    def done(self) -> bool:
+        try:
+            return self._launch.done()
+        except self._error:
+            return True  # as wait() will say
 
     def wait(self) -> Checksums:
         try:
@@ -99,6 +116,8 @@ class GpuCopier(Copier):
 
     depth = 3  # enough to hide how long launches and answers take
     batch_bytes = 64 << 20  # a millisecond
+    first_bytes = 32 << 20  # lasts until the answer to the second request, which comes after all of its chunks
+    ahead = 16  # a request's way there and back takes as long as half of its copy, or all of it on a busy host
 
     def __init__(self, device: int) -> None:
         self._device = device

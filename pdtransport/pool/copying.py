@@ -6,9 +6,9 @@ also takes the checksums where they arrive.
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 
 from pdtransport.errors import PoolUnavailable
-from pdtransport.kernels.runs import Runs, merge_runs, stream_bytes
+from pdtransport.kernels.reference import Checksums
 from pdtransport.pool import messages as say
+from pdtransport.pool.chunks import Chunks, Codes, Granted, Heard, Numbers
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.copiers import Copier, UnderWay
-from pdtransport.pool.frames import frame_runs, frames_for
-from pdtransport.pool.request import Part, Verdict
+from pdtransport.pool.frames import frame_runs
+from pdtransport.pool.request import Verdict
 from pdtransport.pool.wire import Session
 from pdtransport.protocol.messages import Message
 
-WINDOWS = 3  # asked for at one time: while one is copied, the next are being granted
+WINDOWS = 3  # that fit what an operation may hold: while one is copied, the next are being granted
+LOOK_S = 0.0001  # between looks at a copy under way while answers are awaited, too
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Window:
     nbytes: int
     unanswered: int
     copying: int = 0  # batches
-    published: deque[list[int]] = field(default_factory=deque)  # told and not yet confirmed, by message
+    published: deque[Numbers] = field(default_factory=deque)  # told and not yet confirmed, by message
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Batch:
     """Chunks whose copy is under way."""
 
     window: Window
-    parts: list[Part]
+    chunks: Granted
     session: Session
     copy: UnderWay
 
@@ -60,7 +62,7 @@ class Operation:
 
     storing: bool
     keys: Sequence[bytes]
-    runs: Sequence[Runs]
+    chunks: Chunks
     window_bytes: Callable[[], tuple[int, int]]  # of one window, of all; may raise PoolUnavailable
     number: Callable[[], int]
     ask: Callable[[Message, int], None]
@@ -68,7 +70,7 @@ class Operation:
     forget: Callable[[int, bool], None]
     after: Any | None = None  # an event, behind which a GPU's memory may be used
     lossy: Lossy | None = None  # how what is stored may be packed below memory
-    heard: queue.SimpleQueue[Heard] = field(default_factory=queue.SimpleQueue)
+    heard: queue.SimpleQueue[Told] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
@@ -82,17 +84,18 @@ class Operation:
         self.heard.put((0, None, None))
 
 
-Heard = tuple[int, Session | None, "say.FromPool | PoolUnavailable | None"]
+Told = tuple[int, Session | None, "say.FromPool | PoolUnavailable | None"]
 
 
 class Copying:
-    """Runs an operation. ``verdicts`` has one for each key, whatever happens."""
+    """Runs an operation. ``verdicts`` has a code for each key, whatever happens."""
 
     def __init__(self, operation: Operation, copier: Copier) -> None:
         self._do, self._copier = operation, copier
         self._under_way: deque[Batch] = deque()
-        self.sizes = [stream_bytes(runs) for runs in operation.runs]
-        self.verdicts = [Verdict.LOST] * len(operation.keys)
+        self.sizes = operation.chunks.sizes
+        self._ends = np.cumsum(self.sizes)
+        self.verdicts: Codes = np.full(len(operation.keys), Verdict.LOST, dtype=np.uint8)
         self.damaged = 0
         self.error = ""
         self._windows: dict[int, Window] = {}
@@ -109,12 +112,11 @@ class Copying:
         try:
             window_bytes, self._budget = self._do.window_bytes()
             self._stretches = self._cut(window_bytes)
+            self._open_more(1)
+            time.sleep(LOOK_S)  # the I/O thread sends it, instead of waiting for this one to make the others
             self._open_more()
             while self._windows and not self._do.cancelled.is_set():
-                if self._under_way and self._do.heard.empty():
-                    self._finish(self._under_way.popleft())
-                else:
-                    self._hear(*self._do.heard.get())
+                self._step()
                 if not self._do.cancelled.is_set():  # or a grant that was passed over would look done
                     self._tidy()
         except PoolUnavailable as error:
@@ -128,6 +130,18 @@ class Copying:
             if self._session is not None:
                 self._session.leave()
 
+    def _step(self) -> None:
+        """Hear one message, or finish the copy that ends next, whichever comes first: a grant that lay there until a
+        copy's end would leave the GPU without work."""
+        heard = self._do.heard
+        if not self._under_way or not heard.empty():
+            self._hear(*heard.get())
+        elif not any(window.unanswered for window in self._windows.values()) or self._under_way[0].copy.done():
+            self._finish(self._under_way.popleft())
+        else:
+            with suppress(queue.Empty):
+                self._hear(*heard.get(timeout=LOOK_S))
+
     def _tidy(self) -> None:
         """Close windows of which all is done, and open others."""
         for number, window in list(self._windows.items()):
@@ -136,34 +150,39 @@ class Copying:
                 self._do.forget(number, False)
         self._open_more()
 
-    def _open_more(self) -> None:
+    def _open_more(self, most: int | None = None) -> None:
         """As many as can be answered meanwhile, and fit what this operation may hold together."""
-        while sum(window.unanswered > 0 for window in self._windows.values()) < WINDOWS:
+        most = self._copier.ahead if most is None else most
+        while sum(window.unanswered > 0 for window in self._windows.values()) < most:
             self._next = self._next or next(self._stretches, None)
             if self._next is None:
                 return
             held = sum(window.nbytes for window in self._windows.values())
-            if self._windows and held + sum(self.sizes[slice(*self._next)]) > self._budget:
+            if self._windows and held + self._bytes(*self._next) > self._budget:
                 return
             self._open(*self._next)
             self._next = None
 
+    def _bytes(self, first: int, last: int) -> int:
+        """Of these chunks."""
+        return int(self._ends[last - 1]) - (int(self._ends[first - 1]) if first else 0)
+
     def _cut(self, window_bytes: int) -> Iterator[tuple[int, int]]:
         """Windows of at most so many bytes and keys; a larger chunk has one of its own."""
-        first = nbytes = 0
-        for last, size in enumerate(self.sizes):
-            if last > first and (nbytes + size > window_bytes or last - first == say.MAX_KEYS):
-                yield first, last
-                first, nbytes = last, 0
-            nbytes += size
-        if self.sizes:
-            yield first, len(self.sizes)
+        count, first = len(self.sizes), 0
+        while first < count:
+            before = int(self._ends[first - 1]) if first else 0
+            nbytes = min(window_bytes, max(self._copier.first_bytes, 2 * before))
+            last = int(np.searchsorted(self._ends, before + nbytes, side="right"))
+            last = min(max(last, first + 1), first + say.MAX_KEYS)
+            yield first, last
+            first = last
 
     def _open(self, first: int, last: int) -> None:
         number = self._do.number()
         keys = b"".join(self._do.keys[first:last])
-        sizes = np.array(self.sizes[first:last], dtype="<u4").tobytes()
-        self._windows[number] = Window(number, first, last, sum(self.sizes[first:last]), last - first)
+        sizes = self.sizes[first:last].astype("<u4").tobytes()
+        self._windows[number] = Window(number, first, last, self._bytes(first, last), last - first)
         codec, grid = self._do.lossy or ("", None)
         if self._do.storing:
             self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
@@ -186,95 +205,55 @@ class Copying:
             self._on_done(window, message)
 
     def _on_answer(self, window: Window, answer: say.Answer, session: Session) -> None:
-        granted: list[Part] = []
-        for part in parts_of(answer, self.sizes, window.first, session.frame_bytes):
-            window.unanswered -= 1
-            if part.verdict in (Verdict.WRITE, Verdict.READ):
-                granted.append(part)
-            else:
-                self.verdicts[window.first + part.place] = part.verdict
-        for batch in self._batches(granted, window.first):
+        heard = Heard.of(answer, self.sizes[window.first : window.last], session.frame_bytes)
+        window.unanswered -= len(heard.places)
+        granted = (heard.codes == Verdict.WRITE) | (heard.codes == Verdict.READ)
+        self.verdicts[window.first + heard.places[~granted]] = heard.codes[~granted]
+        for batch in heard.granted.batches(self._copier.batch_bytes):
             if self._do.cancelled.is_set():
                 return
             self._begin(window, batch, session)
             while len(self._under_way) >= self._copier.depth:
                 self._finish(self._under_way.popleft())
 
-    def _batches(self, parts: list[Part], first: int) -> Iterator[list[Part]]:
-        """Parts of one length, not too many bytes together: each batch is one call of the copy kernel."""
-        for size, alike in itertools.groupby(parts, key=lambda part: self.sizes[first + part.place]):
-            group = list(alike)
-            step = max(1, self._copier.batch_bytes // size)
-            for start in range(0, len(group), step):
-                yield group[start : start + step]
-
-    def _begin(self, window: Window, parts: list[Part], session: Session) -> None:
+    def _begin(self, window: Window, chunks: Granted, session: Session) -> None:
         """Begin to copy a batch between the caller's memory and the pool's."""
         assert session.mapping is not None
-        indices = [window.first + part.place for part in parts]
-        ours = np.concatenate([self._do.runs[index] for index in indices])
-        frames = b"".join(part.frames for part in parts)
-        sizes = [self.sizes[index] for index in indices]
-        theirs = merge_runs(frame_runs(session.mapping.address, frames, session.frame_bytes, sizes))
+        ours = self._do.chunks.runs(window.first + chunks.places)
+        theirs = frame_runs(session.mapping.address, chunks.frames, session.frame_bytes, chunks.sizes)
         copy = self._copier.begin(
-            ours, theirs, len(parts), storing=self._do.storing, mapping=session.mapping, after=self._do.after
+            ours, theirs, len(chunks.places), storing=self._do.storing, mapping=session.mapping, after=self._do.after
         )
         window.copying += 1
-        self._under_way.append(Batch(window, parts, session, copy))
+        self._under_way.append(Batch(window, chunks, session, copy))
 
     def _finish(self, batch: Batch) -> None:
-        checksums = batch.copy.wait().tolist()
+        checksums = batch.copy.wait()
         batch.window.copying -= 1
-        (self._fill if self._do.storing else self._take)(batch.window, batch.parts, batch.session, checksums)
+        (self._fill if self._do.storing else self._take)(batch.window, batch.chunks, batch.session, checksums)
 
-    def _fill(self, window: Window, batch: list[Part], session: Session, checksums: list[int]) -> None:
-        window.published.append([part.place for part in batch])
-        self._do.tell(session, say.Publish(request=window.number, indices=_indices(batch), checksums=_words(checksums)))
+    def _fill(self, window: Window, chunks: Granted, session: Session, checksums: Checksums) -> None:
+        window.published.append(chunks.places)
+        words = checksums.astype("<u8").tobytes()
+        self._do.tell(session, say.Publish(request=window.number, indices=_indices(chunks), checksums=words))
 
     def _on_done(self, window: Window, done: say.Done) -> None:
         """Chunks were published; Done messages come in the order of our Publish messages."""
         if not window.published:
             return  # about a damaged chunk
-        indices = window.published.popleft()
-        if done.count != len(indices):
+        places = window.published.popleft()
+        if done.count != len(places):
             raise PoolUnavailable("the pool did not take what was written")
-        for index in indices:
-            self.verdicts[window.first + index] = Verdict.WRITE
+        self.verdicts[window.first + places] = Verdict.WRITE
 
-    def _take(self, window: Window, batch: list[Part], session: Session, checksums: list[int]) -> None:
-        for part, found in zip(batch, checksums, strict=True):
-            good = found == part.checksum
-            self.verdicts[window.first + part.place] = Verdict.READ if good else Verdict.MISS
-            if not good:
-                self.damaged += 1
-                self._do.tell(session, say.Damaged(request=window.number, index=part.place))
-        self._do.tell(session, say.Release(request=window.number, indices=_indices(batch)))
+    def _take(self, window: Window, chunks: Granted, session: Session, checksums: Checksums) -> None:
+        good = checksums == chunks.checksums
+        self.verdicts[window.first + chunks.places] = np.where(good, Verdict.READ, Verdict.MISS)
+        for place in chunks.places[~good].tolist():
+            self.damaged += 1
+            self._do.tell(session, say.Damaged(request=window.number, index=place))
+        self._do.tell(session, say.Release(request=window.number, indices=_indices(chunks)))
 
 
-def parts_of(answer: say.Answer, sizes: Sequence[int], first: int, frame_bytes: int) -> Iterator[Part]:
-    """The parts of an answer.
-
-    Raises:
-        PoolUnavailable: its arrays do not fit together: nothing of it may be used.
-    """
-    try:
-        indices = np.frombuffer(answer.indices, dtype="<u4").tolist()
-        checksums = np.frombuffer(answer.checksums, dtype="<u8").tolist()
-        at = 0
-        for index, code, checksum in zip(indices, answer.verdicts, checksums, strict=True):
-            verdict = Verdict(code)
-            end = at
-            if verdict in (Verdict.WRITE, Verdict.READ):
-                end += 4 * frames_for(sizes[first + index], frame_bytes)
-            yield Part(index, verdict, checksum, answer.frames[at:end])
-            at = end
-    except (ValueError, IndexError) as error:
-        raise PoolUnavailable(f"the pool's answer makes no sense: {error}") from None
-
-
-def _indices(batch: list[Part]) -> bytes:
-    return np.array([part.place for part in batch], dtype="<u4").tobytes()
-
-
-def _words(numbers: list[int]) -> bytes:
-    return np.array(numbers, dtype="<u8").tobytes()
+def _indices(chunks: Granted) -> bytes:
+    return chunks.places.astype("<u4").tobytes()

@@ -7,6 +7,8 @@ which do not care whether frames adjoin.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -44,20 +46,20 @@ def frames_for(nbytes: int, frame_bytes: int) -> int:
     return -(-nbytes // frame_bytes)
 
 
-def frame_runs(base: int, frames: bytes, frame_bytes: int, sizes: list[int]) -> Runs:
+def frame_runs(base: int, frames: bytes, frame_bytes: int, sizes: Sequence[int] | npt.NDArray[np.int64]) -> Runs:
     """The runs of chunks of ``sizes`` bytes that lie in ``frames`` (uint32 ids, chunk after chunk) at ``base``.
 
     Raises:
         ValueError: the frames are not as many as the sizes need.
     """
-    ids = np.frombuffer(frames, dtype=np.uint32)
-    ends = np.cumsum([frames_for(size, frame_bytes) for size in sizes])
-    if (int(ends[-1]) if len(sizes) else 0) != len(ids):
-        raise ValueError(f"{len(ids)} frames for {len(sizes)} chunks of {sum(sizes)} bytes")
+    ids, nbytes = np.frombuffer(frames, dtype=np.uint32), np.asarray(sizes, dtype=np.int64)
+    ends = np.cumsum(-(-nbytes // frame_bytes))
+    if (int(ends[-1]) if len(ends) else 0) != len(ids):
+        raise ValueError(f"{len(ids)} frames for {len(nbytes)} chunks of {int(nbytes.sum())} bytes")
     runs = np.empty((len(ids), 2), dtype=np.uint64)
     runs[:, 0] = ids.astype(np.uint64) * np.uint64(frame_bytes) + np.uint64(base)
     runs[:, 1] = frame_bytes
-    for end, size in zip(ends.tolist(), sizes, strict=True):
-        if size % frame_bytes:
-            runs[end - 1, 1] = size % frame_bytes
+    rest = nbytes % frame_bytes
+    if rest.any():
+        runs[ends[rest > 0] - 1, 1] = rest[rest > 0]
     return runs

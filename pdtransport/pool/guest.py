@@ -17,7 +17,7 @@ import numpy as np
 from pdtransport.errors import PoolUnavailable
 from pdtransport.outcome import Outcome
 from pdtransport.pool import messages as say
-from pdtransport.pool.copying import parts_of
+from pdtransport.pool.chunks import parts_of
 from pdtransport.pool.remote_messages import RemoteAnswer, RemotePublish, new_transfer, transfer_key
 from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.wire import FOREVER_S, Asked, Session, Wire
@@ -189,7 +189,7 @@ class Guest:
         errand.session = session
         if isinstance(answer, say.Answer):
             try:
-                self._grant(errand, list(parts_of(answer, errand.sizes, 0, session.frame_bytes)), session)
+                self._grant(errand, list(parts_of(answer, errand.sizes, session.frame_bytes)), session)
             except PoolUnavailable as error:
                 self._send(say.Refused(request=errand.number, what="wish", reason=str(error)[:500]))
                 self._cancel(errand)

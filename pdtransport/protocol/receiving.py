@@ -216,7 +216,9 @@ class Receiving:
         if len(outward) != len(actions) and machine.state in (ConsumerState.READY, ConsumerState.FAILED):
             live.ended.add(peer)
             if len(live.ended) == len(live.parts) and transfer in self._live:
-                outward.append(self._end(transfer, live))
+                end = self._end(transfer, live)
+                # The engine waits for what is ready, and prefill can wait for its ack.
+                outward = [end, *outward] if isinstance(end, Ready) else [*outward, end]
         return outward
 
     def _end(self, transfer: TransferId, live: _Transfer) -> Action:

@@ -1,8 +1,8 @@
 """One client request: parsed once, never serialized again.
 
 The top level of the body is read member by member, and each member's place in the text is kept. Prefill's body is
-joined from those pieces of text, and decode's is the client's own bytes with one member put in front, so that a
-prompt of 16,000 token ids is parsed once and re-encoded never.
+joined from those pieces of text, and decode's is the client's own bytes with one member put in front. A prompt of
+16,000 token ids is counted, and made into numbers by the servers alone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _FOR_PREFILL: dict[Api, bytes] = {
 _skip_space = re.compile(r"[ \t\n\r]*").match
 _value = json.JSONDecoder().raw_decode
 _DIGEST_BYTES = 16
+_LONG_LIST = 1024  # characters; a shorter one is parsed as fast
 CHARS_PER_TOKEN = 4  # rough, for load estimates of prompts that are text
 
 
@@ -130,6 +131,25 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter
 
 
 @dataclass(frozen=True, slots=True)
+class _TokenIds:
+    """A prompt of so many token ids. The servers tell whether they know them."""
+
+    count: int
+
+
+def _token_ids(text: str, at: int) -> tuple[_TokenIds, int] | None:
+    """The long list of digits that begins at ``at``, and where it ends; None for anything else, and where its commas
+    alone make it bad JSON."""
+    end = text.find("]", at)
+    if text[at : at + 1] != "[" or end - at < _LONG_LIST or not text[at:end].isascii():
+        return None
+    inside = text[at + 1 : end].encode().translate(None, b" ")
+    if inside.translate(None, b"0123456789,") or b",," in inside or b"," in (inside[:1], inside[-1:]):
+        return None
+    return _TokenIds(inside.count(b",") + 1), end + 1
+
+
+@dataclass(frozen=True, slots=True)
 class _Member:
     value: Any
     key_start: int
@@ -182,7 +202,7 @@ def _members(text: str, at: int) -> dict[str, _Member]:
         key, at = scanstring(text, _expect(text, at, '"'), True)
         at = _after(text, _expect(text, _after(text, at), ":"))
         start = at
-        value, at = _value(text, start)
+        value, at = (_token_ids(text, start) if key == "prompt" else None) or _value(text, start)
         if key in members:
             raise ApiError(400, f"the request body has {key[:64]!r} twice", code="invalid_json", param=key[:64])
         members[key] = _Member(value, key_start, start, at)
@@ -260,7 +280,7 @@ def _why_alone(api: Api, members: dict[str, _Member]) -> Reason | None:
 
 
 def _why_prompt_alone(api: Api, prompt: Any) -> Reason | None:
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) or (isinstance(prompt, _TokenIds) and api == "completions"):
         return None
     if isinstance(prompt, list) and prompt:
         if api == "chat" or isinstance(prompt[0], int):
@@ -270,6 +290,8 @@ def _why_prompt_alone(api: Api, prompt: Any) -> Reason | None:
 
 
 def _count(prompt: Any, prompt_text: str) -> int:
+    if isinstance(prompt, _TokenIds):
+        return prompt.count
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
         return len(prompt)
     return len(prompt_text) // CHARS_PER_TOKEN

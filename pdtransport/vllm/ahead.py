@@ -6,7 +6,7 @@ where something is. The workers' word (:mod:`bell`) is there before: what vLLM d
 next step begins, and the report, which comes in any case, is taken out when it comes.
 
 vLLM has no hook there. What is taken hold of, :class:`StepStart` says; where it is not as expected, reports take their
-own way.
+own way. From there on such a request's first step is kept short (:mod:`engine_loop`, :mod:`late_caching`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import gc
 import logging
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
+
+from pdtransport.vllm.engine_loop import EngineLoop
+from pdtransport.vllm.late_caching import LateCaching
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -68,9 +71,17 @@ class StepStart:
 
         self._scheduler = scheduler
         self._output, self._waiting = KVConnectorOutput, RequestStatus.WAITING_FOR_REMOTE_KVS
+        self._loop: EngineLoop | None = None
+        self._looked = False
+        self._caching: LateCaching | None = None
+        try:
+            self._caching = LateCaching(manager)
+        except AttributeError as error:
+            logger.info("blocks are cached before a request's first step: %s", error)
         starts = manager.new_step_starts
 
         def started() -> Any:
+            self._as_before()
             begins(self)
             return starts()
 
@@ -95,12 +106,29 @@ class StepStart:
             logger.info("requests go on by vLLM's own report: %s", error or "its scheduler was not found")
         return None
 
+    def _as_before(self) -> None:
+        """What the last step was spared is done now."""
+        if not self._looked:
+            self._loop, self._looked = EngineLoop.of(self._scheduler), True
+        if self._loop is not None:
+            self._loop.as_before()
+        if self._caching is not None:
+            self._caching.catch_up()
+
+    @property
+    def clients_wait(self) -> Callable[[], bool] | None:
+        """Says whether clients asked the engine for something; None where that can't be seen."""
+        return self._loop.clients_wait if self._loop is not None else None
+
+    def _waiting_requests(self) -> list[Any]:
+        scheduler = self._scheduler
+        return [*scheduler.waiting, *getattr(scheduler, "kv_holding_waiting", ())]
+
     def idle(self) -> bool:
         """Whether all requests wait for pages: this step would compute nothing."""
-        scheduler = self._scheduler
-        return not scheduler.running and all(
-            request.status is self._waiting and request.request_id not in scheduler.finished_recving_kv_req_ids
-            for request in scheduler.waiting
+        return not self._scheduler.running and all(
+            request.status is self._waiting and request.request_id not in self._scheduler.finished_recving_kv_req_ids
+            for request in self._waiting_requests()
         )
 
     def go_on(self, req_ids: Collection[str]) -> set[str]:
@@ -111,4 +139,13 @@ class StepStart:
         } - self._scheduler.finished_recving_kv_req_ids
         if ours:
             self._scheduler._update_from_kv_xfer_finished(self._output(finished_recving=set(ours)))
+            self._hurry(ours)
         return ours
+
+    def _hurry(self, req_ids: set[str]) -> None:
+        """Let this step do for these what it must do, and no more."""
+        # A request behind them in this step could find their blocks in the prefix cache.
+        if self._caching is not None and all(each.request_id in req_ids for each in self._waiting_requests()):
+            self._caching.put_off(req_ids)
+        if self._loop is not None and not self._scheduler.running:
+            self._loop.answer_first()

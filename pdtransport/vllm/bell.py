@@ -17,8 +17,11 @@ import secrets
 import select
 import socket
 import struct
+import time
+from collections.abc import Callable
 
 MAX_REQUEST_ID_BYTES = 1 << 16
+LOOK_S = 0.001
 _CREDENTIALS = struct.Struct("3i")  # Linux' struct ucred: process, user, group
 _WORDS = "-words"  # behind the bell's name: its own rings would fill the queue
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
@@ -38,16 +41,19 @@ class Bell:
         self._promised: set[str] = set()
         self._arrived: set[tuple[str, int]] = set()
 
-    def wait(self, seconds: float) -> bool:
-        """Until somebody rings, at most ``seconds``; True if somebody did."""
+    def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
+        """Until somebody rings, at most ``seconds``; True if somebody did. ``unless`` ends it, looked at every
+        millisecond."""
         poll = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
         poll.register(self._socket, select.POLLIN)
-        rung = poll.poll(seconds * 1000)
-        if rung:
-            with contextlib.suppress(BlockingIOError):
-                while _heard(self._socket, 16) is not None:
-                    pass
-        return bool(rung)
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 and not (unless is not None and unless()):
+            if poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
+                with contextlib.suppress(BlockingIOError):
+                    while _heard(self._socket, 16) is not None:
+                        pass
+                return True
+        return False
 
     def promises(self) -> set[str]:
         """Ids of the requests whose first tokens decode goes on from, told since the last call."""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BLIND_WAIT_S = 0.004  # asleep where nothing says that clients ask for something
 CLAIM_EVERY_S = 2.0  # a request that waits for room here tells prefill so at this interval
 
 
@@ -325,8 +326,14 @@ class SchedulerSide:
         """
         if self._look_again:
             self._look_again -= 1
-        elif self._bell.wait(self._settings.idle_wait_s):
+        elif self._bell.wait(*self._how_long()):
             self._look_again = 2
+
+    def _how_long(self) -> tuple[float, Callable[[], bool] | None]:
+        """How long to wait for the bell, and what else ends it."""
+        wait_s = self._settings.idle_wait_s
+        asked = self._start.clients_wait if self._start is not None else None
+        return (wait_s, asked) if asked is not None else (min(wait_s, BLIND_WAIT_S), None)
 
     def _progress(self, output: SchedulerOutput, computed: dict[str, int]) -> list[Command]:
         progress: list[Command] = []

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # vLLM's threads spin through short waits, and a thread that wants the interpreter lock from a spinning one waits a
 # switch interval for it, every time. The default of 5 ms would be most of a hand-off. On a GPU host the worker lives in
 # the engine's own process, and a hand-off takes the lock some ten times.
-SWITCH_INTERVAL_S = 0.0001
+SWITCH_INTERVAL_S = 0.00002
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
 
 

@@ -289,11 +289,11 @@ async def hand_off(
         answer = await client.complete(decode, prompt, max_tokens, first.kv_params, **both, **more)
         return Handed(transfer, first, answer)
     same = {"X-Request-Id": transfer} if prefill.spec.connector == "nixl-push" else None  # see to_decode
-    requests = (
-        prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **both, **more),
+    requests = (  # prefill first, as routers do: it is what everything waits for
         prepare(prefill, prompt, 1, to_prefill(prefill, transfer), headers=same, **both),
+        prepare(decode, prompt, max_tokens, to_decode(prefill, transfer), headers=same, **both, **more),
     )
-    decoding, prefilling = (asyncio.create_task(client.send(request)) for request in requests)
+    prefilling, decoding = (asyncio.create_task(client.send(request)) for request in requests)
     try:
         answer = await decoding
         (outcome,) = await asyncio.gather(prefilling, return_exceptions=True)

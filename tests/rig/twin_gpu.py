@@ -121,7 +121,7 @@ class GpuPages:
         """What is launched from now on waits for it."""
         self._stream.submit(TwinEvent._all[event_handle].passed.wait, 30)
 
-    def checksum(self, runs: Runs, blocks: int) -> Launch:
+    def checksum(self, runs: Runs, blocks: int, *, timed: bool = True) -> Launch:
         return self._launch(lambda: pages.checksum(runs, blocks))
 
     def close(self) -> None:

@@ -91,8 +91,8 @@ def test_damaged_objects_are_never_taken_where_a_json_parser_takes_none(
             parsed(text.encode())
 
 
-def test_prompt_is_decoded_once_and_encoded_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16,000 token ids: one decoder call for them, and only the small kv_transfer_params are ever encoded."""
+def test_a_long_prompt_is_decoded_and_encoded_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16,000 token ids: none is made a number, and only the small kv_transfer_params are ever encoded."""
     decoded: list[int] = []
     encoded: list[int] = []
     real_value, real_dumps = call_module._value, json.dumps
@@ -114,7 +114,7 @@ def test_prompt_is_decoded_once_and_encoded_never(monkeypatch: pytest.MonkeyPatc
     for _ in range(2):  # a retry costs no more
         call.for_prefill(PARAMS)
         call.for_decode(PARAMS)
-    assert sum(decoded) < len(raw)
+    assert sum(decoded) < 100
     assert max(encoded) < 200
 
 
@@ -131,6 +131,22 @@ def test_prompt_sizes_are_exact_for_ids_and_estimated_for_text() -> None:
     assert parsed({"messages": [{"role": "user", "content": "hi"}]}, "chat").prompt_tokens > 0
     assert parsed({"prompt": "ü"}, ensure_ascii=False).prompt_bytes == 4
     assert parsed({"prompt": "ü"}, ensure_ascii=False).raw == '{"prompt": "ü"}'.encode()
+
+
+def test_long_prompts_of_ids_are_counted_and_reach_the_servers_as_they_came() -> None:
+    """What makes no list of numbers is refused as ever; what numbers the servers take is theirs to say."""
+    for body in (b'{"prompt":[%s]}' % b",".join([b"5"] * 2000), b'{"prompt" : [ %s ] }' % b" , ".join([b"5"] * 2000)):
+        call = parsed(body)
+        assert (call.prompt_tokens, call.alone, call.raw) == (2000, None, body)
+        assert json.loads(call.for_prefill({}))["prompt"] == [5] * 2000
+    good = ",".join(["5"] * 1000)
+    for bad in (good + ",", "," + good, good + ",," + good, good + ", ," + good, good + ",x", "x" + good, good + ',"'):
+        with pytest.raises(ApiError) as refused:
+            parsed(f'{{"prompt":[{bad}]}}'.encode())
+        assert refused.value.code == "invalid_json"
+    assert parsed(f'{{"prompt":[[{good}],[{good}]]}}'.encode()).alone is not None, "a batch is none"
+    assert parsed(f'{{"prompt":[{good},"5"]}}'.encode()).prompt_tokens == 1001
+    assert parsed(f'{{"messages":[{good}]}}'.encode(), "chat").prompt_tokens > 0
 
 
 def test_prefix_keys_are_shared_as_far_as_prompts_are_and_apart_by_model_salt_and_api() -> None:

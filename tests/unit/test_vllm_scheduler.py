@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 from pdtransport.settings import Settings
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.metadata import Cancel, Claim, Drop, Finish, Open, Pages, Rewind, Take
-from pdtransport.vllm.scheduler import CLAIM_EVERY_S, SchedulerSide
+from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, SchedulerSide
 
 BLOCK = 32
 CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1, "tp_size": 2}
@@ -228,7 +228,7 @@ def test_malformed_parameters_are_served_without_a_hand_over(side: SchedulerSide
 def test_an_empty_step_waits_for_the_bell_and_no_other_does(side: SchedulerSide) -> None:
     """What the engine has to compute, or to tell its workers, never waits."""
     waits: list[float] = []
-    side._bell.wait = lambda seconds: bool(waits.append(seconds))  # type: ignore[method-assign]
+    side._bell.wait = lambda seconds, _unless: bool(waits.append(seconds))  # type: ignore[method-assign]
     r = request(CONSUME)
     side.on_new_request(r)
     step(side)
@@ -241,7 +241,7 @@ def test_an_empty_step_waits_for_the_bell_and_no_other_does(side: SchedulerSide)
     step(side)
     assert waits == [], "the step that computed may still be under way"
     step(side)
-    assert waits == [Settings().idle_wait_s]
+    assert waits == [BLIND_WAIT_S], "and no longer where nothing says that clients ask for something"
     side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None))
     step(side)
     assert len(waits) == 1, "nothing is awaited any more"
@@ -250,7 +250,7 @@ def test_an_empty_step_waits_for_the_bell_and_no_other_does(side: SchedulerSide)
 def test_what_the_bell_announced_does_not_wait_for_another_bell(side: SchedulerSide) -> None:
     """With asynchronous scheduling the outcome of the step that heard the bell is looked at one step later."""
     waits: list[float] = []
-    side._bell.wait = lambda seconds: waits.append(seconds) is None  # type: ignore[method-assign]
+    side._bell.wait = lambda seconds, _unless: waits.append(seconds) is None  # type: ignore[method-assign]
     r = request(CONSUME)
     side.on_new_request(r)
     side.allocated(r, blocks(1, 2, 3, 4), side.matched_tokens(r, 0)[0])

@@ -1,0 +1,60 @@
+"""A request that just arrived is computed first, and its blocks are entered into the prefix cache while that goes on.
+
+vLLM enters them before the request's first step: 1.7 us a block, 1.7 ms for 16,000 tokens, for which its first token
+waits. They are entered when the next step begins, or before they are freed, whichever comes first: no later step can
+miss them, and no content is entered that vLLM would not have entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+
+class LateCaching:
+    """Takes hold of what ``manager``'s coordinator does with blocks.
+
+    Raises:
+        AttributeError: this vLLM has another; nothing is taken hold of.
+    """
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        coordinator = manager.coordinator
+        self._cache, free, pop = coordinator.cache_blocks, coordinator.free, coordinator.pop_blocks_for_free
+        self._late: dict[str, tuple[Request, int] | None] = {}
+
+        def cache_blocks(request: Request, tokens: int) -> None:
+            if request.request_id in self._late:
+                self._late[request.request_id] = request, tokens  # a later call names more of them
+            else:
+                self._cache(request, tokens)
+
+        def freed(request_id: str) -> None:
+            self._enter(request_id)
+            free(request_id)
+
+        def popped(request_id: str) -> Any:
+            self._enter(request_id)
+            return pop(request_id)
+
+        coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
+        coordinator.free = freed  # type: ignore[method-assign]
+        coordinator.pop_blocks_for_free = popped  # type: ignore[method-assign]
+
+    def put_off(self, req_ids: Iterable[str]) -> None:
+        """Until the next step begins."""
+        self._late.update(dict.fromkeys(req_ids))
+
+    def catch_up(self) -> None:
+        """A step begins."""
+        for req_id in list(self._late):
+            self._enter(req_id)
+
+    def _enter(self, req_id: str) -> None:
+        late = self._late.pop(req_id, None)
+        if late is not None:
+            self._cache(*late)
