@@ -27,7 +27,7 @@ from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError
+from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError, check, runs_of
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -94,6 +94,18 @@ class DiskTier(Tier):
                         self._tidy(file)
 
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
+        return self._write(key, tenant, nbytes, pieces, None)
+
+    def write_checked(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int
+    ) -> int:
+        if self._staged and BLOCK + nbytes <= STRETCH:
+            return self._write(key, tenant, nbytes, pieces, checksum)
+        return super().write_checked(key, tenant, nbytes, pieces, checksum)
+
+    def _write(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int | None
+    ) -> int:
         temporary = self._root / f"{self._run}{next(self._numbers)}"
         header = bytes(pieces[0]).ljust(BLOCK, b"\0")
         total = BLOCK + sum(map(len, pieces[1:]))
@@ -101,7 +113,7 @@ class DiskTier(Tier):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._flags, 0o600)
             try:
                 if self._staged:
-                    self._write_staged(fd, [header, *pieces[1:]], total)
+                    self._write_staged(fd, header, runs_of(pieces[1:]), checksum)
                 else:
                     _write_all(fd, [header, *pieces[1:]])
             finally:
@@ -118,41 +130,56 @@ class DiskTier(Tier):
             raise
         return total
 
-    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
         fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | self._flags)
         try:
             size = os.fstat(fd).st_size
             if self._staged:
-                self._read_staged(fd, size, place)
-                return
+                return self._read_staged(fd, size, place)
             parts = place(os.pread(fd, HEADER_BYTES, 0))
-            _check(size, parts)
+            _check_length(size, parts)
             _read_all(fd, parts, BLOCK)
+            return None
         finally:
             os.close(fd)
 
-    def _write_staged(self, fd: int, pieces: Sequence[bytes | memoryview], total: int) -> None:
-        buffer, bounds = self._buffer(), [*range(0, total, STRETCH), total]
-        for first, stretch in zip(bounds, cut_runs(_runs(pieces), bounds), strict=False):
+    def _write_staged(self, fd: int, header: bytes, content: Runs, checksum: int | None) -> None:
+        """Header and content; with a ``checksum``, nothing unless the content, which fits the buffer, has it."""
+        buffer, first, skip = self._buffer(), 0, len(header)
+        total = len(header) + stream_bytes(content)
+        buffer[:skip] = header
+        bounds = [0, *range(STRETCH - skip, total - skip, STRETCH), total - skip]
+        for stretch in cut_runs(content, bounds):
             nbytes = stream_bytes(stretch)
-            pages.read_mapped(stretch, run(address_of(buffer), nbytes))
+            found = pages.read_mapped(stretch, run(address_of(buffer) + skip, nbytes), 0 if checksum is None else 1)
+            if checksum is not None:
+                check(int(found[0]), checksum)
+            nbytes += skip
             ends = -(-nbytes // BLOCK) * BLOCK
             buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
             self._to_file(fd, ends, first)
+            first, skip = first + nbytes, 0
         if total % BLOCK:
             os.truncate(fd, total)
 
-    def _read_staged(self, fd: int, size: int, place: Place) -> None:
+    def _read_staged(self, fd: int, size: int, place: Place) -> int | None:
+        """The checksum of the payload, if the file fits the buffer."""
         buffer = self._buffer()
         self._from_file(fd, size, 0)
         parts = place(bytes(buffer[:HEADER_BYTES]))
-        _check(size, parts)
+        _check_length(size, parts)
+        content = runs_of(parts)
+        if size <= STRETCH:
+            blocks = 1 if size % 8 == 0 else 0  # a packed chunk may have any length, and its checksum is not asked for
+            found = pages.read_mapped(run(address_of(buffer) + BLOCK, size - BLOCK), content, blocks)
+            return int(found[0]) if blocks else None
         bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
-        for first, stretch in zip(bounds, cut_runs(_runs(parts), bounds), strict=False):
+        for first, stretch in zip(bounds, cut_runs(content, bounds), strict=False):
             nbytes, skip = stream_bytes(stretch), 0 if first else BLOCK
             if first:
                 self._from_file(fd, nbytes, BLOCK + first)
             pages.read_mapped(run(address_of(buffer) + skip, nbytes), stretch)
+        return None
 
     def _to_file(self, fd: int, nbytes: int, offset: int) -> None:
         """Write the first bytes of this thread's buffer."""
@@ -212,15 +239,11 @@ def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
     return Stored(key, tenant, nbytes, stored) if fits else None
 
 
-def _runs(pieces: Sequence[bytes | memoryview]) -> Runs:
-    return np.array([(address_of(piece), len(piece)) for piece in pieces], dtype=np.uint64).reshape(-1, 2)
-
-
 def address_of(piece: bytes | memoryview) -> int:
     return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
 
-def _check(size: int, parts: Sequence[memoryview]) -> None:
+def _check_length(size: int, parts: Sequence[memoryview]) -> None:
     if size != BLOCK + sum(map(len, parts)):
         raise TierError("the chunk is damaged: its file has another length")
 

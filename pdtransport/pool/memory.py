@@ -56,13 +56,15 @@ class Mapping:
         self._hold = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._hold)
 
-    def populate(self, first: int) -> int:
-        """Map the next stretch from ``first`` on ahead of its use; returns where to go on, ``nbytes`` at the end."""
-        step = min(POPULATE_BYTES, self.nbytes - first)
-        libc = ctypes.CDLL(None)
-        if libc.madvise(ctypes.c_void_p(self.address + first), ctypes.c_size_t(step), MADV_POPULATE_WRITE):
-            return self.nbytes  # an older kernel: pages are mapped as they are touched
-        return first + step
+    def populate(self, stop: Callable[[], bool]) -> None:
+        """Map all of it ahead of its use, if this was not done; ``stop`` is asked on the way."""
+        libc, done = ctypes.CDLL(None), 0
+        while done < self.nbytes and not self.populated and not stop():
+            step = min(POPULATE_BYTES, self.nbytes - done)
+            if libc.madvise(ctypes.c_void_p(self.address + done), ctypes.c_size_t(step), MADV_POPULATE_WRITE):
+                break  # an older kernel: pages are mapped as they are touched
+            done += step
+        self.populated = self.populated or not stop()
 
     def register(self, device: int, stop: Callable[[], bool]) -> None:
         """Register it with CUDA, once, so that kernels of any GPU reach it at ``address``. That takes a second for some
