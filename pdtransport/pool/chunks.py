@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import MAX_RUN_BYTES, MAX_RUNS, Runs, as_runs
 from pdtransport.pool import messages as say
-from pdtransport.pool.request import Part, Verdict
+from pdtransport.pool.request import Grants, Part, Verdict
 from pdtransport.pool.settings import MAX_CHUNK_BYTES
 
 Numbers = npt.NDArray[np.int64]
@@ -141,6 +141,27 @@ def parts_of(answer: say.Answer, sizes: Sequence[int], frame_bytes: int) -> Iter
             end += 4 * next(counts)
         yield Part(place, Verdict(code), checksum, answer.frames[at:end])
         at = end
+
+
+def answer_of(request: int, parts: Sequence[Part]) -> say.Answer:
+    return say.Answer(
+        request=request,
+        indices=np.array([part.place for part in parts], dtype="<u4").tobytes(),
+        verdicts=bytes(part.verdict for part in parts),
+        checksums=np.array([part.checksum for part in parts], dtype="<u8").tobytes(),
+        frames=b"".join(part.frames for part in parts),
+    )
+
+
+def granted(request: int, grants: Grants) -> say.Answer:
+    count = len(grants.checksums)
+    return say.Answer(
+        request=request,
+        indices=np.arange(count, dtype="<u4").tobytes(),
+        verdicts=bytes([grants.verdict]) * count,
+        checksums=np.array(grants.checksums, dtype="<u8").tobytes(),
+        frames=grants.frames,
+    )
 
 
 def verdicts_of(codes: Codes) -> tuple[Verdict, ...]:

@@ -35,6 +35,24 @@ class Lossy(NamedTuple):
     grid: Grid
 
 
+class Forms:
+    """The ways to pack chunks that one pool was asked for, by number; 0: exactly."""
+
+    def __init__(self) -> None:
+        self._made: list[Lossy | None] = [None]
+
+    def number(self, lossy: Lossy | None) -> int | None:
+        """None: there are too many."""
+        if lossy not in self._made:
+            if len(self._made) > MAX_FORMS:
+                return None
+            self._made.append(lossy)
+        return self._made.index(lossy)
+
+    def __getitem__(self, number: int) -> Lossy | None:
+        return self._made[number]
+
+
 class Codec(ABC):
     """Packs chunks; called by several threads at once. ``number`` stands in the header of what was packed; never give
     one out twice."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdtransport.pool.frames import Frames, frames_for
@@ -79,6 +79,23 @@ class Room:
         group.used += need
         return self.frames.take(need)
 
+    def take_all(self, needs: Sequence[int], number: int) -> bytes | None:
+        """As :meth:`take`, frames for several chunks that need so many, one after the other; None if not all fit."""
+        total, group = sum(needs), self.groups[number]
+        if total > group.limit:
+            return None
+        group.used += total
+        while group.used > group.limit:
+            if not self._evict_from(group):
+                break
+        while group.used <= group.limit and self.frames.free < total:
+            if not self.evict_one():
+                break
+        frames = self.frames.take(total) if group.used <= group.limit else None
+        if frames is None:
+            group.used -= total
+        return frames
+
     def give_back(self, frames: bytes, number: int) -> None:
         """Frames that nobody reads or writes any more."""
         self.frames.give_back(frames)
@@ -117,6 +134,29 @@ class Room:
             group.soft.append(entry)
         else:
             self.hard_frames += self.need(entry)
+
+    def enter_all(self, entries: list[int]) -> None:
+        """These are in memory now."""
+        if group := self._common(entries):
+            group.policy.add_all(entries, self._index.first_words(entries))
+        else:
+            for entry in entries:
+                self.enter(entry)
+
+    def touch_all(self, entries: list[int]) -> None:
+        """These were read."""
+        if group := self._common(entries):
+            group.policy.touch_all(entries)
+        else:
+            for entry in entries:
+                self.touch(entry)
+
+    def _common(self, entries: list[int]) -> Group | None:
+        """The group of all of these, if it is one and none of them is pinned."""
+        numbers = self._index.group_column[entries]
+        if self._index.pin_column[entries].any() or (numbers != numbers[0]).any():
+            return None
+        return self.groups[numbers[0]]
 
     def leave(self, entry: int) -> None:
         """The chunk leaves memory, and not because its turn came."""

@@ -15,19 +15,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.codecs import MAX_FORMS, Lossy
+from pdtransport.pool import together
+from pdtransport.pool.codecs import Forms
 from pdtransport.pool.frames import Frames
-from pdtransport.pool.index import Index, key_rows
+from pdtransport.pool.index import EMPTY, FILLING, MAX_REFS, MEMORY, READY, Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.policies import Ghosts
-from pdtransport.pool.request import Part, Request, Verdict
+from pdtransport.pool.request import Grants, Part, Request, Verdict
 from pdtransport.pool.room import Room
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers import Stored
 
-EMPTY, FILLING, READY = 0, 1, 2  # states of an entry
-MEMORY = 1  # its bit among the tiers
-MAX_REFS = (1 << 16) - 1
 MAX_GHOSTS = 1 << 20  # keys that admission "twice" remembers, about 100 bytes each
 INDEX_TRIES = 64  # chunks dropped for one place in a full index
 
@@ -59,20 +57,20 @@ class Shelf:
             tier.attach(self.index)
         self.jobs: deque[Job] = deque()
         self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
-        self.outbox: dict[Request, list[Part]] = {}
+        self.outbox: dict[Request, list[Part] | Grants] = {}
         self.counters: Counter[str] = Counter()
         self._verify = verify
-        self._frames: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
-        self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
+        self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
+        self.waiters: dict[int, deque[tuple[Request, int]] | None] = {}  # of each entry being filled
         self._seen = Ghosts()
         self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
-        self._forms: list[Lossy | None] = [None]  # ways to pack chunks below memory, by the index's ``form``
+        self.forms = Forms()
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
 
     @property
     def being_filled(self) -> int:
         """Chunks on their way into memory."""
-        return len(self._waiters)
+        return len(self.waiters)
 
     # -- what clients ask -------------------------------------------------------------------------------------------
 
@@ -88,10 +86,13 @@ class Shelf:
 
     def store(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""
+        entries = self.index.find(key_rows(keys))
+        if len(sizes) > 1 and together.store(self, request, entries, keys, sizes):
+            return
         begun: dict[bytes, int] = {}
-        for number, (entry, nbytes) in enumerate(zip(self.entries(keys), sizes, strict=True)):
+        for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
             key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
-            if entry >= 0 and not self._is(entry, key):
+            if entry >= 0 and (self.index.state[entry] == EMPTY or self.index.key(entry) != key):
                 entry = -1  # evicted by what came before it in this request
             entry = begun.get(key, entry)
             if entry < 0:
@@ -108,7 +109,10 @@ class Shelf:
     def load(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: READ, and the chunk is referenced; or MISS. Keys on the way into memory (a writer fills
         them, or they come up from a tier below) are answered when they are there."""
-        for number, (entry, nbytes) in enumerate(zip(self.entries(keys), sizes, strict=True)):
+        entries = self.index.find(key_rows(keys))
+        if len(sizes) > 1 and together.load(self, request, entries, sizes):
+            return
+        for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
             if entry < 0 or not (self.index.tiers[entry] or self.index.state[entry] == FILLING):
                 self._answer(request, Part(number, Verdict.MISS))
             elif self.index.nbytes[entry] != nbytes:
@@ -124,8 +128,10 @@ class Shelf:
             else:
                 self._promote(request, number, entry)
 
-    def publish(self, request: Request, written: Iterable[tuple[int, int]]) -> int:
+    def publish(self, request: Request, written: Sequence[tuple[int, int]]) -> int:
         """The writer filled these (index, checksum): they become visible. Returns how many did."""
+        if len(written) > 1 and together.publish(self, request, written):
+            return len(written)
         done = 0
         for number, checksum in written:
             entry = request.held.get(number)
@@ -137,7 +143,7 @@ class Shelf:
             self.counters["stored_chunks"] += 1
             self.counters["stored_bytes"] += self.index.nbytes[entry]
             if self.lower:
-                self._write_back(entry)
+                self.write_back(entry)
             done += 1
         return done
 
@@ -146,7 +152,7 @@ class Shelf:
         it will not fill them."""
         for number in numbers:
             if number in request.waits:
-                self._waiters[request.waits.pop(number)].remove((request, number))
+                self._waiting(request.waits.pop(number)).remove((request, number))
             if number not in request.held:
                 continue
             entry = self._give_up(request, number)
@@ -165,7 +171,7 @@ class Shelf:
         entry = request.held.get(number)
         if entry is None or request.store or not self.index.tiers[entry] & MEMORY:
             return entry is not None
-        frames = self._frames[entry]
+        frames = self.frames_of[entry]
         assert frames is not None
         if self._verify(frames, self.index.nbytes[entry], self.index.checksum[entry]):
             self.counters["damage_denied"] += 1
@@ -197,15 +203,6 @@ class Shelf:
                 self._forget_if_gone(entry)
             done += 1
         return done
-
-    def form_of(self, lossy: Lossy | None) -> int:
-        """The number of a way to pack chunks below memory; 0: exactly, also where there are too many ways."""
-        if lossy not in self._forms:
-            if len(self._forms) > MAX_FORMS:
-                self.counters["forms_refused"] += 1
-                return 0
-            self._forms.append(lossy)
-        return self._forms.index(lossy)
 
     # -- what tiers below report ------------------------------------------------------------------------------------
 
@@ -297,8 +294,8 @@ class Shelf:
         entry = self.index.add(key)
         self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
         self.index.group[entry], self.index.form[entry] = request.group, request.form
-        self._frames[entry] = frames
-        self._waiters[entry] = deque()
+        self.frames_of[entry] = frames
+        self.waiters[entry] = None
         self._grant_write(request, number, entry)
         return entry
 
@@ -315,14 +312,14 @@ class Shelf:
         return len(self.index) < self.index.capacity
 
     def _grant_write(self, request: Request, number: int, entry: int) -> None:
-        frames = self._frames[entry]
+        frames = self.frames_of[entry]
         assert frames is not None
         request.held[number] = entry
         request.session.held_bytes += self.index.nbytes[entry]
         self._answer(request, Part(number, Verdict.WRITE, 0, frames))
 
     def _grant_read(self, request: Request, number: int, entry: int) -> None:
-        nbytes, frames = self.index.nbytes[entry], self._frames[entry]
+        nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
         if request.session.held_bytes + nbytes > self.settings.client_bytes or self.index.refs[entry] == MAX_REFS:
             self._answer(request, Part(number, Verdict.BUSY))
@@ -337,7 +334,13 @@ class Shelf:
 
     def _wait(self, request: Request, number: int, entry: int) -> None:
         request.waits[number] = entry
-        self._waiters[entry].append((request, number))
+        self._waiting(entry).append((request, number))
+
+    def _waiting(self, entry: int) -> deque[tuple[Request, int]]:
+        waiting = self.waiters[entry]
+        if waiting is None:  # most entries never have one
+            waiting = self.waiters[entry] = deque()
+        return waiting
 
     def _give_up(self, request: Request, number: int) -> int:
         entry = request.held.pop(number)
@@ -349,7 +352,11 @@ class Shelf:
         self.index.state[entry] = READY
         self.index.tiers[entry] |= MEMORY
         self.room.enter(entry)
-        for request, number in self._waiters.pop(entry):
+        self.serve(entry, self.waiters.pop(entry))
+
+    def serve(self, entry: int, waiting: Iterable[tuple[Request, int]] | None) -> None:
+        """Answer those who waited for it."""
+        for request, number in waiting or ():
             del request.waits[number]
             if request.store:
                 self._answer(request, Part(number, Verdict.HAVE))
@@ -358,14 +365,14 @@ class Shelf:
 
     def _abandon(self, entry: int) -> None:
         """Whoever filled it stopped. The next one who wants to store it goes on; without one it is gone."""
-        waiters = self._waiters[entry]
+        waiters = self._waiting(entry)
         for request, number in list(waiters):
             if request.store and request.session.held_bytes + self.index.nbytes[entry] <= self.settings.client_bytes:
                 waiters.remove((request, number))
                 del request.waits[number]
                 self._grant_write(request, number, entry)
                 return
-        del self._waiters[entry]
+        del self.waiters[entry]
         self.counters["fills_abandoned"] += 1
         self.index.state[entry] = READY
         self._free_frames(entry)
@@ -397,13 +404,13 @@ class Shelf:
             self._forget_if_gone(entry)
 
     def _free_frames(self, entry: int) -> None:
-        frames = self._frames[entry]
+        frames = self.frames_of[entry]
         assert frames is not None
-        self._frames[entry] = None
+        self.frames_of[entry] = None
         self.room.give_back(frames, self.index.group[entry])
 
     def _forget_if_gone(self, entry: int) -> None:
-        if not self.index.tiers[entry] and self.index.state[entry] == READY and self._frames[entry] is None:
+        if not self.index.tiers[entry] and self.index.state[entry] == READY and self.frames_of[entry] is None:
             if self.gone is not None:
                 self.gone.append(self.index.key(entry))
             self.index.remove(entry)
@@ -432,13 +439,13 @@ class Shelf:
         frames = None if busy or tier is None else self.room.take(nbytes, self.index.group[entry])
         if frames is None or tier is None:
             return False
-        self._frames[entry] = frames
+        self.frames_of[entry] = frames
         self.index.state[entry] = FILLING
-        self._waiters[entry] = deque()
+        self.waiters[entry] = None
         self.jobs.append(Promote(tier, entry, self.index.key(entry), self._tenant(entry), nbytes, frames))
         return True
 
-    def _write_back(self, entry: int) -> None:
+    def write_back(self, entry: int) -> None:
         for tier in self.lower:
             if not self.index.tiers[entry] & tier.bit and not self.write_down(entry, tier):
                 self.counters[f"{tier.name}_write_skipped"] += 1
@@ -446,28 +453,21 @@ class Shelf:
     def write_down(self, entry: int, tier: Lower) -> bool:
         """Have a chunk in memory written to a tier below, once more if it is there; False if too much waits already,
         the tier is down, or has no room."""
-        nbytes, frames = self.index.nbytes[entry], self._frames[entry]
+        nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
         reserved = nbytes + tier.tier.overhead_bytes
         queued = self.writeback_bytes + nbytes
-        if not tier.up or queued > self.settings.writeback_bytes or not self._make_room(tier, reserved):
+        if not tier.up or queued > self.settings.writeback_bytes:
+            return False
+        if not tier.make_room(reserved, lambda: self._drop_coldest(tier)):
             return False
         tier.used += reserved
         self.writeback_bytes += nbytes
         self.being_written[entry] += 1
         self.index.refs[entry] += 1
         checksum, tenant = self.index.checksum[entry], self._tenant(entry)
-        lossy, key = self._forms[self.index.form[entry]], self.index.key(entry)
+        lossy, key = self.forms[self.index.form[entry]], self.index.key(entry)
         self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
-        return True
-
-    def _make_room(self, tier: Lower, nbytes: int) -> bool:
-        """Drop from a tier until so many bytes fit; False if what is being written there takes the room."""
-        if nbytes > tier.limit:
-            return False
-        while tier.used + nbytes > tier.limit:
-            if not self._drop_coldest(tier):
-                return False
         return True
 
     def _drop_coldest(self, tier: Lower) -> bool:
@@ -492,9 +492,8 @@ class Shelf:
         """Of each key; -1: it is not known."""
         return self.index.find(key_rows(keys)).tolist()
 
-    def _is(self, entry: int, key: bytes) -> bool:
-        return self.index.state[entry] != EMPTY and self.index.key(entry) == key
-
     def _answer(self, request: Request, part: Part) -> None:
         self.counters[part.verdict.name.lower()] += 1
-        self.outbox.setdefault(request, []).append(part)
+        parts = self.outbox.setdefault(request, [])
+        assert isinstance(parts, list)  # grants were for all that it asked for
+        parts.append(part)

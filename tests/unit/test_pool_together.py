@@ -1,0 +1,94 @@
+"""Chunks that a message names are taken together where that is faster, and nobody can tell by the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtransport.pool import together
+from pdtransport.pool.index import key_rows
+from pdtransport.pool.request import Request, Verdict
+from tests.unit.pool_rig import FRAME, Asker, keys, shelf
+
+Step = tuple[str, int, list[int]]
+
+CHUNK = 1 << 18
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["store", "load", "publish", "release", "drop"]),
+        st.integers(0, 9),
+        st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    ),
+    max_size=30,
+)
+
+
+class Pool:
+    """One shelf, and two clients that say what the steps want."""
+
+    def __init__(self, policy: str) -> None:
+        self.shelf = shelf(7 * CHUNK // FRAME, policy=policy, client_bytes=1 << 20)
+        self.askers = [Asker(self.shelf), Asker(self.shelf)]
+        self.asked: list[Request] = []
+
+    def take(self, what: str, which: int, numbers: list[int]) -> Any:
+        if what in ("store", "load"):
+            request = self.askers[which % 2]._request(what == "store")
+            sizes = [CHUNK * (1 + number % 2) for number in numbers]
+            (self.shelf.store if request.store else self.shelf.load)(request, keys(*numbers), sizes)
+            self.asked.append(request)
+        elif what == "drop":
+            self.shelf.drop(keys(*numbers))
+        elif self.asked and what == "publish":
+            self.shelf.publish(self.asked[which % len(self.asked)], [(place, 7 + place) for place in numbers])
+        elif self.asked:
+            self.shelf.release(self.asked[which % len(self.asked)], numbers)
+        told = []
+        for request in self.asked:
+            parts = self.askers[0].parts(request)
+            told.append(sorted((part.place, part.verdict, part.checksum, len(part.frames)) for part in parts))
+        there = [self.shelf.lookup(keys(number)) for number in range(10)]
+        held = [(asker.session.held_bytes, self.shelf.room.frames.free) for asker in self.askers]
+        return told, there, held, len(self.shelf.index), self.shelf.being_filled, dict(self.shelf.counters)
+
+
+def never(*_: object) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo", "lfu"])
+def test_together_and_one_by_one_come_to_the_same(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts, what is visible, what clients hold, what was evicted."""
+    ways: dict[str, Callable[..., bool]] = {name: getattr(together, name) for name in ("store", "load", "publish")}
+
+    @given(steps=STEPS)
+    def compare(steps: list[Step]) -> None:
+        one_by_one, fast = Pool(policy), Pool(policy)
+        for step in steps:
+            for name in ways:
+                monkeypatch.setattr(together, name, never)
+            expected = one_by_one.take(*step)
+            for name, way in ways.items():
+                monkeypatch.setattr(together, name, way)
+            assert fast.take(*step) == expected
+
+    compare()
+
+
+def test_what_is_alike_is_taken_together() -> None:
+    """Otherwise the comparison above compares nothing."""
+    on = shelf(8)
+    writer, reader = Asker(on), Asker(on)
+    storing = writer.store(1, 2, 3)
+    assert writer.told(storing) == [Verdict.WRITE] * 3
+    assert together.publish(on, storing, [(0, 1), (1, 2)])
+    assert not together.publish(on, storing, [(1, 2), (2, 3)])  # one is no more to publish
+    for numbers, sizes, all_there in (((1, 2), 2, True), ((1, 3), 2, False), ((1, 9), 2, False)):
+        request = reader._request(False)
+        entries = on.index.find(key_rows(keys(*numbers)))
+        assert together.load(on, request, entries, [FRAME] * sizes) is all_there
