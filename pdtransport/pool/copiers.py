@@ -112,7 +112,7 @@ class GpuCopier(Copier):
 
     depth = 3  # enough to hide how long launches and answers take
     batch_bytes = window_bytes = 128 << 20  # 2.5 ms: each costs this thread and the pool's half of one on a busy host
-    first_bytes = 32 << 20  # lasts until the answer to the second request, which comes after all of its chunks
+    first_bytes = 64 << 20  # lasts until the answer to the second request
     ahead = 16  # a request's way there and back takes as long as half of its copy, or all of it on a busy host
 
     def __init__(self, device: int) -> None:
