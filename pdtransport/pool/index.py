@@ -202,6 +202,25 @@ class Index:
         self._next[entry], self._free = self._free, entry
         self.count -= 1
 
+    def remove_all(self, entries: list[int]) -> None:
+        """Forget different entries."""
+        at = np.array(entries)
+        head, after = self._head, self._next
+        for entry, bucket in zip(entries, self._buckets(self._keys[at]).tolist(), strict=True):
+            place = head[bucket]
+            if place == entry:
+                head[bucket] = after[entry]
+            else:
+                while after[place] != entry:
+                    place = after[place]
+                after[place] = after[entry]
+            after[entry], self._free = self._free, entry
+        for column in (self.tier_column, self.nbytes_column, self.checksum_column, self.refs_column):
+            column[at] = 0
+        for column in (self.state_column, self.pin_column, self.form_column, self.group_column):
+            column[at] = 0
+        self.count -= len(entries)
+
     def __len__(self) -> int:
         return self.count
 

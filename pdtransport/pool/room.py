@@ -31,7 +31,7 @@ class Room:
 
     Args:
         quotas: frames by tenant. Tenants that are not named share what remains.
-        evicted: called with each entry that had to go, after it left the order; it must give the frames back.
+        evicted: called with entries that had to go, after they left the order; it must give the frames back.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Room:
         frame_bytes: int,
         policy: PolicyName,
         quotas: Mapping[str, int],
-        evicted: Callable[[int], None],
+        evicted: Callable[[list[int]], None],
     ) -> None:
         self._index, self.frames, self.frame_bytes = index, frames, frame_bytes
         self._evicted = evicted
@@ -85,6 +85,8 @@ class Room:
         if total > group.limit:
             return None
         group.used += total
+        if len(self.groups) == 1:
+            self._evict_frames(group, total - self.frames.free)
         while group.used > group.limit:
             if not self._evict_from(group):
                 break
@@ -111,14 +113,28 @@ class Room:
         return sorted(self.groups, key=lambda group: group.used / group.weight, reverse=True)
 
     def _evict_from(self, group: Group) -> bool:
+        entry = self._pick(group)
+        if entry >= 0:
+            self._evicted([entry])
+        return entry >= 0
+
+    def _evict_frames(self, group: Group, need: int) -> None:
+        """Evict until so many frames are free again, or nothing is left that may go."""
+        entries: list[int] = []
+        while need > 0 and (entry := self._pick(group)) >= 0:
+            entries.append(entry)
+            need -= self.need(entry)
+        if entries:
+            self._evicted(entries)
+
+    def _pick(self, group: Group) -> int:
+        """The entry to go next, out of the order already; -1: none may."""
         entry = group.policy.evict(self._unreferenced)
         if entry < 0:
             entry = next(filter(self._unreferenced, group.soft.oldest_first()), -1)
-            if entry < 0:
-                return False
-            group.soft.remove(entry)
-        self._evicted(entry)
-        return True
+            if entry >= 0:
+                group.soft.remove(entry)
+        return entry
 
     def _unreferenced(self, entry: int) -> bool:
         return self._index.refs[entry] == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import together
@@ -50,7 +51,12 @@ class Shelf:
         self.index = Index(settings.max_chunks)
         quotas = {name: limit // settings.frame_bytes for name, limit in settings.quotas.items()}
         self.room = Room(
-            self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted=self._evicted
+            self.index,
+            Frames(frames),
+            settings.frame_bytes,
+            settings.policy,
+            quotas,
+            evicted=partial(together.evicted, self),
         )
         self.lower = list(lower)
         for tier in self.lower:
@@ -390,13 +396,9 @@ class Shelf:
     def leave_memory(self, entry: int) -> None:
         """Invisible at once; its frames are free when the last reader let go of them."""
         self.room.leave(entry)
-        self._leave_memory(entry)
+        self.left_memory(entry)
 
-    def _evicted(self, entry: int) -> None:
-        self.counters["evicted_chunks"] += 1
-        self._leave_memory(entry)
-
-    def _leave_memory(self, entry: int) -> None:
+    def left_memory(self, entry: int) -> None:
         self.index.tiers[entry] &= ~MEMORY & 0xFF
         self.room.forget_pin(entry)
         if self.index.refs[entry] == 0:

@@ -1,7 +1,7 @@
 """What one message asks of many chunks, done for all of them at once where they are alike: a few array operations
 instead of a few dozen steps for each chunk, so that the service keeps up with GPUs.
 
-Each function does all or, with False, nothing (chunks may have been evicted); then the shelf takes them one by one,
+Each of the first three does all or, with False, nothing (chunks may have been evicted); then the shelf takes them one by one,
 which ends the same way.
 """
 
@@ -100,6 +100,29 @@ def publish(shelf: Shelf, request: Request, written: Sequence[tuple[int, int]]) 
         for entry in entries:
             shelf.write_back(entry)
     return True
+
+
+def evicted(shelf: Shelf, entries: list[int]) -> None:
+    """Chunks that nobody references had to go."""
+    index = shelf.index
+    shelf.counters["evicted_chunks"] += len(entries)
+    if len(entries) == 1 or len(shelf.room.groups) > 1:
+        for entry in entries:
+            shelf.left_memory(entry)
+        return
+    at = np.array(entries)
+    index.tier_column[at] &= ~MEMORY & 0xFF
+    for entry in entries:
+        shelf.room.forget_pin(entry)
+    shelf.room.give_back(b"".join([shelf.frames_of[entry] or b"" for entry in entries]), int(index.group_column[at[0]]))
+    for entry in entries:
+        shelf.frames_of[entry] = None
+    if index.tier_column[at].any():
+        entries = at[index.tier_column[at] == 0].tolist()
+    if shelf.gone is not None:
+        shelf.gone += map(index.key, entries)
+    if entries:
+        index.remove_all(entries)
 
 
 def _frame_counts(shelf: Shelf, sizes: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from pdtransport.pool import together
 from pdtransport.pool.index import key_rows
+from pdtransport.pool.lower import Lower, Promote, WriteBack
 from pdtransport.pool.request import Request, Verdict
-from tests.unit.pool_rig import FRAME, Asker, keys, shelf
+from tests.unit.pool_rig import FRAME, Asker, MemoryTier, keys, shelf
 
 Step = tuple[str, int, list[int]]
 
@@ -20,7 +22,7 @@ CHUNK = 1 << 18
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["store", "load", "publish", "release", "drop"]),
+        st.sampled_from(["store", "load", "publish", "release", "drop", "work"]),
         st.integers(0, 9),
         st.lists(st.integers(0, 9), min_size=1, max_size=5),
     ),
@@ -31,8 +33,9 @@ STEPS = st.lists(
 class Pool:
     """One shelf, and two clients that say what the steps want."""
 
-    def __init__(self, policy: str) -> None:
-        self.shelf = shelf(7 * CHUNK // FRAME, policy=policy, client_bytes=1 << 20)
+    def __init__(self, policy: str, below: bool) -> None:
+        lower = [Lower(MemoryTier(), 2, 5 * CHUNK, "lru")] if below else []
+        self.shelf = shelf(7 * CHUNK // FRAME, lower, policy=policy, client_bytes=1 << 20)
         self.askers = [Asker(self.shelf), Asker(self.shelf)]
         self.asked: list[Request] = []
 
@@ -44,6 +47,13 @@ class Pool:
             self.asked.append(request)
         elif what == "drop":
             self.shelf.drop(keys(*numbers))
+        elif what == "work":
+            jobs, self.shelf.jobs = self.shelf.jobs, deque()
+            for job in jobs:
+                if isinstance(job, WriteBack):
+                    self.shelf.written_back(job, job.nbytes)
+                elif isinstance(job, Promote):
+                    self.shelf.promoted(job, 7)
         elif self.asked and what == "publish":
             self.shelf.publish(self.asked[which % len(self.asked)], [(place, 7 + place) for place in numbers])
         elif self.asked:
@@ -52,23 +62,25 @@ class Pool:
         for request in self.asked:
             parts = self.askers[0].parts(request)
             told.append(sorted((part.place, part.verdict, part.checksum, len(part.frames)) for part in parts))
+        jobs = [(type(job), job.key) for job in self.shelf.jobs]
         there = [self.shelf.lookup(keys(number)) for number in range(10)]
         held = [(asker.session.held_bytes, self.shelf.room.frames.free) for asker in self.askers]
-        return told, there, held, len(self.shelf.index), self.shelf.being_filled, dict(self.shelf.counters)
+        return told, jobs, there, held, len(self.shelf.index), self.shelf.being_filled, dict(self.shelf.counters)
 
 
 def never(*_: object) -> bool:
     return False
 
 
+@pytest.mark.parametrize("below", [False, True])
 @pytest.mark.parametrize("policy", ["lru", "s3fifo", "lfu"])
-def test_together_and_one_by_one_come_to_the_same(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_together_and_one_by_one_come_to_the_same(policy: str, below: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts, what is visible, what clients hold, what was evicted."""
     ways: dict[str, Callable[..., bool]] = {name: getattr(together, name) for name in ("store", "load", "publish")}
 
     @given(steps=STEPS)
     def compare(steps: list[Step]) -> None:
-        one_by_one, fast = Pool(policy), Pool(policy)
+        one_by_one, fast = Pool(policy, below), Pool(policy, below)
         for step in steps:
             for name in ways:
                 monkeypatch.setattr(together, name, never)
