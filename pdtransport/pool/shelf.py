@@ -50,14 +50,8 @@ class Shelf:
         self.settings = settings
         self.index = Index(settings.max_chunks)
         quotas = {name: limit // settings.frame_bytes for name, limit in settings.quotas.items()}
-        self.room = Room(
-            self.index,
-            Frames(frames),
-            settings.frame_bytes,
-            settings.policy,
-            quotas,
-            evicted=partial(together.evicted, self),
-        )
+        evicted = partial(together.evicted, self)
+        self.room = Room(self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted)
         self.lower = list(lower)
         for tier in self.lower:
             tier.attach(self.index)
@@ -371,8 +365,7 @@ class Shelf:
 
     def _abandon(self, entry: int) -> None:
         """Whoever filled it stopped. The next one who wants to store it goes on; without one it is gone."""
-        waiters = self._waiting(entry)
-        for request, number in list(waiters):
+        for request, number in list(waiters := self._waiting(entry)):
             if request.store and request.session.held_bytes + self.index.nbytes[entry] <= self.settings.client_bytes:
                 waiters.remove((request, number))
                 del request.waits[number]
@@ -406,9 +399,8 @@ class Shelf:
             self._forget_if_gone(entry)
 
     def _free_frames(self, entry: int) -> None:
-        frames = self.frames_of[entry]
+        frames, self.frames_of[entry] = self.frames_of[entry], None
         assert frames is not None
-        self.frames_of[entry] = None
         self.room.give_back(frames, self.index.group[entry])
 
     def _forget_if_gone(self, entry: int) -> None:

@@ -1,8 +1,8 @@
 """What one message asks of many chunks, done for all of them at once where they are alike: a few array operations
 instead of a few dozen steps for each chunk, so that the service keeps up with GPUs.
 
-Each of the first three does all or, with False, nothing (chunks may have been evicted); then the shelf takes them one by one,
-which ends the same way.
+Each of the first three does all or, with False, nothing (chunks may have been evicted); then the shelf takes them one
+by one, which ends the same way.
 """
 
 from __future__ import annotations
