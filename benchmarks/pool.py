@@ -31,18 +31,19 @@ from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.policies import Links, make_policy
-from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.settings import DiskSettings, PoolSettings
 from pdtransport.settings import LinkSettings, Settings
 
 PAGE = 32 << 10
 BATCHES = (64, 256)  # keys in one lookup: prompts of 4096 and 16384 tokens in chunks of 64
 BATCH = BATCHES[0]
 LOOKUP_CHUNKS = 4096  # in the pool while lookups are measured
+MAPPED_S = 0.5  # in which a pool and a client that just started map its memory, in the background
 MiB = 1 << 20
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
     result: dict[str, Any] = {}
     if "bytes" in arguments.parts:
         moved = arguments.bytes, arguments.chunk, arguments.rounds
@@ -258,29 +259,36 @@ def _cuda_memcpy(target: int, source: int, nbytes: int) -> None:
 
 def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
     """Bytes a second of the disk tier, through a whole pool: from a store until all is written, and loads of a pool
-    that has just started; and what fio does with files and threads like these, each round beside its own."""
-    count, threads = nbytes // chunk, 4
+    that has just started; and what fio does with files and threads like these, each round beside its own. The tier's
+    directories are there, as in a pool that has run for a while."""
+    count, threads = nbytes // chunk, DiskSettings.model_fields["threads"].default
     source = _memory(nbytes)
     source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
-    runs = _runs(source, count, 0)
+    runs = _runs(source.ctypes.data, nbytes, count, 0)
     rates: dict[str, list[float]] = {"disk write": [], "disk read": []}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as short, tempfile.TemporaryDirectory(dir=place) as folder:
         made = PoolSettings(dir=Path(short) / "p", memory_bytes=2 * nbytes)
         options = [f"--disk={folder}/tier", f"--disk-bytes={4 * nbytes}", f"--disk-threads={threads}"]
         options.append(f"--writeback-bytes={2 * nbytes}")
+        for number in range(4096):  # which a pool makes as it goes, each once
+            Path(folder, "tier", "t-", f"{number:03x}").mkdir(parents=True)
         for _ in range(rounds):
             keys = [os.urandom(32) for _ in range(count)]
             with PoolClient(directory=made.dir, deadline_s=60.0) as client:
                 with daemon(made, ({}, options)):
                     client.status().result()
+                    time.sleep(MAPPED_S)
                     begin = time.perf_counter()
                     assert client.store(keys, runs).result().prefix == count
                     while client.status().result()["writeback_bytes"]:
                         time.sleep(0.002)
                     rates["disk write"].append(nbytes / (time.perf_counter() - begin))
+                    written = client.status().result()["counters"].get("disk_written_bytes", 0)
+                    assert written >= nbytes, f"only {written} bytes were written: see the log"
                 with daemon(made, ({}, options)):
                     while client.lookup(keys).result().there < count:
                         time.sleep(0.01)
+                    time.sleep(MAPPED_S)
                     begin = time.perf_counter()
                     assert client.load(keys, runs).result().prefix == count
                     rates["disk read"].append(nbytes / (time.perf_counter() - begin))

@@ -11,7 +11,7 @@ Systems, each a server started afresh:
 
 no pool     a plain server
 memory      a pool that keeps all chunks in memory
-disk        one whose memory is small and whose chunks come from disk (through the kernel's page cache)
+disk        one whose memory is small and whose chunks come from disk (round the page cache where that is possible)
 redis       the same with a redis-server on this host
 
 Columns: TTFT in milliseconds as the client sees it, of prompts that come for the first time and of those that come

@@ -87,31 +87,63 @@ static uint64_t stream_hash_stripes_portable(void *to, const void *bytes, uint64
  * and once to store it. ONCE pins a loaded vector to its register, for the peer may write meanwhile. */
 #define ONCE(v) __asm__ volatile("" : "+x"(v))
 
-/* One loop for each vector width; the compiler drops what a caller's constants rule out. Two vectors a turn, with sums of
- * their own, hide the latency of an addition. */
+/* Memory gives one core the most when several of its pages are read and written in turn: WEAVE stripes, WEAVE_APART
+ * from each other, go side by side as long as there are so many. Their order does not matter, for their values are
+ * added up. */
+#define WEAVE 4
+#define WEAVE_APART 4 /* 4 KiB */
+#define WOVEN (WEAVE * WEAVE_APART)
+
+#define DO_VECTOR(VECTOR, LOADU, LOAD, STREAM, XOR, ADD, MUL, SHIFT, AT, PRODUCTS, PLAIN)                              \
+    do {                                                                                                               \
+        VECTOR a = LOADU((const void *)(from + (AT)));                                                                 \
+        if (to) {                                                                                                      \
+            ONCE(a);                                                                                                   \
+            STREAM((void *)(to + (AT)), a);                                                                            \
+        }                                                                                                              \
+        if (hash) {                                                                                                    \
+            a = XOR(a, LOAD((const void *)(key + i)));                                                                 \
+            PRODUCTS = ADD(PRODUCTS, MUL(a, SHIFT(a, 32))), PLAIN = ADD(PLAIN, a);                                     \
+        }                                                                                                              \
+    } while (0)
+
+/* One loop for each vector width; the compiler drops what a caller's constants rule out. Where stripes go one by one,
+ * two vectors a turn, with sums of their own, hide the latency of an addition. */
 #define STRIPES(NAME, TARGET, VECTOR, BYTES, ZERO, LOADU, LOAD, STREAM, XOR, ADD, MUL, SHIFT, SUM)                     \
     __attribute__((target(TARGET), always_inline)) static inline uint64_t NAME(                                        \
         unsigned char *to, const unsigned char *from, uint64_t count, uint64_t first, const unsigned char *next,       \
         int hash) {                                                                                                    \
         const unsigned char *key = (const unsigned char *)keys;                                                        \
         uint64_t sum = 0;                                                                                              \
+        for (; count >= WOVEN; count -= WOVEN, first += WOVEN, from += WOVEN * STRIPE_BYTES) {                         \
+            const unsigned char *then = count > WOVEN || !next ? from + WOVEN * STRIPE_BYTES : next;                   \
+            for (int s = 0; s < WEAVE_APART; s++) {                                                                    \
+                VECTOR products[WEAVE], plain[WEAVE];                                                                  \
+                for (int w = 0; w < WEAVE; w++) products[w] = plain[w] = ZERO();                                       \
+                const unsigned char *ahead = s + 1 < WEAVE_APART ? from + (s + 1) * STRIPE_BYTES : then;               \
+                for (int line = 0; line < STRIPE_BYTES; line += LINE_BYTES)                                            \
+                    for (int w = 0; w < WEAVE; w++) {                                                                  \
+                        int page = w * WEAVE_APART * STRIPE_BYTES;                                                     \
+                        _mm_prefetch((const char *)ahead + page + line, _MM_HINT_T0);                                  \
+                        for (int i = line; i < line + LINE_BYTES; i += BYTES)                                          \
+                            DO_VECTOR(VECTOR, LOADU, LOAD, STREAM, XOR, ADD, MUL, SHIFT, page + s * STRIPE_BYTES + i,  \
+                                      products[w], plain[w]);                                                          \
+                    }                                                                                                  \
+                if (hash)                                                                                              \
+                    for (int w = 0; w < WEAVE; w++)                                                                    \
+                        sum += stripe_value(SUM(products[w]), SUM(plain[w]), first + w * WEAVE_APART + s + 1);         \
+            }                                                                                                          \
+            if (to) to += WOVEN * STRIPE_BYTES;                                                                        \
+        }                                                                                                              \
         for (uint64_t s = 1; s <= count; s++, from += STRIPE_BYTES) {                                                  \
             const unsigned char *ahead = s < count || !next ? from + STRIPE_BYTES : next;                              \
             VECTOR products_a = ZERO(), products_b = ZERO(), plain_a = ZERO(), plain_b = ZERO();                       \
-            for (int i = 0; i < STRIPE_BYTES; i += 2 * BYTES) {                                                        \
-                _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);                                                    \
-                if (BYTES == LINE_BYTES) _mm_prefetch((const char *)ahead + i + BYTES, _MM_HINT_T0);                   \
-                VECTOR a = LOADU((const void *)(from + i)), b = LOADU((const void *)(from + i + BYTES));               \
-                if (to) {                                                                                              \
-                    ONCE(a);                                                                                          \
-                    ONCE(b);                                                                                           \
-                    STREAM((void *)(to + i), a), STREAM((void *)(to + i + BYTES), b);                                  \
-                }                                                                                                      \
-                if (hash) {                                                                                            \
-                    a = XOR(a, LOAD((const void *)(key + i))), b = XOR(b, LOAD((const void *)(key + i + BYTES)));      \
-                    products_a = ADD(products_a, MUL(a, SHIFT(a, 32))), plain_a = ADD(plain_a, a);                     \
-                    products_b = ADD(products_b, MUL(b, SHIFT(b, 32))), plain_b = ADD(plain_b, b);                     \
-                }                                                                                                      \
+            for (int i = 0; i < STRIPE_BYTES; i += BYTES) {                                                            \
+                if (i % LINE_BYTES == 0) _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);                           \
+                if (i / BYTES % 2)                                                                                     \
+                    DO_VECTOR(VECTOR, LOADU, LOAD, STREAM, XOR, ADD, MUL, SHIFT, i, products_b, plain_b);              \
+                else                                                                                                   \
+                    DO_VECTOR(VECTOR, LOADU, LOAD, STREAM, XOR, ADD, MUL, SHIFT, i, products_a, plain_a);              \
             }                                                                                                          \
             if (to) to += STRIPE_BYTES;                                                                                \
             if (hash) sum += stripe_value(SUM(ADD(products_a, products_b)), SUM(ADD(plain_a, plain_b)), first + s);    \

@@ -109,7 +109,7 @@ class PoolClient:
         name, directory: of the pool (``pool.name``, ``pool.dir``).
         tenant: whose quota the chunks count against.
         deadline_s: of each call that names no other.
-        threads: stores and loads that run at once; each copies with one thread.
+        threads: stores and loads that run at once; in host memory, each copies with two threads.
         device: number of the GPU whose memory chunks are copied from and to (-1: host memory). Then the pool's memory
             is registered with CUDA as soon as there is a pool, and stores and loads wait for that.
         who: shown in the pool's status; default this program and its process id.
@@ -228,7 +228,7 @@ class PoolClient:
     def manage(
         self,
         keys: Sequence[bytes],
-        action: Literal["pin", "drop", "leave", "fetch", "write"],
+        action: Literal["pin", "drop", "leave", "fetch", "hint", "write"],
         *,
         pin: Literal["none", "soft", "hard"] = "none",
         for_s: float | None = None,

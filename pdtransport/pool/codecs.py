@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,21 +37,23 @@ class Lossy(NamedTuple):
 
 
 class Forms:
-    """The ways to pack chunks that one pool was asked for, by number; 0: exactly."""
+    """Ways to pack chunks below memory, by their numbers; 0: exactly."""
 
-    def __init__(self) -> None:
-        self._made: list[Lossy | None] = [None]
-
-    def number(self, lossy: Lossy | None) -> int | None:
-        """None: there are too many."""
-        if lossy not in self._made:
-            if len(self._made) > MAX_FORMS:
-                return None
-            self._made.append(lossy)
-        return self._made.index(lossy)
+    def __init__(self, counters: Counter[str]) -> None:
+        self._forms: list[Lossy | None] = [None]
+        self._counters = counters
 
     def __getitem__(self, number: int) -> Lossy | None:
-        return self._made[number]
+        return self._forms[number]
+
+    def number(self, lossy: Lossy | None) -> int:
+        """0 also where there are too many."""
+        if lossy not in self._forms:
+            if len(self._forms) > MAX_FORMS:
+                self._counters["forms_refused"] += 1
+                return 0
+            self._forms.append(lossy)
+        return self._forms.index(lossy)
 
 
 class Codec(ABC):

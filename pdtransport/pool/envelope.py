@@ -76,6 +76,11 @@ class Opening:
         self._payload = bytearray(found.payload)
         return [memoryview(self._payload)]
 
+    @property
+    def plain(self) -> bool:
+        """Whether the payload is the chunk as it is."""
+        return self._header is not None and self._header.codec == PLAIN
+
     def finish(self) -> int:
         """Unpack what was filled; returns the checksum that it must have, which is for the caller to verify.
 

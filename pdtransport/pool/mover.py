@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -12,11 +11,12 @@ from collections.abc import Callable
 from pdtransport.kernels import pages
 from pdtransport.pool.envelope import Opening, seal
 from pdtransport.pool.frames import frame_runs
+from pdtransport.pool.jobs import Jobs
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.memory import Mapping
 from pdtransport.pool.plugins import lossy_codec
 from pdtransport.pool.shelf import Shelf
-from pdtransport.pool.tiers import Stored, TierDown, TierError
+from pdtransport.pool.tiers import Damaged, Stored, TierDown, TierError, check
 from pdtransport.reactor import ReactorStopped
 
 logger = logging.getLogger("pdtransport.pool")
@@ -26,54 +26,47 @@ PROBE_S = 0.5  # between looks at a tier that is down
 FOREVER_S = 1e9
 STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
 
-END, READ, REST = range(3)  # what goes first
-
-_Queue = queue.PriorityQueue[tuple[int, int, Job | None]]
 Post = Callable[[Callable[[], None]], None]
 
 
 class Mover:
-    """Threads for each tier of ``shelf``. Writes and deletes of one key run in order, by the same thread; results are
-    posted to the thread that drives the shelf."""
+    """Threads for each tier of ``shelf``, which share its work; results are posted to the thread that drives the
+    shelf."""
 
     def __init__(self, shelf: Shelf, memory: Mapping, post: Post) -> None:
         self._shelf, self._memory, self._post = shelf, memory, post
         self._frame_bytes = shelf.settings.frame_bytes
         self._stopping = threading.Event()
-        self._queues: dict[str, list[_Queue]] = {}
-        self._numbers = itertools.count()
+        self._jobs = {tier.name: Jobs() for tier in shelf.lower}
         self._threads: list[threading.Thread] = []
         for tier in shelf.lower:
-            queues: list[_Queue] = [queue.PriorityQueue() for _ in range(tier.tier.threads)]
-            self._queues[tier.name] = queues
+            jobs, name = self._jobs[tier.name], f"pdpool-{tier.name}"
             self._threads += [
-                threading.Thread(target=self._work, args=(each,), name=f"pdpool-{tier.name}", daemon=True)
-                for each in queues
+                threading.Thread(target=self._work, args=(jobs,), name=name, daemon=True)
+                for _ in range(tier.tier.threads)
             ]
             self._threads.append(
-                threading.Thread(target=self._look_after, args=(tier,), name=f"pdpool-{tier.name}-scan", daemon=True)
+                threading.Thread(target=self._look_after, args=(tier,), name=f"{name}-scan", daemon=True)
             )
+        if shelf.lower:  # these threads are the first here to touch the memory
+            populate = threading.Thread(target=memory.populate, args=(self._stopping.is_set,), daemon=True)
+            self._threads.append(populate)
         for thread in self._threads:
             thread.start()
 
     def submit(self, job: Job) -> None:
-        """Reads go first: someone waits for them. A read of a key never stands behind a write of it, which must have
-        ended for the tier to have it."""
-        queues = self._queues[job.tier.name]
-        rank = READ if isinstance(job, Promote) else REST
-        queues[int.from_bytes(job.key[-4:], "little") % len(queues)].put((rank, next(self._numbers), job))
+        self._jobs[job.tier.name].put(job)
 
     @property
     def backlog(self) -> int:
         """Jobs that wait, of all tiers."""
-        return sum(each.qsize() for queues in self._queues.values() for each in queues)
+        return sum(map(len, self._jobs.values()))
 
     def close(self) -> None:
         """End the threads; chunks that wait to be written back are not."""
         self._stopping.set()
-        for queues in self._queues.values():
-            for each in queues:
-                each.put((END, 0, None))
+        for each in self._jobs.values():
+            each.close()
         for thread in self._threads:
             thread.join(STOP_S)
 
@@ -81,8 +74,8 @@ class Mover:
     def ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _work(self, jobs: _Queue) -> None:
-        while (job := jobs.get()[2]) is not None and not self._stopping.is_set():
+    def _work(self, jobs: Jobs) -> None:
+        while (job := jobs.take()) is not None:
             try:
                 if isinstance(job, WriteBack):
                     self._write_back(job)
@@ -92,35 +85,48 @@ class Mover:
                     self._delete(job)
             except ReactorStopped:
                 return
+            finally:
+                jobs.done(job)
 
     def _write_back(self, job: WriteBack) -> None:
         shelf, stored = self._shelf, None
         try:
-            if self._checksum(job.frames, job.nbytes) != job.checksum:
-                self._post(lambda: shelf.found_damaged(job))
-                return
-            pieces = self._sealed(job)
-            stored = job.tier.tier.write(job.key, job.tenant, job.nbytes, pieces)
+            stored = self._write(job)
+        except Damaged:
+            self._post(lambda: shelf.found_damaged(job))
+            return
         except TierDown as error:
             self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
             _complain(job.tier, "write", error)
         self._post(lambda: shelf.written_back(job, stored))
 
-    def _sealed(self, job: WriteBack) -> list[bytes | memoryview]:
-        parts = self._parts(job.frames, job.nbytes)
+    def _write(self, job: WriteBack) -> int:
+        """Bytes that it takes in the tier, sealed.
+
+        Raises:
+            Damaged: it does not have its checksum any more.
+            TierError, OSError: as :meth:`Tier.write`.
+        """
+        parts, tier = self._parts(job.frames, job.nbytes), job.tier
         codec = lossy_codec(job.lossy.codec) if job.lossy is not None else None
-        if codec is None or job.lossy is None:
-            return seal(job.key, parts, job.checksum, job.tier.codec)
-        return seal(job.key, parts, job.checksum, codec, job.lossy.grid)
+        grid = job.lossy.grid if job.lossy is not None and codec is not None else None
+        codec = codec or tier.codec
+        if codec is None:
+            pieces = seal(job.key, parts, job.checksum, None)
+            return tier.tier.write_checked(job.key, job.tenant, job.nbytes, pieces, job.checksum)
+        check(self._checksum(job.frames, job.nbytes), job.checksum)
+        return tier.tier.write(job.key, job.tenant, job.nbytes, seal(job.key, parts, job.checksum, codec, grid))
 
     def _promote(self, job: Promote) -> None:
         shelf, found = self._shelf, None
         try:
             opening = Opening(job.key, self._parts(job.frames, job.nbytes))
-            job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
+            taken = job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
             checksum = opening.finish()
-            if self._checksum(job.frames, job.nbytes) != checksum:
+            if taken is None or not opening.plain:
+                taken = self._checksum(job.frames, job.nbytes)
+            if taken != checksum:
                 raise TierError(f"chunk {job.key.hex()[:16]} is damaged: its checksum differs")
             found = checksum
         except TierDown as error:

@@ -67,7 +67,7 @@ class DiskSettings(TierSettings):
     """The disk tier: one checksummed file a chunk."""
 
     path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
-    threads: int = Field(4, ge=1, le=64, description="Chunks that are read or written at once.")
+    threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
     direct: Literal["auto", "off"] = Field(
         "auto", description="auto: round the page cache where the file system does that; off: through it."
     )

@@ -19,6 +19,7 @@ from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import together
 from pdtransport.pool.codecs import Forms
 from pdtransport.pool.frames import Frames
+from pdtransport.pool.hints import SHARE, Hints
 from pdtransport.pool.index import EMPTY, FILLING, MAX_REFS, MEMORY, READY, Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.policies import Ghosts
@@ -59,12 +60,13 @@ class Shelf:
         self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
         self.outbox: dict[Request, list[Part] | Grants] = {}
         self.counters: Counter[str] = Counter()
+        self.forms = Forms(self.counters)  # ways to pack chunks below memory, by the index's ``form``
+        self.hints = Hints(frames * settings.frame_bytes // SHARE, self.counters)
         self._verify = verify
         self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
         self.waiters: dict[int, deque[tuple[Request, int]] | None] = {}  # of each entry being filled
         self._seen = Ghosts()
         self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
-        self.forms = Forms()
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
 
     @property
@@ -328,6 +330,7 @@ class Shelf:
         request.held[number] = entry
         request.session.held_bytes += nbytes
         self.room.touch(entry)
+        self.hints.loaded(entry)
         self.counters["loaded_chunks"] += 1
         self.counters["loaded_bytes"] += nbytes
         self._answer(request, Part(number, Verdict.READ, self.index.checksum[entry], frames))
@@ -373,6 +376,7 @@ class Shelf:
                 return
         del self.waiters[entry]
         self.counters["fills_abandoned"] += 1
+        self.hints.left(entry)
         self.index.state[entry] = READY
         self._free_frames(entry)
         self._forget_if_gone(entry)
@@ -394,6 +398,7 @@ class Shelf:
     def left_memory(self, entry: int) -> None:
         self.index.tiers[entry] &= ~MEMORY & 0xFF
         self.room.forget_pin(entry)
+        self.hints.left(entry)
         if self.index.refs[entry] == 0:
             self._free_frames(entry)
             self._forget_if_gone(entry)

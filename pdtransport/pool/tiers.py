@@ -10,7 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from pdtransport.errors import PDTransportError
+from pdtransport.kernels import pages
+from pdtransport.kernels.runs import Runs
 from pdtransport.kv.keys import KEY_BYTES
 
 HEADER_BYTES = 44 + KEY_BYTES
@@ -20,6 +24,10 @@ Place = Callable[[bytes], list[memoryview]]
 
 class TierError(PDTransportError):
     """A tier could not do what it was asked; the text says why."""
+
+
+class Damaged(TierError):
+    """What should be written does not have its checksum."""
 
 
 class TierDown(TierError):
@@ -68,10 +76,24 @@ class Tier(ABC):
             TierError, OSError: it was not stored.
         """
 
+    def write_checked(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int
+    ) -> int:
+        """As :meth:`write`, of a chunk whose bytes stand in ``pieces`` as they are, behind the header, and only if they
+        have this checksum. A tier that copies them anyway can take it on the way.
+
+        Raises:
+            Damaged: they have another.
+            TierError, OSError: as :meth:`write`.
+        """
+        check(int(pages.checksum(runs_of(pieces[1:]), 1)[0]), checksum)
+        return self.write(key, tenant, nbytes, pieces)
+
     @abstractmethod
-    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
         """Read a sealed chunk: ``place(header)`` says where the payload goes; fill all of that, and see that nothing is
-        left over. Whether the bytes are right is for the caller to verify.
+        left over. Whether the bytes are right is for the caller to verify: the checksum of the payload as it stands
+        there now, if it was taken on the way, else None.
 
         Raises:
             TierError, OSError: it is not there, has another length, can't be read; and what ``place`` raises.
@@ -84,6 +106,20 @@ class Tier(ABC):
         Raises:
             TierError, OSError: it may still be there.
         """
+
+
+def runs_of(pieces: Sequence[bytes | memoryview]) -> Runs:
+    """Where they lie."""
+    places = [(np.frombuffer(piece, dtype=np.uint8).ctypes.data if len(piece) else 0, len(piece)) for piece in pieces]
+    return np.array(places, dtype=np.uint64).reshape(-1, 2)
+
+
+def check(found: int, checksum: int) -> None:
+    """Raises:
+    Damaged: they differ.
+    """
+    if found != checksum:
+        raise Damaged("the chunk in memory is damaged: its checksum differs")
 
 
 def fill(value: bytes | memoryview, place: Place) -> None:

@@ -68,6 +68,9 @@ def load(shelf: Shelf, request: Request, entries: Entries, sizes: Sequence[int])
     request.held.update(enumerate(listed))
     session.held_bytes += nbytes
     shelf.room.touch_all(listed)
+    if shelf.hints.nbytes:
+        for entry in listed:
+            shelf.hints.loaded(entry)
     for counter, more in (("memory_hits", count), ("loaded_chunks", count), ("loaded_bytes", nbytes), ("read", count)):
         shelf.counters[counter] += more
     frames = b"".join([shelf.frames_of[entry] or b"" for entry in listed])
@@ -114,6 +117,7 @@ def evicted(shelf: Shelf, entries: list[int]) -> None:
     index.tier_column[at] &= ~MEMORY & 0xFF
     for entry in entries:
         shelf.room.forget_pin(entry)
+        shelf.hints.left(entry)
     shelf.room.give_back(b"".join([shelf.frames_of[entry] or b"" for entry in entries]), int(index.group_column[at[0]]))
     for entry in entries:
         shelf.frames_of[entry] = None

@@ -353,10 +353,7 @@ def _prepare(session: Session, device: int) -> None:
 def reach_memory(mapping: Mapping, device: int, stop: Callable[[], bool]) -> None:
     """Make copies between a device's memory and the mapping possible, and fast from the first one on."""
     if device == HOST:
-        done = 0
-        while done < mapping.nbytes and not mapping.populated and not stop():
-            done = mapping.populate(done)
-        mapping.populated = mapping.populated or done == mapping.nbytes
+        mapping.populate(stop)
         return
     mapping.register(device, stop)
     if mapping.problem:

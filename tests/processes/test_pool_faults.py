@@ -22,6 +22,7 @@ from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import (
     CHUNK,
     DAMAGES,
+    Bytes,
     Other,
     Pages,
     content,
@@ -220,16 +221,39 @@ def test_a_damaged_chunk_in_memory_is_a_miss_and_dropped(directory: Path) -> Non
     """One flipped bit in the pool's memory: the reader notices, nobody is served it, and it can be stored anew."""
     with pool(directory), PoolClient(directory=directory) as client:
         store(client, [1, 2])
-        (file,) = directory.glob("*.memory")
-        memory = bytearray(file.read_bytes())
-        at = memory.find(content(1)[4096:4160].tobytes())
-        with file.open("r+b") as opened:
-            opened.seek(at)
-            opened.write(bytes([memory[at] ^ 1]))
+        flip_a_bit(directory, content(1))
         assert names(load(client, [1, 2])) == ["MISS", "READ"]
         assert client.counters["damaged"] == 1
         until(lambda: client.lookup([key(1)]).result().there == 0, "the damaged chunk is still there")
         assert names(store(client, [1])) == ["WRITE"]
+        assert names(load(client, [1])) == ["READ"]
+
+
+def flip_a_bit(directory: Path, chunk: Bytes) -> None:
+    """Of a chunk of one frame or more, in the pool's memory."""
+    (file,) = directory.glob("*.memory")
+    memory = file.read_bytes()
+    at = memory.find(chunk[4096:4160].tobytes())
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        opened.write(bytes([memory[at] ^ 1]))
+
+
+@pytest.mark.parametrize(("codec", "direct"), [("none", "auto"), ("none", "off"), ("zstd", "auto")])
+def test_what_was_damaged_in_memory_is_not_written_below(
+    directory: Path, tmp_path: Path, codec: str, direct: str
+) -> None:
+    """A flipped bit is noticed on the way to the disk, however it goes there: the good file stays, and is what loads
+    get from then on."""
+    if codec == "zstd":
+        pytest.importorskip("zstandard")
+    disk = {"path": tmp_path / "disk", "bytes": 64 << 20, "codec": codec, "direct": direct}
+    with pool(directory, disk=disk) as served, PoolClient(directory=directory) as client:
+        store(client, [1])
+        until(lambda: status(client)["tiers"]["disk"]["chunks"] == 1, "it was not written back")
+        flip_a_bit(directory, content(1))
+        assert client.manage([key(1)], "write", tier="disk", again=True).result() == 1
+        until(lambda: served.status()["counters"].get("damaged_memory") == 1, "it was not noticed")
         assert names(load(client, [1])) == ["READ"]
 
 

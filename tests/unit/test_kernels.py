@@ -185,11 +185,15 @@ def test_threads_divide_a_stream_without_a_seam(threads: int) -> None:
 
 
 @pytest.mark.usefixtures("vectors")
-@pytest.mark.parametrize(("lengths", "first"), [([32768] * 40, 0), ([4096] * 300, 64), ([1032, 8, 65528] * 20, 0)])
+@pytest.mark.parametrize(
+    ("lengths", "first"),
+    [([32768] * 40, 0), ([4096] * 300, 64), ([1032, 8, 65528] * 20, 0), ([16384, 17 << 10, 36864 + 512] * 20, 0)],
+)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_streams_go_round_the_cache_whole(lengths: list[int], first: int, threads: int) -> None:
     """Large mapped streams take streaming stores where the destination is aligned, in each instruction set: stripes
-    that a block's or a run's end cuts, runs that begin within one, any block length."""
+    that a block's or a run's end cuts, runs that begin within one, any block length, stripes that go side by side and
+    those left over."""
     total = sum(lengths)
     source = np.random.default_rng(1).integers(0, 256, total + 5000, dtype=np.uint8)
     src = fragment(source, lengths[::-1], np.random.default_rng(2).permutation(len(lengths)).tolist(), 3, 5)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtransport.pool import together
-from pdtransport.pool.index import key_rows
+from pdtransport.pool.index import FILLING, MEMORY, key_rows
 from pdtransport.pool.lower import Lower, Promote, WriteBack
 from pdtransport.pool.request import Request, Verdict
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, keys, shelf
@@ -22,7 +22,7 @@ CHUNK = 1 << 18
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["store", "load", "publish", "release", "drop", "work"]),
+        st.sampled_from(["store", "load", "publish", "release", "drop", "work", "hint"]),
         st.integers(0, 9),
         st.lists(st.integers(0, 9), min_size=1, max_size=5),
     ),
@@ -39,6 +39,11 @@ class Pool:
         self.askers = [Asker(self.shelf), Asker(self.shelf)]
         self.asked: list[Request] = []
 
+    def may_come(self, entry: int) -> bool:
+        """From a tier below."""
+        index = self.shelf.index
+        return bool(index.tiers[entry]) and not index.tiers[entry] & MEMORY and index.state[entry] != FILLING
+
     def take(self, what: str, which: int, numbers: list[int]) -> Any:
         if what in ("store", "load"):
             request = self.askers[which % 2]._request(what == "store")
@@ -47,6 +52,10 @@ class Pool:
             self.asked.append(request)
         elif what == "drop":
             self.shelf.drop(keys(*numbers))
+        elif what == "hint":
+            for entry in self.shelf.entries(keys(*numbers)):
+                if entry >= 0 and self.may_come(entry) and self.shelf.bring_up(entry):
+                    self.shelf.hints.began(entry, self.shelf.index.nbytes[entry], 0.0)
         elif what == "work":
             jobs, self.shelf.jobs = self.shelf.jobs, deque()
             for job in jobs:
