@@ -172,7 +172,7 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
         return Pieces(nothing, nothing if dst is not None else None, None, 8, 0, 0, "singles")
     piece = math.gcd(*lengths) if all(lengths) else 0  # of pages in one length, frames in another, mostly
     if not piece or piece % STRIPE_BYTES:
-        sides = [merge_runs(side) for side in sides]
+        sides, lengths = [merge_runs(side) for side in sides], [0] * len(sides)
         piece = int(np.gcd.reduce([np.gcd.reduce(side[:, 1]) for side in sides]))
     columns = [np.ascontiguousarray(side[:, 0]) for side in sides]
     bits = 0
@@ -182,8 +182,8 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
         raise ValueError("addresses and lengths of GPU runs must be multiples of 8, and no address 0")
     aligned = (piece | bits | block_bytes) % 16 == 0
     if total // piece <= max(4 * sum(map(len, sides)), EQUAL_PIECES):
-        pairs = zip(columns, sides, strict=True)
-        starts, tables = None, [_equal_pieces(column, side[:, 1], piece) for column, side in pairs]
+        triples = zip(columns, sides, lengths, strict=True)
+        starts, tables = None, [_equal_pieces(column, side[:, 1], each, piece) for column, side, each in triples]
     else:
         starts, tables = _common_pieces(sides)
     whole = aligned and starts is None and piece % STRIPE_BYTES == 0 and block_bytes % STRIPE_BYTES == 0
@@ -206,7 +206,12 @@ def _same_length(side: Runs) -> int:
     return length if int(side[:, 1].min()) == length == int(side[:, 1].max()) else 0
 
 
-def _equal_pieces(addresses: Words, lengths: Words, piece: int) -> Words:
+def _equal_pieces(addresses: Words, lengths: Words, each: int, piece: int) -> Words:
+    """``each``: the length that all runs have, or 0."""
+    if each == piece:
+        return addresses
+    if each:
+        return (addresses[:, None] + np.arange(0, each, piece, dtype=np.uint64)).ravel()
     if int(lengths[0]) == piece and int(lengths.max()) == piece:
         return addresses
     counts = (lengths // np.uint64(piece)).astype(np.int64)

@@ -62,6 +62,8 @@ class Reactor:
         self._wake_in.setblocking(False)
         self._stopping = False
         self._woken = False  # a byte lies there, or will; another would cost one more system call
+        self._poller = zmq.Poller()
+        self._polled: list[int] | None = None  # what it looks at beside the wake-up
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -152,13 +154,15 @@ class Reactor:
             time.sleep(0.01)
 
     def _sleep(self, work: Work) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake_out, zmq.POLLIN)
-        for item in (*work.sockets(), *work.descriptors()):
-            poller.register(item, zmq.POLLIN)
+        items: list[zmq.Socket[bytes] | int] = [*work.sockets(), *work.descriptors()]
+        names = [item if isinstance(item, int) else id(item) for item in items]
+        if names != self._polled:  # it holds the sockets, so their ids are not given out again
+            self._polled, self._poller = names, zmq.Poller()
+            for item in (self._wake_out, *items):
+                self._poller.register(item, zmq.POLLIN)
         deadline = work.next_deadline()
         wait = MAX_SLEEP_S if deadline is None else min(MAX_SLEEP_S, max(0.0, deadline - time.monotonic()))
-        poller.poll(max(1, round(wait * 1000)) if wait > 0 else 0)
+        self._poller.poll(max(1, round(wait * 1000)) if wait > 0 else 0)
         try:
             while self._wake_out.recv(4096):
                 pass

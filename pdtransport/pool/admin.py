@@ -20,7 +20,7 @@ from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.control import COMING, HARD_PIN, PLAIN, SOFT_PIN, USED, WRITING
-from pdtransport.pool.shelf import MEMORY
+from pdtransport.pool.index import MEMORY
 from pdtransport.pool.spaces import Space, parse_spaces
 
 STEP_S = 0.005  # between looks at work under way

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import MAX_RUN_BYTES, MAX_RUNS, Runs, as_runs
 from pdtransport.pool import messages as say
-from pdtransport.pool.request import Part, Verdict
+from pdtransport.pool.request import Grants, Part, Verdict
 from pdtransport.pool.settings import MAX_CHUNK_BYTES
 
 Numbers = npt.NDArray[np.int64]
@@ -80,10 +80,15 @@ class Granted:
     def batches(self, most: int) -> Iterator[Granted]:
         """Chunks of one length, not more than ``most`` bytes together unless one is longer: one call of the copy kernel
         for each."""
+        if not len(self.sizes):
+            return
+        if len(self.sizes) * int(self.sizes[0]) <= most and (self.sizes == self.sizes[0]).all():
+            yield self
+            return
         ends = np.cumsum(self.counts)
         changes = (np.flatnonzero(np.diff(self.sizes)) + 1).tolist()
         for low, high in zip([0, *changes], [*changes, len(self.sizes)], strict=True):
-            step = max(1, most // int(self.sizes[low])) if high > low else 1
+            step = max(1, most // int(self.sizes[low]))
             for first in range(low, high, step):
                 last = min(first + step, high)
                 frames = self.frames[4 * int(ends[first] - self.counts[first]) : 4 * int(ends[last - 1])]
@@ -141,6 +146,27 @@ def parts_of(answer: say.Answer, sizes: Sequence[int], frame_bytes: int) -> Iter
             end += 4 * next(counts)
         yield Part(place, Verdict(code), checksum, answer.frames[at:end])
         at = end
+
+
+def answer_of(request: int, parts: Sequence[Part]) -> say.Answer:
+    return say.Answer(
+        request=request,
+        indices=np.array([part.place for part in parts], dtype="<u4").tobytes(),
+        verdicts=bytes(part.verdict for part in parts),
+        checksums=np.array([part.checksum for part in parts], dtype="<u8").tobytes(),
+        frames=b"".join(part.frames for part in parts),
+    )
+
+
+def granted(request: int, grants: Grants) -> say.Answer:
+    count = len(grants.checksums)
+    return say.Answer(
+        request=request,
+        indices=np.arange(count, dtype="<u4").tobytes(),
+        verdicts=bytes([grants.verdict]) * count,
+        checksums=np.array(grants.checksums, dtype="<u8").tobytes(),
+        frames=grants.frames,
+    )
 
 
 def verdicts_of(codes: Codes) -> tuple[Verdict, ...]:

@@ -38,7 +38,6 @@ from pdtransport.settings import PoolUse, Settings
 
 T = TypeVar("T")
 
-WINDOW_BYTES = 64 << 20  # of chunks granted in one message
 PREPARED_LOOK_S = 0.02
 GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
@@ -388,7 +387,7 @@ class PoolClient:
             storing,
             list(keys),
             chunks,
-            lambda: self._window(deadline, operation),
+            lambda most: self._window(deadline, operation, most),
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
@@ -426,9 +425,9 @@ class PoolClient:
             self._count(operation, codes, 0, 0, busy)
             future.set_result(Copied(verdicts_of(codes), 0, busy))
 
-    def _window(self, deadline: float, operation: Operation) -> tuple[int, int]:
-        """Bytes to ask for at one time, and to hold together, so that what this client holds fits what it may, and a
-        tier below memory finds room to bring chunks up to; when copies can begin.
+    def _window(self, deadline: float, operation: Operation, most: int) -> tuple[int, int]:
+        """Bytes to ask for at one time (at most ``most``), and to hold together, so that what this client holds fits
+        what it may, and a tier below memory finds room to bring chunks up to; when copies can begin.
 
         Raises:
             PoolUnavailable: there is no pool.
@@ -446,7 +445,7 @@ class PoolClient:
         if session.waits and session.problem:
             raise PoolUnavailable(session.problem)
         share = session.client_bytes // self._threads
-        return min(WINDOW_BYTES, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
+        return min(most, share // WINDOWS, session.memory_bytes // 8), min(share, session.memory_bytes // 2)
 
     def _run(self, operation: Operation) -> Copied:
         copier = self._spare.get()

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pdtransport.pool import messages as say
-from pdtransport.pool.index import Entries
+from pdtransport.pool.index import FILLING, MEMORY, Entries
 from pdtransport.pool.lower import Lower
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
-from pdtransport.pool.shelf import FILLING, MEMORY, Shelf
+from pdtransport.pool.shelf import Shelf
 from pdtransport.pool.space_file import MAX_SPACES, SpaceFile
 from pdtransport.protocol.messages import WireError
 

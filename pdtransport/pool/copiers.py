@@ -46,11 +46,11 @@ class UnderWay(Protocol):
 class Copier(ABC):
     """Used by one thread at a time. ``depth``: copies that may be under way at once, of at most ``batch_bytes`` each,
     unless a chunk is longer. Chunks are asked for in ``ahead`` requests at one time, the first of ``first_bytes``, the
-    next ones longer."""
+    next ones longer, up to ``window_bytes``."""
 
     depth = 1
     batch_bytes = 32 << 20
-    first_bytes = 1 << 40  # as many as later
+    first_bytes = window_bytes = 64 << 20
     ahead = 3
 
     @abstractmethod
@@ -115,8 +115,8 @@ class GpuCopier(Copier):
     """Memory of GPU number ``device``. Kernels are made at the first copy of their direction."""
 
     depth = 3  # enough to hide how long launches and answers take
-    batch_bytes = 64 << 20  # a millisecond
-    first_bytes = 32 << 20  # lasts until the answer to the second request, which comes after all of its chunks
+    batch_bytes = window_bytes = 128 << 20  # 2.5 ms: each costs this thread and the pool's half of one on a busy host
+    first_bytes = 64 << 20  # lasts until the answer to the second request
     ahead = 16  # a request's way there and back takes as long as half of its copy, or all of it on a busy host
 
     def __init__(self, device: int) -> None:

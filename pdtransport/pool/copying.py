@@ -63,7 +63,7 @@ class Operation:
     storing: bool
     keys: Sequence[bytes]
     chunks: Chunks
-    window_bytes: Callable[[], tuple[int, int]]  # of one window, of all; may raise PoolUnavailable
+    window_bytes: Callable[[int], tuple[int, int]]  # at most so many -> of one, of all; may raise PoolUnavailable
     number: Callable[[], int]
     ask: Callable[[Message, int], None]
     tell: Callable[[Session, Message], None]
@@ -110,11 +110,11 @@ class Copying:
         if self._do.cancelled.is_set():
             return
         try:
-            window_bytes, self._budget = self._do.window_bytes()
+            window_bytes, self._budget = self._do.window_bytes(self._copier.window_bytes)
             self._stretches = self._cut(window_bytes)
             self._open_more(1)
-            time.sleep(LOOK_S)  # the I/O thread sends it, instead of waiting for this one to make the others
-            self._open_more()
+            time.sleep(LOOK_S)  # the I/O thread sends it, instead of waiting for this one to make the next
+            self._open_more(2)  # the rest when the first is answered, which would else be heard later
             while self._windows and not self._do.cancelled.is_set():
                 self._step()
                 if not self._do.cancelled.is_set():  # or a grant that was passed over would look done

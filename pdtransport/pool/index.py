@@ -20,6 +20,9 @@ Entries = npt.NDArray[np.int32]
 KeyRows = npt.NDArray[np.uint64]
 
 MAX_ENTRIES = 1 << 30
+MAX_REFS = (1 << 16) - 1
+EMPTY, FILLING, READY = 0, 1, 2  # states of an entry
+MEMORY = 1  # its bit among the tiers
 _WORDS = KEY_BYTES // 8
 _MASK = (1 << 64) - 1
 
@@ -50,7 +53,8 @@ class Index:
 
     Beside the key it holds columns that the shelf reads and writes by entry: ``nbytes`` (uint32), ``checksum``
     (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin``, ``form`` (uint8) and ``group`` (uint16), each a
-    memoryview for single values, and ``tier_column`` as an array for many. All are zero in a new entry.
+    memoryview for single values; those that are read or written for many entries also as arrays, ``.._column``. All
+    are zero in a new entry.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -82,13 +86,14 @@ class Index:
             dtype=np.uint64,
         )
         self._table = self._of_table.ctypes.data  # as csrc/table.c wants it
-        self.nbytes = np.zeros(capacity, dtype=np.uint32).data
-        self.checksum = np.zeros(capacity, dtype=np.uint64).data
-        self.refs = np.zeros(capacity, dtype=np.uint16).data
-        self.state = np.zeros(capacity, dtype=np.uint8).data
-        self.pin = np.zeros(capacity, dtype=np.uint8).data
-        self.form = np.zeros(capacity, dtype=np.uint8).data
-        self.group = np.zeros(capacity, dtype=np.uint16).data
+        self.nbytes_column = np.zeros(capacity, dtype=np.uint32)
+        self.checksum_column = np.zeros(capacity, dtype=np.uint64)
+        self.refs_column = np.zeros(capacity, dtype=np.uint16)
+        self.state_column, self.pin_column, self.form_column = (np.zeros(capacity, dtype=np.uint8) for _ in range(3))
+        self.group_column = np.zeros(capacity, dtype=np.uint16)
+        self.nbytes, self.checksum = self.nbytes_column.data, self.checksum_column.data
+        self.refs, self.state = self.refs_column.data, self.state_column.data
+        self.pin, self.form, self.group = self.pin_column.data, self.form_column.data, self.group_column.data
 
     def find(self, keys: KeyRows) -> Entries:
         """The entry of each key, -1 where there is none: int32 of shape (n,)."""
@@ -134,6 +139,11 @@ class Index:
         """Their keys, one after the other."""
         return self._keys[entries].tobytes()
 
+    def first_words(self, entries: list[int]) -> list[int]:
+        """The first 8 bytes of their keys, as numbers."""
+        words: list[int] = self._keys[entries, 0].tolist()
+        return words
+
     def add(self, key: bytes) -> int:
         """A new entry for a key that is not there.
 
@@ -154,6 +164,29 @@ class Index:
         self.count += 1
         return entry
 
+    def add_all(self, keys: KeyRows) -> list[int]:
+        """New entries for different keys, none of which is there.
+
+        Raises:
+            IndexError: the table has no room for all of them; none was added.
+        """
+        if self.count + len(keys) > self.capacity:
+            raise IndexError(f"the index has no room for {len(keys)} more entries ({self.capacity} in all)")
+        entries: list[int] = []
+        free, head, after = self._free, self._head, self._next
+        while free >= 0 and len(entries) < len(keys):
+            entries.append(free)
+            free = after[free]
+        self._free = free
+        more = len(keys) - len(entries)
+        entries += range(self._fresh, self._fresh + more)
+        self._fresh += more
+        self._keys[entries] = keys
+        for entry, bucket in zip(entries, self._buckets(keys).tolist(), strict=True):
+            after[entry], head[bucket] = head[bucket], entry
+        self.count += len(entries)
+        return entries
+
     def remove(self, entry: int) -> None:
         """Forget an entry; its number may be given out again at once."""
         bucket = self._bucket(entry)
@@ -168,6 +201,25 @@ class Index:
             column[entry] = 0
         self._next[entry], self._free = self._free, entry
         self.count -= 1
+
+    def remove_all(self, entries: list[int]) -> None:
+        """Forget different entries."""
+        at = np.array(entries)
+        head, after = self._head, self._next
+        for entry, bucket in zip(entries, self._buckets(self._keys[at]).tolist(), strict=True):
+            place = head[bucket]
+            if place == entry:
+                head[bucket] = after[entry]
+            else:
+                while after[place] != entry:
+                    place = after[place]
+                after[place] = after[entry]
+            after[entry], self._free = self._free, entry
+        for column in (self.tier_column, self.nbytes_column, self.checksum_column, self.refs_column):
+            column[at] = 0
+        for column in (self.state_column, self.pin_column, self.form_column, self.group_column):
+            column[at] = 0
+        self.count -= len(entries)
 
     def __len__(self) -> int:
         return self.count

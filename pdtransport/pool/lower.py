@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,15 @@ class Lower:
 
     def touch(self, entry: int) -> None:
         self._policy.touch(entry)
+
+    def make_room(self, nbytes: int, drop_coldest: Callable[[], bool]) -> bool:
+        """Drop until so many bytes fit; False if what is being written takes the room."""
+        if nbytes > self.limit:
+            return False
+        while self.used + nbytes > self.limit:
+            if not drop_coldest():
+                return False
+        return True
 
     def coldest(self) -> int:
         """The entry to go next; it has left. -1: there is none."""

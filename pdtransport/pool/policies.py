@@ -49,6 +49,36 @@ class Order:
         self._last = entry
         self.count += 1
 
+    def extend(self, entries: list[int]) -> None:
+        if not entries:
+            return
+        before, after, last = self._before, self._after, self._last
+        if last < 0:
+            self._first = entries[0]
+        else:
+            after[last] = entries[0]
+        for entry, following in zip(entries, [*entries[1:], -1], strict=True):
+            before[entry], after[entry] = last, following
+            last = entry
+        self._last = last
+        self.count += len(entries)
+
+    def renew(self, entries: list[int]) -> None:
+        """Move these to the end, one after the other."""
+        before, after = self._before, self._after
+        for entry in entries:
+            last = self._last
+            if entry == last:
+                continue
+            ahead, behind = before[entry], after[entry]
+            before[behind] = ahead
+            if ahead >= 0:
+                after[ahead] = behind
+            else:
+                self._first = behind
+            before[entry], after[entry], after[last] = last, -1, entry
+            self._last = entry
+
     def remove(self, entry: int) -> None:
         before, after = self._before[entry], self._after[entry]
         if before >= 0:
@@ -88,6 +118,16 @@ class Policy(ABC):
     def touch(self, entry: int) -> None:
         """It was read."""
 
+    def add_all(self, entries: list[int], key_hashes: list[int]) -> None:
+        """These came in."""
+        for entry, key_hash in zip(entries, key_hashes, strict=True):
+            self.add(entry, key_hash)
+
+    def touch_all(self, entries: list[int]) -> None:
+        """These were read."""
+        for entry in entries:
+            self.touch(entry)
+
     @abstractmethod
     def remove(self, entry: int) -> None:
         """It leaves for another reason than eviction."""
@@ -111,6 +151,9 @@ class Fifo(Policy):
 
     def add(self, entry: int, key_hash: int) -> None:
         self._order.append(entry)
+
+    def add_all(self, entries: list[int], key_hashes: list[int]) -> None:
+        self._order.extend(entries)
 
     def touch(self, entry: int) -> None:
         pass
@@ -136,8 +179,10 @@ class Lru(Fifo):
     """Least recently used."""
 
     def touch(self, entry: int) -> None:
-        self._order.remove(entry)
-        self._order.append(entry)
+        self._order.renew([entry])
+
+    def touch_all(self, entries: list[int]) -> None:
+        self._order.renew(entries)
 
 
 class Mru(Lru):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -28,6 +30,21 @@ class Part(NamedTuple):
     verdict: Verdict
     checksum: int = 0
     frames: bytes = b""
+
+
+class Grants(NamedTuple):
+    """A request is told the same about all its keys: WRITE, or READ with their ``checksums``. ``frames`` are those of
+    all, one after the other, ``counts`` how many each has."""
+
+    verdict: Verdict
+    checksums: Sequence[int]
+    counts: Sequence[int]
+    frames: bytes
+
+    def parts(self) -> Iterator[Part]:
+        ends = accumulate(self.counts, initial=0)
+        for place, (checksum, (first, last)) in enumerate(zip(self.checksums, pairwise(ends), strict=True)):
+            yield Part(place, self.verdict, checksum, self.frames[4 * first : 4 * last])
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdtransport.pool.frames import Frames, frames_for
@@ -31,7 +31,7 @@ class Room:
 
     Args:
         quotas: frames by tenant. Tenants that are not named share what remains.
-        evicted: called with each entry that had to go, after it left the order; it must give the frames back.
+        evicted: called with entries that had to go, after they left the order; it must give the frames back.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Room:
         frame_bytes: int,
         policy: PolicyName,
         quotas: Mapping[str, int],
-        evicted: Callable[[int], None],
+        evicted: Callable[[list[int]], None],
     ) -> None:
         self._index, self.frames, self.frame_bytes = index, frames, frame_bytes
         self._evicted = evicted
@@ -79,6 +79,25 @@ class Room:
         group.used += need
         return self.frames.take(need)
 
+    def take_all(self, needs: Sequence[int], number: int) -> bytes | None:
+        """As :meth:`take`, frames for several chunks that need so many, one after the other; None if not all fit."""
+        total, group = sum(needs), self.groups[number]
+        if total > group.limit:
+            return None
+        group.used += total
+        if len(self.groups) == 1:
+            self._evict_frames(group, total - self.frames.free)
+        while group.used > group.limit:
+            if not self._evict_from(group):
+                break
+        while group.used <= group.limit and self.frames.free < total:
+            if not self.evict_one():
+                break
+        frames = self.frames.take(total) if group.used <= group.limit else None
+        if frames is None:
+            group.used -= total
+        return frames
+
     def give_back(self, frames: bytes, number: int) -> None:
         """Frames that nobody reads or writes any more."""
         self.frames.give_back(frames)
@@ -94,14 +113,28 @@ class Room:
         return sorted(self.groups, key=lambda group: group.used / group.weight, reverse=True)
 
     def _evict_from(self, group: Group) -> bool:
+        entry = self._pick(group)
+        if entry >= 0:
+            self._evicted([entry])
+        return entry >= 0
+
+    def _evict_frames(self, group: Group, need: int) -> None:
+        """Evict until so many frames are free again, or nothing is left that may go."""
+        entries: list[int] = []
+        while need > 0 and (entry := self._pick(group)) >= 0:
+            entries.append(entry)
+            need -= self.need(entry)
+        if entries:
+            self._evicted(entries)
+
+    def _pick(self, group: Group) -> int:
+        """The entry to go next, out of the order already; -1: none may."""
         entry = group.policy.evict(self._unreferenced)
         if entry < 0:
             entry = next(filter(self._unreferenced, group.soft.oldest_first()), -1)
-            if entry < 0:
-                return False
-            group.soft.remove(entry)
-        self._evicted(entry)
-        return True
+            if entry >= 0:
+                group.soft.remove(entry)
+        return entry
 
     def _unreferenced(self, entry: int) -> bool:
         return self._index.refs[entry] == 0
@@ -117,6 +150,29 @@ class Room:
             group.soft.append(entry)
         else:
             self.hard_frames += self.need(entry)
+
+    def enter_all(self, entries: list[int]) -> None:
+        """These are in memory now."""
+        if group := self._common(entries):
+            group.policy.add_all(entries, self._index.first_words(entries))
+        else:
+            for entry in entries:
+                self.enter(entry)
+
+    def touch_all(self, entries: list[int]) -> None:
+        """These were read."""
+        if group := self._common(entries):
+            group.policy.touch_all(entries)
+        else:
+            for entry in entries:
+                self.touch(entry)
+
+    def _common(self, entries: list[int]) -> Group | None:
+        """The group of all of these, if it is one and none of them is pinned."""
+        numbers = self._index.group_column[entries]
+        if self._index.pin_column[entries].any() or (numbers != numbers[0]).any():
+            return None
+        return self.groups[numbers[0]]
 
     def leave(self, entry: int) -> None:
         """The chunk leaves memory, and not because its turn came."""

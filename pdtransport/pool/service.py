@@ -24,15 +24,17 @@ from pdtransport.errors import SettingsError
 from pdtransport.kernels.quant import Grid
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
+from pdtransport.pool.chunks import answer_of, granted
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.control import Control
+from pdtransport.pool.index import MEMORY
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
 from pdtransport.pool.memory import Mapping, make_memory, map_memory
 from pdtransport.pool.mover import Mover, checksum_of
 from pdtransport.pool.plugins import lower_tiers
-from pdtransport.pool.request import Part, Request, Session
+from pdtransport.pool.request import Grants, Part, Request, Session
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
-from pdtransport.pool.shelf import MEMORY, Shelf
+from pdtransport.pool.shelf import Shelf
 from pdtransport.pool.space_file import SpaceFile, spaces_path
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
@@ -225,7 +227,7 @@ class PoolService:
         elif isinstance(message, say.Publish):
             request = session.requests.get(message.request)
             pairs = zip(_numbers(message.indices, "<u4"), _numbers(message.checksums, "<u8"), strict=True)
-            done = shelf.publish(request, pairs) if request else 0
+            done = shelf.publish(request, list(pairs)) if request else 0
             if request:
                 self._tidy(request)
             self._send(client.route, say.Done(request=message.request, count=done))
@@ -278,7 +280,7 @@ class PoolService:
         requests, sizes = client.session.requests, _numbers(message.sizes, "<u4")
         if message.request in requests or len(requests) >= MAX_REQUESTS:
             raise WireError(f"request {message.request} is under way already, or {MAX_REQUESTS} are")
-        if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in sizes):
+        if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in set(sizes)):
             raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
         storing = isinstance(message, say.Store)
         form = self.shelf.forms.number(_lossy(message)) if isinstance(message, say.Store) else 0
@@ -308,12 +310,17 @@ class PoolService:
             for route, number in list(self._watchers.items()):
                 self._send(route, say.Gone(request=number, keys=keys))
 
-    def _answer(self, route: bytes, request: Request, parts: list[Part]) -> None:
+    def _answer(self, route: bytes, request: Request, parts: list[Part] | Grants) -> None:
+        if isinstance(parts, Grants):
+            if len(parts.frames) <= 4 * ANSWER_FRAME_IDS:
+                self._send(route, granted(request.number, parts))
+                return
+            parts = list(parts.parts())
         first = ids = 0
         for last, part in enumerate(parts, 1):
             ids += len(part.frames) // 4
             if ids >= ANSWER_FRAME_IDS or last == len(parts):
-                self._send(route, _packed(request.number, parts[first:last]))
+                self._send(route, answer_of(request.number, parts[first:last]))
                 first, ids = last, 0
 
     def _tidy(self, request: Request) -> None:
@@ -468,13 +475,3 @@ def _numbers(packed: bytes, kind: str) -> list[int]:
 
 def _lossy(message: say.Store) -> Lossy | None:
     return Lossy(message.codec, Grid(*message.grid)) if message.codec and message.grid else None
-
-
-def _packed(request: int, parts: list[Part]) -> say.Answer:
-    return say.Answer(
-        request=request,
-        indices=np.array([part.place for part in parts], dtype="<u4").tobytes(),
-        verdicts=bytes(part.verdict for part in parts),
-        checksums=np.array([part.checksum for part in parts], dtype="<u8").tobytes(),
-        frames=b"".join(part.frames for part in parts),
-    )

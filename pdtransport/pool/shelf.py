@@ -13,22 +13,21 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool import together
 from pdtransport.pool.codecs import Forms
 from pdtransport.pool.frames import Frames
 from pdtransport.pool.hints import SHARE, Hints
-from pdtransport.pool.index import Index, key_rows
+from pdtransport.pool.index import EMPTY, FILLING, MAX_REFS, MEMORY, READY, Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.policies import Ghosts
-from pdtransport.pool.request import Part, Request, Verdict
+from pdtransport.pool.request import Grants, Part, Request, Verdict
 from pdtransport.pool.room import Room
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers import Stored
 
-EMPTY, FILLING, READY = 0, 1, 2  # states of an entry
-MEMORY = 1  # its bit among the tiers
-MAX_REFS = (1 << 16) - 1
 MAX_GHOSTS = 1 << 20  # keys that admission "twice" remembers, about 100 bytes each
 INDEX_TRIES = 64  # chunks dropped for one place in a full index
 
@@ -52,21 +51,20 @@ class Shelf:
         self.settings = settings
         self.index = Index(settings.max_chunks)
         quotas = {name: limit // settings.frame_bytes for name, limit in settings.quotas.items()}
-        self.room = Room(
-            self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted=self._evicted
-        )
+        evicted = partial(together.evicted, self)
+        self.room = Room(self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted)
         self.lower = list(lower)
         for tier in self.lower:
             tier.attach(self.index)
         self.jobs: deque[Job] = deque()
         self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
-        self.outbox: dict[Request, list[Part]] = {}
+        self.outbox: dict[Request, list[Part] | Grants] = {}
         self.counters: Counter[str] = Counter()
         self.forms = Forms(self.counters)  # ways to pack chunks below memory, by the index's ``form``
         self.hints = Hints(frames * settings.frame_bytes // SHARE, self.counters)
         self._verify = verify
-        self._frames: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
-        self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
+        self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
+        self.waiters: dict[int, deque[tuple[Request, int]] | None] = {}  # of each entry being filled
         self._seen = Ghosts()
         self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
@@ -74,7 +72,7 @@ class Shelf:
     @property
     def being_filled(self) -> int:
         """Chunks on their way into memory."""
-        return len(self._waiters)
+        return len(self.waiters)
 
     # -- what clients ask -------------------------------------------------------------------------------------------
 
@@ -90,10 +88,13 @@ class Shelf:
 
     def store(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""
+        entries = self.index.find(key_rows(keys))
+        if len(sizes) > 1 and together.store(self, request, entries, keys, sizes):
+            return
         begun: dict[bytes, int] = {}
-        for number, (entry, nbytes) in enumerate(zip(self.entries(keys), sizes, strict=True)):
+        for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
             key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
-            if entry >= 0 and not self._is(entry, key):
+            if entry >= 0 and (self.index.state[entry] == EMPTY or self.index.key(entry) != key):
                 entry = -1  # evicted by what came before it in this request
             entry = begun.get(key, entry)
             if entry < 0:
@@ -110,7 +111,10 @@ class Shelf:
     def load(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: READ, and the chunk is referenced; or MISS. Keys on the way into memory (a writer fills
         them, or they come up from a tier below) are answered when they are there."""
-        for number, (entry, nbytes) in enumerate(zip(self.entries(keys), sizes, strict=True)):
+        entries = self.index.find(key_rows(keys))
+        if len(sizes) > 1 and together.load(self, request, entries, sizes):
+            return
+        for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
             if entry < 0 or not (self.index.tiers[entry] or self.index.state[entry] == FILLING):
                 self._answer(request, Part(number, Verdict.MISS))
             elif self.index.nbytes[entry] != nbytes:
@@ -126,8 +130,10 @@ class Shelf:
             else:
                 self._promote(request, number, entry)
 
-    def publish(self, request: Request, written: Iterable[tuple[int, int]]) -> int:
+    def publish(self, request: Request, written: Sequence[tuple[int, int]]) -> int:
         """The writer filled these (index, checksum): they become visible. Returns how many did."""
+        if len(written) > 1 and together.publish(self, request, written):
+            return len(written)
         done = 0
         for number, checksum in written:
             entry = request.held.get(number)
@@ -139,7 +145,7 @@ class Shelf:
             self.counters["stored_chunks"] += 1
             self.counters["stored_bytes"] += self.index.nbytes[entry]
             if self.lower:
-                self._write_back(entry)
+                self.write_back(entry)
             done += 1
         return done
 
@@ -148,7 +154,7 @@ class Shelf:
         it will not fill them."""
         for number in numbers:
             if number in request.waits:
-                self._waiters[request.waits.pop(number)].remove((request, number))
+                self._waiting(request.waits.pop(number)).remove((request, number))
             if number not in request.held:
                 continue
             entry = self._give_up(request, number)
@@ -167,7 +173,7 @@ class Shelf:
         entry = request.held.get(number)
         if entry is None or request.store or not self.index.tiers[entry] & MEMORY:
             return entry is not None
-        frames = self._frames[entry]
+        frames = self.frames_of[entry]
         assert frames is not None
         if self._verify(frames, self.index.nbytes[entry], self.index.checksum[entry]):
             self.counters["damage_denied"] += 1
@@ -290,8 +296,8 @@ class Shelf:
         entry = self.index.add(key)
         self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
         self.index.group[entry], self.index.form[entry] = request.group, request.form
-        self._frames[entry] = frames
-        self._waiters[entry] = deque()
+        self.frames_of[entry] = frames
+        self.waiters[entry] = None
         self._grant_write(request, number, entry)
         return entry
 
@@ -308,14 +314,14 @@ class Shelf:
         return len(self.index) < self.index.capacity
 
     def _grant_write(self, request: Request, number: int, entry: int) -> None:
-        frames = self._frames[entry]
+        frames = self.frames_of[entry]
         assert frames is not None
         request.held[number] = entry
         request.session.held_bytes += self.index.nbytes[entry]
         self._answer(request, Part(number, Verdict.WRITE, 0, frames))
 
     def _grant_read(self, request: Request, number: int, entry: int) -> None:
-        nbytes, frames = self.index.nbytes[entry], self._frames[entry]
+        nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
         if request.session.held_bytes + nbytes > self.settings.client_bytes or self.index.refs[entry] == MAX_REFS:
             self._answer(request, Part(number, Verdict.BUSY))
@@ -331,7 +337,13 @@ class Shelf:
 
     def _wait(self, request: Request, number: int, entry: int) -> None:
         request.waits[number] = entry
-        self._waiters[entry].append((request, number))
+        self._waiting(entry).append((request, number))
+
+    def _waiting(self, entry: int) -> deque[tuple[Request, int]]:
+        waiting = self.waiters[entry]
+        if waiting is None:  # most entries never have one
+            waiting = self.waiters[entry] = deque()
+        return waiting
 
     def _give_up(self, request: Request, number: int) -> int:
         entry = request.held.pop(number)
@@ -343,7 +355,11 @@ class Shelf:
         self.index.state[entry] = READY
         self.index.tiers[entry] |= MEMORY
         self.room.enter(entry)
-        for request, number in self._waiters.pop(entry):
+        self.serve(entry, self.waiters.pop(entry))
+
+    def serve(self, entry: int, waiting: Iterable[tuple[Request, int]] | None) -> None:
+        """Answer those who waited for it."""
+        for request, number in waiting or ():
             del request.waits[number]
             if request.store:
                 self._answer(request, Part(number, Verdict.HAVE))
@@ -352,14 +368,13 @@ class Shelf:
 
     def _abandon(self, entry: int) -> None:
         """Whoever filled it stopped. The next one who wants to store it goes on; without one it is gone."""
-        waiters = self._waiters[entry]
-        for request, number in list(waiters):
+        for request, number in list(waiters := self._waiting(entry)):
             if request.store and request.session.held_bytes + self.index.nbytes[entry] <= self.settings.client_bytes:
                 waiters.remove((request, number))
                 del request.waits[number]
                 self._grant_write(request, number, entry)
                 return
-        del self._waiters[entry]
+        del self.waiters[entry]
         self.counters["fills_abandoned"] += 1
         self.hints.left(entry)
         self.index.state[entry] = READY
@@ -378,13 +393,9 @@ class Shelf:
     def leave_memory(self, entry: int) -> None:
         """Invisible at once; its frames are free when the last reader let go of them."""
         self.room.leave(entry)
-        self._leave_memory(entry)
+        self.left_memory(entry)
 
-    def _evicted(self, entry: int) -> None:
-        self.counters["evicted_chunks"] += 1
-        self._leave_memory(entry)
-
-    def _leave_memory(self, entry: int) -> None:
+    def left_memory(self, entry: int) -> None:
         self.index.tiers[entry] &= ~MEMORY & 0xFF
         self.room.forget_pin(entry)
         self.hints.left(entry)
@@ -393,13 +404,12 @@ class Shelf:
             self._forget_if_gone(entry)
 
     def _free_frames(self, entry: int) -> None:
-        frames = self._frames[entry]
+        frames, self.frames_of[entry] = self.frames_of[entry], None
         assert frames is not None
-        self._frames[entry] = None
         self.room.give_back(frames, self.index.group[entry])
 
     def _forget_if_gone(self, entry: int) -> None:
-        if not self.index.tiers[entry] and self.index.state[entry] == READY and self._frames[entry] is None:
+        if not self.index.tiers[entry] and self.index.state[entry] == READY and self.frames_of[entry] is None:
             if self.gone is not None:
                 self.gone.append(self.index.key(entry))
             self.index.remove(entry)
@@ -428,13 +438,13 @@ class Shelf:
         frames = None if busy or tier is None else self.room.take(nbytes, self.index.group[entry])
         if frames is None or tier is None:
             return False
-        self._frames[entry] = frames
+        self.frames_of[entry] = frames
         self.index.state[entry] = FILLING
-        self._waiters[entry] = deque()
+        self.waiters[entry] = None
         self.jobs.append(Promote(tier, entry, self.index.key(entry), self._tenant(entry), nbytes, frames))
         return True
 
-    def _write_back(self, entry: int) -> None:
+    def write_back(self, entry: int) -> None:
         for tier in self.lower:
             if not self.index.tiers[entry] & tier.bit and not self.write_down(entry, tier):
                 self.counters[f"{tier.name}_write_skipped"] += 1
@@ -442,11 +452,13 @@ class Shelf:
     def write_down(self, entry: int, tier: Lower) -> bool:
         """Have a chunk in memory written to a tier below, once more if it is there; False if too much waits already,
         the tier is down, or has no room."""
-        nbytes, frames = self.index.nbytes[entry], self._frames[entry]
+        nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
         reserved = nbytes + tier.tier.overhead_bytes
         queued = self.writeback_bytes + nbytes
-        if not tier.up or queued > self.settings.writeback_bytes or not self._make_room(tier, reserved):
+        if not tier.up or queued > self.settings.writeback_bytes:
+            return False
+        if not tier.make_room(reserved, lambda: self._drop_coldest(tier)):
             return False
         tier.used += reserved
         self.writeback_bytes += nbytes
@@ -455,15 +467,6 @@ class Shelf:
         checksum, tenant = self.index.checksum[entry], self._tenant(entry)
         lossy, key = self.forms[self.index.form[entry]], self.index.key(entry)
         self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
-        return True
-
-    def _make_room(self, tier: Lower, nbytes: int) -> bool:
-        """Drop from a tier until so many bytes fit; False if what is being written there takes the room."""
-        if nbytes > tier.limit:
-            return False
-        while tier.used + nbytes > tier.limit:
-            if not self._drop_coldest(tier):
-                return False
         return True
 
     def _drop_coldest(self, tier: Lower) -> bool:
@@ -488,9 +491,8 @@ class Shelf:
         """Of each key; -1: it is not known."""
         return self.index.find(key_rows(keys)).tolist()
 
-    def _is(self, entry: int, key: bytes) -> bool:
-        return self.index.state[entry] != EMPTY and self.index.key(entry) == key
-
     def _answer(self, request: Request, part: Part) -> None:
         self.counters[part.verdict.name.lower()] += 1
-        self.outbox.setdefault(request, []).append(part)
+        parts = self.outbox.setdefault(request, [])
+        assert isinstance(parts, list)  # grants were for all that it asked for
+        parts.append(part)

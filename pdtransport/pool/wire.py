@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 RETRY_S = 0.005  # between attempts to say Hello while the connection comes about
 MAX_ASKED = 1 << 16  # questions under way
 MAX_FRAMES_A_TURN = 256
+POLLIN = int(zmq.POLLIN)  # as an enum it costs as much as the system call
 FOREVER_S = 1e9  # of a question that has no last answer
 
 CONTROL = ControlSettings(max_frame_bytes=say.MAX_FRAME_BYTES)
@@ -172,7 +173,7 @@ class Wire:
         return []
 
     def arm(self) -> bool:
-        return not any(int(each.get(zmq.EVENTS)) & zmq.POLLIN for each in self.sockets())
+        return not any(int(each.get(zmq.EVENTS)) & POLLIN for each in self.sockets())
 
     def next_deadline(self) -> float | None:
         deadlines = [asked.deadline for asked in self._asked.values()]
@@ -265,7 +266,7 @@ class Wire:
     # -- what arrives -----------------------------------------------------------------------------------------------
 
     def _read_monitor(self) -> None:
-        while self._monitor is not None and int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+        while self._monitor is not None and int(self._monitor.get(zmq.EVENTS)) & POLLIN:
             try:
                 report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pdtransport.pool.lower import Lower
 from pdtransport.pool.request import Part, Request, Session, Verdict
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.shelf import Shelf
@@ -45,11 +46,11 @@ def keys(*numbers: int) -> bytes:
     return b"".join(map(key, numbers))
 
 
-def shelf(frames: int = 4, **options: Any) -> Shelf:
+def shelf(frames: int = 4, lower: Sequence[Lower] = (), **options: Any) -> Shelf:
     made = PoolSettings.parse(
         {"memory_bytes": 1 << 20, "frame_bytes": FRAME, "max_chunks": 64, "client_bytes": 1 << 20, **options}
     )
-    return Shelf(made, frames, lambda _frames, _nbytes, checksum: checksum != 666)
+    return Shelf(made, frames, lambda _frames, _nbytes, checksum: checksum != 666, lower)
 
 
 class Asker:
@@ -83,4 +84,5 @@ class Asker:
         return [part.verdict for part in self.parts(request)]
 
     def parts(self, request: Request) -> list[Part]:
-        return self.shelf.outbox.pop(request, [])
+        told = self.shelf.outbox.pop(request, [])
+        return told if isinstance(told, list) else list(told.parts())

@@ -21,6 +21,30 @@ def key(number: int) -> bytes:
 
 
 @PATIENT
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 30), max_size=8)), max_size=30))
+def test_many_are_added_and_removed_at_once(steps: list[tuple[bool, set[int]]]) -> None:
+    """As one by one; what does not fit as a whole changes nothing; a new entry's columns are zero."""
+    index, model = Index(16), {}
+    for adding, numbers in steps:
+        if adding:
+            new = sorted(numbers - model.keys())
+            rows = key_rows(b"".join(map(key, new)))
+            if len(model) + len(new) > 16:
+                with pytest.raises(IndexError, match="no room"):
+                    index.add_all(rows)
+            else:
+                entries = index.add_all(rows)
+                assert not any(index.nbytes[entry] or index.tiers[entry] for entry in entries)
+                model.update(zip(new, entries, strict=True))
+                index.nbytes_column[entries], index.tier_column[entries] = 5, 1
+        elif old := numbers & model.keys():
+            index.remove_all([model.pop(number) for number in old])
+    asked = key_rows(b"".join(map(key, range(31))))
+    assert index.find(asked).tolist() == [model.get(number, -1) for number in range(31)]
+    assert len(index) == len(model)
+
+
+@PATIENT
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=120))
 def test_the_index_is_a_dictionary(steps: list[tuple[bool, int]]) -> None:
     """After any adds and removes, exactly the keys that are in are found, each under the entry it was given."""

@@ -10,11 +10,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdtransport.pool import messages as say
 from pdtransport.pool.control import Control
+from pdtransport.pool.index import MEMORY, READY
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.request import Request, Verdict
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.shelf import MEMORY, READY, Shelf
+from pdtransport.pool.shelf import Shelf
 from pdtransport.pool.tiers import Stored
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, key, keys
 
@@ -53,7 +54,7 @@ class Lives(RuleBasedStateMachine):
         outbox, self.shelf.outbox = self.shelf.outbox, {}
         for request, parts in outbox.items():
             numbers = next(numbers for known, numbers in self.asked if known is request)
-            for part in parts:
+            for part in parts if isinstance(parts, list) else parts.parts():
                 whose = key(numbers[part.place])
                 if part.verdict is Verdict.WRITE:
                     assert len(part.frames) // 4 == self.nbytes(numbers[part.place]) // FRAME
@@ -183,13 +184,13 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def accounts_balance(self) -> None:
         """Frames used are those of entries; limits hold; pinned and referenced chunks are where they should be."""
-        kept = [frames for frames in self.shelf._frames if frames is not None]
+        kept = [frames for frames in self.shelf.frames_of if frames is not None]
         assert sum(len(frames) // 4 for frames in kept) == 6 - self.shelf.room.frames.free
         assert len(set(b"".join(kept))) or not kept
         assert sum(group.used for group in self.shelf.room.groups) == 6 - self.shelf.room.frames.free
         assert self.shelf.room.groups[1].used <= 3
         assert self.shelf.lower[0].used <= 5 * FRAME
-        for entry, frames in enumerate(self.shelf._frames):
+        for entry, frames in enumerate(self.shelf.frames_of):
             if self.shelf.index.tiers[entry] & MEMORY:
                 assert frames is not None
                 assert self.shelf.index.state[entry] == READY

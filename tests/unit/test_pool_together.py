@@ -1,0 +1,117 @@
+"""Chunks that a message names are taken together where that is faster, and nobody can tell by the outcome."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtransport.pool import together
+from pdtransport.pool.index import FILLING, MEMORY, key_rows
+from pdtransport.pool.lower import Lower, Promote, WriteBack
+from pdtransport.pool.request import Request, Verdict
+from tests.unit.pool_rig import FRAME, Asker, MemoryTier, keys, shelf
+
+Step = tuple[str, int, list[int]]
+
+CHUNK = 1 << 18
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["store", "load", "publish", "release", "drop", "work", "hint"]),
+        st.integers(0, 3),
+        st.lists(st.integers(0, 7), min_size=1, max_size=5),
+    ),
+    max_size=30,
+)
+
+
+class Pool:
+    """One shelf, and two clients that say what the steps want."""
+
+    def __init__(self, policy: str, below: bool) -> None:
+        lower = [Lower(MemoryTier(), 2, 5 * CHUNK, "lru")] if below else []
+        self.shelf = shelf(7 * CHUNK // FRAME, lower, policy=policy, client_bytes=1 << 20)
+        self.askers = [Asker(self.shelf), Asker(self.shelf)]
+        self.asked: list[Request] = []
+
+    def may_come(self, entry: int) -> bool:
+        """From a tier below."""
+        index = self.shelf.index
+        return bool(index.tiers[entry]) and not index.tiers[entry] & MEMORY and index.state[entry] != FILLING
+
+    def take(self, what: str, which: int, numbers: list[int]) -> Any:
+        if what in ("store", "load"):
+            request = self.askers[which % 2]._request(what == "store")
+            sizes = [CHUNK * (1 + number % 2) for number in numbers]
+            (self.shelf.store if request.store else self.shelf.load)(request, keys(*numbers), sizes)
+            self.asked.append(request)
+        elif what == "drop":
+            self.shelf.drop(keys(*numbers))
+        elif what == "hint":
+            for entry in self.shelf.entries(keys(*numbers)):
+                if entry >= 0 and self.may_come(entry) and self.shelf.bring_up(entry):
+                    self.shelf.hints.began(entry, self.shelf.index.nbytes[entry], 0.0)
+        elif what == "work":
+            jobs, self.shelf.jobs = self.shelf.jobs, deque()
+            for job in jobs:
+                if isinstance(job, WriteBack):
+                    self.shelf.written_back(job, job.nbytes)
+                elif isinstance(job, Promote):
+                    self.shelf.promoted(job, 7)
+        elif self.asked and what == "publish":
+            request = self.asked[-1 - which % len(self.asked)]
+            places = list(request.held) if len(numbers) > 1 else numbers  # mostly what it may
+            self.shelf.publish(request, [(place, 7 + place) for place in places])
+        elif self.asked:
+            self.shelf.release(self.asked[-1 - which % len(self.asked)], range(5) if len(numbers) > 1 else numbers)
+        told = []
+        for request in self.asked:
+            parts = self.askers[0].parts(request)
+            told.append(sorted((part.place, part.verdict, part.checksum, len(part.frames)) for part in parts))
+        jobs = [(type(job), job.key) for job in self.shelf.jobs]
+        there = [self.shelf.lookup(keys(number)) for number in range(10)]
+        held = [(asker.session.held_bytes, self.shelf.room.frames.free) for asker in self.askers]
+        return told, jobs, there, held, len(self.shelf.index), self.shelf.being_filled, dict(self.shelf.counters)
+
+
+def never(*_: object) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("policy", ["lru", "s3fifo", "lfu"])
+def test_together_and_one_by_one_come_to_the_same(policy: str, below: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts, what is visible, what clients hold, what was evicted."""
+    ways: dict[str, Callable[..., bool]] = {name: getattr(together, name) for name in ("store", "load", "publish")}
+
+    @given(steps=STEPS)
+    def compare(steps: list[Step]) -> None:
+        one_by_one, fast = Pool(policy, below), Pool(policy, below)
+        for step in steps:
+            for name in ways:
+                monkeypatch.setattr(together, name, never)
+            expected = one_by_one.take(*step)
+            for name, way in ways.items():
+                monkeypatch.setattr(together, name, way)
+            assert fast.take(*step) == expected
+
+    compare()
+
+
+def test_what_is_alike_is_taken_together() -> None:
+    """Otherwise the comparison above compares nothing."""
+    on = shelf(8)
+    writer, reader = Asker(on), Asker(on)
+    storing = writer.store(1, 2, 3)
+    assert writer.told(storing) == [Verdict.WRITE] * 3
+    assert together.publish(on, storing, [(0, 1), (1, 2)])
+    assert not together.publish(on, storing, [(1, 2), (2, 3)])  # one is no more to publish
+    for numbers, sizes, all_there in (((1, 2), 2, True), ((1, 3), 2, False), ((1, 9), 2, False)):
+        request = reader._request(False)
+        entries = on.index.find(key_rows(keys(*numbers)))
+        assert together.load(on, request, entries, [FRAME] * sizes) is all_there
