@@ -203,7 +203,7 @@ def _serve(pipe: Connection, place: Path | str, settings: Settings | None) -> No
     client = PoolClient(**how, deadline_s=ANSWER_S, who="other")
     halting, go = threading.Event(), threading.Event()
 
-    def copy(src: Runs, dst: Runs, blocks: int = 0) -> Any:
+    def copy(src: Runs, dst: Runs, blocks: int = 0, **more: Any) -> Any:
         if halting.is_set():
             halting.clear()
             half = np.minimum(src[:, 1], 8)
@@ -211,7 +211,7 @@ def _serve(pipe: Connection, place: Path | str, settings: Settings | None) -> No
                 whole(np.column_stack((src[:, 0], half)), np.column_stack((dst[:, 0], half)))
             pipe.send("halted")
             go.wait(ANSWER_S)
-        return whole(src, dst, blocks)
+        return whole(src, dst, blocks, **more)
 
     pages.read_mapped = copy  # type: ignore[assignment]
     verbs: dict[str, Callable[..., Any]] = {
