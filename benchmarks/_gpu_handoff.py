@@ -13,7 +13,8 @@ router                  the same through our router
 router first-token      the same with the router told to pass prefill's token on
 
 Columns, milliseconds: *prefill*, *hand-off* and *TTFT* as in the module's own help; *+agg*: TTFT less the aggregated
-server's at that length and mode; *exposed*: from the moment at which prefill's worker saw the prompt computed to the
+server's at that length and mode; *paired*: the median of what it is more in the same round, which tells more of systems
+that live together; *exposed*: from the moment at which prefill's worker saw the prompt computed to the
 moment at which decode's had verified its last page; *commit*: from prefill's commit to the same. With ``--fragment``
 each system is measured a second time after its servers' KV caches have been churned by many small requests of
 different lifetimes; *x whole* is TTFT over that before; *runs* says how many contiguous runs 100 blocks of prefill's
@@ -309,7 +310,20 @@ def runs_per_100(answer: Answer) -> float | None:
 
 # -- tables -------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("mode", "tokens", "system", "prefill", "hand-off", "TTFT", "(best)", "+agg", "exposed", "commit", "x whole")
+COLUMNS = (
+    "mode",
+    "tokens",
+    "system",
+    "prefill",
+    "hand-off",
+    "TTFT",
+    "(best)",
+    "+agg",
+    "paired",
+    "exposed",
+    "commit",
+    "x whole",
+)
 
 
 def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -325,7 +339,8 @@ def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         chosen = [s for s in samples if s.row == (mode, system, broken, length)]
         good = [s for s in chosen if not s.failed]
         ttft = _middle([s.ttft_s for s in good])
-        base = _middle([s.ttft_s for s in samples if s.row == (mode, "aggregated", False, length) and not s.failed])
+        rounds = [s for s in samples if s.row == (mode, "aggregated", False, length)]
+        base = _middle([s.ttft_s for s in rounds if not s.failed])
         whole = _middle([s.ttft_s for s in samples if s.row == (mode, system, False, length) and not s.failed])
         rows.append(
             {
@@ -339,6 +354,7 @@ def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
                 "TTFT": _ms(ttft),
                 "(best)": _ms(min((s.ttft_s for s in good if s.ttft_s is not None), default=None)),
                 "+agg": _ms(ttft - base if ttft is not None and base is not None else None),
+                "paired": _ms(_paired(rounds, chosen) if not broken else None),
                 "exposed": _ms(_middle([s.exposed_s for s in good])),
                 "commit": _ms(_middle([s.commit_s for s in good])),
                 "x whole": round(ttft / whole, 2) if broken and ttft and whole else None,
@@ -372,6 +388,14 @@ def read(files: Sequence[Path]) -> list[Sample]:
 def _middle(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
+
+
+def _paired(theirs: Sequence[Sample], ours: Sequence[Sample]) -> float | None:
+    """None where a round of one lacks the other."""
+    if len(theirs) != len(ours):
+        return None
+    pairs = [(a.ttft_s, b.ttft_s) for a, b in zip(theirs, ours, strict=True) if not a.failed and not b.failed]
+    return _middle([b - a for a, b in pairs if a is not None and b is not None])
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pdtransport.errors import PDTransportError
 from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.topology import Role, Topology
 from pdtransport.pool.cli import options
-from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.settings import HttpSettings, PoolSettings
 from pdtransport.settings import PoolUse, is_loopback
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
@@ -89,6 +89,8 @@ class PoolPlan:
     dir: Path
     url: str  # of the HTTP API; empty: there is none
     argv: tuple[str, ...]
+    new_key: Path | None = None  # of the HTTP API, for the router: to be made at start
+    hint: Mapping[str, Any] = field(default_factory=dict)  # the router's pool_hint; empty: as the topology says
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, com
     ports.reserve([port for port in (topology.router.port, topology.router.admin_port) if port])
     if topology.pool is not None and topology.pool.http is not None:
         ports.reserve([topology.pool.http.address[1]])
-    pool = _pool(topology.pool, ports)
+    pool = _pool(topology, ports)
     folder = topology.model_folder(base)
     model = str(folder) if folder else topology.model.id
     cores = _cores(topology)
@@ -254,7 +256,7 @@ def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, com
             argv = tuple(command(topology, bare, model))
             env = _environment(topology, role, bare, local=folder is not None)
             instances.append(Instance(**{**bare.__dict__, "argv": argv, "env": env}))
-    router = _router(topology, instances, ports)
+    router = _router(topology, instances, ports, pool.hint if pool else {})
     return Plan(topology.name, model, topology.served_name, tuple(instances), router, pool)
 
 
@@ -320,7 +322,9 @@ def _environment(topology: Topology, role: Role, instance: Instance, *, local: b
     return {**env, **topology.environment(role)}
 
 
-def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> RouterPlan:
+def _router(
+    topology: Topology, instances: Sequence[Instance], ports: Ports, pool_hint: Mapping[str, Any]
+) -> RouterPlan:
     chosen = topology.router
     port = chosen.port or ports.pick(host=chosen.host)
     admin_port = ports.pick(host=chosen.admin_host) if chosen.admin_port == 0 else chosen.admin_port
@@ -333,7 +337,7 @@ def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> 
     if control["allow_plaintext"]:
         options["allow_plaintext"] = True
     options |= chosen.model_dump(mode="json", exclude_unset=True, exclude=set(KV_ROLES))
-    options |= {"host": chosen.host, "port": port}
+    options |= {"host": chosen.host, "port": port} | ({"pool_hint": pool_hint} if pool_hint else {})
     if admin_port is not None:
         options |= {"admin_port": admin_port}
     argv = [sys.executable, "-m", "pdtransport.router.cli", *_options(options)]
@@ -343,17 +347,35 @@ def _router(topology: Topology, instances: Sequence[Instance], ports: Ports) -> 
     return RouterPlan(chosen.host, port, chosen.admin_host, admin_port, tuple(argv))
 
 
-def _pool(settings: PoolSettings | None, ports: Ports) -> PoolPlan | None:
+def _pool(topology: Topology, ports: Ports) -> PoolPlan | None:
+    settings, new_key = topology.pool, None
     if settings is None:
         return None
-    url = ""
+    hints = _wants_hints(topology, settings)
+    if hints and settings.http is None:  # the router speaks to the pool over HTTP
+        new_key = settings.dir / f"{settings.name}.key"
+        settings = settings.model_copy(update={"http": HttpSettings(listen=f"{HOST}:0", key_file=new_key)})
+    url, hint = "", {}
     if settings.http is not None:
         host, port = settings.http.address
         port = port or ports.pick(host=host)
         http = settings.http.model_copy(update={"listen": f"{f'[{host}]' if ':' in host else host}:{port}"})
         settings, url = settings.model_copy(update={"http": http}), _url(host, port)
+        hint = {"url": url, "key_file": http.key_file, "salt_file": _use(topology).salt_file} if hints else {}
     argv = (sys.executable, "-m", "pdtransport.pool.cli", *options(settings))
-    return PoolPlan(settings.name, settings.dir, url, argv)
+    return PoolPlan(settings.name, settings.dir, url, argv, new_key, hint)
+
+
+def _wants_hints(topology: Topology, pool: PoolSettings) -> bool:
+    """Whether the router is to tell the pool of prompts: where chunks may lie below memory, unless the topology has a
+    word of its own about that."""
+    below = pool.disk or pool.redis or pool.s3 or pool.tiers
+    use = _use(topology)
+    return bool(below) and use.load and use.hint and "pool_hint" not in topology.router.model_fields_set
+
+
+def _use(topology: Topology) -> PoolUse:
+    return topology.transport.pool or PoolUse()
 
 
 def _serves_loopback(host: str) -> bool:

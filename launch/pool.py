@@ -265,7 +265,7 @@ def _found_text(found: Found) -> str:
 
 def _spaces_text(spaces: list[dict[str, Any]]) -> str:
     if not spaces:
-        return "no engine told this pool of its keys since it started"
+        return "no engine has told this pool of its keys"
     rows: list[tuple[str, ...]] = [("MODEL", "DTYPE", "CHUNK", "PARTS", "SALT", "SERVED AS")]
     for space in spaces:
         salt, served = "yes" if space["salted"] else "no", ", ".join(space["served"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from pdtransport.launch import logs, web
 from pdtransport.launch.plan import Instance, Plan, PoolPlan
 from pdtransport.launch.processes import Fleet, Process
 from pdtransport.launch.topology import Topology
+from pdtransport.pool.locks import private_directory
 
 POLL_S = 0.25
 PROGRESS_S = 15.0  # a role whose stage does not change is mentioned this often
@@ -147,6 +150,10 @@ class Launch:
     def _start_pool(self, pool: PoolPlan) -> None:
         """Before the servers: it takes all of its memory, and they are told of it."""
         self._say(f"starting pool {pool.name} in {pool.dir}")
+        if pool.new_key is not None:  # good for this run alone
+            private_directory(pool.dir)
+            with open(os.open(pool.new_key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32))
         process = self._fleet.start("pool", pool.argv)
         seconds = self.topology.defaults.start_timeout_s
         deadline = time.monotonic() + seconds

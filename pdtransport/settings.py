@@ -227,6 +227,10 @@ class PoolUse(_Section):
     load: bool = Field(
         True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
     )
+    hint: bool = Field(
+        True,
+        description="While a request waits for its turn, the pool brings its chunks up from tiers below memory.",
+    )
     store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
     generated: bool = Field(
         True, description="Store the chunks that answers complete, too: they are part of the next turn's prompt."

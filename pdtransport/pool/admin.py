@@ -115,7 +115,7 @@ class PoolAdmin:
         return list(self._tiers())
 
     def spaces(self) -> list[Space]:
-        """What engines told of their keys since the pool started, the last one first."""
+        """What engines told of their keys, the last one first."""
         return parse_spaces(self._client.spaces().result())
 
     def look(self, keys: Sequence[bytes]) -> list[Place]:
@@ -253,6 +253,17 @@ class PoolAdmin:
                 done += step(places[:count])
                 places = places[count:]
         return Outcome(done, of)
+
+    def hint(self, keys: Sequence[bytes]) -> int:
+        """Begin to bring up these chunks of a prompt, which are below memory; returns how many that is. It is not
+        waited for."""
+        begun = 0
+        for some in _cut(keys, say.MAX_MANAGED):
+            count = self._client.manage(some, "hint").result()
+            begun += count
+            if count < len(some):
+                break
+        return begun
 
     def _bring_up(self, places: list[Place]) -> int:
         return sum("memory" in place.tiers for place in self._fetch(places))

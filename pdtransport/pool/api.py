@@ -21,7 +21,7 @@ from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
 from pdtransport.pool.admin import AdminError, Outcome, PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.messages import TENANT
-from pdtransport.pool.prompts import chunks_of, find
+from pdtransport.pool.prompts import chunks_of, find, hint
 from pdtransport.pool.settings import HttpSettings, PoolSettings
 from pdtransport.pool.wishes import ACTIONS, LookupWish, MoveWish, PinWish, Wish, describe, parse
 from pdtransport.serving.bodies import read_body
@@ -117,6 +117,7 @@ class PoolApi:
             web.get("/pool/spaces", self._spaces),
             web.get("/pool/chunks", self._chunks),
             web.post("/pool/lookup", self._lookup),
+            web.post("/pool/hint", self._hint),
             *(web.post(f"/pool/{name}", self._action) for name in ACTIONS),
         ]
 
@@ -158,6 +159,10 @@ class PoolApi:
 
         return await self._answer(request, lookup)
 
+    async def _hint(self, request: web.Request) -> web.Response:
+        raw = await self._read(request)
+        return await self._answer(request, lambda admin: _told(hint(admin, parse(raw, LookupWish).prompt())))
+
     async def _action(self, request: web.Request) -> web.Response:
         raw = await self._read(request)
         name = request.path.rpartition("/")[2]
@@ -165,8 +170,7 @@ class PoolApi:
         def act(admin: PoolAdmin) -> dict[str, Any]:
             wish = parse(raw, ACTIONS[name][0])
             chosen = wish.chosen()
-            outcome = _act(name, wish, admin)(chosen if chosen is not None else chunks_of(admin, wish.prompt()))
-            return {"done": outcome.done, "of": outcome.of}
+            return _told(_act(name, wish, admin)(chosen if chosen is not None else chunks_of(admin, wish.prompt())))
 
         return await self._answer(request, act)
 
@@ -205,6 +209,10 @@ class PoolApi:
             stop.set()
             self._under_way -= 1
         return web.Response(text=told, content_type="application/json")
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    return {"done": outcome.done, "of": outcome.of}
 
 
 def _act(name: str, wish: Wish, admin: PoolAdmin) -> Callable[[Any], Outcome]:

@@ -229,7 +229,7 @@ class PoolClient:
     def manage(
         self,
         keys: Sequence[bytes],
-        action: Literal["pin", "drop", "leave", "fetch", "write"],
+        action: Literal["pin", "drop", "leave", "fetch", "hint", "write"],
         *,
         pin: Literal["none", "soft", "hard"] = "none",
         for_s: float | None = None,

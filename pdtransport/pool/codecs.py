@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,26 @@ class Lossy(NamedTuple):
 
     codec: str
     grid: Grid
+
+
+class Forms:
+    """Ways to pack chunks below memory, by their numbers; 0: exactly."""
+
+    def __init__(self, counters: Counter[str]) -> None:
+        self._forms: list[Lossy | None] = [None]
+        self._counters = counters
+
+    def __getitem__(self, number: int) -> Lossy | None:
+        return self._forms[number]
+
+    def number(self, lossy: Lossy | None) -> int:
+        """0 also where there are too many."""
+        if lossy not in self._forms:
+            if len(self._forms) > MAX_FORMS:
+                self._counters["forms_refused"] += 1
+                return 0
+            self._forms.append(lossy)
+        return self._forms.index(lossy)
 
 
 class Codec(ABC):

@@ -17,22 +17,27 @@ from pdtransport.pool.index import Entries
 from pdtransport.pool.lower import Lower
 from pdtransport.pool.room import HARD, NO_PIN, SOFT
 from pdtransport.pool.shelf import FILLING, MEMORY, Shelf
+from pdtransport.pool.space_file import MAX_SPACES, SpaceFile
 from pdtransport.protocol.messages import WireError
 
 SWEPT = 1 << 18  # entries that one answer looks at, a millisecond or two
 ROWS = 1024  # chunks of one answer of a sweep
-MAX_SPACES = 64  # engines' key spaces; the one that was told longest ago goes
 
 # Flags of a chunk in an answer.
 COMING, WRITING, USED, SOFT_PIN, HARD_PIN, PLAIN = 1, 2, 4, 8, 16, 32
 
 
 class Control:
-    """Beside a shelf, driven by the same thread."""
+    """Beside a shelf, driven by the same thread.
 
-    def __init__(self, shelf: Shelf) -> None:
-        self._shelf = shelf
-        self._spaces: OrderedDict[str, None] = OrderedDict()  # as engines told them, the last one last
+    Args:
+        kept: where key spaces are kept for the next start; None: nowhere.
+    """
+
+    def __init__(self, shelf: Shelf, kept: SpaceFile | None = None) -> None:
+        self._shelf, self._kept = shelf, kept
+        # As engines told them, the last one last.
+        self._spaces: OrderedDict[str, None] = OrderedDict.fromkeys(kept.read() if kept is not None else ())
 
     # -- contents ---------------------------------------------------------------------------------------------------
 
@@ -114,8 +119,9 @@ class Control:
 
         ``pin``: keep them in memory (see :meth:`Shelf.pin`). ``drop``: forget them in all tiers. ``leave``: drop them
         from memory, if a tier below has them, and nobody uses or pinned them. ``fetch``: begin to bring them into
-        memory. ``write``: begin to write those in memory to ``tier``; ``again``: even if it has them, with its codec of
-        today.
+        memory. ``hint``: the same for a prompt's chunks, in their order, that a request will want: up to the first one
+        that is not there, and as far as hints may fill memory. ``write``: begin to write those in memory to ``tier``;
+        ``again``: even if it has them, with its codec of today.
 
         Raises:
             WireError: there is no such tier.
@@ -125,6 +131,8 @@ class Control:
             return shelf.pin(asked.keys, asked.pin, None if asked.for_s is None else now + asked.for_s)
         if asked.action == "drop":
             return shelf.drop(asked.keys)
+        if asked.action == "hint":
+            return self._hint(shelf.entries(asked.keys), now)
         tier = self._tier(asked.tier) if asked.action == "write" else None
         done = 0
         for entry in shelf.entries(asked.keys):
@@ -152,6 +160,22 @@ class Control:
             return False
         return self._shelf.bring_up(entry)
 
+    def _hint(self, entries: list[int], now: float) -> int:
+        shelf, index, done = self._shelf, self._shelf.index, 0
+        shelf.counters["hints"] += 1
+        for entry in entries:
+            if entry < 0 or not index.tiers[entry]:
+                break  # a load ends here, too
+            if index.tiers[entry] & MEMORY or index.state[entry] == FILLING:
+                continue
+            nbytes = index.nbytes[entry]
+            if not shelf.hints.fits(nbytes) or not shelf.bring_up(entry):
+                shelf.counters["hints_cut"] += 1
+                break
+            shelf.hints.began(entry, nbytes, now)
+            done += 1
+        return done
+
     def _write(self, entry: int, tier: Lower, again: bool) -> bool:
         index = self._shelf.index
         if not index.tiers[entry] & MEMORY or (index.tiers[entry] & tier.bit and not again):
@@ -169,10 +193,14 @@ class Control:
 
     def introduce(self, space: str) -> None:
         """An engine says of what its chunks' keys are made."""
+        if space == next(reversed(self._spaces), None):
+            return
         self._spaces[space] = None
         self._spaces.move_to_end(space)
         while len(self._spaces) > MAX_SPACES:
             self._spaces.popitem(last=False)
+        if self._kept is not None:
+            self._kept.write(list(self._spaces))
 
     def spaces(self) -> tuple[str, ...]:
         return tuple(reversed(self._spaces))

@@ -57,7 +57,8 @@ class DiskTier(Tier):
         self._numbers = itertools.count()
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._direct = settings.direct == "auto" and self._probe_direct()
+            self._flags = os.O_DIRECT if settings.direct == "auto" and self._probe_direct() else 0
+            self._staged = bool(self._flags)  # bytes pass through a buffer
         except OSError as error:
             raise SettingsError(f"pool.disk.path: {self._root} can't be written ({error.strerror})") from None
 
@@ -98,7 +99,7 @@ class DiskTier(Tier):
     def write_checked(
         self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int
     ) -> int:
-        if self._direct and BLOCK + nbytes <= STRETCH:
+        if self._staged and BLOCK + nbytes <= STRETCH:
             return self._write(key, tenant, nbytes, pieces, checksum)
         return super().write_checked(key, tenant, nbytes, pieces, checksum)
 
@@ -109,11 +110,10 @@ class DiskTier(Tier):
         header = bytes(pieces[0]).ljust(BLOCK, b"\0")
         total = BLOCK + sum(map(len, pieces[1:]))
         try:
-            flags = os.O_DIRECT if self._direct else 0
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._flags, 0o600)
             try:
-                if self._direct:
-                    self._write_direct(fd, header, runs_of(pieces[1:]), checksum)
+                if self._staged:
+                    self._write_staged(fd, header, runs_of(pieces[1:]), checksum)
                 else:
                     _write_all(fd, [header, *pieces[1:]])
             finally:
@@ -131,12 +131,11 @@ class DiskTier(Tier):
         return total
 
     def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
-        flags = os.O_DIRECT if self._direct else 0
-        fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | flags)
+        fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | self._flags)
         try:
             size = os.fstat(fd).st_size
-            if self._direct:
-                return self._read_direct(fd, size, place)
+            if self._staged:
+                return self._read_staged(fd, size, place)
             parts = place(os.pread(fd, HEADER_BYTES, 0))
             _check_length(size, parts)
             _read_all(fd, parts, BLOCK)
@@ -144,44 +143,58 @@ class DiskTier(Tier):
         finally:
             os.close(fd)
 
-    def _write_direct(self, fd: int, header: bytes, content: Runs, checksum: int | None) -> None:
+    def _write_staged(self, fd: int, header: bytes, content: Runs, checksum: int | None) -> None:
         """Header and content; with a ``checksum``, nothing unless the content, which fits the buffer, has it."""
         buffer, first, skip = self._buffer(), 0, len(header)
         total = len(header) + stream_bytes(content)
         buffer[:skip] = header
         bounds = [0, *range(STRETCH - skip, total - skip, STRETCH), total - skip]
         for stretch in cut_runs(content, bounds):
-            nbytes, at = stream_bytes(stretch), 0
-            found = pages.read_mapped(stretch, run(_address(buffer) + skip, nbytes), 0 if checksum is None else 1)
+            nbytes = stream_bytes(stretch)
+            found = pages.read_mapped(stretch, run(address_of(buffer) + skip, nbytes), 0 if checksum is None else 1)
             if checksum is not None:
                 check(int(found[0]), checksum)
             nbytes += skip
             ends = -(-nbytes // BLOCK) * BLOCK
             buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
-            while at < ends:
-                at += os.pwrite(fd, buffer[at:ends], first + at)
+            self._to_file(fd, ends, first)
             first, skip = first + nbytes, 0
         if total % BLOCK:
             os.truncate(fd, total)
 
-    def _read_direct(self, fd: int, size: int, place: Place) -> int | None:
+    def _read_staged(self, fd: int, size: int, place: Place) -> int | None:
         """The checksum of the payload, if the file fits the buffer."""
         buffer = self._buffer()
-        _pread(fd, buffer, 0, size)
+        self._from_file(fd, size, 0)
         parts = place(bytes(buffer[:HEADER_BYTES]))
         _check_length(size, parts)
         content = runs_of(parts)
         if size <= STRETCH:
             blocks = 1 if size % 8 == 0 else 0  # a packed chunk may have any length, and its checksum is not asked for
-            found = pages.read_mapped(run(_address(buffer) + BLOCK, size - BLOCK), content, blocks)
+            found = pages.read_mapped(run(address_of(buffer) + BLOCK, size - BLOCK), content, blocks)
             return int(found[0]) if blocks else None
         bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
         for first, stretch in zip(bounds, cut_runs(content, bounds), strict=False):
             nbytes, skip = stream_bytes(stretch), 0 if first else BLOCK
             if first:
-                _pread(fd, buffer, BLOCK + first, nbytes)
-            pages.read_mapped(run(_address(buffer) + skip, nbytes), stretch)
+                self._from_file(fd, nbytes, BLOCK + first)
+            pages.read_mapped(run(address_of(buffer) + skip, nbytes), stretch)
         return None
+
+    def _to_file(self, fd: int, nbytes: int, offset: int) -> None:
+        """Write the first bytes of this thread's buffer."""
+        buffer, at = self._buffer(), 0
+        while at < nbytes:
+            at += os.pwrite(fd, buffer[at:nbytes], offset + at)
+
+    def _from_file(self, fd: int, nbytes: int, offset: int) -> None:
+        """Read so many bytes, or as many as fit, into this thread's buffer."""
+        buffer, got = self._buffer(), 0
+        while got < min(nbytes, STRETCH):
+            more = os.preadv(fd, [buffer[got:]], offset + got)
+            if more == 0:
+                raise TierError("the file ends early")
+            got += more
 
     def _buffer(self) -> memoryview:
         """This thread's, of ``STRETCH`` bytes."""
@@ -190,7 +203,7 @@ class DiskTier(Tier):
             memory = mmap.mmap(-1, STRETCH + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError):
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            skip = -_address(memoryview(memory)) % HUGE
+            skip = -address_of(memoryview(memory)) % HUGE
             found = self._local.buffer = memoryview(memory)[skip : skip + STRETCH]
         return found
 
@@ -226,23 +239,13 @@ def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
     return Stored(key, tenant, nbytes, stored) if fits else None
 
 
-def _address(buffer: memoryview) -> int:
-    return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
+def address_of(piece: bytes | memoryview) -> int:
+    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
 
 def _check_length(size: int, parts: Sequence[memoryview]) -> None:
     if size != BLOCK + sum(map(len, parts)):
         raise TierError("the chunk is damaged: its file has another length")
-
-
-def _pread(fd: int, buffer: memoryview, offset: int, wanted: int) -> None:
-    """Read so many bytes, or as many as fit the buffer."""
-    wanted, got = min(wanted, len(buffer)), 0
-    while got < wanted:
-        more = os.preadv(fd, [buffer[got:]], offset + got)
-        if more == 0:
-            raise TierError("the file ends early")
-        got += more
 
 
 def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:

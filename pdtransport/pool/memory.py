@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -23,6 +24,10 @@ MADV_POPULATE_WRITE = 23  # Linux 5.14
 REGISTER_BYTES = 64 << 20  # pinned at once: CUDA's other calls wait meanwhile
 REMEDY = "CUDA takes memory in /dev/shm or on a hugetlbfs, not on a disk's file system; see pool.dir and memory_dir"
 
+# What statfs(2) calls file systems whose files are memory and nothing else.
+IN_MEMORY = {0x01021994: "tmpfs", 0x958458F6: "hugetlbfs", 0x858458F6: "ramfs"}
+
+logger = logging.getLogger("pdtransport.pool")
 _guard = threading.Lock()  # of the table below
 _mapped: dict[tuple[int, int], Mapping] = {}  # by device and inode: clients of one process share a mapping
 
@@ -124,6 +129,12 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
         nbytes = settings.memory_bytes // unit * unit or unit
         # Taken now: memory that is missing later would kill whoever touches it.
         os.posix_fallocate(fd, 0, nbytes)
+        if not in_memory(fd):
+            logger.warning(
+                "the pool's memory lies in %s, on a disk's file system: GPUs can't use it, and the kernel writes it to "
+                "the disk now and then; set pool.%s to a directory in /dev/shm or on a hugetlbfs",
+                folder, "memory_dir" if settings.memory_dir else "dir",
+            )  # fmt: skip
     except OSError as error:
         if fd >= 0:
             os.close(fd)
@@ -134,6 +145,14 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
             ) from None
         raise SettingsError(f"the pool's memory can't be made in {folder}: {error.strerror}; set pool.dir") from None
     return path, fd, nbytes
+
+
+def in_memory(fd: int) -> bool:
+    """Whether a file lies in memory alone; True where the system does not say."""
+    found = (ctypes.c_long * 64)()  # longer than any struct statfs, which begins with the type
+    if ctypes.CDLL(None).fstatfs(fd, ctypes.byref(found)):
+        return True
+    return found[0] & 0xFFFFFFFF in IN_MEMORY
 
 
 def map_memory(path: Path, nbytes: int) -> Mapping:

@@ -160,7 +160,7 @@ class Manage(_Keyed):
     """Client: do this to these chunks (see :class:`pdtransport.pool.control.Control`). Answered by :class:`Done`."""
 
     kind: Literal["manage"] = "manage"
-    action: Literal["pin", "drop", "leave", "fetch", "write"]
+    action: Literal["pin", "drop", "leave", "fetch", "hint", "write"]
     pin: Annotated[int, Field(ge=0, le=2)] = 0
     for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] | None = None
     tier: Annotated[str, Field(max_length=64)] = ""

@@ -14,6 +14,11 @@ from typing import Any
 
 from pdtransport.errors import SettingsError
 from pdtransport.pool.codecs import FIRST_FOREIGN, LOSSY, Codec, Quantised, ShuffledZstd
+from pdtransport.pool.disk import DiskTier
+from pdtransport.pool.lower import Lower
+from pdtransport.pool.redis import RedisTier
+from pdtransport.pool.s3 import S3Tier
+from pdtransport.pool.settings import AnyTierSettings, PoolSettings
 from pdtransport.pool.tiers import Tier, TierError
 
 CODECS, TIERS = "pdtransport.pool.codecs", "pdtransport.pool.tiers"
@@ -65,6 +70,26 @@ def decoder(number: int) -> Codec:
     except SettingsError as error:
         raise TierError(str(error)) from None
     raise TierError(f"it was packed with codec number {number}, which is not installed here")
+
+
+def lower_tiers(settings: PoolSettings, first_bit: int) -> list[Lower]:
+    """The tiers below memory, fastest first.
+
+    Raises:
+        SettingsError: one can't be used.
+    """
+    made: list[tuple[Tier, AnyTierSettings]] = []
+    if settings.disk is not None:
+        made.append((DiskTier(settings.disk), settings.disk))
+    if settings.redis is not None:
+        made.append((RedisTier(settings.redis), settings.redis))
+    if settings.s3 is not None:
+        made.append((S3Tier(settings.s3), settings.s3))
+    made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
+    return [
+        Lower(tier, first_bit << number, its.bytes, settings.policy, tier_codec(its.codec, its.item_bytes))
+        for number, (tier, its) in enumerate(made)
+    ]
 
 
 def make_tier(name: str, options: dict[str, Any]) -> Tier:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdtransport.pool.admin import AdminError, Chosen, PoolAdmin
+from pdtransport.pool.admin import AdminError, Chosen, Outcome, PoolAdmin
 from pdtransport.pool.spaces import Space
 
 MAX_TOKENS = 1 << 22  # of a prompt
@@ -65,9 +65,7 @@ def spaces_for(admin: PoolAdmin, prompt: Prompt) -> list[Space]:
     """
     known = admin.spaces()
     if not known:
-        raise AdminError(
-            "no engine told this pool of its keys since it started: start one that uses it, or name chunks by key"
-        )
+        raise AdminError("no engine has told this pool of its keys: start one that uses it, or name chunks by key")
     names = {space.model for space in known}
     found = [space for space in known if prompt.model in (None, space.model, *space.served)]
     if not found or (prompt.model is None and len(names) > 1):
@@ -109,6 +107,28 @@ def find(admin: PoolAdmin, prompt: Prompt) -> list[Found]:
             tiers.append("" if "" in fastest else max(fastest, key=order.index))
         found.append(Found(space, len(prompt.tokens), tuple(tiers)))
     return found
+
+
+def hint(admin: PoolAdmin, prompt: Prompt) -> Outcome:
+    """A request with this prompt is on its way: begin to bring up what it will load. ``of``: parts of chunks that it
+    will load and that are below memory; ``done``: those that come up now, which is not waited for.
+
+    Raises:
+        AdminError: as :func:`spaces_for`.
+    """
+    begun = of = 0
+    for space in spaces_for(admin, prompt):
+        parts = _parts(space, prompt)
+        places = iter(admin.look([key for chunk in parts for key in chunk]))
+        below: list[bytes] = []
+        for chunk in parts:
+            found = [next(places) for _ in chunk]
+            if not all(place.tiers for place in found):
+                break
+            below += [place.key for place in found if "memory" not in place.tiers]
+        of += len(below)
+        begun += admin.hint(below)
+    return Outcome(begun, of)
 
 
 def chunks_of(admin: PoolAdmin, prompt: Prompt) -> Chosen:

@@ -48,6 +48,6 @@ class Request:
     number: int
     store: bool
     group: int = 0
-    form: int = 0  # how its chunks may be packed below memory, see Shelf.form_of; 0: exactly
+    form: int = 0  # how its chunks may be packed below memory, see codecs.Forms; 0: exactly
     held: dict[int, int] = field(default_factory=dict)
     waits: dict[int, int] = field(default_factory=dict)

@@ -26,18 +26,14 @@ from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
 from pdtransport.pool.codecs import Lossy
 from pdtransport.pool.control import Control
-from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, private_directory
-from pdtransport.pool.lower import Lower
 from pdtransport.pool.memory import Mapping, make_memory, map_memory
 from pdtransport.pool.mover import Mover, checksum_of
-from pdtransport.pool.plugins import make_tier, tier_codec
-from pdtransport.pool.redis import RedisTier
+from pdtransport.pool.plugins import lower_tiers
 from pdtransport.pool.request import Part, Request, Session
-from pdtransport.pool.s3 import S3Tier
-from pdtransport.pool.settings import MAX_CHUNK_BYTES, AnyTierSettings, PoolSettings
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.shelf import MEMORY, Shelf
-from pdtransport.pool.tiers import Tier
+from pdtransport.pool.space_file import SpaceFile, spaces_path
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.reactor import Reactor
 from pdtransport.settings import ControlSettings
@@ -85,6 +81,7 @@ class PoolService:
         self._memory: Mapping | None = None
         self._mover: Mover | None = None
         self._memory_fd = -1
+        self._spaces = SpaceFile(spaces_path(settings))
         try:
             if not self._lock.take(SERVICE_BYTE):
                 raise SettingsError(f"pool.name: a pool {settings.name!r} runs in {settings.dir}: choose another name")
@@ -95,8 +92,8 @@ class PoolService:
             def verify(frames: bytes, nbytes: int, checksum: int) -> bool:
                 return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
 
-            self.shelf = Shelf(settings, nbytes // frame_bytes, verify, _lower(settings))
-            self._control = Control(self.shelf)
+            self.shelf = Shelf(settings, nbytes // frame_bytes, verify, lower_tiers(settings, MEMORY << 1))
+            self._control = Control(self.shelf, self._spaces)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
             settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
@@ -132,6 +129,7 @@ class PoolService:
             self._tick_at = now + TICK_S
             self._bury_the_dead()
             self.shelf.room.tick(now)
+            self.shelf.hints.tick(now)
         for _ in range(MAX_FRAMES_A_TURN):
             letter = self._inbox.read()
             if not letter:
@@ -153,6 +151,7 @@ class PoolService:
             self._socket.close(0)
             self.settings.socket_path.unlink(missing_ok=True)
         self._context.term()
+        self._spaces.close()
         if self._memory_fd >= 0:
             self._memory_path.unlink(missing_ok=True)
             os.close(self._memory_fd)
@@ -282,7 +281,7 @@ class PoolService:
         if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in sizes):
             raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
         storing = isinstance(message, say.Store)
-        form = self.shelf.form_of(_lossy(message)) if isinstance(message, say.Store) else 0
+        form = self.shelf.forms.number(_lossy(message)) if isinstance(message, say.Store) else 0
         request = requests[message.request] = Request(client.session, message.request, storing, client.group, form)
         (self.shelf.store if storing else self.shelf.load)(request, message.keys, sizes)
 
@@ -459,21 +458,6 @@ def _contents(shelf: Shelf) -> dict[str, Any]:
         "being_filled": shelf.being_filled,
         "counters": dict(sorted(shelf.counters.items())),
     }
-
-
-def _lower(settings: PoolSettings) -> list[Lower]:
-    made: list[tuple[Tier, AnyTierSettings]] = []
-    if settings.disk is not None:
-        made.append((DiskTier(settings.disk), settings.disk))
-    if settings.redis is not None:
-        made.append((RedisTier(settings.redis), settings.redis))
-    if settings.s3 is not None:
-        made.append((S3Tier(settings.s3), settings.s3))
-    made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
-    return [
-        Lower(tier, MEMORY << number, its.bytes, settings.policy, tier_codec(its.codec, its.item_bytes))
-        for number, (tier, its) in enumerate(made, 1)
-    ]
 
 
 def _numbers(packed: bytes, kind: str) -> list[int]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.codecs import MAX_FORMS, Lossy
+from pdtransport.pool.codecs import Forms
 from pdtransport.pool.frames import Frames
+from pdtransport.pool.hints import SHARE, Hints
 from pdtransport.pool.index import Index, key_rows
 from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
 from pdtransport.pool.policies import Ghosts
@@ -61,12 +62,13 @@ class Shelf:
         self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
         self.outbox: dict[Request, list[Part]] = {}
         self.counters: Counter[str] = Counter()
+        self.forms = Forms(self.counters)  # ways to pack chunks below memory, by the index's ``form``
+        self.hints = Hints(frames * settings.frame_bytes // SHARE, self.counters)
         self._verify = verify
         self._frames: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
         self._waiters: dict[int, deque[tuple[Request, int]]] = {}  # of each entry being filled
         self._seen = Ghosts()
         self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
-        self._forms: list[Lossy | None] = [None]  # ways to pack chunks below memory, by the index's ``form``
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
 
     @property
@@ -198,15 +200,6 @@ class Shelf:
             done += 1
         return done
 
-    def form_of(self, lossy: Lossy | None) -> int:
-        """The number of a way to pack chunks below memory; 0: exactly, also where there are too many ways."""
-        if lossy not in self._forms:
-            if len(self._forms) > MAX_FORMS:
-                self.counters["forms_refused"] += 1
-                return 0
-            self._forms.append(lossy)
-        return self._forms.index(lossy)
-
     # -- what tiers below report ------------------------------------------------------------------------------------
 
     def written_back(self, job: WriteBack, stored: int | None) -> None:
@@ -331,6 +324,7 @@ class Shelf:
         request.held[number] = entry
         request.session.held_bytes += nbytes
         self.room.touch(entry)
+        self.hints.loaded(entry)
         self.counters["loaded_chunks"] += 1
         self.counters["loaded_bytes"] += nbytes
         self._answer(request, Part(number, Verdict.READ, self.index.checksum[entry], frames))
@@ -367,6 +361,7 @@ class Shelf:
                 return
         del self._waiters[entry]
         self.counters["fills_abandoned"] += 1
+        self.hints.left(entry)
         self.index.state[entry] = READY
         self._free_frames(entry)
         self._forget_if_gone(entry)
@@ -392,6 +387,7 @@ class Shelf:
     def _leave_memory(self, entry: int) -> None:
         self.index.tiers[entry] &= ~MEMORY & 0xFF
         self.room.forget_pin(entry)
+        self.hints.left(entry)
         if self.index.refs[entry] == 0:
             self._free_frames(entry)
             self._forget_if_gone(entry)
@@ -457,7 +453,7 @@ class Shelf:
         self.being_written[entry] += 1
         self.index.refs[entry] += 1
         checksum, tenant = self.index.checksum[entry], self._tenant(entry)
-        lossy, key = self._forms[self.index.form[entry]], self.index.key(entry)
+        lossy, key = self.forms[self.index.form[entry]], self.index.key(entry)
         self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
         return True
 

@@ -138,6 +138,9 @@ def describe() -> dict[str, Any]:
         "/pool/lookup": {
             "post": _posted("lookup", "How many chunks of a prompt are there, and where.", found, LookupWish)
         },
+        "/pool/hint": {
+            "post": _posted("hint", "A request comes: begin to bring its chunks up, and don't wait.", done, LookupWish)
+        },
     }
     paths["/pool/chunks"]["get"]["parameters"] = [
         query("first", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "Where to go on: next of the last."),

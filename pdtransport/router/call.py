@@ -77,12 +77,20 @@ class Call:
     alone: Reason | None  # set: the hand-off can't serve it
     not_first: str  # why prefill must not give out the first token: a code, empty if it may
     token_ids: bool  # the answer is to tell token ids
+    prompt_at: tuple[int, int]  # the prompt's place in the body's text
+    has_ids: bool  # the prompt is token ids
+    cache_salt: str | None  # "": none; None: it is no text
 
     def for_prefill(self, params: dict[str, Any], token_ids: bool = False) -> bytes:
         """Prefill's body: one token, not streamed, with ``params`` as its kv_transfer_params. ``token_ids``: have
         it tell the prompt's."""
         ids = b',"return_token_ids":true' if token_ids else b""
         return b"".join((self.prefill_head, ids, b',"kv_transfer_params":', _dumps(params), b"}"))
+
+    def prompt_json(self) -> bytes:
+        """The prompt as it stands in the body."""
+        first, end = self.prompt_at
+        return self.raw[first:end] if self.raw.isascii() else self.raw.decode()[first:end].encode()
 
     def for_decode(self, params: dict[str, Any] | None) -> bytes:
         """Decode's body: the client's bytes, with ``params`` as its kv_transfer_params."""
@@ -113,6 +121,7 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter
     prompt_text = text[prompt.start : prompt.end] if prompt else ""
     alone = _why_alone(api, members)
     model = members["model"].value if "model" in members else None
+    cache_salt = members["cache_salt"].value if "cache_salt" in members else None
     return Call(
         api=api,
         raw=raw,
@@ -127,6 +136,9 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter
         alone=alone,
         not_first=why_not(api, {key: member.value for key, member in members.items()}),
         token_ids="return_token_ids" in members and bool(members["return_token_ids"].value),
+        prompt_at=(prompt.start, prompt.end) if prompt else (0, 0),
+        has_ids=prompt is not None and alone is None and isinstance(prompt.value, (list, _TokenIds)) and api != "chat",
+        cache_salt=cache_salt or "" if cache_salt is None or isinstance(cache_salt, str) else None,
     )
 
 

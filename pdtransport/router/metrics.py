@@ -84,6 +84,9 @@ class Metrics:
             "server",
             "reason",
         )
+        self.hints = Counter(
+            "pdrouter_pool_hints_total", "Hints to the shared pool, by what became of them.", "outcome"
+        )
         self.refused = Counter("pdrouter_refused_total", "Requests that the router itself refused.", "reason")
         self.routing = Histogram(
             "pdrouter_routing_seconds",
@@ -102,7 +105,7 @@ class Metrics:
 
     def lines(self) -> list[str]:
         series = (
-            self.requests, self.alone, self.retries, self.first_tokens, self.refused,
+            self.requests, self.alone, self.retries, self.first_tokens, self.hints, self.refused,
             self.routing, self.prefill, self.first_token, self.duration,
         )  # fmt: skip
         return [line for one in series for line in one.lines()]

@@ -22,6 +22,7 @@ from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
 from pdtransport.router.first_token import Api
 from pdtransport.router.health import Prober
+from pdtransport.router.hints import AT_ONCE, Hinter
 from pdtransport.router.ladder import Ladder
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
@@ -58,6 +59,7 @@ class Router:
         self._tenants = Tenants(clients, settings.tenant_secret())
         self._admin_keys = Keys(admins, "admin key")
         self._server_key = settings.server_key()
+        self._pool_secrets = settings.pool_secrets()
         self._drop_authorization = bool(self._keys)  # it holds our key, which is none of the servers' business
         self.metrics = Metrics()
         self.fleet = Fleet(settings)
@@ -66,6 +68,7 @@ class Router:
         self._admission = Admission(settings)
         self._began = time.monotonic()
         self._stopping = False
+        self._hinter: Hinter | None = None
         self._stack = AsyncExitStack()
         self._main: Listener | None = None
         self._admin: Listener | None = None
@@ -97,6 +100,11 @@ class Router:
             self._ladder = Ladder(
                 settings, self.fleet, self._placer, Upstream(settings, http), self._traces, self.metrics
             )
+            if settings.pool_hint.url is not None:
+                # Connections of its own: a health check must not wait behind a hint.
+                hints = await self._stack.enter_async_context(session(settings, AT_ONCE))
+                self._hinter = Hinter(settings.pool_hint, *self._pool_secrets, self.fleet, hints, self.metrics)
+                self._stack.push_async_callback(self._hinter.stop)
             prober = Prober(self.fleet, settings.health, self._probes)
             self._stack.push_async_callback(prober.stop)
             await prober.start()
@@ -209,6 +217,8 @@ class Router:
         self, request: web.Request, api: Api, trace: Trace, seat: Seat, salter: Salter | None
     ) -> web.StreamResponse:
         call, headers = await self._read(request, api, trace, seat, salter)
+        if self._hinter is not None:
+            self._hinter.offer(call, headers)
         attempt = await self._ladder.open(call, headers, trace)
         timeouts = self.settings.timeouts
         if attempt.opened is None:

@@ -13,11 +13,13 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from pdtransport.errors import SettingsError
 from pdtransport.router.keyfiles import ClientKey, all_keys, client_keys
+from pdtransport.serving.keyfiles import read_lines
 from pdtransport.settings import ControlSettings, one_line
 
 MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
@@ -165,6 +167,41 @@ class RouterPlacement(_Section):
     )
 
 
+class RouterPoolHint(_Section):
+    """Telling the shared pool of prompts that are on their way."""
+
+    url: str | None = Field(
+        None, description="HTTP API of the pool (pdpool --http): http://HOST:PORT. Unset: the pool is told nothing."
+    )
+    key_file: Path | None = Field(None, description="File with a key of that API (pdpool --http-key-file).")
+    salt_file: Path | None = Field(
+        None, description="The engines' pool.salt_file, where they have a salt: without it the pool finds no keys."
+    )
+    text: Literal["off", "tokenize"] = Field(
+        "off",
+        description="Prompts that are text. tokenize: a prefill server is asked for their token ids first, which costs "
+        "it the tokenizing twice. off: engines tell the pool of them, once they wait.",
+    )
+    timeout_s: float = Field(2.0, gt=0, le=60, description="A hint that took so long is given up.")
+    max_queued: int = Field(64, ge=1, le=4096, description="Hints under way; more are dropped.")
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _bare(cls, url: Any) -> Any:
+        return url.strip().rstrip("/") if isinstance(url, str) else url
+
+    @model_validator(mode="after")
+    def _whole(self) -> RouterPoolHint:
+        if self.url is None:
+            return self
+        parts = urlsplit(self.url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in self.url or parts.path.strip("/"):
+            raise ValueError("url is the pool's HTTP API: http://HOST:PORT, without user and path")
+        if self.key_file is None:
+            raise ValueError("url needs key_file, a file with a key of the pool's HTTP API")
+        return self
+
+
 class RouterSettings(_Section):
     """Everything that the router can be told."""
 
@@ -288,6 +325,7 @@ class RouterSettings(_Section):
     timeouts: RouterTimeouts = RouterTimeouts()
     health: RouterHealth = RouterHealth()
     placement: RouterPlacement = RouterPlacement()
+    pool_hint: RouterPoolHint = RouterPoolHint()
 
     @model_validator(mode="after")
     def _distinct(self) -> RouterSettings:
@@ -346,6 +384,16 @@ class RouterSettings(_Section):
             SettingsError: a key file can't be read or holds no key.
         """
         return all_keys(self.admin_api_key, self.admin_api_key_file, "admin_api_key")
+
+    def pool_secrets(self) -> tuple[str, str]:
+        """The key of the pool's HTTP API, and the engines' salt; empty where there is none.
+
+        Raises:
+            SettingsError: a file can't be read or is empty.
+        """
+        files = {"key_file": self.pool_hint.key_file, "salt_file": self.pool_hint.salt_file}
+        key, salt = ("" if file is None else read_lines(file, f"pool_hint.{name}")[0] for name, file in files.items())
+        return key, salt
 
     def server_key(self) -> str | None:
         """The key sent to servers, if one is set.

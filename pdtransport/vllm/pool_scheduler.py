@@ -6,13 +6,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client import Found, Pending, PoolClient
-from pdtransport.pool.messages import MAX_KEYS, MAX_SPACE
+from pdtransport.pool.messages import MAX_KEYS, MAX_MANAGED, MAX_SPACE
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.metadata import Fetch, Keep
 from pdtransport.vllm.pool_events import PoolEvents
@@ -108,6 +109,7 @@ class PoolScheduler:
         self._shards: list[list[KeySpace]] = []  # by rank
         self._prompts: dict[str, _Prompt] = {}
         self._late: list[Pending[Found]] = []
+        self._unhinted: list[str] = []  # requests that the pool was asked about, and not told that they wait
         self._hand_offs: dict[str, _HandOff] = {}
         self._counts: Counter[str] = Counter()
         self._events: PoolEvents | None = None
@@ -198,6 +200,33 @@ class PoolScheduler:
         prompt.until = self._clock() + self._use.lookup_s
         for lookup in prompt.lookups:
             lookup.future.add_done_callback(lambda _: self._ring())
+        if self._use.hint:
+            self._unhinted.append(prompt.request.request_id)
+
+    def hint(self) -> None:
+        """A step is scheduled: who was not, waits for its turn. The pool may use that time to bring chunks up."""
+        unanswered = []
+        for req_id in self._unhinted:
+            prompt = self._prompts.get(req_id)
+            if prompt is None or prompt.state not in ("asking", "found"):
+                continue
+            if all(lookup.future.done() for lookup in prompt.lookups):
+                self._bring_up(prompt)
+            else:
+                unanswered.append(req_id)
+        self._unhinted = unanswered
+
+    def _bring_up(self, prompt: _Prompt) -> None:
+        """Nobody waits for it, and nothing depends on it."""
+        if self._client is None or any(lookup.future.exception() for lookup in prompt.lookups):
+            return
+        found = [lookup.future.result() for lookup in prompt.lookups]
+        there = min(each.there for each in found)
+        held = prompt.computed // self._chunk  # by the engine; not known yet of one that the scheduler did not come to
+        for keys, each in zip(prompt.keys.values(), found, strict=True):
+            for first in range(held, there if each.in_memory < each.there else 0, MAX_MANAGED):
+                with suppress(PoolUnavailable):
+                    self._client.manage(keys[first : min(first + MAX_MANAGED, there)], "hint")
 
     def _give_up(self, prompt: _Prompt) -> None:
         self._count("failed", prompt.sought)

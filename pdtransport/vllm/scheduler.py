@@ -305,6 +305,7 @@ class SchedulerSide:
             after += self._progress(output, computed)
             if self._pool is not None:
                 after += self._pool.progress(output, computed)
+                self._pool.hint()
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()
         before, self._before = self._before, []

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,13 @@ class Daemon:
             assert self.process.stdout is not None
             line = self.process.stdout.readline()
             assert "serves" in line, line + (self.process.stderr.read() if self.process.stderr else "")
+
+    def url(self) -> str:
+        """Of its HTTP API, which it tells once."""
+        assert self.process.stdout is not None
+        found = re.search(r"http://[^,\s]+", self.process.stdout.readline())
+        assert found
+        return found[0]
 
     def kill(self, how: int = signal.SIGKILL) -> None:
         self.process.send_signal(how)

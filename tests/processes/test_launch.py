@@ -3,6 +3,7 @@ guard, the real router."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +196,36 @@ def test_a_pool_comes_first_and_goes_last(rig: Rig) -> None:
     assert status == cli.NOT_STARTED
     assert "must be a directory of user" in output
     (place / "default.lock").unlink()
+    place.rmdir()
+
+
+def test_the_router_of_a_launch_tells_the_pool_of_requests(rig: Rig) -> None:
+    """Where the pool has a disk: over an API that pdlaunch opened, with a key that nobody else can read."""
+    place = Path(f"/dev/shm/pdt-test-{os.getpid()}-hint")
+    disk = {"path": str(rig.folder / "disk"), "bytes": "64MiB"}
+    rig.data["pool"] = {"dir": str(place), "memory_bytes": "16MiB", "disk": disk}
+    rig.up()
+    rig.wait_up()
+    url = f"http://127.0.0.1:{FIRST_PORT + 4}"
+    body = json.dumps({"model": "m", "prompt": list(range(64))}).encode()
+    with contextlib.suppress(urllib.error.HTTPError):  # stand-ins complete nothing
+        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=UP_S)
+
+    def said_no() -> bool:  # it was let in, and knows of no engine
+        with urllib.request.urlopen(f"{url}/metrics", timeout=UP_S) as answer:
+            return 'pdrouter_pool_hints_total{outcome="refused"} 1' in answer.read().decode()
+
+    wait_for(said_no)
+    assert (place / "default.key").stat().st_mode & 0o077 == 0
+    assert rig.process is not None
+    rig.process.send_signal(signal.SIGINT)
+    status, output = rig.end()
+    assert status == 0
+    assert "HTTP API at http://127.0.0.1:" in output
+    key = (place / "default.key").read_text()
+    assert not [path for path in rig.run_dir.rglob("*") if path.is_file() and key in path.read_text(errors="replace")]
+    for left in place.iterdir():
+        left.unlink()
     place.rmdir()
 
 

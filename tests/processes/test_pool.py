@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import (
     CHUNK,
+    Daemon,
     Other,
     Pages,
     content,
@@ -238,6 +241,29 @@ def test_the_command_tells_its_status(directory: Path) -> None:
         command = [sys.executable, "-m", "pdtransport.pool.cli", "--dir", str(directory), "--status"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert '"bytes": 16777216' in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--dir", "--memory-dir"])
+def test_memory_on_a_disks_file_system_is_warned_of_at_start(directory: Path, option: str) -> None:
+    """In one line that names the directory, the setting and the remedy; nothing is said of memory that is memory."""
+    with tempfile.TemporaryDirectory(prefix="pdt-", dir="/var/tmp") as folder:
+        Path(folder).chmod(0o700)
+        if _kind_of(folder) in ("tmpfs", "ramfs"):
+            pytest.skip("/var/tmp lies in memory")
+        made = Daemon(directory, option, folder, memory="1MiB")
+        made.process.send_signal(signal.SIGTERM)
+        status_, text = made.outcome()
+        assert (status_, text.count("\n"), folder in text, f"pool.{option[2:].replace('-', '_')} " in text) == (
+            0, 1, True, True,
+        ), text  # fmt: skip
+    made = Daemon(directory, memory="1MiB")
+    made.process.send_signal(signal.SIGTERM)
+    assert made.outcome() == (0, "")
+
+
+def _kind_of(folder: str) -> str:
+    command = ["stat", "--file-system", "--format", "%T", folder]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_garbage_and_strangers_change_nothing(directory: Path) -> None:

@@ -14,10 +14,11 @@ from pdtransport.kv.keys import KeySpace
 from pdtransport.pool import messages as say
 from pdtransport.pool.admin import AdminError, Chosen, Outcome, PoolAdmin
 from pdtransport.pool.client import PoolClient
+from pdtransport.pool.prompts import Prompt, find
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.spaces import Space, whole_salt
-from tests.processes.pool_rig import CHUNK, Other, Pages, daemon, key, load, names, store, until
+from tests.processes.pool_rig import CHUNK, Other, Pages, daemon, key, load, names, status, store, until
 from tests.unit.pool_rig import Asker
 
 SPACE = Space.of(
@@ -187,6 +188,36 @@ def test_engines_tell_of_what_their_keys_are_made(directory: Path) -> None:
     assert [len(each) for each in parts] == [2, 2]
     assert parts != SPACE.parts(range(10), salt="s") != SPACE.parts(range(10), cache_salt="s")
     assert whole_salt("a", "b") != whole_salt("ab", "")
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_a_prompt_is_found_after_a_restart_without_an_engine(directory: Path, tmp_path: Path, disk: bool) -> None:
+    """What engines told of their keys outlives the pool's process, killed or not: beside the chunks on disk, or in its
+    directory. Salts are nowhere in it; what is no key space, or damaged, is left out."""
+    tokens, salt = list(range(32)), "a-secret-salt"
+    options = ("--disk", str(tmp_path / "disk"), "--disk-bytes", "64MiB") if disk else ()
+    kept = tmp_path / "disk" / "spaces.json" if disk else directory / "default.spaces"
+    space = SPACE.model_copy(update={"salted": True})
+    with PoolClient(directory=directory) as client:
+        with daemon(directory, *options), PoolClient(directory=directory) as engine:
+            engine.lookup([]).result()
+            for text in (json.dumps({"salt": salt}), space.model_dump_json()):
+                engine.introduce(text)
+            until(lambda: client.spaces().result(), "it was not told")
+            keys = [key for chunk in space.parts(tokens, salt=salt) for key in chunk]
+            memory = Pages(1)
+            engine.store(keys, [memory.runs(0)] * len(keys)).result()
+            until(lambda: not status(client)["writeback_bytes"], "chunks were not written")
+            until(kept.exists, "it was not kept")
+        with daemon(directory, *options):
+            until(lambda: client.lookup(keys).result().there == (len(keys) if disk else 0), "chunks were not found")
+            (found,) = find(PoolAdmin(client), Prompt(tokens, salt=salt))
+            assert found.there == (len(found.tiers) if disk else 0)
+        assert salt not in kept.read_text()
+        assert kept.stat().st_mode & 0o077 == 0
+        kept.write_text("{" * 5000)
+        with daemon(directory, *options):
+            assert PoolAdmin(client).spaces() == []
 
 
 def test_one_message_has_bounds(directory: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -15,35 +14,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
-
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-from schemathesis import GenerationMode  # noqa: E402
-
-from pdtransport.pool import wishes  # noqa: E402
-from pdtransport.pool.cli import main  # noqa: E402
-from pdtransport.pool.client import PoolClient  # noqa: E402
-from tests.processes.pool_rig import CHUNK, Daemon, Pages, daemon, key, store, until  # noqa: E402
-from tests.processes.test_launch_pool import SPACE  # noqa: E402
+from pdtransport.pool import wishes
+from pdtransport.pool.cli import main
+from pdtransport.pool.client import PoolClient
+from tests.processes.pool_rig import CHUNK, Pages, daemon, key, store, until
+from tests.processes.test_launch_pool import SPACE
+from tests.rig.described import WITHIN_S, cases, description, told_truly
 
 KEY = "open-sesame"
-WITHIN_S = 30.0
 DESCRIBED = wishes.describe()["paths"]
-CASES = [
-    pytest.param(path, mode, id=f"{path} {mode.value}")
-    for path, operations in sorted(DESCRIBED.items())
-    for mode in GenerationMode
-    for operation in operations.values()
-    if mode is GenerationMode.POSITIVE or "requestBody" in operation or "parameters" in operation
-]
-LIMITS = settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +33,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     (folder / "keys").chmod(0o600)
     options = ["--disk", str(folder / "disk"), "--disk-bytes", "64MiB", "--http-key-file", str(folder / "keys")]
     with daemon(directory, "--http", "127.0.0.1:0", *options) as made:
-        yield url_of(made), directory
+        yield made.url(), directory
     for left in directory.glob("*"):
         left.unlink()
     directory.rmdir()
-
-
-def url_of(made: Daemon) -> str:
-    assert made.process.stdout is not None
-    found = re.search(r"http://[^,\s]+", made.process.stdout.readline())
-    assert found
-    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -93,28 +65,12 @@ def ask(
 
 @pytest.fixture(scope="module")
 def described(running: tuple[str, Path], client: PoolClient) -> Any:
-    found = schemathesis.openapi.from_url(f"{running[0]}/openapi.json", wait_for_schema=WITHIN_S)
-    found.config.generation.with_security_parameters = False  # the test brings the key
-    found.config.generation.allow_extra_parameters = False  # which are ignored, as HTTP servers do
-    return found
+    return description(running[0])
 
 
-@pytest.mark.parametrize(("path", "mode"), CASES)
+@pytest.mark.parametrize(("path", "mode"), cases(DESCRIBED))
 def test_no_request_brings_an_answer_that_is_not_described(path: str, mode: Any, described: Any) -> None:
-    """No 500; statuses and bodies as described, so errors are JSON; keys are asked for (schemathesis asks again
-    without, and with others); what is wrong is refused."""
-    (operation,) = described[path].values()
-    tried = 0
-
-    @LIMITS
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def one(case: Any) -> None:
-        nonlocal tried
-        tried += 1
-        case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"}, timeout=WITHIN_S)
-
-    one()
-    assert tried
+    told_truly(described, path, mode, KEY, examples=15)
 
 
 def test_it_manages_chunks(running: tuple[str, Path], client: PoolClient) -> None:

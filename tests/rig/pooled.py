@@ -50,6 +50,11 @@ class Service:
         self.kill()
         self._daemon = Daemon(self.directory, *self._door, *options, memory=MEMORY)
 
+    def url(self) -> str:
+        """Of its HTTP API, once after a start with one."""
+        assert self._daemon is not None
+        return self._daemon.url()
+
     def signal(self, number: int) -> None:
         assert self._daemon is not None
         self._daemon.kill(number)
@@ -150,11 +155,11 @@ def writer_spec(service: Service) -> ServerSpec:
     return pooled(service.directory, spec, service.address, lookup_s=2.0)
 
 
-def tiny_pooled_spec(name: str, directory: Path) -> ServerSpec:
+def tiny_pooled_spec(name: str, directory: Path, **use: Any) -> ServerSpec:
     """Its cache is too small for what it is asked."""
     tiny: dict[str, Any] = {"blocks": TINY_TOKENS // BLOCK, "max_model_len": TINY_LEN}
     spec = pair_spec(name, "kv_both", cores="0", max_batched_tokens=TINY_CHUNK, **tiny)
-    return pooled(directory, spec, hand_off_s=HAND_OFF_S)
+    return pooled(directory, spec, hand_off_s=HAND_OFF_S, **use)
 
 
 def reusable(cases: Sequence[Case]) -> int:

@@ -101,6 +101,8 @@ def test_rows_are_medians_beside_the_aggregated_server() -> None:
     assert (whole["TTFT"], whole["(best)"], whole["+agg"], whole["exposed"]) == (80.0, 70.0, 25.0, 2.0)
     assert (whole["runs"], whole["failed"], whole["x whole"]) == (3, 1, None)
     assert (broken["system"], broken["x whole"]) == ("pdtransport fragmented", 1.1)
+    assert (aggregated["paired"], whole["paired"], broken["paired"]) == (0.0, None, None), "a round more"
+    assert summarise([each for each in samples if not each.failed])[1]["paired"] == 25.0  # of 10, 40 and 25
     text = table([aggregated, whole, broken])
     assert "+agg" in text
     assert "failed" in text.splitlines()[0]
@@ -184,19 +186,19 @@ def test_wrong_handoff_arguments_are_refused(argv: list[str]) -> None:
 
 def test_interference_rows_compare_pushing_with_other_loads() -> None:
     windows = [
-        interference.Window("computing", 0, 5, tokens=50_000, gaps_s=[0.020] * 99 + [0.040]),
-        interference.Window("pushing", 5, 10, tokens=49_000, gaps_s=[0.0202] * 99 + [0.041]),
-        interference.Window("joining", 5, 10, tokens=50_000, gaps_s=[0.0202] * 99 + [0.041]),
+        interference.Window("computing", 0, 5, 5_000, [0.2, 2.2, 1.2, 3.2, 4.2], gaps_s=[0.020] * 99 + [0.040]),
+        interference.Window("pushing", 5, 10, 5_000, [5.9, 7.94, 9.98], gaps_s=[0.0202] * 99 + [0.041]),
+        interference.Window("joining", 5, 10, 5_000, [5.5, 6.5], gaps_s=[0.0202] * 99 + [0.041]),
         interference.Window("quiet", 10, 15, gaps_s=[0.01] * 10),
     ]
     rows = {row["load"]: row for row in interference.summarise(windows)}
-    assert rows["computing"]["tok_s"] == 10_000
-    assert rows["pushing / computing"]["tok_s"] == pytest.approx(0.98)
+    assert rows["computing"]["tok_s"] == 5_000, "from the first end to the last, not by how many a window caught"
+    assert rows["pushing / computing"]["tok_s"] == pytest.approx(1 / 2.04)
     assert rows["pushing / computing"]["p50"] == pytest.approx(1.01)
     assert rows["pushing / joining"]["p99"] == 1
-    assert "within 3%" in interference.table(list(rows.values()))
-    windows[1].tokens = 40_000
-    assert "not within 3%" in interference.table(interference.summarise(windows))
+    assert "not within 3%" in interference.table(list(rows.values()))
+    windows[1].done = [5.9, 6.92, 7.94]
+    assert interference.table(interference.summarise(windows)).count("not within") == 0
 
 
 def test_interference_windows_take_turns() -> None:

@@ -110,6 +110,7 @@ def test_wheel_registers_its_commands_and_the_vllm_plugin(wheel: tuple[Path, str
         text = archive.read(metadata).decode()
     assert set(points["console_scripts"]) == {"pdlaunch", "pdpool", "pdrouter"}
     assert dict(points["vllm.general_plugins"]) == {"pdtransport": "pdtransport.vllm:register"}
+    assert set(points["pdtransport.pool.tiers"]) == {"mooncake", "nixl"}
     assert "License-Expression: Apache-2.0" in text
     core = [line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert not [line for line in core for heavy in ("vllm", "torch", "ucxx", "cupy") if heavy in line]

@@ -139,6 +139,8 @@ def test_long_prompts_of_ids_are_counted_and_reach_the_servers_as_they_came() ->
         call = parsed(body)
         assert (call.prompt_tokens, call.alone, call.raw) == (2000, None, body)
         assert json.loads(call.for_prefill({}))["prompt"] == [5] * 2000
+        assert call.has_ids
+        assert json.loads(call.prompt_json()) == [5] * 2000, "as the pool is told of it"
     good = ",".join(["5"] * 1000)
     for bad in (good + ",", "," + good, good + ",," + good, good + ", ," + good, good + ",x", "x" + good, good + ',"'):
         with pytest.raises(ApiError) as refused:

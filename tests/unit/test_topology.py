@@ -19,6 +19,8 @@ from pdtransport.launch.yamlfile import MAX_BYTES, TopologyError
 from pdtransport.pool.cli import parser as pool_parser
 from pdtransport.pool.cli import settings_from as pool_settings_from
 from pdtransport.router.cli import parser, settings_from
+from pdtransport.router.cli import parser as router_parser
+from pdtransport.router.cli import settings_from as router_settings_from
 from pdtransport.settings import Settings
 
 REPO = Path(__file__).resolve().parents[2]
@@ -494,6 +496,37 @@ def test_a_pool_is_started_for_all_instances(tmp_path: Path) -> None:
         assert use is not None
         assert (use.name, use.dir, use.chunk_blocks) == ("kv", tmp_path / "place", 4)
     assert planned(tmp_path, GOOD).pool is None
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "salt"),
+    [
+        (POOL, "keys", None),
+        (POOL + "transport: {pool: {salt_file: ./salt}}\n", "keys", "salt"),
+        ("pool: {dir: ./place, redis: {url: 'redis://h', bytes: 1GiB}}\n", "place/default.key", None),
+        ("pool: {dir: ./place}\n", None, None),
+        (POOL + "transport: {pool: {hint: false}}\n", None, None),
+        (POOL + "transport: {pool: {load: false}}\n", None, None),
+        (POOL + "router: {pool_hint: {}}\n", None, None),
+    ],
+)
+def test_the_router_tells_a_pool_with_a_tier_below_memory(
+    tmp_path: Path, more: str, key: str | None, salt: str | None
+) -> None:
+    """With the API and the salt that there are; without an API of the topology's own with one on loopback, under a key
+    that is made at start. Not where nothing can lie below memory, or where the file says otherwise."""
+    plan = planned(tmp_path, GOOD + more)
+    assert plan.pool is not None
+    pool = pool_settings_from(pool_parser().parse_args(list(plan.pool.argv[3:])))
+    hint = router_settings_from(router_parser().parse_args(list(plan.router.argv[3:]))).pool_hint
+    if key is None:
+        assert (hint.url, plan.pool.new_key) == (None, None)
+        return
+    assert pool.http is not None
+    assert hint.url == plan.pool.url == f"http://127.0.0.1:{pool.http.address[1]}"
+    assert hint.key_file == pool.http.key_file == tmp_path / key
+    assert hint.salt_file == (None if salt is None else tmp_path / salt)
+    assert plan.pool.new_key == (None if key == "keys" else tmp_path / key)
 
 
 @pytest.mark.parametrize(

@@ -53,19 +53,24 @@ class Asked:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Sequence[bytes], Future[Found]]] = []
+        self.hinted: list[Sequence[bytes]] = []
 
     def lookup(self, keys: Sequence[bytes]) -> Pending[Found]:
         future: Future[Found] = Future()
         self.asked.append((keys, future))
         return Pending(future, 1.0)
 
-    def answer(self, there: int | None) -> None:
+    def manage(self, keys: Sequence[bytes], action: str) -> None:
+        assert action == "hint"
+        self.hinted.append(keys)
+
+    def answer(self, there: int | None, in_memory: int | None = None) -> None:
         """To the oldest question; None: there is no pool."""
         _, future = self.asked.pop(0)
         if there is None:
             future.set_exception(PoolUnavailable("no pool"))
         else:
-            future.set_result(Found(there, there))
+            future.set_result(Found(there, there if in_memory is None else in_memory))
 
     def close(self) -> None:
         pass
@@ -151,6 +156,44 @@ def test_a_pool_that_does_not_answer_costs_lookup_s_once(half: Half) -> None:
     third = half.arrive(name="t")
     half.pool.answer(5)
     assert half.side.matched_tokens(third, 0) == (5 * 2 * BLOCK, True)
+
+
+def test_the_pool_hears_of_requests_that_wait_for_their_turn(half: Half) -> None:
+    """Of what lies below memory, once, and of all that wait. Who is scheduled at once asks for its chunks itself."""
+    first, second, third, fourth = (half.arrive(name=name) for name in "abcd")
+    questions = [keys for keys, _ in half.pool.asked]
+    half.pool.answer(4, in_memory=0)
+    assert half.side.matched_tokens(first, 0)[1]
+    half.side.allocated(first, blocks(*range(20, 31)), 4 * 2 * BLOCK)
+    half.pool.answer(3, in_memory=1)  # the scheduler did not come to ask for these
+    half.pool.answer(3, in_memory=3)
+    step(half.side)
+    assert half.pool.hinted == [questions[1][:3]]
+    half.pool.answer(2, in_memory=0)
+    for _ in range(2):
+        assert half.side.matched_tokens(fourth, 0) == (2 * 2 * BLOCK, True)  # and found no room
+        step(half.side)
+    assert half.pool.hinted == [questions[1][:3], questions[3][:2]]
+    for made in (second, third):
+        assert half.side.matched_tokens(made, 0)[1]
+
+
+def test_chunks_that_the_engine_holds_are_not_hinted_at(half: Half) -> None:
+    made = half.arrive()
+    ((question, _),) = half.pool.asked
+    half.pool.answer(5, in_memory=0)
+    half.side.matched_tokens(made, 2 * 2 * BLOCK)
+    step(half.side)
+    assert half.pool.hinted == [question[2:5]]
+
+
+def test_no_hints_where_the_setting_says_so_or_the_pool_is_gone() -> None:
+    for use, there in (({"hint": False}, 3), ({}, None)):
+        half = Half(**use)
+        half.arrive()
+        half.pool.answer(there, in_memory=0)
+        step(half.side)
+        assert half.pool.hinted == []
 
 
 def test_no_pool_is_a_miss(half: Half) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pdtransport.pool.admin import PoolAdmin
+from pdtransport.pool.admin import Chosen, PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.prompts import Prompt, find
 from tests.rig import watch
@@ -34,12 +34,17 @@ from tests.rig.pooled import (
     reusable,
     storable,
     surely_stored,
+    tiny_pooled_spec,
     writer_spec,
 )
-from tests.rig.servers import TINY_LM, Server, fleet
+from tests.rig.ports import HOST
+from tests.rig.router import RunningRouter, routed
+from tests.rig.servers import MODEL_NAME, TINY_LM, Server, fleet
 
 OWNER = "pdpool"  # of blocks in the pool, in KV events
 LONGEST = 700  # tokens of a prompt
+GIVEN_UP_S = 40.0
+HINTS = "pdrouter_pool_hints_total"
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +270,86 @@ def test_prefill_hands_over_what_came_from_the_pool(
     with_client(scenario)
 
 
+TEXT = "import os\nimport sys\n\n\ndef main():\n    for name in " * 12
+BODIES = {
+    "completions": {"prompt": TEXT},
+    "chat/completions": {"messages": [{"role": "system", "content": "Go on."}, {"role": "user", "content": TEXT}]},
+}
+
+
+def test_chunks_of_text_come_up_on_the_routers_hint(
+    reader: Server, servers: Servers, pool: Service, with_client: Any, logs: Path, tmp_path: Path
+) -> None:
+    """The token ids that a prefill server's /tokenize tells of a prompt or a chat are those that it computes with: the
+    chunks that the router hints at are those that prefill loads."""
+    (tmp_path / "keys").write_text("open-sesame\n")
+    (tmp_path / "keys").chmod(0o600)
+    pool.start(*pool.disk, "--http", f"{HOST}:0", "--http-key-file", str(tmp_path / "keys"))
+    hint = ("--pool-hint-url", pool.url(), "--pool-hint-key-file", str(tmp_path / "keys"))
+
+    async def scenario(client: Client) -> None:
+        async def answered(url: str, body: dict[str, Any]) -> None:
+            async with client.post(url, body) as response:
+                assert response.status == 200, await response.text()
+
+        async def hinted(router: RunningRouter, outcome: str, times: int) -> None:
+            while f'{HINTS}{{outcome="{outcome}"}} {times}\n' not in await client.get_text(f"{router.url}/metrics"):
+                await asyncio.sleep(0.02)
+
+        with (
+            PoolClient(directory=pool.directory) as people,
+            routed([reader], [servers.decode], logs, "concurrent", *hint, "--pool-hint-text", "tokenize") as router,
+        ):
+            hits = 0
+            for number, (path, prompt) in enumerate(BODIES.items(), 1):
+                body = {"model": MODEL_NAME, "max_tokens": 4, "temperature": 0, **prompt}
+                await answered(f"{router.url}/v1/{path}", body)
+                await asyncio.wait_for(hinted(router, "nothing", number), GIVEN_UP_S)
+                await rested(client, reader)
+                pool.written()
+                PoolAdmin(people).move(Chosen(), "disk")
+                await forget(client, reader, servers.decode)
+                before = await rested(client, reader)
+                reader.pause_engine()  # a long step: the request waits for its end
+                try:
+                    asked = asyncio.create_task(answered(f"{router.url}/v1/{path}", body))
+                    await asyncio.wait_for(hinted(router, "begun", number), GIVEN_UP_S)
+                finally:
+                    reader.pause_engine(False)
+                await asked
+                grown = await rested(client, reader)
+                grown.subtract(before)
+                assert grown["hit"] > 0 == grown["failed"], grown
+                hits += grown["hit"]
+            counted = pool.at_rest()
+            assert counted["hint_used"] == hits, counted
+
+    with_client(scenario)
+
+
+def test_chunks_of_requests_that_wait_come_up(
+    reader: Server, pool: Service, chosen: list[Case], with_client: Any
+) -> None:
+    """The engine tells the pool of those that it has no room for yet: they load from memory what was on disk."""
+    pool.start(*pool.disk)
+
+    async def scenario(client: Client) -> None:
+        await ask(client, reader, chosen[:1])  # it notices that the pool is another one
+        await forget(client, reader)
+        await ask(client, reader, chosen)
+        pool.written()
+        with PoolClient(directory=pool.directory) as people:
+            PoolAdmin(people).move(Chosen(), "disk")
+        await forget(client, reader)
+        before = pool.at_rest()
+        grown = await ask(client, reader, chosen, at_a_time=len(chosen))
+        assert grown["hit"] > 0 == grown["failed"], grown
+        after = pool.at_rest()
+        assert after.get("hint_used", 0) > before.get("hint_used", 0), after
+
+    with_client(scenario)
+
+
 def test_what_decode_generates_flows_back(reader: Server, servers: Servers, book: Book, with_client: Any) -> None:
     """A decode server stores the prompt that it was handed and the answer that it gave: the next turn's prefill, on
     whatever server, finds both."""
@@ -314,6 +399,51 @@ def test_aborts_while_pages_are_loaded_leave_nothing(reader: Server, chosen: lis
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
         await ask(client, reader, some[:4])
+
+    with_client(scenario)
+
+
+def test_a_codec_with_loss_is_for_those_who_ask_for_it(
+    reader: Server, pool: Service, chosen: list[Case], with_client: Any, logs: Path
+) -> None:
+    """An engine with fp8 gets its prompts back from disk, where they are shorter; it never finds exact chunks, and an
+    engine without a codec never finds its. What it answers then may differ, so nothing is said of that here."""
+    some = chosen[:6]
+    pool.start(*pool.disk)
+
+    async def scenario(client: Client) -> None:
+        async def fresh(server: Server) -> None:
+            await forget(client, server)
+            grown = await ask(client, server, some)
+            assert grown["hit"] + grown["failed"] == 0 < grown["stored"], grown
+
+        await ask(client, reader, some[:1])  # it notices that the pool is another one
+        with (
+            PoolClient(directory=pool.directory) as people,
+            fleet(tiny_pooled_spec("lossy", pool.directory, codec="fp8"), logs=logs) as (lossy,),
+        ):
+            admin = PoolAdmin(people)
+            admin.drop(Chosen())
+            sizes = []
+            for server in (reader, lossy):
+                await fresh(server)
+                pool.written()
+                disk = admin.status()["tiers"]["disk"]
+                sizes.append((disk["used_bytes"], disk["chunks"]))
+            (exact, chunks), (both, all_chunks) = sizes
+            assert (both - exact) / (all_chunks - chunks) < 0.9 * exact / chunks, sizes  # the tier's own codec is zstd
+            admin.move(Chosen(), "disk")
+            await forget(client, lossy)
+            before = await rested(client, lossy)
+            for case in some:
+                assert (await client.complete(lossy, case.prompt, len(case.tokens))).tokens
+            grown = await rested(client, lossy)
+            grown.subtract(before)
+            assert grown["hit"] == reusable(some), grown
+            assert not grown["miss"] + grown["failed"], grown
+            admin.drop(Chosen())
+            await fresh(lossy)
+            await fresh(reader)  # lossy chunks are there, and are not its
 
     with_client(scenario)
 
