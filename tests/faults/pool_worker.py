@@ -147,13 +147,13 @@ class User:
             self._copies.verb = "store" if storing else "load"
             return begin(copier, *arguments, storing=storing, **more)
 
-        def struck(source: Runs, target: Runs, blocks: int = 0) -> Any:
+        def struck(source: Runs, target: Runs, blocks: int = 0, **more: Any) -> Any:
             verb = self._copies.verb
             self._seen[verb] += 1
             for rule in [rule for rule in self._rules if (rule.verb, rule.nth) == (verb, self._seen[verb] - 1)]:
                 whole(np.array([[source[0, 0], 8]], np.uint64), np.array([[target[0, 0], 8]], np.uint64), 0)
                 self._strike(rule.action)
-            return whole(source, target, blocks)
+            return whole(source, target, blocks, **more)
 
         HostCopier.begin = named  # type: ignore[method-assign]
         pages.read_mapped = struck  # type: ignore[assignment]

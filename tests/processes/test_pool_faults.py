@@ -185,15 +185,15 @@ def test_a_call_cancelled_between_two_copies_holds_nothing(
     runs = [room.runs(0) for room in rooms]
     whole, calls = pages.read_mapped, []
 
-    def cancels(*arguments: Any) -> Any:
+    def cancels(*arguments: Any, **how: Any) -> Any:
         calls.pop().cancel()
-        return whole(*arguments)
+        return whole(*arguments, **how)
 
     with pool(directory, chunks=32), PoolClient(directory=directory) as client:
         if verb == "load":
             assert client.store(keys, runs).result().prefix == 2
         began = threading.Event()
-        monkeypatch.setattr(pages, "read_mapped", lambda *arguments: began.wait(30) and cancels(*arguments))
+        monkeypatch.setattr(pages, "read_mapped", lambda *given, **how: began.wait(30) and cancels(*given, **how))
         calls.append(call := (client.store if verb == "store" else client.load)(keys, runs))
         began.set()
         assert names(call.result())[1] == "LOST"
