@@ -20,7 +20,7 @@ from pdtransport.control.curve import make_keys
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
-from pdtransport.pool.admin import Outcome, PoolAdmin
+from pdtransport.pool.admin import Chosen, Outcome, PoolAdmin
 from pdtransport.pool.cli import main
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.remote_messages import RemoteHello, RemotePublish
@@ -114,6 +114,47 @@ def test_what_other_chunks_left_in_a_frame_does_not_cross(pool: Pool, directory:
         assert session.mapping is not None
         with session.mapping.view(0, STAGING) as seen:
             assert b"\xa5" not in bytes(seen)
+
+
+def test_whoever_watches_from_another_host_hears_of_every_chunk_that_goes(directory: Path, port: int) -> None:
+    """Evicted and dropped ones, as on the pool's host; that the pool went, once; and nothing of the next one, until it
+    watches that. While it stores and loads itself, and beside one that watches on the pool's host."""
+    door = RemoteSettings(listen=f"127.0.0.1:{port}", liveness_s=2.5)
+    settings = PoolSettings(dir=directory, memory_bytes=8 * CHUNK, remote=door)
+    heard: list[list[bytes] | None] = []
+    nearby: list[bytes] = []
+
+    def hear(keys: Any) -> None:
+        heard.append(None if keys is None else list(keys))
+
+    with at(port) as far, PoolClient(directory=directory) as near:
+        with Pool(settings) as pool:
+            # A pool that began after its client is found within a second; who watches before hears that there is none.
+            until(lambda: names(store(far, [100])) in (["WRITE"], ["HAVE"]), "the pool was not found")
+            far.watch(hear)
+            near.watch(lambda keys: nearby.extend(keys or ()))
+            until(lambda: heard == [[]], "the watch did not begin")
+            stored = [n for n, name in enumerate(names(store(far, range(12)))) if name == "WRITE"]
+            load(far, stored)
+            PoolAdmin(near).drop(Chosen((key(stored[-1]),)))
+            there = {place.key for place in PoolAdmin(near).look([key(n) for n in stored]) if place.tiers}
+            gone = sorted({key(n) for n in stored} - there)  # evicted ones, by whatever order they were stored in
+            assert key(stored[-1]) in gone
+            until(lambda: {each for keys in heard for each in keys or ()} >= set(gone), "not all were told of")
+            until(lambda: set(nearby) >= set(gone), "the one nearby was not told of them")
+            assert not there & {each for keys in heard for each in keys or ()}
+            nothing_held(pool)
+        until(lambda: heard[-1] is None, "its end was not told of")
+        with Pool(settings) as pool:
+            until(lambda: names(store(far, [100])) in (["WRITE"], ["HAVE"]), "the next pool was not found")
+            assert pool._service.shelf.gone is None
+            assert heard.count(None) == 1
+            assert heard[-1] is None
+            far.watch(hear)
+            until(lambda: heard[-1] == [], "the second watch did not begin")
+            assert names(store(far, [20])) == ["WRITE"]
+            PoolAdmin(far).drop(Chosen((key(20),)))
+            until(lambda: key(20) in (heard[-1] or ()), "nothing was told of the next pool's")
 
 
 def test_one_that_watched_from_another_host_and_is_gone_is_forgotten(pool: Pool, port: int) -> None:
