@@ -115,3 +115,27 @@ def test_what_is_alike_is_taken_together() -> None:
         request = reader._request(False)
         entries = on.index.find(key_rows(keys(*numbers)))
         assert together.load(on, request, entries, [FRAME] * sizes) is all_there
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_chunks_that_were_loaded_together_stay_longest(policy: str) -> None:
+    """What nobody read goes first, as if they had been loaded one by one."""
+    on = shelf(4, policy=policy)
+    asker = Asker(on)
+    asker.put(1, 2, 3, 4)
+    request = asker._request(False)
+    assert together.load(on, request, on.index.find(key_rows(keys(1, 2))), [FRAME] * 2)
+    on.release(request, range(2))
+    asker.put(5, 6)
+    assert [on.lookup(keys(number))[0] for number in range(1, 7)] == [1, 1, 0, 0, 1, 1]
+
+
+def test_a_hinted_chunk_that_is_loaded_together_was_of_use() -> None:
+    """It gives back its share of memory, for the next hints."""
+    on = shelf(4)
+    asker = Asker(on)
+    asker.put(1, 2)
+    entries = on.index.find(key_rows(keys(1, 2)))
+    on.hints.began(int(entries[0]), FRAME, 0.0)
+    assert together.load(on, asker._request(False), entries, [FRAME] * 2)
+    assert (on.hints.nbytes, on.counters["hint_used"]) == (0, 1)
