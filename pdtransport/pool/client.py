@@ -153,7 +153,7 @@ class PoolClient:
 
         self._reactor = Reactor(make, name=f"pdpool-client-{name}")
         self._reactor.start()
-        self._threads, self._device = threads, device
+        self._threads, self._device, self._remote = threads, device, address is not None
         self._spare: SimpleQueue[Copier] = SimpleQueue()  # one for each thread
         for _ in range(threads):
             self._spare.put(make_copier(device))
@@ -391,7 +391,10 @@ class PoolClient:
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
-            lambda number, cancel: self._post(lambda: self._wire.forget(number, cancel=cancel), wake=cancel),
+            # A remote pool's client gives frames of its staging memory back then, for which another copy may wait.
+            lambda number, cancel: self._post(
+                lambda: self._wire.forget(number, cancel=cancel), wake=cancel or self._remote
+            ),
             after,
             lossy,
         )

@@ -85,7 +85,11 @@ def publish(shelf: Shelf, request: Request, written: Sequence[tuple[int, int]]) 
     numbers, checksums = zip(*written, strict=True)
     if not request.store or len(set(numbers)) < len(numbers) or not held.keys() >= set(numbers):
         return False
-    entries = [held.pop(number) for number in numbers]
+    entries = [held[number] for number in numbers]
+    if any(map(shelf.waiters.__getitem__, entries)):
+        return False  # who waits is served as each chunk comes, while the writer holds the others
+    for number, entry in zip(numbers, entries, strict=True):
+        del held[number], shelf.waiters[entry]
     at = np.array(entries)
     nbytes = int(index.nbytes_column[at].sum())
     request.session.held_bytes -= nbytes
@@ -93,10 +97,6 @@ def publish(shelf: Shelf, request: Request, written: Sequence[tuple[int, int]]) 
     index.state_column[at] = READY
     index.tier_column[at] |= MEMORY
     shelf.room.enter_all(entries)
-    waiting = list(map(shelf.waiters.pop, entries))
-    if any(waiting):
-        for entry, its in zip(entries, waiting, strict=True):
-            shelf.serve(entry, its)
     shelf.counters["stored_chunks"] += len(entries)
     shelf.counters["stored_bytes"] += nbytes
     if shelf.lower:

@@ -23,7 +23,6 @@ START_S = 400
 def test_the_demo_proves_compares_and_leaves_nothing(tmp_path: Path) -> None:
     """The quickstart comes up, pages cross, every answer's tokens equal a plain server's, and no process is left."""
     topology = yaml.safe_load((REPO / "examples" / "quickstart.yaml").read_text())
-    topology["model"]["dtype"] = PLACE.dtype
     topology["model"]["id"] = str(REPO / "examples" / topology["model"]["id"])
     topology["defaults"]["start_timeout_s"] = START_S
     topology["router"]["port"] = 21330

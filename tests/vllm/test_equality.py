@@ -101,7 +101,8 @@ def test_answers_depend_on_every_part_of_the_context(book: Book) -> None:
     print("\nanswers changed by another first, middle, last block:", [f"{share:.0%}" for share in shares])
     assert len(book.altered) >= 16
     assert shares[2] >= 0.5, "answers hardly depend on the last block"
-    assert min(shares) >= 0.25, "answers hardly depend on some part of the context"
+    # With a tenth, one damaged block in each of 200 prompts would stay hidden once in a billion times.
+    assert min(shares) >= 0.1, "answers hardly depend on some part of the context"
 
 
 def test_a_case_needs_all_tokens() -> None:
