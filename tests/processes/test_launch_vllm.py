@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from pdtransport.launch import guard
-from tests.rig.device import PLACE
 
 REPO = Path(__file__).resolve().parents[2]
 START_S = 400
