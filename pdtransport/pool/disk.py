@@ -20,14 +20,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError, check, runs_of
+from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError, address_of, check, runs_of
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -237,10 +235,6 @@ def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
         return None
     fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + BLOCK
     return Stored(key, tenant, nbytes, stored) if fits else None
-
-
-def address_of(piece: bytes | memoryview) -> int:
-    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
 
 def _check_length(size: int, parts: Sequence[memoryview]) -> None:

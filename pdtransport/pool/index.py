@@ -215,10 +215,8 @@ class Index:
                     place = after[place]
                 after[place] = after[entry]
             after[entry], self._free = self._free, entry
-        for column in (self.tier_column, self.nbytes_column, self.checksum_column, self.refs_column):
-            column[at] = 0
-        for column in (self.state_column, self.pin_column, self.form_column, self.group_column):
-            column[at] = 0
+        self.tier_column[at] = self.nbytes_column[at] = self.checksum_column[at] = self.refs_column[at] = 0
+        self.state_column[at] = self.pin_column[at] = self.form_column[at] = self.group_column[at] = 0
         self.count -= len(entries)
 
     def __len__(self) -> int:

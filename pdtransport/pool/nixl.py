@@ -16,9 +16,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.disk import STRETCH, DiskTier, address_of
+from pdtransport.pool.disk import STRETCH, DiskTier
 from pdtransport.pool.settings import DiskSettings
-from pdtransport.pool.tiers import TierError
+from pdtransport.pool.tiers import TierError, address_of
 from pdtransport.settings import one_line
 
 MODULES = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")

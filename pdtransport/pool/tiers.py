@@ -110,8 +110,11 @@ class Tier(ABC):
 
 def runs_of(pieces: Sequence[bytes | memoryview]) -> Runs:
     """Where they lie."""
-    places = [(np.frombuffer(piece, dtype=np.uint8).ctypes.data if len(piece) else 0, len(piece)) for piece in pieces]
-    return np.array(places, dtype=np.uint64).reshape(-1, 2)
+    return np.array([(address_of(piece), len(piece)) for piece in pieces], dtype=np.uint64).reshape(-1, 2)
+
+
+def address_of(piece: bytes | memoryview) -> int:
+    return int(np.frombuffer(piece, dtype=np.uint8).ctypes.data) if len(piece) else 0
 
 
 def check(found: int, checksum: int) -> None:

@@ -40,17 +40,6 @@ def gpu() -> Iterator[None]:
         twin_gpu.unregistered.clear()
 
 
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A place for one pool, with a short path."""
-    path = Path(f"/dev/shm/pdt-gpu-{os.getpid()}")
-    yield path
-    for left in path.glob("*"):
-        left.unlink()
-    if path.exists():
-        path.rmdir()
-
-
 class Engine:
     """Chunks scattered over pages of GPU memory in no order."""
 
