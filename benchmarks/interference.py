@@ -12,8 +12,8 @@ pushing     the same, and each prompt is handed over to decode, which answers on
 Columns: *prefill tok/s*: prompt tokens a second, from the first prefill that ended in a window to the last; *ITL p50*,
 *p99*: milliseconds between two tokens of decode's streams. Beside them a row of windows without any load (*quiet*), and
 the ratios of pushing to the other two. On one GPU prefill itself slows decode in all loads, and any engine takes time
-to admit a long prompt, wherever its KV comes from: *pushing / joining* is what pushes cost decode, *pushing / computing*
-what they cost together with the requests that they belong to.
+to admit a long prompt, wherever its KV comes from: *pushing / joining* is what pushes cost decode, *pushing /
+computing* what they cost together with the requests that they belong to.
 ``--rehearse`` runs on CPU cores with a small model.
 """
 
