@@ -18,7 +18,7 @@ from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.peers import Peers
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import Ack, Code, Coming, Commit, ConsumerMessage, Grant
+from pdtransport.protocol.messages import MAX_DUE_US, Ack, Code, Coming, Commit, ConsumerMessage, Grant
 from pdtransport.protocol.receiving import TransferOver
 from pdtransport.protocol.sending import Sending
 
@@ -125,9 +125,18 @@ class Handing:
         self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
         self.push_some()
 
-    def foresee(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
-        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
-        then; afterwards it wants the interpreter, and decode wants the pages. So what can be done, is done now."""
+    def foresee(
+        self,
+        owner: object,
+        transfer: str,
+        pages: Sequence[int],
+        tokens_done: int,
+        event: int,
+        due: float | None = None,
+    ) -> None:
+        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed, at ``time.monotonic`` second ``due``
+        if that can be told. The engine waits for its GPU until then; afterwards it wants the interpreter, and decode
+        wants the pages. So what can be done, is done now."""
         source = self._owned(owner, transfer)
         if source is None:
             return
@@ -149,6 +158,7 @@ class Handing:
                         first_block=first,
                         blocks=count,
                         offer=prepared.offer,
+                        due_us=_due_us(due),
                     ),
                 )
         source.foreseen = max(source.foreseen, blocks)
@@ -333,6 +343,11 @@ class Handing:
                 events=dict(record.events),
             ),
         )
+
+
+def _due_us(due: float | None) -> int | None:
+    """From now on."""
+    return None if due is None else min(MAX_DUE_US, max(0, int(1e6 * (due - time.monotonic()))))
 
 
 def _ident(action: act.Push | act.Unstage) -> _Ident:

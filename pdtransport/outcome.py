@@ -26,6 +26,7 @@ class Outcome:
 
 OnOutcome = Callable[[Outcome], None]
 OnPromise = Callable[[], None]  # decode goes on from the first token if it is told which
+OnExpected = Callable[[float], None]  # when the last pages are expected: time.monotonic() seconds
 
 
 def tell(on_end: OnOutcome, outcome: Outcome) -> None:

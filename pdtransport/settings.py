@@ -349,6 +349,12 @@ class Settings(_Section):
         description="Let a request go on in the first engine step after its pages arrived, not two steps later. Where "
         "vLLM's scheduler is not as expected this changes nothing.",
     )
+    early_step: bool = Field(
+        True,
+        description="Begin a request's first engine step up to 8 ms before its last pages are expected, if nothing "
+        "else is in the engine, and hold it before its forward pass until they are verified: what vLLM prepares takes "
+        "some 4 ms. Where vLLM's engine is not as expected this changes nothing.",
+    )
     short_priming: bool = Field(
         True,
         description="Prime vLLM's detokenizer with a long prompt's last tokens instead of all of them: the answer's "

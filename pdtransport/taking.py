@@ -14,7 +14,7 @@ from pdtransport.errors import LinkError
 from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline, TransferRecord
-from pdtransport.outcome import OnOutcome, Outcome, tell
+from pdtransport.outcome import OnExpected, OnOutcome, Outcome, tell
 from pdtransport.peers import Endpoint, Peer, Peers
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.messages import Accept, Batch, Claim, Code, Coming, Commit, ProducerMessage
@@ -37,6 +37,7 @@ class Fetch:
     first_block: int
     pages: Sequence[int]
     first_token: bool = False  # promise to go on from the first token, if prefill names it
+    on_expected: OnExpected | None = None
 
 
 @dataclass
@@ -49,6 +50,7 @@ class _Sink:
     record: TransferRecord
     heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
     placing: dict[PeerId, set[int]] = field(default_factory=dict)  # link keys that may still write
+    expected: dict[PeerId, float] = field(default_factory=dict)  # when its last pages are
     nbytes: int = 0
     granted: bool = False
 
@@ -187,6 +189,7 @@ class Taking:
             elif isinstance(message, Batch):
                 sink.record.mark("first_batch")
                 sink.record.mark("last_batch", latest=True)
+                self._expect(sink, peer, message.first_block + message.blocks, now)
             elif isinstance(message, Commit):
                 sink.record.mark("committed")
         self.run(self.receiving.on_message(peer, message, now))
@@ -202,6 +205,19 @@ class Taking:
             runs = self._geometry.runs(pages, *sink.heads[peer_id])
             self._counters["batches_foreseen"] += 1
             peer.inbound.foresee(message.offer, runs, message.blocks if self._checksums else 0)
+            if message.due_us is not None:
+                due = time.monotonic() + 1e-6 * message.due_us
+                self._expect(sink, peer_id, message.first_block + message.blocks, due)
+
+    @staticmethod
+    def _expect(sink: _Sink, peer: PeerId, end: int, when: float) -> None:
+        """Blocks up to ``end`` are expected from this worker. The last ones matter."""
+        wanted = sink.wanted
+        if wanted.on_expected is None or peer not in sink.heads or end < wanted.first_block + len(wanted.pages):
+            return
+        sink.expected[peer] = when
+        if len(sink.expected) == len(sink.heads):
+            wanted.on_expected(max(sink.expected.values()))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Its channels are closed already."""

@@ -8,6 +8,7 @@ is a :class:`concurrent.futures.Future` that can also be awaited.
 from __future__ import annotations
 
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from pdtransport.gate import Gate
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
-from pdtransport.outcome import OnOutcome, OnPromise, Outcome
+from pdtransport.outcome import OnExpected, OnOutcome, OnPromise, Outcome
 from pdtransport.probe import Scratch
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
 from pdtransport.reactor import Reactor
@@ -69,20 +70,35 @@ class Handle:
 class Offer(Handle):
     """Pages of one request that this worker prefills: say what is ready, then that it is finished."""
 
-    def ready(self, pages: Sequence[int], tokens: int, after: Any | None = None) -> None:
+    def ready(
+        self,
+        pages: Sequence[int],
+        tokens: int,
+        after: Any | None = None,
+        due: float | None = None,
+        passed: Callable[[float], None] | None = None,
+    ) -> None:
         """The first ``tokens`` prompt tokens are computed. ``pages[i]`` is the page of block i; a block counts as
         final once all its tokens are, the last one once the whole prompt is. Fewer tokens than before say that the
         engine took pages back (preemption).
 
         On a GPU, ``after`` is an event (torch's or cupy's) recorded behind the kernels that compute them: the pages are
-        final once it has passed, and what is said of this offer later waits for it too."""
+        final once it has passed, and what is said of this offer later waits for it too. ``due``: the
+        ``time.monotonic`` second at which that is expected, which decode is told; ``passed`` is called in the I/O
+        thread with the second at which it was, and must not block."""
         pages = list(pages)
 
         def said(exchange: Exchange) -> None:
             handing = exchange.handing
-            event = exchange.gate.call(self, after, lambda: handing.pages_ready(self, self.transfer, pages, tokens))
+
+            def final() -> None:
+                if passed is not None:
+                    passed(time.monotonic())
+                handing.pages_ready(self, self.transfer, pages, tokens)
+
+            event = exchange.gate.call(self, after, final)
             if event:
-                handing.foresee(self, self.transfer, pages, tokens, event)
+                handing.foresee(self, self.transfer, pages, tokens, event, due)
 
         self._transport._call(said)
 
@@ -221,6 +237,7 @@ class Transport:
         first_block: int = 0,
         first_token: bool = False,
         on_end: OnOutcome | None = None,
+        on_expected: OnExpected | None = None,
         after: Any | None = None,
     ) -> Receipt:
         """Take blocks ``first_block ..`` of ``transfer`` into ``pages`` from the ``ranks`` prefill workers whose
@@ -228,12 +245,14 @@ class Transport:
 
         With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
         ``first_token`` promises to go on from the outcome's first token, if it has one, and from no other.
+        ``on_expected`` is called in the I/O thread, like ``on_end``, with the ``time.monotonic`` second at which the
+        last pages are expected: once prefill says so, or has announced them; again when that changes, or never.
 
         On a GPU, kernels that still use the pages for their former owner may be on their way: ``after`` is an event
         recorded behind them, and nothing is written before it has passed.
         """
         receipt = Receipt(self, transfer, on_end)
-        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages), first_token)
+        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages), first_token, on_expected)
         receipt._in_turn(after, lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
         return receipt
 

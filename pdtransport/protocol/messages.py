@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
 MAX_REASON = 512
+MAX_DUE_US = 60_000_000  # no step takes a minute
 MAX_ATTEMPTS = 1000  # of one batch; an engine that is preempted more often has worse problems
 
 TransferId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$")]
@@ -125,13 +126,15 @@ class Batch(_Granted):
 
 
 class Coming(_Granted):
-    """Producer: these blocks will be a batch with this ``offer`` once they are computed. Advice, for who has time to
-    prepare: no state depends on it, and nothing may be read before the batch itself is announced."""
+    """Producer: these blocks will be a batch with this ``offer`` once they are computed, in ``due_us`` microseconds if
+    that can be told. Advice, for who has time to prepare: no state depends on it, and nothing may be read before the
+    batch itself is announced."""
 
     kind: Literal["coming"] = "coming"
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     offer: Annotated[bytes, Field(max_length=1 << 20)]
+    due_us: Annotated[int, Field(ge=0, le=MAX_DUE_US)] | None = None
 
 
 class Received(_Granted):

@@ -6,7 +6,8 @@ where something is. The workers' word (:mod:`bell`) is there before: what vLLM d
 next step begins, and the report, which comes in any case, is taken out when it comes.
 
 vLLM has no hook there. What is taken hold of, :class:`StepStart` says; where it is not as expected, reports take their
-own way. From there on such a request's first step is kept short (:mod:`engine_loop`, :mod:`late_caching`).
+own way. From there on such a request's first step is kept short (:mod:`engine_loop`, :mod:`late_caching`), and where it
+can be given up again it begins before the last pages are there (:mod:`early`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.vllm.early import EarlyStep, can_hold_back, hold_back
 from pdtransport.vllm.engine_loop import EngineLoop
 from pdtransport.vllm.late_caching import LateCaching
 
@@ -65,7 +67,9 @@ class StepStart:
     """Calls ``begins`` at each step's beginning: ``schedule()`` calls ``new_step_starts`` of the cache manager that the
     connector was given, before it looks at any request."""
 
-    def __init__(self, scheduler: Scheduler, manager: KVCacheManager, begins: Callable[[StepStart], None]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, manager: KVCacheManager, begins: Callable[[StepStart], None], early: bool
+    ) -> None:
         from vllm.v1.outputs import KVConnectorOutput
         from vllm.v1.request import RequestStatus
 
@@ -73,23 +77,31 @@ class StepStart:
         self._output, self._waiting = KVConnectorOutput, RequestStatus.WAITING_FOR_REMOTE_KVS
         self._loop: EngineLoop | None = None
         self._looked = False
+        self._first: set[str] = set()  # whose first step is looked at before another one is launched
         self._caching: LateCaching | None = None
+        self.early: EarlyStep | None = None
         try:
             self._caching = LateCaching(manager)
+            self.early = EarlyStep(scheduler, self._caching) if early else None
         except AttributeError as error:
-            logger.info("blocks are cached before a request's first step: %s", error)
+            logger.info("a request's first step waits for more than it must: %s", error)
         starts = manager.new_step_starts
 
         def started() -> Any:
-            self._as_before()
+            first, self._first = self._first, set()
+            self._catch_up()
             begins(self)
+            self._hold_back(first)
             return starts()
 
         manager.new_step_starts = started  # type: ignore[method-assign]
 
     @classmethod
-    def of(cls, connector: Any, manager: Any, begins: Callable[[StepStart], None]) -> StepStart | None:
-        """For the scheduler that owns ``connector``; None where this vLLM has another."""
+    def of(
+        cls, connector: Any, manager: Any, begins: Callable[[StepStart], None], early: bool = True
+    ) -> StepStart | None:
+        """For the scheduler that owns ``connector``; None where this vLLM has another. ``early``: steps may begin
+        before their request's pages arrived."""
         try:
             from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -101,19 +113,26 @@ class StepStart:
             for needed in ("requests", "running", "waiting", "finished_recving_kv_req_ids"):
                 getattr(owner, needed)
             if callable(owner._update_from_kv_xfer_finished) and callable(manager.new_step_starts):
-                return cls(owner, manager, begins)
+                return cls(owner, manager, begins, early)
         except (ImportError, StopIteration, AttributeError) as error:
             logger.info("requests go on by vLLM's own report: %s", error or "its scheduler was not found")
         return None
 
-    def _as_before(self) -> None:
+    def _catch_up(self) -> None:
         """What the last step was spared is done now."""
         if not self._looked:
             self._loop, self._looked = EngineLoop.of(self._scheduler), True
-        if self._loop is not None:
-            self._loop.as_before()
         if self._caching is not None:
             self._caching.catch_up()
+
+    def _hold_back(self, first: set[str]) -> None:
+        """Let this step do without requests whose first step must be looked at before: where launches are slow the
+        first token would wait for as long as launching another one takes; and an early one may come to nothing."""
+        if self.early is not None:
+            first |= self.early.doubtful
+        for request in self._scheduler.running if first else ():
+            if request.request_id in first and can_hold_back(self._scheduler, request):
+                hold_back(self._scheduler, request)
 
     @property
     def clients_wait(self) -> Callable[[], bool] | None:
@@ -142,10 +161,28 @@ class StepStart:
             self._hurry(ours)
         return ours
 
+    def may_go_on_early(self, req_id: str) -> bool:
+        """Whether this request can begin before its pages are there, and keeps nobody waiting with that."""
+        return (
+            self.early is not None
+            and self._loop is not None
+            and self._loop.waits_for_workers
+            and not self._scheduler.running
+            and [each.request_id for each in self._waiting_requests()] == [req_id]
+            and self.early.may(self._scheduler.requests[req_id])
+        )
+
+    def go_on_early(self, req_id: str) -> bool:
+        """Begin before this request's pages are there: the step that begins must be held until they are."""
+        if self.early is None or self.go_on({req_id}) != {req_id}:
+            return False
+        self.early.begin(req_id)
+        return True
+
     def _hurry(self, req_ids: set[str]) -> None:
         """Let this step do for these what it must do, and no more."""
         # A request behind them in this step could find their blocks in the prefix cache.
         if self._caching is not None and all(each.request_id in req_ids for each in self._waiting_requests()):
             self._caching.put_off(req_ids)
-        if self._loop is not None and not self._scheduler.running:
-            self._loop.answer_first()
+        if self._loop is not None and self._loop.slow_launches and not self._scheduler.running:
+            self._first = set(req_ids)

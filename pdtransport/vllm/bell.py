@@ -4,9 +4,10 @@ While requests wait for pages and nothing is computed, vLLM steps its workers on
 the other's answer spins. The scheduler's half waits for the bell between such empty steps instead. Ringing it wrongly,
 or not at all, costs a little time and nothing else: what ended is reported by the workers' next step in any case.
 
-Beside it the workers say which requests' pages arrived, and from which requests' first tokens decode promised to go on.
-Steps' outputs say so too, but one or two steps later, and of a promise too late: most prompts take one step. A promise
-that is not heard in time is as good as none, an arrival is learned from the step's output then.
+Beside it the workers say which requests' pages arrived, when the last ones of others are expected, and from which
+requests' first tokens decode promised to go on. Steps' outputs say so too (but for what is expected), but one or two
+steps later, and of a promise too late: most prompts take one step. A promise that is not heard in time is as good as
+none, an arrival is learned from the step's output then.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ LOOK_S = 0.001
 _CREDENTIALS = struct.Struct("3i")  # Linux' struct ucred: process, user, group
 _WORDS = "-words"  # behind the bell's name: its own rings would fill the queue
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
-_PROMISED, _ARRIVED = b"p", b"a"
+_PROMISED, _ARRIVED, _EXPECTED = b"p", b"a", b"e"
+_WHEN = struct.Struct("<d")  # before the id of a request whose pages are expected: time.monotonic() seconds
 
 
 class Bell:
@@ -40,19 +42,23 @@ class Bell:
         self._words.bind(self.name + _WORDS)
         self._promised: set[str] = set()
         self._arrived: set[tuple[str, int]] = set()
+        self._expected: dict[tuple[str, int], float] = {}
 
     def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
         """Until somebody rings, at most ``seconds``; True if somebody did. ``unless`` ends it, looked at every
-        millisecond."""
+        millisecond and after each word."""
         poll = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
         poll.register(self._socket, select.POLLIN)
+        poll.register(self._words, select.POLLIN)
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0 and not (unless is not None and unless()):
-            if poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
-                with contextlib.suppress(BlockingIOError):
-                    while _heard(self._socket, 16) is not None:
-                        pass
-                return True
+            for descriptor, _ in poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
+                if descriptor == self._socket.fileno():
+                    with contextlib.suppress(BlockingIOError):
+                        while _heard(self._socket, 16) is not None:
+                            pass
+                    return True
+                self._listen()
         return False
 
     def promises(self) -> set[str]:
@@ -67,21 +73,34 @@ class Bell:
         arrived, self._arrived = self._arrived, set()
         return arrived
 
+    def expected(self) -> dict[tuple[str, int], float]:
+        """When the last pages of requests are expected on a worker, as ``time.monotonic`` seconds by request and rank,
+        told since the last call."""
+        self._listen()
+        expected, self._expected = self._expected, {}
+        return expected
+
     def _listen(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while (word := _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES)) is not None:
                 if len(word) <= _WORD.size:
                     continue
                 kind, rank = _WORD.unpack_from(word)
-                req_id = word[_WORD.size :].decode(errors="replace")
+                rest = word[_WORD.size :]
                 if kind == _PROMISED:
-                    self._promised.add(req_id)
+                    self._promised.add(_text(rest))
                 elif kind == _ARRIVED:
-                    self._arrived.add((req_id, rank))
+                    self._arrived.add((_text(rest), rank))
+                elif kind == _EXPECTED and len(rest) > _WHEN.size:
+                    self._expected[_text(rest[_WHEN.size :]), rank] = _WHEN.unpack_from(rest)[0]
 
     def close(self) -> None:
         self._socket.close()
         self._words.close()
+
+
+def _text(req_id: bytes) -> str:
+    return req_id.decode(errors="replace")
 
 
 def _datagrams() -> socket.socket:
@@ -119,16 +138,20 @@ class Rope:
 
     def promised(self, req_id: str) -> None:
         """Decode goes on from this request's first token."""
-        self._tell(_PROMISED, 0, req_id)
+        self._tell(_PROMISED, 0, req_id.encode())
 
     def arrived(self, req_id: str, rank: int) -> None:
         """This request's pages are in this rank's memory, verified."""
-        self._tell(_ARRIVED, rank, req_id)
+        self._tell(_ARRIVED, rank, req_id.encode())
 
-    def _tell(self, kind: bytes, rank: int, req_id: str) -> None:
+    def expected(self, req_id: str, rank: int, when: float) -> None:
+        """The last of this request's pages are expected at ``time.monotonic`` second ``when``."""
+        self._tell(_EXPECTED, rank, _WHEN.pack(when) + req_id.encode())
+
+    def _tell(self, kind: bytes, rank: int, what: bytes) -> None:
         if self.name:
             with contextlib.suppress(OSError):
-                self._socket.sendto(_WORD.pack(kind, rank) + req_id.encode(), self.name + _WORDS)
+                self._socket.sendto(_WORD.pack(kind, rank) + what, self.name + _WORDS)
 
     def close(self) -> None:
         self._socket.close()

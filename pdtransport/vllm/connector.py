@@ -151,6 +151,7 @@ class PDTransportConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: Commands) -> None:
         super().bind_connector_metadata(connector_metadata)
         self.worker.before_forward(connector_metadata)
+        self.worker.hold(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Loads began when the step's metadata was bound."""

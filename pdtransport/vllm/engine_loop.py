@@ -1,7 +1,7 @@
 """The engine around a scheduler, seen from within one of its steps.
 
-Nothing tells a connector that clients ask for something, or how many steps the engine keeps under way. What is taken
-hold of, :meth:`EngineLoop.of` says; where it is not as expected there is none, and steps go vLLM's own way.
+Nothing tells a connector that clients ask for something, or how an engine launches its steps. :meth:`EngineLoop.of`
+finds out; where the engine is not as expected there is none, and steps go vLLM's own way.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Used in the engine's thread, within a step."""
+    """Used in the engine's thread, within a step.
+
+    ``slow_launches``: launching a step may take as long as computing it. With CUDA graphs it takes less than the step
+    before it, which hides it. ``waits_for_workers``: no step begins before the worker has launched the one before it.
+    """
 
     def __init__(self, core: EngineCoreProc) -> None:
-        self._core = core
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
         self._words = core.input_queue
-        self._depth = core.batch_queue_size
-        # With CUDA graphs a step is launched in less time than the one before it takes, which hides that.
         graphs = core.vllm_config.compilation_config.cudagraph_mode
-        self._slow_launches = core.batch_queue is not None and (graphs is None or graphs.name == "NONE")
+        ahead = core.batch_queue is not None
+        self.slow_launches = ahead and (graphs is None or graphs.name == "NONE")
+        self.waits_for_workers = not ahead or isinstance(core.model_executor, UniProcExecutor)
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> EngineLoop | None:
@@ -47,12 +52,3 @@ class EngineLoop:
     def clients_wait(self) -> bool:
         """Clients or a signal handler told the engine something that it has not looked at."""
         return not self._words.empty()
-
-    def answer_first(self) -> None:
-        """Look at the outcome of the step that begins before another is launched, if nothing else is under way and
-        launches are slow: its first token would wait for as long as launching the next one takes."""
-        if self._slow_launches and not self._core.batch_queue:
-            self._core.batch_queue_size = 1
-
-    def as_before(self) -> None:
-        self._core.batch_queue_size = self._depth

@@ -2,7 +2,8 @@
 
 vLLM enters them before the request's first step: 1.7 us a block, 1.7 ms for 16,000 tokens, for which its first token
 waits. They are entered when the next step begins, or before they are freed, whichever comes first: no later step can
-miss them, and no content is entered that vLLM would not have entered.
+miss them, and no content is entered that vLLM would not have entered. Blocks whose pages may yet fail to come
+(:mod:`early`) are entered once it is known that they came, or never.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class LateCaching:
         coordinator = manager.coordinator
         self._cache, free, pop = coordinator.cache_blocks, coordinator.free, coordinator.pop_blocks_for_free
         self._late: dict[str, tuple[Request, int] | None] = {}
+        self._doubtful: set[str] = set()
 
         def cache_blocks(request: Request, tokens: int) -> None:
             if request.request_id in self._late:
@@ -49,12 +51,21 @@ class LateCaching:
         """Until the next step begins."""
         self._late.update(dict.fromkeys(req_ids))
 
+    def doubt(self, req_id: str) -> None:
+        """What was put off waits for :meth:`trust`."""
+        self._doubtful.add(req_id)
+
+    def trust(self, req_id: str) -> None:
+        self._doubtful.discard(req_id)
+
     def catch_up(self) -> None:
         """A step begins."""
-        for req_id in list(self._late):
+        for req_id in self._late.keys() - self._doubtful:
             self._enter(req_id)
 
     def _enter(self, req_id: str) -> None:
         late = self._late.pop(req_id, None)
-        if late is not None:
+        if req_id in self._doubtful:
+            self._doubtful.discard(req_id)
+        elif late is not None:
             self._cache(*late)

@@ -130,11 +130,13 @@ Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch 
 @dataclass
 class Commands(KVConnectorMetadata):
     """``before``: to be done before the step's forward pass may touch a page; ``after``: once it is computed.
-    ``bell``: name of the scheduler's :class:`pdtransport.vllm.bell.Bell`."""
+    ``bell``: name of the scheduler's :class:`pdtransport.vllm.bell.Bell`. ``hold``: whose pages must be there before
+    the forward pass (:mod:`pdtransport.vllm.early`)."""
 
     before: list[Command] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
     bell: str = ""
+    hold: list[str] = field(default_factory=list)
 
 
 @dataclass

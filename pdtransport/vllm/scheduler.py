@@ -13,6 +13,7 @@ from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
 from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Bell, Rope
+from pdtransport.vllm.early import LEAD_S
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.metadata import (
     Cancel,
@@ -110,6 +111,8 @@ class SchedulerSide:
         self._start: StepStart | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
+        self._expected: dict[str, dict[int, float]] = {}  # when requests' last pages are, by rank
+        self._hold: list[str] = []  # who begins in this step before that
 
     def _make_pool(self, events: bool) -> PoolScheduler | None:
         if self._settings.pool is None:
@@ -129,7 +132,7 @@ class SchedulerSide:
     def bind(self, connector: Any, manager: Any) -> None:
         """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
         if self._settings.step_ahead:
-            self._start = StepStart.of(connector, manager, self._begin)
+            self._start = StepStart.of(connector, manager, self._begin, self._settings.early_step)
 
     def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
         """The workers told which chunks of the pool are theirs. ``served``: the model's names for clients."""
@@ -263,7 +266,11 @@ class SchedulerSide:
                 self._pool.kept(news.kept)
                 self._pool.stored(news.in_pool)
         failed = getattr(output, "failed_recving", ())
+        if self._pool is not None:
+            for req_id in late & set(failed):  # it began early, and is computed anew
+                self._pool.ask(req_id)
         for req_id in output.finished_recving or ():
+            self._expected.pop(req_id, None)
             from_pool = self.from_pool(req_id)
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
@@ -289,9 +296,29 @@ class SchedulerSide:
         """A step begins, and may find requests whose pages arrived."""
         if self._awaited and not self._before and step.idle():
             self._wait()
-        ready = self._arrivals.hear(self._bell.arrivals(), self._awaited)
+        begun = step.early.doubtful if step.early is not None else set()
+        ready = self._arrivals.hear(self._bell.arrivals(), self._awaited | begun)
+        if step.early is not None and ready & begun:
+            step.early.arrived()
+            ready -= begun
         if ready:
             self._arrivals.went_on(step.go_on(ready))
+        elif (almost := self._almost_there(step)) is not None and step.go_on_early(almost):
+            self._arrivals.went_on({almost})
+            self._hold.append(almost)
+
+    def _almost_there(self, step: StepStart) -> str | None:
+        """A request that can begin: its last pages are expected by the time its first step could use them."""
+        for (req_id, rank), when in self._bell.expected().items():
+            entry = self._consuming.get(req_id)
+            # A promised first token comes with a step's output.
+            if entry is not None and entry.state == "loading" and not entry.first_token and rank < self._ranks:
+                self._expected.setdefault(req_id, {})[rank] = when
+        now = self._clock()
+        for req_id, when_by_rank in self._expected.items():
+            if len(when_by_rank) == self._ranks and max(when_by_rank.values()) - LEAD_S <= now:
+                return req_id if step.may_go_on_early(req_id) else None
+        return None
 
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
@@ -309,11 +336,12 @@ class SchedulerSide:
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()
         before, self._before = self._before, []
+        hold, self._hold = self._hold, []
         if output.total_num_scheduled_tokens:
             self._look_again = 1
         elif not before and self._waits_here():
             self._wait()
-        return Commands(before, after, self._bell.name)
+        return Commands(before, after, self._bell.name, hold)
 
     def _waits_here(self) -> bool:
         asking = self._pool is not None and self._pool.asking
@@ -333,8 +361,13 @@ class SchedulerSide:
     def _how_long(self) -> tuple[float, Callable[[], bool] | None]:
         """How long to wait for the bell, and what else ends it."""
         wait_s = self._settings.idle_wait_s
-        asked = self._start.clients_wait if self._start is not None else None
-        return (wait_s, asked) if asked is not None else (min(wait_s, BLIND_WAIT_S), None)
+        step = self._start
+        asked = step.clients_wait if step is not None else None
+        if step is None or asked is None:
+            return min(wait_s, BLIND_WAIT_S), None
+        if step.early is None:
+            return wait_s, asked
+        return wait_s, lambda: asked() or self._almost_there(step) is not None
 
     def _progress(self, output: SchedulerOutput, computed: dict[str, int]) -> list[Command]:
         progress: list[Command] = []
@@ -390,6 +423,7 @@ class SchedulerSide:
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """``(keep the blocks until finished_sending, parameters for the response)``."""
         req_id = request.request_id
+        self._expected.pop(req_id, None)
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
             if consuming.state == "loading":

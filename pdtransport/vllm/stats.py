@@ -21,15 +21,16 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 @dataclass
 class PDTransportStats(KVConnectorStats):
     """``data``: ``ended`` counts ``role/outcome``, ``bytes`` counts by role, ``exposed_s`` lists the seconds between
-    commit and the last verified page (what a request waited for beyond prefill), ``chunks`` counts those of the shared
-    pool by what became of them, each part of a chunk for itself."""
+    commit and the last verified page (what a request waited for beyond prefill), ``held_s`` those for which a step that
+    began before its request's last pages was held, ``chunks`` counts those of the shared pool by what became of them,
+    each part of a chunk for itself."""
 
     def __post_init__(self) -> None:
         if not self.data:
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": [], "chunks": {}}
+        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": [], "held_s": [], "chunks": {}}
 
     def record(self, role: str, outcome: Outcome) -> None:
         key = f"{role}/{'ok' if outcome.ok else outcome.code}"
@@ -37,7 +38,11 @@ class PDTransportStats(KVConnectorStats):
         self.data["bytes"][role] = self.data["bytes"].get(role, 0) + outcome.nbytes
         times = outcome.events
         if role == "consumer" and "verified" in times and "committed" in times:
-            self._observe([max(0.0, times["verified"] - times["committed"])])
+            self._observe("exposed_s", [max(0.0, times["verified"] - times["committed"])])
+
+    def held(self, seconds: float) -> None:
+        """A step was held for its request's last pages."""
+        self._observe("held_s", [seconds])
 
     def count_chunks(self, counts: Mapping[str, int], role: str = "", nbytes: int = 0) -> None:
         """Chunks by what became of them, and the bytes that were copied."""
@@ -47,27 +52,29 @@ class PDTransportStats(KVConnectorStats):
         if nbytes:
             self.data["bytes"][role] = self.data["bytes"].get(role, 0) + nbytes
 
-    def _observe(self, seconds: list[float]) -> None:
-        room = MAX_OBSERVATIONS - len(self.data["exposed_s"])
-        self.data["exposed_s"] += seconds[:room]
+    def _observe(self, what: str, seconds: list[float]) -> None:
+        room = MAX_OBSERVATIONS - len(self.data[what])
+        self.data[what] += seconds[:room]
 
     def aggregate(self, other: KVConnectorStats) -> PDTransportStats:
         for name in ("ended", "bytes", "chunks"):
             self.data[name] = dict(Counter(self.data[name]) + Counter(other.data[name]))
-        self._observe(other.data["exposed_s"])
+        for name in ("exposed_s", "held_s"):
+            self._observe(name, other.data[name])
         return self
 
     def reduce(self) -> dict[str, int | float]:
         values: dict[str, int | float] = {f"transfers {key}": count for key, count in self.data["ended"].items()}
         values.update({f"pool chunks {what}": count for what, count in self.data["chunks"].items()})
         values.update({f"MB {role}": round(count / 1e6, 1) for role, count in self.data["bytes"].items()})
-        exposed = sorted(self.data["exposed_s"])
-        if exposed:
-            values["exposed ms, median"] = round(1000 * exposed[len(exposed) // 2], 2)
+        for name in ("exposed", "held"):
+            seconds = sorted(self.data[f"{name}_s"])
+            if seconds:
+                values[f"{name} ms, median"] = round(1000 * seconds[len(seconds) // 2], 2)
         return values
 
     def is_empty(self) -> bool:
-        return not self.data["ended"] and not self.data["chunks"]
+        return not self.data["ended"] and not self.data["chunks"] and not self.data["held_s"]
 
 
 class PDTransportPromMetrics(KVConnectorPromMetrics):
@@ -105,6 +112,12 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
             buckets=SECONDS,
             labelnames=labelnames,
         )
+        self._held = self._histogram_cls(
+            name="vllm:pdtransport_held_seconds",
+            documentation="How long steps that began before their request's last pages were held for these.",
+            buckets=SECONDS,
+            labelnames=labelnames,
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
@@ -116,3 +129,5 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
             self._chunks.labels(*labels, what).inc(count)
         for seconds in transfer_stats_data["exposed_s"]:
             self._exposed.labels(*labels).observe(seconds)
+        for seconds in transfer_stats_data["held_s"]:
+            self._held.labels(*labels).observe(seconds)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,7 @@ from pdtransport.vllm.metadata import (
 )
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
+from pdtransport.vllm.step_times import Chunk, Step, StepTimes
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +55,7 @@ logger = logging.getLogger(__name__)
 # the engine's own process, and a hand-off takes the lock some ten times.
 SWITCH_INTERVAL_S = 0.00002
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
+HOLD_S = 1.0  # a step that waits for longer than this for its request's pages gives them up
 
 
 class WorkerSide:
@@ -68,6 +72,10 @@ class WorkerSide:
         self._offers: dict[str, Offer] = {}
         self._finished: dict[str, Offer] = {}  # of requests that are through
         self._receipts: dict[str, Receipt] = {}
+        self._arriving: dict[str, threading.Event] = {}  # set when a transfer's end was noted
+        self._computed: dict[str, int] = {}  # tokens of each offer that steps were launched for
+        self._times = StepTimes()
+        self._began = 0.0
         self._lock = threading.Lock()
         self._rope = Rope()
         self._pool: PoolWorker | None = None
@@ -150,19 +158,52 @@ class WorkerSide:
 
     def before_forward(self, commands: Commands) -> None:
         """Idempotent: vLLM's two model runners call it from different hooks."""
-        self._rope.name = commands.bell
+        self._rope.name, self._began = commands.bell, time.monotonic()
         todo, commands.before = commands.before, []
         # Pages that we are given may still be used by kernels of earlier steps, for requests that have ended since.
         earlier = self._mark() if any(isinstance(command, (Take, Fetch)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
 
+    def hold(self, commands: Commands) -> None:
+        """Until the pages that this step's forward pass reads have arrived, or failed to: which one it was, the step's
+        own output says.
+
+        Raises:
+            RuntimeError: the I/O thread does not let go of the pages.
+        """
+        for req_id in commands.hold:
+            arriving = self._arriving.get(req_id)
+            if arriving is None:
+                continue
+            began = time.monotonic()
+            ended = arriving.wait(HOLD_S)
+            receipt = self._receipts.get(req_id)
+            if not ended and receipt is not None:
+                receipt.cancel(f"its pages did not come within {HOLD_S:g} s of when they were expected")
+            if not ended and not arriving.wait(REWIND_S):
+                raise RuntimeError(f"request {req_id}: the I/O thread did not let go of its pages in {REWIND_S:g} s")
+            with self._lock:
+                self._stats.held(time.monotonic() - began)
+
     def after_forward(self, commands: Commands) -> None:
         """Once the step's kernels are launched; idempotent too."""
         todo, commands.after = commands.after, []
         computed = self._mark() if todo else None
+        step = self._foretell(todo) if computed is not None else None
         for command in todo:
-            self._do(command, computed)
+            self._do(command, computed, step)
+
+    def _foretell(self, commands: Sequence[Command]) -> Step | None:
+        """When the step just launched is expected to end."""
+        chunks = []
+        for command in commands:
+            if isinstance(command, Pages) and command.req_id in self._offers:
+                before = self._computed.get(command.req_id, 0)
+                self._computed[command.req_id] = command.tokens
+                if command.tokens > before:
+                    chunks.append(Chunk(before, command.tokens - before))
+        return self._times.begin(chunks, self._began) if chunks else None
 
     def _mark(self) -> torch.cuda.Event | None:
         """An event behind all that this thread has launched on its stream; None where KV is in host memory."""
@@ -175,7 +216,7 @@ class WorkerSide:
         event.record(torch.cuda.current_stream(self._transport.geometry.device))
         return event
 
-    def _do(self, command: Command, after: torch.cuda.Event | None) -> None:
+    def _do(self, command: Command, after: torch.cuda.Event | None, step: Step | None = None) -> None:
         transport = self._transport
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
@@ -189,9 +230,11 @@ class WorkerSide:
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
             if offer is not None:
-                offer.ready(self._kernel_pages(command.pages), command.tokens, after)
+                due, passed = (step.due, step.ended) if step is not None else (None, None)
+                offer.ready(self._kernel_pages(command.pages), command.tokens, after, due, passed)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
+            self._computed.pop(command.req_id, None)
             if offer is not None:
                 offer.withdraw(REWIND_S)
             if self._pool is not None:
@@ -235,6 +278,7 @@ class WorkerSide:
         if isinstance(command, Finish) or command.report:
             self._end(command.req_id)
         offer = self._offers.pop(command.req_id)
+        self._computed.pop(command.req_id, None)
         if isinstance(command, Finish):
             self._finished[command.req_id] = offer
             offer.finish(command.first_token)
@@ -248,10 +292,15 @@ class WorkerSide:
         first = min(take.first_block * self._ratio, kernel_blocks)
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
 
+        arriving = self._arriving[take.req_id] = threading.Event()
+
         def ended(outcome: Outcome) -> None:
             self._receipts.pop(take.req_id, None)
             if take.pages:
                 self._sink_ended(take.req_id, outcome)
+            if self._arriving.get(take.req_id) is arriving:
+                del self._arriving[take.req_id]
+            arriving.set()
 
         receipt = transport.receive(
             take.transfer,
@@ -264,6 +313,7 @@ class WorkerSide:
             first_block=first,
             first_token=take.first_token,
             on_end=ended,
+            on_expected=partial(self._rope.expected, take.req_id, self._rank) if take.pages else None,
             after=after,
         )
         self._receipts[take.req_id] = receipt

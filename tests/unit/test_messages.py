@@ -56,6 +56,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "first_block": st.integers(0, m.MAX_BLOCKS),
         "blocks": blocks,
         "offer": st.binary(max_size=99),
+        "due_us": st.none() | st.integers(0, m.MAX_DUE_US),
     },
     m.Batch: {
         **granted,
@@ -275,7 +276,7 @@ def test_wire_bytes_are_plain_msgpack_with_the_version() -> None:
     """What other implementations have to produce."""
     raw = msgpack.unpackb(m.encode(m.Nack(transfer="t", generation=7, wants=((1, 0), (2, 1)), reason="r")))
     assert raw == {
-        "v": 3,
+        "v": 4,
         "kind": "nack",
         "transfer": "t",
         "generation": 7,

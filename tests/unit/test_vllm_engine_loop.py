@@ -1,5 +1,5 @@
-"""What hastens an arrived request's first step: the engine's clients are not kept waiting for it, no step is launched
-before its outcome is looked at where launches are slow, and the prefix cache misses nothing."""
+"""What hastens an arrived request's first step: the engine's clients are not kept waiting for it, and the prefix cache
+misses nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BLOCK = 16
 class Core:
     """vLLM's own step over a scheduler and an executor that record what is asked of them."""
 
-    def __init__(self, graphs: CUDAGraphMode = CUDAGraphMode.NONE) -> None:
+    def __init__(self, graphs: CUDAGraphMode | None = CUDAGraphMode.NONE) -> None:
         self.did: list[str] = []
         self.begins: list[Any] = []  # called in turn as steps begin
         self.scheduler = SimpleNamespace(
@@ -84,29 +84,13 @@ class Core:
         return self.core.step_with_batch_queue()[0]
 
 
-def test_an_answer_does_not_wait_for_the_launch_of_the_next_step() -> None:
-    core = Core()
-    loop = core.loop()
-    core.begins = [loop.answer_first, loop.as_before]
-    assert core.step() == {0: 1}, "its outcome, from the same step"
-    assert core.step() is None
-    assert core.step() == {0: 2}
-    assert core.did == ["launch 1", "look 1", "launch 2", "launch 3", "look 2"], "and then as ever"
-
-
-def test_steps_under_way_are_left_alone() -> None:
-    """Others' tokens come from them, in order."""
-    core = Core()
-    loop = core.loop()
-    core.begins = [loop.as_before, loop.answer_first, loop.as_before]
-    assert [core.step() for _ in range(3)] == [None, {0: 1}, {0: 2}]
-
-
-def test_with_cuda_graphs_the_next_launch_is_hidden_and_stays() -> None:
-    core = Core(CUDAGraphMode.FULL_AND_PIECEWISE)
-    loop = core.loop()
-    core.begins = [loop.answer_first]
-    assert core.step() is None
+@pytest.mark.parametrize(
+    ("graphs", "slow"), [(CUDAGraphMode.NONE, True), (CUDAGraphMode.FULL_AND_PIECEWISE, False), (None, True)]
+)
+def test_launches_are_slow_without_cuda_graphs(graphs: Any, slow: bool) -> None:
+    loop = Core(graphs).loop()
+    assert loop.slow_launches is slow
+    assert not loop.waits_for_workers, "nobody knows what this executor's workers do when the next step begins"
 
 
 def test_no_loop_is_found_from_outside_a_step_or_for_another_scheduler() -> None:

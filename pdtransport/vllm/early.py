@@ -1,0 +1,119 @@
+"""A request's first step begins before its last pages are there, and is held just before its forward pass.
+
+What vLLM does between an arrival and a forward pass (schedule the request, make its state and its inputs) takes 4 ms on
+an H100's host, for which the first token would wait. It is done while the last pages are on their way; the worker
+holds the step until they are verified (:meth:`pdtransport.vllm.worker.WorkerSide.hold`), where vLLM's connectors load
+synchronously. If they fail to come, what was computed from them is thrown away before anybody looks at it, and the
+request is computed anew, or fails, as ``kv_load_failure_policy`` says.
+
+Nothing else moves meanwhile, so it is done for a request that is alone in its engine, and no earlier than
+:data:`LEAD_S` before its pages are expected.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from pdtransport.vllm.late_caching import LateCaching
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+LEAD_S = 0.008  # twice what it takes to get to the forward pass
+
+
+def can_hold_back(scheduler: Scheduler, request: Request) -> bool:
+    """Whether :func:`hold_back` works with this vLLM."""
+    return hasattr(scheduler, "current_step") and hasattr(request, "next_decode_eligible_step")
+
+
+def hold_back(scheduler: Scheduler, request: Request) -> None:
+    """Let the step that begins do without this running request."""
+    request.next_decode_eligible_step = scheduler.current_step + 1
+
+
+class EarlyStep:
+    """At most one is under way; its outcome is settled before the scheduler looks at it.
+
+    Raises:
+        AttributeError: this vLLM's scheduler is another; nothing is taken hold of.
+    """
+
+    def __init__(self, scheduler: Scheduler, caching: LateCaching) -> None:
+        self._scheduler, self._caching = scheduler, caching
+        self._recompute: bool = scheduler.recompute_kv_load_failures
+        for needed in ("_preempt_request", "prev_step_scheduled_req_ids", "kv_cache_manager"):
+            getattr(scheduler, needed)
+        config = scheduler.vllm_config
+        # A step that is held would hold other data-parallel ranks in their collectives; drafts are made of its tokens.
+        self._may = (
+            config.parallel_config.data_parallel_size == 1
+            and config.speculative_config is None
+            and (self._recompute or len(scheduler.kv_cache_config.kv_cache_groups) == 1)
+        )
+        self.under_way: str | None = None
+        self._arrived = False
+        update = scheduler.update_from_output
+
+        def looked_at(output: SchedulerOutput, result: ModelRunnerOutput) -> Any:
+            if self.under_way is not None and self.under_way in getattr(output.kv_connector_metadata, "hold", ()):
+                self._settle(self.under_way, result)
+            return update(output, result)
+
+        scheduler.update_from_output = looked_at  # type: ignore[method-assign]
+
+    def may(self, request: Request) -> bool:
+        """Whether this request, alone in its engine, can begin now and be given up again."""
+        pause = getattr(self._scheduler, "_pause_state", None)
+        return (
+            self._may
+            and self.under_way is None
+            and can_hold_back(self._scheduler, request)
+            and not request.use_structured_output
+            and not request.num_preemptions
+            and (pause is None or pause.name == "UNPAUSED")
+        )
+
+    def begin(self, req_id: str) -> None:
+        self.under_way, self._arrived = req_id, False
+        self._caching.doubt(req_id)
+
+    def arrived(self) -> None:
+        """The pages are there, on all ranks."""
+        self._arrived = True
+
+    @property
+    def doubtful(self) -> set[str]:
+        """Whose first step may come to nothing."""
+        return set() if self.under_way is None or self._arrived else {self.under_way}
+
+    def _settle(self, req_id: str, result: ModelRunnerOutput) -> None:
+        self.under_way = None
+        told = result.kv_connector_output
+        failed = told is None or req_id in (told.failed_recving or ()) or req_id not in (told.finished_recving or ())
+        request = self._scheduler.requests.get(req_id)
+        if request is None or request.is_finished():
+            return  # aborted meanwhile: its blocks were not entered into the cache
+        if not failed:
+            self._caching.trust(req_id)
+            return
+        scheduler = self._scheduler
+        logger.warning("request %s began before its pages, which did not come: what it computed is dropped", req_id)
+        if request not in scheduler.running:  # it did not get its turn
+            scheduler.kv_cache_manager.free(request)
+            request.num_computed_tokens = 0
+        elif self._recompute:
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            scheduler.prev_step_scheduled_req_ids.discard(req_id)
+        elif told is not None:
+            # vLLM fails whoever has an invalid block. The last one computed before this step is the request's own.
+            (blocks,) = scheduler.kv_cache_manager.get_block_ids(req_id)
+            told.invalid_block_ids = {blocks[(request.num_prompt_tokens - 2) // scheduler.block_size]}
