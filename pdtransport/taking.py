@@ -189,9 +189,9 @@ class Taking:
             elif isinstance(message, Batch):
                 sink.record.mark("first_batch")
                 sink.record.mark("last_batch", latest=True)
-                self._expect(sink, peer, message.first_block + message.blocks, now)
             elif isinstance(message, Commit):
                 sink.record.mark("committed")
+                self._expect(sink, peer, now)
         self.run(self.receiving.on_message(peer, message, now))
 
     def coming(self, peer_id: PeerId, message: Coming) -> None:
@@ -205,19 +205,17 @@ class Taking:
             runs = self._geometry.runs(pages, *sink.heads[peer_id])
             self._counters["batches_foreseen"] += 1
             peer.inbound.foresee(message.offer, runs, message.blocks if self._checksums else 0)
-            if message.due_us is not None:
-                due = time.monotonic() + 1e-6 * message.due_us
-                self._expect(sink, peer_id, message.first_block + message.blocks, due)
+            if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
+                self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
 
     @staticmethod
-    def _expect(sink: _Sink, peer: PeerId, end: int, when: float) -> None:
-        """Blocks up to ``end`` are expected from this worker. The last ones matter."""
-        wanted = sink.wanted
-        if wanted.on_expected is None or peer not in sink.heads or end < wanted.first_block + len(wanted.pages):
-            return
-        sink.expected[peer] = when
-        if len(sink.expected) == len(sink.heads):
-            wanted.on_expected(max(sink.expected.values()))
+    def _expect(sink: _Sink, peer: PeerId, when: float) -> None:
+        """This worker's last pages are expected then."""
+        on_expected = sink.wanted.on_expected
+        if on_expected is not None and peer in sink.heads:
+            sink.expected[peer] = when
+            if len(sink.expected) == len(sink.heads):
+                on_expected(max(sink.expected.values()))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Its channels are closed already."""

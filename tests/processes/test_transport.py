@@ -155,6 +155,44 @@ def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: 
 
 
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+def test_decode_is_told_when_to_expect_the_last_pages(cluster: MakeCluster, p: int, d: int) -> None:
+    """No later than they are there, once all prefill workers have said so, and not for those before them."""
+    pair, pages, key = cluster(p, d), [3, 4, 5, 6], request_key(range(64))
+    fill_pages(pair, pages, 1)
+    told: list[list[float]] = [[] for _ in pair.decode]
+    told_at_end: list[int] = []
+    offers = [one.transport.offer("t", key, 64) for one in pair.prefill]
+    receipts = [
+        one.transport.receive(
+            "t",
+            key,
+            64,
+            [7, 8, 9, 10],
+            host="127.0.0.1",
+            port=pair.port,
+            ranks=p,
+            on_expected=whens.append,
+            on_end=lambda _, whens=whens: told_at_end.append(len(whens)),
+        )
+        for one, whens in zip(pair.decode, told, strict=True)
+    ]
+    for offer in offers:
+        offer.ready(pages, 48)
+    for offer in offers[1:]:
+        offer.ready(pages, 64)
+        offer.finish()
+    with pytest.raises(TimeoutError):
+        receipts[0].result(0.3)
+    assert not any(told)
+    began = time.monotonic()
+    offers[0].ready(pages, 64)
+    offers[0].finish()
+    assert all(handle.result(WAIT_S).ok for handle in [*receipts, *offers])
+    assert min(told_at_end) >= 1
+    assert all(began <= when <= time.monotonic() for whens in told for when in whens)
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("told", [1234, None])
 def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
     cluster: MakeCluster, p: int, d: int, told: int | None

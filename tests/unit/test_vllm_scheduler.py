@@ -8,6 +8,8 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -296,9 +298,39 @@ def test_the_bell_rings_from_another_process_end() -> None:
     rope.close()
 
 
+def test_words_are_heard_once_and_as_they_were_said() -> None:
+    bell, rope = Bell(), Rope()
+    rope.name = bell.name
+    rope.expected("r", 3, 12.5)
+    rope.expected("r", 3, 12.75)
+    rope.expected("\N{SNOWMAN}", 0, -1.0)
+    rope.arrived("s", 1)
+    rope._socket.sendto(b"e\0\0short", bell.name + "-words")
+    assert bell.expected() == {("r", 3): 12.75, ("\N{SNOWMAN}", 0): -1.0}
+    assert bell.arrivals() == {("s", 1)}
+    assert (bell.expected(), bell.arrivals()) == ({}, set())
+    bell.close()
+    rope.close()
+
+
+def test_a_word_ends_a_wait_for_the_bell_only_for_who_listens() -> None:
+    """What is expected is looked at as soon as it is said, and is no ring."""
+    bell, rope = Bell(), Rope()
+    rope.name = bell.name
+    rope.expected("r", 0, 1.0)
+    assert not bell.wait(0.01)
+    assert bell.expected() == {("r", 0): 1.0}, "it is not lost"
+    threading.Timer(0.05, rope.expected, ["r", 0, 2.0]).start()
+    began = time.monotonic()
+    assert not bell.wait(60.0, lambda: bool(bell.expected()))
+    assert time.monotonic() - began < 30
+    bell.close()
+    rope.close()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can speak as another user")
 def test_no_other_user_of_the_host_can_promise_a_first_token() -> None:
-    """Nor report pages as arrived: the bell's name can be read in /proc/net/unix, so a word counts only if it comes$
+    """Nor report pages as arrived: the bell's name can be read in /proc/net/unix, so a word counts only if it comes
     from this user."""
     bell, rope = Bell(), Rope()
     rope.name = bell.name
