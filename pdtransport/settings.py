@@ -351,7 +351,7 @@ class Settings(_Section):
     )
     early_step: bool = Field(
         True,
-        description="Begin a request's first engine step up to 8 ms before its last pages are expected, if nothing "
+        description="Begin a request's first engine step up to 3 ms before its last pages are expected, if nothing "
         "else is in the engine, and hold it before its forward pass until they are verified: what vLLM prepares takes "
         "some 4 ms. Where vLLM's engine is not as expected this changes nothing.",
     )
