@@ -212,7 +212,7 @@ class Peer:
 
     def __exit__(self, *_: Any) -> None:
         try:
-            gpu.ipc_close(self.address)
+            gpu.ipc_close(self.address, 0)
         finally:
             self._end()
 
