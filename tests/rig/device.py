@@ -18,6 +18,8 @@ PDT_MARGIN      nats that a plain server must be sure by for a token to be compa
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,11 +131,15 @@ PLACE = Place.of(os.environ)
 
 @cache
 def all_cards() -> tuple[str, ...]:
-    """Names of all NVIDIA GPUs in the order of the bus, as their driver tells them."""
+    """Names of all NVIDIA GPUs in the order of the bus, as their driver (or nvidia-smi) tells them."""
     found = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         lines = file.read_text(errors="replace").splitlines()
         found += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")][:1]
+    if not found and (program := shutil.which("nvidia-smi")):
+        asked = [program, "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+        found = done.stdout.strip().splitlines() if done.returncode == 0 else []
     return tuple(found)
 
 
