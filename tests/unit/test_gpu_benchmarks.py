@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _gpu_handoff, handoff, interference, pool
+from benchmarks import _gpu_handoff, gpu_kernels, handoff, interference, pool
 from benchmarks._decode_streams import Gap, within
 from benchmarks._gpu_handoff import Sample, runs_per_100, summarise, table
 from benchmarks._gpu_scale import FULL, REHEARSAL
@@ -108,6 +109,27 @@ def test_several_ranks_sum_without_multicast() -> None:
         wide.command(1, 2)
     )
     assert "--disable-custom-all-reduce" not in ServerSpec("tp1", device="cuda").command(1, 2)
+
+
+def test_kernels_between_two_gpus_are_told_beside_cuda_s_own_copy() -> None:
+    """As shares of the copy of equal size; checksums' cost against the plain pull."""
+
+    def figure(what: str, mib: int, kib: int, gb_s: float) -> gpu_kernels.Figure:
+        return gpu_kernels.figure(what, mib, kib, mib * gpu_kernels.MIB / gb_s / 1e9, 0.0, 0.0, 0.0)
+
+    figures = [
+        figure(gpu_kernels.PEER_COPY, 64, 0, 400.0),
+        figure("pull", 64, 32, 330.0),
+        figure("pull with checksums", 64, 32, 300.0),
+    ]
+    text = gpu_kernels.table(figures)
+    assert "Checksums fused into the copy cost (target: under 5%): 64 MiB in 32 KiB: +10.0%" in text
+    assert text.endswith("Pulled with checksums, of cudaMemcpyPeer: 64 MiB in 32 KiB: 75%")
+    assert gpu_kernels.table([]).startswith("| what "), "a run that failed at once has a table too"
+    assert gpu_kernels.two("1,0") == (1, 0)
+    for wrong in ("0", "0,0", "a,b", "0,1,2"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            gpu_kernels.two(wrong)
 
 
 def test_push_dispatch_names_what_nixl_pairs_requests_by() -> None:
