@@ -245,7 +245,7 @@ class Instances:
         seed, name = secrets.randbits(32), secrets.token_hex(16)
         dice = np.random.default_rng(seed)
         source, target = (dice.permutation(BLOCKS)[:MOVED].tolist() for _ in range(2))
-        for one in self.decode:  # both orders are seen: decode first here, for all chunks but the first prefill is
+        for one in self.decode:
             one.ask("take", name, seed, target, self.prefill[0].seat.port, len(self.prefill))
         for one in self.prefill:
             one.ask("give", name, seed, source)
@@ -273,36 +273,32 @@ Places = Sequence[int]  # a card for each rank
 
 
 class Rig:
-    """Starts workers, and keeps those of a kind for the module's next test."""
+    """Starts workers."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Instances] = {}
+        self._started: list[Process] = []
 
     def started(self, device: Device, prefill: Places, decode: Places, **more: Any) -> Instances:
-        key = (device, tuple(prefill), tuple(decode), tuple(more.items()))
-        if key not in self._kept:
-            base = free_ports(len(prefill))
-            self._kept[key] = Instances(
-                [
-                    Process(Seat(device, "prefill", card, rank, len(prefill), base + rank, **more))
-                    for rank, card in enumerate(prefill)
-                ],
-                [
-                    Process(Seat(device, "decode", card, rank, len(decode), 0, **more))
-                    for rank, card in enumerate(decode)
-                ],
-            )
-            for one in (*self._kept[key].prefill, *self._kept[key].decode):
-                one.ask("port")  # it is up
-        return self._kept[key]
+        base = free_ports(len(prefill))
+        seats = [
+            Seat(device, "prefill", card, rank, len(prefill), base + rank, **more) for rank, card in enumerate(prefill)
+        ]
+        seats += [Seat(device, "decode", card, rank, len(decode), **more) for rank, card in enumerate(decode)]
+        return self.of(seats)
+
+    def of(self, seats: Sequence[Seat]) -> Instances:
+        fresh = [Process(seat) for seat in seats]
+        self._started += fresh
+        for one in fresh:
+            one.ask("port")  # it is up
+        return Instances(*([one for one in fresh if one.seat.engine == side] for side in ("prefill", "decode")))
 
     def close(self) -> None:
-        for instances in self._kept.values():
-            for one in (*instances.prefill, *instances.decode):
-                one.close()
+        for one in self._started:
+            one.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rig() -> Iterator[Rig]:
     made = Rig()
     yield made
@@ -318,7 +314,7 @@ def device(request: pytest.FixtureRequest) -> Device:
     return name
 
 
-@pytest.mark.parametrize("cards", [(0, 1), (1, 0)], ids=["0 to 1", "1 to 0"])
+@pytest.mark.parametrize("cards", [(0, 1), (1, 0)], ids=["0-to-1", "1-to-0"])
 def test_shuffled_pages_cross_from_one_gpu_to_the_other(rig: Rig, device: Device, cards: tuple[int, int]) -> None:
     """Whatever their order, transfer after transfer: the bytes are prefill's, no other byte of decode's changes, every
     checksum was right the first time, and the reason names the way."""
@@ -334,7 +330,7 @@ def test_shuffled_pages_cross_from_one_gpu_to_the_other(rig: Rig, device: Device
 @pytest.mark.parametrize(
     ("prefill", "decode"),
     [((0, 1), (1,)), ((1,), (0, 1)), ((0, 1), (1, 0))],
-    ids=["2 to 1", "1 to 2", "2 to 2, crossed"],
+    ids=["2-to-1", "1-to-2", "2-to-2-crossed"],
 )
 def test_ranks_on_both_gpus(rig: Rig, device: Device, prefill: Places, decode: Places) -> None:
     """Heads are split and joined between tensor-parallel ranks on their own GPUs: some pages stay on their GPU, some
@@ -354,30 +350,23 @@ def test_a_peer_killed_on_the_other_gpu(device: Device) -> None:
 
 
 @pytest.mark.gpu
-def test_gpus_that_processes_do_not_show_each_other() -> None:
+def test_gpus_that_processes_do_not_show_each_other(rig: Rig) -> None:
     """As under ``pdlaunch``, which shows each instance its own GPU alone. Pages cross all the same, or the pair is
     refused with a reason that names the variable; which of the two, ``pytest -s`` tells."""
     need_cards(2)
-    base = free_ports(1)
-    seats = [
-        Seat("cuda", "prefill", 0, port=base, visible="0"),
-        Seat("cuda", "decode", 0, visible="1"),
-    ]
-    prefill, decode = (Process(seat) for seat in seats)
-    try:
-        for one in (prefill, decode):
-            one.ask("port")
-        instances = Instances([prefill], [decode])
-        (outcome,), seed, target = instances.transfer()
-        print(f"\nGPUs hidden from each other: {'handed over' if outcome.ok else outcome.reason}; {instances.whys()}")
-        if outcome.ok:
-            assert decode.ask("holds_only", target, seed)
-            assert instances.whys() == {"cuda_ipc: GPUs of one host; one kernel copies pages in place"}
-        else:
-            assert "CUDA_VISIBLE_DEVICES" in outcome.reason
-    finally:
-        prefill.close()
-        decode.close()
+    instances = rig.of(
+        [
+            Seat("cuda", "prefill", 0, port=free_ports(1), visible="0"),
+            Seat("cuda", "decode", 0, visible="1"),
+        ]
+    )
+    (outcome,), seed, target = instances.transfer()
+    print(f"\nGPUs hidden from each other: {'handed over' if outcome.ok else outcome.reason}; {instances.whys()}")
+    if outcome.ok:
+        assert instances.decode[0].ask("holds_only", target, seed)
+        assert instances.whys() == {"cuda_ipc: GPUs of one host; one kernel copies pages in place"}
+    else:
+        assert "CUDA_VISIBLE_DEVICES" in outcome.reason
 
 
 def test_gpus_without_peer_access_are_refused_by_name(rig: Rig) -> None:
