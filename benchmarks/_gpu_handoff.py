@@ -45,6 +45,7 @@ from benchmarks._handoff_report import markdown
 from pdtransport.errors import PDTransportError
 from tests.rig import watch
 from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, hand_off, in_parallel
+from tests.rig.device import seated
 from tests.rig.router import routed
 from tests.rig.servers import Connector, Server, ServerFailed, ServerSpec, fleet
 
@@ -101,6 +102,7 @@ class Plan:
     seed: int
     ends: float
     logs: Path
+    cards: tuple[int, ...] = ()  # prefill's (and the aggregated server's) GPU and decode's; none: the visible one
 
     def left_s(self) -> float:
         return self.ends - time.monotonic()
@@ -108,9 +110,10 @@ class Plan:
 
 def specs_of(plan: Plan, system: str, model: Path, mode: Mode) -> list[ServerSpec]:
     if system == "aggregated":
-        return [plan.scale.spec(system, model, mode)]
+        return [plan.scale.spec(system, model, mode, cards=seated(plan.cards, 0))]
     connector = next(name for name in PAIRS if name == system)
-    return list(plan.scale.pair(connector, model, mode, plan.settings if system == "pdtransport" else None))
+    settings = plan.settings if system == "pdtransport" else None
+    return list(plan.scale.pair(connector, model, mode, settings, plan.cards))
 
 
 def run(plan: Plan, done: Sequence[Sample], say: Any) -> Iterator[list[Sample]]:
@@ -375,6 +378,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def document(plan: Plan, machine: dict[str, Any], samples: Sequence[Sample]) -> str:
     shown = {"scale": asdict(plan.scale), "runs": plan.runs, "settings": plan.settings, "seed": plan.seed}
+    shown["cards"] = list(plan.cards)
     return json.dumps(
         {"machine": machine, **shown, "rows": summarise(samples), "samples": [asdict(s) for s in samples]}, indent=1
     )

@@ -1,4 +1,5 @@
-"""What the GPU benchmarks run: an 8B-shaped model with dummy weights, prefill and decode side by side on one GPU.
+"""What the GPU benchmarks run: an 8B-shaped model with dummy weights, prefill and decode side by side on one GPU, or on
+one each.
 
 Dummy weights make times, not answers: the KV that moves has the size and the layout of the real model's. ``REHEARSAL``
 is the same with a small model on CPU cores, to try a benchmark where there is no GPU.
@@ -9,12 +10,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.rig.device import Device
+from tests.rig.device import Device, seated
 from tests.rig.servers import TINY_LM, Connector, KVRole, ServerSpec
 
 Mode = Literal["eager", "graphs"]
@@ -102,8 +103,9 @@ class Scale:
         role: KVRole = "kv_both",
         settings: Mapping[str, Any] | None = None,
         cores: str = "0",
+        cards: tuple[int, ...] = (),
     ) -> ServerSpec:
-        """A server of this scale. ``settings``: pdtransport's own."""
+        """A server of this scale. ``settings``: pdtransport's own; ``cards``: GPUs that it sees, its own first."""
         return ServerSpec(
             name,
             connector=connector,
@@ -120,17 +122,23 @@ class Scale:
             load_format="dummy",
             device=self.device,
             eager=mode == "eager",
+            cards=cards,
         )
 
     def pair(
-        self, connector: Connector, model: Path, mode: Mode, settings: Mapping[str, Any] | None = None
+        self,
+        connector: Connector,
+        model: Path,
+        mode: Mode,
+        settings: Mapping[str, Any] | None = None,
+        cards: Sequence[int] = (),
     ) -> tuple[ServerSpec, ServerSpec]:
-        """A prefill and a decode server."""
+        """A prefill and a decode server: on the first and the second of ``cards``, or both on what is visible."""
         ours = connector == "pdtransport"
         roles: tuple[KVRole, KVRole] = ("kv_producer", "kv_consumer") if ours else ("kv_both", "kv_both")
         return (
-            self.spec(f"{connector}-p", model, mode, connector, roles[0], settings, "0"),
-            self.spec(f"{connector}-d", model, mode, connector, roles[1], settings, "1"),
+            self.spec(f"{connector}-p", model, mode, connector, roles[0], settings, "0", seated(cards, 0)),
+            self.spec(f"{connector}-d", model, mode, connector, roles[1], settings, "1", seated(cards, 1)),
         )
 
 
@@ -148,7 +156,7 @@ FULL = Scale(
     max_len=17000,
     max_num_seqs=8,
     idle_s=0.1,
-    start_s=170.0,
+    start_s=240.0,  # 160 with CUDA graphs, a little more where five start together
 )
 REHEARSAL = Scale(
     device="cpu",

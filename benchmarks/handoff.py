@@ -39,9 +39,10 @@ tail        -> decode's worker has verified the last page; below zero where it h
 D step      -> decode's first token at the client: scheduling, the step that computes it, HTTP
 hand-off    tail + D step
 
-With ``--gpu`` an 8B-shaped model with dummy weights runs on one GPU, prefill and decode side by side:
+With ``--gpu`` an 8B-shaped model with dummy weights runs on one GPU, prefill and decode side by side, or, with
+``--cards 0,1``, prefill (and the aggregated server) on the first of two and decode on the second:
 
-    python -m benchmarks.handoff --gpu --against nixl-push,nixl [--modes eager,graphs] [--fragment] [--seconds 230]
+    python -m benchmarks.handoff --gpu --against nixl-push,nixl [--modes eager,graphs] [--cards 0,1] [--seconds 230]
 
 Its rows and columns are described in :mod:`benchmarks._gpu_handoff`. ``--seconds`` bounds the whole run, server starts
 included; with ``--json FILE`` every system's samples are written as soon as they are there, and ``--resume FILE`` takes
@@ -58,6 +59,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ from benchmarks import _gpu_handoff
 from benchmarks._gpu_scale import FULL, REHEARSAL
 from benchmarks._handoff_report import breakdown_table, summarise, summary_table
 from benchmarks._handoff_systems import SYSTEMS, Sample, measure
-from tests.rig.device import PLACE, card
+from tests.rig.device import PLACE, all_cards, card, numbers
 from tests.rig.servers import ServerFailed, fleet
 
 MAX_LENGTH = 8000
@@ -85,6 +87,17 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def cards(text: str) -> tuple[int, ...]:
+    """Numbers of GPUs, for argparse."""
+    try:
+        found = numbers(text, "--cards")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError("two GPUs: prefill's and decode's, such as 0,1")
+    return found
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.handoff", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -97,8 +110,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--systems", type=names, default=[], help="only these, by comma: " + ", ".join(SYSTEMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write every sample and the medians here")
-    gpu = parser.add_argument_group("on one GPU")
+    gpu = parser.add_argument_group("on one or two GPUs")
     gpu.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU; see the module's help")
+    gpu.add_argument("--cards", type=cards, default=(), help="GPUs of prefill and of decode, such as 0,1")
     gpu.add_argument("--rehearse", action="store_true", help="--gpu with a small model on CPU cores")
     gpu.add_argument("--modes", type=names, help="eager, graphs (CUDA graphs), or both by comma; default eager")
     gpu.add_argument("--graphs", action="store_true", help="short for --modes graphs")
@@ -123,6 +137,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--runs, --rounds and --together are at least 1")
     if not all(1 < length <= longest for length in options.lens):
         parser.error(f"--lens: prompt lengths lie within 2..{longest}, such as 512,2048")
+    if options.cards and (not options.gpu or options.rehearse):
+        parser.error("--cards: only with --gpu")
     for option, given, known in (
         ("--systems", options.systems, list(_gpu_handoff.SYSTEMS if options.gpu else SYSTEMS)),
         ("--against", options.against, [*(PEERS if options.gpu else PEERS[:1]), "none"]),
@@ -161,7 +177,8 @@ def run(options: argparse.Namespace) -> list[Sample]:
 
 def run_gpu(options: argparse.Namespace) -> int:
     ends = time.monotonic() + options.seconds
-    before = {**machine(), "card": card()}
+    before = {**machine(), "card": card(), "cards": all_cards()}
+    say(where(options.cards))
     plan = _gpu_handoff.Plan(
         scale=REHEARSAL if options.rehearse else FULL,
         modes=options.modes,
@@ -176,6 +193,7 @@ def run_gpu(options: argparse.Namespace) -> int:
         seed=options.seed,
         ends=ends,
         logs=options.logs or Path(tempfile.mkdtemp(prefix="pdtransport-handoff-")),
+        cards=options.cards,
     )
     plan.logs.mkdir(parents=True, exist_ok=True)
     samples = _gpu_handoff.read(options.resume)
@@ -183,12 +201,22 @@ def run_gpu(options: argparse.Namespace) -> int:
         samples += fresh
         if options.json:
             options.json.write_text(_gpu_handoff.document(plan, before, samples) + "\n")
+    print(where(options.cards))
     print(_gpu_handoff.table(_gpu_handoff.summarise(samples)))
     there = {(sample.mode, sample.system) for sample in samples if not sample.failed}
     missing = [f"{mode} {name}" for mode in plan.modes for name in plan.systems if (mode, name) not in there]
     if missing:
         say(f"not measured: {', '.join(missing)}")
     return 1 if missing else 0
+
+
+def where(chosen: Sequence[int]) -> str:
+    """Which GPUs the servers run on, in words."""
+    if not chosen:
+        return f"all servers on one device: {card() or 'the CPU'}"
+    known = dict(enumerate(all_cards()))
+    prefill, decode = (f"GPU {number} ({known.get(number, 'unknown')})" for number in chosen)
+    return f"prefill on {prefill}, decode on {decode}"
 
 
 def machine() -> dict[str, Any]:

@@ -14,7 +14,8 @@ Columns: *prefill tok/s*: prompt tokens a second, from the first prefill that en
 the ratios of pushing to the other two. On one GPU prefill itself slows decode in all loads, and any engine takes time
 to admit a long prompt, wherever its KV comes from: *pushing / joining* is what pushes cost decode, *pushing /
 computing* what they cost together with the requests that they belong to.
-``--rehearse`` runs on CPU cores with a small model.
+``--cards 0,1`` puts prefill on the first GPU and decode on the second: then decode only feels what arrives, and prefill
+what is read from its memory. ``--rehearse`` runs on CPU cores with a small model.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ import numpy as np
 
 from benchmarks._decode_streams import Gap, Streams, within
 from benchmarks._gpu_handoff import brief
-from benchmarks._gpu_scale import FULL, REHEARSAL, Scale
+from benchmarks._gpu_scale import FULL, REHEARSAL, Mode, Scale
 from benchmarks._handoff_report import markdown
-from benchmarks.handoff import machine, say
+from benchmarks.handoff import cards, machine, say, where
 from tests.rig.client import Answer, Client, Prepared, RequestFailed, new_transfer, prepare, to_decode, to_prefill
-from tests.rig.device import card
+from tests.rig.device import all_cards, card
 from tests.rig.servers import Server, ServerFailed, fleet
 
 LOADS = ("computing", "joining", "pushing")
@@ -72,6 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpu", action="store_true", help="on one GPU")
     where.add_argument("--rehearse", action="store_true", help="with a small model on CPU cores")
+    parser.add_argument("--cards", type=cards, default=(), help="GPUs of prefill and of decode, such as 0,1")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs (default: eager)")
     parser.add_argument("--length", type=int, help="prompt tokens (4096; --rehearse: 512)")
     parser.add_argument("--streams", type=int, default=4, help="requests that decode works on (default 4)")
@@ -92,8 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--streams, --at-a-time and --rounds are at least 1, --window more than {SETTLE_S} s")
     if options.streams + options.at_a_time > scale.max_num_seqs:
         parser.error(f"--streams and --at-a-time: the servers take {scale.max_num_seqs} requests at a time")
-    if options.graphs and not options.gpu:
-        parser.error("--graphs: only with --gpu")
+    if (options.graphs or options.cards) and not options.gpu:
+        parser.error("--graphs and --cards: only with --gpu")
     return options
 
 
@@ -259,10 +261,11 @@ def main(argv: list[str] | None = None) -> int:
     scale = FULL if options.gpu else REHEARSAL
     logs = options.logs or Path(tempfile.mkdtemp(prefix="pdtransport-interference-"))
     logs.mkdir(parents=True, exist_ok=True)
-    before = {**machine(), "card": card()}
+    before = {**machine(), "card": card(), "cards": all_cards()}
     with tempfile.TemporaryDirectory(prefix="pdtransport-model-") as folder:
         model = scale.write_model(Path(folder))
-        pair = scale.pair("pdtransport", model, "graphs" if options.graphs else "eager", options.settings)
+        mode: Mode = "graphs" if options.graphs else "eager"
+        pair = scale.pair("pdtransport", model, mode, options.settings, options.cards)
         try:
             with fleet(*pair, logs=logs, timeout_s=min(scale.start_s, options.seconds)) as servers:
                 windows = asyncio.run(measure(options, scale, servers, ends))
@@ -270,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
             say(brief(error))
             return 1
     rows = summarise(windows)
+    print(where(options.cards))
     print(table(rows))
     if options.json:
         asked = {key: value for key, value in vars(options).items() if key not in ("json", "logs")}

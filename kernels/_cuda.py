@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,17 @@ CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 MEMCPY_DEFAULT = 4
 IPC_LAZY_PEER_ACCESS = 1
 MAX_ERROR = 600  # characters; a compiler has much to say
+PEER_ACCESS_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 POINTER_ATTRIBUTE_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
 
 NO_CUPY = "the GPU kernels need cupy ({error}): install pdtransport[cupy-cu13], or [cupy-cu12] for CUDA 12"
 NOT_EXPORTABLE = (
     "memory at {base:#x} can't be mapped by other processes: it was not made by cudaMalloc; with PyTorch, take "
     "expandable_segments out of PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
+)
+NO_PEER_ACCESS = (
+    "GPU {device} has no peer access to GPU {uuid}, which holds the peer's memory: use GPUs that reach each other "
+    "(nvidia-smi topo -p2p r), or another link"
 )
 NOT_OPENED = (
     "can't map another process' memory on GPU {device}: {error}; both must run on one host, in different processes, "
@@ -119,6 +124,10 @@ def on(device: int, doing: str) -> Iterator[Any]:
         yield api
 
 
+def _maybe_on(device: int | None, doing: str) -> AbstractContextManager[Any]:
+    return cuda(doing) if device is None else on(device, doing)
+
+
 def pinned(nbytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed pinned host memory that every device can reach at its own address; freed with the array's last view.
 
@@ -168,30 +177,30 @@ def _beside_captures() -> Iterator[None]:
         driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
-def to_host(address: int, nbytes: int) -> bytes:
+def to_host(address: int, nbytes: int, device: int | None = None) -> bytes:
     """What ``nbytes`` bytes of device (or pinned) memory hold. Waits for the work of the default stream, not for that
-    of a :class:`GpuPages`.
+    of a :class:`GpuPages`. ``device``: the one that ``address`` is meant for; None: the thread's current one.
 
     Raises:
         GpuError: an address that is none.
     """
     data = np.empty(nbytes, dtype=np.uint8)
     if nbytes:
-        with cuda(f"reading {nbytes} bytes at {address:#x}") as api:
+        with _maybe_on(device, f"reading {nbytes} bytes at {address:#x}") as api:
             api.runtime.memcpy(data.ctypes.data, address, nbytes, MEMCPY_DEFAULT)
             api.runtime.streamSynchronize(api.runtime.streamLegacy)
     return data.tobytes()
 
 
-def from_host(address: int, data: bytes | npt.NDArray[Any]) -> None:
-    """Writes ``data`` to device (or pinned) memory and returns when it is there.
+def from_host(address: int, data: bytes | npt.NDArray[Any], device: int | None = None) -> None:
+    """Writes ``data`` to device (or pinned) memory and returns when it is there. ``device`` as for :func:`to_host`.
 
     Raises:
         GpuError: an address that is none.
     """
     array = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data)
     if array.nbytes:
-        with cuda(f"writing {array.nbytes} bytes at {address:#x}") as api:
+        with _maybe_on(device, f"writing {array.nbytes} bytes at {address:#x}") as api:
             api.runtime.memcpy(address, array.ctypes.data, array.nbytes, MEMCPY_DEFAULT)
             api.runtime.streamSynchronize(api.runtime.streamLegacy)
 
@@ -255,13 +264,13 @@ def ipc_open(handle: bytes, device: int) -> int:
             raise GpuError(NOT_OPENED.format(device=device, error=one_line(error))) from None
 
 
-def ipc_close(address: int) -> None:
-    """Unmaps what :func:`ipc_open` mapped; no kernel may still use it.
+def ipc_close(address: int, device: int) -> None:
+    """Unmaps what :func:`ipc_open` mapped for ``device``; no kernel may still use it.
 
     Raises:
         GpuError: it is not mapped, or the GPU is in trouble.
     """
-    with cuda(f"unmapping another process' memory at {address:#x}") as api:
+    with on(device, f"unmapping another process' memory at {address:#x}") as api:
         api.runtime.ipcCloseMemHandle(address)
 
 
@@ -277,6 +286,28 @@ def device_uuid(device: int) -> str:
     driver(doing, "cuDeviceGetUuid_v2", ctypes.byref(raw), number)
     digits = bytes(raw).hex()
     return "GPU-" + "-".join(digits[a:b] for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32)))
+
+
+def reach(device: int, uuid: str, ours: bool) -> None:
+    """Sees to it that kernels on ``device`` may use memory of the GPU of that UUID. ``ours``: memory that this process
+    allocated; :func:`ipc_open` does the rest for another one's. A GPU that CUDA_VISIBLE_DEVICES hides from this process
+    can't be asked about, and CUDA IPC reaches it all the same.
+
+    Raises:
+        GpuError: the two have no peer access, or there is no such device.
+    """
+    with cuda("counting GPUs") as api:
+        count = int(api.runtime.getDeviceCount())
+    peer = next((number for number in range(count) if device_uuid(number) == uuid), device)
+    if not can_access(device, peer):
+        raise GpuError(NO_PEER_ACCESS.format(device=device, uuid=uuid))
+    if ours and peer != device:
+        with on(device, f"letting GPU {device} use memory of GPU {peer}") as api:
+            try:
+                api.runtime.deviceEnablePeerAccess(peer)
+            except api.runtime.CUDARuntimeError as error:
+                if error.status != PEER_ACCESS_ALREADY_ENABLED:
+                    raise
 
 
 def can_access(device: int, peer: int) -> bool:

@@ -84,7 +84,7 @@ class CudaIpcLink(Link):
             self.preparing = gpu.GpuPages(self.device)
             self._cookie = DeviceMemory(COOKIE_BYTES, self.device)
             cookie = secrets.token_bytes(COOKIE_BYTES)
-            gpu.from_host(self._cookie.address, cookie)
+            gpu.from_host(self._cookie.address, cookie, self.device)
             self._export = {
                 "v": EXPORT_VERSION,
                 "host": host_id(),
@@ -185,8 +185,9 @@ class CudaIpcChannel(Channel):
     one_sided = False
 
     def __init__(self, link: CudaIpcLink, watch: ProcessWatch, peer: dict[str, Any]) -> None:
-        same = peer["gpu"] == link.gpu.device_uuid(link.device)
-        self.why = f"cuda_ipc: {'same GPU' if same else 'GPUs of one host'}; one kernel copies pages in place"
+        self._same_gpu = peer["gpu"] == link.gpu.device_uuid(link.device)
+        where = "same GPU" if self._same_gpu else "GPUs of one host"
+        self.why = f"cuda_ipc: {where}; one kernel copies pages in place"
         self.stats = LinkStats()
         self.closed = False
         self._link = link
@@ -272,21 +273,24 @@ class CudaIpcChannel(Channel):
         gpu, device = self._link.gpu, self._link.device
         spans = []
         try:
+            ours = self._watch.pid == os.getpid()  # CUDA maps no process' memory to itself
+            gpu.reach(device, self._peer["gpu"], ours)
             for base, nbytes, handle in self._peer["memory"]:
                 here = base
-                if self._watch.pid != os.getpid():  # CUDA maps no process' memory to itself
+                if not ours:
                     here = gpu.ipc_open(handle, device)
                     self._mapped.append(here)
                 spans.append((base, base + nbytes, (here - base) % (1 << 64)))
             self._spans = np.array(sorted(spans), dtype=np.uint64)
             cookie = self._translate(np.array([[self._peer["at"], COOKIE_BYTES]], dtype=np.uint64))
-            found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES)
+            found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES, device)
         except (gpu.GpuError, LinkError) as error:
             self._unmap()
             raise LinkUnavailable(f"the memory of process {self._watch.pid} can't be mapped: {error}") from None
         if found != self._peer["cookie"]:
             self._unmap()
-            raise LinkUnavailable(f"process {self._watch.pid} is not the peer (its cookie differs)")
+            between = "" if self._same_gpu else f", or GPU {device} misreads memory of {self._peer['gpu']}"
+            raise LinkUnavailable(f"process {self._watch.pid} is not the peer (its cookie differs){between}")
 
     def foresee(self, offer: bytes, runs: Runs, blocks: int) -> None:
         """Tables for the kernel take a millisecond for a GiB of small pages: they are made while prefill computes."""
@@ -448,7 +452,7 @@ class CudaIpcChannel(Channel):
         self._spans = None
         for address in self._mapped:
             try:
-                self._link.gpu.ipc_close(address)
+                self._link.gpu.ipc_close(address, self._link.device)
             except self._link.gpu.GpuError as error:
                 logger.warning("a mapping of process %d was not closed: %s", self._watch.pid, error)
         self._mapped.clear()

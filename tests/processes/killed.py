@@ -1,13 +1,14 @@
 """A peer is killed in the middle of its batches, again and again; the survivor must not notice more than it has to.
 
-    python -m tests.processes.killed --link cma [--times 20] [--device cuda] [--json FILE]
+    python -m tests.processes.killed --link cma [--times 20] [--device cuda [--cards 0,1]] [--json FILE]
 
 One process survives, as decode or as prefill by turns, and a second pair of hands, the *friend*, lives beside it the
 whole time. Each time a fresh *victim* exchanges transfers with the survivor without pause, several at once, and gets
 SIGKILL at a seeded moment while bytes flow. Then: every transfer under way ends by itself; no page is written any more;
 nothing is held for transfers; whatever was reported as received is right byte for byte, before and after; and the next
 transfer with the friend goes well. With ``--device cuda`` pages lie in GPU memory, with ``twin`` in that of a stand-in
-for a GPU (see tests/rig/twin_gpu.py).
+for a GPU (see tests/rig/twin_gpu.py); with ``--cards`` the survivor's on the first of two GPUs, all others' on the
+second.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MAX_FILES = 12  # more open files than before the first kill
 class Memory:
     """A KV cache of ``[layers, blocks, heads, tokens, slot]`` bytes in host or GPU memory."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, card: int) -> None:
         self.xp: Any = np
         self.device = device
         shape = (LAYERS, LANES * LANE_BLOCKS, HEADS, BLOCK_SIZE, SLOT[device])
@@ -62,14 +63,15 @@ class Memory:
             import cupy
 
             self.xp = cupy
+            cupy.cuda.Device(card).use()
             self.kv: Any = cupy.zeros(shape, dtype=np.uint8)
         elif device == "twin":
-            self._memory = twin_gpu.DeviceMemory(int(np.prod(shape)), 0)
+            self._memory = twin_gpu.DeviceMemory(int(np.prod(shape)), card)
             self.kv = self._memory.array(shape)
         else:
             self.kv = np.zeros(shape, dtype=np.uint8)
         geometry = KVGeometry.of_array(self.kv)
-        self.geometry = replace(geometry, device=0) if device == "twin" else geometry
+        self.geometry = replace(geometry, device=card) if device == "twin" else geometry
         first = self.geometry.layers[0]
         self.regions = [Region(first.address, self.kv.nbytes, self.kv, self.geometry.device)]
 
@@ -134,8 +136,8 @@ def gpu(device: Device) -> AbstractContextManager[Any]:
 class Worker:
     """A transport and its memory; what both sides of a transfer do."""
 
-    def __init__(self, link: str, device: Device, name: str) -> None:
-        self.memory = Memory(device)
+    def __init__(self, link: str, device: Device, name: str, card: int) -> None:
+        self.memory = Memory(device, card)
         self.transport = Transport(
             self.memory.geometry, settings_for(link, device), engine=name, port=0, regions=self.memory.regions
         )
@@ -157,12 +159,12 @@ class Worker:
         return sum(self.transport.status()["live"].values())
 
 
-def serve(pipe: Connection, link: str, device: Device, side: Side, name: str) -> None:
+def serve(pipe: Connection, link: str, device: Device, side: Side, name: str, card: int) -> None:
     """A peer's process: does its side of the jobs that come through ``pipe`` and answers with (transfer, went well)."""
     taking: list[tuple[Job, Any]] = []
     with ExitStack() as stack:
         stack.enter_context(gpu(device))
-        worker = Worker(link, device, name)
+        worker = Worker(link, device, name, card)
         stack.enter_context(worker.transport)
         pipe.send(worker.transport.port)
         while True:
@@ -184,10 +186,10 @@ def serve(pipe: Connection, link: str, device: Device, side: Side, name: str) ->
 class Peer:
     """A process that does ``side``'s part."""
 
-    def __init__(self, link: str, device: Device, side: Side, name: str) -> None:
+    def __init__(self, link: str, device: Device, side: Side, name: str, card: int) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process: Any = context.Process(target=serve, args=(theirs, link, device, side, name), daemon=True)
+        self.process: Any = context.Process(target=serve, args=(theirs, link, device, side, name, card), daemon=True)
         self.process.start()
         theirs.close()
         self.side = side
@@ -216,16 +218,20 @@ class Tally:
 
 
 class Survivor:
-    """Lives through all kills. ``rounds`` are kept for the report."""
+    """Lives through all kills. ``rounds`` are kept for the report.
 
-    def __init__(self, link: str, device: Device, seed: int) -> None:
-        self._link, self._device = link, device
+    Args:
+        cards: numbers of the GPUs that its own pages, and all others', lie on.
+    """
+
+    def __init__(self, link: str, device: Device, seed: int, cards: tuple[int, int] = (0, 0)) -> None:
+        self._link, self._device, self._card = link, device, cards[1]
         self._dice = random.Random(seed)
         self._stack = ExitStack()
         self._stack.enter_context(gpu(device))
-        self._worker = Worker(link, device, "survivor")
+        self._worker = Worker(link, device, "survivor", cards[0])
         self._stack.enter_context(self._worker.transport)
-        self._friends = {side: Peer(link, device, side, f"friend-{side}") for side in SIDES}
+        self._friends = {side: Peer(link, device, side, f"friend-{side}", cards[1]) for side in SIDES}
         self._seed = seed << 20
         for side in self._friends:
             self._serves_on(side)
@@ -247,7 +253,7 @@ class Survivor:
         Raises:
             AssertionError: a promise was broken.
         """
-        victim = Peer(self._link, self._device, victim_side, f"victim-{len(self.rounds)}")
+        victim = Peer(self._link, self._device, victim_side, f"victim-{len(self.rounds)}", self._card)
         tally, give_up = Tally(victim_side), time.monotonic() + ENDED_S
         lanes: list[tuple[Job, Any] | None] = [None] * LANES
         before, kill_at, moving = self._bytes(), float("inf"), False
@@ -349,13 +355,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.processes.killed", description=str(__doc__).splitlines()[0])
     parser.add_argument("--link", required=True, help="cma, ucx, cuda_ipc, ...: the only one that is tried")
     parser.add_argument("--device", choices=("cpu", "cuda", "twin"), default=os.environ.get("PDT_DEVICE") or "cpu")
+    parser.add_argument("--cards", default="0,0", help="GPUs of the survivor and of the others (default 0,0)")
     parser.add_argument("--times", type=int, default=20, help="kills, half of them of either side (default 20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=240.0, help="begin no further round after this")
     parser.add_argument("--json", type=Path, help="write the rounds here")
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    ours, theirs = map(int, options.cards.split(","))
     ends = time.monotonic() + options.seconds
-    with Survivor(options.link, options.device, options.seed) as survivor:
+    with Survivor(options.link, options.device, options.seed, (ours, theirs)) as survivor:
         for number in range(options.times):
             if time.monotonic() > ends:
                 print(f"no time left after {number} of {options.times}")
@@ -369,9 +377,10 @@ def main(argv: list[str] | None = None) -> int:
         leaks = survivor.no_leak(RETRY_FOR_S + 15.0)
         rounds = survivor.rounds
     cut = sum(bool(tally.cut) for tally in rounds)
-    print(f"{options.link}, {options.device}: {len(rounds)} kills, {cut} in the middle of a transfer; {leaks}")
+    where = f"{options.link}, {options.device}, GPUs {options.cards}"
+    print(f"{where}: {len(rounds)} kills, {cut} in the middle of a transfer; {leaks}")
     if options.json:
-        shown = {"link": options.link, "device": options.device, "rounds": [vars(tally) for tally in rounds]}
+        shown = {"where": where, "rounds": [vars(tally) for tally in rounds]}
         options.json.write_text(json.dumps({**shown, "leaks": leaks}, indent=1) + "\n")
     return 0 if len(rounds) == options.times and cut else 1
 

@@ -4,7 +4,7 @@ Each end has one buffer of pages; runs are named by offsets into it. An end make
 transport's I/O thread, unless it is told to hold still.
 
 The buffer lies in host memory, or (setting ``gpu``) on a GPU: ``"cuda"`` is a real one, ``"twin"`` the stand-in of
-:mod:`tests.rig.twin_gpu`, and with ``"twin-direct"`` UCX is said to know its memory.
+:mod:`tests.rig.twin_gpu`, and with ``"twin-direct"`` UCX is said to know its memory. Setting ``card`` is its number.
 """
 
 from __future__ import annotations
@@ -169,35 +169,36 @@ class _Buffer:
 
 
 class _DeviceBuffer(_Buffer):
-    """Pages on GPU 0, or on its stand-in."""
+    """Pages on a GPU, or on its stand-in."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, card: int) -> None:
         from pdtransport.kernels import gpu
         from pdtransport.kernels.watch import DeviceMemory
 
         self._gpu: Any = gpu
         self.nbytes = nbytes
-        self._device_memory = DeviceMemory(nbytes, 0)
+        self._card = card
+        self._device_memory = DeviceMemory(nbytes, card)
         self.address = self._device_memory.address
         self.write(0, np.zeros(nbytes, dtype=np.uint8))
 
     def write(self, offset: int, data: np.ndarray) -> None:
-        self._gpu.from_host(self.address + offset, data.tobytes())
+        self._gpu.from_host(self.address + offset, data.tobytes(), self._card)
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        data: bytes = self._gpu.to_host(self.address + offset, nbytes)
+        data: bytes = self._gpu.to_host(self.address + offset, nbytes, self._card)
         return data
 
 
 class _Server:
     def __init__(self, nbytes: int, settings: dict[str, Any]) -> None:
-        gpu = settings.pop("gpu", "")
+        gpu, card = settings.pop("gpu", ""), settings.pop("card", 0)
         self.settings = LinkSettings.model_validate(settings)
         if gpu.endswith("direct"):
             CudaGpu.sendable = lambda self, context: True  # type: ignore[method-assign]
             CudaGpu.why_not_direct = lambda self, context, lanes: ""  # type: ignore[method-assign]
-        self.buffer = _DeviceBuffer(nbytes) if gpu else _Buffer(nbytes)
-        region = Region(self.buffer.address, nbytes, self.buffer, device=0 if gpu else HOST)
+        self.buffer = _DeviceBuffer(nbytes, card) if gpu else _Buffer(nbytes)
+        region = Region(self.buffer.address, nbytes, self.buffer, device=card if gpu else HOST)
         self.opened = open_links(self.settings, [region])
         self.links = list(self.opened.links.values())
         self.channel: Any = None
@@ -333,6 +334,8 @@ class _Server:
         """What is free of each bounded resource, and how much there is."""
         free: dict[str, tuple[int, int]] = {}
         for link in self.links:
+            if link.name == "cuda_ipc":
+                continue  # what it holds is bounded by its queues
             if link.name in ("shm", "cma"):
                 free["tickets"] = (link.tickets.free, 4096)  # type: ignore[attr-defined]
             else:

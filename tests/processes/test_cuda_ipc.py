@@ -1,5 +1,5 @@
-"""The cuda_ipc link between two processes: over a stand-in for the GPU (see tests/rig/twin_gpu.py), or, with
-PDT_DEVICE=cuda, on a real one."""
+"""The cuda_ipc link between two processes, on one GPU and on two: over a stand-in for GPUs (see tests/rig/twin_gpu.py),
+or, with PDT_DEVICE=cuda, on real ones."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pdtransport.links.base import Region
 from pdtransport.links.cuda_ipc import CudaIpcChannel, CudaIpcLink
 from pdtransport.links.memory import Regions
 from tests.rig import twin_gpu
+from tests.rig.device import need_cards
 
 PAGE, PAGES = 4096, 64
 ANSWER_S = 20.0
@@ -38,22 +39,23 @@ def gpu() -> AbstractContextManager[Any]:
 class Pages:
     """Device memory, as pages."""
 
-    def __init__(self, content: np.ndarray) -> None:
+    def __init__(self, content: np.ndarray, card: int = 0) -> None:
         from pdtransport.kernels.watch import DeviceMemory
 
-        self.memory = DeviceMemory(PAGES * PAGE, 0)
-        self.region = Region(self.memory.address, PAGES * PAGE, self.memory, 0)
+        self.card, self.memory = card, DeviceMemory(PAGES * PAGE, card)
+        self.region = Region(self.memory.address, PAGES * PAGE, self.memory, card)
         self.write(0, content)
 
     def write(self, page: int, content: np.ndarray) -> None:
         from pdtransport.kernels.gpu import from_host
 
-        from_host(self.memory.address + page * PAGE, content.tobytes())
+        from_host(self.memory.address + page * PAGE, content.tobytes(), self.card)
 
     def read(self) -> np.ndarray:
         from pdtransport.kernels.gpu import to_host
 
-        return np.frombuffer(to_host(self.memory.address, PAGES * PAGE), dtype=np.uint8).reshape(PAGES, PAGE)
+        raw = to_host(self.memory.address, PAGES * PAGE, self.card)
+        return np.frombuffer(raw, dtype=np.uint8).reshape(PAGES, PAGE)
 
     def runs(self, pages: list[int]) -> Runs:
         return np.array([[self.memory.address + page * PAGE, PAGE] for page in pages], dtype=np.uint64)
@@ -81,10 +83,10 @@ def test_a_gpu_that_hangs_does_not_hang_the_sender(monkeypatch: pytest.MonkeyPat
         link.close()
 
 
-def sender(pipe: Connection) -> None:
+def sender(pipe: Connection, card: int) -> None:
     """Offers what it is told to."""
     with gpu():
-        memory = Pages(EXPECTED)
+        memory = Pages(EXPECTED, card)
         link = CudaIpcLink(Regions([memory.region]))
         pipe.send(link.export())
         channel = link.connect(pipe.recv(), "peer")
@@ -102,9 +104,9 @@ def sender(pipe: Connection) -> None:
 class Ends:
     """The receiver here, the sender in ``process``."""
 
-    def __init__(self, pipe: Connection, process: Any) -> None:
+    def __init__(self, pipe: Connection, process: Any, card: int) -> None:
         self.pipe, self.process = pipe, process
-        self.memory = Pages(whole(255))
+        self.memory = Pages(whole(255), card)
         self.link = CudaIpcLink(Regions([self.memory.region]))
         self.export = self.answer()
         pipe.send(self.link.export())
@@ -137,13 +139,14 @@ class Ends:
 
 
 @contextmanager
-def two_ends() -> Iterator[Ends]:
+def two_ends(cards: tuple[int, int]) -> Iterator[Ends]:
+    """The sender's pages on the first of ``cards``, the receiver's on the second."""
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=sender, args=(theirs,), daemon=True)
+    process = context.Process(target=sender, args=(theirs, cards[0]), daemon=True)
     process.start()
     theirs.close()
-    ends = Ends(ours, process)
+    ends = Ends(ours, process, cards[1])
     try:
         yield ends
     finally:
@@ -152,9 +155,17 @@ def two_ends() -> Iterator[Ends]:
         ends.link.close()
 
 
+@pytest.fixture(params=[(0, 0), (0, 1)], ids=["one-gpu", "0-to-1"])
+def cards(request: pytest.FixtureRequest) -> tuple[int, int]:
+    if REAL:
+        need_cards(1 + max(request.param))
+    pair: tuple[int, int] = request.param
+    return pair
+
+
 @pytest.fixture
-def ends() -> Iterator[Ends]:
-    with gpu(), two_ends() as both:
+def ends(cards: tuple[int, int]) -> Iterator[Ends]:
+    with gpu(), two_ends(cards) as both:
         yield both
 
 
@@ -173,6 +184,53 @@ def test_pages_arrive_whatever_their_order(ends: Ends) -> None:
     np.testing.assert_array_equal(ends.memory.read()[target], EXPECTED[source])
     assert (np.delete(ends.memory.read(), target, axis=0) == 255).all()
     assert ends.channel.stats.bytes_received == 4 * PAGE
+
+
+def test_a_channel_says_whether_both_are_on_one_gpu(ends: Ends, cards: tuple[int, int]) -> None:
+    where = "same GPU" if cards[0] == cards[1] else "GPUs of one host"
+    assert ends.channel.why == f"cuda_ipc: {where}; one kernel copies pages in place"
+
+
+@pytest.mark.skipif(REAL, reason="real GPUs reach each other, or do not")
+def test_gpus_without_peer_access_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is launched at memory that it can't read, which would end all CUDA work of the engine; the other
+    direction, and other links, are free to work."""
+    monkeypatch.setattr(twin_gpu, "unreachable", {(1, 0)})
+    with (
+        twin_gpu.installed(),
+        pytest.raises(LinkUnavailable, match="can't be mapped: GPU 1 has no peer access to GPU twin-0"),
+        two_ends((0, 1)),
+    ):
+        pass
+    assert twin_gpu.open_mappings() == 0
+    with twin_gpu.installed(), two_ends((1, 0)) as ends:
+        ends.receive(1, [3], [4])
+        ends.progress_until(lambda: ends.ended == {1: None})
+
+
+def test_pages_cross_between_two_gpus_of_one_process() -> None:
+    """Nothing is mapped then: a kernel that reads the other GPU's memory needs peer access all the same."""
+    if REAL:
+        need_cards(2)
+    twin_gpu.reached.clear()
+    with gpu():
+        here, there = Pages(whole(255), 1), Pages(EXPECTED, 0)
+        receiver, sender = CudaIpcLink(Regions([here.region])), CudaIpcLink(Regions([there.region]))
+        channel = receiver.connect(sender.export(), "here")
+        channel.attach()
+        assert REAL or (twin_gpu.reached, twin_gpu.open_mappings()) == ([(1, 0)], 0)
+        offering = sender.connect(receiver.export(), "here")
+        offer, checksums = offering.send(1, there.runs([5, 2, 60]), 3, lambda error: None)
+        ended: list[str | None] = []
+        channel.receive(1, offer, here.runs([1, 30, 3]), checksums, 3, ended.append)
+        deadline = time.monotonic() + ANSWER_S
+        while not ended:
+            assert time.monotonic() < deadline
+            receiver.progress()
+        assert ended == [None]
+        np.testing.assert_array_equal(here.read()[[1, 30, 3]], EXPECTED[[5, 2, 60]])
+        for link in (receiver, sender):
+            link.close()
 
 
 def test_a_batch_that_was_foreseen_is_placed_as_any_other(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

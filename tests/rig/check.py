@@ -148,6 +148,18 @@ def cupy() -> str:
     return f"{package.__version__}, CUDA {package.cuda.runtime.runtimeGetVersion()}"
 
 
+def neighbours() -> str:
+    """GPUs use each other's memory, as the cuda_ipc link between two of them needs."""
+    import cupy as package
+
+    from pdtransport.kernels.gpu import can_access
+
+    count = package.cuda.runtime.getDeviceCount()
+    apart = [f"{a} not {b}'s" for a in range(count) for b in range(count) if not can_access(a, b)]
+    assert not apart, f"no peer access: GPU {', '.join(apart)}"
+    return f"{count} GPUs, each reaches all"
+
+
 def ucx() -> str:
     importlib.import_module("ucxx")
     return version_of("ucxx-cu13", "ucxx-cu12")
@@ -187,7 +199,7 @@ NEEDED: tuple[Callable[[], str], ...] = (
 )
 NEEDED_ON_GPU: tuple[Callable[[], str], ...] = (card, torch, cupy)
 NICE: tuple[Callable[[], str], ...] = (peer_memory, ucx, nixl)
-NICE_ON_GPU: tuple[Callable[[], str], ...] = (sanitizer,)
+NICE_ON_GPU: tuple[Callable[[], str], ...] = (neighbours, sanitizer)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from tests.rig.answers import Answers
 from tests.rig.cases import BLOCK, LONGEST, MARGIN_TP, SURE_OF_HALF, Case, assorted, best_of, cases
 from tests.rig.client import Client
-from tests.rig.device import DTYPES, PLACE
+from tests.rig.device import DTYPES, PLACE, seated
 from tests.rig.prompts import Prompts
 from tests.rig.servers import KVRole, Server, ServerSpec
 
@@ -106,6 +106,7 @@ def tiny_spec(audit: Path) -> ServerSpec:
         max_model_len=TINY_LEN,
         max_batched_tokens=TINY_CHUNK,
         load_failure_policy="recompute",
+        cards=seated(PLACE.cards, 1),
     )
 
 

@@ -145,6 +145,11 @@ class Events:
         self._context.term()
 
 
+def wide_spec(audit: Path, service: Service) -> ServerSpec:
+    """A server of both roles with two tensor-parallel ranks, and a pool."""
+    return pooled(service.directory, pair_spec("tp2", "kv_both", audit, cores="0|1", tp=2))
+
+
 def writer_spec(service: Service) -> ServerSpec:
     """The first server with the pool, which a test kills. On the CPU it uses the pool as one on another host, others
     as one on theirs."""

@@ -56,6 +56,7 @@ class ServerSpec:
         max_batched_tokens: None leaves vLLM's default.
         extra_config: ``kv_connector_extra_config`` without the control port, which the rig picks.
         connector_module: where vLLM finds the connector's class; "" is the installed one.
+        cards: GPUs that it sees, its own first (a tensor-parallel server's ranks take the first ones); none: as we do.
         load_format: vLLM's; None reads weights. ``dummy`` ones make fast servers whose answers mean nothing.
     """
 
@@ -81,6 +82,7 @@ class ServerSpec:
     device: Device = PLACE.device
     eager: bool = PLACE.eager
     asynchronous: bool | None = PLACE.asynchronous
+    cards: tuple[int, ...] = PLACE.cards
 
     def numerics(self) -> dict[str, Any]:
         """The flags that an answer's bits depend on."""
@@ -122,7 +124,7 @@ class ServerSpec:
             flags["--kv-transfer-config"] = json.dumps(self.transfer_config(control_port))
         for flag, value in flags.items():
             command += [flag, str(value)]
-        return [*command, *place.flags(self.device, self.eager, self.asynchronous), *self.args]
+        return [*command, *place.flags(self.device, self.eager, self.asynchronous, self.tp), *self.args]
 
     def transfer_config(self, control_port: int) -> dict[str, Any]:
         config: dict[str, Any] = {"kv_role": self.kv_role}
@@ -140,7 +142,7 @@ class ServerSpec:
         return f"{self.name}-{control_port}"
 
     def environment(self, control_port: int) -> dict[str, str]:
-        env = {**os.environ, **place.environment(self.device, self.cores, self.name)}
+        env = {**os.environ, **place.environment(self.device, self.cores, self.name, self.cards, self.tp)}
         if self.connector in NIXL:
             env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = HOST
             env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(control_port)

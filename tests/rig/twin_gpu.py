@@ -3,6 +3,9 @@ a copy that some thread does later, an event passes when the test says so.
 
 What the links and the gate do around kernels (order, fences, mappings, wake-ups) runs for real, between real processes;
 the kernels themselves are tested on a GPU.
+
+There are as many such GPUs as are asked for, and each reaches all others' memory unless :data:`unreachable` says
+otherwise; a mapping belongs to the one that it was made for.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
 
 GRAIN = 2 << 20
-HANDLE = struct.Struct("<QQQ40x")  # pid, descriptor, bytes: as long as a cudaIpcMemHandle_t
+HANDLE = struct.Struct("<QQQQ32x")  # pid, descriptor, bytes, device: as long as a cudaIpcMemHandle_t
 COPY_BLOCKS = 1
 Plan = tuple[Runs, Runs]
 delay_s = 0.0  # how long a launch waits before it copies: tests set it
@@ -40,8 +43,11 @@ registered: dict[int, int] = {}  # host memory -> bytes
 unregistered: list[int] = []
 strict = False  # refuse to copy from and to memory that a GPU would not reach: tests set it
 
-_allocations: dict[int, tuple[int, int]] = {}  # base -> bytes, descriptor; for as long as something holds the memory
-_mappings: dict[int, Any] = {}
+unreachable: set[tuple[int, int]] = set()  # (device, peer) without peer access: tests set it
+reached: list[tuple[int, int]] = []  # (device, peer): peer access within this process that was asked for
+
+_allocations: dict[int, tuple[int, int, int]] = {}  # base -> bytes, descriptor, device; as long as something holds it
+_mappings: dict[int, tuple[Any, int]] = {}  # address -> memory, the device that it was mapped for
 
 
 class GpuError(RuntimeError):
@@ -50,13 +56,12 @@ class GpuError(RuntimeError):
 
 class DeviceMemory:
     def __init__(self, nbytes: int, device: int) -> None:
-        del device
         size = -(-nbytes // GRAIN) * GRAIN
         descriptor = os.memfd_create("twin-gpu")
         os.ftruncate(descriptor, size)
         self._map = mmap.mmap(descriptor, size)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        _allocations[self.address] = (size, descriptor)
+        _allocations[self.address] = (size, descriptor, device)
         weakref.finalize(self._map, _free, self.address)
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -180,20 +185,29 @@ def device_uuid(device: int) -> str:
 
 
 def allocation_of(address: int) -> tuple[int, int]:
-    for base, (nbytes, _) in list(_allocations.items()):
+    for base, (nbytes, *_) in list(_allocations.items()):
         if base <= address < base + nbytes:
             return base, nbytes
     raise GpuError(f"{address:#x} is no device memory")
 
 
 def ipc_handle(base: int) -> bytes:
-    nbytes, descriptor = _allocations[base]
-    return HANDLE.pack(os.getpid(), descriptor, nbytes)
+    nbytes, descriptor, device = _allocations[base]
+    return HANDLE.pack(os.getpid(), descriptor, nbytes, device)
+
+
+def reach(device: int, uuid: str, ours: bool) -> None:
+    peer = int(uuid.removeprefix("twin-"))
+    if (device, peer) in unreachable:
+        raise GpuError(f"GPU {device} has no peer access to GPU {uuid}")
+    if ours and device != peer:
+        reached.append((device, peer))
 
 
 def ipc_open(handle: bytes, device: int) -> int:
-    del device
-    pid, descriptor, nbytes = HANDLE.unpack(handle)
+    pid, descriptor, nbytes, peer = HANDLE.unpack(handle)
+    if (device, peer) in unreachable:
+        raise GpuError("cudaIpcOpenMemHandle: peer access is not supported between these two devices")
     try:
         theirs = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
     except OSError as error:
@@ -201,11 +215,13 @@ def ipc_open(handle: bytes, device: int) -> int:
     mapped = mmap.mmap(theirs, nbytes)
     os.close(theirs)
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-    _mappings[address] = mapped
+    _mappings[address] = mapped, device
     return address
 
 
-def ipc_close(address: int) -> None:
+def ipc_close(address: int, device: int) -> None:
+    if _mappings[address][1] != device:
+        raise GpuError(f"cudaIpcCloseMemHandle on GPU {device}: it was mapped for GPU {_mappings[address][1]}")
     del _mappings[address]
 
 
@@ -215,7 +231,7 @@ def open_mappings() -> int:
 
 def _must_reach(address: int, nbytes: int) -> None:
     """Registrations of neighbours make one stretch."""
-    known = sorted([*registered.items(), *((base, size) for base, (size, _) in _allocations.items())])
+    known = sorted([*registered.items(), *((base, size) for base, (size, *_) in _allocations.items())])
     at = address
     for base, size in known:
         if base <= at < base + size:
@@ -239,11 +255,13 @@ def pinned(nbytes: int) -> np.ndarray:
     return np.zeros(nbytes, dtype=np.uint8)
 
 
-def to_host(address: int, nbytes: int) -> bytes:
+def to_host(address: int, nbytes: int, device: int | None = None) -> bytes:
+    del device
     return ctypes.string_at(address, nbytes)
 
 
-def from_host(address: int, data: bytes) -> None:
+def from_host(address: int, data: bytes, device: int | None = None) -> None:
+    del device
     ctypes.memmove(address, bytes(data), len(data))
 
 

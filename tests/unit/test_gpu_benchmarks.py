@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -11,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _gpu_handoff, handoff, interference, pool
+from benchmarks import _gpu_handoff, gpu_kernels, handoff, interference, pool
 from benchmarks._decode_streams import Gap, within
 from benchmarks._gpu_handoff import Sample, runs_per_100, summarise, table
 from benchmarks._gpu_scale import FULL, REHEARSAL
-from tests.rig import twin_gpu
+from tests.rig import device, twin_gpu
 from tests.rig.client import Answer, to_decode, to_prefill
-from tests.rig.device import Place, wide_vectors
+from tests.rig.device import Place, seated, wide_vectors
 from tests.rig.servers import ServerSpec
 from tests.vllm.__main__ import outcomes
 from tests.vllm.__main__ import parse as parse_tests
@@ -71,6 +72,64 @@ def test_servers_of_a_pair_fit_one_gpu(mode: Any, tmp_path: Path) -> None:
             "VLLM_USE_FLASHINFER_SAMPLER",
             "VLLM_CACHE_ROOT",
         }
+
+
+def visible(spec: ServerSpec) -> str | None:
+    return spec.environment(2).get("CUDA_VISIBLE_DEVICES")
+
+
+def test_two_cards_seat_prefill_and_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each server has its own GPU first and sees the other's, whatever system it belongs to; the aggregated one sits
+    with prefill. Without --cards nothing is said about GPUs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    options = handoff.parse(["--gpu", "--cards", "2,5"])
+    plan = _gpu_handoff.Plan(FULL, ["eager"], [], [64], 1, False, 1, {}, False, "", 0, 0.0, tmp_path, options.cards)
+    for system in _gpu_handoff.SYSTEMS:
+        seats = [visible(spec) for spec in _gpu_handoff.specs_of(plan, system, tmp_path, "eager")]
+        assert seats == ["2,5", "5,2"][: len(seats)]
+        assert len(seats) == (1 if system == "aggregated" else 2)
+    assert json.loads(_gpu_handoff.document(plan, {}, []))["cards"] == [2, 5]
+    assert [visible(spec) for spec in FULL.pair("nixl", tmp_path, "graphs")] == [None, None]
+    assert interference.parse(["--gpu", "--cards", "0,1"]).cards == (0, 1)
+
+
+def test_the_report_says_which_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handoff, "all_cards", lambda: ("A", "B"))
+    assert handoff.where((1, 0)) == "prefill on GPU 1 (B), decode on GPU 0 (A)"
+    assert handoff.where((0, 7)) == "prefill on GPU 0 (A), decode on GPU 7 (unknown)"
+    assert handoff.where(()).startswith("all servers on one device: ")
+
+
+def test_several_ranks_sum_without_multicast() -> None:
+    """Nothing that vLLM chooses by itself for two ranks may use NVLink multicast."""
+    wide = ServerSpec("tp2", tp=2, device="cuda", cards=(0, 1))
+    assert device.NO_MULTICAST.items() <= wide.environment(2).items()
+    assert device.NO_MULTICAST["NCCL_NVLS_ENABLE"] == "0"
+    assert {"--disable-custom-all-reduce", "--compilation-config.pass_config.fuse_allreduce_rms=false"} <= set(
+        wide.command(1, 2)
+    )
+    assert "--disable-custom-all-reduce" not in ServerSpec("tp1", device="cuda").command(1, 2)
+
+
+def test_kernels_between_two_gpus_are_told_beside_cuda_s_own_copy() -> None:
+    """As shares of the copy of equal size; checksums' cost against the plain pull."""
+
+    def figure(what: str, mib: int, kib: int, gb_s: float) -> gpu_kernels.Figure:
+        return gpu_kernels.figure(what, mib, kib, mib * gpu_kernels.MIB / gb_s / 1e9, 0.0, 0.0, 0.0)
+
+    figures = [
+        figure(gpu_kernels.PEER_COPY, 64, 0, 400.0),
+        figure("pull", 64, 32, 330.0),
+        figure("pull with checksums", 64, 32, 300.0),
+    ]
+    text = gpu_kernels.table(figures)
+    assert "Checksums fused into the copy cost (target: under 5%): 64 MiB in 32 KiB: +10.0%" in text
+    assert text.endswith("Pulled with checksums, of cudaMemcpyPeer: 64 MiB in 32 KiB: 75%")
+    assert gpu_kernels.table([]).startswith("| what "), "a run that failed at once has a table too"
+    assert gpu_kernels.two("1,0") == (1, 0)
+    for wrong in ("0", "0,0", "a,b", "0,1,2"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            gpu_kernels.two(wrong)
 
 
 def test_push_dispatch_names_what_nixl_pairs_requests_by() -> None:
@@ -177,6 +236,11 @@ def test_handoff_arguments() -> None:
         ["--gpu", "--systems", "foo"],
         ["--gpu", "--runs", "0"],
         ["--gpu", "--settings", "{"],
+        ["--gpu", "--cards", "0"],
+        ["--gpu", "--cards", "1,1"],
+        ["--gpu", "--cards", "one,two"],
+        ["--rehearse", "--cards", "0,1"],
+        ["--cards", "0,1"],
     ],
 )
 def test_wrong_handoff_arguments_are_refused(argv: list[str]) -> None:
@@ -213,7 +277,16 @@ def test_gaps_count_for_the_window_that_holds_them() -> None:
     assert within(gaps, 1.0, 3.0) == [0.5]
 
 
-@pytest.mark.parametrize("argv", [[], ["--gpu", "--rehearse"], ["--rehearse", "--graphs"], ["--gpu", "--streams", "8"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--gpu", "--rehearse"],
+        ["--rehearse", "--graphs"],
+        ["--rehearse", "--cards", "0,1"],
+        ["--gpu", "--streams", "8"],
+    ],
+)
 def test_wrong_interference_arguments_are_refused(argv: list[str]) -> None:
     with pytest.raises(SystemExit):
         interference.parse(argv)
@@ -226,8 +299,12 @@ def test_the_environment_says_where_servers_run() -> None:
     assert place == Place("cuda", False, False, False, True, "bfloat16", None)
     assert (place.block_size, place.margin_or(0.25), Place().margin_or(0.25)) == (16, 0.0, 0.25)
     assert Place.of({"PDT_MARGIN": "0.5"}).margin_or(0.25) == 0.5
+    assert (Place.of({"PDT_CARDS": "0, 1"}).cards, Place.of({}).cards) == ((0, 1), ())
+    assert [seated((0, 1), 0), seated((0, 1), 1), seated((3,), 1), seated((), 1)] == [(0, 1), (1, 0), (3,), ()]
     with pytest.raises(ValueError, match="PDT_DEVICE"):
         Place.of({"PDT_DEVICE": "gpu"})
+    with pytest.raises(ValueError, match="PDT_CARDS=0,x: different numbers of GPUs"):
+        Place.of({"PDT_CARDS": "0,x"})
     with pytest.raises(ValueError, match=r"PDT_DTYPE=fp8: one of bfloat16, float32 is needed"):
         Place.of({"PDT_DTYPE": "fp8"})
 

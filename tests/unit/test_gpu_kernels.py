@@ -312,7 +312,7 @@ pages, nbytes = gpu.GpuPages(0), int(sys.argv[2])
 before = pages.checksum(run(address, nbytes), 4).wait().tolist()
 pages.copy_runs(run(address, nbytes // 2), run(address + nbytes // 2, nbytes // 2)).wait()
 pages.close()
-gpu.ipc_close(address)
+gpu.ipc_close(address, 0)
 print(*before)
 """
 
@@ -367,7 +367,7 @@ def test_what_cannot_be_mapped_says_why(cupy: Any) -> None:
     finally:
         runtime.freeAsync(pooled, runtime.streamLegacy)
     with pytest.raises(gpu.GpuError):
-        gpu.ipc_close(0x1000)
+        gpu.ipc_close(0x1000, 0)
 
 
 @pytest.mark.usefixtures("errors_welcome")

@@ -22,9 +22,9 @@ import pytest
 
 from tests.rig.answers import Answers
 from tests.rig.client import Client
-from tests.rig.device import PLACE
+from tests.rig.device import PLACE, seated
 from tests.rig.fixtures import Book, Servers, doomed_spec, make_book, pair_spec, plain_spec, tiny_spec
-from tests.rig.pooled import Service, tiny_pooled_spec, writer_spec
+from tests.rig.pooled import Service, tiny_pooled_spec, wide_spec, writer_spec
 from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
@@ -89,7 +89,7 @@ def main_specs(audit: Path) -> list[ServerSpec]:
     return [
         pair_spec("prefill-1", "kv_producer", audit, cores="0"),
         pair_spec("prefill-2", "kv_producer", audit, cores="1"),
-        pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail"),
+        pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail", cards=seated(PLACE.cards, 1)),
     ]
 
 
@@ -104,6 +104,7 @@ def standing(logs: Path, audit: Path, pool: Service, request: pytest.FixtureRequ
     specs += main_specs(audit) if "servers" in wanted else []
     specs += [tiny_spec(audit)] if "tiny" in wanted else []
     specs += [doomed_spec(audit)] if "doomed" in wanted else []
+    specs += [wide_spec(audit, pool)] if "wide" in wanted and len(PLACE.cards) > 1 else []
     specs += [writer_spec(pool)] if "writer" in wanted else []
     specs += [tiny_pooled_spec("reader", pool.directory)] if "reader" in wanted else []
     with phase(f"start {len(specs)} servers"):

@@ -13,8 +13,8 @@ from tests.rig import watch
 from tests.rig.cases import Case, handed_over
 from tests.rig.client import Client, Order, RequestFailed, hand_off, new_transfer, to_decode, to_prefill
 from tests.rig.device import PLACE
-from tests.rig.fixtures import TINY_LEN, Book, Servers, forget, pair_spec
-from tests.rig.pooled import CHUNK, Service, ask, pooled, reusable, storable
+from tests.rig.fixtures import TINY_LEN, Book, Servers, forget
+from tests.rig.pooled import CHUNK, Service, ask, reusable, storable, wide_spec
 from tests.rig.prompts import Prompts
 from tests.rig.proof import bytes_equal, crossed, record_of
 from tests.rig.servers import Server, fleet
@@ -23,12 +23,15 @@ GIVEN_UP_S = 40.0
 
 
 @pytest.fixture(scope="module")
-def wide(servers: Servers, pool: Service, logs: Path) -> Iterator[Server]:
+def wide(servers: Servers, pool: Service, logs: Path, standing: dict[str, Server]) -> Iterator[Server]:
     """A server of both roles with two tensor-parallel ranks, and a pool."""
+    spec = wide_spec(servers.audit, pool)
+    if spec.name in standing:
+        yield standing[spec.name]
+        return
     if PLACE.gpu:
-        pytest.skip("two tensor-parallel ranks need two GPUs")
-    spec = pair_spec("tp2", "kv_both", servers.audit, cores="0|1", tp=2)
-    with fleet(pooled(pool.directory, spec), logs=logs) as (server,):
+        pytest.skip("two tensor-parallel ranks need two GPUs: name them in PDT_CARDS")
+    with fleet(spec, logs=logs) as (server,):
         yield server
 
 
