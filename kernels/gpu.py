@@ -218,13 +218,14 @@ class GpuPages:
         """
         return pieces.cut(src, dst, blocks)
 
-    def start(self, plan: Plan, blocks: int = 0) -> Launch:
-        """Starts what was planned, with as many ``blocks``.
+    def start(self, plan: Plan, blocks: int = 0, most: int = 0) -> Launch:
+        """Starts what was planned, with as many ``blocks``, and at ``most`` so many blocks of threads (0: as many as
+        this has).
 
         Raises:
             GpuError: CUDA refuses, or an earlier launch failed.
         """
-        return self._launch(plan, blocks)
+        return self._launch(plan, blocks, most=most)
 
     def checksum(self, runs: Runs, blocks: int, *, timed: bool = True) -> Launch:
         """Starts to sum ``blocks`` equally long blocks of the stream. ``timed``: :attr:`Launch.seconds` is known
@@ -272,7 +273,7 @@ class GpuPages:
             self._tables.free(api)
             self._results.free(api)
 
-    def _launch(self, plan: pieces.Pieces, blocks: int, timed: bool = True) -> Launch:
+    def _launch(self, plan: pieces.Pieces, blocks: int, timed: bool = True, most: int = 0) -> Launch:
         with self._using("launching a page kernel") as api:
             self._retire(api)
             runtime, launch = api.runtime, Launch(self, blocks, plan.block_bytes, timed)
@@ -282,7 +283,7 @@ class GpuPages:
                 launch._regions.append(launch._result)
                 runtime.memsetAsync(launch._result.device, 0, 8 * blocks, self._uploader.ptr)
             for part in plan.parts(PART_BYTES // 24):
-                self._run(api, plan, part, launch, blocks)
+                self._run(api, plan, part, launch, blocks, min(self._blocks, most or self._blocks))
             if not plan.total:
                 runtime.eventRecord(launch._begun, self.stream)
                 launch._computed = self._event(api, launch)
@@ -302,7 +303,7 @@ class GpuPages:
                 self._ask_for_ring()
             return launch
 
-    def _run(self, api: Any, plan: pieces.Pieces, part: pieces.Part, launch: Launch, blocks: int) -> None:
+    def _run(self, api: Any, plan: pieces.Pieces, part: pieces.Part, launch: Launch, blocks: int, most: int) -> None:
         """Tables go up on a stream of their own, so that the next one's travels while this one's kernel runs."""
         nbytes = plan.table_bytes(part)
         region = self._tables.take(api, nbytes)
@@ -314,7 +315,7 @@ class GpuPages:
         runtime.streamWaitEvent(self.stream, uploaded)
         if part.first == 0:
             runtime.eventRecord(launch._begun, self.stream)
-        grid = min(self._blocks, -(-(part.end - part.first) // WARPS))
+        grid = min(most, -(-(part.end - part.first) // WARPS))
         sums = launch._result.device if launch._result is not None else 0
         arguments = plan.arguments(part, region.device, sums, grid * WARPS)
         with self._stream:

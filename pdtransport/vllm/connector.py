@@ -166,7 +166,7 @@ class PDTransportConnector(KVConnectorBase_V1):
 
     def finish_forward(self) -> None:
         """New model runner: the step is launched, its sampling is not yet."""
-        self.worker.after_forward(self._commands)
+        self.worker.launched(self._commands)
 
     def wait_for_save(self) -> None:
         self.worker.after_forward(self._commands)

@@ -101,6 +101,7 @@ class SchedulerSide:
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
+        self._opening: list[Open] = []  # can wait until a step is launched, which others' work would slow down
         self._bell = Bell()
         self._rope = Rope()
         self._rope.name = self._bell.name
@@ -160,7 +161,7 @@ class SchedulerSide:
             transfer, tokens = wanted.produce.transfer_id, request.num_prompt_tokens
             assert transfer is not None
             self._producing[request.request_id] = _Producing(transfer, tokens, wanted.produce.first_token)
-            self._before.append(Open(request.request_id, transfer, content_key(request), tokens))
+            self._opening.append(Open(request.request_id, transfer, content_key(request), tokens))
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
                 wanted.consume,
@@ -294,7 +295,7 @@ class SchedulerSide:
 
     def _begin(self, step: StepStart) -> None:
         """A step begins, and may find requests whose pages arrived."""
-        if self._awaited and not self._before and step.idle():
+        if self._awaited and not self.has_pending_work() and step.idle():
             self._wait()
         begun = step.early.doubtful if step.early is not None else set()
         ready = self._arrivals.hear(self._bell.arrivals(), self._awaited | begun)
@@ -336,10 +337,15 @@ class SchedulerSide:
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()
         before, self._before = self._before, []
+        opening, self._opening = self._opening, []
+        if {command.req_id for command in opening} & {getattr(command, "req_id", "") for command in before}:
+            before = [*opening, *before]  # over before it began
+        else:
+            after = [*opening, *after]
         hold, self._hold = self._hold, []
         if output.total_num_scheduled_tokens:
             self._look_again = 1
-        elif not before and self._waits_here():
+        elif not before and not after and self._waits_here():
             self._wait()
         return Commands(before, after, self._bell.name, hold)
 
@@ -393,7 +399,7 @@ class SchedulerSide:
 
     def has_pending_work(self) -> bool:
         """Commands wait for a step."""
-        return bool(self._before)
+        return bool(self._before or self._opening)
 
     def take_stats(self) -> PDTransportStats | None:
         """What became of chunks without the workers, since the last call; None if nothing did."""

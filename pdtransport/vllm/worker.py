@@ -76,6 +76,7 @@ class WorkerSide:
         self._computed: dict[str, int] = {}  # tokens of each offer that steps were launched for
         self._times = StepTimes()
         self._began = 0.0
+        self._forward: torch.cuda.Event | None = None  # behind the forward pass just launched
         self._lock = threading.Lock()
         self._rope = Rope()
         self._pool: PoolWorker | None = None
@@ -186,10 +187,16 @@ class WorkerSide:
             with self._lock:
                 self._stats.held(time.monotonic() - began)
 
+    def launched(self, commands: Commands) -> None:
+        """The forward pass is launched, the sampling of its tokens is not yet. What there is to say of its pages waits
+        for that: a thread that works meanwhile wants the interpreter, and the launches wait."""
+        self._forward = self._mark() if commands.after else None
+
     def after_forward(self, commands: Commands) -> None:
-        """Once the step's kernels are launched; idempotent too."""
+        """Once the step's kernels are launched; idempotent."""
         todo, commands.after = commands.after, []
-        computed = self._mark() if todo else None
+        (forward, self._forward) = (self._forward, None)
+        computed = (forward or self._mark()) if todo else None
         step = self._foretell(todo) if computed is not None else None
         for command in todo:
             self._do(command, computed, step)

@@ -211,6 +211,21 @@ def test_quick_launches_run_in_order(cupy: Any, pages: gpu.GpuPages) -> None:
         assert (c.read() == data).all()
 
 
+def test_quick_a_copy_by_few_blocks_of_threads_is_the_same(cupy: Any, pages: gpu.GpuPages) -> None:
+    nbytes = 3 << 20
+    data = filled(nbytes)
+    expected = reference.checksum(run(data.ctypes.data, nbytes), 6).tolist()
+    order = np.random.default_rng(4).permutation(nbytes // 4096)
+    for most in (1, 32, 0):
+        with buffers(cupy, ("device", data), ("device", np.zeros(nbytes, dtype=np.uint8))) as (a, b):
+            src = np.stack([a.address + 4096 * order, np.full(order.size, 4096)], axis=1).astype(np.uint64)
+            plan = pages.plan(src, run(b.address, nbytes), 0)
+            assert pages.start(plan, 0, most).wait().tolist() == []
+            assert (b.read().reshape(-1, 4096) == data.reshape(-1, 4096)[order]).all()
+            plan = pages.plan(run(a.address, nbytes), run(b.address, nbytes), 6)
+            assert pages.start(plan, 6, most).wait().tolist() == expected
+
+
 def test_quick_a_launch_waits_for_an_event(cupy: Any, pages: gpu.GpuPages) -> None:
     """Pages that another stream still computes are not read before the event behind it; and the other way round."""
     stream_of_model = cupy.cuda.Stream(non_blocking=True)
