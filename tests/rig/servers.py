@@ -57,6 +57,7 @@ class ServerSpec:
         extra_config: ``kv_connector_extra_config`` without the control port, which the rig picks.
         connector_module: where vLLM finds the connector's class; "" is the installed one.
         load_format: vLLM's; None reads weights. ``dummy`` ones make fast servers whose answers mean nothing.
+        script: what Python runs in place of vLLM's server: a file that starts it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ServerSpec:
     device: Device = PLACE.device
     eager: bool = PLACE.eager
     asynchronous: bool | None = PLACE.asynchronous
+    script: Path | None = None
 
     def numerics(self) -> dict[str, Any]:
         """The flags that an answer's bits depend on."""
@@ -97,7 +99,8 @@ class ServerSpec:
         return facts
 
     def command(self, port: int, control_port: int) -> list[str]:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command = [sys.executable]
+        command += [str(self.script)] if self.script else ["-m", "vllm.entrypoints.openai.api_server"]
         flags: dict[str, Any] = {
             "--model": self.model,
             "--served-model-name": MODEL_NAME,
