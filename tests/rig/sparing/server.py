@@ -2,7 +2,7 @@
 
 A server on the CPU is three processes, and each waits for the next one's word by spinning for up to a second: on two
 cores that is time taken from those that compute. Here they wait on the socket that vLLM wakes them by. vLLM sometimes
-loses that word, and looks again after 5 s; here after 50 ms. And the garbage collector rests while they import vLLM, a
+loses that word, and looks again after 5 s; here after 100 ms. And the garbage collector rests while they import vLLM, a
 fifth of what a start costs. Nothing else differs from vLLM as installed, which the test of ``make demo`` runs.
 
 vLLM's other processes run this file, too: it is their parent's main module. It has a folder of its own because Python
@@ -20,7 +20,7 @@ from vllm.entrypoints.launchers.api_server.entry import main  # noqa: E402
 
 gc.enable()
 
-LOOK_AGAIN_MS = 50
+LOOK_AGAIN_MS = 100
 SPIN_S = 0.0
 
 shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = LOOK_AGAIN_MS
