@@ -24,9 +24,9 @@ bench-env:  ## env, and what the benchmarks compare with
 demo: $(ENV)  ## bring examples/quickstart.yaml up, complete prompts, compare with a plain server
 	$(PYTHON) -m pdtransport.launch.demo examples/quickstart.yaml
 
-# Two at a time: those that start vLLM one after the other, and beside them the others.
+# Two at a time, a module's tests together, in the order that tests/conftest.py gives: tests/vllm, and beside it the others.
 test: $(ENV)  ## all tests, those that start vLLM included
-	$(PYTHON) -m pytest -n 2 --dist loadgroup --durations 15 $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 $(ARGS)
 
 test-fast: $(ENV)  ## unit tests and the simulator
 	$(PYTHON) -m pytest tests/unit tests/sim $(ARGS)

@@ -19,8 +19,10 @@ from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.peers import Peers
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.messages import MAX_DUE_US, Ack, Code, Coming, Commit, ConsumerMessage, Grant
+from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.receiving import TransferOver
 from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.states import ProducerState
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class _Source:
     nbytes: int = 0
     final: int = 0  # leading blocks
     foreseen: int = 0  # leading blocks that foresee() has seen
+    due: float | None = None  # when the last block is expected to be final: time.monotonic() seconds
     prepared: dict[tuple[PeerId, int, int], _Prepared] = field(default_factory=dict)  # by first block and count
 
 
@@ -119,24 +122,37 @@ class Handing:
             source.record.mark("computed", latest=True)
         blocks = self._final_blocks(source, pages, tokens_done)
         if blocks < source.final or not pages:  # taken back
-            source.foreseen = blocks
+            source.foreseen, source.due = blocks, None
             source.prepared.clear()
         source.final = blocks
         self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
         self.push_some()
 
-    def foresee(
-        self,
-        owner: object,
-        transfer: str,
-        pages: Sequence[int],
-        tokens_done: int,
-        event: int,
-        due: float | None = None,
-    ) -> None:
-        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed, at ``time.monotonic`` second ``due``
-        if that can be told. The engine waits for its GPU until then; afterwards it wants the interpreter, and decode
-        wants the pages. So what can be done, is done now."""
+    def expect(self, owner: object, transfer: str, tokens_done: int, due: float) -> None:
+        """:meth:`pages_ready` will say so many tokens at ``time.monotonic`` second ``due``, as far as can be told."""
+        source = self._owned(owner, transfer)
+        if source is not None and tokens_done >= source.tokens:
+            source.due = due
+            for machine in self.sending.machines(transfer):
+                self._say_due(source, machine)
+
+    def _say_due(self, source: _Source, machine: ProducerMachine) -> None:
+        grant = machine.grant
+        if source.due is not None and grant.blocks and machine.state is ProducerState.STREAMING:
+            self._control.send(
+                machine.peer,
+                Coming(
+                    transfer=grant.transfer,
+                    generation=grant.generation,
+                    first_block=grant.first_block,
+                    blocks=grant.blocks,
+                    due_us=min(MAX_DUE_US, max(0, int(1e6 * (source.due - time.monotonic())))),
+                ),
+            )
+
+    def foresee(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
+        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
+        then; afterwards it wants the interpreter, and decode wants the pages. So what can be done, is done now."""
         source = self._owned(owner, transfer)
         if source is None:
             return
@@ -158,7 +174,6 @@ class Handing:
                         first_block=first,
                         blocks=count,
                         offer=prepared.offer,
-                        due_us=_due_us(due),
                     ),
                 )
         source.foreseen = max(source.foreseen, blocks)
@@ -199,6 +214,9 @@ class Handing:
         actions = self.sending.on_message(peer, message, now)
         if isinstance(message, Grant):
             self._see_promise(message.transfer)
+            for machine in self.sending.machines(message.transfer) if source is not None else ():
+                if source is not None and machine.peer == peer:
+                    self._say_due(source, machine)
         self.run(actions)
 
     def _see_promise(self, transfer: str) -> None:
@@ -343,11 +361,6 @@ class Handing:
                 events=dict(record.events),
             ),
         )
-
-
-def _due_us(due: float | None) -> int | None:
-    """From now on."""
-    return None if due is None else min(MAX_DUE_US, max(0, int(1e6 * (due - time.monotonic()))))
 
 
 def _ident(action: act.Push | act.Unstage) -> _Ident:

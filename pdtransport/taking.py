@@ -195,18 +195,20 @@ class Taking:
         self.run(self.receiving.on_message(peer, message, now))
 
     def coming(self, peer_id: PeerId, message: Coming) -> None:
-        """A batch was announced before its pages are computed."""
+        """Blocks are announced before they are computed."""
         sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
         if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
             return
         first = message.first_block - sink.wanted.first_block
         pages = sink.wanted.pages[first : first + message.blocks] if first >= 0 else ()
-        if len(pages) == message.blocks:
+        if len(pages) != message.blocks:
+            return
+        if message.offer:
             runs = self._geometry.runs(pages, *sink.heads[peer_id])
             self._counters["batches_foreseen"] += 1
             peer.inbound.foresee(message.offer, runs, message.blocks if self._checksums else 0)
-            if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
-                self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
+        if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
+            self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
 
     @staticmethod
     def _expect(sink: _Sink, peer: PeerId, when: float) -> None:

@@ -70,12 +70,16 @@ class Handle:
 class Offer(Handle):
     """Pages of one request that this worker prefills: say what is ready, then that it is finished."""
 
+    def expect(self, tokens: int, due: float) -> None:
+        """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``. Decode
+        hears of it if they are all."""
+        self._transport._call(lambda exchange: exchange.handing.expect(self, self.transfer, tokens, due))
+
     def ready(
         self,
         pages: Sequence[int],
         tokens: int,
         after: Any | None = None,
-        due: float | None = None,
         passed: Callable[[float], None] | None = None,
     ) -> None:
         """The first ``tokens`` prompt tokens are computed. ``pages[i]`` is the page of block i; a block counts as
@@ -83,9 +87,8 @@ class Offer(Handle):
         engine took pages back (preemption).
 
         On a GPU, ``after`` is an event (torch's or cupy's) recorded behind the kernels that compute them: the pages are
-        final once it has passed, and what is said of this offer later waits for it too. ``due``: the
-        ``time.monotonic`` second at which that is expected, which decode is told; ``passed`` is called in the I/O
-        thread with the second at which it was, and must not block."""
+        final once it has passed, and what is said of this offer later waits for it too. ``passed`` is called in the
+        I/O thread with the ``time.monotonic`` second at which it was, and must not block."""
         pages = list(pages)
 
         def said(exchange: Exchange) -> None:
@@ -98,7 +101,7 @@ class Offer(Handle):
 
             event = exchange.gate.call(self, after, final)
             if event:
-                handing.foresee(self, self.transfer, pages, tokens, event, due)
+                handing.foresee(self, self.transfer, pages, tokens, event)
 
         self._transport._call(said)
 

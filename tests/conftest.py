@@ -1,12 +1,31 @@
 """Which worker runs what where several run the tests (pytest-xdist, ``--dist loadgroup``): a module stays together,
-since they share fixtures, names and ports. ``tests/vllm`` sees to its own."""
+since they share fixtures, names and ports. ``tests/vllm`` is one group, and comes first: it takes longest, the other
+worker runs all the rest beside it."""
 
 from __future__ import annotations
+
+import gc
+from collections.abc import Generator
 
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules are imported without garbage collection: a third less processor time, vLLM being among them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.parent.name != "vllm" and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.get_closest_marker("xdist_group") is None:
+            folder = item.path.parent.name
+            item.add_marker(pytest.mark.xdist_group(folder if folder == "vllm" else item.path.stem))
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        items.sort(key=lambda item: item.path.parent.name != "vllm")

@@ -126,14 +126,14 @@ class Batch(_Granted):
 
 
 class Coming(_Granted):
-    """Producer: these blocks will be a batch with this ``offer`` once they are computed, in ``due_us`` microseconds if
-    that can be told. Advice, for who has time to prepare: no state depends on it, and nothing may be read before the
-    batch itself is announced."""
+    """Producer: these blocks are expected to be computed in ``due_us`` microseconds; or, they will be a batch with this
+    ``offer``. Advice, for who has time to prepare: no state depends on it, and nothing may be read before the batch
+    itself is announced."""
 
     kind: Literal["coming"] = "coming"
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
-    offer: Annotated[bytes, Field(max_length=1 << 20)]
+    offer: Annotated[bytes, Field(max_length=1 << 20)] = b""
     due_us: Annotated[int, Field(ge=0, le=MAX_DUE_US)] | None = None
 
 

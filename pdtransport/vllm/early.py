@@ -6,8 +6,8 @@ holds the step until they are verified (:meth:`pdtransport.vllm.worker.WorkerSid
 synchronously. If they fail to come, what was computed from them is thrown away before anybody looks at it, and the
 request is computed anew, or fails, as ``kv_load_failure_policy`` says.
 
-Nothing else moves meanwhile, so it is done for a request that is alone in its engine, and no earlier than
-:data:`LEAD_S` before its pages are expected.
+Nothing else moves meanwhile, so it is done for a request that is alone in its engine, and no earlier than it must be
+(:class:`Lead`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEAD_S = 0.003  # with the 2 ms that pages take to cross, what it takes to get to the forward pass
+FIRST_LEAD_S, LEAST_LEAD_S, MOST_LEAD_S = 0.006, 0.001, 0.015
+HELD_S = 0.002  # wanted: what expectations are wrong by
+MOST_CHANGE_S = 0.001
+
+
+class Lead:
+    """How long before its last pages are expected a request begins: as long as it takes to get to the forward pass,
+    less what the pages take to cross. Learned from how long steps were held."""
+
+    def __init__(self) -> None:
+        self.seconds = FIRST_LEAD_S
+
+    def learn(self, held: float) -> None:
+        """A step was held for so many seconds; 0: its pages were there first."""
+        change = max(-MOST_CHANGE_S, min(MOST_CHANGE_S, HELD_S - held))
+        self.seconds = max(LEAST_LEAD_S, min(MOST_LEAD_S, self.seconds + change / 2))
 
 
 def can_hold_back(scheduler: Scheduler, request: Request) -> bool:

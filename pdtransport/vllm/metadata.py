@@ -144,12 +144,14 @@ class News(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
     first token; ``first_tokens``: requests of decode's, and what they go on from; ``kept``: how many :class:`Keep` of
     a request no longer read its pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the
-    key of its first part (where KV events are on)."""
+    key of its first part (where KV events are on); ``held``: seconds for which a step was held for a request's pages
+    (of several workers, by the one that had the least time)."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     in_pool: Counter[bytes] = field(default_factory=Counter)
+    held: dict[str, float] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
         assert isinstance(other, News)
@@ -158,4 +160,5 @@ class News(KVConnectorWorkerMetadata):
             {**self.first_tokens, **other.first_tokens},
             self.kept + other.kept,
             self.in_pool + other.in_pool,
+            {**self.held, **{name: min(value, self.held.get(name, value)) for name, value in other.held.items()}},
         )

@@ -13,7 +13,7 @@ from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
 from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Bell, Rope
-from pdtransport.vllm.early import LEAD_S
+from pdtransport.vllm.early import Lead
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.metadata import (
     Cancel,
@@ -101,7 +101,6 @@ class SchedulerSide:
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
-        self._opening: list[Open] = []  # can wait until a step is launched, which others' work would slow down
         self._bell = Bell()
         self._rope = Rope()
         self._rope.name = self._bell.name
@@ -114,6 +113,7 @@ class SchedulerSide:
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
         self._expected: dict[str, dict[int, float]] = {}  # when requests' last pages are, by rank
         self._hold: list[str] = []  # who begins in this step before that
+        self._lead = Lead()
 
     def _make_pool(self, events: bool) -> PoolScheduler | None:
         if self._settings.pool is None:
@@ -161,7 +161,7 @@ class SchedulerSide:
             transfer, tokens = wanted.produce.transfer_id, request.num_prompt_tokens
             assert transfer is not None
             self._producing[request.request_id] = _Producing(transfer, tokens, wanted.produce.first_token)
-            self._opening.append(Open(request.request_id, transfer, content_key(request), tokens))
+            self._before.append(Open(request.request_id, transfer, content_key(request), tokens))
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
                 wanted.consume,
@@ -262,6 +262,8 @@ class SchedulerSide:
         news = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
+            for seconds in news.held.values():
+                self._lead.learn(seconds)
             self._hear(news.promised)
             if self._pool is not None:
                 self._pool.kept(news.kept)
@@ -317,7 +319,7 @@ class SchedulerSide:
                 self._expected.setdefault(req_id, {})[rank] = when
         now = self._clock()
         for req_id, when_by_rank in self._expected.items():
-            if len(when_by_rank) == self._ranks and max(when_by_rank.values()) - LEAD_S <= now:
+            if len(when_by_rank) == self._ranks and max(when_by_rank.values()) - self._lead.seconds <= now:
                 return req_id if step.may_go_on_early(req_id) else None
         return None
 
@@ -337,11 +339,6 @@ class SchedulerSide:
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()
         before, self._before = self._before, []
-        opening, self._opening = self._opening, []
-        if {command.req_id for command in opening} & {getattr(command, "req_id", "") for command in before}:
-            before = [*opening, *before]  # over before it began
-        else:
-            after = [*opening, *after]
         hold, self._hold = self._hold, []
         if output.total_num_scheduled_tokens:
             self._look_again = 1
@@ -399,7 +396,7 @@ class SchedulerSide:
 
     def has_pending_work(self) -> bool:
         """Commands wait for a step."""
-        return bool(self._before or self._opening)
+        return bool(self._before)
 
     def take_stats(self) -> PDTransportStats | None:
         """What became of chunks without the workers, since the last call; None if nothing did."""

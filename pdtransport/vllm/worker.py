@@ -75,7 +75,7 @@ class WorkerSide:
         self._arriving: dict[str, threading.Event] = {}  # set when a transfer's end was noted
         self._computed: dict[str, int] = {}  # tokens of each offer that steps were launched for
         self._times = StepTimes()
-        self._began = 0.0
+        self._step: Step | None = None  # that is being launched
         self._forward: torch.cuda.Event | None = None  # behind the forward pass just launched
         self._lock = threading.Lock()
         self._rope = Rope()
@@ -159,12 +159,14 @@ class WorkerSide:
 
     def before_forward(self, commands: Commands) -> None:
         """Idempotent: vLLM's two model runners call it from different hooks."""
-        self._rope.name, self._began = commands.bell, time.monotonic()
+        self._rope.name = commands.bell
         todo, commands.before = commands.before, []
         # Pages that we are given may still be used by kernels of earlier steps, for requests that have ended since.
         earlier = self._mark() if any(isinstance(command, (Take, Fetch)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
+        if self._step is None and commands.after:
+            self._step = self._foretell(commands.after)
 
     def hold(self, commands: Commands) -> None:
         """Until the pages that this step's forward pass reads have arrived, or failed to: which one it was, the step's
@@ -174,18 +176,21 @@ class WorkerSide:
             RuntimeError: the I/O thread does not let go of the pages.
         """
         for req_id in commands.hold:
-            arriving = self._arriving.get(req_id)
+            arriving, began = self._arriving.get(req_id), time.monotonic()
             if arriving is None:
+                with self._lock:
+                    self._news.held[req_id] = 0.0
                 continue
-            began = time.monotonic()
             ended = arriving.wait(HOLD_S)
             receipt = self._receipts.get(req_id)
             if not ended and receipt is not None:
                 receipt.cancel(f"its pages did not come within {HOLD_S:g} s of when they were expected")
             if not ended and not arriving.wait(REWIND_S):
                 raise RuntimeError(f"request {req_id}: the I/O thread did not let go of its pages in {REWIND_S:g} s")
+            held = time.monotonic() - began
             with self._lock:
-                self._stats.held(time.monotonic() - began)
+                self._stats.held(held)
+                self._news.held[req_id] = held
 
     def launched(self, commands: Commands) -> None:
         """The forward pass is launched, the sampling of its tokens is not yet. What there is to say of its pages waits
@@ -195,22 +200,32 @@ class WorkerSide:
     def after_forward(self, commands: Commands) -> None:
         """Once the step's kernels are launched; idempotent."""
         todo, commands.after = commands.after, []
-        (forward, self._forward) = (self._forward, None)
+        forward, self._forward = self._forward, None
+        step, self._step = self._step, None
         computed = (forward or self._mark()) if todo else None
-        step = self._foretell(todo) if computed is not None else None
         for command in todo:
             self._do(command, computed, step)
 
     def _foretell(self, commands: Sequence[Command]) -> Step | None:
-        """When the step just launched is expected to end."""
-        chunks = []
+        """When the step that is about to be launched is expected to end: decode hears of it now, to be ready then."""
+        if self._transport is None or self._transport.geometry.device == HOST:
+            return None  # the step is over when it was launched
+        chunks, said = [], []
         for command in commands:
-            if isinstance(command, Pages) and command.req_id in self._offers:
+            offer = self._offers.get(command.req_id) if isinstance(command, Pages) else None
+            if isinstance(command, Pages) and offer is not None:
                 before = self._computed.get(command.req_id, 0)
                 self._computed[command.req_id] = command.tokens
                 if command.tokens > before:
                     chunks.append(Chunk(before, command.tokens - before))
-        return self._times.begin(chunks, self._began) if chunks else None
+                said.append((offer, command.tokens))
+        if not chunks:
+            return None
+        step = self._times.begin(chunks, time.monotonic())
+        if step.due is not None:
+            for offer, tokens in said:
+                offer.expect(tokens, step.due)
+        return step
 
     def _mark(self) -> torch.cuda.Event | None:
         """An event behind all that this thread has launched on its stream; None where KV is in host memory."""
@@ -237,8 +252,8 @@ class WorkerSide:
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
             if offer is not None:
-                due, passed = (step.due, step.ended) if step is not None else (None, None)
-                offer.ready(self._kernel_pages(command.pages), command.tokens, after, due, passed)
+                passed = step.ended if step is not None else None
+                offer.ready(self._kernel_pages(command.pages), command.tokens, after, passed)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
             self._computed.pop(command.req_id, None)
@@ -396,7 +411,7 @@ class WorkerSide:
         """Since the last call; None if there is none. First tokens come no later than their request's end."""
         with self._lock:
             news, self._news = self._news, News()
-        return news if news.promised or news.first_tokens or news.kept or news.in_pool else None
+        return news if news != News() else None
 
     def take_stats(self) -> PDTransportStats | None:
         """What ended since the last call; None if nothing did."""

@@ -36,7 +36,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-pytestmark = pytest.mark.xdist_group("vllm")  # the demo's test takes ports of the same range
+pytestmark = pytest.mark.xdist_group("launch")  # the demo's test takes ports of the same range
 
 
 def wait_for(what: Any, seconds: float = UP_S) -> Any:

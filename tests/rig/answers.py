@@ -76,10 +76,14 @@ class Answers:
         known = await self.learn(candidates, max_tokens)
         return [(p, k.tokens) for p, k in zip(candidates, known, strict=True) if k.sure(margin)]
 
-    async def _ask(self, fresh: dict[str, Sequence[int]], max_tokens: int) -> None:
+    def server(self) -> Server:
+        """The server that answers, started if it does not run yet."""
         if self._server is None:
             (self._server,) = self._stack.enter_context(fleet(self._spec, logs=self._logs))
-        server = self._server
+        return self._server
+
+    async def _ask(self, fresh: dict[str, Sequence[int]], max_tokens: int) -> None:
+        server = self.server()
         async with Client() as client:
             jobs = [partial(client.complete, server, prompt, max_tokens, logprobs=2) for prompt in fresh.values()]
             answers = await in_parallel(AT_A_TIME, jobs)

@@ -21,6 +21,7 @@ DEADLINES = {"arrival_s": 10.0, "hold_s": 10.0}  # shorter than the defaults, so
 FAMILY_PREFIX = 640  # whole blocks of 16 and of 32
 LONG_ANSWER = 96
 LONG_ANSWER_LEAST = 32
+SPARING = None if PLACE.gpu else Path(__file__).parent / "sparing" / "server.py"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ class Book:
 
 
 def plain_spec() -> ServerSpec:
-    return ServerSpec("plain", kv_cache_bytes=CACHE_BYTES, cores="0-1")  # alone on the machine
+    """The server whose answers are compared with. On the CPU it has two threads, on cores that others use, too: who
+    waits for the other sleeps."""
+    env = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return ServerSpec("plain", kv_cache_bytes=CACHE_BYTES, cores="0-1", env=env, script=SPARING)
 
 
 def pair_spec(name: str, role: KVRole, audit: Path | None = None, **more: Any) -> ServerSpec:

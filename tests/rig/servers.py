@@ -58,6 +58,7 @@ class ServerSpec:
         connector_module: where vLLM finds the connector's class; "" is the installed one.
         cards: GPUs that it sees, its own first (a tensor-parallel server's ranks take the first ones); none: as we do.
         load_format: vLLM's; None reads weights. ``dummy`` ones make fast servers whose answers mean nothing.
+        script: what Python runs in place of vLLM's server: a file that starts it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ServerSpec:
     eager: bool = PLACE.eager
     asynchronous: bool | None = PLACE.asynchronous
     cards: tuple[int, ...] = PLACE.cards
+    script: Path | None = None
 
     def numerics(self) -> dict[str, Any]:
         """The flags that an answer's bits depend on."""
@@ -99,7 +101,8 @@ class ServerSpec:
         return facts
 
     def command(self, port: int, control_port: int) -> list[str]:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command = [sys.executable]
+        command += [str(self.script)] if self.script else ["-m", "vllm.entrypoints.openai.api_server"]
         flags: dict[str, Any] = {
             "--model": self.model,
             "--served-model-name": MODEL_NAME,

@@ -41,7 +41,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pdtransport.vllm.bell import Rope
-from pdtransport.vllm.early import LEAD_S
+from pdtransport.vllm.early import MOST_LEAD_S
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-lm"
 BLOCK = 32
@@ -208,7 +208,7 @@ def test_a_step_begins_before_its_pages_and_its_token_is_given_out_once_they_are
     assert engine.cached() == PROMPT
 
 
-@pytest.mark.parametrize("within", [10.0, LEAD_S + 1.0])
+@pytest.mark.parametrize("within", [10.0, MOST_LEAD_S + 1.0])
 def test_no_step_begins_long_before_its_pages_are_expected(engine: Engine, within: float) -> None:
     engine.waiting()
     engine.expect(within=within)

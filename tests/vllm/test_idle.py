@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pytest
-
 from tests.rig import watch
-from tests.rig.fixtures import Servers, plain_spec
-from tests.rig.servers import fleet
+from tests.rig.answers import Answers
+from tests.rig.fixtures import Servers
 
 MAX_EXTRA_RSS = 150 << 20
 IDLE_S = 6.0
@@ -17,16 +15,12 @@ ASLEEP_S = 1.5  # vLLM's own workers spin for a second after a step
 MAX_EXTRA_CPU = 0.01  # of one core: a few heartbeats are less than the kernel's clock tick shows
 
 
-@pytest.fixture(scope="module")
-def plain(servers: Servers, logs: Any) -> Any:
-    with fleet(plain_spec(), logs=logs) as (server,):
-        yield server
-
-
 def test_idle_connector_costs_little_memory_and_no_processor_time(
-    servers: Servers, plain: Any, with_client: Any
+    servers: Servers, answers: Answers, with_client: Any
 ) -> None:
-    """An idle connector adds at most 150 MB to a worker's resident memory and no measurable processor time."""
+    """An idle connector adds at most 150 MB to a worker's resident memory and no measurable processor time, compared
+    with the plain server, which learns the answers of all other tests after this one."""
+    plain = answers.server()
 
     async def warm(client: Any) -> None:
         for server in (plain, *servers.all):
