@@ -23,11 +23,12 @@ class Open:
 
 @dataclass(frozen=True)
 class Pages:
-    """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``."""
+    """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``; ``before`` it, so many were."""
 
     req_id: str
     pages: list[int]
     tokens: int
+    before: int = 0
 
 
 @dataclass(frozen=True)

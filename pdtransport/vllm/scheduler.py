@@ -383,7 +383,7 @@ class SchedulerSide:
             if ids is None:
                 continue
             tokens = min(before + output.num_scheduled_tokens[req_id], entry.tokens)
-            progress.append(Pages(req_id, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens))
+            progress.append(Pages(req_id, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens, before))
         return progress
 
     def _claim_waiting(self) -> None:

@@ -73,7 +73,6 @@ class WorkerSide:
         self._finished: dict[str, Offer] = {}  # of requests that are through
         self._receipts: dict[str, Receipt] = {}
         self._arriving: dict[str, threading.Event] = {}  # set when a transfer's end was noted
-        self._computed: dict[str, int] = {}  # tokens of each offer that steps were launched for
         self._times = StepTimes()
         self._step: Step | None = None  # that is being launched
         self._forward: torch.cuda.Event | None = None  # behind the forward pass just launched
@@ -210,21 +209,13 @@ class WorkerSide:
         """When the step that is about to be launched is expected to end: decode hears of it now, to be ready then."""
         if self._transport is None or self._transport.geometry.device == HOST:
             return None  # the step is over when it was launched
-        chunks, said = [], []
-        for command in commands:
-            offer = self._offers.get(command.req_id) if isinstance(command, Pages) else None
-            if isinstance(command, Pages) and offer is not None:
-                before = self._computed.get(command.req_id, 0)
-                self._computed[command.req_id] = command.tokens
-                if command.tokens > before:
-                    chunks.append(Chunk(before, command.tokens - before))
-                said.append((offer, command.tokens))
-        if not chunks:
+        said = [each for each in commands if isinstance(each, Pages) and each.req_id in self._offers]
+        if not said:
             return None
-        step = self._times.begin(chunks, time.monotonic())
+        step = self._times.begin([Chunk(each.before, each.tokens - each.before) for each in said], time.monotonic())
         if step.due is not None:
-            for offer, tokens in said:
-                offer.expect(tokens, step.due)
+            for each in said:
+                self._offers[each.req_id].expect(each.tokens, step.due)
         return step
 
     def _mark(self) -> torch.cuda.Event | None:
@@ -256,7 +247,6 @@ class WorkerSide:
                 offer.ready(self._kernel_pages(command.pages), command.tokens, after, passed)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
-            self._computed.pop(command.req_id, None)
             if offer is not None:
                 offer.withdraw(REWIND_S)
             if self._pool is not None:
@@ -300,7 +290,6 @@ class WorkerSide:
         if isinstance(command, Finish) or command.report:
             self._end(command.req_id)
         offer = self._offers.pop(command.req_id)
-        self._computed.pop(command.req_id, None)
         if isinstance(command, Finish):
             self._finished[command.req_id] = offer
             offer.finish(command.first_token)

@@ -172,10 +172,9 @@ def test_prefill_names_pages_step_by_step_and_hands_over_at_the_end(side: Schedu
     r = request(PRODUCE)
     side.on_new_request(r)
     first = step(side, {"r": (0, 64)})
-    assert first.before == [], "launching the step waits for nothing of this"
-    assert isinstance(first.after[0], Open)
-    assert first.after[1:] == [Pages("r", [10, 11, 12, 13], 64)]
-    assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100)]
+    assert isinstance(first.before[0], Open)
+    assert first.after == [Pages("r", [10, 11, 12, 13], 64)]
+    assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100, 64)]
     assert step(side, {"r": (100, 1)}).after == [], "the prompt is complete: decode steps are not announced"
     r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 100
     keep, params = side.finished(r, [10, 11, 12, 13])
@@ -353,20 +352,6 @@ def test_a_router_without_transfer_ids_gets_one_from_prefill(side: SchedulerSide
     """vLLM's own proxies know no transfer_id: prefill mints it, and its response carries it to decode."""
     r = request({"do_remote_decode": True})
     side.on_new_request(r)
-    assert side.has_pending_work()
-    (command,) = step(side).after
+    (command,) = step(side).before
     assert isinstance(command, Open)
     assert len(command.transfer) == 32
-
-
-def test_what_is_over_before_a_step_began_is_opened_first(side: SchedulerSide) -> None:
-    """Decode hears why it gets nothing, and the workers are never told to drop what they don't know."""
-    from vllm.v1.request import RequestStatus
-
-    r = request(PRODUCE)
-    side.on_new_request(r)
-    r.status = RequestStatus.FINISHED_ABORTED
-    side.finished(r, [])
-    opened, dropped = step(side).before
-    assert isinstance(opened, Open)
-    assert dropped == Drop("r")

@@ -17,7 +17,8 @@ LONE = 12  # requests, the longest of which take milliseconds to cross
 async def held(client: Client, servers: Servers) -> float:
     """Steps that decode's worker held."""
     await watch.refresh(client, servers.decode)
-    return watch.metric(await client.get_text(f"{servers.decode.url}/metrics"), HELD)
+    text = await client.get_text(f"{servers.decode.url}/metrics")
+    return watch.metric(text, HELD) if HELD in text else 0.0  # vLLM makes it with the first one
 
 
 def test_first_steps_begin_early_and_answers_are_the_plain_servers(
