@@ -92,7 +92,6 @@ class GpuPages:
         del device
         self._stream = ThreadPoolExecutor(1)
         self._wake_fd = wake_fd
-        self.mosts: list[int] = []  # blocks of threads that copies were bound to
 
     def _launch(self, call: Any) -> Launch:
         def run() -> tuple[Any, float]:
@@ -118,7 +117,6 @@ class GpuPages:
         return src, dst
 
     def start(self, plan: Plan, blocks: int = 0, most: int = 0) -> Launch:
-        self.mosts.append(most)
         return self._launch(lambda: pages.copy_runs(*plan, blocks))
 
     def copy_runs(self, src: Runs, dst: Runs, blocks: int = 0) -> Launch:
