@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_LEAD_S, LEAST_LEAD_S, MOST_LEAD_S = 0.006, 0.001, 0.015
-HELD_S = 0.002  # wanted: what expectations are wrong by
+HELD_S = 0.003  # wanted: expectations are wrong by some, and who takes the last pages in wants the interpreter alone
 MOST_CHANGE_S = 0.001
 
 

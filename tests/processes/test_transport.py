@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import mmap
+import queue
 import secrets
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
+from pdtransport import KVGeometry, Receipt, Settings, TransferFailed, Transport, request_key
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
 
@@ -190,6 +191,33 @@ def test_decode_is_told_when_to_expect_the_last_pages(cluster: MakeCluster, p: i
     assert all(handle.result(WAIT_S).ok for handle in [*receipts, *offers])
     assert min(told_at_end) >= 1
     assert all(began <= when <= time.monotonic() for whens in told for when in whens)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before the grant", "after it"])
+def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) -> None:
+    """Of the last pages, before they are computed, whether decode asked by then or not."""
+    pair, key, told = cluster(), request_key(range(64)), queue.Queue[float]()
+    fill_pages(pair, [3, 4, 5, 6], 1)
+    (prefill,), (decode,) = pair.prefill, pair.decode
+    offer, due = prefill.transport.offer("t", key, 64), time.monotonic() + 3.0
+
+    def ask() -> Receipt:
+        return decode.transport.receive(
+            "t", key, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
+        )
+
+    if early:
+        offer.expect(64, due)
+    receipt = ask()
+    if not early:
+        offer.ready([3, 4, 5, 6], 16)
+        offer.expect(32, due - 2.5)  # not the last ones
+        offer.expect(64, due)
+    assert told.get(timeout=WAIT_S) == pytest.approx(due, abs=1.0)
+    offer.ready([3, 4, 5, 6], 64)
+    offer.finish()
+    assert receipt.result(WAIT_S).ok
+    assert told.get(timeout=WAIT_S) <= time.monotonic(), "and then they came"
 
 
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])

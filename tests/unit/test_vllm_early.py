@@ -41,7 +41,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pdtransport.vllm.bell import Rope
-from pdtransport.vllm.early import MOST_LEAD_S
+from pdtransport.vllm.early import HELD_S, LEAST_LEAD_S, MOST_LEAD_S, Lead
+from pdtransport.vllm.metadata import News
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-lm"
 BLOCK = 32
@@ -334,3 +335,27 @@ def test_an_expectation_of_a_stranger_changes_nothing(engine: Engine) -> None:
     engine.rope.expected("r", 5, 0.0)
     engine.step(2)
     assert not any(engine.launched)
+
+
+@pytest.mark.parametrize("needed", [0.001, 0.004, 0.009])
+def test_how_early_to_begin_is_learned_from_how_long_steps_were_held(needed: float) -> None:
+    """Whatever the machine needs, its pages are waited for, and not for long."""
+    lead = Lead()
+    for _ in range(60):
+        lead.learn(max(0.0, lead.seconds - needed))
+    assert lead.seconds - needed == pytest.approx(HELD_S, abs=1e-4)
+
+
+def test_no_machine_makes_requests_begin_long_before_their_pages_or_after_them() -> None:
+    lead = Lead()
+    for _ in range(1000):
+        lead.learn(0.0)
+    assert lead.seconds == MOST_LEAD_S
+    for _ in range(1000):
+        lead.learn(60.0)
+    assert lead.seconds == LEAST_LEAD_S
+
+
+def test_workers_of_one_engine_are_heard_by_the_one_that_had_the_least_time() -> None:
+    one, other = News(held={"r": 0.004, "s": 0.1}), News(held={"r": 0.001})
+    assert one.aggregate(other).held == other.aggregate(one).held == {"r": 0.001, "s": 0.1}
