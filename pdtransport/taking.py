@@ -210,12 +210,13 @@ class Taking:
         if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
             self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
 
-    @staticmethod
-    def _expect(sink: _Sink, peer: PeerId, when: float) -> None:
-        """This worker's last pages are expected then."""
-        on_expected = sink.wanted.on_expected
-        if on_expected is not None and peer in sink.heads:
-            sink.expected[peer] = when
+    def _expect(self, sink: _Sink, peer_id: PeerId, when: float) -> None:
+        """This worker's last pages are expected then. Over other links nobody knows how long they take to cross."""
+        on_expected, peer = sink.wanted.on_expected, self._peers.get(peer_id)
+        if on_expected is None or peer is None or peer.inbound is None or not peer.inbound.in_place:
+            return
+        if peer_id in sink.heads:
+            sink.expected[peer_id] = when
             if len(sink.expected) == len(sink.heads):
                 on_expected(max(sink.expected.values()))
 

@@ -249,7 +249,8 @@ class Transport:
         With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
         ``first_token`` promises to go on from the outcome's first token, if it has one, and from no other.
         ``on_expected`` is called in the I/O thread, like ``on_end``, with the ``time.monotonic`` second at which the
-        last pages are expected: once prefill foretells it, and when it has sent all; maybe often, maybe never.
+        last pages are expected: when prefill foretells it, and when it has announced all; never over links that don't
+        read pages where they lie (``ucx``).
 
         On a GPU, kernels that still use the pages for their former owner may be on their way: ``after`` is an event
         recorded behind them, and nothing is written before it has passed.

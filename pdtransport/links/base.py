@@ -63,6 +63,7 @@ class Channel(ABC):
     link: str
     why: str  # one line: why this link carries the pair, and why better ones did not
     one_sided: bool = False  # True: the sender writes the receiver's pages itself
+    in_place: bool = False  # the receiver reads pages where they lie, at memory's speed: a batch takes milliseconds
     max_batch_bytes: int = 1 << 40  # the largest batch that `send` takes
     stats: LinkStats
 

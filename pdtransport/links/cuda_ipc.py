@@ -185,6 +185,7 @@ class CudaIpcChannel(Channel):
 
     link = "cuda_ipc"
     one_sided = False
+    in_place = True
 
     def __init__(self, link: CudaIpcLink, watch: ProcessWatch, peer: dict[str, Any]) -> None:
         self._same_gpu = peer["gpu"] == link.gpu.device_uuid(link.device)

@@ -117,6 +117,7 @@ class ReadingChannel(Channel):
     """
 
     one_sided = False
+    in_place = True
 
     def __init__(
         self, link: str, why: str, regions: Regions, tickets: Tickets, watch: ProcessWatch, reader: Reader

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 # the engine's own process, and a hand-off takes the lock some ten times.
 SWITCH_INTERVAL_S = 0.00002
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
-HOLD_S = 1.0  # a step that waits for longer than this for its request's pages gives them up
+HOLD_S = 10.0  # a step gives its request's pages up then; a peer that is dead or stands still is noticed long before
 
 
 class WorkerSide:

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -189,13 +189,16 @@ def test_decode_is_told_when_to_expect_the_last_pages(cluster: MakeCluster, p: i
     offers[0].ready(pages, 64)
     offers[0].finish()
     assert all(handle.result(WAIT_S).ok for handle in [*receipts, *offers])
+    if receipts[0].result(WAIT_S).link == "ucx":  # how long pages take to cross, nobody knows
+        assert told_at_end == [0] * d
+        return
     assert min(told_at_end) >= 1
     assert all(began <= when <= time.monotonic() for whens in told for when in whens)
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["before the grant", "after it"])
 def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) -> None:
-    """Of the last pages, before they are computed, whether decode asked by then or not."""
+    """Of the last pages, before they are computed, whether decode asked by then or not; over links within a host."""
     pair, key, told = cluster(), request_key(range(64)), queue.Queue[float]()
     fill_pages(pair, [3, 4, 5, 6], 1)
     (prefill,), (decode,) = pair.prefill, pair.decode
@@ -213,11 +216,18 @@ def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) 
         offer.ready([3, 4, 5, 6], 16)
         offer.expect(32, due - 2.5)  # not the last ones
         offer.expect(64, due)
-    assert told.get(timeout=WAIT_S) == pytest.approx(due, abs=1.0)
+    foretold = None
+    with suppress(queue.Empty):
+        foretold = told.get(timeout=due - time.monotonic())
     offer.ready([3, 4, 5, 6], 64)
     offer.finish()
-    assert receipt.result(WAIT_S).ok
-    assert told.get(timeout=WAIT_S) <= time.monotonic(), "and then they came"
+    outcome = receipt.result(WAIT_S)
+    if outcome.link == "ucx":  # how long pages take to cross, nobody knows
+        assert foretold is None
+        assert told.empty()
+    else:
+        assert foretold == pytest.approx(due, abs=1.0)
+        assert told.get(timeout=WAIT_S) <= time.monotonic(), "and then they came"
 
 
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
