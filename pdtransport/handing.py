@@ -122,8 +122,11 @@ class Handing:
             source.record.mark("computed", latest=True)
         blocks = self._final_blocks(source, pages, tokens_done)
         if blocks < source.final or not pages:  # taken back
-            source.foreseen, source.due = blocks, None
+            source.foreseen = blocks
             source.prepared.clear()
+            if source.due is not None:  # nobody knows when, now
+                self._expect(source, time.monotonic() + 1e-6 * MAX_DUE_US)
+                source.due = None
         source.final = blocks
         self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
         self.push_some()
@@ -132,9 +135,12 @@ class Handing:
         """:meth:`pages_ready` will say so many tokens at ``time.monotonic`` second ``due``, as far as can be told."""
         source = self._owned(owner, transfer)
         if source is not None and tokens_done >= source.tokens:
-            source.due = due
-            for machine in self.sending.machines(transfer):
-                self._say_due(source, machine)
+            self._expect(source, due)
+
+    def _expect(self, source: _Source, due: float) -> None:
+        source.due = due
+        for machine in self.sending.machines(source.record.transfer):
+            self._say_due(source, machine)
 
     def _say_due(self, source: _Source, machine: ProducerMachine) -> None:
         grant = machine.grant

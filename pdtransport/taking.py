@@ -22,6 +22,8 @@ from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 
 logger = logging.getLogger(__name__)
 
+SAME_S = 0.001  # expectations that differ by less are no news
+
 
 @dataclass(frozen=True)
 class Fetch:
@@ -215,7 +217,7 @@ class Taking:
         on_expected, peer = sink.wanted.on_expected, self._peers.get(peer_id)
         if on_expected is None or peer is None or peer.inbound is None or not peer.inbound.in_place:
             return
-        if peer_id in sink.heads:
+        if peer_id in sink.heads and abs(sink.expected.get(peer_id, 0.0) - when) > SAME_S:
             sink.expected[peer_id] = when
             if len(sink.expected) == len(sink.heads):
                 on_expected(max(sink.expected.values()))

@@ -128,8 +128,7 @@ class StepStart:
     def _hold_back(self, first: set[str]) -> None:
         """Let this step do without requests whose first step must be looked at before: where launches are slow the
         first token would wait for as long as launching another one takes; and an early one may come to nothing."""
-        if self.early is not None:
-            first |= self.early.doubtful
+        first |= self.doubtful
         for request in self._scheduler.running if first else ():
             if request.request_id in first and can_hold_back(self._scheduler, request):
                 hold_back(self._scheduler, request)
@@ -160,6 +159,11 @@ class StepStart:
             self._scheduler._update_from_kv_xfer_finished(self._output(finished_recving=set(ours)))
             self._hurry(ours)
         return ours
+
+    @property
+    def doubtful(self) -> set[str]:
+        """Requests whose first step is under way, and whose pages may yet fail to come."""
+        return self.early.doubtful if self.early is not None else set()
 
     def may_go_on_early(self, req_id: str) -> bool:
         """Whether this request can begin before its pages are there, and keeps nobody waiting with that."""

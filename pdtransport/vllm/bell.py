@@ -22,9 +22,11 @@ import time
 from collections.abc import Callable
 
 MAX_REQUEST_ID_BYTES = 1 << 16
+MAX_EXPECTED = 4096  # that nobody asked for
 LOOK_S = 0.001
 _CREDENTIALS = struct.Struct("3i")  # Linux' struct ucred: process, user, group
-_WORDS = "-words"  # behind the bell's name: its own rings would fill the queue
+_WORDS = "-words"  # behind the bell's name: its own rings would fill the queue, which holds some ten datagrams
+_DUES = "-dues"  # what is expected, which changes often, would crowd out what happened
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
 _PROMISED, _ARRIVED, _EXPECTED = b"p", b"a", b"e"
 _WHEN = struct.Struct("<d")  # before the id of a request whose pages are expected: time.monotonic() seconds
@@ -40,16 +42,19 @@ class Bell:
         self._socket.bind(self.name)
         self._words = _datagrams()
         self._words.bind(self.name + _WORDS)
+        self._dues = _datagrams()
+        self._dues.bind(self.name + _DUES)
         self._promised: set[str] = set()
         self._arrived: set[tuple[str, int]] = set()
         self._expected: dict[tuple[str, int], float] = {}
 
     def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
         """Until somebody rings, at most ``seconds``; True if somebody did. ``unless`` ends it, looked at every
-        millisecond and after each word."""
+        millisecond and whenever something is expected."""
         poll = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
         poll.register(self._socket, select.POLLIN)
-        poll.register(self._words, select.POLLIN)
+        if unless is not None:
+            poll.register(self._dues, select.POLLIN)
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0 and not (unless is not None and unless()):
             for descriptor, _ in poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
@@ -58,7 +63,7 @@ class Bell:
                         while _heard(self._socket, 16) is not None:
                             pass
                     return True
-                self._listen()
+                self._hear_dues()
         return False
 
     def promises(self) -> set[str]:
@@ -76,9 +81,16 @@ class Bell:
     def expected(self) -> dict[tuple[str, int], float]:
         """When the last pages of requests are expected on a worker, as ``time.monotonic`` seconds by request and rank,
         told since the last call."""
-        self._listen()
+        self._hear_dues()
         expected, self._expected = self._expected, {}
         return expected
+
+    def _hear_dues(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while (word := _heard(self._dues, _WORD.size + MAX_REQUEST_ID_BYTES)) is not None:
+                if len(word) > _WORD.size + _WHEN.size and len(self._expected) < MAX_EXPECTED:
+                    when = _WHEN.unpack_from(word, _WORD.size)[0]
+                    self._expected[_text(word[_WORD.size + _WHEN.size :]), _WORD.unpack_from(word)[1]] = when
 
     def _listen(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -91,12 +103,11 @@ class Bell:
                     self._promised.add(_text(rest))
                 elif kind == _ARRIVED:
                     self._arrived.add((_text(rest), rank))
-                elif kind == _EXPECTED and len(rest) > _WHEN.size:
-                    self._expected[_text(rest[_WHEN.size :]), rank] = _WHEN.unpack_from(rest)[0]
 
     def close(self) -> None:
         self._socket.close()
         self._words.close()
+        self._dues.close()
 
 
 def _text(req_id: bytes) -> str:
@@ -146,12 +157,12 @@ class Rope:
 
     def expected(self, req_id: str, rank: int, when: float) -> None:
         """The last of this request's pages are expected at ``time.monotonic`` second ``when``."""
-        self._tell(_EXPECTED, rank, _WHEN.pack(when) + req_id.encode())
+        self._tell(_EXPECTED, rank, _WHEN.pack(when) + req_id.encode(), _DUES)
 
-    def _tell(self, kind: bytes, rank: int, what: bytes) -> None:
+    def _tell(self, kind: bytes, rank: int, what: bytes, where: str = _WORDS) -> None:
         if self.name:
             with contextlib.suppress(OSError):
-                self._socket.sendto(_WORD.pack(kind, rank) + what, self.name + _WORDS)
+                self._socket.sendto(_WORD.pack(kind, rank) + what, self.name + where)
 
     def close(self) -> None:
         self._socket.close()

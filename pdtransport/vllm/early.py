@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 FIRST_LEAD_S, LEAST_LEAD_S, MOST_LEAD_S = 0.006, 0.001, 0.015
 HELD_S = 0.003  # wanted: expectations are wrong by some, and who takes the last pages in wants the interpreter alone
 MOST_CHANGE_S = 0.001
+LONG_S, REST_S = 0.05, 5.0  # a step that was held for so long shows that expectations are wrong: none is believed then
 
 
 class Lead:
@@ -37,9 +38,16 @@ class Lead:
 
     def __init__(self) -> None:
         self.seconds = FIRST_LEAD_S
+        self._rests_until = 0.0
 
-    def learn(self, held: float) -> None:
+    def has_come(self, expected: float, now: float) -> bool:
+        """Whether it is time to begin, and not long past what was expected, which was wrong then."""
+        return now >= self._rests_until and -LONG_S < expected - now <= self.seconds
+
+    def learn(self, held: float, now: float) -> None:
         """A step was held for so many seconds; 0: its pages were there first."""
+        if held > LONG_S:
+            self._rests_until = now + REST_S
         change = max(-MOST_CHANGE_S, min(MOST_CHANGE_S, HELD_S - held))
         self.seconds = max(LEAST_LEAD_S, min(MOST_LEAD_S, self.seconds + change / 2))
 
@@ -74,12 +82,17 @@ class EarlyStep:
             and (self._recompute or len(scheduler.kv_cache_config.kv_cache_groups) == 1)
         )
         self.under_way: str | None = None
-        self._arrived = False
+        self._arrived = False  # by the workers' word
+        self._well = False  # by their report
         update = scheduler.update_from_output
 
         def looked_at(output: SchedulerOutput, result: ModelRunnerOutput) -> Any:
-            if self.under_way is not None and self.under_way in getattr(output.kv_connector_metadata, "hold", ()):
-                self._settle(self.under_way, result)
+            req_id, told = self.under_way, result.kv_connector_output
+            if req_id is not None:
+                if told is not None and req_id in (told.finished_recving or ()):  # maybe with the step before
+                    self._well = req_id not in (told.failed_recving or ())
+                if req_id in getattr(output.kv_connector_metadata, "hold", ()):
+                    self._settle(req_id, result)
             return update(output, result)
 
         scheduler.update_from_output = looked_at  # type: ignore[method-assign]
@@ -97,7 +110,7 @@ class EarlyStep:
         )
 
     def begin(self, req_id: str) -> None:
-        self.under_way, self._arrived = req_id, False
+        self.under_way, self._arrived, self._well = req_id, False, False
         self._caching.doubt(req_id)
 
     def arrived(self) -> None:
@@ -110,13 +123,13 @@ class EarlyStep:
         return set() if self.under_way is None or self._arrived else {self.under_way}
 
     def _settle(self, req_id: str, result: ModelRunnerOutput) -> None:
+        from vllm.v1.outputs import KVConnectorOutput
+
         self.under_way = None
-        told = result.kv_connector_output
-        failed = told is None or req_id in (told.failed_recving or ()) or req_id not in (told.finished_recving or ())
         request = self._scheduler.requests.get(req_id)
-        if request is None or request.is_finished():
-            return  # aborted meanwhile: its blocks were not entered into the cache
-        if not failed:
+        if request is None or request.is_finished() or request.num_stale_output_tokens:
+            return  # aborted or preempted meanwhile: its blocks were not entered into the cache
+        if self._well:
             self._caching.trust(req_id)
             return
         scheduler = self._scheduler
@@ -128,7 +141,8 @@ class EarlyStep:
             scheduler.running.remove(request)
             scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
             scheduler.prev_step_scheduled_req_ids.discard(req_id)
-        elif told is not None:
+        else:
             # vLLM fails whoever has an invalid block. The last one computed before this step is the request's own.
+            told = result.kv_connector_output = result.kv_connector_output or KVConnectorOutput()
             (blocks,) = scheduler.kv_cache_manager.get_block_ids(req_id)
             told.invalid_block_ids = {blocks[(request.num_prompt_tokens - 2) // scheduler.block_size]}

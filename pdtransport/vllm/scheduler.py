@@ -263,7 +263,7 @@ class SchedulerSide:
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
             for seconds in news.held.values():
-                self._lead.learn(seconds)
+                self._lead.learn(seconds, self._clock())
             self._hear(news.promised)
             if self._pool is not None:
                 self._pool.kept(news.kept)
@@ -299,7 +299,7 @@ class SchedulerSide:
         """A step begins, and may find requests whose pages arrived."""
         if self._awaited and not self.has_pending_work() and step.idle():
             self._wait()
-        begun = step.early.doubtful if step.early is not None else set()
+        begun = step.doubtful
         ready = self._arrivals.hear(self._bell.arrivals(), self._awaited | begun)
         if step.early is not None and ready & begun:
             step.early.arrived()
@@ -319,7 +319,7 @@ class SchedulerSide:
                 self._expected.setdefault(req_id, {})[rank] = when
         now = self._clock()
         for req_id, when_by_rank in self._expected.items():
-            if len(when_by_rank) == self._ranks and max(when_by_rank.values()) - self._lead.seconds <= now:
+            if len(when_by_rank) == self._ranks and self._lead.has_come(max(when_by_rank.values()), now):
                 return req_id if step.may_go_on_early(req_id) else None
         return None
 
@@ -334,7 +334,9 @@ class SchedulerSide:
             computed = _computed_before(output)
             after += self._progress(output, computed)
             if self._pool is not None:
-                after += self._pool.progress(output, computed)
+                # What was computed from pages that may yet fail to come is nobody's to keep.
+                doubtful = self._start.doubtful if self._start is not None else set()
+                after += self._pool.progress(output, {r: n for r, n in computed.items() if r not in doubtful})
                 self._pool.hint()
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._claim_waiting()

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 # the engine's own process, and a hand-off takes the lock some ten times.
 SWITCH_INTERVAL_S = 0.00002
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
-HOLD_S = 10.0  # a step gives its request's pages up then; a peer that is dead or stands still is noticed long before
+HOLD_S = 3.0  # a step gives its request's pages up then; a peer that is dead or stands still is noticed before
 
 
 class WorkerSide:
@@ -304,14 +304,17 @@ class WorkerSide:
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
 
         arriving = self._arriving[take.req_id] = threading.Event()
+        early = bool(take.pages) and self._settings.early_step and not take.first_token
 
         def ended(outcome: Outcome) -> None:
             self._receipts.pop(take.req_id, None)
-            if take.pages:
-                self._sink_ended(take.req_id, outcome)
-            if self._arriving.get(take.req_id) is arriving:
-                del self._arriving[take.req_id]
-            arriving.set()
+            try:
+                if take.pages:
+                    self._sink_ended(take.req_id, outcome)
+            finally:
+                if self._arriving.get(take.req_id) is arriving:
+                    del self._arriving[take.req_id]
+                arriving.set()
 
         receipt = transport.receive(
             take.transfer,
@@ -324,7 +327,7 @@ class WorkerSide:
             first_block=first,
             first_token=take.first_token,
             on_end=ended,
-            on_expected=partial(self._rope.expected, take.req_id, self._rank) if take.pages else None,
+            on_expected=partial(self._rope.expected, take.req_id, self._rank) if early else None,
             after=after,
         )
         self._receipts[take.req_id] = receipt

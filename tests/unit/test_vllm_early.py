@@ -41,7 +41,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pdtransport.vllm.bell import Rope
-from pdtransport.vllm.early import HELD_S, LEAST_LEAD_S, MOST_LEAD_S, Lead
+from pdtransport.vllm.early import FIRST_LEAD_S, HELD_S, LEAST_LEAD_S, LONG_S, MOST_LEAD_S, REST_S, Lead
 from pdtransport.vllm.metadata import News
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-lm"
@@ -342,18 +342,89 @@ def test_how_early_to_begin_is_learned_from_how_long_steps_were_held(needed: flo
     """Whatever the machine needs, its pages are waited for, and not for long."""
     lead = Lead()
     for _ in range(60):
-        lead.learn(max(0.0, lead.seconds - needed))
+        lead.learn(max(0.0, lead.seconds - needed), 0.0)
     assert lead.seconds - needed == pytest.approx(HELD_S, abs=1e-4)
 
 
 def test_no_machine_makes_requests_begin_long_before_their_pages_or_after_them() -> None:
     lead = Lead()
     for _ in range(1000):
-        lead.learn(0.0)
+        lead.learn(0.0, 0.0)
     assert lead.seconds == MOST_LEAD_S
     for _ in range(1000):
-        lead.learn(60.0)
+        lead.learn(60.0, 0.0)
     assert lead.seconds == LEAST_LEAD_S
+
+
+def test_an_expectation_that_was_wrong_holds_no_engine_for_long_again() -> None:
+    """What was expected long ago is not waited for, and after a long hold nothing is begun early for a while."""
+    lead = Lead()
+    assert lead.has_come(10.0, 10.0 - FIRST_LEAD_S / 2)
+    assert lead.has_come(10.0, 10.0 + LONG_S / 2)
+    assert not lead.has_come(10.0, 10.0 + 2 * LONG_S)
+    lead.learn(2 * LONG_S, 20.0)
+    assert not lead.has_come(20.0 + REST_S / 2, 20.0 + REST_S / 2)
+    assert lead.has_come(20.0 + 2 * REST_S, 20.0 + 2 * REST_S)
+
+
+class Keeper:
+    """In place of the shared pool's half: notes what it is told to keep; knows nothing."""
+
+    asking = False
+
+    def __init__(self) -> None:
+        self.offered: list[str] = []
+        self.asked: list[str] = []
+
+    def progress(self, output: Any, computed: dict[str, int]) -> list[Any]:
+        self.offered += computed
+        return []
+
+    def matched_tokens(self, request: Any, computed: int) -> tuple[int, bool]:
+        return 0, False
+
+    def ask(self, req_id: str) -> None:
+        self.asked.append(req_id)
+
+    def handed_over(self) -> list[str]:
+        return []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_nothing_computed_from_pages_that_may_not_come_is_kept_in_the_pool(engine: Engine, fails: bool) -> None:
+    """Its chunks would be found under the prompt's own keys, by this engine first of all."""
+    keeper: Any = Keeper()
+    engine.side._pool = keeper
+    engine.waiting()
+    engine.expect()
+    _ = engine.fails() if fails else engine.comes()
+    engine.step()
+    assert begun(engine)
+    assert keeper.offered == []
+    engine.step(2)
+    assert keeper.asked == (["r"] if fails else [])
+    engine.step(2)
+    assert "r" in keeper.offered, "once it is known that they are right"
+
+
+def test_a_report_that_comes_with_the_step_before_counts() -> None:
+    """The transfer ended while an empty step was taken, and the word of it was lost."""
+    engine = Engine(policy="fail")
+    made = engine.waiting()
+    engine.answers[len(engine.launched)] = KVConnectorOutput(finished_recving={"r"})
+    engine.core.batch_queue_size = 3  # that step's outcome is looked at later
+    engine.core.batch_queue = deque(maxlen=3)
+    engine.side._look_again = 2
+    engine.step()
+    engine.expect()
+    engine.step(8)
+    assert ["r"] in engine.held
+    assert made.status is not RequestStatus.FINISHED_ERROR
+    assert engine.tokens_of("r")[:1] == [GOOD]
+    engine.close()
 
 
 def test_workers_of_one_engine_are_heard_by_the_one_that_had_the_least_time() -> None:

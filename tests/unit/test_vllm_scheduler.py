@@ -305,7 +305,7 @@ def test_words_are_heard_once_and_as_they_were_said() -> None:
     rope.expected("r", 3, 12.75)
     rope.expected("\N{SNOWMAN}", 0, -1.0)
     rope.arrived("s", 1)
-    rope._socket.sendto(b"e\0\0short", bell.name + "-words")
+    rope._socket.sendto(b"e\0\0short", bell.name + "-dues")
     assert bell.expected() == {("r", 3): 12.75, ("\N{SNOWMAN}", 0): -1.0}
     assert bell.arrivals() == {("s", 1)}
     assert (bell.expected(), bell.arrivals()) == ({}, set())

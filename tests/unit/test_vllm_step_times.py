@@ -26,7 +26,7 @@ def taught(*chunks: Chunk) -> tuple[StepTimes, float]:
 SEEN = (Chunk(0, 1024), Chunk(0, 4096), Chunk(0, 8192), Chunk(8192, 7808), Chunk(0, 300), Chunk(8192, 100))
 
 
-@pytest.mark.parametrize("chunk", [Chunk(0, 2000), Chunk(8192, 4000), Chunk(16384, 8192), Chunk(0, 8192)])
+@pytest.mark.parametrize("chunk", [Chunk(0, 2000), Chunk(8192, 4000), Chunk(8000, 9000), Chunk(0, 8192)])
 def test_a_step_of_a_new_shape_is_foretold(chunk: Chunk) -> None:
     times, now = taught(*SEEN)
     due = times.begin([chunk], now).due
@@ -69,3 +69,33 @@ def test_a_slower_machine_is_learned() -> None:
     due = times.begin([Chunk(0, 4096)], now).due
     assert due is not None
     assert due - now == pytest.approx(2 * seconds(Chunk(0, 4096)), rel=0.1)
+
+
+def test_a_step_of_several_requests_is_one_step() -> None:
+    """Each of them may say that it ended."""
+    times, now = StepTimes(), 100.0
+    for _ in range(20):
+        step = times.begin([Chunk(0, 2048)] * 4, now)
+        now += 0.4
+        for _ in range(4):
+            step.ended(now)
+            now += 1e-5
+    due = times.begin([Chunk(0, 2048)] * 4, now).due
+    assert due is not None
+    assert due - now == pytest.approx(0.4, rel=0.01)
+
+
+def test_of_much_larger_steps_than_were_seen_nothing_is_foretold() -> None:
+    """Decode's engine would stand still for what they take longer."""
+    times, now = taught(*[Chunk(0, tokens) for tokens in (90, 100, 110, 95, 105, 100)])
+    assert times.begin([Chunk(0, 130)], now).due is not None
+    assert times.begin([Chunk(0, 2048)], now).due is None
+    assert times.begin([Chunk(8192, 100)], now).due is None
+
+
+def test_an_overestimate_does_not_put_later_steps_off() -> None:
+    times, now = taught(*SEEN)
+    times.begin([Chunk(0, 8192)], now).ended(now + 0.01)  # half of it was cached, say
+    due = times.begin([Chunk(0, 1024)], now + 0.01).due
+    assert due is not None
+    assert due < now + 0.01 + 3 * seconds(Chunk(0, 1024))
