@@ -230,6 +230,29 @@ def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) 
         assert told.get(timeout=WAIT_S) <= time.monotonic(), "and then they came"
 
 
+def test_decode_expects_nothing_any_more_of_a_prefill_that_was_preempted(cluster: MakeCluster) -> None:
+    """It would begin, and stand still until the prompt's next turn has come."""
+    pair, key, told = cluster(), request_key(range(64)), queue.Queue[float]()
+    fill_pages(pair, [3, 4, 5, 6], 1)
+    (prefill,), (decode,) = pair.prefill, pair.decode
+    offer = prefill.transport.offer("t", key, 64)
+    receipt = decode.transport.receive(
+        "t", key, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
+    )
+    offer.ready([3, 4, 5, 6], 16)
+    until = time.monotonic() + WAIT_S
+    while "granted" not in prefill.transport.status("t")["transfers"][-1]["events"]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    offer.expect(64, time.monotonic() + 0.1)
+    offer.withdraw(WAIT_S)
+    offer.ready([3, 4, 5, 6], 64)
+    offer.finish()
+    outcome = receipt.result(WAIT_S)
+    said = [told.get_nowait() for _ in range(told.qsize())]
+    assert outcome.link == "ucx" or max(said) > time.monotonic() + 30
+
+
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("told", [1234, None])
 def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
