@@ -1,6 +1,6 @@
 """A request's first step begins before its last pages are there, and is held just before its forward pass.
 
-What vLLM does between an arrival and a forward pass (schedule the request, make its state and its inputs) takes 4 ms on
+What vLLM does between an arrival and a forward pass (schedule the request, make its state and its inputs) takes 5 ms on
 an H100's host, for which the first token would wait. It is done while the last pages are on their way; the worker
 holds the step until they are verified (:meth:`pdtransport.vllm.worker.WorkerSide.hold`), where vLLM's connectors load
 synchronously. If they fail to come, what was computed from them is thrown away before anybody looks at it, and the
@@ -50,6 +50,34 @@ class Lead:
             self._rests_until = now + REST_S
         change = max(-MOST_CHANGE_S, min(MOST_CHANGE_S, HELD_S - held))
         self.seconds = max(LEAST_LEAD_S, min(MOST_LEAD_S, self.seconds + change / 2))
+
+
+class Expectations:
+    """When requests' last pages are expected, by what the workers say.
+
+    Args:
+        ranks: tensor-parallel size of this engine, whose workers all must have said so.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._when: dict[str, dict[int, float]] = {}
+        self.lead = Lead()
+
+    def hear(self, req_id: str, rank: int, when: float) -> None:
+        """``when``: ``time.monotonic`` seconds."""
+        if rank < self._ranks:
+            self._when.setdefault(req_id, {})[rank] = when
+
+    def forget(self, req_id: str) -> None:
+        self._when.pop(req_id, None)
+
+    def almost_there(self, now: float) -> str | None:
+        """A request for which it is time to begin."""
+        for req_id, by_rank in self._when.items():
+            if len(by_rank) == self._ranks and self.lead.has_come(max(by_rank.values()), now):
+                return req_id
+        return None
 
 
 def can_hold_back(scheduler: Scheduler, request: Request) -> bool:

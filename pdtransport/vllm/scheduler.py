@@ -13,7 +13,7 @@ from pdtransport.kv.keys import request_key
 from pdtransport.settings import Settings
 from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Bell, Rope
-from pdtransport.vllm.early import Lead
+from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.metadata import (
     Cancel,
@@ -111,9 +111,8 @@ class SchedulerSide:
         self._start: StepStart | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
-        self._expected: dict[str, dict[int, float]] = {}  # when requests' last pages are, by rank
-        self._hold: list[str] = []  # who begins in this step before that
-        self._lead = Lead()
+        self._expectations = Expectations(ranks)
+        self._hold: list[str] = []  # who begins in this step before its last pages are there
 
     def _make_pool(self, events: bool) -> PoolScheduler | None:
         if self._settings.pool is None:
@@ -263,7 +262,7 @@ class SchedulerSide:
         if isinstance(news, News):
             self._tokens.update(news.first_tokens)
             for seconds in news.held.values():
-                self._lead.learn(seconds, self._clock())
+                self._expectations.lead.learn(seconds, self._clock())
             self._hear(news.promised)
             if self._pool is not None:
                 self._pool.kept(news.kept)
@@ -273,7 +272,7 @@ class SchedulerSide:
             for req_id in late & set(failed):  # it began early, and is computed anew
                 self._pool.ask(req_id)
         for req_id in output.finished_recving or ():
-            self._expected.pop(req_id, None)
+            self._expectations.forget(req_id)
             from_pool = self.from_pool(req_id)
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
@@ -315,13 +314,10 @@ class SchedulerSide:
         for (req_id, rank), when in self._bell.expected().items():
             entry = self._consuming.get(req_id)
             # A promised first token comes with a step's output.
-            if entry is not None and entry.state == "loading" and not entry.first_token and rank < self._ranks:
-                self._expected.setdefault(req_id, {})[rank] = when
-        now = self._clock()
-        for req_id, when_by_rank in self._expected.items():
-            if len(when_by_rank) == self._ranks and self._lead.has_come(max(when_by_rank.values()), now):
-                return req_id if step.may_go_on_early(req_id) else None
-        return None
+            if entry is not None and entry.state == "loading" and not entry.first_token:
+                self._expectations.hear(req_id, rank, when)
+        almost = self._expectations.almost_there(self._clock())
+        return almost if almost is not None and step.may_go_on_early(almost) else None
 
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
@@ -428,7 +424,7 @@ class SchedulerSide:
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """``(keep the blocks until finished_sending, parameters for the response)``."""
         req_id = request.request_id
-        self._expected.pop(req_id, None)
+        self._expectations.forget(req_id)
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
             if consuming.state == "loading":
