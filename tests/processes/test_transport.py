@@ -202,7 +202,7 @@ def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) 
     pair, key, told = cluster(), request_key(range(64)), queue.Queue[float]()
     fill_pages(pair, [3, 4, 5, 6], 1)
     (prefill,), (decode,) = pair.prefill, pair.decode
-    offer, due = prefill.transport.offer("t", key, 64), time.monotonic() + 3.0
+    offer, due = prefill.transport.offer("t", key, 64), time.monotonic() + 2.0
 
     def ask() -> Receipt:
         return decode.transport.receive(
@@ -214,7 +214,7 @@ def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) 
     receipt = ask()
     if not early:
         offer.ready([3, 4, 5, 6], 16)
-        offer.expect(32, due - 2.5)  # not the last ones
+        offer.expect(32, due - 1.5)  # not the last ones
         offer.expect(64, due)
     foretold = None
     with suppress(queue.Empty):
