@@ -19,7 +19,6 @@ from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.peers import Peers
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.messages import MAX_DUE_US, Ack, Code, Coming, Commit, ConsumerMessage, Grant
-from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.receiving import TransferOver
 from pdtransport.protocol.sending import Sending
 from pdtransport.protocol.states import ProducerState
@@ -125,8 +124,8 @@ class Handing:
             source.foreseen = blocks
             source.prepared.clear()
             if source.due is not None:  # nobody knows when, now
-                self._expect(source, time.monotonic() + 1e-6 * MAX_DUE_US)
                 source.due = None
+                self._say_due(transfer, time.monotonic() + 1e-6 * MAX_DUE_US)
         source.final = blocks
         self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
         self.push_some()
@@ -135,26 +134,25 @@ class Handing:
         """:meth:`pages_ready` will say so many tokens at ``time.monotonic`` second ``due``, as far as can be told."""
         source = self._owned(owner, transfer)
         if source is not None and tokens_done >= source.tokens:
-            self._expect(source, due)
+            source.due = due
+            self._say_due(transfer, due)
 
-    def _expect(self, source: _Source, due: float) -> None:
-        source.due = due
-        for machine in self.sending.machines(source.record.transfer):
-            self._say_due(source, machine)
-
-    def _say_due(self, source: _Source, machine: ProducerMachine) -> None:
-        grant = machine.grant
-        if source.due is not None and grant.blocks and machine.state is ProducerState.STREAMING:
-            self._control.send(
-                machine.peer,
-                Coming(
-                    transfer=grant.transfer,
-                    generation=grant.generation,
-                    first_block=grant.first_block,
-                    blocks=grant.blocks,
-                    due_us=min(MAX_DUE_US, max(0, int(1e6 * (source.due - time.monotonic())))),
-                ),
-            )
+    def _say_due(self, transfer: str, due: float, only: PeerId | None = None) -> None:
+        """To all decode workers that granted, or to one of them."""
+        due_us = min(MAX_DUE_US, max(0, int(1e6 * (due - time.monotonic()))))
+        for machine in self.sending.machines(transfer):
+            grant = machine.grant
+            if grant.blocks and machine.state is ProducerState.STREAMING and only in (None, machine.peer):
+                self._control.send(
+                    machine.peer,
+                    Coming(
+                        transfer=grant.transfer,
+                        generation=grant.generation,
+                        first_block=grant.first_block,
+                        blocks=grant.blocks,
+                        due_us=due_us,
+                    ),
+                )
 
     def foresee(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
         """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
@@ -220,9 +218,8 @@ class Handing:
         actions = self.sending.on_message(peer, message, now)
         if isinstance(message, Grant):
             self._see_promise(message.transfer)
-            for machine in self.sending.machines(message.transfer) if source is not None else ():
-                if source is not None and machine.peer == peer:
-                    self._say_due(source, machine)
+            if source is not None and source.due is not None:
+                self._say_due(message.transfer, source.due, peer)
         self.run(actions)
 
     def _see_promise(self, transfer: str) -> None:

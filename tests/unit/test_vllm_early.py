@@ -82,8 +82,7 @@ class Engine(UniProcExecutor):
         graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
         **settings: Any,
     ) -> None:
-        settings_given = {"control": {"port": 0}, **settings}
-        vllm_config = config(policy, graphs, settings_given)
+        vllm_config = config(policy, graphs, {"control": {"port": 0}, **settings})
         vllm_config.compilation_config.cudagraph_mode = graphs  # the CPU platform has none
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         caches = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
@@ -144,7 +143,7 @@ class Engine(UniProcExecutor):
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
-            outputs, _ = self.core.step_fn() if self.core.batch_queue is None else self.core.step_with_batch_queue()
+            outputs, _ = self.core.step() if self.core.batch_queue is None else self.core.step_with_batch_queue()
             for output in (outputs or {}).values():
                 self.outputs += output.outputs
 
@@ -187,7 +186,6 @@ class Engine(UniProcExecutor):
 @pytest.fixture(params=[AsyncScheduler, Scheduler], ids=["async", "sync"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     made = Engine(request.param)
-    made.core.step_fn = made.core.step
     yield made
     made.close()
 
@@ -259,7 +257,6 @@ def test_a_request_that_is_aborted_while_its_first_step_is_held_leaves_nothing_b
 @pytest.mark.parametrize("kind", [AsyncScheduler, Scheduler])
 def test_a_failed_load_fails_the_request_where_that_is_the_policy(kind: type[Scheduler]) -> None:
     engine = Engine(kind, policy="fail")
-    engine.core.step_fn = engine.core.step
     made = engine.waiting()
     engine.expect()
     engine.fails()
