@@ -72,6 +72,7 @@ def _driver() -> ctypes.CDLL:
         "cuMemGetAddressRange_v2": (pointer, pointer, ctypes.c_uint64),
         "cuPointerGetAttribute": (pointer, ctypes.c_int, ctypes.c_uint64),
         "cuLaunchHostFunc": (pointer, pointer, pointer),
+        "cuStreamWaitValue32_v2": (pointer, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint),
         "cuThreadExchangeStreamCaptureMode": (pointer,),
         "cuInit": (ctypes.c_uint,),
         "cuDeviceGet": (pointer, ctypes.c_int),
@@ -177,9 +178,10 @@ def _beside_captures() -> Iterator[None]:
         driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
-def to_host(address: int, nbytes: int, device: int | None = None) -> bytes:
+def to_host(address: int, nbytes: int, device: int | None = None, *, beside: bool = False) -> bytes:
     """What ``nbytes`` bytes of device (or pinned) memory hold. Waits for the work of the default stream, not for that
-    of a :class:`GpuPages`. ``device``: the one that ``address`` is meant for; None: the thread's current one.
+    of a :class:`GpuPages`; ``beside``: for nobody's. ``device``: the one that ``address`` is meant for; None: the
+    thread's current one.
 
     Raises:
         GpuError: an address that is none.
@@ -187,8 +189,13 @@ def to_host(address: int, nbytes: int, device: int | None = None) -> bytes:
     data = np.empty(nbytes, dtype=np.uint8)
     if nbytes:
         with _maybe_on(device, f"reading {nbytes} bytes at {address:#x}") as api:
-            api.runtime.memcpy(data.ctypes.data, address, nbytes, MEMCPY_DEFAULT)
-            api.runtime.streamSynchronize(api.runtime.streamLegacy)
+            if beside:
+                stream = api.Stream(non_blocking=True)
+                api.runtime.memcpyAsync(data.ctypes.data, address, nbytes, MEMCPY_DEFAULT, stream.ptr)
+                stream.synchronize()
+            else:
+                api.runtime.memcpy(data.ctypes.data, address, nbytes, MEMCPY_DEFAULT)
+                api.runtime.streamSynchronize(api.runtime.streamLegacy)
     return data.tobytes()
 
 

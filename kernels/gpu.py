@@ -313,13 +313,14 @@ class GpuPages:
         runtime.memcpyAsync(region.device, region.address, nbytes, MEMCPY_TO_DEVICE, self._uploader.ptr)
         runtime.eventRecord(uploaded, self._uploader.ptr)
         runtime.streamWaitEvent(self.stream, uploaded)
-        if part.first == 0:
-            runtime.eventRecord(launch._begun, self.stream)
         grid = min(most, -(-(part.end - part.first) // WARPS))
         sums = launch._result.device if launch._result is not None else 0
-        arguments = plan.arguments(part, region.device, sums, grid * WARPS)
+        arguments = tuple(map(np.uint64, plan.arguments(part, region.device, sums, grid * WARPS)))
+        kernel = self._kernels[plan.kernel(blocks)]
         with self._stream:
-            self._kernels[plan.kernel(blocks)]((grid,), (THREADS,), tuple(map(np.uint64, arguments)))
+            if part.first == 0:
+                runtime.eventRecord(launch._begun, self.stream)
+            kernel((grid,), (THREADS,), arguments)
         region.event = launch._computed = self._event(api, launch)
         runtime.eventRecord(region.event, self.stream)
 

@@ -287,7 +287,7 @@ class CudaIpcChannel(Channel):
                 spans.append((base, base + nbytes, (here - base) % (1 << 64)))
             self._spans = np.array(sorted(spans), dtype=np.uint64)
             cookie = self._translate(np.array([[self._peer["at"], COOKIE_BYTES]], dtype=np.uint64))
-            found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES, device)
+            found = gpu.to_host(int(cookie[0, 0]), COOKIE_BYTES, device, beside=True)
         except (gpu.GpuError, LinkError) as error:
             self._unmap()
             raise LinkUnavailable(f"the memory of process {self._watch.pid} can't be mapped: {error}") from None

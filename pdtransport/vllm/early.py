@@ -1,10 +1,10 @@
 """A request's first step begins before its last pages are there, and is held just before its forward pass.
 
 What vLLM does between an arrival and a forward pass (schedule the request, make its state and its inputs) takes 5 ms on
-an H100's host, for which the first token would wait. It is done while the last pages are on their way; the worker
-holds the step until they are verified (:meth:`pdtransport.vllm.worker.WorkerSide.hold`), where vLLM's connectors load
-synchronously. If they fail to come, what was computed from them is thrown away before anybody looks at it, and the
-request is computed anew, or fails, as ``kv_load_failure_policy`` says.
+an H100's host, and launching that 2 more, or 26 without CUDA graphs, for which the first token would wait. It is done
+while the last pages are on their way; the worker holds the step, or its GPU, until they are verified
+(:mod:`pdtransport.vllm.holding`). If they fail to come, what was computed from them is thrown away before anybody looks
+at it, and the request is computed anew, or fails, as ``kv_load_failure_policy`` says.
 
 Nothing else moves meanwhile, so it is done for a request that is alone in its engine, and no earlier than it must be
 (:class:`Lead`).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.vllm.late_caching import LateCaching
@@ -26,15 +27,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FIRST_LEAD_S, LEAST_LEAD_S, MOST_LEAD_S = 0.006, 0.001, 0.015
+FIRST_LEAD_S, LEAST_LEAD_S, MOST_LEAD_S = 0.006, 0.001, 0.045
 HELD_S = 0.003  # wanted: expectations are wrong by some, and who takes the last pages in wants the interpreter alone
-MOST_CHANGE_S = 0.001
+MOST_CHANGE_S, MOST_CATCH_UP_S = 0.001, 0.01
+MOST_KINDS = 256
 LONG_S, REST_S = 0.05, 5.0  # a step that was held for so long shows that expectations are wrong: none is believed then
 
 
 class Lead:
-    """How long before its last pages are expected a request begins: as long as it takes to get to the forward pass,
-    less what the pages take to cross. Learned from how long steps were held."""
+    """How long before its last pages are expected a request begins: as long as it takes to get to where it is held,
+    less what the pages take to cross. Learned from how long steps were held, or came too late."""
 
     def __init__(self) -> None:
         self.seconds = FIRST_LEAD_S
@@ -45,11 +47,15 @@ class Lead:
         return now >= self._rests_until and -LONG_S < expected - now <= self.seconds
 
     def learn(self, held: float, now: float) -> None:
-        """A step was held for so many seconds; 0: its pages were there first."""
+        """A step was held for so many seconds; negative: its pages were there so long before it. To begin too early
+        costs nobody anything but a thread that waits; to begin too late costs the first token as much."""
         if held > LONG_S:
             self._rests_until = now + REST_S
-        change = max(-MOST_CHANGE_S, min(MOST_CHANGE_S, HELD_S - held))
-        self.seconds = max(LEAST_LEAD_S, min(MOST_LEAD_S, self.seconds + change / 2))
+        if held < 0:
+            change = min(HELD_S - held, MOST_CATCH_UP_S)
+        else:
+            change = max(-MOST_CHANGE_S, min(MOST_CHANGE_S, HELD_S - held)) / 2
+        self.seconds = max(LEAST_LEAD_S, min(MOST_LEAD_S, self.seconds + change))
 
 
 class Expectations:
@@ -90,6 +96,17 @@ def hold_back(scheduler: Scheduler, request: Request) -> None:
     request.next_decode_eligible_step = scheduler.current_step + 1
 
 
+def kind_of(request: Request) -> Hashable:
+    """Requests of one kind launch the same kernels in a first step that they have for themselves: they ask for the same
+    things, whatever the values, and which kernels compute attention depends on how much there is of it."""
+    from vllm.sampling_params import SamplingParams
+
+    params, plain = request.sampling_params, SamplingParams()
+    asked = [name for name in plain.__struct_fields__ if getattr(params, name) != getattr(plain, name)]
+    greedy = params is not None and params.temperature == 0
+    return request.num_tokens.bit_length(), request.lora_request is not None, greedy, *asked
+
+
 class EarlyStep:
     """At most one is under way; its outcome is settled before the scheduler looks at it.
 
@@ -109,7 +126,9 @@ class EarlyStep:
             and config.speculative_config is None
             and (self._recompute or len(scheduler.kv_cache_config.kv_cache_groups) == 1)
         )
+        self._kinds: set[Hashable] = set()
         self.under_way: str | None = None
+        self.known = False  # a step of its kind was launched before
         self._arrived = False  # by the workers' word
         self._well = False  # by their report
         update = scheduler.update_from_output
@@ -139,6 +158,10 @@ class EarlyStep:
 
     def begin(self, req_id: str) -> None:
         self.under_way, self._arrived, self._well = req_id, False, False
+        kind = kind_of(self._scheduler.requests[req_id])
+        self.known = kind in self._kinds
+        if len(self._kinds) < MOST_KINDS:
+            self._kinds.add(kind)
         self._caching.doubt(req_id)
 
     def arrived(self) -> None:

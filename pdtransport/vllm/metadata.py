@@ -132,12 +132,14 @@ Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch 
 class Commands(KVConnectorMetadata):
     """``before``: to be done before the step's forward pass may touch a page; ``after``: once it is computed.
     ``bell``: name of the scheduler's :class:`pdtransport.vllm.bell.Bell`. ``hold``: whose pages must be there before
-    the forward pass (:mod:`pdtransport.vllm.early`)."""
+    the forward pass (:mod:`pdtransport.vllm.early`); ``ahead``: what it launches was launched before, for another
+    request."""
 
     before: list[Command] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
     bell: str = ""
     hold: list[str] = field(default_factory=list)
+    ahead: bool = False
 
 
 @dataclass
@@ -145,8 +147,8 @@ class News(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
     first token; ``first_tokens``: requests of decode's, and what they go on from; ``kept``: how many :class:`Keep` of
     a request no longer read its pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the
-    key of its first part (where KV events are on); ``held``: seconds for which a step was held for a request's pages
-    (of several workers, by the one that had the least time)."""
+    key of its first part (where KV events are on); ``held``: seconds for which a step was held for its pages, or
+    by which, negative, they were there before it (of several workers, by the one that had the least time)."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)

@@ -338,11 +338,12 @@ class SchedulerSide:
         self._claim_waiting()
         before, self._before = self._before, []
         hold, self._hold = self._hold, []
+        ahead = bool(hold) and self._start is not None and self._start.early is not None and self._start.early.known
         if output.total_num_scheduled_tokens:
             self._look_again = 1
         elif not before and not after and self._waits_here():
             self._wait()
-        return Commands(before, after, self._bell.name, hold)
+        return Commands(before, after, self._bell.name, hold, ahead)
 
     def _waits_here(self) -> bool:
         asking = self._pool is not None and self._pool.asking

@@ -19,6 +19,7 @@ from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.geometry import Described, KVCaches, describe
 from pdtransport.vllm.held import Held
+from pdtransport.vllm.holding import REWIND_S, Holding
 from pdtransport.vllm.metadata import (
     Cancel,
     Claim,
@@ -36,6 +37,7 @@ from pdtransport.vllm.metadata import (
     Take,
     Yield,
 )
+from pdtransport.vllm.model_stream import model_stream
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 from pdtransport.vllm.step_times import Chunk, Step, StepTimes
@@ -54,8 +56,6 @@ logger = logging.getLogger(__name__)
 # switch interval for it, every time. The default of 5 ms would be most of a hand-off. On a GPU host the worker lives in
 # the engine's own process, and a hand-off takes the lock some ten times.
 SWITCH_INTERVAL_S = 0.00002
-REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
-HOLD_S = 3.0  # a step gives its request's pages up then; a peer that is dead or stands still is noticed before
 
 
 class WorkerSide:
@@ -72,7 +72,7 @@ class WorkerSide:
         self._offers: dict[str, Offer] = {}
         self._finished: dict[str, Offer] = {}  # of requests that are through
         self._receipts: dict[str, Receipt] = {}
-        self._arriving: dict[str, threading.Event] = {}  # set when a transfer's end was noted
+        self._holding = Holding(self._give_up, self._held_for)
         self._times = StepTimes()
         self._step: Step | None = None  # that is being launched
         self._forward: torch.cuda.Event | None = None  # behind the forward pass just launched
@@ -114,6 +114,10 @@ class WorkerSide:
             self._transport.host,
             self._transport.port,
         )
+        if self._settings.early_step and self._role != "kv_producer":
+            stream = model_stream(described.geometry.device)
+            if stream is not None:
+                self._holding.use(stream)
         self._open_pool(described)
 
     def _open_pool(self, described: Described) -> None:
@@ -152,6 +156,7 @@ class WorkerSide:
             self._pool.close()
         if self._transport is not None:
             self._transport.close()
+        self._holding.close()
         self._rope.close()
 
     # -- commands ------------------------------------------------------------------------------------------------
@@ -168,28 +173,24 @@ class WorkerSide:
             self._step = self._foretell(commands.after)
 
     def hold(self, commands: Commands) -> None:
-        """Until the pages that this step's forward pass reads have arrived, or failed to: which one it was, the step's
-        own output says.
+        """Until the pages that this step's forward pass reads have arrived, or failed to, or only the GPU until then:
+        which one it was, the step's own output says.
 
         Raises:
             RuntimeError: the I/O thread does not let go of the pages.
         """
-        for req_id in commands.hold:
-            arriving, began = self._arriving.get(req_id), time.monotonic()
-            if arriving is None:
-                with self._lock:
-                    self._news.held[req_id] = 0.0
-                continue
-            ended = arriving.wait(HOLD_S)
-            receipt = self._receipts.get(req_id)
-            if not ended and receipt is not None:
-                receipt.cancel(f"its pages did not come within {HOLD_S:g} s of when they were expected")
-            if not ended and not arriving.wait(REWIND_S):
-                raise RuntimeError(f"request {req_id}: the I/O thread did not let go of its pages in {REWIND_S:g} s")
-            held = time.monotonic() - began
-            with self._lock:
-                self._stats.held(held)
-                self._news.held[req_id] = held
+        self._holding.before_forward(commands.hold, commands.ahead)
+
+    def _give_up(self, req_id: str, reason: str) -> None:
+        receipt = self._receipts.get(req_id)
+        if receipt is not None:
+            receipt.cancel(reason)
+
+    def _held_for(self, req_id: str, seconds: float) -> None:
+        with self._lock:
+            if seconds > 0:
+                self._stats.held(seconds)
+            self._news.held[req_id] = seconds
 
     def launched(self, commands: Commands) -> None:
         """The forward pass is launched, the sampling of its tokens is not yet. What there is to say of its pages waits
@@ -204,6 +205,7 @@ class WorkerSide:
         computed = (forward or self._mark()) if todo else None
         for command in todo:
             self._do(command, computed, step)
+        self._holding.launched()
 
     def _foretell(self, commands: Sequence[Command]) -> Step | None:
         """When the step that is about to be launched is expected to end: decode hears of it now, to be ready then."""
@@ -303,18 +305,17 @@ class WorkerSide:
         first = min(take.first_block * self._ratio, kernel_blocks)
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
 
-        arriving = self._arriving[take.req_id] = threading.Event()
+        arrival = self._holding.coming(take.req_id)
         early = bool(take.pages) and self._settings.early_step and not take.first_token
 
         def ended(outcome: Outcome) -> None:
+            in_time = self._holding.ended(arrival)
             self._receipts.pop(take.req_id, None)
             try:
                 if take.pages:
-                    self._sink_ended(take.req_id, outcome)
+                    self._sink_ended(take.req_id, outcome, outcome.ok and in_time)
             finally:
-                if self._arriving.get(take.req_id) is arriving:
-                    del self._arriving[take.req_id]
-                arriving.set()
+                self._holding.noted(take.req_id, arrival)
 
         receipt = transport.receive(
             take.transfer,
@@ -379,15 +380,15 @@ class WorkerSide:
             self._news.promised.add(req_id)
         self._rope.promised(req_id)
 
-    def _sink_ended(self, req_id: str, outcome: Outcome) -> None:
+    def _sink_ended(self, req_id: str, outcome: Outcome, ok: bool) -> None:
         with self._lock:
             self._stats.record("consumer", outcome)
             self._received.add(req_id)
             if outcome.first_token is not None:
                 self._news.first_tokens[req_id] = outcome.first_token
-            if not outcome.ok:
+            if not ok:
                 self._failed.add(req_id)
-        if outcome.ok and outcome.first_token is None:  # a first token comes with the step's output
+        if ok and outcome.first_token is None:  # a first token comes with the step's output
             self._rope.arrived(req_id, self._rank)
         self._rope.pull()
 

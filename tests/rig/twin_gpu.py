@@ -255,7 +255,7 @@ def pinned(nbytes: int) -> np.ndarray:
     return np.zeros(nbytes, dtype=np.uint8)
 
 
-def to_host(address: int, nbytes: int, device: int | None = None) -> bytes:
+def to_host(address: int, nbytes: int, device: int | None = None, *, beside: bool = False) -> bytes:
     del device
     return ctypes.string_at(address, nbytes)
 

@@ -96,6 +96,7 @@ class Engine(UniProcExecutor):
         self.tokens: dict[int, int] = {}
         self.launched: list[dict[str, int]] = []
         self.held: list[list[str]] = []
+        self.ahead: list[bool] = []  # of the steps that were held
         self.outputs: list[Any] = []
         self.core: Any = object.__new__(EngineCoreProc)
         vars(self.core).update(
@@ -109,8 +110,10 @@ class Engine(UniProcExecutor):
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
 
-    def request(self, name: str = "r", first: int = 0, max_tokens: int = 8, transfer: bool = True) -> Request:
-        params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    def request(
+        self, name: str = "r", first: int = 0, max_tokens: int = 8, transfer: bool = True, **asks: Any
+    ) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **asks})
         where = {"do_remote_prefill": True, "transfer_id": name, "remote_host": "h", "remote_port": 1, "tp_size": 1}
         params.extra_args = {"kv_transfer_params": where} if transfer else None
         made = Request(name, list(range(first, first + PROMPT)), params, None, block_hasher=self._hasher)
@@ -122,7 +125,10 @@ class Engine(UniProcExecutor):
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:  # type: ignore[override]
         step = len(self.launched)
         self.launched.append(dict(scheduler_output.num_scheduled_tokens))
-        self.held.append(list(scheduler_output.kv_connector_metadata.hold))
+        metadata = scheduler_output.kv_connector_metadata
+        self.held.append(list(metadata.hold))
+        if metadata.hold:
+            self.ahead.append(metadata.ahead)
         if step in self.says:
             self.rope.arrived(self.says[step], 0)
         names = list(scheduler_output.num_scheduled_tokens)
@@ -213,6 +219,24 @@ def test_no_step_begins_long_before_its_pages_are_expected(engine: Engine, withi
     engine.expect(within=within)
     engine.step(3)
     assert not any(engine.launched)
+
+
+@pytest.mark.parametrize(
+    ("other", "known"),
+    [({}, True), ({"logprobs": 3}, False), ({"temperature": 1.0}, False), ({"max_tokens": 5}, True)],
+)
+def test_launches_go_ahead_of_pages_where_the_same_was_launched_before(other: dict[str, Any], known: bool) -> None:
+    """The first launch of a kernel waits for the GPU, which would wait for pages."""
+    engine = Engine()
+    for name, asks in (("r", {}), ("s", other)):
+        engine.waiting(name, **asks)
+        engine.expect(name)
+        engine.comes(name)
+        engine.step()
+        assert begun(engine, name)
+        engine.step(12)
+    assert engine.ahead == [False, known]
+    engine.close()
 
 
 def test_what_was_computed_without_its_pages_is_never_given_out(engine: Engine) -> None:
@@ -340,6 +364,18 @@ def test_how_early_to_begin_is_learned_from_how_long_steps_were_held(needed: flo
     lead = Lead()
     for _ in range(60):
         lead.learn(max(0.0, lead.seconds - needed), 0.0)
+    assert lead.seconds - needed == pytest.approx(HELD_S, abs=1e-4)
+
+
+@pytest.mark.parametrize("needed", [0.01, 0.03, 0.04])
+def test_who_begins_too_late_soon_begins_in_time(needed: float) -> None:
+    """Without CUDA graphs launching takes that long, and the first token would wait for it."""
+    lead = Lead()
+    for _ in range(8):
+        lead.learn(lead.seconds - needed, 0.0)
+    assert lead.seconds - needed > 0
+    for _ in range(60):
+        lead.learn(lead.seconds - needed, 0.0)
     assert lead.seconds - needed == pytest.approx(HELD_S, abs=1e-4)
 
 
