@@ -352,8 +352,8 @@ class Settings(_Section):
     early_step: bool = Field(
         True,
         description="Begin a request's first engine step some milliseconds before its last pages are expected, if "
-        "nothing else is in the engine, and hold it before its forward pass until they are verified: what vLLM "
-        "prepares takes some 5 ms. Where vLLM's engine is not as expected this changes nothing.",
+        "nothing else is in the engine, and hold it, or the GPU, before its forward pass until they are verified: what "
+        "vLLM prepares takes 5 ms, to launch it up to 30. Where vLLM's engine is not as expected this changes nothing.",
     )
     short_priming: bool = Field(
         True,
