@@ -43,6 +43,7 @@ HOST_BLOCKS = (16, 64)
 BLOCK_BYTES = 2 * MIB  # that get a checksum: 16 tokens of a model with 128 KiB of KV each
 CHILD_S = 60.0
 WARM_UPS = 2
+HELD_S = 2.0
 HELD_MIB = 256  # beyond it launching takes no share of the time, and tables would fill their ring
 TO_DEVICE, TO_HOST, ON_DEVICE, BY_ADDRESS = 1, 2, 3, 4  # cudaMemcpyKind
 FEWER_BLOCKS = (32, 132, 264)  # than the link's COPY_BLOCKS: what is left to the model's kernels meanwhile
@@ -235,11 +236,13 @@ class Case:
 @contextmanager
 def held(barrier: Barrier, stream: int) -> Iterator[None]:
     """What is launched on the stream meanwhile begins when all of it is there."""
-    ticket = barrier.close(stream)
+    ticket = barrier.close(stream, HELD_S)
     try:
         yield
     finally:
-        barrier.open(ticket)
+        in_time = barrier.open(ticket)
+    if not in_time:
+        raise gpu.GpuError(f"launching took over {HELD_S:g} s")
 
 
 def plain_copy(what: str, mib: int, source: int, target: int, kind: int, runs: int, device: int = 0) -> Figure:

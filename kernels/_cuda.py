@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pdtransport.kernels import pages
+
 IPC_HANDLE_BYTES = 64
 HOST_ALLOC_PORTABLE_MAPPED = 1 | 2
 HOST_REGISTER_PORTABLE_MAPPED = 1 | 2
 CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 MEMCPY_DEFAULT = 4
 IPC_LAZY_PEER_ACCESS = 1
+HIGH_PRIORITY = -100  # CUDA takes the highest that the device has
 MAX_ERROR = 600  # characters; a compiler has much to say
 PEER_ACCESS_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 POINTER_ATTRIBUTE_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
@@ -73,6 +76,7 @@ def _driver() -> ctypes.CDLL:
         "cuPointerGetAttribute": (pointer, ctypes.c_int, ctypes.c_uint64),
         "cuLaunchHostFunc": (pointer, pointer, pointer),
         "cuStreamWaitValue32_v2": (pointer, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint),
+        "cuIpcCloseMemHandle": (ctypes.c_uint64,),
         "cuThreadExchangeStreamCaptureMode": (pointer,),
         "cuInit": (ctypes.c_uint,),
         "cuDeviceGet": (pointer, ctypes.c_int),
@@ -163,8 +167,15 @@ def unregister_host(address: int, device: int) -> None:
     Raises:
         GpuError: it is not registered, or the GPU is in trouble.
     """
+    let_go()
     with on(device, f"letting go of host memory at {address:#x}") as api, _beside_captures():
         api.runtime.hostUnregister(address)
+
+
+def let_go() -> None:
+    """Opens all barriers (:mod:`pdtransport.kernels.barrier`), before what would wait for the GPU's streams."""
+    if pages._C is not None:
+        pages._C.pdt_barriers_let_go()
 
 
 @contextmanager
@@ -190,7 +201,7 @@ def to_host(address: int, nbytes: int, device: int | None = None, *, beside: boo
     if nbytes:
         with _maybe_on(device, f"reading {nbytes} bytes at {address:#x}") as api:
             if beside:
-                stream = api.Stream(non_blocking=True)
+                stream = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)
                 api.runtime.memcpyAsync(data.ctypes.data, address, nbytes, MEMCPY_DEFAULT, stream.ptr)
                 stream.synchronize()
             else:
@@ -277,8 +288,10 @@ def ipc_close(address: int, device: int) -> None:
     Raises:
         GpuError: it is not mapped, or the GPU is in trouble.
     """
-    with on(device, f"unmapping another process' memory at {address:#x}") as api:
-        api.runtime.ipcCloseMemHandle(address)
+    doing = f"unmapping another process' memory at {address:#x}"
+    let_go()
+    with on(device, doing):
+        driver(doing, "cuIpcCloseMemHandle", address)  # which waits for the GPU, and cupy's keeps the interpreter
 
 
 def device_uuid(device: int) -> str:

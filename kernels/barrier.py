@@ -6,52 +6,66 @@ import time
 
 import numpy as np
 
-from pdtransport.kernels._cuda import GpuError, driver, on, pinned
-from pdtransport.kernels.gpu import HIGH_PRIORITY, reached
+from pdtransport.kernels import pages
+from pdtransport.kernels._cuda import HIGH_PRIORITY, GpuError, driver, on, pinned
+from pdtransport.kernels.gpu import reached
 
 WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: the difference of the two, as a signed number, is not negative
 TRIAL_S = 1.0
 LOOK_S = 1e-4
+NS = 1_000_000_000
 
 
 class Barrier:
-    """Closed on a stream, opened by any thread; the stream's next kernels see what was in the GPU's memory when it was
-    opened. Its word lies in pinned memory of this process, so that no other process' end leaves a stream waiting; it
-    is this process' to open it in the end, whatever happens.
+    """Closed on a stream for a while, opened by any thread; the stream's next kernels see what was in the GPU's memory
+    when it was opened. Its word lies in pinned memory of this process, and a thread of its own opens it when its time
+    is over (``csrc/barrier.c``): nobody's end leaves the stream waiting, and no thread that waits for the GPU with the
+    interpreter's lock.
 
-    With the stream wait: who synchronizes with it, the legacy default stream, the first launch of a kernel, which CUDA
-    loads then, and frees of memory. Other launches go on until the driver's queue is full (with 1,020 of them, on an
-    H100); the one that finds it full keeps those of other threads and streams waiting with it.
+    Others wait with the stream: who synchronizes with it or the device, the legacy default stream, what frees or
+    unmaps memory of the GPU's or pinned memory, the loading of modules; and whoever records an event or launches while
+    one of these stands in CUDA. Launches go on until the driver's queue is full (with 1,020 of them, on an H100).
+    What of this we do ourselves calls :func:`pdtransport.kernels._cuda.let_go` before.
 
     Args:
         device: as CUDA numbers it in this process.
 
     Raises:
-        GpuError: no cupy, no such device, or a driver that does not know of it.
+        GpuError: no cupy, no such device, a driver that does not know of it, or the C kernels were not built.
     """
 
     def __init__(self, device: int) -> None:
-        self._device = device
+        if pages._C is None:
+            raise GpuError("holding a stream needs the C kernels: install where there is a C compiler")
+        self._c, self._device = pages._C, device
         with on(device, f"opening GPU {device}"):
-            self._words = pinned(8).view(np.uint32)  # the ticket that was opened last, and what a trial writes
+            self._words = pinned(8).view(np.uint32)  # the ticket that was let through last, and what a trial writes
         self._closed = 0
 
-    def close(self, stream: int) -> int:
-        """Lets the raw cudaStream_t wait behind what is launched on it; returns the ticket for :meth:`open`.
+    def close(self, stream: int, seconds: float) -> int:
+        """Lets the raw cudaStream_t wait behind what is launched on it, so long at most; returns the ticket for
+        :meth:`open`. Called by one thread.
 
         Raises:
             GpuError: CUDA refuses; the stream does not wait.
         """
         ticket = (self._closed + 1) % (1 << 32)
-        with on(self._device, "holding a stream"):
-            at = self._words.ctypes.data
-            driver("holding a stream", "cuStreamWaitValue32_v2", stream, at, ticket, WAIT_VALUE_GEQ)
+        at = self._words.ctypes.data
+        if self._c.pdt_barrier_close(at, ticket, int(seconds * NS)):
+            raise GpuError("holding a stream: nobody could see to its end")
         self._closed = ticket
+        try:
+            with on(self._device, "holding a stream"):
+                driver("holding a stream", "cuStreamWaitValue32_v2", stream, at, ticket, WAIT_VALUE_GEQ)
+        except GpuError:
+            self.open(ticket)
+            raise
         return ticket
 
-    def open(self, ticket: int) -> None:
-        """Lets go on what waits for this ticket, and for those before."""
-        self._words[0] = ticket
+    def open(self, ticket: int) -> bool:
+        """Lets go on what waits for this ticket, and for those before; False: it went on before, for its time was over
+        or somebody let go of all."""
+        return bool(self._c.pdt_barrier_open(self._words.ctypes.data, ticket))
 
     def try_beside(self, stream: int) -> None:
         """Sees to it that a stream like those of :class:`pdtransport.kernels.gpu.GpuPages` goes on while ``stream``, a
@@ -63,16 +77,16 @@ class Barrier:
         with on(self._device, "trying to hold a stream") as api:
             runtime, passed = api.runtime, api.Event(block=True, disable_timing=True)
             other = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)
-            ticket = self.close(stream)
+            ticket = self.close(stream, TRIAL_S)
             try:
                 runtime.memsetAsync(self._words.ctypes.data + 4, 1, 4, other.ptr)
                 runtime.eventRecord(passed.ptr, other.ptr)
                 ends = time.monotonic() + TRIAL_S
-                while not (beside := reached(api, passed.ptr)) and time.monotonic() < ends:
+                while not reached(api, passed.ptr) and time.monotonic() < ends:
                     time.sleep(LOOK_S)
             finally:
-                self.open(ticket)
+                in_time = self.open(ticket)
             runtime.streamSynchronize(stream)
             other.synchronize()
-            if not beside:
+            if not in_time:
                 raise GpuError("this GPU's streams wait for one another")

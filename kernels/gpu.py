@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from pdtransport.kernels import pages, pieces, reference
 from pdtransport.kernels._cuda import (
+    HIGH_PRIORITY,
     GpuError,
     allocation_of,
     can_access,
@@ -37,6 +38,7 @@ from pdtransport.kernels._cuda import (
     ipc_close,
     ipc_handle,
     ipc_open,
+    let_go,
     on,
     pinned,
     reach,
@@ -79,7 +81,6 @@ PART_BYTES = 2 << 20  # the longest table; longer ones go in parts
 RESULT_BYTES = 4 << 20  # of the ring through which checksums come back; a launch's take at most 1 MiB
 MAX_LAUNCHES = 256  # under way; one more waits for the oldest
 ALIGNMENT = 256
-HIGH_PRIORITY = -100  # CUDA takes the highest that the device has
 EVENT_FLAGS = 1  # cudaEventBlockingSync: who waits sleeps
 MEMCPY_TO_DEVICE, MEMCPY_TO_HOST = 1, 2
 NOT_READY = 600
@@ -260,6 +261,7 @@ class GpuPages:
         """Waits until the launches under way ended, and frees everything. May be called again."""
         if self._broken == CLOSED:
             return
+        let_go()
         with suppress(GpuError):
             while self._running:
                 self._running.popleft().wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from pdtransport.kernels._cuda import GpuError, cuda, driver, on
+from pdtransport.kernels._cuda import HIGH_PRIORITY, GpuError, cuda, driver, on
 from pdtransport.kernels.gpu import bell, reached, ring
 
 GRAIN = 2 << 20  # smaller allocations share their physical memory with others, and so would their mappings
@@ -38,7 +38,7 @@ class Watch:
     def __init__(self, device: int) -> None:
         self._device = device
         with on(device, f"opening GPU {device}") as api:
-            self._stream = api.Stream(non_blocking=True)
+            self._stream = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)  # it waits for no model's
         self._bell = bell()
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 

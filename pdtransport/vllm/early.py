@@ -4,7 +4,8 @@ What vLLM does between an arrival and a forward pass (schedule the request, make
 an H100's host, and launching that 2 more, or 26 without CUDA graphs, for which the first token would wait. It is done
 while the last pages are on their way; the worker holds the step, or its GPU, until they are verified
 (:mod:`pdtransport.vllm.holding`). If they fail to come, what was computed from them is thrown away before anybody looks
-at it, and the request is computed anew, or fails, as ``kv_load_failure_policy`` says.
+at it, and the request is computed anew, or fails, as ``kv_load_failure_policy`` says. If they come after that, it is
+thrown away as well, and they are in the prefix cache when the request is taken up again.
 
 Nothing else moves meanwhile, so it is done for a request that is alone in its engine, and no earlier than it must be
 (:class:`Lead`).
@@ -18,6 +19,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.vllm.late_caching import LateCaching
+from pdtransport.vllm.metadata import News
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,6 +42,7 @@ class Lead:
 
     def __init__(self) -> None:
         self.seconds = FIRST_LEAD_S
+        self._was_late = False
         self._rests_until = 0.0
 
     def has_come(self, expected: float, now: float) -> bool:
@@ -47,11 +50,12 @@ class Lead:
         return now >= self._rests_until and -LONG_S < expected - now <= self.seconds
 
     def learn(self, held: float, now: float) -> None:
-        """A step was held for so many seconds; negative: its pages were there so long before it. To begin too early
-        costs nobody anything but a thread that waits; to begin too late costs the first token as much."""
+        """A step was held for so many seconds; negative: its pages were there so long before it. Whoever is late twice
+        in a row catches up at once: to begin too early costs less than to begin too late."""
         if held > LONG_S:
             self._rests_until = now + REST_S
-        if held < 0:
+        was_late, self._was_late = self._was_late, held < 0
+        if held < 0 and was_late:
             change = min(HELD_S - held, MOST_CATCH_UP_S)
         else:
             change = max(-MOST_CHANGE_S, min(MOST_CHANGE_S, HELD_S - held)) / 2
@@ -96,15 +100,35 @@ def hold_back(scheduler: Scheduler, request: Request) -> None:
     request.next_decode_eligible_step = scheduler.current_step + 1
 
 
-def kind_of(request: Request) -> Hashable:
-    """Requests of one kind launch the same kernels in a first step that they have for themselves: they ask for the same
-    things, whatever the values, and which kernels compute attention depends on how much there is of it."""
-    from vllm.sampling_params import SamplingParams
+class Kinds:
+    """Requests of one kind launch the same kernels in a first step that they have for themselves, as far as can be
+    told: they ask for the same things, and are about as long.
 
-    params, plain = request.sampling_params, SamplingParams()
-    asked = [name for name in plain.__struct_fields__ if getattr(params, name) != getattr(plain, name)]
-    greedy = params is not None and params.temperature == 0
-    return request.num_tokens.bit_length(), request.lora_request is not None, greedy, *asked
+    Raises:
+        AttributeError: this vLLM's requests are others.
+    """
+
+    def __init__(self) -> None:
+        from vllm.sampling_params import SamplingParams
+
+        self._plain = SamplingParams()
+        self._fields: tuple[str, ...] = SamplingParams.__struct_fields__
+        self._launched: set[Hashable] = set()
+
+    def launched(self, request: Request) -> None:
+        if len(self._launched) >= MOST_KINDS:
+            self._launched.clear()
+        self._launched.add(self._kind(request))
+
+    def known(self, request: Request) -> bool:
+        """Whether one of its kind was launched before."""
+        return request.sampling_params is not None and self._kind(request) in self._launched
+
+    def _kind(self, request: Request) -> Hashable:
+        params, plain = request.sampling_params, self._plain
+        asked = [name for name in self._fields if getattr(params, name, None) != getattr(plain, name)]
+        greedy = getattr(params, "temperature", None) == 0
+        return request.num_tokens.bit_length(), request.lora_request is not None, greedy, *asked
 
 
 class EarlyStep:
@@ -126,11 +150,12 @@ class EarlyStep:
             and config.speculative_config is None
             and (self._recompute or len(scheduler.kv_cache_config.kv_cache_groups) == 1)
         )
-        self._kinds: set[Hashable] = set()
+        self._kinds = Kinds()
         self.under_way: str | None = None
         self.known = False  # a step of its kind was launched before
         self._arrived = False  # by the workers' word
         self._well = False  # by their report
+        self._void = False  # likewise: well or not, they came after the step
         update = scheduler.update_from_output
 
         def looked_at(output: SchedulerOutput, result: ModelRunnerOutput) -> Any:
@@ -138,6 +163,8 @@ class EarlyStep:
             if req_id is not None:
                 if told is not None and req_id in (told.finished_recving or ()):  # maybe with the step before
                     self._well = req_id not in (told.failed_recving or ())
+                news = getattr(told, "kv_connector_worker_meta", None)
+                self._void = self._void or (isinstance(news, News) and req_id in news.void)
                 if req_id in getattr(output.kv_connector_metadata, "hold", ()):
                     self._settle(req_id, result)
             return update(output, result)
@@ -157,11 +184,8 @@ class EarlyStep:
         )
 
     def begin(self, req_id: str) -> None:
-        self.under_way, self._arrived, self._well = req_id, False, False
-        kind = kind_of(self._scheduler.requests[req_id])
-        self.known = kind in self._kinds
-        if len(self._kinds) < MOST_KINDS:
-            self._kinds.add(kind)
+        self.under_way, self._arrived, self._well, self._void = req_id, False, False, False
+        self.known = self._kinds.known(self._scheduler.requests[req_id])
         self._caching.doubt(req_id)
 
     def arrived(self) -> None:
@@ -174,26 +198,40 @@ class EarlyStep:
         return set() if self.under_way is None or self._arrived else {self.under_way}
 
     def _settle(self, req_id: str, result: ModelRunnerOutput) -> None:
-        from vllm.v1.outputs import KVConnectorOutput
-
         self.under_way = None
         request = self._scheduler.requests.get(req_id)
         if request is None or request.is_finished() or request.num_stale_output_tokens:
             return  # aborted or preempted meanwhile: its blocks were not entered into the cache
-        if self._well:
+        running = request in self._scheduler.running  # if not, it did not get its turn
+        if running:
+            self._kinds.launched(request)
+        if self._well and not (running and self._void):
             self._caching.trust(req_id)
-            return
+        elif self._well:
+            logger.info("request %s: its first step was over before its pages came, and is taken again", req_id)
+            self._caching.trust(req_id, request.num_prompt_tokens - 1)  # what that step wrote itself is void
+            self._preempt(request)
+        else:
+            logger.warning("request %s began before its pages, which did not come: what it computed is dropped", req_id)
+            self._give_up(request, result, running)
+
+    def _preempt(self, request: Request) -> None:
         scheduler = self._scheduler
-        logger.warning("request %s began before its pages, which did not come: what it computed is dropped", req_id)
-        if request not in scheduler.running:  # it did not get its turn
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+
+    def _give_up(self, request: Request, result: ModelRunnerOutput, running: bool) -> None:
+        from vllm.v1.outputs import KVConnectorOutput
+
+        scheduler = self._scheduler
+        if not running:
             scheduler.kv_cache_manager.free(request)
             request.num_computed_tokens = 0
         elif self._recompute:
-            scheduler.running.remove(request)
-            scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
-            scheduler.prev_step_scheduled_req_ids.discard(req_id)
+            self._preempt(request)
         else:
             # vLLM fails whoever has an invalid block. The last one computed before this step is the request's own.
             told = result.kv_connector_output = result.kv_connector_output or KVConnectorOutput()
-            (blocks,) = scheduler.kv_cache_manager.get_block_ids(req_id)
+            (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
             told.invalid_block_ids = {blocks[(request.num_prompt_tokens - 2) // scheduler.block_size]}

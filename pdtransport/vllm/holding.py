@@ -5,9 +5,9 @@ Launching takes as long as a step's computing without CUDA graphs (26 ms for 32 
 The GPU's stream waits at a barrier that the I/O thread opens when the last page is verified; the worker's thread waits
 once all is launched, so that the step's report says how it went, as without a barrier.
 
-A launch may itself wait for the stream: of a kernel that was never launched before (CUDA loads it then), of more than
-some thousand kernels, of memory being freed. Then nobody would open the barrier, for the I/O thread's launches wait
-with it. So a thread watches over it: it opens the barrier in time, and the step counts as one whose pages did not come.
+A launch may itself wait for the stream (:class:`pdtransport.kernels.barrier.Barrier` says which), and the I/O thread's
+with it; and pages may be late. So a barrier opens by itself after ``BARRIER_S``. Then the step ran over what was not
+there: it is void, whatever becomes of the pages.
 """
 
 from __future__ import annotations
@@ -15,29 +15,41 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
 HOLD_S = 3.0  # a step gives its request's pages up then; a peer that is dead or stands still is noticed before
 REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
-LAUNCH_S = 0.25  # launching a step behind a barrier takes no longer, unless it waits for the barrier
-MOST_STUCK = 3  # times that it did; no barriers are used after that
+BARRIER_S = 0.15  # launching takes 30 ms, and pages are expected soon after
+MOST_STUCK = 3  # launches in a row that took so long; then no barriers are used any more
 
 
 class ModelStream(Protocol):
     """The stream of the GPU that this thread launches the model on."""
 
-    def close(self) -> int:
-        """Let it wait behind what is launched; the ticket for :meth:`open`.
+    def close(self, seconds: float) -> int:
+        """Let it wait behind what is launched, so long at most; the ticket for :meth:`open`.
 
         Raises:
             RuntimeError: it does not wait.
         """
 
-    def open(self, ticket: int) -> None:
-        """Let it go on. Called by any thread."""
+    def open(self, ticket: int) -> bool:
+        """Let it go on. Called by any thread. False: it went on before."""
+
+
+class Owner(Protocol):
+    """Whose steps are held."""
+
+    def give_up(self, req_id: str, reason: str) -> None:
+        """End this request's transfer, if it is under way."""
+
+    def held(self, req_id: str, seconds: float, *, void: bool, usual: bool) -> None:
+        """A request's step waited so long for its pages; negative: they were there so long before. ``void``: it was
+        computed without them. ``usual``: steps like it will be held in the same way."""
 
 
 class Arrival:
@@ -46,46 +58,52 @@ class Arrival:
     def __init__(self) -> None:
         self.noted = threading.Event()
         self.ended: float | None = None  # time.monotonic
-        self.ticket: int | None = None  # of the barrier that waits for it
-        self.given_up = False  # the barrier was opened before
+        self.barrier: tuple[ModelStream, int] | None = None  # that waits for it, and its ticket
+        self.void = False
+
+
+@dataclass
+class _Launching:
+    """A step behind a closed barrier."""
+
+    req_id: str
+    arrival: Arrival
+    began: float
 
 
 class Holding:
-    """Holds a worker's steps.
+    """Holds a worker's steps, for its ``owner``."""
 
-    Args:
-        cancel: gives a request's transfer up, for a reason; called by any thread.
-        told: hears for how many seconds a request's pages were waited for; negative: they were there before that.
-    """
-
-    def __init__(self, cancel: Callable[[str, str], None], told: Callable[[str, float], None]) -> None:
-        self._cancel, self._told = cancel, told
-        self._stream: ModelStream | None = None
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
         self._lock = threading.Lock()
+        self._stream: ModelStream | None = None
         self._arrivals: dict[str, Arrival] = {}
         self._last: tuple[str, float] | None = None  # request whose pages ended last, and when
-        self._held: tuple[str, Arrival] | None = None  # whose step is being launched behind a closed barrier
-        self._watchdog: _Watchdog | None = None
+        self._launching: _Launching | None = None
         self._stuck = 0
 
     def use(self, stream: ModelStream) -> None:
         """Hold the GPU from now on, where a step allows it."""
-        self._stream, self._watchdog = stream, _Watchdog(self._launch_is_stuck)
+        self._stream = stream
 
-    # -- of transfers ------------------------------------------------------------------------------------------------
+    # -- of transfers, by any thread ---------------------------------------------------------------------------------
 
     def coming(self, req_id: str) -> Arrival:
         """A request's pages are on their way."""
-        arrival = self._arrivals[req_id] = Arrival()
+        arrival = Arrival()
+        with self._lock:
+            self._arrivals[req_id] = arrival
         return arrival
 
     def ended(self, arrival: Arrival) -> bool:
-        """The transfer has ended, well or not: the GPU goes on. False: it went on before, and may have read what was
-        not there yet."""
+        """The transfer has ended, well or not: the GPU goes on. False: it went on before."""
         with self._lock:
             arrival.ended = time.monotonic()
-            self._open(arrival)
-            return not arrival.given_up
+            if arrival.barrier is not None:
+                stream, ticket = arrival.barrier
+                arrival.void = not stream.open(ticket)
+            return not arrival.void
 
     def noted(self, req_id: str, arrival: Arrival) -> None:
         """What is to be reported of the transfer will be."""
@@ -109,127 +127,60 @@ class Holding:
                 arrival, last = self._arrivals.get(req_id), self._last
             if arrival is None:
                 came = last[1] - time.monotonic() if last is not None and last[0] == req_id else 0.0
-                self._told(req_id, came)
-            elif ahead and len(req_ids) == 1 and self._close(arrival):
-                self._held = req_id, arrival
-            else:
-                self._wait(req_id, arrival)
+                self._owner.held(req_id, came, void=False, usual=True)
+            elif not (ahead and len(req_ids) == 1 and self._close(req_id, arrival)):
+                self._wait(req_id, arrival, usual=self._stream is None)
 
-    def launched(self) -> None:
+    def after_launch(self) -> None:
         """The step that was to be held is launched; returns when its pages have found their end.
 
         Raises:
             RuntimeError: the I/O thread does not let go of the pages.
         """
-        held, self._held = self._held, None
-        if held is not None:
-            if self._watchdog is not None:
-                self._watchdog.call_off()
-            self._wait(*held)
+        step, self._launching = self._launching, None
+        if step is None:
+            return
+        stuck = time.monotonic() - step.began > BARRIER_S
+        self._stuck = self._stuck + 1 if stuck else 0
+        if stuck:
+            logger.warning(
+                "request %s: launching its first step took over %g s behind a barrier (%d in a row; %d end barriers)",
+                step.req_id,
+                BARRIER_S,
+                self._stuck,
+                MOST_STUCK,
+            )
+            if self._stuck == MOST_STUCK:
+                self._stream = None
+        self._wait(step.req_id, step.arrival, usual=not stuck)
 
     def close(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.close()
-        held = self._held
-        if held is not None:
-            self._give_up(held[1])
-
-    def _close(self, arrival: Arrival) -> bool:
-        """Whether the stream waits for it now."""
-        if self._stream is None or self._watchdog is None:
-            return False
+        """Leaves no stream waiting."""
         with self._lock:
-            if arrival.ended is not None:
+            step, self._launching = self._launching, None
+            if step is not None and step.arrival.barrier is not None:
+                stream, ticket = step.arrival.barrier
+                stream.open(ticket)
+
+    def _close(self, req_id: str, arrival: Arrival) -> bool:
+        """Whether the stream waits for it now."""
+        with self._lock:
+            if self._stream is None or arrival.ended is not None:
                 return False
             try:
-                arrival.ticket = self._stream.close()
+                arrival.barrier = self._stream, self._stream.close(BARRIER_S)
             except RuntimeError as error:
                 logger.warning("steps are held before they are launched from now on: %s", error)
                 self._stream = None
                 return False
-        self._watchdog.watch(LAUNCH_S)
-        return True
+            self._launching = _Launching(req_id, arrival, time.monotonic())
+            return True
 
-    def _wait(self, req_id: str, arrival: Arrival) -> None:
+    def _wait(self, req_id: str, arrival: Arrival, usual: bool) -> None:
         began = time.monotonic()
         if not arrival.noted.wait(HOLD_S):
-            self._give_up(arrival)
-            self._cancel(req_id, f"its pages did not come within {HOLD_S:g} s of when they were expected")
+            self._owner.give_up(req_id, f"its pages did not come within {HOLD_S:g} s of when they were expected")
             if not arrival.noted.wait(REWIND_S):
                 raise RuntimeError(f"request {req_id}: the I/O thread did not let go of its pages in {REWIND_S:g} s")
-        self._told(req_id, (arrival.ended or began) - began)
-
-    def _give_up(self, arrival: Arrival) -> None:
-        with self._lock:
-            if arrival.ended is None and arrival.ticket is not None:
-                arrival.given_up = True
-                self._open(arrival)
-
-    def _open(self, arrival: Arrival) -> None:
-        if arrival.ticket is not None and self._stream is not None:
-            self._stream.open(arrival.ticket)
-
-    def _launch_is_stuck(self) -> None:
-        held = self._held
-        if held is None or held[1].ended is not None:
-            return
-        self._give_up(held[1])
-        self._stuck += 1
-        logger.warning(
-            "request %s: launching its first step waited for the GPU, which waited for its pages (%d of %d times after "
-            "which steps are held before they are launched)",
-            held[0], self._stuck, MOST_STUCK,
-        )  # fmt: skip
-        if self._stuck >= MOST_STUCK:
-            self._watchdog, watchdog = None, self._watchdog  # no step is held with a barrier without it
-            assert watchdog is not None
-            watchdog.close()
-        self._cancel(held[0], "launching its first step took too long")
-
-
-class _Watchdog:
-    """Calls ``bark`` in a thread of its own unless it is called off in time.
-
-    Watching and calling off wake nobody while it sleeps through an earlier watch: a thread that wakes wants the
-    interpreter, from one that launches.
-    """
-
-    def __init__(self, bark: Callable[[], None]) -> None:
-        self._bark = bark
-        self._changed = threading.Condition()
-        self._deadline: float | None = None
-        self._asleep = False  # until somebody wakes it
-        self._closed = False
-        threading.Thread(target=self._run, name="pdtransport-watchdog", daemon=True).start()
-
-    def watch(self, seconds: float) -> None:
-        with self._changed:
-            self._deadline = time.monotonic() + seconds
-            if self._asleep:
-                self._changed.notify()
-
-    def call_off(self) -> None:
-        with self._changed:
-            self._deadline = None
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._asleep = self._deadline is None
-                if self._deadline is None:
-                    self._changed.wait_for(lambda: self._closed or self._deadline is not None)
-                self._asleep = False
-                if self._closed:
-                    return
-                assert self._deadline is not None
-                left = self._deadline - time.monotonic()
-                if left > 0:
-                    self._changed.wait(left)
-                    continue
-                self._deadline = None
-            self._bark()
+        ended = began if arrival.ended is None else arrival.ended
+        self._owner.held(req_id, ended - began, void=arrival.void, usual=usual)

@@ -148,13 +148,15 @@ class News(KVConnectorWorkerMetadata):
     first token; ``first_tokens``: requests of decode's, and what they go on from; ``kept``: how many :class:`Keep` of
     a request no longer read its pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the
     key of its first part (where KV events are on); ``held``: seconds for which a step was held for its pages, or
-    by which, negative, they were there before it (of several workers, by the one that had the least time)."""
+    by which, negative, they were there before it (of several workers, by the one that had the least time); ``void``:
+    whose step was computed before its pages came, whatever became of them."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     in_pool: Counter[bytes] = field(default_factory=Counter)
     held: dict[str, float] = field(default_factory=dict)
+    void: set[str] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
         assert isinstance(other, News)
@@ -164,4 +166,5 @@ class News(KVConnectorWorkerMetadata):
             self.kept + other.kept,
             self.in_pool + other.in_pool,
             {**self.held, **{name: min(value, self.held.get(name, value)) for name, value in other.held.items()}},
+            self.void | other.void,
         )

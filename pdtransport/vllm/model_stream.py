@@ -26,11 +26,11 @@ class GpuStream:
         self._barrier = Barrier(device)
         self._barrier.try_beside(self._current())
 
-    def close(self) -> int:
-        return self._barrier.close(self._current())
+    def close(self, seconds: float) -> int:
+        return self._barrier.close(self._current(), seconds)
 
-    def open(self, ticket: int) -> None:
-        self._barrier.open(ticket)
+    def open(self, ticket: int) -> bool:
+        return self._barrier.open(ticket)
 
     def _current(self) -> int:
         import torch

@@ -72,7 +72,7 @@ class WorkerSide:
         self._offers: dict[str, Offer] = {}
         self._finished: dict[str, Offer] = {}  # of requests that are through
         self._receipts: dict[str, Receipt] = {}
-        self._holding = Holding(self._give_up, self._held_for)
+        self._holding = Holding(self)
         self._times = StepTimes()
         self._step: Step | None = None  # that is being launched
         self._forward: torch.cuda.Event | None = None  # behind the forward pass just launched
@@ -152,11 +152,11 @@ class WorkerSide:
         self.shard = Shard(key_spaces(described, self._config, use))
 
     def close(self) -> None:
+        self._holding.close()
         if self._pool is not None:
             self._pool.close()
         if self._transport is not None:
             self._transport.close()
-        self._holding.close()
         self._rope.close()
 
     # -- commands ------------------------------------------------------------------------------------------------
@@ -181,16 +181,19 @@ class WorkerSide:
         """
         self._holding.before_forward(commands.hold, commands.ahead)
 
-    def _give_up(self, req_id: str, reason: str) -> None:
+    def give_up(self, req_id: str, reason: str) -> None:
         receipt = self._receipts.get(req_id)
         if receipt is not None:
             receipt.cancel(reason)
 
-    def _held_for(self, req_id: str, seconds: float) -> None:
+    def held(self, req_id: str, seconds: float, *, void: bool, usual: bool) -> None:
         with self._lock:
             if seconds > 0:
                 self._stats.held(seconds)
-            self._news.held[req_id] = seconds
+            if usual:
+                self._news.held[req_id] = seconds
+            if void:
+                self._news.void.add(req_id)
 
     def launched(self, commands: Commands) -> None:
         """The forward pass is launched, the sampling of its tokens is not yet. What there is to say of its pages waits
@@ -205,7 +208,7 @@ class WorkerSide:
         computed = (forward or self._mark()) if todo else None
         for command in todo:
             self._do(command, computed, step)
-        self._holding.launched()
+        self._holding.after_launch()
 
     def _foretell(self, commands: Sequence[Command]) -> Step | None:
         """When the step that is about to be launched is expected to end: decode hears of it now, to be ready then."""
@@ -309,11 +312,11 @@ class WorkerSide:
         early = bool(take.pages) and self._settings.early_step and not take.first_token
 
         def ended(outcome: Outcome) -> None:
-            in_time = self._holding.ended(arrival)
-            self._receipts.pop(take.req_id, None)
             try:
+                in_time = self._holding.ended(arrival)
+                self._receipts.pop(take.req_id, None)
                 if take.pages:
-                    self._sink_ended(take.req_id, outcome, outcome.ok and in_time)
+                    self._sink_ended(take.req_id, outcome, in_time)
             finally:
                 self._holding.noted(take.req_id, arrival)
 
@@ -380,15 +383,16 @@ class WorkerSide:
             self._news.promised.add(req_id)
         self._rope.promised(req_id)
 
-    def _sink_ended(self, req_id: str, outcome: Outcome, ok: bool) -> None:
+    def _sink_ended(self, req_id: str, outcome: Outcome, in_time: bool) -> None:
         with self._lock:
             self._stats.record("consumer", outcome)
             self._received.add(req_id)
             if outcome.first_token is not None:
                 self._news.first_tokens[req_id] = outcome.first_token
-            if not ok:
+            if not outcome.ok:
                 self._failed.add(req_id)
-        if ok and outcome.first_token is None:  # a first token comes with the step's output
+        # A first token comes with the step's output, and so does a step that is void: no other goes on from it.
+        if outcome.ok and in_time and outcome.first_token is None:
             self._rope.arrived(req_id, self._rank)
         self._rope.pull()
 

@@ -179,6 +179,13 @@ class Engine(UniProcExecutor):
         self.tokens[step] = GARBAGE
         return step
 
+    def comes_late(self, name: str = "r") -> int:
+        """Its pages come, but after its first step was computed."""
+        step = len(self.launched)
+        self.answers[step] = KVConnectorOutput(finished_recving={name}, kv_connector_worker_meta=News(void={name}))
+        self.tokens[step] = GARBAGE
+        return step
+
     def cached(self) -> int:
         """Tokens of the prompt that another request would find."""
         prompt = Request("other", [*range(PROMPT), 1], SamplingParams(), None, block_hasher=self._hasher)
@@ -252,6 +259,39 @@ def test_what_was_computed_without_its_pages_is_never_given_out(engine: Engine) 
     again = [launched["r"] for launched in engine.launched if launched.get("r", 0) > 1]
     assert again == [PROMPT], "all of it, once"
     assert [held for held in engine.held if held] == [["r"]]
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize("kind", [AsyncScheduler, Scheduler])
+def test_a_step_that_was_over_before_its_pages_came_is_taken_again(kind: type[Scheduler], policy: str) -> None:
+    """Nothing of it is given out or found by others, but the pages are good: no more is computed than the block that
+    the step itself wrote to, and no policy makes a failure of it."""
+    engine = Engine(kind, policy=policy)
+    made = engine.waiting()
+    engine.expect()
+    engine.comes_late()
+    engine.step()
+    assert begun(engine)
+    engine.step(14)
+    assert made.is_finished()
+    assert made.status is RequestStatus.FINISHED_LENGTH_CAPPED
+    assert engine.tokens_of("r") == [GOOD] * 8
+    more = [launched["r"] for launched in engine.launched if launched.get("r", 0) > 1]
+    assert more == [BLOCK]
+    assert [held for held in engine.held if held] == [["r"]]
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 63
+    engine.close()
+
+
+def test_no_second_step_goes_on_from_one_that_is_void() -> None:
+    engine = Engine()
+    engine.waiting()
+    engine.expect()
+    engine.comes_late()
+    engine.step(2)
+    assert [launched for launched in engine.launched if launched] == [{"r": 1}]
+    assert engine.cached() == PROMPT - BLOCK, "the block that the void step wrote to is nobody's to find"
+    engine.close()
 
 
 def test_nobody_finds_pages_in_the_prefix_cache_that_did_not_come(engine: Engine) -> None:
@@ -371,7 +411,7 @@ def test_how_early_to_begin_is_learned_from_how_long_steps_were_held(needed: flo
 def test_who_begins_too_late_soon_begins_in_time(needed: float) -> None:
     """Without CUDA graphs launching takes that long, and the first token would wait for it."""
     lead = Lead()
-    for _ in range(8):
+    for _ in range(10):
         lead.learn(lead.seconds - needed, 0.0)
     assert lead.seconds - needed > 0
     for _ in range(60):
@@ -387,6 +427,12 @@ def test_no_machine_makes_requests_begin_long_before_their_pages_or_after_them()
     for _ in range(1000):
         lead.learn(60.0, 0.0)
     assert lead.seconds == LEAST_LEAD_S
+
+
+def test_one_hiccup_makes_no_request_begin_long_before_its_pages() -> None:
+    lead = Lead()
+    lead.learn(-0.3, 0.0)
+    assert lead.seconds < FIRST_LEAD_S + 0.001
 
 
 def test_an_expectation_that_was_wrong_holds_no_engine_for_long_again() -> None:
@@ -461,5 +507,6 @@ def test_a_report_that_comes_with_the_step_before_counts() -> None:
 
 
 def test_workers_of_one_engine_are_heard_by_the_one_that_had_the_least_time() -> None:
-    one, other = News(held={"r": 0.004, "s": 0.1}), News(held={"r": 0.001})
+    one, other = News(held={"r": 0.004, "s": 0.1}), News(held={"r": 0.001}, void={"s"})
     assert one.aggregate(other).held == other.aggregate(one).held == {"r": 0.001, "s": 0.1}
+    assert one.aggregate(other).void == other.aggregate(one).void == {"s"}
