@@ -344,3 +344,10 @@ def test_a_worker_that_closes_lets_its_gpu_go_first(side: Any) -> None:
     side._transport.close = lambda: waited.append(stream.waits)
     side.close()
     assert waited == [False]
+
+
+def test_how_early_to_begin_is_learned_from_steps_that_are_held_as_others_will_be(side: Any) -> None:
+    side.held("r", 0.01, void=False, usual=False)
+    assert side.take_news() is None
+    side.held("r", 0.01, void=False, usual=True)
+    assert side.take_news().held == {"r": 0.01}
