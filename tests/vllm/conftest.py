@@ -125,6 +125,13 @@ def answers(logs: Path, standing: dict[str, Server], request: pytest.FixtureRequ
 
 
 @pytest.fixture(scope="session")
+def plain(answers: Answers) -> Server:
+    """The server that answers are learned from, alive until they are; whoever starts first spares others some work."""
+    with phase("start the plain server"):
+        return answers.server()
+
+
+@pytest.fixture(scope="session")
 def book(answers: Answers) -> Book:
     with phase("learn the plain server's answers"):
         made = asyncio.run(make_book(answers))
