@@ -48,6 +48,8 @@ from vllm.v1.executor.multiproc_executor import WorkerProc  # noqa: E402
 gc.freeze()
 gc.enable()
 
+assert utils.get_mp_context is multiproc_executor.get_mp_context, "vLLM starts its processes in another way"
+assert callable(registry._run_in_subprocess)
 utils.get_mp_context = multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
 # What a model's class can do is seen in another process, lest CUDA begin here, and kept for later starts.
 registry._run_in_subprocess = lambda look: look()
