@@ -20,8 +20,8 @@ CACHE_BYTES = 65_536 * 2048 * DTYPES[PLACE.dtype]  # eight of the longest prompt
 DEADLINES = {"arrival_s": 10.0, "hold_s": 10.0}  # shorter than the defaults, so that tests need not wait for these
 FAMILY_PREFIX = 640  # whole blocks of 16 and of 32
 LONG_ANSWER = 96
-PLAIN_CHUNK = 2048
 LONG_ANSWER_LEAST = 32
+PLAIN_CHUNK = 2048
 SPARING, FORKING = (
     None if PLACE.gpu else Path(__file__).parent / "sparing" / name for name in ("server.py", "forking.py")
 )
