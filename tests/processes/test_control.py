@@ -39,7 +39,7 @@ from pdtransport.protocol.messages import (
     encode,
 )
 from pdtransport.settings import ControlSettings
-from tests.processes.control_rig import FAST, HOST, Bench, Node, Stranger, bench, identity
+from tests.processes.control_rig import FAST, HOST, WAIT_S, Bench, Node, Stranger, bench, identity
 
 
 @pytest.fixture
@@ -363,9 +363,9 @@ def test_a_turn_handles_no_more_frames_than_its_limit(rig: Bench) -> None:
     both_up(rig, a, b)
     for _ in range(100):
         assert a.channel.send(peer(b), Claim(transfer="t"))
-    rig.until(lambda: b.channel._poller.poll(0))
     got = 0
     while got < 100:
+        assert b.channel._poller.poll(WAIT_S * 1000), f"{got} of 100 came"
         events = b.channel.receive(time.monotonic(), limit=7)
         assert len(events) <= 7
         got += sum(isinstance(event, Received) for event in events)

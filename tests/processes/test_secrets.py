@@ -24,6 +24,7 @@ from pdtransport.launch.reading import load
 from tests.processes.test_launch import REPO, UP_S, Rig, wait_for
 from tests.processes.test_router import Child, body, router, server
 
+pytestmark = pytest.mark.xdist_group("launch")  # its rig's ports are those of test_launch.py
 WITHIN_S = 60.0
 
 

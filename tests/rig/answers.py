@@ -21,7 +21,7 @@ from typing import Any
 from tests.rig.client import Client, in_parallel
 from tests.rig.servers import Server, ServerSpec, fleet
 
-AT_A_TIME = 8
+AT_A_TIME = 16
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)  # of a block: lengths of pro
 SURE_OF_HALF = not PLACE.single  # about half of all prompts meet the wider margins: twice as many are tried
 BLOCK = PLACE.block_size
 MAX_ANSWER = 16
+ENOUGH = 4  # tokens of an answer to compare
 LONGEST = 8000  # tokens of a prompt
 
 
@@ -61,28 +62,35 @@ async def cases(
 
 
 async def best_of(answers: Answers, groups: Sequence[Sequence[Sequence[int]]], *, margin: float = MARGIN) -> list[Case]:
-    """Of each group of candidates the one that the plain server is sure of for longest, if for any token."""
-    flat = [candidate for group in groups for candidate in group]
-    made = {case.prompt: case for case in await cases(answers, flat, margin=margin, least=1)}
-    chosen = []
-    for group in groups:
-        found = [made[tuple(candidate)] for candidate in group if tuple(candidate) in made]
-        if found:
-            chosen.append(max(found, key=lambda case: len(case.tokens)))
-    return chosen
+    """Of each group of candidates the first that the plain server is sure of for ``ENOUGH`` tokens, else the one that
+    it is sure of for longest, if for any token. What comes after such a first one is not asked."""
+    best: dict[int, Case] = {}
+    for turn in range(max(map(len, groups))):
+        asked = {number: tuple(group[turn]) for number, group in enumerate(groups) if turn < len(group)}
+        asked = {number: prompt for number, prompt in asked.items() if not _enough(best.get(number))}
+        made = {case.prompt: case for case in await cases(answers, list(asked.values()), margin=margin, least=1)}
+        for number, prompt in asked.items():
+            tried = [case for case in (best.get(number), made.get(prompt)) if case is not None]
+            if tried:
+                best[number] = max(tried, key=lambda case: len(case.tokens))
+    return [best[number] for number in sorted(best)]
+
+
+def _enough(case: Case | None) -> bool:
+    return case is not None and len(case.tokens) >= ENOUGH
 
 
 async def assorted(answers: Answers, seed: int, *, margin: float = MARGIN) -> list[Case]:
     """Prompts of all sizes: every length below a block, multiples of a block and one more and one less, anything up
-    to 2,500 tokens, and a few of up to ``LONGEST``. Some 210 to 240."""
+    to 2,500 tokens, and a few of up to ``LONGEST``. Some 210 to 230."""
     prompts = Prompts(seed)
-    tries, middling, lengthy = (3, 230, 36) if SURE_OF_HALF else (1, 125, 20)
+    tries, middling, lengthy = (3, 200, 30) if SURE_OF_HALF else (1, 125, 20)
     lengths = [*range(1, BLOCK), *[k * BLOCK + more for k in MULTIPLES for more in (-1, 0, 1)]]
     lengths += [LONGEST // 2, LONGEST - 1, LONGEST]
     groups = [[prompts.one(n) for _ in range(tries)] for n in lengths]
     singles = [prompts.one(prompts.below(BLOCK + 1, 700)) for _ in range(middling)]
     singles += [prompts.one(prompts.below(700, 2500)) for _ in range(lengthy)]
-    return await best_of(answers, groups, margin=margin) + await cases(answers, singles, margin=margin, least=4)
+    return await best_of(answers, groups, margin=margin) + await cases(answers, singles, margin=margin, least=ENOUGH)
 
 
 async def plainly(client: Client, server: Server, wanted: Sequence[Case], at_a_time: int = 8) -> None:

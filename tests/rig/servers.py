@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_LM = REPOSITORY / "examples" / "models" / "tiny-lm"
 MODEL_NAME = "tiny-lm"
 
-START_S = 240.0  # 25 s on an idle machine with two cores, several at once and on a busy one far more
+START_S = 240.0  # 8 to 25 s on an idle machine with two cores, several at once and on a busy one far more
 TERM_S = 10.0  # after SIGTERM; then SIGKILL
 KILL_S = 10.0  # after SIGKILL, before we say that a process is stuck in the kernel
 POLL_S = 0.1

@@ -55,6 +55,7 @@ class EngineState:
     computed_tokens: float
     local_hit_tokens: float
     external_tokens: float
+    cached_tokens: float  # found in its own prefix cache, by requests that ended before they answered, too
 
 
 async def engine_state(client: Client, server: Server) -> EngineState:
@@ -68,6 +69,7 @@ async def engine_state(client: Client, server: Server) -> EngineState:
         computed_tokens=metric(text, source, source="local_compute"),
         local_hit_tokens=metric(text, source, source="local_cache_hit"),
         external_tokens=metric(text, source, source="external_kv_transfer"),
+        cached_tokens=metric(text, "vllm:prefix_cache_hits_total"),
     )
 
 

@@ -1,8 +1,8 @@
 """Servers and expected answers that the tests of this folder share.
 
-Starting a vLLM server costs almost a minute of processor time, so one set of servers (two for prefill, one for decode)
-lives for the whole session, and modules that need others start them beside it. All prompts' answers are learned from
-a plain server while they idle; pytest's cache keeps them for the next run.
+Starting a vLLM server costs seven seconds of processor time, and more on a clock, so one set of servers (two for
+prefill, one for decode) lives for the whole session, and modules that need others start them beside it. All prompts'
+answers are learned from a plain server while they idle; pytest's cache keeps them for the next run.
 
 On a GPU (``PDT_DEVICE=cuda``) a server takes as long to start, but not the whole machine: all that the tests need start
 together at the beginning.
@@ -122,6 +122,13 @@ def answers(logs: Path, standing: dict[str, Server], request: pytest.FixtureRequ
     source = Answers(plain_spec(), logs, directory, standing.get("plain"))
     yield source
     source.close()
+
+
+@pytest.fixture(scope="session")
+def plain(answers: Answers) -> Server:
+    """The server that answers are learned from, alive until they are; whoever starts first spares others some work."""
+    with phase("start the plain server"):
+        return answers.server()
 
 
 @pytest.fixture(scope="session")

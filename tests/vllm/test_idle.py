@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from tests.rig import watch
-from tests.rig.answers import Answers
 from tests.rig.fixtures import Servers
+from tests.rig.servers import Server
 
 MAX_EXTRA_RSS = 150 << 20
 IDLE_S = 6.0
@@ -16,11 +16,10 @@ MAX_EXTRA_CPU = 0.01  # of one core: a few heartbeats are less than the kernel's
 
 
 def test_idle_connector_costs_little_memory_and_no_processor_time(
-    servers: Servers, answers: Answers, with_client: Any
+    plain: Server, servers: Servers, with_client: Any
 ) -> None:
     """An idle connector adds at most 150 MB to a worker's resident memory and no measurable processor time, compared
     with the plain server, which learns the answers of all other tests after this one."""
-    plain = answers.server()
 
     async def warm(client: Any) -> None:
         for server in (plain, *servers.all):

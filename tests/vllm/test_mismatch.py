@@ -49,7 +49,6 @@ def test_decode_that_may_recompute_answers_and_says_why(
             record = await record_of(decode, handed.transfer, "consumer")
             assert record["code"] == "refused", record
             assert field in record["reason"], record
-        await watch.settled(client, [servers.prefill, decode])
 
     with_client(scenario)
     assert field in decode.log.read_text(errors="replace")
@@ -73,15 +72,18 @@ def test_decode_that_may_not_recompute_fails_the_request(
         some = book.spare[24:28]
         handed = await handed_over(client, some, lambda _: servers.prefill, servers.decode, "concurrent")
         await crossed(some, handed, [servers.prefill], servers.decode)
-        await watch.settled(client, [prefill, *servers.all])
 
     with_client(scenario)
 
 
-def test_each_serves_on(others: dict[str, Server], servers: Servers, book: Book, with_client: Any) -> None:
-    """After all refusals every server still answers plain requests."""
+def test_each_serves_on_and_holds_nothing(
+    others: dict[str, Server], servers: Servers, book: Book, with_client: Any
+) -> None:
+    """After all refusals every server still answers plain requests, and once prefill has held its pages in vain for
+    ``hold_s`` nothing is held anywhere."""
 
     async def scenario(client: Client) -> None:
+        await watch.settled(client, [*others.values(), *servers.all])
         await plainly(client, others["block_size"], book.spare[:4])
         for server in (others["dtype"], *servers.all):
             server.must_live()

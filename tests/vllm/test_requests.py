@@ -122,20 +122,6 @@ def test_transfer_id_used_twice_at_once(servers: Servers, book: Book, with_clien
     with_client(scenario)
 
 
-def test_transfer_id_that_nobody_knows(servers: Servers, book: Book, with_client: Any) -> None:
-    """Decode gives up on a transfer that prefill never hears of, after its deadline, and says so."""
-
-    async def scenario(client: Client) -> None:
-        transfer = new_transfer()
-        error = await fails(client, servers, book.spare[4], to_decode(servers.prefill, transfer))
-        reason = await refused(servers, transfer, "unknown", "timeout")
-        assert "prefill" in reason
-        print(f"\nHTTP said: {error}\ndecode's worker said: {reason}")
-        await serves_on(client, servers, book)
-
-    with_client(scenario)
-
-
 def test_prefill_address_where_nobody_listens(servers: Servers, book: Book, with_client: Any) -> None:
     """A wrong prefill address fails the request after the connect deadline."""
 
@@ -265,16 +251,22 @@ def test_malformed_transfer_parameters_never_crash_an_engine(servers: Servers, b
     with_client(scenario)
 
 
-def test_a_missing_prefill_request_costs_others_nothing(servers: Servers, book: Book, with_client: Any) -> None:
-    """While decode waits in vain for one transfer, other requests are handed over and answered."""
+def test_transfer_id_that_nobody_knows(servers: Servers, book: Book, with_client: Any) -> None:
+    """Decode gives up on a transfer that prefill never hears of, after its deadline, and says so. While it waits in
+    vain, other requests are handed over and answered."""
 
     async def scenario(client: Client) -> None:
         await forget(client, servers.prefill, servers.decode)
-        stuck = asyncio.create_task(fails(client, servers, book.spare[10], to_decode(servers.prefill, new_transfer())))
+        transfer = new_transfer()
+        stuck = asyncio.create_task(fails(client, servers, book.spare[10], to_decode(servers.prefill, transfer)))
         await asyncio.sleep(0.2)
         await handed_over(client, book.spare[11:17], lambda _: servers.prefill, servers.decode, "concurrent")
         assert not stuck.done(), "the hopeless request ended before the others: nothing was shown"
         await plainly(client, servers.decode, book.spare[17:19])
-        await stuck
+        error = await stuck
+        reason = await refused(servers, transfer, "unknown", "timeout")
+        assert "prefill" in reason
+        print(f"\nHTTP said: {error}\ndecode's worker said: {reason}")
+        await serves_on(client, servers, book)
 
     with_client(scenario)

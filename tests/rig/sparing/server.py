@@ -1,25 +1,15 @@
-"""vLLM's own server, for a machine with fewer cores than processes: what the rig runs in place of vLLM's module.
+"""vLLM's own server, for a machine with fewer cores than processes: ``forking``, and it waits without spinning.
 
 A server on the CPU is three processes, and each waits for the next one's word by spinning for up to a second: on two
 cores that is time taken from those that compute. Here they wait on the socket that vLLM wakes them by. vLLM sometimes
-loses that word, and looks again after 5 s; here after 100 ms. And the garbage collector rests while they import vLLM, a
-fifth of what a start costs. It is for the plain server, whose answers others are compared with; those run vLLM as
-installed.
-
-vLLM's other processes run this file, too: it is their parent's main module. It has a folder of its own because Python
-puts that on their path.
+loses that word, and looks again after 5 s; here after 100 ms. It is for the plain server, whose answers others are
+compared with; those wait as vLLM is installed.
 """
 
 from __future__ import annotations
 
-import gc
-
-gc.disable()
-
-from vllm.distributed.device_communicators import shm_broadcast  # noqa: E402
-from vllm.entrypoints.launchers.api_server.entry import main  # noqa: E402
-
-gc.enable()
+from forking import main
+from vllm.distributed.device_communicators import shm_broadcast
 
 LOOK_AGAIN_MS = 100
 SPIN_S = 0.0
