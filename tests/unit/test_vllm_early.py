@@ -50,9 +50,9 @@ PROMPT = 10 * BLOCK
 GARBAGE, GOOD = 666, 7
 
 
-def config(policy: str, graphs: CUDAGraphMode, settings: dict[str, Any]) -> VllmConfig:
+def config(policy: str, graphs: CUDAGraphMode, settings: dict[str, Any], prefixes: bool) -> VllmConfig:
     model = ModelConfig(model=str(MODEL), dtype="float32", max_model_len=1024)
-    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
+    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=prefixes)
     cache.num_gpu_blocks = 64
     return VllmConfig(
         model_config=model,
@@ -80,9 +80,10 @@ class Engine(UniProcExecutor):
         kind: type[Scheduler] = AsyncScheduler,
         policy: str = "recompute",
         graphs: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE,
+        prefixes: bool = True,
         **settings: Any,
     ) -> None:
-        vllm_config = config(policy, graphs, {"control": {"port": 0}, **settings})
+        vllm_config = config(policy, graphs, {"control": {"port": 0}, **settings}, prefixes)
         vllm_config.compilation_config.cudagraph_mode = graphs  # the CPU platform has none
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         caches = KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
@@ -111,12 +112,12 @@ class Engine(UniProcExecutor):
         self._hasher = get_request_block_hasher(BLOCK, sha256)
 
     def request(
-        self, name: str = "r", first: int = 0, max_tokens: int = 8, transfer: bool = True, **asks: Any
+        self, name: str = "r", first: int = 0, max_tokens: int = 8, transfer: bool = True, more: int = 0, **asks: Any
     ) -> Request:
         params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **asks})
         where = {"do_remote_prefill": True, "transfer_id": name, "remote_host": "h", "remote_port": 1, "tp_size": 1}
         params.extra_args = {"kv_transfer_params": where} if transfer else None
-        made = Request(name, list(range(first, first + PROMPT)), params, None, block_hasher=self._hasher)
+        made = Request(name, list(range(first, first + PROMPT + more)), params, None, block_hasher=self._hasher)
         self.scheduler.add_request(made)
         return made
 
@@ -263,10 +264,13 @@ def test_what_was_computed_without_its_pages_is_never_given_out(engine: Engine) 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
 @pytest.mark.parametrize("kind", [AsyncScheduler, Scheduler])
-def test_a_step_that_was_over_before_its_pages_came_is_taken_again(kind: type[Scheduler], policy: str) -> None:
+@pytest.mark.parametrize("prefixes", [True, False])
+def test_a_step_that_was_over_before_its_pages_came_is_taken_again(
+    kind: type[Scheduler], policy: str, prefixes: bool
+) -> None:
     """Nothing of it is given out or found by others, but the pages are good: no more is computed than the block that
-    the step itself wrote to, and no policy makes a failure of it."""
-    engine = Engine(kind, policy=policy)
+    the step itself wrote to (without a prefix cache, all), and no policy makes a failure of it."""
+    engine = Engine(kind, policy=policy, prefixes=prefixes)
     made = engine.waiting()
     engine.expect()
     engine.comes_late()
@@ -277,10 +281,40 @@ def test_a_step_that_was_over_before_its_pages_came_is_taken_again(kind: type[Sc
     assert made.status is RequestStatus.FINISHED_LENGTH_CAPPED
     assert engine.tokens_of("r") == [GOOD] * 8
     more = [launched["r"] for launched in engine.launched if launched.get("r", 0) > 1]
-    assert more == [BLOCK]
+    assert more == [BLOCK if prefixes else PROMPT]
     assert [held for held in engine.held if held] == [["r"]]
     assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 63
     engine.close()
+
+
+def test_a_request_with_a_void_step_can_be_aborted(engine: Engine) -> None:
+    engine.waiting()
+    engine.expect()
+    engine.comes_late()
+    engine.core.aborts_queue.put(["r"])
+    engine.step(4)
+    assert engine.tokens_of("r") == []
+    assert not engine.scheduler.requests
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 63
+
+
+def test_a_void_step_on_a_prefix_that_was_here_is_taken_again(engine: Engine) -> None:
+    """Its pages came for the rest of the prompt alone."""
+    engine.request("o", max_tokens=1, transfer=False)
+    engine.step(6)
+    assert engine.cached() == PROMPT
+    made = engine.waiting("r", more=BLOCK + 5)
+    engine.expect()
+    engine.comes_late()
+    engine.step()
+    assert begun(engine)
+    assert engine.cached() == PROMPT
+    engine.step(14)
+    assert made.is_finished()
+    assert engine.tokens_of("r") == [GOOD] * 8
+    again = [launched["r"] for launched in engine.launched if launched.get("r", 0) > 1]
+    assert again == [5]
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 63
 
 
 def test_no_second_step_goes_on_from_one_that_is_void() -> None:
