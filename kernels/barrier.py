@@ -25,7 +25,7 @@ class Barrier:
     Others wait with the stream: who synchronizes with it or the device, the legacy default stream, what frees or
     unmaps memory of the GPU's or pinned memory, the loading of modules; and whoever records an event or launches while
     one of these stands in CUDA. Launches go on until the driver's queue is full (with 1,020 of them, on an H100).
-    What of this we do ourselves calls :func:`pdtransport.kernels._cuda.let_go` before.
+    Where we do such a thing on purpose, :func:`pdtransport.kernels._cuda.let_go` comes first.
 
     Args:
         device: as CUDA numbers it in this process.
@@ -68,25 +68,33 @@ class Barrier:
         return bool(self._c.pdt_barrier_open(self._words.ctypes.data, ticket))
 
     def try_beside(self, stream: int) -> None:
-        """Sees to it that a stream like those of :class:`pdtransport.kernels.gpu.GpuPages` goes on while ``stream``, a
-        raw cudaStream_t, waits; it takes the GPU a moment. Streams may share one of the hardware's queues.
+        """Sees to it that ``stream``, a raw cudaStream_t, waits, and that one like those of
+        :class:`pdtransport.kernels.gpu.GpuPages` goes on meanwhile; it takes the GPU a moment. Streams may share one of
+        the hardware's queues.
 
         Raises:
-            GpuError: it does not, or CUDA refuses.
+            GpuError: they do not, or CUDA refuses.
         """
         with on(self._device, "trying to hold a stream") as api:
-            runtime, passed = api.runtime, api.Event(block=True, disable_timing=True)
+            runtime, word = api.runtime, self._words.ctypes.data + 4
+            behind, beside = (api.Event(block=True, disable_timing=True) for _ in range(2))
             other = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)
+            runtime.memsetAsync(word, 1, 4, other.ptr)  # CUDA may load something
+            other.synchronize()
             ticket = self.close(stream, TRIAL_S)
             try:
-                runtime.memsetAsync(self._words.ctypes.data + 4, 1, 4, other.ptr)
-                runtime.eventRecord(passed.ptr, other.ptr)
+                runtime.eventRecord(behind.ptr, stream)
+                runtime.memsetAsync(word, 2, 4, other.ptr)
+                runtime.eventRecord(beside.ptr, other.ptr)
                 ends = time.monotonic() + TRIAL_S
-                while not reached(api, passed.ptr) and time.monotonic() < ends:
+                while not reached(api, beside.ptr) and time.monotonic() < ends:
                     time.sleep(LOOK_S)
+                waits = not reached(api, behind.ptr)
             finally:
                 in_time = self.open(ticket)
             runtime.streamSynchronize(stream)
             other.synchronize()
             if not in_time:
                 raise GpuError("this GPU's streams wait for one another")
+            if not waits:
+                raise GpuError("this GPU's streams do not wait for a word of the host's")

@@ -5,7 +5,9 @@
  * A word holds the last ticket that was let through; tickets count up, modulo 2^32.
  */
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
+#include <string.h>
 #include <time.h>
 
 #define API __attribute__((visibility("default")))
@@ -58,14 +60,25 @@ static void *watch(void *unused) {
     return NULL;
 }
 
+/* A forked child has neither the thread nor the GPU. */
+static void forked(void) {
+    pthread_mutex_init(&lock, NULL);
+    memset(closed, 0, sizeof closed);
+    watched = 0;
+}
+
 static void start(void) {
     pthread_condattr_t attributes;
     pthread_t thread;
+    sigset_t all, before;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&changed, &attributes);
     pthread_condattr_destroy(&attributes);
-    watched = pthread_create(&thread, NULL, watch, NULL) == 0;
+    sigfillset(&all); /* signals are for the threads that expect them */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    watched = pthread_atfork(NULL, NULL, forked) == 0 && pthread_create(&thread, NULL, watch, NULL) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (watched) pthread_detach(thread);
 }
 

@@ -99,10 +99,10 @@ class Holding:
     def ended(self, arrival: Arrival) -> bool:
         """The transfer has ended, well or not: the GPU goes on. False: it went on before."""
         with self._lock:
-            arrival.ended = time.monotonic()
-            if arrival.barrier is not None:
+            if arrival.ended is None and arrival.barrier is not None:
                 stream, ticket = arrival.barrier
                 arrival.void = not stream.open(ticket)
+            arrival.ended = arrival.ended or time.monotonic()
             return not arrival.void
 
     def noted(self, req_id: str, arrival: Arrival) -> None:

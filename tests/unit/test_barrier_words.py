@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -114,6 +116,26 @@ def test_one_too_many_is_refused_and_none_is_lost() -> None:
     assert all(each.open(1) for each in words[:64])
     assert words[64].close(1)
     assert words[64].open(1)
+
+
+def test_a_forked_child_closes_nothing_that_nobody_would_open() -> None:
+    """The thread that opens barriers in time is not there."""
+    code = f"""
+import os
+from tests.unit.test_barrier_words import Word, let_go
+word = Word()
+assert word.close(1, {WAIT_S})
+child = os.fork()
+if child == 0:
+    let_go()
+    os._exit(3 if word.value or word.close(2) or word.open(1) else 0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert word.open(1)
+assert word.close(2, 0.01)
+while word.value < 2:
+    pass
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_S)
 
 
 def test_of_many_that_open_it_one_is_the_first(word: Word) -> None:
