@@ -204,6 +204,9 @@ class _Run:
         workers = self.lane.workers
         for name, rules in self.plan.rules.items():
             workers[name].tell("rules", rules)
+        if self.plan.column in ("replay", "foreign"):
+            for name in self.plan.rules:  # what is said before the rules hold is of the past to them
+                workers[name].audit()
         begin = time.monotonic()
         agenda = sorted(self._agenda(begin), key=lambda item: item[0])
         self._last_word = begin + max([at for at, _ in agenda], default=0.0)
