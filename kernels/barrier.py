@@ -19,8 +19,8 @@ NS = 1_000_000_000
 class Barrier:
     """Closed on a stream for a while, opened by any thread; the stream's next kernels see what was in the GPU's memory
     when it was opened. Its word lies in pinned memory of this process, and a thread of its own opens it when its time
-    is over (``csrc/barrier.c``): nobody's end leaves the stream waiting, and no thread that waits for the GPU with the
-    interpreter's lock.
+    is over (``csrc/barrier.c``): neither another process' end leaves the stream waiting, nor a thread that waits for
+    the GPU with the interpreter's lock.
 
     Others wait with the stream: who synchronizes with it or the device, the legacy default stream, what frees or
     unmaps memory of the GPU's or pinned memory, the loading of modules; and whoever records an event or launches while

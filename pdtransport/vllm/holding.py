@@ -61,6 +61,13 @@ class Arrival:
         self.barrier: tuple[ModelStream, int] | None = None  # that waits for it, and its ticket
         self.void = False
 
+    def let_go(self) -> bool:
+        """The GPU goes on, if it waits for these; False: it went on before."""
+        if self.barrier is None:
+            return True
+        stream, ticket = self.barrier
+        return stream.open(ticket)
+
 
 @dataclass
 class _Launching:
@@ -99,10 +106,9 @@ class Holding:
     def ended(self, arrival: Arrival) -> bool:
         """The transfer has ended, well or not: the GPU goes on. False: it went on before."""
         with self._lock:
-            if arrival.ended is None and arrival.barrier is not None:
-                stream, ticket = arrival.barrier
-                arrival.void = not stream.open(ticket)
-            arrival.ended = arrival.ended or time.monotonic()
+            if arrival.ended is None:
+                arrival.void = not arrival.let_go()
+                arrival.ended = time.monotonic()
             return not arrival.void
 
     def noted(self, req_id: str, arrival: Arrival) -> None:
@@ -158,9 +164,8 @@ class Holding:
         """Leaves no stream waiting."""
         with self._lock:
             step, self._launching = self._launching, None
-            if step is not None and step.arrival.barrier is not None:
-                stream, ticket = step.arrival.barrier
-                stream.open(ticket)
+            if step is not None:
+                step.arrival.let_go()
 
     def _close(self, req_id: str, arrival: Arrival) -> bool:
         """Whether the stream waits for it now."""

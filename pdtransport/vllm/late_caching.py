@@ -28,7 +28,6 @@ class LateCaching:
         self._cache, free, pop = coordinator.cache_blocks, coordinator.free, coordinator.pop_blocks_for_free
         self._late: dict[str, tuple[Request, int] | None] = {}
         self._doubtful: set[str] = set()
-        self._most: dict[str, int] = {}  # tokens that may be entered
 
         def cache_blocks(request: Request, tokens: int) -> None:
             if request.request_id in self._late:
@@ -59,8 +58,9 @@ class LateCaching:
     def trust(self, req_id: str, tokens: int | None = None) -> None:
         """All of it is right, or so many tokens."""
         self._doubtful.discard(req_id)
-        if tokens is not None and req_id in self._late:
-            self._most[req_id] = tokens
+        late = self._late.get(req_id)
+        if tokens is not None and late is not None:
+            self._late[req_id] = late[0], min(late[1], tokens)
 
     def catch_up(self) -> None:
         """A step begins."""
@@ -68,9 +68,8 @@ class LateCaching:
             self._enter(req_id)
 
     def _enter(self, req_id: str) -> None:
-        late, most = self._late.pop(req_id, None), self._most.pop(req_id, None)
+        late = self._late.pop(req_id, None)
         if req_id in self._doubtful:
             self._doubtful.discard(req_id)
         elif late is not None:
-            request, tokens = late
-            self._cache(request, tokens if most is None else min(tokens, most))
+            self._cache(*late)

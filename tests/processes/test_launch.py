@@ -39,13 +39,14 @@ def is_alive(pid: int) -> bool:
 pytestmark = pytest.mark.xdist_group("launch")  # the demo's test takes ports of the same range
 
 
-def wait_for(what: Any, seconds: float = UP_S) -> Any:
+def wait_for(what: Any, seconds: float = UP_S, instead: Any = lambda: "") -> Any:
+    """``instead``: says what is there when it does not happen."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := what():
             return value
         time.sleep(0.05)
-    raise AssertionError("did not happen in time")
+    raise AssertionError(f"did not happen in time {instead()}")
 
 
 class Rig:
@@ -238,9 +239,11 @@ def test_sigkill_of_pdlaunch_leaves_no_orphan(rig: Rig) -> None:
     wait_for(lambda: len(list(rig.pids.iterdir())) == 4)
     everyone = rig.everyone()
     os.kill(rig.process.pid, signal.SIGKILL)  # type: ignore[union-attr]
-    with contextlib.suppress(AssertionError):
-        wait_for(lambda: not [pid for pid in everyone if is_alive(pid)], 30)
-    assert not {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in everyone if is_alive(pid)}
+
+    def survivors() -> dict[int, bytes]:
+        return {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in everyone if is_alive(pid)}
+
+    wait_for(lambda: not [pid for pid in everyone if is_alive(pid)], 30, survivors)
 
 
 def test_a_killed_guard_leaves_no_orphan(rig: Rig) -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,25 +20,6 @@ pytestmark = pytest.mark.gpu
 NBYTES = 1 << 20
 WAIT_S, SHORT_S = 30.0, 0.1
 FRESH = 'extern "C" __global__ void fresh(unsigned *word) { *word += 1; }'
-
-
-@pytest.fixture(scope="module")
-def cupy() -> Any:
-    module = pytest.importorskip("cupy", reason="needs cupy")
-    try:
-        count = module.cuda.runtime.getDeviceCount()
-    except module.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"needs an NVIDIA GPU: {error}")
-    if not count:
-        pytest.skip("needs an NVIDIA GPU")
-    return module
-
-
-@pytest.fixture
-def pages(cupy: Any) -> Iterator[gpu.GpuPages]:
-    opened = gpu.GpuPages(0)
-    yield opened
-    opened.close()
 
 
 def memory(cupy: Any, value: int) -> Any:

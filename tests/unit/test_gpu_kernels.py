@@ -31,25 +31,6 @@ KINDS = ("device", "pinned")
 EXAMPLES = pytest.mark.parametrize("examples", [pytest.param(12, id="quick"), pytest.param(150, id="full")])
 
 
-@pytest.fixture(scope="module")
-def cupy() -> Any:
-    module = pytest.importorskip("cupy", reason="needs cupy")
-    try:
-        count = module.cuda.runtime.getDeviceCount()
-    except module.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"needs an NVIDIA GPU: {error}")
-    if not count:
-        pytest.skip("needs an NVIDIA GPU")
-    return module
-
-
-@pytest.fixture(scope="module")
-def pages(cupy: Any) -> Iterator[gpu.GpuPages]:
-    opened = gpu.GpuPages(0)
-    yield opened
-    opened.close()
-
-
 @pytest.fixture
 def errors_welcome(cupy: Any) -> None:
     """For tests that provoke CUDA errors: compute-sanitizer would report them."""
