@@ -10,7 +10,7 @@ ARGS ?=
 SOURCES := pdtransport kernels launch tests benchmarks examples scripts
 PRESENT := $(wildcard $(SOURCES))
 
-.PHONY: help env bench-env demo test test-fast lint format types bench clean
+.PHONY: help env bench-env demo test test-fast test-long lint format types bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,11 +25,14 @@ demo: $(ENV)  ## bring examples/quickstart.yaml up, complete prompts, compare wi
 	$(PYTHON) -m pdtransport.launch.demo examples/quickstart.yaml
 
 # Two at a time, a module's tests together, in the order that tests/conftest.py gives: tests/vllm, and beside it the others.
-test: $(ENV)  ## all tests, those that start vLLM included
-	$(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 $(ARGS)
+test: $(ENV)  ## all tests but the long ones, those that start vLLM included
+	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 $(ARGS)
 
 test-fast: $(ENV)  ## unit tests and the simulator
-	$(PYTHON) -m pytest tests/unit tests/sim $(ARGS)
+	$(PYTHON) -m pytest -m "not long" tests/unit tests/sim $(ARGS)
+
+test-long: $(ENV)  ## the tests that are marked long, and only those: minutes each
+	$(PYTHON) -m pytest -m long --durations 15 $(ARGS)
 
 lint: $(ENV) types  ## ruff and mypy
 	$(PYTHON) -m ruff check $(PRESENT)
