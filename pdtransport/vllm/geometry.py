@@ -34,9 +34,12 @@ class Described:
 
 
 def control_port(settings: Settings, config: VllmConfig) -> int:
-    """Control port of this engine's rank-0 worker: data-parallel replicas on one host follow each other."""
+    """Control port of this engine's rank-0 worker: data-parallel replicas on one host follow each other.
+
+    Replicas of a dense model all have ``data_parallel_rank`` 0; only the index tells them apart.
+    """
     parallel = config.parallel_config
-    return settings.control.port + parallel.data_parallel_rank * parallel.tensor_parallel_size
+    return settings.control.port + parallel.data_parallel_index * parallel.tensor_parallel_size
 
 
 def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Described:
