@@ -19,6 +19,8 @@ from pdtransport.router.upstream import Opened, PrefillAnswer, Upstream, Upstrea
 
 Order = Literal["concurrent", "serial", "alone", "continued"]
 _CLIENT_FAULTS = range(400, 500)
+# A decode that refuses what prefill refused needs about as long for it: so long is waited for its word, at most.
+_VERDICT_S = 1.0
 
 
 class NoHandover(Exception):
@@ -55,6 +57,7 @@ class Attempt:
         opened: decode's answer, once it began. With ``first`` set, :meth:`rest` waits for it.
         first: the token that prefill gave out and decode goes on from. A streamed answer begins with it.
         whole: the answer's whole body, where it is made of both servers' answers.
+        refusal: prefill's, of a body that decode has answered by itself.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Attempt:
         self.opened: Opened | None = None
         self.first: FirstToken | None = dispatch.first
         self.whole: bytes | None = None
+        self.refusal: UpstreamError | None = None
         self._asks = False  # prefill for its first token
         self._trace = trace
         self._upstream = upstream
@@ -244,12 +248,16 @@ class Attempt:
             name, until = self._next_deadline(prefill, call.stream)
             waiting: set[asyncio.Task[Any]] = {decode} if prefill is None else {decode, prefill}
             if prefill is not None and self._asks and decode.done() and decode.exception() is None:
+                if decode.result().response.status >= 300:
+                    return decode.result()  # an error begins with no token
                 waiting = {prefill}  # only its answer tells whether decode's begins with the first token
             left = until - asyncio.get_running_loop().time()
             await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
             if decode in waiting and decode.done() and (prefill is None or not self._asks or decode.exception()):
                 return decode.result()
             if prefill is not None and prefill.done():
+                if isinstance(refusal := prefill.exception(), UpstreamError) and refusal.refused:
+                    return await self._verdict(decode, refusal)
                 params = self._handed_over(prefill)
                 if self._asks:
                     self._read_first(call, prefill.result().answer, params)
@@ -259,6 +267,20 @@ class Attempt:
             elif asyncio.get_running_loop().time() >= until:
                 late = self.dispatch.prefill if name == "prefill_s" else None
                 raise self._too_slow(late or self.dispatch.decode, name)
+
+    async def _verdict(self, decode: asyncio.Task[Opened], refusal: UpstreamError) -> Opened:
+        """Decode's answer to a body that prefill refused, if it has one by now or is about to: an error that both
+        servers share costs no third request, and decode, which waits for pages that will not come, is soon given up.
+
+        Raises:
+            UpstreamError: ``refusal``.
+        """
+        took = asyncio.get_running_loop().time() - self._began
+        await asyncio.wait({decode}, timeout=min(took, _VERDICT_S))
+        if not decode.done() or decode.exception() is not None:
+            raise refusal
+        self.refusal = refusal
+        return decode.result()
 
     def _read_first(self, call: Call, answer: dict[str, Any], params: dict[str, Any]) -> None:
         try:

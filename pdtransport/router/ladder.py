@@ -18,8 +18,6 @@ from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, UpstreamError
 from pdtransport.serving.errors import SERVER, ApiError, is_openai_error
 
-_BUSY = frozenset({408, 425, 429})  # a 4xx that says nothing about the request: another server may take it
-
 
 @dataclass
 class _Rungs:
@@ -29,7 +27,7 @@ class _Rungs:
     prefill_left: int
     decode_left: int
     avoid: set[Endpoint] = field(default_factory=set)
-    last: UpstreamError | None = None
+    last: UpstreamError | None = None  # of decode
 
 
 class Ladder:
@@ -55,7 +53,7 @@ class Ladder:
         """The attempt whose answer began; the caller relays it and closes the attempt.
 
         Raises:
-            ApiError: no server could serve the request, or prefill says that it is wrong.
+            ApiError: no server could serve the request.
         """
         settings = self._settings
         rungs = _Rungs(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
@@ -81,6 +79,8 @@ class Ladder:
                 attempt.close()
                 raise
             else:
+                if attempt.refusal is not None:
+                    trace.decode_only("prefill_refused", str(attempt.refusal))
                 return attempt
 
     async def go_on(
@@ -162,18 +162,15 @@ class Ladder:
     def _step_down(self, error: UpstreamError, dispatch: Dispatch, rungs: _Rungs, trace: Trace) -> None:
         """Decide what the next attempt leaves out, or raise the request's final error."""
         trace.failure(str(error))
-        rungs.last = error
         if error.endpoint.role == "prefill":
             self._after_prefill(error, rungs)
         else:
+            rungs.last = error
             self._after_decode(error, dispatch, rungs)
         self._metrics.retries.add(error.endpoint.role, error.how)
 
     def _after_prefill(self, error: UpstreamError, rungs: _Rungs) -> None:
-        refused = 400 <= error.status < 500 and error.status not in _BUSY
-        if error.status == 400:  # decode would say the same of the same body, only later
-            raise self._final(error)
-        if refused:
+        if error.refused:  # decode makes the answer, so whether the request is wrong is for decode to say
             rungs.alone = Reason("prefill_refused", str(error))
             return
         rungs.avoid.add(error.endpoint)
@@ -203,8 +200,6 @@ class Ladder:
         """The error that the client gets: the server's own where it is in OpenAI's form."""
         if error.status and is_openai_error(error.body):
             return ApiError(error.status, str(error), code="upstream_error", raw=error.body)
-        if error.status == 400:
-            return ApiError(400, str(error), code="upstream_refused")
         status, code = (504, "upstream_timeout") if error.how == "timeout" else (502, "upstream_error")
         return ApiError(status, str(error), kind=SERVER, code=code)
 

@@ -252,7 +252,8 @@ class Router:
         trace.mark("done")
         events, path = trace.events, trace.path or "none"
         self.metrics.requests.add(trace.api, path, trace.outcome)
-        if trace.why_code:
+        wrong = trace.why_code == "prefill_refused" and trace.outcome == "client_error"  # decode refused it, too
+        if trace.why_code and not wrong:
             self.metrics.alone.add(trace.why_code)
         if trace.first_token_from is not None:
             self.metrics.first_tokens.add(trace.first_token_from, trace.why_first_token or "")

@@ -59,6 +59,11 @@ class Trace:
             }
         )
 
+    def decode_only(self, code: str, why: str) -> None:
+        """Decode answered by itself after all, because of ``why``."""
+        self.path, self.why_code, self.why_alone = "decode-only", code, why
+        self.first_token(None)
+
     def first_token(self, server: str | None, why: str = "") -> None:
         """Who samples this request's first token; ``why`` it is decode."""
         self.first_token_from, self.why_first_token = server, why or None

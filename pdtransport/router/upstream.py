@@ -29,6 +29,7 @@ MAX_ERROR_BODY_BYTES = 64 << 10  # of a server's error answer; more is cut off
 _LARGE_BODY_BYTES = 1 << 20  # from here on aiohttp wants a file-like object, which it sends in pieces
 _READ_BYTES = 64 << 10
 _SSE_ERROR = b'data: {"error"'
+_BUSY = frozenset({408, 425, 429})  # a 4xx that says nothing about the request: another server may take it
 
 # Of one connection, not of the message: never passed on (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
@@ -50,6 +51,11 @@ class UpstreamError(Exception):
         self.how = how
         self.status = status
         self.body = body
+
+    @property
+    def refused(self) -> bool:
+        """It is the request that this server does not take. (Another one may: it has other flags.)"""
+        return 400 <= self.status < 500 and self.status not in _BUSY
 
 
 @dataclass(frozen=True, slots=True)

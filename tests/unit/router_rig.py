@@ -297,3 +297,41 @@ async def soon(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
     await asyncio.wait_for(poll(), PATIENCE_S)
+
+
+def fails(status: int, *, kind: str = "InternalServerError", times: int = 1000, engine: Engine | None = None) -> Script:
+    """Answer with an error, the first ``times`` times."""
+    left = [times]
+
+    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if left[0] == 0 and engine is not None:
+            return await engine.answer(request, body)
+        left[0] -= 1
+        return error(status, f"status {status}", kind)
+
+    return script
+
+
+def waits(for_ever: asyncio.Event) -> Script:
+    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        await for_ever.wait()
+        raise AssertionError("nobody sets it")
+
+    return script
+
+
+def waits_if_remote(engine: Engine) -> Script:
+    """A decode server that waits for pages which never come, unless it is asked without them."""
+
+    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        if body.get("kv_transfer_params"):
+            await asyncio.Event().wait()
+        return await engine.answer(request, body)
+
+    return script
+
+
+async def learned(rig: Rig) -> None:
+    """Every prefill server's control address is known."""
+    for engine, endpoint in zip(rig.prefill, rig.router.fleet.prefill, strict=True):
+        endpoint.learn(engine.hand_over("t") or {})

@@ -9,45 +9,23 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.unit.router_rig import Engine, Rig, Script, ask, completion, error, event, rigged, run, soon, stream
-
-
-def fails(status: int, *, kind: str = "InternalServerError", times: int = 1000, engine: Engine | None = None) -> Script:
-    """Answer with an error, the first ``times`` times."""
-    left = [times]
-
-    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        if left[0] == 0 and engine is not None:
-            return await engine.answer(request, body)
-        left[0] -= 1
-        return error(status, f"status {status}", kind)
-
-    return script
-
-
-def waits(for_ever: asyncio.Event) -> Script:
-    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        await for_ever.wait()
-        raise AssertionError("nobody sets it")
-
-    return script
-
-
-def waits_if_remote(engine: Engine) -> Script:
-    """A decode server that waits for pages which never come, unless it is asked without them."""
-
-    async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        if body.get("kv_transfer_params"):
-            await asyncio.Event().wait()
-        return await engine.answer(request, body)
-
-    return script
-
-
-async def learned(rig: Rig) -> None:
-    """Every prefill server's control address is known."""
-    for engine, endpoint in zip(rig.prefill, rig.router.fleet.prefill, strict=True):
-        endpoint.learn(engine.hand_over("t") or {})
+from tests.unit.router_rig import (
+    Engine,
+    Rig,
+    Script,
+    ask,
+    completion,
+    error,
+    event,
+    fails,
+    learned,
+    rigged,
+    run,
+    soon,
+    stream,
+    waits,
+    waits_if_remote,
+)
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -134,44 +112,6 @@ def test_prefill_dying_under_a_request_falls_back() -> None:
             reply = await asked
             assert reply.status == 200
             assert reply.headers["x-pd-path"].startswith("decode-only; prefill server ")
-
-    run(test)
-
-
-@pytest.mark.parametrize("dispatch", ["concurrent", "serial"])
-def test_prefills_400_is_definitive_and_is_the_clients_answer(dispatch: str) -> None:
-    async def test() -> None:
-        async with rigged(dispatch=dispatch) as rig:
-            await rig.learn()
-            rig.d.script = waits(asyncio.Event())
-            rig.p.script = fails(400, kind="BadRequestError")
-            reply = await rig.ask()
-            assert reply.status == 400
-            assert (reply.error["message"], reply.error["type"]) == ("status 400", "BadRequestError")
-            assert len(rig.p.seen) == 1
-            if dispatch == "concurrent":
-                await asyncio.wait_for(rig.d.seen[0].ended.wait(), 5)
-                assert rig.d.seen[0].cancelled
-            else:
-                assert rig.d.seen == []
-
-    run(test)
-
-
-@pytest.mark.parametrize("status", [401, 404, 422])
-def test_prefills_other_refusals_let_decodes_own_answer_through(status: int) -> None:
-    async def test() -> None:
-        async with rigged() as rig:
-            await learned(rig)
-            rig.p.script = fails(status)
-            rig.d.script = waits_if_remote(rig.d)
-            reply = await rig.ask()
-            assert (reply.status, reply.json()) == (200, completion("decoded"))
-            assert f"answers {status}" in reply.headers["x-pd-path"]
-            assert rig.router.fleet.prefill[0].failures == 0
-            rig.d.script = fails(status, kind="NotFoundError")
-            again = await rig.ask()
-            assert (again.status, again.error["type"]) == (status, "NotFoundError")
 
     run(test)
 
