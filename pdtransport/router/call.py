@@ -118,15 +118,17 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter
         text, members = _salted(text, members, salter)
         raw = text.encode()
     prompt = members.get(_PROMPT_KEY[api])
+    if prompt and api == "completions":
+        prompt = _unwrapped(text, prompt)
     prompt_text = text[prompt.start : prompt.end] if prompt else ""
-    alone = _why_alone(api, members)
+    alone = _why_alone(api, members, prompt)
     model = members["model"].value if "model" in members else None
     cache_salt = members["cache_salt"].value if "cache_salt" in members else None
     return Call(
         api=api,
         raw=raw,
         brace=raw.index(b"{") + 1,
-        prefill_head=b"" if alone else _prefill_head(api, text, members),
+        prefill_head=b"" if alone else _prefill_head(api, text, members, prompt),
         drop_null=_joined(text, members, {"kv_transfer_params"}) if "kv_transfer_params" in members else None,
         stream="stream" in members and bool(members["stream"].value),
         model=model if isinstance(model, str) else "",
@@ -147,6 +149,17 @@ class _TokenIds:
     """A prompt of so many token ids. The servers tell whether they know them."""
 
     count: int
+    in_list: bool = False  # it is the one prompt of a list
+
+
+def _long_prompt(text: str, at: int) -> tuple[_TokenIds, int] | None:
+    """The long prompt of token ids that begins at ``at``, by itself or as the only one of a list, and where it ends."""
+    inner = _after(text, at + 1)
+    if text[at : at + 1] != "[" or text[inner : inner + 1] != "[":
+        return _token_ids(text, at)
+    found = _token_ids(text, inner)
+    end = _after(text, found[1]) if found else at
+    return (_TokenIds(found[0].count, in_list=True), end + 1) if found and text[end : end + 1] == "]" else None
 
 
 def _token_ids(text: str, at: int) -> tuple[_TokenIds, int] | None:
@@ -214,7 +227,7 @@ def _members(text: str, at: int) -> dict[str, _Member]:
         key, at = scanstring(text, _expect(text, at, '"'), True)
         at = _after(text, _expect(text, _after(text, at), ":"))
         start = at
-        value, at = (_token_ids(text, start) if key == "prompt" else None) or _value(text, start)
+        value, at = (_long_prompt(text, start) if key == "prompt" else None) or _value(text, start)
         if key in members:
             raise ApiError(400, f"the request body has {key[:64]!r} twice", code="invalid_json", param=key[:64])
         members[key] = _Member(value, key_start, start, at)
@@ -223,6 +236,25 @@ def _members(text: str, at: int) -> dict[str, _Member]:
             _end(text, at + 1)
             return members
         at = _after(text, _expect(text, at, ","))
+
+
+def _unwrapped(text: str, prompt: _Member) -> _Member:
+    """The one prompt of a list of one (client libraries send these); anything else as it is."""
+    value = prompt.value
+    if isinstance(value, list) and len(value) == 1 and _is_prompt(value[0]):
+        value = value[0]
+    elif isinstance(value, _TokenIds) and value.in_list:
+        value = _TokenIds(value.count)
+    else:
+        return prompt
+    start = _after(text, prompt.start + 1)
+    return _Member(value, prompt.key_start, start, start + len(text[start : prompt.end - 1].rstrip(" \t\n\r")))
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, (str, _TokenIds)) or (
+        isinstance(value, list) and bool(value) and isinstance(value[0], int)
+    )
 
 
 def _end(text: str, at: int) -> None:
@@ -267,11 +299,17 @@ def _joined(text: str, members: dict[str, _Member], without: frozenset[str] | se
     return ",".join(kept).encode()
 
 
-def _prefill_head(api: Api, text: str, members: dict[str, _Member]) -> bytes:
-    return b"".join((b"{", _joined(text, members, _NOT_FOR_PREFILL), b",", _FOR_PREFILL[api]))
+def _prefill_head(api: Api, text: str, members: dict[str, _Member], prompt: _Member | None) -> bytes:
+    """``prompt`` stands there by itself, also where the client sent it as a list of one."""
+    given = members.get("prompt")
+    if prompt is None or given is None or api == "chat" or prompt.start == given.start:
+        return b"".join((b"{", _joined(text, members, _NOT_FOR_PREFILL), b",", _FOR_PREFILL[api]))
+    others = _joined(text, members, _NOT_FOR_PREFILL | {"prompt"})
+    alone = text[prompt.start : prompt.end].encode()
+    return b"".join((b"{", others, b"," if others else b"", b'"prompt":', alone, b",", _FOR_PREFILL[api]))
 
 
-def _why_alone(api: Api, members: dict[str, _Member]) -> Reason | None:
+def _why_alone(api: Api, members: dict[str, _Member], prompt: _Member | None) -> Reason | None:
     """What the hand-off can't serve: it carries one prompt's pages to one sequence, and no prompt logprobs."""
 
     def given(key: str) -> Any:
@@ -288,15 +326,13 @@ def _why_alone(api: Api, members: dict[str, _Member]) -> Reason | None:
         return Reason("prompt_logprobs", "prompt_logprobs need the whole prompt computed where the answer is made")
     if given("prompt_embeds") is not None:
         return Reason("prompt_embeds", "prompt_embeds carry no tokens to match pages by")
-    return _why_prompt_alone(api, given(_PROMPT_KEY[api]))
+    return _why_prompt_alone(api, prompt.value if prompt else None)
 
 
 def _why_prompt_alone(api: Api, prompt: Any) -> Reason | None:
-    if isinstance(prompt, str) or (isinstance(prompt, _TokenIds) and api == "completions"):
+    if isinstance(prompt, list) and bool(prompt) if api == "chat" else _is_prompt(prompt):
         return None
-    if isinstance(prompt, list) and prompt:
-        if api == "chat" or isinstance(prompt[0], int):
-            return None
+    if api == "completions" and isinstance(prompt, list) and len(prompt) > 1:
         return Reason("batch", f"a batch of {len(prompt)} prompts shares one body and a hand-off serves one prompt")
     return Reason("no_prompt", f"the body has no usable {_PROMPT_KEY[api]}")
 

@@ -146,9 +146,66 @@ def test_long_prompts_of_ids_are_counted_and_reach_the_servers_as_they_came() ->
         with pytest.raises(ApiError) as refused:
             parsed(f'{{"prompt":[{bad}]}}'.encode())
         assert refused.value.code == "invalid_json"
-    assert parsed(f'{{"prompt":[[{good}],[{good}]]}}'.encode()).alone is not None, "a batch is none"
     assert parsed(f'{{"prompt":[{good},"5"]}}'.encode()).prompt_tokens == 1001
     assert parsed(f'{{"messages":[{good}]}}'.encode(), "chat").prompt_tokens > 0
+
+
+@pytest.mark.parametrize("where", ["first", "last", "alone"])
+@pytest.mark.parametrize("space", ["", " \n"])
+@pytest.mark.parametrize("prompt", ['"a \\u00fc ]"', "[1, 2, 3]", "[7]", f"[{','.join(['5'] * 2000)}]"])
+def test_a_list_of_one_prompt_is_that_prompt(prompt: str, space: str, where: str) -> None:
+    """Client libraries send ``["x"]`` and ``[[ids]]``: decode gets the client's own bytes, and all else is as for the
+    prompt by itself: what prefill gets, what the pool is told, prefixes, sizes."""
+    wrapped = f"[{space}{prompt}{space}]"
+    before, after = {"first": ("", ',"model":"m"'), "last": ('"model":"m",', ""), "alone": ("", "")}[where]
+    one, plain = (parsed(f'{{{before}"prompt":{given}{after}}}'.encode()) for given in (wrapped, prompt))
+    assert one.alone is None
+    assert one.raw == f'{{{before}"prompt":{wrapped}{after}}}'.encode()
+    assert json.loads(one.for_decode(PARAMS))["prompt"] == [json.loads(prompt)]
+    assert json.loads(one.for_prefill(PARAMS)) == json.loads(plain.for_prefill(PARAMS))
+    for name in ("prompt_tokens", "prompt_bytes", "prefix_keys", "has_ids", "not_first"):
+        assert getattr(one, name) == getattr(plain, name), name
+    assert one.prompt_json() == prompt.encode()
+
+
+def test_a_list_of_one_prompt_keeps_its_tenants_salt() -> None:
+    body = b'{"prompt": ["abc"], "kv_transfer_params": null}'
+    call = parse(body, "completions", chunk_chars=64, chunks=8, salter=lambda own: "s1")
+    assert json.loads(call.for_decode(PARAMS)) == {
+        "prompt": ["abc"], "cache_salt": "s1", "kv_transfer_params": PARAMS,
+    }  # fmt: skip
+    assert json.loads(call.for_prefill({}))["prompt"] == "abc"
+    assert json.loads(call.for_prefill({}))["cache_salt"] == "s1"
+    assert call.prompt_json() == b'"abc"'
+
+
+GOOD = ",".join(["5"] * 2000)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [
+        ('["a","b"]', "batch"),
+        ("[[1],[2]]", "batch"),
+        (f"[[{GOOD}],[{GOOD}]]", "batch"),
+        ('["a",[1]]', "batch"),
+        ("[null,5]", "batch"),
+        ("[]", "no_prompt"),
+        ("[[]]", "no_prompt"),
+        ('[["a"]]', "no_prompt"),
+        ("[[[1]]]", "no_prompt"),
+        ("[null]", "no_prompt"),
+        ("{}", "no_prompt"),
+        ("5", "no_prompt"),
+        ("null", "no_prompt"),
+    ],
+)
+def test_other_lists_go_to_decode_alone_for_the_right_reason(prompt: str, code: str) -> None:
+    """Whether they are prompts at all is for decode to say."""
+    call = parsed(f'{{"prompt":{prompt}}}'.encode())
+    assert call.alone is not None
+    assert call.alone.code == code
+    assert call.for_decode(None) == f'{{"prompt":{prompt}}}'.encode()
 
 
 def test_prefix_keys_are_shared_as_far_as_prompts_are_and_apart_by_model_salt_and_api() -> None:

@@ -193,6 +193,21 @@ def test_what_a_hand_off_cannot_serve_goes_to_decode_alone_untouched_and_says_wh
     run(test)
 
 
+@pytest.mark.parametrize("prompt", ["a b c", [1, 2, 3]])
+def test_a_list_of_one_prompt_is_handed_over(prompt: Any) -> None:
+    """What client libraries send is disaggregated like the prompt by itself; decode gets the client's own bytes."""
+
+    async def test() -> None:
+        async with rigged() as rig:
+            await rig.learn()
+            reply = await rig.ask(ask(prompt=[prompt]))
+            assert (reply.status, reply.headers["x-pd-path"]) == (200, "disaggregated")
+            assert rig.p.seen[0].body["prompt"] == prompt
+            assert rig.d.seen[0].body == {**ask(prompt=[prompt]), "kv_transfer_params": rig.d.seen[0].params}
+
+    run(test)
+
+
 @pytest.mark.parametrize(("setting", "bound"), [("min_disagg_tokens", 65), ("min_disagg_bytes", 400)])
 def test_short_prompts_may_go_to_decode_alone(setting: str, bound: int) -> None:
     settings: dict[str, Any] = {setting: bound}
