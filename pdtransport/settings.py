@@ -17,6 +17,10 @@ from pdtransport.errors import SettingsError
 
 LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 
+# Control port of rank 0 where none is set, by kv_role, so that a prefill and a decode server of one host need no
+# settings. Each role has room for 100 workers (ranks times data-parallel replicas) before it reaches the next one's.
+DEFAULT_PORTS = {"kv_both": 7570, "kv_producer": 7670, "kv_consumer": 7770}
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -36,11 +40,12 @@ class ControlSettings(_Section):
     """The ZeroMQ control channel."""
 
     host: str = Field("127.0.0.1", description="Address that this instance binds and that peers reach it at.")
-    port: int = Field(
-        7670,
+    port: int | None = Field(
+        None,
         ge=0,
         le=65535,
-        description="Port of rank 0; rank r binds port + r. 0 lets the system choose (Python API only).",
+        description="Port of rank 0; rank r binds port + r, data-parallel replicas follow. Unset: 7670 for kv_producer, "
+        "7770 for kv_consumer, 7570 for kv_both and the Python API. 0 lets the system choose (Python API only).",
     )
     heartbeat_s: float = Field(0.5, gt=0, le=60, description="Interval between heartbeats on an open connection.")
     liveness_s: float = Field(
@@ -87,6 +92,10 @@ class ControlSettings(_Section):
                 "on a trusted network"
             )
         return self
+
+    def base_port(self, role: str = "kv_both") -> int:
+        """Port of rank 0's worker of an instance whose ``kv_role`` is ``role``. 0: the system chooses."""
+        return DEFAULT_PORTS.get(role, DEFAULT_PORTS["kv_both"]) if self.port is None else self.port
 
     def needs_keys(self, host: str) -> bool:
         """Whether talking with ``host``, or listening there, would leave this machine in plaintext unbidden."""

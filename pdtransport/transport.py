@@ -156,7 +156,8 @@ class Transport:
         engine: name of the instance; workers of one instance share it and differ in ``rank`` of ``world``.
         fingerprint: facts that must be equal on both ends beside the geometry (model, dtype, backend, ...).
         regions: memory that links may touch; default: what the geometry spans.
-        port: control port of this worker; default ``settings.control.port + rank``. 0: any free one.
+        port: control port of this worker; default ``settings.control.port + rank``, which is 7570 + rank
+            where unset. 0: any free one.
 
     Raises:
         SettingsError: a setting can't be used here (a port in use, a bad key file).

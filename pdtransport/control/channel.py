@@ -105,7 +105,7 @@ class ControlChannel:
         if self._listener is not None:
             raise SettingsError(f"this control channel listens at {self._listener.endpoint} already")
         if port is None:
-            base = self._shared.settings.port
+            base = self._shared.settings.base_port()
             port = base + self._shared.me.rank if base else 0
         if self._shared.keys is not None and self._gate is None:
             self._gate = Gatekeeper(self._context, self._shared.keys)  # before the socket that it guards

@@ -297,7 +297,10 @@ def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> Non
     except (OSError, zmq.ZMQError) as error:
         where = f"control.port: port {port} of {host} (rank {rank} uses control.port + {rank})"
         if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"{where} is in use: choose another control.port or stop what holds it") from None
+            raise SettingsError(
+                f"{where} is in use, maybe by another instance of this role: give this one a control.port of its own "
+                '("kv_connector_extra_config": {"control": {"port": N}}, or PDTRANSPORT_CONTROL_PORT=N)'
+            ) from None
         if error.errno == errno.EACCES:
             raise SettingsError(f"{where} needs privileges: choose a control.port above 1023") from None
         raise SettingsError(

@@ -58,7 +58,7 @@ class _Desk:
             curve.apply_server(self._socket, keys)
             self._monitor = watch(self._context, self._socket, zmq.EVENT_DISCONNECTED)
             try:
-                bind(self._socket, control, control.port, 0)
+                bind(self._socket, control, control.base_port(), 0)
             except SettingsError as error:
                 raise SettingsError(f"remote.listen: {error}") from None
         except BaseException:

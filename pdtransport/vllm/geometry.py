@@ -39,7 +39,8 @@ def control_port(settings: Settings, config: VllmConfig) -> int:
     Replicas of a dense model all have ``data_parallel_rank`` 0; only the index tells them apart.
     """
     parallel = config.parallel_config
-    return settings.control.port + parallel.data_parallel_index * parallel.tensor_parallel_size
+    role = str(config.kv_transfer_config.kv_role) if config.kv_transfer_config is not None else "kv_both"
+    return settings.control.base_port(role) + parallel.data_parallel_index * parallel.tensor_parallel_size
 
 
 def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Described:

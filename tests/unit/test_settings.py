@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pdtransport.errors import SettingsError
 from pdtransport.settings import PoolUse, Settings
+from pdtransport.vllm.geometry import control_port
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,29 @@ def test_the_environment_fills_in_the_control_address(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PDTRANSPORT_CONTROL_PORT", "many")
     with pytest.raises(SettingsError, match=re.escape("control.port")):
         Settings.parse({})
+
+
+def test_servers_of_different_roles_need_no_port_settings() -> None:
+    """A prefill, a decode and a `kv_both` server of one host listen apart, each with 100 workers if need be."""
+    control = Settings.parse({}).control
+    bases = sorted(control.base_port(role) for role in ("kv_producer", "kv_consumer", "kv_both"))
+    assert all(after - before >= 100 for before, after in pairwise(bases))
+    assert control.base_port("both") == control.base_port() == control.base_port("kv_both")  # the Python API's
+    assert Settings.parse({"control": {"port": 5}}).control.base_port("kv_consumer") == 5
+    assert Settings.parse({"control": {"port": 0}}).control.base_port("kv_consumer") == 0
+
+
+def test_a_vllm_server_listens_where_its_role_says() -> None:
+    """Two servers of a host, started with nothing but their roles, do not want the same port."""
+    parallel = SimpleNamespace(
+        data_parallel_rank=0, data_parallel_index=0, data_parallel_size=1, tensor_parallel_size=2
+    )
+
+    def port_of(role: str) -> int:
+        config: Any = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_role=role), parallel_config=parallel)
+        return control_port(Settings.parse({}), config)
+
+    assert [port_of(role) for role in ("kv_producer", "kv_consumer", "kv_both")] == [7670, 7770, 7570]
 
 
 def test_a_salt_in_a_file_is_the_same_salt_and_never_shown(tmp_path: Path) -> None:
