@@ -44,7 +44,7 @@ class ControlSettings(_Section):
         None,
         ge=0,
         le=65535,
-        description="Port of rank 0; rank r binds port + r, data-parallel replicas follow. Unset: 7670 for kv_producer, "
+        description="Port of rank 0; rank r binds port + r, replicas follow. Unset: 7670 for kv_producer, "
         "7770 for kv_consumer, 7570 for kv_both and the Python API. 0 lets the system choose (Python API only).",
     )
     heartbeat_s: float = Field(0.5, gt=0, le=60, description="Interval between heartbeats on an open connection.")

@@ -6,10 +6,19 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pdtransport.protocol.messages import Token, TransferId
 from pdtransport.settings import one_line
+
+# Routers that copy only the keys which vLLM's NIXL connector has drop transfer_id: prefill's answer names the transfer
+# in remote_request_id, too, marked so that no other connector's request id is taken for one.
+_MARK = "pdtransport:"
+
+
+def marked(transfer_id: str) -> str:
+    """``remote_request_id`` of prefill's answer."""
+    return _MARK + transfer_id
 
 
 class _Params(BaseModel):
@@ -30,6 +39,14 @@ class ConsumeParams(_Params):
     remote_host: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_.:\-\[\]]+$")]
     remote_port: Annotated[int, Field(ge=1, le=65535)]
     tp_size: Annotated[int, Field(ge=1, le=4096)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, params: Any) -> Any:
+        named = params.get("remote_request_id") if isinstance(params, dict) else None
+        if isinstance(named, str) and named.startswith(_MARK) and params.get("transfer_id") is None:
+            return {**params, "transfer_id": named.removeprefix(_MARK)}
+        return params
 
 
 class ContinueParams(BaseModel):

@@ -30,7 +30,7 @@ from pdtransport.vllm.metadata import (
     Take,
     Yield,
 )
-from pdtransport.vllm.params import ConsumeParams, parse
+from pdtransport.vllm.params import ConsumeParams, marked, parse
 from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
@@ -461,7 +461,7 @@ class SchedulerSide:
             "do_remote_decode": False,
             "transfer_id": entry.transfer,
             "remote_engine_id": self._engine,
-            "remote_request_id": req_id,
+            "remote_request_id": marked(entry.transfer),
             "remote_block_ids": [list(block_ids)],
             "remote_host": self._settings.control.host,
             "remote_port": self._port,

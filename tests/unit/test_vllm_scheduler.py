@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 from pdtransport.settings import Settings
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.metadata import Cancel, Claim, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.params import parse
 from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, SchedulerSide
 
 BLOCK = 32
@@ -355,3 +356,27 @@ def test_a_router_without_transfer_ids_gets_one_from_prefill(side: SchedulerSide
     (command,) = step(side).before
     assert isinstance(command, Open)
     assert len(command.transfer) == 32
+
+
+NIXL_KEYS = ("do_remote_prefill", "do_remote_decode", "remote_engine_id", "remote_request_id", "remote_block_ids",
+             "remote_host", "remote_port", "tp_size")  # fmt: skip
+
+
+def test_a_router_that_copies_only_nixl_keys_hands_over_the_very_transfer(side: SchedulerSide) -> None:
+    """Routers that know vLLM's NIXL keys alone drop transfer_id: what is left names the transfer all the
+    same. A request id of another connector is never taken for one."""
+    from vllm.v1.request import RequestStatus
+
+    r = request({"do_remote_decode": True})
+    side.on_new_request(r)
+    r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 101
+    _, params = side.finished(r, [1, 2, 3, 4])
+    assert params is not None
+    kept = {key: params[key] for key in NIXL_KEYS}
+    wanted = parse(kept, producer=False, consumer=True)
+    assert wanted.consume is not None
+    assert wanted.consume.transfer_id == params["transfer_id"]
+    for foreign in ("cmpl-4711-0-abcdef", "pdtransport:", "pdtransport:a b", 5, None):
+        refused = parse({**kept, "remote_request_id": foreign}, producer=False, consumer=True)
+        assert refused.consume is None
+        assert refused.problem.startswith("kv_transfer_params.transfer_id")
