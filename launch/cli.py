@@ -1,4 +1,6 @@
-"""``pdlaunch``: brings a disaggregated service up on this machine, proves that it works, and holds it.
+"""``pdlaunch TOPOLOGY``: brings a disaggregated service up on this machine, proves that it works, and holds it.
+
+`pdlaunch topology.yaml` is short for `pdlaunch up topology.yaml`. A file that is called as a verb is: `pdlaunch ./up`.
 
 Exit status:
   0    done; for `up`: stopped on request after it was up
@@ -32,14 +34,18 @@ from pdtransport.launch.rundir import RunError, RunFolder, default_folder
 from pdtransport.launch.topology import Topology
 from pdtransport.launch.up import Interrupted, Launch, ProcessFailed, Say, Signals
 from pdtransport.launch.yamlfile import TopologyError, YamlFile
+from pdtransport.serving.commandline import CommandParser
 
+VERBS = ("up", "check", "status", "keys", "size", "pool")
 OK, NOT_UP, USAGE, PREFLIGHT, NOT_STARTED, DIED, UNPROVEN = 0, 1, 2, 3, 4, 5, 6
 
 
+class UsageError(Exception):
+    """The command line is wrong; the text is one line."""
+
+
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="pdlaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = CommandParser(prog="pdlaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
         ("up", "start a topology, prove it, hold it until Ctrl-C"),
@@ -64,12 +70,43 @@ def parser() -> argparse.ArgumentParser:
     )
     sizes.add_argument("--json", action="store_true", help="answer with one JSON object")
     pool.add_parser(verbs)
+    assert tuple(verbs.choices) == VERBS
     return made
+
+
+def spelt_out(argv: Sequence[str]) -> list[str]:
+    """``argv`` with the ``up`` that a topology by itself stands for.
+
+    Raises:
+        UsageError: the first word is neither a verb nor a topology file.
+    """
+    words = list(argv)
+    verbs = ", ".join(VERBS)
+    if not words:
+        raise UsageError(f"nothing to do: name a topology file, or one of {verbs} (options: pdlaunch --help)")
+    first = words[0]
+    if first in VERBS:
+        return words
+    if first.startswith("-"):
+        short = any(map(_names_topology, words)) and not set(words) & set(VERBS)
+        return ["up", *words] if short else words
+    if _names_topology(first):
+        return ["up", *words]
+    raise UsageError(f"{first!r} is neither one of {verbs} nor a topology file (options: pdlaunch --help)")
+
+
+def _names_topology(word: str) -> bool:
+    if word.startswith("-"):
+        return False
+    return Path(word).suffix in (".yaml", ".yml") or os.sep in word or Path(word).is_file()
 
 
 def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) -> int:
     """Entry point; returns the exit status. ``command`` replaces the servers that `up` starts (for tests)."""
-    arguments = parser().parse_args(argv)
+    try:
+        arguments = parser().parse_args(spelt_out(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        return _fail(error, USAGE)
     verbs: dict[str, Callable[[], int]] = {
         "up": lambda: _up(arguments, command),
         "check": lambda: _check(arguments),

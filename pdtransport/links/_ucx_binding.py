@@ -25,9 +25,8 @@ Bytes = npt.NDArray[np.uint8] | Any
 
 CLOSE_S = 0.2  # longest that closing one endpoint may take
 
-MISSING = (
-    "UCX is not installed: pip install 'pdtransport[ucx-cu12]' or 'pdtransport[ucx-cu13]' (either works without a GPU)"
-)
+REMEDY = "pip install 'pdtransport[ucx-cu12]' or 'pdtransport[ucx-cu13]' (either works without a GPU)"
+MISSING = f"UCX is not installed: {REMEDY}"
 
 
 class Request(Protocol):
@@ -114,7 +113,7 @@ def open_context(options: dict[str, str]) -> Context:
         except ModuleNotFoundError:
             continue
         except (ImportError, OSError) as error:
-            raise LinkUnavailable(f"{package} can't be loaded: {error}") from None
+            raise LinkUnavailable(f"{package} can't be loaded ({error}): {REMEDY}") from None
         try:
             return make(api, options)
         except Exception as error:  # noqa: BLE001 - each binding has its own exceptions

@@ -27,6 +27,7 @@ from pdtransport.pool.settings import (
     S3Settings,
     parse_size,
 )
+from pdtransport.serving.commandline import CommandParser
 
 # Settings whose options are not called as they are.
 OWN = {
@@ -67,7 +68,7 @@ def tier_option(text: str) -> tuple[str, str, str]:
 def parser() -> argparse.ArgumentParser:
     """One option for each setting; those of tiers begin with --disk, --redis and --s3, of the
     API with --http, of the door for other hosts with --remote."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
     _add(made, PoolSettings, "", leave_out={"quotas", "disk", "redis", "s3", "tiers", "http", "remote"})

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pdtransport.errors import PDTransportError
 from pdtransport.router.server import Router
 from pdtransport.router.settings import RouterSettings
+from pdtransport.serving.commandline import CommandParser
 
 _NOT_OPTIONS = {
     "api_key",
@@ -53,7 +54,7 @@ def _metavar(field: FieldInfo) -> str | None:
 
 def parser() -> argparse.ArgumentParser:
     """One option for each setting; nested ones are joined by a dash: --timeouts-connect-s."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="pdrouter",
         allow_abbrev=False,
         description="OpenAI-compatible router in front of vLLM prefill and decode servers.",
