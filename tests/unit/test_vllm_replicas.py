@@ -33,7 +33,10 @@ def test_replicas_of_a_server_share_no_control_port(moe: bool, tp: int) -> None:
     """Dense replicas all have data_parallel_rank 0: two of them must not bind the same ports."""
     settings = Settings.model_validate({"control": {"port": BASE}})
     ports = [
-        control_port(settings, SimpleNamespace(parallel_config=replica(index, moe=moe, tp=tp)))  # type: ignore[arg-type]
+        control_port(
+            settings,
+            SimpleNamespace(parallel_config=replica(index, moe=moe, tp=tp), kv_transfer_config=None),  # type: ignore[arg-type]
+        )
         for index in (0, 1)
     ]
     assert ports == [BASE, BASE + tp]
