@@ -13,6 +13,9 @@ def register() -> None:
     """Make the connector known to vLLM. Called by vLLM's plugin loader, in every process, maybe more than once."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+    from pdtransport.vllm.logs import join_vllm_log
+
+    join_vllm_log()
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "pdtransport.vllm.connector", CONNECTOR)
 

@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from pdtransport.settings import Settings
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import control_port
+from pdtransport.vllm.logs import join_vllm_log
 from pdtransport.vllm.metadata import Commands, News
 from pdtransport.vllm.priming import shorten_priming
 from pdtransport.vllm.quiet import shorten_spins
@@ -59,6 +60,7 @@ class PDTransportConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        join_vllm_log()  # loaded by its module's path, nobody registered it
         config = self._kv_transfer_config
         settings = Settings.parse(config.kv_connector_extra_config)
         parallel = vllm_config.parallel_config
@@ -201,6 +203,7 @@ class PDTransportConnector(KVConnectorBase_V1):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> PDTransportPromMetrics:
+        join_vllm_log()
         # The one hook that runs in the API server's process and knows the settings.
         if Settings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config).short_priming:
             shorten_priming()
