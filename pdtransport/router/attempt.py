@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pdtransport.router import first_token
 from pdtransport.router.call import PATHS, Call
-from pdtransport.router.endpoints import Endpoint, Failure
+from pdtransport.router.endpoints import Endpoint, Failure, is_replica
 from pdtransport.router.first_token import FirstToken
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import RouterSettings
@@ -259,6 +259,7 @@ class Attempt:
                 if isinstance(refusal := prefill.exception(), UpstreamError) and refusal.refused:
                     return await self._verdict(decode, refusal)
                 params = self._handed_over(prefill)
+                self._check_replica(params)
                 if self._asks:
                     self._read_first(call, prefill.result().answer, params)
                     if self.first is not None and call.stream:
@@ -281,6 +282,19 @@ class Attempt:
             raise refusal
         self.refusal = refusal
         return decode.result()
+
+    def _check_replica(self, params: dict[str, Any]) -> None:
+        """Decode waits at the door of the replica that it was told, and would wait in vain at another's.
+
+        Raises:
+            UpstreamError: another one served the request.
+        """
+        prefill, engine = self.dispatch.prefill, params.get("remote_engine_id")
+        told = prefill.control if prefill is not None else None
+        if prefill is None or told is None or not isinstance(engine, str) or not is_replica(engine):
+            return
+        if params.get("remote_port") != told.port:
+            raise UpstreamError(prefill, "protocol", "answers from another data-parallel replica than decode asks")
 
     def _read_first(self, call: Call, answer: dict[str, Any], params: dict[str, Any]) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ Role = Literal["prefill", "decode"]
 # How a request to a server failed: nobody answered, the connection broke, too slow, an error status, nonsense.
 Failure = Literal["connect", "disconnected", "timeout", "status", "protocol"]
 MAX_ERROR_CHARS = 300
+_REPLICA = re.compile(r"_dp\d+$")  # what vLLM appends to the engine id of each data-parallel replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ class ControlAddress:
         }
 
 
+def is_replica(engine_id: str) -> bool:
+    """Whether it names one of several data-parallel replicas."""
+    return _REPLICA.search(engine_id) is not None
+
+
 @dataclass(eq=False)
 class Endpoint:
     """One server in one role."""
@@ -54,7 +61,8 @@ class Endpoint:
     inflight_tokens: int = 0
     ejected_until: float = 0.0
     picked: int = 0  # when it was last chosen, on the fleet's counter; breaks ties
-    engine_id: str = ""
+    engine_id: str = ""  # of all its data-parallel replicas
+    replicated: bool = False  # it has some: only an answer tells which one serves a request
     restarts: int = 0
     learned: ControlAddress | None = None
     goes_on: bool = False  # decode: its connector has promised to go on from a first token, since it was last lost
@@ -99,6 +107,9 @@ class Endpoint:
         """Remember the control address and identity in a prefill answer's kv_transfer_params."""
         host, port = params.get("remote_host"), params.get("remote_port")
         ranks, engine = params.get("tp_size", 1), params.get("remote_engine_id")
+        if isinstance(engine, str):
+            self.replicated = is_replica(engine)
+            engine = _REPLICA.sub("", engine)
         if isinstance(engine, str) and engine != self.engine_id:
             if self.engine_id:
                 self.restarts += 1
@@ -106,7 +117,7 @@ class Endpoint:
             self.engine_id = engine
         if isinstance(host, str) and isinstance(port, int) and isinstance(ranks, int):
             address = ControlAddress(host, port, ranks)
-            if address != self.learned:
+            if address != self.learned and not (self.replicated and self.learned):
                 self.learned = address
                 self._tell_mismatch()
 

@@ -140,6 +140,8 @@ class Ladder:
     def _ordered(self, decode: Endpoint, prefill: Endpoint) -> Dispatch:
         if self._settings.dispatch == "serial":
             return Dispatch(decode, prefill, "serial", "dispatch is set to serial")
+        if prefill.replicated:
+            return Dispatch(decode, prefill, "serial", "prefill has data-parallel replicas, and its answer tells which")
         if prefill.control is None:
             return Dispatch(decode, prefill, "serial", "prefill's control address is not known yet")
         return Dispatch(decode, prefill, "concurrent", "dispatch is set to concurrent")

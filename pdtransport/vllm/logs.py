@@ -2,8 +2,8 @@
 come without time, level and process.
 
 What is logged under ``pdtransport`` is handed to vLLM's logger: its level, its handlers and their format, whatever set
-them (``VLLM_LOGGING_LEVEL``, ``VLLM_LOGGING_CONFIG_PATH``, ``VLLM_CONFIGURE_LOGGING``, ``--log-config-file``). A user who
-configured the logger ``pdtransport`` keeps what is configured.
+them (``VLLM_LOGGING_LEVEL``, ``VLLM_LOGGING_CONFIG_PATH``, ``VLLM_CONFIGURE_LOGGING``, ``--log-config-file``). A user
+who configured the logger ``pdtransport`` keeps what is configured.
 """
 
 from __future__ import annotations

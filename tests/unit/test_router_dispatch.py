@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.unit.router_rig import ask, rigged, run, soon
+from tests.unit.router_rig import Rig, ask, rigged, run, soon
 
 
 def test_concurrent_dispatch_sends_both_before_either_answers() -> None:
@@ -258,5 +258,50 @@ def test_end_to_end_headers_reach_both_servers_and_hop_by_hop_ones_neither() -> 
                 assert (seen.headers["x-request-id"], seen.headers["authorization"]) == ("r1", "Bearer mine")
                 assert seen.headers["accept-encoding"] == "identity"
                 assert not {"te", "x-private"} & set(seen.headers)
+
+    run(test)
+
+
+def replica_answers(rig: Rig, index: int) -> None:
+    """Prefill's vLLM has data-parallel replicas, and this one gets the requests."""
+    rig.p.engine_id, rig.p.control_port = f"prefill-engine_dp{index}", 7670 + index
+
+
+def test_a_prefill_with_replicas_is_asked_first() -> None:
+    """vLLM picks the replica, and only its answer tells decode which: no request waits at another one's door. Replicas
+    that take turns are no restarts."""
+
+    async def test() -> None:
+        async with rigged(dispatch="concurrent") as rig:
+            for index in (1, 0, 1):
+                replica_answers(rig, index)
+                reply = await rig.ask()
+                assert (reply.status, reply.headers["x-pd-path"]) == (200, "disaggregated")
+                assert rig.d.seen[-1].params is not None
+                assert rig.d.seen[-1].params["remote_port"] == 7670 + index
+            assert (await rig.trace(reply))["dispatches"][-1]["why_order"].startswith("prefill has data-parallel replicas")
+            assert rig.router.fleet.prefill[0].restarts == 0
+
+    run(test)
+
+
+def test_a_decode_that_was_sent_to_the_wrong_replica_does_not_wait_there() -> None:
+    """The address is configured, and nobody has learned yet that there are replicas: the answer comes from decode alone,
+    and says why."""
+
+    async def test() -> None:
+        async with rigged(prefill_as=lambda engine: f"{engine.url}@127.0.0.1:7670", dispatch="concurrent") as rig:
+            replica_answers(rig, 1)
+
+            async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                if (body.get("kv_transfer_params") or {}).get("remote_port") == 7670:
+                    await asyncio.Event().wait()
+                return await rig.d.answer(request, body)
+
+            rig.d.script = script
+            reply = await rig.ask()
+            assert reply.status == 200
+            assert "data-parallel replica" in reply.headers["x-pd-path"]
+            assert (await rig.ask()).headers["x-pd-path"] == "disaggregated"
 
     run(test)

@@ -131,6 +131,24 @@ def test_decodes_4xx_ends_the_request_and_prefills_work() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_decodes_4xx_does_not_wait_for_prefills_first_token(stream: bool) -> None:
+    """A request that decode rejects is over, also where prefill is asked for its first token."""
+
+    async def test() -> None:
+        async with rigged(first_token="auto") as rig:
+            await rig.learn()
+            rig.p.script = waits(asyncio.Event())
+            rig.d.script = fails(404, kind="NotFoundError")
+            reply = await rig.ask(ask(stream=stream, temperature=0))
+            assert (reply.status, reply.error["type"]) == (404, "NotFoundError")
+            seen = await rig.p.wait_for(1)
+            await asyncio.wait_for(seen.ended.wait(), 5)
+            assert seen.cancelled
+
+    run(test)
+
+
 @pytest.mark.parametrize("dispatch", ["concurrent", "serial"])
 def test_prefill_with_nothing_to_hand_over_means_decode_alone_and_says_so(dispatch: str) -> None:
     async def test() -> None:
