@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pdtransport.errors import (
+        InvalidCall,
         LinkError,
         LinkUnavailable,
         PDTransportError,
         PeerRefused,
         SettingsError,
+        TimedOut,
         TransferFailed,
+        TransportClosed,
     )
     from pdtransport.kv.geometry import KVGeometry, LayerPages, Region
     from pdtransport.kv.keys import request_key
+    from pdtransport.observe.status import PeerStatus, TransferStatus, TransportStatus
     from pdtransport.outcome import Outcome
     from pdtransport.settings import Settings
     from pdtransport.transport import Offer, Receipt, Transport
 
 _HOME = {
+    "InvalidCall": "pdtransport.errors",
     "KVGeometry": "pdtransport.kv.geometry",
     "LayerPages": "pdtransport.kv.geometry",
     "LinkError": "pdtransport.errors",
@@ -32,16 +37,22 @@ _HOME = {
     "Outcome": "pdtransport.outcome",
     "PDTransportError": "pdtransport.errors",
     "PeerRefused": "pdtransport.errors",
+    "PeerStatus": "pdtransport.observe.status",
     "Receipt": "pdtransport.transport",
     "Region": "pdtransport.kv.geometry",
     "Settings": "pdtransport.settings",
     "SettingsError": "pdtransport.errors",
+    "TimedOut": "pdtransport.errors",
     "TransferFailed": "pdtransport.errors",
+    "TransferStatus": "pdtransport.observe.status",
     "Transport": "pdtransport.transport",
+    "TransportClosed": "pdtransport.errors",
+    "TransportStatus": "pdtransport.observe.status",
     "request_key": "pdtransport.kv.keys",
 }
 
 __all__ = [
+    "InvalidCall",
     "KVGeometry",
     "LayerPages",
     "LinkError",
@@ -50,12 +61,17 @@ __all__ = [
     "Outcome",
     "PDTransportError",
     "PeerRefused",
+    "PeerStatus",
     "Receipt",
     "Region",
     "Settings",
     "SettingsError",
+    "TimedOut",
     "TransferFailed",
+    "TransferStatus",
     "Transport",
+    "TransportClosed",
+    "TransportStatus",
     "request_key",
 ]
 __version__ = "0.1.0"
@@ -65,3 +81,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'pdtransport' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

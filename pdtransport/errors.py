@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 
 class PDTransportError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -9,6 +11,18 @@ class PDTransportError(Exception):
 
 class SettingsError(PDTransportError):
     """A setting is unknown, out of range, or contradicts another."""
+
+
+class InvalidCall(PDTransportError, ValueError):
+    """An argument can't be, or contradicts an earlier call."""
+
+
+class TransportClosed(PDTransportError):
+    """The transport was closed, or its I/O thread does not keep up: nothing more can be asked of it."""
+
+
+class TimedOut(PDTransportError, concurrent.futures.TimeoutError):
+    """Nothing came within the time that the caller gave. What was waited for goes on."""
 
 
 class LinkUnavailable(PDTransportError):

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections import Counter
-from typing import Any
 
 import zmq
 
@@ -27,6 +26,7 @@ from pdtransport.handing import Handing
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.links.base import Link
 from pdtransport.observe.audit import Audit
+from pdtransport.observe.status import TransportStatus
 from pdtransport.observe.timeline import Timeline
 from pdtransport.peers import Peers
 from pdtransport.probe import Scratch
@@ -169,7 +169,7 @@ class Exchange:
 
     # -- watching ------------------------------------------------------------------------------------------------
 
-    def status(self, transfer: str = "") -> dict[str, Any]:
+    def status(self, transfer: str = "") -> TransportStatus:
         """What this worker is doing: counters, peers with their links, and recent transfers; JSON values only."""
         counters = self._counters + self.handing.sending.counters + self.taking.receiving.counters
         counters.update({f"control_{name}": count for name, count in self._control.counters.items()})

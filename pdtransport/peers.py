@@ -17,6 +17,7 @@ from pdtransport.control.channel import ControlChannel, PeerId, PeerUp
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.links.base import Channel, Link
 from pdtransport.links.negotiate import choose
+from pdtransport.observe.status import PeerStatus
 from pdtransport.probe import Answering, Asking, Scratch
 from pdtransport.protocol.messages import Code, LinkCall
 from pdtransport.settings import LinkSettings
@@ -71,7 +72,7 @@ class Peer:
         unique = {id(c): c for c in (self.inbound, self.outbound, self.offered) if c is not None}
         return list(unique.values())
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> PeerStatus:
         channel = self.inbound or self.outbound
         stats = channel.stats if channel else None
         return {

@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol, TypeVar
 
 import zmq
+
+from pdtransport.errors import TimedOut, TransportClosed
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +45,6 @@ class Work(Protocol):
     def close(self) -> None: ...
 
 
-class ReactorStopped(RuntimeError):
-    """The I/O thread has ended."""
-
-
 class Reactor:
     """Runs a :class:`Work` in a daemon thread.
 
@@ -68,26 +67,39 @@ class Reactor:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, timeout_s: float = 30.0) -> None:
-        """Start the thread; what ``make`` raises is raised here."""
+        """Start the thread; what ``make`` raises is raised here.
+
+        Raises:
+            TimedOut: ``make`` takes longer; its work ends once it is through.
+        """
         self._thread.start()
-        self._started.result(timeout_s)
+        try:
+            self._started.result(timeout_s)
+        except FutureTimeout:
+            self._stopping = True
+            raise TimedOut(f"the transport's I/O thread did not start within {timeout_s:g} s") from None
 
     def post(self, call: Callable[[], None], *, wake: bool = True) -> None:
         """Run ``call`` in the I/O thread, soon (or when it wakes, a second at the latest). Its errors are logged.
 
         Raises:
-            ReactorStopped: the thread has ended, or does not keep up.
+            TransportClosed: the thread has ended, or does not keep up.
         """
         if self._stopping:
-            raise ReactorStopped("the transport is closed")
+            raise TransportClosed("the transport is closed")
         if len(self._calls) >= MAX_POSTED_CALLS:
-            raise ReactorStopped("the transport's I/O thread does not answer")
+            raise TransportClosed(f"the transport's I/O thread does not answer: {MAX_POSTED_CALLS} calls wait for it")
         self._calls.append(call)
         if wake:
             self.wake()
 
     def ask(self, call: Callable[[], T], timeout_s: float = 10.0) -> T:
-        """Run ``call`` in the I/O thread and return what it returns; from the I/O thread itself, at once."""
+        """Run ``call`` in the I/O thread and return what it returns; from the I/O thread itself, at once.
+
+        Raises:
+            TransportClosed: the thread has ended, or does not keep up.
+            TimedOut: it did not answer in time. The call may run yet.
+        """
         if threading.current_thread() is self._thread:
             return call()
         answer: Future[T] = Future()
@@ -99,7 +111,14 @@ class Reactor:
                 answer.set_exception(error)
 
         self.post(answered)
-        return answer.result(timeout_s)
+        try:
+            return answer.result(timeout_s)
+        except FutureTimeout:
+            if answer.done():  # the call's own
+                raise
+            if self._stopping:
+                raise TransportClosed("the transport was closed meanwhile") from None
+            raise TimedOut(f"the transport's I/O thread did not answer within {timeout_s:g} s") from None
 
     def wake(self) -> None:
         if self._woken:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,6 +24,18 @@ DEFAULT_PORTS = {"kv_both": 7570, "kv_producer": 7670, "kv_consumer": 7770}
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    if not TYPE_CHECKING:  # where the fields' own names and types are the parameters
+
+        def __init__(self, **data: Any) -> None:
+            """Raises SettingsError: one line that names the key, what is wrong and what is allowed."""
+            try:
+                super().__init__(**data)
+            except ValidationError as error:
+                raise SettingsError(f"{type(self).__name__}: {one_line(error)}") from None
+
+        # A section that is validated as a part of something bigger raises what pydantic expects of it.
+        __init__.__pydantic_base_init__ = True
 
 
 def is_loopback(host: str) -> bool:

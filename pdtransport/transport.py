@@ -7,35 +7,52 @@ is a :class:`concurrent.futures.Future` that can also be awaited.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from types import TracebackType
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pdtransport.control.channel import Identity
-from pdtransport.errors import TransferFailed
+from pdtransport.errors import InvalidCall, TimedOut, TransferFailed
 from pdtransport.exchange import Exchange, limits_of
 from pdtransport.gate import Gate
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
+from pdtransport.observe.status import TransportStatus
 from pdtransport.outcome import OnExpected, OnOutcome, OnPromise, Outcome
 from pdtransport.probe import Scratch
-from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, FingerprintValue
+from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, Digest, FingerprintValue, TransferId
 from pdtransport.reactor import Reactor
 from pdtransport.settings import Settings
 from pdtransport.taking import Fetch
 
+_transfer_id: TypeAdapter[str] = TypeAdapter(TransferId)
+_digest: TypeAdapter[bytes] = TypeAdapter(Digest)
+
 
 class Handle:
-    """A transfer on its way. ``await handle`` or ``handle.result(timeout)`` gives its :class:`Outcome`."""
+    """A transfer on its way. ``await handle`` or ``handle.result(timeout)`` gives its :class:`Outcome`; a wait that is
+    given up leaves the transfer as it is.
 
-    def __init__(self, transport: Transport, transfer: str, on_end: OnOutcome | None) -> None:
+    Attributes:
+        blocks: pages that the whole prompt has.
+    """
+
+    def __init__(self, transport: Transport, transfer: str, blocks: int, on_end: OnOutcome | None) -> None:
         self.transfer = transfer
+        self.blocks = blocks
         self.future: Future[Outcome] = Future()
+        self.future.set_running_or_notify_cancel()  # only cancel() of this class ends a transfer early
         self._transport = transport
         self._on_end = on_end
 
@@ -56,19 +73,27 @@ class Handle:
 
         Raises:
             TransferFailed: it ended without its pages.
-            concurrent.futures.TimeoutError: it has not ended within ``timeout_s``.
+            TimedOut: it has not ended within ``timeout_s``.
         """
-        return _checked(self.future.result(timeout_s))
+        try:
+            return _checked(self.future.result(timeout_s))
+        except FutureTimeout:
+            raise TimedOut(f"transfer {self.transfer} has not ended within {timeout_s:g} s") from None
 
     def __await__(self) -> Generator[Any, None, Outcome]:
-        import asyncio
-
         outcome = yield from asyncio.wrap_future(self.future).__await__()
         return _checked(outcome)
 
 
 class Offer(Handle):
-    """Pages of one request that this worker prefills: say what is ready, then that it is finished."""
+    """Pages of one request that this worker prefills: say what is ready, then that it is finished. Every method raises
+    :class:`TransportClosed` once the transport is closed."""
+
+    def __init__(
+        self, transport: Transport, transfer: str, tokens: int, blocks: int, on_end: OnOutcome | None = None
+    ) -> None:
+        super().__init__(transport, transfer, blocks, on_end)
+        self.tokens = tokens
 
     def expect(self, tokens: int, due: float) -> None:
         """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``. Decode
@@ -88,8 +113,14 @@ class Offer(Handle):
 
         On a GPU, ``after`` is an event (torch's or cupy's) recorded behind the kernels that compute them: the pages are
         final once it has passed, and what is said of this offer later waits for it too. ``passed`` is called in the
-        I/O thread with the ``time.monotonic`` second at which it was, and must not block."""
-        pages = list(pages)
+        I/O thread with the ``time.monotonic`` second at which it was, and must not block.
+
+        Raises:
+            InvalidCall: more tokens or pages than the prompt has, or a page that is not there.
+        """
+        pages = self._transport._checked_pages(pages, self.blocks)
+        if not 0 <= tokens <= self.tokens:
+            raise InvalidCall(f"tokens={tokens}: transfer {self.transfer} has a prompt of {self.tokens} tokens")
 
         def said(exchange: Exchange) -> None:
             handing = exchange.handing
@@ -110,7 +141,7 @@ class Offer(Handle):
         has not received is sent again once the pages are computed again.
 
         Raises:
-            concurrent.futures.TimeoutError: the I/O thread did not answer; the pages must not be reused.
+            TimedOut: the I/O thread did not answer; the pages must not be reused.
         """
 
         def taken_back(exchange: Exchange) -> None:
@@ -149,9 +180,12 @@ class Receipt(Handle):
 class Transport:
     """One worker's side of pdtransport.
 
+    A context manager, also of ``async with``. Opening it takes milliseconds to seconds, and blocks.
+
     Args:
-        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close`, and nobody may write it
-            while this opens: the `shm` link makes it shared memory then, in place.
+        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close` (that of
+            :meth:`KVGeometry.of_array` does), and nobody may write it while this opens: the `shm` link makes it shared
+            memory then, in place.
         settings: see :mod:`pdtransport.settings`.
         engine: name of the instance; workers of one instance share it and differ in ``rank`` of ``world``.
         fingerprint: facts that must be equal on both ends beside the geometry (model, dtype, backend, ...).
@@ -162,6 +196,7 @@ class Transport:
     Raises:
         SettingsError: a setting can't be used here (a port in use, a bad key file).
         LinkUnavailable: no link of ``settings.links.order`` works here, or the required one does not.
+        InvalidCall: an argument can't be.
     """
 
     def __init__(
@@ -177,6 +212,11 @@ class Transport:
         regions: Sequence[Region] | None = None,
         port: int | None = None,
     ) -> None:
+        if not isinstance(geometry, KVGeometry):
+            given = type(geometry).__name__
+            raise InvalidCall(f"geometry: expected a KVGeometry, such as KVGeometry.of_array(kv), not {given}")
+        if not 0 <= rank < world:
+            raise InvalidCall(f"rank={rank} is not within 0..world-1 ({world - 1})")
         self.settings = settings or Settings()
         self.geometry = geometry
         self.engine = engine or f"pdt-{uuid.uuid4().hex[:12]}"
@@ -201,6 +241,8 @@ class Transport:
             )
             return self._exchange
 
+        self._offered: OrderedDict[str, None] = OrderedDict()  # transfer ids, the last ones
+        self._offered_lock = threading.Lock()
         self._reactor = Reactor(make, name=f"pdtransport-{rank}")
         self._reactor.start()
         self.host = self.settings.control.host
@@ -221,8 +263,14 @@ class Transport:
         ``key`` is the content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must name the same.
         ``on_end`` and ``on_promise`` run in the I/O thread and must not block. The latter is called, once at most, when
         decode promises to go on from the first token that :meth:`Offer.finish` names.
+
+        Raises:
+            InvalidCall: this transport was told of ``transfer`` before, or an argument can't be.
+            TransportClosed: it is closed.
         """
-        offer = Offer(self, transfer, on_end)
+        blocks = self._checked_prompt(transfer, key, tokens)
+        self._note_offer(transfer)
+        offer = Offer(self, transfer, tokens, blocks, on_end)
         self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended, on_promise))
         return offer
 
@@ -255,9 +303,19 @@ class Transport:
 
         On a GPU, kernels that still use the pages for their former owner may be on their way: ``after`` is an event
         recorded behind them, and nothing is written before it has passed.
+
+        A transfer that was received before ends at once, with the code ``reused``.
+
+        Raises:
+            InvalidCall: more pages than the prompt has, a page that is not there, or another argument that can't be.
+            TransportClosed: this transport is closed.
         """
-        receipt = Receipt(self, transfer, on_end)
-        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, list(pages), first_token, on_expected)
+        blocks = self._checked_prompt(transfer, key, tokens)
+        if not 0 <= first_block <= blocks:
+            raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {blocks} blocks")
+        ids = self._checked_pages(pages, blocks - first_block)
+        receipt = Receipt(self, transfer, blocks, on_end)
+        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, ids, first_token, on_expected)
         receipt._in_turn(after, lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
         return receipt
 
@@ -267,8 +325,13 @@ class Transport:
 
     # -- both ----------------------------------------------------------------------------------------------------
 
-    def status(self, transfer: str = "", timeout_s: float = 5.0) -> dict[str, Any]:
-        """Counters, peers, links with their measured bandwidth, and the timelines of recent transfers."""
+    def status(self, transfer: str = "", timeout_s: float = 5.0) -> TransportStatus:
+        """Counters, peers, links with their measured bandwidth, and the timelines of recent transfers.
+
+        Raises:
+            TimedOut: the I/O thread did not answer.
+            TransportClosed: this transport is closed.
+        """
         return self._reactor.ask(lambda: self._exchange.status(transfer), timeout_s)
 
     def close(self) -> None:
@@ -282,6 +345,58 @@ class Transport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    async def __aenter__(self) -> Transport:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _checked_prompt(self, transfer: str, key: bytes, tokens: int) -> int:
+        """Blocks of a prompt of ``tokens`` tokens.
+
+        Raises:
+            InvalidCall: it has none, or ``transfer`` or ``key`` can't be.
+        """
+        try:
+            _transfer_id.validate_python(transfer, strict=True)
+        except ValidationError:
+            raise InvalidCall(f"transfer={transfer!r}: 1 to 128 letters, digits, or any of . _ : -") from None
+        try:
+            _digest.validate_python(key, strict=True)
+        except ValidationError:
+            raise InvalidCall("key: expected the bytes that pdtransport.request_key makes of a prompt") from None
+        if tokens < 1:
+            raise InvalidCall(f"tokens={tokens}: a prompt has one token or more")
+        return -(-tokens // self.geometry.block_size)
+
+    def _checked_pages(self, pages: Sequence[int], most: int) -> list[int]:
+        """
+        Raises:
+            InvalidCall: there are more than ``most``, or one is not there.
+        """
+        ids = list(pages)
+        if len(ids) > most:
+            raise InvalidCall(
+                f"{len(ids)} pages: the prompt has {most} for them ({self.geometry.block_size} tokens each)"
+            )
+        if ids and not 0 <= min(ids) <= max(ids) < self.geometry.num_blocks:
+            raise InvalidCall(f"pages {min(ids)}..{max(ids)}: the geometry has 0..{self.geometry.num_blocks - 1}")
+        return ids
+
+    def _note_offer(self, transfer: str) -> None:
+        """
+        Raises:
+            InvalidCall: it was offered before.
+        """
+        with self._offered_lock:
+            if transfer in self._offered:
+                raise InvalidCall(f"transfer {transfer} was offered before: mint one for each request, and each retry")
+            self._offered[transfer] = None
+            while len(self._offered) > self.settings.tombstones + self.settings.max_transfers:
+                self._offered.popitem(last=False)
 
     def _ask(self, call: Callable[[Exchange], None], timeout_s: float) -> None:
         self._reactor.ask(lambda: call(self._exchange), timeout_s)

@@ -7,7 +7,6 @@ their tensor-parallel sizes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-HOST = -1  # the "device" of host memory
+from pdtransport.errors import InvalidCall
+from pdtransport.kv.arrays import HOST as HOST
+from pdtransport.kv.arrays import dense_strides, layout_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class KVGeometry:
         slot_bytes: bytes of one head of one token (key and value together).
         heads_first: a page is ``[heads, tokens, slot]`` (True) or ``[tokens, heads, slot]`` (False).
         device: number of the GPU that holds it; -1: host memory.
+        owner: what keeps the memory, held as long as the geometry, and as long as a transport that was given it.
+
+    Raises:
+        InvalidCall: facts that make no KV cache.
     """
 
     layers: tuple[LayerPages, ...]
@@ -61,14 +66,15 @@ class KVGeometry:
     slot_bytes: int
     heads_first: bool
     device: int = HOST
+    owner: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.num_blocks, self.block_size, self.heads, self.slot_bytes) < 1:
-            raise ValueError("a KV geometry needs layers, blocks, heads and bytes")
+            raise InvalidCall("a KV geometry needs layers, blocks, heads and bytes")
         if not 0 <= self.head_lo <= self.head_hi <= self.total_heads:
-            raise ValueError(f"heads {self.head_lo}..{self.head_hi} are not within 0..{self.total_heads}")
+            raise InvalidCall(f"heads {self.head_lo}..{self.head_hi} are not within 0..{self.total_heads}")
         if self.slot_bytes % 8:
-            raise ValueError(f"a head's slot of {self.slot_bytes} bytes is not a multiple of 8")
+            raise InvalidCall(f"a head's slot of {self.slot_bytes} bytes is not a multiple of 8")
 
     @property
     def head_hi(self) -> int:
@@ -85,16 +91,24 @@ class KVGeometry:
 
     @classmethod
     def of_array(cls, array: Any, *, head_lo: int = 0, total_heads: int | None = None) -> KVGeometry:
-        """Geometry of a C-contiguous array of shape ``[layers, blocks, heads, tokens, slot]`` (``HNC`` pages): a numpy
-        array, or one of GPU memory (cupy's, torch's: what has ``__cuda_array_interface__``).
+        """Geometry of a C-contiguous array of shape ``[layers, blocks, heads, tokens, slot]`` (``HNC`` pages), of any
+        dtype: numpy's, torch's, cupy's or anything with DLPack, in host memory or a GPU's. The geometry holds on to
+        the array.
 
         Raises:
-            ValueError: another shape, or not C-contiguous.
+            InvalidCall: no such array, another shape, not C-contiguous, or read-only.
         """
-        address, strides, device = _layout(array)
-        if len(array.shape) != 5 or strides is None:
-            raise ValueError("expected a C-contiguous array of shape [layers, blocks, heads, tokens, slot]")
-        layers, blocks, heads, tokens, _ = array.shape
+        found = layout_of(array)
+        if len(found.shape) != 5:
+            raise InvalidCall(
+                f"expected an array of shape [layers, blocks, heads, tokens, slot], not {list(found.shape)}"
+            )
+        if not found.dense:
+            raise InvalidCall(
+                f"expected a C-contiguous array; this one of shape {list(found.shape)} is a view of another"
+            )
+        address, strides = found.address, dense_strides(found.shape, found.item_bytes)
+        layers, blocks, heads, tokens, _ = found.shape
         return cls(
             layers=tuple(LayerPages(f"layer{i}", address + i * strides[0], strides[1]) for i in range(layers)),
             num_blocks=blocks,
@@ -104,14 +118,15 @@ class KVGeometry:
             total_heads=total_heads if total_heads is not None else heads,
             slot_bytes=strides[3],
             heads_first=True,
-            device=device,
+            device=found.device,
+            owner=found.owner,
         )
 
     def regions(self) -> list[Region]:
-        """The memory that the pages span, one region a layer; nothing keeps it alive but its owner."""
+        """The memory that the pages span, one region a layer."""
         last = self.num_blocks - 1
         return [
-            Region(layer.address, last * layer.block_stride + self.page_bytes, device=self.device)
+            Region(layer.address, last * layer.block_stride + self.page_bytes, self.owner, self.device)
             for layer in sorted(self.layers, key=lambda layer: layer.address)
         ]
 
@@ -160,19 +175,6 @@ class KVGeometry:
         row = self.heads * self.slot_bytes
         tokens = np.arange(self.block_size, dtype=np.uint64)
         return tokens * np.uint64(row) + np.uint64(first * self.slot_bytes), count * self.slot_bytes
-
-
-def _layout(array: Any) -> tuple[int, tuple[int, ...] | None, int]:
-    """Address, strides in bytes (None where it is not C-contiguous) and device of an array."""
-    interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None:
-        return array.ctypes.data, array.strides if array.flags.c_contiguous else None, HOST
-    shape, item = interface["shape"], np.dtype(interface["typestr"]).itemsize
-    dense = tuple(item * math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    given = interface.get("strides")
-    number = getattr(array.device, "id", None)  # cupy's name for it; torch says index
-    device = number if number is not None else array.device.index
-    return interface["data"][0], dense if given is None or tuple(given) == dense else None, int(device)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+
+from pdtransport.observe.status import TransferStatus
 
 
 @dataclass
@@ -29,8 +30,20 @@ class TransferRecord:
         if latest or event not in self.events:
             self.events[event] = time.time()
 
-    def as_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__, events=dict(self.events))
+    def as_dict(self) -> TransferStatus:
+        return {
+            "transfer": self.transfer,
+            "role": self.role,
+            "peer": self.peer,
+            "state": self.state,
+            "code": self.code,
+            "reason": self.reason,
+            "blocks": self.blocks,
+            "skipped_blocks": self.skipped_blocks,
+            "bytes": self.bytes,
+            "link": self.link,
+            "events": dict(self.events),
+        }
 
 
 class Timeline:

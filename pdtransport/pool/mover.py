@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from pdtransport.errors import TransportClosed
 from pdtransport.kernels import pages
 from pdtransport.pool.envelope import Opening, seal
 from pdtransport.pool.frames import frame_runs
@@ -17,7 +18,6 @@ from pdtransport.pool.memory import Mapping
 from pdtransport.pool.plugins import lossy_codec
 from pdtransport.pool.shelf import Shelf
 from pdtransport.pool.tiers import Damaged, Stored, TierDown, TierError, check
-from pdtransport.reactor import ReactorStopped
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -83,7 +83,7 @@ class Mover:
                     self._promote(job)
                 else:
                     self._delete(job)
-            except ReactorStopped:
+            except TransportClosed:
                 return
             finally:
                 jobs.done(job)
@@ -156,7 +156,7 @@ class Mover:
                     scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
             except TierDown as error:
                 self._went_down(tier, error)
-            except ReactorStopped:
+            except TransportClosed:
                 return
             except Exception as error:  # noqa: BLE001 - tried again later
                 _complain(tier, "scan", error)

@@ -156,13 +156,15 @@ class RemoteSettings(BaseModel):
             ValueError: keys are missing.
         """
         try:
-            return ControlSettings(
-                host=self.host,
-                port=self.port + offset,
-                curve_public_key_file=self.curve_public_key_file,
-                curve_secret_key_file=self.curve_secret_key_file,
-                allow_plaintext=self.allow_plaintext,
-                liveness_s=self.liveness_s,
+            return ControlSettings.model_validate(
+                {
+                    "host": self.host,
+                    "port": self.port + offset,
+                    "curve_public_key_file": self.curve_public_key_file,
+                    "curve_secret_key_file": self.curve_secret_key_file,
+                    "allow_plaintext": self.allow_plaintext,
+                    "liveness_s": self.liveness_s,
+                }
             )
         except ValidationError as error:
             raise ValueError(one_line(error)) from None

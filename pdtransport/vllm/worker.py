@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pdtransport.errors import PoolUnavailable
+from pdtransport.errors import InvalidCall, PoolUnavailable
 from pdtransport.kv.geometry import HOST
 from pdtransport.outcome import Outcome
+from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.bell import Rope
@@ -238,18 +239,13 @@ class WorkerSide:
         transport = self._transport
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
-            ended = partial(self._source_ended, command.req_id)
-            promised = partial(self._promised, command.req_id)
-            with self._lock:
-                self._held.use(command.req_id)
-            self._offers[command.req_id] = transport.offer(
-                command.transfer, command.key, command.tokens, ended, promised
-            )
+            self._open(transport, command)
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
             if offer is not None:
                 passed = step.ended if step is not None else None
-                offer.ready(self._kernel_pages(command.pages), command.tokens, after, passed)
+                pages = self._kernel_pages(command.pages)[: offer.blocks]
+                offer.ready(pages, command.tokens, after, passed)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
             if offer is not None:
@@ -277,6 +273,19 @@ class WorkerSide:
         elif self._pool is not None:
             self._do_pool(self._pool, command, after)
 
+    def _open(self, transport: Transport, command: Open) -> None:
+        ended = partial(self._source_ended, command.req_id)
+        promised = partial(self._promised, command.req_id)
+        with self._lock:
+            self._held.use(command.req_id)
+        try:
+            offer = transport.offer(command.transfer, command.key, command.tokens, ended, promised)
+        except InvalidCall as error:  # a router used its id before
+            logger.warning("request %s is not handed over: %s", command.req_id, error)
+            ended(Outcome(command.transfer, False, Code.REUSED.value, str(error)))
+        else:
+            self._offers[command.req_id] = offer
+
     def _do_pool(self, pool: PoolWorker, command: Command, after: torch.cuda.Event | None) -> None:
         if isinstance(command, Keep):
             with self._lock:
@@ -294,7 +303,9 @@ class WorkerSide:
     def _close_offer(self, command: Finish | Drop) -> None:
         if isinstance(command, Finish) or command.report:
             self._end(command.req_id)
-        offer = self._offers.pop(command.req_id)
+        offer = self._offers.pop(command.req_id, None)
+        if offer is None:  # refused
+            return
         if isinstance(command, Finish):
             self._finished[command.req_id] = offer
             offer.finish(command.first_token)

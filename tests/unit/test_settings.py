@@ -103,5 +103,5 @@ def test_a_salt_in_a_file_is_the_same_salt_and_never_shown(tmp_path: Path) -> No
         assert "hush" not in str(caught.value)
     with pytest.raises(SettingsError, match=r"pool\.salt_file"):
         PoolUse(salt_file=tmp_path / "none").with_salt()
-    with pytest.raises(ValueError, match="salt and salt_file are both set"):
+    with pytest.raises(SettingsError, match="salt and salt_file are both set"):
         PoolUse(salt="a", salt_file=file)

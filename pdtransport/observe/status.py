@@ -1,0 +1,53 @@
+"""What a worker tells of itself: the answer of ``Transport.status``, and of a status request on the control channel."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class PeerStatus(TypedDict):
+    """One peer, and the link that carries pages to or from it. Rates are bytes a second, None while unknown."""
+
+    engine: str
+    rank: int
+    host: str
+    link: str
+    why: str
+    bandwidth_bytes_s: float | None
+    probe_bytes_s: float | None
+    bytes_sent: int
+    bytes_received: int
+    batches_sent: int
+    batches_received: int
+    link_errors: int
+
+
+class TransferStatus(TypedDict):
+    """One transfer. ``events`` maps a step to the wall-clock second at which it happened."""
+
+    transfer: str
+    role: str
+    peer: str
+    state: str
+    code: str
+    reason: str
+    blocks: int
+    skipped_blocks: int
+    bytes: int
+    link: str
+    events: dict[str, float]
+
+
+class TransportStatus(TypedDict):
+    """One worker. ``live`` counts what is under way now, ``counters`` what was since the start."""
+
+    engine: str
+    rank: int
+    world: int
+    role: str
+    incarnation: int
+    uptime_s: float
+    counters: dict[str, int]
+    live: dict[str, int]
+    peers: list[PeerStatus]
+    transfers: list[TransferStatus]
