@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +116,22 @@ def test_wheel_registers_its_commands_and_the_vllm_plugin(wheel: tuple[Path, str
     assert "License-Expression: Apache-2.0" in text
     core = [line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert not [line for line in core for heavy in ("vllm", "torch", "ucxx", "cupy") if heavy in line]
+
+
+def test_no_extra_brings_vllm(wheel: tuple[Path, str]) -> None:
+    """Whatever extras are asked for, the vLLM that is there stays the only one, and so does its torch."""
+    with zipfile.ZipFile(wheel[0]) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    wanted = metadata.get_all("Requires-Dist") or []
+    named = {re.split(r"[^A-Za-z0-9_-]", line)[0] for line in wanted}
+    assert not [name for name in named if name.startswith(("vllm", "torch"))]
+    extras = set(metadata.get_all("Provides-Extra") or [])
+    assert {"cu12", "cu13"} <= extras
+    for number in ("12", "13"):
+        [line] = [line for line in wanted if line.startswith("pdtransport[") and f'"cu{number}"' in line]
+        asked = set(line.partition("[")[2].partition("]")[0].split(","))
+        assert asked == {f"cupy-cu{number}", f"ucx-cu{number}"} <= extras
 
 
 def test_sdist_holds_the_c_sources_without_complaint(sdist: tuple[Path, str]) -> None:
