@@ -32,7 +32,7 @@ class Command:
     @property
     def runs_on(self) -> bool:
         """Whether it is a server, which a reader leaves running in its terminal."""
-        return self.is_vllm or self.name in ("pdrouter", "pdlaunch", "pdpool") and not self._asks
+        return self.is_vllm or (self.name in ("pdrouter", "pdlaunch", "pdpool") and not self._asks)
 
     @property
     def _asks(self) -> bool:
@@ -86,7 +86,5 @@ def _command(text: str, words: Sequence[str]) -> Command:
 def blocks(document: Path, language: str = "") -> list[Block]:
     """The fenced blocks of ``document``, or those of a language."""
     text = document.read_text(encoding="utf-8")
-    found = [
-        Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in _BLOCK.finditer(text)
-    ]
+    found = [Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1) for match in _BLOCK.finditer(text)]
     return [block for block in found if not language or block.language == language]
