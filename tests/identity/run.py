@@ -1,0 +1,82 @@
+"""A run: several rounds, each with servers of its own, until all requests are asked."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.identity import draw
+from tests.identity.makers import ADAPTERS, Model
+from tests.identity.outcomes import Report
+from tests.identity.rounds import Round
+from tests.identity.world import FOLDERS, Instance, instance_of, put_adapter, spec_of
+from tests.rig.prompts import Prompts
+from tests.rig.servers import fleet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Args:
+        servers: at a time, in each of ``rounds``.
+        routers: pairs in a round that are asked through a router of their own, too.
+    """
+
+    requests: int
+    seed: int
+    servers: int = 4
+    rounds: int = 4
+    routers: int = 3
+
+
+def run(plan: Plan, root: Path, logs: Path) -> Report:
+    """Ask all requests of a plan; what they are depends on its numbers alone.
+
+    Args:
+        root: models and adapters are made here.
+
+    Raises:
+        ServerFailed: a server did not start, or did not end.
+    """
+    rng, prompts, report = random.Random(plan.seed), Prompts(plan.seed), Report(plan.seed)
+    for number in range(plan.rounds):
+        count = plan.requests * (number + 1) // plan.rounds - plan.requests * number // plan.rounds
+        models = draw.models(rng, plan.servers)
+        for folder in FOLDERS:
+            put_adapter(root, folder, rng.choice(list(ADAPTERS)))
+        with ExitStack() as running:
+            with _timed(report, "starting servers"):
+                instances = _started(models, root, logs, running)
+            with _timed(report, "requests"), Round(instances, root, logs, rng, prompts, report, plan.routers) as asked:
+                asyncio.run(asked.go(count))
+            for instance in instances:
+                instance.server.must_live()
+    return report
+
+
+def _started(models: Sequence[Model], root: Path, logs: Path, running: ExitStack) -> list[Instance]:
+    """Servers with these models, in order; those that are late start when the others are up."""
+    instances: dict[int, Instance] = {}
+    for late in (False, True):
+        chosen = {number: model for number, model in enumerate(models) if model.late == late}
+        for model in chosen.values():
+            model.make(root)
+        specs = [spec_of(number, model, root) for number, model in chosen.items()]
+        servers = running.enter_context(fleet(*specs, logs=logs))
+        for (number, model), server in zip(chosen.items(), servers, strict=True):
+            instances[number] = instance_of(server, model, root)
+    return [instances[number] for number in sorted(instances)]
+
+
+@contextmanager
+def _timed(report: Report, what: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        report.seconds[what] = round(report.seconds.get(what, 0.0) + time.monotonic() - started, 1)
