@@ -21,12 +21,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pdtransport.errors import PDTransportError, PoolRefusal, PoolUnavailable
-from pdtransport.launch import guard, pool, preflight, prove, size, status
+from pdtransport.launch import guard, pool, preflight, prove, runs, size, status
 from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
 from pdtransport.launch.processes import Fleet
 from pdtransport.launch.reading import load
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("topology", type=Path, metavar="TOPOLOGY", help="a topology file, such as topology.yaml")
         verb.add_argument("--json", action="store_true", help="answer with one JSON object on standard output")
-        verb.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run's logs (default: one a name)")
+        verb.add_argument(
+            "--run-dir", type=Path, metavar="DIR", help="folder of the run, with its logs (default: by name)"
+        )
     verbs.choices["up"].add_argument("--no-proof", action="store_true", help="skip the golden prompt")
     keys = verbs.add_parser("keys", help="make a CURVE key pair for the control channel")
     keys.add_argument("folder", type=Path, metavar="DIR", help="folder to write the pair into; made if it is not there")
@@ -136,7 +139,7 @@ def _fail(error: object, exit_status: int) -> int:
 def _up(arguments: argparse.Namespace, command: Command) -> int:
     topology, file = load(arguments.topology)
     say = _sayer(arguments)
-    with RunFolder(_folder(arguments, topology)) as folder:
+    with RunFolder(_folder(arguments, topology)) as folder, _listed(topology, folder, say):
         plan = make_plan(topology, file.path.parent, command=command)
         if not _preflight(topology, plan, file, say, vllm=command is vllm_command):
             return PREFLIGHT
@@ -148,6 +151,19 @@ def _up(arguments: argparse.Namespace, command: Command) -> int:
             finally:
                 signals.shield()
                 fleet.stop()
+
+
+@contextmanager
+def _listed(topology: Topology, folder: RunFolder, say: Say) -> Iterator[None]:
+    """`pdlaunch status` finds the run by its name meanwhile."""
+    try:
+        runs.remember(topology.name, folder.path)
+    except OSError as error:
+        say(f"warning: `pdlaunch status` will need --run-dir {folder.path}: {error}")
+    try:
+        yield
+    finally:
+        runs.forget(topology.name, folder.path)
 
 
 def _run(
@@ -220,9 +236,17 @@ def _show(plan: Plan, topology: Topology) -> None:
 
 def _status(arguments: argparse.Namespace) -> int:
     topology, _ = load(arguments.topology)
-    found = status.collect(topology, _folder(arguments, topology), file_folder=arguments.topology.parent)
-    if found is None:
-        return _fail(f"{topology.name} is not up: start it with `pdlaunch up {arguments.topology}`", NOT_UP)
+    try:
+        folder = runs.find(topology.name, arguments.run_dir)
+        found = status.collect(topology, folder, file_folder=arguments.topology.parent)
+    except runs.Ambiguous as error:
+        return _fail(error, USAGE)
+    except runs.Starting as error:
+        return _fail(error, NOT_UP)
+    except runs.NotUp as error:
+        return _fail(f"{error}: start it with `pdlaunch up {arguments.topology}`", NOT_UP)
+    if found is None:  # it ended just now
+        return _fail(f"{topology.name} is not up any more", NOT_UP)
     print(json.dumps(found, indent=2) if arguments.json else status.as_text(found))
     return OK if found["healthy"] else NOT_UP
 

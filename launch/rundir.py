@@ -48,7 +48,8 @@ class RunFolder:
             self.close()
             owner = (read_record(self.path) or {}).get("pid", "unknown")
             raise RunError(
-                f"a run of this name is up already (pid {owner}, {self.path}): stop it, or change the topology's name"
+                f"a run is up already (pid {owner}, {self.path}): stop it, change the topology's name, "
+                "or give another --run-dir"
             ) from None
         (self.path / RECORD).unlink(missing_ok=True)  # of a run that is no more
         return self

@@ -378,6 +378,30 @@ def test_one_name_is_up_once(rig: Rig) -> None:
     assert rig.end()[0] == cli.OK
 
 
+def test_status_finds_a_run_that_has_a_folder_of_its_own(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the topology's name alone, from another terminal; and says so once its pdlaunch was killed."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    def status() -> tuple[int, str, str]:
+        argv = [sys.executable, "-m", "pdtransport.launch.cli", "status", str(rig.file)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=UP_S, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    assert status()[0] == cli.NOT_UP
+    process = rig.up()
+    rig.wait_up()
+    code, text, _ = status()
+    # The stand-ins have no workers to ask.
+    assert (code, f"rig: serving, but not healthy (pid {process.pid}, logs in {rig.run_dir})" in text) == (1, True)
+    process.kill()
+    process.wait(UP_S)
+    code, _, told = status()
+    assert code == cli.NOT_UP
+    assert f"its pdlaunch, pid {process.pid}, was killed; logs in {rig.run_dir}" in told
+
+
 def test_json_keeps_standard_output_to_one_object(rig: Rig) -> None:
     """`up --json` prints one JSON object once it serves; progress goes to standard error."""
     argv = [sys.executable, "-m", "tests.processes.launch_standins", "up", str(rig.file), "--run-dir", str(rig.run_dir)]

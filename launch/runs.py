@@ -1,0 +1,117 @@
+"""Which runs of a topology's name are up, and where: `pdlaunch status` finds one that has a `--run-dir` of its own.
+
+The default folder of a name has a link for each such run (``elsewhere/``). A link says nothing by itself: a run is up
+while a pdlaunch holds the lock in its folder, and it is this user's if the lock file is. What a killed pdlaunch leaves
+behind is passed over, and goes with the next `up`.
+"""
+
+from __future__ import annotations
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+from pdtransport.errors import PDTransportError
+from pdtransport.launch.rundir import LOCK, default_folder, is_up, read_record
+
+ELSEWHERE = "elsewhere"
+MAX_LINKS = 64  # of one name; older ones are forgotten
+
+
+class NotUp(PDTransportError):
+    """No run of that name serves."""
+
+
+class Starting(NotUp):
+    """It does not serve yet."""
+
+
+class Ambiguous(PDTransportError):
+    """More than one run could be meant, or another one is where it was said to be."""
+
+
+def remember(name: str, folder: Path) -> None:
+    """Let :func:`find` know of a run in ``folder``.
+
+    Raises:
+        OSError: the default folder can't be written.
+    """
+    if folder == default_folder(name):
+        return
+    place = default_folder(name) / ELSEWHERE
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for number, (link, target) in enumerate(_links(name)):
+        if number >= MAX_LINKS - 1 or (target != folder and not is_up(target)):
+            link.unlink(missing_ok=True)
+    link = place / _key(folder)
+    draft = link.with_suffix(f".{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(folder)
+    draft.replace(link)
+
+
+def forget(name: str, folder: Path) -> None:
+    """The run in ``folder`` has ended; never raises."""
+    try:
+        (default_folder(name) / ELSEWHERE / _key(folder)).unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+def find(name: str, run_dir: Path | None) -> Path:
+    """The folder of the one run of ``name`` that is up; ``run_dir``: where to look, and nowhere else.
+
+    Raises:
+        NotUp: there is none; says what is known of the last one. Starting: it does not serve yet.
+        Ambiguous: there are several, or ``run_dir`` has another one.
+    """
+    known = [run_dir.absolute()] if run_dir is not None else _known(name)
+    up = [folder for folder in known if is_up(folder)]
+    if len(up) > 1:
+        raise Ambiguous(f"{len(up)} runs of {name} are up: choose one with --run-dir: {', '.join(map(str, up))}")
+    if not up:
+        raise NotUp(f"{name} is not up{_last(known)}")
+    record = read_record(up[0])
+    if record is None:
+        raise Starting(f"{name} is starting (logs in {up[0]})")
+    if record.get("name") != name:
+        raise Ambiguous(f"{up[0]} has the run of {record.get('name')!r}, not of {name!r}: give its own --run-dir")
+    return up[0]
+
+
+def _last(known: list[Path]) -> str:
+    """What is to be said of a run that did not end in order: pdlaunch takes its record away when it does."""
+    for folder in known:
+        record = read_record(folder)
+        if record is not None:
+            return f" (its pdlaunch, pid {record.get('pid')}, was killed; logs in {folder})"
+    return ""
+
+
+def _known(name: str) -> list[Path]:
+    """Where runs of ``name`` may be, of this user alone."""
+    folders = [default_folder(name), *(target for _, target in _links(name)[:MAX_LINKS])]
+    return [folder for folder in dict.fromkeys(folders) if _is_ours(folder / LOCK)]
+
+
+def _links(name: str) -> list[tuple[Path, Path]]:
+    """Links and where they lead, newest first."""
+    found = []
+    try:
+        for link in (default_folder(name) / ELSEWHERE).iterdir():
+            if link.is_symlink() and not link.suffix and _is_ours(link):
+                found.append((link.lstat().st_mtime, link, Path(os.readlink(link))))
+    except OSError:
+        return []
+    return [(link, target) for _, link, target in sorted(found, reverse=True)]
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _key(folder: Path) -> str:
+    return sha256(os.fsencode(folder)).hexdigest()[:24]
