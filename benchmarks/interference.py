@@ -36,10 +36,12 @@ import aiohttp
 import numpy as np
 
 from benchmarks._decode_streams import Gap, Streams, within
+from benchmarks._figures import FAILED, keep, measuring, say
 from benchmarks._gpu_handoff import brief
 from benchmarks._gpu_scale import FULL, REHEARSAL, Mode, Scale
 from benchmarks._handoff_report import markdown
-from benchmarks.handoff import cards, machine, say, where
+from benchmarks._needs import CUPY, LACKING, VLLM, Need, cores, gpus, package, tell_lacking
+from benchmarks.handoff import cards, machine, where
 from tests.rig.client import Answer, Client, Prepared, RequestFailed, new_transfer, prepare, to_decode, to_prefill
 from tests.rig.device import all_cards, card
 from tests.rig.servers import Server, ServerFailed, fleet
@@ -181,7 +183,16 @@ class Load:
                 window.done.append(done)
 
 
-async def measure(options: argparse.Namespace, scale: Scale, servers: Sequence[Server], ends: float) -> list[Window]:
+def needs_of(options: argparse.Namespace) -> list[Need]:
+    if options.rehearse:
+        return [package("vllm", VLLM), cores(2)]
+    return [package("vllm", VLLM), package("cupy", CUPY), gpus(max(options.cards, default=0) + 1)]
+
+
+async def measure(
+    options: argparse.Namespace, scale: Scale, servers: Sequence[Server], ends: float, windows: list[Window]
+) -> None:
+    """Adds to ``windows`` one after another; their gaps are there at the end, however that comes."""
     async with Client(REQUEST_S) as client:
         load = Load(client, servers, scale, options)
         for kind in LOADS:  # sets up the connection, compiles kernels
@@ -190,7 +201,6 @@ async def measure(options: argparse.Namespace, scale: Scale, servers: Sequence[S
                 await load.settle()
         tokens = min(STREAM_TOKENS, scale.max_len - STREAM_PROMPT - 1)
         streams = Streams(servers[1].url, options.streams, STREAM_PROMPT, tokens, scale.vocabulary)
-        windows: list[Window] = []
         try:
             await asyncio.sleep(2 * SETTLE_S)
             for kind in schedule(options.rounds):
@@ -200,9 +210,9 @@ async def measure(options: argparse.Namespace, scale: Scale, servers: Sequence[S
                 windows.append(await load.window(kind))
         finally:
             gaps, failed = await asyncio.to_thread(streams.close)
-    if failed:
-        say(f"{failed} of decode's streams failed")
-    return with_gaps(windows, gaps)
+            with_gaps(windows, gaps)
+            if failed:
+                say(f"{failed} of decode's streams failed")
 
 
 def with_gaps(windows: list[Window], gaps: Sequence[Gap]) -> list[Window]:
@@ -257,29 +267,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    if tell_lacking("benchmarks.interference", needs_of(options)):
+        return LACKING
     ends = time.monotonic() + options.seconds
     scale = FULL if options.gpu else REHEARSAL
     logs = options.logs or Path(tempfile.mkdtemp(prefix="pdtransport-interference-"))
     logs.mkdir(parents=True, exist_ok=True)
     before = {**machine(), "card": card(), "cards": all_cards()}
-    with tempfile.TemporaryDirectory(prefix="pdtransport-model-") as folder:
+    windows: list[Window] = []
+    with measuring() as ending, tempfile.TemporaryDirectory(prefix="pdtransport-model-") as folder:
         model = scale.write_model(Path(folder))
         mode: Mode = "graphs" if options.graphs else "eager"
         pair = scale.pair("pdtransport", model, mode, options.settings, options.cards)
         try:
             with fleet(*pair, logs=logs, timeout_s=min(scale.start_s, options.seconds)) as servers:
-                windows = asyncio.run(measure(options, scale, servers, ends))
+                asyncio.run(measure(options, scale, servers, ends, windows))
         except ServerFailed as error:
             say(brief(error))
-            return 1
+            ending.status = FAILED
+    if not windows:
+        return ending.status or FAILED
     rows = summarise(windows)
     print(where(options.cards))
     print(table(rows))
-    if options.json:
-        asked = {key: value for key, value in vars(options).items() if key not in ("json", "logs")}
-        shown = {"machine": before, "asked": asked, "rows": rows, "windows": [asdict(window) for window in windows]}
-        options.json.write_text(json.dumps(shown) + "\n")
-    return 0
+    asked = {key: value for key, value in vars(options).items() if key not in ("json", "logs")}
+    shown = {"machine": before, "asked": asked, "rows": rows, "windows": [asdict(window) for window in windows]}
+    keep(options.json, json.dumps(shown) + "\n")
+    return ending.status
 
 
 if __name__ == "__main__":

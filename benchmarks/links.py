@@ -24,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._figures import FAILED, keep, measuring
 from benchmarks._link_sides import Case, Pair
+from benchmarks._needs import LACKING
 from pdtransport.errors import LinkUnavailable
 from pdtransport.kernels import pages
 from pdtransport.settings import LinkSettings
@@ -44,30 +46,40 @@ Rates = dict[tuple[str, str, int], list[float]]  # (what, how, page KiB) -> byte
 
 def main() -> int:
     arguments = parse()
+    if find_perftest() is None:
+        print(
+            "ucx_perftest is not here, so nothing is compared with it: pip install 'pdtransport[ucx-cu13]'",
+            file=sys.stderr,
+        )
     pairs: dict[str, Pair] = {}
     for name in arguments.links:
         try:
             pairs[name] = Pair(name, arguments.bytes)
         except LinkUnavailable as error:
             print(f"{name}: {error}", file=sys.stderr)
+    if not pairs:
+        return LACKING
     rates: Rates = {}
-    try:
-        for number in range(1, arguments.rounds + 1):
-            print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
-            measure(pairs, arguments.bytes, arguments.pages, rates)
-    finally:
-        for pair in pairs.values():
-            pair.close()
-    result = summarise(rates, {name: pair.why for name, pair in pairs.items()}, arguments)
+    result: dict[str, Any] = {}
+    with measuring() as ending:
+        try:
+            for number in range(1, arguments.rounds + 1):
+                print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
+                measure(pairs, arguments.bytes, arguments.pages, rates)
+                result = summarise(rates, {name: pair.why for name, pair in pairs.items()}, arguments)
+                keep(arguments.json, json.dumps(result, indent=1) + "\n")
+        finally:
+            for pair in pairs.values():
+                pair.close()
+    if not result:
+        return ending.status or FAILED
     print(table(result))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return ending.status
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.links", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--bytes", type=int, default=256 << 20, help="moved per measurement (default 256 MiB)")
     parser.add_argument(
         "--links", default=",".join(LINKS), help=f"which links, separated by commas (default {','.join(LINKS)})"

@@ -14,7 +14,7 @@ import contextlib
 import json
 import multiprocessing as mp
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,17 +26,18 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._figures import keep, measuring
+from benchmarks._needs import CUPY, LACKING, SHARED_MEMORY, Need, gpus, package, room, tell_lacking
+from benchmarks._pool_index import BATCH, index_of, sizes
 from pdtransport.kernels.runs import Runs
 from pdtransport.pool.admin import PoolAdmin
 from pdtransport.pool.client import PoolClient
-from pdtransport.pool.index import Index, key_rows
-from pdtransport.pool.policies import Links, make_policy
 from pdtransport.pool.settings import DiskSettings, PoolSettings
 from pdtransport.settings import LinkSettings, Settings
 
 PAGE = 32 << 10
-BATCHES = (64, 256)  # keys in one lookup: prompts of 4096 and 16384 tokens in chunks of 64
-BATCH = BATCHES[0]
+PARTS = ("bytes", "remote", "disk", "lookups", "index")
+BATCHES = (BATCH, 256)  # keys in one lookup: prompts of 4096 and 16384 tokens in chunks of 64
 LOOKUP_CHUNKS = 4096  # in the pool while lookups are measured
 MAPPED_S = 0.5  # in which a pool and a client that just started map its memory, in the background
 MiB = 1 << 20
@@ -44,32 +45,57 @@ MiB = 1 << 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    if tell_lacking("benchmarks.pool", needs_of(arguments)):
+        return LACKING
+    if "disk" in arguments.parts and shutil.which("fio") is None:
+        print("fio is not here, so the disk is compared with nothing: apt-get install fio", file=sys.stderr)
     result: dict[str, Any] = {}
+    with measuring() as ending:
+        for part, found in measured(arguments):
+            result[part] = found
+            keep(arguments.json, json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    return ending.status
+
+
+def needs_of(arguments: argparse.Namespace) -> list[Need]:
+    """What must be here for the parts that are chosen."""
+    needs: list[Need] = []
+    if {"bytes", "remote", "disk"} & set(arguments.parts):
+        needs.append(room(SHARED_MEMORY, 4 * arguments.bytes, "or choose fewer --bytes"))
+    if "bytes" in arguments.parts and arguments.gpu:
+        needs += [gpus(1), package("cupy", CUPY)]
+    if "remote" in arguments.parts:
+        needs.append(package("ucxx", "pip install 'pdtransport[ucx-cu13]', or leave remote out of --parts"))
+    if "disk" in arguments.parts:
+        needs.append(room(arguments.disk, 4 * arguments.bytes, "or choose --disk, or fewer --bytes"))
+    return needs
+
+
+def measured(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """The figures of each part, as soon as they are there; lookups and index grow."""
     if "bytes" in arguments.parts:
         moved = arguments.bytes, arguments.chunk, arguments.rounds
-        result["bandwidth"] = gpu_bandwidth(*moved, arguments.memory_dir) if arguments.gpu else bandwidth(*moved)
+        yield "bandwidth", gpu_bandwidth(*moved, arguments.memory_dir) if arguments.gpu else bandwidth(*moved)
     if "remote" in arguments.parts:
-        found = bandwidth(arguments.bytes, arguments.chunk, arguments.rounds, f"127.0.0.1:{arguments.port}")
-        result["remote"] = found
+        yield "remote", bandwidth(arguments.bytes, arguments.chunk, arguments.rounds, f"127.0.0.1:{arguments.port}")
     if "disk" in arguments.parts:
-        result["disk"] = disk(arguments.disk, arguments.bytes, arguments.chunk, arguments.rounds)
+        yield "disk", disk(arguments.disk, arguments.bytes, arguments.chunk, arguments.rounds)
     if "lookups" in arguments.parts:
-        result["lookups"] = [
-            found
-            for chunks in dict.fromkeys((LOOKUP_CHUNKS, arguments.entries))
-            for found in lookups(arguments.clients, arguments.seconds, chunks)
-        ]
+        found: list[dict[str, float]] = []
+        for chunks in dict.fromkeys((LOOKUP_CHUNKS, arguments.entries)):
+            found = [*found, *lookups(arguments.clients, arguments.seconds, chunks)]
+            yield "lookups", found
     if "index" in arguments.parts:
-        result["index"] = [in_process(index_of, size) for size in sizes(arguments.entries)]
-    print(table(result))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+        grown: list[dict[str, float]] = []
+        for size in sizes(arguments.entries):
+            grown = [*grown, in_process(index_of, size)]
+            yield "index", grown
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pool", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parts = "bytes,disk,lookups,index"
     parser.add_argument("--parts", default=parts, help=f"what to measure; also remote (default: {parts})")
     parser.add_argument("--disk", type=Path, default=Path(), help="where the disk is measured (default: here)")
@@ -83,6 +109,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of lookups (default 3)")
     parser.add_argument("--entries", type=int, default=10_000_000, help="of the largest index (default 10 million)")
     arguments = parser.parse_args(argv)
+    arguments.parts = [part.strip() for part in arguments.parts.split(",") if part.strip()]
+    unknown = sorted(set(arguments.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"--parts: unknown {', '.join(unknown)}; known are {', '.join(PARTS)}")
     arguments.bytes = arguments.bytes or (1024 if arguments.gpu else 256) * MiB
     if arguments.chunk % PAGE or arguments.bytes % arguments.chunk:
         parser.error(f"--chunk must be a multiple of {PAGE}, and --bytes of --chunk")
@@ -414,45 +444,7 @@ def _ask(directory: Path, keys: list[bytes], seconds: float, batch: int, start: 
         results.put((done, taken[:: max(1, len(taken) // 10_000)]))
 
 
-# -- index ------------------------------------------------------------------------------------------
-
-
-def sizes(largest: int) -> list[int]:
-    return [size for size in (largest // 100, largest // 10, largest) if size]
-
-
-def index_of(entries: int) -> dict[str, float]:
-    """An index and an LRU order of so many chunks: resident bytes a chunk, and lookups a second in batches."""
-    chance = np.random.default_rng(1)
-    before = _resident()
-    index, policy = Index(entries), make_policy("lru", Links(entries))
-    begin = time.perf_counter()
-    for first in range(0, entries, 100_000):
-        raw = chance.bytes(32 * min(100_000, entries - first))
-        for at in range(0, len(raw), 32):
-            entry = index.add(raw[at : at + 32])
-            index.nbytes[entry] = index.tiers[entry] = index.state[entry] = 1
-            index.checksum[entry] = index.refs[entry] = index.pin[entry] = index.group[entry] = 0
-            policy.add(entry, 0)
-    filled = time.perf_counter() - begin
-    resident = _resident() - before
-    batches = [
-        key_rows(b"".join(index.key(entry) for entry in chance.integers(0, entries, BATCH).tolist()))
-        for _ in range(2000)
-    ]
-    begin = time.perf_counter()
-    for batch in batches:
-        assert (index.find(batch) >= 0).all()
-    return {
-        "chunks": entries,
-        "bytes a chunk": resident / entries,
-        "adds a second": entries / filled,
-        "lookups a second": len(batches) * BATCH / (time.perf_counter() - begin),
-    }
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+# -- tables ------------------------------------------------------------------------------------------
 
 
 def in_process(function: Any, *arguments: Any) -> Any:

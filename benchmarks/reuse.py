@@ -18,7 +18,8 @@ Columns: TTFT in milliseconds as the client sees it, of prompts that come for th
 again (``again``); where the latters' tokens came from, in percent: the engine's own cache, the pool. ``again / first``
 is what the pool gains; ``first / no pool`` what a miss costs (the lookup, and storing beside computing).
 
-``--resume FILE`` takes over the samples of earlier runs' JSON, so that systems can be measured one by one.
+``--resume FILE`` takes over the samples of earlier runs' JSON, so that systems can be measured one by one. What the
+systems need is looked at first; a system that fails is left out, and so is what Ctrl-C leaves undone.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks._figures import FAILED, keep, measuring, say
 from benchmarks._handoff_report import markdown
-from benchmarks._reuse_systems import SYSTEMS, NoSuchSystem, running
-from benchmarks.handoff import machine, names, say
+from benchmarks._needs import LACKING, tell_lacking
+from benchmarks._reuse_systems import SYSTEMS, NoSuchSystem, needs_of, running
+from benchmarks.handoff import machine, names
 from tests.rig import watch
 from tests.rig.client import Client
 from tests.rig.prompts import Prompts
@@ -184,31 +187,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
+    if tell_lacking("benchmarks.reuse", needs_of(options.systems, options.disk.absolute())):
+        return LACKING
     before, samples, phases = machine(), [], []
     for file in options.resume:
         earlier = json.loads(file.read_text(encoding="utf-8"))
         samples += [Sample(**sample) for sample in earlier["samples"]]
         phases += [Phase(**each) for each in earlier["phases"]]
-    for run in range(options.runs):
-        for system in options.systems:
-            say(f"run {run + 1} of {options.runs}: {system}")
-            try:
-                with running(system, options.disk.absolute()) as server:
-                    fresh, told = asyncio.run(measure(system, server, options, run))
-            except (ServerFailed, NoSuchSystem) as error:
-                say(str(error))
-                return 1
-            samples += fresh
-            phases += told
-            if options.json:
-                options.json.write_text(document(before, samples, phases), encoding="utf-8")
+    failed: list[str] = []
+    with measuring() as ending:
+        for run in range(options.runs):
+            for system in options.systems:
+                say(f"run {run + 1} of {options.runs}: {system}")
+                try:
+                    with running(system, options.disk.absolute()) as server:
+                        fresh, told = asyncio.run(measure(system, server, options, run))
+                except (ServerFailed, NoSuchSystem) as error:
+                    say(f"{system}: {error}")
+                    failed.append(system)
+                    continue
+                samples += fresh
+                phases += told
+                keep(options.json, document(before, samples, phases))
     rows = summarise(samples, phases)
     if not rows:
         say("no system was measured")
-        return 1
+        return ending.status or FAILED
     print(f"{before['cpu']}, {before['cores']} cores, {before['dtype']}, load {before['load_average'][0]:.1f} at first")
     print(table(rows))
-    return 0
+    if failed:
+        say(f"failed: {', '.join(failed)}")
+    return ending.status or (FAILED if failed else 0)
 
 
 def document(before: dict[str, Any], samples: Sequence[Sample], phases: Sequence[Phase]) -> str:

@@ -223,7 +223,7 @@ def test_a_pair_by_hand(slow: Machine) -> None:
     """Two servers that are told nothing but their roles, and the router: the answer was disaggregated."""
     (asked,) = start(slow, block_with("kv_producer", "pdrouter"))
     assert "x-pd-path: disaggregated" in asked.lower()
-    assert json.loads(asked.partition("\r\n\r\n")[2])["choices"][0]["text"]
+    assert json.loads(asked.partition("\n\n")[2])["choices"][0]["text"]
 
 
 @needs_vllm
