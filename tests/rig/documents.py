@@ -65,7 +65,7 @@ class Block:
         for line in self.text.splitlines():
             pending = f"{pending}\n{line}" if pending else line
             try:
-                done = not line.endswith("\\") and shlex.split(pending, comments=True)
+                done = not line.endswith("\\") and shlex.split(pending.replace("\\\n", ""), comments=True)
             except ValueError:  # within quotes
                 continue
             if done:

@@ -57,6 +57,7 @@ def vllm_parser() -> Any:
 def test_vllms_own_parser_takes_its_arguments(command: Command) -> None:
     """Flags that vLLM has, a role that it knows, and settings that we have."""
     pytest.importorskip("vllm")
+    assert all(word.strip() for word in command.words)
     found = vllm_parser().parse_args(command.arguments)
     config = found.kv_transfer_config
     assert config.kv_connector == "PDTransportConnector"
