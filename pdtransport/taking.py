@@ -11,13 +11,14 @@ from functools import partial
 
 from pdtransport.control.channel import ControlChannel, Identity, PeerId
 from pdtransport.errors import LinkError
+from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
 from pdtransport.observe.audit import Audit
 from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnExpected, OnOutcome, Outcome, tell
 from pdtransport.peers import Endpoint, Peer, Peers
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import Accept, Batch, Claim, Code, Coming, Commit, ProducerMessage
+from pdtransport.protocol.messages import MAX_REASON, Accept, Batch, Claim, Code, Coming, Commit, Ended, ProducerMessage
 from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,10 @@ class Taking:
             why = "this transfer id was used before; mint one per dispatch"
             logger.warning("transfer %s refused: %s", transfer, why)
             tell(on_end, Outcome(transfer, False, Code.REUSED.value, why))
+            self.report(transfer, Code.REUSED, why)
             return
+        if not wanted.pages:  # nothing comes, and nobody waits for its end
+            self.report(transfer)
         record = self._timeline.open(transfer, "consumer")
         record.mark("asked")
         record.blocks, record.skipped_blocks = len(wanted.pages), wanted.first_block
@@ -134,6 +138,25 @@ class Taking:
             self._end(transfer, code, reason)
         else:
             self.run(self.receiving.cancel(transfer, code, reason))
+
+    def report(self, transfer: str, code: Code | None = None, reason: str = "", sink: _Sink | None = None) -> None:
+        """Tell those who watch how a transfer ended, or that it never began."""
+        if not self._control.watched:
+            return
+        times = sink.record.events if sink is not None else {}
+        end = times.get("verified", 0.0)
+        self._control.publish(
+            Ended(
+                transfer=transfer,
+                code=code,
+                reason=plain(reason, MAX_REASON),
+                blocks=len(sink.wanted.pages) if sink is not None else 0,
+                nbytes=sink.nbytes if sink is not None else 0,
+                link=sink.record.link if sink is not None else "",
+                exposed_us=_us(end - times.get("committed", end)),
+                taken_us=_us(end - times.get("first_batch", end)),
+            )
+        )
 
     def _producers(self, host: str, port: int, ranks: int) -> list[tuple[Endpoint, HeadSource]]:
         g = self._geometry
@@ -326,12 +349,18 @@ class Taking:
                 events=dict(record.events),
             ),
         )
+        if sink.wanted.pages:  # after it was told to the engine, which has a step to begin
+            self.report(transfer, code, reason, sink)
 
     @staticmethod
     def _audit_blocks(audit: Audit, sink: _Sink) -> None:
         for peer, (lo, hi) in sink.heads.items():
             for block, page in enumerate(sink.wanted.pages, sink.wanted.first_block):
                 audit.block(sink.wanted.transfer, "consumer", peer.engine, peer.rank, block, page, lo, hi)
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
 
 
 def _key(batch: Batch) -> int:

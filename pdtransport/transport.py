@@ -323,6 +323,10 @@ class Transport:
         """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
         self._call(lambda exchange: exchange.taking.claim(transfer, host, port, ranks))
 
+    def decline(self, transfer: str, code: Code, reason: str) -> None:
+        """Tell those who watch that ``transfer`` will not be received here."""
+        self._call(lambda exchange: exchange.taking.report(transfer, code, reason))
+
     # -- both ----------------------------------------------------------------------------------------------------
 
     def status(self, transfer: str = "", timeout_s: float = 5.0) -> TransportStatus:

@@ -34,7 +34,7 @@ from pdtransport.control.shared import COUNTERS, Shared, logger
 from pdtransport.control.sockets import Socket
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
-from pdtransport.protocol.messages import Message, encode
+from pdtransport.protocol.messages import Ended, Message, encode
 from pdtransport.settings import ControlSettings
 
 __all__ = [
@@ -151,6 +151,16 @@ class ControlChannel:
             return True
         self.counters["send_failed"] += 1
         return False
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody wants to be told how transfers end."""
+        return self._listener is not None and self._listener.watched(self._shared.clock())
+
+    def publish(self, report: Ended) -> None:
+        """Tell all watchers, without waiting."""
+        if self._listener is not None and not self._closed:
+            self._listener.publish(report, self._shared.clock())
 
     def sockets(self) -> list[Socket]:
         """What to poll for reading. Changes with :attr:`version`."""

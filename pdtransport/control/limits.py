@@ -29,5 +29,11 @@ PROBE_AFTER_S = (0.02, 0.3)  # after a disconnect, see which connection it was
 ANSWER_GARBAGE_EVERY_S = 1.0  # per connection
 FAILED_CURVE_HANDSHAKES = 3  # in a row, before a connection that hangs up without a word counts as refused
 
+MAX_WATCHERS = 64  # who is told how transfers end; one more is refused
+WATCH_LEASE_S = 10.0  # a watcher that did not ask again for this long is forgotten
+WATCH_AGAIN_S = 2.0  # how often ours ask again
+WATCH_GRAIN_S = 0.05  # asked again sooner over the same connection, a worker says nothing
+WATCH_QUEUE_FRAMES = 2  # a watcher's own questions that wait for a connection
+
 STATUS_PER_S = 50  # status requests answered, all askers together
 TICK_GRAIN_S = 0.005  # timers are looked at no more often than this

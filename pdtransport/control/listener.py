@@ -18,12 +18,15 @@ from pdtransport.control.limits import (
     MAX_PROBES,
     MAX_STRANGER_FRAME,
     MAX_STRANGERS,
+    MAX_WATCHERS,
     PROBE_AFTER_S,
     STATUS_PER_S,
+    WATCH_GRAIN_S,
 )
 from pdtransport.control.shared import Shared
 from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.control.status import Allowance, status_frame
+from pdtransport.control.watchers import Watchers
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.protocol.messages import (
@@ -35,6 +38,8 @@ from pdtransport.protocol.messages import (
     Refused,
     StatusRequest,
     TransferMessage,
+    Watch,
+    Watching,
     Welcome,
     WireError,
     decode,
@@ -60,6 +65,7 @@ class Inbound(Route):
         self.address = address  # where it comes from
         self.descriptor = descriptor
         self.answer_at = 0.0  # garbage is answered again after this
+        self.watch_at = 0.0  # and a wish to watch after this
         self._listener = listener
 
     def send(self, frame: bytes) -> Sent:
@@ -85,6 +91,7 @@ class Listener:
         self._strangers: OrderedDict[bytes, Inbound] = OrderedDict()
         self._probes: deque[tuple[float, Inbound]] = deque()
         self._allowance = Allowance()
+        self._watchers: Watchers[Inbound] = Watchers()
         host = shared.settings.host
         self.socket = open_socket(shared.context, zmq.ROUTER, shared.settings, ipv6=":" in host)
         self.monitor: Socket | None = None
@@ -117,6 +124,7 @@ class Listener:
     def _on_gone(self, connection: Inbound) -> None:
         """TCP is down. The peer will connect again, if it lives, under another name."""
         self._strangers.pop(connection.name, None)
+        self._watchers.drop(connection.name)
         if self._bound.pop(connection.name, None) is not None:
             now = self._shared.clock()
             connection.broken_until = now + min(LOST_BOUND_S, self._shared.settings.liveness_s)
@@ -184,7 +192,7 @@ class Listener:
         return self._on_message(connection, message, now)
 
     def _connection(self, name: bytes, body: zmq.Frame | None) -> Inbound:
-        known = self._bound.get(name)
+        known = self._bound.get(name) or self._watchers.get(name)
         if known is not None:
             return known
         stranger = self._strangers.pop(name, None)
@@ -198,6 +206,9 @@ class Listener:
             return self._on_hello(connection, message, now)
         if isinstance(message, StatusRequest):
             return self._on_status_request(connection, message, now)
+        if isinstance(message, Watch):
+            self._on_watch(connection, now)
+            return []
         if isinstance(message, Ping):
             self._on_ping(connection, message)
             return []
@@ -258,6 +269,32 @@ class Listener:
             frame = encode(handshake.refusal("status", reason=reason))
         if not self.socket.closed:
             self.send(connection, frame)
+
+    # -- watchers --------------------------------------------------------------------------------------------------
+
+    def watched(self, now: float) -> bool:
+        """Whether anybody wants to be told how transfers end."""
+        return self._watchers.any(now)
+
+    def publish(self, message: Message, now: float) -> None:
+        """Tell every watcher, without waiting: one that does not read goes without."""
+        frame = encode(message)
+        for watcher in self._watchers.all(now):
+            if self.send(watcher, frame) is not Sent.OK:
+                self._shared.counters["reports_dropped"] += 1
+
+    def _on_watch(self, connection: Inbound, now: float) -> None:
+        if now < connection.watch_at:
+            return
+        connection.watch_at = now + WATCH_GRAIN_S
+        if not self._watchers.admit(connection.name, connection, now):
+            self._shared.counters["watchers_refused"] += 1
+            reason = f"{MAX_WATCHERS} watch this worker's transfers already: stop routers that nobody needs"
+            self.send(connection, encode(handshake.refusal("watch", reason=reason)))
+            return
+        me = self._shared.me
+        answer = Watching(engine=me.engine, rank=me.rank, world=me.world, incarnation=me.incarnation)
+        self.send(connection, encode(answer))
 
     # -- garbage ---------------------------------------------------------------------------------------------------
 

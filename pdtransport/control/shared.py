@@ -27,6 +27,8 @@ COUNTERS = (
     "reconnects",
     "handshakes_failed",
     "status_limited",
+    "watchers_refused",
+    "reports_dropped",
 )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
@@ -274,8 +274,40 @@ class StatusReply(Message):
     status: str
 
 
+class Watch(Message):
+    """Anyone who may connect: tell me how the transfers end that this worker takes, until I have not asked for a while.
+    Asked again and again: that is the watcher's heartbeat."""
+
+    kind: Literal["watch"] = "watch"
+
+
+class Watching(Message):
+    """Answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Says who the worker is."""
+
+    kind: Literal["watching"] = "watching"
+    engine: Annotated[str, Field(min_length=1, max_length=256)]
+    rank: Annotated[int, Field(ge=0, le=65535)]
+    world: Annotated[int, Field(ge=1, le=65536)]
+    incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
+
+
+class Ended(_Scoped):
+    """Consumer, to its watchers: this transfer is over here. Without ``code`` it ended well: ``blocks`` were taken and
+    verified, none if the consumer held them all. ``exposed_us``: from commit to the last verified page; ``taken_us``:
+    from the first batch to it."""
+
+    kind: Literal["ended"] = "ended"
+    code: Code | None = None
+    reason: Reason = ""
+    blocks: Annotated[int, Field(ge=0, le=MAX_BLOCKS)] = 0
+    nbytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    link: Annotated[str, Field(max_length=32)] = ""
+    exposed_us: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    taken_us: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+
 TransferMessage = ConsumerMessage | ProducerMessage | Coming
-ControlMessage = Hello | Welcome | Refused | Ping | Pong | LinkCall | StatusRequest | StatusReply
+ControlMessage = Hello | Welcome | Refused | Ping | Pong | LinkCall | StatusRequest | StatusReply | Watch | Watching | Ended
 AnyMessage = Annotated[TransferMessage | ControlMessage, Field(discriminator="kind")]
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyMessage)
@@ -308,7 +340,7 @@ def decode(frame: bytes) -> Message:
         shown = version if isinstance(version, int) else type(version).__name__  # its repr may nest for ever
         raise WireError(f"protocol version {shown}, this side speaks {PROTOCOL_VERSION}")
     fields = {key: value for key, value in raw.items() if key != "v"}
-    if "code" in fields:
+    if fields.get("code") is not None:
         try:
             fields["code"] = Code(fields["code"])
         except (ValueError, RecursionError):

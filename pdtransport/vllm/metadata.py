@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from pdtransport.protocol.messages import Code
+
 
 @dataclass(frozen=True)
 class Open:
@@ -85,6 +87,15 @@ class Take:
 
 
 @dataclass(frozen=True)
+class Decline:
+    """Decode: this transfer is not taken at all; who watches hears why."""
+
+    transfer: str
+    code: Code
+    reason: str
+
+
+@dataclass(frozen=True)
 class Cancel:
     """The request was aborted while its pages were on their way, from prefill or from the pool."""
 
@@ -125,7 +136,7 @@ class Yield:
     req_id: str
 
 
-Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Cancel | Fetch | Keep | Settle | Yield
+Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Decline | Cancel | Fetch | Keep | Settle | Yield
 
 
 @dataclass

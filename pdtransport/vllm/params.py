@@ -94,3 +94,13 @@ def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:
     except ValidationError as error:
         return Wanted(problem=f"kv_transfer_params.{one_line(error)}", lost=goes_on)
     return Wanted()
+
+
+def asked_transfer(params: Any) -> str:
+    """Which transfer a request on decode asks for, whatever else is wrong with its parameters; empty if none."""
+    if not isinstance(params, dict) or not params.get("do_remote_prefill"):
+        return ""
+    try:
+        return _Params.model_validate({"transfer_id": params.get("transfer_id")}).transfer_id or ""
+    except ValidationError:
+        return ""

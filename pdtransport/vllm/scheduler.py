@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.kv.keys import request_key
+from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Bell, Rope
@@ -20,6 +21,7 @@ from pdtransport.vllm.metadata import (
     Claim,
     Command,
     Commands,
+    Decline,
     Drop,
     Finish,
     News,
@@ -30,7 +32,7 @@ from pdtransport.vllm.metadata import (
     Take,
     Yield,
 )
-from pdtransport.vllm.params import ConsumeParams, marked, parse
+from pdtransport.vllm.params import ConsumeParams, asked_transfer, marked, parse
 from pdtransport.vllm.stats import PDTransportStats
 
 if TYPE_CHECKING:
@@ -153,6 +155,9 @@ class SchedulerSide:
             problem = "a prompt of embeddings has no token ids to identify its KV by"
         if problem:
             logger.warning("request %s is not handed over: %s", request.request_id, problem)
+            declined = asked_transfer(request.kv_transfer_params)
+            if declined:
+                self._before.append(Decline(declined, Code.REFUSED, problem))
             if wanted.lost:
                 give_up(request)
             return

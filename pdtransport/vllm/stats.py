@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from pdtransport import __version__
 from pdtransport.outcome import Outcome
+from pdtransport.settings import Settings
+from pdtransport.vllm.geometry import control_port
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+INFO = "vllm:pdtransport_info"  # routers read it
 MAX_OBSERVATIONS = 4096  # transfers that ended within one reporting interval; more are counted in the totals only
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -78,7 +82,7 @@ class PDTransportStats(KVConnectorStats):
 
 
 class PDTransportPromMetrics(KVConnectorPromMetrics):
-    """The same as Prometheus counters and a histogram."""
+    """The same as Prometheus counters and a histogram, and where this server's workers are reached."""
 
     def __init__(
         self,
@@ -118,6 +122,32 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
             buckets=SECONDS,
             labelnames=labelnames,
         )
+
+        self._tell_engines(vllm_config)
+
+    def _tell_engines(self, config: VllmConfig) -> None:
+        """One gauge an engine, always 1: what a router wants to know before the first request."""
+        transfer, parallel = config.kv_transfer_config, config.parallel_config
+        assert transfer is not None
+        settings = Settings.parse(transfer.kv_connector_extra_config)
+        first = control_port(settings, config) - parallel.data_parallel_rank * parallel.tensor_parallel_size
+        info = self._gauge_cls(
+            name=INFO,
+            documentation="This server's pdtransport: role, address of rank 0's control channel, version.",
+            multiprocess_mode="mostrecent",
+            labelnames=[*self._labelnames, "engine_id", "role", "control_host", "control_port", "tp_size", "version"],
+        )
+        for index, labels in self.per_engine_labelvalues.items():
+            replicas = parallel.data_parallel_size > 1 or index > 0
+            info.labels(
+                *labels,
+                f"{transfer.engine_id}_dp{index}" if replicas else str(transfer.engine_id),
+                str(transfer.kv_role),
+                settings.control.host,
+                str(first + index * parallel.tensor_parallel_size),
+                str(parallel.tensor_parallel_size),
+                __version__,
+            ).set(1)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]

@@ -26,6 +26,7 @@ from pdtransport.vllm.metadata import (
     Claim,
     Command,
     Commands,
+    Decline,
     Drop,
     Fetch,
     Finish,
@@ -258,6 +259,8 @@ class WorkerSide:
             transport.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
         elif isinstance(command, Take):
             self._take(transport, command, after)
+        elif isinstance(command, Decline):
+            transport.decline(command.transfer, command.code, command.reason)
         elif isinstance(command, Cancel):
             receipt = self._receipts.get(command.req_id)
             if receipt is not None:

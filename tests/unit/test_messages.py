@@ -98,6 +98,18 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
     m.LinkCall: {"link": st.text(max_size=32), "body": st.binary(max_size=99)},
     m.StatusRequest: {"transfer": st.text(max_size=128)},
     m.StatusReply: {"status": st.text(max_size=99)},
+    m.Watch: {},
+    m.Watching: {name: facts[name] for name in ("engine", "rank", "world", "incarnation")},
+    m.Ended: {
+        "transfer": names,
+        "code": st.none() | codes,
+        "reason": reasons,
+        "blocks": st.integers(0, m.MAX_BLOCKS),
+        "nbytes": st.integers(0, 1 << 40),
+        "link": st.text(max_size=32),
+        "exposed_us": st.integers(0, 1 << 40),
+        "taken_us": st.integers(0, 1 << 40),
+    },
 }
 messages = st.one_of([st.builds(kind, **fields) for kind, fields in FIELDS.items()])
 values = st.recursive(
@@ -276,7 +288,7 @@ def test_wire_bytes_are_plain_msgpack_with_the_version() -> None:
     """What other implementations have to produce."""
     raw = msgpack.unpackb(m.encode(m.Nack(transfer="t", generation=7, wants=((1, 0), (2, 1)), reason="r")))
     assert raw == {
-        "v": 4,
+        "v": 5,
         "kind": "nack",
         "transfer": "t",
         "generation": 7,

@@ -17,9 +17,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.bell import Bell, Rope
-from pdtransport.vllm.metadata import Cancel, Claim, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.metadata import Cancel, Claim, Decline, Drop, Finish, Open, Pages, Rewind, Take
 from pdtransport.vllm.params import parse
 from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, SchedulerSide
 
@@ -380,3 +381,37 @@ def test_a_router_that_copies_only_nixl_keys_hands_over_the_very_transfer(side: 
         refused = parse({**kept, "remote_request_id": foreign}, producer=False, consumer=True)
         assert refused.consume is None
         assert refused.problem.startswith("kv_transfer_params.transfer_id")
+
+
+@pytest.mark.parametrize(
+    ("params", "more", "why"),
+    [
+        ({**CONSUME, "remote_port": 0}, {}, "remote_port"),
+        (CONSUME, {"prompt_token_ids": None}, "embeddings"),
+        ({**CONSUME, "remote_host": "a b"}, {}, "remote_host"),
+    ],
+)
+def test_a_request_that_asks_for_a_transfer_in_vain_has_it_declined(
+    side: SchedulerSide, params: dict[str, Any], more: dict[str, Any], why: str
+) -> None:
+    """Promise 5: what never becomes a transfer is told to those who watch, with its reason."""
+    side.on_new_request(request(params, **more))
+    (declined,) = step(side).before
+    assert (type(declined), declined.transfer, declined.code) == (Decline, "t", Code.REFUSED)
+    assert why in declined.reason
+
+
+def test_decode_that_is_no_consumer_declines(clock: Clock) -> None:
+    side = SchedulerSide(
+        Settings(), producer=True, consumer=False, block_size=BLOCK, engine="e", port=7, ranks=1, clock=clock
+    )
+    side.on_new_request(request(CONSUME))
+    (declined,) = step(side).before
+    assert declined.transfer == "t"
+    assert "kv_producer" in declined.reason
+
+
+@pytest.mark.parametrize("params", [{"do_remote_decode": True, "transfer_id": 7}, {**CONSUME, "transfer_id": "a b"}, {}])
+def test_nothing_is_declined_under_an_id_that_is_none_or_that_prefill_has(side: SchedulerSide, params: Any) -> None:
+    side.on_new_request(request(params))
+    assert not [each for each in step(side).before if isinstance(each, Decline)]

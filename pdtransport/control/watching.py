@@ -1,0 +1,77 @@
+"""Ask a worker to tell how its transfers end, from anywhere that may connect: no Hello, no identity, no thread."""
+
+from __future__ import annotations
+
+import contextlib
+
+import zmq
+
+from pdtransport.control import curve
+from pdtransport.control.limits import WATCH_QUEUE_FRAMES
+from pdtransport.control.sockets import Inbox, Socket, open_socket, tcp_url
+from pdtransport.errors import PDTransportError
+from pdtransport.protocol.messages import Message, Watch, WireError, decode, encode
+from pdtransport.settings import ControlSettings
+
+
+class CannotWatch(PDTransportError):
+    """This worker can't be watched from here; the text says why."""
+
+
+class WorkerWatch:
+    """One worker's reports. :meth:`ask` again every ``WATCH_AGAIN_S``; :meth:`read` whenever :attr:`descriptor` is
+    readable, and after each question: it tells of new frames once only.
+
+    Raises:
+        CannotWatch: the worker is on another machine and there are no keys, or the address is malformed.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        host: str,
+        port: int,
+        settings: ControlSettings,
+        keys: curve.Keys | None,
+    ) -> None:
+        if settings.needs_keys(host):
+            raise CannotWatch(
+                f"{host}:{port} is not this machine, and this side has no CURVE keys (curve_*_key_file; "
+                "allow_plaintext on a trusted network)"
+            )
+        self._question = encode(Watch())
+        self.garbage = 0  # frames that were no message
+        socket = open_socket(context, zmq.DEALER, settings, ipv6=":" in host)
+        try:
+            socket.set(zmq.IMMEDIATE, 0)  # the question waits for the connection ...
+            socket.set(zmq.SNDHWM, WATCH_QUEUE_FRAMES)  # ... and does not pile up
+            curve.apply_client(socket, keys)
+            socket.connect(tcp_url(host, port))
+        except zmq.ZMQError as error:
+            socket.close(0)
+            raise CannotWatch(f"{host}:{port}: {error.strerror}") from None
+        self._socket = socket
+        self._inbox = Inbox(socket, addressed=False)
+        self.descriptor = int(socket.get(zmq.FD))
+
+    def ask(self) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # as many questions wait as may
+            self._socket.send(self._question, zmq.NOBLOCK)
+
+    def read(self, limit: int) -> tuple[list[Message], bool]:
+        """Up to ``limit`` messages that have arrived, and whether there may be more."""
+        messages: list[Message] = []
+        for _ in range(limit):
+            letter = self._inbox.read()
+            if letter is False:
+                return messages, False
+            if isinstance(letter, bool) or letter.body is None:
+                continue
+            try:
+                messages.append(decode(letter.body.bytes))
+            except (WireError, RecursionError):
+                self.garbage += 1
+        return messages, True
+
+    def close(self) -> None:
+        self._socket.close(0)
