@@ -7,6 +7,7 @@ import contextlib
 import zmq
 
 from pdtransport.control import curve
+from pdtransport.control.handshake import foreign_version
 from pdtransport.control.limits import WATCH_QUEUE_FRAMES
 from pdtransport.control.sockets import Inbox, Socket, open_socket, tcp_url
 from pdtransport.errors import PDTransportError
@@ -40,7 +41,7 @@ class WorkerWatch:
                 "allow_plaintext on a trusted network)"
             )
         self._question = encode(Watch())
-        self.garbage = 0  # frames that were no message
+        self.foreign: int | None = None  # the protocol version of a frame that is not of ours
         socket = open_socket(context, zmq.DEALER, settings, ipv6=":" in host)
         try:
             socket.set(zmq.IMMEDIATE, 0)  # the question waits for the connection ...
@@ -70,7 +71,7 @@ class WorkerWatch:
             try:
                 messages.append(decode(letter.body.bytes))
             except (WireError, RecursionError):
-                self.garbage += 1
+                self.foreign = foreign_version(letter.body.bytes)
         return messages, True
 
     def close(self) -> None:

@@ -307,7 +307,9 @@ class Ended(_Scoped):
 
 
 TransferMessage = ConsumerMessage | ProducerMessage | Coming
-ControlMessage = Hello | Welcome | Refused | Ping | Pong | LinkCall | StatusRequest | StatusReply | Watch | Watching | Ended
+ControlMessage = (
+    Hello | Welcome | Refused | Ping | Pong | LinkCall | StatusRequest | StatusReply | Watch | Watching | Ended
+)
 AnyMessage = Annotated[TransferMessage | ControlMessage, Field(discriminator="kind")]
 
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyMessage)

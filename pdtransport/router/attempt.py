@@ -11,6 +11,7 @@ from pdtransport.router import first_token
 from pdtransport.router.call import PATHS, Call
 from pdtransport.router.endpoints import Endpoint, Failure, is_replica
 from pdtransport.router.first_token import FirstToken
+from pdtransport.router.handoffs import HandOff, HandOffs
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.splice import Lost, joined
@@ -58,6 +59,7 @@ class Attempt:
         first: the token that prefill gave out and decode goes on from. A streamed answer begins with it.
         whole: the answer's whole body, where it is made of both servers' answers.
         refusal: prefill's, of a body that decode has answered by itself.
+        hand_off: what becomes of the hand-off; None without one.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Attempt:
         upstream: Upstream,
         settings: RouterSettings,
         metrics: Metrics,
+        hand_offs: HandOffs,
     ) -> None:
         self.transfer_id = secrets.token_hex(16)
         self.dispatch = dispatch
@@ -75,11 +78,13 @@ class Attempt:
         self.first: FirstToken | None = dispatch.first
         self.whole: bytes | None = None
         self.refusal: UpstreamError | None = None
+        self.hand_off: HandOff | None = None
         self._asks = False  # prefill for its first token
         self._trace = trace
         self._upstream = upstream
         self._settings = settings
         self._metrics = metrics
+        self._hand_offs = hand_offs
         self._began = 0.0
         self._prefill: asyncio.Task[PrefillAnswer] | None = None
         self._decode: asyncio.Task[Opened] | None = None
@@ -99,6 +104,8 @@ class Attempt:
         params: dict[str, Any] | None = None
         prefill = self.dispatch.prefill
         if prefill is not None:
+            noted = self._trace.dispatches[-1]
+            self.hand_off = self._hand_offs.begin(self.transfer_id, prefill, self.dispatch.decode, noted)
             self._asks = self._may_ask(call)
             self._prefill = self._start(self._run_prefill(prefill, call, headers))
             self._trace.mark("dispatched")
@@ -182,6 +189,8 @@ class Attempt:
             opened = None if self._decode.exception() else self._decode.result()
         if opened is not None:
             opened.response.close()
+        if self.hand_off is not None:
+            self._hand_offs.end(self.hand_off, opened is not None and opened.response.status < 300)
         self._end_prefill()
         self._end_decode()
 
@@ -237,6 +246,8 @@ class Attempt:
     def _handed_over(self, task: asyncio.Task[PrefillAnswer]) -> dict[str, Any]:
         params = task.result().params
         if params is None:
+            if self.hand_off is not None:
+                self._hand_offs.nothing(self.hand_off, "prefill has nothing to hand over")
             raise NoHandover
         return params
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pdtransport.router.facts import ControlAddress, ServerFacts
 from pdtransport.router.settings import EndpointSettings, RouterHealth, RouterSettings
 
 log = logging.getLogger("pdtransport.router")
@@ -19,26 +20,6 @@ Role = Literal["prefill", "decode"]
 Failure = Literal["connect", "disconnected", "timeout", "status", "protocol"]
 MAX_ERROR_CHARS = 300
 _REPLICA = re.compile(r"_dp\d+$")  # what vLLM appends to the engine id of each data-parallel replica
-
-
-@dataclass(frozen=True, slots=True)
-class ControlAddress:
-    """Where rank 0's worker of a prefill server is asked for pages; rank r listens on ``port + r``."""
-
-    host: str
-    port: int
-    tp_size: int
-
-    def params(self, transfer_id: str) -> dict[str, Any]:
-        """kv_transfer_params for a decode server that is dispatched together with prefill."""
-        return {
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "transfer_id": transfer_id,
-            "remote_host": self.host,
-            "remote_port": self.port,
-            "tp_size": self.tp_size,
-        }
 
 
 def is_replica(engine_id: str) -> bool:
@@ -65,6 +46,8 @@ class Endpoint:
     replicated: bool = False  # it has some: only an answer tells which one serves a request
     restarts: int = 0
     learned: ControlAddress | None = None
+    facts: ServerFacts | None = None  # what its metrics say; None: they were not read since it was last lost
+    unfit: str = ""  # why no hand-off can succeed with it, as far as is known
     goes_on: bool = False  # decode: its connector has promised to go on from a first token, since it was last lost
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -89,6 +72,31 @@ class Endpoint:
             return self.learned
         return ControlAddress(host, port, self.learned.tp_size if self.learned else self.settings.tp_size)
 
+    @property
+    def watchable(self) -> tuple[ControlAddress, ...]:
+        """Where the workers of all its engines listen, as far as is known."""
+        several = self.facts.engines if self.facts is not None and len(self.facts.engines) > 1 else ()
+        if several:
+            return tuple(engine.control for engine in several)
+        return (self.control,) if self.control is not None else ()
+
+    def tell(self, facts: ServerFacts, *, others_may: bool) -> None:
+        """Remember what its metrics say. ``others_may``: connectors other than ours hand over, too, and say nothing
+        there."""
+        self.facts = facts
+        unfit = "" if others_may and not facts.engines else facts.unfit_as(self.role)
+        if unfit and unfit != self.unfit:
+            log.warning("%s server %s %s. No prompt is handed over through it", self.role, self.name, unfit)
+        self.unfit = unfit
+        if facts.engines:
+            self.replicated = len(facts.engines) > 1
+            self._identify(facts.engines[0].engine_id)
+            self._note_address(facts.engines[0].control)
+
+    def forget(self) -> None:
+        """Whoever answers next may be a new process."""
+        self.learned = self.facts = None
+
     def begin(self, tokens: int) -> Callable[[], None]:
         """Count a request in; the returned function counts it out, once."""
         self.requests += 1
@@ -107,27 +115,37 @@ class Endpoint:
         """Remember the control address and identity in a prefill answer's kv_transfer_params."""
         host, port = params.get("remote_host"), params.get("remote_port")
         ranks, engine = params.get("tp_size", 1), params.get("remote_engine_id")
+        if self.facts is not None and self.facts.engines:
+            if not isinstance(engine, str) or any(engine == known.engine_id for known in self.facts.engines):
+                return
+            self.facts = None  # they are of a process that is gone
         if isinstance(engine, str):
             self.replicated = is_replica(engine)
-            engine = _REPLICA.sub("", engine)
-        if isinstance(engine, str) and engine != self.engine_id:
+            self._identify(engine)
+        if isinstance(host, str) and isinstance(port, int) and isinstance(ranks, int):
+            if not (self.replicated and self.learned):
+                self._note_address(ControlAddress(host, port, ranks))
+
+    def _identify(self, engine: str) -> None:
+        engine = _REPLICA.sub("", engine)
+        if engine and engine != self.engine_id:
             if self.engine_id:
                 self.restarts += 1
-                log.warning("prefill server %s restarted: its engine id changed", self.name)
+                log.warning("%s server %s restarted: its engine id changed", self.role, self.name)
             self.engine_id = engine
-        if isinstance(host, str) and isinstance(port, int) and isinstance(ranks, int):
-            address = ControlAddress(host, port, ranks)
-            if address != self.learned and not (self.replicated and self.learned):
-                self.learned = address
-                self._tell_mismatch()
+
+    def _note_address(self, address: ControlAddress) -> None:
+        if address != self.learned:
+            self.learned = address
+            self._tell_mismatch()
 
     def _tell_mismatch(self) -> None:
         control, learned = self.control, self.learned
         if control and learned and (control.host, control.port) != (learned.host, learned.port):
             log.warning(
-                "prefill server %s says its control channel is %s:%d, the configured %s:%d is used: "
+                "%s server %s says its control channel is %s:%d, the configured %s:%d is used: "
                 "check control_host and control_port",
-                self.name, learned.host, learned.port, control.host, control.port,
+                self.role, self.name, learned.host, learned.port, control.host, control.port,
             )  # fmt: skip
 
     def succeeded(self) -> None:
@@ -141,7 +159,7 @@ class Endpoint:
         if self.failures_in_row >= health.eject_after:
             self.ejected_until = time.monotonic() + health.eject_s
         if how in {"connect", "disconnected"}:
-            self.learned = None  # it may belong to a process that is gone
+            self.forget()
             self.goes_on = False
         if how == "connect":
             self.set_healthy(False, why)
@@ -172,8 +190,9 @@ class Endpoint:
             "inflight_tokens": self.inflight_tokens,
             "restarts": self.restarts,
             "control": None if control is None else f"{control.host}:{control.port}",
-            "control_from": None if control is None else "answer" if control is self.learned else "settings",
+            "control_from": None if control is None else "learned" if control is self.learned else "settings",
             "tp_size": None if control is None else control.tp_size,
+            "unfit": self.unfit or None,
         }
 
 

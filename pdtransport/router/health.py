@@ -7,23 +7,42 @@ import asyncio
 from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
 
 from pdtransport.router.endpoints import Endpoint, Fleet
+from pdtransport.router.facts import ask_facts
 from pdtransport.router.settings import RouterHealth
 from pdtransport.router.upstream import reason
+from pdtransport.router.watches import Watches
 
 
 class Prober:
-    """Keeps ``Endpoint.healthy`` true to what the servers answer."""
+    """Keeps ``Endpoint.healthy`` true to what the servers answer, and reads each one's metrics when it came up.
 
-    def __init__(self, fleet: Fleet, settings: RouterHealth, session: ClientSession) -> None:
+    Args:
+        server_key: that the servers want; None: none.
+        others_may: the servers may have connectors other than ours.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: RouterHealth,
+        session: ClientSession,
+        watches: Watches,
+        server_key: str | None,
+        others_may: bool,
+    ) -> None:
         self._fleet = fleet
         self._settings = settings
         self._session = session
+        self._watches = watches
+        self._headers = {} if server_key is None else {"Authorization": f"Bearer {server_key}"}
+        self._others_may = others_may
         self._unanswered: dict[Endpoint, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Check every server once, then keep checking in the background."""
         await asyncio.gather(*(self.check(endpoint) for endpoint in self._fleet.all))
+        await self._watches.first_answers()
         self._tasks = [asyncio.create_task(self._watch(endpoint)) for endpoint in self._fleet.all]
 
     async def stop(self) -> None:
@@ -47,13 +66,23 @@ class Prober:
         else:
             if status == 200:
                 self._unanswered[endpoint] = 0
+                await self._learn(endpoint)
                 endpoint.set_healthy(True)
             else:
                 self._refused(endpoint, f"GET /health answers {status}")
 
     def _refused(self, endpoint: Endpoint, why: str) -> None:
-        endpoint.learned = None  # whoever answers next may be a new process
+        endpoint.forget()
         endpoint.set_healthy(False, why)
+
+    async def _learn(self, endpoint: Endpoint) -> None:
+        """What it is and where its workers are, where that is not known since it came up."""
+        if endpoint.facts is None:
+            facts = await ask_facts(self._session, endpoint.url, self._headers, self._settings.timeout_s)
+            if facts is not None:
+                endpoint.tell(facts, others_may=self._others_may)
+        if endpoint.role == "decode":
+            self._watches.follow(endpoint)
 
     async def _watch(self, endpoint: Endpoint) -> None:
         pause = self._settings.interval_s

@@ -11,6 +11,7 @@ from pdtransport.router.attempt import Attempt, Dispatch, NoHandover
 from pdtransport.router.call import Call, Reason
 from pdtransport.router.endpoints import Endpoint, Fleet, usable
 from pdtransport.router.first_token import Unusable
+from pdtransport.router.handoffs import HandOffs
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.settings import RouterSettings
@@ -41,6 +42,7 @@ class Ladder:
         upstream: Upstream,
         traces: Traces,
         metrics: Metrics,
+        hand_offs: HandOffs,
     ) -> None:
         self._settings = settings
         self._fleet = fleet
@@ -48,6 +50,7 @@ class Ladder:
         self._upstream = upstream
         self._traces = traces
         self._metrics = metrics
+        self._hand_offs = hand_offs
 
     async def open(self, call: Call, headers: list[tuple[str, str]], trace: Trace) -> Attempt:
         """The attempt whose answer began; the caller relays it and closes the attempt.
@@ -59,7 +62,7 @@ class Ladder:
         rungs = _Rungs(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
         while True:  # each failure uses up a retry or ends disaggregation, so this ends
             dispatch = self._place(call, rungs)
-            attempt = Attempt(dispatch, call.prompt_tokens, trace, self._upstream, settings, self._metrics)
+            attempt = self._attempt(dispatch, call, trace)
             self._note(attempt, trace, rungs)
             try:
                 await attempt.open(call, headers)
@@ -108,11 +111,16 @@ class Ladder:
         if decode is None or tries >= max(self._settings.decode_retries, 1):
             raise error
         dispatch = Dispatch(decode, None, "continued", f"the client has the first token; {error}", first)
-        attempt = Attempt(dispatch, call.prompt_tokens, trace, self._upstream, self._settings, self._metrics)
+        attempt = self._attempt(dispatch, call, trace)
         trace.dispatch(attempt.transfer_id, dispatch.order, dispatch.why_order[:300], None, decode.name)
         self._traces.add(trace)
         attempt.begin(call, headers)
         return attempt
+
+    def _attempt(self, dispatch: Dispatch, call: Call, trace: Trace) -> Attempt:
+        return Attempt(
+            dispatch, call.prompt_tokens, trace, self._upstream, self._settings, self._metrics, self._hand_offs
+        )
 
     def _why_alone(self, call: Call) -> Reason | None:
         if call.alone is not None:
@@ -129,13 +137,21 @@ class Ladder:
         decode = self._placer.choose("decode", call.prefix_keys, candidates)
         if decode is None:
             raise self._final(rungs.last) if rungs.last else self._unavailable()
+        if rungs.alone is None and decode.unfit:
+            rungs.alone = Reason("decode_not_a_consumer", f"decode server {decode.name} {decode.unfit}")
         if rungs.alone is None:
-            candidates = usable(self._fleet.prefill, rungs.avoid) or usable(self._fleet.prefill)
+            fit = [one for one in self._fleet.prefill if not one.unfit]
+            candidates = usable(fit, rungs.avoid) or usable(fit)
             prefill = self._placer.choose("prefill", call.prefix_keys, candidates)
             if prefill is not None:
                 return self._ordered(decode, prefill)
-            rungs.alone = Reason("no_prefill", "no prefill server is healthy")
+            rungs.alone = self._no_prefill()
         return Dispatch(decode, None, "alone", rungs.alone.code)
+
+    def _no_prefill(self) -> Reason:
+        for one in usable(self._fleet.prefill):
+            return Reason("prefill_not_a_producer", f"prefill server {one.name} {one.unfit}")
+        return Reason("no_prefill", "no prefill server is healthy")
 
     def _ordered(self, decode: Endpoint, prefill: Endpoint) -> Dispatch:
         if self._settings.dispatch == "serial":

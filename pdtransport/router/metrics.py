@@ -29,8 +29,8 @@ class Counter:
         self.name, self.text, self.labels = name, text, labels
         self._values: dict[tuple[str, ...], int] = {} if labels else {(): 0}
 
-    def add(self, *values: str) -> None:
-        self._values[values] = self._values.get(values, 0) + 1
+    def add(self, *values: str, by: int = 1) -> None:
+        self._values[values] = self._values.get(values, 0) + by
 
     def value(self, *values: str) -> int:
         return self._values.get(values, 0)
@@ -84,6 +84,21 @@ class Metrics:
             "server",
             "reason",
         )
+        self.hand_offs = Counter(
+            "pdrouter_hand_offs_total",
+            "Hand-offs by what became of them: handed_over, held (decode had the prompt), failed (and the code why), "
+            "unknown (its workers did not tell).",
+            "outcome",
+            "code",
+        )
+        self.hand_off_links = Counter("pdrouter_hand_off_links_total", "Prompts handed over, by link.", "link")
+        self.hand_off_bytes = Counter("pdrouter_hand_off_bytes_total", "Bytes handed over, by link.", "link")
+        self.hand_off_exposed = Histogram(
+            "pdrouter_hand_off_exposed_seconds",
+            "From prefill's end to the last verified page on decode.",
+            _FAST_S,
+            "link",
+        )
         self.hints = Counter(
             "pdrouter_pool_hints_total", "Hints to the shared pool, by what became of them.", "outcome"
         )
@@ -105,8 +120,9 @@ class Metrics:
 
     def lines(self) -> list[str]:
         series = (
-            self.requests, self.alone, self.retries, self.first_tokens, self.hints, self.refused,
-            self.routing, self.prefill, self.first_token, self.duration,
+            self.requests, self.alone, self.retries, self.first_tokens, self.hand_offs, self.hand_off_links,
+            self.hand_off_bytes, self.hand_off_exposed, self.hints, self.refused, self.routing, self.prefill,
+            self.first_token, self.duration,
         )  # fmt: skip
         return [line for one in series for line in one.lines()]
 

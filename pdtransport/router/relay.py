@@ -56,17 +56,25 @@ def pd_headers(trace: Trace) -> dict[str, str]:
         return {}
     last = trace.dispatches[-1]
     path = trace.path if trace.why_alone is None else f"{trace.path}; {trace.why_alone}"
+    if trace.recomputed:
+        path = f"recomputed; {trace.recomputed}"
     headers = {
         "x-pd-transfer-id": last["transfer_id"],
         "x-pd-decode": last["decode"],
-        "x-pd-path": "".join(c if c.isprintable() and c.isascii() else "?" for c in path),
+        "x-pd-path": _plain(path),
     }
     if last["prefill"] is not None:
         headers["x-pd-prefill"] = last["prefill"]
+        about = last.get("link") or last.get("hand_off_reason")
+        headers["x-pd-hand-off"] = _plain(f"{last.get('hand_off')}; {about}" if about else str(last.get("hand_off")))
     if trace.first_token_from is not None:
         why = f"; {trace.why_first_token}" if trace.why_first_token else ""
         headers["x-pd-first-token"] = trace.first_token_from + why
     return headers
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() and c.isascii() else "?" for c in text)
 
 
 class Relay:

@@ -8,6 +8,7 @@ import resource
 
 from pdtransport.errors import SettingsError
 from pdtransport.router.settings import RouterSettings
+from pdtransport.router.watches import MAX_WATCHED
 from pdtransport.serving.listening import BACKLOG
 
 log = logging.getLogger("pdtransport.router")
@@ -48,4 +49,7 @@ def _descriptors(connections: int, settings: RouterSettings) -> int:
     """The most that so many client connections take: each, two for its servers where a request is under way, and those
     that are accepted only to be closed."""
     admin = 0 if settings.admin_port is None else 2 * min(ADMIN_CONNECTIONS, settings.max_connections)
-    return connections + 2 * min(connections, settings.max_inflight) + min(connections, BACKLOG) + admin + _SPARE
+    watched = 2 * min(MAX_WATCHED, sum(one.tp_size for one in settings.decode))
+    return (
+        watched + connections + 2 * min(connections, settings.max_inflight) + min(connections, BACKLOG) + admin + _SPARE
+    )

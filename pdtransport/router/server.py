@@ -21,6 +21,7 @@ from pdtransport.router.call import Call, parse
 from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
 from pdtransport.router.first_token import Api
+from pdtransport.router.handoffs import HandOffs
 from pdtransport.router.health import Prober
 from pdtransport.router.hints import AT_ONCE, Hinter
 from pdtransport.router.ladder import Ladder
@@ -32,6 +33,7 @@ from pdtransport.router.settings import RouterSettings
 from pdtransport.router.tenants import Salter, Tenants
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
+from pdtransport.router.watches import Watches
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
 from pdtransport.serving.keys import Keys
 from pdtransport.serving.listening import Bounds, Listener, url_of
@@ -40,6 +42,7 @@ from pdtransport.settings import is_loopback
 log = logging.getLogger("pdtransport.router")
 
 MAX_MODELS_BYTES = 4 << 20  # of a /v1/models answer
+MAX_PAIRS_SHOWN = 256  # in /pd/status
 _PROBE_CONNECTIONS = 4  # to one server, beside those that carry requests
 
 
@@ -65,6 +68,9 @@ class Router:
         self.fleet = Fleet(settings)
         self._placer = Placer(settings.placement)
         self._traces = Traces(settings.traces)
+        self._hand_offs = HandOffs(settings.hand_off, self.metrics)
+        self._watches = Watches(settings.control, self._hand_offs)
+        self._hand_offs.why_not = self._watches.why_not
         self._admission = Admission(settings)
         self._began = time.monotonic()
         self._stopping = False
@@ -98,14 +104,22 @@ class Router:
             http = await self._stack.enter_async_context(session(settings, settings.upstream_connections))
             self._probes = await self._stack.enter_async_context(session(settings, _PROBE_CONNECTIONS))
             self._ladder = Ladder(
-                settings, self.fleet, self._placer, Upstream(settings, http), self._traces, self.metrics
+                settings,
+                self.fleet,
+                self._placer,
+                Upstream(settings, http),
+                self._traces,
+                self.metrics,
+                self._hand_offs,
             )
+            self._stack.callback(self._watches.close)
             if settings.pool_hint.url is not None:
                 # Connections of its own: a health check must not wait behind a hint.
                 hints = await self._stack.enter_async_context(session(settings, AT_ONCE))
                 self._hinter = Hinter(settings.pool_hint, *self._pool_secrets, self.fleet, hints, self.metrics)
                 self._stack.push_async_callback(self._hinter.stop)
-            prober = Prober(self.fleet, settings.health, self._probes)
+            serial = settings.dispatch == "serial"
+            prober = Prober(self.fleet, settings.health, self._probes, self._watches, self._server_key, serial)
             self._stack.push_async_callback(prober.stop)
             await prober.start()
             await self._listen()
@@ -127,6 +141,7 @@ class Router:
             web.post("/v1/chat/completions", self._chat),
             web.get("/v1/models", self._models),
             web.get("/health", self._health),
+            web.get("/live", self._live),
             self._description(public=True, admin=settings.admin_port is None),
         ]
         if settings.admin_port is None:
@@ -179,8 +194,17 @@ class Router:
             "buffered_bytes": self._admission.buffered,
             "affinity_entries": {role: self._placer.entries(role) for role in ("prefill", "decode")},
             "prefill": [endpoint.describe() for endpoint in self.fleet.prefill],
-            "decode": [endpoint.describe() for endpoint in self.fleet.decode],
+            "decode": [
+                {**endpoint.describe(), "not_watched": self._watches.why_not(endpoint) or None}
+                for endpoint in self.fleet.decode
+            ],
+            **self._disaggregates(),
+            "pairs": self._hand_offs.describe(MAX_PAIRS_SHOWN),
         }
+
+    def _disaggregates(self) -> dict[str, Any]:
+        does, why = self._hand_offs.disaggregates(self.fleet)
+        return {"disaggregates": does, "why_not": why}
 
     # -- the OpenAI endpoints ---------------------------------------------------------------------------------------
 
@@ -225,6 +249,8 @@ class Router:
             return await EarlyRelay(request, attempt, trace, timeouts, call, headers, self._ladder, seat.release).run()
         seat.release()
         try:
+            if attempt.hand_off is not None and attempt.opened.response.status < 300:
+                await self._hand_offs.wait(attempt.hand_off)
             return await Relay(request, attempt, trace, timeouts).run()
         finally:
             attempt.close()
@@ -250,7 +276,7 @@ class Router:
 
     def _count(self, trace: Trace) -> None:
         trace.mark("done")
-        events, path = trace.events, trace.path or "none"
+        events, path = trace.events, "recomputed" if trace.recomputed else trace.path or "none"
         self.metrics.requests.add(trace.api, path, trace.outcome)
         wrong = trace.why_code == "prefill_refused" and trace.outcome == "client_error"  # decode refused it, too
         if trace.why_code and not wrong:
@@ -290,8 +316,13 @@ class Router:
             role: {"healthy": sum(one.healthy for one in self.fleet.of(role)), "of": len(self.fleet.of(role))}
             for role in ("prefill", "decode")
         }
-        good = all(role["healthy"] for role in roles.values())
-        return web.json_response({"status": "ok" if good else "degraded", **roles}, status=200 if good else 503)
+        ready = bool(roles["decode"]["healthy"])
+        state = {**roles, **self._disaggregates()}
+        status = "unavailable" if not ready else "degraded" if state["disaggregates"] is False else "ok"
+        return web.json_response({"status": status, **state}, status=200 if ready else 503)
+
+    async def _live(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
 
     def _metrics_text(self) -> str:
         labels = {one: (("role", one.role), ("server", one.name)) for one in self.fleet.all}
@@ -305,4 +336,10 @@ class Router:
             ("pdrouter_server_restarts", "Times that a prefill server's engine id changed.", "restarts"),
         ):
             lines += prom.gauge(name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all])
+        watched = [(labels[one], int(self._watches.stands(one))) for one in self.fleet.decode]
+        lines += prom.gauge("pdrouter_server_watched", "1 if the server's workers tell how transfers end.", watched)
+        failing = [((("prefill", p), ("decode", d)), n) for (p, d), n in self._hand_offs.failing()]
+        lines += prom.gauge(
+            "pdrouter_pair_failing", "Requests in a row of which a pair of servers handed none over.", failing
+        )
         return "\n".join(lines) + "\n"

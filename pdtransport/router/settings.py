@@ -35,7 +35,9 @@ class EndpointSettings(_Section):
     url: str = Field(description="Base URL of the server, without /v1: http://127.0.0.1:8100")
     name: str = Field("", description="Name in headers, traces and metrics. Default: host:port of the URL.")
     control_host: str | None = Field(
-        None, description="Address of rank 0's control channel. Default: learned from prefill's first answer."
+        None,
+        description="Address of rank 0's control channel. Default: learned from the server's metrics, or prefill's "
+        "first answer.",
     )
     control_port: int | None = Field(None, ge=1, le=65535, description="Port of rank 0's control channel.")
     tp_size: int = Field(1, ge=1, le=1024, description="Tensor-parallel ranks; used until an answer tells.")
@@ -140,6 +142,24 @@ class RouterHealth(_Section):
         description="Failed requests in a row after which a server is spared, if another can serve.",
     )
     eject_s: float = Field(10.0, gt=0, le=3600, description="How long such a server is spared.")
+
+
+class RouterHandOff(_Section):
+    """Knowing what becomes of hand-offs."""
+
+    wait_s: float = Field(
+        0.02,
+        ge=0,
+        le=5,
+        description="How long decode's first bytes may wait for its workers' word on the hand-off, which is there "
+        "before them but for mishaps. 0: not at all.",
+    )
+    warn_after: int = Field(
+        10,
+        ge=1,
+        le=1_000_000,
+        description="Requests in a row of which a pair of servers handed none over, before the log says so.",
+    )
 
 
 class RouterPlacement(_Section):
@@ -313,17 +333,21 @@ class RouterSettings(_Section):
     retry_after_s: int = Field(1, ge=0, le=3600, description="Retry-After of a 503.")
     traces: int = Field(1024, ge=0, le=1 << 20, description="Requests whose timeline is remembered.")
     curve_public_key_file: Path | None = Field(
-        None, description="CURVE key pair with which workers are asked for their status, where they want one."
+        None,
+        description="CURVE key pair with which workers are watched, and asked for their status, where they want one.",
     )
     curve_secret_key_file: Path | None = Field(None, description="Secret half of that pair.")
     curve_server_key: str | None = Field(
         None, description="Z85 public key that workers must hold. Default: our own public key (one shared pair)."
     )
     allow_plaintext: bool = Field(
-        False, description="Ask workers on other machines for their status without CURVE (a trusted, isolated network)."
+        False,
+        description="Watch workers on other machines, and ask for their status, without CURVE (a trusted, isolated "
+        "network).",
     )
     timeouts: RouterTimeouts = RouterTimeouts()
     health: RouterHealth = RouterHealth()
+    hand_off: RouterHandOff = RouterHandOff()
     placement: RouterPlacement = RouterPlacement()
     pool_hint: RouterPoolHint = RouterPoolHint()
 
@@ -340,7 +364,7 @@ class RouterSettings(_Section):
 
     @property
     def control(self) -> ControlSettings:
-        """How workers are asked for their status."""
+        """How workers are watched, and asked for their status."""
         return ControlSettings(
             curve_public_key_file=self.curve_public_key_file,
             curve_secret_key_file=self.curve_secret_key_file,

@@ -68,6 +68,14 @@ class Trace:
         """Who samples this request's first token; ``why`` it is decode."""
         self.first_token_from, self.why_first_token = server, why or None
 
+    @property
+    def recomputed(self) -> str:
+        """Why decode computed a prompt that prefill computed, too; empty where it did not, as far as is known."""
+        last = self.dispatches[-1] if self.dispatches else {}
+        if self.path != "disaggregated" or last.get("hand_off") != "failed":
+            return ""
+        return f"{last['hand_off_code']}: {last['hand_off_reason']}"
+
     def failure(self, why: str) -> None:
         """The last dispatch failed."""
         self.dispatches[-1]["failure"] = why[:MAX_WHY_CHARS]
@@ -90,6 +98,14 @@ class Trace:
             "dispatch": last.get("order"),
             "prefill": last.get("prefill"),
             "decode": last.get("decode"),
+            "hand_off": last.get("hand_off"),
+            "handed_over": last.get("handed_over"),
+            "hand_off_code": last.get("hand_off_code"),
+            "hand_off_reason": last.get("hand_off_reason"),
+            "link": last.get("link"),
+            "bytes": last.get("bytes"),
+            "rate_bytes_s": last.get("rate_bytes_s"),
+            "exposed_s": last.get("exposed_s"),
             "outcome": self.outcome,
             "status": self.status,
             "note": self.note,

@@ -80,9 +80,7 @@ def test_a_watcher_is_told_who_the_worker_is_and_how_each_transfer_ends(rig: Ben
         rig.until(lambda one=one: one.read() and one.heard[1:] == [REPORT])
 
 
-def test_a_watcher_that_no_longer_asks_is_forgotten(
-    rig: Bench, watcher: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_watcher_that_no_longer_asks_is_forgotten(rig: Bench, watcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is kept for the dead; one that asks again in time stays."""
     monkeypatch.setattr(watchers, "WATCH_LEASE_S", 0.4)
     node = rig.node("d")

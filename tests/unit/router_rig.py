@@ -63,6 +63,8 @@ class Engine:
         self.health_status = 200
         self.health_checks = 0
         self.slow_health_checks = 0  # that many are not answered in time
+        self.metrics: str | None = None  # unset: it has none, as with vLLM's --disable-log-stats
+        self.metrics_read = 0
         self.seen: list[Seen] = []
         self.arrived = asyncio.Condition()
         self.port = 0
@@ -84,6 +86,7 @@ class Engine:
                 web.post("/v1/chat/completions", self._generate),
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
             ]
         )
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
@@ -109,6 +112,10 @@ class Engine:
             self.slow_health_checks -= 1
             await asyncio.sleep(PATIENCE_S)
         return web.Response(status=self.health_status)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        self.metrics_read += 1
+        return web.Response(status=404) if self.metrics is None else web.Response(text=self.metrics)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": f"model-of-{self.role}"}]})
@@ -247,9 +254,11 @@ async def rigged(
     decode: int = 1,
     *,
     prefill_as: Callable[[Engine], Any] = lambda engine: engine.url,
+    before: Callable[[Rig], Any] = lambda rig: None,
     **settings: Any,
 ) -> AsyncIterator[Rig]:
-    """Start ``prefill`` and ``decode`` servers and a router with ``settings``; ``prefill_as`` gives endpoints."""
+    """Start ``prefill`` and ``decode`` servers and a router with ``settings``; ``prefill_as`` gives endpoints, and
+    ``before`` is called before the router starts."""
     async with AsyncExitStack() as stack:
         engines = {
             "prefill": [Engine("prefill", 7670 + i) for i in range(prefill)],
@@ -259,6 +268,7 @@ async def rigged(
             await engine.start()
             stack.push_async_callback(engine.stop)
         rig = Rig(engines["prefill"], engines["decode"])
+        before(rig)
         raw: dict[str, Any] = {
             "port": 0,
             "prefill": [prefill_as(engine) for engine in rig.prefill],

@@ -342,11 +342,15 @@ def test_health_follows_the_servers_without_any_request() -> None:
                 "status": "ok",
                 "prefill": {"healthy": 1, "of": 1},
                 "decode": {"healthy": 1, "of": 1},
+                "disaggregates": None,
+                "why_not": "no prompt was handed over yet",
             }
             rig.d.health_status = 503
             await soon(lambda: not rig.router.fleet.decode[0].healthy)
             reply = await rig.get("/health")
             assert (reply.status, reply.json()["decode"]["healthy"]) == (503, 0)
+            assert (reply.json()["status"], reply.json()["disaggregates"]) == ("unavailable", False)
+            assert (await rig.get("/live")).status == 200
             rig.d.health_status = 200
             await soon(lambda: rig.router.fleet.decode[0].healthy)
             await rig.p.stop()

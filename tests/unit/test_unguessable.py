@@ -21,7 +21,7 @@ IDS, BITS = 1000, 128
 def of_the_router() -> str:
     unused: Any = None
     dispatch: Any = SimpleNamespace(first=None, prefill=None, decode=SimpleNamespace(begin=lambda tokens: None))
-    return Attempt(dispatch, 0, unused, unused, unused, unused).transfer_id
+    return Attempt(dispatch, 0, unused, unused, unused, unused, unused).transfer_id
 
 
 def of_prefill() -> str:

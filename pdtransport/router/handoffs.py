@@ -1,0 +1,248 @@
+"""What became of each hand-off: as decode's workers tell it, and what follows for a pair of servers.
+
+A worker's report leaves it before its engine's first step on the pages, so it is here before decode's first bytes: the
+answer's headers tell the truth at the price of a look into a dictionary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pdtransport.protocol.messages import Code, Ended
+from pdtransport.router.endpoints import Endpoint, Fleet
+from pdtransport.router.metrics import Metrics
+from pdtransport.router.settings import RouterHandOff
+from pdtransport.router.traces import MAX_WHY_CHARS
+
+log = logging.getLogger("pdtransport.router")
+
+# failed: decode computes the prompt itself, or fails the request, as its kv_load_failure_policy says.
+Became = Literal["handed_over", "held", "failed", "unknown"]
+
+MAX_PAIRS = 4096  # that are remembered; of more, those that were used longest ago are forgotten
+WARN_EVERY_S = 60.0
+MISSES_IN_ROW = 8  # reports that did not come in time, before nobody waits for the next one
+NO_HANDOVER = "no_handover"
+_LEFT = frozenset({Code.CANCELLED.value, Code.PEER_CANCELLED.value})  # the client went: no fault of the pair
+_REMEDIES = {
+    Code.REFUSED.value: "start both with what is named here set alike, or leave prefill out",
+    NO_HANDOVER: "start prefill with PDTransportConnector and kv_role kv_producer, or leave it out",
+    Code.PEER_LOST.value: "decode must reach prefill's control.host and control.port",
+    Code.LINK.value: "see links in the workers' status (/pd/status?workers=1)",
+    Code.UNKNOWN.value: "prefill's request failed, or went to another engine: see its log",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``link`` and the figures are those of a hand-off that went well; seconds are the slowest rank's."""
+
+    became: Became
+    code: str = ""
+    reason: str = ""
+    link: str = ""
+    nbytes: int = 0
+    exposed_s: float = 0.0  # from prefill's end to the last verified page
+    taken_s: float = 0.0  # from the first batch to it
+
+
+@dataclass(eq=False, slots=True)
+class HandOff:
+    """One dispatch's."""
+
+    transfer_id: str
+    prefill: str
+    decode: Endpoint
+    noted: dict[str, Any]  # of the request's trace: what became of it is written here
+    verdict: Verdict | None = None
+    _good: dict[int, Ended] = field(default_factory=dict)  # by rank
+    _waiter: asyncio.Future[None] | None = None
+
+    def hear(self, rank: int, ranks: int, ended: Ended) -> Verdict | None:
+        """One rank's report; the verdict if it is the one that decides."""
+        if ended.code is not None:
+            return Verdict("failed", ended.code.value, ended.reason)
+        self._good[rank] = ended
+        if len(self._good) < ranks:
+            return None
+        parts = self._good.values()
+        if not any(part.blocks for part in parts):
+            return Verdict("held")
+        return Verdict(
+            "handed_over",
+            link=max(part.link for part in parts),
+            nbytes=sum(part.nbytes for part in parts),
+            exposed_s=max(part.exposed_us for part in parts) / 1e6,
+            taken_s=max(part.taken_us for part in parts) / 1e6,
+        )
+
+    async def heard(self, timeout_s: float) -> bool:
+        """Wait for the verdict."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait({self._waiter}, timeout=timeout_s)
+        finally:
+            self._waiter = None
+        return self.verdict is not None
+
+    def decide(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.noted["hand_off"] = verdict.became
+        self.noted["handed_over"] = {"handed_over": True, "failed": False}.get(verdict.became)
+        self.noted["hand_off_code"] = verdict.code or None
+        self.noted["hand_off_reason"] = verdict.reason[:MAX_WHY_CHARS] or None
+        if verdict.became == "handed_over":
+            rate = verdict.nbytes / verdict.taken_s if verdict.taken_s else None
+            self.noted |= {
+                "link": verdict.link,
+                "bytes": verdict.nbytes,
+                "exposed_s": verdict.exposed_s,
+                "rate_bytes_s": None if rate is None else round(rate),
+            }
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class _Pair:
+    """How hand-offs between two servers go."""
+
+    missed: int = 0  # in a row
+    last: Verdict | None = None
+    warned_at: float | None = None
+    failing: bool = False  # it was said
+
+
+class HandOffs:
+    """Those under way, and how pairs do. ``why_not``: why a decode server's transfers are not heard of, or empty."""
+
+    def __init__(self, settings: RouterHandOff, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._live: dict[str, HandOff] = {}
+        self._pairs: OrderedDict[tuple[str, str], _Pair] = OrderedDict()
+        self._late = 0  # reports in a row that did not come in time
+        self.why_not: Callable[[Endpoint], str] = lambda _: "nobody watches"
+
+    def begin(self, transfer_id: str, prefill: Endpoint, decode: Endpoint, noted: dict[str, Any]) -> HandOff:
+        hand_off = HandOff(transfer_id, prefill.name, decode, noted)
+        noted |= {"hand_off": "under way", "handed_over": None}
+        self._live[transfer_id] = hand_off
+        return hand_off
+
+    def hear(self, rank: int, ranks: int, ended: Ended) -> None:
+        """A decode worker's report. Other routers' transfers are none of ours."""
+        hand_off = self._live.get(ended.transfer)
+        if hand_off is None or hand_off.verdict is not None:
+            return
+        self._late = 0
+        verdict = hand_off.hear(rank, ranks, ended)
+        if verdict is not None:
+            hand_off.decide(verdict)
+
+    async def wait(self, hand_off: HandOff) -> None:
+        """Decode's answer began: have the verdict, or find out that it does not come in time."""
+        if hand_off.verdict is not None:
+            return
+        why = self.why_not(hand_off.decode)
+        if not why and self._settings.wait_s and self._late < MISSES_IN_ROW:
+            if await hand_off.heard(self._settings.wait_s):
+                return
+            self._late += 1
+        hand_off.noted["hand_off"] = "unknown"
+        hand_off.noted["hand_off_reason"] = why or f"no report within hand_off.wait_s ({self._settings.wait_s:g} s)"
+
+    def nothing(self, hand_off: HandOff, why: str) -> None:
+        """Prefill answered, and has nothing to hand over."""
+        hand_off.decide(Verdict("failed", NO_HANDOVER, why))
+
+    def end(self, hand_off: HandOff, answered: bool) -> None:
+        """Its attempt is over; ``answered``: decode served the request."""
+        if self._live.pop(hand_off.transfer_id, None) is None:
+            return
+        verdict = hand_off.verdict
+        if verdict is None:
+            if not answered:
+                return  # given up before anything could become of it
+            verdict = Verdict("unknown")
+        self._metrics.hand_offs.add(verdict.became, verdict.code)
+        if verdict.became == "handed_over":
+            self._metrics.hand_off_links.add(verdict.link)
+            self._metrics.hand_off_bytes.add(verdict.link, by=verdict.nbytes)
+            self._metrics.hand_off_exposed.observe(verdict.exposed_s, verdict.link)
+        self._judge(hand_off, verdict)
+
+    # -- pairs ---------------------------------------------------------------------------------------------------
+
+    def _judge(self, hand_off: HandOff, verdict: Verdict) -> None:
+        if verdict.became in ("held", "unknown") or verdict.code in _LEFT:
+            return
+        names = (hand_off.prefill, hand_off.decode.name)
+        pair = self._pairs.setdefault(names, _Pair())
+        self._pairs.move_to_end(names)
+        while len(self._pairs) > MAX_PAIRS:
+            self._pairs.popitem(last=False)
+        pair.last = verdict
+        if verdict.became == "handed_over":
+            if pair.failing:
+                log.warning("prefill server %s and decode server %s hand over again", *names)
+            pair.missed, pair.failing, pair.warned_at = 0, False, None
+            return
+        pair.missed += 1
+        now = asyncio.get_running_loop().time()
+        if pair.missed < self._settings.warn_after or (
+            pair.warned_at is not None and now < pair.warned_at + WARN_EVERY_S
+        ):
+            return
+        pair.failing, pair.warned_at = True, now
+        remedy = _REMEDIES.get(verdict.code, "see /pd/traces and the workers' logs")
+        log.warning(
+            "prefill server %s and decode server %s: none of the last %d requests was handed over, so each prompt is "
+            "computed twice (%s: %s); %s", *names, pair.missed, verdict.code, verdict.reason, remedy,
+        )  # fmt: skip
+
+    def disaggregates(self, fleet: Fleet) -> tuple[bool | None, str | None]:
+        """Whether prompts are handed over now, and if not, why not. None: nothing tells yet."""
+        prefill = [one for one in fleet.prefill if one.healthy]
+        decode = [one for one in fleet.decode if one.healthy]
+        for role, servers in (("prefill", prefill), ("decode", decode)):
+            if not servers:
+                return False, f"no {role} server is healthy"
+            if all(one.unfit for one in servers):
+                return False, f"{role} server {servers[0].name} {servers[0].unfit}"
+        pairs = [self._pairs.get((p.name, d.name)) for p in prefill for d in decode]
+        known = [pair for pair in pairs if pair is not None]
+        if any(pair.last is not None and pair.last.became == "handed_over" for pair in known):
+            return True, None
+        for pair in known:
+            if pair.failing and pair.last is not None:
+                return False, f"{pair.last.code}: {pair.last.reason}"
+        return None, "no prompt was handed over yet"
+
+    def failing(self) -> Iterable[tuple[tuple[str, str], int]]:
+        """Pairs that hand nothing over, and how many requests in a row it were."""
+        return [(names, pair.missed) for names, pair in self._pairs.items() if pair.failing]
+
+    def describe(self, limit: int) -> list[dict[str, Any]]:
+        """State of the pairs that were used last, as JSON."""
+        newest = list(reversed(self._pairs.items()))[:limit]
+        return [
+            {
+                "prefill": prefill,
+                "decode": decode,
+                "missed_in_row": pair.missed,
+                "last": pair.last.became if pair.last else None,
+                "code": (pair.last.code or None) if pair.last else None,
+                "reason": (pair.last.reason or None) if pair.last else None,
+                "link": (pair.last.link or None) if pair.last else None,
+                "rate_bytes_s": round(pair.last.nbytes / pair.last.taken_s)
+                if pair.last and pair.last.taken_s
+                else None,
+            }
+            for (prefill, decode), pair in newest
+        ]
