@@ -71,7 +71,7 @@ class ServerFacts:
 def read_facts(metrics: str, url: str) -> ServerFacts:
     """Facts in the Prometheus text of the server at ``url``. An engine that listens on all addresses is reached at the
     URL's host."""
-    engines = []
+    engines: list[EngineFacts] = []
     for line in _lines_of(metrics):
         engine = _engine(dict(_LABEL.findall(line)), urlsplit(url).hostname or "")
         if engine is not None and len(engines) < MAX_ENGINES:

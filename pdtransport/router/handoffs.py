@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -126,7 +126,7 @@ class HandOffs:
         self._metrics = metrics
         self._live: dict[str, HandOff] = {}
         self._pairs: OrderedDict[tuple[str, str], _Pair] = OrderedDict()
-        self._late = 0  # reports in a row that did not come in time
+        self._late: Counter[str] = Counter()  # by decode server: reports in a row that did not come in time
         self.why_not: Callable[[Endpoint], str] = lambda _: "nobody watches"
 
     def begin(self, transfer_id: str, prefill: Endpoint, decode: Endpoint, noted: dict[str, Any]) -> HandOff:
@@ -140,7 +140,7 @@ class HandOffs:
         hand_off = self._live.get(ended.transfer)
         if hand_off is None or hand_off.verdict is not None:
             return
-        self._late = 0
+        self._late[hand_off.decode.name] = 0
         verdict = hand_off.hear(rank, ranks, ended)
         if verdict is not None:
             hand_off.decide(verdict)
@@ -150,10 +150,10 @@ class HandOffs:
         if hand_off.verdict is not None:
             return
         why = self.why_not(hand_off.decode)
-        if not why and self._settings.wait_s and self._late < MISSES_IN_ROW:
+        if not why and self._settings.wait_s and self._late[hand_off.decode.name] < MISSES_IN_ROW:
             if await hand_off.heard(self._settings.wait_s):
                 return
-            self._late += 1
+            self._late[hand_off.decode.name] += 1
         hand_off.noted["hand_off"] = "unknown"
         hand_off.noted["hand_off_reason"] = why or f"no report within hand_off.wait_s ({self._settings.wait_s:g} s)"
 

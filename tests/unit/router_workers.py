@@ -73,13 +73,15 @@ class Workers:
             self.end(transfer, rank, blocks=blocks, nbytes=1000, link="cma", exposed_us=500 + rank, taken_us=2000)
 
 
-def tells(engine: Engine, how: Any) -> None:
-    """Before it answers, the decode server's workers say with ``how(transfer_id)`` how the request's transfer ended."""
+def tells(engine: Engine, how: Any, first: float = 0.0) -> None:
+    """Before it answers (by ``first`` seconds), the decode server's workers say with ``how(transfer_id)`` how the
+    request's transfer ended."""
 
     async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         params = body.get("kv_transfer_params")
         if params is not None:
             how(params["transfer_id"])
+            await asyncio.sleep(first)
         return await engine.answer(request, body)
 
     engine.script = script

@@ -140,11 +140,11 @@ def test_an_answer_waits_for_a_silent_worker_only_so_long_and_only_so_often() ->
                 reply = await rig.ask()
                 assert reply.headers["x-pd-path"] == "disaggregated"
                 assert reply.headers["x-pd-hand-off"] == "unknown; no report within hand_off.wait_s (0.01 s)"
-            assert rig.router._hand_offs._late == handoffs.MISSES_IN_ROW
+            assert rig.router._hand_offs._late[rig.d.name] == handoffs.MISSES_IN_ROW
             assert await became(rig, "unknown") == handoffs.MISSES_IN_ROW + 3
-            tells(rig.d, workers.took)
-            await rig.ask()
-            assert rig.router._hand_offs._late == 0
+            tells(rig.d, workers.took, first=0.1)
+            assert (await rig.ask()).headers["x-pd-hand-off"] == "handed_over; cma"
+            assert rig.router._hand_offs._late[rig.d.name] == 0
 
     run(test)
 
