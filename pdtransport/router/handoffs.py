@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pdtransport.protocol.messages import Code, Ended
+from pdtransport.router.call import Reason
 from pdtransport.router.endpoints import Endpoint, Fleet
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import RouterHandOff
@@ -28,6 +29,7 @@ MAX_PAIRS = 4096  # that are remembered; of more, those that were used longest a
 WARN_EVERY_S = 60.0
 MISSES_IN_ROW = 8  # reports that did not come in time, before nobody waits for the next one
 NO_HANDOVER = "no_handover"
+UNFIT = {"prefill": "prefill_not_a_producer", "decode": "decode_not_a_consumer"}
 _LEFT = frozenset({Code.CANCELLED.value, Code.PEER_CANCELLED.value})  # the client went: no fault of the pair
 _REMEDIES = {
     Code.REFUSED.value: "start both with what is named here set alike, or leave prefill out",
@@ -206,23 +208,23 @@ class HandOffs:
             "computed twice (%s: %s); %s", *names, pair.missed, verdict.code, verdict.reason, remedy,
         )  # fmt: skip
 
-    def disaggregates(self, fleet: Fleet) -> tuple[bool | None, str | None]:
+    def disaggregates(self, fleet: Fleet) -> tuple[bool | None, Reason | None]:
         """Whether prompts are handed over now, and if not, why not. None: nothing tells yet."""
         prefill = [one for one in fleet.prefill if one.healthy]
         decode = [one for one in fleet.decode if one.healthy]
         for role, servers in (("prefill", prefill), ("decode", decode)):
             if not servers:
-                return False, f"no {role} server is healthy"
+                return False, Reason(f"no_{role}", f"no {role} server is healthy")
             if all(one.unfit for one in servers):
-                return False, f"{role} server {servers[0].name} {servers[0].unfit}"
+                return False, Reason(UNFIT[role], f"{role} server {servers[0].name} {servers[0].unfit}")
         pairs = [self._pairs.get((p.name, d.name)) for p in prefill for d in decode]
         known = [pair for pair in pairs if pair is not None]
         if any(pair.last is not None and pair.last.became == "handed_over" for pair in known):
             return True, None
         for pair in known:
             if pair.failing and pair.last is not None:
-                return False, f"{pair.last.code}: {pair.last.reason}"
-        return None, "no prompt was handed over yet"
+                return False, Reason(pair.last.code, f"{pair.last.code}: {pair.last.reason}")
+        return None, Reason("untried", "no prompt was handed over yet")
 
     def failing(self) -> Iterable[tuple[tuple[str, str], int]]:
         """Pairs that hand nothing over, and how many requests in a row it were."""

@@ -11,7 +11,7 @@ from pdtransport.router.attempt import Attempt, Dispatch, NoHandover
 from pdtransport.router.call import Call, Reason
 from pdtransport.router.endpoints import Endpoint, Fleet, usable
 from pdtransport.router.first_token import Unusable
-from pdtransport.router.handoffs import HandOffs
+from pdtransport.router.handoffs import UNFIT, HandOffs
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.settings import RouterSettings
@@ -138,7 +138,7 @@ class Ladder:
         if decode is None:
             raise self._final(rungs.last) if rungs.last else self._unavailable()
         if rungs.alone is None and decode.unfit:
-            rungs.alone = Reason("decode_not_a_consumer", f"decode server {decode.name} {decode.unfit}")
+            rungs.alone = Reason(UNFIT["decode"], f"decode server {decode.name} {decode.unfit}")
         if rungs.alone is None:
             fit = [one for one in self._fleet.prefill if not one.unfit]
             candidates = usable(fit, rungs.avoid) or usable(fit)
@@ -150,7 +150,7 @@ class Ladder:
 
     def _no_prefill(self) -> Reason:
         for one in usable(self._fleet.prefill):
-            return Reason("prefill_not_a_producer", f"prefill server {one.name} {one.unfit}")
+            return Reason(UNFIT["prefill"], f"prefill server {one.name} {one.unfit}")
         return Reason("no_prefill", "no prefill server is healthy")
 
     def _ordered(self, decode: Endpoint, prefill: Endpoint) -> Dispatch:

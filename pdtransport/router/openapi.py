@@ -12,7 +12,7 @@ _JUDGED = "; the servers judge it"
 _WHERE = "Which way the request went; absent where it was refused before it was sent to a server."
 _HEADERS = {
     name: {"description": _WHERE, "schema": {"type": "string"}}
-    for name in ("x-pd-path", "x-pd-transfer-id", "x-pd-prefill", "x-pd-decode", "x-pd-first-token")
+    for name in ("x-pd-path", "x-pd-transfer-id", "x-pd-prefill", "x-pd-decode", "x-pd-first-token", "x-pd-hand-off")
 }
 
 
@@ -48,16 +48,26 @@ def _public(security: dict[str, Any]) -> dict[str, Any]:
     health = as_json(
         {
             "type": "object",
-            "required": ["status", "prefill", "decode"],
-            "properties": {"status": {"enum": ["ok", "degraded"]}, "prefill": _role(), "decode": _role()},
+            "required": ["status", "prefill", "decode", "disaggregates", "why_not"],
+            "properties": {
+                "status": {"enum": ["ok", "degraded", "unavailable"]},
+                "prefill": _role(),
+                "decode": _role(),
+                "disaggregates": {
+                    "type": ["boolean", "null"],
+                    "description": "Whether prompts are handed over; null: nothing tells yet.",
+                },
+                "why_not": {"type": ["string", "null"]},
+            },
         }
     )
-    degraded = {**health, "description": "No healthy server of one role."}
+    unavailable = {**health, "description": "No decode server is healthy, so no completion can be answered."}
     models = as_json({}, "A decode server's own list.")
     paths["/v1/models"] = {"get": {**got("models", "The models.", models), **security}}
     paths["/v1/models"]["get"]["responses"] |= {"4XX": refused(), "5XX": refused()}
-    paths["/health"] = {"get": got("health", "Whether servers of both roles are healthy.", health)}
-    paths["/health"]["get"]["responses"]["503"] = degraded
+    paths["/health"] = {"get": got("health", "Readiness: whether completions can be answered.", health)}
+    paths["/health"]["get"]["responses"]["503"] = unavailable
+    paths["/live"] = {"get": got("live", "Liveness: whether the router answers.", as_json({"type": "object"}))}
     return paths
 
 

@@ -187,6 +187,7 @@ class Router:
 
     def describe(self) -> dict[str, Any]:
         """State for /pd/status, as JSON."""
+        does, why = self._hand_offs.disaggregates(self.fleet)
         return {
             "uptime_s": round(time.monotonic() - self._began, 3),
             "dispatch": self.settings.dispatch,
@@ -198,13 +199,10 @@ class Router:
                 {**endpoint.describe(), "not_watched": self._watches.why_not(endpoint) or None}
                 for endpoint in self.fleet.decode
             ],
-            **self._disaggregates(),
+            "disaggregates": does,
+            "why_not": None if why is None else why.text,
             "pairs": self._hand_offs.describe(MAX_PAIRS_SHOWN),
         }
-
-    def _disaggregates(self) -> dict[str, Any]:
-        does, why = self._hand_offs.disaggregates(self.fleet)
-        return {"disaggregates": does, "why_not": why}
 
     # -- the OpenAI endpoints ---------------------------------------------------------------------------------------
 
@@ -317,8 +315,10 @@ class Router:
             for role in ("prefill", "decode")
         }
         ready = bool(roles["decode"]["healthy"])
-        state = {**roles, **self._disaggregates()}
-        status = "unavailable" if not ready else "degraded" if state["disaggregates"] is False else "ok"
+        does, why = self._hand_offs.disaggregates(self.fleet)
+        # Who asks need not show a key: the code tells no names.
+        state = {**roles, "disaggregates": does, "why_not": None if why is None else why.code}
+        status = "unavailable" if not ready else "degraded" if does is False else "ok"
         return web.json_response({"status": status, **state}, status=200 if ready else 503)
 
     async def _live(self, request: web.Request) -> web.Response:

@@ -28,6 +28,7 @@ from aiohttp import ClientSession, ClientTimeout, web
 from pdtransport.control.channel import StatusAsked
 from tests.processes.control_rig import bench
 from tests.unit.router_rig import Engine, completion, event, rigged
+from tests.unit.router_workers import Workers, info
 
 PATIENCE_S = 60.0
 FLOOD_BYTES = 32 << 20
@@ -293,7 +294,7 @@ def test_port_in_use_is_one_line_and_status_2() -> None:
 # -- one server ---------------------------------------------------------------------------------------------------
 
 
-async def _script(engine: Engine, request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+async def _script(engine: Engine, workers: Workers, request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
     engine.seen.clear()  # nobody looks at them in this process
     wish = asked.get("user")
     if engine.role == "prefill":
@@ -303,6 +304,8 @@ async def _script(engine: Engine, request: web.Request, asked: dict[str, Any]) -
     params = asked.get("kv_transfer_params")
     if wish == "prefill-hangs" and params:
         await asyncio.sleep(PATIENCE_S)  # for pages that do not come
+    if params:
+        workers.took(params["transfer_id"])
     if wish not in {"slow", "hang", "flood"}:
         return await engine.answer(request, asked)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -324,10 +327,13 @@ async def _script(engine: Engine, request: web.Request, asked: dict[str, Any]) -
 async def _serve(role: str, port: int) -> None:
     engine = Engine(role)
     engine.port = port
-    engine.script = lambda request, asked: _script(engine, request, asked)
-    await engine.start()
-    print(f"serving on {engine.url}", flush=True)
-    await asyncio.Event().wait()
+    async with Workers(turn_s=0.005) as workers:
+        engine.script = lambda request, asked: _script(engine, workers, request, asked)
+        if role == "decode":
+            engine.metrics = info("kv_consumer", workers.port)
+        await engine.start()
+        print(f"serving on {engine.url}", flush=True)
+        await asyncio.Event().wait()
 
 
 # -- the router's cost --------------------------------------------------------------------------------------------

@@ -50,4 +50,4 @@ def test_every_path_that_is_served_is_described_and_needs_no_key_to_read(running
         text = json.load(response)
     assert text["paths"] == DESCRIBED
     wants = {path: [*one.get("security", [])] for path, by in text["paths"].items() for one in by.values()}
-    assert {path for path, security in wants.items() if not security} == {"/openapi.json", "/health"}
+    assert {path for path, security in wants.items() if not security} == {"/openapi.json", "/health", "/live"}

@@ -89,6 +89,7 @@ def everything_asked(url: str, kept: Secrets, private: str) -> str:
     for key in (None, "wrong", *kept.texts.values()):
         for path in (
             "/health",
+            "/live",
             "/metrics",
             "/pd/status?workers=1",
             "/pd/traces",

@@ -80,9 +80,15 @@ class RunningRouter:
 
 @contextmanager
 def routed(
-    prefills: Sequence[Server | Straying], decodes: Sequence[Server], logs: Path, order: Order, *more: str
+    prefills: Sequence[Server | Straying],
+    decodes: Sequence[Server],
+    logs: Path,
+    order: Order,
+    *more: str,
+    told: bool = True,
 ) -> Iterator[RunningRouter]:
-    """A router for the length of a ``with`` block, with ``more`` options.
+    """A router for the length of a ``with`` block, with ``more`` options. It is ``told`` where workers are, or has to
+    find out.
 
     Raises:
         ServerFailed: it did not start; with its last log lines.
@@ -91,7 +97,7 @@ def routed(
     log_file = logs / f"router-{port}.log"
     command = [sys.executable, "-m", "pdtransport.router.cli", "--port", str(port), "--dispatch", order, *more]
     for flag, servers in (("--prefill", prefills), ("--decode", decodes)):
-        command += [flag, *(f"{s.url}@{HOST}:{s.control_port}/{s.spec.tp}" for s in servers)]
+        command += [flag, *(f"{s.url}@{HOST}:{s.control_port}/{s.spec.tp}" if told else s.url for s in servers)]
     log_file.write_bytes(b"")
     router = RunningRouter.start(f"http://{HOST}:{port}", log_file, command)
     try:

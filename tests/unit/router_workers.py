@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import suppress
+import secrets
+import socket
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from aiohttp import web
@@ -13,6 +15,17 @@ from pdtransport.control.channel import ControlChannel, Identity
 from pdtransport.protocol.messages import Code, Ended
 from pdtransport.settings import ControlSettings
 from tests.unit.router_rig import Engine
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that are free now. Below those that the system gives out by itself."""
+    while True:
+        first = 24000 + secrets.randbelow(6000)
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
 
 _incarnations = itertools.count(1)
 
@@ -32,15 +45,17 @@ PLAIN = 'vllm:num_requests_running{engine="0"} 0.0\n'  # of a vLLM server withou
 class Workers:
     """The ranks of one decode server; drive them with :meth:`running`."""
 
-    def __init__(self, ranks: int = 1, engine: str = "d", port: int = 0, **settings: Any) -> None:
+    def __init__(
+        self, ranks: int = 1, engine: str = "d", port: int = 0, turn_s: float = 0.001, **settings: Any
+    ) -> None:
         self.channels = []
+        self._turn_s = turn_s
+        self.port = port or free_ports(ranks)
         for rank in range(ranks):
             me = Identity(engine, rank, ranks, next(_incarnations))
             channel = ControlChannel(ControlSettings(port=0, **settings), me)
             self.channels.append(channel)
-            where = channel.bind(port + rank if port else 0)
-            port = port or int(where.rsplit(":", 1)[1])
-        self.port = port
+            channel.bind(self.port + rank)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Workers:
@@ -61,7 +76,7 @@ class Workers:
             for channel in self.channels:
                 channel.receive(loop.time())
                 channel.tick(loop.time())
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(self._turn_s)
 
     def end(self, transfer: str, rank: int = 0, code: Code | None = None, reason: str = "", **more: Any) -> None:
         """This rank's transfer is over."""

@@ -343,7 +343,7 @@ def test_health_follows_the_servers_without_any_request() -> None:
                 "prefill": {"healthy": 1, "of": 1},
                 "decode": {"healthy": 1, "of": 1},
                 "disaggregates": None,
-                "why_not": "no prompt was handed over yet",
+                "why_not": "untried",
             }
             rig.d.health_status = 503
             await soon(lambda: not rig.router.fleet.decode[0].healthy)

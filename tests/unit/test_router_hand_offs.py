@@ -26,7 +26,9 @@ WHY = "block_size differs: 32 here, 64 there"
 
 @asynccontextmanager
 async def watched(ranks: int = 1, **settings: Any) -> AsyncIterator[tuple[Rig, Workers]]:
-    """A router that watches the workers of one decode server, which its metrics name."""
+    """A router that watches the workers of one decode server, which its metrics name. It is patient, since the machine
+    may be busy."""
+    settings["hand_off"] = {"wait_s": 5, **settings.get("hand_off", {})}
     async with Workers(ranks) as workers:
 
         def before(rig: Rig) -> None:
@@ -270,10 +272,12 @@ def test_a_pair_that_hands_nothing_over_is_named_once_and_when_it_works_again(
             health = await rig.get("/health")
             assert health.status == 200
             assert health.json() | {"prefill": 0, "decode": 0} == {
-                "status": "degraded", "prefill": 0, "decode": 0, "disaggregates": False, "why_not": f"refused: {WHY}",
+                "status": "degraded", "prefill": 0, "decode": 0, "disaggregates": False, "why_not": "refused",
             }  # fmt: skip
             assert await rig.metric(f'pdrouter_pair_failing{{prefill="{rig.p.name}",decode="{rig.d.name}"}}') == 7
-            (pair,) = (await rig.get("/pd/status")).json()["pairs"]
+            state = (await rig.get("/pd/status")).json()
+            assert (state["disaggregates"], state["why_not"]) == (False, f"refused: {WHY}")
+            (pair,) = state["pairs"]
             assert (pair["missed_in_row"], pair["code"]) == (7, "refused")
             monkeypatch.setattr(handoffs, "WARN_EVERY_S", 0.0)
             await rig.ask()
@@ -361,7 +365,8 @@ def test_a_prefill_server_that_can_not_hand_over_is_found_out_before_it_computes
             assert len([r for r in caplog.records if why in r.message]) == 1
             health = (await rig.get("/health")).json()
             assert (health["status"], health["disaggregates"]) == ("degraded", False)
-            assert why in health["why_not"]
+            assert health["why_not"] == "prefill_not_a_producer"
+            assert why in (await rig.get("/pd/status")).json()["why_not"]
             await rig.p.stop()
             await soon(lambda: not rig.router.fleet.prefill[0].healthy)
             rig.p.metrics = info("kv_producer", 7670)

@@ -29,8 +29,8 @@ from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = (
-    "idle", "equality", "early", "prefixes", "requests", "router", "first_token", "aborts", "faults", "mismatch",
-    "preemption", "pool", "parallel",
+    "idle", "hand_offs", "equality", "early", "prefixes", "requests", "router", "first_token", "aborts", "faults",
+    "mismatch", "preemption", "pool", "parallel",
 )  # fmt: skip
 MODULE_S = 2400
 

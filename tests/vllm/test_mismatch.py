@@ -14,6 +14,7 @@ from tests.rig.client import Client, RequestFailed, hand_off
 from tests.rig.device import PLACE
 from tests.rig.fixtures import Book, Servers, forget, pair_spec
 from tests.rig.proof import crossed, record_of
+from tests.rig.router import routed
 from tests.rig.servers import Server, fleet
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -72,6 +73,35 @@ def test_decode_that_may_not_recompute_fails_the_request(
         some = book.spare[24:28]
         handed = await handed_over(client, some, lambda _: servers.prefill, servers.decode, "concurrent")
         await crossed(some, handed, [servers.prefill], servers.decode)
+
+    with_client(scenario)
+
+
+def test_the_router_says_that_every_prompt_is_computed_twice(
+    others: dict[str, Server], servers: Servers, book: Book, with_client: Any, logs: Path
+) -> None:
+    """Promise 5: from the first answer on its header says so; then a counter by reason, one warning, and /health."""
+    decode = others["block_size"]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, servers.prefill, decode)
+        with routed([servers.prefill], [decode], logs, "concurrent", "--hand-off-warn-after", "3") as router:
+            for case in book.spare[28:32]:
+                answer = await client.complete(router.url, case.prompt, len(case.tokens), stream=True)
+                assert tuple(answer.tokens) == case.tokens
+                path = answer.headers["x-pd-path"]
+                assert path.startswith("recomputed; refused: "), path
+                assert "block_size" in path
+            metrics = await client.get_text(f"{router.url}/metrics")
+            assert watch.metric(metrics, "pdrouter_hand_offs_total", outcome="failed", code="refused") == 4
+            health = router.get_json("/health")  # 200: completions are answered
+            assert health["disaggregates"] is False
+            assert health["why_not"] == "refused"
+            assert "block_size" in router.get_json("/pd/status")["why_not"]
+            warnings = [line for line in router.log.read_text().splitlines() if "was handed over" in line]
+            assert len(warnings) == 1, warnings
+            assert "block_size" in warnings[0]
+        await watch.settled(client, [decode, servers.prefill])
 
     with_client(scenario)
 

@@ -49,6 +49,30 @@ def test_completions_through_the_router(
     with_client(scenario)
 
 
+def test_a_router_that_is_told_no_addresses_finds_them(
+    servers: Servers, book: Book, with_client: Any, logs: Path
+) -> None:
+    """The servers' metrics tell: the first request is concurrent, and what became of it is in its headers."""
+    case = book.parallel[1]
+
+    async def scenario(client: Client) -> None:
+        await forget(client, *servers.all)
+        with routed([servers.prefill], [servers.decode], logs, "concurrent", told=False) as router:
+            answer = await client.complete(router.url, case.prompt, len(case.tokens), stream=True)
+            assert_equal([case], [answer])
+            assert answer.headers["x-pd-path"] == "disaggregated"
+            became, _, link = answer.headers["x-pd-hand-off"].partition("; ")
+            trace = router.get_json(f"/pd/trace/{answer.headers['x-pd-transfer-id']}")
+            assert trace["dispatch"] == "concurrent"
+            assert (became, trace["handed_over"], trace["link"]) == ("handed_over", True, link)
+            record = trace["workers"]["decode"]["ranks"][0]["transfers"][0]
+            assert (record["link"], record["bytes"]) == (link, trace["bytes"])
+            assert router.get_json("/health")["disaggregates"] is True
+        await watch.settled(client, servers.all)
+
+    with_client(scenario)
+
+
 def test_chat_through_the_router(servers: Servers, with_client: Any, logs: Path) -> None:
     """A chat completion equals that of the decode server asked directly and alone."""
     body = {
