@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pdtransport.router.facts import ControlAddress, ServerFacts
+from pdtransport.router.facts import ControlAddress, EngineFacts, ServerFacts
 from pdtransport.router.settings import EndpointSettings, RouterHealth, RouterSettings
 
 log = logging.getLogger("pdtransport.router")
@@ -66,18 +66,24 @@ class Endpoint:
 
     @property
     def control(self) -> ControlAddress | None:
-        """The configured address, with the learned number of ranks; else the learned address; else None."""
+        """The configured address, with the learned number of ranks; else the learned address; else None. None, too,
+        where it is several engines, and only an answer says which of them it is from."""
+        if self._several:
+            return None
         host, port = self.settings.control_host, self.settings.control_port
         if host is None or port is None:
             return self.learned
         return ControlAddress(host, port, self.learned.tp_size if self.learned else self.settings.tp_size)
 
     @property
+    def _several(self) -> tuple[EngineFacts, ...]:
+        return self.facts.engines if self.facts is not None and len(self.facts.engines) > 1 else ()
+
+    @property
     def watchable(self) -> tuple[ControlAddress, ...]:
         """Where the workers of all its engines listen, as far as is known."""
-        several = self.facts.engines if self.facts is not None and len(self.facts.engines) > 1 else ()
-        if several:
-            return tuple(engine.control for engine in several)
+        if self._several:
+            return tuple(engine.control for engine in self._several)
         return (self.control,) if self.control is not None else ()
 
     def tell(self, facts: ServerFacts, *, others_may: bool) -> None:

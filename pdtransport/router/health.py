@@ -7,10 +7,12 @@ import asyncio
 from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
 
 from pdtransport.router.endpoints import Endpoint, Fleet
-from pdtransport.router.facts import ask_facts
+from pdtransport.router.facts import ServerFacts, ask_facts
 from pdtransport.router.settings import RouterHealth
 from pdtransport.router.upstream import reason
 from pdtransport.router.watches import Watches
+
+MAX_ASKED = 3  # times that a server's metrics did not come, before nothing is known of them
 
 
 class Prober:
@@ -37,6 +39,7 @@ class Prober:
         self._headers = {} if server_key is None else {"Authorization": f"Bearer {server_key}"}
         self._others_may = others_may
         self._unanswered: dict[Endpoint, int] = {}
+        self._asked: dict[Endpoint, int] = {}  # in vain for metrics, since it came up
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -79,6 +82,9 @@ class Prober:
         """What it is and where its workers are, where that is not known since it came up."""
         if endpoint.facts is None:
             facts = await ask_facts(self._session, endpoint.url, self._headers, self._settings.timeout_s)
+            self._asked[endpoint] = 0 if facts is not None else self._asked.get(endpoint, 0) + 1
+            if self._asked[endpoint] >= MAX_ASKED:
+                facts, self._asked[endpoint] = ServerFacts(), 0
             if facts is not None:
                 endpoint.tell(facts, others_may=self._others_may)
         if endpoint.role == "decode":

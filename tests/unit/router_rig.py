@@ -65,6 +65,7 @@ class Engine:
         self.slow_health_checks = 0  # that many are not answered in time
         self.metrics: str | None = None  # unset: it has none, as with vLLM's --disable-log-stats
         self.metrics_read = 0
+        self.metrics_script: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
         self.seen: list[Seen] = []
         self.arrived = asyncio.Condition()
         self.port = 0
@@ -113,8 +114,10 @@ class Engine:
             await asyncio.sleep(PATIENCE_S)
         return web.Response(status=self.health_status)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
         self.metrics_read += 1
+        if self.metrics_script is not None:
+            return await self.metrics_script(request)
         return web.Response(status=404) if self.metrics is None else web.Response(text=self.metrics)
 
     async def _models(self, request: web.Request) -> web.Response:

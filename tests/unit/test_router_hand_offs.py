@@ -6,15 +6,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from pdtransport.control.curve import make_keys
 from pdtransport.protocol.messages import Code
-from pdtransport.router import handoffs
+from pdtransport.router import handoffs, watches
 from pdtransport.router.endpoints import Endpoint
 from pdtransport.router.handoffs import HandOffs
+from pdtransport.router.health import MAX_ASKED
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import EndpointSettings, RouterHandOff
 from tests.unit.router_rig import Rig, ask, rigged, run, soon
@@ -442,12 +445,13 @@ def test_of_several_engines_only_the_answer_says_which_has_the_pages() -> None:
 
     async def test() -> None:
         async with Workers(engine="d0") as first, Workers(engine="d1") as second:
+            configured: dict[str, Any] = {"prefill_as": lambda p: f"{p.url}@127.0.0.1:7670"}
 
             def before(rig: Rig) -> None:
                 rig.p.metrics = info("kv_both", 7670, engine="e_dp0") + info("kv_both", 7671, engine="e_dp1", index=1)
                 rig.d.metrics = info("kv_both", first.port) + info("kv_both", second.port, engine="f", index=1)
 
-            async with rigged(before=before) as rig:
+            async with rigged(before=before, **configured) as rig:
                 for index in range(4):
                     rig.p.engine_id = f"e_dp{index % 2}"
                     tells(rig.d, (first if index % 2 else second).took)
@@ -508,6 +512,66 @@ def test_what_can_not_be_watched_is_said_once_and_requests_are_served(caplog: py
             assert "not this machine" in reply.headers["x-pd-hand-off"]
             await soon(lambda: rig.d.health_checks > 5)
             assert len([r for r in caplog.records if "not this machine" in r.message]) == 1
+
+    run(test)
+
+
+def test_workers_with_keys_are_watched_with_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the right pair all is known; without one the log says so once, and requests are served."""
+    public, secret = make_keys(tmp_path / "ours")
+    keys = {"curve_public_key_file": public, "curve_secret_key_file": secret}
+    monkeypatch.setattr(watches, "SILENT_S", 0.2)
+    monkeypatch.setattr(watches, "WATCH_AGAIN_S", 0.05)
+    monkeypatch.setattr(watches, "FIRST_ANSWER_S", 0.2)
+
+    async def test() -> None:
+        async with Workers(**keys) as workers:
+
+            def before(rig: Rig) -> None:
+                rig.d.metrics = info("kv_consumer", workers.port)
+
+            for settings, said in (({}, "unknown; its worker at "), (keys, "handed_over; cma")):
+                async with rigged(before=before, hand_off={"wait_s": 5}, **settings) as rig:
+                    if settings:
+                        await soon(lambda rig=rig: rig.router._watches.stands(rig.router.fleet.decode[0]))
+                    tells(rig.d, workers.took)
+                    reply = await rig.ask()
+                    assert (reply.status, reply.headers["x-pd-hand-off"][: len(said)]) == (200, said)
+                    if not settings:
+                        await soon(lambda: any("curve_*_key_file" in r.message for r in caplog.records))
+            assert len([r for r in caplog.records if "curve_*_key_file" in r.message]) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_metrics_that_do_not_come_are_asked_for_a_few_times(hangs: bool) -> None:
+    """A server that is up serves, whatever its metrics do; nothing is concluded from an endless answer either."""
+
+    async def test() -> None:
+        async with rigged(health={"interval_s": 0.05, "timeout_s": 0.1 if hangs else 5.0}) as rig:
+            asked = 0
+
+            async def metrics(request: web.Request) -> web.StreamResponse:
+                nonlocal asked
+                asked += 1
+                if hangs:
+                    await asyncio.sleep(20)
+                response = web.StreamResponse()
+                await response.prepare(request)
+                while True:
+                    await response.write(b"x" * (1 << 20))
+
+            rig.p.metrics_script = metrics
+            rig.router.fleet.prefill[0].forget()
+            await soon(lambda: rig.router.fleet.prefill[0].facts is not None)
+            assert asked == (MAX_ASKED if hangs else 1)
+            checks = rig.p.health_checks
+            await soon(lambda: rig.p.health_checks > checks + 2)
+            assert asked == (MAX_ASKED if hangs else 1)
+            assert (await rig.ask()).headers["x-pd-path"] == "disaggregated"
 
     run(test)
 
