@@ -19,10 +19,11 @@ PROTOCOL_VERSION = 5
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
 MAX_REASON = 512
+MAX_TRANSFER_ID = 128
 MAX_DUE_US = 60_000_000  # no step takes a minute
 MAX_ATTEMPTS = 1000  # of one batch; an engine that is preempted more often has worse problems
 
-TransferId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$")]
+TransferId = Annotated[str, Field(min_length=1, max_length=MAX_TRANSFER_ID, pattern=r"^[A-Za-z0-9._:\-]+$")]
 Generation = Annotated[int, Field(ge=1, lt=1 << 63)]
 Seq = Annotated[int, Field(ge=0, lt=1 << 31)]
 Attempt = Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)]

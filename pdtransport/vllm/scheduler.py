@@ -13,6 +13,7 @@ from pdtransport.kv.keys import request_key
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.ahead import Arrivals, StepStart
+from pdtransport.vllm.batches import Batches
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
@@ -100,6 +101,7 @@ class SchedulerSide:
         self._engine, self._port, self._ranks = engine, port, ranks
         self._first_tokens = first_tokens
         self._clock = clock
+        self._batches = Batches()
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
@@ -153,6 +155,10 @@ class SchedulerSide:
         problem = wanted.problem
         if (wanted.produce or wanted.consume) and request.prompt_token_ids is None:
             problem = "a prompt of embeddings has no token ids to identify its KV by"
+        named = wanted.produce or wanted.consume
+        if named is not None and named.transfer_id is not None and not problem:
+            minted = wanted.produce is not None and request.kv_transfer_params.get("transfer_id") is None
+            transfer, problem = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
         if problem:
             logger.warning("request %s is not handed over: %s", request.request_id, problem)
             declined = asked_transfer(request.kv_transfer_params)
@@ -162,13 +168,12 @@ class SchedulerSide:
                 give_up(request)
             return
         if wanted.produce is not None:
-            transfer, tokens = wanted.produce.transfer_id, request.num_prompt_tokens
-            assert transfer is not None
+            tokens = request.num_prompt_tokens
             self._producing[request.request_id] = _Producing(transfer, tokens, wanted.produce.first_token)
             self._before.append(Open(request.request_id, transfer, content_key(request), tokens))
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
-                wanted.consume,
+                wanted.consume.model_copy(update={"transfer_id": transfer}),
                 content_key(request),
                 request.num_prompt_tokens,
                 request,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from pdtransport import KVGeometry, Receipt, Settings, TransferFailed, Transport, request_key
+from pdtransport import InvalidCall, KVGeometry, Receipt, Settings, TransferFailed, Transport, request_key
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
 
@@ -364,6 +364,10 @@ def test_a_transfer_id_used_twice_is_refused_on_both_sides(cluster: MakeCluster)
     c = cluster()
     key, transfer = request_key([1, 2]), secrets.token_hex(16)
     for attempt in range(2):
+        if attempt:
+            with pytest.raises(InvalidCall, match="offered before"):
+                c.prefill[0].transport.offer(transfer, key, 2)
+            c.prefill[0].transport._offered.clear()  # nor is it forgotten further down
         offer = c.prefill[0].transport.offer(transfer, key, 2)
         offer.ready([0], 2)
         offer.finish()
@@ -383,6 +387,9 @@ def test_a_second_offer_under_a_live_transfer_id_can_not_touch_the_first(cluster
     key, transfer = request_key([5]), secrets.token_hex(16)
     whole = fill_pages(c, [3], seed=3)
     first = c.prefill[0].transport.offer(transfer, key, 4)
+    with pytest.raises(InvalidCall, match="offered before"):
+        c.prefill[0].transport.offer(transfer, key, 4)
+    c.prefill[0].transport._offered.clear()  # the state machines hold of themselves
     second = c.prefill[0].transport.offer(transfer, key, 4)
     with pytest.raises(TransferFailed, match=r"in use|used before"):
         second.result(WAIT_S)

@@ -279,7 +279,9 @@ def test_a_prefill_with_replicas_is_asked_first() -> None:
                 assert (reply.status, reply.headers["x-pd-path"]) == (200, "disaggregated")
                 assert rig.d.seen[-1].params is not None
                 assert rig.d.seen[-1].params["remote_port"] == 7670 + index
-            assert (await rig.trace(reply))["dispatches"][-1]["why_order"].startswith("prefill has data-parallel replicas")
+            assert (await rig.trace(reply))["dispatches"][-1]["why_order"].startswith(
+                "prefill has data-parallel replicas"
+            )
             assert rig.router.fleet.prefill[0].restarts == 0
 
     run(test)

@@ -16,6 +16,8 @@ from pdtransport.vllm.worker import WorkerSide
 
 
 class Offer:
+    blocks = 1 << 20
+
     def __init__(self) -> None:
         self.expected: list[tuple[int, float]] = []
         self.passed: Any = None
