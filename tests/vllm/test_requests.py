@@ -67,6 +67,29 @@ def test_retry_after_the_client_went_away(servers: Servers, book: Book, with_cli
     with_client(scenario)
 
 
+def test_a_router_that_copies_only_nixls_own_keys(servers: Servers, book: Book, with_client: Any) -> None:
+    """A router made for vLLM's NIXL connector mints no transfer id, and may drop prefill's: pages are handed over all
+    the same."""
+    some = [case for case in book.assorted if len(case.prompt) > 300][12:16]
+    nixls = ("remote_engine_id", "remote_request_id", "remote_block_ids", "remote_host", "remote_port", "tp_size")
+    asked = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(nixls[:5])}
+
+    async def hand(client: Client, case: Case) -> Handed:
+        first = await client.complete(servers.prefill, case.prompt, 1, asked)
+        assert first.kv_params is not None
+        told = {"do_remote_prefill": True, "do_remote_decode": False, **{key: first.kv_params[key] for key in nixls}}
+        answer = await client.complete(servers.decode, case.prompt, len(case.tokens), told)
+        return Handed(first.kv_params["transfer_id"], first, answer)
+
+    async def scenario(client: Client) -> None:
+        await forget(client, servers.prefill, servers.decode)
+        handed = [await hand(client, case) for case in some]
+        assert_equal(some, handed)
+        bytes_equal(await crossed(some, handed, [servers.prefill], servers.decode), servers.audit)
+
+    with_client(scenario)
+
+
 def test_transfer_id_used_again(servers: Servers, book: Book, with_client: Any) -> None:
     """A transfer id that was used before hands nothing over, whatever the prompt: decode fails the request by name of
     the reason, and never with the pages of the first use."""
