@@ -34,7 +34,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,7 +77,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream's median time between tokens."""
+    """One stream's mean time between tokens."""
 
     system: str
     token_ms: float
@@ -88,14 +87,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.identity_start", description=str(__doc__).split(":")[0])
     parser.add_argument("--runs", type=int, default=5, help="starts of each system (default 5)")
     parser.add_argument("--gib", type=float, default=2.0, help="size of the checkpoint (default 2)")
-    parser.add_argument("--tokens", type=int, default=200, help="of a stream (default 200); 0 leaves streams out")
+    parser.add_argument(
+        "--tokens", type=int, default=200, help="of a stream (default 200, at least 2); 0 leaves streams out"
+    )
     parser.add_argument("--streams", type=int, default=15, help="of each system (default 15)")
     parser.add_argument("--installed", action="store_true", help="servers that start as vLLM is installed")
     parser.add_argument("--json", type=Path, help="write every sample here")
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     options = parser.parse_args(argv)
-    if options.runs < 0 or options.gib <= 0 or options.tokens < 0 or options.streams < 1:
-        parser.error("--runs and --tokens are not negative, --gib and --streams positive")
+    if options.runs < 0 or options.gib <= 0 or options.tokens == 1 or options.streams < 1:
+        parser.error("--runs is not negative, --gib and --streams are positive, --tokens is 0 or more than 1")
     return options
 
 
@@ -259,14 +260,14 @@ def stream_spec(system: str) -> ServerSpec:
 
 
 async def stream(client: Client, server: Server, prompt: list[int], tokens: int) -> float:
-    """Median milliseconds between two tokens of one stream."""
+    """Mean milliseconds between two tokens of one stream, whose lines may come bunched."""
     times: list[float] = []
     body = request_body(prompt, tokens, stream=True)
     async with client.post(f"{server.url}/v1/completions", body) as response:
         async for raw in response.content:
             if raw.startswith(b"data: {"):
                 times.append(time.perf_counter())
-    return median(later - earlier for earlier, later in pairwise(times)) * 1000
+    return (times[-1] - times[0]) / (len(times) - 1) * 1000
 
 
 def streams(options: argparse.Namespace, logs: Path) -> list[Stream]:

@@ -22,6 +22,7 @@ class Outcome:
         verdict: must be handed over, must not be, or may be (``why`` says why).
         why: of "either": what happened that allows decode to compute an equal pair's prompt itself.
         differs, labels: see :class:`tests.identity.draw.Pair`.
+        allowed: parts that are equal and may be refused all the same.
         right: the answer is decode's own.
         telling: both sides, each asked alone, answer differently; None where that was not asked.
         used: prompt tokens from prefill, by vLLM's own count.
@@ -40,6 +41,7 @@ class Outcome:
     right: bool
     off: float
     telling: bool | None
+    allowed: tuple[str, ...] = ()
     code: str = ""
     reason: str = ""
     path: str = ""
@@ -49,7 +51,7 @@ class Outcome:
     @property
     def named(self) -> bool:
         """The reason names something that differs."""
-        words = [word for part in self.differs for word in NAMED_BY[part]]
+        words = [word for part in (*self.differs, *self.allowed) for word in NAMED_BY[part]]
         return any(word in self.reason.lower() for word in words)
 
     @property

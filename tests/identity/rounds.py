@@ -16,7 +16,7 @@ from tests.identity.asking import Asked, Told, alone, by_client, by_router, dist
 from tests.identity.draw import Pair, draw
 from tests.identity.makers import ADAPTERS, WEIGHTS, write_weights
 from tests.identity.outcomes import Outcome, Report, Verdict
-from tests.identity.world import FOLDERS, Content, Instance, adapter_folder, put_adapter
+from tests.identity.world import FOLDERS, Content, Instance, put_adapter
 from tests.rig.client import Client, Order, RequestFailed
 from tests.rig.prompts import Prompts
 from tests.rig.router import RunningRouter, routed
@@ -31,6 +31,11 @@ CHANGED = 0.4  # something is changed before
 RACED = 0.05  # something is changed meanwhile
 REPEATED = 0.15  # prefill has it in its prefix cache from before it was changed, where there is such a one
 ROUTED = 0.35  # goes through a router, where both sides are asked the same
+# Why an equal pair may be refused, by what it is refused for.
+ALLOWED = {
+    "weights": "weights reloaded to others that are equal now",
+    "adapter": "an adapter's files are others than those that are loaded",
+}
 ORDERS: tuple[Order, ...] = ("concurrent", "serial")
 
 
@@ -169,16 +174,20 @@ class Round:
         return held.prefill.content(held.adapter) if there else held.content
 
     def _verdict(self, pair: Pair) -> tuple[Verdict, str]:
+        allowed = self._allowed(pair)
         if pair.differs:
             return "different", ""
+        return ("either", ALLOWED[allowed[0]]) if allowed else ("equal", "")
+
+    def _allowed(self, pair: Pair) -> tuple[str, ...]:
+        """Parts for whose sake an equal pair may be refused, since what is loaded is not what was at the start."""
+        found = []
         if pair.prefill.reloaded or pair.decode.reloaded:
-            return "either", "weights reloaded to others that are equal now"
+            found.append("weights")
         for instance, name in zip((pair.prefill, pair.decode), pair.adapters, strict=True):
-            if name and instance.content(name).adapter != contents.adapter(
-                adapter_folder(self._root, instance.adapters[name].folder)
-            ):
-                return "either", "adapter's files are others than those that are loaded"
-        return "equal", ""
+            if name and instance.content(name).adapter != instance.on_disk(name):
+                found.append("adapter")
+        return tuple(found)
 
     async def _repeated(self, client: Client, held: Held) -> Outcome:
         """The same prompt of the same tenant, of which prefill's prefix cache holds what it computed with others."""
@@ -225,6 +234,7 @@ class Round:
         why: str,
         raced: bool = False,
     ) -> Outcome:
+        allowed = self._allowed(pair)
         number = len(self._report.outcomes) + 1
         times = [time.monotonic()]
         how, told, fault = await self._dispatch(client, pair, asked, prompt, raced)
@@ -244,8 +254,9 @@ class Round:
         return Outcome(
             number=number,
             verdict=verdict,
-            why=why if verdict == "either" or why else "",
+            why=why,
             differs=pair.differs,
+            allowed=allowed,
             labels=pair.labels,
             how=how,
             pair=f"{pair.prefill.server.spec.name}>{pair.decode.server.spec.name}",

@@ -88,8 +88,12 @@ class Instance:
     def _adapter(self, name: str) -> str:
         known = self.adapters[name]
         if known.in_place or known.number not in self.memory:
-            return contents.adapter(adapter_folder(self.root, known.folder))
+            return self.on_disk(name)
         return self.memory[known.number]
+
+    def on_disk(self, adapter: str) -> str:
+        """What the files hold now that an adapter's name stands for."""
+        return contents.adapter(adapter_folder(self.root, self.adapters[adapter].folder))
 
     # -- what is done to it -----------------------------------------------------------------------------------------
 
