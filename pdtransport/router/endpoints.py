@@ -66,10 +66,7 @@ class Endpoint:
 
     @property
     def control(self) -> ControlAddress | None:
-        """The configured address, with the learned number of ranks; else the learned address; else None. None, too,
-        where it is several engines, and only an answer says which of them it is from."""
-        if self._several:
-            return None
+        """The configured address, with the learned number of ranks; else the learned address; else None."""
         host, port = self.settings.control_host, self.settings.control_port
         if host is None or port is None:
             return self.learned
@@ -128,9 +125,9 @@ class Endpoint:
         if isinstance(engine, str):
             self.replicated = is_replica(engine)
             self._identify(engine)
-        if isinstance(host, str) and isinstance(port, int) and isinstance(ranks, int):
-            if not (self.replicated and self.learned):
-                self._note_address(ControlAddress(host, port, ranks))
+        known = self.replicated and self.learned is not None
+        if isinstance(host, str) and isinstance(port, int) and isinstance(ranks, int) and not known:
+            self._note_address(ControlAddress(host, port, ranks))
 
     def _identify(self, engine: str) -> None:
         engine = _REPLICA.sub("", engine)

@@ -130,7 +130,7 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
         transfer, parallel = config.kv_transfer_config, config.parallel_config
         assert transfer is not None
         settings = Settings.parse(transfer.kv_connector_extra_config)
-        first = control_port(settings, config) - parallel.data_parallel_rank * parallel.tensor_parallel_size
+        first = control_port(settings, config) - parallel.data_parallel_index * parallel.tensor_parallel_size
         info = self._gauge_cls(
             name=INFO,
             documentation="This server's pdtransport: role, address of rank 0's control channel, version.",
