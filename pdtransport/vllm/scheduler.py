@@ -155,13 +155,15 @@ class SchedulerSide:
         problem = wanted.problem
         if (wanted.produce or wanted.consume) and request.prompt_token_ids is None:
             problem = "a prompt of embeddings has no token ids to identify its KV by"
-        named = wanted.produce or wanted.consume
+        named, without = wanted.produce or wanted.consume, ""
         if named is not None and named.transfer_id is not None and not problem:
             minted = wanted.produce is not None and request.kv_transfer_params.get("transfer_id") is None
-            transfer, problem = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
+            transfer, without = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
+            problem = without
         if problem:
             logger.warning("request %s is not handed over: %s", request.request_id, problem)
-            declined = asked_transfer(request.kv_transfer_params)
+            # Without one of its own, its body's transfer is another one's.
+            declined = "" if without else asked_transfer(request.kv_transfer_params)
             if declined:
                 self._before.append(Decline(declined, Code.REFUSED, problem))
             if wanted.lost:

@@ -417,3 +417,10 @@ def test_decode_that_is_no_consumer_declines(clock: Clock) -> None:
 def test_nothing_is_declined_under_an_id_that_is_none_or_that_prefill_has(side: SchedulerSide, params: Any) -> None:
     side.on_new_request(request(params))
     assert not [each for each in step(side).before if isinstance(each, Decline)]
+
+
+def test_a_sequence_that_has_no_transfer_declines_none(side: SchedulerSide) -> None:
+    """The second of several sequences is computed here; the transfer that its body names is the first one's."""
+    for name in ("0_cmpl-a-0", "1_cmpl-a-0"):
+        side.on_new_request(request(CONSUME, name=name))
+    assert not [each for each in step(side).before if isinstance(each, Decline)]
