@@ -29,10 +29,12 @@ MAX_PAIRS = 4096  # that are remembered; of more, those that were used longest a
 WARN_EVERY_S = 60.0
 MISSES_IN_ROW = 8  # reports that did not come in time, before nobody waits for the next one
 NO_HANDOVER = "no_handover"
+REFUSED = "prefill_refused"
 UNFIT = {"prefill": "prefill_not_a_producer", "decode": "decode_not_a_consumer"}
 _LEFT = frozenset({Code.CANCELLED.value, Code.PEER_CANCELLED.value})  # the client went: no fault of the pair
 _REMEDIES = {
     Code.REFUSED.value: "start both with what is named here set alike, or leave prefill out",
+    REFUSED: "give prefill the flags, adapters and length that decode has",
     NO_HANDOVER: "start prefill with PDTransportConnector and kv_role kv_producer, or leave it out",
     Code.PEER_LOST.value: "decode must reach prefill's control.host and control.port",
     Code.LINK.value: "see links in the workers' status (/pd/status?workers=1)",
@@ -163,15 +165,22 @@ class HandOffs:
         """Prefill answered, and has nothing to hand over."""
         hand_off.decide(Verdict("failed", NO_HANDOVER, why))
 
+    def refused(self, hand_off: HandOff, why: str) -> None:
+        """Prefill refused a request that decode has answered. Its attempt may be over."""
+        hand_off.decide(Verdict("failed", REFUSED, why))
+        if hand_off.transfer_id not in self._live and hand_off.verdict is not None:
+            self._count(hand_off, hand_off.verdict)
+
     def end(self, hand_off: HandOff, answered: bool) -> None:
         """Its attempt is over; ``answered``: decode served the request."""
         if self._live.pop(hand_off.transfer_id, None) is None:
             return
-        verdict = hand_off.verdict
-        if verdict is None:
-            if not answered:
-                return  # given up before anything could become of it
-            verdict = Verdict("unknown")
+        if hand_off.verdict is not None:
+            self._count(hand_off, hand_off.verdict)
+        elif answered:  # else it was given up before anything could become of it
+            self._count(hand_off, Verdict("unknown"))
+
+    def _count(self, hand_off: HandOff, verdict: Verdict) -> None:
         self._metrics.hand_offs.add(verdict.became, verdict.code)
         if verdict.became == "handed_over":
             self._metrics.hand_off_links.add(verdict.link)
@@ -204,8 +213,9 @@ class HandOffs:
         pair.failing, pair.warned_at = True, now
         remedy = _REMEDIES.get(verdict.code, "see /pd/traces and the workers' logs")
         log.warning(
-            "prefill server %s and decode server %s: none of the last %d requests was handed over, so each prompt is "
-            "computed twice (%s: %s); %s", *names, pair.missed, verdict.code, verdict.reason, remedy,
+            "prefill server %s and decode server %s: none of the last %d requests was handed over%s (%s: %s); %s",
+            *names, pair.missed, "" if verdict.code == REFUSED else ", so each prompt is computed twice",
+            verdict.code, verdict.reason, remedy,
         )  # fmt: skip
 
     def disaggregates(self, fleet: Fleet) -> tuple[bool | None, Reason | None]:

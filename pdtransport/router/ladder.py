@@ -11,7 +11,7 @@ from pdtransport.router.attempt import Attempt, Dispatch, NoHandover
 from pdtransport.router.call import Call, Reason
 from pdtransport.router.endpoints import Endpoint, Fleet, usable
 from pdtransport.router.first_token import Unusable
-from pdtransport.router.handoffs import UNFIT, HandOffs
+from pdtransport.router.handoffs import UNFIT, HandOff, HandOffs
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.settings import RouterSettings
@@ -29,6 +29,7 @@ class _Rungs:
     decode_left: int
     avoid: set[Endpoint] = field(default_factory=set)
     last: UpstreamError | None = None  # of decode
+    refused: HandOff | None = None  # by prefill
 
 
 class Ladder:
@@ -77,13 +78,18 @@ class Ladder:
                 self._leave_prefill(Reason("first_token_unusable", why), rungs, trace)
             except UpstreamError as error:
                 attempt.close()
+                if error.refused:
+                    rungs.refused = attempt.hand_off
                 self._step_down(error, dispatch, rungs, trace)
             except BaseException:
                 attempt.close()
                 raise
             else:
                 if attempt.refusal is not None:
+                    rungs.refused = attempt.hand_off
                     trace.decode_only("prefill_refused", str(attempt.refusal))
+                if rungs.refused is not None and attempt.opened and attempt.opened.response.status < 300:
+                    self._hand_offs.refused(rungs.refused, trace.why_alone or "")
                 return attempt
 
     async def go_on(

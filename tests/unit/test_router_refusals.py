@@ -126,3 +126,30 @@ def test_refusing_prefill_does_not_stand_in_for_decodes_that_are_gone() -> None:
             assert (reply.status, reply.error["code"]) == (503, "no_decode_server")
 
     run(test)
+
+
+@pytest.mark.parametrize("dispatch", ["concurrent", "serial"])
+def test_a_prefill_that_refuses_whatever_decode_takes_is_told_of(
+    dispatch: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise 5: after some requests in a row the log and /health say so; a client's own errors count for nothing."""
+
+    async def test() -> None:
+        async with rigged(dispatch=dispatch, hand_off={"warn_after": 3}) as rig:
+            await learned(rig)
+            rig.p.script = fails(422)
+            rig.d.script = fails(422)
+            for _ in range(5):
+                assert (await rig.ask()).status == 422
+            assert (await rig.get("/health")).json()["disaggregates"] is None
+            rig.d.script = waits_if_remote(rig.d)
+            for _ in range(3):
+                assert (await rig.ask()).status == 200
+            health = (await rig.get("/health")).json()
+            assert (health["disaggregates"], health["why_not"]) == (False, "prefill_refused")
+            assert await rig.metric('pdrouter_hand_offs_total{outcome="failed",code="prefill_refused"}') == 3
+            (line,) = [record.getMessage() for record in caplog.records if "none of the last 3" in record.getMessage()]
+            assert "answers 422" in line
+            assert "twice" not in line
+
+    run(test)
