@@ -184,7 +184,7 @@ def _run(
         folder.record({"pid": os.getpid(), "state": "serving", **plan.public()})
         if arguments.json:
             print(json.dumps({**plan.public(), "proof": proof.public() if proof else None}), flush=True)
-        say(_invitation(plan))
+        say(_invitation(plan, folder.path))
         launch.hold()
     except ProcessFailed as error:
         return _fail(error, DIED if serving else NOT_STARTED)
@@ -300,12 +300,14 @@ def _sayer(arguments: argparse.Namespace) -> Say:
     return lambda text: print(text, file=stream, flush=True)
 
 
-def _invitation(plan: Plan) -> str:
+def _invitation(plan: Plan, logs: Path) -> str:
     body = json.dumps({"model": plan.served_name, "prompt": "def main(argv=None):", "max_tokens": 32, "temperature": 0})
+    admin = plan.router.admin_url
     return (
         f"{plan.name} is up. Send requests to {plan.router.url}/v1, for example:\n"
         f"  curl {plan.router.url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
         f"{_pool_line(plan)}"
+        f"Its state: {admin}/pd/status and {admin}/pd/traces; metrics: {admin}/metrics; logs: {logs}\n"
         "Ctrl-C stops it."
     )
 

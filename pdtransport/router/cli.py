@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import re
 import signal
 import sys
 import types
@@ -26,6 +27,18 @@ _NOT_OPTIONS = {
     "upstream_api_key",
 }  # a command line is seen by everybody on the machine: use the files
 _MANY = {"prefill", "decode"}
+# Parts of the help, for settings outside a section of their own.
+_GROUPS = {
+    "servers and ports": "prefill|decode|(admin_)?(host|port)|dispatch|first_token",
+    "keys": ".*_key(s|_file)?|tenant_secret_file|allow_plaintext",
+    "limits": "max_.*|stream_buffer_bytes|upstream_connections",
+    "requests": ".*",
+}
+_EXAMPLES = """examples:
+  pdrouter --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --port 8000
+  pdrouter --prefill http://10.0.0.1:8100 http://10.0.0.2:8100 --decode http://10.0.0.3:8200 --host 0.0.0.0 \\
+    --api-key-file keys --admin-port 8001
+"""
 
 
 def _options(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -52,17 +65,30 @@ def _metavar(field: FieldInfo) -> str | None:
     return names.get(annotation, "FILE")
 
 
+def _group(path: tuple[str, ...]) -> str:
+    """Which part of the help an option stands in."""
+    if len(path) > 1:
+        return path[0].replace("_", " ")
+    return next(name for name, options in _GROUPS.items() if re.fullmatch(options, path[0]))
+
+
 def parser() -> argparse.ArgumentParser:
     """One option for each setting; nested ones are joined by a dash: --timeouts-connect-s."""
     made = CommandParser(
         prog="pdrouter",
         allow_abbrev=False,
         description="OpenAI-compatible router in front of vLLM prefill and decode servers.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pdrouter --prefill URL ... --decode URL ... [option ...]",
     )
+    groups = {name: made.add_argument_group(name) for name in _GROUPS}
     for path, field in _options(RouterSettings):
+        name = _group(path)
+        group = groups[name] = groups.get(name) or made.add_argument_group(name)
         help_text = (field.description or "").replace("%", "%%")
         if path[-1] in _MANY:
-            made.add_argument(
+            group.add_argument(
                 f"--{path[-1]}",
                 dest=path[-1],
                 nargs="+",
@@ -74,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         default = field.get_default(call_default_factory=True)
         shown = "" if default is None or isinstance(default, SecretStr) else f" Default: {default}."
-        made.add_argument(
+        group.add_argument(
             "--" + "-".join(path).replace("_", "-"), dest=".".join(path), choices=_choices(field),
             metavar=_metavar(field), help=help_text + shown,
         )  # fmt: skip

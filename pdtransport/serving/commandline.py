@@ -1,4 +1,4 @@
-"""What the commands (``pdlaunch``, ``pdrouter``, ``pdpool``) have in common: ``--version``, and mistakes told in one line."""
+"""What ``pdlaunch``, ``pdrouter`` and ``pdpool`` have in common: ``--version``, and mistakes told in one line."""
 
 from __future__ import annotations
 

@@ -147,6 +147,7 @@ def test_ctrl_c_ends_all_and_exits_0(rig: Rig) -> None:
     status, output = rig.end()
     assert status == cli.OK, output
     assert f"http://127.0.0.1:{FIRST_PORT + 4}/v1" in output
+    assert f"metrics: http://127.0.0.1:{FIRST_PORT + 4}/metrics; logs: {rig.run_dir}" in output
     assert not [pid for pid in everyone if is_alive(pid)]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ class Machine:
             self._argv(text), env=self._environment, capture_output=True, text=True, timeout=seconds, check=False
         )
         assert done.returncode == 0, f"{text}\nended with {done.returncode}: {done.stdout}{done.stderr}\n{self.said()}"
+        return done.stdout
+
+    def run_to_the_end(self, text: str) -> str:
+        """All that a server says which must fail to start."""
+        done = subprocess.run(
+            self._argv(text), env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=UP_S, check=False,
+        )  # fmt: skip
+        assert done.returncode != 0, done.stdout
         return done.stdout
 
     def wait_for(self, said: str, log: Path) -> None:
@@ -224,6 +234,23 @@ def test_a_pair_by_hand(slow: Machine) -> None:
     (asked,) = start(slow, block_with("kv_producer", "pdrouter"))
     assert "x-pd-path: disaggregated" in asked.lower()
     assert json.loads(asked.partition("\n\n")[2])["choices"][0]["text"]
+
+
+@needs_vllm
+@pytest.mark.long
+def test_a_second_server_of_a_role_is_told_which_setting(quick: Machine) -> None:
+    """Its control port is taken: it ends, and a line of its log names the port, the setting and the variable. With
+    the setting it comes up beside the first."""
+    first = next(command for command in block_with("kv_producer", "pdrouter").commands if command.is_vllm)
+    quick.leave_running(first)
+    quick.wait_healthy("8100")
+    again = first.text.replace("8100", "8101")
+    ended = quick.run_to_the_end(again)
+    told = [line for line in ended.splitlines() if "control.port: port 7670" in line]
+    assert told, ended[-5000:]
+    assert "PDTRANSPORT_CONTROL_PORT=N" in told[0]
+    quick.leave_running(replace(first, text=f"PDTRANSPORT_CONTROL_PORT=7680 {again}"))
+    quick.wait_healthy("8101")
 
 
 @needs_vllm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,3 +95,20 @@ def test_each_command_tells_its_version(name: str, capsys: pytest.CaptureFixture
         COMMANDS[name](["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"{name} {__version__}\n"
+
+
+def test_the_routers_help_is_grouped_and_begins_with_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    """A usage of one line, what every call needs first, and at the end examples that parse."""
+    with pytest.raises(SystemExit):
+        router.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: pdrouter --prefill URL ... --decode URL ... [option ...]\n\n")
+    places = [text.index(f"\n{name}:\n") for name in ("servers and ports", "keys", "limits", "requests", "timeouts")]
+    assert places == sorted(places)
+    assert text.index("--prefill URL [") < text.index("--max-body-bytes")
+    examples = text.partition("\nexamples:\n")[2].replace("\\\n", "").splitlines()
+    assert len(examples) == 2
+    for example in examples:
+        command, *argv = shlex.split(example)
+        assert command == "pdrouter"
+        router.settings_from(router.parser().parse_args(argv))
