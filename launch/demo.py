@@ -185,6 +185,15 @@ def run(topology: Topology, plan: Plan, fleet: Fleet) -> int:
     return 1 if wrong else 0
 
 
+def what_next(topology: Path) -> str:
+    """For whoever has seen it work."""
+    pdlaunch = Path(sys.executable).with_name("pdlaunch")
+    return (
+        f"\nTo keep it up and ask it yourself: {pdlaunch} {topology}\n"
+        "For a model and machines of your own: README.md, docs/pdlaunch.md"
+    )
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -207,7 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             fleet = Fleet(folder.path, grace_s=topology.defaults.stop_timeout_s, adopt=True)
             with Signals(fleet) as signals:
                 try:
-                    return run(topology, plan, fleet)
+                    status = run(topology, plan, fleet)
+                    if status == 0:
+                        _say(what_next(chosen.topology))
+                    return status
                 finally:
                     signals.shield()
                     fleet.stop()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pdtransport.launch import cli as launch
+from pdtransport.launch.demo import what_next
 from pdtransport.launch.reading import load
 from pdtransport.pool import cli as pool
 from pdtransport.router import cli as router
@@ -106,6 +107,16 @@ def test_a_second_server_of_a_role_is_given_a_port_by_a_setting_that_there_is() 
     """The piece of JSON in README is one that the settings take."""
     [piece] = re.findall(r'`"kv_connector_extra_config": (\{.*?\})`', TEXT)
     assert Settings.parse(json.loads(piece)).control.base_port("kv_producer") not in (7570, 7670, 7770)
+
+
+def test_the_demo_ends_with_a_line_that_can_be_typed() -> None:
+    """What it names is there: the command beside this Python, the topology, the documents."""
+    first, second = what_next(Path("examples/quickstart.yaml")).strip().splitlines()
+    command, *argv = shlex.split(first.partition(": ")[2])
+    assert Path(command).name == "pdlaunch"
+    assert Path(command).parent == Path(sys.executable).parent
+    assert launch.parser().parse_args(launch.spelt_out(argv)).verb == "up"
+    assert all((REPO / name).exists() for name in second.partition(": ")[2].split(", "))
 
 
 def test_python_blocks_run_as_they_stand() -> None:
