@@ -31,15 +31,17 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks._figures import FAILED, keep, measuring, say
 from benchmarks._handoff_report import markdown
-from benchmarks.handoff import machine, say
+from benchmarks._needs import LACKING, VLLM, Need, package, room, tell_lacking
+from benchmarks.handoff import machine
 from tests.rig import watch
 from tests.rig.client import Client, request_body
 from tests.rig.fixtures import FORKING
@@ -205,12 +207,11 @@ def started(spec: ServerSpec, logs: Path) -> Start:
         return Start(spec.name, server.ready_s, first_s, cpu_s, others / first_s / (os.cpu_count() or 1))
 
 
-def starts(options: argparse.Namespace, scratch: Path, logs: Path) -> list[Start]:
+def starts(options: argparse.Namespace, scratch: Path, logs: Path) -> Iterator[Start]:
     """In turn, each system first in its turn; the first warm one after a start that is not counted."""
     model, caches = scratch / "model", scratch / "caches"
     size = make_model(model, options.gib)
     say(f"a checkpoint of {size / (1 << 30):.2f} GiB in {len(list(model.glob('*.safetensors')))} files")
-    found: list[Start] = []
     for run in range(-1, options.runs):  # once for nothing: it fills caches, vLLM's own among them
         for place in range(len(STARTS)):
             system = STARTS[(place + run) % len(STARTS)]
@@ -219,8 +220,8 @@ def starts(options: argparse.Namespace, scratch: Path, logs: Path) -> list[Start
             read_whole(model)
             sample = started(start_spec(system, model, caches, options.installed), logs)
             say(f"{'not counted' if run < 0 else f'run {run}'}: {sample}")
-            found += [sample] if run >= 0 else []
-    return found
+            if run >= 0:
+                yield sample
 
 
 def starts_table(samples: Sequence[Start]) -> str:
@@ -228,6 +229,8 @@ def starts_table(samples: Sequence[Start]) -> str:
     base: dict[str, float] = {}
     for system in STARTS:
         group = [sample for sample in samples if sample.system == system]
+        if not group:
+            continue
         middle = {
             name: median(getattr(each, name) for each in group) for name in ("ready_s", "first_s", "cpu_s", "busy")
         }
@@ -270,59 +273,74 @@ async def stream(client: Client, server: Server, prompt: list[int], tokens: int)
     return (times[-1] - times[0]) / (len(times) - 1) * 1000
 
 
-def streams(options: argparse.Namespace, logs: Path) -> list[Stream]:
+def streams(options: argparse.Namespace, logs: Path, note: Callable[[Stream], None]) -> None:
+    """``note`` is told each as soon as it is there."""
     prompts = Prompts(1)
 
-    async def ask(servers: Sequence[Server]) -> list[Stream]:
-        found = []
+    async def ask(servers: Sequence[Server]) -> None:
         async with Client() as client:
             for run in range(-1, options.streams):  # once for nothing
                 prompt = prompts.one(PROMPT)
                 for place in range(len(servers)):
                     number = (place + run) % len(servers)
                     token_ms = await stream(client, servers[number], prompt, options.tokens)
-                    found += [Stream(list(STREAMS)[number], token_ms)] if run >= 0 else []
-        return found
+                    if run >= 0:
+                        note(Stream(list(STREAMS)[number], token_ms))
 
     with fleet(*map(stream_spec, STREAMS), logs=logs) as servers:
-        return asyncio.run(ask(servers))
+        asyncio.run(ask(servers))
 
 
 def streams_table(samples: Sequence[Stream]) -> str:
-    """Each stream is compared with the plain server's of the same turn: the machine was as busy then."""
+    """Each stream is compared with the plain server's of the same turn: the machine was as busy then. A turn that was
+    not finished is left out."""
     by = {system: [each.token_ms for each in samples if each.system == system] for system in STREAMS}
+    turns = min(map(len, by.values()))
     lines = []
-    for system, found in by.items():
-        ratios = [one / other for one, other in zip(found, by["plain"], strict=True)]
+    for system, every in by.items():
+        found = every[:turns]
+        if not found:
+            continue
+        ratios = [one / other for one, other in zip(found, by["plain"][:turns], strict=True)]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         lines.append([system, str(len(found)), f"{median(found):.3f}", f"{median(ratios):.3f}", spread])
     return markdown(["token", "n", "ms", "of plain", "range"], lines)
 
 
+def needs_of(options: argparse.Namespace, scratch: Path) -> list[Need]:
+    return [
+        package("vllm", VLLM),
+        package("safetensors", "pip install safetensors"),
+        room(scratch, int(options.gib * (1 << 30)) if options.runs else 0, "or choose a smaller --gib, or TMPDIR"),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
-    found: dict[str, Any] = {"machine": machine(), "starts": [], "streams": []}
-    with ExitStack() as stack:
+    if tell_lacking("benchmarks.identity_start", needs_of(options, Path(tempfile.gettempdir()))):
+        return LACKING
+    before, began, streamed = machine(), list[Start](), list[Stream]()
+
+    def note(sample: Start | Stream) -> None:
+        (began if isinstance(sample, Start) else streamed).append(sample)  # type: ignore[arg-type]
+        found = {"machine": before, "starts": [*map(asdict, began)], "streams": [*map(asdict, streamed)]}
+        keep(options.json, json.dumps(found, indent=1))
+
+    print(f"{before['cpu']}, {before['cores']} cores")
+    with measuring(ServerFailed) as ending, ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdtransport-identity-")))
         logs = options.logs or scratch / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        print(f"{found['machine']['cpu']}, {found['machine']['cores']} cores")
-        try:
-            if options.tokens:
-                samples = streams(options, logs)
-                found["streams"] = [asdict(each) for each in samples]
-                print(streams_table(samples), flush=True)
-            if options.runs:
-                began = starts(options, scratch, logs)
-                found["starts"] = [asdict(each) for each in began]
-                print(starts_table(began), flush=True)
-        except ServerFailed as error:
-            say(str(error))
-            return 1
-        finally:
-            if options.json:
-                options.json.write_text(json.dumps(found, indent=1))
-    return 0
+        if options.tokens:
+            streams(options, logs, note)
+        if options.runs:
+            for sample in starts(options, scratch, logs):
+                note(sample)
+    if streamed:
+        print(streams_table(streamed))
+    if began:
+        print(starts_table(began))
+    return ending.status or (0 if streamed or began else FAILED)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_all_that_is_missing_is_told_in_one_line() -> None:
         ("gpu_kernels", ["--devices", "70,71"], "72 NVIDIA GPUs (there are "),
         ("pool", ["--parts", "disk", "--disk", "/no/such/folder"], "/no/such/folder (no such folder)"),
         ("pool", ["--parts", "bytes", "--bytes", str(1 << 50)], "GiB free in /dev/shm ("),
+        ("identity_start", ["--gib", "1000000"], "GiB free in "),
         ("codecs", ["--model", "/no/such", "--text", "/no/text"], "/no/such/config.json (--model: "),
     ],
 )
