@@ -232,7 +232,8 @@ def test_one_server_with_a_pool_as_vllm_is_installed(slow: Machine) -> None:
 def test_a_pair_by_hand(slow: Machine) -> None:
     """Two servers that are told nothing but their roles, and the router: the answer was disaggregated."""
     (asked,) = start(slow, block_with("kv_producer", "pdrouter"))
-    assert "x-pd-path: disaggregated" in asked.lower()
+    paths = re.findall(r"(?im)^x-pd-path: (.*)$", asked)
+    assert paths == ["disaggregated"], f"{asked}\n{slow.said()}"
     assert json.loads(asked.partition("\n\n")[2])["choices"][0]["text"]
 
 
