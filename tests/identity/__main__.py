@@ -2,7 +2,8 @@
 
 Servers with equal and with other weights, configurations and adapters, under equal and under other names and paths,
 some changed while they run; each request goes to a prefill and a decode server, and decode's answer must be what the
-same server says alone. Equal pairs must be handed over, different ones refused by name of what differs.
+same server says alone. Equal pairs must be handed over, different ones refused by name of what differs. In the last
+round KV goes through a pool: equal servers must find there what others stored, different ones nothing.
 
 Exit status: 0 if all is so, 1 if not, 2 if the run shows nothing: too many different pairs answer alike anyway.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from tests.identity.outcomes import Report
 from tests.identity.run import Plan, run
 
-PER_ROUND = 50
+PER_ROUND = 40
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -29,6 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--servers", type=int, default=4, help="at a time (default 4)")
     parser.add_argument("--rounds", type=int, help=f"sets of servers (default: one for {PER_ROUND} requests)")
     parser.add_argument("--routers", type=int, default=3, help="pairs of a round that have a router, too (default 3)")
+    parser.add_argument("--pooled", type=int, default=1, help="rounds, the last ones, through a pool (default 1)")
     parser.add_argument("--json", type=Path, help="write each request's outcome here")
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     options = parser.parse_args(argv)
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdtransport-identity-")))
         logs = options.logs or root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        plan = Plan(options.requests, options.seed, options.servers, options.rounds, options.routers)
+        plan = Plan(options.requests, options.seed, options.servers, options.rounds, options.routers, options.pooled)
         report = run(plan, root, logs)
     print(report.text())
     if options.json:

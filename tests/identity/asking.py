@@ -10,6 +10,7 @@ from typing import Any
 from tests.identity.world import Instance
 from tests.rig import watch
 from tests.rig.client import Answer, Client, Order, RequestFailed, new_transfer, prepare, to_decode, to_prefill
+from tests.rig.pooled import counters, rested
 from tests.rig.proof import record_of
 from tests.rig.servers import MODEL_NAME
 
@@ -88,6 +89,24 @@ async def by_router(
     told = await _told(client, decode, prefill, transfer, answer, before)
     told.path = answer.headers.get("x-pd-path", "")
     return told
+
+
+async def by_pool(
+    client: Client, prefill: Instance, decode: Instance, prompt: list[int], asked: tuple[Asked, Asked]
+) -> Told:
+    """One server computes the prompt and stores it in the pool that both have; then the other one is asked.
+
+    Raises:
+        RequestFailed: one did not answer.
+    """
+    await client.complete(prefill.server, prompt, 1, **asked[0].body())
+    await rested(client, prefill.server)
+    before, found = await watch.engine_state(client, decode.server), await counters(client, decode.server)
+    answer = await client.complete(decode.server, prompt, TOKENS, **asked[1].body())
+    after, now = await watch.engine_state(client, decode.server), await counters(client, decode.server)
+    now.subtract(found)
+    used = int(after.external_tokens - before.external_tokens)
+    return Told(answer, now["hit"] > 0, used, "", f"chunks in the pool: {dict(+now)}")
 
 
 async def alone(client: Client, instance: Instance, prompt: list[int], adapter: str) -> Answer:

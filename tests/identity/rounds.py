@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.identity import contents
-from tests.identity.asking import Asked, Told, alone, by_client, by_router, distance, same
+from tests.identity.asking import Asked, Told, alone, by_client, by_pool, by_router, distance, same
 from tests.identity.draw import Pair, draw
 from tests.identity.makers import ADAPTERS, WEIGHTS, write_weights
-from tests.identity.outcomes import Outcome, Report, Verdict
+from tests.identity.outcomes import POOL, Outcome, Report, Verdict
 from tests.identity.world import FOLDERS, Content, Instance, put_adapter
 from tests.rig.client import Client, Order, RequestFailed
 from tests.rig.prompts import Prompts
@@ -28,6 +28,7 @@ LONG = 1800  # of one during whose computation something is changed
 RACE_S = 0.3  # within which that happens
 # Shares of the requests:
 CHANGED = 0.4  # something is changed before
+RESTORED = 0.3  # a server has the weights again that it was started with, where one has others
 RACED = 0.05  # something is changed meanwhile
 REPEATED = 0.15  # prefill has it in its prefix cache from before it was changed, where there is such a one
 ROUTED = 0.35  # goes through a router, where both sides are asked the same
@@ -51,7 +52,12 @@ class Held:
 
 
 class Round:
-    """Use as ``with Round(...)``, which ends the routers that it starts."""
+    """Use as ``with Round(...)``, which ends the routers that it starts.
+
+    Args:
+        routers: that it may start.
+        pool: the servers have one, through which all requests go.
+    """
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Round:
         prompts: Prompts,
         report: Report,
         routers: int,
+        pool: bool = False,
     ) -> None:
         self._instances = instances
         self._root = root
@@ -70,6 +77,7 @@ class Round:
         self._prompts = prompts
         self._report = report
         self._most_routers = routers
+        self._pool = pool
         self._routers: dict[tuple[int, int], tuple[Order, RunningRouter]] = {}
         self._held: list[Held] = []
         self._salts = 0
@@ -88,6 +96,9 @@ class Round:
                 for name in NAMES[:2]:
                     await instance.load(client, name, self._rng.choice(FOLDERS))
             for _ in range(count):
+                changed = [instance for instance in self._instances if instance.reloaded]
+                if changed and self._rng.random() < RESTORED:
+                    self._report.actions[await self._reload(client, self._rng.choice(changed))] += 1
                 if self._rng.random() < CHANGED:
                     await self._change(client, self._rng.choice(self._instances))
                 self._report.outcomes.append(await self._request(client))
@@ -273,6 +284,8 @@ class Round:
         order = self._rng.choice(ORDERS)
         how = f"client, {order}"
         try:
+            if self._pool:
+                return POOL, await by_pool(client, pair.prefill, pair.decode, prompt, asked), ""
             if asked[0] == asked[1] and not raced and self._rng.random() < ROUTED:
                 found = self._router(pair, order)
                 if found is not None:

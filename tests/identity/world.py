@@ -15,11 +15,13 @@ from tests.identity import contents
 from tests.identity.makers import Model, write_adapter
 from tests.rig.client import Client
 from tests.rig.fixtures import pair_spec
+from tests.rig.pooled import pooled
 from tests.rig.servers import MODEL_NAME, Server, ServerSpec
 
 CAPACITY = 2  # adapters that a server keeps in memory; with more names in use it reads some again from their files
 LORA_FLAGS = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "1", "--max-cpu-loras", str(CAPACITY))
 CACHE_BYTES = 64 << 20
+LOOKUP_S = 5.0  # a busy machine's pool may answer late; what comes too late is not found
 FOLDERS = ("x", "y", "z")  # of adapters, shared by all servers
 
 
@@ -144,8 +146,12 @@ def put_adapter(root: Path, folder: str, name: str) -> None:
     write_adapter(adapter_folder(root, folder), name)
 
 
-def spec_of(number: int, model: Model, root: Path) -> ServerSpec:
-    """A server of both roles, which computes what it can't take; its first name is its own, its second one common."""
+def spec_of(number: int, model: Model, root: Path, pool: Path | None = None) -> ServerSpec:
+    """A server of both roles, which computes what it can't take; its first name is its own, its second one common.
+
+    Args:
+        pool: directory of the pool that it has.
+    """
     spec = pair_spec(
         f"identity-{number}",
         "kv_both",
@@ -158,7 +164,8 @@ def spec_of(number: int, model: Model, root: Path) -> ServerSpec:
         kv_cache_bytes=CACHE_BYTES,
         args=(*LORA_FLAGS, *model.args(), "--served-model-name", f"model-of-{number}", MODEL_NAME),
     )
-    return replace(spec, env={**spec.env, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+    spec = replace(spec, env={**spec.env, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+    return pooled(pool, spec, lookup_s=LOOKUP_S) if pool else spec
 
 
 def instance_of(server: Server, model: Model, root: Path) -> Instance:
