@@ -23,7 +23,7 @@ log = logging.getLogger("pdtransport.router")
 MAX_WATCHED = 512  # workers; of more, those of servers that come later are not watched
 FRAMES_A_TURN = 256
 SILENT_S = 3 * WATCH_AGAIN_S  # unanswered for this long, a watch does not stand
-FIRST_ANSWER_S = 0.5  # at start, the router waits so long at most for all first answers
+FIRST_ANSWER_S = 2.0  # at start, the router waits so long at most for all first answers
 
 
 class Listening(Protocol):

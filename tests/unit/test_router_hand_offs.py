@@ -39,6 +39,7 @@ async def watched(ranks: int = 1, **settings: Any) -> AsyncIterator[tuple[Rig, W
             rig.d.metrics = info("kv_consumer", workers.port, ranks=ranks)
 
         async with rigged(before=before, **settings) as rig:
+            await soon(lambda: rig.router._watches.stands(rig.router.fleet.decode[0]))
             yield rig, workers
 
 
@@ -451,7 +452,8 @@ def test_of_several_engines_only_the_answer_says_which_has_the_pages() -> None:
                 rig.p.metrics = info("kv_both", 7670, engine="e_dp0") + info("kv_both", 7671, engine="e_dp1", index=1)
                 rig.d.metrics = info("kv_both", first.port) + info("kv_both", second.port, engine="f", index=1)
 
-            async with rigged(before=before, **configured) as rig:
+            async with rigged(before=before, hand_off={"wait_s": 5}, **configured) as rig:
+                await soon(lambda: rig.router._watches.stands(rig.router.fleet.decode[0]))
                 for index in range(4):
                     rig.p.engine_id = f"e_dp{index % 2}"
                     tells(rig.d, (first if index % 2 else second).took)
@@ -470,7 +472,8 @@ def test_the_true_number_of_ranks_is_learned_from_a_worker() -> None:
     """Configured addresses may say less."""
 
     async def test() -> None:
-        async with Workers(2) as workers, rigged(prefill_as=lambda p: f"{p.url}@127.0.0.1:7670") as rig:
+        told: dict[str, Any] = {"prefill_as": lambda p: f"{p.url}@127.0.0.1:7670", "hand_off": {"wait_s": 5}}
+        async with Workers(2) as workers, rigged(**told) as rig:
             decode = rig.router.fleet.decode[0]
             decode.settings = EndpointSettings.parse(f"{rig.d.url}@127.0.0.1:{workers.port}")
             rig.router._watches.follow(decode)
