@@ -18,7 +18,7 @@ from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.peers import Peers
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import MAX_DUE_US, Ack, Code, Coming, Commit, ConsumerMessage, Grant
+from pdtransport.protocol.messages import MAX_DUE_US, REQUEST_ENDED, Ack, Code, Coming, Commit, ConsumerMessage, Grant
 from pdtransport.protocol.receiving import TransferOver
 from pdtransport.protocol.sending import Sending
 from pdtransport.protocol.states import ProducerState
@@ -129,6 +129,10 @@ class Handing:
         source.final = blocks
         self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
         self.push_some()
+
+    def cached(self, owner: object, transfer: str, tokens: int) -> None:
+        if self._owned(owner, transfer) is not None:
+            self.sending.cached(transfer, tokens)
 
     def expect(self, owner: object, transfer: str, tokens_done: int, due: float) -> None:
         """:meth:`pages_ready` will say so many tokens at ``time.monotonic`` second ``due``, as far as can be told."""
@@ -348,8 +352,8 @@ class Handing:
         if code is not None:
             record.code, record.reason = code.value, action.reason
             record.mark("failed")
-            if code not in (Code.CANCELLED, Code.PEER_CANCELLED):
-                logger.warning("transfer %s was not delivered (%s): %s", action.transfer, code.value, action.reason)
+            level = logging.INFO if code in REQUEST_ENDED else logging.WARNING
+            logger.log(level, "transfer %s was not delivered (%s): %s", action.transfer, code.value, action.reason)
         self._counters["handovers_failed" if code else "handovers_ok"] += 1
         tell(
             source.on_end,

@@ -21,6 +21,7 @@ class Outcome:
     nbytes: int = 0
     link: str = ""
     first_token: int | None = None  # consumer: the request goes on from this token
+    cached_tokens: int | None = None  # consumer: how many of the prompt's tokens prefill need not compute, if it told
     events: dict[str, float] = field(default_factory=dict, repr=False)  # step -> wall-clock second
 
 

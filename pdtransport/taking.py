@@ -18,7 +18,18 @@ from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnExpected, OnOutcome, Outcome, tell
 from pdtransport.peers import Endpoint, Peer, Peers
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import MAX_REASON, Accept, Batch, Claim, Code, Coming, Commit, Ended, ProducerMessage
+from pdtransport.protocol.messages import (
+    MAX_REASON,
+    REQUEST_ENDED,
+    Accept,
+    Batch,
+    Claim,
+    Code,
+    Coming,
+    Commit,
+    Ended,
+    ProducerMessage,
+)
 from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 
 logger = logging.getLogger(__name__)
@@ -92,6 +103,24 @@ class Taking:
         def say(peer: Peer | None, _why: object) -> None:
             if peer is not None:
                 self._control.send(peer.id, Claim(transfer=transfer))
+
+        for endpoint, _ in self._producers(host, port, ranks):
+            self._peers.want(endpoint, say)
+
+    def decline(self, transfer: str, code: Code, reason: str, host: str, port: int, ranks: int) -> None:
+        """We shall not take a transfer: tell those who watch, and prefill at ``host``, if it is known. Best effort."""
+        if transfer in self._sinks or self.receiving.knows(transfer):
+            return
+        self.report(transfer, code, reason)
+        if not host:
+            return
+        record = self._timeline.open(transfer, "consumer")
+        record.mark("declined")
+        record.state, record.code, record.reason = "declined", code.value, reason
+
+        def say(peer: Peer | None, _why: object) -> None:
+            if peer is not None:
+                self.run(self.receiving.decline(transfer, peer.id, code, reason))
 
         for endpoint, _ in self._producers(host, port, ranks):
             self._peers.want(endpoint, say)
@@ -272,7 +301,7 @@ class Taking:
             elif isinstance(action, act.Fence):
                 self._fence(action)
             elif isinstance(action, act.Ready):
-                self._end(action.transfer, None, "", action.first_token)
+                self._end(action.transfer, None, "", action)
             elif isinstance(action, act.Failed):
                 self._end(action.transfer, action.code, action.reason)
 
@@ -320,7 +349,7 @@ class Taking:
         else:
             peer.inbound.fence(keys, fenced)
 
-    def _end(self, transfer: str, code: Code | None, reason: str, first_token: int | None = None) -> None:
+    def _end(self, transfer: str, code: Code | None, reason: str, ready: act.Ready | None = None) -> None:
         sink = self._sinks.pop(transfer, None)
         if sink is None:
             return
@@ -330,8 +359,8 @@ class Taking:
         record.mark("failed" if code else "verified")
         if code is not None:
             record.code, record.reason = code.value, reason
-            if code is not Code.CANCELLED:
-                logger.warning("transfer %s failed (%s): %s", transfer, code.value, reason)
+            level = logging.INFO if code in REQUEST_ENDED else logging.WARNING
+            logger.log(level, "transfer %s failed (%s): %s", transfer, code.value, reason)
         elif self._audit is not None:
             self._audit_blocks(self._audit, sink)
         self._counters["fetches_failed" if code else "fetches_ok"] += 1
@@ -345,7 +374,8 @@ class Taking:
                 blocks=len(sink.wanted.pages),
                 nbytes=sink.nbytes,
                 link=record.link,
-                first_token=first_token,
+                first_token=ready.first_token if ready else None,
+                cached_tokens=ready.cached_tokens if ready else None,
                 events=dict(record.events),
             ),
         )

@@ -100,6 +100,11 @@ class Offer(Handle):
         hears of it if they are all."""
         self._transport._call(lambda exchange: exchange.handing.expect(self, self.transfer, tokens, due))
 
+    def cached(self, tokens: int) -> None:
+        """So many of the prompt's tokens were in the engine's caches and need not be computed; decode's accounts name
+        them. Say it before the last pages are :meth:`ready`."""
+        self._transport._call(lambda exchange: exchange.handing.cached(self, self.transfer, tokens))
+
     def ready(
         self,
         pages: Sequence[int],
@@ -323,9 +328,12 @@ class Transport:
         """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
         self._call(lambda exchange: exchange.taking.claim(transfer, host, port, ranks))
 
-    def decline(self, transfer: str, code: Code, reason: str) -> None:
-        """Tell those who watch that ``transfer`` will not be received here."""
-        self._call(lambda exchange: exchange.taking.report(transfer, code, reason))
+    def decline(
+        self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1
+    ) -> None:
+        """``transfer`` will not be received here: tell those who watch and, with ``host``, prefill, which need not keep
+        its pages. Best effort, and nothing where it is being received or was."""
+        self._call(lambda exchange: exchange.taking.decline(transfer, code, reason, host, port, ranks))
 
     # -- both ----------------------------------------------------------------------------------------------------
 

@@ -63,10 +63,12 @@ class Ready:
     """Consumer: every page of ``transfer`` is here and verified. Said once; nothing follows.
 
     ``first_token``: the request goes on from this token, which prefill sampled; None: it samples its own.
+    ``cached_tokens``: how many of the prompt's tokens prefill did not have to compute, if it said so.
     """
 
     transfer: str
     first_token: int | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,10 @@ class ConsumerMachine:
             )
         if commit.first_token is not None and not self.grant.first_token:
             return self._give_up(Code.MISMATCH, "the commit names a first token that this side did not ask for")
+        if commit.cached_tokens is not None and commit.cached_tokens > commit.tokens:
+            return self._give_up(
+                Code.MISMATCH, f"the commit names {commit.cached_tokens} cached tokens of {commit.tokens}"
+            )
         if commit.batches > self.grant.blocks:
             return self._give_up(
                 Code.MISMATCH, f"the commit names {commit.batches} batches for {self.grant.blocks} blocks"
@@ -235,7 +239,7 @@ class ConsumerMachine:
         if commit_digest(self.grant.digest, places, commit.first_token) != commit.digest:
             return self._give_up(Code.MISMATCH, "the commit's digest is not that of the batches received")
         self._move(ConsumerState.READY)
-        return [Send(self.peer, self._ack()), Ready(self.grant.transfer, commit.first_token)]
+        return [Send(self.peer, self._ack()), Ready(self.grant.transfer, commit.first_token, commit.cached_tokens)]
 
     def _problem_with(self, batch: Batch) -> str:
         grant = self.grant

@@ -38,6 +38,7 @@ class Code(str, Enum):
 
     CANCELLED = "cancelled"  # its request was aborted here
     PEER_CANCELLED = "peer_cancelled"  # its request was aborted over there
+    REJECTED = "rejected"  # decode's server turned its request away before the engine had it
     PEER_LOST = "peer_lost"  # the peer died, restarted or fell silent
     REFUSED = "refused"  # the peers are not compatible
     UNKNOWN = "unknown"  # prefill never heard of it
@@ -48,6 +49,10 @@ class Code(str, Enum):
     PREEMPTED = "preempted"  # prefill lost pages before they were delivered
     OVERLOADED = "overloaded"  # a bound on live transfers was reached
     LINK = "link"  # the link failed
+
+
+# Nobody waits for the pages any more: no fault of the transfer's.
+REQUEST_ENDED = frozenset({Code.CANCELLED, Code.PEER_CANCELLED, Code.REJECTED})
 
 
 class WireError(ValueError):
@@ -157,13 +162,15 @@ class Nack(_Granted):
 class Commit(_Granted):
     """Producer: that was all: ``batches`` batches, ``tokens`` tokens; ``digest`` is over the prompt's key, the batches'
     places and the first token (:mod:`pdtransport.protocol.digest`). ``first_token`` is what prefill sampled, named only
-    to those that promised to go on from it; None: sample it yourself."""
+    to those that promised to go on from it; None: sample it yourself. ``cached_tokens`` is how many of the prompt's
+    tokens prefill did not have to compute, for the accounts; None: it does not know."""
 
     kind: Literal["commit"] = "commit"
     batches: Annotated[int, Field(ge=0, le=1 << 31)]
     tokens: Annotated[int, Field(ge=1)]
     digest: Digest
     first_token: Token | None = None
+    cached_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class Ack(_Granted):
@@ -173,7 +180,8 @@ class Ack(_Granted):
 
 
 class Revoke(_Granted):
-    """Consumer: the grant is void; stop, and say when nothing of yours can reach my pages any more."""
+    """Consumer: the grant is void; stop, and say when nothing of yours can reach my pages any more. Under a generation
+    that was never granted: there will be no grant, let go of the transfer."""
 
     kind: Literal["revoke"] = "revoke"
     code: Code

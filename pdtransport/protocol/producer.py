@@ -73,6 +73,7 @@ class ProducerMachine:
         self._commit: Commit | None = None
         self._finished = False
         self._first_token: int | None = None
+        self.cached_tokens: int | None = None  # of the prompt, found by prefill; the commit tells
         self._tokens_done = 0
         self._last_words: Message | None = None  # what to say once fenced
         self._deadline = float("inf")
@@ -257,6 +258,7 @@ class ProducerMachine:
             tokens=self.tokens,
             digest=commit_digest(self.grant.digest, places, self._first_token),
             first_token=self._first_token,
+            cached_tokens=self.cached_tokens,
         )
         self._move(ProducerState.COMMITTING)
         self._deadline = now + self.limits.ack_s

@@ -55,6 +55,7 @@ class _Transfer:
     parts: dict[Peer, ConsumerMachine]
     first_failure: tuple[Code, str] | None = None
     first_tokens: set[int | None] = field(default_factory=set)
+    cached_tokens: list[int | None] = field(default_factory=list)
     ended: set[Peer] = field(default_factory=set)
 
 
@@ -127,6 +128,17 @@ class Receiving:
             return []
         live.first_failure = live.first_failure or (code, reason)
         return self._each(list(live.parts.values()), lambda machine: machine.cancel(code, reason))
+
+    def decline(self, transfer: TransferId, peer: Peer, code: Code, reason: str) -> list[Action]:
+        """Tell ``peer`` that no grant of this transfer will come, and that it may let go. Said once: if it gets lost,
+        prefill's own deadline ends its wait. Not for a transfer that is live here or was: that one says its own end."""
+        before = self._over.get(transfer)
+        if transfer in self._live or (before is not None and peer in before):
+            return []
+        generation = next(self._generations)
+        self._add_over(transfer, {**(before or {}), peer: (generation, False)})
+        self.counters["transfers_declined"] += 1
+        return [Send(peer, Revoke(transfer=transfer, generation=generation, code=code, reason=reason[:200]))]
 
     # -- what links and peers report -----------------------------------------------------------------------------
 
@@ -212,7 +224,10 @@ class Receiving:
             outward += self._each(
                 others, lambda other: other.cancel(Code.PEER_CANCELLED, "another part of this transfer failed")
             )
-        live.first_tokens.update(action.first_token for action in actions if isinstance(action, Ready))
+        for action in actions:
+            if isinstance(action, Ready):
+                live.first_tokens.add(action.first_token)
+                live.cached_tokens.append(action.cached_tokens)
         if len(outward) != len(actions) and machine.state in (ConsumerState.READY, ConsumerState.FAILED):
             live.ended.add(peer)
             if len(live.ended) == len(live.parts) and transfer in self._live:
@@ -223,21 +238,24 @@ class Receiving:
 
     def _end(self, transfer: TransferId, live: _Transfer) -> Action:
         del self._live[transfer]
-        self._over[transfer] = {
-            peer: (machine.grant.generation, machine.state is ConsumerState.READY)
-            for peer, machine in live.parts.items()
-        }
-        while len(self._over) > self.limits.tombstones:
-            self._over.popitem(last=False)
+        ended = {peer: (m.grant.generation, m.state is ConsumerState.READY) for peer, m in live.parts.items()}
+        self._add_over(transfer, ended)
         if live.first_failure is None and len(live.first_tokens) > 1:
             live.first_failure = (Code.MISMATCH, "prefill's workers committed different first tokens")
         if live.first_failure is None:
             self.counters["transfers_ready"] += 1
-            return Ready(transfer, next(iter(live.first_tokens), None))
+            known = [tokens for tokens in live.cached_tokens if tokens is not None]
+            cached = min(known) if known and len(known) == len(live.cached_tokens) else None
+            return Ready(transfer, next(iter(live.first_tokens), None), cached)
         code, reason = live.first_failure
         self.counters["transfers_failed"] += 1
         self.counters[f"failed_{code.value}"] += 1
         return Failed(transfer, code, reason)
+
+    def _add_over(self, transfer: TransferId, ended: dict[Peer, tuple[Generation, bool]]) -> None:
+        self._over[transfer] = ended
+        while len(self._over) > self.limits.tombstones:
+            self._over.popitem(last=False)
 
     def _answer_for_the_ended(self, peer: Peer, message: ProducerMessage) -> list[Action]:
         """Late messages change nothing, and the producer learns that it may stop."""

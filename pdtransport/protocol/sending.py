@@ -46,6 +46,7 @@ class _Request:
     tokens_done: int = 0
     finished: bool = False
     first_token: int | None = None
+    cached_tokens: int | None = None
     cancelled: tuple[Code, str] | None = None
     consumers: int | None = None  # how many will grant; the first grant says
     grants: dict[Peer, ProducerMachine] = field(default_factory=dict)
@@ -104,6 +105,14 @@ class Sending:
             self._agenda.set(key, None)
             actions += self._serve(request, key[1], grant, now)
         return actions
+
+    def cached(self, transfer: TransferId, tokens: int) -> None:
+        """So many of the prompt's tokens were there and need not be computed; say it before the last block is ready."""
+        request = self._requests.get(transfer)
+        if request is not None:
+            request.cached_tokens = tokens
+            for machine in request.grants.values():
+                machine.cached_tokens = tokens
 
     def pages_ready(self, transfer: TransferId, blocks: int, tokens_done: int, now: float) -> list[Action]:
         """The first ``blocks`` blocks are final; fewer than before after a preemption."""
@@ -287,6 +296,7 @@ class Sending:
         if self._batch_bytes is not None:
             limits = replace(limits, batch_bytes=min(limits.batch_bytes, self._batch_bytes(peer)))
         machine = ProducerMachine(grant, peer, block_bytes, request.tokens, limits)
+        machine.cached_tokens = request.cached_tokens
         request.grants[peer] = machine
         request.consumers = request.consumers or grant.consumers
         if request.cancelled is not None:
@@ -325,6 +335,8 @@ class Sending:
         if early is not None and early[0].generation == message.generation:
             del self._early[key]
             self._agenda.set(key, None)
+        if self._early_claims.pop(key, None) is not None:
+            self._agenda.set((message.transfer, _Claimant(peer)), None)
         code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
         reason = message.reason or "decode gave up before prefill began"
         actions: list[Action] = [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]

@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any
 from pdtransport.vllm.early import EarlyStep, can_hold_back, hold_back
 from pdtransport.vllm.engine_loop import EngineLoop
 from pdtransport.vllm.late_caching import LateCaching
+from pdtransport.vllm.metadata import News
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import ModelRunnerOutput
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +68,16 @@ class Arrivals:
 
 class StepStart:
     """Calls ``begins`` at each step's beginning: ``schedule()`` calls ``new_step_starts`` of the cache manager that the
-    connector was given, before it looks at any request."""
+    connector was given, before it looks at any request; and ``hears`` with what the workers told with a step's outcome,
+    before the scheduler looks at that: requests that went on ahead of it are answered then."""
 
     def __init__(
-        self, scheduler: Scheduler, manager: KVCacheManager, begins: Callable[[StepStart], None], early: bool
+        self,
+        scheduler: Scheduler,
+        manager: KVCacheManager,
+        begins: Callable[[StepStart], None],
+        early: bool,
+        hears: Callable[[News], None],
     ) -> None:
         from vllm.v1.outputs import KVConnectorOutput
         from vllm.v1.request import RequestStatus
@@ -85,7 +94,15 @@ class StepStart:
             self.early = EarlyStep(scheduler, self._caching) if early else None
         except AttributeError as error:
             logger.info("a request's first step waits for more than it must: %s", error)
-        starts = manager.new_step_starts
+        starts, update = manager.new_step_starts, scheduler.update_from_output
+
+        def looked_at(output: SchedulerOutput, result: ModelRunnerOutput) -> Any:
+            news = getattr(result.kv_connector_output, "kv_connector_worker_meta", None)
+            if isinstance(news, News):
+                hears(news)
+            return update(output, result)
+
+        scheduler.update_from_output = looked_at  # type: ignore[method-assign]
 
         def started() -> Any:
             first, self._first = self._first, set()
@@ -98,7 +115,12 @@ class StepStart:
 
     @classmethod
     def of(
-        cls, connector: Any, manager: Any, begins: Callable[[StepStart], None], early: bool = True
+        cls,
+        connector: Any,
+        manager: Any,
+        begins: Callable[[StepStart], None],
+        early: bool = True,
+        hears: Callable[[News], None] = lambda news: None,
     ) -> StepStart | None:
         """For the scheduler that owns ``connector``; None where this vLLM has another. ``early``: steps may begin
         before their request's pages arrived."""
@@ -110,10 +132,10 @@ class StepStart:
                 for thing in gc.get_objects()
                 if issubclass(type(thing), Scheduler) and getattr(thing, "connector", None) is connector
             )
-            for needed in ("requests", "running", "waiting", "finished_recving_kv_req_ids"):
+            for needed in ("requests", "running", "waiting", "finished_recving_kv_req_ids", "update_from_output"):
                 getattr(owner, needed)
             if callable(owner._update_from_kv_xfer_finished) and callable(manager.new_step_starts):
-                return cls(owner, manager, begins, early)
+                return cls(owner, manager, begins, early, hears)
         except (ImportError, StopIteration, AttributeError) as error:
             logger.info("requests go on by vLLM's own report: %s", error or "its scheduler was not found")
         return None

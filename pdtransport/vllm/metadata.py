@@ -25,12 +25,14 @@ class Open:
 
 @dataclass(frozen=True)
 class Pages:
-    """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``; ``before`` it, so many were."""
+    """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``; ``before`` it, so many were.
+    ``cached``: how many of the prompt's tokens the engine's caches held; told with a request's first step."""
 
     req_id: str
     pages: list[int]
     tokens: int
     before: int = 0
+    cached: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,15 @@ class Take:
 
 @dataclass(frozen=True)
 class Decline:
-    """Decode: this transfer is not taken at all; who watches hears why."""
+    """Decode: this transfer is not taken at all; who watches hears why, and prefill, whose address ``host`` is, may let
+    go."""
 
     transfer: str
     code: Code
     reason: str
+    host: str = ""
+    port: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,8 @@ class Commands(KVConnectorMetadata):
 @dataclass
 class News(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
-    first token; ``first_tokens``: requests of decode's, and what they go on from; ``kept``: how many :class:`Keep` of
+    first token; ``first_tokens``: requests of decode's, and what they go on from; ``cached``: of requests of decode's, how many of the prompt's
+    tokens prefill did not have to compute; ``kept``: how many :class:`Keep` of
     a request no longer read its pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the
     key of its first part (where KV events are on); ``held``: seconds for which a step was held for its pages, or
     by which, negative, they were there before it (of several workers, by the one that had the least time); ``void``:
@@ -164,6 +171,7 @@ class News(KVConnectorWorkerMetadata):
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     in_pool: Counter[bytes] = field(default_factory=Counter)
     held: dict[str, float] = field(default_factory=dict)
@@ -174,6 +182,7 @@ class News(KVConnectorWorkerMetadata):
         return News(
             self.promised | other.promised,
             {**self.first_tokens, **other.first_tokens},
+            {**self.cached, **other.cached},
             self.kept + other.kept,
             self.in_pool + other.in_pool,
             {**self.held, **{name: min(value, self.held.get(name, value)) for name, value in other.held.items()}},

@@ -35,6 +35,7 @@ from pdtransport.vllm.metadata import (
 )
 from pdtransport.vllm.params import ConsumeParams, asked_transfer, marked, parse
 from pdtransport.vllm.stats import PDTransportStats
+from pdtransport.vllm.usage import cached_tokens, nothing_came, set_cached
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
@@ -49,15 +50,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BLIND_WAIT_S = 0.004  # asleep where nothing says that clients ask for something
+REJECTED = "decode's server rejected the request, or its client left before the engine had it"
+LEFT = "the request was aborted on decode before it had room"
 CLAIM_EVERY_S = 2.0  # a request that waits for room here tells prefill so at this interval
 
 
 @dataclass
 class _Producing:
     transfer: str
+    request: Request
     tokens: int
     first_token: bool = False  # the router asks for it
     promised: bool = False  # decode goes on from it
+    begun: bool = False  # its first step was scheduled
 
 
 @dataclass
@@ -114,7 +119,9 @@ class SchedulerSide:
         self._arrivals = Arrivals(ranks)
         self._start: StepStart | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
-        self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that the workers were told to take
+        self._taken: OrderedDict[str, None] = (
+            OrderedDict()
+        )  # transfers that the workers were told to take, or to decline
         self._expectations = Expectations(ranks)
         self._hold: list[str] = []  # who begins in this step before its last pages are there
 
@@ -136,7 +143,7 @@ class SchedulerSide:
     def bind(self, connector: Any, manager: Any) -> None:
         """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
         if self._settings.step_ahead:
-            self._start = StepStart.of(connector, manager, self._begin, self._settings.early_step)
+            self._start = StepStart.of(connector, manager, self._begin, self._settings.early_step, self._hear_cached)
 
     def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
         """The workers told which chunks of the pool are theirs. ``served``: the model's names for clients."""
@@ -146,6 +153,12 @@ class SchedulerSide:
     # -- arrival -------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
+        if getattr(request, "abort_immediately", False):
+            # vLLM's stub of a request that its server rejected: a prompt of one token, aborted once we have seen it.
+            params = parse(request.kv_transfer_params, producer=self._producer, consumer=self._consumer).consume
+            if params is not None:
+                self._decline(params, Code.REJECTED, REJECTED)
+            return
         self._read_wishes(request)
         if self._pool is not None:
             self._pool.arrive(request, look_up=request.request_id not in self._consuming)
@@ -171,7 +184,7 @@ class SchedulerSide:
             return
         if wanted.produce is not None:
             tokens = request.num_prompt_tokens
-            self._producing[request.request_id] = _Producing(transfer, tokens, wanted.produce.first_token)
+            self._producing[request.request_id] = _Producing(transfer, request, tokens, wanted.produce.first_token)
             self._before.append(Open(request.request_id, transfer, content_key(request), tokens))
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
@@ -230,23 +243,28 @@ class SchedulerSide:
         self._take(request.request_id, entry, first, blocks.get_block_ids()[0][first:end], entry.first_token)
 
     def _release(self, req_id: str, entry: _Consuming) -> None:
-        """Nothing needs to come: say so, and prefill frees its pages.
-
-        vLLM also asks for this when a request failed after its transfer was taken (it replays the request's arrival and
-        end to clean up); then the transfer has found its end already.
-        """
+        """Decode holds everything: say so, and prefill frees its pages."""
         entry.state = "done"
-        if entry.params.transfer_id in self._taken:
-            return
         self._take(req_id, entry, -(-entry.tokens // self._block_size), [])
+
+    def _decline(self, params: ConsumeParams, code: Code, reason: str) -> None:
+        """The request is gone: let prefill go. vLLM's stub also follows requests that were aborted or failed while they
+        were served; then the transfer has found its end already."""
+        if params.transfer_id not in self._taken:
+            self._note_taken(params.transfer_id)
+            p = params
+            self._before.append(Decline(p.transfer_id, code, reason, p.remote_host, p.remote_port, p.tp_size))
+
+    def _note_taken(self, transfer: str) -> None:
+        self._taken[transfer] = None
+        if len(self._taken) > self._settings.tombstones:
+            self._taken.popitem(last=False)
 
     def _take(
         self, req_id: str, entry: _Consuming, first_block: int, pages: list[int], first_token: bool = False
     ) -> None:
         p = entry.params
-        self._taken[p.transfer_id] = None
-        if len(self._taken) > self._settings.tombstones:
-            self._taken.popitem(last=False)
+        self._note_taken(p.transfer_id)
         self._before.append(
             Take(
                 req_id,
@@ -272,6 +290,7 @@ class SchedulerSide:
             self._pool.freed(output.finished_sending or ())
         news = getattr(output, "kv_connector_worker_meta", None)
         if isinstance(news, News):
+            self._hear_cached(news)
             self._tokens.update(news.first_tokens)
             for seconds in news.held.values():
                 self._expectations.lead.learn(seconds, self._clock())
@@ -280,6 +299,9 @@ class SchedulerSide:
                 self._pool.kept(news.kept)
                 self._pool.stored(news.in_pool)
         failed = getattr(output, "failed_recving", ())
+        for req_id in failed:
+            if (entry := self._consuming.get(req_id)) is not None:
+                nothing_came(entry.request)
         if self._pool is not None:
             for req_id in late & set(failed):  # it began early, and is computed anew
                 self._pool.ask(req_id)
@@ -299,6 +321,13 @@ class SchedulerSide:
                 self._go_on(entry.request, token)
             elif self._pool is not None and req_id in failed:
                 self._pool.ask(req_id)  # prefill may have stored what it could not hand over
+
+    def _hear_cached(self, news: News) -> None:
+        """Maybe before :meth:`update_output`: a step's outputs are made before vLLM calls that."""
+        for req_id, tokens in news.cached.items():
+            entry = self._consuming.get(req_id)
+            if entry is not None:
+                set_cached(entry.request, tokens)
 
     def _hear(self, promised: set[str]) -> None:
         for req_id in promised & self._producing.keys():
@@ -394,7 +423,9 @@ class SchedulerSide:
             if ids is None:
                 continue
             tokens = min(before + output.num_scheduled_tokens[req_id], entry.tokens)
-            progress.append(Pages(req_id, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens, before))
+            cached = None if entry.begun else cached_tokens(entry.request, before)
+            entry.begun = True
+            progress.append(Pages(req_id, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens, before, cached))
         return progress
 
     def _claim_waiting(self) -> None:
@@ -443,7 +474,7 @@ class SchedulerSide:
             if consuming.state == "loading":
                 self._before.append(Cancel(req_id))
             elif consuming.state == "waiting":
-                self._release(req_id, consuming)
+                self._decline(consuming.params, Code.CANCELLED, LEFT)
         self._hear(self._bell.promises())
         entry = self._producing.pop(req_id, None)
         if self.from_pool(req_id):  # vLLM keeps the blocks until the load's end is reported, and wants one report

@@ -244,6 +244,8 @@ class WorkerSide:
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
             if offer is not None:
+                if command.cached is not None:
+                    offer.cached(command.cached)
                 passed = step.ended if step is not None else None
                 pages = self._kernel_pages(command.pages)[: offer.blocks]
                 offer.ready(pages, command.tokens, after, passed)
@@ -257,10 +259,10 @@ class WorkerSide:
             self._close_offer(command)
         elif isinstance(command, Claim):
             transport.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
+        elif isinstance(command, Decline):
+            self._decline(transport, command)
         elif isinstance(command, Take):
             self._take(transport, command, after)
-        elif isinstance(command, Decline):
-            transport.decline(command.transfer, command.code, command.reason)
         elif isinstance(command, Cancel):
             receipt = self._receipts.get(command.req_id)
             if receipt is not None:
@@ -316,6 +318,11 @@ class WorkerSide:
                 self._finished.pop(command.req_id, None)
         else:
             offer.cancel("the request was aborted on prefill")
+
+    def _decline(self, transport: Transport, it: Decline) -> None:
+        with self._lock:
+            self._stats.record("consumer", Outcome(it.transfer, False, it.code.value, it.reason))
+        transport.decline(it.transfer, it.code, it.reason, host=it.host, port=it.port, ranks=it.ranks)
 
     def _take(self, transport: Transport, take: Take, after: torch.cuda.Event | None) -> None:
         kernel_blocks = -(-take.tokens // transport.geometry.block_size)
@@ -401,6 +408,8 @@ class WorkerSide:
         with self._lock:
             self._stats.record("consumer", outcome)
             self._received.add(req_id)
+            if outcome.cached_tokens is not None:
+                self._news.cached[req_id] = outcome.cached_tokens
             if outcome.first_token is not None:
                 self._news.first_tokens[req_id] = outcome.first_token
             if not outcome.ok:

@@ -90,6 +90,15 @@ def overtaken() -> Iterator[tuple[str, Plan]]:
             yield f"overtaken {seed}, {link}", replace(hasty, seed=seed, net=net, bytes=Bytes(copy_delay=0.5))
 
 
+def declined() -> Iterator[tuple[str, Plan, str]]:
+    """Decode rejects the request while prefill has it, or had it: ``(name, plan, code of prefill's release)``."""
+    for tp in ((1, 1), (2, 1), (1, 2)):
+        for begin_at in (0.2, 3.0):
+            plan = plain(tp=tp, must_be_ready=False, declines=True, begin_at=begin_at)
+            yield f"declined at {begin_at}, tp {tp}", plan, "rejected"
+    yield "word of it lost", replace(plan, drop_once="revoke", consumers={"d0": 1}), "timeout"
+
+
 def endings() -> Iterator[tuple[str, Plan, str]]:
     """Aborts on either side, the words about it lost: ``(name, plan, counter of the code that decode reports)``."""
     for link in LINK_KINDS:

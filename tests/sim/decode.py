@@ -72,6 +72,7 @@ class DecodeWorker(Worker):
         lease = Lease(request.transfer, request.prompt, request.held, pages, heads)  # type: ignore[arg-type]
         lease.verified = {part.peer: set() for part in parts}  # type: ignore[misc]
         lease.first_token = request.first_token
+        lease.cached_tokens = request.cached_tokens
         now = self.world.now
         digest = digest_of(request.prompt)
         try:
@@ -271,6 +272,8 @@ class DecodeWorker(Worker):
         told = self.world.told.get(ready.transfer) if lease.first_token else None
         if ready.first_token != told:
             raise Violation(f"{ready} goes on from {ready.first_token}, prefill gave out {told}")
+        if lease.pages and ready.cached_tokens != lease.cached_tokens:
+            raise Violation(f"{ready} names other cached tokens than prefill found: {lease.cached_tokens}")
         engine.on_end(self, ready.transfer, True)
 
     def _on_failed(self, failed: Failed) -> None:
@@ -334,6 +337,9 @@ class DecodeEngine(Instance):
         if never_met or any(peer in worker.lost for worker in self.workers for peer in producers):
             self.world.outcome(request.transfer, "no connection")
             return  # no connection, no transfer: decode computes by itself
+        if request.declines:
+            self._decline(request, producers)
+            return
         needed = request.blocks - request.held
         if any(len(worker.free) < needed for worker in self.workers):  # type: ignore[attr-defined]
             self._claim(request, producers)
@@ -353,6 +359,14 @@ class DecodeEngine(Instance):
             self.abort(request.transfer)
         elif request.consumer_abort_at is not None:
             self.world.at(request.consumer_abort_at, self.workers[0], self.abort, request.transfer)
+        self._rearm()
+
+    def _decline(self, request: Request, producers: list[PeerId]) -> None:
+        for worker in self.workers:
+            for peer in producers:
+                book: Receiving = worker.receiving  # type: ignore[attr-defined]
+                worker.do(book.decline(request.transfer, peer, Code.REJECTED, "the prompt is too long"))
+        self.world.outcome(request.transfer, "declined")
         self._rearm()
 
     def _claim(self, request: Request, producers: list[PeerId]) -> None:

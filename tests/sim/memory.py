@@ -57,6 +57,7 @@ class Lease:
     generations: dict[PeerId, Generation] = field(default_factory=dict)
     verified: dict[PeerId, set[int]] = field(default_factory=dict)  # blocks
     first_token: bool = False  # promised to go on from prefill's
+    cached_tokens: int | None = None  # that prefill found
     open: bool = True  # the peers may write
     ended: str = ""  # Ready or Failed, once said
 

@@ -88,12 +88,18 @@ class Request:
     consumer_abort_at: float | None = None  # seconds after begin
     open_twice: bool = False
     begin_twice: bool = False
+    declines: bool = False  # decode rejects the request instead of beginning
     must_be_ready: bool = False
     within_s: float = 60.0  # of the later of open and begin, if it must be ready
 
     @property
     def tokens(self) -> int:
         return self.blocks * BLOCK_SIZE - (self.prompt % BLOCK_SIZE)
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """What prefill found in its caches, if it tells."""
+        return None if self.prompt % 3 == 0 else self.prompt % self.tokens
 
     @property
     def first_token(self) -> bool:
@@ -237,6 +243,8 @@ def _trouble(rng: random.Random, request: Request) -> Request:
         changes["open_twice"] = True
     elif kind < 0.36:
         changes["begin_twice"] = True
+    elif kind < 0.44:
+        changes["declines"] = True
     return replace(request, **changes)  # type: ignore[arg-type]
 
 

@@ -84,6 +84,8 @@ class PrefillWorker(Worker):
         self.opened.add(request.transfer)
         self.prompt_of[request.transfer] = prompt
         self.pages_of[request.transfer] = []
+        if request.cached_tokens is not None:
+            self.sending.cached(request.transfer, request.cached_tokens)
         self.do(actions)
         return True
 
@@ -280,6 +282,7 @@ class PrefillWorker(Worker):
             raise Violation(f"{self.id}: Release of {release.transfer} while the link reads its pages")
         self._check_delivered(release)
         self.released[release.transfer] = (release.code, release.reason)
+        self.world.counters[f"released {release.code.value if release.code else 'delivered'}"] += 1
         for page in self.pages_of.pop(release.transfer):
             self.memory.scribble(page)
         engine: Any = self.instance

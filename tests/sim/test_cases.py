@@ -40,6 +40,15 @@ def test_aborts_end_both_sides_and_say_why() -> None:
     assert not bad
 
 
+def test_a_request_that_decode_rejects_is_let_go() -> None:
+    """Prefill is told, and books what it was; if the word gets lost, its own deadline ends the wait."""
+    for name, plan, code in cases.declined():
+        result = run(plan)
+        released = {key: count for key, count in result.counters.items() if key.startswith("released")}
+        workers = plan.producers["p0"]
+        assert (result.violation, released) == ("", {f"released {code}": workers}), name
+
+
 def test_a_dead_prefill_server_is_not_waited_for() -> None:
     """After a crash of prefill decode fails with peer_lost, and its pages are free."""
     for link in ("direct", "slots", "onesided"):

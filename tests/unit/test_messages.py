@@ -80,6 +80,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "tokens": st.integers(1, 1 << 40),
         "digest": digests,
         "first_token": st.none() | st.integers(0, (1 << 31) - 1),
+        "cached_tokens": st.none() | st.integers(0, 1 << 40),
     },
     m.Ack: granted,
     m.Revoke: {**granted, "code": codes, "reason": reasons},

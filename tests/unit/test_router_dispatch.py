@@ -288,8 +288,8 @@ def test_a_prefill_with_replicas_is_asked_first() -> None:
 
 
 def test_a_decode_that_was_sent_to_the_wrong_replica_does_not_wait_there() -> None:
-    """The address is configured, and nobody has learned yet that there are replicas: the answer comes from decode alone,
-    and says why."""
+    """The address is configured, and nobody has learned yet that there are replicas: decode answers alone, and the
+    header says why."""
 
     async def test() -> None:
         async with rigged(prefill_as=lambda engine: f"{engine.url}@127.0.0.1:7670", dispatch="concurrent") as rig:

@@ -9,12 +9,14 @@ import pytest
 
 pytest.importorskip("vllm")
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
 from pdtransport.settings import Settings
 from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.bell import Rope
+from pdtransport.vllm.metadata import News
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, blocks, request, step
 
@@ -34,7 +36,9 @@ class Engine:
         vars(self.scheduler).update(
             connector=self.connector, requests={}, running=[], waiting=[], kv_holding_waiting=[],
             finished_recving_kv_req_ids=set(), kv_fetch_stage_trackers=None, log_stats=False,
+            update_from_output=lambda output, result: self.answer(),
         )  # fmt: skip
+        self.answer: Any = lambda: None  # what the engine does with a step's outcome
         self.scheduler._set_kv_fetch_stage = lambda request, stage: None
         self.side.bind(self.connector, self.manager)
         self.ropes = [Rope() for _ in range(ranks)]
@@ -187,3 +191,18 @@ def test_nothing_is_kept_of_requests_that_ended() -> None:
     assert arrivals.reported({"r", "other"}) == {"r"}
     assert arrivals.reported({"r"}) == set()
     assert not arrivals._there
+
+
+def test_what_prefill_found_is_known_before_a_request_that_went_on_ahead_is_answered(engine: Engine) -> None:
+    """vLLM makes a step's outputs, and the usage in them, before it looks at the workers' report of that step."""
+    loading = engine.load()
+    loading.prefill_stats = PrefillStats()
+    loading.prefill_stats.set(100, 0, 100)
+    engine.ropes[0].arrived("r", 0)
+    assert engine.begin() == {"r"}
+    answered: list[int] = []
+    engine.answer = lambda: answered.append(loading.prefill_stats.num_cached_tokens)
+    result = SimpleNamespace(kv_connector_output=KVConnectorOutput(kv_connector_worker_meta=News(cached={"r": 32})))
+    engine.scheduler.update_from_output(None, result)
+    engine.scheduler.update_from_output(None, SimpleNamespace(kv_connector_output=None))
+    assert answered == [32, 32]

@@ -20,9 +20,9 @@ pytest.importorskip("vllm")
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.bell import Bell, Rope
-from pdtransport.vllm.metadata import Cancel, Claim, Decline, Drop, Finish, Open, Pages, Rewind, Take
+from pdtransport.vllm.metadata import Cancel, Claim, Decline, Drop, Finish, News, Open, Pages, Rewind, Take
 from pdtransport.vllm.params import parse
-from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, SchedulerSide
+from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, LEFT, REJECTED, SchedulerSide
 
 BLOCK = 32
 CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1, "tp_size": 2}
@@ -140,12 +140,75 @@ def test_the_clean_up_after_a_failed_request_takes_nothing_again(side: Scheduler
 
 
 def test_a_request_that_ends_before_it_got_room_frees_prefill(side: SchedulerSide) -> None:
+    """Its client left: there is no grant to say so with. vLLM's stub, which comes behind, says nothing new."""
     r = request(CONSUME)
     side.on_new_request(r)
     assert side.finished(r, []) == (False, None)
-    (command,) = step(side).before
-    assert isinstance(command, Take)
-    assert command.pages == []
+    assert step(side).before == [Decline("t", Code.CANCELLED, LEFT, "h", 1, 2)]
+    reject(side, CONSUME)
+    assert step(side).before == []
+
+
+def reject(side: SchedulerSide, params: Any) -> None:
+    """As vLLM's engine handles ``notify_kv_transfer_request_rejected``."""
+    stub = request(params, tokens=1, name="stub", abort_immediately=True)
+    side.on_new_request(stub)
+    assert side.finished(stub, []) == (False, None)
+
+
+def test_a_request_that_the_server_rejected_frees_prefill(side: SchedulerSide) -> None:
+    """vLLM's stub of it is no request for one token: prefill must not be asked for another prompt than it has."""
+    reject(side, CONSUME)
+    assert step(side).before == [Decline("t", Code.REJECTED, REJECTED, "h", 1, 2)]
+    for params in (PRODUCE, {**CONSUME, "remote_port": "x"}, {"continue_from": 5}, None):
+        reject(side, params)
+    assert step(side).before == []
+
+
+def test_a_stub_takes_nothing_away_from_a_request_that_was_taken(side: SchedulerSide) -> None:
+    """A client that leaves while pages are on their way: the abort ends the transfer, the stub behind it does nothing."""
+    r = request(CONSUME)
+    side.on_new_request(r)
+    take(side, r, 0, 1, 2, 3, 4)
+    side.finished(r, [])
+    reject(side, CONSUME)
+    assert step(side).before == [Cancel("r")]
+
+
+def stats_of(prompt: int, local: int = 0, external: int = 0) -> Any:
+    from vllm.v1.metrics.stats import PrefillStats
+
+    stats = PrefillStats()
+    stats.set(prompt, local, external)
+    return stats
+
+
+@pytest.mark.parametrize("found", [0, 64])
+def test_prefill_tells_what_it_found_once(side: SchedulerSide, found: int) -> None:
+    """With a request's first step; a preempted request finds its own pages, which says nothing about the client's."""
+    r = request(PRODUCE, prefill_stats=stats_of(100, found))
+    side.on_new_request(r)
+    told = [step(side, {"r": (found, 10)}).after[0].cached, step(side, {"r": (0, 100)}).after[0].cached]
+    assert told == [found, None]
+
+
+def test_decode_counts_what_prefill_found_and_not_what_came(side: SchedulerSide) -> None:
+    """By the workers' word before the first output is made; not more than the prompt; and a transfer that failed
+    brought nothing."""
+    r = request(CONSUME, prefill_stats=stats_of(100, 32, 68))
+    side.on_new_request(r)
+    take(side, r, 32, 1, 2, 3, 4)
+    news = News(cached={"r": 64, "unknown": 3})
+    side.update_output(
+        SimpleNamespace(finished_recving={"r"}, finished_sending=None, kv_connector_worker_meta=news)
+    )
+    stats = r.prefill_stats
+    assert (stats.num_cached_tokens, stats.num_local_cached_tokens, stats.num_external_cached_tokens) == (64, 32, 68)
+    failed = request(CONSUME | {"transfer_id": "u"}, name="f", prefill_stats=stats_of(100, 32, 68))
+    side.on_new_request(failed)
+    take(side, failed, 32, 1, 2, 3, 4)
+    side.update_output(SimpleNamespace(finished_recving={"f"}, finished_sending=None, failed_recving={"f"}))
+    assert failed.prefill_stats == stats_of(100, 32, 0)
 
 
 def test_an_abort_while_loading_is_passed_on(side: SchedulerSide) -> None:
@@ -175,7 +238,7 @@ def test_prefill_names_pages_step_by_step_and_hands_over_at_the_end(side: Schedu
     side.on_new_request(r)
     first = step(side, {"r": (0, 64)})
     assert isinstance(first.before[0], Open)
-    assert first.after == [Pages("r", [10, 11, 12, 13], 64)]
+    assert first.after == [Pages("r", [10, 11, 12, 13], 64, cached=0)]
     assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100, 64)]
     assert step(side, {"r": (100, 1)}).after == [], "the prompt is complete: decode steps are not announced"
     r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 100
