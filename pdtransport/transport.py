@@ -102,7 +102,12 @@ class Offer(Handle):
 
     def cached(self, tokens: int) -> None:
         """So many of the prompt's tokens were in the engine's caches and need not be computed; decode's accounts name
-        them. Say it before the last pages are :meth:`ready`."""
+        them. Say it before the last pages are :meth:`ready`.
+
+        Raises:
+            InvalidCall: more tokens than the prompt has.
+        """
+        self._check_tokens(tokens)
         self._transport._call(lambda exchange: exchange.handing.cached(self, self.transfer, tokens))
 
     def ready(
@@ -124,8 +129,7 @@ class Offer(Handle):
             InvalidCall: more tokens or pages than the prompt has, or a page that is not there.
         """
         pages = self._transport._checked_pages(pages, self.blocks)
-        if not 0 <= tokens <= self.tokens:
-            raise InvalidCall(f"tokens={tokens}: transfer {self.transfer} has a prompt of {self.tokens} tokens")
+        self._check_tokens(tokens)
 
         def said(exchange: Exchange) -> None:
             handing = exchange.handing
@@ -140,6 +144,10 @@ class Offer(Handle):
                 handing.foresee(self, self.transfer, pages, tokens, event)
 
         self._transport._call(said)
+
+    def _check_tokens(self, tokens: int) -> None:
+        if not 0 <= tokens <= self.tokens:
+            raise InvalidCall(f"tokens={tokens}: transfer {self.transfer} has a prompt of {self.tokens} tokens")
 
     def withdraw(self, timeout_s: float) -> None:
         """The engine takes the pages back (preemption): when this returns, no link reads them any more. What decode

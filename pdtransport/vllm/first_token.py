@@ -71,6 +71,22 @@ class FirstTokens:
             return "seed"
         return _stateful(params)
 
+    def of(self, request: Request, promised: bool) -> tuple[int | None, str]:
+        """Prefill: the token that a request which ended sampled, if decode goes on from it (as it ``promised``); else
+        None and a code that says why not."""
+        from vllm.v1.request import RequestStatus
+
+        declined = self.why_not(request)
+        if declined:
+            return None, declined
+        if request.status is not RequestStatus.FINISHED_LENGTH_CAPPED or len(request.output_token_ids) != 1:
+            return None, "stopped"  # it was the last one, too: decode finds that by itself
+        if not promised:
+            return None, "no_promise"
+        token = int(request.output_token_ids[0])
+        declined = self.why_no_token(request, token)
+        return (None, declined) if declined else (token, "")
+
     def why_no_token(self, request: Request, token: int) -> str:
         """Prefill: why the text of ``token`` can't be cut off from what follows: a code, empty if it can.
 

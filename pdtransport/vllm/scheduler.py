@@ -513,20 +513,9 @@ class SchedulerSide:
 
     def _first_token_of(self, entry: _Producing, request: Request) -> tuple[int | None, str]:
         """The first token if decode goes on from it, and the router may give it out; else None and why not."""
-        from vllm.v1.request import RequestStatus
-
         if not entry.first_token or self._first_tokens is None:
             return None, "unsupported"
-        declined = self._first_tokens.why_not(request)
-        if declined:
-            return None, declined
-        if request.status is not RequestStatus.FINISHED_LENGTH_CAPPED or len(request.output_token_ids) != 1:
-            return None, "stopped"  # it was the last one, too: decode finds that by itself
-        if not entry.promised:
-            return None, "no_promise"
-        token = int(request.output_token_ids[0])
-        declined = self._first_tokens.why_no_token(request, token)
-        return (None, declined) if declined else (token, "")
+        return self._first_tokens.of(request, entry.promised)
 
 
 def _delivered(request: Request, tokens: int) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from pdtransport import InvalidCall, KVGeometry, Receipt, Settings, TransferFailed, Transport, request_key
+from pdtransport.protocol.messages import Code
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
 
@@ -432,6 +433,43 @@ def test_pages_nobody_takes_are_given_back(cluster: MakeCluster) -> None:
     offer.finish()
     with pytest.raises(TransferFailed, match="hold_s"):
         offer.result(WAIT_S)
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+def test_pages_that_decode_declines_are_given_back_at_once(cluster: MakeCluster, p: int, d: int) -> None:
+    """Its request is gone before it granted: no deadline has to pass, on either side, and what is booked is why."""
+    c = cluster(p, d)
+    key, transfer = request_key([1]), secrets.token_hex(16)
+    offers = [one.transport.offer(transfer, key, 5) for one in c.prefill]
+    for offer in offers:
+        offer.ready([0], 5)
+        offer.finish()
+    for one in c.decode:
+        one.transport.decline(transfer, Code.REJECTED, "too long", host="127.0.0.1", port=c.port, ranks=p)
+    for offer in offers:
+        with pytest.raises(TransferFailed, match="too long") as failed:
+            offer.result(WAIT_S)
+        assert failed.value.code == "rejected"
+    for one in c.decode:
+        status = one.transport.status(transfer)
+        assert [(record["state"], record["code"]) for record in status["transfers"]] == [("declined", "rejected")]
+        assert not any(status["live"].values())
+
+
+@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
+def test_decode_learns_what_prefill_found_in_its_caches(cluster: MakeCluster, p: int, d: int) -> None:
+    """With the outcome that brings the pages; a prefill that does not say leaves it open."""
+    c = cluster(p, d)
+    for cached in (0, 16, None):
+        key, transfer = request_key([1]), secrets.token_hex(16)
+        offers = [one.transport.offer(transfer, key, 20) for one in c.prefill]
+        receipts = receive_all(c, transfer, key, 20, [0, 1])
+        for offer in offers:
+            if cached is not None:
+                offer.cached(cached)
+            offer.ready([0, 1], 20)
+            offer.finish()
+        assert [receipt.result(WAIT_S).cached_tokens for receipt in receipts] == [cached] * d
 
 
 def test_a_claim_keeps_pages_longer_than_the_hold(cluster: MakeCluster) -> None:

@@ -29,8 +29,8 @@ from tests.rig.servers import Server, ServerSpec, fleet
 
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = (
-    "idle", "hand_offs", "equality", "early", "prefixes", "requests", "router", "first_token", "aborts", "faults",
-    "mismatch", "preemption", "pool", "parallel",
+    "idle", "hand_offs", "equality", "early", "prefixes", "requests", "router", "usage", "rejected", "first_token",
+    "aborts", "faults", "mismatch", "preemption", "pool", "parallel",
 )  # fmt: skip
 MODULE_S = 2400
 
@@ -85,10 +85,12 @@ def audit(logs: Path) -> Path:
 
 def main_specs(audit: Path) -> list[ServerSpec]:
     """Two prefill servers and a decode server, all TP 1. A transfer that fails fails its request."""
+    more = {"args": ("--enable-prompt-tokens-details",)}
+    second = {"load_failure_policy": "fail", "cards": seated(PLACE.cards, 1)}
     return [
-        pair_spec("prefill-1", "kv_producer", audit, cores="0"),
-        pair_spec("prefill-2", "kv_producer", audit, cores="1"),
-        pair_spec("decode", "kv_consumer", audit, cores="1", load_failure_policy="fail", cards=seated(PLACE.cards, 1)),
+        pair_spec("prefill-1", "kv_producer", audit, cores="0", **more),
+        pair_spec("prefill-2", "kv_producer", audit, cores="1", **more),
+        pair_spec("decode", "kv_consumer", audit, cores="1", **second, **more),
     ]
 
 

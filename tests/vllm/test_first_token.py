@@ -54,8 +54,9 @@ class Told:
 def told(events: list[dict[str, Any]]) -> Told:
     said = Told()
     for event in events:
-        if event.get("usage"):
-            said.usage.append({key: value for key, value in event["usage"].items() if value is not None})
+        if event.get("usage"):  # what was cached, tests/vllm/test_usage.py looks at
+            usage = {**event["usage"], "prompt_tokens_details": None}
+            said.usage.append({key: value for key, value in usage.items() if value is not None})
         for choice in event["choices"]:
             message = choice.get("delta") or choice.get("message") or choice
             said.text += message.get("text") or message.get("content") or ""
