@@ -1,4 +1,4 @@
-"""Our log lines in vLLM's log: vLLM configures the logger ``vllm`` only, so what others log at INFO is lost, and warnings
+"""Our log lines in vLLM's log. vLLM configures the logger ``vllm`` only: what others log at INFO is lost, and warnings
 come without time, level and process.
 
 What is logged under ``pdtransport`` is handed to vLLM's logger: its level, its handlers and their format, whatever set

@@ -162,12 +162,12 @@ class Commands(KVConnectorMetadata):
 @dataclass
 class News(KVConnectorWorkerMetadata):
     """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
-    first token; ``first_tokens``: requests of decode's, and what they go on from; ``cached``: of requests of decode's, how many of the prompt's
-    tokens prefill did not have to compute; ``kept``: how many :class:`Keep` of
-    a request no longer read its pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the
-    key of its first part (where KV events are on); ``held``: seconds for which a step was held for its pages, or
-    by which, negative, they were there before it (of several workers, by the one that had the least time); ``void``:
-    whose step was computed before its pages came, whatever became of them."""
+    first token; ``first_tokens``: requests of decode's, and what they go on from; ``cached``: how many tokens of a
+    request's prompt prefill found in its caches; ``kept``: how many :class:`Keep` of a request no longer read its
+    pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the key of its first part (where KV
+    events are on); ``held``: seconds for which a step was held for its pages, or by which, negative, they were there
+    before it (of several workers, by the one that had the least time); ``void``: whose step was computed before its
+    pages came, whatever became of them."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)

@@ -166,7 +166,7 @@ def test_a_request_that_the_server_rejected_frees_prefill(side: SchedulerSide) -
 
 
 def test_a_stub_takes_nothing_away_from_a_request_that_was_taken(side: SchedulerSide) -> None:
-    """A client that leaves while pages are on their way: the abort ends the transfer, the stub behind it does nothing."""
+    """A client that leaves while pages are on their way: the abort ends the transfer, and the stub does nothing."""
     r = request(CONSUME)
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
@@ -199,9 +199,7 @@ def test_decode_counts_what_prefill_found_and_not_what_came(side: SchedulerSide)
     side.on_new_request(r)
     take(side, r, 32, 1, 2, 3, 4)
     news = News(cached={"r": 64, "unknown": 3})
-    side.update_output(
-        SimpleNamespace(finished_recving={"r"}, finished_sending=None, kv_connector_worker_meta=news)
-    )
+    side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None, kv_connector_worker_meta=news))
     stats = r.prefill_stats
     assert (stats.num_cached_tokens, stats.num_local_cached_tokens, stats.num_external_cached_tokens) == (64, 32, 68)
     failed = request(CONSUME | {"transfer_id": "u"}, name="f", prefill_stats=stats_of(100, 32, 68))
