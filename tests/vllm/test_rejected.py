@@ -48,7 +48,8 @@ async def let_go(servers: Servers) -> None:
     """No worker holds anything for a transfer. Had one waited for a deadline, its counters would say so."""
 
     async def complaint() -> str:
-        return "; ".join(f"{s}: {r['live']}" for s in servers.all for r in await watch.status(s) if watch.live([r]))
+        replies = [(server, reply) for server in servers.all for reply in await watch.status(server)]
+        return "; ".join(f"{server}: {reply['live']}" for server, reply in replies if watch.live([reply]))
 
     await watch.until("nothing is held", complaint)
 

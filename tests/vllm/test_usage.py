@@ -53,9 +53,8 @@ async def usage(client: Client, url: str, path: str, body: dict[str, Any]) -> di
         if not body["stream"]:
             return dict((await response.json())["usage"])
         lines = [line.strip().removeprefix(b"data: ") async for line in response.content]
-    (told,) = [
-        event["usage"] for event in map(json.loads, [x for x in lines if x and x != b"[DONE]"]) if event["usage"]
-    ]
+    events = [json.loads(line) for line in lines if line and line != b"[DONE]"]
+    (told,) = [event["usage"] for event in events if event.get("usage")]
     return dict(told)
 
 
