@@ -43,6 +43,18 @@ class LateCaching:
             self._enter(request_id)
             return pop(request_id)
 
+        estimate = getattr(manager, "estimate_cached_tokens", None)  # for usage; older vLLMs have none
+
+        def estimated(request: Request) -> int:
+            late = self._late.get(request.request_id)
+            known = int(estimate(request)) if estimate is not None else 0
+            if late is None:
+                return known
+            sizes = [group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups]
+            return max(known, min(late[1] // size * size for size in sizes))
+
+        if estimate is not None:
+            manager.estimate_cached_tokens = estimated  # type: ignore[method-assign]
         coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
         coordinator.free = freed  # type: ignore[method-assign]
         coordinator.pop_blocks_for_free = popped  # type: ignore[method-assign]

@@ -171,6 +171,18 @@ def test_a_later_step_finds_all_that_vllm_would_have_cached_before() -> None:
     assert kv.coordinator.single_type_managers[0].num_cached_block["r"] == 11, "and from there as ever"
 
 
+def test_usage_counts_what_is_cached_late() -> None:
+    """vLLM tells a client what its request added to the cache, with its first output."""
+    plain = manager()
+    expected = plain.estimate_cached_tokens(arrived(plain, None))
+    kv = manager()
+    late = LateCaching(kv)
+    req = arrived(kv, late)
+    assert kv.estimate_cached_tokens(req) == expected == 10 * BLOCK
+    late.catch_up()
+    assert kv.estimate_cached_tokens(req) == expected
+
+
 @pytest.mark.parametrize("way", ["free", "pop_blocks_for_free"])
 def test_what_ends_within_its_first_step_stays_in_the_cache(way: str) -> None:
     """An answer of one token, an abort, a preemption: its blocks are good, and the next request's."""
