@@ -336,9 +336,7 @@ class Transport:
         """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
         self._call(lambda exchange: exchange.taking.claim(transfer, host, port, ranks))
 
-    def decline(
-        self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1
-    ) -> None:
+    def decline(self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1) -> None:
         """``transfer`` will not be received here: tell those who watch and, with ``host``, prefill, which need not keep
         its pages. Best effort, and nothing where it is being received or was."""
         self._call(lambda exchange: exchange.taking.decline(transfer, code, reason, host, port, ranks))

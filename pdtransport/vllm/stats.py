@@ -94,8 +94,8 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._transfers = self._counter_cls(
             name="vllm:pdtransport_transfers",
-            documentation="Transfers that ended, by role and outcome: ok, or why not (cancelled and peer_cancelled: the "
-            "request was aborted here or over there; rejected: decode's server turned it away; others are failures).",
+            documentation="Transfers that ended, by role and outcome: ok, or why not (cancelled, peer_cancelled: the "
+            "request was aborted here, or over there; rejected: decode's server turned it away; others are failures).",
             labelnames=[*labelnames, "role", "outcome"],
         )
         self._bytes = self._counter_cls(
