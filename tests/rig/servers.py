@@ -52,6 +52,7 @@ class ServerSpec:
     from the environment.
 
     Args:
+        replicas: data-parallel ones.
         cores: ``VLLM_CPU_OMP_THREADS_BIND``: cores of each rank, ranks apart by ``|``.
         max_batched_tokens: None leaves vLLM's default.
         extra_config: ``kv_connector_extra_config`` without the control port, which the rig picks.
@@ -65,6 +66,7 @@ class ServerSpec:
     connector: Connector = "none"
     kv_role: KVRole = "kv_both"
     tp: int = 1
+    replicas: int = 1
     cores: str = "0"
     block_size: int = PLACE.block_size
     dtype: str = PLACE.dtype
@@ -85,6 +87,10 @@ class ServerSpec:
     asynchronous: bool | None = PLACE.asynchronous
     cards: tuple[int, ...] = PLACE.cards
     script: Path | None = None
+
+    @property
+    def workers(self) -> int:
+        return self.tp * self.replicas
 
     def numerics(self) -> dict[str, Any]:
         """The flags that an answer's bits depend on."""
@@ -117,6 +123,8 @@ class ServerSpec:
             "--uvicorn-log-level": "warning",
             "--seed": 0,
         }
+        if self.replicas > 1:
+            flags["--data-parallel-size"] = self.replicas
         if self.max_batched_tokens is not None:
             flags["--max-num-batched-tokens"] = self.max_batched_tokens
         if self.load_format is not None:
@@ -183,7 +191,7 @@ class Server:
     def __init__(self, spec: ServerSpec, logs: Path) -> None:
         self.spec = spec
         self.port = PORTS.take()
-        self.control_port = PORTS.take(spec.tp)
+        self.control_port = PORTS.take(spec.workers)
         self.log = logs / f"{spec.name}-{self.port}.log"
         self.launch()
 
@@ -328,7 +336,7 @@ def stop_all(servers: Iterable[Server]) -> None:
             errors.append(error)
         if server in _running:
             _running.remove(server)
-        PORTS.give_back([server.port, *range(server.control_port, server.control_port + server.spec.tp)])
+        PORTS.give_back([server.port, *range(server.control_port, server.control_port + server.spec.workers)])
     if errors:
         raise errors[0]
 

@@ -85,7 +85,7 @@ async def status(server: Server, transfer: str = "") -> list[dict[str, Any]]:
     from pdtransport.control.client import fetch_status
 
     replies = []
-    for rank in range(server.spec.tp):
+    for rank in range(server.spec.workers):
         port = server.control_port + rank
         replies.append(await asyncio.to_thread(fetch_status, HOST, port, transfer=transfer, timeout_s=STATUS_S))
     return replies
