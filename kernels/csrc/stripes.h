@@ -174,7 +174,8 @@ STRIPES(stripes_avx2, "avx2", __m256i, 32, _mm256_setzero_si256, _mm256_loadu_si
 KINDS(avx2, "avx2")
 
 __attribute__((target("avx512f"))) static inline uint64_t sum_lanes_avx512(__m512i v) {
-    return (uint64_t)_mm512_reduce_add_epi64(v);
+    /* Not _mm512_reduce_add_epi64: GCC's adds the last two lanes as signed numbers, which may not overflow. */
+    return sum_lanes_avx2(_mm256_add_epi64(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1)));
 }
 STRIPES(stripes_avx512, "avx512f", __m512i, 64, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_load_si512,
         _mm512_stream_si512, _mm512_xor_si512, _mm512_add_epi64, _mm512_mul_epu32, _mm512_srli_epi64, sum_lanes_avx512)
