@@ -156,7 +156,10 @@ class Peers:
         peer = self._peers.pop(peer_id, None)
         if peer is None:
             return
-        for channel in peer.channels():
+        channels = peer.channels()
+        # Before they close, which ends what is being measured; and transfers that wait for others hold on to the peer.
+        peer.inbound = peer.outbound = peer.offered = None
+        for channel in channels:
             if ended:
                 channel.close()
             else:
