@@ -157,3 +157,13 @@ def test_impossible_geometries_are_refused(wrong: dict[str, object]) -> None:
     }
     with pytest.raises(ValueError):
         KVGeometry(**{**facts, **wrong})  # type: ignore[arg-type]
+
+
+def test_an_array_that_is_not_dense_is_refused() -> None:
+    """Its pages would be taken to lie where other bytes do: a transposed view, a slice of heads, one of every other
+    page."""
+    array = kv(4)
+    for wrong in (array.transpose(0, 1, 3, 2, 4), array[:, :, 1:3], array[:, ::2], array[0]):
+        with pytest.raises(ValueError, match=r"C-contiguous|of shape"):
+            KVGeometry.of_array(wrong)
+    assert KVGeometry.of_array(array[1:]).regions()[0].address == array[1].ctypes.data

@@ -1,0 +1,138 @@
+"""The scheduler's half: whose KV is whose, which pages are final, and what it remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.request import RequestStatus
+
+from pdtransport.settings import Settings
+from pdtransport.vllm.metadata import Drop, Finish, Keep, Open, Take
+from pdtransport.vllm.scheduler import SchedulerSide
+from tests.unit.test_vllm_pool import PROMPT, Half, half  # noqa: F401 - a fixture
+from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
+
+
+def side(**settings: Any) -> SchedulerSide:
+    return SchedulerSide(
+        Settings(**settings), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1, clock=Clock()
+    )
+
+
+def key_of(**facts: Any) -> bytes:
+    """The content key that prefill and decode name for this request: one and the same."""
+    prefill, decode = side(), side()
+    prefill.on_new_request(request(PRODUCE, **facts))
+    (opened,) = step(prefill).before
+    made = request(CONSUME, **facts)
+    decode.on_new_request(made)
+    (taken,) = take(decode, made, 0, 1, 2, 3, 4)
+    assert isinstance(opened, Open)
+    assert isinstance(taken, Take)
+    assert opened.key == taken.key
+    return opened.key
+
+
+def adapter(folder: Path, name: str, weights: bytes) -> Any:
+    path = folder / name
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"r": 8}')
+    (path / "adapter_model.safetensors").write_bytes(weights)
+    return SimpleNamespace(lora_name=name, lora_int_id=len(name), lora_path=str(path), base_model_name=None)
+
+
+def test_a_tenants_salt_is_part_of_what_a_prompt_is() -> None:
+    """Prefill of one tenant never fills a request of another, though both know the transfer's id and send the same
+    tokens."""
+    assert len({key_of(), key_of(cache_salt="a"), key_of(cache_salt="b")}) == 3
+    assert key_of(cache_salt="a") == key_of(cache_salt="a")
+
+
+def test_an_adapter_is_part_of_what_a_prompt_is(tmp_path: Path) -> None:
+    """KV computed with an adapter is not that of the model alone, nor that of another adapter."""
+    one, other = adapter(tmp_path, "one", b"1"), adapter(tmp_path, "another", b"2")
+    assert len({key_of(), key_of(lora_request=one), key_of(lora_request=other)}) == 3
+    assert key_of(lora_request=one) == key_of(lora_request=one)
+
+
+def picture(identifier: str, offset: int = 3, length: int = 5) -> Any:
+    return SimpleNamespace(identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length))
+
+
+def test_pictures_and_their_places_are_part_of_what_a_prompt_is() -> None:
+    """Placeholder tokens are the same for every picture."""
+    keys = [key_of(mm_features=[picture(*each)]) for each in (("a",), ("b",), ("a", 4), ("a", 3, 6))]
+    assert len({key_of(), *keys}) == 5
+
+
+@pytest.mark.parametrize("left", [0, 1, 32])
+def test_only_a_prompt_that_was_computed_to_its_last_token_is_handed_over(left: int) -> None:
+    """vLLM can end a request whose prompt is not all there: decode must not wait for its last block, nor get it."""
+    prefill = side()
+    made = request(PRODUCE, status=RequestStatus.FINISHED_STOPPED, num_computed_tokens=100 - left)
+    prefill.on_new_request(made)
+    keep, told = prefill.finished(made, [1, 2, 3, 4])
+    assert keep
+    assert (told is not None) == (left == 0)
+    _, end = step(prefill).before
+    assert isinstance(end, Drop if left else Finish)
+
+
+def test_a_prompt_of_embeddings_is_not_handed_over() -> None:
+    """It has no tokens that its KV could be identified by: the request is served here, in both roles."""
+    for params in (PRODUCE, CONSUME):
+        one = side()
+        made = request(params, prompt_token_ids=None)
+        one.on_new_request(made)
+        assert one.matched_tokens(made, 0) == (0, False)
+        assert one.finished(made, []) == (False, None)
+        assert step(one).before == []
+
+
+def test_transfers_that_were_taken_are_remembered_within_a_bound() -> None:
+    """An engine that runs for a year holds the last `tombstones` of them."""
+    decode = side(tombstones=16)
+    for number in range(50):
+        made = request({**CONSUME, "transfer_id": f"t{number}"}, name=f"r{number}")
+        decode.on_new_request(made)
+        take(decode, made, 0, 1, 2, 3, 4)
+        decode.finished(made, [])
+    assert list(decode._taken) == [f"t{number}" for number in range(34, 50)]
+
+
+def test_what_was_computed_from_pages_that_may_fail_to_come_is_not_stored(half: Half) -> None:  # noqa: F811
+    """Such a request's chunks would be wrong for everyone who loads them; those of others in the same step are kept."""
+    for name in ("r", "s"):
+        made = half.arrive(name=name)
+        half.admit(made, 0)
+    half.side._start = SimpleNamespace(doubtful={"r"}, early=None, clients_wait=None)  # type: ignore[assignment]
+    kept = [each for each in step(half.side, {"r": (0, PROMPT), "s": (0, PROMPT)}).after if isinstance(each, Keep)]
+    assert [each.req_id for each in kept] == ["s"]
+
+
+@pytest.mark.parametrize(("max_tokens", "goes_on"), [(1, False), (2, True)])
+def test_a_request_of_one_token_computes_it_itself(max_tokens: int, goes_on: bool) -> None:
+    """Decode that went on from prefill's token would have nothing left to compute, and vLLM no step to end it in."""
+    firsts: Any = SimpleNamespace(why_not=lambda made: "")
+    decode = SchedulerSide(
+        Settings(),
+        producer=True,
+        consumer=True,
+        block_size=BLOCK,
+        engine="e",
+        port=7,
+        ranks=1,
+        first_tokens=firsts,
+        clock=Clock(),
+    )
+    made = request({**CONSUME, "first_token": True}, max_tokens=max_tokens)
+    decode.on_new_request(made)
+    (taken,) = take(decode, made, 0, 1, 2, 3, 4)
+    assert isinstance(taken, Take)
+    assert taken.first_token is goes_on
