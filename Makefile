@@ -10,7 +10,7 @@ ARGS ?=
 SOURCES := pdtransport kernels launch tests benchmarks examples scripts
 PRESENT := $(wildcard $(SOURCES))
 
-.PHONY: help env bench-env demo test test-fast test-long lint format types bench clean
+.PHONY: help env bench-env demo test test-fast test-long sanitize mutants lint format types bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ test-fast: $(ENV)  ## unit tests and the simulator
 
 test-long: $(ENV)  ## the tests that are marked long, and only those: minutes each
 	$(PYTHON) -m pytest -m long --durations 15 $(ARGS)
+
+sanitize: $(ENV)  ## the C kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PYTHON) -m tests.sanitize
+
+mutants: $(ENV)  ## are bugs made on purpose found? ARGS=listed: a minute; all: what real processes must find, too
+	$(PYTHON) -m tests.mutants $(ARGS)
 
 lint: $(ENV) types  ## ruff and mypy
 	$(PYTHON) -m ruff check $(PRESENT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from tests.faults.mutants import MUTANTS
 from tests.faults.report import Report
@@ -20,13 +21,21 @@ def main() -> int:
     args = parser.parse_args()
     missed = []
     for name in args.names:
-        report = Report(args.links.split(","))
-        plans = random_plans(range(MAX_RUNS), args.links.split(","))
-        run_plans(plans, args.lanes, report, shout=lambda text: None, mutant=name, until_failure=True)
-        found = report.failures[0].splitlines()[1].strip()[:120] if report.failures else ""
-        print(f"{name}: {f'found in run {report.total.runs}: {found}' if found else 'NOT FOUND'}", flush=True)
+        found = hunt(name, MAX_RUNS, args.lanes, args.links.split(","))
+        print(f"{name}: {found or 'NOT FOUND'}", flush=True)
         missed += [] if found else [name]
     return 1 if missed else 0
+
+
+def hunt(name: str, runs: int, lanes: int, links: Sequence[str] = ("cma", "ucx")) -> str:
+    """Run plans with this bug in the workers until one fails: what it found, and in which run; empty if none did."""
+    report = Report(list(links))
+    run_plans(
+        random_plans(range(runs), list(links)), lanes, report, shout=lambda text: None, mutant=name, until_failure=True
+    )
+    if not report.failures:
+        return ""
+    return f"found in run {report.total.runs}: {report.failures[0].splitlines()[1].strip()[:120]}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""Bugs in who is whom on the control channel."""
+
+from __future__ import annotations
+
+from tests.mutants.place import Mutant, bugs
+
+BUGS: list[Mutant] = [
+    *bugs(
+        "pdtransport.control.handshake",
+        "control_channel",
+        (
+            "rank_equal_to_world_is_welcome",
+            "check",
+            "theirs.rank >= theirs.world",
+            "theirs.rank > theirs.world",
+            "a_rank_is_one_of_its_world",
+        ),
+    ),
+    *bugs(
+        "pdtransport.control.directory",
+        "directory",
+        (
+            "older_process_comes_back",
+            "Directory.refusal",
+            "peer_id in self._buried",
+            "False",
+            "a_newer_incarnation_buries_the_older",
+        ),
+        (
+            "one_peer_too_many",
+            "Directory.refusal",
+            "len(self._peers) >= MAX_PEERS",
+            "len(self._peers) > MAX_PEERS",
+            "peers_are_bounded_but_a_restart_finds_its_place",
+        ),
+        (
+            "silent_peer_counts_as_dead",
+            "Directory.tick",
+            "ended=not silent",
+            "ended=True",
+            "silence_ends_a_peer_when_its_last_connection_is_silent",
+        ),
+    ),
+    *bugs(
+        "pdtransport.control.listener",
+        "control_channel",
+        (
+            "ping_of_another_incarnation_is_answered",
+            "Listener._on_ping",
+            "ping.incarnation != connection.peer.incarnation",
+            "False",
+            "a_ping_in_another_process_name_is_no_heartbeat",
+        ),
+    ),
+    *bugs(
+        "pdtransport.control.dialer",
+        "control_channel",
+        (
+            "queue_of_a_lost_peer_is_kept",
+            "Dialer.unbind",
+            "self.redial = True",
+            "pass",
+            "words_for_a_peer_that_fell_silent_are_dropped_with_its_connection",
+        ),
+    ),
+    *bugs(
+        "pdtransport.control.status",
+        "directory",
+        (
+            "status_is_answered_without_limit",
+            "Allowance.take",
+            "return False",
+            "return True",
+            "an_allowance_is_spent_and_comes_back",
+        ),
+    ),
+    *bugs(
+        "pdtransport.control.handshake",
+        "control_channel",
+        (
+            "protocol_of_another_version_is_welcome",
+            "check",
+            "theirs.protocol != PROTOCOL_VERSION",
+            "False",
+            "a_hello_of_another_protocol_version_or_of_our_own_name_is_refused",
+        ),
+        (
+            "two_workers_have_one_name",
+            "check",
+            "(theirs.engine, theirs.rank) == (me.engine, me.rank)",
+            "False",
+            "a_hello_of_another_protocol_version_or_of_our_own_name_is_refused",
+        ),
+        (
+            "hello_that_no_peer_reads_is_said",
+            "checked_identity",
+            "size > MAX_STRANGER_FRAME",
+            "False",
+            "a_worker_that_no_peer_could_welcome_does_not_start",
+        ),
+    ),
+    *bugs(
+        "pdtransport.control.listener",
+        "control_channel",
+        (
+            "long_frame_of_a_stranger_is_decoded",
+            "Listener.step",
+            "len(letter.body) > MAX_STRANGER_FRAME",
+            "False",
+            "a_stranger_is_not_listened_to_before_it_said_hello",
+        ),
+        (
+            "stranger_speaks_of_transfers",
+            "Listener._on_message",
+            "connection.peer is None",
+            "False",
+            "a_stranger_is_not_listened_to_before_it_said_hello",
+        ),
+    ),
+]

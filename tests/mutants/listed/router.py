@@ -1,0 +1,110 @@
+"""Bugs in the router."""
+
+from __future__ import annotations
+
+from tests.mutants.place import Mutant, bugs
+
+BUGS: list[Mutant] = [
+    *bugs(
+        "pdtransport.router.ladder",
+        "router_bounds",
+        (
+            "fallback_forgets_which_decode_it_tried",
+            "Ladder._after_decode",
+            "rungs.avoid.add(error.endpoint)",
+            "pass",
+            "a_retry_goes_to_another_server_though_the_prefix_is_on_the_one_that_failed",
+        ),
+        (
+            "fallback_goes_to_the_decode_that_failed",
+            "Ladder._place",
+            "usable(self._fleet.decode, rungs.avoid) or ",
+            "",
+            "a_retry_goes_to_another_server_though_the_prefix_is_on_the_one_that_failed",
+        ),
+        (
+            "fallback_goes_to_the_prefill_that_failed",
+            "Ladder._place",
+            "usable(self._fleet.prefill, rungs.avoid) or ",
+            "",
+            "a_retry_goes_to_another_server_though_the_prefix_is_on_the_one_that_failed",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.admission",
+        "router_bounds",
+        (
+            "bytes_of_bodies_are_unbounded",
+            "Admission.reserve",
+            "self.buffered + nbytes > self._settings.max_buffered_bytes",
+            "False",
+            "bodies_under_way_hold_no_more_bytes_than_their_bound",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.placement",
+        "router_placement",
+        (
+            "margin_of_affinity_is_ignored",
+            "Placer.choose",
+            "had.load - least.load <= self._margin[role]",
+            "True",
+            "shared_prefix_returns_to_its_server_until_that_is_a_margin_busier",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.attempt",
+        "router_bounds",
+        (
+            "clients_faults_eject_a_server",
+            "Attempt._blame",
+            "error.status not in _CLIENT_FAULTS",
+            "True",
+            "a_clients_own_fault_counts_against_no_server",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.endpoints",
+        "router_failures",
+        (
+            "learned_address_outlives_its_process",
+            "Endpoint.failed",
+            "self.learned = None",
+            "pass",
+            "unreachable_prefill_is_marked_and_does_not_cost_the_request",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.hints",
+        "router_bounds",
+        (
+            "hints_hold_any_number_of_bytes",
+            "Hinter.offer",
+            "self._bytes + len(body) > MAX_QUEUED_BYTES",
+            "False",
+            "hints_that_wait_hold_no_more_bytes_than_their_bound",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.tenants",
+        "router_tenants",
+        (
+            "clients_salt_replaces_the_tenants",
+            "_salter",
+            "hmac.new(of_tenant,",
+            "hmac.new(secret.encode(),",
+            "salts_differ_by_tenant_by_secret_and_by_the_clients_own_and_are_stable",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.health",
+        "router_bounds",
+        (
+            "redirect_of_a_server_is_healthy",
+            "Prober.check",
+            "status == 200",
+            "status < 400",
+            "only_200_says_that_a_server_is_healthy",
+        ),
+    ),
+]

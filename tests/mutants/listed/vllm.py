@@ -1,0 +1,61 @@
+"""Bugs in the connector."""
+
+from __future__ import annotations
+
+from tests.mutants.place import Mutant, bugs
+
+BUGS: list[Mutant] = [
+    *bugs(
+        "pdtransport.vllm.scheduler",
+        "vllm_bounds",
+        (
+            "content_key_is_without_salt",
+            "content_key",
+            "request.cache_salt",
+            "None",
+            "a_tenants_salt_is_part_of_what_a_prompt_is",
+        ),
+        (
+            "content_key_is_without_adapter",
+            "content_key",
+            "request.lora_request is not None",
+            "False",
+            "an_adapter_is_part_of_what_a_prompt_is",
+        ),
+        (
+            "last_token_need_not_be_computed",
+            "_delivered",
+            "request.num_computed_tokens >= tokens",
+            "request.num_computed_tokens >= tokens - 1",
+            "only_a_prompt_that_was_computed_to_its_last_token_is_handed_over",
+        ),
+        (
+            "taken_transfers_are_remembered_for_ever",
+            "SchedulerSide._take",
+            "len(self._taken) > self._settings.tombstones",
+            "False",
+            "transfers_that_were_taken_are_remembered_within_a_bound",
+        ),
+        (
+            "doubtful_pages_are_stored",
+            "SchedulerSide.build",
+            "if r not in doubtful",
+            "if True",
+            "what_was_computed_from_pages_that_may_fail_to_come_is_not_stored",
+        ),
+        (
+            "embeddings_are_handed_over",
+            "SchedulerSide._read_wishes",
+            "request.prompt_token_ids is None",
+            "False",
+            "a_prompt_of_embeddings_is_not_handed_over",
+        ),
+        (
+            "request_of_one_token_goes_on_from_prefills",
+            "SchedulerSide._may_go_on",
+            "request.max_tokens > 1",
+            "True",
+            "a_request_of_one_token_computes_it_itself",
+        ),
+    ),
+]
