@@ -5,6 +5,7 @@ worker runs all others beside it, and who is done first helps."""
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Generator
 
 import pytest
@@ -34,3 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(folder if folder == "vllm" else item.path.stem))
     if hasattr(config, "workerinput"):  # of pytest-xdist
         items.sort(key=lambda item: item.path.parent.name != "vllm")
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_our_own() -> None:
+    """A test that has vLLM load its plugins sends our lines to vLLM's log: the next test's ``caplog`` wants them."""
+    logger = logging.getLogger("pdtransport")
+    for handler in [each for each in logger.handlers if type(each).__module__ == "pdtransport.vllm.logs"]:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
