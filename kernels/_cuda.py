@@ -26,7 +26,7 @@ MAX_ERROR = 600  # characters; a compiler has much to say
 PEER_ACCESS_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 POINTER_ATTRIBUTE_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
 
-NO_CUPY = "the GPU kernels need cupy ({error}): install pdtransport[cupy-cu13], or [cupy-cu12] for CUDA 12"
+NO_CUPY = "the GPU kernels need cupy ({error}): pip install 'pdtransport[cu13]', or [cu12] for CUDA 12"
 NOT_EXPORTABLE = (
     "memory at {base:#x} can't be mapped by other processes: it was not made by cudaMalloc; with PyTorch, take "
     "expandable_segments out of PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
