@@ -51,10 +51,13 @@ def main(argv: list[str]) -> int:
         logs = options.logs or root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         plan = Plan(options.requests, options.seed, options.servers, options.rounds, options.routers, options.pooled)
-        report = run(plan, root, logs)
+
+        def told(report: Report) -> None:
+            if options.json:
+                options.json.write_text(json.dumps(report.as_json(), indent=1))
+
+        report = run(plan, root, logs, told)
     print(report.text())
-    if options.json:
-        options.json.write_text(json.dumps(report.as_json(), indent=1))
     return status(report)
 
 

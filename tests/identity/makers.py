@@ -63,12 +63,13 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
 }
 SAME_CONFIGS = ("base", "named", "older")
 OTHER_CONFIGS = ("theta", "eps", "scaled")
-# What a message that refuses a pair may say of how it differs; any one of these words will do.
+# What a message that refuses a pair may say of how it differs; any one of these words will do. A salt is a secret, and
+# part of what makes two prompts the same: that they are not is all that is said.
 NAMED_BY = {
     "weights": ("weight",),
     "config": ("rope", "rms_norm_eps", "model_config"),
     "adapter": ("adapter", "lora"),
-    "salt": ("salt", "tenant"),
+    "salt": ("salt", "prompt"),
 }
 
 

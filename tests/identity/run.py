@@ -6,7 +6,7 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +38,12 @@ class Plan:
     pooled: int = 1
 
 
-def run(plan: Plan, root: Path, logs: Path) -> Report:
+def run(plan: Plan, root: Path, logs: Path, told: Callable[[Report], None] = lambda report: None) -> Report:
     """Ask all requests of a plan; what they are depends on its numbers alone.
 
     Args:
         root: models and adapters are made here.
+        told: is called after each round with what is known until then.
 
     Raises:
         ServerFailed: a server did not start, or did not end.
@@ -65,6 +66,7 @@ def run(plan: Plan, root: Path, logs: Path) -> Report:
                 asyncio.run(asked.go(count))
             for instance in instances:
                 instance.server.must_live()
+        told(report)
     return report
 
 
