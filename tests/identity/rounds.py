@@ -245,7 +245,7 @@ class Round:
         why: str,
         raced: bool = False,
     ) -> Outcome:
-        allowed = self._allowed(pair)
+        allowed = tuple(ALLOWED) if raced else self._allowed(pair)  # as it is now, before what is asked
         number = len(self._report.outcomes) + 1
         times = [time.monotonic()]
         how, told, fault = await self._dispatch(client, pair, asked, prompt, raced)
