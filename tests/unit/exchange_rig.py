@@ -24,7 +24,7 @@ from pdtransport.outcome import Outcome
 from pdtransport.peers import Peer, Peers
 from pdtransport.probe import Scratch
 from pdtransport.protocol.actions import Limits
-from pdtransport.protocol.messages import Coming, Grant, Hello, LinkCall, Message
+from pdtransport.protocol.messages import Coming, Ended, Grant, Hello, LinkCall, Message
 from pdtransport.settings import LinkSettings
 from pdtransport.taking import Fetch, Taking
 
@@ -43,6 +43,8 @@ class Mail:
     def __init__(self) -> None:
         self.letters: list[tuple[PeerId, Message]] = []
         self.wanted: list[tuple[str, int]] = []
+        self.watched = True
+        self.ended: list[Ended] = []
 
     def send(self, peer: PeerId, message: Message) -> bool:
         self.letters.append((peer, message))
@@ -50,6 +52,9 @@ class Mail:
 
     def connect(self, host: str, port: int) -> None:
         self.wanted.append((host, port))
+
+    def publish(self, report: Ended) -> None:
+        self.ended.append(report)
 
 
 class Worker:

@@ -415,6 +415,26 @@ def test_what_the_producer_says_of_its_transfers_is_kept_in_order() -> None:
         assert {"asked", "granted", "accepted", "first_batch", "last_batch", "committed", "verified"} <= {*consumer}
 
 
+@pytest.mark.parametrize("ok", [True, False])
+def test_who_watches_hears_once_how_a_transfer_ended(ok: bool) -> None:
+    with pair() as (p, d):
+        d.fetch(TOKENS, [0])
+        p.open(TOKENS)
+        carry(p, d)
+        if ok:
+            p.ready([0], TOKENS)
+            p.handing.finish(p, TRANSFER)
+        else:
+            p.handing.cancel(p, TRANSFER, Code.PREEMPTED, "no room")
+        carry(p, d)
+        (ended,) = d.mail.ended
+        assert (ended.transfer, ended.code, ended.reason) == (
+            TRANSFER,
+            *((None, "") if ok else (Code.PREEMPTED, "no room")),
+        )
+        assert ended.nbytes == (BLOCK_BYTES if ok else 0)
+
+
 def test_the_rig_sends_what_it_is_told() -> None:
     """Bytes land where they belong whatever pages they come from; the two halves are the product's own."""
     with pair() as (p, d):

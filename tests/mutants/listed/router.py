@@ -25,7 +25,7 @@ BUGS: list[Mutant] = [
         (
             "fallback_goes_to_the_prefill_that_failed",
             "Ladder._place",
-            "usable(self._fleet.prefill, rungs.avoid) or ",
+            "usable(fit, rungs.avoid) or ",
             "",
             "a_retry_goes_to_another_server_though_the_prefix_is_on_the_one_that_failed",
         ),
@@ -69,7 +69,7 @@ BUGS: list[Mutant] = [
         (
             "learned_address_outlives_its_process",
             "Endpoint.failed",
-            "self.learned = None",
+            "self.forget()",
             "pass",
             "unreachable_prefill_is_marked_and_does_not_cost_the_request",
         ),

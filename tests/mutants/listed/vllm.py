@@ -31,7 +31,7 @@ BUGS: list[Mutant] = [
         ),
         (
             "taken_transfers_are_remembered_for_ever",
-            "SchedulerSide._take",
+            "SchedulerSide._note_taken",
             "len(self._taken) > self._settings.tombstones",
             "False",
             "transfers_that_were_taken_are_remembered_within_a_bound",
