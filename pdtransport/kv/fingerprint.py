@@ -1,12 +1,15 @@
 """Are two workers' KV caches the same thing? Peers compare fingerprints before the first byte moves.
 
-A fingerprint is a flat dict of facts. All must be equal, except the few that can be bridged by name.
+A fingerprint is a flat dict of facts. All must be equal, except the few that can be bridged by name, and the model's
+configuration, which is compared field by field (:mod:`pdtransport.kv.model_facts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from pdtransport.kv.model_facts import difference
 
 FingerprintValue = str | int | bool
 Fingerprint = Mapping[str, FingerprintValue]
@@ -18,12 +21,17 @@ MAX_FIELD = 128  # of a field's name, likewise
 # What to do about it, most telling field first: a mismatch of model explains all that follow from it.
 REMEDIES = {
     "protocol_version": "run the same pdtransport version on both",
-    "model": "serve the same model on both, or set model_id where only its path differs",
+    "weights": "serve the same weight files on both",
+    "model": "serve the same model on both, or set model_id where only its name differs",
     "revision": "start both with the same --revision",
-    "weights": "the weight files differ under one name: serve the same files on both",
     "model_config": "the model's config.json (or --hf-overrides) differs: use the same on both",
+    "quantization": "start both with the same --quantization",
+    "long_rope": "start both with a --max-model-len on the same side of the model's original length",
+    "sliding_window": "start both with, or both without, --disable-sliding-window",
+    "media": "start both with the same --mm-processor-kwargs and --video-pruning-rate",
     "dtype": "start both with the same --dtype",
-    "kv_cache_dtype": "start both with the same --kv-cache-dtype",
+    "kv_cache_dtype": "start both with the same --kv-cache-dtype and --kv-cache-dtype-skip-layers",
+    "page_format": "run vLLM versions on both whose KV pages are known to be the same",
     "block_size": "start both with the same --block-size",
     "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT, or leave it unset on both",
     "attention_backend": "start both with the same --attention-backend, on CPUs of the same instruction set",
@@ -32,10 +40,14 @@ REMEDIES = {
     "kv_slot_bytes": "start both with the same --kv-cache-dtype and model",
     "layer_names": "serve the same model on both, with the same pipeline-parallel size",
     "pp_size": "start both with the same --pipeline-parallel-size",
+    "dcp_size": "start both with the same --decode-context-parallel-size",
+    "pcp_size": "start both with the same --prefill-context-parallel-size",
+    "cp_interleave": "start both with the same --cp-kv-cache-interleave-size",
     "key_seed": "content keys must come from the same pdtransport version on both",
     "tp_size": "choose tensor-parallel sizes that divide the KV heads evenly, or are multiples of their number",
 }
 _ORDER = {name: place for place, name in enumerate(REMEDIES)}
+_BY_FIELD = frozenset({"model_config"})  # facts that are texts of model_facts
 _IGNORED = frozenset({"tp_rank"})  # every pair of ranks differs in it; geometry says which heads each one holds
 
 
@@ -49,7 +61,7 @@ class Mismatch:
 
     def text(self, us: str = "this side", them: str = "the peer") -> str:
         """One line for a human: what differs, who has what, and what to do about it."""
-        remedy = REMEDIES.get(self.field, f"make {self.field} the same on both")
+        remedy = REMEDIES.get(self.field.partition(".")[0], f"make {self.field} the same on both")
         return f"{self.field} differs: {us} has {self.ours}, {them} has {self.yours}; {remedy}"
 
 
@@ -65,6 +77,12 @@ def compare(ours: Fingerprint, yours: Fingerprint) -> Mismatch | None:
             continue
         if field == "tp_size" and _bridged(mine, theirs, ours.get("kv_heads")):
             continue
+        if field in _BY_FIELD and isinstance(mine, str) and isinstance(theirs, str):
+            found = difference(mine, theirs)
+            if found is None:
+                continue
+            name, mine, theirs = found
+            field = f"{field}.{name}" if name else field
         return Mismatch(plain(field, MAX_FIELD), _shown(mine), _shown(theirs))
     return None
 
@@ -90,5 +108,5 @@ def _count(value: FingerprintValue | None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _shown(value: FingerprintValue | None) -> str:
+def _shown(value: object) -> str:
     return MISSING if value is None else plain(str(value), MAX_SHOWN) or '""'

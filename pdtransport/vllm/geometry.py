@@ -12,6 +12,7 @@ from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import HOST, KVGeometry, LayerPages, Region, head_range
 from pdtransport.protocol.messages import FingerprintValue
 from pdtransport.settings import Settings
+from pdtransport.vllm.identity import model_identity
 
 if TYPE_CHECKING:
     import torch
@@ -140,16 +141,22 @@ def _regions(caches: KVCaches) -> list[Region]:
 def _fingerprint(caches: KVCaches, config: VllmConfig, settings: Settings) -> dict[str, FingerprintValue]:
     model = config.model_config
     first = next(iter(caches.values()))
+    weights = "" if settings.model_id else weights_digest(Path(model.model))
     return {
-        "model": settings.model_id or _model_name(model),
-        "revision": str(model.revision or ""),
-        "model_config": _digest(model.hf_text_config.to_dict()),
-        "weights": "" if settings.model_id else weights_digest(Path(model.model)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "kv_cache_dtype": f"{config.cache_config.cache_dtype}/{str(first.dtype).removeprefix('torch.')}",
+        **names(model, settings, weights),
+        "weights": weights,
+        **model_identity(config, first.dtype),
         "attention_backend": _attention_backend(config),
         "layer_names": _digest(sorted(caches)),
     }
+
+
+def names(model: Any, settings: Settings, weights: str) -> dict[str, FingerprintValue]:
+    """Where weights have a digest, what they are called is nobody's business. Elsewhere a name must do: the user's own
+    ``model_id``, or that of the model and its revision."""
+    if settings.model_id:
+        return {"model": settings.model_id}
+    return {} if weights else {"model": _model_name(model), "revision": str(model.revision or "")}
 
 
 def _model_name(model: Any) -> str:

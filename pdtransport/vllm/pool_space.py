@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pdtransport.pool.spaces import Space, whole_salt
 from pdtransport.settings import PoolUse
 from pdtransport.transport import fingerprint_of
 from pdtransport.vllm.geometry import Described
+from pdtransport.vllm.identity import CONTEXT_PARALLEL_FACTS, model_facts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -72,25 +72,26 @@ def head_parts(geometry: KVGeometry, shards: int) -> list[tuple[int, int]]:
 
 
 def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[KeySpace]:
-    """The spaces of this worker's parts of chunks. Pages are opaque bytes, in a format that is the attention backend's
-    own business: another version of vLLM has another space."""
-    import vllm
-
+    """The spaces of this worker's parts of chunks: all facts that two workers compare before they exchange pages, save
+    those that say which part of the model's KV is whose."""
     geometry, facts = described.geometry, described.fingerprint
     layout = {
         **fingerprint_of(geometry, described.ranks),
         "attention_backend": facts["attention_backend"],
         "layer_names": facts["layer_names"],
         "kernel_blocks": described.kernel_blocks_per_block,
-        "vllm": vllm.__version__,
+        "page_format": facts["page_format"],
     }
     # Of another tensor-parallel size: the shard says what differs. Of another protocol version: pages are the same.
     del layout["tp_size"], layout["protocol_version"]
-    weights = (facts["revision"], facts["weights"], facts["model_config"], _altered(config))
+    elsewhere = {*layout, "model", "dtype", "kv_cache_dtype", "model_config", *CONTEXT_PARALLEL_FACTS}
+    computed = {name: value for name, value in facts.items() if name not in elsewhere}
+    computed["model_config"] = model_facts(config.model_config).digest()
+    computed["draft"] = _draft(config)
     return [
         KeySpace(
-            model=str(facts["model"]),
-            revision=json.dumps(weights),
+            model=str(facts.get("model") or f"weights {facts['weights']}"),
+            revision=json.dumps(computed, sort_keys=True),
             dtype=f"{facts['dtype']}/{facts['kv_cache_dtype']}",
             layout=json.dumps(layout, sort_keys=True),
             shard=f"heads {low}-{high} of {geometry.total_heads}, {len(geometry.layers)} layers",
@@ -132,10 +133,12 @@ def _element(described: Described) -> DType | None:
     return next((dtype for dtype in DTYPES if dtype == name), None)
 
 
-def _altered(config: VllmConfig) -> str:
-    """What makes other KV of the same weight files: quantisation on the fly, a draft model's layers."""
-    facts = (config.model_config.quantization, str(config.speculative_config or ""))
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+def _draft(config: VllmConfig) -> str:
+    """The draft model, whose layers' KV lies in the same pages; empty where drafts need none."""
+    speculation = config.speculative_config
+    if speculation is None or getattr(speculation, "draft_model_config", None) is None:
+        return ""
+    return f"{speculation.method}:{speculation.model}"
 
 
 def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig, use: PoolUse) -> str:

@@ -1,0 +1,166 @@
+"""A model's configuration as facts that two engines compare: field by field, by value.
+
+Which fields? All but those of :data:`IRRELEVANT`. A list of the fields that KV depends on would be shorter, and wrong
+with the first model that brings one of its own: a field that nobody thought of would be taken for unimportant, and KV
+of another model would pass for this one's. With a list of what does not matter, a field that nobody thought of is
+compared, and at worst refuses a pair by its name. A name gets onto the list only if no model code can read it on the
+way to a key or a value: it says where the configuration came from, how to train, what Hugging Face's own code returns
+or caches, or how to sample. Not on it are fields that look alike and are read by a model of vLLM's: token ids (some
+models embed or mask by them), the ``dtype``, initial values, the router's jitter.
+
+A field that only one side knows, at the default of that side's library, is no difference: libraries add fields with
+defaults that change nothing, and a configuration that sets one hands it to both. Where both know a field, the values
+must be equal, whether they were set or are defaults, so a default that changed between two versions is seen.
+
+The text form is canonical JSON, ``{"set": {...}, "default": {...}}`` with dotted names; it travels as one fact of a
+fingerprint (:mod:`pdtransport.kv.fingerprint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Names of fields, at any depth. See the module's text for what may be here.
+IRRELEVANT = frozenset(
+    {
+        # where it came from
+        "_attn_implementation_autoset", "_auto_class", "_commit_hash", "_name_or_path", "auto_map", "name_or_path",
+        "tokenizer_class", "transformers_version", "unsloth_version",
+        # training, and losses
+        "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "classifier_dropout", "embd_pdrop",
+        "embedding_dropout", "finetuning_task", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+        "id2label", "label2id", "output_router_logits", "pretraining_tp", "problem_type", "resid_pdrop",
+        "router_aux_loss_coef", "router_z_loss_coef", "task_specific_params", "tf_legacy_loss",
+        # what Hugging Face's own code returns, caches or cuts
+        "chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
+        "use_bfloat16", "use_cache",
+        # sampling, in configurations from before generation_config.json
+        "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+        "forced_eos_token_id", "length_penalty", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+        "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+        "return_dict_in_generate", "suppress_tokens", "typical_p",
+    }
+)  # fmt: skip
+
+MAX_VALUE = 96  # characters of one value; of a longer one (lists of layers, of tensors) its digest is given
+MAX_TEXT = 1 << 15  # characters of the text form; of a longer one, its digest
+_ALIASES = {"torch_dtype": "dtype"}  # older names
+
+Value = str | int | float | bool | list[Any]
+
+
+class ModelFacts:
+    """Facts by dotted name: ``given`` differ from the library's defaults, ``default`` are such.
+
+    Args:
+        config: as ``PretrainedConfig.to_dict()`` gives it, nested configurations included.
+        defaults: the same of a configuration of the same class of which nothing was set; empty if there is none. Then
+            every field counts as given.
+    """
+
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        known = dict(_flat(defaults or {}))
+        self.given: dict[str, Value] = {}
+        self.default: dict[str, Value] = {}
+        for name, value in _flat(config):
+            where = self.default if name in known and _equal(known[name], value) else self.given
+            where[name] = value
+
+    def text(self) -> str:
+        """For the wire; a digest where it would be too long to send."""
+        text = json.dumps({"set": self.given, "default": self.default}, sort_keys=True, separators=(",", ":"))
+        return text if len(text) <= MAX_TEXT else f"#{_digest(text)}"
+
+    def digest(self) -> str:
+        """For keys, which can't be compared field by field: over all that is given, and the defaults that say
+        something. Defaults of None, False, 0 and nothing are left out: that is what new fields start with."""
+        telling = {name: value for name, value in self.default.items() if value}
+        return _digest(json.dumps({**self.given, **telling}, sort_keys=True))
+
+
+def difference(ours: str, yours: str) -> tuple[str, Any, Any] | None:
+    """The first field in which two texts of :meth:`ModelFacts.text` differ, and both sides' values (None: not known
+    there). The field is empty where at least one is no such text. None: they are the same model."""
+    if ours == yours:
+        return None
+    mine, theirs = _parsed(ours), _parsed(yours)
+    if mine is None or theirs is None:
+        return "", ours, yours
+    for name in sorted({*mine, *theirs}):
+        here, there = mine.get(name), theirs.get(name)
+        if here is None or there is None:
+            only = here or there
+            assert only is not None
+            if only[1]:
+                continue
+        elif _equal(here[0], there[0]):
+            continue
+        return name, here and here[0], there and there[0]
+    return None
+
+
+def _parsed(text: str) -> dict[str, tuple[Value, bool]] | None:
+    """Name -> (value, whether it is the library's default). None: not a text of ours, whoever sent it."""
+    if len(text) > MAX_TEXT or not text.startswith("{"):
+        return None
+    try:
+        raw = json.loads(text)
+        parts = [(raw["default"], True), (raw["set"], False)]
+        return {str(name): (value, usual) for part, usual in parts for name, value in part.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
+    """Dotted names and plain values; what is None, empty or does not matter is left out."""
+    for name, value in _without_old_rope(config).items():
+        name = _ALIASES.get(str(name), str(name))
+        if name in IRRELEVANT or value is None:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _without_old_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Newer libraries keep all of the rotary embedding in ``rope_parameters``, older ones in fields beside it as well:
+    these say nothing more where they say the same."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return config
+    doubled = {name for name in ("rope_theta", "partial_rotary_factor") if rope.get(name, rope) == config.get(name)}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, Mapping):
+        named = {"rope_type" if name == "type" else name: value for name, value in scaling.items()}
+        if all(name in rope and rope[name] == value for name, value in named.items()):
+            doubled.add("rope_scaling")
+    return {name: value for name, value in config.items() if name not in doubled}
+
+
+def _plain(value: Any) -> Value:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        shown = value.removeprefix("torch.")
+        return shown if len(shown) <= MAX_VALUE else f"#{_digest(shown)}"
+    listed = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+    text = json.dumps(listed, sort_keys=True, default=str)
+    if len(text) > MAX_VALUE:
+        return f"#{_digest(text)}"
+    plain = json.loads(text)
+    return plain if isinstance(plain, list) else str(plain)
+
+
+def _equal(mine: Any, theirs: Any) -> bool:
+    return isinstance(mine, bool) == isinstance(theirs, bool) and bool(mine == theirs)  # True is not 1 here
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,128 @@
+"""What an engine's KV depends on beside weights, tokens and adapters, read from vLLM's configuration.
+
+Each fact here is compared with the peer's, and is part of the pool's keys. What does not reach a key or a value is left
+out: paths and names (where the weights have a digest), versions of libraries, parallel sizes that only split the KV,
+compilation, graphs and kernels that compute the same in another order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pdtransport.kv.model_facts import ModelFacts
+from pdtransport.protocol.messages import FingerprintValue
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig, VllmConfig
+
+# vLLM's versions whose KV pages hold the same under the same facts (attention backend, shape, layout, dtype): K and V of
+# a head packed, one view of [blocks, heads, tokens, content] a layer. Any other version has a format of its own.
+PAGE_FORMAT = "packed-kv-1"
+KNOWN_VERSIONS = ("0.30", "0.31", "0.32")
+
+CONTEXT_PARALLEL_FACTS = {
+    "dcp_size": "decode_context_parallel_size",
+    "pcp_size": "prefill_context_parallel_size",
+    "cp_interleave": "cp_kv_cache_interleave_size",
+}
+
+# Of vLLM's multimodal configuration: what makes another embedding of the same input.
+_MEDIA = (
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "video_pruning_rate",
+    "video_pruning_method",
+    "mm_encoder_attn_dtype",
+)
+
+
+def model_identity(config: VllmConfig, kv_dtype: torch.dtype) -> dict[str, FingerprintValue]:
+    """Facts of the model and of what flags make of it. ``kv_dtype``: of the cache's tensors."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    return {
+        "model_config": model_facts(model).text(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization(model),
+        "kv_cache_dtype": kv_cache_dtype(cache, kv_dtype),
+        "page_format": page_format(),
+        "sliding_window": str(model.get_sliding_window() or ""),
+        "long_rope": long_rope(model),
+        "media": media(model),
+        **{fact: int(getattr(parallel, name, 1) or 1) for fact, name in CONTEXT_PARALLEL_FACTS.items()},
+    }
+
+
+def model_facts(model: ModelConfig) -> ModelFacts:
+    """The configuration of the whole model, images' encoder and projector included: their output becomes KV."""
+    whole, text = model.hf_config, model.hf_text_config
+    facts = dict(whole.to_dict())
+    if text is not whole and not any(part is text for part in vars(whole).values()):
+        facts["text_model"] = text.to_dict()  # vLLM made it
+    return ModelFacts(facts, _defaults(whole))
+
+
+def _defaults(config: Any) -> Mapping[str, Any]:
+    try:
+        defaults: Mapping[str, Any] = type(config)().to_dict()
+    except Exception:  # noqa: BLE001 - classes of remote code may want arguments; then no field counts as a default
+        return {}
+    return defaults
+
+
+def quantization(model: ModelConfig) -> str:
+    """The method, whether the checkpoint or a flag names it, and what flags say of it."""
+    asked = getattr(model, "quantization_config", None)
+    more = "" if asked is None else f" {json.dumps(_plain(asked), sort_keys=True, default=str)}"
+    return f"{model.quantization or ''}{more}"
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, Mapping) else getattr(value, "__dict__", str(value))
+
+
+def kv_cache_dtype(cache: Any, kv_dtype: torch.dtype) -> str:
+    """The tensors' own, and beside it the format for which they are only storage. ``auto`` that came to the same dtype
+    as a flag is the same."""
+    stored, named = str(kv_dtype).removeprefix("torch."), str(cache.cache_dtype)
+    skipped = ",".join(sorted(map(str, getattr(cache, "kv_cache_dtype_skip_layers", None) or ())))
+    shown = stored if named in ("auto", stored) else f"{named}/{stored}"
+    if getattr(cache, "calculate_kv_scales", False):  # from the first request that an engine happens to see
+        import uuid
+
+        shown = f"{named}, scales of {uuid.uuid4().hex[:8]}/{stored}"
+    return f"{skipped} as computed, rest {shown}" if skipped else shown
+
+
+def page_format() -> str:
+    """What pages hold is the attention backend's own business, and may change with vLLM."""
+    import vllm
+
+    minor = ".".join(vllm.__version__.split(".")[:2])
+    return PAGE_FORMAT if minor in KNOWN_VERSIONS else f"vllm {vllm.__version__}"
+
+
+def long_rope(model: ModelConfig) -> bool:
+    """Whether the rotary embedding's factors for long texts are used from the first token on, as vLLM does where its
+    longest text is beyond the length that the model was trained with first."""
+    config = model.hf_text_config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    kind = rope.get("rope_type", rope.get("type"))
+    return kind == "longrope" and bool(original) and model.max_model_len > original
+
+
+def media(model: ModelConfig) -> str:
+    """Flags that change what images and sounds become; empty where they are at rest, or the model takes none. (What a
+    request says of it is part of the hash of its picture.)"""
+    config = model.multimodal_config
+    if config is None:
+        return ""
+    from dataclasses import MISSING, fields
+
+    usual = {each.name: each.default for each in fields(type(config))}
+    said = {name: getattr(config, name, None) for name in _MEDIA}
+    told = {name: value for name, value in said.items() if value and value not in (usual.get(name), MISSING)}
+    return json.dumps(told, sort_keys=True, default=str) if told else ""

@@ -1,0 +1,194 @@
+"""What of vLLM's configuration KV depends on is compared, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.config import ModelConfig
+
+from pdtransport.kv.fingerprint import compare
+from pdtransport.settings import Settings
+from pdtransport.vllm import identity
+from pdtransport.vllm.geometry import names
+from pdtransport.vllm.identity import kv_cache_dtype, media, model_facts, model_identity, page_format
+
+TINY_LM = Path(__file__).resolve().parents[2] / "examples" / "models" / "tiny-lm"
+
+Configs = Callable[..., Any]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configs:
+    """``config(folder, flags of ModelConfig, cache=..., parallel=..., change=fields of config.json)``."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def make(
+        folder: str = "a",
+        *,
+        cache: dict[str, Any] | None = None,
+        parallel: dict[str, Any] | None = None,
+        change: dict[str, Any] | None = None,
+        **flags: Any,
+    ) -> Any:
+        path = tmp_path / folder / "model"
+        if not path.exists():
+            shutil.copytree(TINY_LM, path)
+        if change:
+            file = path / "config.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        model = ModelConfig(model=str(path), **{"dtype": "float32", "max_model_len": 256, **flags})
+        return SimpleNamespace(
+            model_config=model,
+            cache_config=SimpleNamespace(cache_dtype="auto", **(cache or {})),
+            parallel_config=SimpleNamespace(**(parallel or {})),
+        )
+
+    return make
+
+
+def differing(ours: Any, yours: Any) -> str:
+    mismatch = compare(model_identity(ours, torch.float32), model_identity(yours, torch.float32))
+    return mismatch.field if mismatch else ""
+
+
+def test_the_same_model_at_another_path_is_the_same(config: Configs) -> None:
+    assert differing(config("a"), config("b")) == ""
+    one, other = (model_facts(config(folder).model_config).digest() for folder in "ab")
+    assert one == other
+
+
+def test_another_transformers_version_is_the_same(config: Configs) -> None:
+    here, there = config("a"), config("b", change={"transformers_version": "4.99.0"})
+    assert differing(here, there) == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "there"),
+    [
+        (
+            "model_config.rope_parameters.rope_theta",
+            {"hf_overrides": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}},
+        ),
+        ("model_config.rms_norm_eps", {"change": {"rms_norm_eps": 1e-6}}),
+        (
+            "model_config.rope_parameters.factor",
+            {"change": {"rope_parameters": {"rope_theta": 1e5, "rope_type": "linear", "factor": 2.0}}},
+        ),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("kv_cache_dtype", {"cache": {"kv_cache_dtype_skip_layers": ["0"]}}),
+        ("dcp_size", {"parallel": {"decode_context_parallel_size": 2}}),
+        ("pcp_size", {"parallel": {"prefill_context_parallel_size": 2}}),
+        ("cp_interleave", {"parallel": {"cp_kv_cache_interleave_size": 16}}),
+    ],
+)
+def test_what_kv_depends_on_refuses_by_name(config: Configs, field: str, there: dict[str, Any]) -> None:
+    assert differing(config("a"), config("b", **there)) == field
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"max_model_len": 128},
+        {"served_model_name": "other"},
+        {"seed": 7},
+        {"enforce_eager": True},
+        {"max_logprobs": 3},
+        {"change": {"use_cache": False, "attention_dropout": 0.1, "tokenizer_class": "Other"}},
+    ],
+)
+def test_what_kv_does_not_depend_on_refuses_nobody(config: Configs, there: dict[str, Any]) -> None:
+    assert differing(config("a"), config("b", **there)) == ""
+
+
+def test_quantization_on_the_fly_is_told(config: Configs) -> None:
+    here, there = config("a"), config("b")
+    there.model_config.quantization = "fp8"
+    assert differing(here, there) == "quantization"
+
+
+def test_a_window_that_a_flag_takes_away_is_told(config: Configs) -> None:
+    change = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    assert differing(config("a", change=change), config("b", change=change)) == ""
+    assert (
+        differing(config("c", change=change), config("d", change=change, disable_sliding_window=True, max_model_len=64))
+        != ""
+    )
+
+
+def test_longrope_depends_on_the_longest_text_of_the_server(config: Configs) -> None:
+    """vLLM then uses the long factors from the first token on."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "long_factor": [2.0] * 16,
+        "short_factor": [1.0] * 16,
+        "original_max_position_embeddings": 200,
+    }
+    change = {"rope_parameters": rope, "original_max_position_embeddings": 200}
+    short, long = config("a", change=change, max_model_len=200), config("b", change=change, max_model_len=256)
+    assert differing(short, long) == "long_rope"
+    assert differing(long, config("c", change=change, max_model_len=300)) == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "shown"),
+    [
+        ({"cache_dtype": "auto"}, torch.bfloat16, "bfloat16"),
+        ({"cache_dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),
+        ({"cache_dtype": "fp8_e5m2"}, torch.uint8, "fp8_e5m2/uint8"),
+        ({"cache_dtype": "fp8_e4m3"}, torch.uint8, "fp8_e4m3/uint8"),
+    ],
+)
+def test_the_caches_dtype_is_what_is_stored(flags: dict[str, Any], dtype: torch.dtype, shown: str) -> None:
+    assert kv_cache_dtype(SimpleNamespace(**flags), dtype) == shown
+
+
+def test_scales_that_each_engine_finds_for_itself_are_never_the_same() -> None:
+    cache = SimpleNamespace(cache_dtype="fp8", calculate_kv_scales=True)
+    assert kv_cache_dtype(cache, torch.uint8) != kv_cache_dtype(cache, torch.uint8)
+
+
+def test_flags_that_change_what_pictures_become_are_told() -> None:
+    from vllm.config.multimodal import MultiModalConfig
+
+    def of(**flags: Any) -> str:
+        return media(SimpleNamespace(multimodal_config=MultiModalConfig(**flags)))  # type: ignore[arg-type]
+
+    assert of() == of(mm_processor_cache_gb=0, skip_mm_profiling=True, mm_encoder_tp_mode="data") == ""
+    assert of(mm_processor_kwargs={"min_pixels": 4}) != of() != of(video_pruning_rate=0.5)
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.32.0", "0.32.1+cpu"])
+def test_versions_whose_pages_are_known_to_be_the_same_agree(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    here = page_format()
+    monkeypatch.setattr(vllm, "__version__", version)
+    assert page_format() == here == identity.PAGE_FORMAT
+
+
+def test_a_version_that_nobody_looked_at_agrees_with_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.77.1")
+    assert page_format() == "vllm 0.77.1"
+
+
+def test_names_count_only_where_weights_have_no_digest(config: Configs) -> None:
+    """With a digest the name of the folder refuses nobody; without one, name and revision must do."""
+    one, other = (config(folder).model_config for folder in "ab")
+    other.model = "/elsewhere/another-name"
+    assert names(one, Settings(), "ab12") == names(other, Settings(), "ab12") == {}
+    assert names(one, Settings(), "") != names(other, Settings(), "")
+    assert set(names(one, Settings(), "")) == {"model", "revision"}
+    assert names(one, Settings(model_id="m"), "") == names(other, Settings(model_id="m"), "") == {"model": "m"}
