@@ -48,6 +48,7 @@ REMEDIES = {
 }
 _ORDER = {name: place for place, name in enumerate(REMEDIES)}
 _BY_FIELD = frozenset({"model_config"})  # facts that are texts of model_facts
+_NAMES = frozenset({"model", "revision"})  # nobody's business where equal weights have a digest
 _IGNORED = frozenset({"tp_rank"})  # every pair of ranks differs in it; geometry says which heads each one holds
 
 
@@ -68,10 +69,11 @@ class Mismatch:
 def compare(ours: Fingerprint, yours: Fingerprint) -> Mismatch | None:
     """The most telling fact that keeps two workers apart, or None if they can exchange pages.
 
-    ``tp_size`` may differ where each side's splits the ``kv_heads`` evenly; ``tp_rank`` is not compared. A field that
-    one side lacks is a mismatch. The answer is symmetric: both sides find the same field.
+    ``tp_size`` may differ where each side's splits the ``kv_heads`` evenly; ``tp_rank`` is not compared, nor are
+    names of models whose ``weights`` are the same. A field that one side lacks is a mismatch. The answer is symmetric: both sides find the same field.
     """
-    for field in sorted({*ours, *yours} - _IGNORED, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
+    ignored = _IGNORED | _NAMES if ours.get("weights") and ours["weights"] == yours.get("weights") else _IGNORED
+    for field in sorted({*ours, *yours} - ignored, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
         mine, theirs = ours.get(field), yours.get(field)
         if _same(mine, theirs):
             continue

@@ -141,22 +141,14 @@ def _regions(caches: KVCaches) -> list[Region]:
 def _fingerprint(caches: KVCaches, config: VllmConfig, settings: Settings) -> dict[str, FingerprintValue]:
     model = config.model_config
     first = next(iter(caches.values()))
-    weights = "" if settings.model_id else weights_digest(Path(model.model))
     return {
-        **names(model, settings, weights),
-        "weights": weights,
+        "model": settings.model_id or _model_name(model),
+        "revision": str(model.revision or ""),
+        "weights": "" if settings.model_id else weights_digest(Path(model.model)),
         **model_identity(config, first.dtype),
         "attention_backend": _attention_backend(config),
         "layer_names": _digest(sorted(caches)),
     }
-
-
-def names(model: Any, settings: Settings, weights: str) -> dict[str, FingerprintValue]:
-    """Where weights have a digest, what they are called is nobody's business. Elsewhere a name must do: the user's own
-    ``model_id``, or that of the model and its revision."""
-    if settings.model_id:
-        return {"model": settings.model_id}
-    return {} if weights else {"model": _model_name(model), "revision": str(model.revision or "")}
 
 
 def _model_name(model: Any) -> str:

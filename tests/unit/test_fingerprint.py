@@ -15,7 +15,7 @@ FACTS: dict[str, str | int | bool] = {
     "protocol_version": 1,
     "model": "tiny-lm",
     "revision": "",
-    "weights": "ab12",
+    "weights": "",  # of which a digest would make names unimportant
     "model_config": "cd34",
     "dtype": "bfloat16",
     "kv_cache_dtype": "auto/bfloat16",
@@ -145,3 +145,16 @@ def test_plain_shortens_visibly() -> None:
     assert plain("a\nb\0c", 10) == "a?b?c"
     assert plain("x" * 20, 10) == "x" * 9 + "…"
     assert plain("x" * 10, 10) == "x" * 10
+
+
+def test_names_count_only_where_equal_weights_have_no_digest() -> None:
+    """What a model's folder is called on each host is nobody's business; without a digest, name and revision must do."""
+    elsewhere = {**FACTS, "model": "other", "revision": "r"}
+    for weights in ("", "cd34"):
+        assert differing({**FACTS, "weights": weights}, {**elsewhere, "weights": weights}) == (
+            "" if weights else "model"
+        )
+    assert differing({**FACTS, "weights": "ab12"}, {**elsewhere, "weights": "other"}) == "weights"
+    assert differing(FACTS, {**elsewhere, "weights": "other"}) == "weights"
+    nameless = {name: value for name, value in FACTS.items() if name != "weights"}
+    assert differing(nameless, {**nameless, "revision": "r"}) == "revision"

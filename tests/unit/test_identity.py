@@ -17,9 +17,7 @@ import torch
 from vllm.config import ModelConfig
 
 from pdtransport.kv.fingerprint import compare
-from pdtransport.settings import Settings
 from pdtransport.vllm import identity
-from pdtransport.vllm.geometry import names
 from pdtransport.vllm.identity import kv_cache_dtype, media, model_facts, model_identity, page_format
 
 TINY_LM = Path(__file__).resolve().parents[2] / "examples" / "models" / "tiny-lm"
@@ -182,13 +180,3 @@ def test_a_version_that_nobody_looked_at_agrees_with_itself_alone(monkeypatch: p
 
     monkeypatch.setattr(vllm, "__version__", "0.77.1")
     assert page_format() == "vllm 0.77.1"
-
-
-def test_names_count_only_where_weights_have_no_digest(config: Configs) -> None:
-    """With a digest the name of the folder refuses nobody; without one, name and revision must do."""
-    one, other = (config(folder).model_config for folder in "ab")
-    other.model = "/elsewhere/another-name"
-    assert names(one, Settings(), "ab12") == names(other, Settings(), "ab12") == {}
-    assert names(one, Settings(), "") != names(other, Settings(), "")
-    assert set(names(one, Settings(), "")) == {"model", "revision"}
-    assert names(one, Settings(model_id="m"), "") == names(other, Settings(model_id="m"), "") == {"model": "m"}
