@@ -97,10 +97,11 @@ class Handing:
         tokens: int,
         on_end: OnOutcome,
         on_promise: OnPromise | None = None,
+        adapter: str = "",
     ) -> None:
         blocks = -(-tokens // self._geometry.block_size)
         try:
-            actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic())
+            actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic(), adapter)
         except TransferOver as over:
             self._counters[f"opens_refused_{over.code.value}"] += 1
             tell(on_end, Outcome(transfer, False, over.code.value, over.reason))

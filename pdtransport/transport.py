@@ -172,12 +172,12 @@ class Offer(Handle):
         """Give up, unless decode has granted room already: it can have the pages from elsewhere."""
         self._in_turn(None, lambda exchange: exchange.handing.let_go(self, self.transfer, reason))
 
-    def cancel(self, reason: str = "cancelled") -> None:
+    def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
 
         def cancelled(exchange: Exchange) -> None:
             exchange.gate.drop(self)
-            exchange.handing.cancel(self, self.transfer, Code.CANCELLED, reason)
+            exchange.handing.cancel(self, self.transfer, code, reason)
 
         self._transport._call(cancelled)
 
@@ -185,9 +185,9 @@ class Offer(Handle):
 class Receipt(Handle):
     """Pages of one request that another worker prefills for us. The pages are ours alone again once it ended."""
 
-    def cancel(self, reason: str = "cancelled") -> None:
+    def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
-        self._in_turn(None, lambda exchange: exchange.taking.cancel(self, self.transfer, Code.CANCELLED, reason))
+        self._in_turn(None, lambda exchange: exchange.taking.cancel(self, self.transfer, code, reason))
 
 
 class Transport:
@@ -270,10 +270,12 @@ class Transport:
         tokens: int,
         on_end: OnOutcome | None = None,
         on_promise: OnPromise | None = None,
+        adapter: str = "",
     ) -> Offer:
         """Announce a request of ``tokens`` prompt tokens whose pages will be handed over as ``transfer``.
 
         ``key`` is the content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must name the same.
+        ``adapter`` is what people call the adapter whose content the key covers, for reasons.
         ``on_end`` and ``on_promise`` run in the I/O thread and must not block. The latter is called, once at most, when
         decode promises to go on from the first token that :meth:`Offer.finish` names.
 
@@ -284,7 +286,11 @@ class Transport:
         blocks = self._checked_prompt(transfer, key, tokens)
         self._note_offer(transfer)
         offer = Offer(self, transfer, tokens, blocks, on_end)
-        self._call(lambda exchange: exchange.handing.open(offer, transfer, key, tokens, offer._ended, on_promise))
+
+        def opened(exchange: Exchange) -> None:
+            exchange.handing.open(offer, transfer, key, tokens, offer._ended, on_promise, adapter)
+
+        self._call(opened)
         return offer
 
     # -- decode --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ MAX_TOKEN = (1 << 32) - 1  # token ids travel as u32
 _REQUEST = b"pdt-request-1"  # personalisation: bump the number if the encoding ever changes
 _BLOCK = b"pdt-block-1"
 _CHUNK = b"pdt-chunk-1"
+_ADAPTER = b"pdt-adapter-1"
 
 
 def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] = ()) -> bytes:
@@ -38,6 +39,19 @@ def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] =
     state.update(_length(len(packed) // 4))
     state.update(packed)
     return state.digest()
+
+
+def adapted_key(key: bytes, adapter: str) -> bytes:
+    """Key of a prompt that is computed with an adapter, 32 bytes: its first half is the prompt's, its second the
+    adapter's, so that who compares two can say which of both differs.
+
+    Args:
+        key: :func:`request_key` of the prompt.
+        adapter: the adapter's content digest.
+    """
+    return (
+        key[: KEY_BYTES // 2] + hashlib.blake2b(adapter.encode(), digest_size=KEY_BYTES // 2, person=_ADAPTER).digest()
+    )
 
 
 def block_keys(tokens: Sequence[int], block_size: int, *, salt: str = "", extra: Sequence[str] = ()) -> list[bytes]:

@@ -48,6 +48,7 @@ class _Request:
     first_token: int | None = None
     cached_tokens: int | None = None
     cancelled: tuple[Code, str] | None = None
+    adapter: str = ""  # what people call it
     consumers: int | None = None  # how many will grant; the first grant says
     grants: dict[Peer, ProducerMachine] = field(default_factory=dict)
     claimed_by: dict[Peer, float] = field(default_factory=dict)  # since when
@@ -80,8 +81,11 @@ class Sending:
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
-    def open(self, transfer: TransferId, digest: bytes, tokens: int, blocks: int, now: float) -> list[Action]:
-        """A request arrived that is to be handed over: ``tokens`` prompt tokens in ``blocks`` blocks.
+    def open(
+        self, transfer: TransferId, digest: bytes, tokens: int, blocks: int, now: float, adapter: str = ""
+    ) -> list[Action]:
+        """A request arrived that is to be handed over: ``tokens`` prompt tokens in ``blocks`` blocks. ``adapter`` names
+        in reasons what of ``digest`` is its content.
 
         Raises:
             TransferOver: the id is live or over (used before, or given up by decode before the request arrived), or
@@ -94,7 +98,7 @@ class Sending:
             raise TransferOver(code or Code.REUSED, reason or "this transfer id was used before; mint one per dispatch")
         if len(self._requests) >= self.limits.max_transfers:
             raise TransferOver(Code.OVERLOADED, f"{len(self._requests)} transfers are live (max_transfers)")
-        request = _Request(digest, tokens, blocks)
+        request = _Request(digest, tokens, blocks, adapter=adapter)
         self._requests[transfer] = request
         actions: list[Action] = []
         for key in [key for key in self._early_claims if key[0] == transfer]:
@@ -314,6 +318,10 @@ class Sending:
         if grant.tokens != request.tokens:
             return f"prefill has {request.tokens} prompt tokens, decode expects {grant.tokens}"
         if grant.digest != request.digest:
+            if grant.digest[:16] == request.digest[:16]:  # see kv.keys.adapted_key
+                if request.adapter:
+                    return f"prefill's {request.adapter} has not the content of decode's adapter, or decode has none"
+                return "prefill computes without an adapter, decode with one"
             return "prefill and decode have different prompts under this transfer id"
         if grant.first_block + grant.blocks != request.blocks:
             return f"decode granted up to block {grant.first_block + grant.blocks}, the prompt has {request.blocks}"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from pdtransport.settings import Settings
+from pdtransport.vllm.beyond_window import Window
+from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import control_port
 from pdtransport.vllm.logs import join_vllm_log
@@ -61,11 +63,14 @@ class PDTransportConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         join_vllm_log()  # loaded by its module's path, nobody registered it
+        refuse_model(vllm_config)
+        refuse_caches(kv_cache_config)
         config = self._kv_transfer_config
         settings = Settings.parse(config.kv_connector_extra_config)
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("pdtransport does not hand over pipeline-parallel shards yet: use tensor parallelism")
+        refuse_context_parallel(vllm_config)
         events = False
         if settings.pool is not None:
             from pdtransport.vllm.pool_space import check_use, kv_events_on
@@ -76,6 +81,14 @@ class PDTransportConnector(KVConnectorBase_V1):
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
             shorten_spins(settings)  # the workers run already, and the engine's readers of their answers exist
+            window = window_of(kv_cache_config)
+            if window is not None:
+                logger.warning(
+                    "prompts of more than %d tokens are not handed over but computed by decode alone (beyond_window): "
+                    "all layers of this model attend to so many tokens, and vLLM gives the blocks behind them back "
+                    "while a prompt is computed",
+                    window,
+                )
             self._scheduler = SchedulerSide(
                 settings,
                 producer=config.is_kv_producer,
@@ -86,9 +99,18 @@ class PDTransportConnector(KVConnectorBase_V1):
                 ranks=parallel.tensor_parallel_size,
                 first_tokens=FirstTokens(vllm_config),
                 events=events,
+                window=Window(window),
+                adapters=vllm_config.lora_config is not None,
             )
         else:
             self._worker = WorkerSide(settings, vllm_config, str(config.kv_role), kv_cache_config)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """No layout is required. This is the one hook that vLLM calls before it lays out the cache, where it would
+        refuse hybrid models for a reason that says nothing."""
+        refuse_model(vllm_config)
+        return None
 
     # -- scheduler -----------------------------------------------------------------------------------------------
 
@@ -176,6 +198,9 @@ class PDTransportConnector(KVConnectorBase_V1):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         sent, received, failed = self.worker.collect()
         return KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker.take_invalid()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         results = self.get_transfer_results(finished_req_ids)

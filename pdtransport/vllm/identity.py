@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
-# vLLM's versions whose KV pages hold the same under the same facts (attention backend, shape, layout, dtype): K and V of
-# a head packed, one view of [blocks, heads, tokens, content] a layer. Any other version has a format of its own.
+# vLLM's versions whose KV pages hold the same under the same facts (attention backend, shape, layout, dtype): K and V
+# of a head packed, one view of [blocks, heads, tokens, content] a layer. Any other version has a format of its own.
 PAGE_FORMAT = "packed-kv-1"
 KNOWN_VERSIONS = ("0.30", "0.31", "0.32")
 

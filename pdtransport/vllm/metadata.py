@@ -7,20 +7,37 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from pdtransport.protocol.messages import Code
 
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
 
 @dataclass(frozen=True)
 class Open:
-    """Prefill: this request's pages will be handed over as ``transfer``."""
+    """Prefill: this request's pages will be handed over as ``transfer``. ``key``: of the prompt; a worker completes it
+    by the content of ``adapter`` (:mod:`pdtransport.vllm.adapted`)."""
 
     req_id: str
     transfer: str
     key: bytes
     tokens: int
+    adapter: LoRARequest | None = None
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """In this step a request with an adapter writes KV into ``blocks``. ``anew``: of the first of them there was
+    nothing before. ``number``: the adapter's id."""
+
+    req_id: str
+    number: int
+    blocks: list[int]
+    anew: bool
 
 
 @dataclass(frozen=True)
@@ -72,9 +89,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Take:
-    """Decode: take blocks ``first_block ..`` into ``pages``. Without pages nothing is reported to the scheduler:
-    decode holds the prefix already, or the request is gone, and prefill learns that it may free its pages.
-    ``first_token``: promise to go on from the first token that prefill names."""
+    """Decode: take blocks ``first_block ..`` into ``pages``, by a ``key`` that is completed as prefill's. Without
+    pages nothing is reported to the scheduler: decode holds the prefix already, or the request is gone, and prefill
+    learns that it may free its pages. ``first_token``: promise to go on from the first token that prefill names."""
 
     req_id: str
     transfer: str
@@ -86,6 +103,7 @@ class Take:
     port: int
     ranks: int
     first_token: bool = False
+    adapter: LoRARequest | None = None
 
 
 @dataclass(frozen=True)
@@ -111,21 +129,26 @@ class Cancel:
 @dataclass(frozen=True)
 class Fetch:
     """Load chunks from the pool into ``pages``, of which the first ``held`` blocks of the first chunk are left out: the
-    engine holds them. ``keys``: by rank, one for each of its parts of each chunk, chunk by chunk."""
+    engine holds them. ``keys``: by rank, one for each of its parts of each chunk, chunk by chunk. ``content``: the
+    digest of ``adapter`` that these keys go by."""
 
     req_id: str
     keys: list[list[bytes]]
     held: int
     pages: list[int]
+    adapter: LoRARequest | None = None
+    content: str | None = None
 
 
 @dataclass(frozen=True)
 class Keep:
-    """After this step, ``pages`` hold whole chunks: store them in the pool. ``keys`` as in :class:`Fetch`."""
+    """After this step, ``pages`` hold whole chunks: store them in the pool. ``keys`` and ``content`` as in
+    :class:`Fetch`; without keys, there is nothing to store, and that is reported."""
 
     req_id: str
     keys: list[list[bytes]]
     pages: list[int]
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,9 @@ class Yield:
     req_id: str
 
 
-Command = Open | Pages | Rewind | Finish | Drop | Claim | Take | Decline | Cancel | Fetch | Keep | Settle | Yield
+Command = (
+    Open | Pages | Wrote | Rewind | Finish | Drop | Claim | Take | Decline | Cancel | Fetch | Keep | Settle | Yield
+)
 
 
 @dataclass
@@ -167,7 +192,8 @@ class News(KVConnectorWorkerMetadata):
     pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the key of its first part (where KV
     events are on); ``held``: seconds for which a step was held for its pages, or by which, negative, they were there
     before it (of several workers, by the one that had the least time); ``void``: whose step was computed before its
-    pages came, whatever became of them."""
+    pages came, whatever became of them; ``adapters``: digests of adapters that were loaded, by id (empty where workers
+    hold different ones)."""
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
@@ -176,6 +202,7 @@ class News(KVConnectorWorkerMetadata):
     in_pool: Counter[bytes] = field(default_factory=Counter)
     held: dict[str, float] = field(default_factory=dict)
     void: set[str] = field(default_factory=set)
+    adapters: dict[int, str] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
         assert isinstance(other, News)
@@ -187,4 +214,10 @@ class News(KVConnectorWorkerMetadata):
             self.in_pool + other.in_pool,
             {**self.held, **{name: min(value, self.held.get(name, value)) for name, value in other.held.items()}},
             self.void | other.void,
+            _agreed(self.adapters, other.adapters),
         )
+
+
+def _agreed(mine: dict[int, str], theirs: dict[int, str]) -> dict[int, str]:
+    differ = {number for number in mine.keys() & theirs.keys() if mine[number] != theirs[number]}
+    return {**mine, **theirs, **dict.fromkeys(differ, "")}

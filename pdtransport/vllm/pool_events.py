@@ -120,14 +120,15 @@ class PoolEvents:
             generate_block_hash_extra_keys(request, block * size, (block + 1) * size, 0)[0]
             for block in range(first, end)
         ]
+        adapter = request.lora_request
         event = BlockStored(
             block_hashes=list(hashes),  # it may be joined with others
             parent_block_hash=maybe_convert_block_hash(request.block_hashes[first - 1]) if first else None,
             token_ids=list(request.all_token_ids[first * size : end * size]),
             block_size=size,
-            lora_id=None,
+            lora_id=adapter.lora_int_id if adapter is not None else None,
             medium=MEDIUM_CPU,
-            lora_name=None,
+            lora_name=adapter.lora_name if adapter is not None else None,
             extra_keys=to_event_extra_keys(extra),
             group_idx=0,
             locality="LOCAL",

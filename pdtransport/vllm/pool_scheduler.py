@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from pdtransport.vllm.adapter_requests import AdapterRequests
+
 logger = logging.getLogger(__name__)
 
 # A lookup that a request no longer waits for may still be answered for so long. Meanwhile nobody else waits for a pool
@@ -40,6 +42,7 @@ class _Prompt:
     shards: list[list[KeySpace]]  # by rank, of its parts, with the salt
     keys: dict[KeySpace, list[bytes]]
     tokens: int  # the prompt's
+    content: str | None  # of its adapter, if it has one
     sought: int = 0  # chunks that were asked for
     lookups: Collection[Pending[Found]] = ()
     until: float = 0.0
@@ -83,6 +86,7 @@ class PoolScheduler:
         events: tell of the pool's chunks in vLLM's KV events.
         client: for tests.
         settings: of the engine, for a pool on another host.
+        adapters: of the engine's requests; None: they have none.
 
     Raises:
         SettingsError: the salt's file can't be used.
@@ -99,7 +103,9 @@ class PoolScheduler:
         events: bool = False,
         client: PoolClient | None = None,
         settings: Settings | None = None,
+        adapters: AdapterRequests | None = None,
     ) -> None:
+        self._adapters = adapters
         self._use, self._settings = use.with_salt(), settings or Settings()
         self._block_size, self._ranks = block_size, ranks
         self._chunk = use.chunk_blocks * block_size
@@ -156,20 +162,27 @@ class PoolScheduler:
         whole = request.num_prompt_tokens // self._chunk
         if not self._shards or not (whole or self._generated):
             return
-        if why_unkeyable(request):
+        content = self._content(request)
+        if why_unkeyable(request) or content is None:
             self._count("skipped", whole)
             return
         assert request.prompt_token_ids is not None
         salt = salt_of(self._use.salt, request)
-        salted = [[replace(space, salt=salt) for space in parts] for parts in self._shards]
+        salted = [[replace(space, salt=salt, lora=content) for space in parts] for parts in self._shards]
         keys = {
             space: chunk_keys(space, request.prompt_token_ids, tail=False)
             for space in dict.fromkeys(space for parts in salted for space in parts)
         }
-        prompt = _Prompt(request, salted, keys, request.num_prompt_tokens, state="done")
+        prompt = _Prompt(request, salted, keys, request.num_prompt_tokens, content or None, state="done")
         self._prompts[request.request_id] = prompt
         if look_up:
             self.ask(request.request_id)
+
+    def _content(self, request: Request) -> str | None:
+        """Digest of its adapter, empty without one; None while no worker has said what it loaded."""
+        if request.lora_request is None:
+            return ""
+        return self._adapters.content(request) if self._adapters is not None else None
 
     def ask(self, req_id: str) -> None:
         """Ask what the pool holds of this prompt; the scheduler is told when it asks next."""
@@ -279,6 +292,8 @@ class PoolScheduler:
             prompt.cut(first, prompt.there),
             held % self._chunk // self._block_size,
             blocks[held // self._block_size : prompt.there * self._use.chunk_blocks],
+            request.lora_request,
+            prompt.content,
         )
 
     def loading(self, req_id: str) -> bool:
@@ -314,7 +329,7 @@ class PoolScheduler:
             if ids is None:
                 continue
             per = self._use.chunk_blocks
-            found.append(Keep(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per])))
+            found.append(Keep(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per]), prompt.content))
             if self._events is not None:
                 self._events.storing(prompt.request, first, prompt.parts(first, end))
             prompt.stored = end

@@ -84,13 +84,15 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
     }
     # Of another tensor-parallel size: the shard says what differs. Of another protocol version: pages are the same.
     del layout["tp_size"], layout["protocol_version"]
-    elsewhere = {*layout, "model", "dtype", "kv_cache_dtype", "model_config", *CONTEXT_PARALLEL_FACTS}
+    elsewhere = {*layout, "model", "revision", "dtype", "kv_cache_dtype", "model_config", *CONTEXT_PARALLEL_FACTS}
     computed = {name: value for name, value in facts.items() if name not in elsewhere}
     computed["model_config"] = model_facts(config.model_config).digest()
     computed["draft"] = _draft(config)
+    if not facts["weights"]:  # with a digest, what they are called is nobody's business
+        computed["revision"] = facts["revision"]
     return [
         KeySpace(
-            model=str(facts.get("model") or f"weights {facts['weights']}"),
+            model=f"weights {facts['weights']}" if facts["weights"] else str(facts["model"]),
             revision=json.dumps(computed, sort_keys=True),
             dtype=f"{facts['dtype']}/{facts['kv_cache_dtype']}",
             layout=json.dumps(layout, sort_keys=True),
@@ -180,8 +182,6 @@ def kv_events_on(config: VllmConfig) -> bool:
 
 def why_unkeyable(request: Request) -> str:
     """What this request's KV depends on that no key says; empty if it can be found by its tokens."""
-    if request.lora_request is not None:
-        return "lora"  # an adapter may change under its name
     if request.mm_features:
         return "multimodal"
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.prompt_is_token_ids is not None:

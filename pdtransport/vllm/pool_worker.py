@@ -106,6 +106,9 @@ class PoolWorker:
 
     def keep(self, command: Keep, after: Any | None = None) -> None:
         """Store as many of its chunks as the queue has room for."""
+        if not command.keys:
+            self._on_kept(command.req_id)
+            return
         keys = command.keys[self._rank]
         with self._lock:
             room = max(0, self._use.max_queued_chunks - self._queued)
@@ -195,6 +198,10 @@ class PoolWorker:
         with self._lock:
             self._loads[command.req_id] = pending
         pending.future.add_done_callback(ended)
+
+    def refuse(self, command: Fetch) -> None:
+        """It is not to be loaded."""
+        self._loaded(command.req_id, len(command.keys[self._rank]), None)
 
     def _loaded(self, req_id: str, chunks: int, copied: Copied | None) -> None:
         good = copied.verdicts.count(Verdict.READ) if copied is not None else 0

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pdtransport.kv.keys import request_key
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
+from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.batches import Batches
 from pdtransport.vllm.bell import Bell, Rope
+from pdtransport.vllm.beyond_window import CODE, Window
 from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.metadata import (
@@ -84,6 +86,8 @@ class SchedulerSide:
         ranks: tensor-parallel size of this engine.
         first_tokens: which requests may go on from prefill's first token; None: none may.
         events: tell of the pool's chunks in vLLM's KV events.
+        window: which prompts are too long to be handed over; None: none is.
+        adapters: requests may have one.
     """
 
     def __init__(
@@ -98,9 +102,14 @@ class SchedulerSide:
         ranks: int,
         first_tokens: FirstTokens | None = None,
         events: bool = False,
+        window: Window | None = None,
+        adapters: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
+        self._window = window or Window(None)
+        self._adapters = AdapterRequests(block_size) if adapters else None
+        self._unneeded: set[str] = set()  # prefill's requests beyond the window
         self._producer, self._consumer = producer, consumer
         self._block_size = block_size
         self._engine, self._port, self._ranks = engine, port, ranks
@@ -138,6 +147,7 @@ class SchedulerSide:
             ring=self._rope.pull,
             events=events,
             settings=self._settings,
+            adapters=self._adapters,
         )
 
     def bind(self, connector: Any, manager: Any) -> None:
@@ -159,6 +169,8 @@ class SchedulerSide:
             if params is not None:
                 self._decline(params, Code.REJECTED, REJECTED)
             return
+        if self._adapters is not None:
+            self._adapters.arrive(request)
         self._read_wishes(request)
         if self._pool is not None:
             self._pool.arrive(request, look_up=request.request_id not in self._consuming)
@@ -173,8 +185,16 @@ class SchedulerSide:
             minted = wanted.produce is not None and request.kv_transfer_params.get("transfer_id") is None
             transfer, without = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
             problem = without
+        if not problem and wanted.consume is not None:
+            problem = self._window.why_not(request)
+        elif not problem and wanted.produce is not None:
+            problem = self._window.why_not_held(request)
+            if problem:
+                self._unneeded.add(request.request_id)
+                self._window.shorten(request)
         if problem:
-            logger.warning("request %s is not handed over: %s", request.request_id, problem)
+            level = logging.DEBUG if problem.startswith(CODE) else logging.WARNING  # said when the engine started
+            logger.log(level, "request %s is not handed over: %s", request.request_id, problem)
             # Without one of its own, its body's transfer is another one's.
             declined = "" if without else asked_transfer(request.kv_transfer_params)
             if declined:
@@ -185,7 +205,7 @@ class SchedulerSide:
         if wanted.produce is not None:
             tokens = request.num_prompt_tokens
             self._producing[request.request_id] = _Producing(transfer, request, tokens, wanted.produce.first_token)
-            self._before.append(Open(request.request_id, transfer, content_key(request), tokens))
+            self._before.append(Open(request.request_id, transfer, content_key(request), tokens, request.lora_request))
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
                 wanted.consume.model_copy(update={"transfer_id": transfer}),
@@ -277,6 +297,7 @@ class SchedulerSide:
                 p.remote_port,
                 p.tp_size,
                 first_token,
+                entry.request.lora_request,
             )
         )
 
@@ -295,6 +316,8 @@ class SchedulerSide:
             for seconds in news.held.values():
                 self._expectations.lead.learn(seconds, self._clock())
             self._hear(news.promised)
+            if self._adapters is not None:
+                self._adapters.hear(news.adapters)
             if self._pool is not None:
                 self._pool.kept(news.kept)
                 self._pool.stored(news.in_pool)
@@ -367,8 +390,10 @@ class SchedulerSide:
             storing = self._pool is not None and self._pool.preempted(req_id)
             if storing or req_id in self._producing:
                 self._before.append(Rewind(req_id))
-        if self._producing or self._pool is not None:
+        if self._producing or self._pool is not None or self._adapters is not None:
             computed = _computed_before(output)
+            if self._adapters is not None:
+                after += self._adapters.wrote(output, computed)
             after += self._progress(output, computed)
             if self._pool is not None:
                 # What was computed from pages that may yet fail to come is nobody's to keep.
@@ -475,6 +500,8 @@ class SchedulerSide:
                 self._before.append(Cancel(req_id))
             elif consuming.state == "waiting":
                 self._decline(consuming.params, Code.CANCELLED, LEFT)
+        if self._adapters is not None and self._adapters.finished(req_id) and (consuming is not None or self._pool):
+            self._before.append(Cancel(req_id))  # workers may wait for its first step
         self._hear(self._bell.promises())
         entry = self._producing.pop(req_id, None)
         if self.from_pool(req_id):  # vLLM keeps the blocks until the load's end is reported, and wants one report
@@ -488,7 +515,7 @@ class SchedulerSide:
             if storing:
                 self._awaited.add(req_id)
                 self._before.append(Settle(req_id))
-            return storing, None
+            return storing, self._not_handed_over(req_id)
         self._awaited.add(req_id)
         if not delivered:
             self._before.append(Drop(req_id))
@@ -509,6 +536,18 @@ class SchedulerSide:
             "remote_host": self._settings.control.host,
             "remote_port": self._port,
             "tp_size": self._ranks,
+        }
+
+    def _not_handed_over(self, req_id: str) -> dict[str, Any] | None:
+        """What prefill's answer says of a request that it was to hand over, and did not."""
+        if req_id not in self._unneeded:
+            return None
+        self._unneeded.remove(req_id)
+        return {
+            "do_remote_prefill": False,
+            "do_remote_decode": False,
+            "not_handed_over": CODE,
+            "first_token_declined": CODE,
         }
 
     def _first_token_of(self, entry: _Producing, request: Request) -> tuple[int | None, str]:
@@ -535,11 +574,10 @@ def _computed_before(output: SchedulerOutput) -> dict[str, int]:
 
 
 def content_key(request: Request) -> bytes:
-    """What the request's KV depends on beside the model: tokens, adapter, multimodal inputs, tenant's salt."""
+    """What the request's KV depends on beside the model and an adapter, whose content workers know: tokens, multimodal
+    inputs, tenant's salt."""
     assert request.prompt_token_ids is not None
     extra: list[str] = []
-    if request.lora_request is not None:
-        extra.append(f"lora:{request.lora_request.lora_name}:{request.lora_request.lora_path}")
     for feature in request.mm_features or ():
         extra.append(f"mm:{feature.identifier}:{feature.mm_position.offset}:{feature.mm_position.length}")
     return request_key(request.prompt_token_ids, salt=request.cache_salt or "", extra=extra)

@@ -17,6 +17,8 @@ from pdtransport.outcome import Outcome
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.transport import Offer, Receipt, Transport
+from pdtransport.vllm.adapted import Adapted
+from pdtransport.vllm.adapters import Adapters, named
 from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.geometry import Described, KVCaches, describe
 from pdtransport.vllm.held import Held
@@ -81,6 +83,8 @@ class WorkerSide:
         self._lock = threading.Lock()
         self._rope = Rope()
         self._pool: PoolWorker | None = None
+        self._adapters: Adapters | None = None
+        self._adapted: Adapted | None = None
         self.shard: Shard | None = None  # what chunks of the pool are this worker's
         # Written by the I/O thread and by the worker's own, under the lock:
         self._held = Held()
@@ -121,6 +125,14 @@ class WorkerSide:
             if stream is not None:
                 self._holding.use(stream)
         self._open_pool(described)
+        if self._config.lora_config is not None:
+            self._adapters = Adapters.of_this_worker()
+            self._adapted = Adapted(
+                self._adapters,
+                self._refuse,
+                self._config.cache_config.block_size,
+                self._settings.deadlines.arrival_s,
+            )
 
     def _open_pool(self, described: Described) -> None:
         use = self._settings.pool
@@ -207,6 +219,9 @@ class WorkerSide:
         todo, commands.after = commands.after, []
         forward, self._forward = self._forward, None
         step, self._step = self._step, None
+        if self._adapted is not None:
+            for waited in self._adapted.load(todo):
+                self._do_now(waited, self._mark(), None)
         computed = (forward or self._mark()) if todo else None
         for command in todo:
             self._do(command, computed, step)
@@ -237,13 +252,21 @@ class WorkerSide:
         return event
 
     def _do(self, command: Command, after: torch.cuda.Event | None, step: Step | None = None) -> None:
+        ready: Command | None = command if self._adapted is None else self._adapted.ready(command)
+        if ready is not None:
+            self._do_now(ready, after, step)
+
+    def _do_now(self, command: Command, after: torch.cuda.Event | None, step: Step | None) -> None:
         transport = self._transport
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
             self._open(transport, command)
         elif isinstance(command, Pages):
             offer = self._offers.get(command.req_id)
-            if offer is not None:
+            problem = self._adapted.why_not(command) if self._adapted is not None else ""
+            if offer is not None and problem:
+                offer.cancel(problem, Code.MISMATCH)
+            elif offer is not None:
                 if command.cached is not None:
                     offer.cached(command.cached)
                 passed = step.ended if step is not None else None
@@ -283,13 +306,35 @@ class WorkerSide:
         promised = partial(self._promised, command.req_id)
         with self._lock:
             self._held.use(command.req_id)
+        adapter = named(command.adapter) if command.adapter is not None else ""
         try:
-            offer = transport.offer(command.transfer, command.key, command.tokens, ended, promised)
+            offer = transport.offer(command.transfer, command.key, command.tokens, ended, promised, adapter)
         except InvalidCall as error:  # a router used its id before
             logger.warning("request %s is not handed over: %s", command.req_id, error)
             ended(Outcome(command.transfer, False, Code.REUSED.value, str(error)))
         else:
             self._offers[command.req_id] = offer
+
+    def _refuse(self, command: Open | Take | Fetch, reason: str) -> None:
+        """End what the scheduler was promised: its adapter is not what it should be. Both sides hear why."""
+        logger.warning("request %s is not handed over: %s", command.req_id, reason)
+        if isinstance(command, Fetch):
+            if self._pool is not None:
+                self._pool.refuse(command)
+            return
+        self._do_now(command, None, None)
+        if isinstance(command, Open):
+            offer = self._offers.get(command.req_id)
+            if offer is not None:
+                offer.cancel(reason, Code.MISMATCH)
+            return
+        receipt = self._receipts.get(command.req_id)
+        if receipt is not None:
+            receipt.cancel(reason, Code.MISMATCH)
+
+    def take_invalid(self) -> set[int]:
+        """Blocks that the step which ended must not have begun with; see :mod:`pdtransport.vllm.adapted`."""
+        return self._adapted.take_invalid() if self._adapted is not None else set()
 
     def _do_pool(self, pool: PoolWorker, command: Command, after: torch.cuda.Event | None) -> None:
         if isinstance(command, Keep):
@@ -306,6 +351,8 @@ class WorkerSide:
                 self._sent.add(req_id)
 
     def _close_offer(self, command: Finish | Drop) -> None:
+        if self._adapted is not None:
+            self._adapted.finished(command.req_id)
         if isinstance(command, Finish) or command.report:
             self._end(command.req_id)
         offer = self._offers.pop(command.req_id, None)
@@ -391,6 +438,7 @@ class WorkerSide:
             self._received.add(req_id)
             if not ok:
                 self._failed.add(req_id)
+                self._forget_adapter(req_id)
         if ok:
             self._rope.arrived(req_id, self._rank)
         self._rope.pull()
@@ -414,10 +462,15 @@ class WorkerSide:
                 self._news.first_tokens[req_id] = outcome.first_token
             if not outcome.ok:
                 self._failed.add(req_id)
+                self._forget_adapter(req_id)
         # A first token comes with the step's output, and so does a step that is void: no other goes on from it.
         if outcome.ok and in_time and outcome.first_token is None:
             self._rope.arrived(req_id, self._rank)
         self._rope.pull()
+
+    def _forget_adapter(self, req_id: str) -> None:
+        if self._adapted is not None:
+            self._adapted.failed(req_id)
 
     def collect(self) -> tuple[set[str], set[str], set[str]]:
         """``(finished sending, finished receiving, failed receiving)`` since the last call, each request once."""
@@ -431,6 +484,8 @@ class WorkerSide:
         """Since the last call; None if there is none. First tokens come no later than their request's end."""
         with self._lock:
             news, self._news = self._news, News()
+        if self._adapters is not None:
+            news.adapters = self._adapters.take_news()
         return news if news != News() else None
 
     def take_stats(self) -> PDTransportStats | None:

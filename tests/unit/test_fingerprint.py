@@ -148,7 +148,7 @@ def test_plain_shortens_visibly() -> None:
 
 
 def test_names_count_only_where_equal_weights_have_no_digest() -> None:
-    """What a model's folder is called on each host is nobody's business; without a digest, name and revision must do."""
+    """What a model's folder is called on a host is nobody's business; without a digest, name and revision must do."""
     elsewhere = {**FACTS, "model": "other", "revision": "r"}
     for weights in ("", "cd34"):
         assert differing({**FACTS, "weights": weights}, {**elsewhere, "weights": weights}) == (
