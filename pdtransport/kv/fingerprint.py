@@ -70,7 +70,8 @@ def compare(ours: Fingerprint, yours: Fingerprint) -> Mismatch | None:
     """The most telling fact that keeps two workers apart, or None if they can exchange pages.
 
     ``tp_size`` may differ where each side's splits the ``kv_heads`` evenly; ``tp_rank`` is not compared, nor are
-    names of models whose ``weights`` are the same. A field that one side lacks is a mismatch. The answer is symmetric: both find the same field.
+    names of models whose ``weights`` are the same. A field that one side lacks is a mismatch. The answer is symmetric:
+    both sides find the same field.
     """
     ignored = _IGNORED | _NAMES if ours.get("weights") and ours["weights"] == yours.get("weights") else _IGNORED
     for field in sorted({*ours, *yours} - ignored, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
