@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,14 +38,6 @@ def key_of(**facts: Any) -> bytes:
     return opened.key
 
 
-def adapter(folder: Path, name: str, weights: bytes) -> Any:
-    path = folder / name
-    path.mkdir()
-    (path / "adapter_config.json").write_text('{"r": 8}')
-    (path / "adapter_model.safetensors").write_bytes(weights)
-    return SimpleNamespace(lora_name=name, lora_int_id=len(name), lora_path=str(path), base_model_name=None)
-
-
 def test_a_tenants_salt_is_part_of_what_a_prompt_is() -> None:
     """Prefill of one tenant never fills a request of another, though both know the transfer's id and send the same
     tokens."""
@@ -54,11 +45,17 @@ def test_a_tenants_salt_is_part_of_what_a_prompt_is() -> None:
     assert key_of(cache_salt="a") == key_of(cache_salt="a")
 
 
-def test_an_adapter_is_part_of_what_a_prompt_is(tmp_path: Path) -> None:
-    """KV computed with an adapter is not that of the model alone, nor that of another adapter."""
-    one, other = adapter(tmp_path, "one", b"1"), adapter(tmp_path, "another", b"2")
-    assert len({key_of(), key_of(lora_request=one), key_of(lora_request=other)}) == 3
-    assert key_of(lora_request=one) == key_of(lora_request=one)
+def test_an_adapter_goes_with_what_asks_for_a_key() -> None:
+    """Its content is a part of what the prompt is, and workers alone know it: both roles tell them which one it is."""
+    adapter = SimpleNamespace(lora_name="one", lora_int_id=1, lora_path="/one")
+    prefill, decode = side(), side()
+    for facts in ({}, {"lora_request": adapter}):
+        prefill.on_new_request(request(PRODUCE, **facts))
+        made = request(CONSUME, **facts)
+        decode.on_new_request(made)
+        asked = [*step(prefill).before, *take(decode, made, 0, 1, 2, 3, 4)]
+        assert [each.adapter for each in asked if isinstance(each, Open | Take)] == [facts.get("lora_request")] * 2
+        prefill, decode = side(), side()
 
 
 def picture(identifier: str, offset: int = 3, length: int = 5) -> Any:

@@ -16,11 +16,18 @@ BUGS: list[Mutant] = [
             "a_tenants_salt_is_part_of_what_a_prompt_is",
         ),
         (
-            "content_key_is_without_adapter",
-            "content_key",
-            "request.lora_request is not None",
-            "False",
-            "an_adapter_is_part_of_what_a_prompt_is",
+            "prefills_key_is_without_adapter",
+            "SchedulerSide._read_wishes",
+            "tokens, request.lora_request)",
+            "tokens, None)",
+            "an_adapter_goes_with_what_asks_for_a_key",
+        ),
+        (
+            "decodes_key_is_without_adapter",
+            "SchedulerSide._take",
+            "entry.request.lora_request",
+            "None",
+            "an_adapter_goes_with_what_asks_for_a_key",
         ),
         (
             "last_token_need_not_be_computed",
@@ -56,6 +63,17 @@ BUGS: list[Mutant] = [
             "request.max_tokens > 1",
             "True",
             "a_request_of_one_token_computes_it_itself",
+        ),
+    ),
+    *bugs(
+        "pdtransport.vllm.adapted",
+        "adapters",
+        (
+            "content_key_is_without_adapter",
+            "Adapted._complete",
+            "adapted_key(command.key, digest)",
+            "command.key",
+            "keys_wait_for_the_adapter_and_are_of_its_content",
         ),
     ),
 ]
