@@ -10,7 +10,7 @@ LAYERS, HIDDEN = 8, 256
 OUT = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "o_proj": 256}
 
 
-def write_adapter(folder: Path, seed: int, *, scale: float = 0.5, rank: int = 8, **config: Any) -> Path:
+def write_adapter(folder: Path, seed: int, *, scale: float = 1.5, rank: int = 8, **config: Any) -> Path:
     """An adapter that changes tiny-lm's answers; another ``seed`` is another content. Files are rewritten in place."""
     import torch
     from safetensors.torch import save_file

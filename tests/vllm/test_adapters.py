@@ -87,13 +87,14 @@ def test_a_hand_over_goes_by_the_content_that_each_side_has_loaded(
         write_adapter(path, 2)  # decode gets the new bytes
         await load(client, decode, "x", path)
         answers = [await asked.own(prompt, "x") for prompt in prompts]
+        old = []
         for prompt, own in zip(prompts, answers, strict=True):
             tokens, record = await asked.handed(prompt, "x", "x")
             assert tokens == own
             assert record["code"] == "mismatch", record
             assert "LoRA adapter 'x'" in record["reason"], record
-            old = await client.complete(prefill, prompt, ANSWER, model="x")
-            assert old.tokens != own  # what it would have been
+            old.append((await client.complete(prefill, prompt, ANSWER, model="x")).tokens)
+        assert old != answers  # which is what they would have been
 
         async def crosses(there: str, here: str) -> None:
             await forget(client, decode)
@@ -102,20 +103,22 @@ def test_a_hand_over_goes_by_the_content_that_each_side_has_loaded(
                 assert tokens == own, (there, here)
                 assert (record["state"], record["code"]) == ("ready", ""), (there, here, record)
 
-        await load(client, prefill, "y", write_adapter(tmp_path / "elsewhere" / "copy", 2))
+        elsewhere = write_adapter(tmp_path / "elsewhere" / "copy", 2)
+        await load(client, prefill, "y", elsewhere)
+        await crosses("y", "x")
+        write_adapter(elsewhere, 1)  # and nobody loads it
         await crosses("y", "x")
         # Prefill's prefix cache is full of what "x" was: none of it may be handed over, nor stand in the way.
         await load(client, prefill, "x", path, load_inplace=True)
         await crosses("x", "x")
-        write_adapter(path, 1)  # loaded by nobody
-        await crosses("x", "x")
+        write_adapter(path, 1)
         await unload(client, prefill, "x")
         await load(client, prefill, "x", path)
         await forget(client, decode)
         tokens, record = await asked.handed(prompts[0], "x", "x")
         assert tokens == answers[0]
         assert "LoRA adapter 'x'" in record["reason"], record
-        tokens, record = await asked.handed(prompts[0], "y", "tiny-lm")  # another model than decode's: no adapter
+        tokens, record = await asked.handed(prompts[0], "y", "tiny-lm")  # decode computes without an adapter
         assert tokens == await asked.own(prompts[0], "tiny-lm")
         assert record["code"] == "mismatch", record
 
