@@ -14,8 +14,8 @@ HEADER_LENGTH = 8  # bytes, little-endian, before safetensors' JSON header
 # Fields of config.json that no key or value depends on: names, versions, and what only training or sampling reads.
 IDLE_FIELDS = frozenset(
     {
-        "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id",
-        "pretraining_tp", "torch_dtype", "transformers_version", "use_cache",
+        "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "pretraining_tp",
+        "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
 # Fields of adapter_config.json that what an adapter computes depends on.

@@ -55,7 +55,7 @@ WEIGHTS: dict[str, Callable[[], Tensors]] = {
 # What each changes in tiny-lm's config.json; None takes a field away.
 CONFIGS: dict[str, Mapping[str, Any]] = {
     "base": {},
-    "named": {"_name_or_path": "/models/of/somebody", "transformers_version": "4.51.0", "initializer_range": 0.5},
+    "named": {"_name_or_path": "/models/of/somebody", "transformers_version": "4.51.0", "use_cache": False},
     "older": {"rope_parameters": None, "rope_theta": 100000.0, "dtype": None, "torch_dtype": "bfloat16"},
     "theta": {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
     "eps": {"rms_norm_eps": 0.1},
