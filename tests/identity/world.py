@@ -93,6 +93,12 @@ class Instance:
             return self.on_disk(name)
         return self.memory[known.number]
 
+    def moved(self, adapter: str) -> bool:
+        """The files hold something else than the server read from them last. One that was loaded in place is read again
+        by the next step: until then the server can't know."""
+        last = self.memory.get(self.adapters[adapter].number) if adapter else None
+        return last is not None and last != self.on_disk(adapter)
+
     def on_disk(self, adapter: str) -> str:
         """What the files hold now that an adapter's name stands for."""
         return contents.adapter(adapter_folder(self.root, self.adapters[adapter].folder))
