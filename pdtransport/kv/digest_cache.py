@@ -1,0 +1,178 @@
+"""Digests of files that did not change are remembered, for this user on this host.
+
+A file is known by device, inode, size, modification and change time. An entry is a small JSON file in a folder that
+nobody else may write; whatever is damaged, foreign or too large is ignored, and said in one line. Processes that want
+the same digest at the same time compute it once: the others wait for the first, up to a deadline.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pdtransport.errors import SettingsError
+from pdtransport.kv.checkpoint import ALGORITHM, IDENTITY_DIGITS
+
+logger = logging.getLogger(__name__)
+
+MAX_ENTRY_BYTES = 4 << 20
+MAX_ENTRIES = 256
+POLL_S = 0.02
+
+_IDENTITY = re.compile(rf"[a-z]+:[0-9a-f]{{{IDENTITY_DIGITS}}}")
+
+FileFacts = tuple[int, int, int, int, int]
+
+
+def default_directory() -> Path:
+    """``$XDG_CACHE_HOME/pdtransport/weights``, or below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pdtransport" / "weights"
+
+
+def facts_of(files: Sequence[Path]) -> list[FileFacts]:
+    """What tells whether ``files`` are the same as before: sorted ``(device, inode, size, mtime_ns, ctime_ns)``.
+
+    Raises:
+        OSError: one is not there.
+    """
+    found = [file.stat() for file in files]
+    return sorted((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+
+
+class DigestCache:
+    """Entries lie in ``directory``, which is made if it is not there; None: :func:`default_directory`."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory if directory is not None else default_directory()
+
+    def identity(self, kind: str, files: Sequence[Path], compute: Callable[[], str], wait_s: float) -> str:
+        """What ``compute`` says of these files, or said before.
+
+        Args:
+            kind: of the digest: entries of other kinds are others.
+            wait_s: how long to wait for another process that computes it; then it is computed here as well.
+
+        Raises:
+            SettingsError: the files changed while they were read.
+            OSError: a file is not there. Whatever ``compute`` raises.
+        """
+        facts = facts_of(files)
+        key = json.dumps([kind, ALGORITHM, facts])
+        name = hashlib.sha256(key.encode()).hexdigest()[:IDENTITY_DIGITS]
+        problem = self._prepare()
+        if problem:
+            logger.warning("digests of weights are not remembered: %s", problem)
+            return self._computed(facts, files, compute)
+        entry = self._directory / f"{name}.json"
+        known = self._read(entry, facts)
+        if known:
+            return known
+        with self._lock(self._directory / f"{name}.lock", lambda: self._read(entry, facts), wait_s) as known:
+            if known:
+                return known
+            identity = self._computed(facts, files, compute)
+            self._write(entry, facts, identity)
+            return identity
+
+    @staticmethod
+    def _computed(facts: list[FileFacts], files: Sequence[Path], compute: Callable[[], str]) -> str:
+        identity = compute()
+        if facts_of(files) != facts:
+            raise SettingsError("weight files changed while they were read: start again once they stand still")
+        return identity
+
+    def _prepare(self) -> str:
+        """What keeps the folder from being used; empty if nothing does."""
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self._directory.lstat()
+        except OSError as error:
+            return f"{self._directory}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            return f"{self._directory} is not ours alone to write (owner and mode 0700): remove it"
+        return ""
+
+    def _read(self, entry: Path, facts: list[FileFacts]) -> str:
+        """The remembered identity; empty if there is none that can be trusted."""
+        try:
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            return self._ignored(entry, error.strerror or "it can't be read")
+        with os.fdopen(descriptor, "rb") as stream:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                return self._ignored(entry, "it is not ours alone to write")
+            if found.st_size > MAX_ENTRY_BYTES:
+                return self._ignored(entry, "it is too large")
+            raw = stream.read(MAX_ENTRY_BYTES)
+        try:
+            value = json.loads(raw)
+            files, identity = [tuple(each) for each in value["files"]], value["identity"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return self._ignored(entry, "it is damaged")
+        if files != facts or not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
+            return self._ignored(entry, "it is damaged")
+        return identity
+
+    @staticmethod
+    def _ignored(entry: Path, why: str) -> str:
+        logger.warning("remembered digest %s is ignored: %s", entry, why)
+        return ""
+
+    def _write(self, entry: Path, facts: list[FileFacts], identity: str) -> None:
+        """At once or not at all: a reader sees a whole entry, or none."""
+        made = ""
+        try:
+            descriptor, made = tempfile.mkstemp(dir=self._directory, prefix=".new-")  # mode 0600
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                json.dump({"files": facts, "identity": identity}, stream)
+            os.replace(made, entry)
+            self._forget_oldest()
+        except OSError as error:
+            logger.warning("a digest of weights is not remembered: %s: %s", entry, error.strerror)
+            if made:
+                with suppress(OSError):
+                    os.unlink(made)
+
+    def _forget_oldest(self) -> None:
+        entries = sorted(self._directory.glob("*.json"), key=lambda each: each.stat().st_mtime_ns)
+        for entry in entries[:-MAX_ENTRIES]:
+            entry.unlink(missing_ok=True)
+            entry.with_suffix(".lock").unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self, file: Path, known: Callable[[], str], wait_s: float) -> Iterator[str]:
+        """Yields what became known while another process held the lock; empty: it is ours, or nobody came to an end."""
+        deadline = time.monotonic() + wait_s
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            logger.warning("a digest of weights is computed without a lock: %s: %s", file, error.strerror)
+            yield ""
+            return
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:  # held
+                    if time.monotonic() < deadline:
+                        time.sleep(POLL_S)
+                        continue
+                    logger.warning("another process has not told the weights' digest for %.0f s: computed here", wait_s)
+                break
+            yield known()
+        finally:
+            os.close(descriptor)
