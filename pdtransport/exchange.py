@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import zmq
 
@@ -40,6 +41,7 @@ from pdtransport.protocol.messages import (
     Code,
     Coming,
     Commit,
+    FingerprintValue,
     Grant,
     LinkCall,
     Message,
@@ -167,6 +169,20 @@ class Exchange:
         elif isinstance(message, LinkCall):
             self._peers.link_call(peer, message)
 
+    # -- what changes ------------------------------------------------------------------------------------------------
+
+    def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> set[str]:
+        """What our pages depend on changed: all that is under way ends, and peers shake hands anew. Returns the
+        transfers that still use pages."""
+        self.gate.run()
+        ending = self.handing.cancel_all(Code.REFUSED, reason) | self.taking.cancel_all(Code.REFUSED, reason)
+        for event in self._control.change_fingerprint(facts, reason):
+            self._on_event(event, time.monotonic())
+        return self.live_of(ending)
+
+    def live_of(self, transfers: set[str]) -> set[str]:
+        return self.handing.live_of(transfers) | self.taking.live_of(transfers)
+
     # -- watching ------------------------------------------------------------------------------------------------
 
     def status(self, transfer: str = "") -> TransportStatus:
@@ -182,6 +198,7 @@ class Exchange:
             "uptime_s": time.time() - self._started_at,
             "counters": dict(counters),
             "live": {**self.handing.live(), **self.taking.live(), "waiting_for_gpu": self.gate.waiting},
+            "fingerprint": dict(self._control.fingerprint),
             "peers": [peer.status() for peer in self._peers],
             "transfers": [record.as_dict() for record in self._timeline.records(transfer)[-MAX_STATUS_RECORDS:]],
         }

@@ -202,6 +202,16 @@ class Handing:
         if self._owned(owner, transfer) is not None:
             self.run(self.sending.cancel(transfer, code, reason))
 
+    def cancel_all(self, code: Code, reason: str) -> set[str]:
+        """Which ones."""
+        transfers = set(self._sources)
+        for transfer in transfers:
+            self.run(self.sending.cancel(transfer, code, reason))
+        return transfers
+
+    def live_of(self, transfers: set[str]) -> set[str]:
+        return transfers & self._sources.keys()
+
     def let_go(self, owner: object, transfer: str, reason: str) -> None:
         """Give up, unless a decode worker has granted room already."""
         source = self._owned(owner, transfer)

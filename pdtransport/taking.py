@@ -161,12 +161,24 @@ class Taking:
 
     def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
         sink = self._sinks.get(transfer)
-        if sink is None or sink.owner is not owner:
-            return
+        if sink is not None and sink.owner is owner:
+            self._cancel(sink, code, reason)
+
+    def cancel_all(self, code: Code, reason: str) -> set[str]:
+        """Which ones."""
+        sinks = list(self._sinks.values())
+        for sink in sinks:
+            self._cancel(sink, code, reason)
+        return {sink.wanted.transfer for sink in sinks}
+
+    def live_of(self, transfers: set[str]) -> set[str]:
+        return transfers & self._sinks.keys()
+
+    def _cancel(self, sink: _Sink, code: Code, reason: str) -> None:
         if not sink.granted:
-            self._end(transfer, code, reason)
+            self._end(sink.wanted.transfer, code, reason)
         else:
-            self.run(self.receiving.cancel(transfer, code, reason))
+            self.run(self.receiving.cancel(sink.wanted.transfer, code, reason))
 
     def report(self, transfer: str, code: Code | None = None, reason: str = "", sink: _Sink | None = None) -> None:
         """Tell those who watch how a transfer ended, or that it never began."""

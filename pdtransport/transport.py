@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -38,6 +39,7 @@ from pdtransport.taking import Fetch
 
 _transfer_id: TypeAdapter[str] = TypeAdapter(TransferId)
 _digest: TypeAdapter[bytes] = TypeAdapter(Digest)
+LET_GO_POLL_S = 0.002  # while transfers that were ended let go of their pages
 
 
 class Handle:
@@ -357,6 +359,23 @@ class Transport:
             TransportClosed: this transport is closed.
         """
         return self._reactor.ask(lambda: self._exchange.status(transfer), timeout_s)
+
+    def change_fingerprint(self, facts: dict[str, FingerprintValue], reason: str, timeout_s: float) -> None:
+        """What the pages depend on changed, say, the model's weights (without ``facts``: the engine takes the pages
+        away). Transfers under way end as refused, for ``reason``, and each peer is judged anew by the new facts. Once
+        this returns, nothing uses a page of theirs.
+
+        Raises:
+            SettingsError: a fact does not fit into a Hello.
+            concurrent.futures.TimeoutError: a link still uses pages, or the I/O thread does not answer.
+        """
+        until = time.monotonic() + timeout_s
+        ending = self._reactor.ask(lambda: self._exchange.change_fingerprint(facts, reason), timeout_s)
+        while ending:
+            if time.monotonic() >= until:
+                raise FutureTimeout(f"links still use pages of {len(ending)} transfers that were ended: {reason}")
+            time.sleep(LET_GO_POLL_S)
+            ending = self._reactor.ask(partial(self._exchange.live_of, ending), timeout_s)
 
     def close(self) -> None:
         """End all transfers and give every resource back. Safe to call twice."""

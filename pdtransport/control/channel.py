@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import zmq
 
@@ -34,7 +35,7 @@ from pdtransport.control.shared import COUNTERS, Shared, logger
 from pdtransport.control.sockets import Socket
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
-from pdtransport.protocol.messages import Ended, Message, encode
+from pdtransport.protocol.messages import Ended, FingerprintValue, Message, encode
 from pdtransport.settings import ControlSettings
 
 __all__ = [
@@ -161,6 +162,25 @@ class ControlChannel:
         """Tell all watchers, without waiting."""
         if self._listener is not None and not self._closed:
             self._listener.publish(report, self._shared.clock())
+
+    def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> list[Event]:
+        """``facts`` of ours changed. All peers are given up, and judged anew when they come back.
+
+        Raises:
+            SettingsError: a fact does not fit into a Hello; nothing has changed.
+        """
+        shared = self._shared
+        shared.me = checked_identity(replace(shared.me, fingerprint={**shared.me.fingerprint, **facts}))
+        for dialer in self._dialers.values():
+            dialer.forget_refusal()
+        if self._listener is not None:
+            self._listener.ask_for_hello(reason)
+        return shared.directory.give_up_all(reason)
+
+    @property
+    def fingerprint(self) -> Mapping[str, FingerprintValue]:
+        """What we say of ourselves in a handshake."""
+        return self._shared.me.fingerprint
 
     def sockets(self) -> list[Socket]:
         """What to poll for reading. Changes with :attr:`version`."""

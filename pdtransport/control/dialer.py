@@ -120,6 +120,10 @@ class Dialer(Route):
             self._hello_due = now
         return None
 
+    def forget_refusal(self) -> None:
+        """We are not who was refused any more: the next one who asks for this endpoint is answered afresh."""
+        self._failure = None
+
     def unbind(self, *, silent: bool) -> None:
         now = self._shared.clock()
         self._wanted_at = now
@@ -333,7 +337,8 @@ class Dialer(Route):
             shared.complaints.say(f"{where} could not use a frame of ours: {refused.reason!r}", now)
             return []
         if refused.field == "hello":  # it has given us up, and forgot this connection
-            events = shared.directory.leave(self, "it had given us up")
+            why = plain(refused.reason, 512)
+            events = shared.directory.leave(self, f"it had given us up: {why}" if why else "it had given us up")
             self._say_hello(now)
             return events
         shared.counters["refused"] += 1

@@ -161,6 +161,10 @@ class Directory:
         self._detach(peer, route, silent=False)
         return [] if peer.routes else self._give_up(peer.id, reason)
 
+    def give_up_all(self, reason: str) -> list[Event]:
+        """What we told all peers of ourselves holds no more: each must shake hands anew."""
+        return [event for peer in self for event in self._give_up(peer.id, reason, ended=False)]
+
     def tick(self, now: float) -> list[Event]:
         """Give up connections that were silent, or broken, for too long."""
         events: list[Event] = []

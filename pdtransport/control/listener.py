@@ -134,6 +134,11 @@ class Listener:
         if self._bound.pop(connection.name, None) is not None:
             self._add_stranger(connection)
 
+    def ask_for_hello(self, reason: str) -> None:
+        """All who are welcome must say Hello again."""
+        for connection in list(self._bound.values()):
+            self.send(connection, encode(handshake.refusal("hello", reason=reason)))
+
     def _add_stranger(self, connection: Inbound) -> None:
         self._strangers[connection.name] = connection
         while len(self._strangers) > MAX_STRANGERS:
@@ -230,7 +235,7 @@ class Listener:
             shared.counters["refused"] += 1
             self.send(connection, encode(refusal))
             shared.complaints.say(f"refused {connection.address}: {refusal.reason}", now)
-            return []
+            return shared.directory.leave(connection, refusal.reason)  # it was welcome before, and has changed
         breaks = shared.directory.our_breaks(handshake.peer_of(hello))
         if self.send(connection, encode(handshake.facts(Welcome, shared.me, breaks))) is not Sent.OK:
             return []  # it will say Hello again

@@ -39,7 +39,8 @@ class TransferStatus(TypedDict):
 
 
 class TransportStatus(TypedDict):
-    """One worker. ``live`` counts what is under way now, ``counters`` what was since the start."""
+    """One worker. ``live`` counts what is under way now, ``counters`` what was since the start; ``fingerprint`` is what
+    peers must agree on."""
 
     engine: str
     rank: int
@@ -49,5 +50,6 @@ class TransportStatus(TypedDict):
     uptime_s: float
     counters: dict[str, int]
     live: dict[str, int]
+    fingerprint: dict[str, str | int | bool]
     peers: list[PeerStatus]
     transfers: list[TransferStatus]
