@@ -355,7 +355,22 @@ class Settings(_Section):
         description="Ended transfers that an instance remembers, to answer late messages about them.",
     )
     model_id: str | None = Field(
-        None, description="Name of the weights for the compatibility check, where paths differ between hosts."
+        None,
+        description="Name of the model and its weights as they are loaded, in place of a digest over every byte of the "
+        "checkpoint: for those who know that engines with the same name have the same weights.",
+    )
+    weights_digest_s: float = Field(
+        1800.0,
+        gt=0,
+        le=86400,
+        description="How long a start may wait for the digest of the checkpoint, which is computed while the model "
+        "loads and remembered in $XDG_CACHE_HOME/pdtransport.",
+    )
+    watch_weights: bool = Field(
+        True,
+        description="Sum the weights as loaded at the start, and again after whatever may change them (reload_weights, "
+        "wake_up, update_weights, any collective_rpc that is not known to be harmless): weights that changed are not "
+        "taken for the old ones. False: they never change while this engine runs.",
     )
     idle_wait_s: float = Field(
         0.05,

@@ -1,0 +1,177 @@
+"""The identity of the checkpoint that vLLM loads, computed in the background while it does.
+
+Which files count is vLLM's own choice (its index file, its preference of formats). Weights that come from no files here
+(dummy ones, tensorizer, streams from object stores) have no such identity: then the parameters as loaded are what is
+compared (:mod:`pdtransport.vllm.weight_watch`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdtransport.errors import SettingsError
+from pdtransport.kv.checkpoint import FILES, TENSORS, DigestCancelled, digest_files, digest_tensors
+from pdtransport.kv.digest_cache import DigestCache, FileFacts, facts_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+NICENESS = 5  # of the threads that digest: the model's loading goes first
+STREAMED = "runai_streamer"  # a load format that reads safetensors from a local folder too
+SLOW_S = 1.0  # a digest that the start waited for so long is told of
+
+_begun: dict[tuple[str, ...], CheckpointDigest] = {}
+_lock = threading.Lock()
+
+
+class CheckpointDigest:
+    """One checkpoint of this process. ``begin`` it as early as possible; ``result`` waits for it."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+        self._thread: threading.Thread | None = None
+        self._identity = ""
+        self._error: Exception | None = None
+        self._facts: list[FileFacts] = []
+        self._files: list[Path] = []
+        self._wait_s = 0.0
+
+    @classmethod
+    def begin(cls, config: VllmConfig, wait_s: float) -> CheckpointDigest:
+        """The digest of this configuration's checkpoint, under way unless its files are not here yet.
+
+        Args:
+            wait_s: how long to wait for another process that computes the same.
+        """
+        model, load = config.model_config, config.load_config
+        key = (str(model.model), str(model.revision), str(load.load_format), str(load.download_dir))
+        with _lock:
+            found = _begun.get(key)
+            if found is None:
+                found = _begun[key] = cls(config)
+            found._start(wait_s)
+        return found
+
+    def result(self, wait_s: float) -> str:
+        """The identity; empty if the weights come from no files of this host.
+
+        Raises:
+            SettingsError: files are damaged, changed meanwhile, or their digest took longer than ``wait_s``.
+        """
+        began = time.monotonic()
+        self._start(wait_s)  # a model of a hub may not have been here when this began
+        if self._thread is not None:
+            self._thread.join(wait_s)
+            if self._thread.is_alive():
+                raise SettingsError(
+                    f"the digest of the weights took longer than weights_digest_s ({wait_s:g} s): raise it, or set "
+                    "model_id to name these weights"
+                )
+        if self._error is not None:
+            raise SettingsError(f"the weights have no identity: {self._error}") from None
+        if self._thread is not None and facts_of(self._files) != self._facts:
+            raise SettingsError("weight files changed while the model was loaded: start again once they stand still")
+        waited = time.monotonic() - began
+        if waited > SLOW_S:
+            logger.info("pdtransport: waited %.1f s for the weights' digest, which is remembered from now on", waited)
+        return self._identity
+
+    def _start(self, wait_s: float) -> None:
+        if self._thread is not None:
+            return
+        self._wait_s = wait_s
+        try:
+            kind, self._files = weight_files(self._config)
+            self._facts = facts_of(self._files)
+        except NoFiles as why:
+            logger.info("pdtransport: the weights are known by their parameters as loaded: %s", why)
+            return
+        except OSError as error:
+            self._error = error
+            return
+        self._thread = threading.Thread(target=self._compute, args=(kind,), name="pdtransport-weights", daemon=True)
+        self._thread.start()
+
+    def _compute(self, kind: str) -> None:
+        main = threading.main_thread()
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        except (OSError, AttributeError):
+            pass  # it is as fast, and may slow the loading down
+        digest = digest_tensors if kind == TENSORS else digest_files
+        compute = partial(digest, self._files, cancelled=lambda: not main.is_alive())
+        try:
+            self._identity = DigestCache().identity(kind, self._files, compute, self._wait_s)
+        except (SettingsError, OSError, DigestCancelled) as error:
+            self._error = error
+
+
+class NoFiles(Exception):
+    """The weights come from no files of this host, or these are not here yet; the text says which."""
+
+
+def weight_files(config: VllmConfig) -> tuple[str, list[Path]]:
+    """Kind of digest, and the files that vLLM loads.
+
+    Raises:
+        NoFiles: there are none here.
+    """
+    load_format = str(config.load_config.load_format)
+    if load_format == "dummy":
+        raise NoFiles("load format dummy")
+    model = Path(str(config.model_config.model))
+    if model.is_file():  # GGUF and the like
+        return FILES, [model]
+    loader = _loader(config, load_format)
+    folder = model if model.is_dir() else _snapshot(config)
+    try:
+        found = loader._prepare_weights(str(folder), None, None, True, None)
+        files = [Path(each) for each in found[1]]
+    except (RuntimeError, OSError) as error:
+        raise NoFiles(f"no weight files in {folder}: {error}"[:300]) from None
+    except (AttributeError, TypeError, IndexError):  # another vLLM
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise NoFiles(f"no weight files in {folder}")
+    return (TENSORS if all(file.suffix == ".safetensors" for file in files) else FILES), files
+
+
+def _loader(config: VllmConfig, load_format: str) -> Any:
+    """vLLM's loader of checkpoints in files."""
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load = config.load_config
+    if load_format == STREAMED:
+        load = replace(load, load_format="safetensors", model_loader_extra_config={})
+    loader = get_model_loader(load)
+    if not isinstance(loader, DefaultModelLoader):
+        raise NoFiles(f"load format {load_format}")
+    return loader
+
+
+def _snapshot(config: VllmConfig) -> Path:
+    """Where the hub's files of this model and revision lie on this host."""
+    model = config.model_config
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                str(model.model),
+                revision=model.revision,
+                cache_dir=config.load_config.download_dir,
+                local_files_only=True,
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - the hub's own errors, or no such library
+        raise NoFiles(f"{model.model} is not on this host: {type(error).__name__}") from None
