@@ -135,8 +135,8 @@ class Listener:
             self._add_stranger(connection)
 
     def ask_for_hello(self, reason: str) -> None:
-        """All who are welcome must say Hello again."""
-        for connection in list(self._bound.values()):
+        """All who are welcome must say Hello again; who was refused may."""
+        for connection in [*self._bound.values(), *self._strangers.values()]:
             self.send(connection, encode(handshake.refusal("hello", reason=reason)))
 
     def _add_stranger(self, connection: Inbound) -> None:

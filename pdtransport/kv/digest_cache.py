@@ -37,7 +37,8 @@ FileFacts = tuple[int, int, int, int, int]
 def default_directory() -> Path:
     """``$XDG_CACHE_HOME/pdtransport/weights``, or below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "pdtransport" / "weights"
+    home = Path(os.path.expanduser("~"))
+    return (Path(base) if os.path.isabs(base) else home / ".cache") / "pdtransport" / "weights"
 
 
 def facts_of(files: Sequence[Path]) -> list[FileFacts]:
@@ -94,6 +95,8 @@ class DigestCache:
 
     def _prepare(self) -> str:
         """What keeps the folder from being used; empty if nothing does."""
+        if not self._directory.is_absolute():
+            return "this user has no home folder; set XDG_CACHE_HOME to a folder that can be written"
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self._directory.lstat()

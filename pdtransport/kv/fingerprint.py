@@ -21,7 +21,8 @@ MAX_FIELD = 128  # of a field's name, likewise
 # What to do about it, most telling field first: a mismatch of model explains all that follow from it.
 REMEDIES = {
     "protocol_version": "run the same pdtransport version on both",
-    "weights": "serve the same weight files on both",
+    "weights": "serve the same weight files on both; after a reload, reload the same on the other, of the same "
+    "tensor-parallel size, or start it again",
     "model": "serve the same model on both, or set model_id where only its name differs",
     "revision": "start both with the same --revision",
     "model_config": "the model's config.json (or --hf-overrides) differs: use the same on both",

@@ -4,6 +4,7 @@ finds it through the ``vllm.general_plugins`` entry point; ``"kv_connector_modul
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 CONNECTOR = "PDTransportConnector"
@@ -18,10 +19,27 @@ def register() -> None:
     join_vllm_log()
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "pdtransport.vllm.connector", CONNECTOR)
+        # Asked for where it is configured: in the API server, of which vLLM may fork the rest.
+        load = KVConnectorFactory._registry[CONNECTOR]
+
+        def chosen() -> Any:
+            _watch_loading()
+            return load()
+
+        KVConnectorFactory._registry[CONNECTOR] = chosen
+    if "vllm.v1.worker.worker_base" in sys.modules:  # a worker's process, before it makes its worker
+        _watch_loading()
+
+
+def _watch_loading() -> None:
+    from pdtransport.vllm.loading_hook import watch_loading
+
+    watch_loading()
 
 
 def __getattr__(name: str) -> Any:
     if name == CONNECTOR:
+        _watch_loading()
         from pdtransport.vllm.connector import PDTransportConnector
 
         return PDTransportConnector

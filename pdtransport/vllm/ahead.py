@@ -54,6 +54,11 @@ class Arrivals:
                     ready.add(req_id)
         return ready
 
+    def void(self, awaited: Collection[str]) -> set[str]:
+        """Whatever was told before holds no more. Those of ``awaited`` that did not go on yet."""
+        self._there.clear()
+        return set(awaited) - self._reports
+
     def went_on(self, req_ids: Collection[str]) -> None:
         self._reports.update(req_ids)
 

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.errors import SettingsError
-from pdtransport.kv.checkpoint import FILES, TENSORS, DigestCancelled, digest_files, digest_tensors
+from pdtransport.kv.checkpoint import FILES, TENSORS, digest_files, digest_tensors
 from pdtransport.kv.digest_cache import DigestCache, FileFacts, facts_of
+from pdtransport.settings import Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
+NAMED = "named"  # the identity of weights that model_id vouches for
 NICENESS = 5  # of the threads that digest: the model's loading goes first
 STREAMED = "runai_streamer"  # a load format that reads safetensors from a local folder too
 SLOW_S = 1.0  # a digest that the start waited for so long is told of
@@ -95,7 +97,7 @@ class CheckpointDigest:
         except NoFiles as why:
             logger.info("pdtransport: the weights are known by their parameters as loaded: %s", why)
             return
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - told by whoever waits for the result
             self._error = error
             return
         self._thread = threading.Thread(target=self._compute, args=(kind,), name="pdtransport-weights", daemon=True)
@@ -111,8 +113,26 @@ class CheckpointDigest:
         compute = partial(digest, self._files, cancelled=lambda: not main.is_alive())
         try:
             self._identity = DigestCache().identity(kind, self._files, compute, self._wait_s)
-        except (SettingsError, OSError, DigestCancelled) as error:
+        except Exception as error:  # noqa: BLE001 - told by whoever waits for the result
             self._error = error
+
+
+def checkpoint_identity(config: VllmConfig, settings: Settings) -> str:
+    """What this worker's weights were loaded from; empty if only the loaded parameters can say.
+
+    Raises:
+        SettingsError: see :meth:`CheckpointDigest.result`; or nothing can say.
+    """
+    if settings.model_id is not None:
+        return NAMED
+    wait_s = settings.weights_digest_s
+    identity = CheckpointDigest.begin(config, wait_s).result(wait_s)
+    if not identity and not settings.watch_weights:
+        raise SettingsError(
+            f"load format {config.load_config.load_format} leaves no weight files to tell these weights by, and "
+            "watch_weights is false: set model_id to name them, or watch_weights: true"
+        )
+    return identity
 
 
 class NoFiles(Exception):

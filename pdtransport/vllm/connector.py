@@ -22,6 +22,7 @@ from pdtransport.vllm.priming import shorten_priming
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.scheduler import SchedulerSide
 from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
+from pdtransport.vllm.weight_watch import watch_executor
 from pdtransport.vllm.worker import WorkerSide
 
 try:  # new in vLLM 0.30; without it failed loads are not told apart from finished ones
@@ -102,6 +103,8 @@ class PDTransportConnector(KVConnectorBase_V1):
                 window=Window(window),
                 adapters=vllm_config.lora_config is not None,
             )
+            if settings.watch_weights:
+                self._watch = watch_executor(vllm_config, self._scheduler.weights_changed)
         else:
             self._worker = WorkerSide(settings, vllm_config, str(config.kv_role), kv_cache_config)
 

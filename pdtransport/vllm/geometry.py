@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 KVCaches = dict[str, "torch.Tensor"]
 
-WEIGHT_SAMPLE_BYTES = 1 << 16  # of each weight file's head and tail, for telling fine-tunes apart
-
 
 @dataclass(frozen=True)
 class Described:
@@ -144,7 +142,6 @@ def _fingerprint(caches: KVCaches, config: VllmConfig, settings: Settings) -> di
     return {
         "model": settings.model_id or _model_name(model),
         "revision": str(model.revision or ""),
-        "weights": "" if settings.model_id else weights_digest(Path(model.model)),
         **model_identity(config, first.dtype),
         "attention_backend": _attention_backend(config),
         "layer_names": _digest(sorted(caches)),
@@ -159,22 +156,6 @@ def _model_name(model: Any) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-
-
-def weights_digest(directory: Path) -> str:
-    """Tells local weights apart without reading them whole: names, sizes, and both ends of each weight file. Empty
-    where the model is no directory here (then its name and revision must do)."""
-    if not directory.is_dir():
-        return ""
-    state = hashlib.blake2b(digest_size=8)
-    for file in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin"), *directory.glob("*.gguf")]):
-        size = file.stat().st_size
-        state.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            state.update(stream.read(WEIGHT_SAMPLE_BYTES))
-            stream.seek(max(0, size - WEIGHT_SAMPLE_BYTES))
-            state.update(stream.read(WEIGHT_SAMPLE_BYTES))
-    return state.hexdigest()
 
 
 def _attention_backend(config: VllmConfig) -> str:

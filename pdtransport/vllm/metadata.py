@@ -75,6 +75,7 @@ class Drop:
 
     req_id: str
     report: bool = True
+    reason: str = "the request was aborted on prefill"
 
 
 @dataclass(frozen=True)

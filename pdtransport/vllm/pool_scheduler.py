@@ -52,6 +52,7 @@ class _Prompt:
     computed: int = 0  # tokens that the engine held when it last asked
     stored: int = 0  # chunks that are in the pool, or on their way
     open: int = 0  # stores that the workers have not reported, over all ranks
+    stale: bool = False  # its KV is of weights that are gone: nothing of it is stored, nor loaded
 
     @property
     def whole(self) -> int:
@@ -133,9 +134,34 @@ class PoolScheduler:
             self._client = PoolClient.of(
                 self._settings, self._use, deadline_s=ANSWER_S, threads=1, who=who, copies=False
             )
-            told = introduction([shards[rank] for rank in range(self._ranks)], self._use, served, tokenizer)
-            if len(told) <= MAX_SPACE:
-                self._client.introduce(told)
+            self._introduce(shards, served, tokenizer)
+
+    def _introduce(self, shards: Mapping[int, Shard], served: Sequence[str], tokenizer: str) -> None:
+        assert self._client is not None
+        told = introduction([shards[rank] for rank in range(self._ranks)], self._use, served, tokenizer)
+        if len(told) <= MAX_SPACE:
+            self._client.introduce(told)
+
+    def restart(self, shards: Mapping[int, Shard], served: Sequence[str], tokenizer: str) -> None:
+        """The weights are others now, and so are the chunks: those of requests that are here belong to nobody."""
+        if not self._shards:
+            return
+        self._hand_offs.clear()
+        for req_id in self._prompts:
+            self.set_apart(req_id)
+        self._shards = []
+        self.start(shards, served, tokenizer)
+        if self._shards:
+            self._introduce(shards, served, tokenizer)
+
+    def set_apart(self, req_id: str) -> None:
+        """What this request computes belongs to nobody."""
+        prompt = self._prompts.get(req_id)
+        if prompt is None:
+            return
+        prompt.stale = True
+        if prompt.state in ("asking", "found"):
+            prompt.lookups, prompt.sought, prompt.there, prompt.state = (), 0, 0, "found"
 
     def close(self) -> None:
         if self._client is not None:
@@ -193,7 +219,7 @@ class PoolScheduler:
         # The last prompt token is computed here in any case: its logits give the first token.
         prompt.sought = min((prompt.tokens - 1) // self._chunk, MAX_KEYS)
         self._late = [late for late in self._late if not late.future.done()]
-        if not self._use.load or not prompt.sought or prompt.request.skip_reading_prefix_cache:
+        if not self._use.load or not prompt.sought or prompt.stale or prompt.request.skip_reading_prefix_cache:
             prompt.sought, prompt.state = 0, "found"
         elif self._late:
             self._give_up(prompt)
@@ -317,7 +343,7 @@ class PoolScheduler:
             return found
         for req_id, before in computed.items():
             prompt = self._prompts.get(req_id)
-            if prompt is None or prompt.state != "done":
+            if prompt is None or prompt.state != "done" or prompt.stale:
                 continue
             first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
             if self._generated and before > prompt.tokens:
@@ -379,7 +405,7 @@ class PoolScheduler:
         if prompt is None:
             return False
         whole, after = prompt.tokens // self._chunk, self._use.hand_off_s
-        if hand_off and after is not None and 0 < whole <= MAX_KEYS:
+        if hand_off and not prompt.stale and after is not None and 0 < whole <= MAX_KEYS:
             keys = [some[:whole] for some in prompt.keys.values()]
             self._hand_offs[req_id] = _HandOff(keys, self._clock() + after, prompt.open)
         return prompt.open > 0

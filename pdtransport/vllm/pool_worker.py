@@ -208,6 +208,28 @@ class PoolWorker:
         self._count("load", Counter(hit=good, failed=chunks - good), copied.nbytes if copied else 0)
         self._on_loaded(req_id, good == chunks)
 
+    def end_loads(self) -> None:
+        """What comes is not wanted any more: all loads fail."""
+        with self._lock:
+            loading = list(self._loads)
+        for req_id in loading:
+            self.cancel(req_id)
+
+    def end_all(self, timeout_s: float) -> None:
+        """The engine takes all pages back: when this returns, nothing here uses them any more.
+
+        Raises:
+            TimeoutError: something still does.
+        """
+        self.end_loads()
+        with self._lock:
+            left = [each.future for each in self._loads.values()]
+            storing = list(self._stores)
+        for req_id in storing:
+            self.rewind(req_id, timeout_s)
+        if futures.wait(left, timeout_s).not_done:
+            raise TimeoutError(f"loads from the pool did not let go of their pages within {timeout_s} s")
+
     def cancel(self, req_id: str) -> None:
         """Nobody wants these pages any more; that they are free is reported as the load's end."""
         with self._lock:

@@ -19,6 +19,7 @@ from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.beyond_window import CODE, Window
 from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
+from pdtransport.vllm.generation import StaleBlocks
 from pdtransport.vllm.metadata import (
     Cancel,
     Claim,
@@ -133,6 +134,9 @@ class SchedulerSide:
         )  # transfers that the workers were told to take, or to decline
         self._expectations = Expectations(ranks)
         self._hold: list[str] = []  # who begins in this step before its last pages are there
+        self._stale = StaleBlocks()
+        self._stale_arrivals: set[str] = set()  # requests whose pages may be of weights that are gone
+        self._model_names: tuple[Sequence[str], str] = ((), "")
 
     def _make_pool(self, events: bool) -> PoolScheduler | None:
         if self._settings.pool is None:
@@ -152,13 +156,32 @@ class SchedulerSide:
 
     def bind(self, connector: Any, manager: Any) -> None:
         """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
+        self._stale.bind(manager)
         if self._settings.step_ahead:
             self._start = StepStart.of(connector, manager, self._begin, self._settings.early_step, self._hear_cached)
 
     def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
         """The workers told which chunks of the pool are theirs. ``served``: the model's names for clients."""
+        self._model_names = served, tokenizer
         if self._pool is not None:
             self._pool.start(shards, served, tokenizer)
+
+    def weights_changed(self, shards: dict[int, Shard], reason: str) -> None:
+        """The workers hold other weights now, and ended what was under way. ``shards``: as for :meth:`start_pool`."""
+        self._bell.arrivals()
+        self._stale_arrivals = self._arrivals.void(self._awaited)
+        tainted = self._stale.change()
+        if tainted:
+            logger.info("%d requests hold KV of the old weights, and are nobody else's: %s", len(tainted), reason)
+        if self._pool is not None:
+            self._pool.restart(shards, *self._model_names)
+
+    def _set_apart(self, req_id: str) -> None:
+        """This request is computed on blocks of weights that are gone."""
+        if self._producing.pop(req_id, None) is not None:
+            self._before.append(Drop(req_id, report=False, reason="weights: its prefix was computed by others"))
+        if self._pool is not None:
+            self._pool.set_apart(req_id)
 
     # -- arrival -------------------------------------------------------------------------------------------------
 
@@ -234,6 +257,8 @@ class SchedulerSide:
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """Tokens that can come from prefill, or the pool, beyond the ``computed`` ones held here, and whether they come
         later. None: ask again later."""
+        if self._stale.begins_on(request.request_id, computed):
+            self._set_apart(request.request_id)
         entry = self._consuming.get(request.request_id)
         if self._pool is not None and (entry is None or entry.state == "done"):
             return self._pool.matched_tokens(request, computed)
@@ -303,6 +328,10 @@ class SchedulerSide:
 
     def update_output(self, output: KVConnectorOutput) -> None:
         """Reads what workers reported, and takes out of it which requests went on before."""
+        stale = self._stale_arrivals.intersection(output.finished_recving or ())
+        if stale:
+            self._stale_arrivals -= stale
+            output.failed_recving = {*(output.failed_recving or ()), *stale}
         late = self._arrivals.reported(output.finished_recving or ())
         if late and output.finished_recving is not None:
             output.finished_recving = output.finished_recving - late
@@ -386,6 +415,7 @@ class SchedulerSide:
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
         self._hear(self._bell.promises())
+        self._stale.began(new.req_id for new in output.scheduled_new_reqs)
         for req_id in output.preempted_req_ids or ():
             storing = self._pool is not None and self._pool.preempted(req_id)
             if storing or req_id in self._producing:
@@ -494,6 +524,7 @@ class SchedulerSide:
         """``(keep the blocks until finished_sending, parameters for the response)``."""
         req_id = request.request_id
         self._expectations.forget(req_id)
+        self._stale.ended(req_id, block_ids)
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
             if consuming.state == "loading":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.adapted import Adapted
 from pdtransport.vllm.adapters import Adapters, named
 from pdtransport.vllm.bell import Rope
+from pdtransport.vllm.checkpoint import checkpoint_identity
 from pdtransport.vllm.geometry import Described, KVCaches, describe
 from pdtransport.vllm.held import Held
 from pdtransport.vllm.holding import REWIND_S, Holding
@@ -45,6 +48,7 @@ from pdtransport.vllm.model_stream import model_stream
 from pdtransport.vllm.quiet import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 from pdtransport.vllm.step_times import Chunk, Step, StepTimes
+from pdtransport.vllm.weight_rpc import sides
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +64,8 @@ logger = logging.getLogger(__name__)
 # switch interval for it, every time. The default of 5 ms would be most of a hand-off. On a GPU host the worker lives in
 # the engine's own process, and a hand-off takes the lock some ten times.
 SWITCH_INTERVAL_S = 0.00002
+
+CHANGE_S = 10.0  # within which links let go of the pages of transfers that end because the weights change
 
 
 class WorkerSide:
@@ -86,6 +92,8 @@ class WorkerSide:
         self._adapters: Adapters | None = None
         self._adapted: Adapted | None = None
         self.shard: Shard | None = None  # what chunks of the pool are this worker's
+        self.checkpoint = ""  # identity of what its weights were loaded from; empty: it has none
+        self._described: Described | None = None
         # Written by the I/O thread and by the worker's own, under the lock:
         self._held = Held()
         self._sent: set[str] = set()
@@ -96,7 +104,10 @@ class WorkerSide:
 
     def register(self, kv_caches: KVCaches) -> None:
         """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
-        described = describe(kv_caches, self._config, self._settings)
+        described = self._described = describe(kv_caches, self._config, self._settings)
+        self.checkpoint = checkpoint_identity(self._config, self._settings)
+        # Weights from no files are told apart once all workers have summed them, before the first request.
+        described.fingerprint["weights"] = self.checkpoint or f"unknown:{secrets.token_hex(16)}"
         shorten_spins(self._settings)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self._rank, self._ratio = described.rank, described.kernel_blocks_per_block
@@ -133,6 +144,7 @@ class WorkerSide:
                 self._config.cache_config.block_size,
                 self._settings.deadlines.arrival_s,
             )
+        sides.add(self)
 
     def _open_pool(self, described: Described) -> None:
         use = self._settings.pool
@@ -164,6 +176,35 @@ class WorkerSide:
             logger.warning("pdtransport: the pool is not used: %s", error)
             return
         self.shard = Shard(key_spaces(described, self._config, use))
+
+    def change_weights(self, identity: str, reason: str) -> tuple[int, Shard | None]:
+        """The weights are others from now on: what is under way with the old ones ends, and peers hear of the new.
+        Returns the rank, and which chunks of the pool are this worker's now."""
+        described, use = self._described, self._settings.pool
+        assert described is not None
+        described.fingerprint["weights"] = identity
+        if self._transport is not None:
+            try:
+                self._transport.change_fingerprint({"weights": identity}, reason, CHANGE_S)
+            except FutureTimeout as error:  # their requests wait until nothing uses their pages
+                logger.error("pdtransport: %s", error)
+        if self._pool is not None and use is not None:
+            from pdtransport.vllm.pool_space import Shard, key_spaces
+
+            self._pool.end_loads()
+            self.shard = Shard(key_spaces(described, self._config, use))
+        return self._rank, self.shard
+
+    def end_transfers(self, reason: str) -> None:
+        """The pages' memory is about to go: nothing uses it once this returns.
+
+        Raises:
+            TimeoutError: something still does.
+        """
+        if self._transport is not None:
+            self._transport.change_fingerprint({}, reason, CHANGE_S)
+        if self._pool is not None:
+            self._pool.end_all(CHANGE_S)
 
     def close(self) -> None:
         self._holding.close()
@@ -364,7 +405,7 @@ class WorkerSide:
             if offer.future.done():  # it ended in the I/O thread before we noted it
                 self._finished.pop(command.req_id, None)
         else:
-            offer.cancel("the request was aborted on prefill")
+            offer.cancel(command.reason)
 
     def _decline(self, transport: Transport, it: Decline) -> None:
         with self._lock:

@@ -328,6 +328,19 @@ def test_the_default_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None
     assert default_directory() == Path.home() / ".cache/pdtransport/weights"
 
 
+def test_a_user_without_a_home_has_no_cache(
+    tmp_path: Path, weights: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container with a user id that nobody knows: a digest is computed at each start, and a line says so."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    compute = Counted()
+    assert DigestCache().identity("safetensors", weights, compute, 1) == compute.identity
+    assert "no home folder" in caplog.text
+    assert not (tmp_path / "~").exists()
+
+
 def test_threads_are_bounded() -> None:
     """However large a checkpoint and a host are."""
     assert checkpoint._threads(1 << 50) <= checkpoint.MAX_THREADS

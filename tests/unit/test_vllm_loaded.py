@@ -153,3 +153,14 @@ def test_the_kernel_of_vllm_on_cpus_is_noted() -> None:
         seen.append(loaded_weights([layer]))
     assert not any(each.unseen for each in seen), seen[0].unseen
     assert seen[0].checksum == seen[1].checksum != seen[2].checksum
+
+
+@pytest.mark.gpu
+def test_a_gpu_sums_as_the_host_does(cupy: Any) -> None:
+    """Parameters in GPU memory: the kernel's sums are the host's, for all sizes, dtypes and strides."""
+    model = Model()
+    here = loaded_weights([model])
+    there = loaded_weights([model.cuda()])
+    assert there.sums == here.sums
+    model.layers[1].qkv.data[7, 3].add_(1)
+    assert len(changed_names(here.sums, loaded_weights([model]).sums)) == 1

@@ -1,0 +1,226 @@
+"""Which weights an engine has, while it runs: looked at after whatever may change them, before the next step.
+
+Everything that reaches vLLM's workers goes through its executor's ``collective_rpc``. That is taken hold of, in the
+engine's process: what is not known to be harmless (reload_weights, wake_up, update_weights, callables, methods of
+worker extensions, names that are new) makes the weights suspect; they are summed on all workers right after it, and if
+the sum is another one, the workers end what is under way and say a new identity, and the scheduler forgets what it kept
+of the old weights. Ordinary steps cost the look at a name.
+
+Not seen: what changes weights without a call of the executor's, from a thread of its own or another process.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import secrets
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pdtransport.errors import SettingsError
+from pdtransport.vllm.weight_rpc import WeightReport, adopt_weights, sum_weights, take_pages_away
+
+if TYPE_CHECKING:
+    from pdtransport.vllm.pool_space import Shard
+
+logger = logging.getLogger(__name__)
+
+STEPS = frozenset({"execute_model", "sample_tokens", "execute_dummy_batch", "take_draft_token_ids"})
+HARMLESS = STEPS | frozenset(
+    {
+        "add_lora",
+        "annotate_profile",
+        "check_health",
+        "compile_or_warm_up_model",
+        "compute_weight_checksums",
+        "determine_available_memory",
+        "get_cache_block_size_bytes",
+        "get_compilation_match_table",
+        "get_encoder_timing_stats",
+        "get_kv_cache_spec",
+        "get_kv_connector_handshake_metadata",
+        "get_model_inspection",
+        "get_supported_kv_cache_layouts",
+        "get_supported_tasks",
+        "init_weight_transfer_engine",
+        "initialize_from_config",
+        "list_loras",
+        "pin_lora",
+        "profile",
+        "release_late_interaction_query_cache",
+        "remove_lora",
+        "reset_encoder_cache",
+        "reset_mm_cache",
+        "save_sharded_state",
+        "save_tensorized_model",
+        "set_kv_cache_layout",
+        "shutdown",
+        "shutdown_weight_transfer_engine",
+        "supports_draft_weight_updates",
+        "synchronize_device",
+        "take_draft_token_ids",
+        "update_max_model_len",
+    }
+)
+FIRST_LOOK = "get_kv_connector_handshake_metadata"  # all workers have loaded, and nobody has asked for a step yet
+TAKES_MEMORY = frozenset({"sleep", "discard"})
+WAKES = "wake_up"
+
+_HOOKED = "_pdtransport_watched"
+OnChange = Callable[["dict[int, Shard]", str], None]
+
+
+class WeightWatch:
+    """Of one engine.
+
+    Args:
+        config: vLLM's, the same object as its executor has.
+        on_change: called with the workers' new parts of the pool, by rank, and why, when the identity changed.
+    """
+
+    def __init__(self, config: Any, on_change: OnChange) -> None:
+        self.config = config
+        self._on_change = on_change
+        self._first = ""  # checksum over all workers
+        self._checkpoint = ""
+        self._identity: str | None = None
+        self._suspect = ""  # what may have changed the weights since they were looked at
+        self._asleep = False
+        self._looking = False
+
+    def call(self, rpc: Callable[..., Any], method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do ``rpc(method, *args, **kwargs)``, and look at the weights where they may have changed."""
+        name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+        if self._looking:
+            return rpc(method, *args, **kwargs)
+        if isinstance(method, str) and name in HARMLESS:
+            due = self._suspect if name in STEPS else name == FIRST_LOOK and self._identity is None
+            if due:
+                self._look(rpc)
+            return rpc(method, *args, **kwargs)
+        if self._identity is None:
+            self._look(rpc)
+        self._suspect = name
+        if name in TAKES_MEMORY:
+            self._each(rpc, take_pages_away, f"weights: {name} takes the memory of KV away")
+            self._asleep = True
+        try:
+            return rpc(method, *args, **kwargs)
+        finally:
+            if name == WAKES:
+                self._asleep = not _wakes_weights(args, kwargs)
+            if not self._asleep:
+                self._look_again(rpc)
+
+    def _each(self, rpc: Callable[..., Any], what: Callable[..., Any], *args: Any) -> list[Any]:
+        self._looking = True
+        try:
+            return list(rpc(what, args=args))
+        finally:
+            self._looking = False
+
+    def _look_again(self, rpc: Callable[..., Any]) -> None:
+        """After a call that may have failed, and failed the engine; then the next step finds out."""
+        try:
+            self._look(rpc)
+        except Exception:
+            logger.exception("pdtransport: the weights could not be looked at after %s", self._suspect)
+
+    def _look(self, rpc: Callable[..., Any]) -> None:
+        """Sum all workers' weights, and tell a change."""
+        reports: list[WeightReport] = self._each(rpc, sum_weights)
+        why = self._suspect
+        first = self._identity is None
+        identity = self._judge(reports, why)
+        if identity != (self._checkpoint if first else self._identity):  # each worker began with its checkpoint's
+            self._tell(rpc, identity, why, first)
+        self._identity, self._suspect, self._asleep = identity, "", False
+
+    def _tell(self, rpc: Callable[..., Any], identity: str, why: str, first: bool) -> None:
+        reason = f"weights: {why} changed them here" if why else "weights: they come from no files"
+        (logger.info if first else logger.warning)("pdtransport: %s; their identity is %s", reason, identity)
+        shards = {rank: shard for rank, shard in self._each(rpc, adopt_weights, identity, reason) if shard is not None}
+        self._on_change(shards, reason)
+
+    def _judge(self, reports: Sequence[WeightReport], why: str) -> str:
+        """The weights' identity."""
+        checksum = _combined(reports)
+        unseen = next((report.unseen for report in reports if report.unseen), "")
+        if not self._first:
+            self._first = checksum
+            self._checkpoint = reports[0].checkpoint if reports else ""
+            if self._checkpoint:
+                return self._checkpoint
+        elif checksum == self._first and self._checkpoint and not unseen:
+            return self._checkpoint
+        if unseen:
+            if self._identity is not None and self._identity.startswith("unknown:") and not why:
+                return self._identity
+            logger.warning(
+                "pdtransport: nobody can see whether %s holds the same weights: KV is not exchanged with others%s",
+                unseen,
+                f" after {why}; start again to do so" if why else "; set model_id to name these weights",
+            )
+            return f"unknown:{secrets.token_hex(16)}"
+        return f"loaded:{checksum}"
+
+
+def _combined(reports: Sequence[WeightReport]) -> str:
+    """Of all workers, since the KV of each depends on the weights of all."""
+    facts = [[report.rank, report.checksum] for report in sorted(reports, key=lambda each: each.rank)]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _wakes_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of ``collective_rpc("wake_up")`` brings the weights back."""
+    called = kwargs.get("kwargs") or (args[2] if len(args) > 2 else None) or {}
+    given = kwargs.get("args") or (args[1] if len(args) > 1 else None) or ()
+    tags = called.get("tags", given[0] if given else None)
+    return tags is None or "weights" in tags
+
+
+_watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()  # of this process
+
+
+def _watch_of(config: Any) -> WeightWatch | None:
+    """Of the engine with this configuration. A connector among several has a copy of it: then it is the only one."""
+    watches = list(_watches)
+    return next((each for each in watches if each.config is config), watches[0] if len(watches) == 1 else None)
+
+
+def watch_executor(config: Any, on_change: OnChange) -> WeightWatch:
+    """Take hold of the executor that this configuration uses; the watch ends with whoever holds it.
+
+    Raises:
+        SettingsError: vLLM's executor is not as expected.
+    """
+    try:
+        from vllm.v1.executor.abstract import Executor
+
+        kind = Executor.get_class(config)
+        rpc = kind.collective_rpc
+        if list(inspect.signature(rpc).parameters)[:5] != ["self", "method", "timeout", "args", "kwargs"]:
+            raise AttributeError(f"{kind.__name__}.collective_rpc takes other arguments")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(
+            f"whether weights change can't be watched in this vLLM ({error}): set watch_weights: false if they never "
+            "change while this engine runs, or use another version"
+        ) from None
+    watch = WeightWatch(config, on_change)
+    _watches.add(watch)
+    if getattr(rpc, _HOOKED, False):
+        return watch
+
+    @functools.wraps(rpc)
+    def watched(executor: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(rpc, executor)
+        watch = _watch_of(getattr(executor, "vllm_config", None))
+        return watch.call(call, method, args, kwargs) if watch is not None else call(method, *args, **kwargs)
+
+    setattr(watched, _HOOKED, True)
+    kind.collective_rpc = watched
+    return watch

@@ -1,0 +1,130 @@
+"""The scheduler's half when the workers' weights change: what is on its way fails, what is here stays here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from pdtransport.kv.keys import KeySpace
+from pdtransport.settings import Settings
+from pdtransport.vllm.metadata import Drop, Keep, Open, Take
+from pdtransport.vllm.pool_space import Shard
+from pdtransport.vllm.scheduler import SchedulerSide
+from tests.unit.test_vllm_generation import Manager
+from tests.unit.test_vllm_pool import PROMPT, Half
+from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
+
+REASON = "weights: reload_weights changed them here"
+NEW = KeySpace(model="m", revision="other", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
+
+
+@pytest.fixture
+def side() -> Iterator[SchedulerSide]:
+    made = SchedulerSide(
+        Settings(step_ahead=False), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1,
+        clock=Clock(),
+    )  # fmt: skip
+    made.bind(None, Manager())
+    yield made
+    made.close()
+
+
+def began(side: SchedulerSide, *names: str) -> None:
+    """A step in which these requests are computed for the first time."""
+    side.build(
+        SimpleNamespace(
+            scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=0) for name in names],
+            scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+            num_scheduled_tokens=dict.fromkeys(names, BLOCK),
+            total_num_scheduled_tokens=BLOCK * len(names),
+            preempted_req_ids=set(),
+            kv_connector_block_state=None,
+        )
+    )
+
+
+def reported(name: str = "r", failed: set[str] | None = None) -> Any:
+    return SimpleNamespace(finished_recving={name}, finished_sending=None, failed_recving=failed)
+
+
+def test_pages_that_came_before_the_change_have_failed(side: SchedulerSide) -> None:
+    """Decode's request whose pages are there, and was not computed yet: its KV is of weights that are gone, so vLLM is
+    told that the load failed, and computes it or fails it by policy."""
+    made = request(CONSUME)
+    side.on_new_request(made)
+    take(side, made, 0, 1, 2, 3, 4)
+    side.weights_changed({}, REASON)
+    output = reported()
+    side.update_output(output)
+    assert output.failed_recving == {"r"}
+    assert output.finished_recving == {"r"}
+
+
+def test_pages_that_come_after_the_change_are_good(side: SchedulerSide) -> None:
+    """The next request is of the new weights on both sides, or was refused."""
+    side.weights_changed({}, REASON)
+    made = request(CONSUME)
+    side.on_new_request(made)
+    (command,) = take(side, made, 0, 1, 2, 3, 4)
+    assert isinstance(command, Take)
+    output = reported(failed=set())
+    side.update_output(output)
+    assert not output.failed_recving
+
+
+def test_a_prefix_of_the_old_weights_is_not_handed_over(side: SchedulerSide) -> None:
+    """A request that runs through the change may leave blocks of both in the prefix cache: who begins on them computes
+    here, and is withdrawn for that reason; who begins on nothing is handed over."""
+    began(side, "runs")
+    side.weights_changed({}, REASON)
+    for name in ("on-old", "fresh"):
+        side.on_new_request(request({**PRODUCE, "transfer_id": name}, name=name))
+    side.matched_tokens(request(None, name="on-old"), 32)
+    side.matched_tokens(request(None, name="fresh"), 0)
+    commands = step(side).before
+    assert [type(each) for each in commands] == [Open, Open, Drop]
+    assert (commands[2].req_id, commands[2].report) == ("on-old", False)
+    assert "weights" in commands[2].reason
+
+
+@pytest.fixture
+def half() -> Iterator[Half]:
+    made = Half()
+    made.pool.introduce = lambda told: made.introduced.append(told)  # type: ignore[attr-defined]
+    made.introduced = []  # type: ignore[attr-defined]
+    yield made
+    made.side.close()
+
+
+def test_chunks_of_the_old_weights_are_neither_loaded_nor_stored(half: Half) -> None:
+    """Requests that are here when the weights change store nothing more and load nothing; later ones use keys of the
+    new weights, of which the pool is told."""
+    waiting, running = half.arrive(name="waiting"), half.arrive(name="running")
+    half.admit(running, 0)
+    half.side.weights_changed({0: Shard([NEW])}, REASON)
+    half.pool.asked.clear()
+    assert half.side.matched_tokens(waiting, 0) == (0, False)
+    assert step(half.side, {"running": (0, PROMPT)}).after == []
+    later = half.arrive(name="later")
+    ((keys, _),) = half.pool.asked
+    old = half.side._pool._prompts["running"].keys  # type: ignore[union-attr]
+    assert not set(keys) & {key for some in old.values() for key in some}
+    half.admit(later, 0)
+    (keep,) = step(half.side, {"later": (0, PROMPT)}).after
+    assert isinstance(keep, Keep)
+    assert len(half.introduced) == 1  # type: ignore[attr-defined]
+
+
+def test_a_load_of_the_old_weights_that_fails_is_not_stored_as_theirs(half: Half) -> None:
+    """The workers end loads at a change; what is computed instead is of the new weights, and its keys are not."""
+    loading = half.arrive(name="r")
+    half.admit(loading, 2)
+    half.side.weights_changed({0: Shard([NEW])}, REASON)
+    output = reported(failed={"r"})
+    half.side.update_output(output)
+    assert step(half.side, {"r": (0, PROMPT)}).after == []
