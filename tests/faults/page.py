@@ -130,6 +130,11 @@ death, or after it asked for one where that came later (then it takes `control.c
 those that were in touch). A survivor's transfers, those that go well included, end {beyond} after the moment at which
 the engines had said all about them (a healthy one ends within 0.2 s of that; worst of {beyonds}: {worst}). Pages that
 nobody had asked for when decode died are kept for `deadlines.hold_s`, 3 s here: {held}. No request waits for these.
+
+**When the weights of an engine change** (a reload, an update, waking with others) transfers of the old ones end as
+`refused`, on both sides, for a reason that names the weights; decode recomputes or fails by its policy. A request that
+asked in that very moment may end as `peer_lost` instead. What decode has received and not begun fails likewise; what it
+computes already goes on. See [security.md](security.md#whose-weights-kv-is-of).
 """
 STEPS_HEAD = """## A process dies, or stands still, at a step of the protocol
 
