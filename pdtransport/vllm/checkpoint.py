@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NAMED = "named"  # the identity of weights that model_id vouches for
 NICENESS = 5  # of the threads that digest: the model's loading goes first
 STREAMED = "runai_streamer"  # a load format that reads safetensors from a local folder too
 SLOW_S = 1.0  # a digest that the start waited for so long is told of
@@ -124,7 +123,7 @@ def checkpoint_identity(config: VllmConfig, settings: Settings) -> str:
         SettingsError: see :meth:`CheckpointDigest.result`; or nothing can say.
     """
     if settings.model_id is not None:
-        return NAMED
+        return f"named:{settings.model_id}"
     wait_s = settings.weights_digest_s
     identity = CheckpointDigest.begin(config, wait_s).result(wait_s)
     if not identity and not settings.watch_weights:

@@ -16,7 +16,7 @@ from pdtransport.errors import SettingsError
 from pdtransport.kv.checkpoint import FILES, TENSORS, digest_tensors
 from pdtransport.settings import Settings
 from pdtransport.vllm import checkpoint
-from pdtransport.vllm.checkpoint import NAMED, CheckpointDigest, NoFiles, checkpoint_identity, weight_files
+from pdtransport.vllm.checkpoint import CheckpointDigest, NoFiles, checkpoint_identity, weight_files
 from tests.rig.checkpoints import alter
 from tests.rig.servers import TINY_LM
 
@@ -121,10 +121,10 @@ def test_a_model_of_a_hub_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_name_takes_the_digests_place(model: Path) -> None:
-    """``model_id`` is for those who know; nothing is read then."""
+    """``model_id`` is for those who know; nothing is read then. Another name is another identity."""
     for file in model.glob("*.safetensors"):
         file.write_bytes(b"")
-    assert checkpoint_identity(config(model), Settings(model_id="mine")) == NAMED
+    assert checkpoint_identity(config(model), Settings(model_id="mine")) == "named:mine"
 
 
 def test_a_damaged_file_ends_the_start_in_one_line(model: Path) -> None:
