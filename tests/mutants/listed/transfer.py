@@ -136,8 +136,8 @@ BUGS: list[Mutant] = [
         (
             "anyone_cancels_a_transfer",
             "Taking.cancel",
-            "sink.owner is not owner",
-            "False",
+            "sink.owner is owner",
+            "True",
             "only_its_owner_says_more_of_a_transfer",
         ),
         (
