@@ -26,6 +26,7 @@ GRANITE_HYBRID = {
     "architectures": ["GraniteMoeHybridForCausalLM"],
     "model_type": "granitemoehybrid",
     "layer_types": ["mamba", "attention"] * 2,
+    "max_position_embeddings": 8192,
     "intermediate_size": 256,
     "shared_intermediate_size": 128,
     "num_attention_heads": 4,
