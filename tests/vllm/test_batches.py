@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from tests.rig.servers import Server, fleet
 LONGEST = 700
 
 
-async def ask(client: Client, url: str, prompts: Any, tokens: int, kv: Any = None, **more: Any) -> tuple[Any, str]:
-    """The answer's JSON, or a stream's events put together, and ``x-pd-path``."""
+async def ask(
+    client: Client, url: str, prompts: Any, tokens: int, kv: Any = None, **more: Any
+) -> tuple[Any, Mapping[str, str]]:
+    """The answer's JSON, and its headers."""
     body = {**request_body([], tokens, kv, **more), "prompt": prompts}
     async with client.post(f"{url}/v1/completions", body) as response:
-        return await response.json(), response.headers.get("x-pd-path", "")
+        return await response.json(), response.headers.copy()
 
 
 def as_answers(data: Any, wanted: Sequence[Case]) -> list[Answer]:
@@ -133,15 +135,16 @@ def test_a_list_of_one_prompt_crosses_through_the_router(
         await forget(client, servers.prefill, servers.decode)
         with routed([servers.prefill], [servers.decode], logs, "concurrent") as router:
             for case in some:
-                answer = await client.complete(router.url, case.prompt, len(case.tokens), prompt=[list(case.prompt)])
-                assert answer.headers["x-pd-path"].startswith("disaggregated")
+                data, told = await ask(client, router.url, [list(case.prompt)], len(case.tokens))
+                assert told["x-pd-path"] == "disaggregated"
+                (answer,) = as_answers(data, [case])
                 assert_equal([case], [answer])
-                handed = [Handed(answer.headers["x-pd-transfer-id"], None, answer)]
+                handed = [Handed(told["x-pd-transfer-id"], None, answer)]
                 bytes_equal(await crossed([case], handed, [servers.prefill], servers.decode), servers.audit)
             prompts, longest = [list(case.prompt) for case in some], max(len(case.tokens) for case in some)
-            data, path = await ask(client, router.url, prompts, longest)
+            data, told = await ask(client, router.url, prompts, longest)
             assert_equal(some, as_answers(data, some))
-            assert path.startswith("decode-only; a batch of 3 prompts")
+            assert told["x-pd-path"].startswith("decode-only; a batch of 3 prompts")
             for wrong in ([], [[]], [["a"]], [[1], "a"], [None], {"a": 1}):
                 plain = await refusal(client, servers.decode, wrong)
                 assert await refusal(client, router.url, wrong) == plain, wrong
@@ -179,6 +182,7 @@ def test_what_prefill_refuses_decode_answers(
         await forget(client, short, servers.decode)
         with routed([short], [servers.decode], logs, order) as router:
             for stream in (False, True):
+                await forget(client, servers.decode)  # it would answer from its cache before prefill refuses
                 answer = await client.complete(router.url, long.prompt, len(long.tokens), stream=stream)
                 assert_equal([long], [answer])
                 assert answer.headers["x-pd-path"] == f"decode-only; prefill server 127.0.0.1:{short.port} answers 400"
