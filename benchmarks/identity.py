@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks._needs import LACKING, room, tell_lacking
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
 from pdtransport.kv.checkpoint import TENSORS, digest_tensors
@@ -30,6 +31,10 @@ WAIT_S = 600.0
 
 def main() -> int:
     options = parse()
+    place = Path(options.dir or tempfile.gettempdir())
+    needed = room(place, int(options.gigabytes * 1e9), "or choose --dir, or fewer --gigabytes")
+    if tell_lacking("benchmarks.identity", [needed]):
+        return LACKING
     with tempfile.TemporaryDirectory(prefix="pdt-identity-", dir=options.dir) as folder:
         files = checkpoint(Path(folder), int(options.gigabytes * 1e9))
         total = sum(file.stat().st_size for file in files)

@@ -67,6 +67,16 @@ def test_a_benchmark_that_lacks_something_says_so_first(
     assert not out.exists()
 
 
+def test_the_benchmark_of_identities_says_so_first() -> None:
+    """It writes no file, but tells of each row as it comes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.identity", "--gigabytes", "1000000"],
+        cwd=REPO, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (LACKING, "")
+    assert done.stderr.startswith("benchmarks.identity needs ")
+
+
 def test_figures_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     """A reader never sees half a file, and nothing is left beside it."""
     file = tmp_path / "found.json"
