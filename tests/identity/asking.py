@@ -99,6 +99,9 @@ async def by_pool(
     Raises:
         RequestFailed: one did not answer.
     """
+    for instance, side in zip((prefill, decode), asked, strict=True):
+        if side.adapter:  # which content it has is known from its first step on; until then the pool is not used
+            await alone(client, instance, prompt[:2], side.adapter)
     await client.complete(prefill.server, prompt, 1, **asked[0].body())
     await rested(client, prefill.server)
     before, found = await watch.engine_state(client, decode.server), await counters(client, decode.server)
