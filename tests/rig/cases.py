@@ -84,7 +84,7 @@ async def assorted(answers: Answers, seed: int, *, margin: float = MARGIN) -> li
     """Prompts of all sizes: every length below a block, multiples of a block and one more and one less, anything up
     to 2,500 tokens, and a few of up to ``LONGEST``. Some 210 to 230."""
     prompts = Prompts(seed)
-    tries, middling, lengthy = (3, 200, 30) if SURE_OF_HALF else (1, 125, 20)
+    tries, middling, lengthy = (3, 230, 30) if SURE_OF_HALF else (1, 125, 20)
     lengths = [*range(1, BLOCK), *[k * BLOCK + more for k in MULTIPLES for more in (-1, 0, 1)]]
     lengths += [LONGEST // 2, LONGEST - 1, LONGEST]
     groups = [[prompts.one(n) for _ in range(tries)] for n in lengths]
