@@ -63,7 +63,8 @@ def problems(directory: Path, expected: Mapping[str, Expected]) -> list[str]:
         elif len(hashes) > 1:
             found.append(f"{part}: verified {len(hashes)} times")
         elif hashes[0] != sent[part][-1]:
-            found.append(f"{part}: the bytes differ, {sent[part][-1][:12]} sent, {hashes[0][:12]} verified")
+            attempts = ", ".join(each[:12] for each in sent[part])
+            found.append(f"{part}: the bytes differ, sent (in this order): {attempts}; verified: {hashes[0][:12]}")
         covered[part.transfer][part.block] += range(part.head_lo, part.head_hi)
     for transfer, want in expected.items():
         blocks = covered[transfer]
