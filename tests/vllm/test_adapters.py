@@ -14,12 +14,15 @@ import pytest
 from tests.rig import watch
 from tests.rig.adapters import write_adapter
 from tests.rig.client import Client, new_transfer, to_decode, to_prefill
+from tests.rig.device import PLACE
 from tests.rig.fixtures import forget, pair_spec
 from tests.rig.pooled import Service, pooled
 from tests.rig.prompts import Prompts
 from tests.rig.proof import record_of
 from tests.rig.servers import Server, fleet
 
+# What the adapters are of: LoRA kernels of GPUs take 16 bits alone, on the CPU single precision leaves no near ties.
+DTYPE = "bfloat16" if PLACE.gpu else "float32"
 LORA = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "3")
 ANSWER = 8
 
@@ -29,7 +32,7 @@ def pair(logs: Path, pool: Service) -> Iterator[tuple[Server, Server]]:
     """Prefill, with a pool, and decode, both with adapters that can be loaded and replaced while they run."""
     specs = [
         pair_spec(
-            f"lora-{role}", f"kv_{role}", cores=str(core), args=LORA, dtype="float32", load_failure_policy="recompute"
+            f"lora-{role}", f"kv_{role}", cores=str(core), args=LORA, dtype=DTYPE, load_failure_policy="recompute"
         )
         for core, role in enumerate(("producer", "consumer"))
     ]
