@@ -8,6 +8,7 @@ nor stored, and its blocks leave the prefix cache with it.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -37,6 +38,31 @@ class StaleBlocks:
         self._tainted |= self._begun
         self._evict(None)
         return set(self._tainted)
+
+    def void_arrivals(self) -> set[str]:
+        """Requests that have pages from elsewhere, or wait for some, and were not computed yet: vLLM computes them
+        anew, from their first token, once their pages are reported (whatever ``kv_load_failure_policy`` is: nothing
+        failed). To be called between steps."""
+        if self._manager is None:
+            return set()
+        from vllm.v1.request import RequestStatus
+
+        try:
+            scheduler = _scheduler_of(self._manager)
+            voided = set()
+            for req_id, request in scheduler.requests.items():
+                if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
+                    request.num_computed_tokens = 0
+                    scheduler.failed_recving_kv_req_ids.add(req_id)
+                    voided.add(req_id)
+        except Exception as error:  # noqa: BLE001 - another vLLM
+            logger.error(
+                "pdtransport: requests whose pages came before the weights changed can't be computed anew (%r): their "
+                "answers may be of the old weights",
+                error,
+            )
+            return set()
+        return voided
 
     def begins_on(self, req_id: str, computed: int) -> bool:
         """Whether a request that finds ``computed`` tokens in the prefix cache may find old ones there."""
@@ -68,3 +94,17 @@ class StaleBlocks:
                     error,
                 )
             self._lasting = True
+
+
+def _scheduler_of(manager: Any) -> Any:
+    """vLLM's scheduler that owns this cache manager.
+
+    Raises:
+        LookupError: there is none.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Scheduler) and getattr(thing, "kv_cache_manager", None) is manager:
+            return thing
+    raise LookupError("its scheduler was not found")

@@ -170,6 +170,9 @@ class SchedulerSide:
         """The workers hold other weights now, and ended what was under way. ``shards``: as for :meth:`start_pool`."""
         self._bell.arrivals()
         self._stale_arrivals = self._arrivals.void(self._awaited)
+        for req_id in self._stale.void_arrivals():
+            if (entry := self._consuming.get(req_id)) is not None:
+                nothing_came(entry.request)
         tainted = self._stale.change()
         if tainted:
             logger.info("%d requests hold KV of the old weights, and are nobody else's: %s", len(tainted), reason)
@@ -329,7 +332,7 @@ class SchedulerSide:
     def update_output(self, output: KVConnectorOutput) -> None:
         """Reads what workers reported, and takes out of it which requests went on before."""
         stale = self._stale_arrivals.intersection(output.finished_recving or ())
-        if stale:
+        if stale:  # vLLM computes them anew already, and does not look at failures again after this
             self._stale_arrivals -= stale
             output.failed_recving = {*(output.failed_recving or ()), *stale}
         late = self._arrivals.reported(output.finished_recving or ())

@@ -15,6 +15,7 @@ from pdtransport.settings import Settings
 from pdtransport.vllm.metadata import Drop, Keep, Open, Take
 from pdtransport.vllm.pool_space import Shard
 from pdtransport.vllm.scheduler import SchedulerSide
+from tests.unit.test_vllm_ahead import WAITING, Engine
 from tests.unit.test_vllm_generation import Manager
 from tests.unit.test_vllm_pool import PROMPT, Half
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
@@ -52,17 +53,89 @@ def reported(name: str = "r", failed: set[str] | None = None) -> Any:
     return SimpleNamespace(finished_recving={name}, finished_sending=None, failed_recving=failed)
 
 
-def test_pages_that_came_before_the_change_have_failed(side: SchedulerSide) -> None:
-    """Decode's request whose pages are there, and was not computed yet: its KV is of weights that are gone, so vLLM is
-    told that the load failed, and computes it or fails it by policy."""
-    made = request(CONSUME)
-    side.on_new_request(made)
-    take(side, made, 0, 1, 2, 3, 4)
-    side.weights_changed({}, REASON)
-    output = reported()
-    side.update_output(output)
-    assert output.failed_recving == {"r"}
-    assert output.finished_recving == {"r"}
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """With as much of vLLM's own scheduler as decides whether a request's pages are computed anew."""
+    made = Engine()
+    made.kept, made.freed = [], []  # type: ignore[attr-defined]
+    vars(made.manager).update(
+        block_pool=SimpleNamespace(blocks=list(range(10))),
+        evict_blocks=lambda blocks: None,
+        cache_blocks=lambda request, tokens: made.kept.append(request.request_id),  # type: ignore[attr-defined]
+        free=lambda request: made.freed.append(request.request_id),  # type: ignore[attr-defined]
+    )
+    vars(made.scheduler).update(
+        kv_cache_manager=made.manager, failed_recving_kv_req_ids=set(), recompute_kv_load_failures=True,
+        _mark_prefix_replay=lambda *args, **more: 0, _load_restores_replay_window=lambda request: False,
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+def outcome(engine: Engine, *names: str, failed: tuple[str, ...] = ()) -> None:
+    """A step's outcome, looked at in vLLM's order: failures first, then arrivals, which the connector hears of."""
+    engine.scheduler._handle_failed_recving(set(failed))
+    engine.report(*names, failed=failed)
+
+
+def promote(engine: Engine, loading: Any) -> None:
+    """vLLM comes to a request whose pages were reported."""
+    loading.num_tokens = loading.num_prompt_tokens
+    assert loading.request_id in engine.scheduler.finished_recving_kv_req_ids
+    engine.scheduler._update_waiting_for_remote_kv(loading)
+
+
+@pytest.mark.parametrize("reported_before", [True, False], ids=["waits for room", "not reported yet"])
+def test_pages_that_came_before_the_change_are_computed_anew(engine: Engine, reported_before: bool) -> None:
+    """A request of decode's whose pages are there, and which was not computed yet, perhaps for long since the engine is
+    full: its KV is of weights that are gone. It is computed from its first token, and its blocks never come into the
+    prefix cache, from where later prompts would be computed, handed over and stored."""
+    loading = engine.load()
+    loading.num_computed_tokens = 100
+    if reported_before:
+        outcome(engine, "r")
+    engine.side.weights_changed({}, REASON)
+    if not reported_before:
+        outcome(engine, "r")
+    promote(engine, loading)
+    assert loading.num_computed_tokens == 0
+    assert (engine.kept, engine.freed) == ([], ["r"])  # type: ignore[attr-defined]
+    assert engine.side.matched_tokens(loading, 0) == (0, False), "it is not asked for again"
+
+
+def test_pages_that_went_on_before_their_report_are_computed_anew(engine: Engine) -> None:
+    """The bell told that they are there; the report that comes after the change is no news, and the request is not
+    loading any more when it does."""
+    loading = engine.load()
+    loading.num_computed_tokens = 100
+    engine.ropes[0].arrived("r", 0)
+    assert engine.begin() == {"r"}
+    engine.side.weights_changed({}, REASON)
+    promote(engine, loading)
+    assert (loading.num_computed_tokens, engine.freed) == (0, ["r"])  # type: ignore[attr-defined]
+    outcome(engine, "r")
+    assert "r" not in engine.scheduler.failed_recving_kv_req_ids
+
+
+def test_a_load_that_the_workers_ended_fails_once(engine: Engine) -> None:
+    """A transfer that was under way at the change is reported as failed afterwards: nothing more comes of that."""
+    loading = engine.load()
+    engine.side.weights_changed({}, REASON)
+    outcome(engine, "r", failed=("r",))
+    promote(engine, loading)
+    assert engine.freed == ["r"]  # type: ignore[attr-defined]
+    assert engine.scheduler.failed_recving_kv_req_ids == set()
+
+
+def test_requests_that_compute_go_on(engine: Engine) -> None:
+    """As vLLM would have it."""
+    running = engine.load()
+    outcome(engine, "r")
+    promote(engine, running)
+    running.status = None
+    engine.side.weights_changed({}, REASON)
+    assert engine.scheduler.failed_recving_kv_req_ids == set()
+    assert WAITING is not running.status
 
 
 def test_pages_that_come_after_the_change_are_good(side: SchedulerSide) -> None:
