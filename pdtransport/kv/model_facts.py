@@ -10,7 +10,8 @@ models embed or mask by them), the ``dtype``, initial values, the router's jitte
 
 A field that only one side knows, at the default of that side's library, is no difference: libraries add fields with
 defaults that change nothing, and a configuration that sets one hands it to both. Where both know a field, the values
-must be equal, whether they were set or are defaults, so a default that changed between two versions is seen.
+must be equal, whether they were set or are defaults, so a default that changed between two versions is seen. Null
+where the library's default is a value (Gemma 2 without soft caps) is a value that was set.
 
 The text form is canonical JSON, ``{"set": {...}, "default": {...}}`` with dotted names; it travels as one fact of a
 fingerprint (:mod:`pdtransport.kv.fingerprint`).
@@ -63,10 +64,14 @@ class ModelFacts:
     """
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-        known = dict(_flat(defaults or {}))
-        self.given: dict[str, Value] = {}
+        known = {name: value for name, value in _flat(defaults or {}) if value is not None}
+        self.given: dict[str, Value | None] = {}
         self.default: dict[str, Value] = {}
         for name, value in _flat(config):
+            if value is None:
+                if name in known or any(each.startswith(f"{name}.") for each in known):
+                    self.given[name] = None  # taken away on purpose
+                continue
             where = self.default if name in known and _equal(known[name], value) else self.given
             where[name] = value
 
@@ -103,7 +108,7 @@ def difference(ours: str, yours: str) -> tuple[str, Any, Any] | None:
     return None
 
 
-def _parsed(text: str) -> dict[str, tuple[Value, bool]] | None:
+def _parsed(text: str) -> dict[str, tuple[Value | None, bool]] | None:
     """Name -> (value, whether it is the library's default). None: not a text of ours, whoever sent it."""
     if len(text) > MAX_TEXT or not text.startswith("{"):
         return None
@@ -115,13 +120,15 @@ def _parsed(text: str) -> dict[str, tuple[Value, bool]] | None:
         return None
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value]]:
-    """Dotted names and plain values; what is None, empty or does not matter is left out."""
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value | None]]:
+    """Dotted names and plain values, None for nothing and for an empty table; what does not matter is left out."""
     for name, value in _without_old_rope(config).items():
         name = _ALIASES.get(str(name), str(name))
-        if name in IRRELEVANT or value is None:
+        if name in IRRELEVANT:
             continue
-        if isinstance(value, Mapping):
+        if value is None or value == {}:
+            yield f"{prefix}{name}", None
+        elif isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", _plain(value)

@@ -103,6 +103,20 @@ def test_unset_equals_the_default_said_aloud() -> None:
     assert named(ModelFacts(library, DEFAULTS).text(), text({"hidden_act": "silu"})) is None
 
 
+def test_a_field_that_is_taken_away_is_not_the_librarys_default() -> None:
+    """Gemma 2 caps attention's scores at 50 by default, and null in its configuration means: not at all. Whole parts of
+    a configuration can be taken away likewise."""
+    library = {**DEFAULTS, "attn_logit_softcapping": 50.0, "extra": {"scale": 2.0}}
+    capped = ModelFacts({**LLAMA, "attn_logit_softcapping": 50.0, "extra": {"scale": 2.0}}, library)
+    for nothing in (None, {}):
+        plain = ModelFacts({**LLAMA, "attn_logit_softcapping": None, "extra": {"scale": 2.0}}, library)
+        assert named(capped.text(), plain.text()) == ("model_config.attn_logit_softcapping", "50", "(not given)")
+        without = ModelFacts({**LLAMA, "attn_logit_softcapping": 50.0, "extra": nothing}, library)
+        assert named(capped.text(), without.text()) is not None
+        assert len({capped.digest(), plain.digest(), without.digest()}) == 3
+        assert named(plain.text(), ModelFacts({**LLAMA, "attn_logit_softcapping": None}, library).text()) is None
+
+
 def test_a_default_that_changed_between_versions_is_seen() -> None:
     """Neither side set it, each has its library's own: the values differ, and so does the KV."""
     older, newer = {**DEFAULTS, "rms_norm_eps": 1e-5}, {**DEFAULTS, "rms_norm_eps": 1e-6}
