@@ -7,8 +7,8 @@ vLLM made of them: whatever vLLM holds under an id, its digest is at hand. The t
 keeps of an adapter whose dtype is the model's is a view of the mapped file, and would change with it.
 
 Equal for every tensor-parallel size (adapters are split later), name, id and path. It covers the names, dtypes, shapes
-and bytes of all tensors, what of ``adapter_config.json`` vLLM computes with (rank, alpha, patterns, rsLoRA, ...), and
-the dtype that it computes in.
+and bytes of all tensors, what of ``adapter_config.json`` vLLM computes with (rank, alpha, patterns, rsLoRA, ...), the
+dtype that it computes in, and the server's flags that say to which parts of the model it is applied.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ _MARK = "pdtransport_content"
 # Of an adapter's configuration: how it was trained or begun, what the tensors' names say, what is the engine's own.
 _IRRELEVANT = ("bias", "init_lora_weights", "target_modules", "vllm_max_position_embeddings")
 
+# Of vLLM's LoRAConfig: what makes another computation of the same adapter.
+_FLAGS = ("target_modules", "enable_tower_connector_lora", "enable_moe_shared_loras")
+
 
 def content_digest(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: object = None) -> str:
     """32 hex digits over tensors on the host, as read, and a configuration of scalars, lists and dicts."""
     state = hashlib.sha256()
-    facts = {name: _number(value) for name, value in config.items() if name not in _IRRELEVANT}
+    facts = {name: _plain(value) for name, value in config.items() if name not in _IRRELEVANT}
     state.update(json.dumps([facts, str(dtype)], sort_keys=True, default=str).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -45,7 +48,9 @@ def content_digest(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
     return state.hexdigest()[:32]
 
 
-def _number(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):  # patterns: of several that match a module the first one counts
+        return [[name, _plain(each)] for name, each in value.items()]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -53,6 +58,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _applied(manager: Any) -> str:
+    """The flags that are set, as they are part of digests; empty if none is."""
+    config = getattr(manager, "lora_config", None)
+    said = {name: getattr(config, name, None) for name in _FLAGS}
+    told = {name: sorted(v) if isinstance(v, list) else v for name, v in said.items() if v not in (None, False)}
+    return f":{json.dumps(told, sort_keys=True)}" if told else ""
 
 
 def named(request: LoRARequest) -> str:
@@ -74,6 +87,7 @@ class Adapters:
     def __init__(self, manager: Any | None) -> None:
         self._manager = manager
         self._told: dict[int, str] = {}
+        self._applied = _applied(manager)
         if manager is not None:
             manager._lora_model_cls = _with_digest(manager._lora_model_cls)
 
@@ -105,7 +119,8 @@ class Adapters:
         if not digest:
             raise AdapterUnknown("it was loaded in parts, by experts, or before this connector")
         # Only read where servers mix both forms of experts' weights; the tensors are then taken in another way.
-        return f"{digest}:3d" if getattr(model, "is_3d_lora_weight", False) else digest
+        form = ":3d" if getattr(model, "is_3d_lora_weight", False) else ""
+        return f"{digest}{form}{self._applied}"
 
     def load(self, request: LoRARequest, used: Collection[int] = ()) -> str | None:
         """As vLLM does at an adapter's first use. Not while a step is being prepared: it may take another one's slot.

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from vllm.config.lora import LoRAConfig
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
@@ -79,6 +80,26 @@ def test_the_same_content_is_the_same_under_any_name_id_and_path(adapters: Adapt
 def test_another_content_is_another(adapters: Adapters, tmp_path: Path, seed: int, config: dict[str, Any]) -> None:
     one, other = write_adapter(tmp_path / "a", 1), write_adapter(tmp_path / "b", seed, **config)
     assert adapters.load(lora(one)) != adapters.load(lora(other, 2))
+
+
+def test_of_patterns_that_match_the_first_one_counts(adapters: Adapters, tmp_path: Path) -> None:
+    """So two adapters with the same patterns in another order compute differently."""
+    one = write_adapter(tmp_path / "a", 1, alpha_pattern={".*q_proj": 4, ".*proj": 8})
+    other = write_adapter(tmp_path / "b", 1, alpha_pattern={".*proj": 8, ".*q_proj": 4})
+    assert adapters.load(lora(one)) != adapters.load(lora(other, 2))
+
+
+@pytest.mark.parametrize(
+    "flags", [{"target_modules": ["q_proj"]}, {"target_modules": []}, {"enable_tower_connector_lora": True}]
+)
+def test_flags_that_say_where_an_adapter_is_applied_count(tmp_path: Path, flags: dict[str, Any]) -> None:
+    """The same files under ``--lora-target-modules`` compute something else."""
+    folder, seen = write_adapter(tmp_path / "a", 1), set()
+    for said in ({}, flags, {name: list(value) if isinstance(value, list) else value for name, value in flags.items()}):
+        manager = Manager()
+        manager.lora_config = LoRAConfig(**said)  # type: ignore[attr-defined]
+        seen.add(Adapters(manager).load(lora(folder)))
+    assert len(seen) == 2
 
 
 def test_what_the_tensors_do_not_depend_on_is_no_difference(adapters: Adapters, tmp_path: Path) -> None:
