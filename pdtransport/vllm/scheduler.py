@@ -204,7 +204,7 @@ class SchedulerSide:
     def _read_wishes(self, request: Request) -> None:
         wanted = parse(request.kv_transfer_params, producer=self._producer, consumer=self._consumer)
         problem = wanted.problem
-        if (wanted.produce or wanted.consume) and request.prompt_token_ids is None:
+        if (wanted.produce or wanted.consume) and _of_embeddings(request):
             problem = "a prompt of embeddings has no token ids to identify its KV by"
         named, without = wanted.produce or wanted.consume, ""
         if named is not None and named.transfer_id is not None and not problem:
@@ -605,6 +605,12 @@ def _computed_before(output: SchedulerOutput) -> dict[str, int]:
     cached = output.scheduled_cached_reqs
     computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     return computed
+
+
+def _of_embeddings(request: Request) -> bool:
+    """Whole or in part: a chat's parts may be embeddings, and its token ids then say nothing there."""
+    embedded = getattr(request, "prompt_embeds", None), getattr(request, "prompt_is_token_ids", None)
+    return request.prompt_token_ids is None or any(each is not None for each in embedded)
 
 
 def content_key(request: Request) -> bytes:

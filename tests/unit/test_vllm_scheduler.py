@@ -449,6 +449,7 @@ def test_a_router_that_copies_only_nixl_keys_hands_over_the_very_transfer(side: 
     [
         ({**CONSUME, "remote_port": 0}, {}, "remote_port"),
         (CONSUME, {"prompt_token_ids": None}, "embeddings"),
+        (CONSUME, {"prompt_embeds": [[0.0]] * 100, "prompt_is_token_ids": [True] * 50 + [False] * 50}, "embeddings"),
         ({**CONSUME, "remote_host": "a b"}, {}, "remote_host"),
     ],
 )
