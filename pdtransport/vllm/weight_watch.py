@@ -111,8 +111,8 @@ class WeightWatch:
         try:
             return rpc(method, *args, **kwargs)
         finally:
-            if name == WAKES:
-                self._asleep = not _wakes_weights(args, kwargs)
+            if name == WAKES and _wakes_weights(args, kwargs):
+                self._asleep = False
             if not self._asleep:
                 self._look_again(rpc)
 
@@ -141,7 +141,7 @@ class WeightWatch:
         self._identity, self._suspect, self._asleep = identity, "", False
 
     def _tell(self, rpc: Callable[..., Any], identity: str, why: str, first: bool) -> None:
-        reason = f"weights: {why} changed them here" if why else "weights: they come from no files"
+        reason = f"weights: {why} changed them here" if why else "weights: known by the parameters as loaded"
         (logger.info if first else logger.warning)("pdtransport: %s; their identity is %s", reason, identity)
         shards = {rank: shard for rank, shard in self._each(rpc, adopt_weights, identity, reason) if shard is not None}
         self._on_change(shards, reason)
@@ -152,7 +152,9 @@ class WeightWatch:
         unseen = next((report.unseen for report in reports if report.unseen), "")
         if not self._first:
             self._first = checksum
-            self._checkpoint = reports[0].checkpoint if reports else ""
+            checkpoints = {report.checkpoint for report in reports}
+            # Workers of several hosts may have loaded different files: then only what they loaded tells.
+            self._checkpoint = checkpoints.pop() if len(checkpoints) == 1 else ""
             if self._checkpoint:
                 return self._checkpoint
         elif checksum == self._first and self._checkpoint and not unseen:
@@ -187,9 +189,13 @@ _watches: weakref.WeakSet[WeightWatch] = weakref.WeakSet()  # of this process
 
 
 def _watch_of(config: Any) -> WeightWatch | None:
-    """Of the engine with this configuration. A connector among several has a copy of it: then it is the only one."""
-    watches = list(_watches)
-    return next((each for each in watches if each.config is config), watches[0] if len(watches) == 1 else None)
+    """Of the engine with this configuration. A connector among several (MultiConnector) has a shallow copy of it, whose
+    model is the same object."""
+    watches, model = list(_watches), getattr(config, "model_config", None)
+    own = next((each for each in watches if each.config is config), None)
+    if own is not None or model is None:
+        return own
+    return next((each for each in watches if getattr(each.config, "model_config", None) is model), None)
 
 
 def watch_executor(config: Any, on_change: OnChange) -> WeightWatch:

@@ -207,6 +207,7 @@ class WorkerSide:
             self._pool.end_all(CHANGE_S)
 
     def close(self) -> None:
+        sides.discard(self)
         self._holding.close()
         if self._pool is not None:
             self._pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -132,6 +133,25 @@ def test_memory_that_is_taken_away_is_let_go_of_before_and_looked_at_after(engin
     assert engine.changes == []
 
 
+def test_memory_of_kv_that_comes_back_puts_no_weights_to_sleep(engine: Engine) -> None:
+    """Executors whose steps are no calls (Ray's) have no other look than the one after a reload."""
+    engine.call("sleep")
+    engine.call("wake_up", kwargs={"tags": ["weights"]})
+    engine.call("wake_up", kwargs={"tags": ["kv_cache"]})
+    engine.effects["reload_weights"] = engine.change("c", "c")
+    assert engine.call("reload_weights") == ["reload_weights", "sum", "adopt"]
+
+
+def test_workers_that_loaded_different_files_are_known_by_what_they_loaded() -> None:
+    """On two hosts, say. Each one's KV depends on the weights of all, so none goes by the digest of its own files."""
+    engine = Engine()
+    reports = [WeightReport(rank, "a", f"safetensors:{rank:032x}", "") for rank in range(2)]
+    rpc = engine.rpc
+    engine.rpc = lambda method, **more: reports if method is sum_weights else rpc(method, **more)  # type: ignore[method-assign]
+    assert engine.call(FIRST_LOOK) == ["adopt", FIRST_LOOK]
+    assert engine.identities[0].startswith("loaded:")
+
+
 def test_other_weights_after_waking_are_seen(engine: Engine) -> None:
     """Sleep, wake the weights, reload them, wake the rest: what training loops do."""
     engine.call("sleep")
@@ -219,6 +239,19 @@ def test_each_engine_of_a_process_has_a_watch_of_its_own(executors: None) -> Non
     weight_watch._watches.clear()
     engines[1].collective_rpc("reload_weights")
     assert engines[1].done[-1] == "reload_weights"
+
+
+def test_engines_of_one_process_whose_connectors_have_copies_of_their_configuration(executors: None) -> None:
+    """MultiConnector gives each of its connectors a shallow copy."""
+    kind = type("One", (TestExecutor,), {"collective_rpc": TestExecutor.collective_rpc})
+    configs = [SimpleNamespace(executor=kind, model_config=object()) for _ in range(2)]
+    watches = [watch_executor(copy.copy(config), lambda *_: None) for config in configs]
+    engines = [kind(config) for config in configs]
+    for engine in engines:
+        engine.collective_rpc(FIRST_LOOK)
+        engine.collective_rpc("reload_weights")
+        assert engine.done == [sum_weights, FIRST_LOOK, "reload_weights", sum_weights]
+    assert len(watches) == 2
 
 
 def test_another_executor_is_refused_by_name_of_the_setting(executors: None) -> None:
