@@ -105,10 +105,12 @@ def _damaged(file: Path, why: str) -> SettingsError:
 def digest_tensors(
     files: Sequence[Path], *, threads: int | None = None, cancelled: Callable[[], bool] = lambda: False
 ) -> str:
-    """Identity of the tensors in safetensors ``files``: ``safetensors:`` and 32 hexadecimal digits.
+    """Identity of the tensors in safetensors ``files``: ``safetensors:`` and 32 hexadecimal digits. A tensor that is in
+    several of them counts once.
 
     Raises:
-        SettingsError: a file is no sound safetensors file.
+        SettingsError: a file is no sound safetensors file, or two have different tensors of one name: which of them
+            counts would be the loader's choice.
         OSError: a file can't be read.
         DigestCancelled: ``cancelled`` said so.
     """
@@ -117,11 +119,15 @@ def digest_tensors(
         raise SettingsError(f"{len(tensors)} tensors are more than {MAX_TENSORS}: set model_id to name these weights")
     spans = [(number, tensor.offset, tensor.nbytes) for number, tensor in tensors]
     digests = _digest_spans(files, spans, threads, cancelled)
-    lines = [
-        json.dumps([tensor.name, tensor.dtype, tensor.shape, digest])
-        for (_, tensor), digest in zip(tensors, digests, strict=True)
-    ]
-    return _identity(TENSORS, lines)
+    lines: dict[str, str] = {}
+    for (number, tensor), digest in zip(tensors, digests, strict=True):
+        line = json.dumps([tensor.name, tensor.dtype, tensor.shape, digest])
+        if lines.setdefault(tensor.name, line) != line:
+            raise SettingsError(
+                f"tensor {tensor.name[:80]!r} is in {str(files[number])[:300]!r} and, with another content, in another "
+                "weight file beside it: remove the one that is not meant, or set model_id to name these weights"
+            )
+    return _identity(TENSORS, list(lines.values()))
 
 
 def digest_files(

@@ -99,6 +99,17 @@ def test_tensors_that_change_places_are_others(tmp_path: Path) -> None:
     assert digest_tensors([first]) != digest_tensors([second])
 
 
+def test_a_tensor_in_two_files_counts_once_if_it_is_the_same(tmp_path: Path) -> None:
+    """vLLM loads both, and the last one counts: with other contents two checkpoints whose files were swapped would have
+    one identity and other weights."""
+    one, other = {"w": np.zeros(8, dtype=np.uint8)}, {"w": np.ones(8, dtype=np.uint8)}
+    first, again = write(tmp_path / "1.safetensors", one), write(tmp_path / "2.safetensors", one)
+    assert digest_tensors([first, again]) == digest_tensors([first])
+    write(again, other)
+    with pytest.raises(SettingsError, match="'w' is in .*2.safetensors.*model_id"):
+        digest_tensors([first, again])
+
+
 def test_files_of_other_formats_count_whole(tmp_path: Path) -> None:
     """Pickles and GGUF are digested as files, names apart, and their identity says so."""
     a, b = tmp_path / "a.bin", tmp_path / "b.bin"
