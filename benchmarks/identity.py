@@ -21,7 +21,7 @@ from benchmarks._needs import LACKING, room, tell_lacking
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
 from pdtransport.kv.checkpoint import TENSORS, digest_tensors
-from pdtransport.kv.digest_cache import DigestCache
+from pdtransport.kv.digest_cache import SETTLED_S, DigestCache
 
 TENSOR_BYTES = 32 << 20  # one projection of an 8B model
 FILE_BYTES = 1 << 30
@@ -52,6 +52,7 @@ def main() -> int:
                 lambda: cache.identity(TENSORS, files, partial(digest_tensors, files), WAIT_S),
             ),
         ]
+        time.sleep(SETTLED_S)
         rows[-1][1]()  # computes and remembers it
         for what, call in rows:
             told(what, total, [timed(call) for _ in range(options.runs)])

@@ -1,8 +1,10 @@
 """Digests of files that did not change are remembered, for this user on this host.
 
-A file is known by device, inode, size, modification and change time. An entry is a small JSON file in a folder that
-nobody else may write; whatever is damaged, foreign or too large is ignored, and said in one line. Processes that want
-the same digest at the same time compute it once: the others wait for the first, up to a deadline.
+A file is known by device, inode, size, modification and change time. Change times are coarse: a digest of files that
+changed just before they were read is not remembered, since another change after that may have the same time. An entry
+is a small JSON file in a folder that nobody else may write; whatever is damaged, foreign or too large is ignored, and
+said in one line. Processes that want the same digest at the same time compute it once: the others wait for the first,
+up to a deadline.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_ENTRY_BYTES = 4 << 20
 MAX_ENTRIES = 256
 POLL_S = 0.02
+SETTLED_S = 2.0  # the coarsest time stamps of file systems in use
 
 _IDENTITY = re.compile(rf"[a-z]+:[0-9a-f]{{{IDENTITY_DIGITS}}}")
 
@@ -69,6 +72,7 @@ class DigestCache:
             OSError: a file is not there. Whatever ``compute`` raises.
         """
         facts = facts_of(files)
+        settled = max((each[-1] for each in facts), default=0) + SETTLED_S * 1e9 < time.time_ns()
         key = json.dumps([kind, ALGORITHM, facts])
         name = hashlib.sha256(key.encode()).hexdigest()[:IDENTITY_DIGITS]
         problem = self._prepare()
@@ -83,7 +87,8 @@ class DigestCache:
             if known:
                 return known
             identity = self._computed(facts, files, compute)
-            self._write(entry, facts, identity)
+            if settled:
+                self._write(entry, facts, identity)
             return identity
 
     @staticmethod

@@ -79,12 +79,20 @@ class CheckpointDigest:
                 )
         if self._error is not None:
             raise SettingsError(f"the weights have no identity: {self._error}") from None
-        if self._thread is not None and facts_of(self._files) != self._facts:
+        if self._thread is not None and not self._stood_still():
             raise SettingsError("weight files changed while the model was loaded: start again once they stand still")
         waited = time.monotonic() - began
         if waited > SLOW_S:
             logger.info("pdtransport: waited %.1f s for the weights' digest, which is remembered from now on", waited)
         return self._identity
+
+    def _stood_still(self) -> bool:
+        """Whether vLLM would still load the same files: the hub's library may have brought a newer revision."""
+        try:
+            _, files = weight_files(self._config)
+            return facts_of(files) == facts_of(self._files) == self._facts
+        except (NoFiles, OSError):
+            return False
 
     def _start(self, wait_s: float) -> None:
         if self._thread is not None:

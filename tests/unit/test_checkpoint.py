@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pdtransport.errors import SettingsError
-from pdtransport.kv import checkpoint
+from pdtransport.kv import checkpoint, digest_cache
 from pdtransport.kv.checkpoint import PIECE_BYTES, DigestCancelled, digest_files, digest_tensors, safetensors_header
 from pdtransport.kv.digest_cache import DigestCache
 
@@ -106,7 +106,7 @@ def test_a_tensor_in_two_files_counts_once_if_it_is_the_same(tmp_path: Path) -> 
     first, again = write(tmp_path / "1.safetensors", one), write(tmp_path / "2.safetensors", one)
     assert digest_tensors([first, again]) == digest_tensors([first])
     write(again, other)
-    with pytest.raises(SettingsError, match="'w' is in .*2.safetensors.*model_id"):
+    with pytest.raises(SettingsError, match=r"'w' is in .*2\.safetensors.*model_id"):
         digest_tensors([first, again])
 
 
@@ -187,7 +187,9 @@ class Counted:
 
 
 @pytest.fixture
-def weights(tmp_path: Path) -> list[Path]:
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """They count as settled at once: a change time can't be set."""
+    monkeypatch.setattr(digest_cache, "SETTLED_S", -2.0)
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for file in files:
         file.write_bytes(b"weights")
@@ -201,6 +203,17 @@ def test_a_digest_is_computed_once(tmp_path: Path, weights: list[Path]) -> None:
     assert DigestCache(tmp_path / "cache").identity("safetensors", weights[::-1], compute, 1) == compute.identity
     assert compute.calls == 1
     cache.identity("files", weights, compute, 1)
+    assert compute.calls == 2
+
+
+def test_files_that_changed_just_now_are_read_again(
+    tmp_path: Path, weights: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change right after the digest may leave the times as they are: the old digest would pass for the new bytes."""
+    monkeypatch.setattr(digest_cache, "SETTLED_S", 3600.0)
+    cache, compute = DigestCache(tmp_path / "cache"), Counted()
+    for _ in range(2):
+        assert cache.identity("safetensors", weights, compute, 1) == compute.identity
     assert compute.calls == 2
 
 

@@ -146,6 +146,21 @@ def test_files_that_change_while_the_model_loads_have_no_identity(model: Path) -
         digest.result(WAIT_S)
 
 
+def test_a_newer_revision_that_came_meanwhile_has_no_identity(tmp_path: Path) -> None:
+    """The digest began with what the hub's library had on this host; loading the model brought another snapshot. The
+    old files still lie there, and are not what was loaded."""
+    repo = tmp_path / "hub" / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    for revision in ("abc", "def"):
+        shutil.copytree(TINY_LM, repo / "snapshots" / revision)
+    alter(repo / "snapshots" / "def")
+    (repo / "refs" / "main").write_text("abc")
+    digest = CheckpointDigest.begin(config("some/model", download_dir=str(tmp_path / "hub")), WAIT_S)
+    (repo / "refs" / "main").write_text("def")
+    with pytest.raises(SettingsError, match="changed while the model was loaded"):
+        digest.result(WAIT_S)
+
+
 def test_it_is_begun_once(model: Path) -> None:
     """By the hook before the model loads and by the connector after it, which may have a copy of the configuration."""
     one, other = CheckpointDigest.begin(config(model), WAIT_S), CheckpointDigest.begin(config(model), WAIT_S)
