@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NAMED = "named:"  # begins the identity of weights that model_id names
 NICENESS = 5  # of the threads that digest: the model's loading goes first
 STREAMED = "runai_streamer"  # a load format that reads safetensors from a local folder too
 SLOW_S = 1.0  # a digest that the start waited for so long is told of
@@ -131,7 +132,7 @@ def checkpoint_identity(config: VllmConfig, settings: Settings) -> str:
         SettingsError: see :meth:`CheckpointDigest.result`; or nothing can say.
     """
     if settings.model_id is not None:
-        return f"named:{settings.model_id}"
+        return f"{NAMED}{settings.model_id}"
     wait_s = settings.weights_digest_s
     identity = CheckpointDigest.begin(config, wait_s).result(wait_s)
     if not identity and not settings.watch_weights:

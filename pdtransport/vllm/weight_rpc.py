@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.vllm.checkpoint import NAMED
 from pdtransport.vllm.loaded import LoadedWeights, changed_names, loaded_weights
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ _last: dict[int, Mapping[str, str]] = {}  # sums of a worker's tensors, by its i
 
 @dataclass(frozen=True)
 class WeightReport:
-    """Of one worker. ``checkpoint``: the identity of what it loaded from; empty if that has none. ``unseen``: weights
-    whose bytes nobody can read: one of them, or empty."""
+    """Of one worker. ``checkpoint``: the identity of what it loaded from; empty if that has none, or does not say all.
+    ``unseen``: weights whose bytes nobody can read: one of them, or empty."""
 
     rank: int
     checksum: str
@@ -41,7 +42,10 @@ def sum_weights(worker: Any) -> WeightReport:
     rank = int(getattr(worker, "rank", 0))
     checkpoint = next((side.checkpoint for side in sides), "")
     try:
-        found = loaded_weights(_models(worker))
+        models = _models(worker)
+        if _loads_more(models[0]) and not checkpoint.startswith(NAMED):
+            checkpoint = ""
+        found = loaded_weights(models)
     except Exception as error:  # a model that can't be read must not end its engine
         logger.exception("pdtransport: the weights can't be summed")
         found = LoadedWeights({}, [f"{type(error).__name__}: {error}"[:200]])
@@ -52,6 +56,12 @@ def sum_weights(worker: Any) -> WeightReport:
         logger.warning("pdtransport: rank %d's weights changed since they were last looked at: %s%s", rank, some, more)
     _last[id(worker)] = found.sums
     return WeightReport(rank, found.checksum, checkpoint, found.unseen[0] if found.unseen else "")
+
+
+def _loads_more(model: Any) -> bool:
+    """Whether vLLM's loader reads other files for it than those of its checkpoint: a text model or an encoder from
+    another repository (Ultravox), a part from another folder, files by a pattern of the model's own."""
+    return bool(getattr(model, "secondary_weights", ()) or getattr(model, "allow_patterns_overrides", None))
 
 
 def _models(worker: Any) -> list[Any]:

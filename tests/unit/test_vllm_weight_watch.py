@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from pdtransport.errors import SettingsError
-from pdtransport.vllm import weight_watch
+from pdtransport.vllm import weight_rpc, weight_watch
 from pdtransport.vllm.weight_rpc import WeightReport, adopt_weights, sum_weights, take_pages_away
 from pdtransport.vllm.weight_watch import FIRST_LOOK, HARMLESS, STEPS, WeightWatch, watch_executor
 
@@ -150,6 +150,29 @@ def test_workers_that_loaded_different_files_are_known_by_what_they_loaded() -> 
     engine.rpc = lambda method, **more: reports if method is sum_weights else rpc(method, **more)  # type: ignore[method-assign]
     assert engine.call(FIRST_LOOK) == ["adopt", FIRST_LOOK]
     assert engine.identities[0].startswith("loaded:")
+
+
+@pytest.mark.parametrize(
+    ("more", "checkpoint", "reported"),
+    [
+        ({}, CHECKPOINT, CHECKPOINT),
+        ({"secondary_weights": []}, CHECKPOINT, CHECKPOINT),
+        ({"secondary_weights": ["a text model elsewhere"]}, CHECKPOINT, ""),
+        ({"allow_patterns_overrides": ["part/*.safetensors"]}, CHECKPOINT, ""),
+        ({"secondary_weights": ["a text model elsewhere"]}, "named:mine", "named:mine"),
+    ],
+)
+def test_a_model_that_loads_more_than_its_checkpoint_is_not_known_by_that(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], checkpoint: str, reported: str
+) -> None:
+    """Ultravox reads its text model from another repository: two with one projector may have two text models. They go
+    by the parameters as loaded."""
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    vars(model).update(more)
+    monkeypatch.setattr(weight_rpc, "sides", [SimpleNamespace(checkpoint=checkpoint)])
+    assert sum_weights(SimpleNamespace(rank=0, get_model=lambda: model)).checkpoint == reported
 
 
 def test_other_weights_after_waking_are_seen(engine: Engine) -> None:
