@@ -29,7 +29,8 @@ REMEDIES = {
     "quantization": "start both with the same --quantization",
     "long_rope": "start both with a --max-model-len on the same side of the model's original length",
     "sliding_window": "start both with, or both without, --disable-sliding-window",
-    "media": "start both with the same --mm-processor-kwargs and --video-pruning-rate",
+    "media": "start both with the same --mm-processor-kwargs and --video-pruning-rate, and the same "
+    "preprocessor_config.json beside the model",
     "dtype": "start both with the same --dtype",
     "kv_cache_dtype": "start both with the same --kv-cache-dtype and --kv-cache-dtype-skip-layers",
     "page_format": "run vLLM versions on both whose KV pages are known to be the same",

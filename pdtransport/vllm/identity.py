@@ -7,11 +7,13 @@ compilation, graphs and kernels that compute the same in another order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtransport.kv.model_facts import ModelFacts
+from pdtransport.kv.model_facts import IRRELEVANT, ModelFacts
 from pdtransport.protocol.messages import FingerprintValue
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ _MEDIA = (
     "video_pruning_method",
     "mm_encoder_attn_dtype",
 )
+# Beside the model: how its processor cuts, scales and normalizes images and sounds, if not as the library does.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_NOT_OF_PROCESSORS = IRRELEVANT | {"chat_template", "processor_class"}
 
 
 def model_identity(config: VllmConfig, kv_dtype: torch.dtype) -> dict[str, FingerprintValue]:
@@ -115,8 +120,8 @@ def long_rope(model: ModelConfig) -> bool:
 
 
 def media(model: ModelConfig) -> str:
-    """Flags that change what images and sounds become; empty where they are at rest, or the model takes none. (What a
-    request says of it is part of the hash of its picture.)"""
+    """What changes what images and sounds become: flags, and the files of the model's processor; empty where they are
+    at rest, or the model takes none. (What a request says of it is part of the hash of its picture.)"""
     config = model.multimodal_config
     if config is None:
         return ""
@@ -125,4 +130,31 @@ def media(model: ModelConfig) -> str:
     usual = {each.name: each.default for each in fields(type(config))}
     said = {name: getattr(config, name, None) for name in _MEDIA}
     told = {name: value for name, value in said.items() if value and value not in (usual.get(name), MISSING)}
+    scales = getattr(config, "mm_encoder_fp8_scale_path", None)
+    if scales:
+        told["mm_encoder_fp8_scale_path"] = _digest(Path(scales).read_bytes())
+    processor = _processor(model)
+    if processor:
+        told["processor"] = _digest(json.dumps(processor, sort_keys=True, default=str).encode())
     return json.dumps(told, sort_keys=True, default=str) if told else ""
+
+
+def _processor(model: ModelConfig) -> dict[str, Any]:
+    """By file name: what the processor's files say, where they are on this host."""
+    from vllm.transformers_utils.repo_utils import try_get_local_file
+
+    found = {}
+    for name in _PROCESSOR_FILES:
+        file = try_get_local_file(model=str(model.model), file_name=name, revision=model.revision)
+        if file is None or not Path(file).is_file():
+            continue
+        raw = json.loads(Path(file).read_bytes())
+        if isinstance(raw, dict):
+            raw = {key: value for key, value in raw.items() if key not in _NOT_OF_PROCESSORS}
+        if raw:
+            found[name] = raw
+    return found
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()

@@ -160,10 +160,35 @@ def test_flags_that_change_what_pictures_become_are_told() -> None:
     from vllm.config.multimodal import MultiModalConfig
 
     def of(**flags: Any) -> str:
-        return media(SimpleNamespace(multimodal_config=MultiModalConfig(**flags)))  # type: ignore[arg-type]
+        config = MultiModalConfig(**flags)
+        return media(SimpleNamespace(multimodal_config=config, model=TINY_LM, revision=None))  # type: ignore[arg-type]
 
     assert of() == of(mm_processor_cache_gb=0, skip_mm_profiling=True, mm_encoder_tp_mode="data") == ""
     assert of(mm_processor_kwargs={"min_pixels": 4}) != of() != of(video_pruning_rate=0.5)
+
+
+def test_files_that_say_what_images_become_count(tmp_path: Path) -> None:
+    """Two servers of the same weights whose processors normalize pictures otherwise embed the same picture otherwise.
+    Where the processor came from is no difference; nor is the place of the encoder's scales."""
+    from vllm.config.multimodal import MultiModalConfig
+
+    def of(folder: Path, processor: dict[str, Any] | None = None, scales: str = "") -> str:
+        folder.mkdir(exist_ok=True)
+        flags: dict[str, Any] = {}
+        if processor is not None:
+            (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        if scales:
+            (folder / "scales.json").write_text(scales)
+            flags = {"mm_encoder_attn_dtype": "fp8", "mm_encoder_fp8_scale_path": str(folder / "scales.json")}
+        config = MultiModalConfig(**flags)
+        return media(SimpleNamespace(multimodal_config=config, model=str(folder), revision=None))  # type: ignore[arg-type]
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert of(a) == of(b) == ""
+    usual = {"image_mean": [0.5, 0.5, 0.5], "_name_or_path": "x"}
+    assert of(a, usual) == of(b, {**usual, "_name_or_path": "y"}) != ""
+    assert of(a) != of(b, {"image_mean": [0.4, 0.5, 0.5]})
+    assert of(a, usual, "{}") == of(b, usual, "{}") != of(b, usual, '{"layer": 1}')
 
 
 @pytest.mark.parametrize("version", ["0.31.4", "0.32.0", "0.32.1+cpu"])
