@@ -116,7 +116,21 @@ def long_rope(model: ModelConfig) -> bool:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     kind = rope.get("rope_type", rope.get("type"))
-    return kind == "longrope" and bool(original) and model.max_model_len > original
+    if kind != "longrope" or not original:
+        return False
+    built = _built_for_long_texts()
+    return model.max_model_len > original if built is None else built
+
+
+def _built_for_long_texts() -> bool | None:
+    """What this process's model decided while it was made: ``--max-model-len -1`` is shortened after that, to what the
+    cache has room for. None: it has no such embedding."""
+    try:
+        from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+    except ImportError:
+        return None
+    built = [each.use_long_rope for each in _ROPE_DICT.values() if hasattr(each, "use_long_rope")]
+    return any(built) if built else None
 
 
 def media(model: ModelConfig) -> str:

@@ -18,7 +18,7 @@ from vllm.config import ModelConfig
 
 from pdtransport.kv.fingerprint import compare
 from pdtransport.vllm import identity
-from pdtransport.vllm.identity import kv_cache_dtype, media, model_facts, model_identity, page_format
+from pdtransport.vllm.identity import kv_cache_dtype, long_rope, media, model_facts, model_identity, page_format
 
 TINY_LM = Path(__file__).resolve().parents[2] / "examples" / "models" / "tiny-lm"
 
@@ -165,6 +165,18 @@ def test_flags_that_change_what_pictures_become_are_told() -> None:
 
     assert of() == of(mm_processor_cache_gb=0, skip_mm_profiling=True, mm_encoder_tp_mode="data") == ""
     assert of(mm_processor_kwargs={"min_pixels": 4}) != of() != of(video_pruning_rate=0.5)
+
+
+def test_the_switch_of_longrope_is_what_the_model_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that finds its longest text by itself builds the model for the longest of all, and shortens it then."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    model: Any = SimpleNamespace(hf_text_config=SimpleNamespace(rope_parameters=rope), max_model_len=2048)
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {})
+    assert not long_rope(model)
+    monkeypatch.setattr(rotary_embedding, "_ROPE_DICT", {(): SimpleNamespace(use_long_rope=True), (1,): object()})
+    assert long_rope(model)
 
 
 def test_files_that_say_what_images_become_count(tmp_path: Path) -> None:
