@@ -152,6 +152,11 @@ class StepStart:
         if self._caching is not None:
             self._caching.catch_up()
 
+    def forget(self) -> None:
+        """What was computed so far is worth nothing to other requests: the weights changed."""
+        if self._caching is not None:
+            self._caching.forget()
+
     def _hold_back(self, first: set[str]) -> None:
         """Let this step do without requests whose first step must be looked at before: where launches are slow the
         first token would wait for as long as launching another one takes; and an early one may come to nothing."""

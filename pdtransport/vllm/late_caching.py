@@ -79,6 +79,14 @@ class LateCaching:
         for req_id in self._late.keys() - self._doubtful:
             self._enter(req_id)
 
+    def forget(self) -> None:
+        """The KV in the blocks that were put off is worth nothing any more: they do not enter."""
+        for req_id, late in list(self._late.items()):
+            if req_id not in self._doubtful:
+                del self._late[req_id]
+            elif late is not None:
+                self._late[req_id] = late[0], 0
+
     def _enter(self, req_id: str) -> None:
         late = self._late.pop(req_id, None)
         if req_id in self._doubtful:

@@ -173,6 +173,8 @@ class SchedulerSide:
         for req_id in self._stale.void_arrivals():
             if (entry := self._consuming.get(req_id)) is not None:
                 nothing_came(entry.request)
+        if self._start is not None:
+            self._start.forget()
         tainted = self._stale.change()
         if tainted:
             logger.info("%d requests hold KV of the old weights, and are nobody else's: %s", len(tainted), reason)

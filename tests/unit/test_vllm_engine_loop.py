@@ -197,6 +197,22 @@ def test_what_ends_within_its_first_step_stays_in_the_cache(way: str) -> None:
     assert kv.block_pool.get_num_free_blocks() == manager().block_pool.get_num_free_blocks()
 
 
+@pytest.mark.parametrize("doubtful", [False, True])
+def test_what_was_put_off_before_the_weights_changed_never_enters(doubtful: bool) -> None:
+    """Its request ends before the next step begins: its blocks were taken out of the cache at the change, and would
+    come back when they are freed, of weights that are gone."""
+    kv = manager()
+    late = LateCaching(kv)
+    req = arrived(kv, late)
+    if doubtful:
+        late.doubt("r")
+    late.forget()
+    late.trust("r")
+    kv.free(req)
+    late.catch_up()
+    assert hit(kv) == 0
+
+
 def test_nothing_is_put_off_for_longer_than_a_step() -> None:
     """One that did not get its turn in the step is cached by vLLM in the one that it gets."""
     kv = manager()
