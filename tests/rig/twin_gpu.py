@@ -185,7 +185,7 @@ def device_uuid(device: int) -> str:
 
 
 def allocation_of(address: int) -> tuple[int, int]:
-    for base, (nbytes, *_) in list(_allocations.items()):
+    for base, (nbytes, *_) in _allocations.copy().items():  # a copy takes one step: other threads allocate
         if base <= address < base + nbytes:
             return base, nbytes
     raise GpuError(f"{address:#x} is no device memory")

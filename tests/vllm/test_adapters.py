@@ -28,18 +28,24 @@ ANSWER = 8
 
 
 @pytest.fixture(scope="module")
-def pair(logs: Path, pool: Service) -> Iterator[tuple[Server, Server]]:
-    """Prefill, with a pool, and decode, both with adapters that can be loaded and replaced while they run."""
+def pair(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """Prefill, with a pool of its own, and decode, both with adapters that can be loaded and replaced while they
+    run."""
+    service = Service(tmp_path_factory.mktemp("adapters"))
+    service.start()
     specs = [
         pair_spec(
             f"lora-{role}", f"kv_{role}", cores=str(core), args=LORA, dtype=DTYPE, load_failure_policy="recompute"
         )
         for core, role in enumerate(("producer", "consumer"))
     ]
-    specs = [pooled(pool.directory, specs[0]), specs[1]]
+    specs = [pooled(service.directory, specs[0]), specs[1]]
     specs = [replace(spec, env={**spec.env, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) for spec in specs]
-    with fleet(*specs, logs=logs) as (prefill, decode):
-        yield prefill, decode
+    try:
+        with fleet(*specs, logs=logs) as (prefill, decode):
+            yield prefill, decode
+    finally:
+        service.close()
 
 
 async def load(client: Client, server: Server, name: str, folder: Path, **more: Any) -> None:

@@ -52,9 +52,9 @@ BUGS: list[Mutant] = [
         ),
         (
             "embeddings_are_handed_over",
-            "SchedulerSide._read_wishes",
-            "request.prompt_token_ids is None",
-            "False",
+            "_of_embeddings",
+            "request.prompt_token_ids is None or",
+            "",
             "a_prompt_of_embeddings_is_not_handed_over",
         ),
         (
