@@ -15,6 +15,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+VOIDED = "failed_recving_kv_req_ids"  # of vLLM's scheduler: requests whose pages count as not received
+
 
 class StaleBlocks:
     """Runs in the scheduler's process. Nothing is done before the weights changed for the first time."""
@@ -53,7 +55,7 @@ class StaleBlocks:
             for req_id, request in scheduler.requests.items():
                 if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
                     request.num_computed_tokens = 0
-                    scheduler.failed_recving_kv_req_ids.add(req_id)
+                    getattr(scheduler, VOIDED).add(req_id)
                     voided.add(req_id)
         except Exception as error:  # noqa: BLE001 - another vLLM
             logger.error(

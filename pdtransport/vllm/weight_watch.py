@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.errors import SettingsError
+from pdtransport.vllm.generation import VOIDED
 from pdtransport.vllm.weight_rpc import WeightReport, adopt_weights, sum_weights, take_pages_away
 
 if TYPE_CHECKING:
@@ -202,11 +203,14 @@ def watch_executor(config: Any, on_change: OnChange) -> WeightWatch:
     """Take hold of the executor that this configuration uses; the watch ends with whoever holds it.
 
     Raises:
-        SettingsError: vLLM's executor is not as expected.
+        SettingsError: vLLM's executor or scheduler is not as expected.
     """
     try:
+        from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.executor.abstract import Executor
 
+        if VOIDED not in Scheduler.__init__.__code__.co_names:  # see StaleBlocks.void_arrivals
+            raise AttributeError(f"its scheduler has no {VOIDED}")
         kind = Executor.get_class(config)
         rpc = kind.collective_rpc
         if list(inspect.signature(rpc).parameters)[:5] != ["self", "method", "timeout", "args", "kwargs"]:

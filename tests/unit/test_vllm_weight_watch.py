@@ -264,6 +264,18 @@ def test_each_engine_of_a_process_has_a_watch_of_its_own(executors: None) -> Non
     assert engines[1].done[-1] == "reload_weights"
 
 
+def test_a_scheduler_that_cant_compute_requests_anew_is_refused(
+    executors: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a change nothing would keep requests from going on on pages of the old weights: the engine does not start."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    monkeypatch.setattr(Scheduler, "__init__", lambda self: None)
+    kind = type("One", (TestExecutor,), {"collective_rpc": TestExecutor.collective_rpc})
+    with pytest.raises(SettingsError, match="watch_weights: false"):
+        watch_executor(SimpleNamespace(executor=kind), lambda *_: None)
+
+
 def test_engines_of_one_process_whose_connectors_have_copies_of_their_configuration(executors: None) -> None:
     """MultiConnector gives each of its connectors a shallow copy."""
     kind = type("One", (TestExecutor,), {"collective_rpc": TestExecutor.collective_rpc})
