@@ -29,6 +29,7 @@ REMEDIES = {
     "quantization": "start both with the same --quantization",
     "long_rope": "start both with a --max-model-len on the same side of the model's original length",
     "sliding_window": "start both with, or both without, --disable-sliding-window",
+    "remote_code": "the Python files beside the model differ (--trust-remote-code): serve the same folder on both",
     "media": "start both with the same --mm-processor-kwargs and --video-pruning-rate, and the same "
     "preprocessor_config.json beside the model",
     "dtype": "start both with the same --dtype",

@@ -160,7 +160,7 @@ def weight_files(config: VllmConfig) -> tuple[str, list[Path]]:
     if model.is_file():  # GGUF and the like
         return FILES, [model]
     loader = _loader(config, load_format)
-    folder = model if model.is_dir() else _snapshot(config)
+    folder = model if model.is_dir() else snapshot(config)
     try:
         found = loader._prepare_weights(str(folder), None, None, True, None)
         files = [Path(each) for each in found[1]]
@@ -187,8 +187,12 @@ def _loader(config: VllmConfig, load_format: str) -> Any:
     return loader
 
 
-def _snapshot(config: VllmConfig) -> Path:
-    """Where the hub's files of this model and revision lie on this host."""
+def snapshot(config: VllmConfig) -> Path:
+    """Where the hub's files of this model and revision lie on this host.
+
+    Raises:
+        NoFiles: they are not here.
+    """
     model = config.model_config
     try:
         from huggingface_hub import snapshot_download

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.kv.model_facts import IRRELEVANT, ModelFacts
 from pdtransport.protocol.messages import FingerprintValue
+from pdtransport.vllm.checkpoint import NoFiles, snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,7 @@ def model_identity(config: VllmConfig, kv_dtype: torch.dtype) -> dict[str, Finge
         "sliding_window": str(model.get_sliding_window() or ""),
         "long_rope": long_rope(model),
         "media": media(model),
+        "remote_code": remote_code(config),
         **{fact: int(getattr(parallel, name, 1) or 1) for fact, name in CONTEXT_PARALLEL_FACTS.items()},
     }
 
@@ -95,9 +98,7 @@ def kv_cache_dtype(cache: Any, kv_dtype: torch.dtype) -> str:
     skipped = ",".join(sorted(map(str, getattr(cache, "kv_cache_dtype_skip_layers", None) or ())))
     shown = stored if named in ("auto", stored) else f"{named}/{stored}"
     if getattr(cache, "calculate_kv_scales", False):  # from the first request that an engine happens to see
-        import uuid
-
-        shown = f"{named}, scales of {uuid.uuid4().hex[:8]}/{stored}"
+        shown = f"{named}, scales of {secrets.token_hex(4)}/{stored}"
     return f"{skipped} as computed, rest {shown}" if skipped else shown
 
 
@@ -151,6 +152,22 @@ def media(model: ModelConfig) -> str:
     if processor:
         told["processor"] = _digest(json.dumps(processor, sort_keys=True, default=str).encode())
     return json.dumps(told, sort_keys=True, default=str) if told else ""
+
+
+def remote_code(config: VllmConfig) -> str:
+    """The code that a model brings along, where it may run: by the bytes of its Python files, and by the names of those
+    of other repositories, whose ``--code-revision`` counts. Empty where none may."""
+    model = config.model_config
+    named = getattr(model.hf_config, "auto_map", None)
+    if not named or not model.trust_remote_code:
+        return ""
+    folder = Path(str(model.model))
+    try:
+        files = sorted((folder if folder.is_dir() else snapshot(config)).glob("*.py"))
+    except NoFiles:
+        return f"unknown {secrets.token_hex(8)}"  # is nobody's
+    told = [named, str(model.code_revision or ""), [[file.name, _digest(file.read_bytes())] for file in files]]
+    return _digest(json.dumps(told, sort_keys=True, default=str).encode())
 
 
 def _processor(model: ModelConfig) -> dict[str, Any]:

@@ -65,6 +65,22 @@ def test_the_same_model_at_another_path_is_the_same(config: Configs) -> None:
     assert one == other
 
 
+def test_code_that_a_model_brings_along_counts_where_it_may_run(config: Configs) -> None:
+    """A model's own Python files compute its keys and values; without leave to run they are only text."""
+
+    def code(folder: str, text: str, *, trusted: bool = True) -> Any:
+        made = config(folder)
+        (Path(made.model_config.model) / "modeling_own.py").write_text(text)
+        made.model_config.hf_config.auto_map = {"AutoModel": "modeling_own.Own"}
+        made.model_config.trust_remote_code = trusted
+        return made
+
+    one = code("a", "scale = 1")
+    assert differing(one, code("b", "scale = 1")) == ""
+    assert differing(one, code("b", "scale = 2")) == "remote_code"
+    assert differing(code("a", "scale = 1", trusted=False), code("b", "scale = 2", trusted=False)) == ""
+
+
 def test_another_transformers_version_is_the_same(config: Configs) -> None:
     here, there = config("a"), config("b", change={"transformers_version": "4.99.0"})
     assert differing(here, there) == ""

@@ -267,7 +267,7 @@ def test_each_engine_of_a_process_has_a_watch_of_its_own(executors: None) -> Non
 def test_a_scheduler_that_cant_compute_requests_anew_is_refused(
     executors: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a change nothing would keep requests from going on on pages of the old weights: the engine does not start."""
+    """After a change nothing would keep requests from going on, on pages of the old weights."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     monkeypatch.setattr(Scheduler, "__init__", lambda self: None)
