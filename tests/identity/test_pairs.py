@@ -22,7 +22,7 @@ LONG = Plan(requests=200, seed=1, servers=4, rounds=5, routers=3, pooled=1)
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param(SHORT, id="short", marks=pytest.mark.timeout(600)),
+        pytest.param(SHORT, id="short", marks=[pytest.mark.long, pytest.mark.timeout(600)]),
         pytest.param(LONG, id="long", marks=[pytest.mark.long, pytest.mark.timeout(3000)]),
     ],
 )

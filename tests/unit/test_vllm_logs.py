@@ -65,6 +65,7 @@ def test_the_level_is_vllms() -> None:
     assert "peer is gone" in only
 
 
+@pytest.mark.long  # a process that imports vLLM each
 def test_a_logger_that_a_user_configured_is_left_alone(tmp_path: Path) -> None:
     """In vLLM's own configuration file, or before vLLM was imported."""
     form = {"format": "mine %(levelname)s %(message)s"}
@@ -78,6 +79,7 @@ def test_a_logger_that_a_user_configured_is_left_alone(tmp_path: Path) -> None:
     assert [line.split(" ")[-1] for line in logged("logging.getLogger('pdtransport').setLevel('WARNING')")] == ["gone"]
 
 
+@pytest.mark.long  # a process that imports vLLM each
 def test_a_configuration_file_for_vllm_counts_for_us(tmp_path: Path) -> None:
     """Its handlers and level, without a word about pdtransport; also once it is read anew."""
     form = {"format": "theirs %(levelname)s %(message)s"}
@@ -90,6 +92,7 @@ def test_a_configuration_file_for_vllm_counts_for_us(tmp_path: Path) -> None:
     assert logged(middle=anew, VLLM_LOGGING_CONFIG_PATH=str(file)) == ["theirs WARNING peer is gone"]
 
 
+@pytest.mark.long  # a process that imports vLLM each
 def test_without_vllms_configuration_lines_go_where_a_users_root_logger_sends_them() -> None:
     """``VLLM_CONFIGURE_LOGGING=0``: whoever embeds vLLM configures logging."""
     root = "logging.basicConfig(level=logging.INFO, format='root %(message)s')"
