@@ -215,6 +215,7 @@ def pool_works(machine: Machine) -> None:
 
 
 @needs_vllm
+@pytest.mark.long
 def test_one_server_with_a_pool(quick: Machine) -> None:
     """The smallest use of all: a pool and one server, no prefill and decode; what a prompt left is in the pool."""
     pool_works(quick)
