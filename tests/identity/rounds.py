@@ -42,13 +42,15 @@ ORDERS: tuple[Order, ...] = ("concurrent", "serial")
 
 @dataclass(frozen=True)
 class Held:
-    """A prompt that ``prefill`` has in its prefix cache, and what it was computed with."""
+    """A prompt that ``prefill`` has in its prefix cache, and what it was computed with. ``stored``: what all who were
+    asked it under this salt computed it with, which a pool keeps."""
 
     prefill: Instance
     adapter: str
     content: Content
     prompt: list[int]
     salt: str
+    stored: tuple[Content, ...]
 
 
 class Round:
@@ -177,7 +179,10 @@ class Round:
         prompt = self._prompts.one(self._prompts.below(SHORTEST, LONGEST))
         verdict, why = self._verdict(pair)
         outcome = await self._ask(client, pair, asked, prompt, verdict, why)
-        self._held.append(Held(pair.prefill, asked[0].adapter, pair.prefill.content(asked[0].adapter), prompt, salt))
+        computed = [pair.prefill.content(asked[0].adapter)]
+        if pair.one_salt:
+            computed.append(pair.decode.content(asked[1].adapter))
+        self._held.append(Held(pair.prefill, asked[0].adapter, computed[0], prompt, salt, tuple(computed)))
         return outcome
 
     def _content_now(self, held: Held) -> Content | None:
@@ -212,7 +217,8 @@ class Round:
         # Decode may itself hold it under this salt from before, which vLLM alone answers for: it forgets.
         await decode.forget(client)
         asked = (Asked(held.adapter, held.salt), Asked(name, held.salt))
-        verdict: Verdict = "different" if differs else "either"
+        found = self._pool and any(not each.differs(decode.content(name)) for each in held.stored)
+        verdict: Verdict = "different" if differs and not found else "either"
         return await self._ask(client, pair, asked, held.prompt, verdict, "prefill holds it from before a change")
 
     async def _raced(self, client: Client, pair: Pair, asked: tuple[Asked, Asked]) -> Outcome:
