@@ -129,9 +129,7 @@ class SchedulerSide:
         self._arrivals = Arrivals(ranks)
         self._start: StepStart | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
-        self._taken: OrderedDict[str, None] = (
-            OrderedDict()
-        )  # transfers that the workers were told to take, or to decline
+        self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that workers were told to take, or to decline
         self._expectations = Expectations(ranks)
         self._hold: list[str] = []  # who begins in this step before its last pages are there
         self._stale = StaleBlocks()
@@ -300,10 +298,10 @@ class SchedulerSide:
     def _decline(self, params: ConsumeParams, code: Code, reason: str) -> None:
         """The request is gone: let prefill go. vLLM's stub also follows requests that were aborted or failed while they
         were served; then the transfer has found its end already."""
-        if params.transfer_id not in self._taken:
-            self._note_taken(params.transfer_id)
-            p = params
-            self._before.append(Decline(p.transfer_id, code, reason, p.remote_host, p.remote_port, p.tp_size))
+        transfer = params.transfer_id
+        if transfer not in self._taken:
+            self._note_taken(transfer)
+            self._before.append(Decline(transfer, code, reason, params.remote_host, params.remote_port, params.tp_size))
 
     def _note_taken(self, transfer: str) -> None:
         self._taken[transfer] = None

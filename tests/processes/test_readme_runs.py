@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,20 +185,14 @@ def block_with(*words: str) -> Block:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(tmp_path, forked=False)
-    try:
+    with closing(Machine(tmp_path, forked=False)) as machine:
         yield machine
-    finally:
-        machine.close()
 
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(tmp_path, forked=True)
-    try:
+    with closing(Machine(tmp_path, forked=True)) as machine:
         yield machine
-    finally:
-        machine.close()
 
 
 needs_vllm = pytest.mark.skipif(shutil.which("curl") is None, reason="README asks with curl")
