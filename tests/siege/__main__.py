@@ -25,9 +25,9 @@ def attacks() -> dict[str, Callable[[Path], Effect]]:
     for path in sorted(Path(__file__).parent.glob("attacks_*.py")):
         module = importlib.import_module(f"tests.siege.{path.stem}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and not name.startswith("_"):
-                if inspect.signature(function).return_annotation in (Effect, "Effect"):
-                    found[name] = function
+            own = function.__module__ == module.__name__ and not name.startswith("_")
+            if own and inspect.signature(function).return_annotation in (Effect, "Effect"):
+                found[name] = function
     return found
 
 

@@ -109,7 +109,7 @@ def watched(effect: Effect, probe: Callable[[], object], pause_s: float = 0.02) 
             while not over.is_set() or len(effect.under_s) < 5:
                 effect.under_s.append(timed(probe))
                 time.sleep(pause_s)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # raised again by whoever started the watch
             failed.append(error)
 
     thread = threading.Thread(target=ask, name="bystander")
