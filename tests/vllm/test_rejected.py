@@ -93,12 +93,12 @@ def test_decode_rejects_what_prefill_computes(first: str, wrong: str, servers: S
         with pytest.raises(RequestFailed) as refused:
             await client.complete(servers.decode, asked, 2, to_decode(servers.prefill, transfer), **more)
         assert refused.value.status == (400 if wrong == "length" else 404)
+
+        async def told() -> str:  # the answer does not wait for it
+            return "" if (await watch.status(servers.decode, transfer))[0]["transfers"] else "not yet"
+
+        await watch.until("decode's worker knows", told)
         if first == "decode":
-
-            async def told() -> str:
-                return "" if (await watch.status(servers.decode, transfer))[0]["transfers"] else "not yet"
-
-            await watch.until("decode's worker knows", told)
             await prefill()
         (record,) = (await watch.status(servers.decode, transfer))[0]["transfers"]
         assert (record["state"], record["code"]) == ("declined", "rejected")
