@@ -17,7 +17,7 @@ from tests.faults.steps import step_plans
 from tests.rig.ports import Ports
 
 LINKS = ["cma", "ucx"]
-SEEDS, LANES, SECONDS = 150, 6, 25.0
+SEEDS, LANES, SECONDS = 150, 6, 15.0
 POOL_SEEDS, POOL_LANES, POOL_SECONDS = 60, 3, 5.0
 
 

@@ -166,6 +166,7 @@ def test_handoff_keeps_what_it_measured_before_a_system_failed(
     assert "no second server" in out.err
 
 
+@pytest.mark.long
 def test_the_links_benchmark_keeps_its_rounds_when_it_is_interrupted(tmp_path: Path) -> None:
     """For real: two processes, one link, and Ctrl-C after the first of many rounds."""
     file = tmp_path / "found.json"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parents[2]
 HAS_COMPILER = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 SHOW = """
@@ -19,6 +21,7 @@ print(pdtransport.__file__, pages.__file__, pages.BACKEND, *found)
 """
 
 
+@pytest.mark.long  # compiles twice
 def test_the_tree_is_imported_even_from_the_checkout_and_twice_laid_is_as_once(tmp_path: Path) -> None:
     """The checkout's own ``pdtransport`` lacks kernels and launch: the tree must win there. vLLM finds the plugin."""
     dest = tmp_path / "tree"

@@ -48,16 +48,21 @@ def logged(before: str = "", middle: str = "", **env: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if any(text in line for text in wanted)]
 
 
-def test_lines_have_vllms_form_and_come_once() -> None:
+@pytest.mark.parametrize(
+    "before",
+    ["import pdtransport.peers; logging.basicConfig(level=logging.INFO)", pytest.param("", marks=pytest.mark.long)],
+    ids=["configured", "bare"],
+)
+def test_lines_have_vllms_form_and_come_once(before: str) -> None:
     """Also where the root logger has a handler, and where the package was imported and registered before vLLM
     configured its own."""
-    for before in ("", "import pdtransport.peers; logging.basicConfig(level=logging.INFO)"):
-        info, warning, package = logged(before)
-        assert re.fullmatch(FORM.format("INFO", "pages come over cma"), info), info
-        assert re.fullmatch(FORM.format("WARNING", "peer is gone"), warning), warning
-        assert re.fullmatch(FORM.format("INFO", "of the package"), package), package
+    info, warning, package = logged(before)
+    assert re.fullmatch(FORM.format("INFO", "pages come over cma"), info), info
+    assert re.fullmatch(FORM.format("WARNING", "peer is gone"), warning), warning
+    assert re.fullmatch(FORM.format("INFO", "of the package"), package), package
 
 
+@pytest.mark.long  # a process that imports vLLM each
 def test_the_level_is_vllms() -> None:
     """``VLLM_LOGGING_LEVEL`` decides for both."""
     assert len(logged(VLLM_LOGGING_LEVEL="DEBUG")) == 4

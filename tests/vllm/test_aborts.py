@@ -15,7 +15,7 @@ from tests.rig.fixtures import Book, Servers, forget
 from tests.rig.prompts import Prompts
 from tests.rig.proof import bytes_equal, crossed
 
-ABORTS = int(os.environ.get("PDT_ABORTS", "200"))
+ABORTS = int(os.environ.get("PDT_ABORTS", "70"))
 ENOUGH = 0.4  # of them under way when they are aborted; on a GPU half are answered by then
 AT_A_TIME = 8
 SEED = 77
@@ -69,7 +69,7 @@ async def abort_one(client: Client, servers: Servers, dice: random.Random, promp
 
 
 def test_aborts_at_random_moments_leak_nothing(servers: Servers, book: Book, with_client: Any) -> None:
-    """After 200 aborts (``PDT_ABORTS``) both engines hold no block, request or transfer, their workers no more files
+    """After 70 aborts (``PDT_ABORTS``) both engines hold no block, request or transfer, their workers no more files
     or threads, and the next requests get the right tokens from pages that cross whole."""
     lengths = Prompts(SEED)
     dice = random.Random(SEED)
