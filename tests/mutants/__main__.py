@@ -3,14 +3,18 @@ lives, with 2 if the place of one does not exist any more.
 
 Groups: ``listed`` (:mod:`tests.mutants.listed`, each found by the tests that it names), ``sim`` (by the simulator) and
 ``faults`` (by real processes, a minute or more each). ``--all-tests`` runs all fast tests against each listed one.
+``--file FILE`` takes others instead: a JSON list of ``{"name", "module", "symbol", "old", "new"}``, say, of somebody
+who has not seen the tests. All fast tests run against each, those that name its module first.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.mutants.listed import LISTED
 from tests.mutants.place import Mutant, Stale
@@ -27,17 +31,21 @@ def main() -> int:
     parser.add_argument("what", nargs="*", default=list(GROUPS), help="groups, or names of listed ones; default: all")
     parser.add_argument("--all-tests", action="store_true", help="run all fast tests against each listed one")
     parser.add_argument("--against", nargs="+", metavar="TEST", help="run these tests against each listed one")
+    parser.add_argument("--file", type=Path, help="mutants that are not listed, as JSON")
     args = parser.parse_args()
-    by_name = {mutant.name: mutant for mutant in LISTED}
+    listed = LISTED if args.file is None else from_file(args.file)
+    if args.file is not None and args.what == list(GROUPS):
+        args.what = ["listed"]
+    by_name = {mutant.name: mutant for mutant in listed}
     unknown = [name for name in args.what if name not in by_name and name not in GROUPS]
     if unknown:
         parser.error(f"no group and no mutant: {', '.join(unknown)}")
-    chosen = [mutant for mutant in LISTED if mutant.name in args.what or "listed" in args.what]
+    chosen = [mutant for mutant in listed if mutant.name in args.what or "listed" in args.what]
     stale = [problem for mutant in chosen if (problem := problem_with(mutant))]
     if stale:
         print(*stale, "mend or drop these entries of tests/mutants/listed", sep="\n", file=sys.stderr)
         return 2
-    against = args.against or (FAST_TESTS if args.all_tests else ())
+    against = args.against or (FAST_TESTS if args.all_tests or args.file else ())
     found = Score()
     if chosen:
         check_listed(chosen, against, found)
@@ -46,6 +54,11 @@ def main() -> int:
     if "faults" in args.what:
         check_faults(found)
     return found.tell()
+
+
+def from_file(path: Path) -> list[Mutant]:
+    parts = ("name", "module", "symbol", "old", "new")
+    return [Mutant(*(each[part] for part in parts), ()) for each in json.loads(path.read_text())]
 
 
 class Score:
@@ -84,8 +97,19 @@ def check_listed(mutants: Sequence[Mutant], against: Sequence[str], found: Score
     print(f"without a mutant: {plain.passed} tests pass ({plain.seconds:.1f} s)", flush=True)
     import_others(plain.modules)
     for mutant in mutants:
-        run = run_tests(against or mutant.tests, mutant, **({"hang_s": hang_s} if against else {}))
+        tests = nearest_first(against, mutant) or mutant.tests
+        run = run_tests(tests, mutant, **({"hang_s": hang_s} if against else {}))
         found.add(mutant.name, judged(mutant, run, named=not against), run.seconds)
+
+
+def nearest_first(tests: Sequence[str], mutant: Mutant) -> list[str]:
+    """The same tests by file, those first that name the mutant's module: the first failure ends a run."""
+    files = [file for test in tests for file in (sorted(Path(test).rglob("test_*.py")) or [Path(test)])]
+    package, _, leaf = mutant.module.removesuffix(".c").replace("/", ".").rpartition(".")
+    names = (f"{package}.{leaf}", f"from {package} import {leaf}", f"{leaf}.")
+    texts = {file: file.read_text() if file.is_file() else "" for file in files}
+    ranks = {file: next((at for at, name in enumerate(names) if name in texts[file]), len(names)) for file in files}
+    return [str(file) for file in sorted(files, key=lambda file: ranks[file])]
 
 
 def judged(mutant: Mutant, run: Run, *, named: bool) -> str:

@@ -102,7 +102,7 @@ def _child(folder: Path, tests: Sequence[str], mutant: Mutant | None) -> None:
             elif report.passed and report.when == "call":
                 run.passed += 1
 
-    options = ["-x", "-p", "no:cacheprovider", "--no-header", f"--timeout={TEST_S}"]
+    options = ["-x", "-m", "not long", "-p", "no:cacheprovider", "--no-header", f"--timeout={TEST_S}"]
     run.exit = int(pytest.main([*options, *tests], plugins=[Watch()]))
     run.reached = instead is None or instead.used
     run.modules = [name for name in sys.modules if not name.startswith((*_OURS, "__m"))] if mutant is None else []
