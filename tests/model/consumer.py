@@ -1,0 +1,256 @@
+"""A decode worker around the real :class:`Receiving`: its pages, its copies, and the checks of what happens to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pdtransport.protocol.actions import Action, Failed, Fence, Place, Ready, Send
+from pdtransport.protocol.messages import Ack, Batch, Code, Message
+from pdtransport.protocol.receiving import Part, Receiving
+from pdtransport.protocol.states import ConsumerState
+from tests.model.case import HEAD_BYTES, WRITE, Broken, Case, Letter, born, name_of
+from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
+from tests.model.producer import JUNK, checksum, digest_of
+
+
+@dataclass
+class Lease:
+    """Pages that are granted, or that the engine uses."""
+
+    generations: dict[str, int] = field(default_factory=dict)  # peer -> of its grant
+    verified: dict[str, set[int]] = field(default_factory=dict)
+    ended: str = ""
+
+
+class Consumer:
+    name = "c"
+
+    def __init__(self, case: Case, incarnation: int = 1, before: Consumer | None = None) -> None:
+        self.case = case
+        self.incarnation = incarnation
+        # No tombstones: an id that is over may be granted again, and only generations tell the two apart.
+        self.book = Receiving(case.limits(tombstones=0), first_generation=100 * incarnation + 1)
+        self.up: set[str] = set()
+        self.left = before.left if before else {wanted.name: wanted.times for wanted in case.wanted}
+        self.cancels = before.cancels if before else case.consumer_cancels
+        self.used: set[int] = before.used if before else set()  # generations, of all incarnations
+        self.leases: dict[str, Lease] = {}
+        self.content: dict[tuple[int, int], Any] = {}  # (page, first head) -> what lies there; absent: junk
+        self.placing: list[tuple[str, str, Batch]] = []
+        self.fences: list[tuple[str, str, int]] = []
+        self.complete: set[tuple[str, int]] = set()  # (peer, generation) that may be acked
+        self.out: list[Letter] = []
+
+    @property
+    def me(self) -> str:
+        return born(self.name, self.incarnation)
+
+    # -- what may happen here --------------------------------------------------------------------------------------
+
+    def events(self) -> Iterator[tuple[Any, ...]]:
+        for wanted in self.case.wanted:
+            lease = self.leases.get(wanted.name)
+            if lease is None and self.left[wanted.name] and self._may_begin(wanted.pages, wanted.producers):
+                yield ("begin", wanted.name)
+            elif lease is not None and lease.ended:
+                yield ("use", wanted.name)
+            elif lease is not None and self.cancels:
+                yield ("cancel", wanted.name)
+        for fence in self.fences:
+            yield ("fence", *fence)
+        yield from self.waits()
+
+    def waits(self) -> Iterator[tuple[Any, ...]]:
+        for transfer, peer in sorted(self.book._agenda._when):
+            yield ("retry", transfer, peer)
+            yield ("deadline", transfer, peer)
+
+    def _may_begin(self, pages: tuple[int, ...], producers: tuple[str, ...]) -> bool:
+        taken = {page for name in self.leases for page in self.case.of(name).pages}
+        return not taken & set(pages) and {name_of(peer) for peer in self.up} >= set(producers)
+
+    def do(self, event: tuple[Any, ...]) -> None:
+        getattr(self, f"_on_{event[0]}")(*event[1:])
+
+    def _on_begin(self, transfer: str) -> None:
+        wanted = self.case.of(transfer)
+        self.left[transfer] -= 1
+        one_sided = self.case.link == WRITE
+        pages = b"".join(page.to_bytes(4, "little") for page in wanted.pages)
+        parts = []
+        for peer in sorted(self.up):
+            if name_of(peer) in wanted.producers:
+                lo, hi = wanted.heads(name_of(peer))
+                size = (hi - lo) * HEAD_BYTES
+                parts.append(Part(peer, lo, hi, 1, size, pages if one_sided else b"", one_sided))
+        lease = self.leases[transfer] = Lease(verified={part.peer: set() for part in parts})
+        blocks = len(wanted.pages)
+        actions = self.book.begin(transfer, digest_of(transfer), blocks, 0, blocks, parts, 0.0)
+        for machine in self.book.machines(transfer):
+            lease.generations[machine.peer] = machine.grant.generation
+            if machine.grant.generation in self.used:
+                raise Broken(f"{self.me} grants under generation {machine.grant.generation} a second time")
+            self.used.add(machine.grant.generation)
+        self._run(actions)
+
+    def _on_cancel(self, transfer: str) -> None:
+        self.cancels -= 1
+        self._run(self.book.cancel(transfer, Code.CANCELLED, "the client left"))
+
+    def _on_use(self, transfer: str) -> None:
+        """The engine is through with the request."""
+        self._check_pages(transfer, self.leases[transfer])
+        self._give_back(transfer)
+
+    def _on_retry(self, transfer: str, peer: str) -> None:
+        wake(self.book._agenda, (transfer, peer))
+        self._run(self.book.tick(RETRY))
+
+    def _on_deadline(self, transfer: str, peer: str) -> None:
+        wake(self.book._agenda, (transfer, peer))
+        self._run(self.book.tick(DEADLINE))
+
+    def _on_deliver(self, letter: Letter) -> None:
+        message: Any = letter.message
+        machine = self.book._machine(message.transfer, letter.sender)
+        live = machine is not None and machine.grant.generation == message.generation and letter.to == self.me
+        before = None if live else freeze(self.book)
+        actions = self.book.on_message(letter.sender, message, 0.0)
+        if not live and (freeze(self.book) != before or any(not isinstance(each, Send) for each in actions)):
+            raise Broken(f"{self.me}: words about a grant that is not live changed something: {letter}")
+        self._run(actions)
+
+    def _on_copy(self, at: int, tags: tuple[Any, ...]) -> None:
+        """A batch is placed and verified; ``tags``: what its sender's memory holds now (one-sided: what lies here)."""
+        transfer, peer, batch = self.placing.pop(at)
+        lo, _ = self.case.of(transfer).heads(name_of(peer))
+        pages = self.case.of(transfer).pages[batch.first_block : batch.first_block + batch.blocks]
+        if self.case.link == WRITE:
+            tags = tuple(self.content.get((page, lo), JUNK) for page in pages)
+        else:
+            self.write(transfer, peer, batch.generation, batch.first_block, batch.blocks, tags)
+        error = None if b"".join(checksum(tag) for tag in tags) == batch.checksums else "damaged: wrong checksum"
+        if error is None:
+            lease = self.leases[transfer]
+            lease.verified[peer] |= set(range(batch.first_block, batch.first_block + batch.blocks))
+            if lease.verified[peer] >= set(range(len(self.case.of(transfer).pages))):
+                self.complete.add((peer, batch.generation))
+        self._run(self.book.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, error, 0.0))
+
+    def _on_copy_failed(self, at: int) -> None:
+        transfer, peer, batch = self.placing.pop(at)
+        why = "link: the process is gone"
+        self._run(self.book.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, why, 0.0))
+
+    def write(self, transfer: str, peer: str, generation: int, first: int, blocks: int, tags: Sequence[Any]) -> None:
+        """Every write into our pages, whoever makes it."""
+        lease = self.leases.get(transfer)
+        what = f"{peer} writes blocks {first}..{first + blocks} of {transfer} under generation {generation}"
+        if lease is None or lease.ended:
+            raise Broken(f"{what} into pages of {self.me} that were given back")
+        if lease.generations.get(peer) != generation:
+            raise Broken(f"{what}, granted was {lease.generations.get(peer)}")
+        wanted = self.case.of(transfer)
+        if not 0 <= first < first + blocks <= len(wanted.pages):
+            raise Broken(f"{what}, which were not granted")
+        if lease.verified[peer] & set(range(first, first + blocks)):
+            raise Broken(f"{what} after they were verified")
+        lo, _ = wanted.heads(name_of(peer))
+        for page, tag in zip(wanted.pages[first : first + blocks], tags, strict=True):
+            self.content[page, lo] = tag
+
+    _on_write = write
+
+    def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
+        self.fences.remove((transfer, peer, generation))
+        self.placing = [each for each in self.placing if each[:2] != (transfer, peer)]
+        self._run(self.book.fenced(transfer, peer, generation))
+
+    def _on_lose(self, peer: str) -> None:
+        """The channel to it is closed: nothing crosses any more."""
+        self.up.discard(peer)
+        self.placing = [each for each in self.placing if each[1] != peer]
+        self._run(self.book.peer_lost(peer, "it fell silent"))
+
+    def _on_meet(self, peer: str) -> None:
+        self.up.add(peer)
+
+    # -- what the machines ask for ---------------------------------------------------------------------------------
+
+    def _run(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._check_said(action.peer, action.message)
+                self.out.append(Letter(self.me, action.peer, plain(action.message)))
+            elif isinstance(action, Place):
+                lease = self.leases.get(action.transfer)
+                if lease is None or lease.generations.get(action.peer) != action.batch.generation:
+                    raise Broken(f"{self.me} places {action.batch}, which is not granted now")
+                self.placing = sorted([*self.placing, (action.transfer, action.peer, action.batch)], key=_place)
+            elif isinstance(action, Fence):
+                self.fences = sorted([*self.fences, (action.transfer, action.peer, action.generation)])
+            elif isinstance(action, Ready):
+                lease = self._end(action.transfer, "ready")
+                self._check_pages(action.transfer, lease)
+            elif isinstance(action, Failed):
+                if not action.reason:
+                    raise Broken(f"{action} does not say why")
+                self._end(action.transfer, "failed")
+                self._give_back(action.transfer)
+            else:
+                raise Broken(f"a consumer can't {action}")
+
+    def _end(self, transfer: str, how: str) -> Lease:
+        lease = self.leases.get(transfer)
+        if lease is None or lease.ended:
+            raise Broken(f"{self.me}: {transfer} ends ({how}) and had ended before")
+        if any(each[0] == transfer for each in self.placing) or any(each[0] == transfer for each in self.fences):
+            raise Broken(f"{self.me}: {transfer} ends ({how}) while its pages are still written")
+        lease.ended = how
+        return lease
+
+    def _give_back(self, transfer: str) -> None:
+        del self.leases[transfer]
+        for at in [at for at in self.content if at[0] in self.case.of(transfer).pages]:
+            del self.content[at]
+
+    def _check_pages(self, transfer: str, lease: Lease) -> None:
+        """Each page holds what its producer, in this incarnation, computed for this transfer, and was verified."""
+        wanted = self.case.of(transfer)
+        for peer in lease.generations:
+            lo, _ = wanted.heads(name_of(peer))
+            for block, page in enumerate(wanted.pages):
+                tag = self.content.get((page, lo), JUNK)
+                if block not in lease.verified[peer] or tag == JUNK or tag[:3] != (peer, transfer, block):
+                    raise Broken(f"{self.me} believes page {page} of {transfer}, which holds {tag}")
+
+    def _check_said(self, peer: str, message: Message) -> None:
+        if isinstance(message, Ack) and (peer, message.generation) not in self.complete:
+            raise Broken(f"{self.me} acks generation {message.generation} to {peer}, which is not complete")
+
+    def drain(self) -> bool:
+        """One step on the way to rest, with all peers silent from now on; False: there is none."""
+        events = [event for event in self.events() if event[0] in ("use", "fence", "deadline")]
+        if events:
+            before = freeze(self)
+            self.do(events[0])
+            if freeze(self) != before:
+                return True
+        machines = [machine for transfer in self.leases for machine in self.book.machines(transfer)]
+        if not self.up or any(machine.state is not ConsumerState.FENCING for machine in machines):
+            return False
+        self._on_lose(min(self.up))  # only a fence waits for the control channel's verdict on who is silent
+        return True
+
+    def held(self) -> str:
+        """What is left when everything is over."""
+        names = {"live transfers": self.book.live, "leases": len(self.leases), "copies": len(self.placing)}
+        names |= {"fences": len(self.fences), "waits": len(self.book._agenda._when)}
+        return ", ".join(f"{count} {name}" for name, count in names.items() if count)
+
+
+def _place(placing: tuple[str, str, Batch]) -> tuple[Any, ...]:
+    transfer, peer, batch = placing
+    return transfer, peer, batch.generation, batch.seq, batch.attempt

@@ -1,0 +1,245 @@
+"""A prefill worker around the real :class:`Sending`: its engine, its link, and the checks of what happens there."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pdtransport.protocol.actions import Action, Fence, Push, Release, Send, Unstage
+from pdtransport.protocol.messages import Ack, Code
+from pdtransport.protocol.receiving import TransferOver
+from pdtransport.protocol.sending import Sending
+from tests.model.case import HEAD_BYTES, HEADS, WRITE, Broken, Case, Letter, born
+from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
+
+JUNK = ("junk",)
+
+
+def digest_of(transfer: str) -> bytes:
+    return transfer.encode().ljust(16, b".")
+
+
+def checksum(tag: Any) -> bytes:
+    return zlib.crc32(repr(tag).encode()).to_bytes(8, "little")
+
+
+def block_bytes(head_lo: int, head_hi: int) -> int:
+    if not 0 <= head_lo < head_hi <= HEADS:
+        raise ValueError("heads that are not held here")
+    return (head_hi - head_lo) * HEAD_BYTES
+
+
+class Producer:
+    def __init__(self, case: Case, name: str, incarnation: int = 1) -> None:
+        self.case = case
+        self.name = name
+        self.incarnation = incarnation
+        self.book = Sending(case.limits(tombstones=64), block_bytes)
+        self.up: set[str] = set()
+        # transfer -> computing | finished | released; what each computed block holds
+        self.engine = {each.name: "absent" for each in case.wanted if name in each.producers}
+        self.blocks: dict[str, list[Any]] = {transfer: [] for transfer in self.engine}
+        self.cancels = case.producer_cancels
+        self.preemptions = case.preemptions
+        self.queue: list[Push] = []
+        self.writes: list[tuple[Push, tuple[Any, ...]]] = []
+        self.fences: list[tuple[str, str, int]] = []
+        self.acked: set[tuple[str, str, int]] = set()
+        self.out: list[Letter] = []
+
+    @property
+    def me(self) -> str:
+        return born(self.name, self.incarnation)
+
+    # -- what may happen here --------------------------------------------------------------------------------------
+
+    def events(self) -> Iterator[tuple[Any, ...]]:
+        for transfer, state in self.engine.items():
+            whole = len(self.blocks[transfer]) == len(self.case.of(transfer).pages)
+            if state == "absent":
+                yield ("open", transfer)
+            elif state == "computing":
+                yield ("finish" if whole else "compute", transfer)
+                if self.preemptions and self.blocks[transfer]:
+                    yield ("preempt", transfer)
+            if state in ("computing", "finished") and self.cancels:
+                yield ("cancel", transfer)
+        for at in range(len(self.queue)):
+            yield ("stage", at)
+        for fence in self.fences:
+            if not self._writing(fence):
+                yield ("fence", *fence)
+        yield from self.waits()
+
+    def waits(self) -> Iterator[tuple[Any, ...]]:
+        for key in sorted(self.book._agenda._when, key=repr):
+            yield ("retry", *key)
+            yield ("deadline", *key)
+
+    def do(self, event: tuple[Any, ...]) -> None:
+        getattr(self, f"_on_{event[0]}")(*event[1:])
+
+    def _on_open(self, transfer: str) -> None:
+        blocks = len(self.case.of(transfer).pages)
+        self.engine[transfer] = "computing"
+        try:
+            actions = self.book.open(transfer, digest_of(transfer), blocks, blocks, 0.0)
+        except TransferOver as over:
+            if not over.reason:
+                raise Broken("refused without a reason") from over
+            self.engine[transfer] = "released"
+            return
+        self._run(actions)
+
+    def _on_compute(self, transfer: str) -> None:
+        blocks = self.blocks[transfer]
+        run = self.case.preemptions - self.preemptions  # what is computed anew may differ in its last bits
+        blocks.append((self.me, transfer, len(blocks), run))
+        self._run(self.book.pages_ready(transfer, len(blocks), 0, 0.0))
+
+    def _on_preempt(self, transfer: str) -> None:
+        """Its pages are somebody else's at once; the machines were told before."""
+        self.preemptions -= 1
+        self._run(self.book.pages_ready(transfer, 0, 0, 0.0))
+        self.blocks[transfer] = []
+
+    def _on_finish(self, transfer: str) -> None:
+        self.engine[transfer] = "finished"
+        self._run(self.book.finish(transfer, 0.0))
+
+    def _on_cancel(self, transfer: str) -> None:
+        self.cancels -= 1
+        self.engine[transfer] = "finished"
+        self._run(self.book.cancel(transfer, Code.CANCELLED, "the client left"))
+
+    def _on_stage(self, at: int) -> None:
+        push = self.queue.pop(at)
+        tags = tuple(self.blocks[push.transfer][push.first_block : push.first_block + push.blocks])
+        if len(tags) != push.blocks:
+            raise Broken(f"{self.me} reads pages for {push}, which it does not hold")
+        if self.case.link == WRITE:
+            self.writes = sorted([*self.writes, (push, tags)], key=lambda write: _ident(write[0]))
+        else:
+            self._staged(push, tags)
+
+    def _on_landed(self, at: int) -> None:
+        """A write is through. What it carried lies on the other side, or bounced."""
+        push, tags = self.writes.pop(at)
+        self._staged(push, tags)
+
+    def landing(self, push: Push, tags: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a write carries: the card reads pages when it sends, not when they were summed up."""
+        now = self.blocks[push.transfer][push.first_block : push.first_block + push.blocks]
+        return tuple(now) if len(now) == push.blocks else (JUNK,) * push.blocks
+
+    def _staged(self, push: Push, tags: tuple[Any, ...]) -> None:
+        sums = b"".join(checksum(tag) for tag in tags)
+        ident = (push.transfer, push.peer, push.generation, push.seq, push.attempt)
+        self._run(self.book.pushed(*ident, sums, bytes(8), 0.0))
+
+    def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
+        self.fences.remove((transfer, peer, generation))
+        self._run(self.book.fenced(transfer, peer, generation))
+
+    def _on_retry(self, *key: Any) -> None:
+        wake(self.book._agenda, key)
+        self._run(self.book.tick(RETRY))
+
+    def _on_deadline(self, *key: Any) -> None:
+        wake(self.book._agenda, key)
+        self._run(self.book.tick(DEADLINE))
+
+    def _on_deliver(self, letter: Letter) -> None:
+        message: Any = letter.message
+        if isinstance(message, Ack):
+            self.acked.add((message.transfer, letter.sender, message.generation))
+        machines = {machine.peer: machine for machine in self.book.machines(message.transfer)}
+        live = machines.get(letter.sender)
+        if live is not None and live.grant.generation == message.generation and letter.to == self.me:
+            del machines[letter.sender]
+        before = {peer: freeze(machine) for peer, machine in machines.items()}
+        actions = self.book.on_message(letter.sender, message, 0.0)
+        for peer, machine in machines.items():
+            if freeze(machine) != before[peer]:
+                raise Broken(f"{self.me}: words about a grant that is not live changed that of {peer}: {letter}")
+        self._run(actions)
+
+    def _on_lose(self, peer: str) -> None:
+        """The channel to it is closed: nothing of ours is under way any more."""
+        self.up.discard(peer)
+        self.queue = [push for push in self.queue if push.peer != peer]
+        self.writes = [write for write in self.writes if write[0].peer != peer]
+        self.fences = [fence for fence in self.fences if fence[1] != peer]
+        self._run(self.book.peer_lost(peer, "it fell silent"))
+
+    def _on_meet(self, peer: str) -> None:
+        self.up.add(peer)
+
+    # -- what the machines ask for ---------------------------------------------------------------------------------
+
+    def _run(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self.out.append(Letter(self.me, action.peer, plain(action.message)))
+            elif isinstance(action, Push):
+                self._check_push(action)
+                self.queue = sorted([*self.queue, action], key=_ident)
+            elif isinstance(action, Unstage):
+                self._unstage(action)
+            elif isinstance(action, Fence):
+                self.fences = sorted([*self.fences, (action.transfer, action.peer, action.generation)])
+            elif isinstance(action, Release):
+                self._release(action)
+            else:
+                raise Broken(f"a producer can't {action}")
+
+    def _check_push(self, push: Push) -> None:
+        for other in [*self.queue, *(write[0] for write in self.writes)]:
+            same = (other.transfer, other.peer, other.generation, other.seq)
+            if same == (push.transfer, push.peer, push.generation, push.seq):
+                raise Broken(f"{self.me} pushes batch {push.seq} of {push.transfer} while it is under way")
+
+    def _unstage(self, action: Unstage) -> None:
+        ident = (action.transfer, action.peer, action.generation, action.seq, action.attempt)
+        for push in [push for push in self.queue if _ident(push) == ident]:
+            self.queue.remove(push)
+            if self.case.link == WRITE:
+                self._run(self.book.push_failed(*ident, "withdrawn"))
+
+    def _writing(self, fence: tuple[str, str, int]) -> bool:
+        return any((push.transfer, push.peer, push.generation) == fence for push, _ in self.writes)
+
+    def _release(self, release: Release) -> None:
+        transfer = release.transfer
+        if self.engine[transfer] != "finished":
+            raise Broken(f"{self.me}: Release of {transfer}, whose engine is {self.engine[transfer]}")
+        if any(push.transfer == transfer for push, _ in self.writes):
+            raise Broken(f"{self.me}: Release of {transfer} while the link reads its pages")
+        if release.code is None and not any(each[0] == transfer for each in self.acked):
+            raise Broken(f"{self.me}: Release of {transfer} as delivered, and nobody acked it")
+        if release.code is not None and not release.reason:
+            raise Broken(f"{self.me}: Release of {transfer} does not say why")
+        self.engine[transfer] = "released"
+        self.blocks[transfer] = []
+
+    def drain(self) -> bool:
+        """One step on the way to rest, with all peers silent from now on; False: there is none."""
+        for at in range(len(self.writes)):
+            self._on_landed(at)
+            return True
+        events = [event for event in self.events() if event[0] not in ("open", "cancel", "preempt", "retry")]
+        if events:
+            self.do(events[0])
+        return bool(events)
+
+    def held(self) -> str:
+        book = self.book
+        names = {"live transfers": book.live, "early grants": book.early, "claims": len(book._early_claims)}
+        names |= {"pushes": len(self.queue), "writes": len(self.writes), "fences": len(self.fences)}
+        names |= {"waits": len(book._agenda._when), "pages": sum(map(len, self.blocks.values()))}
+        return ", ".join(f"{count} {name}" for name, count in names.items() if count)
+
+
+def _ident(push: Push) -> tuple[str, str, int, int, int]:
+    return push.transfer, push.peer, push.generation, push.seq, push.attempt
