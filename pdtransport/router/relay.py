@@ -101,7 +101,8 @@ class Relay:
         """
         if self._opened is None:
             raise ValueError("the attempt has no answer yet")
-        response = web.StreamResponse(status=self._upstream.status, reason=self._upstream.reason)
+        reason = self._upstream.reason or ""  # bytes that are no text are not passed on, as with headers
+        response = web.StreamResponse(status=self._upstream.status, reason=reason if reason.isprintable() else None)
         for name, value in end_to_end(self._upstream.headers):
             if self._whole is None or name.lower() != "content-length":
                 response.headers.add(name, value)

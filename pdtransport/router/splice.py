@@ -19,7 +19,14 @@ class Lost(Exception):
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return _DATA + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + _END
+    return _DATA + _dumps(value) + _END
+
+
+def _dumps(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which a server escaped: no UTF-8 but JSON has it
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def opening(api: Api, first: FirstToken, token_ids: bool) -> bytes:
@@ -85,10 +92,12 @@ class StreamSplice:
         if not self._begun and "error" in value:
             raise Lost
         changed = count_first(value)
-        for choice in value.get("choices") or ():
-            if self._begun:
+        choices = value.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if self._begun or not isinstance(choice, dict):
                 break
-            if self._api == "chat" and "role" in choice.get("delta", {}):
+            delta = choice.get("delta")
+            if self._api == "chat" and isinstance(delta, dict) and "role" in delta:
                 return b""  # prefill's answer had it
             refuse_lost(choice)
             self._begun = True
@@ -115,7 +124,7 @@ def joined(api: Api, first: FirstToken, raw: bytes) -> bytes:
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no answer of one choice: {type(error).__name__}") from None
     count_first(answer)
-    return json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
+    return _dumps(answer)
 
 
 def count_first(value: dict[str, Any]) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
+
+from pdtransport.serving.errors import ApiError
 
 BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
 _SWEEP_S = 1.0  # between looks at who is late, at most
@@ -124,6 +127,8 @@ class Listener:
             OSError: the address is in use or not this machine's.
         """
         await self._runner.setup()
+        assert self._runner.server is not None
+        self._runner.server.request_handler = _expecting(self._runner.server.request_handler)
         self._server = await asyncio.get_running_loop().create_server(
             self._protocol, host, port, backlog=min(BACKLOG, self._max_connections), reuse_address=True
         )
@@ -220,6 +225,19 @@ class Listener:
                     self._rest(connection, after_s, waited_for=False)
 
         return watch
+
+
+def _expecting(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> Any:
+    """aiohttp quotes an expectation that it does not know, whatever bytes that has."""
+
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+            return ApiError(
+                417, "the only Expect that is met is 100-continue", code="bad_expect", close=True
+            ).response()
+        return await handle(request)
+
+    return answer
 
 
 def url_of(host: str, port: int) -> str:
