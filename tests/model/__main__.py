@@ -1,9 +1,10 @@
 """``python -m tests.model``: explore every state of a small hand-off, and say what was found.
 
-Two prefill workers and a decode worker, the real tables of ``pdtransport/protocol``; any message lost, copied, overtaken or
-late; processes restart, peers are given up and come back, bytes are damaged, pages are taken back, requests are
-aborted, deadlines pass in any order. What must hold stands in ``INVARIANTS``. ``--short``: what ``make test`` explores;
-``--case WORD``: cases with that in their names; ``--bug NAME``: with a bug made on purpose, and the way to it.
+Two prefill workers and a decode worker, the real tables of ``pdtransport/protocol``; any message lost, copied,
+overtaken or late; processes restart, peers are given up and come back, bytes are damaged, pages are taken back,
+requests are aborted, deadlines pass in any order. What must hold stands in ``INVARIANTS``. ``--short``: what ``make
+test`` explores; ``--case WORD``: cases with that in their names; ``--bug NAME``: with a bug made on purpose, and the
+way to it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def main() -> int:
 
 def say(found: Found) -> int:
     whole = "" if found.complete or found.broken else "  NOT WHOLE: out of time"
-    row = f"{found.states:>9} {found.covered:>9} {found.transitions:>11} {found.snapshots:>9} {found.depth:>5} {found.seconds:>7.1f}"
+    row = f"{found.states:>9} {found.covered:>9} {found.transitions:>11} {found.snapshots:>9} {found.depth:>5}"
+    row += f" {found.seconds:>7.1f}"
+    row += f" {found.seconds:>7.1f}"
     print(f"{row}  {found.case.name}{whole}", flush=True)
     if found.broken:
         print(f"BROKEN: {found.broken}", *found.trace, sep="\n    ")

@@ -1,7 +1,7 @@
 """All states that a case can reach, breadth first, so that a short way to a broken promise is found.
 
-A state is one snapshot of each process, the letters that were ever sent, and the faults that are left. Any letter may be
-delivered now, again later, or never: that is loss, duplication and reordering without bound. So a state with more
+A state is one snapshot of each process, the letters that were ever sent, and the faults that are left. Any letter may
+be delivered now, again later, or never: that is loss, duplication and reordering without bound. So a state with more
 letters, or more faults left, can do all that the same processes with fewer can, and only the larger one is explored.
 
 What a process does with an event is worked out once for each of its snapshots, by the code that runs in production, and
@@ -250,8 +250,8 @@ class Explorer:
         return then._replace(faults=then.faults.less("losses"))
 
     def _meet(self, state: State, at: int) -> State:
-        """Both shake hands: a process of that name that was up here before is over. Where links write, a loss is mutual:
-        who has not noticed it forgets the old session now, and nothing of that is heard any more."""
+        """Both shake hands: a process of that name that was up here before is over. Where links write, a loss is
+        mutual: who has not noticed it forgets the old session now, and nothing of that is heard any more."""
         consumer, producer = (self._views[state.processes[each]] for each in (0, at))
         pair = {consumer.me, producer.me}
         for who, here, there in ((0, consumer, producer), (at, producer, consumer)):
