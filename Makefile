@@ -10,7 +10,7 @@ ARGS ?=
 SOURCES := pdtransport kernels launch tests benchmarks examples scripts
 PRESENT := $(wildcard $(SOURCES))
 
-.PHONY: help env bench-env demo test test-fast test-long sanitize mutants lint format types bench clean
+.PHONY: help env bench-env demo test test-fast test-long sanitize mutants fuzz model lint format types bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ sanitize: $(ENV)  ## the C kernels' tests under AddressSanitizer and UndefinedBe
 
 mutants: $(ENV)  ## are bugs made on purpose found? ARGS=listed: a minute; all: what real processes must find, too
 	$(PYTHON) -m tests.mutants $(ARGS)
+
+SECONDS ?= 30
+fuzz: $(ENV)  ## whatever arrives from outside, guided by coverage: SECONDS=30 of each kind, two at a time
+	$(PYTHON) -m tests.fuzz all --seconds $(SECONDS)
+
+model: $(ENV)  ## every state of small hand-offs, all cases: minutes; make test explores a part
+	$(PYTHON) -m tests.model
 
 lint: $(ENV) types  ## ruff and mypy
 	$(PYTHON) -m ruff check $(PRESENT)

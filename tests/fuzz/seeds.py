@@ -8,7 +8,8 @@ from pathlib import Path
 import msgpack
 
 from pdtransport.protocol.messages import PROTOCOL_VERSION, encode
-from tests.fuzz.targets import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, SEPARATOR, TRANSFER
+from tests.fuzz.split import SEPARATOR
+from tests.fuzz.targets import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, TRANSFER
 from tests.unit.test_protocol_messages import EXAMPLES
 
 HERE = Path(__file__).parent
@@ -39,6 +40,11 @@ def write_pack(target: str, inputs: list[bytes]) -> None:
 
 
 def seeds(target: str) -> list[bytes]:
+    if target in ("http", "params", "pool"):
+        from tests.fuzz import openings
+
+        made = {"http": openings.HTTP, "params": openings.PARAMS, "pool": openings.POOL}[target]
+        return [*made, *(file.read_bytes() for file in sorted((PACKS / target).glob("*"))), *kept(target)]
     found = [file.read_bytes().replace(_KEPT, _NOW) for file in sorted((PACKS / target).glob("*"))] + kept(target)
     if target == "topology":
         return [*TOPOLOGIES, *(file.read_bytes() for file in sorted(EXAMPLE_FILES.glob("*.yaml"))), *found]

@@ -25,11 +25,11 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.protocol.receiving import Part, Receiving
 from pdtransport.protocol.sending import Sending
+from tests.fuzz.split import SEPARATOR
 
 TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
 BLOCKS, BLOCK_BYTES, BLOCK_TOKENS, HEADS = 5, 64, 16, 4
 MAX_FRAMES = 16  # of one input
-SEPARATOR = b"\xc1\xc1"  # a byte that msgpack never uses, twice, parts frames
 
 
 def wire(data: bytes) -> None:
@@ -96,4 +96,21 @@ def topology(data: bytes) -> None:
     assert not said or str(_FILE) in said
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"wire": wire, "exports": exports, "topology": topology}
+def target(name: str) -> Callable[[bytes], None]:
+    """The target of this name. A router, a pool or vLLM is loaded with the first that needs it."""
+    if name == "http":
+        from tests.fuzz.http import http
+
+        return http
+    if name == "pool":
+        from tests.fuzz.pool import pool
+
+        return pool
+    if name == "params":
+        from tests.fuzz.params import params
+
+        return params
+    return {"wire": wire, "exports": exports, "topology": topology}[name]
+
+
+NAMES = ("exports", "http", "params", "pool", "topology", "wire")
