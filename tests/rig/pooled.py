@@ -46,9 +46,14 @@ class Service:
         self.disk = ("--disk", str(folder / "disk"), "--disk-bytes", "1GiB", "--disk-codec", "zstd")
         self._daemon: Daemon | None = None
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, memory: str = MEMORY) -> None:
         self.kill()
-        self._daemon = Daemon(self.directory, *self._door, *options, memory=MEMORY)
+        self._daemon = Daemon(self.directory, *self._door, *options, memory=memory)
+
+    @property
+    def pid(self) -> int:
+        assert self._daemon is not None
+        return self._daemon.process.pid
 
     def url(self) -> str:
         """Of its HTTP API, once after a start with one."""

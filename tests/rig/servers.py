@@ -268,6 +268,10 @@ class Server:
         """Process ids of the model workers, by rank. A lone worker on a GPU lives in its engine's process."""
         return self._titled("VLLM::Worker") or self._titled("VLLM::EngineCore")
 
+    def engines(self) -> list[int]:
+        """Process ids of the engines' cores, one a data-parallel replica."""
+        return self._titled("VLLM::EngineCore")
+
     def _titled(self, start: str) -> list[int]:
         named = []
         for pid in self.members():
@@ -288,7 +292,7 @@ class Server:
 
     def pause_engine(self, paused: bool = True) -> None:
         """Stop the engine, as a long step would hold it up, or let it go on; its HTTP server answers meanwhile."""
-        for pid in self._titled("VLLM::EngineCore"):
+        for pid in self.engines():
             os.kill(pid, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def kill(self) -> None:

@@ -1,0 +1,88 @@
+"""The servers of a soak: a pair with router and pool, and a plain server that is given the same prompts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.rig.answers import Answers
+from tests.rig.cases import BLOCK, Case, cases
+from tests.rig.fixtures import SPARING, pair_spec, plain_spec
+from tests.rig.pooled import Service, pooled
+from tests.rig.prompts import Prompts
+from tests.rig.router import RunningRouter, routed
+from tests.rig.servers import REPOSITORY, Server, fleet
+
+ANSWERS = REPOSITORY / ".pytest_cache" / "d" / "pdtransport-answers"  # where pytest keeps them, too
+CASE_SEED = 15
+# Prompts of all lengths: within a block, a few blocks, several steps of prefill.
+LENGTHS = ((2, 40, 20), (40, 300, 70), (300, 900, 50), (900, 2000, 15))
+CACHE_TOKENS = 8192  # of each server: what is asked again later is gone by then, and comes out of the pool
+POOL_MEMORY = "128MiB"  # full within minutes
+LOOKUP_S = 2.0  # a busy machine's pool may answer late; what comes too late is not found
+
+
+@dataclass
+class Fleet:
+    """What runs. All servers compute on the same settings, and wait without spinning (``tests.rig.sparing``)."""
+
+    prefill: Server
+    decode: Server
+    plain: Server
+    router: RunningRouter
+    pool: Service
+    book: list[Case]
+
+    @property
+    def servers(self) -> dict[str, Server]:
+        return {"prefill": self.prefill, "decode": self.decode, "plain": self.plain}
+
+    def processes(self) -> dict[str, int]:
+        """Ids of all processes, by name."""
+        found = {"router": self.router.pid, "pool": self.pool.pid}
+        for name, server in self.servers.items():
+            found[f"{name} api"] = server.process.pid
+            (found[f"{name} core"],) = server.engines()
+            (found[f"{name} worker"],) = server.workers()
+        return found
+
+
+async def make_book(logs: Path) -> list[Case]:
+    """Prompts of mixed lengths with answers that a plain server is sure of."""
+    prompts = Prompts(CASE_SEED)
+    tried = [prompts.one(prompts.below(low, high)) for low, high, count in LENGTHS for _ in range(count)]
+    answers = Answers(plain_spec(), logs, ANSWERS)
+    try:
+        found = await cases(answers, tried, least=4, longest=24)
+    finally:
+        answers.close()
+    assert len(found) > len(tried) / 3, f"the plain server is sure of {len(found)} of {len(tried)} prompts only"
+    return found
+
+
+@asynccontextmanager
+async def running(logs: Path) -> AsyncIterator[Fleet]:
+    """The fleet for the length of an ``async with`` block.
+
+    Raises:
+        ServerFailed: one did not start or did not end.
+    """
+    book = await make_book(logs)
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdt-")))  # short: sockets lie there
+        pool = Service(folder)
+        stack.callback(pool.close)
+        pool.start(memory=POOL_MEMORY)
+        more = {"blocks": CACHE_TOKENS // BLOCK}
+        pair = [
+            pooled(pool.directory, pair_spec("prefill", "kv_producer", cores="0", **more), lookup_s=LOOKUP_S),
+            pooled(pool.directory, pair_spec("decode", "kv_consumer", cores="1", **more), lookup_s=LOOKUP_S),
+        ]
+        plain = replace(pair_spec("plain", "kv_both", cores="0", **more), connector="none", extra_config={})
+        specs = [replace(spec, script=SPARING) for spec in (*pair, plain)]
+        servers = stack.enter_context(fleet(*specs, logs=logs))
+        router = stack.enter_context(routed(servers[:1], servers[1:2], logs, "concurrent"))
+        yield Fleet(*servers, router, pool, book)
