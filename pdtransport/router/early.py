@@ -6,6 +6,7 @@ ends with an error.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from aiohttp import web
@@ -57,6 +58,9 @@ class EarlyRelay(Relay):
             await self._write(response, opening(self._call.api, first, self._call.token_ids))
             self._trace.mark("first_token")
             await self._follow(response)
+        except asyncio.CancelledError:
+            if not await self._told_stopped(response):
+                raise
         finally:
             self._watch.stop()
             self._attempt.close()

@@ -1,4 +1,5 @@
-"""Periodic GET /health of every server."""
+"""Periodic checks of every server: GET /health, which vLLM's HTTP process answers, and GET /pd/engine, for which
+pdtransport has that process ask the engine (``pdtransport/vllm/engine_probe.py``)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pdtransport.router.settings import RouterHealth
 from pdtransport.router.upstream import reason
 from pdtransport.router.watches import Watches
 
+ENGINE_PATH = "/pd/engine"
 MAX_ASKED = 3  # times that a server's metrics did not come, before nothing is known of them
 
 
@@ -39,6 +41,8 @@ class Prober:
         self._headers = {} if server_key is None else {"Authorization": f"Bearer {server_key}"}
         self._others_may = others_may
         self._unanswered: dict[Endpoint, int] = {}
+        self._mute: set[Endpoint] = set()  # can't be asked for their engines, since they came up
+        self._silent: set[Endpoint] = set()  # their engines did not answer when they were asked last
         self._asked: dict[Endpoint, int] = {}  # in vain for metrics, since it came up
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -69,12 +73,43 @@ class Prober:
         else:
             if status == 200:
                 self._unanswered[endpoint] = 0
+                if why := await self._silence(endpoint):
+                    endpoint.set_healthy(False, why)
+                    return
                 await self._learn(endpoint)
                 endpoint.set_healthy(True)
             else:
                 self._refused(endpoint, f"GET /health answers {status}")
 
+    async def _silence(self, endpoint: Endpoint) -> str:
+        """Why its engine counts as stopped; empty if it answers, or nobody can ask it."""
+        seconds = self._settings.engine_s
+        if not seconds or endpoint in self._mute:
+            return ""
+        was_silent = endpoint in self._silent
+        self._silent.discard(endpoint)
+        url, timeout = endpoint.url + ENGINE_PATH, ClientTimeout(total=seconds)
+        try:
+            async with self._session.get(
+                url, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                if response.status == 200:
+                    return ""
+                if response.status != 503:  # another version's, or another server
+                    self._mute.add(endpoint)
+                    return ""
+        except asyncio.TimeoutError:
+            pass
+        except (ClientError, OSError):
+            return endpoint.last_error if was_silent else ""  # whether the server is there is for /health to say
+        self._silent.add(endpoint)
+        return (
+            f"its engine did not answer within health.engine_s ({seconds:g} s): it is stopped, or its steps are longer"
+        )
+
     def _refused(self, endpoint: Endpoint, why: str) -> None:
+        self._mute.discard(endpoint)
+        self._silent.discard(endpoint)
         endpoint.forget()
         endpoint.set_healthy(False, why)
 
@@ -97,6 +132,8 @@ class Prober:
                 pause = self._settings.interval_s
                 await self._pause(endpoint, pause)
             else:
+                if endpoint in self._silent:  # its HTTP server is there: it waits for the engine with us
+                    pause = self._settings.interval_s
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, max(self._settings.backoff_max_s, self._settings.interval_s))
             await self.check(endpoint)

@@ -12,7 +12,7 @@ from pdtransport.router.events import WholeEvents
 from pdtransport.router.settings import RouterTimeouts
 from pdtransport.router.traces import Trace
 from pdtransport.router.upstream import end_to_end
-from pdtransport.serving.errors import SERVER, error_body
+from pdtransport.serving.errors import SERVER, STOPPING, error_body, stopped
 
 
 class Watch:
@@ -110,6 +110,9 @@ class Relay:
         try:
             await response.prepare(self._request)
             await self._pass_on(response, self._opened.first)
+        except asyncio.CancelledError:
+            if not await self._told_stopped(response):
+                raise
         finally:
             self._watch.stop()
         return response
@@ -160,10 +163,21 @@ class Relay:
         why = why or broke
         message = f"decode server {self._decode} did not finish its answer: {why}"
         self._trace.outcome = "interrupted"
+        await self._end(response, message, "upstream_interrupted")
+
+    async def _told_stopped(self, response: web.StreamResponse) -> bool:
+        """End an answer that has begun because the router ends. False: it has not begun, or the client went away."""
+        if not stopped(self._request) or not response.prepared:
+            return False
+        self._trace.outcome = "stopped"
+        self._trace.status = response.status
+        await self._end(response, "the router stops before this answer is done: send the request again", STOPPING)
+        return True
+
+    async def _end(self, response: web.StreamResponse, message: str, code: str) -> None:
         self._trace.note = message
         if not self._streams():
             self._drop_client()  # a cut body is the only way to tell that it is incomplete
             return
-        body = error_body(message, SERVER, "upstream_interrupted")
-        await self._write(response, b"data: " + body + b"\n\n")
+        await self._write(response, b"data: " + error_body(message, SERVER, code) + b"\n\n")
         await response.write_eof()

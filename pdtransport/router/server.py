@@ -128,8 +128,10 @@ class Router:
             raise
 
     async def stop(self) -> None:
-        """Stop listening, let requests end for ``timeouts.drain_s``, cancel the rest. May be called twice."""
+        """Stop listening, let requests end for ``timeouts.drain_s``, tell the clients of the rest and cancel it. May be
+        called twice."""
         self._stopping = True
+        await asyncio.gather(*(each.stop() for each in (self._main, self._admin) if each is not None))
         await self._stack.aclose()
 
     async def _listen(self) -> None:

@@ -126,6 +126,13 @@ class RouterHealth(_Section):
 
     interval_s: float = Field(2.0, gt=0, le=3600, description="Interval between GET /health of each server.")
     timeout_s: float = Field(5.0, gt=0, le=600, description="A health check unanswered for this long has failed.")
+    engine_s: float = Field(
+        5.0,
+        ge=0,
+        le=600,
+        description="A server whose engine takes longer than this to answer between two steps is unhealthy until it "
+        "does: its /health answers even if the engine is stopped. 0: engines are not asked.",
+    )
     backoff_max_s: float = Field(
         30.0, gt=0, le=3600, description="An unhealthy server is checked at intervals that double up to this."
     )

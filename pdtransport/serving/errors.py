@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
@@ -9,6 +10,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 CLIENT_LEFT = 499  # nginx's code for it
+STOPPING = "stopping"  # code of what ends because the server does
+_STOPPED = "pdtransport.stopped"
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -67,6 +70,17 @@ def is_openai_error(body: bytes) -> bool:
     return isinstance(value, dict) and isinstance(value.get("error"), dict) and "message" in value["error"]
 
 
+def stop_request(request: web.Request, task: asyncio.Task[object]) -> None:
+    """End a request because the server ends: its ``task`` is cancelled, and :func:`stopped` tells it why."""
+    request[_STOPPED] = True
+    task.cancel()
+
+
+def stopped(request: web.Request) -> bool:
+    """Whether a request was cancelled because the server ends. Else its client went away."""
+    return bool(request.get(_STOPPED, False))
+
+
 def json_errors(who: str, log: logging.Logger) -> Middleware:
     """Every error of the server ``who`` leaves in OpenAI's form, and none with a traceback."""
 
@@ -82,6 +96,11 @@ def json_errors(who: str, log: logging.Logger) -> Middleware:
             return refusal.response()
         except web.HTTPException as error:
             return ApiError(error.status, f"{error.reason}: the {who} has no such path", code="not_found").response()
+        except asyncio.CancelledError:
+            if not stopped(request):
+                raise
+            text = f"the {who} stops before this request is done: send it again"
+            return ApiError(503, text, kind=SERVER, code=STOPPING, close=True).response()
         except ConnectionError:
             if request.transport is None or request.transport.is_closing():
                 return web.Response(status=CLIENT_LEFT)  # nobody reads it, and nobody logs it

@@ -13,10 +13,12 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from pdtransport.serving.errors import ApiError
+from pdtransport.serving.errors import ApiError, stop_request
 
 BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
 _SWEEP_S = 1.0  # between looks at who is late, at most
+_CUT_S = 1.0  # after drain_s: for requests under way to tell their clients why they end
+_CLOSE_S = 0.25  # then for the last bytes of those that did; twice at most
 _SEND_S = 30.0  # beyond keep_alive_s: for the rest of an answer that its client takes slowly
 
 
@@ -101,13 +103,15 @@ class Listener:
         self._idle: OrderedDict[_Connection, None] = OrderedDict()  # longest idle first
         self._idle_of: dict[str, OrderedDict[_Connection, None]] = {}  # the same by client address
         self._sweeper: asyncio.TimerHandle | None = None
+        self._under_way: dict[asyncio.Task[object], web.Request] = {}
+        self._stopped = False
         app.middlewares.insert(0, self._watching())
         self._runner = web.AppRunner(
             app,
             logger=_http_log,
             access_log=None,  # a log line per request would name who asked what
             handler_cancellation=True,  # a client's going away must reach the servers at once
-            shutdown_timeout=bounds.drain_s,
+            shutdown_timeout=_CLOSE_S,
             keepalive_timeout=bounds.keep_alive_s,
             max_line_size=bounds.max_header_bytes,
             max_field_size=bounds.max_header_bytes,
@@ -147,11 +151,29 @@ class Listener:
         return _Connection(self, server())
 
     async def stop(self) -> None:
+        """Take no more requests, let those under way end for ``drain_s``, then cancel the rest, which have a moment to
+        tell their clients. May be called twice."""
+        if self._stopped:
+            return
+        self._stopped = True
         if self._server is not None:
             self._server.close()
+        if self._runner.server is not None:
+            await asyncio.sleep(0)  # what was accepted begins
+            self._runner.server.pre_shutdown()  # idle connections close at once, others after their answers
+            await self._ended(self._bounds.drain_s)
+            for task, request in self._under_way.items():
+                stop_request(request, task)
+            await self._ended(_CUT_S)
         await self._runner.cleanup()
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    async def _ended(self, seconds: float) -> None:
+        """Wait until no request is under way, so long at most."""
+        ends = asyncio.get_running_loop().time() + seconds
+        while self._under_way and (left := ends - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(self._under_way, timeout=left)
 
     # -- who is idle ------------------------------------------------------------------------------------------------
 
@@ -211,6 +233,13 @@ class Listener:
 
         @web.middleware
         async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
+            task = asyncio.current_task()
+            assert task is not None
+            self._under_way[task] = request
+            task.add_done_callback(lambda ended: self._under_way.pop(ended, None))
+            return await attend(request, handler)
+
+        async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
             connection = self._open.get(request.transport) if request.transport is not None else None
             if connection is None:
                 return await handler(request)

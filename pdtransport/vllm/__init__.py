@@ -23,7 +23,10 @@ def register() -> None:
         load = KVConnectorFactory._registry[CONNECTOR]
 
         def chosen() -> Any:
+            from pdtransport.vllm.engine_probe import offer_probe
+
             _watch_loading()
+            offer_probe()
             return load()
 
         KVConnectorFactory._registry[CONNECTOR] = chosen

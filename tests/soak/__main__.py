@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         report = Report(options.minutes, options.clients, options.seed)
 
         async def go() -> None:
-            async with running(logs) as fleet:
+            async with running(logs, beside_plain=True) as fleet:
                 await soak(options, fleet, report)
 
         try:

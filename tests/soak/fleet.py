@@ -31,14 +31,19 @@ class Fleet:
 
     prefill: Server
     decode: Server
-    plain: Server
+    plain: Server | None
     router: RunningRouter
     pool: Service
     book: list[Case]
 
     @property
     def servers(self) -> dict[str, Server]:
-        return {"prefill": self.prefill, "decode": self.decode, "plain": self.plain}
+        plain = {} if self.plain is None else {"plain": self.plain}
+        return {"prefill": self.prefill, "decode": self.decode, **plain}
+
+    def start_pool(self) -> None:
+        """Start the pool, again if it was killed."""
+        self.pool.start(memory=POOL_MEMORY)
 
     def processes(self) -> dict[str, int]:
         """Ids of all processes, by name."""
@@ -64,7 +69,7 @@ async def make_book(logs: Path) -> list[Case]:
 
 
 @asynccontextmanager
-async def running(logs: Path) -> AsyncIterator[Fleet]:
+async def running(logs: Path, *, beside_plain: bool) -> AsyncIterator[Fleet]:
     """The fleet for the length of an ``async with`` block.
 
     Raises:
@@ -81,8 +86,10 @@ async def running(logs: Path) -> AsyncIterator[Fleet]:
             pooled(pool.directory, pair_spec("prefill", "kv_producer", cores="0", **more), lookup_s=LOOKUP_S),
             pooled(pool.directory, pair_spec("decode", "kv_consumer", cores="1", **more), lookup_s=LOOKUP_S),
         ]
-        plain = replace(pair_spec("plain", "kv_both", cores="0", **more), connector="none", extra_config={})
-        specs = [replace(spec, script=SPARING) for spec in (*pair, plain)]
+        if beside_plain:
+            pair.append(replace(pair_spec("plain", "kv_both", cores="0", **more), connector="none", extra_config={}))
+        specs = [replace(spec, script=SPARING) for spec in pair]
         servers = stack.enter_context(fleet(*specs, logs=logs))
         router = stack.enter_context(routed(servers[:1], servers[1:2], logs, "concurrent"))
-        yield Fleet(*servers, router, pool, book)
+        plain = servers[2] if beside_plain else None
+        yield Fleet(servers[0], servers[1], plain, router, pool, book)

@@ -50,7 +50,8 @@ class Load:
 
     def __init__(self, fleet: Fleet, client: Client, seed: int, pause_s: float) -> None:
         self.counts = Counts()
-        self._fleet = fleet
+        assert fleet.plain is not None
+        self._fleet, self._plain = fleet, fleet.plain
         self._client = client
         self._random = random.Random(seed)
         self._pause_s = pause_s
@@ -69,11 +70,10 @@ class Load:
             stream = self._random.random() < STREAMED
             usual = sorted(self._took)[len(self._took) // 2]
             leaves_s = self._random.uniform(0, usual) if self._random.random() < LEAVING else None
-            router, plain = self._fleet.router.url, self._fleet.plain
-            limit = REQUEST_S if leaves_s is None else leaves_s
+                limit = REQUEST_S if leaves_s is None else leaves_s
             await asyncio.gather(
-                self._routed(case, limit, leaves_s is not None, url=router, stream=stream, cache_salt=salt),
-                self._plainly(case, limit, leaves_s is not None, url=plain.url, cache_salt=salt),
+                self._routed(case, limit, leaves_s is not None, url=self._fleet.router.url, stream=stream, cache_salt=salt),
+                self._plainly(case, limit, leaves_s is not None, url=self._plain.url, cache_salt=salt),
             )
             await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
 

@@ -63,6 +63,8 @@ class Engine:
         self.health_status = 200
         self.health_checks = 0
         self.slow_health_checks = 0  # that many are not answered in time
+        self.engine_answers: asyncio.Event | None = None  # unset: its HTTP server can't ask the engine
+        self.engine_asked = 0
         self.metrics: str | None = None  # unset: it has none, as with vLLM's --disable-log-stats
         self.metrics_read = 0
         self.metrics_script: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
@@ -87,6 +89,7 @@ class Engine:
                 web.post("/v1/chat/completions", self._generate),
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
+                web.get("/pd/engine", self._probe),
                 web.get("/metrics", self._metrics),
             ]
         )
@@ -113,6 +116,13 @@ class Engine:
             self.slow_health_checks -= 1
             await asyncio.sleep(PATIENCE_S)
         return web.Response(status=self.health_status)
+
+    async def _probe(self, request: web.Request) -> web.Response:
+        self.engine_asked += 1
+        if self.engine_answers is None:
+            return web.Response(status=404)
+        await self.engine_answers.wait()
+        return web.json_response({"engine": "answers"})
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         self.metrics_read += 1
