@@ -70,17 +70,17 @@ class Load:
             stream = self._random.random() < STREAMED
             usual = sorted(self._took)[len(self._took) // 2]
             leaves_s = self._random.uniform(0, usual) if self._random.random() < LEAVING else None
-                limit = REQUEST_S if leaves_s is None else leaves_s
+            limit = REQUEST_S if leaves_s is None else leaves_s
             await asyncio.gather(
-                self._routed(case, limit, leaves_s is not None, url=self._fleet.router.url, stream=stream, cache_salt=salt),
-                self._plainly(case, limit, leaves_s is not None, url=self._plain.url, cache_salt=salt),
+                self._routed(case, limit, leaves_s is not None, stream=stream, cache_salt=salt),
+                self._plainly(case, limit, leaves_s is not None, cache_salt=salt),
             )
             await asyncio.sleep(self._random.uniform(0, 2 * self._pause_s))
 
     async def _routed(self, case: Case, limit_s: float, leaves: bool, **how: object) -> None:
         counts, began = self.counts, time.monotonic()
         try:
-            answer = await self._send(case, len(case.tokens), limit_s, **how)
+            answer = await self._send(self._fleet.router.url, case, len(case.tokens), limit_s, **how)
         except TimeoutError:
             if leaves:
                 counts.ends["left"] += 1
@@ -98,7 +98,7 @@ class Load:
 
     async def _plainly(self, case: Case, limit_s: float, leaves: bool, **how: object) -> None:
         try:
-            answer = await self._send(case, 1, limit_s, **how)
+            answer = await self._send(self._plain.url, case, 1, limit_s, **how)
         except TimeoutError:
             self.counts.plain["left" if leaves else "no answer"] += 1
         except (RequestFailed, aiohttp.ClientError, OSError) as error:
@@ -108,7 +108,7 @@ class Load:
             self.counts.plain["ok"] += 1
             self._compare(case.tokens[:1], answer, "the plain server's")
 
-    async def _send(self, case: Case, tokens: int, limit_s: float, *, url: str, **more: object) -> Answer:
+    async def _send(self, url: str, case: Case, tokens: int, limit_s: float, **more: object) -> Answer:
         return await asyncio.wait_for(self._client.complete(url, case.prompt, tokens, **more), limit_s)
 
     def _compare(self, wanted: tuple[int, ...], answer: Answer, whose: str) -> None:
