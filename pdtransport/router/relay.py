@@ -167,7 +167,7 @@ class Relay:
 
     async def _told_stopped(self, response: web.StreamResponse) -> bool:
         """End an answer that has begun because the router ends. False: it has not begun, or the client went away."""
-        if not stopped(self._request) or not response.prepared:
+        if not stopped() or not response.prepared:
             return False
         self._trace.outcome = "stopped"
         self._trace.status = response.status

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from weakref import WeakSet
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 CLIENT_LEFT = 499  # nginx's code for it
 STOPPING = "stopping"  # code of what ends because the server does
-_STOPPED = "pdtransport.stopped"
+_stopped: WeakSet[asyncio.Task[object]] = WeakSet()
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -70,15 +71,15 @@ def is_openai_error(body: bytes) -> bool:
     return isinstance(value, dict) and isinstance(value.get("error"), dict) and "message" in value["error"]
 
 
-def stop_request(request: web.Request, task: asyncio.Task[object]) -> None:
-    """End a request because the server ends: its ``task`` is cancelled, and :func:`stopped` tells it why."""
-    request[_STOPPED] = True
+def stop_request(task: asyncio.Task[object]) -> None:
+    """End a request because the server ends: its task is cancelled, and :func:`stopped` tells it why."""
+    _stopped.add(task)
     task.cancel()
 
 
-def stopped(request: web.Request) -> bool:
-    """Whether a request was cancelled because the server ends. Else its client went away."""
-    return bool(request.get(_STOPPED, False))
+def stopped() -> bool:
+    """Whether the current task, a request's, was cancelled because the server ends. Else its client went away."""
+    return asyncio.current_task() in _stopped
 
 
 def json_errors(who: str, log: logging.Logger) -> Middleware:
@@ -97,7 +98,7 @@ def json_errors(who: str, log: logging.Logger) -> Middleware:
         except web.HTTPException as error:
             return ApiError(error.status, f"{error.reason}: the {who} has no such path", code="not_found").response()
         except asyncio.CancelledError:
-            if not stopped(request):
+            if not stopped():
                 raise
             text = f"the {who} stops before this request is done: send it again"
             return ApiError(503, text, kind=SERVER, code=STOPPING, close=True).response()

@@ -103,7 +103,7 @@ class Listener:
         self._idle: OrderedDict[_Connection, None] = OrderedDict()  # longest idle first
         self._idle_of: dict[str, OrderedDict[_Connection, None]] = {}  # the same by client address
         self._sweeper: asyncio.TimerHandle | None = None
-        self._under_way: dict[asyncio.Task[object], web.Request] = {}
+        self._under_way: set[asyncio.Task[object]] = set()
         self._stopped = False
         app.middlewares.insert(0, self._watching())
         self._runner = web.AppRunner(
@@ -162,8 +162,8 @@ class Listener:
             await asyncio.sleep(0)  # what was accepted begins
             self._runner.server.pre_shutdown()  # idle connections close at once, others after their answers
             await self._ended(self._bounds.drain_s)
-            for task, request in self._under_way.items():
-                stop_request(request, task)
+            for task in self._under_way:
+                stop_request(task)
             await self._ended(_CUT_S)
         await self._runner.cleanup()
         if self._sweeper is not None:
@@ -235,8 +235,8 @@ class Listener:
         async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
             task = asyncio.current_task()
             assert task is not None
-            self._under_way[task] = request
-            task.add_done_callback(lambda ended: self._under_way.pop(ended, None))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
             return await attend(request, handler)
 
         async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 RESAMPLES = 4000
 BLOCK_S = 120.0  # residuals are drawn anew in stretches of this length: memory stays for a while where it is
 LEVEL = 0.95
+ROUNDED = 9  # digits: what never changes has the slope zero, and no error of the computation
 
 Series = npt.NDArray[np.float64]
 
@@ -46,7 +47,7 @@ def slope(seconds: npt.ArrayLike, values: npt.ArrayLike, block_s: float = BLOCK_
     length = int(min(max(round(block_s / step), 1), count // 2))
     drawn = _resampled(residuals - residuals.mean(), length)
     low, high = np.quantile(drawn @ weights, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Slope(float(fitted), float(fitted - high), float(fitted - low))
+    return Slope(*(round(float(each), ROUNDED) for each in (fitted, fitted - high, fitted - low)))
 
 
 def _resampled(residuals: Series, length: int) -> Series:
