@@ -306,7 +306,9 @@ async def _script(engine: Engine, workers: Workers, request: web.Request, asked:
         await asyncio.sleep(PATIENCE_S)  # for pages that do not come
     if params:
         workers.took(params["transfer_id"])
-    if wish not in {"slow", "hang", "flood"}:
+    if wish == "mute":
+        await asyncio.sleep(PATIENCE_S)
+    if wish not in {"slow", "hang", "flood"} or not asked.get("stream"):
         return await engine.answer(request, asked)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)

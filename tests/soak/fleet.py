@@ -22,6 +22,8 @@ CASE_SEED = 15
 LENGTHS = ((2, 40, 20), (40, 300, 70), (300, 900, 50), (900, 2000, 15))
 CACHE_TOKENS = 8192  # of each server: what is asked again later is gone by then, and comes out of the pool
 POOL_MEMORY = "128MiB"  # full within minutes
+# What the router remembers of past requests is bounded, and full within minutes with these.
+ROUTER = ("--traces", "128", "--placement-affinity-entries", "512")
 LOOKUP_S = 2.0  # a busy machine's pool may answer late; what comes too late is not found
 
 
@@ -81,15 +83,16 @@ async def running(logs: Path, *, beside_plain: bool) -> AsyncIterator[Fleet]:
         pool = Service(folder)
         stack.callback(pool.close)
         pool.start(memory=POOL_MEMORY)
-        more = {"blocks": CACHE_TOKENS // BLOCK}
+        more = {"blocks": CACHE_TOKENS // BLOCK, "max_model_len": CACHE_TOKENS // 2}
         pair = [
             pooled(pool.directory, pair_spec("prefill", "kv_producer", cores="0", **more), lookup_s=LOOKUP_S),
             pooled(pool.directory, pair_spec("decode", "kv_consumer", cores="1", **more), lookup_s=LOOKUP_S),
         ]
         if beside_plain:
             pair.append(replace(pair_spec("plain", "kv_both", cores="0", **more), connector="none", extra_config={}))
-        specs = [replace(spec, script=SPARING) for spec in pair]
+        # No KV events (flags of ``pooled``): vLLM keeps the last 10,000 of them, and the plain server has none.
+        specs = [replace(spec, script=SPARING, args=()) for spec in pair]
         servers = stack.enter_context(fleet(*specs, logs=logs))
-        router = stack.enter_context(routed(servers[:1], servers[1:2], logs, "concurrent"))
+        router = stack.enter_context(routed(servers[:1], servers[1:2], logs, "concurrent", *ROUTER))
         plain = servers[2] if beside_plain else None
         yield Fleet(servers[0], servers[1], plain, router, pool, book)

@@ -111,7 +111,7 @@ class Report:
             "minutes": self.minutes,
             "clients": self.clients,
             "seed": self.seed,
-            "counts": asdict(self.counts),
+            "counts": vars(self.counts),
             "growth": [asdict(each) for each in self.growth()],
             "at_rest": self.at_rest,
             "trouble": self.trouble,

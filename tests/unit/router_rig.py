@@ -65,6 +65,7 @@ class Engine:
         self.slow_health_checks = 0  # that many are not answered in time
         self.engine_answers: asyncio.Event | None = None  # unset: its HTTP server can't ask the engine
         self.engine_asked = 0
+        self.under_way = 0
         self.metrics: str | None = None  # unset: it has none, as with vLLM's --disable-log-stats
         self.metrics_read = 0
         self.metrics_script: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
@@ -90,6 +91,7 @@ class Engine:
                 web.get("/v1/models", self._models),
                 web.get("/health", self._health),
                 web.get("/pd/engine", self._probe),
+                web.get("/under_way", self._under_way),
                 web.get("/metrics", self._metrics),
             ]
         )
@@ -117,6 +119,10 @@ class Engine:
             await asyncio.sleep(PATIENCE_S)
         return web.Response(status=self.health_status)
 
+    async def _under_way(self, request: web.Request) -> web.Response:
+        """How many requests for completions it has not ended."""
+        return web.Response(text=str(self.under_way))
+
     async def _probe(self, request: web.Request) -> web.Response:
         self.engine_asked += 1
         if self.engine_answers is None:
@@ -139,12 +145,14 @@ class Engine:
         async with self.arrived:
             self.seen.append(seen)
             self.arrived.notify_all()
+        self.under_way += 1
         try:
             return await (self.script or self.answer)(request, seen.body)
         except (asyncio.CancelledError, ConnectionError):
             seen.cancelled = True
             raise
         finally:
+            self.under_way -= 1
             seen.ended.set()
 
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
