@@ -161,3 +161,38 @@ def test_a_tenants_prefixes_are_nobody_elses(
                 assert bool(after.cached_tokens - before.cached_tokens) == again, key
 
     with_client(scenario)
+
+
+def test_a_stopped_engine_is_found_out_and_that_it_goes_on(
+    servers: Servers, book: Book, with_client: Any, logs: Path
+) -> None:
+    """vLLM's own /health says 200 while its engine's core is stopped. The router's says 503 then, new requests get a
+    clear error, and a request under way is answered once the engine goes on."""
+    case, quick = book.spare[0], ("--health-engine-s", "1", "--health-interval-s", "0.2")
+
+    async def scenario(client: Client) -> None:
+        with routed([servers.prefill], [servers.decode], logs, "concurrent", *quick) as router:
+
+            async def says(status: int) -> str:
+                try:
+                    await client.get_text(f"{router.url}/health")
+                except RequestFailed as error:
+                    return "" if error.status == status else str(error)
+                return "" if status == 200 else "200"
+
+            servers.decode.pause_engine()
+            try:
+                waiting = asyncio.create_task(client.complete(router.url, case.prompt, len(case.tokens)))
+                await watch.until("the router finds it out", partial(says, 503))
+                assert await asyncio.to_thread(servers.decode.healthy)
+                with pytest.raises(RequestFailed, match="no decode server is healthy") as failed:
+                    await client.complete(router.url, case.prompt, 1)
+                assert failed.value.status == 503
+            finally:
+                servers.decode.pause_engine(False)
+            assert_equal([case], [await waiting])
+            await watch.until("the router uses it again", partial(says, 200))
+            assert_equal([case], [await client.complete(router.url, case.prompt, len(case.tokens))])
+            await watch.settled(client, servers.all)
+
+    with_client(scenario)
