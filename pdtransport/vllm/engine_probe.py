@@ -32,13 +32,14 @@ class EngineProbe:
         self._asked: asyncio.Future[Any] | None = None
 
     async def answers(self, ask: Callable[[], Awaitable[Any]]) -> bool:
-        """Whether the engine answers ``ask`` in time, and without an error."""
+        """Whether the engine answers ``ask`` in time. An error is an answer, too: that an engine is dead, vLLM's
+        ``/health`` says."""
         if self._asked is None or self._asked.done():
             self._asked = asyncio.ensure_future(ask())
             self._asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
         asked = self._asked
         await asyncio.wait({asked}, timeout=self._answer_s)
-        return asked.done() and not asked.cancelled() and asked.exception() is None
+        return asked.done()
 
 
 def offer_probe() -> None:

@@ -31,13 +31,14 @@ def test_one_question_is_with_the_engine_however_many_ask() -> None:
     asyncio.run(test())
 
 
-def test_engine_that_fails_does_not_answer() -> None:
-    """An engine that is dead answers its client with an error."""
+def test_error_is_an_answer() -> None:
+    """Data-parallel engines that disagree, or a vLLM that words the question otherwise, are no reason to use a server
+    no more. Of a dead engine vLLM's own /health tells."""
 
     async def test() -> None:
         async def question() -> bool:
             raise RuntimeError("dead")
 
-        assert await EngineProbe(answer_s=5).answers(question) is False
+        assert await EngineProbe(answer_s=5).answers(question) is True
 
     asyncio.run(test())
