@@ -21,6 +21,7 @@ CASE_SEED = 15
 # Prompts of all lengths: within a block, a few blocks, several steps of prefill.
 LENGTHS = ((2, 40, 20), (40, 300, 70), (300, 900, 50), (900, 2000, 15))
 CACHE_TOKENS = 8192  # of each server: what is asked again later is gone by then, and comes out of the pool
+MAX_LEN = 4096
 POOL_MEMORY = "128MiB"  # full within minutes
 # What the router remembers of past requests is bounded, and full within minutes with these.
 ROUTER = ("--traces", "128", "--placement-affinity-entries", "512")
@@ -71,8 +72,11 @@ async def make_book(logs: Path) -> list[Case]:
 
 
 @asynccontextmanager
-async def running(logs: Path, *, beside_plain: bool) -> AsyncIterator[Fleet]:
+async def running(logs: Path, *, beside_plain: bool, cache_tokens: int = CACHE_TOKENS) -> AsyncIterator[Fleet]:
     """The fleet for the length of an ``async with`` block.
+
+    Args:
+        cache_tokens: that each server's cache holds.
 
     Raises:
         ServerFailed: one did not start or did not end.
@@ -83,7 +87,7 @@ async def running(logs: Path, *, beside_plain: bool) -> AsyncIterator[Fleet]:
         pool = Service(folder)
         stack.callback(pool.close)
         pool.start(memory=POOL_MEMORY)
-        more = {"blocks": CACHE_TOKENS // BLOCK, "max_model_len": CACHE_TOKENS // 2}
+        more = {"blocks": cache_tokens // BLOCK, "max_model_len": MAX_LEN}
         pair = [
             pooled(pool.directory, pair_spec("prefill", "kv_producer", cores="0", **more), lookup_s=LOOKUP_S),
             pooled(pool.directory, pair_spec("decode", "kv_consumer", cores="1", **more), lookup_s=LOOKUP_S),

@@ -33,6 +33,7 @@ from tests.soak.fleet import Fleet, running
 
 REQUESTS = 50
 ENDED_FIRST = 5  # requests that have ended when it strikes: the others are queued, at prefill, at decode, mid-stream
+CACHE_TOKENS = 1 << 16  # room for all of them: what fifty requests do to caches that are too small is another question
 STOPPED_S = 20.0
 LIMIT_S = 120.0  # beyond the stop: a request that has not ended by then hangs
 MENDED_S = 60.0
@@ -46,8 +47,8 @@ class Outcome:
 
     Args:
         unready_s: seconds from the strike until /health said 503; None if it never did.
-        ready_s: seconds until it said 200 again, from then on which it had to: the end of a stop, or the restart.
-        answered_s: seconds until a request was answered again.
+        ready_s: seconds from the end of a stop, or the restart of what was killed, until it said 200.
+        answered_s: seconds until a request was answered, once all others had ended and what was killed ran again.
     """
 
     what: str
@@ -168,6 +169,7 @@ class Round:
         self.outcome = Outcome(strike.what)
         self._struck = asyncio.Event()
         self._ended = 0
+        self._over: float | None = None  # when all was as before, apart from what it did
 
     async def go(self) -> Outcome:
         """Never raises for what becomes of requests: that stands in the outcome."""
@@ -179,17 +181,18 @@ class Round:
         began = time.monotonic()
         looking = asyncio.create_task(self._look(began))
         await self._strike.hit(fleet)
-        over = time.monotonic()
+        mends = type(self._strike).mend is not Strike.mend
+        self._over = None if mends else time.monotonic()
         _, late = await asyncio.wait(asked, timeout=LIMIT_S)
         for task in late:
             task.cancel()
         outcome.ends["never"] += len(late)
         outcome.problems += [f"{len(late)} requests hang"] if late else []
         outcome.ends = +outcome.ends
-        if self._strike.mend.__func__ is not Strike.mend:  # type: ignore[attr-defined]
+        if mends:
             await self._strike.mend(fleet)
-            over = time.monotonic()
-        await self._again(over)
+            self._over = time.monotonic()
+        await self._again()
         looking.cancel()
         await self._nothing_held()
         return outcome
@@ -233,27 +236,29 @@ class Round:
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
                 try:
                     async with session.get(f"{self._fleet.router.url}/health") as reply:
+                        now = time.monotonic()
                         if reply.status == 503 and outcome.unready_s is None:
-                            outcome.unready_s = time.monotonic() - began
+                            outcome.unready_s = now - began
+                        if reply.status == 200 and outcome.ready_s is None and self._over is not None:
+                            outcome.ready_s = now - self._over
                 except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
                     pass
             await asyncio.sleep(LOOK_S)
 
-    async def _again(self, since: float) -> None:
+    async def _again(self) -> None:
         """Wait until the router is ready and a request is answered."""
-        case, outcome = self._fleet.book[0], self.outcome
+        case, outcome, since = self._fleet.book[0], self.outcome, time.monotonic()
         while time.monotonic() < since + MENDED_S:
             try:
-                if outcome.ready_s is None:
-                    await self._client.get_text(f"{self._fleet.router.url}/health")
-                    outcome.ready_s = time.monotonic() - since
                 answer = await asyncio.wait_for(
                     self._client.complete(self._fleet.router.url, case.prompt, len(case.tokens)), MENDED_S
                 )
-                if tuple(answer.tokens) == case.tokens:
+                if tuple(answer.tokens) == case.tokens and outcome.ready_s is not None:
                     outcome.answered_s = time.monotonic() - since
                     return
-                outcome.problems.append(f"afterwards wrong tokens: {answer.tokens}")
+                if tuple(answer.tokens) != case.tokens:
+                    outcome.problems.append(f"afterwards wrong tokens: {answer.tokens}")
+                await asyncio.sleep(LOOK_S)
             except (RequestFailed, aiohttp.ClientError, OSError, asyncio.TimeoutError):
                 await asyncio.sleep(LOOK_S)
         outcome.problems.append(f"no request was answered within {MENDED_S:.0f} s afterwards")
@@ -267,11 +272,15 @@ class Round:
 
 
 async def rounds(
-    names: Sequence[str], logs: Path, seed: int, told: Callable[[Outcome], object] = lambda outcome: None
+    names: Sequence[str],
+    logs: Path,
+    seed: int,
+    told: Callable[[Outcome], object] = lambda outcome: None,
+    cache_tokens: int = CACHE_TOKENS,
 ) -> list[Outcome]:
     """One round a name of ``STRIKES``, on one fleet."""
     done = []
-    async with running(logs, beside_plain=False) as fleet, Client() as client:
+    async with running(logs, beside_plain=False, cache_tokens=cache_tokens) as fleet, Client() as client:
         for number, name in enumerate(names):
             outcome = await Round(fleet, client, STRIKES[name], seed + number).go()
             told(outcome)
@@ -283,10 +292,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak.kills", description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(STRIKES), default=list(STRIKES), help="these strikes")
     parser.add_argument("--seed", type=int, default=1, help="the same seed asks the same (default 1)")
+    parser.add_argument("--cache-tokens", type=int, default=CACHE_TOKENS, help="of each server (default %(default)s)")
     options = parser.parse_args(argv)
     logs = Path(tempfile.mkdtemp(prefix="pdtransport-kills-"))
     say(f"logs: {logs}")
-    done = asyncio.run(rounds(options.only, logs, options.seed, lambda outcome: say(outcome.row())))
+
+    def told(outcome: Outcome) -> None:
+        say(outcome.row())
+
+    done = asyncio.run(rounds(options.only, logs, options.seed, told, options.cache_tokens))
     print(HEADER, *(outcome.row() for outcome in done), sep="\n")
     return 1 if any(outcome.problems for outcome in done) else 0
 
