@@ -161,9 +161,10 @@ class Settle:
 
 @dataclass(frozen=True)
 class Yield:
-    """Prefill: the pool has the finished request's pages; let go of them unless decode is taking them."""
+    """Prefill: let go of the finished request's pages unless decode is taking them. ``reason``: for logs and decode."""
 
     req_id: str
+    reason: str = "the pool has its pages"
 
 
 Command = (

@@ -17,6 +17,7 @@ from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.batches import Batches
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.beyond_window import CODE, Window
+from pdtransport.vllm.crowding import REASON, Crowding
 from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.generation import StaleBlocks
@@ -131,6 +132,7 @@ class SchedulerSide:
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
         self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that workers were told to take, or to decline
         self._expectations = Expectations(ranks)
+        self._crowding = Crowding(clock, settings.pool.lookup_s if settings.pool is not None else 0.0)
         self._hold: list[str] = []  # who begins in this step before its last pages are there
         self._stale = StaleBlocks()
         self._stale_arrivals: set[str] = set()  # requests whose pages may be of weights that are gone
@@ -339,6 +341,7 @@ class SchedulerSide:
         if late and output.finished_recving is not None:
             output.finished_recving = output.finished_recving - late
         self._awaited.difference_update(output.finished_sending or (), output.finished_recving or ())
+        self._crowding.freed(output.finished_sending or ())
         if self._pool is not None:
             self._pool.freed(output.finished_sending or ())
         news = getattr(output, "kv_connector_worker_meta", None)
@@ -434,6 +437,7 @@ class SchedulerSide:
                 after += self._pool.progress(output, {r: n for r, n in computed.items() if r not in doubtful})
                 self._pool.hint()
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
+        self._make_room(output)
         self._claim_waiting()
         before, self._before = self._before, []
         hold, self._hold = self._hold, []
@@ -443,6 +447,13 @@ class SchedulerSide:
         elif not before and not after and self._waits_here():
             self._wait()
         return Commands(before, after, self._bell.name, hold, ahead)
+
+    def _make_room(self, output: SchedulerOutput) -> None:
+        loads = any(self.from_pool(req_id) for req_id in self._producing)
+        still = bool(self._producing) and not output.total_num_scheduled_tokens and not loads
+        if (req_id := self._crowding.let_go(still)) is not None:
+            logger.warning("request %s is not handed over: %s", req_id, REASON)
+            self._before.append(Yield(req_id, REASON))
 
     def _waits_here(self) -> bool:
         asking = self._pool is not None and self._pool.asking
@@ -556,6 +567,7 @@ class SchedulerSide:
             return True, None
         token, declined = self._first_token_of(entry, request)
         self._before.append(Finish(req_id, token))
+        self._crowding.keep(req_id)
         told: dict[str, Any] = {}
         if entry.first_token:
             told = {"first_token_declined": declined} if token is None else {"first_token": token}

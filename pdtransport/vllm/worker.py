@@ -339,7 +339,7 @@ class WorkerSide:
         elif isinstance(command, Yield):
             offer = self._finished.get(command.req_id)
             if offer is not None:
-                offer.let_go("the pool has its pages")
+                offer.let_go(command.reason)
         elif self._pool is not None:
             self._do_pool(self._pool, command, after)
 
