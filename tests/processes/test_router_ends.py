@@ -69,9 +69,9 @@ async def under_way(client: ClientSession, url: str, role: str) -> None:
 
 
 def test_told_to_end_the_router_gives_each_of_fifty_clients_an_error_and_is_gone_after_drain_s(pair: Pair) -> None:
-    """Open streams get an error event, pending requests a 503; the router ends by itself, with status 0, before twice
-    the time that requests under way get."""
-    drain_s = 3.0
+    """Open streams get an error event, pending requests a 503, not before the time is up that requests under way get;
+    the router ends by itself, with status 0. (That it ends in time: ``tests/unit/test_router_stops.py``.)"""
+    drain_s = 1.5
     (p, _), (d, _) = pair
     with router("--prefill", p, "--decode", d, "--timeouts-drain-s", str(drain_s)) as (url, child):
 
@@ -83,7 +83,7 @@ def test_told_to_end_the_router_gives_each_of_fifty_clients_an_error_and_is_gone
             child.process.send_signal(signal.SIGTERM)
             began = time.monotonic()
             assert await asyncio.to_thread(child.process.wait, PATIENCE_S) == 0
-            assert drain_s <= time.monotonic() - began < 2 * drain_s
+            assert time.monotonic() - began >= drain_s
             assert Counter(await asyncio.gather(*streams)) == {"error event": REQUESTS // 2}
             assert Counter(await asyncio.gather(*pending)) == {"HTTP 503": REQUESTS // 2}
 

