@@ -10,7 +10,7 @@ ARGS ?=
 SOURCES := pdtransport kernels launch tests benchmarks examples scripts
 PRESENT := $(wildcard $(SOURCES))
 
-.PHONY: help env bench-env demo test test-fast test-long sanitize mutants fuzz model lint format types bench clean
+.PHONY: help env bench-env demo test test-fast test-long soak sanitize mutants fuzz model lint format types bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-fast: $(ENV)  ## unit tests and the simulator
 
 test-long: $(ENV)  ## the tests that are marked long, and only those: minutes each
 	$(PYTHON) -m pytest -m long --durations 15 $(ARGS)
+
+soak: $(ENV)  ## half an hour of requests beside a plain server: does anything grow? ARGS="--minutes 2": shorter
+	$(PYTHON) -m tests.soak $(ARGS)
 
 sanitize: $(ENV)  ## the C kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PYTHON) -m tests.sanitize

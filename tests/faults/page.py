@@ -192,5 +192,6 @@ time; the counters do not add up (each chunk asked for, each client that died); 
 ([pool.md](pool.md#verdicts)). *took*: a call; deadlines are 0.5 to 3 s. *again after*: until both clients stored and
 loaded again, from the moment at which the fault began (median / p99).
 """
-TITLES = {"engine-free": "# Faults\n", "vllm": VLLM_TITLE, "pool": POOL_TITLE}
+FIFTY_TITLE = "## Fifty requests under way\n"  # written by hand, from tests.soak.kills
+TITLES = {"engine-free": "# Faults\n", "vllm": VLLM_TITLE, "pool": POOL_TITLE, "fifty": FIFTY_TITLE}
 PARTS = {"engine-free": engine_free, "vllm": vllm, "pool": pool}
