@@ -10,7 +10,9 @@ Exit status:
   4    a process did not start
   5    a process ended while serving
   6    the proof failed: the service runs, but does not do what it should
+  74   its answer can't be written, or another file; one line says which
   130  interrupted while starting (143: terminated, 129: hung up)
+  141  nobody reads its answer any more
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pdtransport.errors import PDTransportError, PoolRefusal, PoolUnavailable
 from pdtransport.launch import guard, pool, preflight, prove, runs, size, status
@@ -35,7 +36,8 @@ from pdtransport.launch.rundir import RunError, RunFolder, default_folder
 from pdtransport.launch.topology import Topology
 from pdtransport.launch.up import Interrupted, Launch, ProcessFailed, Say, Signals
 from pdtransport.launch.yamlfile import TopologyError, YamlFile
-from pdtransport.serving.commandline import CommandParser
+from pdtransport.serving.commandline import CommandParser, complain, tell
+from pdtransport.serving.commandline import command as command_of
 
 VERBS = ("up", "check", "status", "keys", "size", "pool")
 OK, NOT_UP, USAGE, PREFLIGHT, NOT_STARTED, DIED, UNPROVEN = 0, 1, 2, 3, 4, 5, 6
@@ -104,6 +106,7 @@ def _names_topology(word: str) -> bool:
     return Path(word).suffix in (".yaml", ".yml") or os.sep in word or Path(word).is_file()
 
 
+@command_of("pdlaunch")
 def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) -> int:
     """Entry point; returns the exit status. ``command`` replaces the servers that `up` starts (for tests)."""
     try:
@@ -128,11 +131,13 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         return _fail(error, PREFLIGHT)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Interrupted as stop:  # before anything was started, or when all had been told to end
+        return 128 + stop.number
 
 
 def _fail(error: object, exit_status: int) -> int:
     for line in str(error).splitlines():
-        print(line if line.startswith("  ") else f"pdlaunch: {line}", file=sys.stderr)
+        complain(line if line.startswith("  ") else f"pdlaunch: {line}")
     return exit_status
 
 
@@ -140,12 +145,12 @@ def _up(arguments: argparse.Namespace, command: Command) -> int:
     topology, file = load(arguments.topology)
     say = _sayer(arguments)
     with RunFolder(_folder(arguments, topology)) as folder, _listed(topology, folder, say):
-        plan = make_plan(topology, file.path.parent, command=command)
+        plan = make_plan(topology, file.path.parent, run_folder=folder.path, command=command)
         if not _preflight(topology, plan, file, say, vllm=command is vllm_command):
             return PREFLIGHT
         guard.become_subreaper()
-        fleet = Fleet(folder.path, grace_s=topology.defaults.stop_timeout_s, adopt=True)
-        with Signals(fleet) as signals:
+        grace_s = topology.defaults.stop_timeout_s
+        with Fleet(folder.path, grace_s=grace_s, adopt=True) as fleet, Signals(fleet) as signals:
             try:
                 return _run(arguments, topology, plan, fleet, folder, say)
             finally:
@@ -169,7 +174,7 @@ def _listed(topology: Topology, folder: RunFolder, say: Say) -> Iterator[None]:
 def _run(
     arguments: argparse.Namespace, topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder, say: Say
 ) -> int:
-    launch = Launch(topology, plan, fleet, say)
+    launch = Launch(topology, plan, fleet, folder, say)
     serving = False
     try:
         what = f"{'a pool, ' if plan.pool else ''}{len(plan.instances)} servers and a router"
@@ -209,7 +214,7 @@ def _preflight(topology: Topology, plan: Plan, file: YamlFile, say: Say, *, vllm
 
 def _check(arguments: argparse.Namespace) -> int:
     topology, file = load(arguments.topology)
-    plan = make_plan(topology, file.path.parent)
+    plan = make_plan(topology, file.path.parent, run_folder=_folder(arguments, topology))
     if arguments.json:
         findings = preflight.check(topology, plan, file)
         told = [{"text": finding.text, "error": finding.error} for finding in findings]
@@ -296,8 +301,7 @@ def _folder(arguments: argparse.Namespace, topology: Topology) -> Path:
 
 def _sayer(arguments: argparse.Namespace) -> Say:
     """Progress goes to standard output, or out of the way of ``--json``."""
-    stream: Any = sys.stderr if arguments.json else sys.stdout
-    return lambda text: print(text, file=stream, flush=True)
+    return complain if arguments.json else tell
 
 
 def _invitation(plan: Plan, logs: Path) -> str:

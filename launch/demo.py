@@ -22,8 +22,9 @@ from pdtransport.launch.processes import Fleet
 from pdtransport.launch.reading import load
 from pdtransport.launch.rundir import RunFolder
 from pdtransport.launch.topology import Topology
-from pdtransport.launch.up import Interrupted, Launch, Signals, await_health
+from pdtransport.launch.up import Interrupted, Launch, Signals, await_health, check
 from pdtransport.launch.yamlfile import TopologyError
+from pdtransport.serving.commandline import command
 
 ANSWER_S = 180.0
 RUN_DIR = Path(".demo")
@@ -158,11 +159,11 @@ def differences(asked: Sequence[Prompt], ours: Sequence[Written], plain: Sequenc
             yield f"[{number}] {prompt.title}:\n  disaggregated {one.tokens}\n  plain         {other.tokens}"
 
 
-def run(topology: Topology, plan: Plan, fleet: Fleet) -> int:
+def run(topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder) -> int:
     """The demo itself; the exit status."""
     started = time.monotonic()
     asked = prompts(plan.served_name, has_chat(plan))
-    launch = Launch(topology, plan, fleet, _say)
+    launch = Launch(topology, plan, fleet, folder, _say)
     launch.start()
     prove.prove(topology, plan, _say, launch.check)
     ours = []
@@ -173,8 +174,8 @@ def run(topology: Topology, plan: Plan, fleet: Fleet) -> int:
     _say("\nstopping the pair, starting a plain server to compare with")
     fleet.stop()
     server = plain_server(plan.of("decode")[0])
-    await_health(fleet, [(fleet.start(server.name, server.argv, env=server.env), server.url)],
-                 topology.defaults.start_timeout_s, _say)  # fmt: skip
+    plain = fleet.start(server.name, server.argv, env={**launch.temporary, **server.env})
+    await_health(lambda: check(fleet), [(plain, server.url)], topology.defaults.start_timeout_s, _say)
     wrong = list(differences(asked, ours, [send(server.url, prompt) for prompt in asked]))
     print("\n".join(wrong), end="\n" if wrong else "")
     total = sum(len(one.tokens) for one in ours)
@@ -198,6 +199,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+@command("demo")
 def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description="Show a topology at work; see the module's text.")
     options.add_argument("topology", type=Path)
@@ -206,17 +208,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         topology, file = load(chosen.topology)
         with RunFolder(chosen.run_dir.absolute()) as folder:
-            plan = make_plan(topology, file.path.parent)
+            plan = make_plan(topology, file.path.parent, run_folder=folder.path)
             findings = preflight.check(topology, plan, file)
             for finding in findings:
                 print(f"demo: {finding.text}", file=sys.stderr)
             if any(finding.error for finding in findings):
                 return 1
             guard.become_subreaper()
-            fleet = Fleet(folder.path, grace_s=topology.defaults.stop_timeout_s, adopt=True)
-            with Signals(fleet) as signals:
+            grace_s = topology.defaults.stop_timeout_s
+            with Fleet(folder.path, grace_s=grace_s, adopt=True) as fleet, Signals(fleet) as signals:
                 try:
-                    status = run(topology, plan, fleet)
+                    status = run(topology, plan, fleet, folder)
                     if status == 0:
                         _say(what_next(chosen.topology))
                     return status

@@ -114,9 +114,16 @@ def _watch(main: int, grace_s: float) -> int:
         time.sleep(POLL_S)
         status = _reap(main, status)
     if left:
-        print(f"pdlaunch guard: processes {left} did not end on SIGKILL", file=sys.stderr)
+        _complain(f"processes {left} did not end on SIGKILL")
     status = _reap(main, status)
     return status if status is not None else -signal.SIGKILL
+
+
+def _complain(text: str) -> None:
+    try:
+        print(f"pdlaunch guard: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # a full device; the exit status matters more
 
 
 def main(argv: list[str]) -> int:
@@ -138,7 +145,7 @@ def main(argv: list[str]) -> int:
     try:
         child = subprocess.Popen(command, preexec_fn=before_exec, start_new_session=True)
     except OSError as error:
-        print(f"pdlaunch guard: can't start {command[0]}: {error.strerror}", file=sys.stderr)
+        _complain(f"can't start {command[0]}: {error.strerror}")
         return 127
     status = _watch(child.pid, grace_s)
     child.returncode = status  # reaped above; Popen must not wait for it again

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 
-KILLED = 137  # 128 + SIGKILL
+SIGNALLED = 128  # and the signal's number: the exit status of what a signal ended
 LAST_LINES = 20  # shown of a failed process
 MAX_LINE = 300  # characters of a shown log line
 
@@ -78,15 +79,33 @@ def last_lines(lines: Sequence[str], count: int = LAST_LINES) -> list[str]:
     return [line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..." for line in shown]
 
 
-def likely_cause(lines: Sequence[str], status: int | None) -> str | None:
-    """One line saying why a process failed, if its log or its exit status tells."""
-    if status == KILLED:
-        return "it was killed (SIGKILL), most likely because the machine ran out of memory"
+def ending(status: int) -> str:
+    """How a process ended: ``ended with status 3``, ``was ended by SIGSEGV``."""
+    try:
+        return f"was ended by {signal.Signals(status - SIGNALLED).name}"
+    except ValueError:
+        return f"ended with status {status}"
+
+
+def likely_cause(lines: Sequence[str], status: int | None, out_of_memory: bool | None = None) -> str | None:
+    """One line saying why a process failed, if its log, its exit status or the kernel tells.
+
+    Args:
+        out_of_memory: whether the kernel killed any process for want of memory meanwhile; None: it does not tell.
+    """
+    if status == SIGNALLED + signal.SIGKILL:
+        if out_of_memory is None:
+            return "somebody killed it, or the kernel for want of memory: the kernel's log (dmesg) tells which"
+        if out_of_memory:
+            return "the kernel has killed a process for want of memory meanwhile, most likely this one (see dmesg)"
+        return "somebody killed it: the kernel has killed no process for want of memory meanwhile"
     for line in map(plain, lines):
         for pattern, text in _CAUSES:
             match = re.search(pattern, line)
             if match:
                 return text.format(line=line[:MAX_LINE], found=match.groupdict().get("found") or "")
+    if out_of_memory:  # an engine's core that is killed leaves a server that ends with a status of its own
+        return "the kernel has killed a process for want of memory meanwhile, most likely one of its (see dmesg)"
     # vLLM wraps the first failure in others: the first exception line that is no wrapper is the root.
     for line in map(plain, lines):
         if _EXCEPTION.search(line) and not any(wrapper in line for wrapper in _WRAPPERS):

@@ -16,6 +16,7 @@ from typing import Any
 
 from pdtransport.errors import PDTransportError
 from pdtransport.launch.cores import format_cores, share_out
+from pdtransport.launch.rundir import POOL_KEY, default_folder
 from pdtransport.launch.topology import Role, Topology
 from pdtransport.pool.cli import options
 from pdtransport.pool.settings import HttpSettings, PoolSettings
@@ -87,6 +88,7 @@ class RouterPlan:
 class PoolPlan:
     name: str
     dir: Path
+    memory_dir: Path
     url: str  # of the HTTP API; empty: there is none
     argv: tuple[str, ...]
     new_key: Path | None = None  # of the HTTP API, for the router: to be made at start
@@ -233,8 +235,16 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", json.dumps(value) if isinstance(value, (list, dict)) else str(value)]
 
 
-def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, command: Command = vllm_command) -> Plan:
-    """Lay ``topology`` out on this machine; ``base`` is the folder that its paths are relative to.
+def make_plan(
+    topology: Topology,
+    base: Path,
+    *,
+    run_folder: Path | None = None,
+    ports: Ports | None = None,
+    command: Command = vllm_command,
+) -> Plan:
+    """Lay ``topology`` out on this machine; ``base`` is the folder that its paths are relative to, ``run_folder`` where
+    its logs are to lie.
 
     Raises:
         PlanError: no free ports, or not enough of them.
@@ -245,7 +255,7 @@ def make_plan(topology: Topology, base: Path, *, ports: Ports | None = None, com
     ports.reserve([port for port in (topology.router.port, topology.router.admin_port) if port])
     if topology.pool is not None and topology.pool.http is not None:
         ports.reserve([topology.pool.http.address[1]])
-    pool = _pool(topology, ports)
+    pool = _pool(topology, ports, run_folder or default_folder(topology.name))
     folder = topology.model_folder(base)
     model = str(folder) if folder else topology.model.id
     cores = _cores(topology)
@@ -347,13 +357,13 @@ def _router(
     return RouterPlan(chosen.host, port, chosen.admin_host, admin_port, tuple(argv))
 
 
-def _pool(topology: Topology, ports: Ports) -> PoolPlan | None:
+def _pool(topology: Topology, ports: Ports, run_folder: Path) -> PoolPlan | None:
     settings, new_key = topology.pool, None
     if settings is None:
         return None
     hints = _wants_hints(topology, settings)
     if hints and settings.http is None:  # the router speaks to the pool over HTTP
-        new_key = settings.dir / f"{settings.name}.key"
+        new_key = run_folder / POOL_KEY
         settings = settings.model_copy(update={"http": HttpSettings(listen=f"{HOST}:0", key_file=new_key)})
     url, hint = "", {}
     if settings.http is not None:
@@ -363,7 +373,7 @@ def _pool(topology: Topology, ports: Ports) -> PoolPlan | None:
         settings, url = settings.model_copy(update={"http": http}), _url(host, port)
         hint = {"url": url, "key_file": http.key_file, "salt_file": _use(topology).salt_file} if hints else {}
     argv = (sys.executable, "-m", "pdtransport.pool.cli", *options(settings))
-    return PoolPlan(settings.name, settings.dir, url, argv, new_key, hint)
+    return PoolPlan(settings.name, settings.dir, settings.memory_dir or settings.dir, url, argv, new_key, hint)
 
 
 def _wants_hints(topology: Topology, pool: PoolSettings) -> bool:

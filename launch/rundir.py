@@ -1,7 +1,8 @@
-"""The folder of a run: its logs, its lock, and what `pdlaunch status` needs to find it.
+"""The folder of a run: its logs, its lock, what `pdlaunch status` needs to find it, and what lives as long as the run.
 
 One folder a topology name: below ``$XDG_STATE_HOME/pdlaunch`` (``~/.local/state/pdlaunch``), or where ``--run-dir``
-says.
+says. All of it is for its owner alone. Nothing in it is written before the lock is held: a second `up` changes nothing
+of the first one's.
 """
 
 from __future__ import annotations
@@ -9,14 +10,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
+import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pdtransport.errors import PDTransportError
+from pdtransport.private_files import make_private_folder, open_private
 
 LOCK = "lock"
 RECORD = "run.json"
+POOL_KEY = "pool.key"  # of the pool's HTTP API, good for one run
+TEMPORARY = "temporary"  # a link to the run's own folder for temporary files
+TEMPORARY_PREFIX = "pdlaunch-"
 MAX_RECORD = 4 << 20
 
 
@@ -38,8 +47,8 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         try:
-            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            make_private_folder(self.path)
+            self._lock = open_private(self.path / LOCK, os.O_RDWR)
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}; set --run-dir to a folder that can be written") from None
         try:
@@ -51,14 +60,14 @@ class RunFolder:
                 f"a run is up already (pid {owner}, {self.path}): stop it, change the topology's name, "
                 "or give another --run-dir"
             ) from None
-        (self.path / RECORD).unlink(missing_ok=True)  # of a run that is no more
+        self._clear()  # of a run that was killed
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
-            (self.path / RECORD).unlink(missing_ok=True)
+            self._clear()
         self.close()
 
     def close(self) -> None:
@@ -67,11 +76,60 @@ class RunFolder:
             self._lock = None
 
     def record(self, data: dict[str, Any]) -> None:
-        """Publish ``data`` for `pdlaunch status`, in one step."""
-        draft = self.path / f"{RECORD}.new"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump(data, file)
-        draft.replace(self.path / RECORD)
+        """Publish ``data`` for `pdlaunch status`, in one step.
+
+        Raises:
+            RunError: the folder can't be written.
+        """
+        self._write(RECORD, json.dumps(data))
+
+    def make_pool_key(self) -> None:
+        """Write a new key into :data:`POOL_KEY`.
+
+        Raises:
+            RunError: the folder can't be written.
+        """
+        self._write(POOL_KEY, secrets.token_urlsafe(32))
+
+    def make_temporary(self) -> Path:
+        """A new folder for the servers' temporary files, sockets among them, which vLLM does not remove. It is not in
+        this one, whose path may be too long for a socket's. Goes with the run.
+
+        Raises:
+            RunError: it can't be made.
+        """
+        made = None
+        try:
+            made = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+            (self.path / TEMPORARY).symlink_to(made)
+        except OSError as error:
+            if made is not None:
+                made.rmdir()
+            raise RunError(f"no folder for temporary files can be made: {error.strerror}; set TMPDIR") from None
+        return made
+
+    def _write(self, name: str, text: str) -> None:
+        draft = self.path / f"{name}.new"
+        try:
+            with open(open_private(draft, os.O_WRONLY | os.O_TRUNC), "w", encoding="utf-8") as file:
+                file.write(text)
+            draft.replace(self.path / name)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink()
+            raise RunError(f"{self.path / name}: {error.strerror}; set --run-dir to a folder that has room") from None
+
+    def _clear(self) -> None:
+        """Remove what lives only as long as a run."""
+        with suppress(OSError):
+            link = self.path / TEMPORARY
+            made = Path(os.readlink(link))
+            if made.name.startswith(TEMPORARY_PREFIX) and not made.is_symlink():
+                shutil.rmtree(made, ignore_errors=True)
+            link.unlink()
+        for name in (RECORD, POOL_KEY):
+            with suppress(OSError):
+                (self.path / name).unlink()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

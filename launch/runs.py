@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pdtransport.errors import PDTransportError
 from pdtransport.launch.rundir import LOCK, default_folder, is_up, read_record
+from pdtransport.private_files import make_private_folder
 
 ELSEWHERE = "elsewhere"
 MAX_LINKS = 64  # of one name; older ones are forgotten
@@ -39,7 +40,7 @@ def remember(name: str, folder: Path) -> None:
     if folder == default_folder(name):
         return
     place = default_folder(name) / ELSEWHERE
-    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private_folder(place)
     for number, (link, target) in enumerate(_links(name)):
         if number >= MAX_LINKS - 1 or (target != folder and not is_up(target)):
             link.unlink(missing_ok=True)

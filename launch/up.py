@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import getpass
 import os
-import secrets
+import re
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from pdtransport.errors import PDTransportError
 from pdtransport.launch import logs, web
 from pdtransport.launch.plan import Instance, Plan, PoolPlan
+from pdtransport.launch.pool_keeper import PoolKeeper
 from pdtransport.launch.processes import Fleet, Process
+from pdtransport.launch.rundir import RunFolder
 from pdtransport.launch.topology import Topology
-from pdtransport.pool.locks import private_directory
 
 POLL_S = 0.25
 PROGRESS_S = 15.0  # a role whose stage does not change is mentioned this often
@@ -29,7 +33,7 @@ class ProcessFailed(PDTransportError):
 
     def __init__(self, process: Process, what: str) -> None:
         lines = process.tail(4096)
-        cause = logs.likely_cause(lines, process.poll())
+        cause = logs.likely_cause(lines, process.poll(), process.out_of_memory())
         shown = "\n".join(f"  | {line}" for line in logs.last_lines(lines)) or "  | (it wrote nothing)"
         super().__init__(
             f"{process.name} {what}\n"
@@ -99,11 +103,14 @@ def check(fleet: Fleet) -> None:
     """
     dead = fleet.dead()
     if dead is not None:
-        raise ProcessFailed(dead, f"ended with status {dead.poll()}")
+        raise ProcessFailed(dead, logs.ending(dead.poll() or 0))
 
 
-def await_health(fleet: Fleet, starting: Sequence[tuple[Process, str]], timeout_s: float, say: Say) -> None:
-    """Wait until each of ``starting`` (a process and its URL) answers; tell how far they are.
+def await_health(
+    check: Callable[[], None], starting: Sequence[tuple[Process, str]], timeout_s: float, say: Say
+) -> None:
+    """Wait until each of ``starting`` (a process and its URL) answers; tell how far they are. ``check`` is called
+    again and again.
 
     Raises:
         ProcessFailed: a process of the fleet ended, or one was not up in time.
@@ -111,7 +118,7 @@ def await_health(fleet: Fleet, starting: Sequence[tuple[Process, str]], timeout_
     deadline = time.monotonic() + timeout_s
     waiting = [_Starting(process, url) for process, url in starting]
     while waiting:
-        check(fleet)
+        check()
         for one in list(waiting):
             if web.is_healthy(one.url):
                 waiting.remove(one)
@@ -119,60 +126,68 @@ def await_health(fleet: Fleet, starting: Sequence[tuple[Process, str]], timeout_
             else:
                 one.progress(say)
         if waiting and time.monotonic() > deadline:
-            check(fleet)
+            check()
             raise ProcessFailed(waiting[0].process, f"was not up within {timeout_s:g} s (defaults.start_timeout_s)")
         time.sleep(POLL_S if waiting else 0)
 
 
 class Launch:
-    """One topology's processes. Everything it starts belongs to ``fleet``, which ends it."""
+    """One topology's processes. Everything it starts belongs to ``fleet``, which ends it; files that they share are in
+    ``folder``."""
 
-    def __init__(self, topology: Topology, plan: Plan, fleet: Fleet, say: Say) -> None:
+    def __init__(self, topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder, say: Say) -> None:
         self.topology = topology
         self.plan = plan
         self._fleet = fleet
+        self._folder = folder
         self._say = say
+        self._pool: PoolKeeper | None = None
+        self.temporary: Mapping[str, str] = {}  # environment of servers, for their temporary files
 
     def start(self) -> None:
         """Start all and wait until each one answers.
 
         Raises:
             ProcessFailed: one ended, or was not up within ``defaults.start_timeout_s``.
+            RunError: the run's folder can't be written.
         """
         if self.plan.pool is not None:
             self._start_pool(self.plan.pool)
+        self.temporary = private_temporary(self._folder.make_temporary())
         for wave in waves(self.plan.instances):
             started = [(self._server(instance), instance.url) for instance in wave]
-            await_health(self._fleet, started, self.topology.defaults.start_timeout_s, self._say)
+            await_health(self.check, started, self.topology.defaults.start_timeout_s, self._say)
         router = self.plan.router
-        await_health(self._fleet, [(self._fleet.start("router", router.argv), router.url)], ROUTER_START_S, self._say)
+        await_health(self.check, [(self._fleet.start("router", router.argv), router.url)], ROUTER_START_S, self._say)
 
     def _start_pool(self, pool: PoolPlan) -> None:
         """Before the servers: it takes all of its memory, and they are told of it."""
         self._say(f"starting pool {pool.name} in {pool.dir}")
-        if pool.new_key is not None:  # good for this run alone
-            private_directory(pool.dir)
-            with open(os.open(pool.new_key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(32))
-        process = self._fleet.start("pool", pool.argv)
+        if pool.new_key is not None:
+            self._folder.make_pool_key()
+        keeper = PoolKeeper(pool, self._fleet, self._say)
         seconds = self.topology.defaults.start_timeout_s
         deadline = time.monotonic() + seconds
-        while not (ready := [line for line in process.tail(8) if " serves " in line]):
-            check(self._fleet)
+        while not (told := keeper.ready()):
+            self.check()
             if time.monotonic() > deadline:
-                raise ProcessFailed(process, f"was not up within {seconds:g} s (defaults.start_timeout_s)")
+                raise ProcessFailed(keeper.process, f"was not up within {seconds:g} s (defaults.start_timeout_s)")
             time.sleep(POLL_S)
-        at = f", HTTP API at {pool.url}" if pool.url else ""
-        self._say(f"  {process.name:<12} {process.seconds:4.0f} s  ready: {ready[0].partition(': ')[2]}{at}")
+        keeper.serves(told)
+        self._pool = keeper
 
     def _server(self, instance: Instance) -> Process:
         self._say(f"starting {instance.name} on {instance.url} ({instance.place})")
-        return self._fleet.start(instance.name, instance.argv, env=instance.env)
+        return self._fleet.start(instance.name, instance.argv, env={**self.temporary, **instance.env})
 
     def check(self) -> None:
-        """Raises:
-        ProcessFailed: a process ended.
+        """See whether all live; start a pool again that does not.
+
+        Raises:
+            ProcessFailed: another process ended.
         """
+        if self._pool is not None:
+            self._pool.look()
         check(self._fleet)
 
     def hold(self) -> None:
@@ -185,6 +200,17 @@ class Launch:
         while True:
             self.check()
             time.sleep(POLL_S)
+
+
+def private_temporary(folder: Path) -> dict[str, str]:
+    """The environment of servers whose temporary files are to lie in ``folder``. What torch compiled stays where it
+    was, for the next start."""
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{user}")  # as torch calls it
+    return {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
 
 
 def waves(instances: Sequence[Instance]) -> list[list[Instance]]:

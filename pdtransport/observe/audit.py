@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.kv.geometry import HOST, KVGeometry
+from pdtransport.private_files import make_private_folder, open_private
 
 
 class Audit:
     """Appends one JSON line a block: who, which block and heads, and the SHA-256 of its bytes in stream order."""
 
     def __init__(self, directory: Path, engine: str, rank: int, geometry: KVGeometry) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_private_folder(directory)
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in engine)
-        self._file = open(directory / f"{name}-{rank}-{os.getpid()}.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        path = directory / f"{name}-{rank}-{os.getpid()}.jsonl"
+        fd = open_private(path, os.O_WRONLY | os.O_APPEND)
+        self._file = open(fd, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._geometry = geometry
         self._rank = rank
 

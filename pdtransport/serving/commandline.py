@@ -1,13 +1,28 @@
-"""What ``pdlaunch``, ``pdrouter`` and ``pdpool`` have in common: ``--version``, and mistakes told in one line."""
+"""What ``pdlaunch``, ``pdrouter`` and ``pdpool`` have in common: ``--version``, mistakes told in one line, and no
+traceback whatever becomes of the terminal."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+import errno
+import functools
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn, ParamSpec, TextIO
 
 from pdtransport import __version__
 
 USAGE = 2  # exit status where the command line is wrong
+UNWRITTEN = 74  # sysexits.h's EX_IOERR: its answer could not be written
+INTERRUPTED, READER_LEFT = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+P = ParamSpec("P")
+log = logging.getLogger("pdtransport.serving")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -23,3 +38,81 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog.split()[0]}: {message} (options: {self.prog} --help)\n")
+
+
+def command(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Decorates a command's entry point, which returns its exit status:
+
+    * Ctrl-C ends it with 130, a reader that has left (``pdlaunch check | head -1``) with 141, as SIGPIPE would have;
+      neither says anything;
+    * output that can't be written, or another error of the system that nobody expected, is one line, and 74;
+    * characters that the terminal does not have are escapes.
+    """
+
+    def decorate(main: Callable[P, int]) -> Callable[P, int]:
+        @functools.wraps(main)
+        def run(*arguments: P.args, **named: P.kwargs) -> int:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    stream.reconfigure(errors="backslashreplace")
+            try:
+                try:
+                    return main(*arguments, **named)
+                finally:  # also where argparse ends the process, with its help written
+                    if sys.stdout is not None:
+                        sys.stdout.flush()
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            except BrokenPipeError:
+                silence(sys.stdout)
+                return READER_LEFT
+            except OSError as error:
+                silence(sys.stdout)
+                log.debug("the error that ended it:", exc_info=True)
+                complain(f"{name}: {_what(error)}")
+                return UNWRITTEN
+
+        return run
+
+    return decorate
+
+
+def _what(error: OSError) -> str:
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+        return f"its output can't be written: {error.strerror}"
+    return str(error)
+
+
+def tell(text: str) -> None:
+    """Print a line that a command can do without: if it can't be written, nothing more is said there."""
+    _write(text, sys.stdout)
+
+
+def complain(text: str) -> None:
+    """The same on standard error."""
+    _write(text, sys.stderr)
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # it was closed when the process began
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
+    except OSError as error:
+        silence(stream)
+        if stream is not sys.stderr:
+            complain(f"standard output can't be written, so nothing more is said there: {error.strerror}")
+
+
+def silence(stream: TextIO | None) -> None:
+    """What is still to be written there goes nowhere: otherwise Python's own end would complain of it."""
+    if stream is None:
+        return
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

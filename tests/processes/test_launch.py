@@ -10,126 +10,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from pdtransport.launch import cli, guard
+from pdtransport.launch import cli
 from pdtransport.launch.processes import Fleet
-from pdtransport.launch.rundir import read_record
-
-REPO = Path(__file__).resolve().parents[2]
-FIRST_PORT = 21310
-UP_S = 60.0
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
+from tests.processes.launch_rig import FIRST_PORT, REPO, UP_S, Rig, is_alive, launched, wait_for
 
 pytestmark = pytest.mark.xdist_group("launch")  # the demo's test takes ports of the same range
 
 
-def wait_for(what: Any, seconds: float = UP_S, instead: Any = lambda: "") -> Any:
-    """``instead``: says what is there when it does not happen."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := what():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"did not happen in time {instead()}")
-
-
-class Rig:
-    """A topology of stand-ins, and the pdlaunch that runs it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pids = folder / "pids"
-        self.pids.mkdir()
-        self.run_dir = folder / "run"
-        model = folder / "model"
-        model.mkdir()
-        (model / "config.json").write_text('{"num_attention_heads": 8}')
-        (model / "model.safetensors").write_bytes(b"x")
-        self.data: dict[str, Any] = {
-            "apiVersion": "pdtransport/v1",
-            "name": "rig",
-            "model": {"id": "./model"},
-            "defaults": {
-                "stop_timeout_s": 2,
-                "start_timeout_s": 30,
-                "args": {"kv-cache-memory-bytes": 1 << 20, "pids": str(self.pids)},
-            },
-            "roles": {
-                "prefill": {"port": FIRST_PORT, "control_port": FIRST_PORT + 2, "args": {}},
-                "decode": {"port": FIRST_PORT + 1, "control_port": FIRST_PORT + 3, "args": {}},
-            },
-            "router": {"port": FIRST_PORT + 4},
-            "preflight": {"golden_prompt": False},
-        }
-        self.process: subprocess.Popen[str] | None = None
-
-    @property
-    def file(self) -> Path:
-        path = self.folder / "topology.yaml"
-        path.write_text(yaml.safe_dump(self.data))
-        return path
-
-    def up(self, *options: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "tests.processes.launch_standins", "up", str(self.file)]
-        self.process = subprocess.Popen(
-            [*argv, "--run-dir", str(self.run_dir), *options],
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        return self.process
-
-    def wait_up(self) -> None:
-        process = self.process
-        assert process is not None
-
-        def serves() -> bool:
-            record = read_record(self.run_dir) or {}
-            return (record.get("pid"), record.get("state")) == (process.pid, "serving")
-
-        wait_for(lambda: serves() or process.poll() is not None)
-        assert process.poll() is None, process.communicate()[0]
-
-    def end(self) -> tuple[int, str]:
-        assert self.process is not None
-        output = self.process.communicate(timeout=UP_S)[0]
-        return self.process.returncode, output
-
-    def everyone(self) -> list[int]:
-        """Every process of the run: the servers' own notes, and all below pdlaunch."""
-        assert self.process is not None
-        noted = [int(path.name) for path in self.pids.iterdir()]
-        return sorted({*noted, *guard.descendants(self.process.pid)})
-
-
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    yield made
-    if made.process is not None:
-        if made.process.poll() is None:
-            made.process.kill()
-        made.process.communicate()
-        for pid in made.everyone():  # only where a test failed
-            if is_alive(pid):
-                os.kill(pid, signal.SIGKILL)
+    with launched(tmp_path) as made:
+        yield made
 
 
 def test_ctrl_c_ends_all_and_exits_0(rig: Rig) -> None:
@@ -218,13 +116,14 @@ def test_the_router_of_a_launch_tells_the_pool_of_requests(rig: Rig) -> None:
             return 'pdrouter_pool_hints_total{outcome="refused"} 1' in answer.read().decode()
 
     wait_for(said_no)
-    assert (place / "default.key").stat().st_mode & 0o077 == 0
+    assert (rig.run_dir / "pool.key").stat().st_mode & 0o077 == 0
+    key = (rig.run_dir / "pool.key").read_text()
     assert rig.process is not None
     rig.process.send_signal(signal.SIGINT)
     status, output = rig.end()
     assert status == 0
     assert "HTTP API at http://127.0.0.1:" in output
-    key = (place / "default.key").read_text()
+    assert key
     assert not [path for path in rig.run_dir.rglob("*") if path.is_file() and key in path.read_text(errors="replace")]
     for left in place.iterdir():
         left.unlink()

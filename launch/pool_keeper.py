@@ -1,0 +1,91 @@
+"""Keeps a topology's pool up. Servers compute without one, so its death ends nothing: it is started again, after a
+pause that grows, and not for ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from pdtransport.launch import logs
+from pdtransport.launch.plan import PoolPlan
+from pdtransport.launch.processes import Fleet, Process
+from pdtransport.pool.memory import remove_stale
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+MAX_DEATHS = 6  # in a row; then the servers go on without
+LASTED_S = 600.0  # a pool that was up for so long begins a new row
+
+Say = Callable[[str], None]
+
+
+class PoolKeeper:
+    """The pool's process, whichever it is now. Call :meth:`look` often: it never waits."""
+
+    def __init__(self, plan: PoolPlan, fleet: Fleet, say: Say) -> None:
+        self._plan, self._fleet, self._say = plan, fleet, say
+        self.process = fleet.start("pool", plan.argv)
+        self._ready = False
+        self._deaths = 0
+        self._again_at: float | None = None  # no process runs until then
+
+    def ready(self) -> str:
+        """What the pool says once it serves; empty until then."""
+        return next((line.partition(": ")[2] for line in self.process.tail(8) if " serves " in line), "")
+
+    def serves(self, told: str) -> None:
+        """It does, from now on: tell so."""
+        self._ready = True
+        if not self._deaths:
+            self._fleet.spare(self.process)
+        at = f", HTTP API at {self._plan.url}" if self._plan.url else ""
+        self._say(f"  {'pool':<12} {self.process.seconds:4.0f} s  ready: {told}{at}")
+
+    def look(self) -> None:
+        """See whether it lives, and do what has to be done if not. Only once it has served: a pool that can't start is
+        the launch's business."""
+        if not self._ready and not self._deaths:
+            return
+        if self._again_at is not None:
+            if time.monotonic() >= self._again_at:
+                self._again_at = None
+                self._start()
+        elif self.process in self._fleet.processes:
+            status = self.process.poll()
+            if status is not None:
+                self._on_death(self.process, status)
+            elif not self._ready and (told := self.ready()):
+                self.serves(told)
+
+    def _start(self) -> None:
+        try:
+            self.process = self._fleet.start("pool", self._plan.argv, again=True)
+        except OSError as error:
+            self._pause(f"can't be started ({error.strerror})")
+        else:
+            self._fleet.spare(self.process)
+
+    def _on_death(self, process: Process, status: int) -> None:
+        self._fleet.forget(process)
+        if self._ready and process.seconds > LASTED_S:
+            self._deaths = 0
+        self._ready = False
+        self.free_memory()
+        cause = logs.likely_cause(process.tail(64), status, process.out_of_memory())
+        self._pause(f"{logs.ending(status)}{f' ({cause})' if cause else ''}")
+
+    def _pause(self, what: str) -> None:
+        self._deaths += 1
+        if self._deaths >= MAX_DEATHS:
+            self._say(
+                f"pool {what}, for the {self._deaths}th time in a row: it is not started again, and requests go on "
+                f"without it; its log: {self.process.log}"
+            )
+            return
+        pause = min(FIRST_PAUSE_S * 2 ** (self._deaths - 1), LONGEST_PAUSE_S)
+        self._again_at = time.monotonic() + pause
+        self._say(f"pool {what}: started again in {pause:g} s; requests go on without it; its log: {self.process.log}")
+
+    def free_memory(self) -> None:
+        """A pool that was killed leaves its memory behind: shared memory, which no process's end gives back."""
+        remove_stale(self._plan.memory_dir, self._plan.name)
