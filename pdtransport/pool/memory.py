@@ -119,12 +119,10 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
         SettingsError: there is not so much memory, or the directory can't be used.
     """
     folder = settings.memory_dir or settings.dir
-    path = folder / f"{settings.name}-{secrets.token_hex(8)}{SUFFIX}"
-    fd = -1
+    path, fd = folder, -1
     try:
         remove_stale(folder, settings.name)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        path, fd = _new_file(folder, settings.name)
         unit = max(settings.frame_bytes, os.fstatvfs(fd).f_bsize)  # a hugetlbfs has only whole huge pages
         nbytes = settings.memory_bytes // unit * unit or unit
         # Taken now: memory that is missing later would kill whoever touches it.
@@ -145,6 +143,17 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
             ) from None
         raise SettingsError(f"the pool's memory can't be made in {folder}: {error.strerror}; set pool.dir") from None
     return path, fd, nbytes
+
+
+def _new_file(folder: Path, name: str) -> tuple[Path, int]:
+    """An empty memory file, locked. Who finds it before it is locked takes it for a dead service's, and removes it."""
+    while True:
+        path = folder / f"{name}-{secrets.token_hex(8)}{SUFFIX}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)
 
 
 def in_memory(fd: int) -> bool:
@@ -183,14 +192,19 @@ def map_memory(path: Path, nbytes: int) -> Mapping:
 def remove_stale(folder: Path, name: str) -> None:
     """Remove memory files of this name whose service is gone. Clients that still map one keep it until they unmap."""
     for path in folder.glob(name + "-" + 16 * "?" + SUFFIX):
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-        except OSError:
-            pass  # in use
-        finally:
-            os.close(fd)
+        remove_if_stale(path)
+
+
+def remove_if_stale(path: Path) -> None:
+    """Remove a memory file if its service is gone: a killed one leaves it, and with it memory that no process has."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return  # removed already
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass  # in use
+    finally:
+        os.close(fd)

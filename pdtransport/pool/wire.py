@@ -23,7 +23,7 @@ from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
 from pdtransport.kv.geometry import HOST
 from pdtransport.pool import messages as say
 from pdtransport.pool.locks import SERVICE_BYTE, LockFile, check_private
-from pdtransport.pool.memory import Mapping, map_memory
+from pdtransport.pool.memory import Mapping, map_memory, remove_if_stale
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.settings import ControlSettings
 
@@ -34,6 +34,9 @@ MAX_ASKED = 1 << 16  # questions under way
 MAX_FRAMES_A_TURN = 256
 POLLIN = int(zmq.POLLIN)  # as an enum it costs as much as the system call
 FOREVER_S = 1e9  # of a question that has no last answer
+# After a connection ended, looks at whether the service left its memory behind: the kernel closes a killed process's
+# files one after the other.
+STALE_LOOKS_S = (0.0, 0.1, 1.0)
 
 CONTROL = ControlSettings(max_frame_bytes=say.MAX_FRAME_BYTES)
 
@@ -47,6 +50,7 @@ class Session:
     def __init__(self, byte: int, let_go: Callable[[], None]) -> None:
         self.byte = byte
         self.mapping: Mapping | None = None
+        self.memory: Path | None = None  # the file that is mapped
         self.memory_bytes = self.frame_bytes = self.client_bytes = 0
         self.broken = False
         self.waits = False  # copies must wait for what is done ahead of the first one
@@ -253,11 +257,19 @@ class Wire:
         if session is not None:
             welcome = session.mapping is not None
             session.end()
+            if session.memory is not None:
+                self._remove_if_stale(session.memory)
             if not welcome:  # nothing was asked yet: the next attempt may do better
                 self._why = why
                 return
         for asked in [asked for asked in self._asked.values() if asked.number not in unsent]:
             self._end(asked, why)
+
+    def _remove_if_stale(self, memory: Path) -> None:
+        """What a killed service leaves behind is memory that nobody gives back: whoever used it does."""
+        now = time.monotonic()
+        for after_s in STALE_LOOKS_S:
+            self.at(now + after_s, lambda: remove_if_stale(memory))
 
     def _end(self, asked: Asked, why: str, kind: type[PoolUnavailable] = PoolUnavailable) -> None:
         self._asked.pop(asked.number, None)
@@ -321,7 +333,7 @@ class Wire:
             return
         session.memory_bytes = mapping.nbytes
         session.frame_bytes, session.client_bytes = welcome.frame_bytes, welcome.client_bytes
-        session.mapping, self._why = mapping, ""
+        session.mapping, session.memory, self._why = mapping, Path(welcome.memory), ""
         session.waits = self._device != HOST
         threading.Thread(target=_prepare, args=(session, self._device), name="pdpool-prepare", daemon=True).start()
         self._send_unsent(session)
