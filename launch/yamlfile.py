@@ -1,11 +1,14 @@
 """YAML with places: what a topology file says, and on which line it says it.
 
-Safe loader only. Duplicate keys, keys that are not text, tabs, recursive anchors and anchor bombs are refused.
+Safe loader only. Duplicate keys, keys that are not text, tabs, recursive anchors and anchor bombs are refused, and so
+is what YAML 1.1 takes for something else than a reader does: ``21:00`` for 1260, ``no`` for false, ``010`` for 8.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,28 @@ import yaml
 from pdtransport.errors import SettingsError
 
 MAX_BYTES = 1 << 20  # a topology of thousands of instances stays below this
+MAX_SHOWN = 60  # characters of a wrong value
 MAX_NODES = 100_000  # after expanding anchors: a file of 1 MB can otherwise expand to gigabytes
-MERGE_TAG = "tag:yaml.org,2002:merge"
-TEXT_TAG = "tag:yaml.org,2002:str"
+_CORE = "tag:yaml.org,2002:"
+MERGE_TAG = _CORE + "merge"
+TEXT_TAG = _CORE + "str"
+# How scalars that are no text are written, so that YAML 1.1, YAML 1.2 and people read the same.
+PLAIN = {
+    TEXT_TAG: "(?s:.*)",
+    MERGE_TAG: "<<",
+    _CORE + "null": "(~|null|Null|NULL)?",
+    _CORE + "bool": "true|True|TRUE|false|False|FALSE",
+    _CORE + "int": "[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+",
+    _CORE + "float": r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+COLLECTIONS = (_CORE + "map", _CORE + "seq")
+REMEDIES = {
+    "bool": "write true or false, or ",
+    "int": "write the number in decimal digits, or ",
+    "float": "write the number in decimal digits, or ",
+}
+# Types that the loader knows, and that have no place in a topology.
+OTHER_TYPES = ("timestamp", "value", "binary", "set", "omap", "pairs")
 
 
 class TopologyError(SettingsError):
@@ -78,7 +100,7 @@ def _compose(loader: yaml.SafeLoader, path: Path) -> tuple[Any, Any]:
         root = loader.get_single_node()
         if root is None:
             return None, None
-        _check(root, path, set(), {})
+        _check(root, path, (), set(), {})
         # Merge keys (<<) are resolved inside the nodes here, so that places are found through them as well.
         return root, loader.construct_document(root)
     finally:
@@ -112,24 +134,53 @@ def _syntax(path: Path, text: str, error: yaml.MarkedYAMLError) -> str:
     return f"{path}:{mark.line + 1}:{mark.column + 1}: malformed YAML: {problem}"
 
 
-def _check(node: Any, path: Path, above: set[int], sizes: dict[int, int]) -> int:
-    """Refuse what would be silently lost or blow up later; returns the node's expanded size."""
+def _check(node: Any, path: Path, keys: tuple[str, ...], above: set[int], sizes: dict[int, int]) -> int:
+    """Refuse what would be silently lost, blow up later, or be taken for something else; returns the node's expanded
+    size."""
     if id(node) in above:
         raise TopologyError(_at(path, node, "an anchor that contains itself"))
     if id(node) in sizes:
         return sizes[id(node)]
+    _check_type(node, path, keys)
     above.add(id(node))
     size = 1
     if isinstance(node, yaml.MappingNode):
         _check_keys(node, path)
-        size += sum(_check(key, path, above, sizes) + _check(value, path, above, sizes) for key, value in node.value)
+        for key, value in node.value:
+            size += _check(key, path, keys, above, sizes) + _check(value, path, (*keys, key.value), above, sizes)
     elif isinstance(node, yaml.SequenceNode):
-        size += sum(_check(item, path, above, sizes) for item in node.value)
+        size += sum(_check(item, path, (*keys, str(place)), above, sizes) for place, item in enumerate(node.value))
     above.discard(id(node))
     if size > MAX_NODES:
         raise TopologyError(_at(path, node, f"expands to more than {MAX_NODES} values"))
     sizes[id(node)] = size
     return size
+
+
+def _check_type(node: Any, path: Path, keys: tuple[str, ...]) -> None:
+    """Refuse what YAML 1.1 and a reader take for different things. The loader refuses types that it does not know."""
+    kind = node.tag.removeprefix(_CORE)
+    if node.tag in COLLECTIONS or not (node.tag in PLAIN or kind in OTHER_TYPES):
+        return
+    if not isinstance(node, yaml.ScalarNode):
+        text = f"!!{kind} has no place here: write a plain list or mapping"
+    elif node.tag in PLAIN and re.fullmatch(PLAIN[node.tag], node.value):
+        return
+    else:
+        value = " ".join(node.value.split())
+        shown = value if len(value) <= MAX_SHOWN else value[: MAX_SHOWN - 3] + "..."
+        text = f"{shown} is {_taken_for(node)} in YAML 1.1: {REMEDIES.get(kind, '')}quote it if it is text"
+    where = ".".join(keys)
+    raise TopologyError(_at(path, node, f"{where}: {text}" if where else text))
+
+
+def _taken_for(node: yaml.ScalarNode) -> str:
+    """What YAML 1.1 makes of a scalar, in a few words."""
+    kind = node.tag.removeprefix(_CORE)
+    if kind in ("bool", "int", "float"):
+        with suppress(yaml.YAMLError, ValueError, OverflowError):
+            return str(yaml.safe_load(node.value)).lower()
+    return {"timestamp": "a date"}.get(kind, f"of the type !!{kind}")
 
 
 def _check_keys(node: yaml.MappingNode, path: Path) -> None:

@@ -15,7 +15,7 @@ from pdtransport.launch.cores import format_cores, parse_cores, share_out
 from pdtransport.launch.plan import Plan, PlanError, Ports, make_plan
 from pdtransport.launch.reading import load
 from pdtransport.launch.topology import Topology
-from pdtransport.launch.yamlfile import MAX_BYTES, TopologyError
+from pdtransport.launch.yamlfile import MAX_BYTES, TopologyError, YamlFile
 from pdtransport.pool.cli import parser as pool_parser
 from pdtransport.pool.cli import settings_from as pool_settings_from
 from pdtransport.router.cli import parser, settings_from
@@ -52,7 +52,7 @@ def refusal(folder: Path, text: str) -> list[str]:
 
 
 def planned(folder: Path, text: str) -> Plan:
-    return make_plan(loaded(folder, text), folder, ports=Ports(21350, 21399))
+    return make_plan(loaded(folder, text), folder, run_folder=folder / "run", ports=Ports(21350, 21399))
 
 
 def test_every_example_is_valid() -> None:
@@ -81,7 +81,7 @@ def test_every_example_is_valid() -> None:
         ("a: 1\n---\nb: 1\n", "t.yaml:2:1: malformed YAML: expected a single document"),
         ("a: " + "[" * 5000, "t.yaml:1:1: nested too deeply to be a topology"),
         ("a: *nobody\n", "t.yaml:1:4: malformed YAML: found undefined alias"),
-        ("a: 2024-13-99\n", "t.yaml: a value can't be read"),
+        ("a: 2024-13-99\n", "t.yaml:1:4: a: 2024-13-99 is a date in YAML 1.1: quote it if it is text"),
         ("a: \x01\n", "t.yaml:1: not YAML text: special characters"),
     ],
 )
@@ -113,6 +113,51 @@ def test_files_that_are_not_text_or_too_large_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("prefill: {}", "prefill: {port: 21:00}", "5:19: roles.prefill.port: 21:00 is 1260"),
+        ("prefill: {}", "prefill: {args: {max-num-seqs: 1:30}}", "5:34: roles.prefill.args.max-num-seqs: 1:30 is 90"),
+        ("prefill: {}", "prefill: {args: {scale: 1:30.5}}", "5:27: roles.prefill.args.scale: 1:30.5 is 90.5"),
+        ("prefill: {}", "prefill: {cpu: [0, 010]}", "5:22: roles.prefill.cpu.1: 010 is 8"),
+        ("prefill: {}", "prefill: {count: 1_0}", "5:20: roles.prefill.count: 1_0 is 10"),
+        ("prefill: {}", "prefill: {count: 0b11}", "5:20: roles.prefill.count: 0b11 is 3"),
+        ("prefill: {}", "prefill: {count: !!int '010'}", "5:20: roles.prefill.count: 010 is 8"),
+        ("name: chat", "name: on", "2:7: name: on is true"),
+        ("name: chat", "name: Off", "2:7: name: Off is false"),
+        ("{id: ./model}", "{id: no}", "3:13: model.id: no is false"),
+        ("{id: ./model}", "{id: ./model, served_name: YES}", "3:35: model.served_name: YES is true"),
+        ("{id: ./model}", "{id: ./model, revision: 2024-01-01}", "3:32: model.revision: 2024-01-01 is a date"),
+        (
+            "{id: ./model}",
+            "{id: ./model, revision: 2024-01-01 10:00:00}",
+            "3:32: model.revision: 2024-01-01 10:00:00 is",
+        ),
+        ("{id: ./model}", "{id: =}", "3:13: model.id: = is of the type !!value"),
+        ("{id: ./model}", "{id: !!binary bW9kZWw=}", "3:13: model.id: bW9kZWw= is of the type !!binary"),
+        ("prefill: {}", "prefill: !!set {count}", "5:12: roles.prefill: !!set has no place here"),
+    ],
+)
+def test_what_yaml_takes_for_something_else_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    """A colon is no number of base 60, ``on`` no truth, a leading 0 no octal, and a revision no date: what YAML 1.1 and
+    a reader take for different things is refused with its place and what YAML makes of it, not used."""
+    text = GOOD.replace(old, new)
+    assert text != GOOD
+    [line] = refusal(tmp_path, text)
+    assert line.startswith(f"t.yaml:{said}")
+    assert "YAML 1.1: " in line or "write a plain list" in line
+
+
+def test_what_yaml_and_readers_take_for_the_same_is_taken(tmp_path: Path) -> None:
+    """Quotes make text of anything; numbers, truths and nothing are what all versions of YAML say they are."""
+    args = "a: 'no', b: '010', c: true, d: False, e: 12, f: -1.5, g: 1.0e+3, h: 0x1F, i: .inf, j: '2024-01-01', k: 1e3"
+    data = YamlFile(written(tmp_path, f"{{{args}, l: ~, m: 08, n: 127.0.0.1:80, o: null, p: y}}")).data
+    assert data == {
+        "a": "no", "b": "010", "c": True, "d": False, "e": 12, "f": -1.5, "g": 1000.0, "h": 31, "i": float("inf"),
+        "j": "2024-01-01", "k": "1e3", "l": None, "m": "08", "n": "127.0.0.1:80", "o": None, "p": "y",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("old", "new", "line"),
     [
         ("name: chat", "nmae: chat", "t.yaml:2:1: nmae: unknown key, did you mean 'name'? (allowed: apiVersion, name,"),
@@ -124,7 +169,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(tmp_path: Path) -> Non
         ("{id: ./model}", "{id: m, block_size: 16.5}", "t.yaml:3:16: model.block_size: must be an integer; found 16.5"),
         ("prefill: {}", "prefil: {}", "t.yaml:5:3: roles.prefil: unknown key, did you mean 'prefill'? (allowed: pref"),
         ("prefill: {}", "prefill: {count: 0}", "t.yaml:5:13: roles.prefill.count: must be greater than or equal to 1"),
-        ("prefill: {}", "prefill: {count: yes}", "t.yaml:5:13: roles.prefill.count: must be an integer; found True"),
+        ("prefill: {}", "prefill: {count: true}", "t.yaml:5:13: roles.prefill.count: must be an integer; found True"),
         ("prefill: {}", "prefill: {port: 70000}", "t.yaml:5:13: roles.prefill.port: must be less than or equal to"),
         ("prefill: {}", "prefill: {cpu: 0-x}", "t.yaml:5:13: roles.prefill.cpu: '0-x' is no list of cores; write"),
         ("prefill: {}", "prefill: {cpu: [0, 0]}", "t.yaml:5:3: roles.prefill: cpu names a core twice"),
@@ -137,7 +182,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(tmp_path: Path) -> Non
         ("prefill: {}", "prefill: {args: {tp: 2}}", "t.yaml:5:20: roles.prefill.args.tp: pdlaunch sets --tensor-par"),
         ("prefill: {}", "prefill: {args: {--seed: 2}}", "t.yaml:5:20: roles.prefill.args.--seed: no vLLM flag; write"),
         ("prefill: {}", "prefill: {args: {a_b: 1, a-b: 2}}", "t.yaml:5:28: roles.prefill.args.a-b: given twice, once"),
-        ("prefill: {}", "prefill: {env: {A: yes}}", "t.yaml:5:19: roles.prefill.env.A: must be text or a number; wr"),
+        ("prefill: {}", "prefill: {env: {A: true}}", "t.yaml:5:19: roles.prefill.env.A: must be text or a number; wr"),
         ("prefill: {}", "prefill: {env: {A-B: 1}}", "t.yaml:5:19: roles.prefill.env.A-B: no name of an environment"),
         (
             "prefill: {}",
@@ -503,7 +548,7 @@ def test_a_pool_is_started_for_all_instances(tmp_path: Path) -> None:
     [
         (POOL, "keys", None),
         (POOL + "transport: {pool: {salt_file: ./salt}}\n", "keys", "salt"),
-        ("pool: {dir: ./place, redis: {url: 'redis://h', bytes: 1GiB}}\n", "place/default.key", None),
+        ("pool: {dir: ./place, redis: {url: 'redis://h', bytes: 1GiB}}\n", "run/pool.key", None),
         ("pool: {dir: ./place}\n", None, None),
         (POOL + "transport: {pool: {hint: false}}\n", None, None),
         (POOL + "transport: {pool: {load: false}}\n", None, None),
