@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> str:
         PDTransportError: what was asked can't be done; one line says why.
     """
     place = {"name": arguments.pool} | ({} if arguments.dir is None else {"dir": arguments.dir})
-    PoolSettings.parse(place, where="pdlaunch pool")
+    PoolSettings.parse(place, where="")
     with PoolClient(arguments.pool, arguments.dir, who="pdlaunch pool", threads=1) as client:
         admin = PoolAdmin(client)
         verb = arguments.pool_verb

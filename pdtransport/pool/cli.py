@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from pdtransport.descriptors import raise_limit
 from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
@@ -27,7 +28,7 @@ from pdtransport.pool.settings import (
     S3Settings,
     parse_size,
 )
-from pdtransport.serving.commandline import CommandParser
+from pdtransport.serving.commandline import CommandParser, command, complain, tell
 
 # Settings whose options are not called as they are.
 OWN = {
@@ -38,6 +39,7 @@ OWN = {
     "remote.listen": "listen",
     "remote.curve_allowed_keys": "remote-curve-allowed-key",
 }
+DESCRIPTORS = 4096  # wanted: each client on this host takes one, so do connections of the API and of other hosts
 SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
 
 
@@ -149,11 +151,12 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
     for name, option, text in arguments.tier_options or ():
         tier = raw.get("tiers", {}).get(name)
         if tier is None:
-            raise SettingsError(f"pdpool: --tier-option {name}.{option}: there is no --tier {name}=SIZE")
+            raise SettingsError(f"--tier-option {name}.{option}: there is no --tier {name}=SIZE")
         (tier if option == "codec" else tier["options"])[option] = text
-    return PoolSettings.parse(raw, where="pdpool")
+    return PoolSettings.parse(raw, where="")
 
 
+@command("pdpool")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``pdpool``; returns its exit status: 0 after a signal, 2 if it can't start."""
     arguments = parser().parse_args(argv)
@@ -166,19 +169,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _serve(settings)
     except PDTransportError as error:
-        print(f"pdpool: {error}", file=sys.stderr)
+        complain(f"pdpool: {error}")
         return 2
 
 
 def _serve(settings: PoolSettings) -> int:
+    raise_limit(DESCRIPTORS)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     with Pool(settings) as pool:
         memory = pool.status()["memory"]["bytes"]
-        print(f"pdpool: {settings.name} serves {memory >> 20} MiB at {settings.socket_path}", flush=True)
+        tell(f"pdpool: {settings.name} serves {memory >> 20} MiB at {settings.socket_path}")
         if pool.url:
-            print(f"pdpool: HTTP API at {pool.url}, described in {pool.url}/openapi.json", flush=True)
+            tell(f"pdpool: HTTP API at {pool.url}, described in {pool.url}/openapi.json")
         while not ended.wait(1.0):
             pass
     return 0

@@ -284,4 +284,4 @@ class PoolSettings(BaseModel):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise SettingsError(f"{where}: {one_line(error)}") from None
+            raise SettingsError(f"{where}: {one_line(error)}" if where else one_line(error)) from None

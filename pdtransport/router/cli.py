@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pdtransport.errors import PDTransportError
 from pdtransport.router.server import Router
 from pdtransport.router.settings import RouterSettings
-from pdtransport.serving.commandline import CommandParser
+from pdtransport.serving.commandline import CommandParser, command, complain, tell
 
 _NOT_OPTIONS = {
     "api_key",
@@ -133,10 +133,10 @@ async def _run(settings: RouterSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _on_signal, ended, number)
     await router.start()
-    print(f"pdrouter: listening on {router.url}, admin on {router.admin_url}", flush=True)
+    tell(f"pdrouter: listening on {router.url}, admin on {router.admin_url}")
     for endpoint in router.fleet.all:
         state = "healthy" if endpoint.healthy else f"unhealthy: {endpoint.last_error}"
-        print(f"pdrouter: {endpoint.role} {endpoint.url} {state}", flush=True)
+        tell(f"pdrouter: {endpoint.role} {endpoint.url} {state}")
     await ended.wait()
     await router.stop()
 
@@ -148,6 +148,7 @@ def _on_signal(ended: asyncio.Event, number: int) -> None:
     ended.set()
 
 
+@command("pdrouter")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``pdrouter``; returns its exit status: 0 after a signal, 2 if it can't start."""
     arguments = parser().parse_args(argv)
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         asyncio.run(_run(settings_from(arguments)))
     except PDTransportError as error:
-        print(f"pdrouter: {error}", file=sys.stderr)
+        complain(f"pdrouter: {error}")
         return 2
     return 0
 

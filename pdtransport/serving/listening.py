@@ -14,6 +14,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from pdtransport.serving.errors import ApiError, stop_request
+from pdtransport.serving.shortage import ShortageLog
 
 BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
 _SWEEP_S = 1.0  # between looks at who is late, at most
@@ -133,6 +134,7 @@ class Listener:
         await self._runner.setup()
         assert self._runner.server is not None
         self._runner.server.request_handler = _expecting(self._runner.server.request_handler)
+        asyncio.get_running_loop().set_exception_handler(ShortageLog(_http_log))
         self._server = await asyncio.get_running_loop().create_server(
             self._protocol, host, port, backlog=min(BACKLOG, self._max_connections), reuse_address=True
         )
