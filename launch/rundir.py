@@ -54,12 +54,18 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
             self.close()
-            owner = (read_record(self.path) or {}).get("pid", "unknown")
             raise RunError(
                 f"a run is up already (pid {owner}, {self.path}): stop it, change the topology's name, "
                 "or give another --run-dir"
             ) from None
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise RunError(f"{self.path}: {error.strerror}; set --run-dir to a folder that has room") from None
         self._clear()  # of a run that was killed
         return self
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +118,25 @@ class Rig:
         assert self.process is not None
         noted = [int(path.name) for path in self.pids.iterdir()]
         return sorted({*noted, *guard.descendants(self.process.pid)})
+
+    def pool_pid(self) -> int:
+        """Of the pool itself, not of its guard; 0: none runs."""
+        assert self.process is not None
+        for pid in guard.descendants(self.process.pid):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"pdtransport.pool.cli" in command and b"guard.py" not in command:
+                return pid
+        return 0
+
+    def complete(self) -> tuple[int, str]:
+        """Send a request through the router: its status and what was written."""
+        body = json.dumps({"model": "rig", "prompt": "x", "max_tokens": 3}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=UP_S) as answer:
+                return answer.status, json.load(answer)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
 
 
 @contextmanager
