@@ -174,7 +174,7 @@ def run(topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder) -> int:
     _say("\nstopping the pair, starting a plain server to compare with")
     fleet.stop()
     server = plain_server(plan.of("decode")[0])
-    plain = fleet.start(server.name, server.argv, env={**launch.temporary, **server.env})
+    plain = fleet.start(server.name, server.argv, env={**launch.environment, **server.env})
     await_health(lambda: check(fleet), [(plain, server.url)], topology.defaults.start_timeout_s, _say)
     wrong = list(differences(asked, ours, [send(server.url, prompt) for prompt in asked]))
     print("\n".join(wrong), end="\n" if wrong else "")

@@ -24,8 +24,8 @@ from pdtransport.private_files import make_private_folder, open_private
 LOCK = "lock"
 RECORD = "run.json"
 POOL_KEY = "pool.key"  # of the pool's HTTP API, good for one run
-TEMPORARY = "temporary"  # a link to the run's own folder for temporary files
-TEMPORARY_PREFIX = "pdlaunch-"
+SOCKETS = "sockets"  # a link to the folder of the servers' sockets
+SOCKETS_PREFIX = "pdlaunch-"
 MAX_RECORD = 4 << 20
 
 
@@ -97,21 +97,21 @@ class RunFolder:
         """
         self._write(POOL_KEY, secrets.token_urlsafe(32))
 
-    def make_temporary(self) -> Path:
-        """A new folder for the servers' temporary files, sockets among them, which vLLM does not remove. It is not in
-        this one, whose path may be too long for a socket's. Goes with the run.
+    def make_socket_folder(self) -> Path:
+        """A new folder for the sockets that vLLM's processes make and leave behind. It is not in this one, whose path
+        may be too long for a socket's. Goes with the run.
 
         Raises:
             RunError: it can't be made.
         """
         made = None
         try:
-            made = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
-            (self.path / TEMPORARY).symlink_to(made)
+            made = Path(tempfile.mkdtemp(prefix=SOCKETS_PREFIX))
+            (self.path / SOCKETS).symlink_to(made)
         except OSError as error:
             if made is not None:
                 made.rmdir()
-            raise RunError(f"no folder for temporary files can be made: {error.strerror}; set TMPDIR") from None
+            raise RunError(f"no folder for the servers' sockets can be made: {error.strerror}; set TMPDIR") from None
         return made
 
     def _write(self, name: str, text: str) -> None:
@@ -128,9 +128,9 @@ class RunFolder:
     def _clear(self) -> None:
         """Remove what lives only as long as a run."""
         with suppress(OSError):
-            link = self.path / TEMPORARY
+            link = self.path / SOCKETS
             made = Path(os.readlink(link))
-            if made.name.startswith(TEMPORARY_PREFIX) and not made.is_symlink():
+            if made.name.startswith(SOCKETS_PREFIX) and not made.is_symlink():
                 shutil.rmtree(made, ignore_errors=True)
             link.unlink()
         for name in (RECORD, POOL_KEY):

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
-import os
-import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 from pdtransport.errors import PDTransportError
@@ -142,7 +137,7 @@ class Launch:
         self._folder = folder
         self._say = say
         self._pool: PoolKeeper | None = None
-        self.temporary: Mapping[str, str] = {}  # environment of servers, for their temporary files
+        self.environment: Mapping[str, str] = {}  # of all servers
 
     def start(self) -> None:
         """Start all and wait until each one answers.
@@ -153,7 +148,7 @@ class Launch:
         """
         if self.plan.pool is not None:
             self._start_pool(self.plan.pool)
-        self.temporary = private_temporary(self._folder.make_temporary())
+        self.environment = {"VLLM_RPC_BASE_PATH": str(self._folder.make_socket_folder())}
         for wave in waves(self.plan.instances):
             started = [(self._server(instance), instance.url) for instance in wave]
             await_health(self.check, started, self.topology.defaults.start_timeout_s, self._say)
@@ -178,7 +173,7 @@ class Launch:
 
     def _server(self, instance: Instance) -> Process:
         self._say(f"starting {instance.name} on {instance.url} ({instance.place})")
-        return self._fleet.start(instance.name, instance.argv, env={**self.temporary, **instance.env})
+        return self._fleet.start(instance.name, instance.argv, env={**self.environment, **instance.env})
 
     def check(self) -> None:
         """See whether all live; start a pool again that does not.
@@ -200,17 +195,6 @@ class Launch:
         while True:
             self.check()
             time.sleep(POLL_S)
-
-
-def private_temporary(folder: Path) -> dict[str, str]:
-    """The environment of servers whose temporary files are to lie in ``folder``. What torch compiled stays where it
-    was, for the next start."""
-    try:
-        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, OSError):
-        user = f"uid_{os.getuid()}"
-    compiled = Path(tempfile.gettempdir(), f"torchinductor_{user}")  # as torch calls it
-    return {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
 
 
 def waves(instances: Sequence[Instance]) -> list[list[Instance]]:

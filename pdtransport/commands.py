@@ -28,12 +28,13 @@ def _run(module: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = importlib.import_module(module).main
     try:
-        signal.signal(signal.SIGINT, wanted)
-        return int(main())
-    except KeyboardInterrupt:  # before it could see to that itself
+        try:
+            signal.signal(signal.SIGINT, wanted)
+            return int(main())
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else the interpreter's own end would show a traceback
+    except KeyboardInterrupt:  # before or after main could see to that itself
         return 128 + signal.SIGINT
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else the interpreter's own end would show a traceback
 
 
 def _open_standard_streams() -> None:

@@ -14,6 +14,7 @@ from zmq.utils import z85
 
 from pdtransport.control.sockets import Socket
 from pdtransport.errors import SettingsError
+from pdtransport.private_files import make_private_folder, open_private
 from pdtransport.settings import ControlSettings
 
 logger = logging.getLogger("pdtransport.control")
@@ -49,12 +50,16 @@ def make_keys(directory: str | Path) -> tuple[Path, Path]:
         if path.exists():
             raise SettingsError(f"{path} is there already: keys are never overwritten, remove it first")
     public_key, secret_key = zmq.curve_keypair()
+    made: list[Path] = []
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(folder)
         for path, key in ((public, public_key), (secret, secret_key)):
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            with os.fdopen(open_private(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
+                made.append(path)
                 file.write(key + b"\n")
     except OSError as error:
+        for path in made:  # half a pair, or half a key, is of no use, and would be in the next one's way
+            path.unlink(missing_ok=True)
         raise SettingsError(f"CURVE keys can't be written to {folder}: {error.strerror}") from None
     return public, secret
 

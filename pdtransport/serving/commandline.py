@@ -39,6 +39,13 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog.split()[0]}: {message} (options: {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own passes over help that can't be written."""
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
 
 def command(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
     """Decorates a command's entry point, which returns its exit status:
@@ -61,6 +68,7 @@ def command(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
                 finally:  # also where argparse ends the process, with its help written
                     if sys.stdout is not None:
                         sys.stdout.flush()
+                    complain("")
             except KeyboardInterrupt:
                 return INTERRUPTED
             except BrokenPipeError:
@@ -99,7 +107,7 @@ def _write(text: str, stream: TextIO | None) -> None:
     if stream is None:  # it was closed when the process began
         return
     try:
-        print(text, file=stream, flush=True)
+        print(text, file=stream, end="\n" if text else "", flush=True)
     except BrokenPipeError:
         silence(stream)
     except OSError as error:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -58,7 +57,7 @@ def main() -> None:
     options.add_argument("--say", default="", help="write this and die at once")
     options.add_argument("--deaf", action="store_true", help="ignore SIGTERM")
     options.add_argument("--silent", action="store_true", help="never listen")
-    options.add_argument("--socket", action="store_true", help="leave a socket in the folder for temporary files")
+    options.add_argument("--socket", action="store_true", help="leave a socket where vLLM does")
     options.add_argument("--child", action="store_true", help="leave a process in a session of its own")
     chosen = options.parse_args()
     note(chosen.pids)
@@ -70,7 +69,7 @@ def main() -> None:
         code += "open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\ntime.sleep(600)"
         subprocess.Popen([sys.executable, "-c", code, str(chosen.pids)], start_new_session=True)
     if chosen.socket:
-        socket.socket(socket.AF_UNIX).bind(os.path.join(tempfile.gettempdir(), str(os.getpid())))
+        socket.socket(socket.AF_UNIX).bind(os.path.join(os.environ["VLLM_RPC_BASE_PATH"], str(os.getpid())))
     for number in range(30):
         print(f"line {number} of the log", flush=True)
     if chosen.say:

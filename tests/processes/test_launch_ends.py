@@ -115,10 +115,10 @@ def test_a_second_launch_of_a_pool_changes_nothing_of_the_first(rig: Rig, tmp_pa
     assert not any(path.exists() for path in kept)
 
 
-def test_files_of_a_run_are_private_and_temporary_ones_go_with_it(rig: Rig, tmp_path: Path) -> None:
+def test_files_of_a_run_are_private_and_sockets_go_with_it(rig: Rig, tmp_path: Path) -> None:
     """Logs, record, lock and folders are for their owner alone whatever the umask says: they name prompts, paths and
-    ports. Sockets that a server leaves in the folder for temporary files are gone after the run; those of a run whose
-    pdlaunch was killed are gone after the next."""
+    ports. Sockets that vLLM's processes leave are gone after the run; those of a run whose pdlaunch was killed are gone
+    after the next."""
     rig.run_dir = tmp_path / "state" / "deep" / "run"
     place = tmp_path / "t"
     place.mkdir()
