@@ -91,30 +91,6 @@ def test_a_pool_that_never_lasts_is_left_alone(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "pool.log").read_text().count("serves") == MAX_DEATHS  # the log tells of all of them
 
 
-def test_a_second_launch_of_a_pool_changes_nothing_of_the_first(rig: Rig, tmp_path: Path, directory: Path) -> None:
-    """A launch whose pool runs already fails with the reason; the first one's key is what it was, and its router still
-    tells the pool of prompts with it."""
-    disk = {"path": str(rig.folder / "disk"), "bytes": "64MiB"}
-    rig.data["pool"] = {"dir": str(directory), "memory_bytes": "16MiB", "disk": disk}
-    rig.up()
-    rig.wait_up()
-    kept = {path: path.read_bytes() for path in (*rig.run_dir.glob("*.key"), *directory.glob("*.key"))}
-    assert len(kept) == 1
-    assert all(kept.values())
-    (tmp_path / "other").mkdir()
-    with launched(tmp_path / "other", first_port=rig.first_port + 5) as other:
-        other.data["name"] = "other"
-        other.data["pool"] = rig.data["pool"]
-        other.up()
-        status, output = other.end()
-        assert status in (cli.PREFLIGHT, cli.NOT_STARTED), output
-        assert f"a pool 'default' runs in {directory}" in output
-        assert list(other.pids.iterdir()) == []  # no server was started
-    assert {path: path.read_bytes() for path in kept} == kept
-    stop(rig)
-    assert not any(path.exists() for path in kept)
-
-
 def test_files_of_a_run_are_private_and_sockets_go_with_it(rig: Rig, tmp_path: Path) -> None:
     """Logs, record, lock and folders are for their owner alone whatever the umask says: they name prompts, paths and
     ports. Sockets that vLLM's processes leave are gone after the run; those of a run whose pdlaunch was killed are gone

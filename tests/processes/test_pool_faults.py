@@ -135,6 +135,20 @@ def test_a_killed_service_costs_hits_and_nothing_else(directory: Path, other: Ot
             assert len(list(directory.glob("*.memory"))) == 1
 
 
+def test_a_killed_services_memory_is_given_back_by_its_clients(directory: Path) -> None:
+    """SIGKILL of the pool leaves a file of shared memory: a client that used it removes it and maps it no longer,
+    without being asked anything. Of a pool that lives it removes nothing."""
+    with PoolClient(directory=directory) as client, daemon(directory) as first:
+        assert names(store(client, [1])) == ["WRITE"]
+        [memory] = directory.glob("*.memory")
+        with PoolClient(directory=directory, who="another") as leaving:
+            assert names(load(leaving, [1])) == ["READ"]
+        assert memory.exists()
+        first.kill()
+        until(lambda: not memory.exists(), "it is still there")
+        until(lambda: str(memory) not in Path("/proc/self/maps").read_text(), "it is still mapped")
+
+
 def test_a_stopped_service_ends_waits_at_their_deadline(directory: Path) -> None:
     """SIGSTOP of the pool: every call ends by its deadline; after SIGCONT all is as it was and nothing is held."""
     with daemon(directory) as service, PoolClient(directory=directory) as client:

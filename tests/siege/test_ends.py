@@ -1,0 +1,41 @@
+"""What ends beside those who are served: none of it is theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.siege import attacks_ends
+from tests.siege.attacks_ends import EndsEffect
+
+pytestmark = pytest.mark.xdist_group("launch")  # takes ports of the same range
+
+
+def test_a_pool_without_descriptors_says_so_once(tmp_path: Path) -> None:
+    """More connections than descriptors: lookups of engines go on, and the log gets one line, not a traceback for each
+    connection that waits, every second."""
+    effect = attacks_ends.pool_api_without_descriptors(tmp_path)
+    assert not effect.complaint()
+    [line] = effect.lines
+    assert line.endswith("new connections wait: Too many open files; raise the limit of open files (ulimit -n)")
+
+
+def test_a_killed_pool_ends_nobodys_request(tmp_path: Path) -> None:
+    """Every request beside the pool's death is answered; what is said of it are its end and its new beginning, and no
+    memory is left behind."""
+    effect = attacks_ends.pool_killed_under_a_launch(tmp_path)
+    assert isinstance(effect, EndsEffect)
+    assert not effect.complaint(lines_at_most=2)
+    assert set(effect.answers) == {200}
+    assert "was ended by SIGKILL" in effect.lines[0]
+    assert effect.shared == []
+
+
+def test_a_second_launch_takes_nothing_of_the_first(tmp_path: Path) -> None:
+    """A launch that fails for its pool runs already has changed no file of the one that has it."""
+    effect = attacks_ends.second_launch_of_a_pool(tmp_path)
+    assert isinstance(effect, EndsEffect)
+    assert not effect.complaint(lines_at_most=0)
+    assert set(effect.answers) == {200}
+    assert effect.kept
