@@ -136,9 +136,9 @@ nobody had asked for when decode died are kept for `deadlines.hold_s`, 3 s here:
 asked in that very moment may end as `peer_lost` instead. What decode has received and not begun fails likewise; what it
 computes already goes on. See [security.md](security.md#whose-weights-kv-is-of).
 
-**When the pool ends under `pdlaunch`** no request fails: 30 of 30 beside a SIGKILL were answered by real vLLM servers (1P1D,
-5 clients at once), its 256 MiB were given back within 0.3 s, and the servers found the next pool by themselves. See
-[pdlaunch.md](pdlaunch.md#what-up-does).
+**When the pool ends under `pdlaunch`** no request fails: 30 of 30 beside a SIGKILL were answered by real vLLM servers
+(1P1D, 5 clients at once), its 256 MiB were given back within 0.3 s, and the servers found the next pool by themselves.
+See [pdlaunch.md](pdlaunch.md#what-up-does).
 """
 STEPS_HEAD = """## A process dies, or stands still, at a step of the protocol
 
