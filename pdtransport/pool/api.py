@@ -17,12 +17,13 @@ from typing import Any
 
 from aiohttp import web
 
+from pdtransport.descriptors import raise_limit
 from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
 from pdtransport.pool.admin import AdminError, Outcome, PoolAdmin
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.messages import TENANT
 from pdtransport.pool.prompts import chunks_of, find, hint
-from pdtransport.pool.settings import HttpSettings, PoolSettings
+from pdtransport.pool.settings import DESCRIPTORS, HttpSettings, PoolSettings
 from pdtransport.pool.wishes import ACTIONS, LookupWish, MoveWish, PinWish, Wish, describe, parse
 from pdtransport.serving.bodies import read_body
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
@@ -87,7 +88,7 @@ class PoolApi:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(middlewares=[json_errors("pool", log)])
         app.add_routes(self._routes())
-        self._listener = Listener(app, BOUNDS, MAX_CONNECTIONS)
+        self._listener = Listener(app, BOUNDS, _connections())
         host, port = self._http.address
         try:
             await self._listener.start(host, port)
@@ -209,6 +210,12 @@ class PoolApi:
             stop.set()
             self._under_way -= 1
         return web.Response(text=told, content_type="application/json")
+
+
+def _connections() -> int:
+    """How many the API may hold: no more than leave half of all descriptors to clients, as many again being accepted
+    only to be closed. Without a descriptor for the next client, libzmq ends the pool's process."""
+    return max(1, min(MAX_CONNECTIONS, raise_limit(DESCRIPTORS) // 4))
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import (
+    DESCRIPTORS,
     DiskSettings,
     HttpSettings,
     PoolSettings,
@@ -39,7 +40,6 @@ OWN = {
     "remote.listen": "listen",
     "remote.curve_allowed_keys": "remote-curve-allowed-key",
 }
-DESCRIPTORS = 4096  # wanted: each client on this host takes one, so do connections of the API and of other hosts
 SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "writeback_bytes", "bytes"}
 
 

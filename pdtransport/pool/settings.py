@@ -19,6 +19,7 @@ OWN_TIERS = ("memory", "disk", "redis", "s3")
 MAX_CHUNK_BYTES = 1 << 30
 STAGING_BYTES = 128 << 20  # of a client of a pool on another host; its copies are cut so that they fit
 CODEC_NAME = r"^[a-z0-9][a-z0-9._\-]{0,31}$"
+DESCRIPTORS = 4096  # wanted: each client on this host takes one, and so do connections of the API and of other hosts
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from pdtransport import commands
+
 REPO = Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples" / "models" / "tiny-lm"
 QUICKSTART = REPO / "examples" / "quickstart.yaml"
@@ -113,6 +115,14 @@ def test_a_terminal_without_the_characters_shows_escapes(tmp_path: Path, env: di
     assert done.returncode == 2
     assert "\\u540d" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_installed_scripts_are_those_that_are_tested() -> None:
+    """Not the modules behind them, whose imports a Ctrl-C would break off with a traceback."""
+    text = (REPO / "pyproject.toml").read_text()
+    for name in ("pdlaunch", "pdpool", "pdrouter"):
+        assert f'\n{name} = "pdtransport.commands:{name}"\n' in text
+        assert callable(getattr(commands, name))
 
 
 def points(events: int, count: int) -> list[int]:

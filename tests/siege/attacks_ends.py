@@ -36,7 +36,7 @@ class EndsEffect(Effect):
     Args:
         answers: Statuses of the bystander's requests.
         said: What the launcher said.
-        kept: Whether what the first launch wrote is what it was.
+        kept: Whether what was there is as it was: the files of a first launch, the pool's process.
         shared: Files of pools' memory that nobody uses.
     """
 
@@ -89,6 +89,9 @@ def pool_api_without_descriptors(folder: Path) -> Effect:
                 one.settimeout(5)
                 one.connect((url.hostname, url.port))
             time.sleep(HELD_S)
+            with PoolClient(directory=place) as newcomer:
+                newcomer.lookup([key(1)]).result()
+        effect.kept = pool.poll() is None
         effect.processor_s = processor_s(pool.pid) - before
         effect.memory_after = settled(pool.pid, effect.memory_before)
         effect.lines = log.read_text().splitlines()
