@@ -16,6 +16,7 @@ from pdtransport.launch import cli
 from pdtransport.launch.plan import PoolPlan
 from pdtransport.launch.pool_keeper import MAX_DEATHS, PoolKeeper
 from pdtransport.launch.processes import Fleet
+from pdtransport.launch.rundir import read_record
 from pdtransport.pool.client import PoolClient
 from tests.processes.launch_rig import REPO, UP_S, Rig, launched, wait_for
 from tests.processes.pool_rig import load, names, store
@@ -166,3 +167,51 @@ def test_progress_that_nobody_reads_ends_nothing(rig: Rig) -> None:
     assert errors.splitlines() == [
         "standard output can't be written, so nothing more is said there: No space left on device"
     ]
+
+
+# `up` with stand-ins, interrupted as by Ctrl-C at the n-th event of the interpreter's audit; 0: once it serves.
+INTERRUPTED = """
+import os, signal, sys
+from pdtransport.launch import cli
+from tests.processes.launch_standins import standin
+at, path, seen = int(sys.argv[1]), sys.argv[2:], 0
+def hook(*_):
+    global seen
+    seen += 1
+    if seen == at:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+status = cli.main(["up", *path], command=standin)
+print("events:", seen)
+sys.exit(status)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", [12])
+def test_ctrl_c_at_any_moment_of_a_launch_leaves_nothing(rig: Rig, count: int) -> None:
+    """From reading the file to the last process's end: no traceback, no process, and a folder that is as it was."""
+
+    def up(at: int) -> tuple[int, str]:
+        argv = [sys.executable, "-c", INTERRUPTED, str(at), str(rig.file), "--run-dir", str(rig.run_dir)]
+        rig.process = subprocess.Popen(
+            argv, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+        )
+        wait_for(lambda: read_record(rig.run_dir) is not None or rig.process.poll() is not None)  # type: ignore[union-attr]
+        if rig.process.poll() is None:
+            rig.process.send_signal(signal.SIGINT)
+        return rig.end()
+
+    status, said = up(0)
+    assert status == cli.OK, said
+    events = int(said.split("events: ")[1])
+    for step in range(count):
+        at = 1 + events * step // count
+        status, said = up(at)
+        assert status in (cli.OK, 130), said
+        assert "Traceback" not in said, (at, said)
+        assert not any(map(alive, rig.everyone())), at
+        if not rig.run_dir.exists():
+            continue
+        assert {path.name for path in rig.run_dir.iterdir() if path.suffix != ".log"} <= {"lock"}, at
