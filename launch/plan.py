@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.errors import PDTransportError
+from pdtransport.hosts import is_loopback
 from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.rundir import POOL_KEY, default_folder
 from pdtransport.launch.topology import Role, Topology
 from pdtransport.pool.cli import options
 from pdtransport.pool.settings import HttpSettings, PoolSettings
-from pdtransport.settings import PoolUse, is_loopback
+from pdtransport.settings import PoolUse
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
 HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
@@ -213,7 +214,9 @@ def vllm_command(topology: Topology, instance: Instance, weights: str) -> list[s
 
 def kv_transfer_config(topology: Topology, instance: Instance) -> dict[str, Any]:
     extra = topology.transport.model_dump(mode="json", exclude_unset=True)
-    extra["control"] = {**extra.get("control", {}), "host": instance.control_host, "port": instance.control_port}
+    here = {"host": instance.control_host, "port": instance.control_port}
+    # All instances listen at the host that the topology names: pages are fetched from there and from nowhere else.
+    extra["control"] = {"peers": [instance.control_host], **extra.get("control", {}), **here}
     return {
         "kv_connector": "PDTransportConnector",
         "kv_role": KV_ROLES[instance.role],

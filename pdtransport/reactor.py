@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import os
 import socket
@@ -157,7 +158,8 @@ class Reactor:
             while not self._stopping:
                 self._one_turn(work)
         finally:
-            self._drain_calls()
+            while self._calls:
+                self._drain_calls()
             work.close()
             self._close_wakeup()
 
@@ -182,15 +184,13 @@ class Reactor:
         deadline = work.next_deadline()
         wait = MAX_SLEEP_S if deadline is None else min(MAX_SLEEP_S, max(0.0, deadline - time.monotonic()))
         self._poller.poll(max(1, round(wait * 1000)) if wait > 0 else 0)
-        try:
-            while self._wake_out.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
+        with contextlib.suppress(BlockingIOError):
+            self._wake_out.recv(4096)  # what is left wakes once more
         self._woken = False  # before the calls are looked at: one that is posted from here on is seen, or wakes again
 
     def _drain_calls(self) -> None:
-        while self._calls:
+        """Those that were posted until now: others are for the next turn, however fast they come."""
+        for _ in range(len(self._calls)):
             call = self._calls.popleft()
             try:
                 call()

@@ -6,7 +6,6 @@ Units are in the names: ``_s`` seconds, ``_bytes`` bytes.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtransport.errors import SettingsError
+from pdtransport.hosts import CURVE_PEER, checked_peer, is_loopback
 
 LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 
@@ -36,16 +36,6 @@ class _Section(BaseModel):
 
         # A section that is validated as a part of something bigger raises what pydantic expects of it.
         __init__.__pydantic_base_init__ = True
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` can't be but this machine: ``localhost`` or a loopback address. A name that merely looks like
-    one (127.0.0.1.example.org) is not."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host == "localhost"
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 class ControlSettings(_Section):
@@ -92,11 +82,27 @@ class ControlSettings(_Section):
         description="Permit hosts other than loopback, our own and those of peers, without CURVE (a trusted, isolated "
         "network).",
     )
+    peers: tuple[str, ...] | None = Field(
+        None,
+        max_length=4096,
+        description="Hosts that requests may have their pages fetched from: addresses, networks (10.1.0.0/16), names, "
+        "or curve:KEY for whoever proves that key, wherever it is. Unset: this machine alone, by a loopback address; "
+        "callers of the Python API are not restricted. pdlaunch fills it in.",
+    )
+
+    @field_validator("peers")
+    @classmethod
+    def _checked_peers(cls, peers: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if peers is None else tuple(checked_peer(peer) for peer in peers)
 
     @model_validator(mode="after")
     def _closed_by_default(self) -> ControlSettings:
         if (self.curve_public_key_file is None) != (self.curve_secret_key_file is None):
             raise ValueError("curve_public_key_file and curve_secret_key_file must be set together")
+        if self.curve_secret_key_file is None and any(peer.startswith(CURVE_PEER) for peer in self.peers or ()):
+            raise ValueError(
+                "peers: who names a CURVE key needs a pair: set curve_public_key_file and curve_secret_key_file"
+            )
         if self.needs_keys(self.host):
             raise ValueError(
                 f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: make a pair with "
@@ -413,6 +419,10 @@ class Settings(_Section):
         if self.integrity.checksum == "off" and in_place:
             raise ValueError(f"integrity.checksum: off needs links.order without {in_place}: pages are read in place")
         return self
+
+    def calling_anyone(self) -> Settings:
+        """The same without ``control.peers``, for a transport whose callers keep to it."""
+        return self.model_copy(update={"control": self.control.model_copy(update={"peers": None})})
 
     @field_validator("model_id")
     @classmethod

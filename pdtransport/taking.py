@@ -34,6 +34,8 @@ from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 
 logger = logging.getLogger(__name__)
 
+NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})
+COMPLAIN_S = 10.0  # between lines of log about transfers that found no prefill
 SAME_S = 0.001  # expectations that differ by less are no news
 
 
@@ -94,6 +96,7 @@ class Taking:
         self._counters = counters
         self._audit = audit
         self._sinks: dict[str, _Sink] = {}
+        self._complain_at, self._unsaid = 0.0, 0
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
@@ -371,8 +374,7 @@ class Taking:
         record.mark("failed" if code else "verified")
         if code is not None:
             record.code, record.reason = code.value, reason
-            level = logging.INFO if code in REQUEST_ENDED else logging.WARNING
-            logger.log(level, "transfer %s failed (%s): %s", transfer, code.value, reason)
+            self._log_failure(sink, code, reason)
         elif self._audit is not None:
             self._audit_blocks(self._audit, sink)
         self._counters["fetches_failed" if code else "fetches_ok"] += 1
@@ -393,6 +395,19 @@ class Taking:
         )
         if sink.wanted.pages:  # after it was told to the engine, which has a step to begin
             self.report(transfer, code, reason, sink)
+
+    def _log_failure(self, sink: _Sink, code: Code, reason: str) -> None:
+        """Where nobody is there, or may be called, is for the request to say: of these, one line now and then."""
+        level, more = logging.INFO if code in REQUEST_ENDED else logging.WARNING, ""
+        if code in NOBODY_THERE and not sink.granted:
+            now = time.monotonic()
+            if now < self._complain_at:
+                self._unsaid += 1
+                level = logging.DEBUG
+            else:
+                more = f" (and {self._unsaid} more like it)" if self._unsaid else ""
+                self._complain_at, self._unsaid = now + COMPLAIN_S, 0
+        logger.log(level, "transfer %s failed (%s): %s%s", sink.wanted.transfer, code.value, reason, more)
 
     @staticmethod
     def _audit_blocks(audit: Audit, sink: _Sink) -> None:

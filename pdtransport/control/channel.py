@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -29,10 +29,19 @@ from pdtransport.control.events import (
     StatusAsked,
 )
 from pdtransport.control.handshake import checked_identity
-from pdtransport.control.limits import MAX_CONNECTIONS, MAX_FRAMES_A_TURN, TICK_GRAIN_S
+from pdtransport.control.limits import (
+    MAX_CONNECTIONS,
+    MAX_FRAMES_A_TURN,
+    MAX_PROVEN,
+    MAX_TRIED,
+    NEW_PER_S,
+    TICK_GRAIN_S,
+)
 from pdtransport.control.listener import Listener
+from pdtransport.control.reach import Reach
 from pdtransport.control.shared import COUNTERS, Shared, logger
 from pdtransport.control.sockets import Socket
+from pdtransport.control.status import Allowance
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.protocol.messages import Ended, FingerprintValue, Message, encode
@@ -78,19 +87,22 @@ class ControlChannel:
         context: zmq.Context[Socket] | None = None,
     ) -> None:
         keys = load_keys(settings)
+        reach = Reach(settings, strict=False, clock=clock)
         checked_identity(me)
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.version = 0  # grows whenever sockets() changes
         self._own_context = context is None
         self._context = context or _context()
         self._directory = Directory(settings.liveness_s, self.counters)
-        self._shared = Shared(settings, me, keys, clock, self._context, self.counters, self._directory)
+        self._shared = Shared(settings, me, keys, clock, self._context, self.counters, self._directory, reach)
         self._gate: Gatekeeper | None = None
         self._listener: Listener | None = None
         self._dialers: dict[Endpoint, Dialer] = {}
+        self._proven: OrderedDict[Endpoint, None] = OrderedDict()  # that led to a peer, and are not connected any more
+        self._new = Allowance(NEW_PER_S)
         self._steps: dict[Socket, Step] = {}
         self._poller = zmq.Poller()
-        self._pending: deque[Event] = deque()  # at most one a call of connect()
+        self._pending: deque[Event] = deque()  # at most two a call of connect()
         self._last_tick = clock()
         self._turn = 0
         self._closed = False
@@ -130,7 +142,7 @@ class ControlChannel:
             self._last_tick = now  # there was nothing to look after until now
         dialer = self._dialers.get(endpoint)
         if dialer is None:
-            problem = self._obstacle(endpoint)
+            problem = self._obstacle(endpoint, now)
             if problem is not None:
                 self._pending.append(problem)
                 return
@@ -138,8 +150,8 @@ class ControlChannel:
         answer = dialer.want(now)
         if answer is not None:
             self._pending.append(answer)
-        elif dialer.redial:
-            self._dial(dialer)
+        elif dialer.due(now):
+            self._pending += self._dial(dialer, now)
 
     def send(self, peer: PeerId, message: Message) -> bool:
         """Send without waiting. False, and counted: that incarnation is not up, its connection is down or its queue
@@ -193,6 +205,7 @@ class ControlChannel:
         self._closed = True
         for dialer in self._dialers.values():
             dialer.hang_up()
+        self._shared.reach.close()
         if self._listener is not None:
             self._listener.close()
         if self._gate is not None:
@@ -204,7 +217,7 @@ class ControlChannel:
         if self._own_context:
             self._context.term()
 
-    def _obstacle(self, endpoint: Endpoint) -> ConnectFailed | None:
+    def _obstacle(self, endpoint: Endpoint, now: float) -> ConnectFailed | None:
         """Why there is no trying to reach ``endpoint``."""
         host, port = endpoint
         if not _HOST.fullmatch(host) or len(host) > 255:
@@ -217,10 +230,27 @@ class ControlChannel:
             return ConnectFailed(host, port, text, "curve", refused=True)
         if not 1 <= port <= 65535:
             return ConnectFailed(host, port, f"port {port} is not within 1..65535", "port", refused=True)
+        if endpoint not in self._proven:
+            if not self._new.take(now):
+                text = f"more than {NEW_PER_S:g} new endpoints a second are asked for, {host}:{port} is one too many"
+                return ConnectFailed(host, port, text, "peers", refused=True)
+            self._replace_tried()
         if len(self._dialers) >= MAX_CONNECTIONS and not self._make_room():
             text = f"{MAX_CONNECTIONS} endpoints are connected already, {host}:{port} is one too many"
             return ConnectFailed(host, port, text, "peers", refused=True)
         return None
+
+    def _replace_tried(self) -> None:
+        """Give up one of the endpoints that never led to a peer, if there are as many as may be: anybody may ask for
+        more of them, and the newest gets its chance."""
+        tried = [dialer for dialer in self._dialers.values() if not dialer.proven]
+        if len(tried) < MAX_TRIED:
+            return
+        oldest = min(tried, key=Dialer.wanted_since)
+        if oldest.waiting:
+            text = f"nobody answered at {{}}:{{}}, and {MAX_TRIED} other endpoints were asked for since"
+            self._pending.append(ConnectFailed(*oldest.endpoint, text.format(*oldest.endpoint), "peers"))
+        self._drop(oldest)
 
     def _make_room(self) -> bool:
         """Drop the unanswered endpoint that nobody has asked for longest."""
@@ -229,18 +259,22 @@ class ControlChannel:
             self._drop(min(idle, key=Dialer.wanted_since))
         return bool(idle)
 
-    def _dial(self, dialer: Dialer) -> None:
-        dialer.redial = False
-        dialer.hang_up()
+    def _dial(self, dialer: Dialer, now: float) -> list[Event]:
+        events: list[Event] = []
         try:
-            dialer.dial()
+            events = dialer.dial(now)
         except zmq.ZMQError as error:
             logger.error("no socket for %s:%d: %s", *dialer.endpoint, error)  # its deadline will tell who waits
         self._sockets_changed()
+        return events
 
     def _drop(self, dialer: Dialer) -> None:
         dialer.hang_up()
         del self._dialers[dialer.endpoint]
+        if dialer.proven:
+            self._proven[dialer.endpoint] = None
+            while len(self._proven) > MAX_PROVEN:
+                self._proven.popitem(last=False)
         self._sockets_changed()
 
     def _sockets_changed(self) -> None:
@@ -290,8 +324,8 @@ class ControlChannel:
         if self._listener is not None:
             self._listener.tick(now)
         for dialer in list(self._dialers.values()):
-            if dialer.redial:
-                self._dial(dialer)
+            if dialer.due(now):
+                events += self._dial(dialer, now)
             events += dialer.tick(now)
             if dialer.retired(now):
                 self._drop(dialer)

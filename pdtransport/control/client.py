@@ -117,7 +117,9 @@ class _Asking:
         raise StatusUnavailable(f"no status from {self._where} within {self._timeout_s:g} s: {why}")
 
     def _read_monitor(self) -> None:
-        while int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+        for _ in range(MAX_FRAMES):
+            if not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+                return
             report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             self._hung_up = True
             if report["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:

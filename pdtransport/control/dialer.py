@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -13,9 +14,13 @@ from pdtransport.control.events import ConnectFailed, Endpoint, Event, PeerId, R
 from pdtransport.control.limits import (
     FAILED_CURVE_HANDSHAKES,
     HELLO_AGAIN_S,
+    LOOK_AGAIN_S,
     LOST_OPENER_S,
+    RECONNECT_MAX_S,
+    RECONNECT_S,
     REFUSAL_HOLDS_S,
     RETRY_FOR_S,
+    RETRY_MAX_S,
 )
 from pdtransport.control.shared import Shared
 from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
@@ -45,6 +50,21 @@ WATCHED = (
 )
 
 
+class Pauses:
+    """Between tries: each about twice as long as the last one, and none as long as another one's."""
+
+    def __init__(self) -> None:
+        self._next = RECONNECT_S
+
+    def take(self, longest: float) -> float:
+        pause = min(self._next, longest)
+        self._next = min(2 * self._next, RETRY_MAX_S)
+        return pause * random.uniform(0.5, 1.0)
+
+    def start_anew(self) -> None:
+        self._next = RECONNECT_S
+
+
 class Dialer(Route):
     """The connection to one endpoint, kept open and opened again as long as somebody wants it."""
 
@@ -52,8 +72,10 @@ class Dialer(Route):
         self.endpoint = endpoint
         self.socket: Socket | None = None
         self.monitor: Socket | None = None
-        self.redial = False  # the channel should close the sockets and dial anew
         self._shared = shared
+        self._dial_at: float | None = now  # when the channel should close the sockets and dial anew; None: not at all
+        self._tried_at = -math.inf  # when it did so last
+        self._pauses = Pauses()
         self._wanted_at = now  # when somebody last asked for this endpoint, or lost the peer there
         self._deadline: float | None = None  # somebody waits until then
         self._failure: ConnectFailed | None = None
@@ -68,13 +90,27 @@ class Dialer(Route):
 
     # -- sockets -------------------------------------------------------------------------------------------------
 
-    def dial(self) -> None:
-        """Open the sockets; libzmq connects, and connects again, on its own.
+    def due(self, now: float) -> bool:
+        """Whether it should be dialled now."""
+        return self._dial_at is not None and now >= self._dial_at
+
+    def dial(self, now: float) -> list[Event]:
+        """Open the sockets; libzmq connects. What came up once it connects again on its own, as long as the peer is not
+        given up.
 
         Raises:
             zmq.ZMQError: no socket can be had, or the address is malformed.
         """
-        shared, (host, port) = self._shared, self.endpoint
+        shared, port = self._shared, self.endpoint.port
+        self.hang_up()
+        verdict = shared.reach.ask(self.endpoint.host)
+        if verdict is None:
+            self._dial_at = now + LOOK_AGAIN_S
+            return []
+        self._dial_at, self._tried_at = None, now
+        if verdict.problem:
+            return self._fail(now, verdict.problem, "host", refused=True)
+        host = verdict.address
         socket = open_socket(shared.context, zmq.DEALER, shared.settings, ipv6=":" in host)
         monitor = None
         try:
@@ -86,8 +122,7 @@ class Dialer(Route):
             raise
         self.socket, self.monitor = socket, monitor
         self._inbox = Inbox(socket, addressed=False)
-        self.redial = self._reached_tcp = self._session = False
-        self._failed_handshakes, self._hello_due = 0, None
+        return []
 
     def hang_up(self) -> None:
         close_watched(self.socket, self.monitor)
@@ -115,7 +150,8 @@ class Dialer(Route):
             return self._failure
         self._deadline = now + self._shared.settings.connect_s
         if self.socket is None:
-            self.redial = True
+            soon = max(now, self._tried_at + RECONNECT_MAX_S)
+            self._dial_at = soon if self._dial_at is None else min(self._dial_at, soon)
         elif self._session:
             self._hello_due = now
         return None
@@ -128,7 +164,7 @@ class Dialer(Route):
         now = self._shared.clock()
         self._wanted_at = now
         if silent:
-            self.redial = True  # what queued for it must not arrive later
+            self._dial_at = -math.inf  # what queued for it must not arrive later
         elif self._session:
             self._hello_due = now
 
@@ -138,6 +174,11 @@ class Dialer(Route):
 
     def wanted_since(self) -> float:
         return self._wanted_at
+
+    @property
+    def proven(self) -> bool:
+        """Whether it ever led to a peer."""
+        return self._last_peer is not None
 
     def retired(self, now: float) -> bool:
         """Nobody is there, and nobody has asked for a long time."""
@@ -160,12 +201,10 @@ class Dialer(Route):
         return []
 
     def next_deadline(self) -> float:
-        if self.redial:
-            return 0.0
         times = [self._wanted_at + RETRY_FOR_S] if self.peer is None and self._deadline is None else []
         if self.peer is not None and self.broken_until is None:
             times.append(self._ping_due)
-        times += [due for due in (self._deadline, self._hello_due) if due is not None]
+        times += [due for due in (self._deadline, self._hello_due, self._dial_at) if due is not None]
         return min(times, default=math.inf)  # a broken peer's deadline is the directory's
 
     def _say_hello(self, now: float) -> None:
@@ -225,23 +264,33 @@ class Dialer(Route):
             return self._on_handshake_refused(event, value, now)
         return []
 
+    def _try_later(self, now: float) -> None:
+        """No peer is there. libzmq would go on at its own pace, as long as we let it."""
+        self.hang_up()
+        self._dial_at = now + self._pauses.take(RECONNECT_MAX_S if self.waiting else RETRY_MAX_S)
+
     def _on_disconnected(self, now: float) -> None:
         self._session, self._hello_due = False, None
-        if self.peer is not None and self.broken_until is None:
+        if self.peer is None:
+            self._try_later(now)
+        elif self.broken_until is None:
             self.broken_until = self.last_heard + self._shared.settings.liveness_s
 
     def _on_turned_away(self, now: float) -> None:
         """An attempt to connect ended in nothing, say, because no one listens any more: no use to wait long."""
         self._reached_tcp, self._failed_handshakes = False, 0
-        if self.broken_until is not None:
+        if self.peer is None:
+            self._try_later(now)
+        elif self.broken_until is not None:
             self.broken_until = min(self.broken_until, now + LOST_OPENER_S)
 
     def _on_hung_up(self, now: float) -> list[Event]:
         self._shared.counters["handshakes_failed"] += 1
-        if now >= self._reached_at + 0.8 * self._shared.settings.connect_s:
-            return []  # it was libzmq's own patience that ended: the port says nothing at all
-        self._failed_handshakes += 1
-        if self._shared.keys is None or self._failed_handshakes < FAILED_CURVE_HANDSHAKES:
+        hung_up = now < self._reached_at + 0.8 * self._shared.settings.connect_s
+        self._failed_handshakes += hung_up  # else libzmq's own patience ended: the port says nothing at all
+        if not hung_up or self._shared.keys is None or self._failed_handshakes < FAILED_CURVE_HANDSHAKES:
+            if self.peer is None:
+                self._try_later(now)
             return []
         self.hang_up()
         return self._fail(
@@ -327,6 +376,7 @@ class Dialer(Route):
             return []
         events = shared.directory.admit(welcome, self.endpoint.host, self, self.endpoint, now)
         self._deadline = self._hello_due = self._failure = None
+        self._pauses.start_anew()
         self._ping_due = now + shared.beat_s
         return events
 

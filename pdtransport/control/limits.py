@@ -4,6 +4,9 @@ from __future__ import annotations
 
 MAX_PEERS = 1024  # workers that may be up at once; more are refused with field "peers"
 MAX_CONNECTIONS = 512  # endpoints we connect to; each holds two sockets and about four descriptors
+MAX_TRIED = 128  # of them, endpoints that never led to a peer; one more takes the place of the one tried longest
+MAX_PROVEN = 4096  # endpoints without a connection that are remembered to have led to a peer
+NEW_PER_S = 128.0  # endpoints that never led to a peer are called so often; as many at once after a pause
 MAX_ROUTES_PER_PEER = 8  # connections between the same two processes, both directions together
 MAX_STRANGERS = 1024  # connections without a handshake that are remembered, to answer each at most once a second
 MAX_BURIED = 1024  # incarnations that a newer one replaced
@@ -18,12 +21,14 @@ TCP_BACKLOG = 512
 MAX_STRANGER_FRAME = 256 << 10  # bytes of a frame before the handshake: the largest Hello with all its exports
 MAX_FRAMES_A_TURN = 256
 
-RECONNECT_S = 0.1  # first pause before TCP is tried again ...
-RECONNECT_MAX_S = 1.0  # ... and the longest
+RECONNECT_S = 0.1  # first pause before TCP is tried again, each at random half to whole ...
+RECONNECT_MAX_S = 1.0  # ... the longest while somebody waits, or while a peer may come back that was up ...
+RETRY_MAX_S = 8.0  # ... and the longest while nobody waits
+LOOK_AGAIN_S = 0.005  # whether a name was looked up
 HELLO_AGAIN_S = 1.0  # an unanswered Hello is repeated after this, on the same connection
 LOST_OPENER_S = 0.3  # a broken connection that can't be opened again: its peer is down after this
 LOST_BOUND_S = 1.0  # the same where the peer must do the reconnecting: its own pauses come on top
-RETRY_FOR_S = 60.0  # background attempts at an endpoint that nobody has asked for since
+RETRY_FOR_S = 60.0  # background attempts, some fifteen, at an endpoint that nobody has asked for since
 REFUSAL_HOLDS_S = 1.0  # an endpoint that refused us is not asked again before this
 PROBE_AFTER_S = (0.02, 0.3)  # after a disconnect, see which connection it was
 ANSWER_GARBAGE_EVERY_S = 1.0  # per connection

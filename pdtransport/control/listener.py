@@ -202,7 +202,7 @@ class Listener:
             return known
         stranger = self._strangers.pop(name, None)
         if stranger is None:
-            stranger = Inbound(name, _address(body), _descriptor(body), self)
+            stranger = Inbound(name, address_of(body), _descriptor(body), self)
         self._add_stranger(stranger)
         return stranger
 
@@ -350,7 +350,8 @@ def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> Non
         ) from None
 
 
-def _address(frame: zmq.Frame | None) -> str:
+def address_of(frame: zmq.Frame | None) -> str:
+    """Where the connection that a frame came over comes from; empty where libzmq does not say."""
     try:
         return str(frame.get("Peer-Address")).removeprefix("::ffff:") if frame is not None else ""
     except zmq.ZMQError:

@@ -12,6 +12,7 @@ import zmq
 from pdtransport.control.curve import Keys
 from pdtransport.control.directory import Directory
 from pdtransport.control.events import Identity
+from pdtransport.control.reach import Reach
 from pdtransport.control.sockets import Socket
 from pdtransport.settings import ControlSettings
 
@@ -58,6 +59,7 @@ class Shared:
     context: zmq.Context[Socket]
     counters: Counter[str]
     directory: Directory
+    reach: Reach
     complaints: Complaints = field(default_factory=Complaints)
 
     @property

@@ -210,8 +210,8 @@ def head_sources(head_lo: int, head_hi: int, producer_ranks: int, total_heads: i
         return sources
     sources = []
     for head in range(head_lo, head_hi):
-        holders = [r for r in range(producer_ranks) if r * total_heads // producer_ranks == head]
-        sources.append(HeadSource(holders[me % len(holders)], head, head + 1))
+        first, end = -(-head * producer_ranks // total_heads), -(-(head + 1) * producer_ranks // total_heads)
+        sources.append(HeadSource(first + me % (end - first), head, head + 1))
     return sources
 
 

@@ -15,13 +15,13 @@ import zmq
 
 from pdtransport.control import curve
 from pdtransport.control.limits import MAX_FRAMES_A_TURN
-from pdtransport.control.listener import bind
+from pdtransport.control.listener import address_of, bind
 from pdtransport.control.shared import Complaints
 from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, watch
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
-from pdtransport.pool.guest import Guest
+from pdtransport.pool.guest import Caller, Guest
 from pdtransport.pool.memory import Mapping
 from pdtransport.pool.moving import open_transport
 from pdtransport.pool.remote_messages import Ping, Pong, RemoteHello, RemoteWelcome, from_remote
@@ -85,8 +85,9 @@ class _Desk:
         return min([self._tick_at, *(at for at in times if at is not None)])
 
     def turn(self, now: float) -> bool:
-        while self._gate is not None and self._gate.step():
-            pass
+        for _ in range(MAX_FRAMES_A_TURN):
+            if self._gate is None or not self._gate.step():
+                break
         more = self._read(now)
         self._read_monitor(now)
         for guest in self._all:
@@ -129,8 +130,9 @@ class _Desk:
         return True
 
     def _read_monitor(self, now: float) -> None:
-        while self._monitor is not None:
+        for _ in range(MAX_FRAMES_A_TURN):  # strangers come and go as fast as they like
             try:
+                assert self._monitor is not None
                 self._monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
@@ -143,7 +145,7 @@ class _Desk:
                 raise WireError("a message of several parts")
             message = from_remote(letter.body.bytes)
             if isinstance(message, RemoteHello):
-                self._on_hello(letter.sender, message, now)
+                self._on_hello(letter, message, now)
             elif guest is None:
                 number = getattr(message, "request", 0)
                 self._send(letter.sender, say.Refused(request=number, what="hello", reason="say Hello first"))
@@ -160,8 +162,8 @@ class _Desk:
             self._complaints.say(f"garbage from a remote client of pool {self._settings.name}: {text}", now)
             self._send(letter.sender, say.Refused(what="message", reason=text))
 
-    def _on_hello(self, route: bytes, hello: RemoteHello, now: float) -> None:
-        remote, settings = self._settings.remote, self._settings
+    def _on_hello(self, letter: Letter, hello: RemoteHello, now: float) -> None:
+        route, remote, settings = letter.sender, self._settings.remote, self._settings
         assert remote is not None
         reason = "Hello was said already on this connection" if route in self._guests else ""
         if len(self._all) >= remote.max_clients:
@@ -175,6 +177,7 @@ class _Desk:
             name,
             wire,
             self._transport,
+            caller=Caller(address_of(letter.body), remote.networks),
             batch_frames=max(1, hello.staging_bytes // 8 // settings.frame_bytes),
             send=lambda message: self._send(route, message),
             post=self._reactor.post,

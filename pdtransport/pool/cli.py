@@ -203,6 +203,15 @@ def _add(made: argparse.ArgumentParser, model: type[BaseModel], prefix: str, lea
                 help=_help(model, name),
             )
             continue
+        if isinstance(default, tuple):
+            made.add_argument(
+                f"--{prefix}{name}".replace("_", "-").replace(".", "-"),
+                dest=f"{prefix}{name}",
+                metavar=name.upper(),
+                action="append",
+                help=f"{_help(model, name)} May be given several times.",
+            )
+            continue
         texts = [each for each in get_args(field.annotation) if isinstance(each, str)]
         made.add_argument(
             f"--{prefix}{name}".replace("_", "-").replace(".", "-"),

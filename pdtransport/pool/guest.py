@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from pdtransport.errors import PoolUnavailable
+from pdtransport.kv.fingerprint import plain
 from pdtransport.outcome import Outcome
 from pdtransport.pool import messages as say
 from pdtransport.pool.chunks import parts_of
@@ -23,6 +26,10 @@ from pdtransport.pool.request import Part, Verdict
 from pdtransport.pool.wire import FOREVER_S, Asked, Session, Wire
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.transport import Offer, Receipt, Transport
+
+logger = logging.getLogger("pdtransport.pool")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ASK_S = 600.0  # the longest deadline that a client's settings allow; it cancels earlier ones itself
 
@@ -61,10 +68,32 @@ class Errand:
     cancelled: bool = False
 
 
+@dataclass
+class Caller:
+    """Whom a client may have us call: itself. ``at``: the address that its connection comes from; ``networks``: where
+    else its own may be (``remote.peers``)."""
+
+    at: str
+    networks: Sequence[Network]
+    complained: bool = False
+
+    def where(self, host: str) -> str:
+        """The address to call for ``host``; empty: none."""
+        try:
+            named = ipaddress.ip_address(host)
+        except ValueError:
+            return self.at  # a name, which could mean anything
+        named = getattr(named, "ipv4_mapped", None) or named
+        if named.is_unspecified or str(named) == self.at:
+            return self.at
+        return host if any(named in network for network in self.networks) else ""
+
+
 class Guest:
     """Runs in the agent's I/O thread.
 
     Args:
+        caller: where the client is.
         batch_frames: the most that one transfer to it brings; a single chunk may be longer.
         send: a message to it.
         post: run a call in the I/O thread.
@@ -76,13 +105,14 @@ class Guest:
         wire: Wire,
         transport: Transport,
         *,
+        caller: Caller,
         batch_frames: int,
         send: Callable[[Message], None],
         post: Callable[[Callable[[], None]], None],
         now: float,
     ) -> None:
         self.name, self.wire, self.heard_at = name, wire, now
-        self._transport, self._batch_frames = transport, batch_frames
+        self._transport, self._caller, self._batch_frames = transport, caller, batch_frames
         self._send, self._post = send, post
         self._errands: dict[int, Errand] = {}
         self._left = False
@@ -252,6 +282,12 @@ class Guest:
             return
         if not places or len(set(places)) < len(places) or not all(place in errand.frames for place in places):
             raise WireError("chunks that were not granted, or twice")
+        host = self._caller.where(message.host)
+        if not host:
+            self._complain(message.host)
+            self._give_back(errand, set(places))
+            self._send(say.Done(request=errand.number, count=0))
+            return
         pages = np.frombuffer(b"".join(errand.frames.pop(place) for place in places), dtype="<u4").tolist()
         publication = Publication(places, message.checksums)
         errand.publications.append(publication)
@@ -267,10 +303,21 @@ class Guest:
             transfer_key(message.transfer),
             len(pages),
             pages,
-            host=message.host,
+            host=host,
             port=message.port,
             on_end=self._on_end(errand, move, session, ended),
         )
+
+    def _complain(self, host: str) -> None:
+        if not self._caller.complained:
+            self._caller.complained = True
+            logger.warning(
+                "client %s of another host stores nothing: it says that its pages are at %s (its control.host), but calls "
+                "from %s; add its network to remote.peers if that is right",
+                self.name,
+                plain(host, 80),
+                self._caller.at,
+            )
 
     def _enter(self, errand: Errand, move: Move, session: Session) -> bool:
         """Keep what the service granted until :meth:`_moved`; False if that is over already."""

@@ -30,6 +30,7 @@ def open_transport(
     order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
     changed = {"order": order, "require": None, "min_bandwidth_bytes_s": 0, "probe_bytes": 0}
     links = settings.links.model_copy(update=changed)
-    control = settings.control.model_copy(update={"liveness_s": liveness_s})
+    # The pool's client is told the pool's address by its own settings, and the agent has asked about the client's.
+    control = settings.control.model_copy(update={"liveness_s": liveness_s, "peers": None})
     ours = settings.model_copy(update={"links": links, "control": control, "observe": ObserveSettings()})
     return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)

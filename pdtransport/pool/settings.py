@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtransport.errors import SettingsError
+from pdtransport.hosts import CURVE_PEER, checked_peer
 from pdtransport.pool.policies import PolicyName
 from pdtransport.settings import ControlSettings, Settings, one_line
 
@@ -129,6 +131,12 @@ class RemoteSettings(BaseModel):
     )
     curve_secret_key_file: Path | None = Field(None, description="Secret half of it.")
     allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
+    peers: tuple[str, ...] = Field(
+        (),
+        max_length=4096,
+        description="Addresses and networks (10.1.0.0/16) that clients' pages are fetched from, beside the address that "
+        "a client's connection comes from: for clients with a control.host on another interface.",
+    )
     liveness_s: float = Field(
         10.0, gt=0, le=600, description="A client that said nothing for so long is given up, and what it holds."
     )
@@ -141,6 +149,19 @@ class RemoteSettings(BaseModel):
             raise ValueError(f"listen is {self.listen!r}: HOST:PORT, with a port of 1 to 65534, is needed")
         self.control(0)
         return self
+
+    @field_validator("peers")
+    @classmethod
+    def _checked_peers(cls, peers: tuple[str, ...]) -> tuple[str, ...]:
+        checked = tuple(checked_peer(peer) for peer in peers)
+        for peer in checked:
+            if "/" not in peer or peer.startswith(CURVE_PEER):
+                raise ValueError(f"{peer[:80]!r} is no address and no network: write 10.1.2.3, or 10.1.0.0/16")
+        return checked
+
+    @property
+    def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        return tuple(ipaddress.ip_network(peer) for peer in self.peers)
 
     @property
     def host(self) -> str:

@@ -278,7 +278,9 @@ class Wire:
     # -- what arrives -----------------------------------------------------------------------------------------------
 
     def _read_monitor(self) -> None:
-        while self._monitor is not None and int(self._monitor.get(zmq.EVENTS)) & POLLIN:
+        for _ in range(MAX_FRAMES_A_TURN):
+            if self._monitor is None or not int(self._monitor.get(zmq.EVENTS)) & POLLIN:
+                return
             try:
                 report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:

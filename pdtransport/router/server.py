@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import ClientError, ClientTimeout, web
 
 from pdtransport.errors import SettingsError
+from pdtransport.hosts import is_loopback
 from pdtransport.router import metrics as prom
 from pdtransport.router import openapi
 from pdtransport.router.admin import Admin
@@ -37,7 +38,6 @@ from pdtransport.router.watches import Watches
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
 from pdtransport.serving.keys import Keys
 from pdtransport.serving.listening import Bounds, Listener, url_of
-from pdtransport.settings import is_loopback
 
 log = logging.getLogger("pdtransport.router")
 

@@ -14,18 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import select
+import shutil
 import socket
 import struct
+import tempfile
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
 MAX_REQUEST_ID_BYTES = 1 << 16
 MAX_EXPECTED = 4096  # that nobody asked for
+MAX_HEARD = 1024  # datagrams a call reads, however fast they come: twice what the kernel queues
+MAX_PATH = 107  # bytes of a Unix socket's address
 LOOK_S = 0.001
-_CREDENTIALS = struct.Struct("3i")  # Linux' struct ucred: process, user, group
-_WORDS = "-words"  # behind the bell's name: its own rings would fill the queue, which holds some ten datagrams
+_FOLDER = "pdtransport-bell-"
+_LEFT_S = 60.0  # a folder in which nobody listens is that old before it counts as left behind
+_MAX_LEFT = 1000  # folders looked at
+_WORDS = "-words"  # behind the bell's name: its own rings would fill the queue, which may hold ten datagrams only
 _DUES = "-dues"  # what is expected, which changes often, would crowd out what happened
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
 _PROMISED, _ARRIVED, _EXPECTED = b"p", b"a", b"e"
@@ -33,17 +41,14 @@ _WHEN = struct.Struct("<d")  # before the id of a request whose pages are expect
 
 
 class Bell:
-    """The scheduler's end: datagram sockets in Linux' abstract namespace. Their random names are no secret on a host
-    (``/proc/net/unix`` lists them), so the kernel says whose process a word comes from, and only this user's count."""
+    """The scheduler's end: datagram sockets in a folder of their own of mode 0700, into which the kernel lets no other
+    user of the host (names in the abstract namespace are open to everybody)."""
 
     def __init__(self) -> None:
-        self.name = f"\0pdtransport-{secrets.token_hex(16)}"
-        self._socket = _datagrams()
-        self._socket.bind(self.name)
-        self._words = _datagrams()
-        self._words.bind(self.name + _WORDS)
-        self._dues = _datagrams()
-        self._dues.bind(self.name + _DUES)
+        folder = _make_folder()
+        self._remove = weakref.finalize(self, _remove, folder, os.getpid())
+        self.name = str(folder / "bell")
+        self._socket, self._words, self._dues = (_datagrams(self.name + suffix) for suffix in ("", _WORDS, _DUES))
         self._promised: set[str] = set()
         self._arrived: set[tuple[str, int]] = set()
         self._expected: dict[tuple[str, int], float] = {}
@@ -59,9 +64,8 @@ class Bell:
         while (left := ends - time.monotonic()) > 0 and not (unless is not None and unless()):
             for descriptor, _ in poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
                 if descriptor == self._socket.fileno():
-                    with contextlib.suppress(BlockingIOError):
-                        while _heard(self._socket, 16) is not None:
-                            pass
+                    for _ in _heard(self._socket, 16):
+                        pass
                     return True
                 self._hear_dues()
         return False
@@ -86,52 +90,77 @@ class Bell:
         return expected
 
     def _hear_dues(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while (word := _heard(self._dues, _WORD.size + MAX_REQUEST_ID_BYTES)) is not None:
-                if len(word) > _WORD.size + _WHEN.size and len(self._expected) < MAX_EXPECTED:
-                    when = _WHEN.unpack_from(word, _WORD.size)[0]
-                    self._expected[_text(word[_WORD.size + _WHEN.size :]), _WORD.unpack_from(word)[1]] = when
+        for word in _heard(self._dues, _WORD.size + MAX_REQUEST_ID_BYTES):
+            if len(word) > _WORD.size + _WHEN.size and len(self._expected) < MAX_EXPECTED:
+                when = _WHEN.unpack_from(word, _WORD.size)[0]
+                self._expected[_text(word[_WORD.size + _WHEN.size :]), _WORD.unpack_from(word)[1]] = when
 
     def _listen(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while (word := _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES)) is not None:
-                if len(word) <= _WORD.size:
-                    continue
-                kind, rank = _WORD.unpack_from(word)
-                rest = word[_WORD.size :]
-                if kind == _PROMISED:
-                    self._promised.add(_text(rest))
-                elif kind == _ARRIVED:
-                    self._arrived.add((_text(rest), rank))
+        for word in _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES):
+            if len(word) <= _WORD.size:
+                continue
+            kind, rank = _WORD.unpack_from(word)
+            rest = word[_WORD.size :]
+            if kind == _PROMISED and len(self._promised) < MAX_EXPECTED:
+                self._promised.add(_text(rest))
+            elif kind == _ARRIVED and len(self._arrived) < MAX_EXPECTED:
+                self._arrived.add((_text(rest), rank))
 
     def close(self) -> None:
         self._socket.close()
         self._words.close()
         self._dues.close()
+        self._remove()
 
 
 def _text(req_id: bytes) -> str:
     return req_id.decode(errors="replace")
 
 
-def _datagrams() -> socket.socket:
+def _datagrams(path: str = "") -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     made.setblocking(False)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    if path:
+        made.bind(path)
     return made
 
 
-def _heard(listening: socket.socket, nbytes: int) -> bytes | None:
-    """The next datagram; empty if it came from another user, None if it was empty itself.
+def _heard(listening: socket.socket, nbytes: int) -> Iterator[bytes]:
+    """What was said and not read yet, up to ``MAX_HEARD`` datagrams: the rest is for the next call."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(MAX_HEARD):
+            yield listening.recv(nbytes)
 
-    Raises:
-        BlockingIOError: there is none.
-    """
-    data, ancillary, _, _ = listening.recvmsg(nbytes, socket.CMSG_SPACE(_CREDENTIALS.size))
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS) and len(content) == _CREDENTIALS.size:
-            return (data or None) if _CREDENTIALS.unpack(content)[1] == os.getuid() else b""
-    return b""
+
+def _make_folder() -> Path:
+    """A new folder for one bell. What engines that were killed left behind is removed."""
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) + len(f"/{_FOLDER}12345678/bell{_WORDS}") > MAX_PATH:
+        base = "/tmp"
+    _sweep(Path(base))
+    return Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
+
+
+def _sweep(base: Path) -> None:
+    for folder in islice(base.glob(f"{_FOLDER}*"), _MAX_LEFT):
+        with contextlib.suppress(OSError):
+            facts = folder.lstat()
+            if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > _LEFT_S and not _listened_to(folder):
+                shutil.rmtree(folder)
+
+
+def _listened_to(folder: Path) -> bool:
+    with _datagrams() as asking:
+        try:
+            asking.connect(str(folder / "bell"))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process that was forked from the scheduler's
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Rope:

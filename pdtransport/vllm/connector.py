@@ -15,7 +15,7 @@ from pdtransport.settings import Settings
 from pdtransport.vllm.beyond_window import Window
 from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
 from pdtransport.vllm.first_token import FirstTokens
-from pdtransport.vllm.geometry import control_port
+from pdtransport.vllm.geometry import attention_heads, control_port
 from pdtransport.vllm.logs import join_vllm_log
 from pdtransport.vllm.metadata import Commands, News
 from pdtransport.vllm.priming import shorten_priming
@@ -98,6 +98,7 @@ class PDTransportConnector(KVConnectorBase_V1):
                 engine=str(config.engine_id),
                 port=control_port(settings, vllm_config),
                 ranks=parallel.tensor_parallel_size,
+                heads=attention_heads(vllm_config),
                 first_tokens=FirstTokens(vllm_config),
                 events=events,
                 window=Window(window),

@@ -42,6 +42,12 @@ def control_port(settings: Settings, config: VllmConfig) -> int:
     return settings.control.base_port(role) + parallel.data_parallel_index * parallel.tensor_parallel_size
 
 
+def attention_heads(config: VllmConfig) -> int:
+    """Of the model; vLLM refuses a tensor-parallel size that does not divide it. 0: the model does not say."""
+    heads = getattr(config.model_config.hf_text_config, "num_attention_heads", 0)
+    return heads if isinstance(heads, int) else 0
+
+
 def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Described:
     """Geometry, memory and fingerprint of this worker's KV cache.
 

@@ -8,12 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pdtransport.protocol.messages import Token, TransferId
+from pdtransport.protocol.messages import MAX_TRANSFER_ID, Token, TransferId
 from pdtransport.settings import one_line
 
 # Routers that copy only the keys which vLLM's NIXL connector has drop transfer_id: prefill's answer names the transfer
 # in remote_request_id, too, marked so that no other connector's request id is taken for one.
 _MARK = "pdtransport:"
+
+MAX_RANKS = 1024
+MAX_PORT = 65535
 
 
 def marked(transfer_id: str) -> str:
@@ -37,16 +40,23 @@ class ConsumeParams(_Params):
     do_remote_prefill: Literal[True]
     transfer_id: TransferId
     remote_host: Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_.:\-\[\]]+$")]
-    remote_port: Annotated[int, Field(ge=1, le=65535)]
-    tp_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    remote_port: Annotated[int, Field(ge=1, le=MAX_PORT)]
+    tp_size: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, params: Any) -> Any:
         named = params.get("remote_request_id") if isinstance(params, dict) else None
         if isinstance(named, str) and named.startswith(_MARK) and params.get("transfer_id") is None:
-            return {**params, "transfer_id": named.removeprefix(_MARK)}
+            return {**params, "transfer_id": named[len(_MARK) : len(_MARK) + MAX_TRANSFER_ID + 1]}
         return params
+
+    @model_validator(mode="after")
+    def _has_ports(self) -> ConsumeParams:
+        last = self.remote_port + self.tp_size - 1
+        if last > MAX_PORT:
+            raise ValueError(f"tp_size: rank {self.tp_size - 1} would listen on port {last}")
+        return self
 
 
 class ContinueParams(BaseModel):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.control.reach import Reach
+from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.keys import request_key
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
@@ -57,6 +60,7 @@ BLIND_WAIT_S = 0.004  # asleep where nothing says that clients ask for something
 REJECTED = "decode's server rejected the request, or its client left before the engine had it"
 LEFT = "the request was aborted on decode before it had room"
 CLAIM_EVERY_S = 2.0  # a request that waits for room here tells prefill so at this interval
+COMPLAIN_S = 10.0  # between lines of log about requests that are not handed over: clients choose their parameters
 
 
 @dataclass
@@ -76,6 +80,7 @@ class _Consuming:
     tokens: int
     request: Request
     first_token: bool = False  # go on from prefill's, which is promised from "loading" on
+    found: bool = False  # `params.remote_host` is an address that may be called
     state: str = "waiting"  # -> "loading" -> "done"; or straight to "done" when nothing needs to come
     claim_at: float = 0.0
 
@@ -86,6 +91,7 @@ class SchedulerSide:
     Args:
         host, port: control address of this engine's rank-0 worker, for the parameters that prefill returns.
         ranks: tensor-parallel size of this engine.
+        heads: attention heads of the model, over which tensor-parallel workers divide; 0: not known.
         first_tokens: which requests may go on from prefill's first token; None: none may.
         events: tell of the pool's chunks in vLLM's KV events.
         window: which prompts are too long to be handed over; None: none is.
@@ -102,6 +108,7 @@ class SchedulerSide:
         engine: str,
         port: int,
         ranks: int,
+        heads: int = 0,
         first_tokens: FirstTokens | None = None,
         events: bool = False,
         window: Window | None = None,
@@ -116,7 +123,11 @@ class SchedulerSide:
         self._block_size = block_size
         self._engine, self._port, self._ranks = engine, port, ranks
         self._first_tokens = first_tokens
+        self._heads = heads
         self._clock = clock
+        self._reach = Reach(settings.control, strict=True, clock=clock) if consumer else None
+        self._declining: list[tuple[ConsumeParams, Code, str]] = []  # whose prefill's name is being looked up
+        self._complain_at, self._unsaid = -math.inf, 0
         self._batches = Batches()
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
@@ -208,23 +219,23 @@ class SchedulerSide:
         problem = wanted.problem
         if (wanted.produce or wanted.consume) and _of_embeddings(request):
             problem = "a prompt of embeddings has no token ids to identify its KV by"
-        named, without = wanted.produce or wanted.consume, ""
+        named, transfer, without = wanted.produce or wanted.consume, "", ""
         if named is not None and named.transfer_id is not None and not problem:
             minted = wanted.produce is not None and request.kv_transfer_params.get("transfer_id") is None
             transfer, without = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
             problem = without
         if not problem and wanted.consume is not None:
-            problem = self._window.why_not(request)
+            problem = self._window.why_not(request) or self._why_unreachable(wanted.consume)
         elif not problem and wanted.produce is not None:
             problem = self._window.why_not_held(request)
             if problem:
                 self._unneeded.add(request.request_id)
                 self._window.shorten(request)
         if problem:
-            level = logging.DEBUG if problem.startswith(CODE) else logging.WARNING  # said when the engine started
-            logger.log(level, "request %s is not handed over: %s", request.request_id, problem)
+            self._complain(request, problem)
             # Without one of its own, its body's transfer is another one's.
-            declined = "" if without else asked_transfer(request.kv_transfer_params)
+            asked = asked_transfer(request.kv_transfer_params)
+            declined = "" if without or not asked else transfer or asked
             if declined:
                 self._before.append(Decline(declined, Code.REFUSED, problem))
             if wanted.lost:
@@ -246,6 +257,48 @@ class SchedulerSide:
         elif wanted.continue_from is not None:
             self._go_on(request, wanted.continue_from if self._may_go_on(request) else None)
 
+    def _complain(self, request: Request, problem: str) -> None:
+        now = self._clock()
+        # What is beyond the window was said when the engine started.
+        quiet = problem.startswith(CODE) or now < self._complain_at
+        more = f" (and {self._unsaid} more since the last such line)" if self._unsaid and not quiet else ""
+        level = logging.DEBUG if quiet else logging.WARNING
+        logger.log(level, "request %s is not handed over: %s%s", plain(request.request_id, 128), problem, more)
+        if not quiet:
+            self._complain_at, self._unsaid = now + COMPLAIN_S, 0
+        elif not problem.startswith(CODE):
+            self._unsaid += 1
+
+    # -- whom decode calls ---------------------------------------------------------------------------------------
+
+    def _why_unreachable(self, params: ConsumeParams) -> str:
+        """Why no prefill workers are called for these parameters; empty while nothing speaks against it."""
+        if self._heads and self._heads % params.tp_size:
+            return f"tp_size: a model of {self._heads} attention heads is not split over {params.tp_size} workers"
+        verdict = self._reach.ask(params.remote_host) if self._reach is not None else None
+        return f"remote_host: {verdict.problem}" if verdict is not None and verdict.problem else ""
+
+    def _find(self, req_id: str, entry: _Consuming) -> bool:
+        """Whether it is known where this request's prefill is; False: ask again. If that may not be called, the request
+        is not handed over from here on."""
+        if entry.found or entry.state != "waiting" or self._reach is None:
+            return True
+        verdict = self._reach.ask(entry.params.remote_host)
+        if verdict is None:
+            return False
+        if verdict.address:
+            entry.params = entry.params.model_copy(update={"remote_host": verdict.address})
+            entry.found = True
+            return True
+        del self._consuming[req_id]
+        problem = f"remote_host: {verdict.problem}"
+        self._complain(entry.request, problem)
+        self._note_taken(entry.params.transfer_id)
+        self._before.append(Decline(entry.params.transfer_id, Code.REFUSED, problem))
+        if self._pool is not None:
+            self._pool.ask(req_id)
+        return True
+
     def _may_go_on(self, request: Request) -> bool:
         """Whether going on from prefill's first token is exact, and leaves something to compute here."""
         may = self._first_tokens is not None and not self._first_tokens.why_not(request)
@@ -264,6 +317,9 @@ class SchedulerSide:
         later. None: ask again later."""
         if self._stale.begins_on(request.request_id, computed):
             self._set_apart(request.request_id)
+        entry = self._consuming.get(request.request_id)
+        if entry is not None and not self._find(request.request_id, entry):
+            return None, False
         entry = self._consuming.get(request.request_id)
         if self._pool is not None and (entry is None or entry.state == "done"):
             return self._pool.matched_tokens(request, computed)
@@ -300,10 +356,24 @@ class SchedulerSide:
     def _decline(self, params: ConsumeParams, code: Code, reason: str) -> None:
         """The request is gone: let prefill go. vLLM's stub also follows requests that were aborted or failed while they
         were served; then the transfer has found its end already."""
-        transfer = params.transfer_id
-        if transfer not in self._taken:
-            self._note_taken(transfer)
-            self._before.append(Decline(transfer, code, reason, params.remote_host, params.remote_port, params.tp_size))
+        if params.transfer_id not in self._taken:
+            self._note_taken(params.transfer_id)
+            self._declining.append((params, code, reason))
+            self._tell_declined()
+
+    def _tell_declined(self) -> None:
+        """Those whose prefill was found, or may not be called: then those who watch are told alone."""
+        declining, self._declining = self._declining, []
+        for params, code, reason in declining:
+            if self._why_unreachable(params):
+                self._before.append(Decline(params.transfer_id, code, reason))
+                continue
+            verdict = self._reach.ask(params.remote_host) if self._reach is not None else None
+            if verdict is None:
+                self._declining.append((params, code, reason))
+                continue
+            where = verdict.address, params.remote_port, params.tp_size
+            self._before.append(Decline(params.transfer_id, code, reason, *where))
 
     def _note_taken(self, transfer: str) -> None:
         self._taken[transfer] = None
@@ -439,6 +509,7 @@ class SchedulerSide:
                 self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
         self._make_room(output)
         self._claim_waiting()
+        self._tell_declined()
         before, self._before = self._before, []
         hold, self._hold = self._hold, []
         ahead = bool(hold) and self._start is not None and self._start.early is not None and self._start.early.known
@@ -499,15 +570,15 @@ class SchedulerSide:
 
     def _claim_waiting(self) -> None:
         now = self._clock()
-        for entry in self._consuming.values():
-            if entry.state == "waiting" and now >= entry.claim_at:
+        for req_id, entry in list(self._consuming.items()):
+            if entry.state == "waiting" and now >= entry.claim_at and self._find(req_id, entry) and entry.found:
                 entry.claim_at = now + CLAIM_EVERY_S
                 p = entry.params
                 self._before.append(Claim(p.transfer_id, p.remote_host, p.remote_port, p.tp_size))
 
     def has_pending_work(self) -> bool:
         """Commands wait for a step."""
-        return bool(self._before)
+        return bool(self._before or self._declining)
 
     def take_stats(self) -> PDTransportStats | None:
         """What became of chunks without the workers, since the last call; None if nothing did."""
@@ -531,6 +602,8 @@ class SchedulerSide:
             self._pool.close()
         self._rope.close()
         self._bell.close()
+        if self._reach is not None:
+            self._reach.close()
 
     # -- the end -------------------------------------------------------------------------------------------------
 

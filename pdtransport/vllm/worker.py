@@ -115,7 +115,7 @@ class WorkerSide:
         assert transfer_config is not None
         self._transport = Transport(
             described.geometry,
-            self._settings,
+            self._settings.calling_anyone(),  # the scheduler's half has asked whether it may, and where
             engine=str(transfer_config.engine_id),
             rank=described.rank,
             world=described.ranks,

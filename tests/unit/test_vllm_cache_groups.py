@@ -86,7 +86,7 @@ def test_a_window_is_found_only_where_all_layers_have_one() -> None:
 
 
 PRODUCE = {"do_remote_decode": True, "transfer_id": "t"}
-CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1}
+CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "127.0.0.1", "remote_port": 1}
 
 
 def request(tokens: int, params: dict[str, Any], **sampling: Any) -> Request:

@@ -115,7 +115,13 @@ class Engine(UniProcExecutor):
         self, name: str = "r", first: int = 0, max_tokens: int = 8, transfer: bool = True, more: int = 0, **asks: Any
     ) -> Request:
         params = SamplingParams(max_tokens=max_tokens, **{"temperature": 0.0, **asks})
-        where = {"do_remote_prefill": True, "transfer_id": name, "remote_host": "h", "remote_port": 1, "tp_size": 1}
+        where = {
+            "do_remote_prefill": True,
+            "transfer_id": name,
+            "remote_host": "127.0.0.1",
+            "remote_port": 1,
+            "tp_size": 1,
+        }
         params.extra_args = {"kv_transfer_params": where} if transfer else None
         made = Request(name, list(range(first, first + PROMPT + more)), params, None, block_hasher=self._hasher)
         self.scheduler.add_request(made)

@@ -27,7 +27,7 @@ BLOCK = 32
 PROMPT = list(range(300, 400))  # whole characters
 TOKEN = 300
 CONSUME = {
-    "do_remote_prefill": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1, "tp_size": 1,
+    "do_remote_prefill": True, "transfer_id": "t", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 1,
     "first_token": True,
 }  # fmt: skip
 PRODUCE = {"do_remote_decode": True, "transfer_id": "t", "first_token": True}

@@ -25,7 +25,7 @@ from pdtransport.vllm.params import parse
 from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, LEFT, REJECTED, SchedulerSide
 
 BLOCK = 32
-CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "h", "remote_port": 1, "tp_size": 2}
+CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 2}
 PRODUCE = {"do_remote_decode": True, "transfer_id": "t"}
 
 

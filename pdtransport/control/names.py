@@ -1,0 +1,83 @@
+"""Names of hosts, looked up beside the threads that must not wait: the system's resolver may take half a minute."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MAX_QUEUED = 64  # names that wait for their turn; of more, each is refused
+MAX_KNOWN = 1024
+FRESH_S = 10.0  # an answer holds so long; then the name is looked up again
+
+
+@dataclass(frozen=True)
+class Found:
+    """``addresses`` as the resolver puts them in order; empty: ``problem`` says why."""
+
+    addresses: tuple[str, ...]
+    problem: str = ""
+
+
+class Names:
+    """Looks names up, one after the other, in a thread of its own that starts with the first name.
+
+    Args:
+        clock: monotonic seconds.
+        limit_s: a name that has no answer within this has none, until there is one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, limit_s: float = 2.0) -> None:
+        self._clock, self._limit_s = clock, limit_s
+        self._lock = threading.Lock()
+        self._found: OrderedDict[str, tuple[Found, float]] = OrderedDict()
+        self._asked: dict[str, float] = {}
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def look_up(self, name: str) -> Found | None:
+        """What is known of ``name``; None: ask again. Never waits."""
+        now = self._clock()
+        with self._lock:
+            known = self._found.get(name)
+            if known is not None and now < known[1] + FRESH_S:
+                return known[0]
+            asked = self._asked.get(name)
+            if asked is not None:
+                late = now >= asked + self._limit_s
+                return Found((), f"{name} has no answer from the resolver within {self._limit_s:g} s") if late else None
+            if len(self._asked) >= MAX_QUEUED:
+                return Found((), f"{MAX_QUEUED} names of hosts are being looked up, {name[:80]} is one too many")
+            self._asked[name] = now
+            self._queue.put(name)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pdtransport-names", daemon=True)
+                self._thread.start()
+        return None
+
+    def close(self) -> None:
+        """The thread ends after the name that it is at."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (name := self._queue.get()) is not None:
+            found = _resolve(name)
+            with self._lock:
+                del self._asked[name]
+                self._found[name] = found, self._clock()
+                self._found.move_to_end(name)
+                while len(self._found) > MAX_KNOWN:
+                    self._found.popitem(last=False)
+
+
+def _resolve(name: str) -> Found:
+    try:
+        answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return Found((), f"{name} is no host that is known here ({getattr(error, 'strerror', None) or error})")
+    addresses = tuple(dict.fromkeys(str(answer[4][0]) for answer in answers))
+    return Found(addresses) if addresses else Found((), f"{name} has no address")

@@ -1,0 +1,129 @@
+"""Which hosts this instance calls on somebody else's word, and at which address.
+
+A name is looked up once, its address is checked, and that very address is called: what the name means a moment later
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdtransport.control import curve
+from pdtransport.control.names import Names
+from pdtransport.errors import SettingsError
+from pdtransport.hosts import CURVE_PEER, is_loopback
+from pdtransport.kv.fingerprint import plain
+from pdtransport.settings import ControlSettings
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+MAX_SHOWN = 80  # characters of a host's name in a reason
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``address``: what to call; empty: ``problem`` says why nobody is called, in one line."""
+
+    address: str = ""
+    problem: str = ""
+
+
+class Reach:
+    """The rule of ``control.peers``.
+
+    Args:
+        strict: whoever asks speaks for a stranger, say, for the client of a request: without ``control.peers`` this
+            machine alone is called. Else an application asks, and everybody is.
+        clock: monotonic seconds.
+
+    Raises:
+        SettingsError: ``control.peers`` is missing, or its CURVE keys are none that a peer could prove.
+    """
+
+    def __init__(self, settings: ControlSettings, *, strict: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings, self._peers = settings, settings.peers
+        self._everybody = self._peers is None and not strict
+        if self._peers is None and strict and not is_loopback(settings.host):
+            raise SettingsError(
+                f"control.peers is not set, and control.host {settings.host!r} is not loopback: list the prefill hosts "
+                "that requests may fetch their pages from, as addresses, networks, names or curve:KEY ([]: none)"
+            )
+        peers = [peer for peer in self._peers or () if not peer.startswith(CURVE_PEER)]
+        self._networks = [ipaddress.ip_network(peer) for peer in peers if "/" in peer]
+        self._names = {peer for peer in peers if "/" not in peer}
+        self._by_key = self._checked_keys(settings)
+        # Names that anybody may make up never keep those that the settings know waiting.
+        self._known, self._others = (Names(clock, settings.connect_s) for _ in range(2))
+
+    def _checked_keys(self, settings: ControlSettings) -> bool:
+        """Whether a key is enough. libzmq must know it before it calls, so it can't be any of several."""
+        named = {peer.removeprefix(CURVE_PEER) for peer in self._peers or () if peer.startswith(CURVE_PEER)}
+        if not named:
+            return False
+        keys = curve.load_keys(settings)
+        if keys is None or keys.server.decode() not in named:
+            raise SettingsError(
+                "control.peers: none of its CURVE keys is the one that those we call must prove "
+                "(control.curve_server_key, or our own public key where that is not set)"
+            )
+        return True
+
+    def ask(self, host: str) -> Verdict | None:
+        """Where ``host`` may be called, or why it may not; None: its name is being looked up, ask again. Never waits
+        and never raises."""
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return self._ask_name(host)
+        problem = self._why_not(host, host)
+        return Verdict(problem=problem) if problem else Verdict(host)
+
+    def close(self) -> None:
+        self._known.close()
+        self._others.close()
+
+    def _ask_name(self, host: str) -> Verdict | None:
+        name = host.rstrip(".").lower()
+        listed = self._everybody or name in self._names or (self._peers is None and is_loopback(name))
+        if not (listed or self._networks or self._by_key):
+            return Verdict(problem=self._refusal(host))
+        found = (self._known if listed else self._others).look_up(name)
+        if found is None:
+            return None
+        if found.problem:
+            return Verdict(problem=plain(found.problem, 300))
+        problem = ""
+        for address in sorted(found.addresses, key=lambda each: ":" in each):  # IPv4 first, as libzmq has it
+            problem = self._why_not(address, host, named=name in self._names)
+            if not problem:
+                return Verdict(address)
+        return Verdict(problem=f"{plain(host, MAX_SHOWN)} is {plain(found.addresses[0], 50)}: {problem}")
+
+    def _why_not(self, address: str, host: str, *, named: bool = False) -> str:
+        where = ipaddress.ip_address(address)
+        where = getattr(where, "ipv4_mapped", None) or where
+        if not (self._everybody or named or self._by_key or self._covers(where)):
+            return self._refusal(host)
+        if self._settings.needs_keys(address):
+            return (
+                f"{plain(address, MAX_SHOWN)} is not this machine, and this side has no CURVE keys: make a pair with "
+                "`pdlaunch keys DIR` and set control.curve_public_key_file and control.curve_secret_key_file, or "
+                "control.allow_plaintext"
+            )
+        return ""
+
+    def _covers(self, address: Address) -> bool:
+        if self._peers is None:
+            return address.is_loopback
+        return any(address.version == network.version and address in network for network in self._networks)
+
+    def _refusal(self, host: str) -> str:
+        shown = plain(host, MAX_SHOWN)
+        if self._peers is None:
+            return (
+                f"pages are fetched from this machine alone, by a loopback address, since control.peers is not set: "
+                f"{shown} is elsewhere"
+            )
+        return f"{shown} is not among control.peers, the hosts that pages may be fetched from"

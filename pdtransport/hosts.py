@@ -1,0 +1,49 @@
+"""Hosts as settings name them: is it this machine, and is it an entry of ``control.peers``?"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+CURVE_PEER = "curve:"  # before a key in control.peers: names of hosts may be as long, and look like one
+_CURVE_KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_\-]{0,61}[A-Za-z0-9_])?"
+_LAST_LABEL = r"[A-Za-z_]([A-Za-z0-9_\-]{0,61}[A-Za-z0-9_])?"  # begins with no digit: it is no address gone wrong
+_NAME = re.compile(rf"(?=.{{1,253}}\Z)({_LABEL}\.)*{_LAST_LABEL}\.?")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` can't be but this machine: ``localhost`` or a loopback address. A name that merely looks like
+    one (127.0.0.1.example.org) is not."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def checked_peer(text: str) -> str:
+    """An entry of ``control.peers`` as it is compared: a network, a name in lower case, or a CURVE key.
+
+    Raises:
+        ValueError: it is none of these; one line says what is wrong.
+    """
+    shown = f"{text[:80]!r}"
+    if text.startswith(CURVE_PEER):
+        if not _CURVE_KEY.fullmatch(text.removeprefix(CURVE_PEER)):
+            raise ValueError(f"{CURVE_PEER} goes before a CURVE public key of 40 characters (Z85): see `pdlaunch keys`")
+        return text
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError as error:
+        if "host bits" in str(error):
+            network = ipaddress.ip_network(text, strict=False)
+            raise ValueError(f"{shown} is an address within a network: write {network}, or the address alone") from None
+    if _NAME.fullmatch(text):
+        return text.rstrip(".").lower()
+    hint = ""
+    if _CURVE_KEY.fullmatch(text):
+        hint = f"; a CURVE public key is written {CURVE_PEER}KEY"
+    elif "*" in text:
+        hint = "; there are no wildcards: 0.0.0.0/0 and ::/0 are all addresses"
+    raise ValueError(f"{shown} is no address, network (10.1.0.0/16) or name of a host{hint}")
