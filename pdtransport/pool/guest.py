@@ -312,8 +312,8 @@ class Guest:
         if not self._caller.complained:
             self._caller.complained = True
             logger.warning(
-                "client %s of another host stores nothing: it says that its pages are at %s (its control.host), but calls "
-                "from %s; add its network to remote.peers if that is right",
+                "client %s of another host stores nothing: it says that its pages are at %s (its control.host), but "
+                "calls from %s; add its network to remote.peers if that is right",
                 self.name,
                 plain(host, 80),
                 self._caller.at,

@@ -134,8 +134,8 @@ class RemoteSettings(BaseModel):
     peers: tuple[str, ...] = Field(
         (),
         max_length=4096,
-        description="Addresses and networks (10.1.0.0/16) that clients' pages are fetched from, beside the address that "
-        "a client's connection comes from: for clients with a control.host on another interface.",
+        description="Addresses and networks (10.1.0.0/16) that clients' pages are fetched from, beside the address "
+        "that a client's connection comes from: for clients with a control.host on another interface.",
     )
     liveness_s: float = Field(
         10.0, gt=0, le=600, description="A client that said nothing for so long is given up, and what it holds."

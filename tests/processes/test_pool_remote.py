@@ -9,20 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zmq
+from pydantic import ValidationError
 
 from pdtransport.control.curve import make_keys
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
 from pdtransport.pool.admin import Chosen, Outcome, PoolAdmin
-from pdtransport.pool.cli import main
+from pdtransport.pool.cli import main, parser, settings_from
 from pdtransport.pool.client import PoolClient
+from pdtransport.pool.guest import Caller
 from pdtransport.pool.remote_messages import RemoteHello, RemotePublish
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
@@ -323,6 +326,45 @@ def test_garbage_and_lies_harm_their_sender_only(pool: Pool, directory: Path, po
         assert names(load(far, [1])) == ["READ"]
         assert mine(far)["name"]
     nothing_held(pool)
+
+
+@pytest.mark.parametrize("host", ["10.1.2.3", "127.0.0.9", "elsewhere.example.org", "0.0.0.0"])
+def test_a_client_has_nobody_called_but_itself(
+    pool: Pool, port: int, host: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool fetches what a client stores: from the address that its connection comes from, whatever it says. An
+    address that is another one's is not called; the client hears that nothing was stored, and one line says why. A
+    name, which may mean anything, is not asked for."""
+    monkeypatch.setattr("pdtransport.pool.remote.RemotePublish", partial(published_at, host))
+    with at(port) as far:
+        for number in range(3):
+            assert store(far, [number]).prefix == (0 if host[0].isdigit() and host != "0.0.0.0" else 1)
+    nothing_held(pool)
+    lines = [record.getMessage() for record in caplog.records if "remote.peers" in record.getMessage()]
+    assert len(lines) == (1 if host[0].isdigit() and host != "0.0.0.0" else 0)
+    assert all(host in line for line in lines)
+
+
+def published_at(host: str, **facts: Any) -> RemotePublish:
+    return RemotePublish(**{**facts, "host": host})
+
+
+def test_networks_of_clients_may_be_named(port: int) -> None:
+    """For clients whose pages are at another interface than the one that they call from."""
+    caller = Caller("10.9.9.9", RemoteSettings(listen="127.0.0.1:7", peers=("127.0.0.0/30",)).networks)
+    assert [caller.where(host) for host in ("127.0.0.1", "127.0.0.9", "10.9.9.9", "::ffff:10.9.9.9")] == [
+        "127.0.0.1",
+        "",
+        "10.9.9.9",
+        "10.9.9.9",
+    ]
+    for wrong in ("prefill-1", "curve:" + "a" * 40, "10.1.2.3/8"):
+        with pytest.raises(ValidationError, match="peers"):
+            RemoteSettings(listen="127.0.0.1:7", peers=(wrong,))
+    options = ["--listen", f"127.0.0.1:{port}", "--remote-peers", "10.1.0.0/16", "--remote-peers", "10.2.3.4"]
+    remote = settings_from(parser().parse_args(options)).remote
+    assert remote is not None
+    assert remote.peers == ("10.1.0.0/16", "10.2.3.4/32")
 
 
 @pytest.fixture

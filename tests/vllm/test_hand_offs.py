@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_request_that_the_scheduler_serves_without_a_transfer_is_told(
     wanted = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
-        "transfer_id": f"in-vain-{why}",
+        "transfer_id": secrets.token_hex(16),
         "remote_host": HOST,
         "remote_port": servers.prefill.control_port,
         "tp_size": 1,
