@@ -153,7 +153,7 @@ class Exchange:
             self.handing.peer_lost(event.peer, event.reason)
             self.taking.peer_lost(event.peer, event.reason)
         elif isinstance(event, ConnectFailed):
-            logger.error("no connection to %s:%d: %s", event.host, event.port, event.reason)
+            self.taking.seldom.warn(f"no connection to {event.host}:{event.port}: {event.reason}", now)
             self._counters["connects_failed"] += 1
             self._peers.connect_failed((event.host, event.port), event.reason, event.refused)
         elif isinstance(event, StatusAsked):

@@ -14,6 +14,7 @@ from pdtransport.errors import LinkError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
 from pdtransport.observe.audit import Audit
+from pdtransport.observe.seldom import Seldom
 from pdtransport.observe.timeline import Timeline, TransferRecord
 from pdtransport.outcome import OnExpected, OnOutcome, Outcome, tell
 from pdtransport.peers import Endpoint, Peer, Peers
@@ -35,7 +36,6 @@ from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 logger = logging.getLogger(__name__)
 
 NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})
-COMPLAIN_S = 10.0  # between lines of log about transfers that found no prefill
 SAME_S = 0.001  # expectations that differ by less are no news
 
 
@@ -96,7 +96,7 @@ class Taking:
         self._counters = counters
         self._audit = audit
         self._sinks: dict[str, _Sink] = {}
-        self._complain_at, self._unsaid = 0.0, 0
+        self.seldom = Seldom(logger)  # requests choose whom we call
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
@@ -397,17 +397,11 @@ class Taking:
             self.report(transfer, code, reason, sink)
 
     def _log_failure(self, sink: _Sink, code: Code, reason: str) -> None:
-        """Where nobody is there, or may be called, is for the request to say: of these, one line now and then."""
-        level, more = logging.INFO if code in REQUEST_ENDED else logging.WARNING, ""
+        text = f"transfer {sink.wanted.transfer} failed ({code.value}): {reason}"
         if code in NOBODY_THERE and not sink.granted:
-            now = time.monotonic()
-            if now < self._complain_at:
-                self._unsaid += 1
-                level = logging.DEBUG
-            else:
-                more = f" (and {self._unsaid} more like it)" if self._unsaid else ""
-                self._complain_at, self._unsaid = now + COMPLAIN_S, 0
-        logger.log(level, "transfer %s failed (%s): %s%s", sink.wanted.transfer, code.value, reason, more)
+            self.seldom.warn(text, time.monotonic())
+        else:
+            logger.log(logging.INFO if code in REQUEST_ENDED else logging.WARNING, "%s", text)
 
     @staticmethod
     def _audit_blocks(audit: Audit, sink: _Sink) -> None:

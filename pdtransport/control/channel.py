@@ -30,6 +30,7 @@ from pdtransport.control.events import (
 )
 from pdtransport.control.handshake import checked_identity
 from pdtransport.control.limits import (
+    AGAIN_PER_S,
     MAX_CONNECTIONS,
     MAX_FRAMES_A_TURN,
     MAX_PROVEN,
@@ -99,7 +100,7 @@ class ControlChannel:
         self._listener: Listener | None = None
         self._dialers: dict[Endpoint, Dialer] = {}
         self._proven: OrderedDict[Endpoint, None] = OrderedDict()  # that led to a peer, and are not connected any more
-        self._new = Allowance(NEW_PER_S)
+        self._new, self._again = Allowance(NEW_PER_S), Allowance(AGAIN_PER_S)
         self._steps: dict[Socket, Step] = {}
         self._poller = zmq.Poller()
         self._pending: deque[Event] = deque()  # at most two a call of connect()
@@ -150,7 +151,7 @@ class ControlChannel:
         answer = dialer.want(now)
         if answer is not None:
             self._pending.append(answer)
-        elif dialer.due(now):
+        elif dialer.first and dialer.due(now):
             self._pending += self._dial(dialer, now)
 
     def send(self, peer: PeerId, message: Message) -> bool:
@@ -324,8 +325,10 @@ class ControlChannel:
         if self._listener is not None:
             self._listener.tick(now)
         for dialer in list(self._dialers.values()):
-            if dialer.due(now):
+            if dialer.due(now) and (dialer.first or self._again.take(now)):
                 events += self._dial(dialer, now)
+            elif dialer.due(now):
+                dialer.put_off(now)
             events += dialer.tick(now)
             if dialer.retired(now):
                 self._drop(dialer)

@@ -94,6 +94,10 @@ class Dialer(Route):
         """Whether it should be dialled now."""
         return self._dial_at is not None and now >= self._dial_at
 
+    def put_off(self, now: float) -> None:
+        """Others are being dialled."""
+        self._dial_at = now + self._pauses.take(RECONNECT_MAX_S)
+
     def dial(self, now: float) -> list[Event]:
         """Open the sockets; libzmq connects. What came up once it connects again on its own, as long as the peer is not
         given up.
@@ -174,6 +178,11 @@ class Dialer(Route):
 
     def wanted_since(self) -> float:
         return self._wanted_at
+
+    @property
+    def first(self) -> bool:
+        """Whether its next try is the first one, or it led to a peer before."""
+        return self.proven or self._tried_at == -math.inf
 
     @property
     def proven(self) -> bool:

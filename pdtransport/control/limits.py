@@ -4,9 +4,10 @@ from __future__ import annotations
 
 MAX_PEERS = 1024  # workers that may be up at once; more are refused with field "peers"
 MAX_CONNECTIONS = 512  # endpoints we connect to; each holds two sockets and about four descriptors
-MAX_TRIED = 128  # of them, endpoints that never led to a peer; one more takes the place of the one tried longest
+MAX_TRIED = 64  # of them, endpoints that never led to a peer; one more takes the place of the one tried longest
 MAX_PROVEN = 4096  # endpoints without a connection that are remembered to have led to a peer
-NEW_PER_S = 128.0  # endpoints that never led to a peer are called so often; as many at once after a pause
+NEW_PER_S = 64.0  # endpoints that never led to a peer are called so often first; as many at once after a pause ...
+AGAIN_PER_S = 16.0  # ... and so often again, all of them together
 MAX_ROUTES_PER_PEER = 8  # connections between the same two processes, both directions together
 MAX_STRANGERS = 1024  # connections without a handshake that are remembered, to answer each at most once a second
 MAX_BURIED = 1024  # incarnations that a newer one replaced

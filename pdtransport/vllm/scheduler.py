@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pdtransport.control.reach import Reach
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.keys import request_key
+from pdtransport.observe.seldom import Seldom
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.adapter_requests import AdapterRequests
@@ -60,7 +60,6 @@ BLIND_WAIT_S = 0.004  # asleep where nothing says that clients ask for something
 REJECTED = "decode's server rejected the request, or its client left before the engine had it"
 LEFT = "the request was aborted on decode before it had room"
 CLAIM_EVERY_S = 2.0  # a request that waits for room here tells prefill so at this interval
-COMPLAIN_S = 10.0  # between lines of log about requests that are not handed over: clients choose their parameters
 
 
 @dataclass
@@ -127,7 +126,7 @@ class SchedulerSide:
         self._clock = clock
         self._reach = Reach(settings.control, strict=True, clock=clock) if consumer else None
         self._declining: list[tuple[ConsumeParams, Code, str]] = []  # whose prefill's name is being looked up
-        self._complain_at, self._unsaid = -math.inf, 0
+        self._seldom = Seldom(logger)  # clients choose their parameters
         self._batches = Batches()
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
@@ -258,16 +257,11 @@ class SchedulerSide:
             self._go_on(request, wanted.continue_from if self._may_go_on(request) else None)
 
     def _complain(self, request: Request, problem: str) -> None:
-        now = self._clock()
-        # What is beyond the window was said when the engine started.
-        quiet = problem.startswith(CODE) or now < self._complain_at
-        more = f" (and {self._unsaid} more since the last such line)" if self._unsaid and not quiet else ""
-        level = logging.DEBUG if quiet else logging.WARNING
-        logger.log(level, "request %s is not handed over: %s%s", plain(request.request_id, 128), problem, more)
-        if not quiet:
-            self._complain_at, self._unsaid = now + COMPLAIN_S, 0
-        elif not problem.startswith(CODE):
-            self._unsaid += 1
+        text = f"request {plain(request.request_id, 128)} is not handed over: {problem}"
+        if problem.startswith(CODE):  # said when the engine started
+            logger.debug("%s", text)
+        else:
+            self._seldom.warn(text, self._clock())
 
     # -- whom decode calls ---------------------------------------------------------------------------------------
 

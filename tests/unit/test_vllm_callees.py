@@ -12,11 +12,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.control import names
+from pdtransport.control.reach import Reach
 from pdtransport.errors import SettingsError
+from pdtransport.observe.seldom import EVERY_S
 from pdtransport.protocol.messages import Code
-from pdtransport.settings import Settings
+from pdtransport.settings import ControlSettings, Settings
 from pdtransport.vllm.metadata import Claim, Command, Decline, Take
-from pdtransport.vllm.scheduler import COMPLAIN_S, LEFT, REJECTED, SchedulerSide
+from pdtransport.vllm.scheduler import LEFT, REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, Clock, blocks, request, step
 
@@ -99,13 +101,21 @@ def test_no_way_of_ending_calls_an_address_elsewhere(host: str) -> None:
     assert called(told) == []
 
 
-def test_a_prompt_that_may_not_be_fetched_is_looked_up_in_the_pool(half: Half) -> None:  # noqa: F811
-    """It is served like one that came without a transfer."""
-    half.side._reach = made(peers=["10.0.0.0/8"])._reach
-    r = request({**CONSUME, "remote_host": "127.0.0.1"})
-    half.side.on_new_request(r)
-    assert half.side._pool is not None
-    assert half.side._pool.asking or half.side._pool.matched_tokens(r, 0)[0] is not None
+def test_a_prompt_that_may_not_be_fetched_is_looked_up_in_the_pool(
+    half: Half,  # noqa: F811
+    resolver: dict[str, str],
+) -> None:
+    """It is served like one that came without a transfer: at once, or when its host's name turned out to lead
+    elsewhere."""
+    half.arrive({**CONSUME, "remote_host": "10.1.2.3"}, name="now")
+    assert len(half.pool.asked) == 1
+    resolver["evil"] = "169.254.169.254"
+    half.side._reach = Reach(ControlSettings(allow_plaintext=True, peers=["10.1.0.0/16"]), strict=True)
+    later = half.arrive({**CONSUME, "transfer_id": "u", "remote_host": "evil"}, name="later")
+    deadline = time.monotonic() + 20
+    while len(half.pool.asked) == 1:
+        assert half.side.matched_tokens(later, 0) == (None, False)
+        assert time.monotonic() < deadline
     assert called(step(half.side).before) == []
 
 
@@ -188,11 +198,11 @@ def test_what_clients_send_fills_no_log(caplog: pytest.LogCaptureFixture) -> Non
     side = made(clock)
     for number in range(1000):
         side.on_new_request(request({**CONSUME, "remote_host": "10.1.2.3"}, name=f"{'x' * 5000}\n{number}"))
-    clock.now = COMPLAIN_S
+    clock.now = EVERY_S
     side.on_new_request(request({**CONSUME, "remote_host": "10.1.2.3"}, name="last"))
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2
-    assert "(and 999 more since the last such line)" in lines[1]
+    assert "(and 999 more such lines since the last one)" in lines[1]
     assert max(map(len, lines)) < 500
     assert not any("\n" in line for line in lines)
 
