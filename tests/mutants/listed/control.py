@@ -53,6 +53,31 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
+        "pdtransport.control.reach",
+        "reach",
+        (
+            "address_of_a_name_is_not_checked",
+            "Reach._ask_name",
+            "named=name in self._names",
+            "named=True",
+            "a_name_that_is_not_listed_counts_by_its_address",
+        ),
+        (
+            "everybody_is_called_where_no_peer_is_named",
+            "Reach.__init__",
+            "self._peers is None and not strict",
+            "self._peers is None",
+            "no_other_machine_is_called_where_none_is_named",
+        ),
+        (
+            "mapped_addresses_are_others",
+            "Reach._why_not",
+            'getattr(where, "ipv4_mapped", None) or where',
+            "where",
+            "addresses_are_called_that_the_setting_covers",
+        ),
+    ),
+    *bugs(
         "pdtransport.control.dialer",
         "control_channel",
         (

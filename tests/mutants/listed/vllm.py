@@ -6,6 +6,40 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
+        "pdtransport.vllm.bell",
+        "vllm_bell",
+        (
+            "words_are_read_as_long_as_they_come",
+            "_heard",
+            "range(MAX_HEARD)",
+            "iter(int, 1)",
+            "a_call_reads_a_bounded_number_of_words",
+        ),
+    ),
+    *bugs(
+        "pdtransport.vllm.params",
+        "vllm_params",
+        ("last_rank_has_no_port", "ConsumeParams._has_ports", "last > MAX_PORT", "False", "all_ranks_have_a_port"),
+    ),
+    *bugs(
+        "pdtransport.vllm.scheduler",
+        "vllm_callees",
+        (
+            "who_leaves_has_anybody_told",
+            "SchedulerSide._tell_declined",
+            "verdict.address, params.remote_port",
+            "params.remote_host, params.remote_port",
+            "prefill_that_is_named_hears_of_a_request_that_is_gone",
+        ),
+        (
+            "heads_need_not_divide",
+            "SchedulerSide._why_unreachable",
+            "self._heads % params.tp_size",
+            "False",
+            "a_model_is_split_over_ranks_that_divide_its_heads",
+        ),
+    ),
+    *bugs(
         "pdtransport.vllm.scheduler",
         "vllm_bounds",
         (
