@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pdtransport.control.reach import Reach
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.keys import request_key
 from pdtransport.observe.seldom import Seldom
@@ -20,6 +19,7 @@ from pdtransport.vllm.ahead import Arrivals, StepStart
 from pdtransport.vllm.batches import Batches
 from pdtransport.vllm.bell import Bell, Rope
 from pdtransport.vllm.beyond_window import CODE, Window
+from pdtransport.vllm.callees import Callees
 from pdtransport.vllm.crowding import REASON, Crowding
 from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
@@ -122,9 +122,8 @@ class SchedulerSide:
         self._block_size = block_size
         self._engine, self._port, self._ranks = engine, port, ranks
         self._first_tokens = first_tokens
-        self._heads = heads
         self._clock = clock
-        self._reach = Reach(settings.control, strict=True, clock=clock) if consumer else None
+        self._callees = Callees(settings.control, heads, strict=consumer, clock=clock)
         self._declining: list[tuple[ConsumeParams, Code, str]] = []  # whose prefill's name is being looked up
         self._seldom = Seldom(logger)  # clients choose their parameters
         self._batches = Batches()
@@ -224,7 +223,7 @@ class SchedulerSide:
             transfer, without = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
             problem = without
         if not problem and wanted.consume is not None:
-            problem = self._window.why_not(request) or self._why_unreachable(wanted.consume)
+            problem = self._window.why_not(request) or self._callees.why_not(wanted.consume)
         elif not problem and wanted.produce is not None:
             problem = self._window.why_not_held(request)
             if problem:
@@ -263,35 +262,22 @@ class SchedulerSide:
         else:
             self._seldom.warn(text, self._clock())
 
-    # -- whom decode calls ---------------------------------------------------------------------------------------
-
-    def _why_unreachable(self, params: ConsumeParams) -> str:
-        """Why no prefill workers are called for these parameters; empty while nothing speaks against it."""
-        if self._heads and self._heads % params.tp_size:
-            return f"tp_size: a model of {self._heads} attention heads is not split over {params.tp_size} workers"
-        verdict = self._reach.ask(params.remote_host) if self._reach is not None else None
-        return f"remote_host: {verdict.problem}" if verdict is not None and verdict.problem else ""
-
     def _find(self, req_id: str, entry: _Consuming) -> bool:
         """Whether it is known where this request's prefill is; False: ask again. If that may not be called, the request
         is not handed over from here on."""
-        if entry.found or entry.state != "waiting" or self._reach is None:
+        if entry.found or entry.state != "waiting":
             return True
-        verdict = self._reach.ask(entry.params.remote_host)
-        if verdict is None:
-            return False
-        if verdict.address:
-            entry.params = entry.params.model_copy(update={"remote_host": verdict.address})
-            entry.found = True
-            return True
-        del self._consuming[req_id]
-        problem = f"remote_host: {verdict.problem}"
-        self._complain(entry.request, problem)
-        self._note_taken(entry.params.transfer_id)
-        self._before.append(Decline(entry.params.transfer_id, Code.REFUSED, problem))
-        if self._pool is not None:
-            self._pool.ask(req_id)
-        return True
+        found = self._callees.find(entry.params)
+        if isinstance(found, str):
+            del self._consuming[req_id]
+            self._complain(entry.request, found)
+            self._note_taken(entry.params.transfer_id)
+            self._before.append(Decline(entry.params.transfer_id, Code.REFUSED, found))
+            if self._pool is not None:
+                self._pool.ask(req_id)
+        elif found is not None:
+            entry.params, entry.found = found, True
+        return found is not None
 
     def _may_go_on(self, request: Request) -> bool:
         """Whether going on from prefill's first token is exact, and leaves something to compute here."""
@@ -359,15 +345,14 @@ class SchedulerSide:
         """Those whose prefill was found, or may not be called: then those who watch are told alone."""
         declining, self._declining = self._declining, []
         for params, code, reason in declining:
-            if self._why_unreachable(params):
-                self._before.append(Decline(params.transfer_id, code, reason))
-                continue
-            verdict = self._reach.ask(params.remote_host) if self._reach is not None else None
-            if verdict is None:
+            found = self._callees.find(params)
+            if found is None:
                 self._declining.append((params, code, reason))
-                continue
-            where = verdict.address, params.remote_port, params.tp_size
-            self._before.append(Decline(params.transfer_id, code, reason, *where))
+            elif isinstance(found, str):
+                self._before.append(Decline(params.transfer_id, code, reason))
+            else:
+                where = found.remote_host, found.remote_port, found.tp_size
+                self._before.append(Decline(params.transfer_id, code, reason, *where))
 
     def _note_taken(self, transfer: str) -> None:
         self._taken[transfer] = None
@@ -596,8 +581,7 @@ class SchedulerSide:
             self._pool.close()
         self._rope.close()
         self._bell.close()
-        if self._reach is not None:
-            self._reach.close()
+        self._callees.close()
 
     # -- the end -------------------------------------------------------------------------------------------------
 

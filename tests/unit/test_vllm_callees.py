@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.control import names
-from pdtransport.control.reach import Reach
 from pdtransport.errors import SettingsError
 from pdtransport.observe.seldom import EVERY_S
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import ControlSettings, Settings
+from pdtransport.vllm.callees import Callees
 from pdtransport.vllm.metadata import Claim, Command, Decline, Take
 from pdtransport.vllm.scheduler import LEFT, REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
@@ -110,7 +110,8 @@ def test_a_prompt_that_may_not_be_fetched_is_looked_up_in_the_pool(
     half.arrive({**CONSUME, "remote_host": "10.1.2.3"}, name="now")
     assert len(half.pool.asked) == 1
     resolver["evil"] = "169.254.169.254"
-    half.side._reach = Reach(ControlSettings(allow_plaintext=True, peers=["10.1.0.0/16"]), strict=True)
+    rule = ControlSettings(allow_plaintext=True, peers=["10.1.0.0/16"])
+    half.side._callees = Callees(rule, 0, strict=True)
     later = half.arrive({**CONSUME, "transfer_id": "u", "remote_host": "evil"}, name="later")
     deadline = time.monotonic() + 20
     while len(half.pool.asked) == 1:

@@ -58,7 +58,13 @@ def test_metrics_tell_role_and_control_address(servers: Servers, with_client: An
 
 @pytest.mark.parametrize(
     ("params", "why"),
-    [({"remote_port": 0}, "remote_port"), ({"remote_host": "no host"}, "remote_host")],
+    [
+        ({"remote_port": 0}, "remote_port"),
+        ({"remote_host": "no host"}, "remote_host"),
+        ({"remote_host": "10.1.2.3"}, "control.peers"),
+        ({"remote_host": "evil.example.org"}, "control.peers"),
+        ({"tp_size": 1000}, "tp_size"),
+    ],
 )
 def test_a_request_that_the_scheduler_serves_without_a_transfer_is_told(
     params: dict[str, Any], why: str, servers: Servers, with_client: Any

@@ -27,13 +27,17 @@ BUGS: list[Mutant] = [
         (
             "who_leaves_has_anybody_told",
             "SchedulerSide._tell_declined",
-            "verdict.address, params.remote_port",
-            "params.remote_host, params.remote_port",
+            "found.remote_host, found.remote_port",
+            "params.remote_host, found.remote_port",
             "prefill_that_is_named_hears_of_a_request_that_is_gone",
         ),
+    ),
+    *bugs(
+        "pdtransport.vllm.callees",
+        "vllm_callees",
         (
             "heads_need_not_divide",
-            "SchedulerSide._why_unreachable",
+            "Callees.find",
             "self._heads % params.tp_size",
             "False",
             "a_model_is_split_over_ranks_that_divide_its_heads",
