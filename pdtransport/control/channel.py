@@ -32,6 +32,7 @@ from pdtransport.control.handshake import checked_identity
 from pdtransport.control.limits import (
     AGAIN_PER_S,
     MAX_CONNECTIONS,
+    MAX_DIALS_A_TURN,
     MAX_FRAMES_A_TURN,
     MAX_PROVEN,
     MAX_TRIED,
@@ -106,6 +107,7 @@ class ControlChannel:
         self._pending: deque[Event] = deque()  # at most two a call of connect()
         self._last_tick = clock()
         self._turn = 0
+        self._dialled = 0  # since the last tick
         self._closed = False
 
     # -- connections -----------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ class ControlChannel:
         answer = dialer.want(now)
         if answer is not None:
             self._pending.append(answer)
-        elif dialer.first and dialer.due(now):
+        elif dialer.first and dialer.due(now) and self._dialled < MAX_DIALS_A_TURN:
             self._pending += self._dial(dialer, now)
 
     def send(self, peer: PeerId, message: Message) -> bool:
@@ -264,6 +266,7 @@ class ControlChannel:
         events: list[Event] = []
         try:
             events = dialer.dial(now)
+            self._dialled += dialer.socket is not None  # else its name is being looked up, or may not be called
         except zmq.ZMQError as error:
             logger.error("no socket for %s:%d: %s", *dialer.endpoint, error)  # its deadline will tell who waits
         self._sockets_changed()
@@ -324,11 +327,13 @@ class ControlChannel:
         events += self._directory.tick(now)
         if self._listener is not None:
             self._listener.tick(now)
+        self._dialled = 0
         for dialer in list(self._dialers.values()):
-            if dialer.due(now) and (dialer.first or self._again.take(now)):
-                events += self._dial(dialer, now)
-            elif dialer.due(now):
-                dialer.put_off(now)
+            if dialer.due(now) and self._dialled < MAX_DIALS_A_TURN:
+                if dialer.first or self._again.take(now):
+                    events += self._dial(dialer, now)
+                else:
+                    dialer.put_off(now)
             events += dialer.tick(now)
             if dialer.retired(now):
                 self._drop(dialer)

@@ -22,6 +22,7 @@ TCP_BACKLOG = 512
 MAX_STRANGER_FRAME = 256 << 10  # bytes of a frame before the handshake: the largest Hello with all its exports
 MAX_FRAMES_A_TURN = 256
 
+MAX_DIALS_A_TURN = 4  # the others wait for the next one: to open a socket takes a millisecond, which peers wait for
 RECONNECT_S = 0.1  # first pause before TCP is tried again, each at random half to whole ...
 RECONNECT_MAX_S = 1.0  # ... the longest while somebody waits, or while a peer may come back that was up ...
 RETRY_MAX_S = 8.0  # ... and the longest while nobody waits
