@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks._needs import SHARED_MEMORY, VLLM, Need, cores, package, program, room
+from pdtransport.pool.digest import keep_key
 from tests.processes.pool_rig import daemon
 from tests.rig.device import DTYPES, PLACE
 from tests.rig.proof import KV_ELEMENTS_PER_TOKEN
@@ -86,7 +87,10 @@ def _tier(system: str, stack: ExitStack, folder: Path) -> list[str]:
         path = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdpool-disk-", dir=folder))
         return ["--disk", path, "--disk-bytes", str(POOL_BYTES)]
     if system == "redis":
-        return ["--redis", stack.enter_context(_redis()), "--redis-bytes", str(POOL_BYTES)]
+        key = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdpool-key-")), "digest.key")
+        keep_key(key)
+        told = ["--redis", stack.enter_context(_redis()), "--redis-bytes", str(POOL_BYTES)]
+        return [*told, "--digest-key-file", str(key)]
     return []
 
 

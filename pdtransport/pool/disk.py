@@ -4,6 +4,10 @@ A file is published whole by renaming it, and its name says all that the index n
 directories, not files. Nothing is synced, since nothing relies on it: a file that a crash left damaged fails its
 checks when it is read, counts as a miss, and is removed.
 
+The directory is opened once, and what is below it is reached from there, through no symbolic link: whoever can rename
+one above it can't put another in its place. If it is this user's alone, so must be the files in it; else chunks need
+digests (:attr:`Tier.exposed`).
+
 Where the file system has direct I/O (``O_DIRECT``), bytes go round the page cache, for the pool is the cache, and
 through a buffer of huge pages: from frames of small ones the disk would get more and shorter pieces.
 """
@@ -16,16 +20,28 @@ import logging
 import mmap
 import os
 import secrets
+import stat
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.locks import closed_to_others
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierError, address_of, check, runs_of
+from pdtransport.pool.tiers import (
+    DIGEST_BYTES,
+    HEADER_BYTES,
+    Place,
+    Stored,
+    Tier,
+    TierError,
+    address_of,
+    check,
+    runs_of,
+)
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -35,6 +51,7 @@ STRETCH = 4 << 20  # bytes of a file that are written or read at once
 HUGE = 2 << 20
 _TENANT = "t-"
 _TEMPORARY = "new-"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class DiskTier(Tier):
@@ -55,17 +72,29 @@ class DiskTier(Tier):
         self._numbers = itertools.count()
         try:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._top = os.open(self._root, _FOLDER)
+            self._closing = weakref.finalize(self, os.close, self._top)
+            self.exposed = self._why_exposed()
             self._flags = os.O_DIRECT if settings.direct == "auto" and self._probe_direct() else 0
             self._staged = bool(self._flags)  # bytes pass through a buffer
         except OSError as error:
             raise SettingsError(f"pool.disk.path: {self._root} can't be written ({error.strerror})") from None
 
+    def _why_exposed(self) -> str:
+        found = os.fstat(self._top)
+        if closed_to_others(found):
+            return ""
+        mode = stat.S_IMODE(found.st_mode)
+        return (
+            f"{self._root} (owner {found.st_uid}, mode {mode:04o}) is no directory of user {os.getuid()} with mode 0700"
+        )
+
     def _probe_direct(self) -> bool:
         """Whether files can be written here, round the page cache even."""
-        probe = self._root / f"{self._run}probe"
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        probe = f"{self._run}probe"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._top))
         try:
-            fd = os.open(probe, os.O_WRONLY | os.O_DIRECT)
+            fd = os.open(probe, os.O_WRONLY | os.O_DIRECT, dir_fd=self._top)
             try:
                 os.pwrite(fd, self._buffer()[:BLOCK], 0)
             finally:
@@ -75,21 +104,41 @@ class DiskTier(Tier):
             logger.warning("pool tier disk: %s has no direct I/O (%s): slower", self._root, error.strerror)
             return False
         finally:
-            probe.unlink()
+            os.unlink(probe, dir_fd=self._top)
 
     def scan(self) -> Iterator[Stored]:
-        for folder in _folders(self._root):
-            if not folder.name.startswith(_TENANT):
-                self._tidy(folder)
-                continue
-            tenant = folder.name.removeprefix(_TENANT)
-            for part in _folders(Path(folder.path)):
-                for file in _folders(Path(part.path)):
-                    found = _parsed(file, tenant)
-                    if found is not None:
-                        yield found
-                    else:
-                        self._tidy(file)
+        with os.scandir(self._top) as folders:
+            for folder in folders:
+                if folder.name.startswith(_TENANT):
+                    yield from self._scan_tenant(folder.name)
+                else:
+                    self._tidy(folder, self._top)
+
+    def _scan_tenant(self, name: str) -> Iterator[Stored]:
+        with _listed(name, self._top) as (parts, within):
+            for part in parts:
+                with _listed(part.name, within) as (files, at):
+                    for file in files:
+                        found = self._parsed(file, name.removeprefix(_TENANT))
+                        if found is not None:
+                            yield found
+                        else:
+                            self._tidy(file, at)
+
+    def _parsed(self, file: os.DirEntry[str], tenant: str) -> Stored | None:
+        name, _, size = file.name.partition(".")
+        try:
+            key, nbytes, about = bytes.fromhex(name), int(size), file.stat(follow_symlinks=False)
+        except (ValueError, OSError):
+            return None
+        most = MAX_CHUNK_BYTES + BLOCK + DIGEST_BYTES
+        fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and about.st_size <= most
+        return Stored(key, tenant, nbytes, about.st_size) if fits and self._ours(about) else None
+
+    def _ours(self, file: os.stat_result) -> bool:
+        """Whether this file may be read: a regular one, and where only we can write, our own: it may lie there since
+        others could, too."""
+        return stat.S_ISREG(file.st_mode) and (bool(self.exposed) or file.st_uid == os.getuid())
 
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
         return self._write(key, tenant, nbytes, pieces, None)
@@ -104,11 +153,12 @@ class DiskTier(Tier):
     def _write(
         self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int | None
     ) -> int:
-        temporary = self._root / f"{self._run}{next(self._numbers)}"
+        temporary = f"{self._run}{next(self._numbers)}"
         header = bytes(pieces[0]).ljust(BLOCK, b"\0")
         total = BLOCK + sum(map(len, pieces[1:]))
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._flags, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._flags
+            fd = os.open(temporary, flags, 0o600, dir_fd=self._top)
             try:
                 if self._staged:
                     self._write_staged(fd, header, runs_of(pieces[1:]), checksum)
@@ -116,22 +166,23 @@ class DiskTier(Tier):
                     _write_all(fd, [header, *pieces[1:]])
             finally:
                 os.close(fd)
-            path = self._path(key, tenant, nbytes)
-            try:
-                os.replace(temporary, path)
-            except FileNotFoundError:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                os.replace(temporary, path)
+            with self._folder(key, tenant, make=True) as folder:
+                os.replace(temporary, _name(key, nbytes), src_dir_fd=self._top, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                os.unlink(temporary, dir_fd=self._top)
             raise
         return total
 
     def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
-        fd = os.open(self._path(key, tenant, nbytes), os.O_RDONLY | os.O_CLOEXEC | self._flags)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | self._flags  # a pipe holds nobody up
+        with self._folder(key, tenant) as folder:
+            fd = os.open(_name(key, nbytes), flags, dir_fd=folder)
         try:
-            size = os.fstat(fd).st_size
+            about = os.fstat(fd)
+            if not self._ours(about):
+                raise TierError(f"chunk {key.hex()[:16]}: its file is not the pool's own")
+            size = about.st_size
             if self._staged:
                 return self._read_staged(fd, size, place)
             parts = place(os.pread(fd, HEADER_BYTES, 0))
@@ -205,36 +256,56 @@ class DiskTier(Tier):
             found = self._local.buffer = memoryview(memory)[skip : skip + STRETCH]
         return found
 
+    def close(self) -> None:
+        self._closing()
+
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
-        self._path(key, tenant, nbytes).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError), self._folder(key, tenant) as folder:
+            os.unlink(_name(key, nbytes), dir_fd=folder)
 
-    def _path(self, key: bytes, tenant: str, nbytes: int) -> Path:
-        name = key.hex()
-        return self._root / f"{_TENANT}{tenant}" / name[:3] / f"{name}.{nbytes}"
+    @contextlib.contextmanager
+    def _folder(self, key: bytes, tenant: str, *, make: bool = False) -> Iterator[int]:
+        """The directory of a chunk's file, opened."""
+        opened = [self._top]
+        try:
+            for name in (f"{_TENANT}{tenant}", key.hex()[:3]):
+                try:
+                    opened.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=opened[-1]))
+                except FileNotFoundError:
+                    if not make:
+                        raise
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=opened[-1])
+                    opened.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=opened[-1]))
+            yield opened[-1]
+        finally:
+            for fd in opened[1:]:
+                os.close(fd)
 
-    def _tidy(self, found: os.DirEntry[str]) -> None:
+    def _tidy(self, found: os.DirEntry[str], folder: int) -> None:
         """Remove what an earlier run did not finish; leave everything else alone."""
         if found.name.startswith(_TEMPORARY) and not found.name.startswith(self._run):
             with contextlib.suppress(OSError):
-                os.unlink(found.path)
+                os.unlink(found.name, dir_fd=folder)
 
 
-def _folders(path: Path) -> Iterator[os.DirEntry[str]]:
+def _name(key: bytes, nbytes: int) -> str:
+    return f"{key.hex()}.{nbytes}"
+
+
+@contextlib.contextmanager
+def _listed(name: str, within: int) -> Iterator[tuple[Iterator[os.DirEntry[str]], int]]:
+    """What is in a directory, and the directory itself, opened; nothing where it is none, or not for us to read."""
     try:
-        with os.scandir(path) as found:
-            yield from found
-    except (NotADirectoryError, FileNotFoundError):
+        fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
+    except OSError:
+        yield iter(()), within
         return
-
-
-def _parsed(file: os.DirEntry[str], tenant: str) -> Stored | None:
-    name, _, size = file.name.partition(".")
     try:
-        key, nbytes, stored = bytes.fromhex(name), int(size), file.stat(follow_symlinks=False).st_size
-    except (ValueError, OSError):
-        return None
-    fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + BLOCK
-    return Stored(key, tenant, nbytes, stored) if fits else None
+        with os.scandir(fd) as found:
+            yield found, fd
+    finally:
+        os.close(fd)
 
 
 def _check_length(size: int, parts: Sequence[memoryview]) -> None:

@@ -96,6 +96,22 @@ def private_directory(path: Path) -> None:
     check_private(path)
 
 
+def is_private(path: Path) -> bool:
+    """Whether ``path`` is a directory of this user's that is closed to others, or one that is still to be made."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return closed_to_others(found)
+
+
+def closed_to_others(found: os.stat_result) -> bool:
+    """Whether this is a directory into which nobody but this user can put files."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+
+
 def check_private(path: Path) -> None:
     """Whoever uses a pool asks this before it opens anything there: in a directory that somebody else made under this
     name, it would hand its pages to them, and take theirs.
@@ -107,7 +123,7 @@ def check_private(path: Path) -> None:
         found = path.lstat()
     except OSError as error:
         raise SettingsError(f"pool.dir: {path} can't be used ({error.strerror}): is the pool running?") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    if not closed_to_others(found):
         raise SettingsError(
             f"pool.dir: {path} must be a directory of user {os.getuid()} with mode 0700: mend it or choose another"
         )

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdtransport.pool.codecs import Codec, Lossy
+from pdtransport.pool.digest import Signer
 from pdtransport.pool.index import Index
 from pdtransport.pool.policies import Links, Policy, PolicyName, make_policy
-from pdtransport.pool.tiers import Tier
+from pdtransport.pool.tiers import DIGEST_BYTES, Tier
 
 
 class Lower:
@@ -20,10 +21,20 @@ class Lower:
         bit: its bit in the index's ``tiers`` column.
         limit: bytes that it may hold, what is being written included.
         codec: packs what is written there, unless the chunk has one of its own.
+        signer: makes and verifies the digests that its chunks carry; None: they need none.
     """
 
-    def __init__(self, tier: Tier, bit: int, limit: int, policy: PolicyName, codec: Codec | None = None) -> None:
-        self.codec = codec
+    def __init__(
+        self,
+        tier: Tier,
+        bit: int,
+        limit: int,
+        policy: PolicyName,
+        codec: Codec | None = None,
+        signer: Signer | None = None,
+    ) -> None:
+        self.codec, self.signer = codec, signer
+        self.overhead_bytes = tier.overhead_bytes + (DIGEST_BYTES if signer is not None else 0)
         self.tier, self.name, self.bit, self.limit = tier, tier.name, bit, limit
         self.up = True  # reachable; what a tier holds that is not does not count as there
         self.used = 0  # bytes, those reserved for writes under way included

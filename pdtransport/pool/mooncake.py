@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pdtransport.errors import SettingsError
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierDown, TierError, fill
+from pdtransport.pool.tiers import DIGEST_BYTES, HEADER_BYTES, Place, Stored, Tier, TierDown, TierError, fill
 from pdtransport.settings import one_line
 
 PREFIX = "pdtkv"
@@ -61,6 +61,7 @@ class MooncakeTier(Tier):
     name = "mooncake"
     shared = True
     overhead_bytes = HEADER_BYTES
+    exposed = "every client of the master may write to it"
 
     def __init__(self, options: dict[str, Any]) -> None:
         try:
@@ -115,7 +116,7 @@ class MooncakeTier(Tier):
             if match is None or not 0 < int(match[3]) <= MAX_CHUNK_BYTES:
                 continue
             stored = int(store.get_size(line))
-            if 0 < stored <= MAX_CHUNK_BYTES + HEADER_BYTES:
+            if 0 < stored <= MAX_CHUNK_BYTES + HEADER_BYTES + DIGEST_BYTES:
                 yield Stored(bytes.fromhex(match[2]), match[1], int(match[3]), stored)
 
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:

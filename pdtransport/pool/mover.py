@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from pdtransport.errors import TransportClosed
 from pdtransport.kernels import pages
+from pdtransport.pool.digest import Forged
 from pdtransport.pool.envelope import Opening, seal
 from pdtransport.pool.frames import frame_runs
 from pdtransport.pool.jobs import Jobs
@@ -25,6 +26,7 @@ SCAN_BATCH = 1024  # chunks adopted in one go
 PROBE_S = 0.5  # between looks at a tier that is down
 FOREVER_S = 1e9
 STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
+COMPLAIN_EVERY_S = 10.0  # lines of log about one kind of trouble with one tier
 
 Post = Callable[[Callable[[], None]], None]
 
@@ -37,6 +39,8 @@ class Mover:
         self._shelf, self._memory, self._post = shelf, memory, post
         self._frame_bytes = shelf.settings.frame_bytes
         self._stopping = threading.Event()
+        self._complaining = threading.Lock()
+        self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # when, and how often unsaid since
         self._jobs = {tier.name: Jobs() for tier in shelf.lower}
         self._threads: list[threading.Thread] = []
         for tier in shelf.lower:
@@ -69,6 +73,9 @@ class Mover:
             each.close()
         for thread in self._threads:
             thread.join(STOP_S)
+        if self.ended:
+            for tier in self._shelf.lower:
+                tier.tier.close()
 
     @property
     def ended(self) -> bool:
@@ -98,7 +105,7 @@ class Mover:
         except TierDown as error:
             self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
-            _complain(job.tier, "write", error)
+            self._complain(job.tier, "write", error)
         self._post(lambda: shelf.written_back(job, stored))
 
     def _write(self, job: WriteBack) -> int:
@@ -112,16 +119,17 @@ class Mover:
         codec = lossy_codec(job.lossy.codec) if job.lossy is not None else None
         grid = job.lossy.grid if job.lossy is not None and codec is not None else None
         codec = codec or tier.codec
-        if codec is None:
+        if codec is None and tier.signer is None:
             pieces = seal(job.key, parts, job.checksum, None)
             return tier.tier.write_checked(job.key, job.tenant, job.nbytes, pieces, job.checksum)
         check(self._checksum(job.frames, job.nbytes), job.checksum)
-        return tier.tier.write(job.key, job.tenant, job.nbytes, seal(job.key, parts, job.checksum, codec, grid))
+        pieces = seal(job.key, parts, job.checksum, codec, grid, tier.signer)
+        return tier.tier.write(job.key, job.tenant, job.nbytes, pieces)
 
     def _promote(self, job: Promote) -> None:
         shelf, found = self._shelf, None
         try:
-            opening = Opening(job.key, self._parts(job.frames, job.nbytes))
+            opening = Opening(job.key, self._parts(job.frames, job.nbytes), job.tier.signer)
             taken = job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
             checksum = opening.finish()
             if taken is None or not opening.plain:
@@ -131,15 +139,19 @@ class Mover:
             found = checksum
         except TierDown as error:
             self._went_down(job.tier, error)
+        except Forged as error:
+            kind = f"{job.tier.name}_digest_{error.kind}"
+            self._complain(job.tier, "read", error)
+            self._post(lambda: shelf.counters.update((kind,)))
         except Exception as error:  # noqa: BLE001
-            _complain(job.tier, "read", error)
+            self._complain(job.tier, "read", error)
         self._post(lambda: shelf.promoted(job, found))
 
     def _delete(self, job: Delete) -> None:
         try:
             job.tier.tier.delete(job.key, job.tenant, job.nbytes)
         except Exception as error:  # noqa: BLE001
-            _complain(job.tier, "delete", error)
+            self._complain(job.tier, "delete", error)
 
     def _look_after(self, tier: Lower) -> None:
         """Learn what the tier holds, at start, and again where others write to it; notice that it is up again."""
@@ -159,7 +171,7 @@ class Mover:
             except TransportClosed:
                 return
             except Exception as error:  # noqa: BLE001 - tried again later
-                _complain(tier, "scan", error)
+                self._complain(tier, "scan", error)
                 scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
             self._stopping.wait(PROBE_S)
 
@@ -172,7 +184,7 @@ class Mover:
 
     def _went_down(self, tier: Lower, error: TierDown) -> None:
         if tier.up:
-            _complain(tier, "reaching it", error)
+            self._complain(tier, "reaching it", error)
         self._post(lambda: self._shelf.went_down(tier))
 
     def _adopt(self, tier: Lower, batch: list[Stored]) -> None:
@@ -188,6 +200,19 @@ class Mover:
         while not adopted.wait(0.5) and not self._stopping.is_set():
             pass  # one batch at a time: requests come first
 
+    def _complain(self, tier: Lower, what: str, error: Exception) -> None:
+        """One line, and no other of this kind for a while: what others put into a tier must not fill the log."""
+        now = time.monotonic()
+        with self._complaining:
+            at, unsaid = self._complained.get((tier.name, what), (-FOREVER_S, 0))
+            if now < at + COMPLAIN_EVERY_S:
+                self._complained[tier.name, what] = at, unsaid + 1
+                return
+            self._complained[tier.name, what] = now, 0
+        text = str(error if isinstance(error, TierError) else f"{type(error).__name__}: {error}")
+        more = f" (and {unsaid} more since the last such line)" if unsaid else ""
+        logger.warning("pool tier %s: %s failed: %s%s", tier.name, what, text.replace("\n", " ")[:300], more)
+
     def _parts(self, frames: bytes, nbytes: int) -> list[memoryview]:
         runs = frame_runs(0, frames, self._frame_bytes, [nbytes])
         return [self._memory.view(first, length) for first, length in runs.tolist()]
@@ -199,8 +224,3 @@ class Mover:
 def checksum_of(memory: Mapping, frames: bytes, nbytes: int, frame_bytes: int) -> int:
     """The checksum of what lies in these frames now."""
     return int(pages.checksum(frame_runs(memory.address, frames, frame_bytes, [nbytes]), 1)[0])
-
-
-def _complain(tier: Lower, what: str, error: Exception) -> None:
-    text = error if isinstance(error, TierError) else f"{type(error).__name__}: {error}"
-    logger.warning("pool tier %s: %s failed: %s", tier.name, what, str(text).replace("\n", " ")[:300])

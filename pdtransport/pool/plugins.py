@@ -14,6 +14,7 @@ from typing import Any
 
 from pdtransport.errors import SettingsError
 from pdtransport.pool.codecs import FIRST_FOREIGN, LOSSY, Codec, Quantised, ShuffledZstd
+from pdtransport.pool.digest import Signer, load_signer
 from pdtransport.pool.disk import DiskTier
 from pdtransport.pool.lower import Lower
 from pdtransport.pool.redis import RedisTier
@@ -79,6 +80,15 @@ def lower_tiers(settings: PoolSettings, first_bit: int) -> list[Lower]:
         SettingsError: one can't be used.
     """
     made: list[tuple[Tier, AnyTierSettings]] = []
+    try:
+        return _lower_tiers(settings, first_bit, made)
+    except BaseException:
+        for tier, _ in made:
+            tier.close()
+        raise
+
+
+def _lower_tiers(settings: PoolSettings, first_bit: int, made: list[tuple[Tier, AnyTierSettings]]) -> list[Lower]:
     if settings.disk is not None:
         made.append((DiskTier(settings.disk), settings.disk))
     if settings.redis is not None:
@@ -86,10 +96,37 @@ def lower_tiers(settings: PoolSettings, first_bit: int) -> list[Lower]:
     if settings.s3 is not None:
         made.append((S3Tier(settings.s3), settings.s3))
     made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
+    file = settings.digest_key_file
+    signer = load_signer(file) if file is not None and settings.digest != "off" else None
     return [
-        Lower(tier, first_bit << number, its.bytes, settings.policy, tier_codec(its.codec, its.item_bytes))
+        Lower(
+            tier,
+            first_bit << number,
+            its.bytes,
+            settings.policy,
+            tier_codec(its.codec, its.item_bytes),
+            _signer_of(tier, signer, settings),
+        )
         for number, (tier, its) in enumerate(made)
     ]
+
+
+def _signer_of(tier: Tier, signer: Signer | None, settings: PoolSettings) -> Signer | None:
+    """Of this tier's chunks; None: they carry no digest.
+
+    Raises:
+        SettingsError: they must, and there is no key.
+    """
+    if settings.digest == "off" or (settings.digest == "auto" and not tier.exposed):
+        return None
+    if signer is None:
+        why = f"{tier.exposed}, so" if tier.exposed else "pool.digest is all, so"
+        raise SettingsError(
+            f"tier {tier.name}: {why} its chunks carry a digest, which needs a key: set pool.digest_key_file (openssl "
+            "rand -hex 32 > FILE && chmod 600 FILE; the same for all pools that share the tier), or pool.digest: off "
+            "to trust whoever can write there"
+        )
+    return signer
 
 
 def make_tier(name: str, options: dict[str, Any]) -> Tier:

@@ -12,8 +12,8 @@ from typing import Any
 
 from pdtransport.errors import SettingsError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.settings import RedisSettings
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierDown, TierError, fill
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, RedisSettings
+from pdtransport.pool.tiers import DIGEST_BYTES, HEADER_BYTES, Place, Stored, Tier, TierDown, TierError, fill
 
 PREFIX = "pdtkv"
 SCAN_COUNT = 1000  # names in one step of a scan
@@ -30,6 +30,7 @@ class RedisTier(Tier):
     name = "redis"
     shared = True
     overhead_bytes = HEADER_BYTES
+    exposed = "whoever reaches the server may write to it"
 
     def __init__(self, settings: RedisSettings) -> None:
         try:
@@ -61,7 +62,8 @@ class RedisTier(Tier):
         cursor = 0
         while True:
             cursor, names = self._ask(self._client.scan, cursor, f"{PREFIX}:*", SCAN_COUNT)
-            matches = [match for name in names if (match := _NAME.fullmatch(name))]
+            found = [match for name in names if (match := _NAME.fullmatch(name))]
+            matches = [match for match in found if 0 < int(match[3]) <= MAX_CHUNK_BYTES]
             pipeline = self._client.pipeline(transaction=False)
             for match in matches:
                 pipeline.strlen(match[0])
@@ -77,8 +79,9 @@ class RedisTier(Tier):
         return len(value)
 
     def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
-        value = self._ask(self._client.get, _name(key, tenant, nbytes))
-        if value is None:
+        most = HEADER_BYTES + nbytes + DIGEST_BYTES  # of what may be there; one more shows that it is not that
+        value = self._ask(self._client.getrange, _name(key, tenant, nbytes), 0, most)
+        if not value:
             raise TierError(f"chunk {key.hex()[:16]} is not there any more")
         fill(value, place)
 

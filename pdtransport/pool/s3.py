@@ -16,7 +16,7 @@ from typing import Any
 from pdtransport.errors import SettingsError
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, S3Settings
-from pdtransport.pool.tiers import HEADER_BYTES, Place, Stored, Tier, TierDown, TierError
+from pdtransport.pool.tiers import DIGEST_BYTES, HEADER_BYTES, Place, Stored, Tier, TierDown, TierError
 
 PROBE_S = 5.0  # between requests to a server that is down: each may cost money
 SLOW = 10  # a chunk may take so many timeouts
@@ -33,6 +33,7 @@ class S3Tier(Tier):
     name = "s3"
     shared = True
     overhead_bytes = HEADER_BYTES
+    exposed = "whoever has rights to the bucket may write to it"
 
     def __init__(self, settings: S3Settings) -> None:
         try:
@@ -90,7 +91,7 @@ class S3Tier(Tier):
                 if match is None:
                     continue
                 nbytes, stored = int(match[3]), int(found["Size"])
-                if 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + HEADER_BYTES:
+                if 0 < nbytes <= MAX_CHUNK_BYTES and stored <= MAX_CHUNK_BYTES + HEADER_BYTES + DIGEST_BYTES:
                     yield Stored(bytes.fromhex(match[2]), match[1], nbytes, stored)
             if not page.get("IsTruncated") or not page.get("NextContinuationToken"):
                 return

@@ -272,6 +272,17 @@ class PoolSettings(BaseModel):
     tiers: dict[TierName, ForeignTierSettings] = Field(
         {}, max_length=MAX_FOREIGN_TIERS, description="Tiers of other packages by their names, below all others."
     )
+    digest_key_file: Path | None = Field(
+        None,
+        description="File of mode 0600 with the key of the digests that chunks carry on tiers which others can write "
+        "to; the same for all pools that share a tier. Of several keys, one a line, the first signs and all verify.",
+    )
+    digest: Literal["auto", "all", "off"] = Field(
+        "auto",
+        description="auto: chunks carry a keyed digest on tiers that others can write to (Redis, object storage, other "
+        "packages' tiers, a disk's directory that is not this user's alone). all: on every tier. off: on none; whoever "
+        "can write there is trusted.",
+    )
     writeback_bytes: int = Field(
         256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
     )

@@ -454,7 +454,7 @@ class Shelf:
         the tier is down, or has no room."""
         nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
-        reserved = nbytes + tier.tier.overhead_bytes
+        reserved = nbytes + tier.overhead_bytes
         queued = self.writeback_bytes + nbytes
         if not tier.up or queued > self.settings.writeback_bytes:
             return False

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from pdtransport.pool.locks import is_private
 from pdtransport.pool.messages import MAX_SPACE
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.spaces import parse_spaces
@@ -23,8 +24,9 @@ END_S = 2.0  # for the last write
 
 
 def spaces_path(settings: PoolSettings) -> Path:
-    """With the chunks that outlive the pool's process, where they are on disk; else in the pool's directory."""
-    if settings.disk is not None:
+    """With the chunks that outlive the pool's process, where they are on disk and nobody else can write; else in the
+    pool's directory."""
+    if settings.disk is not None and is_private(settings.disk.path):
         return settings.disk.path / "spaces.json"
     return settings.dir / f"{settings.name}.spaces"
 

@@ -1,7 +1,8 @@
 """What a tier below memory must be able to do. All calls may block; they run in the tier's own threads.
 
 A tier holds *sealed* chunks: a header of ``HEADER_BYTES`` and a payload, opaque to it
-(:mod:`pdtransport.pool.envelope`).
+(:mod:`pdtransport.pool.envelope`). Where others can write, the payload ends with a keyed digest
+(:mod:`pdtransport.pool.digest`); the tier need not know.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pdtransport.kernels.runs import Runs
 from pdtransport.kv.keys import KEY_BYTES
 
 HEADER_BYTES = 44 + KEY_BYTES
+DIGEST_BYTES = 32  # behind the payload, where a tier's chunks carry a keyed digest
 
 Place = Callable[[bytes], list[memoryview]]
 
@@ -51,6 +53,7 @@ class Tier(ABC):
     threads: int  # that may call at once
     shared: bool = False  # whether other pools write there too
     rescan_s: float = 0.0  # how often to look for what they wrote; 0: at start only
+    exposed: str = "others may write to it"  # why its chunks need a keyed digest; empty: only this user can write there
 
     def probe(self) -> None:  # noqa: B027 - most tiers are always there
         """See whether a tier that was down is there again.
@@ -58,6 +61,9 @@ class Tier(ABC):
         Raises:
             TierDown: it is not.
         """
+
+    def close(self) -> None:  # noqa: B027 - most tiers have nothing to give back
+        """The pool ends: no call comes after this."""
 
     @abstractmethod
     def scan(self) -> Iterator[Stored]:

@@ -68,6 +68,7 @@ class PoolLane:
         elif kind == "redis":
             self.redis = Redis(self.own)
             settings["redis"] = {**self.redis.settings(timeout_s=0.3), "bytes": DISK_BYTES}
+            settings["digest_key_file"] = self.redis.digest_key
         self.workers = {"pool": Process(ServiceStart(settings), serve)}
         for rank, name in enumerate(CLIENTS):
             self.workers[name] = Process(ClientStart(self.dir, rank), use)

@@ -27,6 +27,7 @@ with contextlib.suppress(ImportError):
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
 from pdtransport.pool.client import Copied, PoolClient
+from pdtransport.pool.digest import keep_key
 from pdtransport.settings import Settings
 
 ANSWER_S = 30.0
@@ -289,6 +290,8 @@ class Redis:
 
     def __init__(self, folder: Path) -> None:
         self.socket = folder / "redis.sock"
+        self.digest_key = folder / "digest.key"  # of pools that use it
+        keep_key(self.digest_key)
         self.start()
 
     def start(self, *options: str) -> None:

@@ -22,6 +22,7 @@ import pytest
 from pdtransport.errors import SettingsError
 from pdtransport.pool.admin import Chosen, PoolAdmin
 from pdtransport.pool.client import PoolClient
+from pdtransport.pool.digest import keep_key
 from pdtransport.pool.mooncake import MooncakeTier
 from pdtransport.pool.nixl import NixlTier
 from tests.processes.pool_rig import (
@@ -119,7 +120,9 @@ class Mooncake:
     def options(self, size: str = "64MiB") -> list[str]:
         given = {"master": f"{HOST}:{self._rpc}", "names": f"http://{HOST}:{self._names}", "buffer_bytes": 16 << 20}
         told = [f"mooncake.{name}={value}" for name, value in given.items()] + ["mooncake.rescan_s=0.2"]
-        return ["--tier", f"mooncake={size}", *(part for each in told for part in ("--tier-option", each))]
+        tier = ["--tier", f"mooncake={size}", *(part for each in told for part in ("--tier-option", each))]
+        keep_key(self.folder / "digest.key")
+        return [*tier, "--digest-key-file", str(self.folder / "digest.key")]
 
     def close(self) -> None:
         for process in (self.node, self.master):

@@ -20,6 +20,7 @@ from pdtransport.kernels.runs import run
 from pdtransport.pool import plugins
 from pdtransport.pool.client import PoolClient
 from pdtransport.pool.codecs import Lossy
+from pdtransport.pool.digest import keep_key
 from pdtransport.pool.disk import BLOCK, STRETCH
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
@@ -216,21 +217,22 @@ def _forget() -> None:
     plugins.decoder.cache_clear()
 
 
-def test_third_parties_add_codecs_and_tiers(directory: Path, foreign: Any) -> None:
+def test_third_parties_add_codecs_and_tiers(directory: Path, foreign: Any, tmp_path: Path) -> None:
     """Named by their entry points, both are used as if they were ours; what their codec packed is read back without
-    being named."""
+    being named. Chunks there carry digests, of which the tier knows nothing."""
+    keep_key(tmp_path / "key")
     tiers = {"elsewhere": {"bytes": 64 << 20, "codec": "deflate", "options": {"limit": 5}}}
-    settings = PoolSettings.parse({"dir": directory, "memory_bytes": 4 * CHUNK, "tiers": tiers})
+    raw = {"dir": directory, "memory_bytes": 4 * CHUNK, "digest_key_file": tmp_path / "key", "tiers": tiers}
     zeros = np.zeros(CHUNK, dtype=np.uint8)
     with PoolClient(directory=directory) as client:
-        with Pool(settings):
+        with Pool(PoolSettings.parse(raw)):
             put(client, 1, zeros)
             assert [len(value) < CHUNK // 4 for value in foreign.Shelf.held.values()] == [True]
             flood(client)
             assert np.array_equal(get(client, 1), zeros)
             assert status(client)["tiers"]["elsewhere"]["chunks"] == 5
         tiers["elsewhere"]["codec"] = "none"
-        with Pool(PoolSettings.parse({"dir": directory, "memory_bytes": 4 * CHUNK, "tiers": tiers})):
+        with Pool(PoolSettings.parse(raw)):
             until(lambda: client.lookup([key(1)]).result().there, "it was not found again")
             assert np.array_equal(get(client, 1), zeros)
 

@@ -302,7 +302,9 @@ def test_a_full_disk_costs_the_disk_tier_only(directory: Path, tmp_path: Path) -
     """A file system without room: no half file stays or is served, memory serves on, counters say so."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(small)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("may not mount a file system")
     try:

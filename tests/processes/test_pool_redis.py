@@ -33,7 +33,7 @@ def server() -> Iterator[Redis]:
 
 def pool(directory: Path, server: Redis, chunks: int = 4, name: str = "default", **options: Any) -> Pool:
     raw = {"dir": directory, "name": name, "memory_bytes": chunks * CHUNK, "redis": server.settings(**options)}
-    return Pool(PoolSettings.parse(raw))
+    return Pool(PoolSettings.parse({**raw, "digest_key_file": server.digest_key}))
 
 
 def flood(client: PoolClient, first: int) -> None:

@@ -22,6 +22,7 @@ import pytest
 from pdtransport.errors import SettingsError
 from pdtransport.pool.admin import Chosen, PoolAdmin
 from pdtransport.pool.client import PoolClient
+from pdtransport.pool.digest import keep_key
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import CHUNK, key, load, names, status, store, until
@@ -51,6 +52,8 @@ class Server:
         (folder / "data").mkdir(parents=True)
         identity = {"name": "pool", "credentials": [{"accessKey": KEY_ID, "secretKey": SECRET}], "actions": ["Admin"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self.digest_key = folder / "digest.key"  # of pools that use it
+        keep_key(self.digest_key)
         self.credentials = folder / "credentials"
         self.credentials.write_text(f"[default]\naws_access_key_id = {KEY_ID}\naws_secret_access_key = {SECRET}\n")
         names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
@@ -183,7 +186,8 @@ def settings(directory: Path, server: Server, prefix: str, name: str = "default"
         "threads": 2,
         **options,
     }
-    return PoolSettings.parse({"dir": directory, "name": name, "memory_bytes": 4 * CHUNK, "s3": tier})
+    raw = {"dir": directory, "name": name, "memory_bytes": 4 * CHUNK, "s3": tier}
+    return PoolSettings.parse({**raw, "digest_key_file": server.digest_key})
 
 
 def pool(directory: Path, server: Server, prefix: str, name: str = "default", **options: Any) -> Pool:
