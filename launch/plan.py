@@ -20,10 +20,12 @@ from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.rundir import POOL_KEY, default_folder
 from pdtransport.launch.topology import Role, Topology
 from pdtransport.pool.cli import options
+from pdtransport.pool.digest import wants_key
 from pdtransport.pool.settings import HttpSettings, PoolSettings
 from pdtransport.settings import PoolUse
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
+DIGEST_KEY = "pool.digest"  # in the topology's own folder: chunks that it signed outlive a run
 HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
 # Ports are picked below Linux's default range for outgoing connections, which could take one before a server binds it.
 PICK_PORTS = (20000, 32000)
@@ -93,6 +95,7 @@ class PoolPlan:
     url: str  # of the HTTP API; empty: there is none
     argv: tuple[str, ...]
     new_key: Path | None = None  # of the HTTP API, for the router: to be made at start
+    digest_key: Path | None = None  # of chunks' digests: to be made unless it is there
     hint: Mapping[str, Any] = field(default_factory=dict)  # the router's pool_hint; empty: as the topology says
 
 
@@ -361,9 +364,12 @@ def _router(
 
 
 def _pool(topology: Topology, ports: Ports, run_folder: Path) -> PoolPlan | None:
-    settings, new_key = topology.pool, None
+    settings, new_key, digest_key = topology.pool, None, None
     if settings is None:
         return None
+    if settings.digest_key_file is None and wants_key(settings):
+        digest_key = default_folder(topology.name) / DIGEST_KEY
+        settings = settings.model_copy(update={"digest_key_file": digest_key})
     hints = _wants_hints(topology, settings)
     if hints and settings.http is None:  # the router speaks to the pool over HTTP
         new_key = run_folder / POOL_KEY
@@ -376,7 +382,8 @@ def _pool(topology: Topology, ports: Ports, run_folder: Path) -> PoolPlan | None
         settings, url = settings.model_copy(update={"http": http}), _url(host, port)
         hint = {"url": url, "key_file": http.key_file, "salt_file": _use(topology).salt_file} if hints else {}
     argv = (sys.executable, "-m", "pdtransport.pool.cli", *options(settings))
-    return PoolPlan(settings.name, settings.dir, settings.memory_dir or settings.dir, url, argv, new_key, hint)
+    place = settings.memory_dir or settings.dir
+    return PoolPlan(settings.name, settings.dir, place, url, argv, new_key, digest_key, hint)
 
 
 def _wants_hints(topology: Topology, pool: PoolSettings) -> bool:

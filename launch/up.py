@@ -15,6 +15,7 @@ from pdtransport.launch.pool_keeper import PoolKeeper
 from pdtransport.launch.processes import Fleet, Process
 from pdtransport.launch.rundir import RunFolder
 from pdtransport.launch.topology import Topology
+from pdtransport.pool.digest import keep_key
 
 POLL_S = 0.25
 PROGRESS_S = 15.0  # a role whose stage does not change is mentioned this often
@@ -158,6 +159,8 @@ class Launch:
     def _start_pool(self, pool: PoolPlan) -> None:
         """Before the servers: it takes all of its memory, and they are told of it."""
         self._say(f"starting pool {pool.name} in {pool.dir}")
+        if pool.digest_key is not None:
+            keep_key(pool.digest_key)
         if pool.new_key is not None:
             self._folder.make_pool_key()
         keeper = PoolKeeper(pool, self._fleet, self._say)

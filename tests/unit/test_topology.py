@@ -575,6 +575,33 @@ def test_the_router_tells_a_pool_with_a_tier_below_memory(
 
 
 @pytest.mark.parametrize(
+    ("pool", "kept"),
+    [
+        ("{dir: ./place, redis: {url: 'redis://h', bytes: 1GiB}}", True),
+        ("{dir: ./place, disk: {path: ./open, bytes: 1GiB}}", True),
+        ("{dir: ./place, disk: {path: ./open, bytes: 1GiB}, digest: 'off'}", False),
+        ("{dir: ./place, disk: {path: ./disk, bytes: 1GiB}}", False),
+        ("{dir: ./place, redis: {url: 'redis://h', bytes: 1GiB}, digest_key_file: ./mine}", False),
+        ("{dir: ./place}", False),
+    ],
+)
+def test_a_pool_with_a_tier_that_others_can_write_to_has_a_key_that_outlives_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: str, kept: bool
+) -> None:
+    """In the topology's own folder, whatever --run-dir is: chunks that it signed are there after the run. The file's
+    own key file is used as it is."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    plan = planned(tmp_path, GOOD + f"pool: {pool}\n")
+    assert plan.pool is not None
+    settings = pool_settings_from(pool_parser().parse_args(list(plan.pool.argv[3:])))
+    place = tmp_path / "state" / "pdlaunch" / plan.name / "pool.digest" if kept else None
+    assert plan.pool.digest_key == place
+    assert settings.digest_key_file == (tmp_path / "mine" if "mine" in pool else place)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("pool: {memory_bytes: 3GB}", "t.yaml:7:8: pool.memory_bytes: must be an integer"),
