@@ -59,7 +59,7 @@ class Router:
         if {each.key for each in clients} & set(admins):
             raise SettingsError("api_key_file and admin_api_key_file share a key: clients would be administrators")
         self._keys = Keys([each.key for each in clients], "API key")
-        self._tenants = Tenants(clients, settings.tenant_secret())
+        self._tenants = Tenants(clients, settings.tenant_secret(), share=settings.share_prefixes)
         self._admin_keys = Keys(admins, "admin key")
         self._server_key = settings.server_key()
         self._pool_secrets = settings.pool_secrets()

@@ -274,7 +274,12 @@ class RouterSettings(_Section):
     api_key_file: Path | None = Field(
         None,
         description="File with such keys, one a line; read at start. A line KEY TENANT keeps the prefixes that the "
-        "tenant's requests cache apart from all others'.",
+        "tenant's requests cache apart from all others'; of several keys, one without a tenant is one of its own.",
+    )
+    share_prefixes: bool = Field(
+        False,
+        description="Requests with keys that name no tenant share the prefixes that they cache: such clients can find "
+        "out by timing what others asked.",
     )
     tenant_secret_file: Path | None = Field(
         None,

@@ -1,7 +1,8 @@
 """Tenants: prefixes that one of them cached are nobody else's, in the engines' caches and in the pool alike.
 
 vLLM and pdtransport keep prefixes apart by a request's ``cache_salt``. The router derives it from a secret, the
-tenant's name and the client's own ``cache_salt``: no client can name another tenant's, or learn its own.
+tenant's name and the client's own ``cache_salt``: no client can name another tenant's, or learn its own. A key that
+names no tenant is a tenant of its own, and its salt is derived from the key itself.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ Salter = Callable[[str], str]  # from a client's own cache_salt ("": none) to th
 
 
 class Tenants:
-    """Which tenant each key belongs to.
+    """Which tenant each key belongs to. Where there is only one tenant and it has no name, nothing is salted.
+
+    Args:
+        share: keys without a tenant share what they cache, unsalted.
 
     Raises:
         SettingsError: keys name tenants and there is no secret, or a short one.
     """
 
-    def __init__(self, keys: Sequence[ClientKey], secret: str | None) -> None:
+    def __init__(self, keys: Sequence[ClientKey], secret: str | None, *, share: bool = False) -> None:
         named = [each.tenant for each in keys if each.tenant]
         if named and secret is None:
             raise SettingsError(
@@ -36,15 +40,21 @@ class Tenants:
                 f"tenant_secret_file holds {len(secret)} characters, at least {MIN_SECRET} are needed: make one with "
                 "openssl rand -hex 32"
             )
-        self._salters = [_salter(secret or "", each.tenant) if each.tenant else None for each in keys]
+        apart = len(keys) > 1 and not share
+        self._salters = [
+            _salter(secret or "", b"tenant", each.tenant)
+            if each.tenant
+            else (_salter(each.key, b"key", "") if apart else None)
+            for each in keys
+        ]
 
     def salter(self, place: int | None) -> Salter | None:
-        """For requests with the key at ``place``; None: of no tenant, their cache_salt is left as it is."""
+        """For requests with the key at ``place``; None: their cache_salt is left as it is."""
         return None if place is None else self._salters[place]
 
 
-def _salter(secret: str, tenant: str) -> Salter:
-    of_tenant = hmac.digest(secret.encode(), b"pdtransport tenant\0" + tenant.encode(), "sha256")
+def _salter(secret: str, kind: bytes, tenant: str) -> Salter:
+    of_tenant = hmac.digest(secret.encode(), b"pdtransport " + kind + b"\0" + tenant.encode(), "sha256")
 
     def salt(own: str) -> str:
         return hmac.new(of_tenant, own.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()

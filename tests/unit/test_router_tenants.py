@@ -20,10 +20,18 @@ from tests.unit.router_rig import ask, rigged, run
 from tests.unit.test_router_call import PARAMS, bodies, prompts
 
 SECRET = "0123456789abcdef0123456789abcdef"
+GOLDEN = "04550c350bc8295358f85d861cae1ccc808e3307f9d6f31eaf49159834b31704"
 
 
 def salter(tenant: str, secret: str = SECRET) -> Salter:
     made = Tenants([ClientKey("k", tenant)], secret).salter(0)
+    assert made is not None
+    return made
+
+
+def own_salter(key: str) -> Salter:
+    """Of a key that names no tenant, beside another one."""
+    made = Tenants([ClientKey("other"), ClientKey(key)], None).salter(1)
     assert made is not None
     return made
 
@@ -83,7 +91,7 @@ def test_prefixes_of_two_tenants_are_placed_apart() -> None:
 
 
 def test_each_key_brings_its_tenants_salt_to_both_servers(tmp_path: Path) -> None:
-    """Two keys of one tenant share prefixes, others do not, and a key without a tenant is left alone."""
+    """Two keys of one tenant share prefixes, others do not; a key without a tenant is one of its own."""
     keys, secret = tmp_path / "keys", tmp_path / "secret"
     keys.write_text("one acme\ntwo acme\nthree rival\nfour\n")
     secret.write_text(SECRET + "\n")
@@ -102,9 +110,49 @@ def test_each_key_brings_its_tenants_salt_to_both_servers(tmp_path: Path) -> Non
             assert got["one", None] == got["two", None] == salter("acme")("")
             assert got["one", "mine"] == got["two", "mine"] == salter("acme")("mine")
             assert got["three", None] == salter("rival")("")
-            assert (got["four", None], got["four", "mine"]) == (None, "mine")
+            own = own_salter("four")
+            assert (got["four", None], got["four", "mine"]) == (own(""), own("mine"))
+            assert len(set(got.values())) == 6
             state = json.dumps(rig.router.describe())
             assert not any(word in state for word in ("acme", "rival", SECRET))
+
+    run(test)
+
+
+def test_keys_without_tenants_share_nothing_unless_told_so() -> None:
+    """Who asks with another key is somebody else, without a setting and without a secret. A single client has nobody to
+    be kept from, and its prompts can be looked up in the pool unsalted."""
+    two = [ClientKey("one"), ClientKey("two")]
+    made = [Tenants(two, None).salter(place) for place in (0, 1)]
+    salts = {salter(own) for salter in made if salter is not None for own in ("", "mine")}
+    assert len(salts) == 4
+    assert not any("one" in salt or "two" in salt for salt in salts)
+    assert [Tenants(two, SECRET, share=True).salter(place) for place in (0, 1)] == [None, None]
+    assert Tenants(two[:1], None).salter(0) is None
+    assert Tenants(two, None).salter(None) is None
+
+
+def test_a_keys_own_salt_is_stable_and_no_tenants() -> None:
+    """Golden, and the same for all routers that have the key, whatever else is in their files. A tenant who is called
+    as a key is gets nothing of it."""
+    assert own_salter("one")("") == GOLDEN
+    found = Tenants([ClientKey("one"), ClientKey("k", "a")], SECRET).salter(0)
+    assert found is not None
+    assert found("") == GOLDEN
+    assert salter("one")("") != GOLDEN
+
+
+def test_clients_that_trust_each_other_share_on_request(tmp_path: Path) -> None:
+    """share_prefixes: their own cache_salt reaches the servers as it is."""
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+
+    async def test() -> None:
+        for share, want in ((True, "mine"), (False, own_salter("one")("mine"))):
+            async with rigged(api_key_file=str(keys), share_prefixes=share) as rig:
+                reply = await rig.ask(ask(cache_salt="mine"), headers={"Authorization": "Bearer one"})
+                assert reply.status == 200
+                assert rig.d.seen[-1].body["cache_salt"] == rig.p.seen[-1].body["cache_salt"] == want
 
     run(test)
 
