@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -372,6 +372,17 @@ class Settings(_Section):
         description="How long a start may wait for the digest of the checkpoint, which is computed while the model "
         "loads and remembered in $XDG_CACHE_HOME/pdtransport.",
     )
+    share_received: Literal["all", "trusted", "none"] = Field(
+        "all",
+        description="Whose KV, handed over to this vLLM instance, may enter its prefix cache and the pool, where other "
+        "requests find it: everybody's, that of trusted_producers, or nobody's. The request itself always uses it.",
+    )
+    trusted_producers: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field(
+        (),
+        max_length=1024,
+        description="Prefill workers whose KV may be shared, as requests name them: HOST, NETWORK (10.0.0.0/24), "
+        "HOST:PORT or HOST:FIRST-LAST (a port for each rank). Only with share_received: trusted.",
+    )
     watch_weights: bool = Field(
         True,
         description="Sum the weights as loaded at the start, and again after whatever may change them (reload_weights, "
@@ -423,6 +434,12 @@ class Settings(_Section):
     def calling_anyone(self) -> Settings:
         """The same without ``control.peers``, for a transport whose callers keep to it."""
         return self.model_copy(update={"control": self.control.model_copy(update={"peers": None})})
+
+    @model_validator(mode="after")
+    def _producers(self) -> Settings:
+        if (self.share_received == "trusted") != bool(self.trusted_producers):
+            raise ValueError("share_received: trusted and trusted_producers go together: set both, or neither")
+        return self
 
     @field_validator("model_id")
     @classmethod

@@ -53,6 +53,7 @@ class _Prompt:
     stored: int = 0  # chunks that are in the pool, or on their way
     open: int = 0  # stores that the workers have not reported, over all ranks
     stale: bool = False  # its KV is of weights that are gone: nothing of it is stored, nor loaded
+    kept_out: bool = False  # its KV is of a producer that is not trusted: nothing of it is stored
 
     @property
     def whole(self) -> int:
@@ -162,6 +163,12 @@ class PoolScheduler:
         prompt.stale = True
         if prompt.state in ("asking", "found"):
             prompt.lookups, prompt.sought, prompt.there, prompt.state = (), 0, 0, "found"
+
+    def keep_out(self, req_id: str) -> None:
+        """Nothing of this request is stored: its pages are of a producer that is not trusted."""
+        prompt = self._prompts.get(req_id)
+        if prompt is not None:
+            prompt.kept_out = True
 
     def close(self) -> None:
         if self._client is not None:
@@ -343,7 +350,7 @@ class PoolScheduler:
             return found
         for req_id, before in computed.items():
             prompt = self._prompts.get(req_id)
-            if prompt is None or prompt.state != "done" or prompt.stale:
+            if prompt is None or prompt.state != "done" or prompt.stale or prompt.kept_out:
                 continue
             first, end = prompt.stored, min(before + output.num_scheduled_tokens[req_id], prompt.tokens) // self._chunk
             if self._generated and before > prompt.tokens:

@@ -41,6 +41,7 @@ from pdtransport.vllm.metadata import (
     Yield,
 )
 from pdtransport.vllm.params import ConsumeParams, asked_transfer, marked, parse
+from pdtransport.vllm.received import Withheld
 from pdtransport.vllm.stats import PDTransportStats
 from pdtransport.vllm.usage import cached_tokens, nothing_came, set_cached
 
@@ -144,6 +145,7 @@ class SchedulerSide:
         self._crowding = Crowding(clock, settings.pool.lookup_s if settings.pool is not None else 0.0)
         self._hold: list[str] = []  # who begins in this step before its last pages are there
         self._stale = StaleBlocks()
+        self._withheld = Withheld(settings)
         self._stale_arrivals: set[str] = set()  # requests whose pages may be of weights that are gone
         self._model_names: tuple[Sequence[str], str] = ((), "")
 
@@ -166,6 +168,7 @@ class SchedulerSide:
     def bind(self, connector: Any, manager: Any) -> None:
         """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
         self._stale.bind(manager)
+        self._withheld.bind(manager)
         if self._settings.step_ahead:
             self._start = StepStart.of(connector, manager, self._begin, self._settings.early_step, self._hear_cached)
 
@@ -323,6 +326,9 @@ class SchedulerSide:
             self._release(request.request_id, entry)
             return
         entry.state = "loading"
+        p = entry.params
+        if self._withheld.takes(request, p.remote_host, p.remote_port, p.tp_size) and self._pool is not None:
+            self._pool.keep_out(request.request_id)
         self._awaited.add(request.request_id)
         first = (entry.tokens - external_tokens) // self._block_size
         end = -(-entry.tokens // self._block_size)
