@@ -57,7 +57,6 @@ def say(found: Found) -> int:
     whole = "" if found.complete or found.broken else "  NOT WHOLE: out of time"
     row = f"{found.states:>9} {found.covered:>9} {found.transitions:>11} {found.snapshots:>9} {found.depth:>5}"
     row += f" {found.seconds:>7.1f}"
-    row += f" {found.seconds:>7.1f}"
     print(f"{row}  {found.case.name}{whole}", flush=True)
     if found.broken:
         print(f"BROKEN: {found.broken}", *found.trace, sep="\n    ")

@@ -22,13 +22,14 @@ LOSS_NAME, PARTS_NAME = "a peer is given up and comes back", "two producers' par
 
 # In make test: one of each kind.
 SHORT = [
-    *both(AGAIN_NAME, AGAIN, **FAULTS),
+    *both("an id granted twice, decode aborts", AGAIN, consumer_cancels=1),
     Case("one transfer, damage, read", READ, ONE, damages=1, consumer_cancels=1),
     Case("one transfer, preemption, write", WRITE, ONE, preemptions=1, consumer_cancels=1),
     *both("one transfer, a peer is given up", ONE, losses=1),
 ]
 FULL = [
     *SHORT,
+    *both(AGAIN_NAME, AGAIN, **FAULTS),
     *both(ONE_NAME, ONE, damages=1, preemptions=1, **FAULTS),
     *both("two batches, damage, preemption", BATCHES, damages=1, preemptions=1),
     *both("two batches, aborts", BATCHES, **FAULTS),

@@ -80,11 +80,11 @@ class Consumer:
         one_sided = self.case.link == WRITE
         pages = b"".join(page.to_bytes(4, "little") for page in wanted.pages)
         parts = []
-        for peer in sorted(self.up):
-            if name_of(peer) in wanted.producers:
-                lo, hi = wanted.heads(name_of(peer))
-                size = (hi - lo) * HEAD_BYTES
-                parts.append(Part(peer, lo, hi, 1, size, pages if one_sided else b"", one_sided))
+        for name in wanted.producers:
+            peer = max(peer for peer in self.up if name_of(peer) == name)  # the newest process of that name
+            lo, hi = wanted.heads(name)
+            size = (hi - lo) * HEAD_BYTES
+            parts.append(Part(peer, lo, hi, 1, size, pages if one_sided else b"", one_sided))
         lease = self.leases[transfer] = Lease(verified={part.peer: set() for part in parts})
         blocks = len(wanted.pages)
         actions = self.book.begin(transfer, digest_of(transfer), blocks, 0, blocks, parts, 0.0)

@@ -250,14 +250,13 @@ class Explorer:
         return then._replace(faults=then.faults.less("losses"))
 
     def _meet(self, state: State, at: int) -> State:
-        """Both shake hands: a process of that name that was up here before is over. Where links write, a loss is
-        mutual: who has not noticed it forgets the old session now, and nothing of that is heard any more."""
+        """Both shake hands, whether or not the end of an older process of that name was noticed. Where links write, a
+        loss is mutual: who has not noticed it forgets the old session now, and nothing of that is heard any more."""
         consumer, producer = (self._views[state.processes[each]] for each in (0, at))
         pair = {consumer.me, producer.me}
         for who, here, there in ((0, consumer, producer), (at, producer, consumer)):
-            for peer in sorted(each for each in here.up if name_of(each) == name_of(there.me)):
-                if peer != there.me or (self.case.link == WRITE and here.me not in there.up):
-                    state = self._without_letters(self.after(state, who, ("lose", peer)), {peer}, who)
+            if self.case.link == WRITE and there.me in here.up and here.me not in there.up:
+                state = self._without_letters(self.after(state, who, ("lose", there.me)), {there.me}, who)
         if self.case.link == WRITE:
             state = self._without_letters(self._without_letters(state, pair, 0), pair, at)
         return self.after(self.after(state, 0, ("meet", producer.me)), at, ("meet", consumer.me))
