@@ -26,7 +26,25 @@ BUSY_TURNS = 1000  # after which the router waits for a time
 MAX_ANSWER = 1 << 20
 LEFT_S = 2.0  # for what an input began to be over
 COMPLETIONS, CHAT, ANSWER, EVENTS, CHUNKS = b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"
-OWN = {400, 401, 404, 405, 408, 411, 413, 415, 417, 421, 431, 499, 502, 503, 504}  # besides what decode answers
+OWN = {
+    400,
+    401,
+    403,
+    404,
+    405,
+    408,
+    411,
+    413,
+    415,
+    417,
+    421,
+    431,
+    499,
+    501,
+    502,
+    503,
+    504,
+}  # besides what decode answers
 PREFILL = json.dumps(
     completion("p", id="c", created=1, model="m")
     | {"choices": [{"index": 0, "text": "p", "finish_reason": "length"}]}

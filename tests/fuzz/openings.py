@@ -80,7 +80,7 @@ _ASK = {"model": "m", "prompt": [1, 2, 3, 4], "max_tokens": 8}
 _TALK = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "stream": True}
 _USAGE = {"usage": {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}, "choices": []}
 _DONE = b"data: [DONE]\n\n"
-_POST = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
+_POST = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
 def _told(*parts: bytes) -> bytes:
@@ -124,11 +124,11 @@ HTTP = [
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:\r\nzz\r\n",
     ),
     *(
-        b"%s %s HTTP/1.1\r\nHost: h\r\n\r\n" % each
+        b"%s %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % each
         for each in (
             (b"GET", b"/health"), (b"GET", b"/live"), (b"GET", b"/v1/models"), (b"GET", b"/openapi.json"),
             (b"GET", b"/metrics"), (b"GET", b"/pd/status?workers=1"), (b"GET", b"/pd/traces?limit=5"),
-            (b"GET", b"/pd/trace/t"), (b"HEAD", b"/health"), (b"OPTIONS", b"*"), (b"GET", b"http://h/live"),
+            (b"GET", b"/pd/trace/t"), (b"HEAD", b"/health"), (b"OPTIONS", b"*"), (b"GET", b"http://127.0.0.1/live"),
             (b"DELETE", b"/v1/completions"), (b"CONNECT", b"h:1"),
         )
     ),
@@ -136,10 +136,13 @@ HTTP = [
     _POST + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd",
     _POST + b"Content-Encoding: deflate\r\nContent-Length: 4\r\n\r\nabcd",
     _POST + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
-    _POST + b"Content-Length: 2\r\n\r\n{}GET /live HTTP/1.1\r\nHost: h\r\n\r\n",
+    _POST + b"Content-Length: 2\r\n\r\n{}GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
     _POST + b"Content-Length: 9\r\n\r\n{}",
     b"GET /live HTTP/1.0\r\n\r\n",
-    b"GET /live HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"GET /live HTTP/1.1\r\nHost: elsewhere.example\r\nOrigin: http://elsewhere.example\r\n\r\n",
+    b"OPTIONS /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: null\r\n"
+    b"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: content-type\r\n\r\n",
+    b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00",
 ]  # fmt: skip
 

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import msgpack
 
-from pdtransport.protocol.messages import PROTOCOL_VERSION, encode
-from tests.fuzz.split import SEPARATOR
-from tests.fuzz.targets import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, TRANSFER
-from tests.unit.test_protocol_messages import EXAMPLES
+from pdtransport.protocol.messages import PROTOCOL_VERSION
 
 HERE = Path(__file__).parent
 PACKS = HERE / "corpus"
@@ -57,28 +54,9 @@ def seeds(target: str) -> list[bytes]:
             [64, bytes(40)],
         ]
         return [*(msgpack.packb(each) for each in made), *found]
-    frames = [encode(message) for message in EXAMPLES] + _conversation()
-    return [*frames, SEPARATOR.join(_conversation()), *found]
+    from tests.fuzz.talk import CONVERSATION, FRAMES, SEPARATOR
 
-
-def _conversation() -> list[bytes]:
-    """What fits the transfer that the target has open, from both sides."""
-    about = {"v": PROTOCOL_VERSION, "transfer": TRANSFER, "generation": GENERATION}
-    place = {"head_lo": 0, "head_hi": 4, "window_bytes": 1 << 20, "pages": b"", "consumers": 1}
-    tokens = BLOCKS * BLOCK_TOKENS
-    words = [
-        {"kind": "accept", "known": True, "tokens_done": 16},
-        {"kind": "batch", "seq": 0, "attempt": 0, "first_block": 0, "blocks": BLOCKS}
-        | {"nbytes": BLOCKS * BLOCK_BYTES, "checksums": bytes(8 * BLOCKS), "offer": bytes(9)},
-        {"kind": "commit", "batches": 1, "tokens": tokens, "digest": DIGEST},
-        {"kind": "abort", "code": "timeout", "reason": ""},
-        {"kind": "grant", "first_block": 0, "blocks": BLOCKS, "tokens": tokens, "digest": DIGEST} | place,
-        {"kind": "received", "seqs": [0]},
-        {"kind": "nack", "wants": [[0, 1]], "reason": ""},
-        {"kind": "ack"},
-        {"kind": "revoke", "code": "cancelled", "reason": ""},
-    ]
-    return [msgpack.packb({**about, **each}) for each in words]
+    return [*FRAMES, *CONVERSATION, SEPARATOR.join(CONVERSATION), *found]
 
 
 def mutated(inputs: list[bytes], chance: random.Random) -> bytes:

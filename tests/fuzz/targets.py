@@ -2,115 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from importlib import import_module
 
-from pdtransport.errors import LinkError, LinkUnavailable, SettingsError
-from pdtransport.launch.reading import load
-from pdtransport.links import cma, reading, ucx, ucx_words
-from pdtransport.protocol.actions import Limits, Ready
-from pdtransport.protocol.messages import (
-    Abort,
-    Accept,
-    Batch,
-    Commit,
-    Message,
-    Revoked,
-    TransferMessage,
-    WireError,
-    decode,
-    encode,
-)
-from pdtransport.protocol.receiving import Part, Receiving
-from pdtransport.protocol.sending import Sending
-from tests.fuzz.split import SEPARATOR
-
-TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
-BLOCKS, BLOCK_BYTES, BLOCK_TOKENS, HEADS = 5, 64, 16, 4
-MAX_FRAMES = 16  # of one input
-
-
-def wire(data: bytes) -> None:
-    """Frames from a peer: each decodes or is a WireError, survives the way back, and whatever the frames say together,
-    no state machine breaks, and nothing counts as received that no link has verified."""
-    receiving = Receiving(Limits(), first_generation=GENERATION)
-    part = Part(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
-    receiving.begin(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, 0, BLOCKS, [part], 0.0)
-    sending = Sending(Limits(), _block_bytes)
-    sending.open(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, BLOCKS, 0.0)
-    sending.pages_ready(TRANSFER, BLOCKS, BLOCKS * BLOCK_TOKENS, 0.0)
-    for number, frame in enumerate(data.split(SEPARATOR)[:MAX_FRAMES]):
-        try:
-            message = decode(frame)
-        except WireError:
-            continue
-        assert decode(encode(message)) == message
-        if isinstance(message, TransferMessage):
-            _tell(receiving, sending, message, float(number))
-        if isinstance(message, Batch):
-            _offers(message.offer)
-
-
-def _block_bytes(head_lo: int, head_hi: int) -> int:
-    if not 0 <= head_lo < head_hi <= HEADS:  # as KVGeometry.checked_block_bytes does
-        raise ValueError("heads that are not held here")
-    return BLOCK_BYTES * (head_hi - head_lo)
-
-
-def _tell(receiving: Receiving, sending: Sending, message: Message, now: float) -> None:
-    if isinstance(message, Accept | Batch | Commit | Revoked | Abort):
-        actions = receiving.on_message("p", message, now) + receiving.tick(now)
-        assert not any(isinstance(action, Ready) for action in actions), "ready without a verified byte"
-    else:
-        sending.on_message("d", message, now)  # type: ignore[arg-type]
-        sending.tick(now)
-
-
-def _offers(data: bytes) -> None:
-    for parse in (reading.unpack_offer, ucx_words.parsed_offer):
-        with contextlib.suppress(LinkError):
-            parse(data)
-
-
-def exports(data: bytes) -> None:
-    """What a peer says about its links, and a batch's offer: an error of the link's, or taken."""
-    _offers(data)
-    for parse in (cma._parse_export, ucx._parse_export):
-        with contextlib.suppress(LinkUnavailable):
-            parse(data)
-
-
-_FILE = Path(tempfile.gettempdir()) / "pdtransport-fuzz-topology.yaml"
-
-
-def topology(data: bytes) -> None:
-    """A topology file: it loads, or one line says what is wrong and where."""
-    _FILE.write_bytes(data)
-    said = ""
-    try:
-        load(_FILE)
-    except SettingsError as error:
-        said = str(error)
-    assert not said or str(_FILE) in said
+# In which module of this package it is. A router, a pool or vLLM is loaded with the first target that needs it.
+TARGETS = {
+    "exports": "peers",
+    "http": "http",
+    "params": "params",
+    "pool": "pool",
+    "topology": "topology",
+    "wire": "peers",
+}
 
 
 def target(name: str) -> Callable[[bytes], None]:
-    """The target of this name. A router, a pool or vLLM is loaded with the first that needs it."""
-    if name == "http":
-        from tests.fuzz.http import http
-
-        return http
-    if name == "pool":
-        from tests.fuzz.pool import pool
-
-        return pool
-    if name == "params":
-        from tests.fuzz.params import params
-
-        return params
-    return {"wire": wire, "exports": exports, "topology": topology}[name]
-
-
-NAMES = ("exports", "http", "params", "pool", "topology", "wire")
+    found: Callable[[bytes], None] = getattr(import_module(f"tests.fuzz.{TARGETS[name]}"), name)
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.fuzz.seeds import mutated, seeds
-from tests.fuzz.targets import NAMES, target
+from tests.fuzz.targets import TARGETS, target
 
 TRIES = {"wire": 6000, "exports": 6000, "topology": 500, "http": 150, "pool": 300, "params": 500}
 
@@ -19,7 +19,7 @@ def found(name: str) -> Callable[[bytes], None]:
     return target(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(TARGETS))
 def test_every_kept_input_passes(name: str) -> None:
     """Well-formed inputs, and each that ever found a bug."""
     run = found(name)
@@ -30,7 +30,7 @@ def test_every_kept_input_passes(name: str) -> None:
             raise AssertionError(f"{name}: {data!r}") from error
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(TARGETS))
 def test_changed_inputs_end_in_the_errors_that_are_promised(name: str) -> None:
     run = found(name)
     inputs, chance = seeds(name), random.Random(1)
