@@ -9,6 +9,7 @@ from typing import Any
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
 from pdtransport.pool.codecs import LOSSY
+from pdtransport.pool.digest import DIGEST_BYTES, UNSIGNED
 from pdtransport.pool.envelope import Envelope
 from pdtransport.vllm.params import marked
 from tests.fuzz.split import SEPARATOR
@@ -239,7 +240,8 @@ POOL = [
     _sealed(LOSSY["fp8"], _grid(2, 16, 2, 8, 8 + 2048)),
     _sealed(LOSSY["int4"], _grid(0, 16, 2, 8, 4 * 16 + 512)),
     _sealed(1, b"\x02" + bytes.fromhex("28b52ffd6000001500000008000100fc0f39c001")),
-    b"\x03" + Envelope(0, 4096, 4096, 0, key(1)).packed(),
+    b"\x03" + Envelope(0, UNSIGNED, 4096, 4096, 0, key(1)).packed(),
+    *(_sealed(codec | flags, bytes(4096 + DIGEST_BYTES)) for codec in (0, 1) for flags in (64, 128, 192)),
     b"\x04" + SEPARATOR.join([f"t-/{_NAME[:3]}/{_NAME}.4096".encode(), b"new-1", b"t-a/b"]),
     b"\x04t-\xff/abc/" + b"ab" * KEY_BYTES + b".8",
     b"\x05" + _json([_SPACE, "x", 1]),

@@ -19,6 +19,7 @@ from pathlib import Path
 import zmq
 
 from pdtransport.pool import messages as say
+from pdtransport.pool.digest import DIGEST_BYTES, UNSIGNED, Signer
 from pdtransport.pool.disk import BLOCK, DiskTier
 from pdtransport.pool.envelope import Envelope, Opening
 from pdtransport.pool.index import MEMORY
@@ -143,29 +144,43 @@ def wish(data: bytes) -> None:
 
 
 @functools.cache
-def disk() -> DiskTier:
+def disk_path() -> Path:
     path = Path(tempfile.mkdtemp(prefix="pdt-fuzz-disk-"))
+    (path / "t-").mkdir(mode=0o700)
     atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return DiskTier(DiskSettings.model_validate({"path": path, "bytes": 1 << 20}))
+    return path
+
+
+@functools.cache
+def disk() -> DiskTier:
+    return DiskTier(DiskSettings.model_validate({"path": disk_path(), "bytes": 1 << 20}))
 
 
 _KEY = key(1)
 
 
+@functools.cache
+def _signer() -> Signer:
+    return Signer(["k" * 32])
+
+
 def file(data: bytes) -> None:
     """A chunk's file: a header that is sound but for its codec, lengths and checksum (first byte 0), or any bytes. It
-    is read, or it is a :class:`TierError`."""
+    is read, or it is a :class:`TierError`, whether the pool has keys of digests or not."""
+    flags = data[1:2] or b"\0"
+    signer = _signer() if flags[0] & 128 else None
     if data[:1] == b"\0":
-        fields = data[1:10].ljust(9, b"\0")
-        payload = data[10:]
-        sealed = Envelope(fields[0] % 6, NBYTES, len(payload), int.from_bytes(fields[1:], "little"), _KEY).packed()
-        data = sealed.ljust(BLOCK, b"\0") + payload
+        signed = bool(flags[0] & 64)
+        rest, checksum = data[10:], int.from_bytes(data[2:10], "little")
+        length = max(0, len(rest) - DIGEST_BYTES * signed)
+        header = Envelope(flags[0] % 64 % 6, _signer().id if signed else UNSIGNED, NBYTES, length, checksum, _KEY)
+        data = header.packed().ljust(BLOCK, b"\0") + rest
     tier = disk()
-    path = tier._path(_KEY, "", NBYTES)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = disk_path() / "t-" / _KEY.hex()[:3] / f"{_KEY.hex()}.{NBYTES}"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.write_bytes(data)
     memory = memoryview(bytearray(NBYTES))
-    opening = Opening(_KEY, [memory])
+    opening = Opening(_KEY, [memory], signer)
     with contextlib.suppress(TierError, OSError):
         tier.read(_KEY, "", NBYTES, opening.place)
         assert 0 <= opening.finish() < 1 << 64
