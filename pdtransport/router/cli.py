@@ -30,7 +30,7 @@ _MANY = {"prefill", "decode"}
 # Parts of the help, for settings outside a section of their own.
 _GROUPS = {
     "servers and ports": "prefill|decode|(admin_)?(host|port)|dispatch|first_token",
-    "keys": ".*_key(s|_file)?|tenant_secret_file|allow_plaintext",
+    "keys": ".*_key(s|_file)?|tenant_secret_file|share_prefixes|allow_plaintext",
     "limits": "max_.*|stream_buffer_bytes|upstream_connections",
     "requests": ".*",
 }
