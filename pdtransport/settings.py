@@ -380,7 +380,7 @@ class Settings(_Section):
     trusted_producers: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field(
         (),
         max_length=1024,
-        description="Prefill workers whose KV may be shared, as requests name them: HOST, NETWORK (10.0.0.0/24), "
+        description="Prefill workers whose KV may be shared: HOST as requests name it, ADDRESS, NETWORK (10.0.0.0/24), "
         "HOST:PORT or HOST:FIRST-LAST (a port for each rank). Only with share_received: trusted.",
     )
     watch_weights: bool = Field(

@@ -51,18 +51,19 @@ class Producers:
                         f"trusted_producers: {entry[:80]!r} is none of HOST, NETWORK (10.0.0.0/24), HOST:PORT and "
                         "HOST:FIRST-LAST"
                     ) from None
-                self._names.append((host.lower(), ports))
+                self._names.append((_plain(host), ports))
 
-    def cover(self, host: str, port: int, ranks: int) -> bool:
-        """Whether all of the ``ranks`` workers that listen at ``port``, ``port + 1``, ... are among them."""
-        host = _plain(host.lower())
-        ports = [ports for name, ports in self._names if name == host]
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            pass
-        else:
-            ports += [ports for network, ports in self._networks if address in network]
+    def cover(self, hosts: Sequence[str], port: int, ranks: int) -> bool:
+        """Whether all of the ``ranks`` workers that listen at ``port``, ``port + 1``, ... are among them. ``hosts``:
+        the host as it was named, and its address as it is called."""
+        ports: list[range] = []
+        for host in map(_plain, hosts):
+            ports += [some for name, some in self._names if name == host]
+            try:
+                address = ipaddress.ip_address(host)
+            except ValueError:
+                continue
+            ports += [some for network, some in self._networks if address in network]
         return bool(ports) and all(any(each in some for some in ports) for each in range(port, port + ranks))
 
 
@@ -75,7 +76,7 @@ def _cut(entry: str) -> tuple[str, range]:
 
 
 def _plain(host: str) -> str:
-    host = host.strip("[]")
+    host = host.strip("[]").rstrip(".").lower()
     return "127.0.0.1" if host == "localhost" else host
 
 
@@ -112,9 +113,10 @@ class Withheld:
 
         coordinator.cache_blocks = cache_blocks  # type: ignore[union-attr]
 
-    def takes(self, request: Request, host: str, port: int, ranks: int) -> bool:
-        """This request is about to take pages from there; True if nothing of it is to be shared from now on."""
-        if self._mode == "all" or (self._mode == "trusted" and self._trusted.cover(host, port, ranks)):
+    def takes(self, request: Request, hosts: Sequence[str], port: int, ranks: int) -> bool:
+        """This request is about to take pages from there (``hosts``: as :meth:`Producers.cover`); True if nothing of it
+        is to be shared from now on."""
+        if self._mode == "all" or (self._mode == "trusted" and self._trusted.cover(hosts, port, ranks)):
             return False
         self._requests.add(request)
         return True

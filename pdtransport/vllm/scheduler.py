@@ -80,6 +80,7 @@ class _Consuming:
     tokens: int
     request: Request
     first_token: bool = False  # go on from prefill's, which is promised from "loading" on
+    named: str = ""  # prefill's host as the request says it
     found: bool = False  # `params.remote_host` is an address that may be called
     state: str = "waiting"  # -> "loading" -> "done"; or straight to "done" when nothing needs to come
     claim_at: float = 0.0
@@ -253,6 +254,7 @@ class SchedulerSide:
                 request.num_prompt_tokens,
                 request,
                 first_token=wanted.consume.first_token and self._may_go_on(request),
+                named=wanted.consume.remote_host,
                 claim_at=self._clock(),
             )
         elif wanted.continue_from is not None:
@@ -327,7 +329,8 @@ class SchedulerSide:
             return
         entry.state = "loading"
         p = entry.params
-        if self._withheld.takes(request, p.remote_host, p.remote_port, p.tp_size) and self._pool is not None:
+        hosts = entry.named, p.remote_host
+        if self._withheld.takes(request, hosts, p.remote_port, p.tp_size) and self._pool is not None:
             self._pool.keep_out(request.request_id)
         self._awaited.add(request.request_id)
         first = (entry.tokens - external_tokens) // self._block_size

@@ -25,8 +25,8 @@ from tests.unit.test_vllm_early import GOOD, PROMPT, Engine
 from tests.unit.test_vllm_pool import Half, ended, speak
 from tests.unit.test_vllm_scheduler import CONSUME, step
 
-TRUSTED = {"share_received": "trusted", "trusted_producers": ["h:1"]}  # where Engine's requests get their pages
-OTHERS = {"share_received": "trusted", "trusted_producers": ["h:2", "g"]}
+TRUSTED = {"share_received": "trusted", "trusted_producers": ["127.0.0.1:1"]}  # where Engine's requests get their pages
+OTHERS = {"share_received": "trusted", "trusted_producers": ["127.0.0.1:2", "10.0.0.0/8"]}
 
 
 # -- which producers are trusted ------------------------------------------------------------------------------------
@@ -37,6 +37,7 @@ OTHERS = {"share_received": "trusted", "trusted_producers": ["h:2", "g"]}
     [
         ("prefill-1", "prefill-1", 7670, 8, True),
         ("prefill-1", "PREFILL-1", 7670, 1, True),
+        ("Prefill-1", "prefill-1.", 7670, 1, True),
         ("prefill-1", "prefill-1.example.org", 7670, 1, False),
         ("prefill-1", "prefill-10", 7670, 1, False),
         ("prefill-1:7670", "prefill-1", 7670, 1, True),
@@ -60,14 +61,22 @@ def test_producers_are_known_by_where_they_are_reached(
     entry: str, host: str, port: int, ranks: int, covered: bool
 ) -> None:
     """All ports of all ranks must be covered: a tp_size that a client chose reaches no further than the list."""
-    assert Producers([entry]).cover(host, port, ranks) == covered
-    assert Producers(["elsewhere", entry]).cover(host, port, ranks) == covered
-    assert not Producers([]).cover(host, port, ranks)
+    assert Producers([entry]).cover([host], port, ranks) == covered
+    assert Producers(["elsewhere", entry]).cover([host, "192.0.2.1"], port, ranks) == covered
+    assert not Producers([]).cover([host], port, ranks)
 
 
 def test_ports_of_several_entries_make_one_instance() -> None:
-    assert Producers(["h:1", "h:2"]).cover("h", 1, 2)
-    assert not Producers(["h:1", "g:2"]).cover("h", 1, 2)
+    assert Producers(["h:1", "h:2"]).cover(["h"], 1, 2)
+    assert not Producers(["h:1", "g:2"]).cover(["h"], 1, 2)
+
+
+def test_a_host_is_trusted_by_its_name_or_by_the_address_that_is_called() -> None:
+    """Requests name a host, and decode calls the address that it looked up once."""
+    for entry in ("prefill-1", "10.0.0.0/24", "10.0.0.7"):
+        assert Producers([entry]).cover(["prefill-1", "10.0.0.7"], 1, 1)
+    for entry in ("prefill-2", "10.0.1.0/24", "10.0.0.8"):
+        assert not Producers([entry]).cover(["prefill-1", "10.0.0.7"], 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,50 @@ BUGS: list[Mutant] = [
         "pool_bounds",
         (
             "pool_directory_of_another_user_is_used",
-            "check_private",
-            "found.st_uid != os.getuid()",
-            "False",
+            "closed_to_others",
+            "found.st_uid == os.getuid()",
+            "True",
             "a_pools_directory_of_another_user_is_refused",
+        ),
+    ),
+    *bugs(
+        "pdtransport.pool.envelope",
+        "pool_digest",
+        (
+            "digests_key_is_not_asked_for",
+            "Opening.place",
+            "if self._signer is not None:",
+            "if False:",
+            "a_forger_without_the_key_is_refused_by_name",
+        ),
+        (
+            "digest_is_not_compared",
+            "Opening.finish",
+            "if self._signer is not None:",
+            "if False:",
+            "no_byte_of_a_signed_chunk_can_be_changed",
+        ),
+    ),
+    *bugs(
+        "pdtransport.pool.plugins",
+        "pool_digest",
+        (
+            "tier_that_others_can_write_to_goes_without_digests",
+            "_signer_of",
+            "and not tier.exposed",
+            "",
+            "a_tier_that_others_can_write_to_does_not_go_without",
+        ),
+    ),
+    *bugs(
+        "pdtransport.pool.disk",
+        "pool_digest",
+        (
+            "links_below_the_disks_directory_are_followed",
+            "_listed",
+            "_FOLDER | os.O_NOFOLLOW",
+            "_FOLDER",
+            "no_link_leads_out_of_a_directory_that_others_can_write_to",
         ),
     ),
     *bugs(

@@ -6,6 +6,17 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
+        "pdtransport.router.tenants",
+        "router_tenants",
+        (
+            "keys_without_tenants_share_prefixes",
+            "Tenants.__init__",
+            "len(keys) > 1 and not share",
+            "False",
+            "keys_without_tenants_share_nothing_unless_told_so",
+        ),
+    ),
+    *bugs(
         "pdtransport.router.ladder",
         "router_bounds",
         (

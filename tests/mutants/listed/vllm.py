@@ -6,6 +6,24 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
+        "pdtransport.vllm.received",
+        "vllm_received",
+        (
+            "blocks_of_an_untrusted_producer_are_cached",
+            "Withheld.bind",
+            "None if request in self._requests else enter(request, *how, **more)",
+            "enter(request, *how, **more)",
+            "blocks_of_untrusted_producers_never_enter_the_prefix_cache",
+        ),
+        (
+            "one_rank_of_a_trusted_producer_is_enough",
+            "Producers.cover",
+            "range(port, port + ranks)",
+            "(port,)",
+            "producers_are_known_by_where_they_are_reached",
+        ),
+    ),
+    *bugs(
         "pdtransport.vllm.bell",
         "vllm_bell",
         (
