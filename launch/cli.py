@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         return _fail(error, USAGE)
     except (PlanError, RunError) as error:
         return _fail(error, PREFLIGHT)
+    except PDTransportError as error:  # a setting that only its use shows to be wrong
+        return _fail(error, NOT_STARTED if arguments.verb == "up" else USAGE)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Interrupted as stop:  # before anything was started, or when all had been told to end

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from pdtransport.errors import SettingsError
 from pdtransport.kv.checkpoint import ALGORITHM, IDENTITY_DIGITS
+from pdtransport.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class DigestCache:
         if not self._directory.is_absolute():
             return "this user has no home folder; set XDG_CACHE_HOME to a folder that can be written"
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(self._directory)
             found = self._directory.lstat()
         except OSError as error:
             return f"{self._directory}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"

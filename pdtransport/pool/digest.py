@@ -19,6 +19,7 @@ from pdtransport.errors import SettingsError
 from pdtransport.pool.locks import is_private
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers import TierError
+from pdtransport.private_files import make_private_folder
 from pdtransport.serving.keyfiles import read_lines
 
 ID_BYTES = 7
@@ -117,7 +118,7 @@ def keep_key(path: Path) -> None:
     """
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         try:
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
                 file.write(f"{secrets.token_hex(32)}\n")

@@ -42,6 +42,7 @@ from pdtransport.pool.tiers import (
     check,
     runs_of,
 )
+from pdtransport.private_files import make_private_folder
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -71,7 +72,7 @@ class DiskTier(Tier):
         self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
         self._numbers = itertools.count()
         try:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(self._root)
             self._top = os.open(self._root, _FOLDER)
             self._closing = weakref.finalize(self, os.close, self._top)
             self.exposed = self._why_exposed()

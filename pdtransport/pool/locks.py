@@ -17,6 +17,7 @@ import weakref
 from pathlib import Path
 
 from pdtransport.errors import SettingsError
+from pdtransport.private_files import make_private_folder
 
 SERVICE_BYTE = 0
 MAX_BYTE = 1 << 62
@@ -90,7 +91,7 @@ def private_directory(path: Path) -> None:
         SettingsError: it can't be made, or someone else could put files into it.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path)
     except OSError as error:
         raise SettingsError(f"pool.dir: {path} can't be made ({error.strerror}): choose another") from None
     check_private(path)

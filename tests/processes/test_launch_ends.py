@@ -152,6 +152,20 @@ def test_a_full_device_is_one_line(rig: Rig, tmp_path: Path) -> None:
     assert said.endswith("set --run-dir to a folder that has room")
 
 
+def test_a_key_that_cannot_be_kept_is_one_line(rig: Rig, tmp_path: Path, directory: Path) -> None:
+    """Whatever `up` finds out on its way ends it in a line, with file and remedy, before a server starts."""
+    (tmp_path / "state").touch()  # a file where a folder must be
+    rig.environment = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    rig.data["pool"] = {"dir": str(directory), "redis": {"url": "redis://127.0.0.1:1", "bytes": "1MiB"}}
+    rig.up()
+    status, output = rig.end()
+    assert status == cli.NOT_STARTED, output
+    assert "Traceback" not in output
+    [said] = [line for line in output.splitlines() if line.startswith("pdlaunch: ")]
+    assert said.startswith("pdlaunch: pool.digest_key_file: no key can be kept in ")
+    assert list(rig.pids.iterdir()) == []
+
+
 def test_progress_that_nobody_reads_ends_nothing(rig: Rig) -> None:
     """A launch whose standard output is closed or full goes on serving: what it says can be done without."""
     with open("/dev/full", "wb") as full:
