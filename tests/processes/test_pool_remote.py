@@ -345,8 +345,8 @@ def test_a_client_has_nobody_called_but_itself(
     assert all(host in line for line in lines)
 
 
-def published_at(host: str, **facts: Any) -> RemotePublish:
-    return RemotePublish(**{**facts, "host": host})
+def published_at(elsewhere: str, **facts: Any) -> RemotePublish:
+    return RemotePublish(**{**facts, "host": elsewhere})
 
 
 def test_networks_of_clients_may_be_named(port: int) -> None:

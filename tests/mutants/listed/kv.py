@@ -58,8 +58,8 @@ BUGS: list[Mutant] = [
         (
             "replicas_do_not_share_the_load",
             "head_sources",
-            "holders[me % len(holders)]",
-            "holders[0]",
+            "first + me % (end - first)",
+            "first",
             "replicas_share_the_load",
         ),
     ),
