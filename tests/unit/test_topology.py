@@ -317,6 +317,18 @@ def test_the_plan_starts_plain_vllm_with_the_connector(tmp_path: Path) -> None:
     assert list_after(plan.instances[1].argv, "--tensor-parallel-size") == "2"
 
 
+@pytest.mark.parametrize(
+    ("control", "peers"),
+    [("{}", ("127.0.0.1/32",)), ("{host: localhost}", ("localhost",)), ("{peers: [10.1.0.0/16]}", ("10.1.0.0/16",))],
+)
+def test_instances_call_the_hosts_of_their_topology_alone(tmp_path: Path, control: str, peers: tuple[str, ...]) -> None:
+    """Pages are fetched from where its instances listen and from nowhere else, unless ``control.peers`` is set."""
+    plan = planned(tmp_path, f"{GOOD}transport: {{control: {control}}}\n")
+    for one in plan.instances:
+        config = json.loads(list_after(one.argv, "--kv-transfer-config"))
+        assert Settings.parse(config["kv_connector_extra_config"]).control.peers == peers
+
+
 def test_the_router_is_told_of_all_servers(tmp_path: Path) -> None:
     """The router's command line parses into settings with every server and its control address."""
     text = GOOD.replace("prefill: {}", "prefill: {count: 2}")
