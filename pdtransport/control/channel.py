@@ -149,7 +149,8 @@ class ControlChannel:
             if problem is not None:
                 self._pending.append(problem)
                 return
-            dialer = self._dialers[endpoint] = Dialer(endpoint, self._shared, now)
+            proven = endpoint in self._proven
+            dialer = self._dialers[endpoint] = Dialer(endpoint, self._shared, now, proven=proven)
         answer = dialer.want(now)
         if answer is not None:
             self._pending.append(answer)
@@ -268,7 +269,8 @@ class ControlChannel:
             events = dialer.dial(now)
             self._dialled += dialer.socket is not None  # else its name is being looked up, or may not be called
         except zmq.ZMQError as error:
-            logger.error("no socket for %s:%d: %s", *dialer.endpoint, error)  # its deadline will tell who waits
+            # Its deadline will tell who waits.
+            self._shared.complaints.say(f"no socket for {dialer.endpoint.host}:{dialer.endpoint.port}: {error}", now)
         self._sockets_changed()
         return events
 

@@ -66,13 +66,18 @@ class Pauses:
 
 
 class Dialer(Route):
-    """The connection to one endpoint, kept open and opened again as long as somebody wants it."""
+    """The connection to one endpoint, kept open and opened again as long as somebody wants it.
 
-    def __init__(self, endpoint: Endpoint, shared: Shared, now: float) -> None:
+    Args:
+        proven: it led to a peer before.
+    """
+
+    def __init__(self, endpoint: Endpoint, shared: Shared, now: float, *, proven: bool = False) -> None:
         self.endpoint = endpoint
         self.socket: Socket | None = None
         self.monitor: Socket | None = None
         self._shared = shared
+        self._proven = proven
         self._dial_at: float | None = now  # when the channel should close the sockets and dial anew; None: not at all
         self._tried_at = -math.inf  # when it did so last
         self._pauses = Pauses()
@@ -187,7 +192,7 @@ class Dialer(Route):
     @property
     def proven(self) -> bool:
         """Whether it ever led to a peer."""
-        return self._last_peer is not None
+        return self._proven or self._last_peer is not None
 
     def retired(self, now: float) -> bool:
         """Nobody is there, and nobody has asked for a long time."""

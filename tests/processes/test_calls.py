@@ -161,6 +161,28 @@ def test_new_endpoints_are_called_so_often_a_second(rig: Bench) -> None:
     assert len(node.channel._dialers) <= limits.MAX_TRIED + 1
 
 
+def test_an_endpoint_that_led_to_a_peer_is_called_again_whatever_strangers_ask_for(
+    rig: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill that was away for an hour comes back while somebody names thousands of ports: its place is not theirs."""
+    monkeypatch.setattr("pdtransport.control.dialer.RETRY_FOR_S", 0.2)
+    node, gone = rig.node("d", connect_s=1.0), rig.node("p")
+    node.channel.connect(HOST, gone.port)
+    rig.until(lambda: node.of(PeerUp))
+    port = gone.port
+    rig.drop(gone)
+    rig.until(lambda: not node.channel._dialers)
+    back = rig.node("p", bind=False)
+    back.channel.bind(port)
+    node.take(PeerUp)
+    for number in range(500):
+        node.channel.connect("127.0.2.1", 1000 + number)
+    node.channel.connect(HOST, port)
+    for number in range(500):
+        node.channel.connect("127.0.2.1", 2000 + number)
+    rig.until(lambda: node.of(PeerUp))
+
+
 def test_an_address_that_may_not_be_called_opens_no_socket(rig: Bench) -> None:
     """``control.peers`` holds for the Python API as well once it is set; the reason names it."""
     node = rig.node("d", peers=["10.0.0.0/8"])
