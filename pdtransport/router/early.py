@@ -14,7 +14,7 @@ from aiohttp import web
 from pdtransport.router.attempt import Attempt
 from pdtransport.router.call import Call
 from pdtransport.router.ladder import Ladder
-from pdtransport.router.relay import Relay, pd_headers
+from pdtransport.router.relay import ENDED_EARLY, Relay, pd_headers
 from pdtransport.router.settings import RouterTimeouts
 from pdtransport.router.splice import Lost, StreamSplice, opening
 from pdtransport.router.traces import Trace
@@ -107,10 +107,11 @@ class EarlyRelay(Relay):
             raise self._attempt.lost("broke the connection before its first token", "disconnected")
         if not passed:
             raise self._attempt.lost("ended its stream before its first token")
-        if chunk is None:
-            await self._interrupted(response)
+        rest = splice.rest() if chunk is not None else None
+        if chunk is None or rest is None:
+            await self._interrupted(response, "" if chunk is None else ENDED_EARLY)
         else:
-            await self._write(response, splice.rest())
+            await self._write(response, rest)
             await response.write_eof()
             self._trace.outcome = "ok"
         self._trace.status = opened.response.status

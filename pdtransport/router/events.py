@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 MAX_HELD_BYTES = 1 << 20  # of an unfinished event; a longer one is passed on in pieces
+_DONE = b"data: [DONE]"  # the last event of a stream
+_END_BYTES = 64  # where it is looked for
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
@@ -15,8 +17,15 @@ class WholeEvents:
 
     def __init__(self) -> None:
         self._held = b""
+        self._last = b""  # bytes passed on
 
     def feed(self, chunk: bytes) -> bytes:
+        passed = self._whole(chunk)
+        if passed:
+            self._last = passed[-_END_BYTES:]
+        return passed
+
+    def _whole(self, chunk: bytes) -> bytes:
         data = self._held + chunk if self._held else chunk
         if data.endswith(b"\n\n"):
             self._held = b""
@@ -27,6 +36,8 @@ class WholeEvents:
         self._held = data[cut:]
         return data[:cut]
 
-    def rest(self) -> bytes:
+    def rest(self) -> bytes | None:
+        """What is left at the stream's end; None: the stream broke off, since its last event is not the one that ends
+        every stream."""
         held, self._held = self._held, b""
-        return held
+        return held if (self._last + held).rstrip().endswith(_DONE) else None

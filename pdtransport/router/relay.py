@@ -14,6 +14,9 @@ from pdtransport.router.traces import Trace
 from pdtransport.router.upstream import end_to_end
 from pdtransport.serving.errors import SERVER, STOPPING, error_body, stopped
 
+ENDED_EARLY = "its stream ended without [DONE]"
+PD_HEADERS = ("x-pd-path", "x-pd-transfer-id", "x-pd-prefill", "x-pd-decode", "x-pd-first-token", "x-pd-hand-off")
+
 
 class Watch:
     """One timer for an answer's waits: closes what is waited for too long. Costs nothing per chunk."""
@@ -134,10 +137,13 @@ class Relay:
         if chunk is None:
             await self._interrupted(response)
         else:
-            if self._events:
-                await self._write(response, self._events.rest())
-            await response.write_eof()
-            self._trace.outcome = "ok" if self._upstream.status < 400 else "client_error"
+            rest = self._events.rest() if self._events else b""
+            if rest is None:
+                await self._interrupted(response, ENDED_EARLY)
+            else:
+                await self._write(response, rest)
+                await response.write_eof()
+                self._trace.outcome = "ok" if self._upstream.status < 400 else "client_error"
         self._trace.status = self._upstream.status
 
     async def _next(self) -> bytes | None:

@@ -67,7 +67,8 @@ class StreamSplice:
             return data
         return b"".join(self._change(event + _END) for event in data.split(_END) if event)
 
-    def rest(self) -> bytes:
+    def rest(self) -> bytes | None:
+        """As :meth:`WholeEvents.rest`."""
         return self._events.rest()
 
     def _whole(self, data: bytes) -> bytes:

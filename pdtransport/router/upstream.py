@@ -39,7 +39,10 @@ _HOP_BY_HOP = frozenset(
     }
 )  # fmt: skip
 # Of the client's body or of its connection to us: the request to a server has its own.
-_NOT_FORWARDED = frozenset({"host", "content-length", "content-type", "content-encoding", "accept-encoding", "expect"})
+_NOT_FORWARDED = frozenset(
+    {"host", "origin", "content-length", "content-type", "content-encoding", "accept-encoding", "expect"}
+)
+_CORS = "access-control-"
 
 
 class UpstreamError(Exception):
@@ -90,9 +93,11 @@ def session(settings: RouterSettings, connections: int) -> ClientSession:
 
 
 def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The headers that concern the message and not the connection; bytes that are no text are not passed on."""
+    """The headers that concern the message and not the connection or a browser's page (the router has its own
+    allowed_origins); bytes that are no text are not passed on."""
     skip = _HOP_BY_HOP | {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    return [(k, v) for k, v in headers.items() if k.lower() not in skip and v.isprintable()]
+    kept = [(k, v) for k, v in headers.items() if k.lower() not in skip and v.isprintable()]
+    return [(k, v) for k, v in kept if not k.lower().startswith(_CORS)]
 
 
 def request_headers(headers: Mapping[str, str], key: str | None, drop_authorization: bool) -> list[tuple[str, str]]:
@@ -144,6 +149,8 @@ class Upstream:
             if 300 <= response.status < 400:
                 raise UpstreamError(endpoint, "protocol", f"answers with a redirect ({response.status})")
             first = await self._read_some(endpoint, response)
+            if not first and response.status < 300:
+                raise UpstreamError(endpoint, "disconnected", "ended its answer before the first byte of it")
             if first.startswith(_SSE_ERROR):
                 _refuse_error_event(endpoint, first)
         except BaseException:

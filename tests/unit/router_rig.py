@@ -14,6 +14,8 @@ from aiohttp import ClientSession, ClientTimeout, web
 from pdtransport.router import Router, RouterSettings
 
 PROMPT = list(range(1, 65))
+# The head of a request by hand, but for the length of its body and the empty line.
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 Script = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 # Nothing in these tests should take seconds: a wait that never ends fails them instead of hanging them.
 PATIENCE_S = 20.0

@@ -373,13 +373,14 @@ def test_prefill_failing_after_decode_began_changes_nothing_for_the_client() -> 
         async with rigged() as rig:
             await learned(rig)
             began, more = asyncio.Event(), asyncio.Event()
+            rest_of_it = event(completion("b")) + b"data: [DONE]\n\n"
 
             async def late_failure(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
                 await began.wait()
                 return error(500)
 
             async def slow_stream(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-                return await stream(request, [event(completion("a")), event(completion("b"))], hold=more)
+                return await stream(request, [event(completion("a")), rest_of_it], hold=more)
 
             rig.p.script, rig.d.script = late_failure, slow_stream
             async with rig.post(ask(stream=True)) as response:
@@ -389,7 +390,7 @@ def test_prefill_failing_after_decode_began_changes_nothing_for_the_client() -> 
                 more.set()
                 rest = await response.read()
                 transfer = response.headers["x-pd-transfer-id"]
-            assert first + rest == event(completion("a")) + event(completion("b"))
+            assert first + rest == event(completion("a")) + rest_of_it
             trace = (await rig.get(f"/pd/trace/{transfer}")).json()
             assert trace["note"].startswith("decode began before prefill failed: ")
 

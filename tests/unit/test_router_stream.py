@@ -15,7 +15,9 @@ from aiohttp import web
 
 from pdtransport.router.events import MAX_HELD_BYTES, WholeEvents
 from pdtransport.serving.errors import json_errors
-from tests.unit.router_rig import Script, ask, completion, event, rigged, run, soon, stream
+from tests.unit.router_rig import POST, Script, ask, completion, event, rigged, run, soon, stream
+
+DONE = b"data: [DONE]\n\n"
 
 
 def streams(chunks: list[bytes], **more: Any) -> Script:
@@ -28,7 +30,7 @@ def streams(chunks: list[bytes], **more: Any) -> Script:
 def test_stream_passes_byte_for_byte_however_it_is_cut() -> None:
     async def test() -> None:
         sent = b"".join(event(completion("t\u00fc" * (i % 7), index=i)) for i in range(200))
-        sent += b": a comment\n\nid: 7\r\nevent: x\r\ndata: y\r\n\r\ndata: [DONE]\n\n" + b"data: no blank line after"
+        sent += b": a comment\n\nid: 7\r\nevent: x\r\ndata: y\r\n\r\n" + b"data: [DONE]"  # no blank line after it
         rng = random.Random(5)
         cuts = sorted(rng.sample(range(1, len(sent)), 150))
         chunks = [sent[a:b] for a, b in zip([0, *cuts], [*cuts, len(sent)], strict=True)]
@@ -46,11 +48,11 @@ def test_events_reach_the_client_one_by_one_and_not_at_the_end() -> None:
     async def test() -> None:
         async with rigged() as rig:
             more = asyncio.Event()
-            rig.d.script = streams([event(1), event(2)], hold=more)
+            rig.d.script = streams([event(1), event(2) + DONE], hold=more)
             async with rig.post(ask(stream=True)) as response:
                 assert await asyncio.wait_for(response.content.readany(), 5) == event(1)
                 more.set()
-                assert await response.content.read() == event(2)
+                assert await response.content.read() == event(2) + DONE
 
     run(test)
 
@@ -168,7 +170,7 @@ def test_decode_dying_in_an_unstreamed_body_cuts_it_visibly() -> None:
     async def _raw_ask(port: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         body = json.dumps(ask()).encode()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.write(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         data = await asyncio.wait_for(reader.read(), 5)
         writer.close()
         head, _, rest = data.partition(b"\r\n\r\n")
@@ -214,7 +216,7 @@ def _slow_client(port: int) -> socket.socket:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect(("127.0.0.1", port))
     body = json.dumps(ask(stream=True)).encode()
-    client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     client.setblocking(False)
     return client
 
@@ -267,7 +269,8 @@ def test_http_1_0_client_gets_the_stream_without_chunks() -> None:
         async with rigged() as rig:
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.router.port)
             body = json.dumps(ask(stream=True)).encode()
-            writer.write(b"POST /v1/completions HTTP/1.0\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            head = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: %d\r\n\r\n" % len(body)
+            writer.write(head + body)
             data = await asyncio.wait_for(reader.read(), 5)
             writer.close()
             assert data.partition(b"\r\n\r\n")[2].endswith(b"\n\ndata: [DONE]\n\n")
@@ -283,7 +286,54 @@ def test_whole_events_hold_half_an_event_back_but_never_more_than_the_bound() ->
     assert events.feed(b"\ndata: 3\r\n\r\nx") == b"data: 2\n\ndata: 3\r\n\r\n"
     long = b"y" * MAX_HELD_BYTES
     assert events.feed(long) == b"x" + long
-    assert events.rest() == b""
+    assert events.rest() is None
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n", b"data: [DONE]\n", b"data: [DONE]"])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_stream_is_whole_if_its_last_event_says_so(end: bytes, size: int) -> None:
+    """Whatever the pieces it comes in, and with or without the blank line."""
+    for sent, whole in ((event(1) + end, True), (event(1), False), (end + event(2), False), (b"", False)):
+        events = WholeEvents()
+        passed = b"".join(events.feed(sent[at : at + size]) for at in range(0, len(sent), size))
+        rest = events.rest()
+        assert (rest is not None) == whole, sent
+        assert not whole or passed + (rest or b"") == sent
+
+
+def test_a_stream_that_ends_without_an_event_is_no_success() -> None:
+    """A decode that ends its answer before the first byte has failed: another one is asked; where there is none, the
+    client gets a 502 and no empty stream."""
+
+    async def test() -> None:
+        async with rigged(decode=2) as rig:
+            rig.decode[0].script = rig.decode[1].script = streams([b""])
+            reply = await rig.ask(ask(stream=True))
+            assert (reply.status, reply.error["code"]) == (502, "upstream_error")
+            assert "ended its answer before the first byte" in reply.error["message"]
+            assert {len(engine.seen) > 0 for engine in rig.decode} == {True}
+            rig.decode[0].script = None
+            assert (await rig.ask(ask(stream=True))).status == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize("sent", [[event(1)], [event(1), b"data: half an ev"], [b": a comment\n\n"], [b"data: x"]])
+def test_a_stream_that_ends_without_its_last_event_is_interrupted(sent: list[bytes]) -> None:
+    """What came is passed on, half an event is not, and an error event says that the rest is missing."""
+
+    async def test() -> None:
+        async with rigged() as rig:
+            rig.d.script = streams(sent)
+            reply = await rig.ask(ask(stream=True))
+            passed, _, last = reply.body.removesuffix(b"\n\n").rpartition(b"data: ")
+            assert passed == b"".join(one for one in sent if one.endswith(b"\n\n"))
+            error = json.loads(last)["error"]
+            assert (error["code"], error["message"].endswith("ended without [DONE]")) == ("upstream_interrupted", True)
+            trace = await rig.trace(reply)
+            assert trace["outcome"] == "interrupted"
+
+    run(test)
 
 
 def test_timeline_has_the_events_in_their_order() -> None:
