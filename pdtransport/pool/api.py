@@ -26,6 +26,7 @@ from pdtransport.pool.prompts import chunks_of, find, hint
 from pdtransport.pool.settings import DESCRIPTORS, HttpSettings, PoolSettings
 from pdtransport.pool.wishes import ACTIONS, LookupWish, MoveWish, PinWish, Wish, describe, parse
 from pdtransport.serving.bodies import read_body
+from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
 from pdtransport.serving.keyfiles import read_lines
 from pdtransport.serving.keys import Keys
@@ -88,8 +89,9 @@ class PoolApi:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         app = web.Application(middlewares=[json_errors("pool", log)])
         app.add_routes(self._routes())
-        self._listener = Listener(app, BOUNDS, _connections())
         host, port = self._http.address
+        hosts, cors = HostRule(host, self._http.allowed_hosts), CorsRule(self._http.allowed_origins, "/pool/")
+        self._listener = Listener(app, BOUNDS, _connections(), hosts, cors)
         try:
             await self._listener.start(host, port)
         except (OSError, ValueError) as error:
@@ -179,8 +181,6 @@ class PoolApi:
 
     async def _read(self, request: web.Request) -> bytes:
         self._keys.check(request)
-        if request.content_type != "application/json":
-            raise ApiError(415, "the body must be application/json", code="bad_content_type", close=True)
         limit = (self._http.max_body_bytes, "http-max-body-bytes")
         raw = await read_body(request, limit, (BOUNDS.client_body_s, "the time for it"))
         self._listener.body_in(request)

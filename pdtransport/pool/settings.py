@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pdtransport.errors import SettingsError
 from pdtransport.hosts import CURVE_PEER, checked_peer
 from pdtransport.pool.policies import PolicyName
+from pdtransport.serving.site_settings import HOSTS_HELP, ORIGINS_HELP, HostName, Origin
 from pdtransport.settings import ControlSettings, Settings, one_line
 
 MAX_TENANTS = 256  # with a quota of their own
@@ -104,6 +105,8 @@ class HttpSettings(BaseModel):
         "too, which every user of the machine reaches."
     )
     max_body_bytes: int = Field(4 << 20, ge=1 << 10, le=64 << 20, description="Longest request body.")
+    allowed_hosts: tuple[HostName, ...] = Field((), max_length=64, description=HOSTS_HELP)
+    allowed_origins: tuple[Origin, ...] = Field((), max_length=64, description=ORIGINS_HELP.format(paths="/pool/*"))
 
     @model_validator(mode="after")
     def _port(self) -> HttpSettings:

@@ -26,10 +26,10 @@ _NOT_OPTIONS = {
     "admin_api_key",
     "upstream_api_key",
 }  # a command line is seen by everybody on the machine: use the files
-_MANY = {"prefill", "decode"}
+_MANY = {"prefill": "URL", "decode": "URL", "allowed_hosts": "NAME", "allowed_origins": "ORIGIN"}
 # Parts of the help, for settings outside a section of their own.
 _GROUPS = {
-    "servers and ports": "prefill|decode|(admin_)?(host|port)|dispatch|first_token",
+    "servers and ports": "prefill|decode|(admin_)?(host|port)|allowed_.*|dispatch|first_token",
     "keys": ".*_key(s|_file)?|tenant_secret_file|share_prefixes|allow_plaintext",
     "limits": "max_.*|stream_buffer_bytes|upstream_connections",
     "requests": ".*",
@@ -89,12 +89,12 @@ def parser() -> argparse.ArgumentParser:
         help_text = (field.description or "").replace("%", "%%")
         if path[-1] in _MANY:
             group.add_argument(
-                f"--{path[-1]}",
+                f"--{path[-1]}".replace("_", "-"),
                 dest=path[-1],
                 nargs="+",
                 action="extend",
-                required=True,
-                metavar="URL",
+                required=field.is_required(),
+                metavar=_MANY[path[-1]],
                 help=help_text,
             )
             continue

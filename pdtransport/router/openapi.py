@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pdtransport.router.call import PATHS
+from pdtransport.router.relay import PD_HEADERS
 from pdtransport.serving.openapi import as_json, document, got, key_scheme, query, refused, wanting
 
 _COUNT = {"type": "integer", "minimum": 0}
 _JUDGED = "; the servers judge it"
 _WHERE = "Which way the request went; absent where it was refused before it was sent to a server."
-_HEADERS = {
-    name: {"description": _WHERE, "schema": {"type": "string"}}
-    for name in ("x-pd-path", "x-pd-transfer-id", "x-pd-prefill", "x-pd-decode", "x-pd-first-token", "x-pd-hand-off")
-}
+_HEADERS = {name: {"description": _WHERE, "schema": {"type": "string"}} for name in PD_HEADERS}
 
 
 def describe(*, public: bool, admin: bool, keys: bool, admin_keys: bool) -> dict[str, Any]:
@@ -100,6 +98,7 @@ def _generate(api: str, summary: str, prompt: dict[str, Any], security: dict[str
             "400": refused("The body can't be read, or a server says that it is wrong."),
             "408": refused("The body did not arrive in time."),
             "413": refused("The body is larger than max_body_bytes."),
+            "415": refused("The body is compressed, or is not said to be application/json."),
             "503": refused("The router is full, or no decode server is healthy.", retry=True),
             "4XX": refused(),
             "5XX": refused("Servers failed, and what was left to try failed too."),

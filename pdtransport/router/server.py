@@ -18,7 +18,7 @@ from pdtransport.router import metrics as prom
 from pdtransport.router import openapi
 from pdtransport.router.admin import Admin
 from pdtransport.router.admission import Admission, Seat
-from pdtransport.router.call import Call, parse
+from pdtransport.router.call import PATHS, Call, parse
 from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
 from pdtransport.router.first_token import Api
@@ -28,13 +28,14 @@ from pdtransport.router.hints import AT_ONCE, Hinter
 from pdtransport.router.ladder import Ladder
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
-from pdtransport.router.relay import Relay, pd_headers
+from pdtransport.router.relay import PD_HEADERS, Relay, pd_headers
 from pdtransport.router.room import ADMIN_CONNECTIONS, room
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.tenants import Salter, Tenants
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
 from pdtransport.router.watches import Watches
+from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
 from pdtransport.serving.keys import Keys
 from pdtransport.serving.listening import Bounds, Listener, url_of
@@ -139,11 +140,11 @@ class Router:
         size = room(settings)
         admin = Admin(self.fleet, self._traces, settings, self.describe, self._metrics_text, self._admin_keys)
         routes: list[web.RouteDef] = [
-            web.post("/v1/completions", self._completions),
-            web.post("/v1/chat/completions", self._chat),
-            web.get("/v1/models", self._models),
-            web.get("/health", self._health),
-            web.get("/live", self._live),
+            *(web.post(path, self._completions) for path in _with_slash(PATHS["completions"])),
+            *(web.post(path, self._chat) for path in _with_slash(PATHS["chat"])),
+            *(web.get(path, self._models) for path in _with_slash("/v1/models")),
+            *(web.get(path, self._health) for path in _with_slash("/health")),
+            *(web.get(path, self._live) for path in _with_slash("/live")),
             self._description(public=True, admin=settings.admin_port is None),
         ]
         if settings.admin_port is None:
@@ -170,7 +171,8 @@ class Router:
             max_header_bytes=settings.max_header_bytes,
             drain_s=timeouts.drain_s,
         )
-        listener = Listener(app, bounds, size)
+        cors = CorsRule(settings.allowed_origins, "/v1/", ", ".join(PD_HEADERS)) if setting == "port" else None
+        listener = Listener(app, bounds, size, HostRule(host, settings.allowed_hosts), cors)
         self._stack.push_async_callback(listener.stop)
         try:
             await listener.start(host, port)
@@ -345,3 +347,8 @@ class Router:
             "pdrouter_pair_failing", "Requests in a row of which a pair of servers handed none over.", failing
         )
         return "\n".join(lines) + "\n"
+
+
+def _with_slash(path: str) -> tuple[str, str]:
+    """vLLM takes a path with a slash behind it, too (it redirects)."""
+    return path, f"{path}/"

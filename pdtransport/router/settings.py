@@ -20,6 +20,7 @@ from pydantic import (
 from pdtransport.errors import SettingsError
 from pdtransport.router.keyfiles import ClientKey, all_keys, client_keys
 from pdtransport.serving.keyfiles import read_lines
+from pdtransport.serving.site_settings import HOSTS_HELP, ORIGINS_HELP, HostName, Origin
 from pdtransport.settings import ControlSettings, one_line
 
 MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
@@ -258,6 +259,10 @@ class RouterSettings(_Section):
         "variable PDROUTER_ADMIN_API_KEY.",
     )
     admin_api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
+    allowed_hosts: tuple[HostName, ...] = Field((), max_length=64, description=HOSTS_HELP)
+    allowed_origins: tuple[Origin, ...] = Field(
+        (), max_length=64, description=ORIGINS_HELP.format(paths="/v1/* (no others)")
+    )
     dispatch: Literal["concurrent", "serial"] = Field(
         "concurrent",
         description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",

@@ -10,6 +10,8 @@ from weakref import WeakSet
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from pdtransport.serving.log_limits import LogLimiter
+
 CLIENT_LEFT = 499  # nginx's code for it
 STOPPING = "stopping"  # code of what ends because the server does
 _stopped: WeakSet[asyncio.Task[object]] = WeakSet()
@@ -83,7 +85,8 @@ def stopped() -> bool:
 
 
 def json_errors(who: str, log: logging.Logger) -> Middleware:
-    """Every error of the server ``who`` leaves in OpenAI's form, and none with a traceback."""
+    """Every error of the server ``who`` leaves in OpenAI's form, and none with a traceback, in the log neither."""
+    limiter = LogLimiter(log)
 
     @web.middleware
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -106,8 +109,8 @@ def json_errors(who: str, log: logging.Logger) -> Middleware:
             if request.transport is None or request.transport.is_closing():
                 return web.Response(status=CLIENT_LEFT)  # nobody reads it, and nobody logs it
             raise
-        except Exception as error:
-            log.exception("a request failed in the %s itself", who)
+        except Exception as error:  # noqa: BLE001  # told in a line, and to the client
+            limiter.failed(f"a request failed in the {who} itself", error)
             text = f"the {who} failed: {type(error).__name__}"
             return ApiError(500, text, kind=SERVER, code=f"{who}_error").response()
 

@@ -1,19 +1,24 @@
-"""A listening socket with bounds: connections, idle ones, header lines, time to say something, time to drain."""
+"""A listening socket with bounds: connections, idle ones, header lines, time to say something, time to drain.
+
+aiohttp parses; what it would do with bodies by itself is switched off: it inflates none, and drains none that its
+application left unread (:mod:`pdtransport.serving.request_filter`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.typedefs import Handler, Middleware
 
-from pdtransport.serving.errors import ApiError, stop_request
+from pdtransport.serving.cross_site import CorsRule, HostRule
+from pdtransport.serving.errors import stop_request
+from pdtransport.serving.log_limits import LogLimiter, where
+from pdtransport.serving.request_filter import RequestFilter
 from pdtransport.serving.shortage import ShortageLog
 
 BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
@@ -23,15 +28,24 @@ _CLOSE_S = 0.25  # then for the last bytes of those that did; twice at most
 _SEND_S = 30.0  # beyond keep_alive_s: for the rest of an answer that its client takes slowly
 
 
-def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Whether aiohttp's word about a connection is one for the log. What is no HTTP gets a 400, no traceback: anybody
-    could fill the disk, and the text quotes headers, which may hold a key."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
-
-
 _http_log = logging.getLogger("pdtransport.serving.http")
-_http_log.addFilter(_worth_a_line)
+_limiter = LogLimiter(_http_log)
+
+
+def _short(record: logging.LogRecord) -> bool:
+    """Whether aiohttp's word about a connection goes to the log; cut to one line. What is no HTTP gets a 400 and no
+    line: anybody could fill the disk, and the text quotes headers, which may hold a key."""
+    error = record.exc_info[1] if record.exc_info else None
+    if record.levelno < logging.WARNING or error is None:
+        return True
+    if isinstance(error, (HttpProcessingError, web.RequestPayloadError)):
+        return False
+    line = _limiter.line(where(error), f"a connection failed: {where(error)}")
+    record.msg, record.args, record.exc_info, record.exc_text = line, (), None, None
+    return bool(line)
+
+
+_http_log.addFilter(_short)
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,11 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self.waited_for:
             self._listener.began(self)
-        self._inner.data_received(data)
+        try:
+            self._inner.data_received(data)
+        except Exception as error:  # noqa: BLE001  # a fault of the parser's: asyncio would log a traceback for each
+            _limiter.failed("a connection failed", error)
+            self._listener.close(self)
 
     def eof_received(self) -> bool | None:
         return self._inner.eof_received()
@@ -94,10 +112,13 @@ class _Connection(asyncio.Protocol):
 
 
 class Listener:
-    """Serves one application on one address."""
+    """Serves one application on one address. ``cors``: which web pages may use it; None: none."""
 
-    def __init__(self, app: web.Application, bounds: Bounds, max_connections: int) -> None:
+    def __init__(
+        self, app: web.Application, bounds: Bounds, max_connections: int, hosts: HostRule, cors: CorsRule | None = None
+    ) -> None:
         self._bounds = bounds
+        self._hosts, self._cors = hosts, cors or CorsRule()
         self._max_connections = max_connections
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
         self._accepted = 0  # open ones, and those about to be
@@ -106,7 +127,7 @@ class Listener:
         self._sweeper: asyncio.TimerHandle | None = None
         self._under_way: set[asyncio.Task[object]] = set()
         self._stopped = False
-        app.middlewares.insert(0, self._watching())
+        app.on_response_prepare.append(self._cors.mark)  # of streams, whose headers leave before their handler returns
         self._runner = web.AppRunner(
             app,
             logger=_http_log,
@@ -116,6 +137,8 @@ class Listener:
             keepalive_timeout=bounds.keep_alive_s,
             max_line_size=bounds.max_header_bytes,
             max_field_size=bounds.max_header_bytes,
+            auto_decompress=False,
+            lingering_time=0,
         )
         self._server: asyncio.Server | None = None
 
@@ -132,8 +155,10 @@ class Listener:
             OSError: the address is in use or not this machine's.
         """
         await self._runner.setup()
-        assert self._runner.server is not None
-        self._runner.server.request_handler = _expecting(self._runner.server.request_handler)
+        server = self._runner.server
+        assert server is not None
+        self._filter = RequestFilter(server.request_handler, self._hosts, self._cors)
+        server.request_handler = self._handle
         asyncio.get_running_loop().set_exception_handler(ShortageLog(_http_log))
         self._server = await asyncio.get_running_loop().create_server(
             self._protocol, host, port, backlog=min(BACKLOG, self._max_connections), reuse_address=True
@@ -148,7 +173,7 @@ class Listener:
             victim = next(iter(self._idle), None)
             if victim is None:
                 return _Refuse()
-            self._close(victim)
+            self.close(victim)
         self._accepted += 1
         return _Connection(self, server())
 
@@ -208,7 +233,7 @@ class Listener:
             idle[connection] = None
             idle.move_to_end(connection)
         if len(fellows) > self._bounds.max_idle_per_client:
-            self._close(next(iter(fellows)))
+            self.close(next(iter(fellows)))
 
     def _work(self, connection: _Connection) -> None:
         """It is not idle any more."""
@@ -219,7 +244,8 @@ class Listener:
             if not fellows:
                 del self._idle_of[connection.client]
 
-    def _close(self, connection: _Connection) -> None:
+    def close(self, connection: _Connection) -> None:
+        """At once, whatever it is at."""
         self.lost(connection)
         if connection.transport is not None:
             connection.transport.abort()
@@ -227,48 +253,28 @@ class Listener:
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         for connection in [one for one in self._idle if one.deadline <= loop.time()]:
-            self._close(connection)
+            self.close(connection)
         self._sweeper = loop.call_later(min(_SWEEP_S, self._bounds.client_head_s / 4), self._sweep)
 
-    def _watching(self) -> Middleware:
-        after_s = self._bounds.keep_alive_s + _SEND_S
-
-        @web.middleware
-        async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
-            task = asyncio.current_task()
-            assert task is not None
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
-            return await attend(request, handler)
-
-        async def attend(request: web.Request, handler: Handler) -> web.StreamResponse:
-            connection = self._open.get(request.transport) if request.transport is not None else None
-            if connection is None:
-                return await handler(request)
-            if request.can_read_body:  # whoever reads it has a deadline of his own; this one is for bodies nobody reads
-                self._rest(connection, self._bounds.client_body_s + _SEND_S, waited_for=True)
-            else:
-                self._work(connection)
-            try:
-                return await handler(request)
-            finally:
-                if connection.transport in self._open:
-                    self._rest(connection, after_s, waited_for=False)
-
-        return watch
-
-
-def _expecting(handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> Any:
-    """aiohttp quotes an expectation that it does not know, whatever bytes that has."""
-
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
-            return ApiError(
-                417, "the only Expect that is met is 100-continue", code="bad_expect", close=True
-            ).response()
-        return await handle(request)
-
-    return answer
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """One request, while its connection's times are watched."""
+        assert isinstance(request, web.Request)  # so applications make them
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        connection = self._open.get(request.transport) if request.transport is not None else None
+        if connection is None:
+            return await self._filter(request)
+        if request.can_read_body:  # whoever reads it has a deadline of his own; this one is for bodies nobody reads
+            self._rest(connection, self._bounds.client_body_s + _SEND_S, waited_for=True)
+        else:
+            self._work(connection)
+        try:
+            return await self._filter(request)
+        finally:
+            if connection.transport in self._open:
+                self._rest(connection, self._bounds.keep_alive_s + _SEND_S, waited_for=False)
 
 
 def url_of(host: str, port: int) -> str:

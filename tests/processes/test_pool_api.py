@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -56,7 +57,8 @@ def ask(
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     headers = {"Authorization": f"Bearer {shown}"} if shown else {}
     try:
-        connection.request(method, path, raw, headers | ({"Content-Type": kind} if raw is not None else {}))
+        with contextlib.suppress(ConnectionError):  # refused while the body is still being sent: the answer is here
+            connection.request(method, path, raw, headers | ({"Content-Type": kind} if raw is not None else {}))
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
     finally:
@@ -140,13 +142,36 @@ def test_keys_and_content_types_are_asked_for(running: tuple[str, Path], client:
     assert ask(url, "GET", "/pool/status", shown="another")[0] == 200
 
 
+def test_web_pages_and_compressed_bodies_are_refused(running: tuple[str, Path], client: PoolClient) -> None:
+    """Somebody else's name for this machine, a page's preflight, a body that would have to be inflated: no, also to who
+    has a key, and nothing in the answer lets a page read it."""
+    parts = urlsplit(running[0])
+    keyed = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    for method, path, more, status in (
+        ("GET", "/pool/status", {"Host": "evil.example"}, 403),
+        ("POST", "/pool/clear", {"Host": "evil.example:80"}, 403),
+        ("GET", "/pool/status", {"Host": "localhost", "Origin": "https://evil.example"}, 200),
+        ("OPTIONS", "/pool/clear", {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}, 405),
+        ("POST", "/pool/clear", {"Content-Encoding": "gzip"}, 415),
+        ("POST", "/pool/clear", {"Expect": "tea"}, 417),
+    ):
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=WITHIN_S)
+        connection.request(method, path, b'{"all": true}' if method == "POST" else None, keyed | more)
+        answer = connection.getresponse()
+        assert answer.status == status, (method, path, more)
+        assert not any(name.lower().startswith("access-control-") for name in answer.headers)
+        connection.close()
+    utf16 = json.dumps({"keys": ["00" * 32]}).encode("utf-16")
+    assert ask(running[0], "POST", "/pool/unpin", utf16)[0] == 200
+
+
 def test_a_client_that_says_nothing_holds_up_nobody(running: tuple[str, Path], client: PoolClient) -> None:
     """Connections that stay silent in the middle of a request leave room for others."""
     parts = urlsplit(running[0])
     silent = [socket.create_connection((parts.hostname, parts.port), WITHIN_S) for _ in range(100)]
     try:
         for each in silent:
-            each.sendall(b"POST /pool/clear HTTP/1.1\r\nHost: x\r\n")
+            each.sendall(b"POST /pool/clear HTTP/1.1\r\nHost: localhost\r\n")
         began = time.monotonic()
         assert ask(running[0], "GET", "/pool/status")[0] == 200
         assert time.monotonic() - began < 5

@@ -27,7 +27,7 @@ from aiohttp import ClientSession, ClientTimeout, web
 
 from pdtransport.control.channel import StatusAsked
 from tests.processes.control_rig import bench
-from tests.unit.router_rig import Engine, completion, event, rigged
+from tests.unit.router_rig import POST, Engine, completion, event, rigged
 from tests.unit.router_workers import Workers, info
 
 PATIENCE_S = 60.0
@@ -220,7 +220,7 @@ def test_slow_clients_do_not_fill_the_routers_memory(front: tuple[str, Child]) -
         data = json.dumps(body(stream=True, user="flood")).encode()
         host, port = url.removeprefix("http://").split(":")
         clients = [socket.create_connection((host, int(port))) for _ in range(16)]
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        head = POST + b"Content-Length: %d\r\n\r\n" % len(data)
         for one in clients:
             one.sendall(head + data)
         peaks = [before]

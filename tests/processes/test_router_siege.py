@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.processes.test_router import Child, body, router, server
+from tests.unit.router_rig import POST
 
 IDLE = 10_000
 WITHIN_S = 60.0  # an answer; a healthy one takes milliseconds
@@ -93,7 +94,7 @@ def test_few_descriptors_mean_few_connections_or_an_error_that_says_so(
 def test_slow_heads_and_slow_bodies_are_cut_off_at_their_deadlines(backends: tuple[str, str]) -> None:
     """Slowloris: hundreds of connections that say a little now and then are gone soon after the deadline."""
     slow = ("--timeouts-client-head-s", "1", "--timeouts-client-body-s", "1")
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
     starts = [head, head + b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"]
     with router("--prefill", backends[0], "--decode", backends[1], *slow) as (url, _), contextlib.ExitStack() as stack:
         where, watched = urlsplit(url), stack.enter_context(selectors.DefaultSelector())
@@ -130,9 +131,9 @@ def test_garbage_on_the_port_is_refused_and_says_nothing_in_the_log(backends: tu
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00" * 9,
         b"GET " + b"/a" * 60_000 + b" HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(5000)) + b"\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET /%00%ff/../../etc/passwd?secret=sesame HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /%00%ff/../../etc/passwd?secret=sesame HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\nAuthorization: Bearer sesame\r\nno colon here\r\n\r\n",
         b"GET / HTTP/1.1\r\nAuthorization: Bearer sesame\x00\r\n\r\n",
         b"\xff\xfb\x01\r\n" * 100,

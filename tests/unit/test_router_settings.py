@@ -41,6 +41,9 @@ def test_endpoint_text_names_url_control_address_and_ranks() -> None:
         ({"max_inflight": 0}, "router: max_inflight: "),
         ({"timeouts": {"first_bite_s": 1}}, "router: timeouts.first_bite_s: unknown key"),
         ({"retries": 1}, "router: retries: unknown key"),
+        ({"allowed_hosts": ["http://h"]}, "router: allowed_hosts.0: "),
+        ({"allowed_origins": ["h.example"]}, "router: allowed_origins.0: "),
+        ({"allowed_origins": ["https://h/path"]}, "router: allowed_origins.0: "),
         ({"curve_secret_key_file": "k"}, "must be set together"),
     ],
 )

@@ -1,0 +1,19 @@
+"""Settings of every HTTP server here about names and web pages; :mod:`pdtransport.serving.cross_site` says why."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+HostName = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9_.-]{1,253})$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9_.:\[\]-]{1,300})$")]
+
+HOSTS_HELP = (
+    "Names by which clients on this machine (a local proxy, say) reach the server, beside addresses, localhost and the "
+    "machine's own name: other names in Host are refused on loopback, since a web page may have made them point here. "
+    "*: any."
+)
+ORIGINS_HELP = (
+    "Web pages that may use {paths} from a browser (CORS), each as https://HOST[:PORT], or * for all. Default: none."
+)
