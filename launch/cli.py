@@ -229,7 +229,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _show(plan: Plan, topology: Topology) -> None:
     public = plan.public()
-    print(f"{plan.name}: {plan.model} as {plan.served_name!r}")
+    print(f"{plan.name}: {plan.model} as {', '.join(map(repr, plan.served_names))}")
     for instance, shown in zip(plan.instances, public["instances"], strict=True):
         picked = "" if topology.by_role()[instance.role].port else " (picked anew by `up`)"
         print(f"\n{instance.name}: {instance.url}{picked}, control {' '.join(shown['control'])}, {instance.place}")

@@ -103,10 +103,14 @@ class PoolPlan:
 class Plan:
     name: str
     model: str
-    served_name: str
+    served_names: tuple[str, ...]  # the first one is in answers
     instances: tuple[Instance, ...]
     router: RouterPlan
     pool: PoolPlan | None = None
+
+    @property
+    def served_name(self) -> str:
+        return self.served_names[0]
 
     def of(self, role: str) -> list[Instance]:
         return [instance for instance in self.instances if instance.role == role]
@@ -117,6 +121,7 @@ class Plan:
             "name": self.name,
             "model": self.model,
             "served_name": self.served_name,
+            "served_names": list(self.served_names),
             "router": {
                 "url": self.router.url,
                 "admin_url": self.router.admin_url,
@@ -201,7 +206,7 @@ def vllm_command(topology: Topology, instance: Instance, weights: str) -> list[s
     another one."""
     model, role = topology.model, topology.by_role()[instance.role]
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    argv += ["--model", weights, "--served-model-name", topology.served_name]
+    argv += ["--model", weights, "--served-model-name", *topology.served_names]
     argv += ["--host", HOST, "--port", str(instance.port)]
     named = {
         "revision": model.revision,
@@ -273,7 +278,7 @@ def make_plan(
             env = _environment(topology, role, bare, local=folder is not None)
             instances.append(Instance(**{**bare.__dict__, "argv": argv, "env": env}))
     router = _router(topology, instances, ports, pool.hint if pool else {})
-    return Plan(topology.name, model, topology.served_name, tuple(instances), router, pool)
+    return Plan(topology.name, model, topology.served_names, tuple(instances), router, pool)
 
 
 def _bare(
@@ -409,7 +414,8 @@ def _options(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[st
         if isinstance(value, Mapping):
             options += _options(value, (*path, name))
         elif value is not None:
-            options += ["--" + "-".join((*path, name)).replace("_", "-"), str(value)]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            options += ["--" + "-".join((*path, name)).replace("_", "-"), *map(str, values)] if values else []
     return options
 
 

@@ -22,6 +22,7 @@ from pdtransport.settings import Settings
 API_VERSION = "pdtransport/v1"
 MAX_INSTANCES = 64  # a role's instances on one machine
 MAX_FLAGS = 256
+MAX_NAMES = 64  # of the model
 
 # vLLM flags that pdlaunch sets itself, and where their value belongs in a topology.
 OWN_FLAGS: Mapping[str, str] = {
@@ -152,6 +153,13 @@ Ids = Annotated[
 ]
 
 
+Names = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda raw: (raw,) if isinstance(raw, str) else raw),
+    Field(min_length=1, max_length=MAX_NAMES),
+]
+
+
 class Model(_Section):
     """The model; every instance serves the same one."""
 
@@ -161,7 +169,10 @@ class Model(_Section):
         description="Folder (relative to the topology file) or hub id. Starts with ./ ../ / or ~: always a folder.",
     )
     revision: str | None = Field(None, description="Revision of a hub id; one for all instances.")
-    served_name: str | None = Field(None, min_length=1, description="Name that clients use. Default: the topology's.")
+    served_name: Names | None = Field(
+        None, description="Name that clients use, or a list of names, the first of which is in answers. Default: the "
+        "topology's."
+    )  # fmt: skip
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Data type of the weights.")
     block_size: Annotated[int, Strict()] | None = Field(
         None, ge=1, le=1024, description="Tokens in a KV page; equal on all instances. Default: vLLM's own choice."
@@ -358,8 +369,8 @@ class Topology(_Section):
         return {**self.defaults.env, **role.env}
 
     @property
-    def served_name(self) -> str:
-        return self.model.served_name or self.name
+    def served_names(self) -> tuple[str, ...]:
+        return self.model.served_name or (self.name,)
 
     def model_folder(self, base: Path) -> Path | None:
         """The model's folder, ``base`` being the topology file's; None where ``model.id`` is a hub id."""

@@ -329,6 +329,38 @@ def test_instances_call_the_hosts_of_their_topology_alone(tmp_path: Path, contro
         assert Settings.parse(config["kv_connector_extra_config"]).control.peers == peers
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("", ["chat"]),
+        (", served_name: one", ["one"]),
+        (", served_name: [one, two, org/three]", ["one", "two", "org/three"]),
+    ],
+)
+def test_a_model_has_one_name_or_several(tmp_path: Path, given: str, names: list[str]) -> None:
+    """All of them go to vLLM, which answers to each; the first one is in answers, and what pdlaunch itself asks for."""
+    plan = planned(tmp_path, GOOD.replace("{id: ./model}", f"{{id: ./model{given}}}"))
+    for one in plan.instances:
+        at = one.argv.index("--served-model-name")
+        assert [*one.argv[at + 1 : at + 1 + len(names)], one.argv[at + 1 + len(names)]] == [*names, "--host"]
+    assert (plan.served_name, list(plan.served_names)) == (names[0], names)
+
+
+@pytest.mark.parametrize("given", ["[]", '""', '[a, ""]', "[1]", "{a: b}"])
+def test_a_name_of_a_model_is_text(tmp_path: Path, given: str) -> None:
+    """Anything else is named with its place."""
+    with pytest.raises(TopologyError, match=r"t\.yaml:3:\d+: model\.served_name"):
+        planned(tmp_path, GOOD.replace("{id: ./model}", f"{{id: ./model, served_name: {given}}}"))
+
+
+def test_lists_of_the_routers_settings_reach_its_command_line(tmp_path: Path) -> None:
+    """Each value of one, behind one option; an empty list is none."""
+    plan = planned(tmp_path, GOOD + "router: {allowed_hosts: [a.example, b.example], allowed_origins: []}\n")
+    at = plan.router.argv.index("--allowed-hosts")
+    assert plan.router.argv[at + 1 : at + 3] == ("a.example", "b.example")
+    assert "--allowed-origins" not in plan.router.argv
+
+
 def test_the_router_is_told_of_all_servers(tmp_path: Path) -> None:
     """The router's command line parses into settings with every server and its control address."""
     text = GOOD.replace("prefill: {}", "prefill: {count: 2}")
