@@ -10,7 +10,7 @@ from aiohttp import hdrs, web
 
 from pdtransport.serving.errors import ApiError
 
-EXPECTS_CONTINUE = "pdtransport.expects_continue"  # of a request whose client waits to be told that its body is wanted
+EXPECTS_CONTINUE = web.RequestKey("EXPECTS_CONTINUE", bool)  # the client waits to be told that its body is wanted
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _MARKS = (b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")  # byte-order marks, but for UTF-32's that begins with a zero
 

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from pdtransport.serving.log_limits import MAX_KINDS, LogLimiter
+from pdtransport.serving.request_filter import MAX_LINGERING
 from tests.unit.router_rig import POST, Rig, ask, rigged, run
 
 BODY = json.dumps(ask()).encode()
@@ -140,6 +141,30 @@ def test_only_a_body_that_is_wanted_is_invited() -> None:
             assert "expect" not in rig.d.seen[0].headers
 
     run(test)
+
+
+def test_who_does_not_listen_is_let_go() -> None:
+    """A refused client that goes on sending, or says nothing more, and never closes, is disconnected soon; of many at
+    once only some are waited for, and others are served meanwhile."""
+    lingering: list[int] = []
+
+    async def test() -> None:
+        async with rigged(api_key="sesame") as rig:
+            opened = [await asyncio.open_connection("127.0.0.1", rig.router.port) for _ in range(200)]
+            for number, (_, writer) in enumerate(opened):
+                writer.write(POST + b"Content-Length: 10000000\r\n\r\n" + b"x" * (number % 2 * 100_000))
+            filtered = rig.router._main._filter  # type: ignore[union-attr]
+            ended = asyncio.gather(*(reader.read() for reader, _ in opened), return_exceptions=True)
+            while not any(lingering) or lingering[-1]:  # until all are let go
+                lingering.append(filtered._lingering)
+                assert (await rig.get("/live")).status == 200
+            heads = [answer[:13] for answer in await ended if isinstance(answer, bytes)]
+            assert heads.count(b"HTTP/1.1 401 ") >= MAX_LINGERING
+            for _, writer in opened:
+                writer.close()
+
+    run(test)
+    assert 0 < max(lingering) <= MAX_LINGERING
 
 
 @pytest.mark.parametrize(
