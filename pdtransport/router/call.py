@@ -352,8 +352,9 @@ def _prefix_keys(
     whole = min(len(prompt_text) // chunk_chars, chunks)
     if not whole:
         return ()
-    seed = [api, *(members[key].value if key in members else None for key in ("model", "cache_salt"))]
-    running = blake2b(json.dumps(seed, default=str).encode(), digest_size=_DIGEST_BYTES)
+    given = (members[key].value if key in members else None for key in ("model", "cache_salt"))
+    seed = [api, *(value if isinstance(value, str) else None for value in given)]  # servers refuse what is no text
+    running = blake2b(json.dumps(seed).encode(), digest_size=_DIGEST_BYTES)
     keys = []
     for index in range(whole):
         running.update(prompt_text[index * chunk_chars : (index + 1) * chunk_chars].encode())

@@ -217,6 +217,22 @@ def test_a_slash_behind_a_path_changes_nothing(path: str) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("member", ["model", "cache_salt", "n", "other"])
+def test_no_depth_of_a_body_makes_the_router_fail(member: str) -> None:
+    """What is nested as deep as it can be read is passed on, and deeper a 400: nothing later fails on it."""
+
+    async def test() -> None:
+        async with rigged() as rig:
+            answers = set()
+            for depth in (500, *range(900, 1010, 5)):
+                value = "[" * depth + "]" * depth
+                reply = await rig.ask(f'{{"{member}": {value}, "prompt": "{"x" * 2000}"}}'.encode())
+                answers.add((reply.status, reply.error["code"] if reply.status != 200 else None))
+            assert answers == {(200, None), (400, "invalid_json")}
+
+    run(test)
+
+
 def test_a_fault_of_our_own_is_one_line_whatever_a_client_sent(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
