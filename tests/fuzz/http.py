@@ -149,6 +149,7 @@ class Front:
             await server.start()
         raw = {
             "port": 0,
+            "allowed_hosts": ["h"],  # what openings call it
             "prefill": [f"http://127.0.0.1:{self.prefill.port}@127.0.0.1:9"],
             "decode": [f"http://127.0.0.1:{self.decode.port}"],
             "first_token": "auto",
