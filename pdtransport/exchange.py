@@ -22,6 +22,7 @@ from pdtransport.control.channel import (
     Received,
     StatusAsked,
 )
+from pdtransport.control.handshake import told_incarnation
 from pdtransport.gate import Gate
 from pdtransport.handing import Handing
 from pdtransport.kv.geometry import HOST, KVGeometry
@@ -147,7 +148,8 @@ class Exchange:
         elif isinstance(event, PeerUp):
             self._peers.up(event, now)
         elif isinstance(event, PeerDown):
-            logger.warning("peer %s is gone: %s", event.peer, event.reason)
+            level = logging.WARNING if self._peers.linked(event.peer) else logging.INFO
+            logger.log(level, "peer %s is gone: %s", event.peer, event.reason)
             self._counters["peers_lost"] += 1
             self._peers.down(event.peer, event.reason, ended=event.ended)
             self.handing.peer_lost(event.peer, event.reason)
@@ -194,12 +196,15 @@ class Exchange:
             "rank": self._me.rank,
             "world": self._me.world,
             "role": self._role,
-            "incarnation": self._me.incarnation,
+            "incarnation": told_incarnation(self._me.incarnation),
             "uptime_s": time.time() - self._started_at,
             "counters": dict(counters),
             "live": {**self.handing.live(), **self.taking.live(), "waiting_for_gpu": self.gate.waiting},
             "fingerprint": dict(self._control.fingerprint),
             "peers": [peer.status() for peer in self._peers],
+            "shared_names": [
+                {"engine": one.engine, "rank": one.rank, "at": where} for one, where in self._control.shared_names()
+            ],
             "transfers": [record.as_dict() for record in self._timeline.records(transfer)[-MAX_STATUS_RECORDS:]],
         }
 

@@ -118,6 +118,11 @@ class Peers:
     def get(self, peer: PeerId) -> Peer | None:
         return self._peers.get(peer)
 
+    def linked(self, peer: PeerId) -> bool:
+        """Whether pages could have crossed."""
+        known = self._peers.get(peer)
+        return known is not None and bool(known.channels())
+
     def want(self, endpoint: Endpoint, on_peer: OnPeer) -> None:
         """Call ``on_peer`` once the worker at ``endpoint`` can send us pages, or can't."""
         peer = self._peers.get(self._by_endpoint.get(endpoint, PeerId("", -1, 0)))

@@ -22,6 +22,7 @@ from pdtransport.control.events import (
     Endpoint,
     Event,
     Identity,
+    NameShared,
     PeerDown,
     PeerId,
     PeerUp,
@@ -35,11 +36,13 @@ from pdtransport.control.limits import (
     MAX_DIALS_A_TURN,
     MAX_FRAMES_A_TURN,
     MAX_PROVEN,
+    MAX_REPORTS_A_TURN,
     MAX_TRIED,
     NEW_PER_S,
     TICK_GRAIN_S,
 )
 from pdtransport.control.listener import Listener
+from pdtransport.control.owners import owners_for
 from pdtransport.control.reach import Reach
 from pdtransport.control.shared import COUNTERS, Shared, logger
 from pdtransport.control.sockets import Socket
@@ -54,6 +57,7 @@ __all__ = [
     "ControlChannel",
     "Event",
     "Identity",
+    "NameShared",
     "PeerDown",
     "PeerId",
     "PeerUp",
@@ -89,6 +93,7 @@ class ControlChannel:
         context: zmq.Context[Socket] | None = None,
     ) -> None:
         keys = load_keys(settings)
+        owners = owners_for(settings, keys=keys is not None)
         reach = Reach(settings, strict=False, clock=clock)
         checked_identity(me)
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
@@ -96,7 +101,7 @@ class ControlChannel:
         self._own_context = context is None
         self._context = context or _context()
         self._directory = Directory(settings.liveness_s, self.counters)
-        self._shared = Shared(settings, me, keys, clock, self._context, self.counters, self._directory, reach)
+        self._shared = Shared(settings, me, keys, clock, self._context, self.counters, self._directory, reach, owners)
         self._gate: Gatekeeper | None = None
         self._listener: Listener | None = None
         self._dialers: dict[Endpoint, Dialer] = {}
@@ -192,6 +197,10 @@ class ControlChannel:
         if self._listener is not None:
             self._listener.ask_for_hello(reason)
         return shared.directory.give_up_all(reason)
+
+    def shared_names(self) -> list[tuple[PeerId, list[str]]]:
+        """Of live peers of one name: one of them, and where all are."""
+        return [(peers[0].id, [peer.where for peer in peers]) for peers in self._directory.shared_names]
 
     @property
     def fingerprint(self) -> Mapping[str, FingerprintValue]:
@@ -313,6 +322,8 @@ class ControlChannel:
         self._turn += 1
         share = max(1, limit // len(ready))
         first = self._turn % len(ready)
+        if self._listener is not None and self._listener.monitor is not None and self._listener.monitor in ready:
+            events += self._read(self._listener.monitor, MAX_REPORTS_A_TURN, now)  # who came, before what they say
         for socket in (ready[first:] + ready[:first])[:limit]:
             events += self._read(socket, share, now)
         if any(socket.closed for socket in self._steps):
@@ -326,7 +337,10 @@ class ControlChannel:
             return events
         self._forgive_own_pause(now)
         self._last_tick = now
-        events += self._directory.tick(now)
+        for event in self._directory.tick(now):
+            events.append(event)
+            if isinstance(event, NameShared):
+                self._shared.complaints.say(event.reason, now, "names")
         if self._listener is not None:
             self._listener.tick(now)
         self._dialled = 0
@@ -375,7 +389,7 @@ class ControlChannel:
                 found = step(now)
             except Exception as error:  # noqa: BLE001 - whatever a frame provokes must not stop the others
                 self.counters["garbage"] += 1
-                self._shared.complaints.say(f"error while handling a frame: {error!r:.300}", now)
+                self._shared.complaints.say(f"error while handling a frame: {error!r:.300}", now, "error")
                 continue
             if found is None:
                 break
@@ -389,7 +403,8 @@ class ControlChannel:
         if gate.denied > 0:
             self.counters["refused"] += gate.denied
             gate.denied = 0
-            self._shared.complaints.say("refused a connection: its key is not in control.curve_allowed_keys", now)
+            text = "refused a connection: its key is not in control.curve_allowed_keys"
+            self._shared.complaints.say(text, now, "key")
         return []
 
     def _forgive_own_pause(self, now: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve
 from pdtransport.control.handshake import foreign_version, version_refusal
+from pdtransport.control.owners import Listening, owners_for
 from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError
 from pdtransport.kv.fingerprint import plain
@@ -19,6 +21,7 @@ from pdtransport.protocol.messages import Refused, StatusReply, StatusRequest, W
 from pdtransport.settings import ControlSettings
 
 ASK_AGAIN_S = 0.2  # after "ask less often"
+REPEAT_S = 1.0  # the question may have been lost with its connection
 MAX_FRAMES = 64  # that are read while waiting for the one answer
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -51,6 +54,7 @@ def fetch_status(
             "allow_plaintext on a trusted network)"
         )
     deadline = time.monotonic() + timeout_s
+    owners = owners_for(settings, keys=keys is not None)
     context: zmq.Context[Socket] = zmq.Context(1)
     socket = monitor = None
     try:
@@ -59,7 +63,8 @@ def fetch_status(
         curve.apply_client(socket, keys)
         monitor = watch(context, socket, _FAILED)
         socket.connect(tcp_url(host, port))
-        return _Asking(socket, monitor, f"{host}:{port}", transfer, deadline, timeout_s).answer()
+        listening = Listening(owners, port)
+        return _Asking(socket, monitor, f"{host}:{port}", listening, transfer, deadline, timeout_s).answer()
     except zmq.ZMQError as error:
         raise StatusUnavailable(f"no status from {host}:{port}: {error.strerror}") from None
     finally:
@@ -78,37 +83,51 @@ class _Asking:
     """One question, until its answer or the deadline."""
 
     def __init__(
-        self, socket: Socket, monitor: Socket, where: str, transfer: str, deadline: float, timeout_s: float
+        self,
+        socket: Socket,
+        monitor: Socket,
+        where: str,
+        listening: Listening,
+        transfer: str,
+        deadline: float,
+        timeout_s: float,
     ) -> None:
         self._socket, self._monitor = socket, monitor
-        self._where, self._transfer = where, transfer
-        self._deadline, self._timeout_s = deadline, timeout_s
+        self._where, self._question = where, encode(StatusRequest(transfer=transfer))
+        self._listening, self._deadline, self._timeout_s = listening, deadline, timeout_s
         self._hung_up = False
 
     def answer(self) -> dict[str, Any]:
-        question = encode(StatusRequest(transfer=self._transfer))
         inbox = Inbox(self._socket, addressed=False)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
-        self._socket.send(question, zmq.NOBLOCK)
+        self._socket.send(self._question, zmq.NOBLOCK)
         for _ in range(MAX_FRAMES):
             self._wait(poller)
             self._read_monitor()
             letter = inbox.read()
             if isinstance(letter, bool) or letter.body is None:
                 continue
+            try:
+                complaint = self._listening.complaint(letter.part)
+            except OSError:  # closed already
+                continue
+            if complaint:
+                raise StatusUnavailable(f"no status from {self._where}: {complaint}")
             status = self._read(letter.body.bytes)
             if status is not None:
                 return status
             time.sleep(max(0.0, min(ASK_AGAIN_S, self._deadline - time.monotonic())))
-            self._socket.send(question, zmq.NOBLOCK)
+            self._socket.send(self._question, zmq.NOBLOCK)
         raise StatusUnavailable(f"no status from {self._where}: it answers, but with something else")
 
     def _wait(self, poller: zmq.Poller) -> None:
-        left = self._deadline - time.monotonic()
-        if left > 0 and poller.poll(max(1, round(left * 1000))):
-            return
+        while (left := self._deadline - time.monotonic()) > 0:
+            if poller.poll(max(1, round(min(left, REPEAT_S) * 1000))):
+                return
+            with contextlib.suppress(zmq.Again):
+                self._socket.send(self._question, zmq.NOBLOCK)
         why = (
             "it hangs up: no control channel, or its CURVE keys don't fit ours"
             if self._hung_up

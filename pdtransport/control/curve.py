@@ -134,11 +134,14 @@ class Gatekeeper:
         if len(parts) < 8:  # only libzmq itself can reach this address
             return True
         sender, version, request, mechanism, credentials = parts[0], parts[2], parts[3], parts[7], parts[8:]
-        known = mechanism == b"CURVE" and len(credentials) == 1 and z85.encode(credentials[0]) in self._allowed
+        key = z85.encode(credentials[0]) if mechanism == b"CURVE" and len(credentials) == 1 else b""
+        known = key in self._allowed
         self.denied += not known
         status = (b"200", b"OK") if known else (b"400", b"this key is not in curve_allowed_keys")
         with contextlib.suppress(zmq.ZMQError):  # whoever asked is gone
-            self.socket.send_multipart([sender, b"", version, request, *status, b"", b""], zmq.NOBLOCK)
+            self.socket.send_multipart(
+                [sender, b"", version, request, *status, key if known else b"", b""], zmq.NOBLOCK
+            )
         return True
 
     def close(self) -> None:

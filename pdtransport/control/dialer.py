@@ -9,7 +9,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve, handshake
-from pdtransport.control.directory import Route, Sent
+from pdtransport.control.directory import NAME, Route, Sent
 from pdtransport.control.events import ConnectFailed, Endpoint, Event, PeerId, Received
 from pdtransport.control.limits import (
     FAILED_CURVE_HANDSHAKES,
@@ -22,8 +22,9 @@ from pdtransport.control.limits import (
     RETRY_FOR_S,
     RETRY_MAX_S,
 )
+from pdtransport.control.owners import Listening
 from pdtransport.control.shared import Shared
-from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
+from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.kv.fingerprint import plain
 from pdtransport.protocol.messages import (
     Hello,
@@ -74,6 +75,8 @@ class Dialer(Route):
 
     def __init__(self, endpoint: Endpoint, shared: Shared, now: float, *, proven: bool = False) -> None:
         self.endpoint = endpoint
+        self.where = f"{endpoint.host}:{endpoint.port}"
+        self.key = shared.keys.server.decode() if shared.keys is not None else ""
         self.socket: Socket | None = None
         self.monitor: Socket | None = None
         self._shared = shared
@@ -88,6 +91,8 @@ class Dialer(Route):
         self._reached_tcp = self._session = False  # how far the current attempt came
         self._reached_at = now
         self._failed_handshakes = 0
+        self._listening = Listening(shared.owners, endpoint.port)
+        self._owner_known = False  # of this connection
         self._hello_due: float | None = None
         self._said_breaks = 0
         self._last_peer: PeerId | None = None
@@ -247,7 +252,7 @@ class Dialer(Route):
         self._failure = ConnectFailed(*self.endpoint, reason, field, refused)
         self._failed_at = now
         if self._deadline is None:  # nobody waits: it was a background attempt
-            self._shared.complaints.say(reason, now)
+            self._shared.complaints.say(reason, now, "attempt")
             return []
         self._deadline = None
         return [self._failure]
@@ -264,6 +269,7 @@ class Dialer(Route):
             return None
         event, value = report["event"], int(report["value"])
         if event == zmq.EVENT_CONNECTED:
+            self._owner_known = False
             self._reached_tcp, self._reached_at = True, now
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._session, self._failed_handshakes = True, 0
@@ -341,6 +347,25 @@ class Dialer(Route):
         if isinstance(letter, bool):
             return [] if letter else None
         self._shared.counters["frames_in"] += 1
+        events: list[Event] = []
+        while (found := self.step_monitor(now)) is not None:  # whose connection it is was reported before the frame
+            events += found
+        if self.socket is None:
+            return events
+        return events + self._on_letter(letter, now)
+
+    def _on_letter(self, letter: Letter, now: float) -> list[Event]:
+        if not self._owner_known:
+            try:
+                complaint = self._listening.complaint(letter.part)
+            except OSError:
+                return []  # its connection is closed
+            if complaint:
+                self._shared.counters["refused"] += 1
+                events = self._shared.directory.leave(self, complaint)
+                self.hang_up()
+                return [*events, *self._fail(now, f"{self.where}: {complaint}", "user", refused=True)]
+            self._owner_known = True
         if letter.body is None:
             return self._garbage("a message of several parts", now)
         frame = letter.body.bytes
@@ -368,14 +393,14 @@ class Dialer(Route):
             return []
         if not isinstance(message, TransferMessage | LinkCall):
             return self._garbage(f"an unexpected {message.kind}", now)
-        if self.peer is None:
+        if self.peer is None or self.broken_until is not None:  # who listens there now has not said who it is
             self._shared.counters["dropped_unknown_peer"] += 1
             return []
         return [Received(self.peer, message)]
 
     def _on_welcome(self, welcome: Welcome, now: float) -> list[Event]:
         shared = self._shared
-        refusal = handshake.check(shared.me, welcome) or shared.directory.refusal(welcome)
+        refusal = handshake.check(shared.me, welcome) or shared.directory.refusal(welcome, self.key)
         if refusal is not None:
             shared.counters["refused"] += 1
             self.send(encode(refusal))
@@ -398,7 +423,10 @@ class Dialer(Route):
         shared = self._shared
         where = f"{self.endpoint.host}:{self.endpoint.port}"
         if refused.field in {"frame", "status"}:  # concerns one frame, not the connection
-            shared.complaints.say(f"{where} could not use a frame of ours: {refused.reason!r}", now)
+            shared.complaints.say(f"{where} could not use a frame of ours: {refused.reason!r}", now, "frame")
+            return []
+        if refused.field == NAME:
+            shared.on_name(where, refused.reason, now)
             return []
         if refused.field == "hello":  # it has given us up, and forgot this connection
             why = plain(refused.reason, 512)
@@ -416,5 +444,5 @@ class Dialer(Route):
     def _garbage(self, what: str, now: float) -> list[Event]:
         self._shared.counters["garbage"] += 1
         where = f"{self.endpoint.host}:{self.endpoint.port}"
-        self._shared.complaints.say(f"garbage from {where}: {plain(what, 200)}", now)
+        self._shared.complaints.say(f"garbage from {where}: {plain(what, 200)}", now, "garbage")
         return []

@@ -2,6 +2,10 @@
 
 A *peer* is one run of one worker process; a *route* is one connection over which it can be reached. A peer is up from
 its first compatible handshake until its last route is given up.
+
+A peer's identity is its incarnation, which it tells to its peers only; engine and rank are its name. Whoever comes
+under a name has no effect on others of that name: one that restarted is served at once, beside what is left of its
+former self, which ends as every lost peer does. Several of one name that live are told apart, and complained of.
 """
 
 from __future__ import annotations
@@ -12,9 +16,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pdtransport.control import handshake
-from pdtransport.control.events import Endpoint, Event, PeerDown, PeerId, PeerUp
-from pdtransport.control.limits import MAX_BREAKS, MAX_BURIED, MAX_PEERS, MAX_ROUTES_PER_PEER
-from pdtransport.protocol.messages import Hello, Refused, Welcome
+from pdtransport.control.events import Endpoint, Event, NameShared, PeerDown, PeerId, PeerUp
+from pdtransport.control.limits import (
+    MAX_BREAKS,
+    MAX_PEERS,
+    MAX_ROUTES_PER_PEER,
+    MAX_SHARED_NAMES,
+    SHARED_NAME_AFTER_S,
+    SHARED_NAME_AGAIN_S,
+)
+from pdtransport.kv.fingerprint import plain
+from pdtransport.protocol.messages import MAX_REASON, Hello, Refused, Welcome, encode
+
+NAME = "name"  # field of a refusal that changes nothing: somebody else has the receiver's name
 
 
 class Sent(Enum):
@@ -29,6 +43,8 @@ class Route:
     """One connection. It belongs to ``peer`` between handshake and :meth:`unbind`."""
 
     inbound = False
+    key = ""  # the CURVE key at the other end
+    where = ""  # the other end, for people
     peer: PeerId | None = None
     last_heard = 0.0
     broken_until: float | None = None  # set: TCP is down; the peer has until then to come back
@@ -46,8 +62,28 @@ class Peer:
     """A worker process that is up."""
 
     id: PeerId
+    since: float = 0.0
     routes: list[Route] = field(default_factory=list)
     endpoints: set[Endpoint] = field(default_factory=set)
+
+    @property
+    def where(self) -> str:
+        return self.routes[0].where if self.routes else "nowhere"
+
+    def heard_after(self, moment: float) -> bool:
+        return any(route.last_heard > moment for route in self.routes)
+
+
+_Name = tuple[str, int]  # engine and rank
+
+
+@dataclass
+class _Shared:
+    """A name that a second process took at ``since``."""
+
+    since: float
+    again_at: float = 0.0  # complained of once before then
+    lives: tuple[PeerId, ...] = ()  # who of them was heard after that
 
 
 @dataclass
@@ -63,8 +99,7 @@ class Directory:
         self._liveness_s = liveness_s
         self._counters = counters
         self._peers: dict[PeerId, Peer] = {}
-        self._current: dict[tuple[str, int], PeerId] = {}
-        self._buried: OrderedDict[PeerId, None] = OrderedDict()
+        self._shared: OrderedDict[_Name, _Shared] = OrderedDict()  # names that several processes have taken
         self._breaks: OrderedDict[PeerId, _Breaks] = OrderedDict()
 
     def __iter__(self) -> Iterator[Peer]:
@@ -75,16 +110,15 @@ class Directory:
 
     # -- handshakes ----------------------------------------------------------------------------------------------
 
-    def refusal(self, theirs: Hello | Welcome) -> Refused | None:
-        """Why there is no place for a peer that is compatible otherwise; None if there is."""
+    def refusal(self, theirs: Hello | Welcome, key: str = "") -> Refused | None:
+        """Why there is no place for a peer that is compatible otherwise, over a connection of ``key``; None if there
+        is."""
         peer_id = handshake.peer_of(theirs)
         name = handshake.shown(peer_id.engine, peer_id.rank)
-        if peer_id in self._buried:
-            return handshake.refusal(
-                "incarnation",
-                reason=f"a newer process has taken the place of {name}: give each instance its own engine_id",
-            )
-        if len(self._peers) >= MAX_PEERS and (peer_id.engine, peer_id.rank) not in self._current:
+        peer = self._peers.get(peer_id)
+        if peer is not None and any(route.key != key for route in peer.routes):
+            return handshake.refusal("incarnation", reason=f"the process that is {name} came with another CURVE key")
+        if peer is None and len(self._peers) >= MAX_PEERS and not self._broken_of(peer_id):
             return handshake.refusal("peers", reason=f"{MAX_PEERS} peers are up here already, {name} is one too many")
         return None
 
@@ -98,15 +132,17 @@ class Directory:
     ) -> list[Event]:
         """A compatible handshake arrived over ``route``."""
         peer_id = handshake.peer_of(theirs)
-        events = self._replace_older(peer_id)
+        events: list[Event] = []
         if route.peer is not None and route.peer != peer_id:
             events += self.leave(route, "its connection now belongs to another worker")
         events += self._heed_breaks(peer_id, handshake.breaks_of(theirs))
         peer = self._peers.get(peer_id)
         is_new = peer is None
         if peer is None:
-            peer = self._peers[peer_id] = Peer(peer_id)
-            self._current[peer_id.engine, peer_id.rank] = peer_id
+            if len(self._peers) >= MAX_PEERS:
+                events += self._make_room(peer_id)
+            self._note_name(peer_id, now)
+            peer = self._peers[peer_id] = Peer(peer_id, now)
         self._attach(peer, route, now)
         if is_new or (endpoint is not None and endpoint not in peer.endpoints):
             events.append(PeerUp(peer_id, host, handshake.without_breaks(theirs), endpoint))
@@ -114,14 +150,20 @@ class Directory:
             peer.endpoints.add(endpoint)
         return events
 
-    def _replace_older(self, peer_id: PeerId) -> list[Event]:
-        current = self._current.get((peer_id.engine, peer_id.rank))
-        if current is None or current == peer_id:
-            return []
-        self._buried[current] = None
-        while len(self._buried) > MAX_BURIED:
-            self._buried.popitem(last=False)
-        return self._down(current, "restarted")
+    def _others_of(self, peer_id: PeerId) -> list[Peer]:
+        """Other processes of this name."""
+        name = (peer_id.engine, peer_id.rank)
+        return [each for each in self._peers.values() if (each.id.engine, each.id.rank) == name and each.id != peer_id]
+
+    def _broken_of(self, peer_id: PeerId) -> list[Peer]:
+        """Those of them without a connection that stands."""
+        return [
+            each for each in self._others_of(peer_id) if all(route.broken_until is not None for route in each.routes)
+        ]
+
+    def _make_room(self, peer_id: PeerId) -> list[Event]:
+        """A process that restarts finds its place where all are taken."""
+        return [event for each in self._broken_of(peer_id) for event in self._down(each.id, "restarted")]
 
     def _heed_breaks(self, peer_id: PeerId, theirs: int) -> list[Event]:
         """They have given us up since: what we keep of them is void over there."""
@@ -178,10 +220,62 @@ class Directory:
                 self._detach(peer, route, silent=silent)
             if not peer.routes:
                 events += self._give_up(peer.id, reason, ended=not silent)
-        return events
+        return events + self._look_at_names(now)
 
     def next_deadline(self) -> float | None:
         return min((self._limit(route) for peer in self._peers.values() for route in peer.routes), default=None)
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    @property
+    def shared_names(self) -> list[tuple[Peer, ...]]:
+        """Live processes of one name."""
+        return [
+            tuple(self._peers[one] for one in shared.lives) for shared in self._shared.values() if len(shared.lives) > 1
+        ]
+
+    def _note_name(self, peer_id: PeerId, now: float) -> None:
+        name = (peer_id.engine, peer_id.rank)
+        if not self._others_of(peer_id):
+            return
+        shared = self._shared.setdefault(name, _Shared(now))
+        shared.since = now
+        self._shared.move_to_end(name)
+        while len(self._shared) > MAX_SHARED_NAMES:
+            self._shared.popitem(last=False)
+
+    def _look_at_names(self, now: float) -> list[Event]:
+        """Who is heard some time after another took its name is no former self of it: both live."""
+        events: list[Event] = []
+        for name, shared in list(self._shared.items()):
+            same = [each for each in self._peers.values() if (each.id.engine, each.id.rank) == name]
+            if len(same) < 2:
+                shared.lives = ()
+                if now >= shared.again_at:
+                    del self._shared[name]
+                continue
+            lives = tuple(each for each in same if each.heard_after(shared.since + SHARED_NAME_AFTER_S))
+            if len(lives) < 2:
+                continue
+            shared.lives = tuple(each.id for each in lives)
+            if now >= shared.again_at:
+                shared.again_at = now + SHARED_NAME_AGAIN_S
+                events.append(self._complain(lives))
+        return events
+
+    def _complain(self, lives: tuple[Peer, ...]) -> NameShared:
+        """Of them, and to them: only their own settings can tell them apart."""
+        self._counters["names_shared"] += 1
+        first = lives[0].id
+        reason = plain(
+            f"{len(lives)} live processes call themselves {handshake.shown(first.engine, first.rank)}: "
+            f"{', '.join(each.where for each in lives[:4])}; all are served, give each instance its own engine_id",
+            MAX_REASON,
+        )
+        frame = encode(handshake.refusal(NAME, reason=reason))
+        for each in lives:
+            self.send(each.id, frame)
+        return NameShared(tuple(each.id for each in lives), reason)
 
     def forgive(self, gap: float, now: float) -> None:
         """This process itself stood still for ``gap`` seconds: nobody was silent meanwhile."""
@@ -209,7 +303,8 @@ class Directory:
         peer = self._peers.pop(peer_id, None)
         if peer is None:
             return []
-        self._current.pop((peer_id.engine, peer_id.rank), None)
+        for shared in self._shared.values():
+            shared.lives = tuple(one for one in shared.lives if one != peer_id)
         for route in list(peer.routes):
             self._detach(peer, route, silent=False)
         return [PeerDown(peer_id, reason, ended)]

@@ -66,6 +66,15 @@ class PeerDown:
 
 
 @dataclass(frozen=True)
+class NameShared:
+    """Several live processes call themselves alike; ``reason`` is one line with where each is and what to do. All of
+    them are served: a peer is a process, and its name is for people."""
+
+    peers: tuple[PeerId, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class ConnectFailed:
     """A wished-for connection did not come about: ``refused`` by the handshake (``field`` names what differs), or
     unanswered. Once per call of ``connect``; the channel goes on trying in the background for a while."""
@@ -93,4 +102,4 @@ class StatusAsked:
     transfer: str
 
 
-Event = PeerUp | PeerDown | ConnectFailed | Received | StatusAsked
+Event = PeerUp | PeerDown | NameShared | ConnectFailed | Received | StatusAsked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -91,6 +92,12 @@ def check(me: Identity, theirs: Hello | Welcome) -> Refused | None:
     if mismatch is not None:
         return refusal(mismatch.field, mismatch.ours, mismatch.yours, mismatch.text(us, them))
     return None
+
+
+def told_incarnation(incarnation: int) -> int:
+    """What is told of an incarnation to whoever asks: it tells two apart, and no Hello can be made of it."""
+    digest = hashlib.blake2b(incarnation.to_bytes(8, "little"), digest_size=8, person=b"incarnation").digest()
+    return int.from_bytes(digest, "little") >> 2 | 1
 
 
 def refusal(field: str, ours: str = "", yours: str = "", reason: str = "") -> Refused:

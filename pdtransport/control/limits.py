@@ -9,18 +9,33 @@ MAX_PROVEN = 4096  # endpoints without a connection that are remembered to have 
 NEW_PER_S = 64.0  # endpoints that never led to a peer are called so often first; as many at once after a pause ...
 AGAIN_PER_S = 16.0  # ... and so often again, all of them together
 MAX_ROUTES_PER_PEER = 8  # connections between the same two processes, both directions together
-MAX_STRANGERS = 1024  # connections without a handshake that are remembered, to answer each at most once a second
-MAX_BURIED = 1024  # incarnations that a newer one replaced
+MAX_STRANGERS = 512  # connections without a handshake; of more, the one that has had most time for it is closed
+MAX_SHARED_NAMES = 64  # names of several live processes that are watched and shown
+DESCRIPTORS_SPARE = 256  # for everything but connections: files, other sockets, the engine's own
 MAX_BREAKS = 4096  # peers whose past partings are remembered
 MAX_PROBES = 4096  # connections that may be checked at once after the system reported a disconnect
 
 SEND_QUEUE_FRAMES = 2048  # per connection; a full queue makes send() return False
-RECEIVE_QUEUE_FRAMES = 256  # per connection; beyond it TCP's own window holds the sender
+RECEIVE_QUEUE_FRAMES = 256  # per connection that we open; beyond it TCP's own window holds the sender
+LISTEN_BUFFER_BYTES = 128 << 10  # of the system, likewise: what libzmq's one thread reads of it before the next one's
+LISTEN_QUEUE_FRAMES = 32  # the same per connection to us: there may be many, from anybody
 MONITOR_QUEUE_EVENTS = 1 << 16  # deep, since libzmq's I/O thread would block on a full one
 TCP_BACKLOG = 512
 
 MAX_STRANGER_FRAME = 256 << 10  # bytes of a frame before the handshake: the largest Hello with all its exports
+MAX_SHORT_FRAME = 4096  # the same of any other message
+STRANGER_BYTES = 1 << 20  # that a connection may send before its handshake ...
+STRANGER_BYTES_PER_S = 256 << 10  # ... and in each second of it: a largest Hello, repeated
+STRANGER_FRAMES = 64  # frames likewise
+STRANGER_FRAMES_PER_S = 16
+HELLOS_PER_S = 2  # that a connection may say, and HELLOS at once: each that brings news ends what is under way
+HELLOS = 8
+LOOK_AGAIN_S = 0.1  # between looks at how much strangers have sent
+CUT_AFTER_S = 0.05  # a stranger that is told why is cut off after this
 MAX_FRAMES_A_TURN = 256
+MAX_REPORTS_A_TURN = 1024  # of connections that came or went: cheaper than frames, and too many must not stay open
+CUTS_BEFORE_TRIM = 16  # so many floods leave memory that the C library keeps; it is given back once these are over
+TRIM_AFTER_S = 1.0
 
 MAX_DIALS_A_TURN = 4  # the others wait for the next one: to open a socket takes a millisecond, which peers wait for
 RECONNECT_S = 0.1  # first pause before TCP is tried again, each at random half to whole ...
@@ -34,6 +49,8 @@ RETRY_FOR_S = 60.0  # background attempts, some fifteen, at an endpoint that nob
 REFUSAL_HOLDS_S = 1.0  # an endpoint that refused us is not asked again before this
 PROBE_AFTER_S = (0.02, 0.3)  # after a disconnect, see which connection it was
 ANSWER_GARBAGE_EVERY_S = 1.0  # per connection
+SHARED_NAME_AFTER_S = 0.5  # who is heard so long after another took its name lives, too
+SHARED_NAME_AGAIN_S = 60.0  # and is complained of again after this
 FAILED_CURVE_HANDSHAKES = 3  # in a row, before a connection that hangs up without a word counts as refused
 
 MAX_WATCHERS = 64  # who is told how transfers end; one more is refused

@@ -1,35 +1,52 @@
-"""The side that peers connect to: one ROUTER socket, any number of connections, none of them trusted."""
+"""The side that peers connect to: one ROUTER socket, a bounded number of connections, none of them trusted.
+
+Who it is comes first: without keys a connection must be of this user (:mod:`pdtransport.control.owners`), and before a
+connection said Hello, nothing but the first bytes of a frame is looked at, unless these say that it is one of the few
+short messages, or the one long, that a stranger may send. Its frames and bytes have a budget; then it is cut off.
+"""
 
 from __future__ import annotations
 
 import errno
 import socket as stdlib_socket
 from collections import OrderedDict, deque
+from typing import get_args
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve, handshake
-from pdtransport.control.directory import Route, Sent
+from pdtransport.control.directory import NAME, Route, Sent
+from pdtransport.control.door import Accepted, Door
 from pdtransport.control.events import Event, Received, StatusAsked
 from pdtransport.control.limits import (
     ANSWER_GARBAGE_EVERY_S,
+    CUT_AFTER_S,
+    HELLOS,
+    HELLOS_PER_S,
     LOST_BOUND_S,
     MAX_PROBES,
+    MAX_SHORT_FRAME,
     MAX_STRANGER_FRAME,
     MAX_STRANGERS,
     MAX_WATCHERS,
     PROBE_AFTER_S,
     STATUS_PER_S,
+    STRANGER_FRAMES,
+    STRANGER_FRAMES_PER_S,
     WATCH_GRAIN_S,
 )
+from pdtransport.control.owners import descriptor_of
+from pdtransport.control.reclaim import Reclaim
 from pdtransport.control.shared import Shared
-from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
+from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.control.status import Allowance, status_frame
 from pdtransport.control.watchers import Watchers
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.protocol.messages import (
+    PEEK_BYTES,
+    PROTOCOL_VERSION,
     Hello,
     LinkCall,
     Message,
@@ -44,15 +61,22 @@ from pdtransport.protocol.messages import (
     WireError,
     decode,
     encode,
+    peek,
 )
 from pdtransport.settings import ControlSettings
 
 WATCHED = (
-    zmq.EVENT_DISCONNECTED
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+
+
+_SHORT = frozenset(kind.model_fields["kind"].default for kind in (StatusRequest, Watch, Ping, Pong, Refused))
+_HELLO = Hello.model_fields["kind"].default
+_FROM_PEERS = frozenset(kind.model_fields["kind"].default for kind in (*get_args(TransferMessage), LinkCall))
 
 
 class Inbound(Route):
@@ -60,10 +84,15 @@ class Inbound(Route):
 
     inbound = True
 
-    def __init__(self, name: bytes, address: str, descriptor: int, listener: Listener) -> None:
+    def __init__(self, name: bytes, caller: Accepted, address: str, key: str, listener: Listener) -> None:
         self.name = name  # libzmq's name for the connection
+        self.caller = caller
         self.address = address  # where it comes from
-        self.descriptor = descriptor
+        self.key = key
+        self.where = str(caller)
+        self.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES)  # before its Hello
+        self.hellos = Allowance(HELLOS_PER_S, HELLOS)
+        self.cut_at: float | None = None  # nothing that it says counts any more
         self.answer_at = 0.0  # garbage is answered again after this
         self.watch_at = 0.0  # and a wish to watch after this
         self._listener = listener
@@ -75,7 +104,7 @@ class Inbound(Route):
         self._listener.make_stranger(self)
 
     def __str__(self) -> str:
-        return handshake.shown(self.peer.engine, self.peer.rank) if self.peer else self.address
+        return f"{handshake.shown(self.peer.engine, self.peer.rank)} at {self.where}" if self.peer else self.where
 
 
 class Listener:
@@ -104,6 +133,9 @@ class Listener:
             raise
         self._inbox = Inbox(self.socket, addressed=True)
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._door = Door(int(self.endpoint.rpartition(":")[2]), shared.owners)
+        self._cutting: deque[Inbound] = deque()
+        self._reclaim = Reclaim()
 
     def close(self) -> None:
         close_watched(self.socket, self.monitor)
@@ -123,6 +155,7 @@ class Listener:
 
     def _on_gone(self, connection: Inbound) -> None:
         """TCP is down. The peer will connect again, if it lives, under another name."""
+        self._door.closed(connection.caller)
         self._strangers.pop(connection.name, None)
         self._watchers.drop(connection.name)
         if self._bound.pop(connection.name, None) is not None:
@@ -132,6 +165,7 @@ class Listener:
     def make_stranger(self, connection: Inbound) -> None:
         """Its handshake is void: it must say Hello again."""
         if self._bound.pop(connection.name, None) is not None:
+            self._door.forget(connection.caller, self._shared.clock())
             self._add_stranger(connection)
 
     def ask_for_hello(self, reason: str) -> None:
@@ -141,8 +175,17 @@ class Listener:
 
     def _add_stranger(self, connection: Inbound) -> None:
         self._strangers[connection.name] = connection
-        while len(self._strangers) > MAX_STRANGERS:
+        while len(self._strangers) > 2 * MAX_STRANGERS:  # those whose end libzmq has not told yet among them
             self._strangers.popitem(last=False)
+
+    def _cut(self, connection: Inbound, why: str, now: float) -> list[Event]:
+        """Tell a stranger why, and close its connection. What it has sent beyond is thrown away unread."""
+        self._count_cut(f"cut off {connection.where}: {why}", now)
+        connection.cut_at = now + CUT_AFTER_S
+        self.socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
+        if self.send(connection, encode(handshake.refusal("frame", reason=f"cut off: {why}"))) is not Sent.GONE:
+            self._cutting.append(connection)  # else the descriptor may be another connection's by now
+        return []
 
     # -- what libzmq reports, and time -----------------------------------------------------------------------------
 
@@ -154,16 +197,43 @@ class Listener:
             report = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
             return None
+        if report["event"] == zmq.EVENT_ACCEPTED:
+            self._on_accepted(int(report["value"]), now)
+            return []
         if report["event"] != zmq.EVENT_DISCONNECTED:
             self._shared.counters["handshakes_failed"] += 1
-            self._shared.complaints.say("a connection failed in its handshake: no ZeroMQ, or a wrong CURVE key", now)
+            text = "a connection failed in its handshake: no ZeroMQ, or a wrong CURVE key"
+            self._shared.complaints.say(text, now, "strangers")
             return []
-        gone = [each for each in self._bound.values() if each.descriptor == report["value"]]
+        caller = self._door.of(int(report["value"]))
+        if caller is None:
+            return []
+        self._door.closed(caller)
+        gone = [each for each in self._bound.values() if each.caller is caller]
         for connection in gone[: MAX_PROBES - len(self._probes)]:
             self._probes.extend((now + delay, connection) for delay in PROBE_AFTER_S)
         return []
 
+    def _on_accepted(self, descriptor: int, now: float) -> None:
+        complaint = self._door.accepted(descriptor, now, [each.caller for each in self._watchers.all(now)])
+        if complaint:
+            self._count_cut(complaint, now)
+
     def tick(self, now: float) -> None:
+        self._probe(now)
+        while self._cutting and now >= (self._cutting[0].cut_at or 0.0):
+            self._door.cut(self._cutting.popleft().caller)
+        for caller in self._door.look(now):
+            self._count_cut(f"cut off {caller}: it sent too much before Hello", now)
+            self._door.cut(caller)
+        self._reclaim.tick(now)
+
+    def _count_cut(self, complaint: str, now: float) -> None:
+        self._shared.counters["callers_cut"] += 1
+        self._shared.complaints.say(complaint, now, "strangers")
+        self._reclaim.cut(now)
+
+    def _probe(self, now: float) -> None:
         """The system reuses descriptors, so a report about one is a hint only: a Pong that can't be sent proves it."""
         for _ in range(len(self._probes)):
             due, connection = self._probes.popleft()
@@ -173,7 +243,10 @@ class Listener:
                 self.send(connection, encode(Pong(incarnation=self._shared.me.incarnation)))
 
     def next_deadline(self) -> float | None:
-        return min((due for due, _ in self._probes), default=None)
+        times = [self._door.next_deadline(), self._reclaim.next_deadline()]
+        times += [due for due, _ in self._probes]
+        times += [each.cut_at for each in self._cutting]
+        return min((due for due in times if due is not None), default=None)
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
@@ -183,11 +256,14 @@ class Listener:
         if isinstance(letter, bool):
             return [] if letter else None
         self._shared.counters["frames_in"] += 1
-        connection = self._connection(letter.sender, letter.body)
+        connection = self._connection(letter, now)
+        if connection is None or connection.cut_at is not None:
+            self._shared.counters["dropped_unknown_peer"] += 1
+            return []
+        if connection.peer is None:
+            return self._on_stranger(connection, letter.body, now)
         if letter.body is None:
             return self._garbage(connection, "a message of several parts", now)
-        if connection.peer is None and len(letter.body) > MAX_STRANGER_FRAME:
-            return self._garbage(connection, f"{len(letter.body)} bytes before the handshake", now)
         frame = letter.body.bytes
         try:
             message = decode(frame)
@@ -196,15 +272,60 @@ class Listener:
         connection.last_heard = now
         return self._on_message(connection, message, now)
 
-    def _connection(self, name: bytes, body: zmq.Frame | None) -> Inbound:
+    def _connection(self, letter: Letter, now: float) -> Inbound | None:
+        """Whose frame it is; None if its connection is closed, or was not let in."""
+        name = letter.sender
         known = self._bound.get(name) or self._watchers.get(name)
         if known is not None:
             return known
         stranger = self._strangers.pop(name, None)
         if stranger is None:
-            stranger = Inbound(name, address_of(body), _descriptor(body), self)
+            while self.step_monitor(now) is not None:
+                pass  # that it was accepted was reported before its first frame
+            caller = self._door.of(descriptor_of(letter.part))
+            if caller is None or not self._let_in(caller, now):
+                return None
+            stranger = Inbound(
+                name, caller, text_of(letter.part, "Peer-Address"), text_of(letter.part, "User-Id"), self
+            )
         self._add_stranger(stranger)
         return stranger
+
+    def _let_in(self, caller: Accepted, now: float) -> bool:
+        try:
+            complaint = self._door.identify(caller)
+        except OSError:  # closed already
+            return False
+        if complaint:
+            self._shared.counters["callers_refused"] += 1
+            self._shared.complaints.say(f"refused {caller}: {complaint}", now, "users")
+            self._door.cut(caller)
+        return not complaint
+
+    def _on_stranger(self, connection: Inbound, body: zmq.Frame | None, now: float) -> list[Event]:
+        """Look at as little as can be of what somebody says who did not say Hello yet."""
+        if not connection.allowance.take(now):
+            return self._cut(connection, f"more than {STRANGER_FRAMES} frames before Hello", now)
+        if body is None:
+            return self._garbage(connection, "a message of several parts", now)
+        if len(body) > MAX_STRANGER_FRAME:
+            return self._garbage(connection, f"{len(body)} bytes before the handshake", now)
+        try:
+            version, kind = peek(bytes(body.buffer[:PEEK_BYTES]))
+            if version != PROTOCOL_VERSION:
+                foreign = version if isinstance(version, int) and not isinstance(version, bool) else None
+                return self._garbage(connection, f"protocol version {plain(str(foreign), 40)}", now, foreign)
+            if kind in _FROM_PEERS:
+                self._shared.counters["dropped_unknown_peer"] += 1
+                return []
+            if kind not in _SHORT and kind != _HELLO:
+                return self._garbage(connection, f"an unexpected {plain(kind, 40)}", now)
+            if kind in _SHORT and len(body) > MAX_SHORT_FRAME:
+                return self._garbage(connection, f"a {kind} of {len(body)} bytes", now)
+            message = decode(body.bytes, flat=True)
+        except (WireError, RecursionError) as error:
+            return self._garbage(connection, str(error), now)
+        return self._on_message(connection, message, now)
 
     def _on_message(self, connection: Inbound, message: Message, now: float) -> list[Event]:
         if isinstance(message, Hello):
@@ -223,22 +344,23 @@ class Listener:
             return []
         if not isinstance(message, TransferMessage | LinkCall):
             return self._garbage(connection, f"an unexpected {message.kind}", now)
-        if connection.peer is None:
-            self._shared.counters["dropped_unknown_peer"] += 1
-            return []
-        return [Received(connection.peer, message)]
+        return [Received(connection.peer, message)] if connection.peer is not None else []
 
     def _on_hello(self, connection: Inbound, hello: Hello, now: float) -> list[Event]:
         shared = self._shared
-        refusal = handshake.check(shared.me, hello) or shared.directory.refusal(hello)
+        if not connection.hellos.take(now):
+            return []  # it will say Hello again
+        refusal = handshake.check(shared.me, hello) or shared.directory.refusal(hello, connection.key)
         if refusal is not None:
             shared.counters["refused"] += 1
             self.send(connection, encode(refusal))
-            shared.complaints.say(f"refused {connection.address}: {refusal.reason}", now)
+            shared.complaints.say(f"refused {connection.where}: {refusal.reason}", now, "refused")
             return shared.directory.leave(connection, refusal.reason)  # it was welcome before, and has changed
         breaks = shared.directory.our_breaks(handshake.peer_of(hello))
+        self.socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
         if self.send(connection, encode(handshake.facts(Welcome, shared.me, breaks))) is not Sent.OK:
-            return []  # it will say Hello again
+            return []  # it will say Hello again, if it is still there
+        self._door.know(connection.caller)
         events = shared.directory.admit(hello, connection.address, connection, None, now)
         self._strangers.pop(connection.name, None)
         self._bound[connection.name] = connection
@@ -252,6 +374,9 @@ class Listener:
 
     def _on_refused(self, connection: Inbound, refused: Refused) -> list[Event]:
         if connection.peer is None or refused.field in {"frame", "status"}:
+            return []
+        if refused.field == NAME:
+            self._shared.on_name(connection.where, refused.reason, self._shared.clock())
             return []
         reason = f"{connection} refused us: {plain(refused.reason or refused.field, 512)}"
         return self._shared.directory.leave(connection, reason)
@@ -298,16 +423,18 @@ class Listener:
             self.send(connection, encode(handshake.refusal("watch", reason=reason)))
             return
         me = self._shared.me
-        answer = Watching(engine=me.engine, rank=me.rank, world=me.world, incarnation=me.incarnation)
+        told = handshake.told_incarnation(me.incarnation)
+        answer = Watching(engine=me.engine, rank=me.rank, world=me.world, incarnation=told)
         self.send(connection, encode(answer))
 
     # -- garbage ---------------------------------------------------------------------------------------------------
 
     def _garbage(self, connection: Inbound, what: str, now: float, version: int | None = None) -> list[Event]:
-        """Count it, and say so: in the log at most once a second, to its sender likewise."""
+        """Count it, and say so: in the log now and then, to its sender at most once a second."""
         self._shared.counters["garbage"] += 1
         what = plain(what, 200)
-        self._shared.complaints.say(f"garbage from {connection}: {what}", now)
+        topic = "peers" if connection.peer is not None else "strangers"
+        self._shared.complaints.say(f"garbage from {connection}: {what}", now, topic)
         if now >= connection.answer_at:
             connection.answer_at = now + ANSWER_GARBAGE_EVERY_S
             known = version is not None
@@ -350,17 +477,9 @@ def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> Non
         ) from None
 
 
-def address_of(frame: zmq.Frame | None) -> str:
-    """Where the connection that a frame came over comes from; empty where libzmq does not say."""
+def text_of(frame: zmq.Frame, name: str) -> str:
+    """What libzmq says of the frame's connection; empty if it says nothing."""
     try:
-        return str(frame.get("Peer-Address")).removeprefix("::ffff:") if frame is not None else ""
+        return str(frame.get(name)).removeprefix("::ffff:")
     except zmq.ZMQError:
         return ""
-
-
-def _descriptor(frame: zmq.Frame | None) -> int:
-    """Of the connection's TCP socket; -1 where libzmq does not say."""
-    try:
-        return int(frame.get(zmq.SRCFD)) if frame is not None else -1
-    except (zmq.ZMQError, TypeError, ValueError):
-        return -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ import zmq
 from pdtransport.control.curve import Keys
 from pdtransport.control.directory import Directory
 from pdtransport.control.events import Identity
+from pdtransport.control.owners import Owners
 from pdtransport.control.reach import Reach
 from pdtransport.control.sockets import Socket
+from pdtransport.kv.fingerprint import plain
 from pdtransport.settings import ControlSettings
 
 logger = logging.getLogger("pdtransport.control")
@@ -30,24 +33,38 @@ COUNTERS = (
     "status_limited",
     "watchers_refused",
     "reports_dropped",
+    "names_shared",
+    "callers_refused",
+    "callers_cut",
 )
 
 
 class Complaints:
-    """Logs what arrives wrong, at most once a second: a peer that sends garbage must not fill the log."""
+    """Logs what arrives wrong: of each topic the first, then ever more seldom while it goes on. Who sends garbage must
+    not fill the log, nor hide what else there is to say."""
 
-    EVERY_S = 1.0
+    FIRST_S, LONGEST_S = 60.0, 600.0
 
     def __init__(self) -> None:
-        self._next = 0.0
-        self._unsaid = 0
+        self._topics: dict[str, _Topic] = {}
 
-    def say(self, text: str, now: float) -> None:
-        if now < self._next:
-            self._unsaid += 1
+    def say(self, text: str, now: float, topic: str = "") -> None:
+        """``topic``: one of few words of the caller's, never of a sender's."""
+        said = self._topics.setdefault(topic, _Topic())
+        if now < said.at + said.pause_s:
+            said.unsaid += 1
             return
-        logger.warning("%s%s", text, f" (and {self._unsaid} more complaints)" if self._unsaid else "")
-        self._next, self._unsaid = now + self.EVERY_S, 0
+        logger.warning("%s%s", text, f" (and {said.unsaid} more like it)" if said.unsaid else "")
+        quiet = now >= said.at + 2 * said.pause_s
+        said.pause_s = self.FIRST_S if quiet else min(self.LONGEST_S, 2 * said.pause_s)
+        said.at, said.unsaid = now, 0
+
+
+@dataclass
+class _Topic:
+    at: float = -math.inf
+    pause_s: float = 0.0
+    unsaid: int = 0
 
 
 @dataclass
@@ -60,7 +77,13 @@ class Shared:
     counters: Counter[str]
     directory: Directory
     reach: Reach
+    owners: Owners | None = None  # where nothing but the user says who may come
     complaints: Complaints = field(default_factory=Complaints)
+
+    def on_name(self, where: str, reason: str, now: float) -> None:
+        """A peer tells us that somebody else has our name."""
+        self.counters["names_shared"] += 1
+        self.complaints.say(f"{where} says: {plain(reason, 512)}", now, "names")
 
     @property
     def beat_s(self) -> float:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import zmq
 
 from pdtransport.control.limits import (
+    LISTEN_BUFFER_BYTES,
+    LISTEN_QUEUE_FRAMES,
     MONITOR_QUEUE_EVENTS,
     RECEIVE_QUEUE_FRAMES,
     RECONNECT_MAX_S,
@@ -46,6 +48,7 @@ def open_socket(context: zmq.Context[Socket], kind: int, settings: ControlSettin
     else:
         # MANDATORY: sending to a connection that is gone, or full, says so.
         options |= {zmq.ROUTER_MANDATORY: 1, zmq.BACKLOG: TCP_BACKLOG}
+        options |= {zmq.RCVHWM: LISTEN_QUEUE_FRAMES, zmq.RCVBUF: LISTEN_BUFFER_BYTES}
     try:
         for option, value in options.items():
             socket.set(option, value)
@@ -86,6 +89,7 @@ class Letter:
 
     sender: bytes  # the connection it came over; empty on a DEALER
     body: zmq.Frame | None
+    part: zmq.Frame  # its first: knows the connection
 
 
 class Inbox:
@@ -111,7 +115,7 @@ class Inbox:
                 return True
             sender, part = part.bytes, self._socket.recv(zmq.NOBLOCK, copy=False)
         self._skipping = part.more
-        return Letter(sender, None if part.more else part)
+        return Letter(sender, None if part.more else part, part)
 
 
 def _ms(seconds: float) -> int:

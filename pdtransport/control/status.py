@@ -12,15 +12,15 @@ LEFT_OUT = "transfers_left_out"  # key in the status: how many of the oldest tra
 
 
 class Allowance:
-    """At most ``STATUS_PER_S`` answers a second, and as many at once after a pause."""
+    """At most ``per_s`` answers a second, and ``at_once`` (default: as many) after a pause."""
 
-    def __init__(self, per_s: float = STATUS_PER_S) -> None:
+    def __init__(self, per_s: float = STATUS_PER_S, at_once: float | None = None) -> None:
         self._per_s = per_s
-        self._left = per_s
+        self._most = self._left = per_s if at_once is None else at_once
         self._at = 0.0
 
     def take(self, now: float) -> bool:
-        self._left = min(self._per_s, self._left + max(0.0, now - self._at) * self._per_s)
+        self._left = min(self._most, self._left + max(0.0, now - self._at) * self._per_s)
         self._at = now
         if self._left < 1:
             return False

@@ -7,10 +7,11 @@ import contextlib
 import zmq
 
 from pdtransport.control import curve
-from pdtransport.control.handshake import foreign_version
+from pdtransport.control.handshake import foreign_version, refusal
 from pdtransport.control.limits import WATCH_QUEUE_FRAMES
+from pdtransport.control.owners import Listening, owners_for
 from pdtransport.control.sockets import Inbox, Socket, open_socket, tcp_url
-from pdtransport.errors import PDTransportError
+from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.protocol.messages import Message, Watch, WireError, decode, encode
 from pdtransport.settings import ControlSettings
 
@@ -24,7 +25,8 @@ class WorkerWatch:
     readable, and after each question: it tells of new frames once only.
 
     Raises:
-        CannotWatch: the worker is on another machine and there are no keys, or the address is malformed.
+        CannotWatch: the worker is on another machine and there are no keys, or the address is malformed, or nobody
+            tells whose connections are.
     """
 
     def __init__(
@@ -41,6 +43,11 @@ class WorkerWatch:
                 "allow_plaintext on a trusted network)"
             )
         self._question = encode(Watch())
+        self._where = f"{host}:{port}"
+        try:
+            self._listening = Listening(owners_for(settings, keys=keys is not None), port)
+        except SettingsError as error:
+            raise CannotWatch(str(error)) from None
         self.foreign: int | None = None  # the protocol version of a frame that is not of ours
         socket = open_socket(context, zmq.DEALER, settings, ipv6=":" in host)
         try:
@@ -69,7 +76,12 @@ class WorkerWatch:
             if isinstance(letter, bool) or letter.body is None:
                 continue
             try:
+                if complaint := self._listening.complaint(letter.part):
+                    messages.append(refusal("user", reason=f"{self._where}: {complaint}"))
+                    continue
                 messages.append(decode(letter.body.bytes))
+            except OSError:  # its connection is closed already, and may have been anybody's
+                continue
             except (WireError, RecursionError):
                 self.foreign = foreign_version(letter.body.bytes)
         return messages, True

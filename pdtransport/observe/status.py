@@ -22,6 +22,14 @@ class PeerStatus(TypedDict):
     link_errors: int
 
 
+class SharedName(TypedDict):
+    """A name that several live peers have, and where each is."""
+
+    engine: str
+    rank: int
+    at: list[str]
+
+
 class TransferStatus(TypedDict):
     """One transfer. ``events`` maps a step to the wall-clock second at which it happened."""
 
@@ -40,7 +48,7 @@ class TransferStatus(TypedDict):
 
 class TransportStatus(TypedDict):
     """One worker. ``live`` counts what is under way now, ``counters`` what was since the start; ``fingerprint`` is what
-    peers must agree on."""
+    peers must agree on; ``incarnation`` tells two runs of a worker apart."""
 
     engine: str
     rank: int
@@ -52,4 +60,5 @@ class TransportStatus(TypedDict):
     live: dict[str, int]
     fingerprint: dict[str, str | int | bool]
     peers: list[PeerStatus]
+    shared_names: list[SharedName]
     transfers: list[TransferStatus]

@@ -9,15 +9,27 @@ published.
 from __future__ import annotations
 
 import logging
+import time
+from collections import OrderedDict
 from types import TracebackType
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve
-from pdtransport.control.limits import MAX_FRAMES_A_TURN
-from pdtransport.control.listener import address_of, bind
+from pdtransport.control.door import Accepted, Door
+from pdtransport.control.limits import (
+    MAX_FRAMES_A_TURN,
+    MAX_SHORT_FRAME,
+    MAX_STRANGERS,
+    STRANGER_FRAMES,
+    STRANGER_FRAMES_PER_S,
+)
+from pdtransport.control.listener import bind, text_of
+from pdtransport.control.owners import descriptor_of, owners_for
 from pdtransport.control.shared import Complaints
 from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, watch
+from pdtransport.control.status import Allowance
 from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages as say
@@ -27,7 +39,7 @@ from pdtransport.pool.moving import open_transport
 from pdtransport.pool.remote_messages import Ping, Pong, RemoteHello, RemoteWelcome, from_remote
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.wire import Wire
-from pdtransport.protocol.messages import Message, WireError
+from pdtransport.protocol.messages import PEEK_BYTES, Message, WireError, peek
 from pdtransport.reactor import Reactor
 from pdtransport.transport import Transport
 
@@ -35,6 +47,15 @@ logger = logging.getLogger("pdtransport.pool")
 
 TICK_S = 0.25
 LOOK_S = 1.0  # after a connection ended, for whose it was
+
+
+class _Stranger:
+    """A connection that said something."""
+
+    def __init__(self, caller: Accepted) -> None:
+        self.caller = caller
+        self.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES)  # before its Hello
+        self.cut = False  # nothing that it says counts any more
 
 
 class _Desk:
@@ -47,16 +68,18 @@ class _Desk:
         self._silence_s = settings.remote.liveness_s
         control = settings.remote.control(0).model_copy(update={"max_frame_bytes": say.MAX_FRAME_BYTES})
         self._guests: dict[bytes, Guest] = {}
+        self._strangers: OrderedDict[bytes, _Stranger] = OrderedDict()  # by connection: all that spoke, guests' too
         self._leaving: list[Guest] = []
         self._gate: curve.Gatekeeper | None = None
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
         try:
             keys = curve.load_keys(control)
+            owners = owners_for(control, keys=keys is not None)
             self._gate = curve.Gatekeeper(self._context, keys) if keys is not None else None
             self._socket = open_socket(self._context, zmq.ROUTER, control, ipv6=":" in control.host)
             curve.apply_server(self._socket, keys)
-            self._monitor = watch(self._context, self._socket, zmq.EVENT_DISCONNECTED)
+            self._monitor = watch(self._context, self._socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
             try:
                 bind(self._socket, control, control.base_port(), 0)
             except SettingsError as error:
@@ -65,6 +88,7 @@ class _Desk:
             self.close()
             raise
         self._inbox = Inbox(self._socket, addressed=True)
+        self._door = Door(settings.remote.port, owners)
         self._complaints = Complaints()
         self._tick_at = self._look_until = 0.0
 
@@ -88,12 +112,15 @@ class _Desk:
         for _ in range(MAX_FRAMES_A_TURN):
             if self._gate is None or not self._gate.step():
                 break
-        more = self._read(now)
         self._read_monitor(now)
+        more = self._read(now)
         for guest in self._all:
             more = guest.wire.turn(now) or more
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
+            for caller in self._door.look(now):
+                self._complain(f"cut off {caller}: it sent too much before Hello", now)
+                self._door.cut(caller)
             for guest in [guest for guest in self._guests.values() if now - guest.heard_at > self._silence_s]:
                 logger.info("client %s of pool %s is silent", guest.name, self._settings.name)
                 self._part(guest)
@@ -133,17 +160,69 @@ class _Desk:
         for _ in range(MAX_FRAMES_A_TURN):  # strangers come and go as fast as they like
             try:
                 assert self._monitor is not None
-                self._monitor.recv_multipart(zmq.NOBLOCK)
+                report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            descriptor = int(report["value"])
+            if report["event"] == zmq.EVENT_ACCEPTED:
+                if complaint := self._door.accepted(descriptor, now):
+                    self._complain(complaint, now)
+                continue
             self._look_until = now + LOOK_S
+            if (caller := self._door.of(descriptor)) is not None:
+                self._door.closed(caller)
+
+    def _complain(self, text: str, now: float) -> None:
+        self._complaints.say(f"pool {self._settings.name}: {text}", now, "strangers")
+
+    def _stranger(self, letter: Letter, now: float) -> _Stranger | None:
+        """Who says something without being a guest; None if it may not."""
+        stranger = self._strangers.get(letter.sender)
+        if stranger is None:
+            self._read_monitor(now)  # that it was accepted was reported before its first frame
+            caller = self._door.of(descriptor_of(letter.part))
+            try:
+                complaint = self._door.identify(caller) if caller is not None else ""
+            except OSError:
+                return None
+            if caller is None or complaint:
+                if caller is not None:
+                    self._complain(f"refused {caller}: {complaint}", now)
+                    self._door.cut(caller)
+                return None
+            stranger = self._strangers[letter.sender] = _Stranger(caller)
+            while len(self._strangers) > 2 * MAX_STRANGERS + len(self._guests):
+                self._strangers.popitem(last=False)
+        if stranger.cut or stranger.allowance.take(now):
+            return None if stranger.cut else stranger
+        stranger.cut = True
+        self._complain(f"cut off {stranger.caller}: more than {STRANGER_FRAMES} frames before Hello", now)
+        assert self._socket is not None
+        self._socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
+        if self._send(letter.sender, say.Refused(what="client", reason="cut off: too many frames before Hello")):
+            self._door.cut(stranger.caller)  # else its descriptor may be another connection's by now
+        return None
+
+    @staticmethod
+    def _from_stranger(body: zmq.Frame) -> Message:
+        """Of a frame before Hello no more is looked at than a Hello has.
+
+        Raises:
+            WireError: it is too long, or no message.
+        """
+        _, kind = peek(bytes(body.buffer[:PEEK_BYTES]))
+        if len(body) > MAX_SHORT_FRAME:
+            raise WireError(f"a {plain(kind, 40)} of {len(body)} bytes before Hello")
+        return from_remote(body.bytes)
 
     def _on_letter(self, letter: Letter, now: float) -> None:
         guest = self._guests.get(letter.sender)
+        if guest is None and self._stranger(letter, now) is None:
+            return
         try:
             if letter.body is None:
                 raise WireError("a message of several parts")
-            message = from_remote(letter.body.bytes)
+            message = self._from_stranger(letter.body) if guest is None else from_remote(letter.body.bytes)
             if isinstance(message, RemoteHello):
                 self._on_hello(letter, message, now)
             elif guest is None:
@@ -159,7 +238,8 @@ class _Desk:
                 guest.on_message(message, now)
         except (WireError, RecursionError) as error:
             text = plain(str(error), 300)
-            self._complaints.say(f"garbage from a remote client of pool {self._settings.name}: {text}", now)
+            whose = "guests" if guest is not None else "strangers"
+            self._complaints.say(f"garbage from a remote client of pool {self._settings.name}: {text}", now, whose)
             self._send(letter.sender, say.Refused(what="message", reason=text))
 
     def _on_hello(self, letter: Letter, hello: RemoteHello, now: float) -> None:
@@ -171,13 +251,14 @@ class _Desk:
         if reason:
             self._send(route, say.Refused(what="client", reason=reason))
             return
+        self._door.know(self._strangers[route].caller)
         name = plain(hello.name, 100)
         wire = Wire(settings.dir, settings.name, f"{name} (remote)", hello.tenant, context=self._context)
         self._guests[route] = Guest(
             name,
             wire,
             self._transport,
-            caller=Caller(address_of(letter.body), remote.networks),
+            caller=Caller(text_of(letter.part, "Peer-Address"), remote.networks),
             batch_frames=max(1, hello.staging_bytes // 8 // settings.frame_bytes),
             send=lambda message: self._send(route, message),
             post=self._reactor.post,
@@ -193,18 +274,23 @@ class _Desk:
             ),
         )
 
-    def _send(self, route: bytes, message: Message) -> None:
+    def _send(self, route: bytes, message: Message) -> bool:
         assert self._socket is not None
         try:
             self._socket.send_multipart([route, say.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:  # gone, or it does not read
+        except zmq.ZMQError as error:  # gone, or it does not read
             guest = self._guests.get(route)
             if guest is not None:
                 self._part(guest)
+            return error.errno == zmq.EAGAIN
+        return True
 
     def _part(self, guest: Guest) -> None:
         """Give up all that it holds, once nothing moves any more."""
-        self._guests = {route: each for route, each in self._guests.items() if each is not guest}
+        for route in [route for route, each in self._guests.items() if each is guest]:
+            del self._guests[route]
+            if (known := self._strangers.get(route)) is not None:
+                self._door.forget(known.caller, time.monotonic())
         self._leaving.append(guest)
         guest.leave()
 

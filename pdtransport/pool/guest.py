@@ -107,7 +107,7 @@ class Guest:
         *,
         caller: Caller,
         batch_frames: int,
-        send: Callable[[Message], None],
+        send: Callable[[Message], object],
         post: Callable[[Callable[[], None]], None],
         now: float,
     ) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import zmq
 
 from pdtransport.control import curve
+from pdtransport.control.owners import Listening, owners_for
 from pdtransport.control.sockets import Inbox, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.kv.geometry import HOST
@@ -192,6 +193,8 @@ class RemoteWire(Wire):
                 f"pool.address: {host} is not this machine, and there are no CURVE keys (control.curve_*_key_file; "
                 "control.allow_plaintext on a trusted network)"
             )
+        self._owners = owners_for(control, keys=self._keys is not None)
+        self._listening: Listening | None = None  # until it is known who listens there
         self._staging_bytes, self._copies = staging_bytes, copies
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
@@ -212,6 +215,7 @@ class RemoteWire(Wire):
         curve.apply_client(self._socket, self._keys)
         self._monitor = watch(self._context, self._socket, _WATCHED)
         self._inbox = Inbox(self._socket, addressed=False)
+        self._listening = Listening(self._owners, self._port)
         self._heard_at = self._beat_at = now
         try:
             self._socket.connect(tcp_url(self._host, self._port))
@@ -265,6 +269,17 @@ class RemoteWire(Wire):
         return more
 
     # -- what arrives -----------------------------------------------------------------------------------------------
+
+    def _believed(self, part: zmq.Frame) -> bool:
+        if self._listening is None:
+            return True
+        try:
+            if complaint := self._listening.complaint(part):
+                self._hang_up(complaint)
+        except OSError:  # it hung up
+            return False
+        self._listening = None  # a session is one connection
+        return not complaint
 
     def _on_frame(self, frame: bytes) -> None:
         self._heard_at = time.monotonic()

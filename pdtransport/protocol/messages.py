@@ -19,6 +19,9 @@ PROTOCOL_VERSION = 5
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
 MAX_REASON = 512
+MAX_FACTS = 64  # of a fingerprint
+MAX_MAPS = 3  # of one message: itself, the fingerprint, the links
+PEEK_BYTES = 128  # hold version and kind, which come first
 MAX_TRANSFER_ID = 128
 MAX_DUE_US = 60_000_000  # no step takes a minute
 MAX_ATTEMPTS = 1000  # of one batch; an engine that is preempted more often has worse problems
@@ -220,7 +223,7 @@ class Hello(Message):
     rank: Annotated[int, Field(ge=0, le=65535)]
     world: Annotated[int, Field(ge=1, le=65536)]
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
-    fingerprint: Annotated[dict[str, FingerprintValue], Field(max_length=64)]
+    fingerprint: Annotated[dict[str, FingerprintValue], Field(max_length=MAX_FACTS)]
     links: Annotated[dict[str, bytes], Field(max_length=16)]  # link name -> what a peer needs to reach us over it
 
 
@@ -233,12 +236,13 @@ class Welcome(Message):
     rank: Annotated[int, Field(ge=0, le=65535)]
     world: Annotated[int, Field(ge=1, le=65536)]
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
-    fingerprint: Annotated[dict[str, FingerprintValue], Field(max_length=64)]
+    fingerprint: Annotated[dict[str, FingerprintValue], Field(max_length=MAX_FACTS)]
     links: Annotated[dict[str, bytes], Field(max_length=16)]
 
 
 class Refused(Message):
-    """Answer to Hello, or to a frame that is no message: ``field`` names what differs."""
+    """Answer to Hello, or to a frame that is no message: ``field`` names what differs. About a ``name``: a warning that
+    another live process has the same."""
 
     kind: Literal["refused"] = "refused"
     field: Annotated[str, Field(max_length=128)]
@@ -291,7 +295,8 @@ class Watch(Message):
 
 
 class Watching(Message):
-    """Answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Says who the worker is."""
+    """Answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Says who the worker is;
+    ``incarnation`` tells two runs of it apart, and is not what its Hello says."""
 
     kind: Literal["watching"] = "watching"
     engine: Annotated[str, Field(min_length=1, max_length=256)]
@@ -334,14 +339,35 @@ def encode(message: Message) -> bytes:
     return packed
 
 
-def decode(frame: bytes) -> Message:
-    """Wire bytes to message.
+def peek(beginning: bytes) -> tuple[Any, str]:
+    """Protocol version and kind of a frame by its first :data:`PEEK_BYTES`: all that is looked at of a frame from
+    whoever did not say Hello yet, unless it may be one of the few messages that such may send.
+
+    Raises:
+        WireError: it does not begin as :func:`encode` writes it.
+    """
+    unpacker = msgpack.Unpacker(raw=False, use_list=False)
+    try:
+        unpacker.feed(beginning)
+        unpacker.read_map_header()
+        found = [unpacker.unpack() for _ in range(4)]
+    except Exception as error:  # noqa: BLE001 - msgpack raises half a dozen types on garbage
+        raise WireError(f"not a message: {type(error).__name__}") from None
+    if found[0] != "v" or found[2] != "kind" or not isinstance(found[3], str):
+        raise WireError("not a message: it does not begin with version and kind")
+    return found[1], found[3]
+
+
+def decode(frame: bytes, *, flat: bool = False) -> Message:
+    """Wire bytes to message. ``flat``: from a stranger; nothing is built that no such message has (lists, maps within
+    maps), however long the frame is.
 
     Raises:
         WireError: not msgpack, not a message, another protocol version, or a field out of bounds.
     """
+    bounds = {"max_array_len": 0, "max_ext_len": 0, "max_map_len": MAX_FACTS, "object_pairs_hook": _few_maps()}
     try:
-        raw = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=False)
+        raw = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=False, **(bounds if flat else {}))
     except Exception as error:  # noqa: BLE001 - msgpack raises half a dozen types on garbage
         raise WireError(f"not a msgpack frame: {type(error).__name__}") from None
     if not isinstance(raw, Mapping) or not isinstance(raw.get("kind"), str):
@@ -363,3 +389,16 @@ def decode(frame: bytes) -> Message:
         where = ".".join(str(part) for part in first["loc"])
         raise WireError(f"{where}: {first['msg']}"[:MAX_REASON]) from None
     return message
+
+
+def _few_maps() -> Any:
+    """What msgpack calls with each map that it has read, innermost first; raises at one too many."""
+    left = [MAX_MAPS]
+
+    def made(pairs: Any) -> dict[Any, Any]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise WireError(f"more than {MAX_MAPS} maps")
+        return dict(pairs)
+
+    return made

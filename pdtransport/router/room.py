@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-import resource
 
+from pdtransport.descriptors import raise_limit
 from pdtransport.errors import SettingsError
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.watches import MAX_WATCHED
@@ -25,11 +25,8 @@ def room(settings: RouterSettings) -> int:
         SettingsError: not even one fits.
     """
     wanted = _descriptors(settings.max_connections, settings)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    soft = raise_limit(wanted)
+    if soft >= wanted:
         return settings.max_connections
     sizes = range(1, settings.max_connections + 1)
     fit = bisect.bisect_right(sizes, soft, key=lambda size: _descriptors(size, settings))

@@ -133,18 +133,82 @@ class Stranger:
         self.context.destroy(0)
 
 
+class Raw:
+    """ZMTP by hand over a plain socket, as libzmq would not say it: unending messages, or nothing at all.
+
+    Raises:
+        OSError: the other side hung up in the handshake.
+    """
+
+    GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+    MORE, LONG = 1, 2  # flags of a frame
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection((HOST, port), timeout=WAIT_S)
+        self._unsent = b""
+        try:
+            self.socket.sendall(self.GREETING + self.READY)
+            self._take(len(self.GREETING))
+            self._take(self._take(2)[1])  # its READY: what is sent before that is an error
+            self.socket.setblocking(False)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _take(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            found = self.socket.recv(count - len(data))
+            if not found:
+                raise ConnectionResetError
+            data += found
+        return data
+
+    @classmethod
+    def frame(cls, body: bytes, *, more: bool = False) -> bytes:
+        return bytes([cls.LONG | (cls.MORE if more else 0)]) + len(body).to_bytes(8, "big") + body
+
+    def send(self, data: bytes) -> bool:
+        """``data``, or as much of what was said before as goes out at once; False: the connection is closed."""
+        self._unsent = self._unsent or data
+        try:
+            self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
+
+    def closed(self) -> bool:
+        """Whether the other side hung up; what it said before is thrown away."""
+        try:
+            while self.socket.recv(1 << 16):
+                pass
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def close(self) -> None:
+        self.socket.close()
+
+
 class Child:
     """A channel in a process of its own (:mod:`tests.processes.control_peer`)."""
 
-    def __init__(self, engine: str, **config: Any) -> None:
+    def __init__(self, engine: str, log: Path | None = None, **config: Any) -> None:
         config = {"engine": engine, "facts": FACTS, "settings": FAST, "incarnation": next(_incarnations), **config}
         self.incarnation = config["incarnation"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.processes.control_peer", json.dumps(config)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with contextlib.ExitStack() as stack:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.processes.control_peer", json.dumps(config)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=None if log is None else stack.enter_context(log.open("wb")),
+                text=True,
+            )
         self._lines: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

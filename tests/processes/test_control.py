@@ -448,15 +448,18 @@ def test_too_many_status_requests_are_turned_away_and_peers_are_served(
     rig: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowance = listener.Allowance(5)
-    node, other, stranger = rig.node("p"), rig.node("d"), Stranger(rig.nodes[0].port)
+    node, other = rig.node("p"), rig.node("d")
+    strangers = [Stranger(node.port) for _ in range(5)]
     monkeypatch.setattr(node.channel._listener, "_allowance", allowance)
     try:
-        for _ in range(200):
-            stranger.send(encode(StatusRequest()))
+        for stranger in strangers:
+            for _ in range(40):
+                stranger.send(encode(StatusRequest()))
         both_up(rig, other, node)
         rig.until(lambda: node.counters["status_limited"] + len(node.of(StatusAsked)) == 200)
     finally:
-        stranger.close()
+        for stranger in strangers:
+            stranger.close()
     assert 5 <= len(node.of(StatusAsked)) < 100
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import zmq
 
 from pdtransport.control import limits
-from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerDown, PeerId, PeerUp, Received
+from pdtransport.control.channel import ConnectFailed, ControlChannel, NameShared, PeerDown, PeerId, PeerUp, Received
 from pdtransport.control.client import fetch_status
-from pdtransport.protocol.messages import Claim
+from pdtransport.control.handshake import facts, told_incarnation
+from pdtransport.protocol.messages import Claim, Hello, encode
 from pdtransport.settings import ControlSettings
-from tests.processes.control_rig import FAST, HOST, Bench, Child, Node, Proxy, bench, identity
+from tests.processes.control_rig import FAST, HOST, Bench, Child, Node, Proxy, Stranger, bench, identity
 from tests.processes.test_control import both_up, peer
 
 
@@ -137,25 +139,72 @@ def test_a_restarted_peer_is_another_incarnation_and_the_old_one_is_down_first(r
             rig.until(lambda: node.of(Received))
 
 
-def test_a_new_incarnation_that_connects_to_us_replaces_the_old_one_for_good(rig: Bench) -> None:
-    """The old process may still run; it learns that it was given up, and can't come back."""
+@pytest.mark.parametrize("first", ["the worker", "the impostor"])
+def test_a_live_workers_name_can_not_be_taken(rig: Bench, first: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever says Hello in the name of a process that lives, by mistake or not, before it or after, changes nothing
+    for that one: both are served, each learns of it by name and remedy, the third says so in one line of its log and in
+    its status, and when one of them leaves nothing is left of it."""
     node = rig.node("p")
-    old, new = rig.node("d"), rig.node("d")
-    both_up(rig, old, node)
-    node.take(PeerUp)
-    new.channel.connect(HOST, node.port)
-    rig.until(lambda: node.of(PeerUp))
-    assert [type(event) for event in node.events] == [PeerDown, PeerUp]
-    assert node.of(PeerDown) == [PeerDown(peer(old), "restarted")]
-    rig.until(lambda: old.of(PeerDown))
-    old.channel.connect(HOST, node.port)
-    rig.until(lambda: old.of(ConnectFailed))
-    assert old.of(ConnectFailed)[0].field == "incarnation"
-    assert "engine_id" in old.of(ConnectFailed)[0].reason
-    rig.run(0.3)
-    assert [event.peer for event in node.of(PeerUp)] == [peer(new)]
-    assert not node.channel.send(peer(old), Claim(transfer="t"))
-    assert node.channel.send(peer(new), Claim(transfer="t"))
+    one, other = rig.node("d"), rig.node("d")
+    for each in (one, other) if first == "the worker" else (other, one):
+        each.channel.connect(HOST, node.port)
+        rig.until(lambda each=each: each.of(PeerUp))
+    rig.until(lambda: node.of(NameShared) and one.counters["names_shared"] and other.counters["names_shared"])
+    ((name, where),) = node.channel.shared_names()
+    assert (name.engine, len(set(where))) == ("d", 2)
+    lines = [record.getMessage() for record in caplog.records]
+    (said,) = [line for line in lines if line == node.of(NameShared)[0].reason]
+    assert "d rank 0" in said
+    assert all(address in said for address in where)
+    assert "own engine_id" in said
+    told = [line for line in lines if line.startswith(f"{HOST}:{node.port} says: ")]
+    assert len(told) == 2
+    assert all(said in line for line in told)
+    for number, each in enumerate((one, other)):
+        assert each.channel.send(peer(node), Claim(transfer=f"to-{number}"))
+        assert node.channel.send(peer(each), Claim(transfer=f"from-{number}"))
+    rig.until(lambda: len(node.of(Received)) == 2 and one.of(Received) and other.of(Received))
+    assert not node.of(PeerDown)
+    rig.drop(other)
+    rig.until(lambda: node.of(PeerDown))
+    assert [event.peer for event in node.of(PeerDown)] == [peer(other)]
+    rig.until(lambda: node.channel.shared_names() == [])
+    assert node.channel.send(peer(one), Claim(transfer="still"))
+    rig.until(lambda: len(one.of(Received)) == 2)
+    assert not one.of(PeerDown)
+
+
+def test_two_engines_of_one_name_behind_two_ports_are_both_served(rig: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The same engine_id used twice by mistake: decode takes pages from both, and every log says what to do."""
+    one, other, decode_ = rig.node("p"), rig.node("p"), rig.node("d")
+    for each in (one, other):
+        decode_.channel.connect(HOST, each.port)
+    rig.until(lambda: decode_.of(NameShared) and one.counters["names_shared"] and other.counters["names_shared"])
+    assert sorted(decode_.channel.shared_names()[0][1]) == sorted(f"{HOST}:{each.port}" for each in (one, other))
+    for each in (one, other):
+        assert decode_.channel.send(peer(each), Claim(transfer="t"))
+        rig.until(lambda each=each: each.of(Received))
+    assert not any(node.of(PeerDown) or node.of(ConnectFailed) for node in (one, other, decode_))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len([line for line in lines if "own engine_id" in line]) == 3
+
+
+def test_what_the_status_tells_is_not_enough_to_come_as_another(rig: Bench) -> None:
+    """A second connection of a live process is that process: who has read its incarnation in a status or a report must
+    not pass for it, nor end it by saying that it had given us up."""
+    node, worker = rig.node("p"), rig.node("d")
+    both_up(rig, worker, node)
+    told = told_incarnation(worker.me.incarnation)
+    assert told != worker.me.incarnation
+    stranger = Stranger(node.port)
+    try:
+        stranger.send(encode(facts(Hello, replace(worker.me, incarnation=told), 1 << 60)))
+        rig.until(lambda: len(node.of(PeerUp)) == 2)
+        assert node.channel.send(peer(worker), Claim(transfer="t"))
+        rig.until(lambda: worker.of(Received))
+        assert not node.of(PeerDown)
+    finally:
+        stranger.close()
 
 
 def test_a_broken_connection_resumes_the_same_peer_without_a_word_to_the_transport(rig: Bench) -> None:

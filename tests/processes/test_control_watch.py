@@ -14,6 +14,7 @@ import zmq
 from pdtransport.control import limits, watchers
 from pdtransport.control.channel import Received
 from pdtransport.control.curve import load_keys, make_keys
+from pdtransport.control.handshake import told_incarnation
 from pdtransport.control.watchers import Watchers
 from pdtransport.control.watching import CannotWatch, WorkerWatch
 from pdtransport.protocol.messages import Claim, Code, Ended, Message, Refused, Watch, Watching, decode, encode
@@ -72,7 +73,7 @@ def test_a_watcher_is_told_who_the_worker_is_and_how_each_transfer_ends(rig: Ben
     node = rig.node("d")
     assert not node.channel.watched
     first, second = watcher(node, rig), watcher(node, rig)
-    me = Watching(engine="d", rank=0, world=1, incarnation=node.me.incarnation)
+    me = Watching(engine="d", rank=0, world=1, incarnation=told_incarnation(node.me.incarnation))
     assert first.heard == second.heard == [me]
     assert node.channel.watched
     node.channel.publish(REPORT)
@@ -149,9 +150,9 @@ def test_questions_on_one_connection_are_answered_only_so_often(rig: Bench) -> N
     stranger = Stranger(node.port)
     try:
         began = time.monotonic()
-        for _ in range(500):
+        for _ in range(limits.STRANGER_FRAMES):
             stranger.send(encode(Watch()))
-        rig.until(lambda: node.counters["frames_in"] >= 500)
+        rig.until(lambda: node.counters["frames_in"] >= limits.STRANGER_FRAMES)
         took = time.monotonic() - began
         rig.run(0.1)
         assert 1 <= len(stranger.answers()) <= 2 + took / limits.WATCH_GRAIN_S

@@ -9,9 +9,9 @@ import pytest
 
 from pdtransport.control import handshake, limits
 from pdtransport.control.directory import Directory, Route, Sent
-from pdtransport.control.events import Endpoint, Event, Identity, PeerDown, PeerId, PeerUp
+from pdtransport.control.events import Endpoint, Event, Identity, NameShared, PeerDown, PeerId, PeerUp
 from pdtransport.control.status import Allowance
-from pdtransport.protocol.messages import Hello
+from pdtransport.protocol.messages import Hello, Refused, decode
 
 HERE = Endpoint("h", 1)
 LIVENESS_S = 5.0
@@ -108,16 +108,59 @@ def test_a_full_connection_is_not_bypassed_and_a_dead_one_is(directory: Director
     assert second.sent == [b"x"]
 
 
-def test_a_newer_incarnation_buries_the_older(directory: Directory) -> None:
+def test_who_comes_under_a_name_has_no_effect_on_others_of_that_name(directory: Directory) -> None:
+    """A restarted worker is served at once, an impostor changes nothing: what was up stays up until its connection
+    ends, and may come back whenever it likes."""
     old, new = Wire(), Wire()
     directory.admit(hello(), "h", old, HERE, 0.0)
-    assert kinds(directory.admit(hello(incarnation=2), "h", new, HERE, 1.0)) == [(PeerDown, 1), (PeerUp, 2)]
-    refusal = directory.refusal(hello())
+    assert kinds(directory.admit(hello(incarnation=2), "h", new, HERE, 1.0)) == [(PeerUp, 2)]
+    assert old.unbound == []
+    assert directory.send(P1, b"to the old")
+    assert directory.send(PeerId("p", 0, 2), b"to the new")
+    assert (old.sent, new.sent) == ([b"to the old"], [b"to the new"])
+    assert directory.leave(old, "gone") == [PeerDown(P1, "gone")]
+    assert directory.refusal(hello()) is None
+    assert kinds(directory.admit(hello(breaks=0), "h", old, HERE, 2.0)) == [(PeerUp, 1)]
+
+
+def test_of_two_live_processes_of_one_name_both_are_told_and_named_once(directory: Directory) -> None:
+    """Only who is heard after the other came lives: what is left of a process that restarted is no second one."""
+    old, new = Wire(), Wire(inbound=True)
+    old.where, new.where = "127.0.0.1:7670", "127.0.0.1:40001"
+    directory.admit(hello(), "h", old, HERE, 0.0)
+    directory.admit(hello(incarnation=2), "h", new, None, 1.0)
+    new.last_heard = 2.0
+    assert directory.tick(2.0) == []
+    assert directory.shared_names == []
+    old.last_heard = 2.1
+    (event,) = directory.tick(2.1)
+    assert isinstance(event, NameShared)
+    assert event.peers == (P1, PeerId("p", 0, 2))
+    for word in ("p rank 0", "127.0.0.1:7670", "127.0.0.1:40001", "give each instance its own engine_id"):
+        assert word in event.reason
+    for wire in (old, new):
+        (said,) = map(decode, wire.sent)
+        assert isinstance(said, Refused)
+        assert (said.field, said.reason) == ("name", event.reason)
+    assert [[peer.where for peer in peers] for peers in directory.shared_names] == [[old.where, new.where]]
+    old.last_heard = new.last_heard = 4.0
+    assert directory.tick(4.0) == []
+    assert directory.leave(new, "the impostor left") == [PeerDown(PeerId("p", 0, 2), "the impostor left")]
+    assert directory.tick(4.1) == []
+    assert directory.shared_names == []
+
+
+def test_a_process_comes_with_one_key(directory: Directory) -> None:
+    """Who knows another's incarnation, say because it is a peer of both, can't come as that one with a key of its
+    own."""
+    wire = Wire()
+    wire.key = "one"
+    directory.admit(hello(), "h", wire, HERE, 0.0)
+    assert directory.refusal(hello(), "one") is None
+    refusal = directory.refusal(hello(), "another")
     assert refusal is not None
     assert refusal.field == "incarnation"
-    assert directory.refusal(hello(incarnation=2)) is None
-    assert directory.refusal(hello(rank=1)) is None
-    assert old.peer is None
+    assert directory.refusal(hello(incarnation=2), "another") is None
 
 
 def test_a_restart_seen_on_the_same_connection_is_down_then_up(directory: Directory) -> None:
@@ -176,23 +219,30 @@ def test_routes_of_a_peer_are_bounded_and_the_quietest_goes(directory: Directory
 
 
 def test_what_is_remembered_is_bounded(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pdtransport.control.directory.MAX_BURIED", 3)
+    monkeypatch.setattr("pdtransport.control.directory.MAX_SHARED_NAMES", 3)
     monkeypatch.setattr("pdtransport.control.directory.MAX_BREAKS", 3)
     for incarnation in range(1, 20):
-        wire = Wire()
-        directory.admit(hello(incarnation=incarnation), "h", wire, HERE, 0.0)
-    assert len(directory._buried) == 3
+        for engine in "pq" + "abcdef"[: incarnation % 7]:
+            wire = Wire()
+            directory.admit(hello(engine, incarnation), "h", wire, HERE, 0.0)
+            directory.leave(wire, "why") if incarnation % 2 else None
+    assert len(directory._shared) == 3
     assert len(directory._breaks) <= 3
-    assert len(directory) == 1
 
 
 def test_peers_are_bounded_but_a_restart_finds_its_place(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdtransport.control.directory.MAX_PEERS", 1)
-    directory.admit(hello(), "h", Wire(), HERE, 0.0)
-    refusal = directory.refusal(hello("q"))
-    assert refusal is not None
-    assert refusal.field == "peers"
+    wire = Wire()
+    directory.admit(hello(), "h", wire, HERE, 0.0)
+    for newcomer in (hello("q"), hello(incarnation=2)):
+        refusal = directory.refusal(newcomer)
+        assert refusal is not None
+        assert refusal.field == "peers"
+    wire.broken_until = 1.0
+    assert directory.refusal(hello("q")) is not None
     assert directory.refusal(hello(incarnation=2)) is None
+    assert kinds(directory.admit(hello(incarnation=2), "h", Wire(), HERE, 0.5)) == [(PeerDown, 1), (PeerUp, 2)]
+    assert len(directory) == 1
 
 
 def test_leaving_one_of_two_connections_keeps_the_peer(directory: Directory) -> None:

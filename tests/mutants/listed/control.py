@@ -20,11 +20,11 @@ BUGS: list[Mutant] = [
         "pdtransport.control.directory",
         "directory",
         (
-            "older_process_comes_back",
+            "another_key_comes_as_a_live_process",
             "Directory.refusal",
-            "peer_id in self._buried",
+            "route.key != key",
             "False",
-            "a_newer_incarnation_buries_the_older",
+            "a_process_comes_with_one_key",
         ),
         (
             "one_peer_too_many",
