@@ -139,10 +139,10 @@ class HandOffs:
         self._live[transfer_id] = hand_off
         return hand_off
 
-    def hear(self, rank: int, ranks: int, ended: Ended) -> None:
-        """A decode worker's report. Other routers' transfers are none of ours."""
+    def hear(self, decode: Endpoint, rank: int, ranks: int, ended: Ended) -> None:
+        """A worker's report, of ``decode``. Other routers' transfers are none of ours, and others' none of its."""
         hand_off = self._live.get(ended.transfer)
-        if hand_off is None or hand_off.verdict is not None:
+        if hand_off is None or hand_off.verdict is not None or hand_off.decode is not decode:
             return
         self._late[hand_off.decode.name] = 0
         verdict = hand_off.hear(rank, ranks, ended)

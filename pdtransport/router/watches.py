@@ -27,9 +27,10 @@ FIRST_ANSWER_S = 2.0  # at start, the router waits so long at most for all first
 
 
 class Listening(Protocol):
-    """Who wants the reports. ``ranks``: of the engine that took the transfer, and of which ``rank`` is one."""
+    """Who wants the reports. ``ranks``: of the engine of ``decode`` that took the transfer, and of which ``rank`` is
+    one."""
 
-    def hear(self, rank: int, ranks: int, ended: Ended) -> None: ...
+    def hear(self, decode: Endpoint, rank: int, ranks: int, ended: Ended) -> None: ...
 
 
 @dataclass(eq=False)
@@ -175,7 +176,7 @@ class Watches:
         messages, more = one.watch.read(FRAMES_A_TURN)
         for message in messages:
             if isinstance(message, Ended):
-                self._listening.hear(one.rank, engine.world, message)
+                self._listening.hear(decode, one.rank, engine.world, message)
             else:
                 self._on_answer(decode, engine, one, message)
         if more:

@@ -296,3 +296,40 @@ def test_wire_bytes_are_plain_msgpack_with_the_version() -> None:
         "wants": [[1, 0], [2, 1]],
         "reason": "r",
     }
+
+
+@pytest.mark.parametrize("message", [m.Ping(incarnation=1), m.Watch(), m.Claim(transfer="t"), m.StatusRequest()])
+def test_version_and_kind_are_known_by_the_first_bytes(message: m.Message) -> None:
+    """All that is looked at of a stranger's frame, unless it may be one that strangers send."""
+    frame = m.encode(message)
+    assert m.peek(frame[: m.PEEK_BYTES]) == (m.PROTOCOL_VERSION, message.kind)
+    assert m.peek((frame + bytes(1 << 20))[: m.PEEK_BYTES]) == (m.PROTOCOL_VERSION, message.kind)
+
+
+@PATIENT
+@given(st.binary(max_size=m.PEEK_BYTES))
+@example(packed({"kind": "ping", "v": m.PROTOCOL_VERSION}))
+@example(b"\x82\xa1v" + b"\x91" * 120)
+def test_a_beginning_that_is_no_messages_is_a_wire_error(beginning: bytes) -> None:
+    try:
+        _, kind = m.peek(beginning)
+    except m.WireError:
+        return
+    assert isinstance(kind, str)
+
+
+def test_a_strangers_message_is_built_no_further_than_a_hello_goes() -> None:
+    """A quarter of a megabyte names a quarter of a million objects: neither lists nor maps in maps are made of it."""
+    hello = m.Hello(
+        protocol=m.PROTOCOL_VERSION,
+        engine="e",
+        rank=0,
+        world=1,
+        incarnation=1,
+        fingerprint={f"fact {n}": n for n in range(m.MAX_FACTS)},
+        links={f"link {n}": bytes(1000) for n in range(16)},
+    )
+    assert m.decode(m.encode(hello), flat=True) == hello
+    for bomb in ({"links": [0] * 1000}, {"links": {"a": {"b": {}}}}, {"links": dict.fromkeys(map(str, range(65)), 0)}):
+        with pytest.raises(m.WireError, match="not a msgpack frame"):
+            m.decode(packed({"v": m.PROTOCOL_VERSION, "kind": "hello", **bomb, "fingerprint": {}}), flat=True)

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from pdtransport.control.curve import make_keys
-from pdtransport.protocol.messages import Code
+from pdtransport.protocol.messages import Code, Ended
 from pdtransport.router import handoffs, watches
 from pdtransport.router.endpoints import Endpoint
 from pdtransport.router.handoffs import HandOffs
@@ -339,6 +339,22 @@ def test_pairs_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(made._pairs) == 5
         assert made._live == {}
         assert len(made.describe(3)) == 3
+
+    asyncio.run(test())
+
+
+def test_a_server_tells_of_its_own_transfers_only() -> None:
+    """A report names a transfer by its id, which its watchers may learn: only the server that took it can end it."""
+
+    async def test() -> None:
+        made = HandOffs(RouterHandOff(), Metrics())
+        one, other = (Endpoint("decode", EndpointSettings(url=f"http://d:{port}")) for port in (1, 2))
+        hand_off = made.begin("t", Endpoint("prefill", EndpointSettings(url="http://p:1")), one, {})
+        made.hear(other, 0, 1, Ended(transfer="t", code=Code.REFUSED, reason="not its transfer"))
+        assert hand_off.verdict is None
+        made.hear(one, 0, 1, Ended(transfer="t", blocks=1))
+        assert hand_off.verdict is not None
+        assert hand_off.verdict.became == "handed_over"
 
     asyncio.run(test())
 

@@ -27,6 +27,20 @@ BUGS: list[Mutant] = [
             "a_process_comes_with_one_key",
         ),
         (
+            "what_is_left_of_a_restarted_process_counts_as_live",
+            "Directory._look_at_names",
+            "each.heard_after(shared.since + SHARED_NAME_AFTER_S)",
+            "True",
+            "of_two_live_processes_of_one_name_both_are_told_and_named_once",
+        ),
+        (
+            "claimants_of_a_name_are_not_told",
+            "Directory._complain",
+            "self.send(each.id, frame)",
+            "None",
+            "of_two_live_processes_of_one_name_both_are_told_and_named_once",
+        ),
+        (
             "one_peer_too_many",
             "Directory.refusal",
             "len(self._peers) >= MAX_PEERS",
