@@ -30,6 +30,7 @@ from pdtransport.pool.remote_messages import RemoteHello, RemotePublish
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.settings import ControlSettings, LinkSettings, Settings
+from tests.processes.control_rig import Raw
 from tests.processes.pool_rig import CHUNK, Other, daemon, key, load, mine, names, status, store, until
 from tests.rig.ports import Ports
 
@@ -405,6 +406,25 @@ with PoolClient.connect("tcp://10.213.78.1:7800", settings, deadline_s=30.0, sta
         done = load(far, range(24), deadline_s=2.0)
         print(done.prefix, done.error, flush=True)
 """
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Raw.frame(b"garbage"),
+        Raw.frame(bytes(64 << 10), more=True),
+        Raw.frame(say.encode(say.Lookup(request=5, keys=b""))),
+    ],
+    ids=["garbage", "a message without an end", "questions"],
+)
+def test_whoever_did_not_say_hello_has_a_budget(pool: Pool, port: int, frame: bytes) -> None:
+    """Of frames, and of bytes where no frame comes to an end: then its connection is closed, and clients are served."""
+    stranger = Raw(port)
+    with at(port) as far:
+        until(lambda: not stranger.send(frame) or stranger.closed(), "it was not cut off")
+        assert names(store(far, range(3))) == ["WRITE"] * 3
+        assert names(load(far, range(3))) == ["READ"] * 3
+    stranger.close()
 
 
 @pytest.mark.netns
