@@ -23,6 +23,7 @@ from pdtransport.control.limits import (
     MAX_WATCHERS,
     STRANGER_BYTES,
     STRANGER_BYTES_PER_S,
+    UNDER_WAY_BYTES,
 )
 from pdtransport.control.owners import Owners, held
 from pdtransport.descriptors import raise_limit
@@ -104,7 +105,8 @@ class Door:
     def forget(self, caller: Accepted, now: float) -> None:
         """It is a stranger again: its account starts anew."""
         if caller.known and self._callers.get(caller.descriptor) is caller:
-            caller.known, caller.since, caller.sent_before = False, now, _received(caller.descriptor)
+            caller.known, caller.since = False, now
+            caller.sent_before = _received(caller.descriptor) + UNDER_WAY_BYTES
             self._strangers[caller.descriptor] = caller
 
     def cut(self, caller: Accepted) -> None:

@@ -26,6 +26,7 @@ from pdtransport.control.limits import (
     HELLOS_PER_S,
     LOST_BOUND_S,
     MAX_PROBES,
+    MAX_REPORTS_A_TURN,
     MAX_SHORT_FRAME,
     MAX_STRANGER_FRAME,
     MAX_STRANGERS,
@@ -34,6 +35,7 @@ from pdtransport.control.limits import (
     STATUS_PER_S,
     STRANGER_FRAMES,
     STRANGER_FRAMES_PER_S,
+    UNDER_WAY_FRAMES,
     WATCH_GRAIN_S,
 )
 from pdtransport.control.owners import descriptor_of
@@ -165,6 +167,8 @@ class Listener:
     def make_stranger(self, connection: Inbound) -> None:
         """Its handshake is void: it must say Hello again."""
         if self._bound.pop(connection.name, None) is not None:
+            # What it has sent as a peer, before it hears that it is none, must not cost it the connection.
+            connection.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES + UNDER_WAY_FRAMES)
             self._door.forget(connection.caller, self._shared.clock())
             self._add_stranger(connection)
 
@@ -280,8 +284,9 @@ class Listener:
             return known
         stranger = self._strangers.pop(name, None)
         if stranger is None:
-            while self.step_monitor(now) is not None:
-                pass  # that it was accepted was reported before its first frame
+            for _ in range(MAX_REPORTS_A_TURN):  # that it was accepted was reported before its first frame
+                if self.step_monitor(now) is None:
+                    break
             caller = self._door.of(descriptor_of(letter.part))
             if caller is None or not self._let_in(caller, now):
                 return None

@@ -11,7 +11,7 @@ import pytest
 from pdtransport.control import handshake
 from pdtransport.control.channel import PeerDown, PeerId, PeerUp, Received
 from pdtransport.control.events import Identity
-from pdtransport.control.limits import MAX_STRANGER_FRAME
+from pdtransport.control.limits import MAX_STRANGER_FRAME, STRANGER_FRAMES
 from pdtransport.errors import SettingsError
 from pdtransport.protocol.messages import (
     PROTOCOL_VERSION,
@@ -159,3 +159,18 @@ def test_a_ping_in_another_process_name_is_no_heartbeat(rig: Bench) -> None:
         rig.until(lambda: heard(Pong))
     finally:
         stranger.close()
+
+
+def test_what_a_peer_had_said_when_it_was_given_up_does_not_cost_it_its_connection(rig: Bench) -> None:
+    """It is a stranger again, whose words are dropped, but its budget allows for what was under way."""
+    node, other = rig.node("p"), rig.node("d")
+    other.channel.connect(HOST, node.port)
+    rig.until(lambda: node.of(PeerUp) and other.of(PeerUp))
+    node.channel.change_fingerprint({}, "the weights changed")
+    for _ in range(10 * STRANGER_FRAMES):
+        assert other.channel.send(id_of(node), Claim(transfer="t"))
+    rig.until(lambda: len(node.of(PeerUp)) == 2)
+    assert node.counters["dropped_unknown_peer"] == 10 * STRANGER_FRAMES
+    assert node.counters["callers_cut"] == 0
+    assert node.of(Received) == []
+    assert ["the weights changed" in down.reason for down in other.of(PeerDown)] == [True]
