@@ -44,8 +44,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 async def soak(options: argparse.Namespace, fleet: Fleet, report: Report) -> None:
     """Send requests for as long as was asked, then see that everything is given back."""
     async with Client() as client:
-        sampler = Sampler(fleet.processes(), fleet.servers, client)
         load = Load(fleet, client, options.seed, options.pause)
+        await load.prime()
+        say("primed")
+        sampler = Sampler(fleet.processes(), fleet.servers, client)
         report.counts, report.samples = load.counts, sampler.samples
         done, taken = asyncio.Event(), [0]
 

@@ -12,12 +12,14 @@ import aiohttp
 
 from tests.rig.cases import Case
 from tests.rig.client import Answer, Client, RequestFailed
+from tests.rig.prompts import Prompts
 from tests.soak.fleet import Fleet
 
 LEAVING = 1 / 3
 STREAMED = 1 / 2
 AGAIN = 1 / 5  # of requests are of few prompts that all servers were asked before, as far as the salt goes
 FEW = 12
+PRIME_SEED = 256
 REQUEST_S = 120.0
 REMEMBERED = 50  # durations of requests: clients leave within the typical one
 MAX_TOLD = 50  # failures that are told by their text
@@ -57,6 +59,17 @@ class Load:
         self._pause_s = pause_s
         self._took: deque[float] = deque([1.0], maxlen=REMEMBERED)
         self._few = self._random.sample(fleet.book, FEW)
+
+    async def prime(self) -> None:
+        """One prompt of each size of a step, to prefill and to the plain server: on CPUs a server keeps some 1.5 MiB for
+        each size that it meets for the first time, and the soak is about what comes after that."""
+        prompts = Prompts(PRIME_SEED)
+        largest = self._plain.spec.max_batched_tokens
+        assert largest is not None
+        for size in range(1, largest + 1):
+            prompt = prompts.one(size)
+            both = (self._fleet.prefill, self._plain)
+            await asyncio.gather(*(self._client.complete(to, prompt, 1, cache_salt=f"prime {size}") for to in both))
 
     async def run(self, clients: int, done: asyncio.Event) -> None:
         """Until ``done``; each client's last request is waited for."""
