@@ -61,8 +61,8 @@ class Load:
         self._few = self._random.sample(fleet.book, FEW)
 
     async def prime(self) -> None:
-        """One prompt of each size of a step, to prefill and to the plain server: on CPUs a server keeps some 1.5 MiB for
-        each size that it meets for the first time, and the soak is about what comes after that."""
+        """One prompt of each size of a step, to prefill and to the plain server: on CPUs a server keeps some 1.5 MiB
+        for each size that it meets for the first time, and the soak is about what comes after that."""
         prompts = Prompts(PRIME_SEED)
         largest = self._plain.spec.max_batched_tokens
         assert largest is not None
