@@ -48,7 +48,7 @@ class Rig:
     def __init__(self, folder: Path, first_port: int = FIRST_PORT) -> None:
         self.folder = folder
         self.first_port = first_port
-        self.environment: dict[str, str] = {}
+        self.environment = {"TMPDIR": str(folder)}  # a killed pdlaunch leaves a folder there
         self.pids = folder / "pids"
         self.pids.mkdir()
         self.run_dir = folder / "run"

@@ -99,7 +99,7 @@ def test_files_of_a_run_are_private_and_sockets_go_with_it(rig: Rig, tmp_path: P
     rig.run_dir = tmp_path / "state" / "deep" / "run"
     place = tmp_path / "t"
     place.mkdir()
-    rig.environment = {"TMPDIR": str(place)}
+    rig.environment["TMPDIR"] = str(place)
     rig.data["roles"]["prefill"]["args"] = {"socket": True}
 
     def sockets() -> list[Path]:
@@ -155,7 +155,7 @@ def test_a_full_device_is_one_line(rig: Rig, tmp_path: Path) -> None:
 def test_a_key_that_cannot_be_kept_is_one_line(rig: Rig, tmp_path: Path, directory: Path) -> None:
     """Whatever `up` finds out on its way ends it in a line, with file and remedy, before a server starts."""
     (tmp_path / "state").touch()  # a file where a folder must be
-    rig.environment = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    rig.environment["XDG_STATE_HOME"] = str(tmp_path / "state")
     rig.data["pool"] = {"dir": str(directory), "redis": {"url": "redis://127.0.0.1:1", "bytes": "1MiB"}}
     rig.up()
     status, output = rig.end()
@@ -210,7 +210,12 @@ def test_ctrl_c_at_any_moment_of_a_launch_leaves_nothing(rig: Rig, count: int) -
     def up(at: int) -> tuple[int, str]:
         argv = [sys.executable, "-c", INTERRUPTED, str(at), str(rig.file), "--run-dir", str(rig.run_dir)]
         rig.process = subprocess.Popen(
-            argv, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+            argv,
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **rig.environment},
         )
         wait_for(lambda: read_record(rig.run_dir) is not None or rig.process.poll() is not None)  # type: ignore[union-attr]
         if rig.process.poll() is None:
