@@ -36,7 +36,7 @@ LOOK_AGAIN_S = 0.1  # between looks at how much strangers have sent
 CUT_AFTER_S = 0.05  # a stranger that is told why is cut off after this
 MAX_FRAMES_A_TURN = 256
 MAX_REPORTS_A_TURN = 1024  # of connections that came or went: cheaper than frames, and too many must not stay open
-CUTS_BEFORE_TRIM = 16  # so many floods leave memory that the C library keeps; it is given back once these are over
+ENDS_BEFORE_TRIM = 64  # so many strangers leave memory that the C library keeps; it is given back once they are gone
 TRIM_AFTER_S = 1.0
 
 MAX_DIALS_A_TURN = 4  # the others wait for the next one: to open a socket takes a millisecond, which peers wait for

@@ -213,6 +213,8 @@ class Listener:
         if caller is None:
             return []
         self._door.closed(caller)
+        if not caller.known:
+            self._reclaim.gone(now)
         gone = [each for each in self._bound.values() if each.caller is caller]
         for connection in gone[: MAX_PROBES - len(self._probes)]:
             self._probes.extend((now + delay, connection) for delay in PROBE_AFTER_S)
@@ -235,7 +237,7 @@ class Listener:
     def _count_cut(self, complaint: str, now: float) -> None:
         self._shared.counters["callers_cut"] += 1
         self._shared.complaints.say(complaint, now, "strangers")
-        self._reclaim.cut(now)
+        self._reclaim.gone(now)
 
     def _probe(self, now: float) -> None:
         """The system reuses descriptors, so a report about one is a hint only: a Pong that can't be sent proves it."""

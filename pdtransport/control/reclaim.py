@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import ctypes
 
-from pdtransport.control.limits import CUTS_BEFORE_TRIM, TRIM_AFTER_S
+from pdtransport.control.limits import ENDS_BEFORE_TRIM, TRIM_AFTER_S
 
 
 class Reclaim:
-    """Once so many connections were cut off, and a while after the last of them."""
+    """Once so many strangers' connections have ended, and a while after the last of them."""
 
     def __init__(self) -> None:
-        self._cuts, self._due = 0, 0.0
+        self._ended, self._due = 0, 0.0
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
-    def cut(self, now: float) -> None:
-        self._cuts += 1
+    def gone(self, now: float) -> None:
+        self._ended += 1
         self._due = now + TRIM_AFTER_S
 
     def tick(self, now: float) -> None:
         due = self.next_deadline()
         if due is not None and now >= due and self._trim is not None:
-            self._cuts = 0
+            self._ended = 0
             self._trim(0)
 
     def next_deadline(self) -> float | None:
-        return self._due if self._trim is not None and self._cuts >= CUTS_BEFORE_TRIM else None
+        return self._due if self._trim is not None and self._ended >= ENDS_BEFORE_TRIM else None

@@ -93,6 +93,7 @@ def besiege(
         counter, enough = until[0], counters()[until[0]] + until[1]
         idle(effect, bystander.ask)
         effect.memory_before, processor = resident(pid), processor_s(pid)
+        worker.poll().clear()  # what an earlier attack left
         with attacker(attack, worker.port), watched(effect, bystander.ask):
             began, met = time.monotonic(), not newcomer
             while time.monotonic() < began + ATTACK_S or counters()[counter] < enough:
