@@ -9,8 +9,9 @@ from typing import Any
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages as say
 from pdtransport.pool.codecs import LOSSY
-from pdtransport.pool.digest import DIGEST_BYTES, UNSIGNED
+from pdtransport.pool.digest import UNSIGNED
 from pdtransport.pool.envelope import Envelope
+from pdtransport.pool.tiers import DIGEST_BYTES
 from pdtransport.vllm.params import marked
 from tests.fuzz.split import SEPARATOR
 from tests.unit.pool_rig import key

@@ -19,7 +19,7 @@ from pathlib import Path
 import zmq
 
 from pdtransport.pool import messages as say
-from pdtransport.pool.digest import DIGEST_BYTES, UNSIGNED, Signer
+from pdtransport.pool.digest import UNSIGNED, Signer
 from pdtransport.pool.disk import BLOCK, DiskTier
 from pdtransport.pool.envelope import Envelope, Opening
 from pdtransport.pool.index import MEMORY
@@ -29,7 +29,7 @@ from pdtransport.pool.remote_messages import from_remote, to_remote
 from pdtransport.pool.service import Pool
 from pdtransport.pool.settings import DiskSettings, PoolSettings
 from pdtransport.pool.space_file import SpaceFile
-from pdtransport.pool.tiers import TierError
+from pdtransport.pool.tiers import DIGEST_BYTES, TierError
 from pdtransport.protocol.messages import WireError
 from tests.fuzz.faults import Faults
 from tests.fuzz.split import SEPARATOR
