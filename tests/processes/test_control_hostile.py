@@ -91,7 +91,7 @@ FOR_PEERS = {"truncated", "more after the end", "unknown field", "missing field"
 }  # fmt: skip  # they begin as a peer's words do, and are not looked at any further
 
 
-@pytest.mark.parametrize("name", FOR_PEERS)
+@pytest.mark.parametrize("name", sorted(FOR_PEERS))
 def test_words_about_transfers_from_strangers_are_not_even_decoded(rig: Bench, name: str) -> None:
     node, stranger = rig.node("p"), Stranger(rig.nodes[0].port)
     try:
