@@ -6,6 +6,46 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
+        "pdtransport.router.health",
+        "router_engines",
+        (
+            "engines_are_never_asked",
+            "Prober._silence",
+            "not seconds or endpoint in self._mute",
+            "True",
+            "stopped_engine_makes_its_server_unhealthy_although_its_health_path_says_200",
+        ),
+        (
+            "stopped_engines_are_asked_ever_more_rarely",
+            "Prober._watch",
+            "endpoint in self._silent",
+            "False",
+            "stopped_engine_is_asked_again_without_growing_pauses",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.relay",
+        "router_stops",
+        (
+            "streams_end_without_a_word_when_the_router_stops",
+            "Relay._told_stopped",
+            "not stopped()",
+            "True",
+            "open_stream_ends_with_an_error_event_when_the_router_stops",
+        ),
+    ),
+    *bugs(
+        "pdtransport.serving.errors",
+        "router_stops",
+        (
+            "requests_end_without_an_answer_when_the_router_stops",
+            "json_errors",
+            "not stopped()",
+            "True",
+            "pending_requests_get_a_503_when_the_router_stops",
+        ),
+    ),
+    *bugs(
         "pdtransport.router.tenants",
         "router_tenants",
         (

@@ -6,6 +6,35 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
+        "pdtransport.vllm.crowding",
+        "vllm_crowding",
+        (
+            "a_crowded_prefill_keeps_all_it_has",
+            "Crowding.let_go",
+            "not still or not self._kept",
+            "True",
+            "prefill_that_stands_still_lets_go_of_the_newest_finished_prompts_one_by_one",
+        ),
+        (
+            "what_decode_took_is_let_go",
+            "Crowding.freed",
+            "self._kept.pop(req_id, None)",
+            "pass",
+            "what_decode_took_is_not_let_go",
+        ),
+    ),
+    *bugs(
+        "pdtransport.vllm.engine_probe",
+        "vllm_engine_probe",
+        (
+            "whoever_asks_puts_a_question_to_the_engine",
+            "EngineProbe.answers",
+            "self._asked is None or self._asked.done()",
+            "True",
+            "one_question_is_with_the_engine_however_many_ask",
+        ),
+    ),
+    *bugs(
         "pdtransport.vllm.received",
         "vllm_received",
         (
