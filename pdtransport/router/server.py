@@ -32,7 +32,7 @@ from pdtransport.router.relay import PD_HEADERS, Relay, pd_headers
 from pdtransport.router.room import ADMIN_CONNECTIONS, room
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.tenants import Salter, Tenants
-from pdtransport.router.traces import Trace, Traces
+from pdtransport.router.traces import MAX_MODEL_CHARS, Trace, Traces
 from pdtransport.router.upstream import Upstream, end_to_end, request_headers, session
 from pdtransport.router.watches import Watches
 from pdtransport.serving.cross_site import CorsRule, HostRule
@@ -269,7 +269,7 @@ class Router:
         placement = self.settings.placement
         chunks = {"chunk_chars": placement.affinity_chunk_chars, "chunks": placement.affinity_chunks}
         call = parse(raw, api, salter=salter, **chunks)
-        trace.model, trace.stream = call.model, call.stream
+        trace.model, trace.stream = call.model[:MAX_MODEL_CHARS], call.stream
         trace.prompt_tokens, trace.prompt_bytes = call.prompt_tokens, call.prompt_bytes
         headers = request_headers(request.headers, self._server_key, self._drop_authorization)
         if self.settings.first_token == "auto" and "X-Request-Id" not in request.headers:

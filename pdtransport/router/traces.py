@@ -86,7 +86,7 @@ class Trace:
             "transfer_id": last.get("transfer_id"),
             "at": self.at,
             "api": self.api,
-            "model": self.model[:MAX_MODEL_CHARS],
+            "model": self.model,
             "stream": self.stream,
             "prompt_tokens_estimate": self.prompt_tokens,
             "prompt_bytes": self.prompt_bytes,
