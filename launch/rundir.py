@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from pdtransport.errors import PDTransportError
-from pdtransport.private_files import make_private_folder, open_private
+from pdtransport.private_files import make_private_folder, open_private, open_regular
 
 LOCK = "lock"
 RECORD = "run.json"
@@ -141,9 +141,9 @@ class RunFolder:
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What the run in ``folder`` published; None where none is up."""
     try:
-        with (folder / RECORD).open("rb") as file:
+        with open(open_regular(folder / RECORD), "rb") as file:
             data = json.loads(file.read(MAX_RECORD))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 

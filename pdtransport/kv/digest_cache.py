@@ -115,7 +115,8 @@ class DigestCache:
     def _read(self, entry: Path, facts: list[FileFacts]) -> str:
         """The remembered identity; empty if there is none that can be trusted."""
         try:
-            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # a named pipe in its place holds nobody up
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return ""
         except OSError as error:

@@ -15,6 +15,7 @@ from pdtransport.pool.locks import is_private
 from pdtransport.pool.messages import MAX_SPACE
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.spaces import parse_spaces
+from pdtransport.private_files import open_private, open_regular
 
 logger = logging.getLogger("pdtransport.pool")
 
@@ -43,7 +44,7 @@ class SpaceFile:
     def read(self) -> list[str]:
         """What was kept, the one that was told last at the end; what can't be read is left out."""
         try:
-            with self._path.open("rb") as file:
+            with open(open_regular(self._path), "rb") as file:
                 texts = json.loads(file.read(MAX_FILE))
         except FileNotFoundError:
             return []
@@ -83,7 +84,7 @@ class SpaceFile:
     def _replace(self, raw: bytes) -> None:
         draft = self._path.with_name(f".{self._path.name}.new")
         try:
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+            with open(open_private(draft, os.O_WRONLY | os.O_TRUNC), "wb") as file:
                 file.write(raw)
             draft.replace(self._path)
         except BaseException:

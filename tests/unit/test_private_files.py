@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.launch.rundir import LOCK, POOL_KEY, RECORD, RunError, RunFolder, read_record
 from pdtransport.observe.audit import Audit
-from pdtransport.private_files import make_private_folder, open_private
+from pdtransport.pool.space_file import SpaceFile
+from pdtransport.private_files import make_private_folder, open_private, open_regular
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +126,50 @@ def test_keys_that_could_not_be_written_whole_are_not_left(tmp_path: Path, monke
     assert public.exists()
     assert secret.exists()
     assert open_to_others(tmp_path / "keys") == {}
+
+
+PIPES: dict[str, Callable[[Path], object]] = {
+    "a private file to be written": lambda path: open_private(path, os.O_WRONLY | os.O_TRUNC),
+    "a private file to be read": lambda path: open_private(path, os.O_RDONLY),
+    "a file to be read": open_regular,
+}
+
+
+@pytest.mark.parametrize("how", PIPES)
+@pytest.mark.parametrize("reader", [False, True])
+def test_a_named_pipe_in_a_files_place_holds_nobody_up(tmp_path: Path, how: str, reader: bool) -> None:
+    """Opening one waits for its other end, for ever; and what is written to one goes to whoever reads."""
+    os.mkfifo(tmp_path / "planted")
+    theirs = os.open(tmp_path / "planted", os.O_RDONLY | os.O_NONBLOCK) if reader else -1
+    try:
+        with pytest.raises(OSError, match="planted"):
+            PIPES[how](tmp_path / "planted")
+    finally:
+        if reader:
+            os.close(theirs)
+
+
+def test_a_named_pipe_in_place_of_a_runs_record_is_no_run(tmp_path: Path) -> None:
+    """``pdlaunch status`` ends although somebody left a pipe, or JSON too deep to be read, in the run's folder."""
+    os.mkfifo(tmp_path / RECORD)
+    assert read_record(tmp_path) is None
+    (tmp_path / RECORD).unlink()
+    (tmp_path / RECORD).write_text("[" * 100_000)
+    assert read_record(tmp_path) is None
+
+
+def test_a_named_pipe_among_the_pools_files_keeps_no_pool_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What earlier engines told is lost then, in one line; it is kept again with the next word."""
+    os.mkfifo(tmp_path / "spaces.json")
+    os.mkfifo(tmp_path / ".spaces.json.new")
+    spaces = SpaceFile(tmp_path / "spaces.json")
+    with caplog.at_level("WARNING"):
+        assert spaces.read() == []
+    assert len(caplog.messages) == 1
+    for _ in range(2):  # the first write finds the pipe in the draft's place, and removes it
+        spaces.write([])
+        spaces.close()
+    assert (tmp_path / "spaces.json").is_file()
+    assert spaces.read() == []
