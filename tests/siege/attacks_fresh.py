@@ -155,7 +155,7 @@ def request_smuggling(folder: Path) -> Effect:
 def _smuggle(it: Front) -> dict[str, bytes]:
     replies = {}
     for name, data in smugglers().items():
-        replies[name] = it.raw(data, 0.7)
+        replies[name] = it.raw(data, 0.3)
         assert b"HTTP/1.1 5" not in replies[name], (name, replies[name][:300])
     for seen in (*it.prefill.seen, *it.decode.seen):
         assert "smuggled" not in seen.line, seen
@@ -550,9 +550,9 @@ def many_readers_of_state(folder: Path) -> Effect:
 
 def names_without_end(folder: Path) -> Effect:
     """Clients choose ever new models, users, paths, methods, request ids and salts: nothing may grow with them."""
-    effect = Effect("2,000 new names of each kind, and 60 of 1 MiB")
-    with front(folder) as it:
-        for i in range(1100):  # as many as it remembers
+    effect = Effect("500 new names of each kind, and 60 of 1 MiB")
+    with front(folder, "--traces", "64") as it:
+        for i in range(70):  # as many as it remembers
             it.ask({"user": f"before {i % 7}"})
         series = len(it.http("GET", "/metrics").body)
         with measured(effect, it.router, it.probe):
@@ -568,8 +568,8 @@ def names_without_end(folder: Path) -> Effect:
                 it.ask({"model": chr(97 + i % 26) * (1 << 20), "user": "x" * 1000, "cache_salt": "y" * 100_000})
         grown = len(it.http("GET", "/metrics").body) - series
         assert grown < 20_000, f"/metrics grew by {grown} bytes"
-        traces = len(it.http("GET", "/pd/traces?limit=1024").body)
-        assert traces < 16 << 20, f"{traces} bytes of traces"
+        traces = len(it.http("GET", "/pd/traces?limit=64").body)
+        assert traces < 1 << 20, f"{traces} bytes of traces"
     return effect
 
 
