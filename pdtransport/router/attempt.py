@@ -187,6 +187,9 @@ class Attempt:
         opened = self.opened
         if opened is None and self._decode is not None and self._decode.done() and not self._decode.cancelled():
             opened = None if self._decode.exception() else self._decode.result()
+        # What a task failed with knows the frames that it passed through, and they this attempt and the request's body:
+        # a circle that would stay until Python looks for such.
+        self._prefill = self._decode = None
         if opened is not None:
             opened.response.close()
         if self.hand_off is not None:
@@ -291,7 +294,7 @@ class Attempt:
         await asyncio.wait({decode}, timeout=min(took, _VERDICT_S))
         if not decode.done() or decode.exception() is not None:
             raise refusal
-        self.refusal = refusal
+        self.refusal = refusal.with_traceback(None)
         return decode.result()
 
     def _check_replica(self, params: dict[str, Any]) -> None:

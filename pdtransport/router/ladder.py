@@ -77,6 +77,7 @@ class Ladder:
                 why = "prefill gave out a first token whose text can't be told"
                 self._leave_prefill(Reason("first_token_unusable", why), rungs, trace)
             except UpstreamError as error:
+                error.with_traceback(None)  # it is kept, and would keep the request's body
                 attempt.close()
                 if error.refused:
                     rungs.refused = attempt.hand_off
