@@ -32,9 +32,9 @@ from pdtransport.control.events import (
 from pdtransport.control.handshake import checked_identity
 from pdtransport.control.limits import (
     AGAIN_PER_S,
+    FRAMES_BEFORE_ANSWERS,
     MAX_CONNECTIONS,
     MAX_DIALS_A_TURN,
-    MAX_FRAMES_A_TURN,
     MAX_PROVEN,
     MAX_REPORTS_A_TURN,
     MAX_TRIED,
@@ -310,7 +310,7 @@ class ControlChannel:
 
     # -- the I/O thread's turn ---------------------------------------------------------------------------------------
 
-    def receive(self, now: float, limit: int = MAX_FRAMES_A_TURN) -> list[Event]:
+    def receive(self, now: float, limit: int = FRAMES_BEFORE_ANSWERS) -> list[Event]:
         """Handle what has arrived, at most ``limit`` frames, every connection its share. What is left keeps the
         sockets readable."""
         events = self._take_pending()

@@ -35,6 +35,7 @@ HELLOS = 8
 LOOK_AGAIN_S = 0.1  # between looks at how much strangers have sent
 CUT_AFTER_S = 0.05  # a stranger that is told why is cut off after this
 MAX_FRAMES_A_TURN = 256
+FRAMES_BEFORE_ANSWERS = 32  # that a worker hears before it answers the first: some 5 ms of a peer that never ends
 MAX_REPORTS_A_TURN = 1024  # of connections that came or went: cheaper than frames, and too many must not stay open
 ENDS_BEFORE_TRIM = 64  # so many strangers leave memory that the C library keeps; it is given back once they are gone
 TRIM_AFTER_S = 1.0

@@ -47,6 +47,7 @@ _FOR_PREFILL: dict[Api, bytes] = {
 
 _skip_space = re.compile(r"[ \t\n\r]*").match
 _value = json.JSONDecoder().raw_decode
+MAX_MEMBERS = 1024  # of a body's top level, where vLLM knows about a hundred: each is read in Python, while all wait
 _DIGEST_BYTES = 16
 _LONG_LIST = 1024  # characters; a shorter one is parsed as fast
 CHARS_PER_TOKEN = 4  # rough, for load estimates of prompts that are text
@@ -230,6 +231,8 @@ def _members(text: str, at: int) -> dict[str, _Member]:
         value, at = (_long_prompt(text, start) if key == "prompt" else None) or _value(text, start)
         if key in members:
             raise ApiError(400, f"the request body has {key[:64]!r} twice", code="invalid_json", param=key[:64])
+        if len(members) >= MAX_MEMBERS:
+            raise ApiError(400, f"the request body has more than {MAX_MEMBERS} members", code="too_many_members")
         members[key] = _Member(value, key_start, start, at)
         at = _after(text, at)
         if text[at : at + 1] == "}":

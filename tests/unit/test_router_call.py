@@ -227,3 +227,12 @@ def test_reserved_member_is_found_however_it_is_spelt(given_key: str) -> None:
     with pytest.raises(ApiError) as refused:
         parsed(f'{{"prompt": "a", "{given_key}": {{"x": 1}}}}'.encode())
     assert refused.value.param == "kv_transfer_params"
+
+
+def test_a_body_of_more_members_than_any_request_has_is_refused() -> None:
+    """Each is read in Python: 100,000 of them, in a megabyte, would hold up everybody for most of a second."""
+    members = {f"k{i}": i for i in range(call_module.MAX_MEMBERS - 2)}
+    assert parsed({"model": "m", "prompt": "p", **members}).model == "m"
+    with pytest.raises(ApiError) as caught:
+        parsed({"model": "m", "prompt": "p", "one_more": 1, **members})
+    assert (caught.value.status, caught.value.code) == (400, "too_many_members")
