@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
 import itertools
 import json
 import socket
 import threading
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +18,24 @@ from tests.siege.fresh_rig import (
     Front,
     Seen,
     Writer,
-    answer,
     body,
-    completion,
     front,
     measured,
     reset,
 )
+from tests.siege.fresh_shapes import (
+    CHUNKED,
+    SALTS,
+    head,
+    hostile_answers,
+    odd_authorizations,
+    odd_bodies,
+    request,
+    side_doors,
+    smugglers,
+)
 
 FAST = ("--timeouts-client-head-s", "3", "--timeouts-client-body-s", "3")
-
-
-def _head(path: str = "/v1/completions", length: int | None = None, *more: str, method: str = "POST") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *more]
-    if length is not None:
-        lines.append(f"Content-Length: {length}")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-def _request(value: dict[str, Any] | bytes, *more: str) -> bytes:
-    data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return _head("/v1/completions", len(data), *more) + data
 
 
 def pipelined_and_unread(folder: Path) -> Effect:
@@ -48,7 +43,7 @@ def pipelined_and_unread(folder: Path) -> Effect:
     effect = Effect("30 clients pipeline 1,000 requests each, read nothing")
     with front(folder) as it, measured(effect, it.router, it.probe):
         socks = [it.connect() for _ in range(30)]
-        many = _head("/v1/models", method="GET") * 500 + _request(body(user="pipe")) * 500
+        many = head("/v1/models", method="GET") * 500 + request(body(user="pipe")) * 500
         for sock in socks:
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -67,7 +62,7 @@ def half_closed(folder: Path) -> Effect:
     """Clients that close their sending half behind the request, and wait for the answer."""
     effect = Effect("100 clients half-close behind their request")
     with front(folder) as it, measured(effect, it.router, it.probe):
-        for part in (_request(body()), _request(body())[:-20], b"GET /health HTTP/1.1\r\n", b""):
+        for part in (request(body()), request(body())[:-20], b"GET /health HTTP/1.1\r\n", b""):
             socks = []
             for _ in range(25):
                 sock = it.connect()
@@ -81,67 +76,6 @@ def half_closed(folder: Path) -> Effect:
                         pass
                 sock.close()
     return effect
-
-
-SMUGGLED = b"POST /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
-
-
-def smugglers() -> dict[str, bytes]:
-    """Requests that two servers could read two ways; each has another request in its belly."""
-    data = json.dumps(body()).encode()
-    chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)
-    both = [f"Content-Length: {len(data)}", "Transfer-Encoding: chunked"]
-    found = {
-        "length and chunked": _head("/v1/completions", None, *both) + chunk + SMUGGLED,
-        "chunked and length": _head("/v1/completions", None, *both[::-1]) + chunk + SMUGGLED,
-        "two lengths": _head("/v1/completions", len(data), "Content-Length: 3") + data + SMUGGLED,
-        "equal lengths": _head("/v1/completions", len(data), f"Content-Length: {len(data)}") + data + SMUGGLED,
-        "listed length": _head("/v1/completions", None, f"Content-Length: {len(data)}, {len(data)}") + data + SMUGGLED,
-    }
-    for name, value in {
-        "plus": f"+{len(data)}",
-        "minus": "-1",
-        "hex": hex(len(data)),
-        "underscore": "1_0",
-        "blank inside": "1 0",
-        "huge": str(1 << 70),
-        "empty": "",
-        "arabic": "\xb2",
-    }.items():
-        found[f"length {name}"] = _head("/v1/completions", None, f"Content-Length: {value}") + data + SMUGGLED
-    for value in (
-        "xchunked", "chunked, identity", "identity, chunked", "chunked, chunked", "CHUNKED", "\x0bchunked", "chunked;q=1",
-        "gzip, chunked", "identity", "",
-    ):  # fmt: skip
-        found[f"coding {value!r}"] = _head("/v1/completions", None, f"Transfer-Encoding: {value}") + chunk + SMUGGLED
-    for name, bad in {
-        "blank before colon": "Transfer-Encoding : chunked",
-        "folded": "X-A: b\r\n Transfer-Encoding: chunked",
-        "bare cr": "X-A: b\rTransfer-Encoding: chunked",
-        "bare lf": "X-A: b\nTransfer-Encoding: chunked",
-        "nul": "X-A: b\0c",
-        "no name": ": x",
-        "hop by hop": "Connection: content-length, content-type, authorization",
-        "te trailers": "TE: trailers, chunked",
-    }.items():
-        found[name] = _head("/v1/completions", len(data), bad) + data + SMUGGLED
-    chunked = _head("/v1/completions", None, "Transfer-Encoding: chunked")
-    for name, stream in {
-        "extension": b"%x;a=b\r\n%s\r\n0\r\n\r\n" % (len(data), data),
-        "long extension": b"%x;%s\r\n%s\r\n0\r\n\r\n" % (len(data), b"a" * 100_000, data),
-        "trailer": b"%x\r\n%s\r\n0\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\n\r\n" % (len(data), data),
-        "lf only": b"%x\n%s\n0\n\n" % (len(data), data),
-        "size with sign": b"+%x\r\n%s\r\n0\r\n\r\n" % (len(data), data),
-        "size 0x": b"0x%x\r\n%s\r\n0\r\n\r\n" % (len(data), data),
-        "size of 2**64": b"10000000000000001\r\n%s\r\n0\r\n\r\n" % data,
-        "many zeros": b"%s%x\r\n%s\r\n0\r\n\r\n" % (b"0" * 5000, len(data), data),
-    }.items():
-        found[f"chunk {name}"] = chunked + stream + SMUGGLED
-    found["absolute form"] = _request(body()).replace(b"/v1/completions", b"http://other/v1/completions") + SMUGGLED
-    found["version"] = _request(body()).replace(b"HTTP/1.1", b"HTTP/1.0") + SMUGGLED
-    found["get with body"] = _request(body()).replace(b"POST", b"GET") + SMUGGLED
-    found["line break in path"] = _request(body()).replace(b"/v1/completions", b"/v1/completions?a=%0d%0aX:%20y")
-    return found
 
 
 def request_smuggling(folder: Path) -> Effect:
@@ -165,73 +99,8 @@ def _smuggle(it: Front) -> dict[str, bytes]:
     return replies
 
 
-def odd_bodies() -> dict[str, bytes]:
-    """JSON, nearly JSON and numbers that are none, with what a client must not say hidden in it."""
-    prompt = json.dumps(body()["prompt"])
-    start = f'{{"model": "m", "prompt": {prompt}, "max_tokens": 4'
-    own = '{"do_remote_prefill": true, "remote_host": "192.0.2.1", "remote_port": 1, "transfer_id": "theirs"}'
-    found = {
-        f"{name} {value}": f'{start}, "{name}": {value}}}'.encode()
-        for name, value in itertools.product(
-            ("n", "best_of", "max_tokens", "stream", "echo", "cache_salt", "logprobs", "prompt_logprobs", "prompt", "model",
-             "seed", "stop", "user", "stream_options", "messages", "use_beam_search", "kv_transfer_params"),
-            ("1e999", "-1e999", "NaN", "-0", "1.5", "true", "null", "[]", "{}", '""', '"\\ud800"', "1" * 5000, "[[[1]]]",
-             '"\\u0000"', "[1e999]", "[NaN]", "[true, null]", "[-1]", "[1.5]", "[99999999999999999999]", '["a", 1]', '[{"a": 1}]'),
-        )
-    }  # fmt: skip
-    escaped = '"kv_transfer_par\\u0061ms"'
-    found |= {
-        "params": f'{start}, "kv_transfer_params": {own}}}'.encode(),
-        "params escaped": f"{start}, {escaped}: {own}}}".encode(),
-        "params twice": f'{start}, "kv_transfer_params": null, "kv_transfer_params": {own}}}'.encode(),
-        "params null then escaped": f'{start}, "kv_transfer_params": null, {escaped}: {own}}}'.encode(),
-        "params first": f'{{"kv_transfer_params": {own}, {start[1:]}}}'.encode(),
-        "params after the end": f'{start}}}, "kv_transfer_params": {own}}}'.encode(),
-        "params in xargs": f'{start}, "vllm_xargs": {{"kv_transfer_params": {own}}}}}'.encode(),
-        "params in xargs, alone": f'{start}, "n": 2, "vllm_xargs": {{"kv_transfer_params": {own}}}}}'.encode(),
-        "params a word in xargs": f'{start}, "n": 2, "vllm_xargs": {{"kv_transfer_params": "x"}}}}'.encode(),
-        "params blanks": f'{start}\t,\r\n "kv_transfer_params"  :\n{own} }} \n'.encode(),
-        "prompt twice": f'{start}, "prompt": [9, 9, 9]}}'.encode(),
-        "prompt twice, escaped": f'{start}, "prom\\u0070t": [9, 9, 9]}}'.encode(),
-        "n twice": f'{start}, "n": 1, "n": 3}}'.encode(),
-        "n twice, escaped": f'{start}, "n": 1, "\\u006e": 3}}'.encode(),
-        "max_tokens twice": f'{start}, "max_tok\\u0065ns": 7}}'.encode(),
-        "stream twice": f'{start}, "stream": true, "stre\\u0061m": false}}'.encode(),
-        "deep array": start.encode() + b', "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
-        "deep object": start.encode() + b', "x": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
-        "deep, open": b"[" * 1_000_000,
-        "deep prompt": b'{"model": "m", "prompt": ' + b"[" * 5000 + b"1" + b"]" * 5000 + b"}",
-        "many members": b"{" + b",".join(b'"k%d":1' % i for i in range(100_000)) + b"," + start.encode()[1:] + b"}",
-        "one member 100,000 times": b"{" + b'"x":1,' * 100_000 + start.encode()[1:] + b"}",
-        "long number": start.encode() + b', "x": ' + b"9" * 1_000_000 + b"}",
-        "long exponent": start.encode() + b', "x": 1e' + b"9" * 100_000 + b"}",
-        "long escapes": start.encode() + b', "x": "' + b"\\u00e9" * 200_000 + b'"}',
-        "backslashes": start.encode() + b', "x": "' + b"\\\\" * 500_000 + b'"}',
-        "open string": start.encode() + b', "x": "' + b"\\" * 99_999,
-        "utf-16": f"{start}}}".encode("utf-16"),
-        "utf-32": f"{start}}}".encode("utf-32-be"),
-        "bom": b"\xef\xbb\xbf" + f"{start}}}".encode(),
-        "latin-1": f'{start}, "user": "'.encode() + b'\xe9\xff"}',
-        "overlong utf-8": f'{start}, "user": "'.encode() + b'\xc0\xa2, "n": 2, "y": "\xed\xa0\x80"}',
-        "raw newline in string": f'{start}, "user": "a\nb"}}'.encode(),
-        "comment": f"/* */ {start}}} // end".encode(),
-        "blanks": b" " * 1_000_000 + f"{start}}}".encode(),
-        "form feed": b"\x0c" + f"{start}}}".encode(),
-        "nbsp": f"\u00a0{start}}}".encode(),
-        "array": b"[]",
-        "string": b'"a"',
-        "nothing": b"",
-        "two": f"{start}}}{start}}}".encode(),
-        "lone surrogate key": f'{start}, "\\udfff": 1}}'.encode(),
-        "proto": f'{start}, "__proto__": {{}}, "__class__": 1}}'.encode(),
-        "single quotes": f"{start}, 'n': 1}}".encode(),
-        "trailing comma": f"{start},}}".encode(),
-    }
-    return found
-
-
 def odd_json(folder: Path) -> Effect:
-    """Bodies of all shapes: what is passed on must be read alike by both servers, and hold nothing of what is forbidden."""
+    """Bodies of all shapes: both servers must read alike what is passed on, and get nothing of what is forbidden."""
     found = odd_bodies()
     effect = Effect(f"{len(found)} odd JSON bodies")
     (folder / "keys").write_text("client-key-of-odd tenant-a\n")
@@ -267,7 +136,7 @@ def _misled(name: str, prefill: list[Seen], decode: list[Seen]) -> list[str]:
         except (ValueError, RecursionError):
             continue  # no server reads it either
         text = json.dumps(asked)
-        if "192.0.2.1" in text and "vllm_xargs" not in text or "theirs" in text and "vllm_xargs" not in text:
+        if ("192.0.2.1" in text and "vllm_xargs" not in text) or ("theirs" in text and "vllm_xargs" not in text):
             wrong.append(f"{name}: {role} got the client's transfer parameters: {seen.body[:300]!r}")
         if isinstance(asked.get("vllm_xargs"), dict) and "kv_transfer_params" in asked["vllm_xargs"]:
             wrong.append(f"{name}: {role} got transfer parameters in vllm_xargs")
@@ -293,47 +162,18 @@ def odd_keys(folder: Path) -> Effect:
         data = json.dumps(body()).encode()
         wrong = []
         for value in odd_authorizations():
-            reply = it.raw(_head("/v1/completions", len(data), *value, "Connection: close") + data, 2.0)
+            reply = it.raw(head("/v1/completions", len(data), *value, "Connection: close") + data, 2.0)
             if not reply.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400", b"HTTP/1.1 403")):
                 wrong.append(f"{value[:1]}: {reply[:200]!r}")
         for path in side_doors():
             for method in ("GET", "HEAD", "OPTIONS", "POST", "PROPFIND"):
-                reply = it.raw(_head(path, None, "Authorization: Bearer client-key", "Connection: close", method=method), 2.0)
+                reply = it.raw(
+                    head(path, None, "Authorization: Bearer client-key", "Connection: close", method=method), 2.0
+                )
                 if reply.startswith((b"HTTP/1.1 2", b"HTTP/1.1 5", b"HTTP/1.1 3")):
                     wrong.append(f"{method} {path}: {reply[:200]!r}")
         assert not wrong, "\n".join(wrong)
     return effect
-
-
-def odd_authorizations() -> list[tuple[str, ...]]:
-    return [
-        (),
-        ("Authorization: Bearer",),
-        ("Authorization: Bearer ",),
-        ("Authorization: Bearer \xff\xfe\xe9",),
-        ("Authorization: Bearer admin-key",),
-        ("Authorization: Bearer client-ke",),
-        ("Authorization: Bearer client-key2",),
-        ("Authorization: Bearer client-key, Bearer x",),
-        ("Authorization: Bearer CLIENT-KEY",),
-        ("Authorization: Basic client-key",),
-        ("Authorization: client-key",),
-        ("Authorization: Bearer x", "Authorization: Bearer client-key"),
-        ("X-Api-Key: client-key",),
-        ("Cookie: Authorization=client-key",),
-        ("Authorization: Bearer " + "k" * 15_000,),
-        *(("Authorization: Bearer k%d" % i,) for i in range(100)),
-    ]
-
-
-def side_doors() -> list[str]:
-    return [
-        "/pd/status", "//pd/status", "/pd//status", "/v1/../pd/status", "/v1/%2e%2e/pd/status", "/%70d/status", "/pd%2fstatus",
-        "/pd/./status", "/PD/status", "/pd/status/", "/pd/status?x=/v1/", "/pd/status;/v1/completions", "http://h/pd/status",
-        "/metrics", "/metrics/", "/%6detrics", "/METRICS", "/./metrics", "//metrics", "/pd/traces", "/pd/%74races", "/pd/trace/x",
-        "/pd/trace/%2e%2e/%2e%2e/etc/passwd", "/pd/trace/%00", "/pd/trace/" + "a" * 10_000, "/pd/trace/%ff", "*", "/v1/models/../../pd/status",
-        "/health/../metrics", "/live%2f..%2fmetrics", "/openapi.json/../pd/status", "\\pd\\status", "/pd\\status", "/%", "/%zz", "?", "",
-    ]  # fmt: skip
 
 
 def aborts_at_each_byte(folder: Path) -> Effect:
@@ -347,9 +187,9 @@ def aborts_at_each_byte(folder: Path) -> Effect:
             return False
 
         it.prefill.behave = it.decode.behave = slowly
-        whole = _request(body(user="gone", prompt=[1, 2, 3]))
+        whole = request(body(user="gone", prompt=[1, 2, 3]))
         with measured(effect, it.router, it.probe):
-            for end in range(0, len(whole) + 1):
+            for end in range(len(whole) + 1):
                 sock = it.connect()
                 sock.sendall(whole[:end])
                 reset(sock)
@@ -367,7 +207,9 @@ def aborts_at_each_byte(folder: Path) -> Effect:
 
 def _under_way(it: Front) -> int:
     status = json.loads(it.http("GET", "/pd/status").body)
-    return sum(int(v) for v in _numbers(status, "inflight")) + sum(int(v) for v in _numbers(status, "requests_under_way"))
+    return sum(int(v) for v in _numbers(status, "inflight")) + sum(
+        int(v) for v in _numbers(status, "requests_under_way")
+    )
 
 
 def _numbers(value: Any, name: str) -> list[float]:
@@ -388,76 +230,6 @@ async def _endless(writer: Writer, head: bytes, piece: bytes, seconds: float = 6
     raise ConnectionResetError
 
 
-CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-
-
-def hostile_answers() -> dict[str, tuple[bytes, bytes]]:
-    """What a server begins its answer with, and what it goes on with for ever (nothing: it closes)."""
-    piece = b"10000\r\n" + b"a" * 0x10000 + b"\r\n"
-    bomb = gzip.compress(bytes(200 << 20), 1)
-    deep = b"[" * 1_000_000
-    return {
-        "endless event": (CHUNKED + b"6\r\ndata: \r\n", piece),
-        "endless comments": (CHUNKED, b"4\r\n: \n\n\r\n" * 1000),
-        "endless unstreamed": (JSON + b"Transfer-Encoding: chunked\r\n\r\n", piece),
-        "endless header line": (b"HTTP/1.1 200 OK\r\nX-A: ", b"a" * 0x10000),
-        "endless headers": (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 8000),
-        "endless interim": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
-        "endless early hints": (b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 1000),
-        "endless status line": (b"HTTP/1.1 200 ", b"O" * 0x10000),
-        "endless chunk size": (CHUNKED, b"0" * 0x10000),
-        "endless extension": (CHUNKED + b"5;", b"a" * 0x10000),
-        "endless trailers": (CHUNKED + b"0\r\n", b"X-A: b\r\n" * 8000),
-        "gzip bomb": (
-            JSON + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb,
-            b"",
-        ),
-        "deflate bomb": (
-            JSON + b"Content-Encoding: deflate\r\nConnection: close\r\n\r\n" + zlib.compress(bytes(200 << 20), 1),
-            b"",
-        ),
-        "gzip that is none": (JSON + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", b""),
-        "unknown coding": (JSON + b"Content-Encoding: rot13\r\nContent-Length: 4\r\n\r\nabcd", b""),
-        "deep JSON": (JSON + b"Content-Length: %d\r\n\r\n" % len(deep) + deep, b""),
-        "long number": (JSON + b"Content-Length: 1000000\r\n\r\n" + b"9" * 1_000_000, b""),
-        "not JSON": (answer(b"<html>", Content_Type="text/html"), b""),
-        "not UTF-8": (answer(b'{"a": "\xff\xfe"}'), b""),
-        "redirect": (answer(b"", "307 Temporary Redirect", Location="http://127.0.0.1:1/steal"), b""),
-        "permanent redirect": (answer(b"", "308 Permanent Redirect", Location="//192.0.2.1/"), b""),
-        "too short": (JSON + b"Content-Length: 1000\r\n\r\n{}", b""),
-        "too long": (JSON + b"Content-Length: 2\r\n\r\n{}" + answer(b'{"choices": [{"text": "planted"}]}'), b""),
-        "negative length": (JSON + b"Content-Length: -5\r\n\r\n{}", b""),
-        "two lengths": (JSON + b"Content-Length: 2\r\nContent-Length: 30\r\n\r\n{}", b""),
-        "length and chunked": (JSON + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", b""),
-        "no content": (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
-        "not modified": (b"HTTP/1.1 304 Not Modified\r\n\r\n", b""),
-        "switching": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", b""),
-        "status 999": (answer(b"{}", "999 What"), b""),
-        "status 099": (answer(b"{}", "099 What"), b""),
-        "status 1e3": (answer(b"{}", "1e3 What"), b""),
-        "no status": (b"ICY 200 OK\r\n\r\n", b""),
-        "nothing": (b"", b""),
-        "bytes": (bytes(range(256)) * 10, b""),
-        "cookies": (answer(completion(), Set_Cookie="a=b; Domain=127.0.0.1"), b""),
-        "names of ours": (
-            JSON + b"x-pd-path: disaggregated\r\nx-pd-transfer-id: forged\r\nContent-Length: 2\r\n\r\n{}",
-            b"",
-        ),
-        "bare line breaks": (JSON + b"X-A: b\nSet-Cookie: x\rY: z\r\nContent-Length: 2\r\n\r\n{}", b""),
-        "null": (answer(b"null"), b""),
-        "list": (answer(b"[]"), b""),
-        "params a word": (answer(completion(kv_transfer_params="x")), b""),
-        "params a list": (answer(completion(kv_transfer_params=[1])), b""),
-        "params NaN": (answer(completion(kv_transfer_params={"remote_port": float("nan"), "remote_host": []})), b""),
-        "params huge port": (answer(completion(kv_transfer_params={"remote_port": 1 << 80, "remote_host": "a"})), b""),
-        "params surrogate": (
-            answer(completion(kv_transfer_params={"remote_port": 1, "remote_host": "\ud800", "tp_size": 1 << 40})),
-            b"",
-        ),
-    }
-
-
 def hostile_server(folder: Path) -> Effect:
     """Prefill, then decode, answers marked requests as no server should."""
     return _hostile(folder, list(hostile_answers()))
@@ -466,7 +238,16 @@ def hostile_server(folder: Path) -> Effect:
 def _hostile(folder: Path, names: list[str], *options: str) -> Effect:
     effect = Effect(f"{len(names)} hostile answers of prefill and of decode")
     answers = hostile_answers()
-    fast = ("--timeouts-prefill-s", "4", "--timeouts-first-byte-s", "4", "--timeouts-total-s", "8", "--health-eject-after", "1000")
+    fast = (
+        "--timeouts-prefill-s",
+        "4",
+        "--timeouts-first-byte-s",
+        "4",
+        "--timeouts-total-s",
+        "8",
+        "--health-eject-after",
+        "1000",
+    )
     with front(folder, *fast, *options) as it:
         for role, backend in (("P", it.prefill), ("D", it.decode)):
 
@@ -488,7 +269,7 @@ def _hostile(folder: Path, names: list[str], *options: str) -> Effect:
             def one(role: str, name: str, stream: bool) -> None:
                 start = time.monotonic()
                 data = json.dumps(body(user=f"{role}:{name}", stream=stream)).encode()
-                reply = it.raw(_head("/v1/completions", len(data), "Connection: close") + data, 12.0)
+                reply = it.raw(head("/v1/completions", len(data), "Connection: close") + data, 12.0)
                 took = time.monotonic() - start
                 if took > 11:
                     wrong.append(f"{role} {name} {stream}: took {took:.1f} s, {len(reply)} bytes")
@@ -529,13 +310,25 @@ def many_readers_of_state(folder: Path) -> Effect:
             wrong: list[str] = []
 
             def read() -> None:
-                limits = ("1024", "1e9", "-1", "99999999999999999999", "NaN", "", "0", "%00", "1_0", "\u0661", "1&limit=2")
+                limits = (
+                    "1024",
+                    "1e9",
+                    "-1",
+                    "99999999999999999999",
+                    "NaN",
+                    "",
+                    "0",
+                    "%00",
+                    "1_0",
+                    "\u0661",
+                    "1&limit=2",
+                )
                 paths = [f"/pd/traces?limit={each}" for each in limits]
                 paths += ["/metrics", "/pd/status?workers=1", "/pd/status?workers=x", "/pd/trace/none"]
                 for path in itertools.cycle(paths):
                     if time.monotonic() > over:
                         return
-                    reply = it.raw(_head(path, None, "Connection: close", method="GET"), 20)
+                    reply = it.raw(head(path, None, "Connection: close", method="GET"), 20)
                     if reply.startswith(b"HTTP/1.1 5") or not reply:
                         wrong.append(f"{path}: {reply[:200]!r}")
 
@@ -559,11 +352,13 @@ def names_without_end(folder: Path) -> Effect:
             with it.connect() as sock:
                 sock.settimeout(20)
                 for i in range(500):
-                    sock.sendall(_request(body(model=f"model-{i}", user=f"u{i}", cache_salt=f"s{i}"), f"X-Request-Id: r{i}"))
+                    sock.sendall(
+                        request(body(model=f"model-{i}", user=f"u{i}", cache_salt=f"s{i}"), f"X-Request-Id: r{i}")
+                    )
                     _one_reply(sock)
             for i in range(500):
-                it.raw(_head(f"/unknown/{i}", None, "Connection: close", method="GET"), 5)
-                it.raw(_head("/v1/completions", None, "Connection: close", method=f"M{i}"), 5)
+                it.raw(head(f"/unknown/{i}", None, "Connection: close", method="GET"), 5)
+                it.raw(head("/v1/completions", None, "Connection: close", method=f"M{i}"), 5)
             for i in range(60):
                 it.ask({"model": chr(97 + i % 26) * (1 << 20), "user": "x" * 1000, "cache_salt": "y" * 100_000})
         grown = len(it.http("GET", "/metrics").body) - series
@@ -581,7 +376,9 @@ def _one_reply(sock: socket.socket) -> bytes:
             return found
         found += more
     head, _, rest = found.partition(b"\r\n\r\n")
-    length = next(int(l.split(b":")[1]) for l in head.split(b"\r\n") if l.lower().startswith(b"content-length"))
+    length = next(
+        int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+    )
     while len(rest) < length:
         rest += sock.recv(1 << 16)
     return head + b"\r\n\r\n" + rest
@@ -606,7 +403,7 @@ def unread_streams(folder: Path) -> Effect:
                 sock = socket.socket()
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
                 sock.connect(("127.0.0.1", it.port))
-                sock.sendall(_request(body(user="slow", stream=True)))
+                sock.sendall(request(body(user="slow", stream=True)))
                 socks.append(sock)
             for _ in range(3):
                 time.sleep(1)
@@ -627,17 +424,34 @@ def expected_and_upgraded(folder: Path) -> Effect:
         data = json.dumps(body()).encode()
         wrong = []
         for more in (
-            ("Expect: 100-continue",), ("Expect: 200-ok",), ("Expect: 100-continue, x",),
-            ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"),
+            ("Expect: 100-continue",),
+            ("Expect: 200-ok",),
+            ("Expect: 100-continue, x",),
+            (
+                "Upgrade: websocket",
+                "Connection: Upgrade",
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                "Sec-WebSocket-Version: 13",
+            ),
             ("Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"),
-            ("Range: bytes=0-1",), ("If-Match: x",), ("If-Modified-Since: x",), ("Accept-Encoding: gzip;q=1e999",),
-            ("Connection: close, keep-alive",), ("Keep-Alive: timeout=1e999",), ("X-Forwarded-For: " + "1," * 7000,),
-            ("Content-Type: application/json; charset=utf-7",), ("Content-Type: text/plain; charset=\xff",),
-            ("Content-Type: multipart/form-data",), ("Accept: " + "," * 15000,), ("Cookie: " + ";" * 15000,),
-            ("Cookie: a=" + "\\" * 10000,), ("X-Request-Id: a\tb\x7f\xff",), ("X-Request-Id: " + "r" * 15000,),
+            ("Range: bytes=0-1",),
+            ("If-Match: x",),
+            ("If-Modified-Since: x",),
+            ("Accept-Encoding: gzip;q=1e999",),
+            ("Connection: close, keep-alive",),
+            ("Keep-Alive: timeout=1e999",),
+            ("X-Forwarded-For: " + "1," * 7000,),
+            ("Content-Type: application/json; charset=utf-7",),
+            ("Content-Type: text/plain; charset=\xff",),
+            ("Content-Type: multipart/form-data",),
+            ("Accept: " + "," * 15000,),
+            ("Cookie: " + ";" * 15000,),
+            ("Cookie: a=" + "\\" * 10000,),
+            ("X-Request-Id: a\tb\x7f\xff",),
+            ("X-Request-Id: " + "r" * 15000,),
             ("Transfer-Encoding: chunked", "Expect: 100-continue"),
-        ):  # fmt: skip
-            reply = it.raw(_head("/v1/completions", len(data), *more, "Connection: close") + data, 4)
+        ):
+            reply = it.raw(head("/v1/completions", len(data), *more, "Connection: close") + data, 4)
             if reply.startswith(b"HTTP/1.1 5") or not reply:
                 wrong.append(f"{more[0][:60]}: {reply[:200]!r}")
         preface = it.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), 2)
@@ -645,7 +459,7 @@ def expected_and_upgraded(folder: Path) -> Effect:
             wrong.append(f"h2: {preface[:200]!r}")
         socks = [it.connect() for _ in range(300)]
         for sock in socks:
-            sock.sendall(_head("/v1/completions", 1 << 20, "Expect: 100-continue"))
+            sock.sendall(head("/v1/completions", 1 << 20, "Expect: 100-continue"))
         time.sleep(1)
         for sock in socks:
             reset(sock)
@@ -656,27 +470,36 @@ def expected_and_upgraded(folder: Path) -> Effect:
 def tenants_salts(folder: Path) -> Effect:
     """Tenants with names that run into each other's salts: no two may end with one salt, nor may one name it."""
     effect = Effect("tenants' salts of odd characters")
-    tenants = {"key-a": "a", "key-ab": "a:b", "key-b": "b", "key-c": "a\u0301", "key-d": "\u00e1", "key-e": 'a"b', "key-0": "a\\0"}
+    tenants = {
+        "key-a": "a",
+        "key-ab": "a:b",
+        "key-b": "b",
+        "key-c": "a\u0301",
+        "key-d": "\u00e1",
+        "key-e": 'a"b',
+        "key-0": "a\\0",
+    }
     (folder / "keys").write_text("".join(f"{key} {name}\n" for key, name in tenants.items()))
     (folder / "keys").chmod(0o600)
     env = {"PDROUTER_TENANT_SECRET": "s" * 40}
-    salts: list[Any] = ["", "b", ":b", "b:c", "b:c:", "\0b", "\nb", "\u00e1", "a\u0301", "\ud800", " b", "b ", "b\0", 'b"', "\u2028", "x" * 100_000]
-    with front(folder, "--api-key-file", str(folder / "keys"), env=env, key="key-a") as it:
-        with measured(effect, it.router, it.probe):
-            found: dict[str, tuple[str, Any]] = {}
-            for (key, name), salt in itertools.product(tenants.items(), [None, *salts]):
-                before = len(it.decode.seen)
-                reply = it.ask(body(user="s", **({} if salt is None else {"cache_salt": salt})), Authorization=f"Bearer {key}")
-                assert reply.status < 500, (name, salt, reply)
-                if reply.status != 200:
-                    continue
-                sent = next(s for s in it.decode.seen[before:] if b"bystander" not in s.body).asked["cache_salt"]
-                assert found.setdefault(sent, (name, salt)) == (name, salt) or (found[sent][0] == name and salt in (None, "")), (
-                    f"{name!r} with {salt!r} has the salt of {found[sent]}"
-                )
-                # a salt that was seen is no way in: named by another tenant it becomes another one
-                again = it.ask(body(user="s", cache_salt=sent), Authorization="Bearer key-b")
-                assert again.status == 200
-                theirs = it.decode.seen[-1].asked["cache_salt"] if b"bystander" not in it.decode.seen[-1].body else ""
-                assert theirs != sent
+    options = ("--api-key-file", str(folder / "keys"))
+    with front(folder, *options, env=env, key="key-a") as it, measured(effect, it.router, it.probe):
+        found: dict[str, tuple[str, Any]] = {}
+        for (key, name), salt in itertools.product(tenants.items(), [None, *SALTS]):
+            before = len(it.decode.seen)
+            reply = it.ask(
+                body(user="s", **({} if salt is None else {"cache_salt": salt})), Authorization=f"Bearer {key}"
+            )
+            assert reply.status < 500, (name, salt, reply)
+            if reply.status != 200:
+                continue
+            sent = next(s for s in it.decode.seen[before:] if b"bystander" not in s.body).asked["cache_salt"]
+            assert found.setdefault(sent, (name, salt)) == (name, salt) or (
+                found[sent][0] == name and salt in (None, "")
+            ), f"{name!r} with {salt!r} has the salt of {found[sent]}"
+            # a salt that was seen is no way in: named by another tenant it becomes another one
+            again = it.ask(body(user="s", cache_salt=sent), Authorization="Bearer key-b")
+            assert again.status == 200
+            theirs = it.decode.seen[-1].asked["cache_salt"] if b"bystander" not in it.decode.seen[-1].body else ""
+            assert theirs != sent
     return effect

@@ -30,7 +30,16 @@ BLOCKS, TAKEN, TOKENS = 256, 16, 16
 SHAPE = (2, BLOCKS, 2, TOKENS, 64)
 PROMPT = list(range(TAKEN * TOKENS))
 KEY = request_key(PROMPT)
-DEADLINES = {"answer_s": 1.0, "arrival_s": 2.0, "queue_s": 3.0, "stall_s": 2.0, "verify_s": 2.0, "hold_s": 2.0, "claim_s": 3.0, "ack_s": 2.0}
+DEADLINES = {
+    "answer_s": 1.0,
+    "arrival_s": 2.0,
+    "queue_s": 3.0,
+    "stall_s": 2.0,
+    "verify_s": 2.0,
+    "hold_s": 2.0,
+    "claim_s": 3.0,
+    "ack_s": 2.0,
+}
 
 
 class Peer:
@@ -182,7 +191,7 @@ class Impostor:
         self.socket.send(message if isinstance(message, bytes) else messages.encode(message))
 
     def hear(self, wait_s: float = 10.0) -> Any:
-        return messages.decode(self.socket.recv_multipart()[-1]) if self.socket.poll(wait_s * 1000) else None
+        return messages.decode(self.socket.recv_multipart()[-1]) if self.socket.poll(round(wait_s * 1000)) else None
 
     def hear_kind(self, kind: str, wait_s: float = 10.0) -> Any:
         until = time.monotonic() + wait_s

@@ -1,4 +1,4 @@
-"""A router in a process of its own before two servers that do whatever an attack needs, and what all of it is measured by."""
+"""A router in a process of its own, before two servers that do whatever an attack needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request's body is let go of with its answer, not when Python next looks for cycles, which a quiet router seldom does."""
+"""A request's body goes with its answer, not when Python next looks for cycles, which a quiet router seldom does."""
 
 from __future__ import annotations
 
