@@ -21,6 +21,7 @@ from tests.siege.fresh_rig import (
     body,
     front,
     measured,
+    one_reply,
     reset,
 )
 from tests.siege.fresh_shapes import (
@@ -281,7 +282,7 @@ def _hostile(folder: Path, names: list[str], *options: str) -> Effect:
                     wrong.append(f"{role} {name}: {reply[:300]!r}")
 
             for role in ("P", "D"):
-                for group in itertools.batched(names, 4) if hasattr(itertools, "batched") else _fours(names):
+                for group in (names[i : i + 4] for i in range(0, len(names), 4)):
                     threads = [
                         threading.Thread(target=one, args=(role, name, stream))
                         for name in group
@@ -293,10 +294,6 @@ def _hostile(folder: Path, names: list[str], *options: str) -> Effect:
                         thread.join()
             assert not wrong, "\n".join(wrong)
     return effect
-
-
-def _fours(names: list[str]) -> list[list[str]]:
-    return [names[i : i + 4] for i in range(0, len(names), 4)]
 
 
 def many_readers_of_state(folder: Path) -> Effect:
@@ -320,7 +317,7 @@ def many_readers_of_state(folder: Path) -> Effect:
                     "0",
                     "%00",
                     "1_0",
-                    "\u0661",
+                    "%D9%A1",
                     "1&limit=2",
                 )
                 paths = [f"/pd/traces?limit={each}" for each in limits]
@@ -343,7 +340,7 @@ def many_readers_of_state(folder: Path) -> Effect:
 
 def names_without_end(folder: Path) -> Effect:
     """Clients choose ever new models, users, paths, methods, request ids and salts: nothing may grow with them."""
-    effect = Effect("500 new names of each kind, and 60 of 1 MiB")
+    effect = Effect("150 new names of each kind, and 60 of 1 MiB")
     with front(folder, "--traces", "64") as it:
         for i in range(70):  # as many as it remembers
             it.ask({"user": f"before {i % 7}"})
@@ -351,12 +348,12 @@ def names_without_end(folder: Path) -> Effect:
         with measured(effect, it.router, it.probe):
             with it.connect() as sock:
                 sock.settimeout(20)
-                for i in range(500):
+                for i in range(150):
                     sock.sendall(
                         request(body(model=f"model-{i}", user=f"u{i}", cache_salt=f"s{i}"), f"X-Request-Id: r{i}")
                     )
-                    _one_reply(sock)
-            for i in range(500):
+                    one_reply(sock)
+            for i in range(150):
                 it.raw(head(f"/unknown/{i}", None, "Connection: close", method="GET"), 5)
                 it.raw(head("/v1/completions", None, "Connection: close", method=f"M{i}"), 5)
             for i in range(60):
@@ -366,22 +363,6 @@ def names_without_end(folder: Path) -> Effect:
         traces = len(it.http("GET", "/pd/traces?limit=64").body)
         assert traces < 1 << 20, f"{traces} bytes of traces"
     return effect
-
-
-def _one_reply(sock: socket.socket) -> bytes:
-    found = b""
-    while b"\r\n\r\n" not in found:
-        more = sock.recv(1 << 16)
-        if not more:
-            return found
-        found += more
-    head, _, rest = found.partition(b"\r\n\r\n")
-    length = next(
-        int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
-    )
-    while len(rest) < length:
-        rest += sock.recv(1 << 16)
-    return head + b"\r\n\r\n" + rest
 
 
 def unread_streams(folder: Path) -> Effect:
@@ -502,4 +483,14 @@ def tenants_salts(folder: Path) -> Effect:
             assert again.status == 200
             theirs = it.decode.seen[-1].asked["cache_salt"] if b"bystander" not in it.decode.seen[-1].body else ""
             assert theirs != sent
+    return effect
+
+
+def wide_bodies(folder: Path) -> Effect:
+    """Bodies as long as may be, of millions of small values: the router reads them while all others wait."""
+    effect = Effect("6 bodies of 16 MiB of empty lists")
+    value = b'{"model": "m", "prompt": "p", "max_tokens": 1, "x": [' + b"[]," * ((16 << 20) // 3 - 100) + b"1]}"
+    with front(folder) as it, measured(effect, it.router, it.probe):
+        for _ in range(6):
+            it.ask(value)
     return effect

@@ -275,3 +275,20 @@ def measured(effect: Effect, process: Process, probe: Callable[[], object], time
     effect.processor_s = processor_s(process.pid) - spent
     effect.memory_after = settled(process.pid, effect.memory_before, 3.0)
     effect.lines = process.lines()[lines:]
+
+
+def one_reply(sock: socket.socket) -> bytes:
+    """One answer with a Content-Length."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        more = sock.recv(1 << 16)
+        if not more:
+            return found
+        found += more
+    head, _, rest = found.partition(b"\r\n\r\n")
+    length = next(
+        int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+    )
+    while len(rest) < length:
+        rest += sock.recv(1 << 16)
+    return head + b"\r\n\r\n" + rest
