@@ -16,7 +16,6 @@ SHORT: list[Attack] = [router.names_without_end, router.tenants_salts, peers.pla
 LONG: list[Attack] = [
     router.expected_and_upgraded,
     router.half_closed,
-    router.hostile_server,
     router.many_readers_of_state,
     router.odd_json,
     router.odd_keys,
