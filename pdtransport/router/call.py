@@ -48,6 +48,9 @@ _FOR_PREFILL: dict[Api, bytes] = {
 _skip_space = re.compile(r"[ \t\n\r]*").match
 _value = json.JSONDecoder().raw_decode
 MAX_MEMBERS = 1024  # of a body's top level, where vLLM knows about a hundred: each is read in Python, while all wait
+# Of a body, strings included: lists and objects, and commas. Reading 16 MiB of [],[],... takes seconds, in the thread
+# that serves everybody; as many as may be take a tenth of a second (0.17 s of numbers). No context holds as many.
+MAX_LISTS, MAX_COMMAS = 1 << 18, 1 << 21
 _DIGEST_BYTES = 16
 _LONG_LIST = 1024  # characters; a shorter one is parsed as fast
 CHARS_PER_TOKEN = 4  # rough, for load estimates of prompts that are text
@@ -185,6 +188,9 @@ class _Member:
 
 def _split(raw: bytes) -> tuple[str, dict[str, _Member]]:
     """The body's text and its top-level members. A key given twice is refused: servers would differ on its value."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_LISTS or raw.count(b",") > MAX_COMMAS:
+        told = f"more than {MAX_LISTS} lists and objects, or {MAX_COMMAS} commas"
+        raise ApiError(400, f"the request body has {told}: no server is asked for so much", code="too_many_values")
     try:
         text = raw.decode("utf-8")
         at = _after(text, 0)

@@ -63,7 +63,6 @@ def test_nobody_waits_for_streams_that_are_hardly_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.xfail(reason="json reads 16 MiB of empty lists for seconds, in the thread that serves everybody")
 def test_nobody_waits_for_the_widest_bodies(tmp_path: Path) -> None:
-    """The same promise; not kept yet."""
+    """The same promise."""
     assert not router.wide_bodies(tmp_path).complaint()

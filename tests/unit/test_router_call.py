@@ -236,3 +236,15 @@ def test_a_body_of_more_members_than_any_request_has_is_refused() -> None:
     with pytest.raises(ApiError) as caught:
         parsed({"model": "m", "prompt": "p", "one_more": 1, **members})
     assert (caught.value.status, caught.value.code) == (400, "too_many_members")
+
+
+@pytest.mark.parametrize("many", ["[]", '{"a":1}', "0"])
+def test_a_body_of_more_values_than_any_context_holds_is_refused_unread(many: str) -> None:
+    """16 MiB of empty lists would hold up everybody for seconds. A prompt of as many ids as a context has is taken."""
+    bound = call_module.MAX_COMMAS if many == "0" else call_module.MAX_LISTS
+    wide = b'{"model": "m", "prompt": "p", "x": [' + b",".join([many.encode()] * (bound + 2)) + b"]}"
+    with pytest.raises(ApiError) as caught:
+        parsed(wide)
+    assert (caught.value.status, caught.value.code) == (400, "too_many_values")
+    ids = b'{"model": "m", "prompt": [' + b",".join([b"7"] * (1 << 20)) + b"]}"
+    assert parsed(ids).model == "m"
