@@ -300,6 +300,7 @@ def disk(place: Path, nbytes: int, chunk: int, rounds: int) -> dict[str, float]:
         made = PoolSettings(dir=Path(short) / "p", memory_bytes=2 * nbytes)
         options = [f"--disk={folder}/tier", f"--disk-bytes={4 * nbytes}", f"--disk-threads={threads}"]
         options.append(f"--writeback-bytes={2 * nbytes}")
+        Path(folder, "tier").mkdir(mode=0o700)  # closed to others: its chunks need no digest
         for number in range(4096):  # which a pool makes as it goes, each once
             Path(folder, "tier", "t-", f"{number:03x}").mkdir(parents=True)
         for _ in range(rounds):

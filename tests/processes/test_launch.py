@@ -109,7 +109,8 @@ def test_the_router_of_a_launch_tells_the_pool_of_requests(rig: Rig) -> None:
     url = f"http://127.0.0.1:{FIRST_PORT + 4}"
     body = json.dumps({"model": "m", "prompt": list(range(64))}).encode()
     with contextlib.suppress(urllib.error.HTTPError):  # stand-ins complete nothing
-        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=UP_S)
+        asked = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(asked, timeout=UP_S)
 
     def said_no() -> bool:  # it was let in, and knows of no engine
         with urllib.request.urlopen(f"{url}/metrics", timeout=UP_S) as answer:
