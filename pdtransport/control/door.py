@@ -96,6 +96,15 @@ class Door:
             del self._callers[caller.descriptor]
             self._strangers.pop(caller.descriptor, None)
 
+    def lost(self, caller: Accepted) -> None:
+        """A frame could not be sent over it. It may only seem to be that connection: of frames that a connection left
+        behind libzmq tells the descriptor, which may be a newer connection's by now, and that one stays."""
+        try:
+            with self._held(caller):
+                return
+        except OSError:
+            self.closed(caller)
+
     def know(self, caller: Accepted) -> None:
         """It is a peer's."""
         if self._strangers.get(caller.descriptor) is caller:

@@ -157,7 +157,7 @@ class Listener:
 
     def _on_gone(self, connection: Inbound) -> None:
         """TCP is down. The peer will connect again, if it lives, under another name."""
-        self._door.closed(connection.caller)
+        self._door.lost(connection.caller)
         self._strangers.pop(connection.name, None)
         self._watchers.drop(connection.name)
         if self._bound.pop(connection.name, None) is not None:

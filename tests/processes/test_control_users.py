@@ -226,3 +226,20 @@ def test_descriptors_bound_connections(monkeypatch: pytest.MonkeyPatch) -> None:
             if caller is not None:
                 door.know(caller)
         assert len(door) == 2
+
+
+def test_a_dead_connections_frame_costs_no_newer_connection_of_its_descriptor() -> None:
+    """An answer to what a connection left behind can't be sent. The descriptor that libzmq tells of it is a newer
+    connection's by now: were that one forgotten, nothing that it says would ever be heard."""
+    with socket.create_server((HOST, 0)) as server, socket.create_connection(server.getsockname()):
+        door = Door(server.getsockname()[1], None)
+        taken = server.accept()[0]
+        with taken:
+            door.accepted(taken.fileno(), 0.0)
+            caller = door.of(taken.fileno())
+            assert caller is not None
+            assert door.identify(caller) == ""
+            door.lost(caller)
+            assert door.of(taken.fileno()) is caller
+        door.lost(caller)
+        assert len(door) == 0
