@@ -212,6 +212,7 @@ def test_a_server_that_is_never_up_ends_the_launch(rig: Rig) -> None:
     assert "| line 29 of the log" in output
 
 
+@pytest.mark.long
 def test_a_deaf_server_is_killed_after_its_grace(rig: Rig) -> None:
     """A server that ignores SIGTERM does not keep pdlaunch from ending."""
     rig.data["defaults"]["stop_timeout_s"] = 1
@@ -262,6 +263,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(rig: Rig, offset: int, 
     assert list(rig.pids.iterdir()) == []
 
 
+@pytest.mark.long  # tests/siege/test_ends.py has the worse case
 def test_one_name_is_up_once(rig: Rig) -> None:
     """A second `up` of the same name is refused while the first holds the run's lock, and works after it."""
     rig.up()

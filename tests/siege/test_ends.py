@@ -22,6 +22,7 @@ def test_connections_to_the_pools_api_leave_descriptors_to_clients(tmp_path: Pat
     assert effect.lines == []
 
 
+@pytest.mark.long  # tests/processes/test_launch_ends.py has the short form
 def test_a_killed_pool_ends_nobodys_request(tmp_path: Path) -> None:
     """Every request beside the pool's death is answered; what is said of it are its end and its new beginning, and no
     memory is left behind."""

@@ -23,7 +23,7 @@ STATES = {"Mamba2ForCausalLM": MAMBA2, "GraniteMoeHybridForCausalLM": GRANITE_HY
 
 @pytest.mark.parametrize(
     "architecture",
-    ["Mamba2ForCausalLM", pytest.param("GraniteMoeHybridForCausalLM", marks=pytest.mark.long)],  # 20 s each
+    [pytest.param(each, marks=pytest.mark.long) for each in ("Mamba2ForCausalLM", "GraniteMoeHybridForCausalLM")],
 )
 def test_a_model_with_a_state_is_refused_at_start(architecture: str, logs: Path, tmp_path: Path) -> None:
     """Pure state-space or hybrid: one line of ours names the model, what it keeps, and what to do; the server ends."""

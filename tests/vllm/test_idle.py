@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from tests.rig import watch
 from tests.rig.fixtures import Servers
 from tests.rig.servers import Server
@@ -15,6 +17,7 @@ ASLEEP_S = 1.5  # vLLM's own workers spin for a second after a step
 MAX_EXTRA_CPU = 0.01  # of one core: a few heartbeats are less than the kernel's clock tick shows
 
 
+@pytest.mark.long  # servers of its own, and half a minute of doing nothing
 def test_idle_connector_costs_little_memory_and_no_processor_time(
     plain: Server, servers: Servers, with_client: Any
 ) -> None:

@@ -45,7 +45,7 @@ def pool_cases(book: Book) -> list[Case]:
     return [case for case in book.parallel if 2 * CHUNK < len(case.prompt) < TINY_LEN - 64][:8]
 
 
-@pytest.mark.parametrize("order", ["concurrent", "serial"])
+@pytest.mark.parametrize("order", ["concurrent", pytest.param("serial", marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", ["1 to 2", "2 to 1"])
 def test_other_tensor_parallel_size(
     way: str, order: Order, wide: Server, servers: Servers, book: Book, with_client: Any

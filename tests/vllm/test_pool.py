@@ -402,6 +402,7 @@ def test_aborts_while_pages_are_loaded_leave_nothing(reader: Server, chosen: lis
     with_client(scenario)
 
 
+@pytest.mark.long
 def test_a_codec_with_loss_is_for_those_who_ask_for_it(
     reader: Server, pool: Service, chosen: list[Case], with_client: Any, logs: Path
 ) -> None:

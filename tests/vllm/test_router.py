@@ -27,7 +27,7 @@ def as_handed(answers: list[Answer]) -> list[Handed]:
     return [Handed(answer.headers["x-pd-transfer-id"], None, answer) for answer in answers]
 
 
-@pytest.mark.parametrize("order", ["concurrent", "serial"])
+@pytest.mark.parametrize("order", ["concurrent", pytest.param("serial", marks=pytest.mark.long)])
 def test_completions_through_the_router(
     order: Order, servers: Servers, book: Book, with_client: Any, logs: Path
 ) -> None:
