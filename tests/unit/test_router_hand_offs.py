@@ -235,7 +235,9 @@ def test_a_first_token_from_prefill_is_not_said_to_be_handed_over_before_it_is()
 
             async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
                 await early.wait()
-                workers.took(body["kv_transfer_params"]["transfer_id"])
+                transfer = body["kv_transfer_params"]["transfer_id"]
+                workers.took(transfer)  # as in vLLM, some time before the first step: the report is there by then
+                await soon(lambda: rig.router._hand_offs._live[transfer].verdict is not None)
                 return await going_on(request, body)
 
             rig.d.script = script
