@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.request import Request, RequestStatus
 
 from pdtransport.protocol.messages import Code
@@ -65,9 +66,13 @@ def side() -> SchedulerSide:
     return SchedulerSide(Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1)
 
 
-def _request(number: int, given: Any) -> Request:
-    """As vLLM's server makes it of a body with these parameters."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=8, extra_args={"kv_transfer_params": given})
+def _request(number: int, given: Any) -> Request | None:
+    """As vLLM's server makes it of a body with these parameters; None: it refuses them itself, say, integers of more
+    than 64 bits."""
+    try:
+        sampling = SamplingParams(temperature=0.0, max_tokens=8, extra_args={"kv_transfer_params": given})
+    except VLLMValidationError:
+        return None
     request = Request(f"r{number}", list(range(TOKENS)), sampling, None)
     request.kv_transfer_params = given  # vLLM's own server takes objects only
     request.num_computed_tokens = TOKENS
@@ -77,7 +82,8 @@ def _request(number: int, given: Any) -> Request:
 
 def _in_requests(conversation: list[Any]) -> None:
     here = side()
-    requests = [_request(number, given) for number, given in enumerate(conversation[:MAX_REQUESTS])]
+    made = [_request(number, given) for number, given in enumerate(conversation[:MAX_REQUESTS])]
+    requests = [request for request in made if request is not None]
     for request in requests:
         here.on_new_request(request)
     for request in requests:
