@@ -34,6 +34,8 @@ class RequestFilter:
         self._lingering = 0
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
+        if request._version.major != 1:  # not by `version`, which is remembered
+            request._version = HttpVersion11  # the answer's, too: aiohttp would say a version that nobody speaks here
         try:
             self._hosts.check(request)
             answer = self._cors.preflight(request)

@@ -217,6 +217,17 @@ def test_a_slash_behind_a_path_changes_nothing(path: str) -> None:
     run(test)
 
 
+def test_an_answer_has_the_version_that_is_spoken_here() -> None:
+    """A client that says HTTP/2.0 in HTTP/1.1's form is answered in HTTP/1.1."""
+
+    async def test() -> None:
+        async with rigged() as rig:
+            answer = await _raw(rig, b"GET /live HTTP/2.0\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200 "), answer[:80]
+
+    run(test)
+
+
 @pytest.mark.parametrize("member", ["model", "cache_salt", "n", "other"])
 def test_no_depth_of_a_body_makes_the_router_fail(member: str) -> None:
     """What is nested as deep as it can be read is passed on, and deeper a 400: nothing later fails on it."""
