@@ -164,10 +164,6 @@ def room() -> int:
     return max(1, min(most, (allowed - DESCRIPTORS_SPARE) // 2))
 
 
-def _allowed(caller: Accepted, now: float) -> float:
-    return STRANGER_BYTES + STRANGER_BYTES_PER_S * (now - caller.since)
-
-
 def _received(descriptor: int) -> int:
     """Bytes that came over a connection; 0 if it is closed. A look costs one system call; should the descriptor be
     another's by now, it looks at that one."""
