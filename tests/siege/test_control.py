@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pdtransport.control import limits
-from tests.processes.control_rig import Child
 from tests.siege import attacks_control as attacks
 from tests.siege.attacks_control import Siege, besiege, worker_with_a_log
+from tests.siege.bystander import Effect, in_the_suite
 
 Besieged = Callable[..., tuple[Siege, dict[str, int]]]
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Child, Path]]:
-    """One for all attacks: none may leave anything behind."""
-    with worker_with_a_log(tmp_path_factory.mktemp("siege")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def besieged(worker: tuple[Child, Path]) -> Besieged:
-    """Attacks, and by how much the worker's counters grew."""
-    seen: dict[str, int] = {}
+@pytest.fixture
+def besieged(tmp_path: Path) -> Besieged:
+    """Attacks a worker, and tells of its counters."""
 
     def run(attack: Callable[[int], object], until: tuple[str, int]) -> tuple[Siege, dict[str, int]]:
-        siege = besiege(attack, *worker, until)
-        grown = {name: count - seen.get(name, 0) for name, count in siege.counters.items()}
-        seen.update(siege.counters)
-        assert not siege.effect.complaint()
-        return siege, grown
+        sieges: list[Siege] = []
+
+        def tried(folder: Path) -> Effect:
+            with worker_with_a_log(folder) as (worker, log):
+                sieges.append(besiege(attack, worker, log, until))
+            return sieges[-1].effect
+
+        in_the_suite(tried, tmp_path)
+        return sieges[-1], sieges[-1].counters
 
     return run
 
 
 def test_hellos_in_a_live_peers_name(besieged: Besieged) -> None:
     """Whoever takes the name of a worker that lives changes nothing for it; the one line names both and the remedy."""
-    siege, grown = besieged(attacks._say_hello_in_a_live_peers_name, ("names_shared", 1))
-    assert grown["names_shared"] == 1
+    siege, counters = besieged(attacks._say_hello_in_a_live_peers_name, ("names_shared", 1))
+    assert counters["names_shared"] == 1
     (line,) = siege.effect.lines
     assert "live processes call themselves bystander rank 0: 127.0.0.1:" in line
     assert "its own engine_id" in line
@@ -54,21 +50,21 @@ def test_hellos_with_what_the_status_tells(besieged: Besieged) -> None:
 
 def test_large_frames_before_hello(besieged: Besieged) -> None:
     """What is just under the bound is decoded no further than a Hello goes, and a few of it end the connection."""
-    _, grown = besieged(attacks._flood_with_large_frames, ("callers_cut", attacks.AT_ONCE))
+    _, counters = besieged(attacks._flood_with_large_frames, ("callers_cut", attacks.AT_ONCE))
     largest = limits.STRANGER_BYTES // limits.MAX_STRANGER_FRAME
-    assert grown["garbage"] <= (grown["callers_cut"] + attacks.AT_ONCE) * (largest + limits.LISTEN_QUEUE_FRAMES)
+    assert counters["garbage"] <= (counters["callers_cut"] + attacks.AT_ONCE) * (largest + limits.LISTEN_QUEUE_FRAMES)
 
 
 def test_messages_without_an_end(besieged: Besieged) -> None:
     """Their bytes are counted where nobody sees a frame."""
-    _, grown = besieged(attacks._send_messages_without_an_end, ("callers_cut", attacks.AT_ONCE))
-    assert grown["garbage"] == 0
+    _, counters = besieged(attacks._send_messages_without_an_end, ("callers_cut", attacks.AT_ONCE))
+    assert counters["garbage"] == 0
 
 
 def test_status_and_watches_without_a_pause(besieged: Besieged) -> None:
     """Askers have a budget of frames, too."""
-    _, grown = besieged(attacks._ask_for_the_status_without_a_pause, ("callers_cut", attacks.AT_ONCE))
-    assert grown["status_limited"] > 0
+    _, counters = besieged(attacks._ask_for_the_status_without_a_pause, ("callers_cut", attacks.AT_ONCE))
+    assert counters["status_limited"] > 0
 
 
 def test_idle_connections(besieged: Besieged) -> None:
@@ -85,8 +81,8 @@ def test_connections_that_come_and_go(besieged: Besieged) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user(besieged: Besieged) -> None:
     """Without keys a connection of another user's is closed at its first frame, which nobody decodes."""
-    siege, grown = besieged(attacks.come_as_another_user, ("callers_refused", attacks.AT_ONCE))
-    assert grown["garbage"] == grown["refused"] == 0
+    siege, counters = besieged(attacks.come_as_another_user, ("callers_refused", attacks.AT_ONCE))
+    assert counters["garbage"] == counters["refused"] == 0
     (line,) = siege.effect.lines
     assert f"it is of user {attacks.NOBODY}, this process of user 0" in line
     assert "pdlaunch keys" in line

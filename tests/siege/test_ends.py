@@ -8,6 +8,7 @@ import pytest
 
 from tests.siege import attacks_ends
 from tests.siege.attacks_ends import EndsEffect
+from tests.siege.bystander import in_the_suite
 
 pytestmark = pytest.mark.xdist_group("launch")  # takes ports of the same range
 
@@ -15,9 +16,8 @@ pytestmark = pytest.mark.xdist_group("launch")  # takes ports of the same range
 def test_connections_to_the_pools_api_leave_descriptors_to_clients(tmp_path: Path) -> None:
     """More connections than descriptors: engines' lookups go on, the next engine gets in (libzmq would end the process
     if no descriptor were left for it), and the log stays empty."""
-    effect = attacks_ends.pool_api_without_descriptors(tmp_path)
+    effect = in_the_suite(attacks_ends.pool_api_without_descriptors, tmp_path)
     assert isinstance(effect, EndsEffect)
-    assert not effect.complaint()
     assert effect.kept
     assert effect.lines == []
 
@@ -26,9 +26,8 @@ def test_connections_to_the_pools_api_leave_descriptors_to_clients(tmp_path: Pat
 def test_a_killed_pool_ends_nobodys_request(tmp_path: Path) -> None:
     """Every request beside the pool's death is answered; what is said of it are its end and its new beginning, and no
     memory is left behind."""
-    effect = attacks_ends.pool_killed_under_a_launch(tmp_path)
+    effect = in_the_suite(attacks_ends.pool_killed_under_a_launch, tmp_path, lines_at_most=2)
     assert isinstance(effect, EndsEffect)
-    assert not effect.complaint(lines_at_most=2)
     assert set(effect.answers) == {200}
     assert "was ended by SIGKILL" in effect.lines[0]
     assert effect.shared == []
@@ -36,8 +35,7 @@ def test_a_killed_pool_ends_nobodys_request(tmp_path: Path) -> None:
 
 def test_a_second_launch_takes_nothing_of_the_first(tmp_path: Path) -> None:
     """A launch that fails for its pool runs already has changed no file of the one that has it."""
-    effect = attacks_ends.second_launch_of_a_pool(tmp_path)
+    effect = in_the_suite(attacks_ends.second_launch_of_a_pool, tmp_path, lines_at_most=0)
     assert isinstance(effect, EndsEffect)
-    assert not effect.complaint(lines_at_most=0)
     assert set(effect.answers) == {200}
     assert effect.kept

@@ -9,7 +9,7 @@ import pytest
 
 from tests.siege import attacks_fresh as router
 from tests.siege import attacks_fresh_peers as peers
-from tests.siege.bystander import Effect
+from tests.siege.bystander import Effect, in_the_suite
 
 Attack = Callable[[Path], Effect]
 SHORT: list[Attack] = [router.names_without_end, router.tenants_salts, peers.planted_fifos]
@@ -36,14 +36,14 @@ LONG: list[Attack] = [
 def test_nobody_is_held_up(attack: Attack, tmp_path: Path) -> None:
     """A bystander waits at most three times as long, memory comes back, and one line of log tells of it; that answers
     are right, and that nothing reaches whom it must not, is asserted by each attack itself."""
-    assert not attack(tmp_path).complaint()
+    in_the_suite(attack, tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("attack", LONG, ids=lambda attack: attack.__name__)
 def test_nobody_is_held_up_for_long(attack: Attack, tmp_path: Path) -> None:
     """The same promise, under attacks that take their time."""
-    assert not attack(tmp_path).complaint()
+    in_the_suite(attack, tmp_path)
 
 
 @pytest.mark.long
@@ -59,10 +59,10 @@ def test_a_peer_that_lies_fails_its_own_transfers_alone(tmp_path: Path) -> None:
 @pytest.mark.xfail(reason="a MiB a stream is still there seconds after its client has gone")
 def test_nobody_waits_for_streams_that_are_hardly_read(tmp_path: Path) -> None:
     """The same promise; of memory it is not kept yet."""
-    assert not router.unread_streams(tmp_path).complaint()
+    in_the_suite(router.unread_streams, tmp_path)
 
 
 @pytest.mark.long
 def test_nobody_waits_for_the_widest_bodies(tmp_path: Path) -> None:
     """The same promise."""
-    assert not router.wide_bodies(tmp_path).complaint()
+    in_the_suite(router.wide_bodies, tmp_path)
