@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pdtransport.kernels.quant import DType, Grid
-from pdtransport.pool.codecs import LOSSY, Codec, Quantised, ShuffledZstd
+from pdtransport.pool.tiers.codecs import LOSSY, Codec, Quantised, ShuffledZstd
 
 DTYPES: dict[DType, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODECS = ("none", "zstd", *LOSSY)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pdtransport.pool.index import Index, key_rows
-from pdtransport.pool.policies import Links, make_policy
+from pdtransport.pool.core.eviction import Links, make_policy
+from pdtransport.pool.core.index import Index, key_rows
 
 BATCH = 64  # keys in one lookup: a prompt of 4096 tokens in chunks of 64
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks._needs import SHARED_MEMORY, VLLM, Need, cores, package, program, room
-from pdtransport.pool.digest import keep_key
+from pdtransport.pool.tiers.keyed_digest import keep_key
 from tests.processes.pool_rig import daemon
 from tests.rig.device import DTYPES, PLACE
 from tests.rig.proof import KV_ELEMENTS_PER_TOKEN

@@ -19,11 +19,11 @@ import numpy as np
 
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
-from pdtransport.pool.digest import Signer
-from pdtransport.pool.disk import DiskTier
-from pdtransport.pool.envelope import Opening, seal
 from pdtransport.pool.settings import DiskSettings
-from pdtransport.pool.tiers import fill
+from pdtransport.pool.tiers.base import fill
+from pdtransport.pool.tiers.disk import DiskTier
+from pdtransport.pool.tiers.envelope import Opening, seal
+from pdtransport.pool.tiers.keyed_digest import Signer
 
 KEY = bytes(32)
 SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)

@@ -30,8 +30,8 @@ from benchmarks._figures import keep, measuring
 from benchmarks._needs import CUPY, LACKING, SHARED_MEMORY, Need, gpus, package, room, tell_lacking
 from benchmarks._pool_index import BATCH, index_of, sizes
 from pdtransport.kernels.runs import Runs
-from pdtransport.pool.admin import PoolAdmin
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.admin.pool_admin import PoolAdmin
+from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.settings import DiskSettings, PoolSettings
 from pdtransport.settings import LinkSettings, Settings
 
@@ -361,7 +361,7 @@ def _fio(folder: str, what: str, chunk: int, count: int, threads: int) -> float:
 TIER = """
 import numpy as np
 from benchmarks.pool import names
-from pdtransport.pool.tiers import Stored, Tier
+from pdtransport.pool.tiers.base import Stored, Tier
 
 class Names(Tier):
     overhead_bytes, threads, shared = 0, 1, True

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.errors import PDTransportError
-from pdtransport.hosts import is_loopback
 from pdtransport.launch.cores import format_cores, share_out
 from pdtransport.launch.rundir import POOL_KEY, default_folder
 from pdtransport.launch.topology import Role, Topology
 from pdtransport.pool.cli import options
-from pdtransport.pool.digest import wants_key
 from pdtransport.pool.settings import HttpSettings, PoolSettings
+from pdtransport.pool.tiers.keyed_digest import wants_key
 from pdtransport.settings import PoolUse
+from pdtransport.system.hosts import is_loopback
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
 DIGEST_KEY = "pool.digest"  # in the topology's own folder: chunks that it signed outlive a run

@@ -10,10 +10,10 @@ from typing import Any
 
 from pdtransport.errors import PDTransportError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.admin import BELOW, Chosen, Outcome, PoolAdmin
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.admin.pool_admin import BELOW, Chosen, Outcome, PoolAdmin
+from pdtransport.pool.admin.prompts import Found, Prompt, chunks_of, find, spaces_for
+from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.messages import MAX_PIN_S
-from pdtransport.pool.prompts import Found, Prompt, chunks_of, find, spaces_for
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.settings import MAX_SALT
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pdtransport.launch import logs
 from pdtransport.launch.plan import PoolPlan
 from pdtransport.launch.processes import Fleet, Process
-from pdtransport.pool.memory import remove_stale
+from pdtransport.pool.core.shared_memory import remove_stale
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pdtransport.launch import guard
-from pdtransport.private_files import open_private
+from pdtransport.system.private_files import open_private
 
 GUARD_EXTRA_S = 12.0  # after its grace period a guard still kills and collects for up to this long
 TAIL_BYTES = 256 << 10  # of a log that is read back

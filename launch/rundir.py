@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from pdtransport.errors import PDTransportError
-from pdtransport.private_files import make_private_folder, open_private, open_regular
+from pdtransport.system.private_files import make_private_folder, open_private, open_regular
 
 LOCK = "lock"
 RECORD = "run.json"

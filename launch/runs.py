@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pdtransport.errors import PDTransportError
 from pdtransport.launch.rundir import LOCK, default_folder, is_up, read_record
-from pdtransport.private_files import make_private_folder
+from pdtransport.system.private_files import make_private_folder
 
 ELSEWHERE = "elsewhere"
 MAX_LINKS = 64  # of one name; older ones are forgotten

@@ -10,7 +10,7 @@ from pdtransport.launch import web, workers
 from pdtransport.launch.plan import resolved
 from pdtransport.launch.rundir import is_up, read_record
 from pdtransport.launch.topology import Topology
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.settings import ControlSettings
 
 POOL_S = 5.0  # for its answer

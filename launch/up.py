@@ -15,7 +15,7 @@ from pdtransport.launch.pool_keeper import PoolKeeper
 from pdtransport.launch.processes import Fleet, Process
 from pdtransport.launch.rundir import RunFolder
 from pdtransport.launch.topology import Topology
-from pdtransport.pool.digest import keep_key
+from pdtransport.pool.tiers.keyed_digest import keep_key
 
 POLL_S = 0.25
 PROGRESS_S = 15.0  # a role whose stage does not change is mentioned this often

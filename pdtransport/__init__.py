@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pdtransport.kv.geometry import KVGeometry, LayerPages, Region
     from pdtransport.kv.keys import request_key
     from pdtransport.observe.status import PeerStatus, TransferStatus, TransportStatus
-    from pdtransport.outcome import Outcome
     from pdtransport.settings import Settings
+    from pdtransport.transfer.outcome import Outcome
     from pdtransport.transport import Offer, Receipt, Transport
 
 _HOME = {
@@ -34,7 +34,7 @@ _HOME = {
     "LinkError": "pdtransport.errors",
     "LinkUnavailable": "pdtransport.errors",
     "Offer": "pdtransport.transport",
-    "Outcome": "pdtransport.outcome",
+    "Outcome": "pdtransport.transfer.outcome",
     "PDTransportError": "pdtransport.errors",
     "PeerRefused": "pdtransport.errors",
     "PeerStatus": "pdtransport.observe.status",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtransport.errors import SettingsError
-from pdtransport.hosts import CURVE_PEER, checked_peer, is_loopback
+from pdtransport.system.hosts import CURVE_PEER, checked_peer, is_loopback
 
 LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 

@@ -24,18 +24,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from pdtransport.control.channel import Identity
 from pdtransport.errors import InvalidCall, TimedOut, TransferFailed
-from pdtransport.exchange import Exchange, limits_of
-from pdtransport.gate import Gate
+from pdtransport.io.cuda_events import Gate
+from pdtransport.io.reactor import Reactor
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.observe.status import TransportStatus
-from pdtransport.outcome import OnExpected, OnOutcome, OnPromise, Outcome
-from pdtransport.probe import Scratch
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, Digest, FingerprintValue, TransferId
-from pdtransport.reactor import Reactor
 from pdtransport.settings import Settings
-from pdtransport.taking import Fetch
+from pdtransport.transfer.consumer import Fetch
+from pdtransport.transfer.engine import Exchange, limits_of
+from pdtransport.transfer.link_setup import Scratch
+from pdtransport.transfer.outcome import OnExpected, OnOutcome, OnPromise, Outcome
 
 _transfer_id: TypeAdapter[str] = TypeAdapter(TransferId)
 _digest: TypeAdapter[bytes] = TypeAdapter(Digest)

@@ -1,5 +1,5 @@
 /*
- * Lookups in the pool's index (pdtransport/pool/index.py, which says the same in numpy): a chained hash table of 32-byte
+ * Lookups in the pool's index (pdtransport/pool/core/index.py, which says the same in numpy): a chained hash table of 32-byte
  * keys in flat arrays. Large ones fit no cache, and a key costs a miss in each array: so many keys are looked up together,
  * and what the next step reads is fetched for all of them before it is taken.
  */

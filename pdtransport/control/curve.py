@@ -14,8 +14,8 @@ from zmq.utils import z85
 
 from pdtransport.control.sockets import Socket
 from pdtransport.errors import SettingsError
-from pdtransport.private_files import make_private_folder, open_private
 from pdtransport.settings import ControlSettings
+from pdtransport.system.private_files import make_private_folder, open_private
 
 logger = logging.getLogger("pdtransport.control")
 

@@ -26,7 +26,7 @@ from pdtransport.control.limits import (
     UNDER_WAY_BYTES,
 )
 from pdtransport.control.owners import Owners, held
-from pdtransport.descriptors import raise_limit
+from pdtransport.system.descriptors import raise_limit
 
 _RECEIVED_AT = 128  # of tcpi_bytes_received in struct tcp_info
 _RECEIVED = struct.Struct("=Q")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pdtransport.control import curve
 from pdtransport.control.names import Names
 from pdtransport.errors import SettingsError
-from pdtransport.hosts import CURVE_PEER, is_loopback
 from pdtransport.kv.fingerprint import plain
 from pdtransport.settings import ControlSettings
+from pdtransport.system.hosts import CURVE_PEER, is_loopback
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 MAX_SHOWN = 80  # characters of a host's name in a reason

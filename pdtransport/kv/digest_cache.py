@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pdtransport.errors import SettingsError
 from pdtransport.kv.checkpoint import ALGORITHM, IDENTITY_DIGITS
-from pdtransport.private_files import make_private_folder
+from pdtransport.system.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 

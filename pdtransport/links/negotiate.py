@@ -21,7 +21,7 @@ _LINKS = {
     "cuda_ipc": ("cuda_ipc", "CudaIpcLink"),
     "shm": ("shm", "ShmLink"),
     "cma": ("cma", "CmaLink"),
-    "ucx": ("ucx", "UcxLink"),
+    "ucx": ("ucx.link", "UcxLink"),
 }
 _HOST_ONLY = dict.fromkeys(("shm", "cma"), "KV lies in GPU memory")
 _GPU_ONLY = {"cuda_ipc": "KV lies in host memory"}

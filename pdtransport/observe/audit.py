@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.kv.geometry import HOST, KVGeometry
-from pdtransport.private_files import make_private_folder, open_private
+from pdtransport.system.private_files import make_private_folder, open_private
 
 
 class Audit:

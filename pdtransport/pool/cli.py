@@ -15,10 +15,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from pdtransport.descriptors import raise_limit
 from pdtransport.errors import PDTransportError, SettingsError
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import (
     DESCRIPTORS,
     DiskSettings,
@@ -30,6 +29,7 @@ from pdtransport.pool.settings import (
     parse_size,
 )
 from pdtransport.serving.commandline import CommandParser, command, complain, tell
+from pdtransport.system.descriptors import raise_limit
 
 # Settings whose options are not called as they are.
 OWN = {

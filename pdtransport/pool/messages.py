@@ -157,7 +157,7 @@ class Found(_Numbered):
 
 
 class Manage(_Keyed):
-    """Client: do this to these chunks (see :class:`pdtransport.pool.control.Control`). Answered by :class:`Done`."""
+    """Client: do this to these chunks (:mod:`pdtransport.pool.server.admin_requests`). Answered by :class:`Done`."""
 
     kind: Literal["manage"] = "manage"
     action: Literal["pin", "drop", "leave", "fetch", "hint", "write"]

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtransport.errors import SettingsError
-from pdtransport.hosts import CURVE_PEER, checked_peer
-from pdtransport.pool.policies import PolicyName
+from pdtransport.pool.core.eviction import PolicyName
 from pdtransport.serving.site_settings import HOSTS_HELP, ORIGINS_HELP, HostName, Origin
 from pdtransport.settings import ControlSettings, Settings, one_line
+from pdtransport.system.hosts import CURVE_PEER, checked_peer
 
 MAX_TENANTS = 256  # with a quota of their own
 MAX_FOREIGN_TIERS = 4
@@ -62,7 +62,7 @@ class TierSettings(AnyTierSettings):
 
 
 class ForeignTierSettings(AnyTierSettings):
-    """A tier that another package adds, see :mod:`pdtransport.pool.plugins`."""
+    """A tier that another package adds, see :mod:`pdtransport.pool.tiers.registry`."""
 
     options: dict[str, str | int | float | bool] = Field({}, description="What the tier itself wants to know.")
 

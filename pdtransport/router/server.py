@@ -13,7 +13,6 @@ from typing import Any
 from aiohttp import ClientError, ClientTimeout, web
 
 from pdtransport.errors import SettingsError
-from pdtransport.hosts import is_loopback
 from pdtransport.router import metrics as prom
 from pdtransport.router import openapi
 from pdtransport.router.admin import Admin
@@ -21,6 +20,7 @@ from pdtransport.router.admission import Admission, Seat
 from pdtransport.router.call import PATHS, Call, parse
 from pdtransport.router.early import EarlyRelay
 from pdtransport.router.endpoints import Fleet, usable
+from pdtransport.router.fd_limit import ADMIN_CONNECTIONS, room
 from pdtransport.router.first_token import Api
 from pdtransport.router.handoffs import HandOffs
 from pdtransport.router.health import Prober
@@ -29,7 +29,6 @@ from pdtransport.router.ladder import Ladder
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.relay import PD_HEADERS, Relay, pd_headers
-from pdtransport.router.room import ADMIN_CONNECTIONS, room
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.tenants import Salter, Tenants
 from pdtransport.router.traces import MAX_MODEL_CHARS, Trace, Traces
@@ -39,6 +38,7 @@ from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
 from pdtransport.serving.keys import Keys
 from pdtransport.serving.listening import Bounds, Listener, url_of
+from pdtransport.system.hosts import is_loopback
 
 log = logging.getLogger("pdtransport.router")
 

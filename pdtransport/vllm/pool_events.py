@@ -16,7 +16,7 @@ from pdtransport.errors import PoolUnavailable
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from pdtransport.pool.client import PoolClient
+    from pdtransport.pool.client.pool_client import PoolClient
 
 OWNER = "pdpool"  # who holds the blocks, in an event
 MAX_KNOWN = 1 << 18  # chunks that were told of; the oldest are told to be gone

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
-from pdtransport.pool.client import Found, Pending, PoolClient
+from pdtransport.pool.client.pool_client import Found, Pending, PoolClient
 from pdtransport.pool.messages import MAX_KEYS, MAX_MANAGED, MAX_SPACE
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.metadata import Fetch, Keep

@@ -13,11 +13,11 @@ from pdtransport.errors import SettingsError
 from pdtransport.kernels.quant import DTYPES, DType, Grid
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.kv.keys import KeySpace
-from pdtransport.pool.codecs import Lossy
-from pdtransport.pool.plugins import lossy_codec
-from pdtransport.pool.remote import host_and_port
+from pdtransport.pool.core.key_spaces import Space, whole_salt
+from pdtransport.pool.remote.remote_wire import host_and_port
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
-from pdtransport.pool.spaces import Space, whole_salt
+from pdtransport.pool.tiers.codecs import Lossy
+from pdtransport.pool.tiers.registry import lossy_codec
 from pdtransport.settings import PoolUse
 from pdtransport.transport import fingerprint_of
 from pdtransport.vllm.geometry import Described

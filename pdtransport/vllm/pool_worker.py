@@ -20,9 +20,9 @@ import numpy as np
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, KVGeometry
-from pdtransport.pool.client import Copied, Pending, PoolClient
-from pdtransport.pool.codecs import Lossy
-from pdtransport.pool.request import Verdict
+from pdtransport.pool.client.pool_client import Copied, Pending, PoolClient
+from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.metadata import Fetch, Keep
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from pdtransport import __version__
-from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
+from pdtransport.transfer.outcome import Outcome
 from pdtransport.vllm.geometry import control_port
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from pdtransport.errors import InvalidCall, PoolUnavailable
 from pdtransport.kv.geometry import HOST
-from pdtransport.outcome import Outcome
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
+from pdtransport.transfer.outcome import Outcome
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.adapted import Adapted
 from pdtransport.vllm.adapters import Adapters, named

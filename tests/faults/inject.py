@@ -16,9 +16,9 @@ from pdtransport.control.directory import Sent
 from pdtransport.control.events import Received
 from pdtransport.control.listener import Listener
 from pdtransport.errors import LinkError
-from pdtransport.exchange import Exchange
 from pdtransport.kernels.reference import memory
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, Runs
+from pdtransport.transfer.engine import Exchange
 from tests.faults.rules import Injector
 
 

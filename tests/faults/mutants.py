@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pdtransport import taking as taking_module
-from pdtransport.handing import Handing
 from pdtransport.kernels.reference import memory
 from pdtransport.links.memory import SlotRing
 from pdtransport.links.reading import ReadingChannel, Tickets
-from pdtransport.links.ucx_channel import UcxChannel
-from pdtransport.peers import Peers
+from pdtransport.links.ucx.channel import UcxChannel
 from pdtransport.protocol.actions import Action, Ready
 from pdtransport.protocol.messages import Code
 from pdtransport.protocol.producer import ProducerMachine
-from pdtransport.taking import Taking
+from pdtransport.transfer import consumer as consumer_module
+from pdtransport.transfer.consumer import Taking
+from pdtransport.transfer.peers import Peers
+from pdtransport.transfer.producer import Handing
 
 
 def trusts_the_link() -> None:
@@ -95,7 +95,7 @@ def wrong_place() -> None:
         if action.batch.first_block > sink.wanted.first_block:
             shifted = list(sink.wanted.pages)
             shifted = shifted[-1:] + shifted[:-1]
-            sink.wanted = taking_module.Fetch(**{**vars(sink.wanted), "pages": shifted})
+            sink.wanted = consumer_module.Fetch(**{**vars(sink.wanted), "pages": shifted})
         place(self, action)
 
     Taking._place = patched  # type: ignore[method-assign]
@@ -133,7 +133,7 @@ def never_gives_up() -> None:
     """A peer that died is not told to the transfers that wait for it."""
     Taking.peer_lost = lambda self, peer, reason: None  # type: ignore[method-assign, assignment]
     Handing.peer_lost = lambda self, peer, reason: None  # type: ignore[method-assign, assignment]
-    taking_module.Taking.tick = lambda self, now: None  # type: ignore[method-assign, assignment]
+    consumer_module.Taking.tick = lambda self, now: None  # type: ignore[method-assign, assignment]
 
 
 def says_ready_early() -> None:

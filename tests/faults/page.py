@@ -184,7 +184,7 @@ POOL_TITLE = "## The shared pool\n"
 POOL = f"""{POOL_TITLE}
 Written by `{{commands}}` on {{date}} ({{machine}}).
 
-{{runs}} runs: one pool (`pdtransport.pool.service`, as `pdpool` runs it) and two clients (`PoolClient`, as an
+{{runs}} runs: one pool (`pdtransport.pool.server.service`, as `pdpool` runs it) and two clients (`PoolClient`, as an
 engine's worker uses it), each in a process of its own, {{ends}} chunks asked to be stored or loaded. In {{struck}} of
 them the fault took effect; **{{failed}} broke a promise**. A run fails if what a load calls READ is not what was
 stored, byte for byte, or a byte is written beside it; a call has not ended by its deadline; a chunk that was reported

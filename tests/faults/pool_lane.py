@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pdtransport.errors import PoolUnavailable
-from pdtransport.pool.admin import PoolAdmin
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.admin.pool_admin import PoolAdmin
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.faults.lane import GROWTH_BYTES, Result
 from tests.faults.plan import KILL, STOP
 from tests.faults.pool_plan import AGAIN_S, CLIENTS, LARGE, SMALL, Call, PoolPlan, Strike

@@ -19,10 +19,10 @@ import numpy as np
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
-from pdtransport.pool.admin import Chosen, PoolAdmin
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.copiers import HostCopier
-from pdtransport.pool.service import Pool
+from pdtransport.pool.admin.pool_admin import Chosen, PoolAdmin
+from pdtransport.pool.client.copiers import HostCopier
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.faults.worker import Complaints, descriptors, resident_bytes
 from tests.processes.pool_rig import Bytes, content, key

@@ -7,6 +7,6 @@ import tests.faults.pool_worker
 import tests.faults.worker  # noqa: F401
 
 with contextlib.suppress(ImportError):
-    import pdtransport.links._ucx_binding
     import pdtransport.links.cma
-    import pdtransport.links.ucx  # noqa: F401
+    import pdtransport.links.ucx.binding
+    import pdtransport.links.ucx.link  # noqa: F401

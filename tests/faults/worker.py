@@ -24,7 +24,7 @@ import numpy as np
 
 from pdtransport import KVGeometry, Settings, Transport, request_key
 from pdtransport.links.base import Link
-from pdtransport.outcome import Outcome
+from pdtransport.transfer.outcome import Outcome
 from tests.faults.inject import install
 from tests.faults.mutants import MUTANTS
 from tests.faults.rules import Injector

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 
 from pdtransport.errors import LinkError, LinkUnavailable
-from pdtransport.links import cma, reading, ucx, ucx_words
+from pdtransport.links import cma, reading
+from pdtransport.links.ucx import link as ucx
+from pdtransport.links.ucx.wire import parsed_offer
 from pdtransport.protocol.actions import Limits, Ready
+from pdtransport.protocol.consumer_table import Part, Receiving
 from pdtransport.protocol.messages import (
     Abort,
     Accept,
@@ -19,8 +22,7 @@ from pdtransport.protocol.messages import (
     decode,
     encode,
 )
-from pdtransport.protocol.receiving import Part, Receiving
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from tests.fuzz.split import SEPARATOR
 
 TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
@@ -65,7 +67,7 @@ def _tell(receiving: Receiving, sending: Sending, message: Message, now: float) 
 
 
 def _offers(data: bytes) -> None:
-    for parse in (reading.unpack_offer, ucx_words.parsed_offer):
+    for parse in (reading.unpack_offer, parsed_offer):
         with contextlib.suppress(LinkError):
             parse(data)
 

@@ -19,17 +19,17 @@ from pathlib import Path
 import zmq
 
 from pdtransport.pool import messages as say
-from pdtransport.pool.digest import UNSIGNED, Signer
-from pdtransport.pool.disk import BLOCK, DiskTier
-from pdtransport.pool.envelope import Envelope, Opening
-from pdtransport.pool.index import MEMORY
-from pdtransport.pool.locks import LockFile
-from pdtransport.pool.lower import Lower
-from pdtransport.pool.remote_messages import from_remote, to_remote
-from pdtransport.pool.service import Pool
+from pdtransport.pool.core.index import MEMORY
+from pdtransport.pool.core.locks import LockFile
+from pdtransport.pool.core.tier_state import Lower
+from pdtransport.pool.remote.remote_messages import from_remote, to_remote
+from pdtransport.pool.server.key_space_file import SpaceFile
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import DiskSettings, PoolSettings
-from pdtransport.pool.space_file import SpaceFile
-from pdtransport.pool.tiers import DIGEST_BYTES, TierError
+from pdtransport.pool.tiers.base import DIGEST_BYTES, TierError
+from pdtransport.pool.tiers.disk import BLOCK, DiskTier
+from pdtransport.pool.tiers.envelope import Envelope, Opening
+from pdtransport.pool.tiers.keyed_digest import UNSIGNED, Signer
 from pdtransport.protocol.messages import WireError
 from tests.fuzz.faults import Faults
 from tests.fuzz.split import SEPARATOR

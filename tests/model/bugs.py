@@ -12,8 +12,8 @@ import pytest
 
 from pdtransport.protocol.actions import Action
 from pdtransport.protocol.consumer import ConsumerMachine
-from pdtransport.protocol.receiving import Receiving
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.consumer_table import Receiving
+from pdtransport.protocol.producer_table import Sending
 from pdtransport.protocol.states import ConsumerState
 from tests.model import cases
 from tests.model.case import READ, WRITE, Case, born

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdtransport.protocol.actions import Action, Failed, Fence, Place, Ready, Send
+from pdtransport.protocol.consumer_table import Part, Receiving
 from pdtransport.protocol.messages import Ack, Batch, Code, Message
-from pdtransport.protocol.receiving import Part, Receiving
 from pdtransport.protocol.states import ConsumerState
 from tests.model.case import HEAD_BYTES, WRITE, Broken, Case, Letter, born, name_of
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake

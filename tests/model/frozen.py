@@ -11,8 +11,8 @@ from collections import Counter, OrderedDict
 from enum import Enum
 from typing import Any
 
-from pdtransport.protocol.agenda import Agenda
 from pdtransport.protocol.messages import Abort, Code, Message, Nack, Revoke
+from pdtransport.protocol.timers import Agenda
 
 SOON, LATER = 1.0, 100.0  # when words are said again, and when waits end; things happen at 0
 RETRY, DEADLINE = 10.0, 1000.0  # a time after SOON, a time after LATER

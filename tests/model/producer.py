@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pdtransport.protocol.actions import Action, Fence, Push, Release, Send, Unstage
+from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code
-from pdtransport.protocol.receiving import TransferOver
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from tests.model.case import HEAD_BYTES, HEADS, WRITE, Broken, Case, Letter, born
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
 

@@ -33,7 +33,7 @@ import numpy as np
 from pdtransport import KVGeometry, Settings, Transport, request_key
 from pdtransport.control.limits import RETRY_FOR_S
 from pdtransport.kv.geometry import Region
-from pdtransport.outcome import Outcome
+from pdtransport.transfer.outcome import Outcome
 from tests.rig import twin_gpu
 
 Side = Literal["prefill", "decode"]

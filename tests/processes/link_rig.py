@@ -27,7 +27,7 @@ from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import LinkBusy, Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.links.probe import Probe, ProbeSource
-from pdtransport.links.ucx_gpu import CudaGpu
+from pdtransport.links.ucx.gpu import CudaGpu
 from pdtransport.settings import LinkSettings
 from tests.rig import twin_gpu
 

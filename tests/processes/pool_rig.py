@@ -26,8 +26,8 @@ with contextlib.suppress(ImportError):
 
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs
-from pdtransport.pool.client import Copied, PoolClient
-from pdtransport.pool.digest import keep_key
+from pdtransport.pool.client.pool_client import Copied, PoolClient
+from pdtransport.pool.tiers.keyed_digest import keep_key
 from pdtransport.settings import Settings
 
 ANSWER_S = 30.0

@@ -21,8 +21,8 @@ from pdtransport.control.handshake import facts
 from pdtransport.control.owners import Owners, held
 from pdtransport.control.watching import WorkerWatch
 from pdtransport.errors import PoolUnavailable, SettingsError
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.protocol.messages import Hello, Refused, StatusRequest, Watch, encode
 from pdtransport.settings import ControlSettings
 from tests.processes.control_rig import FAST, HOST, WAIT_S, Bench, Raw, bench, identity

@@ -17,7 +17,7 @@ from pdtransport.launch.plan import PoolPlan
 from pdtransport.launch.pool_keeper import MAX_DEATHS, PoolKeeper
 from pdtransport.launch.processes import Fleet
 from pdtransport.launch.rundir import read_record
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.processes.launch_rig import REPO, UP_S, Rig, launched, wait_for
 from tests.processes.pool_rig import load, names, store
 

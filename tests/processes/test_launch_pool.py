@@ -13,10 +13,10 @@ import pytest
 
 from pdtransport.kv.keys import KeySpace
 from pdtransport.launch.cli import main
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.core.key_spaces import Space
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.spaces import Space
 from tests.processes.pool_rig import CHUNK, Pages, until
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-lm"

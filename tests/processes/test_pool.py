@@ -17,11 +17,11 @@ import zmq
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
-from pdtransport.pool.admin import Outcome, PoolAdmin
+from pdtransport.pool.admin.pool_admin import Outcome, PoolAdmin
 from pdtransport.pool.cli import main
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.memory import map_memory
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.core.shared_memory import map_memory
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import (
     CHUNK,

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.admin import Chosen, PoolAdmin
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.digest import keep_key
-from pdtransport.pool.mooncake import MooncakeTier
-from pdtransport.pool.nixl import NixlTier
+from pdtransport.pool.admin.pool_admin import Chosen, PoolAdmin
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.tiers.keyed_digest import keep_key
+from pdtransport.pool.tiers.mooncake import MooncakeTier
+from pdtransport.pool.tiers.nixl import NixlTier
 from tests.processes.pool_rig import (
     CHUNK,
     DAMAGES,

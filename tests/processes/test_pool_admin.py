@@ -12,12 +12,12 @@ import pytest
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace
 from pdtransport.pool import messages as say
-from pdtransport.pool.admin import AdminError, Chosen, Outcome, PoolAdmin
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.prompts import Prompt, find
-from pdtransport.pool.service import Pool
+from pdtransport.pool.admin.pool_admin import AdminError, Chosen, Outcome, PoolAdmin
+from pdtransport.pool.admin.prompts import Prompt, find
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.core.key_spaces import Space, whole_salt
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.spaces import Space, whole_salt
 from tests.processes.pool_rig import CHUNK, Other, Pages, daemon, key, load, names, status, store, until
 from tests.unit.pool_rig import Asker
 

@@ -15,15 +15,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pdtransport.pool import wishes
+from pdtransport.pool.admin import api_requests
 from pdtransport.pool.cli import main
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.processes.pool_rig import CHUNK, Pages, daemon, key, store, until
 from tests.processes.test_launch_pool import SPACE
 from tests.rig.described import WITHIN_S, cases, description, told_truly
 
 KEY = "open-sesame"
-DESCRIBED = wishes.describe()["paths"]
+DESCRIBED = api_requests.describe()["paths"]
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from pdtransport.errors import SettingsError
 from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
 from pdtransport.kernels.runs import run
-from pdtransport.pool import plugins
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.codecs import Lossy
-from pdtransport.pool.digest import keep_key
-from pdtransport.pool.disk import BLOCK, STRETCH
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.tiers import registry
+from pdtransport.pool.tiers.codecs import Lossy
+from pdtransport.pool.tiers.disk import BLOCK, STRETCH
+from pdtransport.pool.tiers.keyed_digest import keep_key
 from tests.processes.pool_rig import CHUNK, Bytes, key, names, status, until
 
 GRID = Grid("bfloat16", 1, 2, 512)
@@ -150,8 +150,8 @@ def test_a_damaged_packed_chunk_is_a_miss(directory: Path) -> None:
 
 FOREIGN = """
 import zlib
-from pdtransport.pool.codecs import Codec
-from pdtransport.pool.tiers import Stored, Tier, TierError, fill
+from pdtransport.pool.tiers.codecs import Codec
+from pdtransport.pool.tiers.base import Stored, Tier, TierError, fill
 
 class Deflate(Codec):
     name, number = "deflate", 77
@@ -213,8 +213,8 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _forget() -> None:
-    plugins._codec.cache_clear()
-    plugins.decoder.cache_clear()
+    registry._codec.cache_clear()
+    registry.decoder.cache_clear()
 
 
 def test_third_parties_add_codecs_and_tiers(directory: Path, foreign: Any, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from pdtransport.kernels.runs import Runs
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import Bytes, Daemon, Other, content, daemon, key, names, status, until
 from tests.rig import twin_gpu

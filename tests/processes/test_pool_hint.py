@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.spaces import Space
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.core.key_spaces import Space
 from pdtransport.router.settings import RouterSettings
 from tests.processes.pool_rig import CHUNK, Pages, daemon, status, until
 from tests.processes.test_launch_pool import HALVES

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pdtransport.pool.admin import PoolAdmin
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.service import Pool
+from pdtransport.pool.admin.pool_admin import PoolAdmin
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from tests.processes.pool_rig import CHUNK, Redis, key, load, names, status, store, until
 

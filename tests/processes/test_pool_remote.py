@@ -22,12 +22,12 @@ from pdtransport.control.curve import make_keys
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
-from pdtransport.pool.admin import Chosen, Outcome, PoolAdmin
+from pdtransport.pool.admin.pool_admin import Chosen, Outcome, PoolAdmin
 from pdtransport.pool.cli import main, parser, settings_from
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.guest import Caller
-from pdtransport.pool.remote_messages import RemoteHello, RemotePublish
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.remote.remote_messages import RemoteHello, RemotePublish
+from pdtransport.pool.remote.session import Caller
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.settings import ControlSettings, LinkSettings, Settings
 from tests.processes.control_rig import Raw
@@ -336,7 +336,7 @@ def test_a_client_has_nobody_called_but_itself(
     """The pool fetches what a client stores: from the address that its connection comes from, whatever it says. An
     address that is another one's is not called; the client hears that nothing was stored, and one line says why. A
     name, which may mean anything, is not asked for."""
-    monkeypatch.setattr("pdtransport.pool.remote.RemotePublish", partial(published_at, host))
+    monkeypatch.setattr("pdtransport.pool.remote.remote_wire.RemotePublish", partial(published_at, host))
     with at(port) as far:
         for number in range(3):
             assert store(far, [number]).prefix == (0 if host[0].isdigit() and host != "0.0.0.0" else 1)
@@ -394,7 +394,7 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 CLIENT = """
 import sys, time
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.settings import ControlSettings, LinkSettings, Settings
 from tests.processes.pool_rig import load, names, store
 control = ControlSettings(host="10.213.78.2", allow_plaintext=True)

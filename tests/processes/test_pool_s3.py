@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.admin import Chosen, PoolAdmin
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.digest import keep_key
-from pdtransport.pool.service import Pool
+from pdtransport.pool.admin.pool_admin import Chosen, PoolAdmin
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.tiers.keyed_digest import keep_key
 from tests.processes.pool_rig import CHUNK, key, load, names, status, store, until
 from tests.rig.ports import Ports
 
@@ -245,7 +245,7 @@ def test_a_server_that_hangs_and_one_that_is_started_again(
 ) -> None:
     """Stopped, then gone: loads from it end soon as misses, memory serves on; once it is back its chunks are hits
     again, and new ones are written."""
-    monkeypatch.setattr("pdtransport.pool.s3.PROBE_S", 0.2)
+    monkeypatch.setattr("pdtransport.pool.tiers.s3.PROBE_S", 0.2)
     relay = Relay(server.endpoint)
     with (
         pool(directory, server, "down", endpoint=relay.endpoint, timeout_s=1) as running,

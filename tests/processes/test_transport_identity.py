@@ -12,7 +12,7 @@ import pytest
 
 from pdtransport import Settings, Transport, request_key
 from pdtransport.kv.geometry import KVGeometry
-from pdtransport.outcome import Outcome
+from pdtransport.transfer.outcome import Outcome
 from pdtransport.transport import Handle
 
 SHAPE = (2, 32, 2, 16, 64)  # layers, blocks, heads, tokens, bytes

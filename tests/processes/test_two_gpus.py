@@ -19,7 +19,7 @@ import pytest
 
 from pdtransport import KVGeometry, Settings, Transport, request_key
 from pdtransport.kv.geometry import LayerPages, Region, head_range
-from pdtransport.outcome import Outcome
+from pdtransport.transfer.outcome import Outcome
 from tests.processes.killed import SIDES, Survivor
 from tests.processes.link_rig import End, pair, shuffled
 from tests.processes.test_links import assert_all_free, hand_over

@@ -14,7 +14,7 @@ import pytest
 from pdtransport.errors import LinkUnavailable
 from pdtransport.kernels.runs import run
 from pdtransport.links.base import Region
-from pdtransport.links.ucx import UcxLink
+from pdtransport.links.ucx.link import UcxLink
 from pdtransport.settings import LinkSettings
 from tests.processes.link_rig import End, pair, shuffled
 from tests.rig import twin_gpu

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import zmq
 
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.processes.pool_rig import Daemon, status, until
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, assert_equal

@@ -21,8 +21,8 @@ import numpy as np
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.client import Copied, PoolClient
-from pdtransport.pool.envelope import seal
+from pdtransport.pool.client.pool_client import Copied, PoolClient
+from pdtransport.pool.tiers.envelope import seal
 from tests.processes.pool_rig import (
     CHUNK,
     Bytes,

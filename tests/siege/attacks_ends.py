@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pdtransport.launch.cli import NOT_STARTED
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.processes.launch_rig import Rig, launched, wait_for
 from tests.processes.pool_rig import key
 from tests.siege.bystander import Effect, idle, processor_s, resident, settled, watched

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import zmq
 
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.protocol import messages
 from tests.processes import pool_rig
 from tests.siege.bystander import Effect

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.siege.bystander import Effect, idle, processor_s, resident, settled, watched
 
 KEY = "open-sesame"

@@ -8,8 +8,8 @@ from typing import Any
 
 from pdtransport.kv.geometry import consumers_of, head_range, head_sources
 from pdtransport.protocol.actions import Action, Failed, Fence, Place, Ready, Send
+from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
 from pdtransport.protocol.messages import Ack, Batch, Claim, Code, Grant
-from pdtransport.protocol.receiving import Part, Receiving, TransferOver
 from pdtransport.protocol.states import CONSUMER_ENDS
 from tests.sim.memory import DAMAGE, Lease, Memory, cell, checksum
 from tests.sim.plan import HEAD_BYTES, TOTAL_HEADS, Request

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 
+from pdtransport.protocol import consumer_table, producer_table
 from pdtransport.protocol import producer as producer_module
-from pdtransport.protocol import receiving as receiving_module
-from pdtransport.protocol import sending as sending_module
 from pdtransport.protocol.actions import Action, Failed, Fence, Ready, Release, Send
 from pdtransport.protocol.consumer import ConsumerMachine
+from pdtransport.protocol.consumer_table import Receiving
 from pdtransport.protocol.messages import Batch, Code, Commit, Grant, Nack, Revoked
 from pdtransport.protocol.producer import ProducerMachine
-from pdtransport.protocol.receiving import Receiving
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.sim import cases
 from tests.sim.plan import Plan, plan_of
@@ -212,11 +211,11 @@ def producer_believes_any_generation(patch: Patch) -> None:
 
 
 def release_before_ack(patch: Patch) -> None:
-    patch.setattr(sending_module, "PRODUCER_ENDS", sending_module.PRODUCER_ENDS | {ProducerState.COMMITTING})
+    patch.setattr(producer_table, "PRODUCER_ENDS", producer_table.PRODUCER_ENDS | {ProducerState.COMMITTING})
 
 
 def release_while_fencing(patch: Patch) -> None:
-    patch.setattr(sending_module, "PRODUCER_ENDS", sending_module.PRODUCER_ENDS | {ProducerState.FENCING})
+    patch.setattr(producer_table, "PRODUCER_ENDS", producer_table.PRODUCER_ENDS | {ProducerState.FENCING})
 
 
 def release_twice(patch: Patch) -> None:
@@ -239,7 +238,7 @@ def claims_are_kept_for_ever(patch: Patch) -> None:
     def on_claim(self: Sending, request: Any, peer: Any, message: Any, now: float) -> list[Action]:
         actions = original(self, request, peer, message, now)
         if request is None:
-            self._agenda.set((message.transfer, sending_module._Claimant(peer)), None)
+            self._agenda.set((message.transfer, producer_table._Claimant(peer)), None)
         return actions
 
     patch.setattr(Sending, "_on_claim", on_claim)
@@ -408,7 +407,7 @@ def rogue_swap(patch: Patch) -> None:
 
 
 def skip_completeness_check(patch: Patch) -> None:
-    patch.setattr(receiving_module.ConsumerMachine, "_check_complete", _naive_complete)
+    patch.setattr(consumer_table.ConsumerMachine, "_check_complete", _naive_complete)
 
 
 def _naive_complete(self: ConsumerMachine) -> list[Action]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from pdtransport.kv.geometry import head_range
 from pdtransport.protocol.actions import Action, Fence, Push, Release, Send, Unstage
+from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code, Grant
 from pdtransport.protocol.messages import Received as ReceivedMessage
-from pdtransport.protocol.receiving import TransferOver
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
 from tests.sim.memory import DAMAGE, JUNK, Memory, cell, checksum
 from tests.sim.plan import BLOCK_SIZE, HEAD_BYTES, TOTAL_HEADS, Request

@@ -12,21 +12,21 @@ import numpy as np
 
 from pdtransport.control.events import Identity, PeerId, PeerUp
 from pdtransport.control.handshake import facts
-from pdtransport.handing import Handing
 from pdtransport.kernels.runs import Runs
 from pdtransport.kv.geometry import KVGeometry, head_range
 from pdtransport.links.base import Link, Prepared
 from pdtransport.links.cma import CmaLink
 from pdtransport.links.memory import Regions
 from pdtransport.links.reading import ReadingChannel
-from pdtransport.observe.timeline import Timeline
-from pdtransport.outcome import Outcome
-from pdtransport.peers import Peer, Peers
-from pdtransport.probe import Scratch
 from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import Coming, Ended, Grant, Hello, LinkCall, Message
 from pdtransport.settings import LinkSettings
-from pdtransport.taking import Fetch, Taking
+from pdtransport.transfer.consumer import Fetch, Taking
+from pdtransport.transfer.link_setup import Scratch
+from pdtransport.transfer.outcome import Outcome
+from pdtransport.transfer.peers import Peer, Peers
+from pdtransport.transfer.producer import Handing
+from pdtransport.transfer.timeline import Timeline
 
 LAYERS, PAGES, HEADS, TOKENS, SLOT = 2, 40, 2, 16, 64  # tokens of a page, bytes of a head's slot
 BLOCK_BYTES = LAYERS * HEADS * TOKENS * SLOT

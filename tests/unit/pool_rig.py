@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pdtransport.pool.lower import Lower
-from pdtransport.pool.request import Part, Request, Session, Verdict
+from pdtransport.pool.core.requests import Part, Request, Session, Verdict
+from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.core.tier_state import Lower
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.shelf import Shelf
-from pdtransport.pool.tiers import Place, Stored, Tier
+from pdtransport.pool.tiers.base import Place, Stored, Tier
 
 FRAME = 4096
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pdtransport import peers as peers_module
 from pdtransport.control.events import PeerId
 from pdtransport.protocol.messages import Batch, Code, Coming
 from pdtransport.settings import LinkSettings
+from pdtransport.transfer import peers as peers_module
 from tests.unit.exchange_rig import (
     BLOCK_BYTES,
     TOKENS,

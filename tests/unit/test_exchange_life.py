@@ -10,7 +10,7 @@ import pytest
 
 from pdtransport.links.base import LinkBusy
 from pdtransport.protocol.messages import MAX_DUE_US, Accept, Batch, Claim, Code, Coming, Commit, Grant
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from tests.unit.exchange_rig import (
     BLOCK_BYTES,
     KEY,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pdtransport import peers as peers_module
 from pdtransport.protocol.messages import Code, Grant, LinkCall
 from pdtransport.settings import LinkSettings
+from pdtransport.transfer import peers as peers_module
 from tests.unit.exchange_rig import TOKENS, TRANSFER, Worker, carry, meet, pair
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdtransport.gate import Gate
+from pdtransport.io.cuda_events import Gate
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
 

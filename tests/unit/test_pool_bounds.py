@@ -15,17 +15,17 @@ from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
 from pdtransport.pool import messages as say
-from pdtransport.pool import together
-from pdtransport.pool.chunks import Chunks, answer_of
-from pdtransport.pool.copiers import HostCopier
-from pdtransport.pool.copying import Copying, Operation
-from pdtransport.pool.envelope import Opening, seal
-from pdtransport.pool.hints import FORGOTTEN_S, Hints
-from pdtransport.pool.index import MAX_REFS, key_rows
-from pdtransport.pool.locks import check_private
-from pdtransport.pool.request import Part, Verdict
-from pdtransport.pool.shelf import Shelf
-from pdtransport.pool.tiers import HEADER_BYTES, TierError
+from pdtransport.pool.client.copiers import HostCopier
+from pdtransport.pool.client.copying import Copying, Operation
+from pdtransport.pool.core import batches
+from pdtransport.pool.core.chunks import Chunks, answer_of
+from pdtransport.pool.core.index import MAX_REFS, key_rows
+from pdtransport.pool.core.locks import check_private
+from pdtransport.pool.core.prefetched import FORGOTTEN_S, Hints
+from pdtransport.pool.core.requests import Part, Verdict
+from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.tiers.base import HEADER_BYTES, TierError
+from pdtransport.pool.tiers.envelope import Opening, seal
 from pdtransport.protocol.messages import WireError
 from tests.unit.pool_rig import FRAME, Asker, key, keys, shelf
 
@@ -210,5 +210,5 @@ def test_many_are_answered_together_up_to_the_bound_itself() -> None:
     request = reader._request(False)
     entries = on.index.find(key_rows(keys(1, 2, 3, 4)))
     on.index.refs_column[entries] = MAX_REFS - 4
-    assert together.load(on, request, entries, [CHUNK] * 4)
+    assert batches.load(on, request, entries, [CHUNK] * 4)
     assert reader.session.held_bytes == SHARE

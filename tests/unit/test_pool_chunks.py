@@ -8,8 +8,8 @@ import pytest
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs
 from pdtransport.pool import messages as say
-from pdtransport.pool.chunks import Chunks, Heard, parts_of, verdicts_of
-from pdtransport.pool.request import Verdict
+from pdtransport.pool.core.chunks import Chunks, Heard, parts_of, verdicts_of
+from pdtransport.pool.core.requests import Verdict
 
 FRAME = 4096
 

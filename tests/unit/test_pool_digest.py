@@ -14,17 +14,17 @@ import pytest
 from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
-from pdtransport.pool.codecs import Codec
-from pdtransport.pool.digest import Forged, Signer, keep_key, load_signer, wants_key
-from pdtransport.pool.disk import DiskTier
-from pdtransport.pool.envelope import Opening, seal
-from pdtransport.pool.mooncake import MooncakeTier
-from pdtransport.pool.plugins import lower_tiers
-from pdtransport.pool.redis import RedisTier
-from pdtransport.pool.s3 import S3Tier
+from pdtransport.pool.server.key_space_file import spaces_path
 from pdtransport.pool.settings import DiskSettings, PoolSettings
-from pdtransport.pool.space_file import spaces_path
-from pdtransport.pool.tiers import HEADER_BYTES, Tier, TierError, fill
+from pdtransport.pool.tiers.base import HEADER_BYTES, Tier, TierError, fill
+from pdtransport.pool.tiers.codecs import Codec
+from pdtransport.pool.tiers.disk import DiskTier
+from pdtransport.pool.tiers.envelope import Opening, seal
+from pdtransport.pool.tiers.keyed_digest import Forged, Signer, keep_key, load_signer, wants_key
+from pdtransport.pool.tiers.mooncake import MooncakeTier
+from pdtransport.pool.tiers.redis import RedisTier
+from pdtransport.pool.tiers.registry import lower_tiers
+from pdtransport.pool.tiers.s3 import S3Tier
 from tests.unit.pool_rig import MemoryTier, key
 
 OURS, THEIRS = "0123456789abcdef" * 2, "fedcba9876543210" * 2
@@ -81,7 +81,7 @@ def refused(value: bytes, signer: Signer) -> str:
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> Halves:
     made = Halves()
-    monkeypatch.setattr("pdtransport.pool.envelope.decoder", lambda number: made)
+    monkeypatch.setattr("pdtransport.pool.tiers.envelope.decoder", lambda number: made)
     return made
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.pool import messages as say
-from pdtransport.pool.control import Control
-from pdtransport.pool.hints import FORGOTTEN_S
-from pdtransport.pool.lower import Lower, Promote
-from pdtransport.pool.request import Verdict
+from pdtransport.pool.core.prefetched import FORGOTTEN_S
+from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.core.store import MEMORY, Shelf
+from pdtransport.pool.core.tier_state import Lower, Promote
+from pdtransport.pool.server.admin_requests import Control
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.shelf import MEMORY, Shelf
-from pdtransport.pool.tiers import Stored
+from pdtransport.pool.tiers.base import Stored
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, key, keys
 
 SEVEN = 7  # a checksum

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdtransport.pool.frames import Frames, frame_runs, frames_for
-from pdtransport.pool.index import Index, key_rows
+from pdtransport.pool.core.frames import Frames, frame_runs, frames_for
+from pdtransport.pool.core.index import Index, key_rows
 
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -62,7 +62,7 @@ def test_the_index_is_a_dictionary(steps: list[tuple[bool, int]]) -> None:
     asked = key_rows(b"".join(map(key, range(31))))
     assert index.find(asked).tolist() == [model.get(number, -1) for number in range(31)]
     with pytest.MonkeyPatch.context() as patch:  # the same in numpy
-        patch.setattr("pdtransport.pool.index._C", None)
+        patch.setattr("pdtransport.pool.core.index._C", None)
         assert index.find(asked).tolist() == [model.get(number, -1) for number in range(31)]
     assert len(index) == len(model)
     for number, entry in model.items():
@@ -86,7 +86,7 @@ def test_keys_that_share_words_are_told_apart() -> None:
 def test_a_prefix_ends_where_a_key_is_in_no_tier_that_counts(numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are counted up to the first that is not there, or only in tiers out of reach; those in memory, apart."""
     if numpy:
-        monkeypatch.setattr("pdtransport.pool.index._C", None)
+        monkeypatch.setattr("pdtransport.pool.core.index._C", None)
     index = Index(64)
     for number, tiers in enumerate((1, 3, 2, 1, 4, 1, 0)):
         index.tiers[index.add(key(number))] = tiers

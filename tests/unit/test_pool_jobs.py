@@ -6,8 +6,8 @@ import threading
 from collections import defaultdict
 from typing import Any, cast
 
-from pdtransport.pool.jobs import Jobs
-from pdtransport.pool.lower import Delete, Job, Lower, Promote
+from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote
+from pdtransport.pool.server.jobs import Jobs
 
 TIER = cast(Lower, None)  # nothing here looks at it
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pdtransport.pool import messages as say
-from pdtransport.pool.control import Control
-from pdtransport.pool.index import MEMORY, READY
-from pdtransport.pool.lower import Delete, Job, Lower, Promote, WriteBack
-from pdtransport.pool.request import Request, Verdict
-from pdtransport.pool.room import HARD, NO_PIN, SOFT
+from pdtransport.pool.core.budget import HARD, NO_PIN, SOFT
+from pdtransport.pool.core.index import MEMORY, READY
+from pdtransport.pool.core.requests import Request, Verdict
+from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.server.admin_requests import Control
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.shelf import Shelf
-from pdtransport.pool.tiers import Stored
+from pdtransport.pool.tiers.base import Stored
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, key, keys
 
 

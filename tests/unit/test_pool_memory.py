@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pdtransport.pool.memory import make_memory, remove_if_stale, remove_stale
+from pdtransport.pool.core.shared_memory import make_memory, remove_if_stale, remove_stale
 from pdtransport.pool.settings import PoolSettings
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from pdtransport.pool.policies import POLICIES, S3_TURNS, Links, Policy, PolicyName, make_policy
+from pdtransport.pool.core.eviction import POLICIES, S3_TURNS, Links, Policy, PolicyName, make_policy
 
 
 def filled(name: PolicyName, count: int = 6) -> Policy:

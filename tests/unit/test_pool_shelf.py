@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pdtransport.pool.lower import Delete, Lower, Promote, WriteBack
-from pdtransport.pool.request import Request, Verdict
-from pdtransport.pool.room import HARD, NO_PIN, SOFT
+from pdtransport.pool.core.budget import HARD, NO_PIN, SOFT
+from pdtransport.pool.core.requests import Request, Verdict
+from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.core.tier_state import Delete, Lower, Promote, WriteBack
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.pool.shelf import Shelf
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, keys, shelf
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdtransport.pool import together
-from pdtransport.pool.index import FILLING, MEMORY, key_rows
-from pdtransport.pool.lower import Lower, Promote, WriteBack
-from pdtransport.pool.request import Request, Verdict
+from pdtransport.pool.core import batches
+from pdtransport.pool.core.index import FILLING, MEMORY, key_rows
+from pdtransport.pool.core.requests import Request, Verdict
+from pdtransport.pool.core.tier_state import Lower, Promote, WriteBack
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, keys, shelf
 
 Step = tuple[str, int, list[int]]
@@ -87,17 +87,17 @@ def never(*_: object) -> bool:
 @pytest.mark.parametrize("policy", ["lru", "s3fifo", "lfu"])
 def test_together_and_one_by_one_come_to_the_same(policy: str, below: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts, what is visible, what clients hold, what was evicted."""
-    ways: dict[str, Callable[..., bool]] = {name: getattr(together, name) for name in ("store", "load", "publish")}
+    ways: dict[str, Callable[..., bool]] = {name: getattr(batches, name) for name in ("store", "load", "publish")}
 
     @given(steps=STEPS)
     def compare(steps: list[Step]) -> None:
         one_by_one, fast = Pool(policy, below), Pool(policy, below)
         for step in steps:
             for name in ways:
-                monkeypatch.setattr(together, name, never)
+                monkeypatch.setattr(batches, name, never)
             expected = one_by_one.take(*step)
             for name, way in ways.items():
-                monkeypatch.setattr(together, name, way)
+                monkeypatch.setattr(batches, name, way)
             assert fast.take(*step) == expected
 
     compare()
@@ -109,12 +109,12 @@ def test_what_is_alike_is_taken_together() -> None:
     writer, reader = Asker(on), Asker(on)
     storing = writer.store(1, 2, 3)
     assert writer.told(storing) == [Verdict.WRITE] * 3
-    assert together.publish(on, storing, [(0, 1), (1, 2)])
-    assert not together.publish(on, storing, [(1, 2), (2, 3)])  # one is no more to publish
+    assert batches.publish(on, storing, [(0, 1), (1, 2)])
+    assert not batches.publish(on, storing, [(1, 2), (2, 3)])  # one is no more to publish
     for numbers, sizes, all_there in (((1, 2), 2, True), ((1, 3), 2, False), ((1, 9), 2, False)):
         request = reader._request(False)
         entries = on.index.find(key_rows(keys(*numbers)))
-        assert together.load(on, request, entries, [FRAME] * sizes) is all_there
+        assert batches.load(on, request, entries, [FRAME] * sizes) is all_there
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
@@ -124,7 +124,7 @@ def test_chunks_that_were_loaded_together_stay_longest(policy: str) -> None:
     asker = Asker(on)
     asker.put(1, 2, 3, 4)
     request = asker._request(False)
-    assert together.load(on, request, on.index.find(key_rows(keys(1, 2))), [FRAME] * 2)
+    assert batches.load(on, request, on.index.find(key_rows(keys(1, 2))), [FRAME] * 2)
     on.release(request, range(2))
     asker.put(5, 6)
     assert [on.lookup(keys(number))[0] for number in range(1, 7)] == [1, 1, 0, 0, 1, 1]
@@ -137,5 +137,5 @@ def test_a_hinted_chunk_that_is_loaded_together_was_of_use() -> None:
     asker.put(1, 2)
     entries = on.index.find(key_rows(keys(1, 2)))
     on.hints.began(int(entries[0]), FRAME, 0.0)
-    assert together.load(on, asker._request(False), entries, [FRAME] * 2)
+    assert batches.load(on, asker._request(False), entries, [FRAME] * 2)
     assert (on.hints.nbytes, on.counters["hint_used"]) == (0, 1)

@@ -16,8 +16,8 @@ from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.launch.rundir import LOCK, POOL_KEY, RECORD, RunError, RunFolder, read_record
 from pdtransport.observe.audit import Audit
-from pdtransport.pool.space_file import SpaceFile
-from pdtransport.private_files import make_private_folder, open_private, open_regular
+from pdtransport.pool.server.key_space_file import SpaceFile
+from pdtransport.system.private_files import make_private_folder, open_private, open_regular
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdtransport.protocol.agenda import Agenda
+from pdtransport.protocol.timers import Agenda
 
 KEYS = st.integers(0, 8)
 TIMES = st.integers(0, 40).map(float)

@@ -8,7 +8,7 @@ import pytest
 
 from pdtransport.protocol.actions import Failed, Fence, Place, Push, Send
 from pdtransport.protocol.messages import Abort, Accept, Batch, Claim, Code, Grant, Nack
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.unit.test_protocol_rules import (
     BLOCK,

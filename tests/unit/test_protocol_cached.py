@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Action, Limits, Ready, Send
+from pdtransport.protocol.consumer_table import Part, Receiving
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Batch, Code, Commit, Grant
-from pdtransport.protocol.receiving import Part, Receiving
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 
 BLOCK, DIGEST = 64, bytes(16)
 LIMITS = Limits(batch_bytes=4 * BLOCK, window_bytes=4 * BLOCK)

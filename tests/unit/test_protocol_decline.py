@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Limits, Release, Send
+from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
 from pdtransport.protocol.messages import Claim, Code, Grant, Revoke, Revoked
-from pdtransport.protocol.receiving import Part, Receiving, TransferOver
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 
 BLOCK, DIGEST = 64, bytes(16)
 LIMITS = Limits(batch_bytes=BLOCK, window_bytes=4 * BLOCK)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Action, Failed, Limits, Place, Ready, Send
+from pdtransport.protocol.consumer_table import Part, Receiving
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Ack, Batch, Code, Commit, Grant
-from pdtransport.protocol.receiving import Part, Receiving
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from pdtransport.protocol.states import ConsumerState
 
 BLOCK, TOKEN = 64, 1234

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pdtransport.protocol.actions import Limits, Ready, Release, Send
+from pdtransport.protocol.consumer_table import Part, Receiving
 from pdtransport.protocol.messages import (
     Abort,
     Accept,
@@ -22,8 +23,7 @@ from pdtransport.protocol.messages import (
     Revoke,
     Revoked,
 )
-from pdtransport.protocol.receiving import Part, Receiving
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 
 TRANSFER, DIGEST, BLOCKS, TOKENS, BLOCK_BYTES = "t", bytes(16), 4, 64, 64
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Place, Push, Ready, Release, Send, Unstage
+from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     MAX_ATTEMPTS,
@@ -24,8 +25,7 @@ from pdtransport.protocol.messages import (
     Revoke,
     Revoked,
 )
-from pdtransport.protocol.receiving import Part, Receiving, TransferOver
-from pdtransport.protocol.sending import Sending
+from pdtransport.protocol.producer_table import Sending
 from pdtransport.protocol.states import ConsumerState, ProducerState
 
 BLOCK = 64

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
-from pdtransport.gate import Gate
+from pdtransport.io.cuda_events import Gate
 from pdtransport.kv.fingerprint import compare
 from pdtransport.kv.geometry import LayerPages
 from pdtransport.transport import Offer, fingerprint_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pdtransport.links import _ucx_query
-from pdtransport.links.ucx_gpu import DeviceBytes
-from pdtransport.links.ucx_lanes import carrier, why_not_direct
+from pdtransport.links.ucx import query
+from pdtransport.links.ucx.gpu import DeviceBytes
+from pdtransport.links.ucx.lanes import carrier, why_not_direct
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_gpu_memory_is_sent_directly_only_where_a_lane_takes_it(lanes: list[str]
 def test_a_remote_key_names_its_memory_domains() -> None:
     """By the numbers that UCX prints; a key that is too short to say names none."""
     info = "#     md 0  :  component 0  self\n#   md 5  :  component 3  cuda_ipc \n# resource 5 : md 5 dev 0"
-    assert _ucx_query._domains((0b100001).to_bytes(8, "little") + b"\x01\xff", info) == ["self", "cuda_ipc"]
-    assert _ucx_query._domains(b"\x01", info) == []
+    assert query._domains((0b100001).to_bytes(8, "little") + b"\x01\xff", info) == ["self", "cuda_ipc"]
+    assert query._domains(b"\x01", info) == []
 
 
 def test_ucx_takes_gpu_memory_by_its_address() -> None:

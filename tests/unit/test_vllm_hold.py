@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from pdtransport.outcome import Outcome
 from pdtransport.settings import Settings
+from pdtransport.transfer.outcome import Outcome
 from pdtransport.vllm import holding
 from pdtransport.vllm.holding import MOST_STUCK, Arrival, Holding
 from pdtransport.vllm.metadata import Commands, Take

@@ -19,7 +19,7 @@ import logging, sys
 from pdtransport.vllm import register
 from vllm.config.logging import LoggingConfig
 from vllm.logger import configure_logging
-log = logging.getLogger("pdtransport.peers")
+log = logging.getLogger("pdtransport.transfer.peers")
 register()
 {middle}
 configure_logging(LoggingConfig())
@@ -50,7 +50,10 @@ def logged(before: str = "", middle: str = "", **env: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "before",
-    ["import pdtransport.peers; logging.basicConfig(level=logging.INFO)", pytest.param("", marks=pytest.mark.long)],
+    [
+        "import pdtransport.transfer.peers; logging.basicConfig(level=logging.INFO)",
+        pytest.param("", marks=pytest.mark.long),
+    ],
     ids=["configured", "bare"],
 )
 def test_lines_have_vllms_form_and_come_once(before: str) -> None:

@@ -24,10 +24,10 @@ from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace, chunk_keys
-from pdtransport.pool.client import Found, Pending
-from pdtransport.pool.codecs import Lossy
-from pdtransport.pool.service import Pool
+from pdtransport.pool.client.pool_client import Found, Pending
+from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
+from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.held import Held

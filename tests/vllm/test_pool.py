@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pdtransport.pool.admin import Chosen, PoolAdmin
-from pdtransport.pool.client import PoolClient
-from pdtransport.pool.prompts import Prompt, find
+from pdtransport.pool.admin.pool_admin import Chosen, PoolAdmin
+from pdtransport.pool.admin.prompts import Prompt, find
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
 from tests.rig.client import Client

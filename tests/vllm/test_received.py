@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pdtransport.pool.client import PoolClient
+from pdtransport.pool.client.pool_client import PoolClient
 from tests.processes.pool_rig import status
 from tests.rig import watch
 from tests.rig.cases import BLOCK

@@ -6,7 +6,7 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
-        "pdtransport.pool.copying",
+        "pdtransport.pool.client.copying",
         "pool_bounds",
         (
             "chunks_checksum_is_compared_on_its_low_word",
@@ -17,7 +17,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.shelf",
+        "pdtransport.pool.core.store",
         "pool_bounds",
         (
             "references_of_one_chunk_overflow",
@@ -49,7 +49,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.together",
+        "pdtransport.pool.core.batches",
         "pool_bounds",
         (
             "references_of_many_chunks_overflow",
@@ -74,7 +74,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.shelf",
+        "pdtransport.pool.core.store",
         "pool_shelf",
         (
             "reader_is_believed_that_a_chunk_is_damaged",
@@ -85,7 +85,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.room",
+        "pdtransport.pool.core.budget",
         "pool_shelf",
         (
             "hard_pins_take_all_memory",
@@ -96,7 +96,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.envelope",
+        "pdtransport.pool.tiers.envelope",
         "pool_bounds",
         (
             "chunk_of_another_key_is_opened",
@@ -107,7 +107,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.hints",
+        "pdtransport.pool.core.prefetched",
         "pool_bounds",
         (
             "hints_are_never_forgotten",
@@ -118,7 +118,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.locks",
+        "pdtransport.pool.core.locks",
         "pool_bounds",
         (
             "pool_directory_of_another_user_is_used",
@@ -129,7 +129,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.envelope",
+        "pdtransport.pool.tiers.envelope",
         "pool_digest",
         (
             "digests_key_is_not_asked_for",
@@ -147,7 +147,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.plugins",
+        "pdtransport.pool.tiers.registry",
         "pool_digest",
         (
             "tier_that_others_can_write_to_goes_without_digests",
@@ -158,7 +158,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.disk",
+        "pdtransport.pool.tiers.disk",
         "pool_digest",
         (
             "links_below_the_disks_directory_are_followed",

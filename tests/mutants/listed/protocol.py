@@ -63,7 +63,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.protocol.sending",
+        "pdtransport.protocol.producer_table",
         "protocol_bounds",
         (
             "grant_of_fewer_blocks_is_served",
@@ -81,7 +81,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.protocol.receiving",
+        "pdtransport.protocol.consumer_table",
         "protocol_first_token",
         (
             "different_first_tokens_are_ready",
@@ -92,7 +92,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.protocol.agenda",
+        "pdtransport.protocol.timers",
         "protocol_rules",
         (
             "old_times_wake_again",

@@ -6,7 +6,7 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
-        "pdtransport.handing",
+        "pdtransport.transfer.producer",
         "exchange",
         (
             "half_computed_last_block_is_final",
@@ -31,7 +31,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.taking",
+        "pdtransport.transfer.consumer",
         "exchange",
         (
             "world_of_a_peer_is_not_compared",
@@ -49,7 +49,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.peers",
+        "pdtransport.transfer.peers",
         "exchange",
         (
             "waiters_for_a_peer_are_unbounded",
@@ -92,7 +92,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.handing",
+        "pdtransport.transfer.producer",
         "exchange_life",
         (
             "anyone_speaks_of_a_transfer",
@@ -131,7 +131,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.taking",
+        "pdtransport.transfer.consumer",
         "exchange_life",
         (
             "anyone_cancels_a_transfer",
@@ -156,7 +156,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.taking",
+        "pdtransport.transfer.consumer",
         "exchange_peers",
         (
             "granted_before_all_workers_are_there",
@@ -174,7 +174,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.peers",
+        "pdtransport.transfer.peers",
         "exchange_peers",
         (
             "lost_peer_keeps_its_channels",

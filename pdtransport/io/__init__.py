@@ -1,0 +1,1 @@
+"""The I/O thread, and the CUDA events it waits for."""

@@ -1,0 +1,1 @@
+"""UCX between hosts, and on one host where no better link works."""

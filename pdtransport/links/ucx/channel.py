@@ -1,0 +1,485 @@
+"""One channel of the ucx link: what we offer and send to a peer, and what we ask of it and place."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pdtransport.errors import LinkError
+from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
+from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats, Prepared
+from pdtransport.links.calls import call
+from pdtransport.links.memory import SlotRing
+from pdtransport.links.ucx.binding import CLOSE_S, Bytes, Endpoint, Request, Worker
+from pdtransport.links.ucx.memory import Memory, Move
+from pdtransport.links.ucx.wire import (
+    WORD_BYTES,
+    Say,
+    Word,
+    packed,
+    packed_offer,
+    parsed,
+    parsed_offer,
+    sealed,
+    unsealed,
+)
+
+if TYPE_CHECKING:
+    from pdtransport.links.ucx.link import UcxLink
+
+MAX_OFFERED = 4096  # batches offered and not released, a channel
+MAX_QUEUED = 4096  # batches to ask for, a channel
+INBOX_TAG = 0  # where a channel hears its peer's words; batches come to 1, 2, ...
+END_BYTES = 1  # ends the receive of a batch that its sender took back; shorter than any batch
+MAX_ENDPOINTS = 4
+# A worker whose endpoint was closed in the middle of a message that does not end then stays for good (ucxx 0.52, UCX
+# 1.21): 3 of 96 where the peer stood still, none of 160 where it was dead. A process that stood still may go on within
+# this time, and end the message; one that does not holds its share of slots for so long.
+PATIENCE_S = 10.0
+
+
+@dataclass(eq=False)
+class _Offered:
+    """A batch that the peer may ask for: in a slot, or (``slot`` is None) still in its pages."""
+
+    nbytes: int
+    data: Bytes | None
+    slot: int | None
+    done: Done | None  # None once called
+
+
+@dataclass(eq=False)
+class _Sent:
+    request: Request
+    offered: _Offered | None  # None: no batch
+
+
+@dataclass(eq=False)
+class _Wanted:
+    """A batch to be placed; ``done`` is None once it is fenced."""
+
+    key: int
+    endpoint: Endpoint
+    nbytes: int
+    runs: Runs
+    checksums: bytes
+    blocks: int
+    done: Done | None
+    slot: int = -1
+    tag: int = -1
+    request: Request | None = None
+    refused: bool = False  # its sender took it back: what ends `request` are no pages
+    move: Move | None = None  # into the pages
+
+
+class _Stopwatch:
+    """Adds up the time during which anything is under way."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def set(self, busy: bool) -> float:
+        """Seconds to add now."""
+        now = time.perf_counter()
+        spent = now - self._since if self._since is not None else 0.0
+        self._since = now if busy else None
+        return spent
+
+
+class UcxChannel(Channel):
+    """See :mod:`pdtransport.links.ucx.link`."""
+
+    link = "ucx"
+    one_sided = False
+
+    def __init__(self, link: UcxLink, worker: Worker, memory: Memory, why: str) -> None:
+        self.why = why
+        self.stats = LinkStats()
+        self.max_batch_bytes = memory.sending.slot_bytes
+        self.closed = False
+        self.ended = False  # closed, and UCX holds nothing of it any more
+        self.worker = worker
+        self._link, self._memory = link, memory
+        self._address = sealed(worker.address)
+        self._endpoints: dict[bytes, Endpoint] = {}  # by sealed address
+        self._next_tag = INBOX_TAG + 1
+        self._broken = ""
+        self._end_by = 0.0
+        self._patient_until = 0.0  # endpoints stay until then, if they are in the middle of a message
+        # A peer that does not take or send what was agreed on must not hold all slots.
+        self._send_share = max(SlotRing.MIN_SLOTS, memory.sending.count // 2)
+        self._receive_share = max(SlotRing.MIN_SLOTS, memory.receiving.count // 2)
+        self._offered: dict[int, _Offered] = {}
+        self._sent: list[_Sent] = []
+        self._staged = 0  # slots of the sending ring that this channel holds
+        self._said: list[Request] = []
+        self._queue: deque[_Wanted] = deque()
+        self._posted: list[_Wanted] = []
+        self._placing: list[_Wanted] = []
+        self._reporting: list[_Wanted] = []  # ended; their callbacks are due
+        self._fences: list[tuple[list[_Wanted], Callable[[], None]]] = []  # what they wait for, of `_placing`
+        self._sending_time, self._receiving_time = _Stopwatch(), _Stopwatch()
+        self._inbox = np.zeros(WORD_BYTES, dtype=np.uint8)
+        self._heard: Request | None = worker.receive(self._inbox, INBOX_TAG)
+
+    # -- sender ------------------------------------------------------------------------------------------------------
+
+    def send(
+        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
+    ) -> tuple[bytes, bytes]:
+        self._check_open()
+        if key in self._offered:
+            raise LinkError(f"key {key} is offered already")
+        if len(self._offered) >= MAX_OFFERED:
+            raise LinkBusy(f"{MAX_OFFERED} batches are offered and not released")
+        try:
+            runs = merge_runs(as_runs(runs))
+            checksums = self._offer(key, runs, checksum_blocks, done)
+        except ValueError as error:
+            raise LinkError(str(error)) from None
+        nbytes = self._offered[key].nbytes
+        self.stats.bytes_sent += nbytes
+        self.stats.batches_sent += 1
+        return packed_offer(nbytes, self._address), checksums
+
+    def release(self, key: int) -> None:
+        offered = self._offered.pop(key, None)
+        if offered is not None and not any(sent.offered is offered for sent in self._sent):
+            self._let_go(offered, None)
+
+    def _offer(self, key: int, runs: Runs, blocks: int, done: Done) -> bytes:
+        """Gather into a slot; one contiguous run stays in its pages if its checksum will tell should they change."""
+        nbytes = stream_bytes(runs)
+        if nbytes <= END_BYTES:
+            raise LinkError("an empty batch")
+        self._link.regions.check(runs)
+        stays = self._memory.in_place(runs, blocks) if len(runs) == 1 and blocks else None
+        if stays is not None:
+            data, checksums = stays
+            self._offered[key] = _Offered(nbytes, data, None, done)
+            return checksums.astype("<u8").tobytes()
+        ring = self._memory.sending
+        if nbytes > ring.slot_bytes:
+            raise LinkError(self._too_long(nbytes))
+        if self._staged >= self._send_share or not ring.free:
+            raise LinkBusy("all staging slots hold batches that the peer has not asked for yet")
+        slot = ring.take()
+        try:
+            data = ring.view(slot, nbytes)
+            checksums = self._memory.gather(runs, slot, nbytes, blocks)
+        except (ValueError, LinkError):
+            ring.give_back(slot)
+            raise
+        self._staged += 1
+        self._offered[key] = _Offered(nbytes, data, slot, None)
+        self._link.callbacks.add(done, None)  # the pages were read already
+        return checksums.astype("<u8").tobytes()
+
+    def _too_long(self, nbytes: int) -> str:
+        setting = "links.batch_bytes" if self._link.regions.device < 0 else "links.gpu_slot_bytes"
+        return f"a batch of {nbytes} bytes exceeds a staging slot: raise {setting} to {nbytes}"
+
+    def _let_go(self, offered: _Offered, error: str | None) -> None:
+        """Nothing reads this batch any more."""
+        if offered.slot is not None:
+            self._memory.sending.give_back(offered.slot)
+            self._staged -= 1
+            offered.slot = None
+        offered.data = None
+        if offered.done is not None:
+            self._link.callbacks.add(offered.done, error)
+            offered.done = None
+
+    def _answer(self, endpoint: Endpoint, ask: Word) -> None:
+        """Send what the peer asked for, or say that it won't come."""
+        offered = self._offered.get(ask.key)
+        asked_before = offered is not None and any(sent.offered is offered for sent in self._sent)
+        if offered is None or offered.data is None or offered.nbytes != ask.nbytes or asked_before:
+            refusal = packed(Word(Say.REFUSED, ask.key, ask.tag, 0, self._address))
+            self._sent.append(_Sent(endpoint.send(refusal, INBOX_TAG), None))
+        else:
+            self._sent.append(_Sent(endpoint.send(offered.data, ask.tag), offered))
+
+    def _sends_done(self) -> bool:
+        done = [sent for sent in self._sent if sent.request.completed]
+        self._sent = [sent for sent in self._sent if not sent.request.completed]
+        for sent in done:
+            error = sent.request.error()
+            if error:
+                self._break(error)
+            if sent.offered is not None:
+                self._let_go(sent.offered, f"link: {error}" if error else None)
+        return bool(done)
+
+    # -- receiver ----------------------------------------------------------------------------------------------------
+
+    def receive(self, key: int, offer: bytes, runs: Runs, checksums: bytes, blocks: int, done: Done) -> None:
+        self._check_open()
+        if len(self._queue) >= MAX_QUEUED:
+            raise LinkError(f"{MAX_QUEUED} batches wait to be received")
+        try:
+            runs = as_runs(runs)
+        except ValueError as error:
+            raise LinkError(str(error)) from None
+        self._link.regions.check(runs)
+        nbytes = stream_bytes(runs)
+        offered, address = parsed_offer(offer)
+        if offered != nbytes:
+            raise LinkError(f"the offer is {offered} bytes long, {nbytes} are expected")
+        endpoint = self._reach(address)
+        if nbytes > self._memory.receiving.slot_bytes:
+            raise LinkError(self._too_long(nbytes))
+        if nbytes <= END_BYTES:
+            raise LinkError("an empty batch")
+        if checksums and (len(checksums) != 8 * blocks or blocks < 1 or nbytes % blocks):
+            raise LinkError(f"{len(checksums) // 8} checksums for {blocks} blocks of {nbytes} bytes")
+        self._queue.append(_Wanted(key, endpoint, nbytes, runs, checksums, blocks, done))
+
+    def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
+        fenced = set(keys)
+        self._queue = deque(wanted for wanted in self._queue if wanted.key not in fenced)
+        for wanted in (*self._posted, *self._placing, *self._reporting):
+            if wanted.key in fenced:
+                wanted.done = None  # its slot waits for the message; its pages are not written any more
+        being_written = [wanted for wanted in self._placing if wanted.key in fenced]
+        if being_written:
+            self._fences.append((being_written, done))
+        else:
+            done()
+
+    def _ask_some(self) -> bool:
+        """Post receives into free slots and ask the peer for them."""
+        asked = False
+        ring = self._memory.receiving
+        while self._queue and ring.free and len(self._posted) + len(self._placing) < self._receive_share:
+            wanted = self._queue.popleft()
+            asked = True
+            wanted.slot = ring.take()
+            try:
+                room = ring.view(wanted.slot, wanted.nbytes)
+            except LinkError as error:
+                ring.give_back(wanted.slot)
+                self._report(wanted, f"link: {error}")
+                continue
+            wanted.tag, self._next_tag = self._next_tag, self._next_tag + 1
+            wanted.request = wanted.endpoint.receive(room, wanted.tag)
+            self._say(wanted.endpoint, Word(Say.ASK, wanted.key, wanted.tag, wanted.nbytes, self._address))
+            self._posted.append(wanted)
+        return asked
+
+    def _receives_done(self) -> bool:
+        """Begin to place what arrived."""
+        done = [wanted for wanted in self._posted if wanted.request is not None and wanted.request.completed]
+        self._posted = [wanted for wanted in self._posted if wanted not in done]
+        for wanted in done:
+            error = self._arrived(wanted)
+            if error is None and wanted.done is not None:
+                wanted.move = self._memory.place(
+                    wanted.slot, wanted.nbytes, wanted.runs, wanted.blocks, wanted.checksums
+                )
+                self._placing.append(wanted)
+                continue
+            self._memory.receiving.give_back(wanted.slot)
+            if wanted.done is not None:
+                self._report(wanted, error)
+        return bool(done)
+
+    def _arrived(self, wanted: _Wanted) -> str | None:
+        """Why its slot does not hold the batch, or None."""
+        assert wanted.request is not None
+        error = wanted.request.error()
+        if error:
+            self._break(error)
+            return f"link: {error}"
+        return "damaged: withdrawn by its sender before it was sent" if wanted.refused else None
+
+    def _places_done(self) -> bool:
+        """Report batches that are in place, and fences that waited for them."""
+        done = [wanted for wanted in self._placing if wanted.move is not None and wanted.move.done()]
+        self._placing = [wanted for wanted in self._placing if wanted not in done]
+        for wanted in done:
+            assert wanted.move is not None
+            self._memory.receiving.give_back(wanted.slot)
+            if wanted.done is not None:
+                self._report(wanted, f"link: {self._broken}" if self.closed else wanted.move.error())
+        waiting = self._fences if done else []
+        for fence in [fence for fence in waiting if not any(wanted in self._placing for wanted in fence[0])]:
+            self._fences.remove(fence)
+            self._link.callbacks.add(fence[1])
+        return bool(done)
+
+    def _report(self, wanted: _Wanted, error: str | None) -> None:
+        """Say how it ended, soon, unless it is fenced before that."""
+        if error is None:
+            self.stats.bytes_received += wanted.nbytes
+            self.stats.batches_received += 1
+        else:
+            self.stats.errors += 1
+        self._reporting.append(wanted)
+        self._link.callbacks.add(self._reported, wanted, error)
+
+    def _reported(self, wanted: _Wanted, error: str | None) -> None:
+        self._reporting.remove(wanted)
+        done, wanted.done = wanted.done, None
+        if done is not None:
+            done(error)
+
+    # -- both --------------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> bool:
+        """Look at what the worker moved; True if anything ended or was begun."""
+        heard = False
+        while self._heard is not None and self._heard.completed and not self._broken and len(self._sent) < MAX_OFFERED:
+            heard = self._listen(self._heard)
+        if self._broken:
+            return self._fail_all()
+        sent, received = self._sends_done(), self._receives_done()
+        placed = self._places_done()
+        asked = self._ask_some()
+        self._said = [word for word in self._said if not word.completed]
+        self.stats.seconds_sending += self._sending_time.set(bool(self._sent))
+        self.stats.seconds_moving += self._receiving_time.set(bool(self._posted or self._placing))
+        return heard or sent or received or placed or asked
+
+    def _listen(self, message: Request) -> bool:
+        """Do what one word says."""
+        error = message.error()
+        if error:
+            self._break(error)
+            return True
+        word = parsed(self._inbox)
+        self._heard = self.worker.receive(self._inbox, INBOX_TAG)
+        try:
+            if word.say == Say.ASK:
+                self._answer(self._reach(word.address), word)
+            elif word.say == Say.END:
+                nothing = np.zeros(END_BYTES, dtype=np.uint8)
+                self._sent.append(_Sent(self._reach(word.address).send(nothing, word.tag), None))
+            elif word.say == Say.REFUSED:
+                self._refused(word.tag)
+        except LinkError:
+            self.stats.errors += 1  # nobody to answer to
+        return True
+
+    def _refused(self, tag: int) -> None:
+        """Its receive has to end before its slot is free. It is marked before we ask for that, so that the end is never
+        taken for the batch, checksums or not."""
+        for wanted in self._posted:
+            if wanted.tag == tag and not wanted.refused:
+                wanted.refused = True
+                self._say(wanted.endpoint, Word(Say.END, wanted.key, tag, 0, self._address))
+
+    def _say(self, endpoint: Endpoint, word: Word) -> None:
+        self._said.append(endpoint.send(packed(word), INBOX_TAG))
+
+    def _reach(self, address: bytes) -> Endpoint:
+        """The endpoint to a channel of the peer: one, or two where it uses a channel for each direction."""
+        endpoint = self._endpoints.get(address)
+        if endpoint is not None:
+            return endpoint
+        if len(self._endpoints) >= MAX_ENDPOINTS:
+            raise LinkError(f"the peer names more than {MAX_ENDPOINTS} channels of its own")
+        try:
+            endpoint = self.worker.connect(unsealed(address))
+        except Exception as error:  # noqa: BLE001 - each binding has its own exceptions
+            raise LinkError(f"the peer's channel can't be reached: {error}") from None
+        self._endpoints[address] = endpoint
+        return endpoint
+
+    def progress(self) -> bool:
+        """Move messages on; True if anything ended or was begun."""
+        self.worker.progress()
+        if not self.closed:
+            return self._advance()
+        self._end()
+        return False
+
+    def close(self) -> None:
+        self._patient_until = 0.0
+        self._shut()
+
+    def give_up(self) -> None:
+        if not self.closed:
+            self._patient_until = time.monotonic() + PATIENCE_S
+        self._shut()
+
+    def _shut(self) -> None:
+        if not self.closed:
+            self._break("the channel is closed")
+            self.closed = True
+        self._end()
+
+    def _disconnect(self) -> None:
+        for endpoint in self._endpoints.values():
+            try:
+                endpoint.close()
+            except Exception:  # noqa: BLE001 - each binding has its own exceptions
+                self.stats.errors += 1
+        self._endpoints.clear()
+        self._end_by = time.monotonic() + CLOSE_S
+
+    def _end(self) -> None:
+        """Let go of the worker once no message holds a slot any more: at once, as a rule, else at a deadline. With its
+        worker, a message that did not end is destroyed; nothing reads or writes its slot after that. A kernel that
+        writes pages can't be called back, only waited for."""
+        self._fail_all()
+        if self.ended:
+            return
+        if self._endpoints and not ((self._posted or self._sent) and time.monotonic() < self._patient_until):
+            self._disconnect()
+            self._fail_all()
+        if self._endpoints or self._placing or ((self._posted or self._sent) and time.monotonic() < self._end_by):
+            return
+        self._link.forget(self.worker)
+        self.worker.close()
+        self.ended = True
+        posted, sent = self._posted, self._sent
+        self._posted, self._sent, self._said, self._heard = [], [], [], None
+        for wanted in posted:
+            wanted.request = None
+            self._memory.receiving.give_back(wanted.slot)
+        for message in sent:
+            if message.offered is not None:
+                self._let_go(message.offered, f"link: {self._broken}")
+
+    def _break(self, reason: str) -> None:
+        if not self._broken:
+            self._broken = reason
+            self.stats.errors += 1
+
+    def _fail_all(self) -> bool:
+        """The peer is gone: end all work with an error. Slots of messages that UCX still holds stay with them."""
+        error = f"link: {self._broken}"
+        self._places_done()
+        held = {id(sent.offered) for sent in self._sent if not sent.request.completed}
+        owed = bool(self._offered or self._queue)
+        for offered in self._offered.values():
+            if id(offered) not in held:
+                self._let_go(offered, error)
+            elif offered.done is not None:
+                call(offered.done, error)
+                offered.done = None
+        self._offered.clear()
+        for sent in self._sent:
+            if sent.request.completed and sent.offered is not None:
+                self._let_go(sent.offered, error)
+        self._sent = [sent for sent in self._sent if not sent.request.completed]
+        for wanted in (*self._posted, *self._queue):
+            if wanted.done is not None and wanted not in self._reporting:
+                owed = True
+                self._report(wanted, error)
+        self._queue.clear()
+        ended = [wanted for wanted in self._posted if wanted.request is None or wanted.request.completed]
+        self._posted = [wanted for wanted in self._posted if wanted not in ended]
+        for wanted in ended:
+            self._memory.receiving.give_back(wanted.slot)
+        return owed
+
+    def _check_open(self) -> None:
+        if self._broken:
+            raise LinkError(self._broken)

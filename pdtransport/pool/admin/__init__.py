@@ -1,0 +1,1 @@
+"""Contents, pins, moves between tiers, clearing: from Python and over HTTP."""

@@ -1,0 +1,167 @@
+"""What the HTTP API can be asked, and its description. One source: what is described is what is accepted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from pdtransport.kv.keys import KEY_BYTES, MAX_TOKEN
+from pdtransport.pool.admin.pool_admin import Chosen
+from pdtransport.pool.admin.prompts import MAX_TOKENS, Prompt
+from pdtransport.pool.messages import MAX_PIN_S, TENANT
+from pdtransport.serving.errors import ApiError
+from pdtransport.serving.openapi import as_json, document, got, key_scheme, query, refused, wanting
+from pdtransport.settings import MAX_SALT, one_line
+
+MAX_LISTED_KEYS = 1 << 18
+
+Key = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * KEY_BYTES}}}$")]
+
+
+def _integers(tokens: Any) -> Any:
+    """For JSON, 1.0 is an integer."""
+    if not isinstance(tokens, list):
+        return tokens
+    return [int(each) if type(each) is float and each.is_integer() else each for each in tokens]
+
+
+Tokens = Annotated[
+    list[Annotated[int, Field(ge=0, le=MAX_TOKEN)]],
+    Field(min_length=1, max_length=MAX_TOKENS),
+    BeforeValidator(_integers),
+]
+Text = Annotated[str, Field(max_length=MAX_SALT)]
+
+# Defaults are not validated, so that an explicit null is refused, as the description says.
+_NO_TOKENS: Any = None
+_NO_NUMBER: Any = None
+
+
+class LookupWish(BaseModel):
+    """Whose chunks: those of a prompt."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tokens: Tokens = Field(description="The prompt's token ids.")
+    model: Text = Field("", description="By any of its names, where engines of several models use the pool.")
+    salt: Text = Field("", description="The engines' pool.salt.")
+    cache_salt: Text = Field("", description="The request's.")
+
+    def prompt(self) -> Prompt:
+        return Prompt(self.tokens, self.model or None, self.salt, self.cache_salt)
+
+
+class Wish(LookupWish):
+    """Which chunks: exactly one of ``tokens``, ``keys``, ``all`` and ``tenant``."""
+
+    tokens: Tokens = Field(_NO_TOKENS, description="Chunks of the prompt with these token ids.")
+    keys: Annotated[list[Key], Field(min_length=1, max_length=MAX_LISTED_KEYS)] = Field(
+        _NO_TOKENS, description="Chunks with these keys."
+    )
+    all: Literal[True] = Field(_NO_TOKENS, description="All chunks.")
+    tenant: Annotated[str, Field(pattern=TENANT)] = Field(
+        _NO_TOKENS, description='All of this tenant, which has a quota; "": of all others.'
+    )
+
+    def chosen(self) -> Chosen | None:
+        """None: those of :meth:`prompt`."""
+        if self.keys is not None:
+            return Chosen(tuple(map(bytes.fromhex, self.keys)))
+        if self.tenant is not None:
+            return Chosen(tenant=self.tenant)
+        return Chosen() if self.all else None
+
+
+class PinWish(Wish):
+    pin: Literal["hard", "soft"] = Field("hard", description="soft: only as long as anything else can go.")
+    for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] = Field(_NO_NUMBER, description="The pin ends then by itself.")
+
+
+class MoveWish(Wish):
+    to: Annotated[str, Field(pattern="^[a-z0-9]{1,64}$")] = Field(
+        description="A tier; below: drop from memory what any tier below it has."
+    )
+
+
+ONE_OF = ("tokens", "keys", "all", "tenant")
+ACTIONS: dict[str, tuple[type[Wish], str]] = {
+    "pin": (PinWish, "Keep chunks in memory."),
+    "unpin": (Wish, "Keep chunks in memory no longer."),
+    "prefetch": (Wish, "Bring chunks up into memory."),
+    "move": (MoveWish, "Have chunks in another tier, and not in memory."),
+    "clear": (Wish, "Forget chunks in all tiers."),
+    "compress": (Wish, "Write chunks again to tiers that got a codec since."),
+}
+
+AnyWish = TypeVar("AnyWish", bound=LookupWish)
+
+
+def parse(raw: bytes, kind: type[AnyWish]) -> AnyWish:
+    """A request's body.
+
+    Raises:
+        ApiError: 400, it is no JSON or not such a wish; one line says where.
+    """
+    try:
+        wish = kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise ApiError(400, one_line(error), code="bad_wish") from None
+    if issubclass(kind, Wish) and sum(name in wish.model_fields_set for name in ONE_OF) != 1:
+        raise ApiError(400, f"exactly one of {', '.join(ONE_OF)} says which chunks", code="bad_wish")
+    return wish
+
+
+def describe() -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    key, count = wanting("key"), {"type": "integer", "minimum": 0}
+    refusals = {
+        "401": refused("No key."),
+        "4XX": refused(),
+        "503": refused("Too much is under way, or the pool does not answer.", retry=True),
+        "5XX": refused(),
+    }
+    rows: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
+    state = as_json({"type": "object", "required": ["name", "memory", "tiers", "held", "hits"]})
+    spaces = as_json({"type": "object", "required": ["spaces"], "properties": {"spaces": rows}})
+    chunks = as_json(
+        {"type": "object", "required": ["chunks", "next"], "properties": {"chunks": rows, "next": {"type": "integer"}}}
+    )
+    found = as_json({"type": "object", "required": ["found"], "properties": {"found": rows}})
+    done = as_json({"type": "object", "required": ["done", "of"], "properties": {"done": count, "of": count}})
+    paths: dict[str, Any] = {
+        "/openapi.json": {"get": got("openapi", "This description.", as_json({"type": "object"}))},
+        "/health": {"get": got("health", "Whether the pool answers.", as_json({"type": "object"}))},
+        "/pool/status": {"get": got("status", "Sizes, contents and hit rates by tier and tenant.", state)},
+        "/pool/spaces": {"get": got("spaces", "Which engines' keys the pool knows.", spaces)},
+        "/pool/chunks": {"get": got("chunks", "Chunks, a slice at a time.", chunks)},
+        "/pool/lookup": {
+            "post": _posted("lookup", "How many chunks of a prompt are there, and where.", found, LookupWish)
+        },
+        "/pool/hint": {
+            "post": _posted("hint", "A request comes: begin to bring its chunks up, and don't wait.", done, LookupWish)
+        },
+    }
+    paths["/pool/chunks"]["get"]["parameters"] = [
+        query("first", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "Where to go on: next of the last."),
+        query("tenant", {"type": "string", "pattern": TENANT}, 'Only of this tenant; "": of those without a quota.'),
+    ]
+    for name, (kind, text) in ACTIONS.items():
+        paths[f"/pool/{name}"] = {"post": _posted(name, text, done, kind)}
+    for path, by_method in paths.items():
+        for operation in by_method.values():
+            operation["responses"] |= refusals if path.startswith("/pool/") else {"503": refused()}
+            operation |= key if path.startswith("/pool/") else {}
+    schemes = {"key": key_scheme("A key of the file that --http-key-file names.")}
+    return document("pdpool", "What a pool of KV chunks holds, and where it keeps it.", paths, schemes)
+
+
+def _posted(name: str, text: str, answer: dict[str, Any], kind: type[LookupWish]) -> dict[str, Any]:
+    schema = kind.model_json_schema()
+    for described in schema["properties"].values():
+        if described.get("default", 0) is None:
+            del described["default"]
+    if issubclass(kind, Wish):
+        schema["oneOf"] = [{"required": [each]} for each in ONE_OF]
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {**got(name, text, answer), "requestBody": body}

@@ -1,0 +1,358 @@
+"""Administration of a running pool, from any client: contents, pins, moves between tiers, clearing.
+
+All calls wait for their end. They ask in slices, so that no reader waits for them, and leave nothing half done that
+matters when they stop in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pdtransport.errors import PDTransportError
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool import messages as say
+from pdtransport.pool.client.pool_client import PoolClient
+from pdtransport.pool.core.index import MEMORY
+from pdtransport.pool.core.key_spaces import Space, parse_spaces
+from pdtransport.pool.server.admin_requests import COMING, HARD_PIN, PLAIN, SOFT_PIN, USED, WRITING
+
+STEP_S = 0.005  # between looks at work under way
+STUCK_S = 60.0  # a tier that brought nothing in this time is given up
+MAX_BACKLOG = 4096  # jobs that wait for tiers; while there are more, no more are made
+WINDOW_BYTES = 64 << 20  # chunks on their way between tiers for one call
+BELOW = "below"  # where chunks that leave memory are: any tier that has them
+
+
+class AdminError(PDTransportError):
+    """It can't be done; one line says why."""
+
+
+class Stopped(AdminError):
+    """Whoever asked does not want it any more."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk is: in these ``tiers``, fastest first; empty: it is not there."""
+
+    key: bytes
+    tiers: tuple[str, ...]
+    nbytes: int
+    pin: Literal["none", "soft", "hard"]
+    used: bool  # a client reads or writes it
+    flags: int
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "key": self.key.hex(),
+            "tiers": list(self.tiers),
+            "bytes": self.nbytes,
+            "pin": self.pin,
+            "used": self.used,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """It is so for ``done`` chunks of the ``of`` that are in the pool."""
+
+    done: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Chunks: those with these ``keys``; None: all, or those of one ``tenant`` with a quota ("": all others)."""
+
+    keys: tuple[bytes, ...] | None = None
+    tenant: str | None = None
+
+
+class PoolAdmin:
+    """Of the pool that ``client`` uses.
+
+    Args:
+        stop: asked often; once it says so, calls raise :class:`Stopped`.
+
+    All methods raise PoolUnavailable where there is no pool, or it says no.
+    """
+
+    def __init__(self, client: PoolClient, stop: Callable[[], bool] = lambda: False) -> None:
+        self._client, self._stop = client, stop
+        self._bits: dict[str, int] = {}  # of tiers, fastest first
+
+    # -- contents ---------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """The pool's own status, and beside it ``held`` (chunks and bytes by tier and tenant) and ``hits``."""
+        status = self._client.status().result()
+        return {**status, "held": self._held(), "hits": hit_rates(status)}
+
+    def _held(self) -> list[dict[str, Any]]:
+        held: dict[tuple[str, str], list[int]] = {}
+        first = 0
+        while first >= 0:
+            self._go_on()
+            part = self._client.count(first).result()
+            for tier, tenant, chunks, nbytes in json.loads(part.held):
+                of = held.setdefault((tier, tenant), [0, 0])
+                of[0] += chunks
+                of[1] += nbytes
+            first = part.next
+        rows = sorted(held.items(), key=lambda item: (self.tier_names.index(item[0][0]), item[0][1]))
+        return [{"tier": tier, "tenant": tenant, "chunks": n[0], "bytes": n[1]} for (tier, tenant), n in rows]
+
+    @property
+    def tier_names(self) -> list[str]:
+        """Fastest first."""
+        return list(self._tiers())
+
+    def spaces(self) -> list[Space]:
+        """What engines told of their keys, the last one first."""
+        return parse_spaces(self._client.spaces().result())
+
+    def look(self, keys: Sequence[bytes]) -> list[Place]:
+        """Where these chunks are."""
+        found: list[Place] = []
+        for some in _cut(keys, say.MAX_KEYS):
+            self._go_on()
+            found += self._places(self._client.look(some).result())
+        return found
+
+    def sweep(self, tenant: str | None = None) -> Iterator[list[Place]]:
+        """All chunks, or one tenant's, in slices; those that come meanwhile may be missing.
+
+        Raises:
+            AdminError: that can't be a tenant.
+        """
+        if tenant is not None and not re.fullmatch(say.TENANT, tenant):
+            raise AdminError(f"{tenant[:80]!r} is no name of a tenant")
+        first = 0
+        while first >= 0:
+            self._go_on()
+            places, first = self.some(first, tenant)
+            yield places
+            while self._client.look(()).result().backlog > MAX_BACKLOG:
+                self._pause()
+
+    def some(self, first: int, tenant: str | None = None) -> tuple[list[Place], int]:
+        """One slice of a sweep from place ``first`` on, and where the next one begins (-1: that was all)."""
+        part = self._client.look(None, first, tenant=tenant).result()
+        return self._places(part), part.next
+
+    def _places(self, part: say.Looked) -> list[Place]:
+        bits = self._tiers()
+        sizes = np.frombuffer(part.sizes, dtype="<u4").tolist()
+        rows = zip(sizes, part.tiers, part.flags, strict=True)
+        return [
+            Place(
+                part.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)],
+                tuple(name for name, bit in bits.items() if tiers & bit),
+                nbytes,
+                "hard" if flags & HARD_PIN else "soft" if flags & SOFT_PIN else "none",
+                bool(flags & USED),
+                flags,
+            )
+            for i, (nbytes, tiers, flags) in enumerate(rows)
+        ]
+
+    def _tiers(self) -> dict[str, int]:
+        if not self._bits:
+            found = self._client.status().result()["tiers"]
+            self._bits = {"memory": MEMORY, **{name: tier["bit"] for name, tier in found.items()}}
+        return self._bits
+
+    def _chosen(self, chosen: Chosen) -> Iterator[list[Place]]:
+        """Those that are there."""
+        slices: Iterable[list[Place]] = self.sweep(chosen.tenant)
+        if chosen.keys is not None:
+            slices = (self.look(some) for some in _cut(chosen.keys, say.MAX_KEYS))
+        for some in slices:
+            yield [place for place in some if place.tiers]
+
+    # -- what is done about chunks ----------------------------------------------------------------------------------
+
+    def pin(self, chosen: Chosen, pin: Literal["none", "soft", "hard"], for_s: float | None = None) -> Outcome:
+        """Keep these chunks in memory, for a time; "none": no longer. Those in tiers below are brought up first. Hard
+        pins take half of the memory at most."""
+        if pin != "none":
+            self.prefetch(chosen)
+        done = of = 0
+        for places in self._chosen(chosen):
+            of += len(places)
+            for some in _cut([place.key for place in places], say.MAX_MANAGED):
+                self._go_on()
+                done += self._client.manage(some, "pin", pin=pin, for_s=for_s).result()
+        return Outcome(done, of)
+
+    def drop(self, chosen: Chosen) -> Outcome:
+        """Forget these chunks in all tiers, pinned ones too. A client that reads one keeps its bytes to the end."""
+        done = of = 0
+        for places in self._chosen(chosen):
+            of += len(places)
+            for some in _cut([place.key for place in places], say.MAX_MANAGED):
+                self._go_on()
+                done += self._client.manage(some, "drop").result()
+        return Outcome(done, of)
+
+    def clear(self, tenant: str | None = None) -> Outcome:
+        """Forget all chunks, or those of one tenant with a quota ("": of all others)."""
+        return self.drop(Chosen(tenant=tenant))
+
+    def prefetch(self, chosen: Chosen) -> Outcome:
+        """Bring these chunks into memory; more than fit push one another out."""
+        return self._in_windows(chosen, self._bring_up)
+
+    def move(self, chosen: Chosen, to: str) -> Outcome:
+        """Have these chunks in tier ``to`` and not in memory; ``to`` memory: as :meth:`prefetch`; "below": drop from
+        memory those that a tier below has. What is pinned or in use stays in memory.
+
+        Raises:
+            AdminError: there is no such tier.
+        """
+        if to == "memory":
+            return self.prefetch(chosen)
+        if to != BELOW and to not in self._tiers():
+            raise AdminError(f"no tier {to!r} in this pool; there are: {', '.join([*self.tier_names, BELOW])}")
+        return self._in_windows(chosen, lambda places: self._push_down(places, to))
+
+    def compress(self, chosen: Chosen) -> Outcome:
+        """Write these chunks again to tiers that have a codec now and hold them unpacked. Those that it does not make
+        shorter stay as they are.
+
+        Raises:
+            AdminError: no tier has a codec.
+        """
+        tiers = self._client.status().result()["tiers"]
+        packing = [name for name, tier in tiers.items() if tier["packs"]]
+        if not packing:
+            raise AdminError("no tier of this pool has a codec: start it with one, such as --disk-codec zstd")
+        return self._in_windows(chosen, lambda places: self._pack(places, packing))
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def _in_windows(self, chosen: Chosen, step: Callable[[list[Place]], int]) -> Outcome:
+        """``step`` in turn for as many chunks as may be on their way at one time; it returns for how many it is so."""
+        status = self._client.status().result()
+        room = max(1, min(WINDOW_BYTES, status["memory"]["bytes"] // 8, status["writeback_limit"] or 1))
+        done = of = 0
+        for places in self._chosen(chosen):
+            of += len(places)
+            while places:
+                count = size = 0
+                while count < min(len(places), say.MAX_MANAGED) and (not count or size + places[count].nbytes <= room):
+                    size += places[count].nbytes
+                    count += 1
+                done += step(places[:count])
+                places = places[count:]
+        return Outcome(done, of)
+
+    def hint(self, keys: Sequence[bytes]) -> int:
+        """Begin to bring up these chunks of a prompt, which are below memory; returns how many that is. It is not
+        waited for."""
+        begun = 0
+        for some in _cut(keys, say.MAX_MANAGED):
+            count = self._client.manage(some, "hint").result()
+            begun += count
+            if count < len(some):
+                break
+        return begun
+
+    def _bring_up(self, places: list[Place]) -> int:
+        return sum("memory" in place.tiers for place in self._fetch(places))
+
+    def _fetch(self, places: list[Place]) -> list[Place]:
+        below = [place.key for place in places if "memory" not in place.tiers]
+        if below:
+            self._client.manage(below, "fetch").result()
+        return self._settled(places)
+
+    def _write(self, keys: list[bytes], tier: str, again: bool = False) -> None:
+        """As the tier has room for what waits."""
+        if keys:
+            self._client.manage(keys, "write", tier=tier, again=again).result()
+
+    def _push_down(self, places: list[Place], to: str) -> int:
+        if to != BELOW:
+            lacking = [place for place in places if to not in place.tiers]
+            up = [place.key for place in self._fetch(lacking) if "memory" in place.tiers] if lacking else []
+            self._write(up, to)
+            places = self._settled(places)
+        there = [place.key for place in places if to in place.tiers or (to == BELOW and len(place.tiers) > 1)]
+        if there:
+            self._client.manage(there, "leave").result()
+        after = self.look([place.key for place in places])
+        return sum("memory" not in place.tiers and (to in place.tiers or to == BELOW) for place in after)
+
+    def _pack(self, places: list[Place], tiers: list[str]) -> int:
+        plain = [place for place in places if place.flags & PLAIN and set(tiers) & set(place.tiers)]
+        if not plain:
+            return len([place for place in places if len(place.tiers) > 1 or "memory" not in place.tiers])
+        up = [place for place in self._fetch(plain) if "memory" in place.tiers]
+        for tier in tiers:
+            self._write([place.key for place in up if tier in place.tiers], tier, again=True)
+        self._settled(plain)
+        were_below = [place.key for place in plain if "memory" not in place.tiers]
+        if were_below:
+            self._client.manage(were_below, "leave").result()
+        after = self.look([place.key for place in places])
+        return sum(place.tiers not in ((), ("memory",)) and not place.flags & PLAIN for place in after)
+
+    def _settled(self, places: list[Place]) -> list[Place]:
+        """The same, once nothing is on its way.
+
+        Raises:
+            AdminError: a tier does nothing.
+        """
+        keys, last, since = [place.key for place in places], -1, time.monotonic()
+        while True:
+            found = self.look(keys)
+            under_way = sum(bool(place.flags & (COMING | WRITING)) for place in found)
+            if not under_way:
+                return found
+            if under_way != last:
+                last, since = under_way, time.monotonic()
+            elif time.monotonic() - since > STUCK_S:
+                raise AdminError(f"{under_way} chunks are on their way for {STUCK_S:g} s: does a tier hang?")
+            self._pause()
+
+    def _pause(self) -> None:
+        self._go_on()
+        time.sleep(STEP_S)
+
+    def _go_on(self) -> None:
+        if self._stop():
+            raise Stopped("stopped")
+
+
+def hit_rates(status: dict[str, Any]) -> dict[str, Any]:
+    """Shares between 0 and 1, None where nothing was asked yet: of keys that were looked up, and of chunks that were
+    loaded, by where they were."""
+    counters: dict[str, int] = status["counters"]
+    of_loads = {name: counters.get(f"{name}_hits", 0) for name in ("memory", *status["tiers"], "waited")}
+    of_loads["missed"] = counters.get("miss", 0)
+    looked, loads = counters.get("lookup_keys", 0), sum(of_loads.values())
+    return {
+        "lookups": counters.get("lookups", 0),
+        "keys": looked,
+        "found": _share(counters.get("lookup_hits", 0), looked),
+        "found_in_memory": _share(counters.get("lookup_hits_memory", 0), looked),
+        "loads": loads,
+        "loaded_from": {name: {"chunks": count, "share": _share(count, loads)} for name, count in of_loads.items()},
+    }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def _cut(keys: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+    for first in range(0, len(keys), size):
+        yield keys[first : first + size]

@@ -1,0 +1,146 @@
+"""Which chunks of the pool belong to a prompt, and where they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdtransport.pool.admin.pool_admin import AdminError, Chosen, Outcome, PoolAdmin
+from pdtransport.pool.core.key_spaces import Space
+
+MAX_TOKENS = 1 << 22  # of a prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and whose they are. ``salt``: the engine's own (``pool.salt``); ``cache_salt``: of the request.
+    ``model``: by any of its names; None: of whichever model there is."""
+
+    tokens: Sequence[int]
+    model: str | None = None
+    salt: str = ""
+    cache_salt: str = ""
+
+    def __repr__(self) -> str:
+        return f"Prompt({len(self.tokens)} tokens)"  # neither salts nor what was asked
+
+
+@dataclass(frozen=True)
+class Found:
+    """A prompt's whole chunks, as engines of one kind cut it. ``tiers``: of each chunk, the tier that a load has to
+    wait for; "" where a part of it is not there."""
+
+    space: Space
+    tokens: int
+    tiers: tuple[str, ...]
+
+    @property
+    def there(self) -> int:
+        """Chunks from the first on: what an engine finds."""
+        return next((n for n, tier in enumerate(self.tiers) if not tier), len(self.tiers))
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "model": self.space.model,
+            "dtype": self.space.key["dtype"],
+            "codec": self.space.key.get("codec", ""),
+            "shards": len(self.space.shards),
+            "chunk_tokens": self.space.chunk_tokens,
+            "prompt_tokens": self.tokens,
+            "chunks": len(self.tiers),
+            "there": self.there,
+            "tokens_there": self.there * self.space.chunk_tokens,
+            "by_tier": dict(Counter(tier for tier in self.tiers[: self.there])),
+            "tiers": list(self.tiers),
+        }
+
+
+def spaces_for(admin: PoolAdmin, prompt: Prompt) -> list[Space]:
+    """The key spaces that the prompt may be stored under.
+
+    Raises:
+        AdminError: there are none, or a salt is missing or too much; the text says what to do.
+    """
+    known = admin.spaces()
+    if not known:
+        raise AdminError("no engine has told this pool of its keys: start one that uses it, or name chunks by key")
+    names = {space.model for space in known}
+    found = [space for space in known if prompt.model in (None, space.model, *space.served)]
+    if not found or (prompt.model is None and len(names) > 1):
+        wrong = f"no engine of model {prompt.model!r} told of its keys" if prompt.model else "there are several models"
+        raise AdminError(f"{wrong}; choose one: {', '.join(sorted(names))}")
+    fitting = [space for space in found if space.salted == bool(prompt.salt)]
+    if not fitting:
+        raise AdminError(
+            "no engine of this model has a salt: leave the salt out"
+            if prompt.salt
+            else "this model's chunks have a salt: it is in the file that the engines' pool.salt_file names"
+        )
+    return fitting
+
+
+def _parts(space: Space, prompt: Prompt) -> list[list[bytes]]:
+    if len(prompt.tokens) > MAX_TOKENS:
+        raise AdminError(f"a prompt of {len(prompt.tokens)} tokens; at most {MAX_TOKENS} are looked up")
+    try:
+        return space.parts(prompt.tokens, salt=prompt.salt, cache_salt=prompt.cache_salt)
+    except ValueError as error:
+        raise AdminError(str(error)) from None
+
+
+def find(admin: PoolAdmin, prompt: Prompt) -> list[Found]:
+    """Where the prompt's chunks are, once for each kind of engines.
+
+    Raises:
+        AdminError: as :func:`spaces_for`.
+    """
+    found = []
+    for space in spaces_for(admin, prompt):
+        parts = _parts(space, prompt)
+        places = iter(admin.look([key for chunk in parts for key in chunk]))
+        order = admin.tier_names
+        tiers = []
+        for chunk in parts:
+            fastest = [place.tiers[0] if place.tiers else "" for place in (next(places) for _ in chunk)]
+            tiers.append("" if "" in fastest else max(fastest, key=order.index))
+        found.append(Found(space, len(prompt.tokens), tuple(tiers)))
+    return found
+
+
+def hint(admin: PoolAdmin, prompt: Prompt) -> Outcome:
+    """A request with this prompt is on its way: begin to bring up what it will load. ``of``: parts of chunks that it
+    will load and that are below memory; ``done``: those that come up now, which is not waited for.
+
+    Raises:
+        AdminError: as :func:`spaces_for`.
+    """
+    begun = of = 0
+    for space in spaces_for(admin, prompt):
+        parts = _parts(space, prompt)
+        places = iter(admin.look([key for chunk in parts for key in chunk]))
+        below: list[bytes] = []
+        for chunk in parts:
+            found = [next(places) for _ in chunk]
+            if not all(place.tiers for place in found):
+                break
+            below += [place.key for place in found if "memory" not in place.tiers]
+        of += len(below)
+        begun += admin.hint(below)
+    return Outcome(begun, of)
+
+
+def chunks_of(admin: PoolAdmin, prompt: Prompt) -> Chosen:
+    """All parts of the prompt's whole chunks.
+
+    Raises:
+        AdminError: as :func:`spaces_for`; the prompt has no whole chunk.
+    """
+    spaces = spaces_for(admin, prompt)
+    keys = [key for space in spaces for chunk in _parts(space, prompt) for key in chunk]
+    if not keys:
+        raise AdminError(
+            f"the prompt has {len(prompt.tokens)} tokens and a chunk {spaces[0].chunk_tokens}: it has no whole chunk"
+        )
+    return Chosen(tuple(dict.fromkeys(keys)))

@@ -1,0 +1,1 @@
+"""The pool from the side of an engine on this host."""

@@ -1,0 +1,259 @@
+"""One store or load of a client: ask for windows of chunks, copy what is granted, publish or verify, let go.
+
+Runs in a thread of the client's; the bytes go straight between the caller's memory and the pool's, in one pass that
+also takes the checksums where they arrive.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pdtransport.errors import PoolUnavailable
+from pdtransport.kernels.reference import Checksums
+from pdtransport.pool import messages as say
+from pdtransport.pool.client.copiers import Copier, UnderWay
+from pdtransport.pool.client.local_wire import Session
+from pdtransport.pool.core.chunks import Chunks, Codes, Granted, Heard, Numbers
+from pdtransport.pool.core.frames import frame_runs
+from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.tiers.codecs import Lossy
+from pdtransport.protocol.messages import Message
+
+WINDOWS = 3  # that fit what an operation may hold: while one is copied, the next are being granted
+LOOK_S = 0.0001  # between looks at a copy under way while answers are awaited, too
+
+
+@dataclass
+class Window:
+    """A stretch ``first .. last`` of the operation's chunks, under one request."""
+
+    number: int
+    first: int
+    last: int
+    nbytes: int
+    unanswered: int
+    copying: int = 0  # batches
+    published: deque[Numbers] = field(default_factory=deque)  # told and not yet confirmed, by message
+
+
+@dataclass
+class Batch:
+    """Chunks whose copy is under way."""
+
+    window: Window
+    chunks: Granted
+    session: Session
+    copy: UnderWay
+
+
+@dataclass
+class Operation:
+    """What is to be done, and how to talk: ``ask`` a numbered message, the answers to which come through ``heard``;
+    ``tell`` one; ``forget`` a number, and with True, cancel it."""
+
+    storing: bool
+    keys: Sequence[bytes]
+    chunks: Chunks
+    window_bytes: Callable[[int], tuple[int, int]]  # at most so many -> of one, of all; may raise PoolUnavailable
+    number: Callable[[], int]
+    ask: Callable[[Message, int], None]
+    tell: Callable[[Session, Message], None]
+    forget: Callable[[int, bool], None]
+    after: Any | None = None  # an event, behind which a GPU's memory may be used
+    lossy: Lossy | None = None  # how what is stored may be packed below memory
+    heard: queue.SimpleQueue[Told] = field(default_factory=queue.SimpleQueue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    _claim: threading.Lock = field(default_factory=threading.Lock)
+
+    def claim(self) -> bool:
+        """Whether it is the caller's to end, which only one can: who runs it, or who gives it up."""
+        return self._claim.acquire(blocking=False)
+
+    def cancel(self) -> None:
+        """Stop soon."""
+        self.cancelled.set()
+        self.heard.put((0, None, None))
+
+
+Told = tuple[int, Session | None, "say.FromPool | PoolUnavailable | None"]
+
+
+class Copying:
+    """Runs an operation. ``verdicts`` has a code for each key, whatever happens."""
+
+    def __init__(self, operation: Operation, copier: Copier) -> None:
+        self._do, self._copier = operation, copier
+        self._under_way: deque[Batch] = deque()
+        self.sizes = operation.chunks.sizes
+        self._ends = np.cumsum(self.sizes)
+        self.verdicts: Codes = np.full(len(operation.keys), Verdict.LOST, dtype=np.uint8)
+        self.damaged = 0
+        self.error = ""
+        self._windows: dict[int, Window] = {}
+        self._session: Session | None = None
+        self._budget = 0  # bytes of all windows that are open
+        self._stretches: Iterator[tuple[int, int]] = iter(())
+        self._next: tuple[int, int] | None = None  # of the window to be opened next
+
+    def run(self) -> None:
+        """To the end, or until the deadline, the end of the service, or a cancellation; then nothing of the caller's
+        memory or the pool's is touched any more."""
+        if self._do.cancelled.is_set():
+            return
+        try:
+            window_bytes, self._budget = self._do.window_bytes(self._copier.window_bytes)
+            self._stretches = self._cut(window_bytes)
+            self._open_more(1)
+            time.sleep(LOOK_S)  # the I/O thread sends it, instead of waiting for this one to make the next
+            self._open_more(2)  # the rest when the first is answered, which would else be heard later
+            while self._windows and not self._do.cancelled.is_set():
+                self._step()
+                if not self._do.cancelled.is_set():  # or a grant that was passed over would look done
+                    self._tidy()
+        except PoolUnavailable as error:
+            self.error = str(error)
+        finally:
+            for batch in self._under_way:
+                with suppress(PoolUnavailable):
+                    batch.copy.wait()
+            for number in self._windows:
+                self._do.forget(number, True)
+            if self._session is not None:
+                self._session.leave()
+
+    def _step(self) -> None:
+        """Hear one message, or finish the copy that ends next, whichever comes first: a grant that lay there until a
+        copy's end would leave the GPU without work."""
+        heard = self._do.heard
+        if not self._under_way or not heard.empty():
+            self._hear(*heard.get())
+        elif not any(window.unanswered for window in self._windows.values()) or self._under_way[0].copy.done():
+            self._finish(self._under_way.popleft())
+        else:
+            with suppress(queue.Empty):
+                self._hear(*heard.get(timeout=LOOK_S))
+
+    def _tidy(self) -> None:
+        """Close windows of which all is done, and open others."""
+        for number, window in list(self._windows.items()):
+            if not (window.unanswered or window.copying or window.published):
+                del self._windows[number]
+                self._do.forget(number, False)
+        self._open_more()
+
+    def _open_more(self, most: int | None = None) -> None:
+        """As many as can be answered meanwhile, and fit what this operation may hold together."""
+        most = self._copier.ahead if most is None else most
+        while sum(window.unanswered > 0 for window in self._windows.values()) < most:
+            self._next = self._next or next(self._stretches, None)
+            if self._next is None:
+                return
+            held = sum(window.nbytes for window in self._windows.values())
+            if self._windows and held + self._bytes(*self._next) > self._budget:
+                return
+            self._open(*self._next)
+            self._next = None
+
+    def _bytes(self, first: int, last: int) -> int:
+        """Of these chunks."""
+        return int(self._ends[last - 1]) - (int(self._ends[first - 1]) if first else 0)
+
+    def _cut(self, window_bytes: int) -> Iterator[tuple[int, int]]:
+        """Windows of at most so many bytes and keys; a larger chunk has one of its own."""
+        count, first = len(self.sizes), 0
+        while first < count:
+            before = int(self._ends[first - 1]) if first else 0
+            nbytes = min(window_bytes, max(self._copier.first_bytes, 2 * before))
+            last = int(np.searchsorted(self._ends, before + nbytes, side="right"))
+            last = min(max(last, first + 1), first + say.MAX_KEYS)
+            yield first, last
+            first = last
+
+    def _open(self, first: int, last: int) -> None:
+        number = self._do.number()
+        keys = b"".join(self._do.keys[first:last])
+        sizes = self.sizes[first:last].astype("<u4").tobytes()
+        self._windows[number] = Window(number, first, last, self._bytes(first, last), last - first)
+        codec, grid = self._do.lossy or ("", None)
+        if self._do.storing:
+            self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
+        else:
+            self._do.ask(say.Load(request=number, keys=keys, sizes=sizes), number)
+
+    def _hear(self, number: int, session: Session | None, message: say.FromPool | PoolUnavailable | None) -> None:
+        if isinstance(message, PoolUnavailable):
+            raise message
+        window = self._windows.get(number)
+        if window is None or session is None:
+            return
+        if self._session is None and session.enter():
+            self._session = session
+        if session is not self._session:  # frames of another run of the service are not these
+            raise PoolUnavailable("the pool ended meanwhile")
+        if isinstance(message, say.Answer):
+            self._on_answer(window, message, session)
+        elif isinstance(message, say.Done):
+            self._on_done(window, message)
+
+    def _on_answer(self, window: Window, answer: say.Answer, session: Session) -> None:
+        heard = Heard.of(answer, self.sizes[window.first : window.last], session.frame_bytes)
+        window.unanswered -= len(heard.places)
+        granted = (heard.codes == Verdict.WRITE) | (heard.codes == Verdict.READ)
+        self.verdicts[window.first + heard.places[~granted]] = heard.codes[~granted]
+        for batch in heard.granted.batches(self._copier.batch_bytes):
+            if self._do.cancelled.is_set():
+                return
+            self._begin(window, batch, session)
+            while len(self._under_way) >= self._copier.depth:
+                self._finish(self._under_way.popleft())
+
+    def _begin(self, window: Window, chunks: Granted, session: Session) -> None:
+        """Begin to copy a batch between the caller's memory and the pool's."""
+        assert session.mapping is not None
+        ours = self._do.chunks.runs(window.first + chunks.places)
+        theirs = frame_runs(session.mapping.address, chunks.frames, session.frame_bytes, chunks.sizes)
+        copy = self._copier.begin(
+            ours, theirs, len(chunks.places), storing=self._do.storing, mapping=session.mapping, after=self._do.after
+        )
+        window.copying += 1
+        self._under_way.append(Batch(window, chunks, session, copy))
+
+    def _finish(self, batch: Batch) -> None:
+        checksums = batch.copy.wait()
+        batch.window.copying -= 1
+        (self._fill if self._do.storing else self._take)(batch.window, batch.chunks, batch.session, checksums)
+
+    def _fill(self, window: Window, chunks: Granted, session: Session, checksums: Checksums) -> None:
+        window.published.append(chunks.places)
+        words = checksums.astype("<u8").tobytes()
+        self._do.tell(session, say.Publish(request=window.number, indices=_indices(chunks), checksums=words))
+
+    def _on_done(self, window: Window, done: say.Done) -> None:
+        """Chunks were published; Done messages come in the order of our Publish messages."""
+        if not window.published:
+            return  # about a damaged chunk
+        places = window.published.popleft()
+        if done.count != len(places):
+            raise PoolUnavailable("the pool did not take what was written")
+        self.verdicts[window.first + places] = Verdict.WRITE
+
+    def _take(self, window: Window, chunks: Granted, session: Session, checksums: Checksums) -> None:
+        good = checksums == chunks.checksums
+        self.verdicts[window.first + chunks.places] = np.where(good, Verdict.READ, Verdict.MISS)
+        for place in chunks.places[~good].tolist():
+            self.damaged += 1
+            self._do.tell(session, say.Damaged(request=window.number, index=place))
+        self._do.tell(session, say.Release(request=window.number, indices=_indices(chunks)))
+
+
+def _indices(chunks: Granted) -> bytes:
+    return chunks.places.astype("<u4").tobytes()

@@ -1,0 +1,498 @@
+"""The life of a chunk: who may write it, who may read it, when its memory is free again. No sockets, no threads.
+
+A chunk is *invisible* while its writer fills it, *visible* once published in some tier, and its memory is given out
+again only when no reader and no writer holds it. What clients hold hangs on their requests: a request that is
+cancelled, or whose client is dead, gives all of it back. Nothing expires.
+
+Clients' answers gather in :attr:`Shelf.outbox`, work for tiers below memory in :attr:`Shelf.jobs`; whoever drives the
+shelf (:mod:`pdtransport.pool.server.service`) empties both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.core import batches
+from pdtransport.pool.core.budget import Room
+from pdtransport.pool.core.eviction import Ghosts
+from pdtransport.pool.core.frames import Frames
+from pdtransport.pool.core.index import EMPTY, FILLING, MAX_REFS, MEMORY, READY, Index, key_rows
+from pdtransport.pool.core.prefetched import SHARE, Hints
+from pdtransport.pool.core.requests import Grants, Part, Request, Verdict
+from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.pool.tiers.base import Stored
+from pdtransport.pool.tiers.codecs import Forms
+
+MAX_GHOSTS = 1 << 20  # keys that admission "twice" remembers, about 100 bytes each
+INDEX_TRIES = 64  # chunks dropped for one place in a full index
+
+
+class Shelf:
+    """All chunks of one pool.
+
+    Args:
+        frames: number of frames in the pool's memory.
+        verify: whether the bytes in an entry's frames (frames, nbytes) still have this checksum.
+        lower: tiers below memory, fastest first.
+    """
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        frames: int,
+        verify: Callable[[bytes, int, int], bool],
+        lower: Sequence[Lower] = (),
+    ) -> None:
+        self.settings = settings
+        self.index = Index(settings.max_chunks)
+        quotas = {name: limit // settings.frame_bytes for name, limit in settings.quotas.items()}
+        evicted = partial(batches.evicted, self)
+        self.room = Room(self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted)
+        self.lower = list(lower)
+        for tier in self.lower:
+            tier.attach(self.index)
+        self.jobs: deque[Job] = deque()
+        self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
+        self.outbox: dict[Request, list[Part] | Grants] = {}
+        self.counters: Counter[str] = Counter()
+        self.forms = Forms(self.counters)  # ways to pack chunks below memory, by the index's ``form``
+        self.hints = Hints(frames * settings.frame_bytes // SHARE, self.counters)
+        self._verify = verify
+        self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
+        self.waiters: dict[int, deque[tuple[Request, int]] | None] = {}  # of each entry being filled
+        self._seen = Ghosts()
+        self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
+        self.writeback_bytes = 0  # that wait or are being written, all tiers together
+
+    @property
+    def being_filled(self) -> int:
+        """Chunks on their way into memory."""
+        return len(self.waiters)
+
+    # -- what clients ask -------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: bytes) -> tuple[int, int]:
+        """How many keys from the first on are there, and how many of these are in memory."""
+        reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
+        there, in_memory = self.index.prefix(key_rows(keys), reachable, MEMORY)
+        self.counters["lookups"] += 1
+        self.counters["lookup_keys"] += len(keys) // KEY_BYTES
+        self.counters["lookup_hits"] += there
+        self.counters["lookup_hits_memory"] += in_memory
+        return there, in_memory
+
+    def store(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
+        """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""
+        entries = self.index.find(key_rows(keys))
+        if len(sizes) > 1 and batches.store(self, request, entries, keys, sizes):
+            return
+        begun: dict[bytes, int] = {}
+        for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
+            key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+            if entry >= 0 and (self.index.state[entry] == EMPTY or self.index.key(entry) != key):
+                entry = -1  # evicted by what came before it in this request
+            entry = begun.get(key, entry)
+            if entry < 0:
+                begun[key] = self._begin(request, number, key, nbytes)
+            elif self.index.nbytes[entry] != nbytes:
+                self._answer(request, Part(number, Verdict.MISMATCH))
+            elif self.index.tiers[entry]:
+                self._answer(request, Part(number, Verdict.HAVE))
+            elif self.index.state[entry] == FILLING:
+                self._wait(request, number, entry)
+            else:  # dropped, and someone still reads it
+                self._answer(request, Part(number, Verdict.BUSY))
+
+    def load(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
+        """Answer each key: READ, and the chunk is referenced; or MISS. Keys on the way into memory (a writer fills
+        them, or they come up from a tier below) are answered when they are there."""
+        entries = self.index.find(key_rows(keys))
+        if len(sizes) > 1 and batches.load(self, request, entries, sizes):
+            return
+        for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
+            if entry < 0 or not (self.index.tiers[entry] or self.index.state[entry] == FILLING):
+                self._answer(request, Part(number, Verdict.MISS))
+            elif self.index.nbytes[entry] != nbytes:
+                self._answer(request, Part(number, Verdict.MISMATCH))
+            elif self.index.state[entry] == FILLING:
+                self.counters["waited_hits"] += 1
+                self._wait(request, number, entry)
+            elif not self.index.tiers[entry] & MEMORY and self._holder(entry) is None:  # its tier is down
+                self._answer(request, Part(number, Verdict.MISS))
+            elif self.index.tiers[entry] & MEMORY:
+                self.counters["memory_hits"] += 1
+                self._grant_read(request, number, entry)
+            else:
+                self._promote(request, number, entry)
+
+    def publish(self, request: Request, written: Sequence[tuple[int, int]]) -> int:
+        """The writer filled these (index, checksum): they become visible. Returns how many did."""
+        if len(written) > 1 and batches.publish(self, request, written):
+            return len(written)
+        done = 0
+        for number, checksum in written:
+            entry = request.held.get(number)
+            if entry is None or not request.store:
+                continue
+            self._give_up(request, number)
+            self.index.checksum[entry] = checksum
+            self._in_memory(entry)
+            self.counters["stored_chunks"] += 1
+            self.counters["stored_bytes"] += self.index.nbytes[entry]
+            if self.lower:
+                self.write_back(entry)
+            done += 1
+        return done
+
+    def release(self, request: Request, numbers: Iterable[int]) -> None:
+        """The reader is done with these: its copy is committed, or it does not want them any more. From a writer:
+        it will not fill them."""
+        for number in numbers:
+            if number in request.waits:
+                self._waiting(request.waits.pop(number)).remove((request, number))
+            if number not in request.held:
+                continue
+            entry = self._give_up(request, number)
+            if request.store:
+                self._abandon(entry)
+            else:
+                self._unreference(entry)
+
+    def cancel(self, request: Request) -> None:
+        """Give back all that the request holds or waits for; whoever made it is dead or has stopped copying."""
+        self.release(request, [*request.waits, *request.held])
+        self.outbox.pop(request, None)
+
+    def damaged(self, request: Request, number: int) -> bool:
+        """A reader found that its chunk does not have its checksum. True if so: it is dropped from memory."""
+        entry = request.held.get(number)
+        if entry is None or request.store or not self.index.tiers[entry] & MEMORY:
+            return entry is not None
+        frames = self.frames_of[entry]
+        assert frames is not None
+        if self._verify(frames, self.index.nbytes[entry], self.index.checksum[entry]):
+            self.counters["damage_denied"] += 1
+            return False
+        self.counters["damaged_memory"] += 1
+        self.leave_memory(entry)
+        return True
+
+    def pin(self, keys: bytes, pin: int, until: float | None) -> int:
+        """Pin (or with NO_PIN unpin) the chunks that are in memory; returns how many. A hard pin keeps a chunk in
+        memory, a soft one as long as anything else can go. ``until``: the pin ends then by itself."""
+        done = 0
+        for entry in self.entries(keys):
+            done += entry >= 0 and bool(self.index.tiers[entry] & MEMORY) and self.room.pin(entry, pin, until)
+        return done
+
+    def drop(self, keys: bytes) -> int:
+        """Forget these chunks in every tier; returns how many there were. Readers keep what they hold until they
+        release it."""
+        done = 0
+        for entry in self.entries(keys):
+            if entry < 0 or not self.index.tiers[entry]:
+                continue
+            for tier in self.lower:
+                self._drop_from(tier, entry)
+            if self.index.tiers[entry] & MEMORY:
+                self.leave_memory(entry)
+            else:
+                self._forget_if_gone(entry)
+            done += 1
+        return done
+
+    # -- what tiers below report ------------------------------------------------------------------------------------
+
+    def written_back(self, job: WriteBack, stored: int | None) -> None:
+        """A chunk was written to a tier below, in ``stored`` bytes; None: it was not."""
+        entry, tier = job.entry, job.tier
+        self.writeback_bytes -= job.nbytes
+        tier.used -= job.reserved
+        if (left := self.being_written.pop(entry) - 1) > 0:
+            self.being_written[entry] = left
+        if stored is None:
+            self.counters[f"{tier.name}_write_failed"] += 1
+        elif not self.index.tiers[entry]:  # dropped meanwhile
+            self.jobs.append(Delete(tier, job.key, job.tenant, job.nbytes))
+        else:
+            if self.index.tiers[entry] & tier.bit:  # a scan saw it first
+                tier.leave(entry)
+            self.index.tiers[entry] |= tier.bit
+            tier.enter(entry, stored)
+            self.counters[f"{tier.name}_written_bytes"] += stored
+        self._unreference(entry)
+
+    def found_damaged(self, job: WriteBack) -> None:
+        """A chunk in memory did not have its checksum when it should be written to a tier below."""
+        self.counters["damaged_memory"] += 1
+        if self.index.tiers[job.entry] & MEMORY:
+            self.leave_memory(job.entry)
+        self.written_back(job, None)
+
+    def went_down(self, tier: Lower) -> None:
+        """A tier can't be reached: it is left alone until it is up again."""
+        if tier.up:
+            self.counters[f"{tier.name}_went_down"] += 1
+        tier.up = False
+
+    def promoted(self, job: Promote, checksum: int | None) -> None:
+        """A chunk came up from a tier below and was verified; None: it could not be read there and is dropped, unless
+        the tier is down."""
+        entry, tier = job.entry, job.tier
+        if checksum is None and tier.up:
+            self.counters[f"{tier.name}_read_failed"] += 1
+            self._drop_from(tier, entry)
+        holder = self._holder(entry)
+        if holder is None or (checksum is None and holder is tier):  # dropped meanwhile, or out of reach
+            self._abandon(entry)
+            return
+        if checksum is None:
+            self.jobs.append(replace(job, tier=holder))
+            return
+        self.counters[f"{tier.name}_read_bytes"] += self.index.nbytes[entry]
+        self.index.checksum[entry] = checksum
+        if self.index.tiers[entry] & tier.bit:
+            tier.touch(entry)
+        self._in_memory(entry)
+
+    def adopt(self, tier: Lower, found: Stored) -> bool:
+        """A chunk that lies in a tier below since an earlier run. False: there is no place for it, or it is known."""
+        entry, index = self.index.entry(found.key), self.index
+        if entry >= 0 and (index.nbytes[entry] != found.nbytes or index.tiers[entry] & tier.bit):
+            return False
+        if tier.used + found.stored > tier.limit or (entry < 0 and len(index) >= index.capacity):
+            if not tier.tier.shared:
+                self.jobs.append(Delete(tier, found.key, found.tenant, found.nbytes))
+            return False
+        if entry < 0:
+            entry = index.add(found.key)
+            index.nbytes[entry], index.state[entry] = found.nbytes, READY
+            index.group[entry] = self.room.group_of(found.tenant)
+        index.tiers[entry] |= tier.bit
+        tier.enter(entry, found.stored)
+        return True
+
+    # -- steps of a life --------------------------------------------------------------------------------------------
+
+    def _begin(self, request: Request, number: int, key: bytes, nbytes: int) -> int:
+        """Let the request write a chunk that is not there. Returns its entry, -1 if it may not."""
+        frames, refusal = None, Verdict.FULL
+        key_hash = int.from_bytes(key[:8], "little")
+        if self.settings.admission == "twice" and not self._seen.pop(key_hash):
+            self._seen.add(key_hash, min(self.index.capacity, MAX_GHOSTS))
+            refusal = Verdict.LATER
+        elif request.session.held_bytes + nbytes > self.settings.client_bytes:
+            refusal = Verdict.BUSY
+        elif self._place_in_index():
+            frames = self.room.take(nbytes, request.group)
+        if frames is None:
+            self._answer(request, Part(number, refusal))
+            return -1
+        entry = self.index.add(key)
+        self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
+        self.index.group[entry], self.index.form[entry] = request.group, request.form
+        self.frames_of[entry] = frames
+        self.waiters[entry] = None
+        self._grant_write(request, number, entry)
+        return entry
+
+    def _place_in_index(self) -> bool:
+        """Make sure of room for one more entry."""
+        for _ in range(INDEX_TRIES):
+            if len(self.index) < self.index.capacity:
+                return True
+            victim = next((tier for tier in reversed(self.lower) if len(tier)), None)
+            if victim is not None:
+                self._drop_coldest(victim)
+            elif not self.room.evict_one():
+                return False
+        return len(self.index) < self.index.capacity
+
+    def _grant_write(self, request: Request, number: int, entry: int) -> None:
+        frames = self.frames_of[entry]
+        assert frames is not None
+        request.held[number] = entry
+        request.session.held_bytes += self.index.nbytes[entry]
+        self._answer(request, Part(number, Verdict.WRITE, 0, frames))
+
+    def _grant_read(self, request: Request, number: int, entry: int) -> None:
+        nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
+        assert frames is not None
+        if request.session.held_bytes + nbytes > self.settings.client_bytes or self.index.refs[entry] == MAX_REFS:
+            self._answer(request, Part(number, Verdict.BUSY))
+            return
+        self.index.refs[entry] += 1
+        request.held[number] = entry
+        request.session.held_bytes += nbytes
+        self.room.touch(entry)
+        self.hints.loaded(entry)
+        self.counters["loaded_chunks"] += 1
+        self.counters["loaded_bytes"] += nbytes
+        self._answer(request, Part(number, Verdict.READ, self.index.checksum[entry], frames))
+
+    def _wait(self, request: Request, number: int, entry: int) -> None:
+        request.waits[number] = entry
+        self._waiting(entry).append((request, number))
+
+    def _waiting(self, entry: int) -> deque[tuple[Request, int]]:
+        waiting = self.waiters[entry]
+        if waiting is None:  # most entries never have one
+            waiting = self.waiters[entry] = deque()
+        return waiting
+
+    def _give_up(self, request: Request, number: int) -> int:
+        entry = request.held.pop(number)
+        request.session.held_bytes -= self.index.nbytes[entry]
+        return entry
+
+    def _in_memory(self, entry: int) -> None:
+        """Its bytes are complete and verified: visible, and everyone who waited is served."""
+        self.index.state[entry] = READY
+        self.index.tiers[entry] |= MEMORY
+        self.room.enter(entry)
+        self.serve(entry, self.waiters.pop(entry))
+
+    def serve(self, entry: int, waiting: Iterable[tuple[Request, int]] | None) -> None:
+        """Answer those who waited for it."""
+        for request, number in waiting or ():
+            del request.waits[number]
+            if request.store:
+                self._answer(request, Part(number, Verdict.HAVE))
+            else:
+                self._grant_read(request, number, entry)
+
+    def _abandon(self, entry: int) -> None:
+        """Whoever filled it stopped. The next one who wants to store it goes on; without one it is gone."""
+        for request, number in list(waiters := self._waiting(entry)):
+            if request.store and request.session.held_bytes + self.index.nbytes[entry] <= self.settings.client_bytes:
+                waiters.remove((request, number))
+                del request.waits[number]
+                self._grant_write(request, number, entry)
+                return
+        del self.waiters[entry]
+        self.counters["fills_abandoned"] += 1
+        self.hints.left(entry)
+        self.index.state[entry] = READY
+        self._free_frames(entry)
+        self._forget_if_gone(entry)
+        for request, number in waiters:
+            del request.waits[number]
+            self._answer(request, Part(number, Verdict.BUSY if request.store else Verdict.MISS))
+
+    def _unreference(self, entry: int) -> None:
+        self.index.refs[entry] -= 1
+        if self.index.refs[entry] == 0 and not self.index.tiers[entry] & MEMORY:
+            self._free_frames(entry)
+            self._forget_if_gone(entry)
+
+    def leave_memory(self, entry: int) -> None:
+        """Invisible at once; its frames are free when the last reader let go of them."""
+        self.room.leave(entry)
+        self.left_memory(entry)
+
+    def left_memory(self, entry: int) -> None:
+        self.index.tiers[entry] &= ~MEMORY & 0xFF
+        self.room.forget_pin(entry)
+        self.hints.left(entry)
+        if self.index.refs[entry] == 0:
+            self._free_frames(entry)
+            self._forget_if_gone(entry)
+
+    def _free_frames(self, entry: int) -> None:
+        frames, self.frames_of[entry] = self.frames_of[entry], None
+        assert frames is not None
+        self.room.give_back(frames, self.index.group[entry])
+
+    def _forget_if_gone(self, entry: int) -> None:
+        if not self.index.tiers[entry] and self.index.state[entry] == READY and self.frames_of[entry] is None:
+            if self.gone is not None:
+                self.gone.append(self.index.key(entry))
+            self.index.remove(entry)
+
+    # -- tiers below ------------------------------------------------------------------------------------------------
+
+    def _tenant(self, entry: int) -> str:
+        return self.room.groups[self.index.group[entry]].name
+
+    def _holder(self, entry: int) -> Lower | None:
+        """The fastest tier below memory that has the chunk."""
+        return next((tier for tier in self.lower if tier.up and self.index.tiers[entry] & tier.bit), None)
+
+    def _promote(self, request: Request, number: int, entry: int) -> None:
+        tier = self._holder(entry)
+        if tier is not None and self.bring_up(entry):
+            self.counters[f"{tier.name}_hits"] += 1
+            self._wait(request, number, entry)
+        else:
+            self._answer(request, Part(number, Verdict.FULL))
+
+    def bring_up(self, entry: int) -> bool:
+        """Have a chunk that is not in memory read into it; False if there is no room, or no tier that has it."""
+        tier, nbytes = self._holder(entry), self.index.nbytes[entry]
+        busy = self.index.refs[entry]  # dropped from memory, and someone still reads it there
+        frames = None if busy or tier is None else self.room.take(nbytes, self.index.group[entry])
+        if frames is None or tier is None:
+            return False
+        self.frames_of[entry] = frames
+        self.index.state[entry] = FILLING
+        self.waiters[entry] = None
+        self.jobs.append(Promote(tier, entry, self.index.key(entry), self._tenant(entry), nbytes, frames))
+        return True
+
+    def write_back(self, entry: int) -> None:
+        for tier in self.lower:
+            if not self.index.tiers[entry] & tier.bit and not self.write_down(entry, tier):
+                self.counters[f"{tier.name}_write_skipped"] += 1
+
+    def write_down(self, entry: int, tier: Lower) -> bool:
+        """Have a chunk in memory written to a tier below, once more if it is there; False if too much waits already,
+        the tier is down, or has no room."""
+        nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
+        assert frames is not None
+        reserved = nbytes + tier.overhead_bytes
+        queued = self.writeback_bytes + nbytes
+        if not tier.up or queued > self.settings.writeback_bytes:
+            return False
+        if not tier.make_room(reserved, lambda: self._drop_coldest(tier)):
+            return False
+        tier.used += reserved
+        self.writeback_bytes += nbytes
+        self.being_written[entry] += 1
+        self.index.refs[entry] += 1
+        checksum, tenant = self.index.checksum[entry], self._tenant(entry)
+        lossy, key = self.forms[self.index.form[entry]], self.index.key(entry)
+        self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
+        return True
+
+    def _drop_coldest(self, tier: Lower) -> bool:
+        entry = tier.coldest()
+        if entry >= 0:
+            self.counters[f"{tier.name}_evicted_chunks"] += 1
+            self._gone_from(tier, entry)
+        return entry >= 0
+
+    def _drop_from(self, tier: Lower, entry: int) -> None:
+        if self.index.tiers[entry] & tier.bit:
+            tier.leave(entry)
+            self._gone_from(tier, entry)
+
+    def _gone_from(self, tier: Lower, entry: int) -> None:
+        self.index.tiers[entry] &= ~tier.bit & 0xFF
+        key, nbytes = self.index.key(entry), self.index.nbytes[entry]
+        self.jobs.append(Delete(tier, key, self._tenant(entry), nbytes))
+        self._forget_if_gone(entry)
+
+    def entries(self, keys: bytes) -> list[int]:
+        """Of each key; -1: it is not known."""
+        return self.index.find(key_rows(keys)).tolist()
+
+    def _answer(self, request: Request, part: Part) -> None:
+        self.counters[part.verdict.name.lower()] += 1
+        parts = self.outbox.setdefault(request, [])
+        assert isinstance(parts, list)  # grants were for all that it asked for
+        parts.append(part)

@@ -1,0 +1,1 @@
+"""The pool for clients on other hosts."""

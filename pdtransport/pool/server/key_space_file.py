@@ -1,0 +1,98 @@
+"""Keeps what engines told of their keys for the next start, so that people and routers can name prompts before an
+engine is there. Salts are not among it: engines don't tell them (:class:`~pdtransport.pool.core.key_spaces.Space`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdtransport.pool.core.key_spaces import parse_spaces
+from pdtransport.pool.core.locks import is_private
+from pdtransport.pool.messages import MAX_SPACE
+from pdtransport.pool.settings import PoolSettings
+from pdtransport.system.private_files import open_private, open_regular
+
+logger = logging.getLogger("pdtransport.pool")
+
+MAX_SPACES = 64  # engines' key spaces; the one that was told longest ago goes
+MAX_FILE = 8 * MAX_SPACES * MAX_SPACE  # bytes; escaped text
+END_S = 2.0  # for the last write
+
+
+def spaces_path(settings: PoolSettings) -> Path:
+    """With the chunks that outlive the pool's process, where they are on disk and nobody else can write; else in the
+    pool's directory."""
+    if settings.disk is not None and is_private(settings.disk.path):
+        return settings.disk.path / "spaces.json"
+    return settings.dir / f"{settings.name}.spaces"
+
+
+class SpaceFile:
+    """Writes in a thread of its own: a file system that hangs holds up nobody."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._guard = threading.Lock()
+        self._next: Sequence[str] | None = None
+        self._thread: threading.Thread | None = None
+
+    def read(self) -> list[str]:
+        """What was kept, the one that was told last at the end; what can't be read is left out."""
+        try:
+            with open(open_regular(self._path), "rb") as file:
+                texts = json.loads(file.read(MAX_FILE))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, RecursionError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is damaged"
+            logger.warning(
+                "%s: key spaces of an earlier run can't be read (%s): engines tell them again", self._path, why
+            )
+            return []
+        return _sound(texts if isinstance(texts, list) else ())[-MAX_SPACES:]
+
+    def write(self, texts: Sequence[str]) -> None:
+        """Keep these, and not those of before. Returns at once."""
+        with self._guard:
+            self._next = texts
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="pdpool-spaces", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join(END_S)
+
+    def _work(self) -> None:
+        while True:
+            with self._guard:
+                texts, self._next = self._next, None
+                if texts is None:
+                    self._thread = None
+                    return
+            try:
+                self._replace(json.dumps(_sound(texts)).encode())
+            except OSError as error:
+                logger.warning("%s: key spaces can't be kept for the next start (%s)", self._path, error.strerror)
+
+    def _replace(self, raw: bytes) -> None:
+        draft = self._path.with_name(f".{self._path.name}.new")
+        try:
+            with open(open_private(draft, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+                file.write(raw)
+            draft.replace(self._path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise
+
+
+def _sound(texts: Sequence[object]) -> list[str]:
+    """Those that are key spaces, which a salt can't be part of."""
+    return [text for text in texts if isinstance(text, str) and len(text) <= MAX_SPACE and parse_spaces([text])]

@@ -1,0 +1,477 @@
+"""The pool as a service: one ROUTER socket in a private directory, and the thread that drives the shelf.
+
+Chunk bytes never pass here: clients copy between their own memory and the pool's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zmq
+
+from pdtransport.control.limits import MAX_FRAMES_A_TURN
+from pdtransport.control.shared import Complaints
+from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
+from pdtransport.errors import SettingsError
+from pdtransport.io.reactor import Reactor
+from pdtransport.kernels.quant import Grid
+from pdtransport.kv.fingerprint import plain
+from pdtransport.pool import messages as say
+from pdtransport.pool.core.chunks import answer_of, granted
+from pdtransport.pool.core.index import MEMORY
+from pdtransport.pool.core.locks import SERVICE_BYTE, LockFile, private_directory
+from pdtransport.pool.core.requests import Grants, Part, Request, Session
+from pdtransport.pool.core.shared_memory import Mapping, make_memory, map_memory
+from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.server.admin_requests import Control
+from pdtransport.pool.server.key_space_file import SpaceFile, spaces_path
+from pdtransport.pool.server.tier_threads import Mover, checksum_of
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
+from pdtransport.pool.tiers.codecs import Lossy
+from pdtransport.pool.tiers.registry import lower_tiers
+from pdtransport.protocol.messages import Message, WireError
+from pdtransport.settings import ControlSettings
+
+if TYPE_CHECKING:
+    from pdtransport.pool.admin.http_api import PoolApi
+    from pdtransport.pool.remote.remote_server import Agent
+
+logger = logging.getLogger("pdtransport.pool")
+
+MAX_CLIENTS = 1024
+MAX_REQUESTS = 4096  # live ones of a client
+ANSWER_FRAME_IDS = 512 << 10  # frame ids in one answer: 2 MiB, half of the longest message
+TICK_S = 0.25  # between looks at which clients are alive
+
+CONTROL = ControlSettings(max_frame_bytes=say.MAX_FRAME_BYTES)
+
+
+@dataclass
+class Client:
+    """A client that said Hello, until it is gone."""
+
+    session: Session
+    lock: int
+    group: int
+
+    @property
+    def route(self) -> bytes:
+        return self.session.route
+
+
+class PoolService:
+    """Work for a :class:`Reactor`: opens everything in its constructor.
+
+    Raises:
+        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used.
+    """
+
+    def __init__(self, settings: PoolSettings, reactor: Reactor) -> None:
+        self.settings = settings
+        private_directory(settings.dir)
+        self._lock = LockFile(settings.lock_path, make=True)
+        self._context: zmq.Context[Socket] = zmq.Context(1)
+        self._socket: Socket | None = None
+        self._memory: Mapping | None = None
+        self._mover: Mover | None = None
+        self._memory_fd = -1
+        self._spaces = SpaceFile(spaces_path(settings))
+        try:
+            if not self._lock.take(SERVICE_BYTE):
+                raise SettingsError(f"pool.name: a pool {settings.name!r} runs in {settings.dir}: choose another name")
+            self._memory_path, self._memory_fd, nbytes = make_memory(settings)
+            self._memory = memory = Mapping(self._memory_fd, nbytes)
+            frame_bytes = settings.frame_bytes
+
+            def verify(frames: bytes, nbytes: int, checksum: int) -> bool:
+                return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
+
+            self.shelf = Shelf(settings, nbytes // frame_bytes, verify, lower_tiers(settings, MEMORY << 1))
+            self._control = Control(self.shelf, self._spaces)
+            self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
+            self._socket.bind(f"ipc://{settings.socket_path}")
+            settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
+            self._inbox = Inbox(self._socket, addressed=True)
+            self._mover = Mover(self.shelf, memory, reactor.post)
+        except BaseException:
+            self.close()
+            raise
+        self._clients: dict[bytes, Client] = {}
+        self._watchers: dict[bytes, int] = {}  # route -> number of its request
+        self._complaints = Complaints()
+        self._tick_at = 0.0
+        self._paused = False
+        self.counters: Counter[str] = Counter()
+
+    # -- what the reactor drives ------------------------------------------------------------------------------------
+
+    def sockets(self) -> list[Socket]:
+        return [self._open_socket]
+
+    def descriptors(self) -> list[int]:
+        return []
+
+    def arm(self) -> bool:
+        self._flush()  # what tiers reported since
+        return not int(self._open_socket.get(zmq.EVENTS)) & zmq.POLLIN
+
+    def next_deadline(self) -> float | None:
+        return self._tick_at
+
+    def turn(self, now: float) -> bool:
+        if now >= self._tick_at:
+            self._tick_at = now + TICK_S
+            self._bury_the_dead()
+            self.shelf.room.tick(now)
+            self.shelf.hints.tick(now)
+        for _ in range(MAX_FRAMES_A_TURN):
+            letter = self._inbox.read()
+            if not letter:
+                self._flush()
+                return False
+            if isinstance(letter, Letter):
+                self._on_letter(letter, now)
+                self._flush()  # a copy begins with the first answer, not the last
+            if self._paused:
+                break
+        self._paused = False
+        return True
+
+    def close(self) -> None:
+        """Clients notice by themselves; what they mapped stays theirs."""
+        if self._mover is not None:
+            self._mover.close()
+        if self._socket is not None:
+            self._socket.close(0)
+            self.settings.socket_path.unlink(missing_ok=True)
+        self._context.term()
+        self._spaces.close()
+        if self._memory_fd >= 0:
+            self._memory_path.unlink(missing_ok=True)
+            os.close(self._memory_fd)
+            self._memory_fd = -1
+        if self._memory is not None and (self._mover is None or self._mover.ended):
+            self._memory.close()
+        self._lock.close()
+
+    def share_memory(self) -> Mapping:
+        """Its memory, as clients in this process map it."""
+        assert self._memory is not None
+        return map_memory(self._memory_path, self._memory.nbytes)
+
+    @property
+    def _open_socket(self) -> Socket:
+        assert self._socket is not None
+        return self._socket
+
+    # -- what clients say -------------------------------------------------------------------------------------------
+
+    def _on_letter(self, letter: Letter, now: float) -> None:
+        client = self._clients.get(letter.sender)
+        try:
+            if letter.body is None:
+                raise WireError("a message of several parts")
+            message = say.from_client(letter.body.bytes)
+            if isinstance(message, say.Hello):
+                self._on_hello(letter.sender, message)
+            elif client is None:
+                number = getattr(message, "request", 0)
+                self._send(letter.sender, say.Refused(request=number, what="hello", reason="say Hello first"))
+            else:
+                self._on_message(client, message, now)
+        except (WireError, RecursionError) as error:
+            self.counters["garbage"] += 1
+            text = plain(str(error), 300)
+            self._complaints.say(f"garbage from a client of pool {self.settings.name}: {text}", now)
+            self._send(letter.sender, say.Refused(what="message", reason=text))
+
+    def _on_hello(self, route: bytes, hello: say.Hello) -> None:
+        reason = ""
+        if route in self._clients:
+            reason = "Hello was said already on this connection"
+        elif len(self._clients) >= MAX_CLIENTS:
+            reason = f"{MAX_CLIENTS} clients are connected, as many as a pool serves"
+        elif any(client.lock == hello.lock for client in self._clients.values()) or not self._lock.held(hello.lock):
+            reason = f"byte {hello.lock} of the lock file is not this client's: is its directory the pool's own?"
+        if reason:
+            self._send(route, say.Refused(what="client", reason=reason))
+            return
+        session = Session(plain(hello.name, 128), route)
+        self._clients[route] = Client(session, hello.lock, self.shelf.room.group_of(hello.tenant))
+        assert self._memory is not None
+        self._send(
+            route,
+            say.Welcome(
+                memory=str(self._memory_path),
+                nbytes=self._memory.nbytes,
+                frame_bytes=self.settings.frame_bytes,
+                client_bytes=self.settings.client_bytes,
+            ),
+        )
+
+    def _on_message(self, client: Client, message: Message, now: float) -> None:
+        shelf, session = self.shelf, client.session
+        if isinstance(message, say.Lookup):
+            there, in_memory = shelf.lookup(message.keys)
+            self._send(client.route, say.Found(request=message.request, there=there, in_memory=in_memory))
+        elif isinstance(message, say.Store | say.Load):
+            self._on_request(client, message)
+        elif isinstance(message, say.Publish):
+            request = session.requests.get(message.request)
+            pairs = zip(_numbers(message.indices, "<u4"), _numbers(message.checksums, "<u8"), strict=True)
+            done = shelf.publish(request, list(pairs)) if request else 0
+            if request:
+                self._tidy(request)
+            self._send(client.route, say.Done(request=message.request, count=done))
+        elif isinstance(message, say.Release):
+            request = session.requests.get(message.request)
+            if request is not None:
+                shelf.release(request, _numbers(message.indices, "<u4"))
+                self._tidy(request)
+        elif isinstance(message, say.Damaged):
+            request = session.requests.get(message.request)
+            dropped = shelf.damaged(request, message.index) if request else False
+            self._send(client.route, say.Done(request=message.request, count=int(dropped)))
+        elif isinstance(message, say.Cancel):
+            request = session.requests.pop(message.request, None)
+            if request is not None:
+                shelf.cancel(request)
+        elif isinstance(message, say.StatusAsked):
+            self._send(client.route, say.Status(request=message.request, status=json.dumps(self.status())))
+        elif isinstance(message, say.Bye):
+            self._end(client)
+        else:
+            self._on_control(client, message, now)
+
+    def _on_control(self, client: Client, message: Message, now: float) -> None:
+        """What people ask. Each of these ends the turn: whoever waits for a chunk is answered before the next one."""
+        assert self._mover is not None
+        self._paused = True
+        number: int = getattr(message, "request", 0)
+        try:
+            if isinstance(message, say.Manage):
+                answer: Message = say.Done(request=number, count=self._control.manage(message, now))
+            elif isinstance(message, say.Look):
+                answer = self._control.look(message, self._mover.backlog)
+            elif isinstance(message, say.Watch):
+                self._watchers[client.route] = number
+                self.shelf.gone = self.shelf.gone or []
+                answer = say.Gone(request=number, keys=b"")
+            elif isinstance(message, say.Count):
+                answer = self._control.count(message)
+            elif isinstance(message, say.Introduce):
+                self._control.introduce(message.space)
+                answer = say.Done(request=number, count=1)
+            else:
+                answer = say.Spaces(request=number, spaces=self._control.spaces())
+        except WireError as error:  # understood, and not possible here
+            answer = say.Refused(request=number, what="wish", reason=str(error))
+        self._send(client.route, answer)
+
+    def _on_request(self, client: Client, message: say.Store | say.Load) -> None:
+        requests, sizes = client.session.requests, _numbers(message.sizes, "<u4")
+        if message.request in requests or len(requests) >= MAX_REQUESTS:
+            raise WireError(f"request {message.request} is under way already, or {MAX_REQUESTS} are")
+        if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in set(sizes)):
+            raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
+        storing = isinstance(message, say.Store)
+        form = self.shelf.forms.number(_lossy(message)) if isinstance(message, say.Store) else 0
+        request = requests[message.request] = Request(client.session, message.request, storing, client.group, form)
+        (self.shelf.store if storing else self.shelf.load)(request, message.keys, sizes)
+
+    # -- what they are told -----------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Hand on what the shelf wants done and said."""
+        assert self._mover is not None
+        while self.shelf.jobs:
+            self._mover.submit(self.shelf.jobs.popleft())
+        if self.shelf.gone:
+            self._tell_gone()
+        if not self.shelf.outbox:
+            return
+        outbox, self.shelf.outbox = self.shelf.outbox, {}
+        for request, parts in outbox.items():
+            self._answer(request.session.route, request, parts)
+            self._tidy(request)
+
+    def _tell_gone(self) -> None:
+        gone, self.shelf.gone = self.shelf.gone or [], []
+        for first in range(0, len(gone), say.MAX_KEYS):
+            keys = b"".join(gone[first : first + say.MAX_KEYS])
+            for route, number in list(self._watchers.items()):
+                self._send(route, say.Gone(request=number, keys=keys))
+
+    def _answer(self, route: bytes, request: Request, parts: list[Part] | Grants) -> None:
+        if isinstance(parts, Grants):
+            if len(parts.frames) <= 4 * ANSWER_FRAME_IDS:
+                self._send(route, granted(request.number, parts))
+                return
+            parts = list(parts.parts())
+        first = ids = 0
+        for last, part in enumerate(parts, 1):
+            ids += len(part.frames) // 4
+            if ids >= ANSWER_FRAME_IDS or last == len(parts):
+                self._send(route, answer_of(request.number, parts[first:last]))
+                first, ids = last, 0
+
+    def _tidy(self, request: Request) -> None:
+        """Forget a request that holds nothing and waits for nothing."""
+        if not request.held and not request.waits and request not in self.shelf.outbox:
+            request.session.requests.pop(request.number, None)
+
+    def _send(self, route: bytes, message: Message) -> None:
+        try:
+            self._open_socket.send_multipart([route, say.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            # Gone, or it does not read. What it holds is its own until its lock is free; anything it says next
+            # is answered with a demand for a new Hello.
+            self.counters["unsent"] += 1
+            client = self._clients.pop(route, None)
+            self._unwatch(route)
+            if client is not None:
+                self._clients[secrets.token_bytes(16)] = client
+
+    # -- life and death ---------------------------------------------------------------------------------------------
+
+    def _bury_the_dead(self) -> None:
+        for client in [client for client in self._clients.values() if not self._lock.held(client.lock)]:
+            self.counters["clients_died"] += 1
+            logger.info("client %s of pool %s is gone", client.session.name, self.settings.name)
+            self._end(client)
+
+    def _end(self, client: Client) -> None:
+        for request in list(client.session.requests.values()):
+            self.shelf.cancel(request)
+        client.session.requests.clear()
+        self._clients = {route: each for route, each in self._clients.items() if each is not client}
+        self._unwatch(client.route)
+
+    def _unwatch(self, route: bytes) -> None:
+        self._watchers.pop(route, None)
+        if not self._watchers:
+            self.shelf.gone = None
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "name": self.settings.name,
+            "clients": [
+                {
+                    "name": each.session.name,
+                    "held_bytes": each.session.held_bytes,
+                    "requests": len(each.session.requests),
+                }
+                for each in self._clients.values()
+            ],
+            **_contents(self.shelf),
+            "service": dict(self.counters),
+        }
+
+
+class Pool:
+    """A pool in this process; clients in this and other processes find it by ``settings.name``.
+
+    Raises:
+        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used, the door
+            for other hosts can't be opened.
+        LinkUnavailable: no link to other hosts works here.
+    """
+
+    def __init__(self, settings: PoolSettings | None = None) -> None:
+        self.settings = settings or PoolSettings()
+        self._agent: Agent | None = None
+        self._reactor = Reactor(self._make, name=f"pdpool-{self.settings.name}")
+        self._reactor.start()
+        self._api: PoolApi | None = None
+        try:
+            if self.settings.remote is not None:
+                from pdtransport.pool.remote.remote_server import Agent
+
+                self._agent = Agent(self.settings, self._service.share_memory())
+            if self.settings.http is not None:
+                from pdtransport.pool.admin.http_api import PoolApi
+
+                self._api = PoolApi(self.settings, self.settings.http)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where the HTTP API is; empty: there is none."""
+        return self._api.url if self._api is not None else ""
+
+    def _make(self, reactor: Reactor) -> PoolService:
+        self._service = PoolService(self.settings, reactor)
+        return self._service
+
+    def status(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Sizes, clients and counters."""
+        return self._reactor.ask(self._service.status, timeout_s)
+
+    def close(self) -> None:
+        """End the service. Safe to call twice."""
+        api, self._api = self._api, None
+        if api is not None:
+            api.close()
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            agent.close()
+        self._reactor.stop()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _contents(shelf: Shelf) -> dict[str, Any]:
+    """Sizes and counters, for people and metrics."""
+    frame_bytes, frames = shelf.settings.frame_bytes, shelf.room.frames
+    return {
+        "chunks": len(shelf.index),
+        "max_chunks": shelf.index.capacity,
+        "index_bytes": shelf.index.nbytes_committed,
+        "memory": {
+            "bytes": frames.count * frame_bytes,
+            "used_bytes": (frames.count - frames.free) * frame_bytes,
+            "hard_pinned_bytes": shelf.room.hard_frames * frame_bytes,
+            "by_tenant": {group.name: group.used * frame_bytes for group in shelf.room.groups if group.used},
+        },
+        "tiers": {
+            tier.name: {
+                "up": tier.up,
+                "limit_bytes": tier.limit,
+                "used_bytes": tier.used,
+                "chunks": len(tier),
+                "packs": tier.codec is not None,
+                "bit": tier.bit,
+            }
+            for tier in shelf.lower
+        },
+        "writeback_bytes": shelf.writeback_bytes,
+        "writeback_limit": shelf.settings.writeback_bytes,
+        "being_filled": shelf.being_filled,
+        "counters": dict(sorted(shelf.counters.items())),
+    }
+
+
+def _numbers(packed: bytes, kind: str) -> list[int]:
+    if len(packed) % int(kind[-1]):
+        raise WireError("numbers are cut off")
+    return np.frombuffer(packed, dtype=kind).tolist()  # type: ignore[no-any-return]
+
+
+def _lossy(message: say.Store) -> Lossy | None:
+    return Lossy(message.codec, Grid(*message.grid)) if message.codec and message.grid else None

@@ -1,0 +1,226 @@
+"""Work for the tiers below memory, in threads of their own: write back, promote, delete, and the scan at start."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from pdtransport.errors import TransportClosed
+from pdtransport.kernels import pages
+from pdtransport.pool.core.frames import frame_runs
+from pdtransport.pool.core.shared_memory import Mapping
+from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.server.jobs import Jobs
+from pdtransport.pool.tiers.base import Damaged, Stored, TierDown, TierError, check
+from pdtransport.pool.tiers.envelope import Opening, seal
+from pdtransport.pool.tiers.keyed_digest import Forged
+from pdtransport.pool.tiers.registry import lossy_codec
+
+logger = logging.getLogger("pdtransport.pool")
+
+SCAN_BATCH = 1024  # chunks adopted in one go
+PROBE_S = 0.5  # between looks at a tier that is down
+FOREVER_S = 1e9
+STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
+COMPLAIN_EVERY_S = 10.0  # lines of log about one kind of trouble with one tier
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class Mover:
+    """Threads for each tier of ``shelf``, which share its work; results are posted to the thread that drives the
+    shelf."""
+
+    def __init__(self, shelf: Shelf, memory: Mapping, post: Post) -> None:
+        self._shelf, self._memory, self._post = shelf, memory, post
+        self._frame_bytes = shelf.settings.frame_bytes
+        self._stopping = threading.Event()
+        self._complaining = threading.Lock()
+        self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # when, and how often unsaid since
+        self._jobs = {tier.name: Jobs() for tier in shelf.lower}
+        self._threads: list[threading.Thread] = []
+        for tier in shelf.lower:
+            jobs, name = self._jobs[tier.name], f"pdpool-{tier.name}"
+            self._threads += [
+                threading.Thread(target=self._work, args=(jobs,), name=name, daemon=True)
+                for _ in range(tier.tier.threads)
+            ]
+            self._threads.append(
+                threading.Thread(target=self._look_after, args=(tier,), name=f"{name}-scan", daemon=True)
+            )
+        if shelf.lower:  # these threads are the first here to touch the memory
+            populate = threading.Thread(target=memory.populate, args=(self._stopping.is_set,), daemon=True)
+            self._threads.append(populate)
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._jobs[job.tier.name].put(job)
+
+    @property
+    def backlog(self) -> int:
+        """Jobs that wait, of all tiers."""
+        return sum(map(len, self._jobs.values()))
+
+    def close(self) -> None:
+        """End the threads; chunks that wait to be written back are not."""
+        self._stopping.set()
+        for each in self._jobs.values():
+            each.close()
+        for thread in self._threads:
+            thread.join(STOP_S)
+        if self.ended:
+            for tier in self._shelf.lower:
+                tier.tier.close()
+
+    @property
+    def ended(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self, jobs: Jobs) -> None:
+        while (job := jobs.take()) is not None:
+            try:
+                if isinstance(job, WriteBack):
+                    self._write_back(job)
+                elif isinstance(job, Promote):
+                    self._promote(job)
+                else:
+                    self._delete(job)
+            except TransportClosed:
+                return
+            finally:
+                jobs.done(job)
+
+    def _write_back(self, job: WriteBack) -> None:
+        shelf, stored = self._shelf, None
+        try:
+            stored = self._write(job)
+        except Damaged:
+            self._post(lambda: shelf.found_damaged(job))
+            return
+        except TierDown as error:
+            self._went_down(job.tier, error)
+        except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
+            self._complain(job.tier, "write", error)
+        self._post(lambda: shelf.written_back(job, stored))
+
+    def _write(self, job: WriteBack) -> int:
+        """Bytes that it takes in the tier, sealed.
+
+        Raises:
+            Damaged: it does not have its checksum any more.
+            TierError, OSError: as :meth:`Tier.write`.
+        """
+        parts, tier = self._parts(job.frames, job.nbytes), job.tier
+        codec = lossy_codec(job.lossy.codec) if job.lossy is not None else None
+        grid = job.lossy.grid if job.lossy is not None and codec is not None else None
+        codec = codec or tier.codec
+        if codec is None and tier.signer is None:
+            pieces = seal(job.key, parts, job.checksum, None)
+            return tier.tier.write_checked(job.key, job.tenant, job.nbytes, pieces, job.checksum)
+        check(self._checksum(job.frames, job.nbytes), job.checksum)
+        pieces = seal(job.key, parts, job.checksum, codec, grid, tier.signer)
+        return tier.tier.write(job.key, job.tenant, job.nbytes, pieces)
+
+    def _promote(self, job: Promote) -> None:
+        shelf, found = self._shelf, None
+        try:
+            opening = Opening(job.key, self._parts(job.frames, job.nbytes), job.tier.signer)
+            taken = job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
+            checksum = opening.finish()
+            if taken is None or not opening.plain:
+                taken = self._checksum(job.frames, job.nbytes)
+            if taken != checksum:
+                raise TierError(f"chunk {job.key.hex()[:16]} is damaged: its checksum differs")
+            found = checksum
+        except TierDown as error:
+            self._went_down(job.tier, error)
+        except Forged as error:
+            kind = f"{job.tier.name}_digest_{error.kind}"
+            self._complain(job.tier, "read", error)
+            self._post(lambda: shelf.counters.update((kind,)))
+        except Exception as error:  # noqa: BLE001
+            self._complain(job.tier, "read", error)
+        self._post(lambda: shelf.promoted(job, found))
+
+    def _delete(self, job: Delete) -> None:
+        try:
+            job.tier.tier.delete(job.key, job.tenant, job.nbytes)
+        except Exception as error:  # noqa: BLE001
+            self._complain(job.tier, "delete", error)
+
+    def _look_after(self, tier: Lower) -> None:
+        """Learn what the tier holds, at start, and again where others write to it; notice that it is up again."""
+        scan_at = 0.0
+        while not self._stopping.is_set():
+            try:
+                if not tier.up:
+                    tier.tier.probe()
+                    self._post(lambda: setattr(tier, "up", True))
+                    logger.warning("pool tier %s is there again", tier.name)
+                    scan_at = 0.0  # who knows what it holds now
+                if time.monotonic() >= scan_at:
+                    self._scan(tier)
+                    scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
+            except TierDown as error:
+                self._went_down(tier, error)
+            except TransportClosed:
+                return
+            except Exception as error:  # noqa: BLE001 - tried again later
+                self._complain(tier, "scan", error)
+                scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
+            self._stopping.wait(PROBE_S)
+
+    def _scan(self, tier: Lower) -> None:
+        found = tier.tier.scan()
+        while batch := list(itertools.islice(found, SCAN_BATCH)):
+            self._adopt(tier, batch)
+            if self._stopping.is_set():
+                return
+
+    def _went_down(self, tier: Lower, error: TierDown) -> None:
+        if tier.up:
+            self._complain(tier, "reaching it", error)
+        self._post(lambda: self._shelf.went_down(tier))
+
+    def _adopt(self, tier: Lower, batch: list[Stored]) -> None:
+        shelf, adopted = self._shelf, threading.Event()
+
+        def adopt() -> None:
+            for found in batch:
+                if not shelf.adopt(tier, found):
+                    shelf.counters[f"{tier.name}_not_adopted"] += 1
+            adopted.set()
+
+        self._post(adopt)
+        while not adopted.wait(0.5) and not self._stopping.is_set():
+            pass  # one batch at a time: requests come first
+
+    def _complain(self, tier: Lower, what: str, error: Exception) -> None:
+        """One line, and no other of this kind for a while: what others put into a tier must not fill the log."""
+        now = time.monotonic()
+        with self._complaining:
+            at, unsaid = self._complained.get((tier.name, what), (-FOREVER_S, 0))
+            if now < at + COMPLAIN_EVERY_S:
+                self._complained[tier.name, what] = at, unsaid + 1
+                return
+            self._complained[tier.name, what] = now, 0
+        text = str(error if isinstance(error, TierError) else f"{type(error).__name__}: {error}")
+        more = f" (and {unsaid} more since the last such line)" if unsaid else ""
+        logger.warning("pool tier %s: %s failed: %s%s", tier.name, what, text.replace("\n", " ")[:300], more)
+
+    def _parts(self, frames: bytes, nbytes: int) -> list[memoryview]:
+        runs = frame_runs(0, frames, self._frame_bytes, [nbytes])
+        return [self._memory.view(first, length) for first, length in runs.tolist()]
+
+    def _checksum(self, frames: bytes, nbytes: int) -> int:
+        return checksum_of(self._memory, frames, nbytes, self._frame_bytes)
+
+
+def checksum_of(memory: Mapping, frames: bytes, nbytes: int, frame_bytes: int) -> int:
+    """The checksum of what lies in these frames now."""
+    return int(pages.checksum(frame_runs(memory.address, frames, frame_bytes, [nbytes]), 1)[0])

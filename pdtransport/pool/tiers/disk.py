@@ -1,0 +1,341 @@
+"""The tier on disk, or on any mounted file system: one checksummed file a chunk, ``t-TENANT/KEY[:3]/KEY.NBYTES``.
+
+A file is published whole by renaming it, and its name says all that the index needs: a start after any end reads
+directories, not files. Nothing is synced, since nothing relies on it: a file that a crash left damaged fails its
+checks when it is read, counts as a miss, and is removed.
+
+The directory is opened once, and what is below it is reached from there, through no symbolic link: whoever can rename
+one above it can't put another in its place. If it is this user's alone, so must be the files in it; else chunks need
+digests (:attr:`Tier.exposed`).
+
+Where the file system has direct I/O (``O_DIRECT``), bytes go round the page cache, for the pool is the cache, and
+through a buffer of huge pages: from frames of small ones the disk would get more and shorter pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import mmap
+import os
+import secrets
+import stat
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+
+from pdtransport.errors import SettingsError
+from pdtransport.kernels import pages
+from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.core.locks import closed_to_others
+from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
+from pdtransport.pool.tiers.base import (
+    DIGEST_BYTES,
+    HEADER_BYTES,
+    Place,
+    Stored,
+    Tier,
+    TierError,
+    address_of,
+    check,
+    runs_of,
+)
+from pdtransport.system.private_files import make_private_folder
+
+logger = logging.getLogger("pdtransport.pool")
+
+IOV_LIMIT = 1024  # Linux' IOV_MAX
+BLOCK = 4096  # what direct I/O aligns to; the payload's place in a file
+STRETCH = 4 << 20  # bytes of a file that are written or read at once
+HUGE = 2 << 20
+_TENANT = "t-"
+_TEMPORARY = "new-"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class DiskTier(Tier):
+    """Chunks below ``settings.path``, which is made if it is missing.
+
+    Raises:
+        SettingsError: it can't be made or written.
+    """
+
+    name = "disk"
+    overhead_bytes = BLOCK
+
+    def __init__(self, settings: DiskSettings) -> None:
+        self.threads = settings.threads
+        self._root = settings.path
+        self._local = threading.local()
+        self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
+        self._numbers = itertools.count()
+        try:
+            make_private_folder(self._root)
+            self._top = os.open(self._root, _FOLDER)
+            self._closing = weakref.finalize(self, os.close, self._top)
+            self.exposed = self._why_exposed()
+            self._flags = os.O_DIRECT if settings.direct == "auto" and self._probe_direct() else 0
+            self._staged = bool(self._flags)  # bytes pass through a buffer
+        except OSError as error:
+            raise SettingsError(f"pool.disk.path: {self._root} can't be written ({error.strerror})") from None
+
+    def _why_exposed(self) -> str:
+        found = os.fstat(self._top)
+        if closed_to_others(found):
+            return ""
+        mode = stat.S_IMODE(found.st_mode)
+        return (
+            f"{self._root} (owner {found.st_uid}, mode {mode:04o}) is no directory of user {os.getuid()} with mode 0700"
+        )
+
+    def _probe_direct(self) -> bool:
+        """Whether files can be written here, round the page cache even."""
+        probe = f"{self._run}probe"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._top))
+        try:
+            fd = os.open(probe, os.O_WRONLY | os.O_DIRECT, dir_fd=self._top)
+            try:
+                os.pwrite(fd, self._buffer()[:BLOCK], 0)
+            finally:
+                os.close(fd)
+            return True
+        except OSError as error:
+            logger.warning("pool tier disk: %s has no direct I/O (%s): slower", self._root, error.strerror)
+            return False
+        finally:
+            os.unlink(probe, dir_fd=self._top)
+
+    def scan(self) -> Iterator[Stored]:
+        with os.scandir(self._top) as folders:
+            for folder in folders:
+                if folder.name.startswith(_TENANT):
+                    yield from self._scan_tenant(folder.name)
+                else:
+                    self._tidy(folder, self._top)
+
+    def _scan_tenant(self, name: str) -> Iterator[Stored]:
+        with _listed(name, self._top) as (parts, within):
+            for part in parts:
+                with _listed(part.name, within) as (files, at):
+                    for file in files:
+                        found = self._parsed(file, name.removeprefix(_TENANT))
+                        if found is not None:
+                            yield found
+                        else:
+                            self._tidy(file, at)
+
+    def _parsed(self, file: os.DirEntry[str], tenant: str) -> Stored | None:
+        name, _, size = file.name.partition(".")
+        try:
+            key, nbytes, about = bytes.fromhex(name), int(size), file.stat(follow_symlinks=False)
+        except (ValueError, OSError):
+            return None
+        most = MAX_CHUNK_BYTES + BLOCK + DIGEST_BYTES
+        fits = len(key) == KEY_BYTES and 0 < nbytes <= MAX_CHUNK_BYTES and about.st_size <= most
+        return Stored(key, tenant, nbytes, about.st_size) if fits and self._ours(about) else None
+
+    def _ours(self, file: os.stat_result) -> bool:
+        """Whether this file may be read: a regular one, and where only we can write, our own: it may lie there since
+        others could, too."""
+        return stat.S_ISREG(file.st_mode) and (bool(self.exposed) or file.st_uid == os.getuid())
+
+    def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
+        return self._write(key, tenant, nbytes, pieces, None)
+
+    def write_checked(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int
+    ) -> int:
+        if self._staged and BLOCK + nbytes <= STRETCH:
+            return self._write(key, tenant, nbytes, pieces, checksum)
+        return super().write_checked(key, tenant, nbytes, pieces, checksum)
+
+    def _write(
+        self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int | None
+    ) -> int:
+        temporary = f"{self._run}{next(self._numbers)}"
+        header = bytes(pieces[0]).ljust(BLOCK, b"\0")
+        total = BLOCK + sum(map(len, pieces[1:]))
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | self._flags
+            fd = os.open(temporary, flags, 0o600, dir_fd=self._top)
+            try:
+                if self._staged:
+                    self._write_staged(fd, header, runs_of(pieces[1:]), checksum)
+                else:
+                    _write_all(fd, [header, *pieces[1:]])
+            finally:
+                os.close(fd)
+            with self._folder(key, tenant, make=True) as folder:
+                os.replace(temporary, _name(key, nbytes), src_dir_fd=self._top, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=self._top)
+            raise
+        return total
+
+    def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | self._flags  # a pipe holds nobody up
+        with self._folder(key, tenant) as folder:
+            fd = os.open(_name(key, nbytes), flags, dir_fd=folder)
+        try:
+            about = os.fstat(fd)
+            if not self._ours(about):
+                raise TierError(f"chunk {key.hex()[:16]}: its file is not the pool's own")
+            size = about.st_size
+            if self._staged:
+                return self._read_staged(fd, size, place)
+            parts = place(os.pread(fd, HEADER_BYTES, 0))
+            _check_length(size, parts)
+            _read_all(fd, parts, BLOCK)
+            return None
+        finally:
+            os.close(fd)
+
+    def _write_staged(self, fd: int, header: bytes, content: Runs, checksum: int | None) -> None:
+        """Header and content; with a ``checksum``, nothing unless the content, which fits the buffer, has it."""
+        buffer, first, skip = self._buffer(), 0, len(header)
+        total = len(header) + stream_bytes(content)
+        buffer[:skip] = header
+        bounds = [0, *range(STRETCH - skip, total - skip, STRETCH), total - skip]
+        for stretch in cut_runs(content, bounds):
+            nbytes = stream_bytes(stretch)
+            found = pages.read_mapped(stretch, run(address_of(buffer) + skip, nbytes), 0 if checksum is None else 1)
+            if checksum is not None:
+                check(int(found[0]), checksum)
+            nbytes += skip
+            ends = -(-nbytes // BLOCK) * BLOCK
+            buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
+            self._to_file(fd, ends, first)
+            first, skip = first + nbytes, 0
+        if total % BLOCK:
+            os.truncate(fd, total)
+
+    def _read_staged(self, fd: int, size: int, place: Place) -> int | None:
+        """The checksum of the payload, if the file fits the buffer."""
+        buffer = self._buffer()
+        self._from_file(fd, size, 0)
+        parts = place(bytes(buffer[:HEADER_BYTES]))
+        _check_length(size, parts)
+        content = runs_of(parts)
+        if size <= STRETCH:
+            blocks = 1 if size % 8 == 0 else 0  # a packed chunk may have any length, and its checksum is not asked for
+            found = pages.read_mapped(run(address_of(buffer) + BLOCK, size - BLOCK), content, blocks)
+            return int(found[0]) if blocks else None
+        bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
+        for first, stretch in zip(bounds, cut_runs(content, bounds), strict=False):
+            nbytes, skip = stream_bytes(stretch), 0 if first else BLOCK
+            if first:
+                self._from_file(fd, nbytes, BLOCK + first)
+            pages.read_mapped(run(address_of(buffer) + skip, nbytes), stretch)
+        return None
+
+    def _to_file(self, fd: int, nbytes: int, offset: int) -> None:
+        """Write the first bytes of this thread's buffer."""
+        buffer, at = self._buffer(), 0
+        while at < nbytes:
+            at += os.pwrite(fd, buffer[at:nbytes], offset + at)
+
+    def _from_file(self, fd: int, nbytes: int, offset: int) -> None:
+        """Read so many bytes, or as many as fit, into this thread's buffer."""
+        buffer, got = self._buffer(), 0
+        while got < min(nbytes, STRETCH):
+            more = os.preadv(fd, [buffer[got:]], offset + got)
+            if more == 0:
+                raise TierError("the file ends early")
+            got += more
+
+    def _buffer(self) -> memoryview:
+        """This thread's, of ``STRETCH`` bytes."""
+        found: memoryview | None = getattr(self._local, "buffer", None)
+        if found is None:
+            memory = mmap.mmap(-1, STRETCH + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            skip = -address_of(memoryview(memory)) % HUGE
+            found = self._local.buffer = memoryview(memory)[skip : skip + STRETCH]
+        return found
+
+    def close(self) -> None:
+        self._closing()
+
+    def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
+        with contextlib.suppress(FileNotFoundError), self._folder(key, tenant) as folder:
+            os.unlink(_name(key, nbytes), dir_fd=folder)
+
+    @contextlib.contextmanager
+    def _folder(self, key: bytes, tenant: str, *, make: bool = False) -> Iterator[int]:
+        """The directory of a chunk's file, opened."""
+        opened = [self._top]
+        try:
+            for name in (f"{_TENANT}{tenant}", key.hex()[:3]):
+                try:
+                    opened.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=opened[-1]))
+                except FileNotFoundError:
+                    if not make:
+                        raise
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, 0o700, dir_fd=opened[-1])
+                    opened.append(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=opened[-1]))
+            yield opened[-1]
+        finally:
+            for fd in opened[1:]:
+                os.close(fd)
+
+    def _tidy(self, found: os.DirEntry[str], folder: int) -> None:
+        """Remove what an earlier run did not finish; leave everything else alone."""
+        if found.name.startswith(_TEMPORARY) and not found.name.startswith(self._run):
+            with contextlib.suppress(OSError):
+                os.unlink(found.name, dir_fd=folder)
+
+
+def _name(key: bytes, nbytes: int) -> str:
+    return f"{key.hex()}.{nbytes}"
+
+
+@contextlib.contextmanager
+def _listed(name: str, within: int) -> Iterator[tuple[Iterator[os.DirEntry[str]], int]]:
+    """What is in a directory, and the directory itself, opened; nothing where it is none, or not for us to read."""
+    try:
+        fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
+    except OSError:
+        yield iter(()), within
+        return
+    try:
+        with os.scandir(fd) as found:
+            yield found, fd
+    finally:
+        os.close(fd)
+
+
+def _check_length(size: int, parts: Sequence[memoryview]) -> None:
+    if size != BLOCK + sum(map(len, parts)):
+        raise TierError("the chunk is damaged: its file has another length")
+
+
+def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
+    left = [memoryview(piece) for piece in pieces]
+    while left:
+        _advance(left, os.writev(fd, left[:IOV_LIMIT]))
+
+
+def _read_all(fd: int, parts: Sequence[memoryview], offset: int) -> None:
+    left = list(parts)
+    while left:
+        got = os.preadv(fd, left[:IOV_LIMIT], offset)
+        if got == 0:
+            raise TierError("the file ends early")
+        offset += got
+        _advance(left, got)
+
+
+def _advance(left: list[memoryview], done: int) -> None:
+    """Take the first ``done`` bytes off."""
+    whole = 0
+    while whole < len(left) and done >= len(left[whole]):
+        done -= len(left[whole])
+        whole += 1
+    del left[:whole]
+    if done:
+        left[0] = left[0][done:]

@@ -1,0 +1,132 @@
+"""What stands before a chunk's bytes wherever they lie outside memory: enough to never take one chunk for another."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pdtransport.kernels import pages
+from pdtransport.kernels.quant import Grid
+from pdtransport.kernels.runs import run
+from pdtransport.kv.keys import KEY_BYTES
+from pdtransport.pool.tiers.base import DIGEST_BYTES, HEADER_BYTES, TierError
+from pdtransport.pool.tiers.codecs import Codec
+from pdtransport.pool.tiers.keyed_digest import ID_BYTES, UNSIGNED, Signer
+from pdtransport.pool.tiers.registry import decoder
+
+_MAGIC = b"pdtkv-1\0"
+# Magic, codec, the digest's key (zeros: no digest), content bytes, payload bytes, checksum, key.
+_FIELDS = struct.Struct(f"<8sB{ID_BYTES}sQQQ{KEY_BYTES}s")
+_CRC = struct.Struct("<I")
+assert _FIELDS.size + _CRC.size == HEADER_BYTES
+
+PLAIN = 0  # number of no codec
+
+
+class Envelope(NamedTuple):
+    """A chunk's header: ``nbytes`` of content with this ``checksum``, packed into ``payload`` bytes. The checksum is
+    that of what comes out of the payload, which for a lossy codec is not what went in. ``signer``: the number of the
+    key by which a digest behind the payload was made."""
+
+    codec: int
+    signer: bytes
+    nbytes: int
+    payload: int
+    checksum: int
+    key: bytes
+
+    def packed(self) -> bytes:
+        fields = _FIELDS.pack(_MAGIC, *self)
+        return fields + _CRC.pack(zlib.crc32(fields))
+
+
+def seal(
+    key: bytes,
+    parts: Sequence[memoryview],
+    checksum: int,
+    codec: Codec | None,
+    grid: Grid | None = None,
+    signer: Signer | None = None,
+) -> list[bytes | memoryview]:
+    """Header and payload of a chunk, and its digest if there is a ``signer``, in pieces."""
+    nbytes = sum(len(part) for part in parts)
+    key_id = signer.id if signer is not None else UNSIGNED
+    payload = codec.encode(parts, grid) if codec is not None else None
+    pieces: list[bytes | memoryview]
+    if codec is None or payload is None:
+        pieces = [Envelope(PLAIN, key_id, nbytes, nbytes, checksum, key).packed(), *parts]
+    else:
+        if codec.lossy:
+            content = np.empty(nbytes, dtype=np.uint8)
+            codec.decode(payload, [content.data])
+            checksum = int(pages.checksum(run(content.ctypes.data, nbytes), 1)[0])
+        pieces = [Envelope(codec.number, key_id, nbytes, len(payload), checksum, key).packed(), payload]
+    return pieces if signer is None else [*pieces, signer.sign(pieces[0], pieces[1:])]
+
+
+class Opening:
+    """A chunk on its way out of a tier into ``parts``. With a ``signer`` it must carry a digest by one of its keys."""
+
+    def __init__(self, key: bytes, parts: Sequence[memoryview], signer: Signer | None = None) -> None:
+        self._key, self._parts, self._signer = key, parts, signer
+        self._header: Envelope | None = None
+        self._packed = b""
+        self._payload = bytearray()
+        self._digest = bytearray()
+
+    def place(self, header: bytes) -> list[memoryview]:
+        """Where what follows this header goes.
+
+        Raises:
+            TierError: damaged, another chunk, another length; Forged: it carries no digest by a key of the signer's.
+        """
+        self._header = found = _unsealed(header, self._key, sum(len(part) for part in self._parts))
+        if self._signer is not None:
+            self._signer.check_key(found.signer)
+        self._packed = header
+        self._digest = bytearray(DIGEST_BYTES if found.signer != UNSIGNED else 0)
+        behind = [memoryview(self._digest)] if self._digest else []
+        if found.codec == PLAIN:
+            return [*self._parts, *behind]
+        decoder(found.codec)  # is it at hand?
+        self._payload = bytearray(found.payload)
+        return [memoryview(self._payload), *behind]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the payload is the chunk as it is, and nothing follows it."""
+        return self._header is not None and self._header.codec == PLAIN and not self._digest
+
+    def finish(self) -> int:
+        """Verify the digest and unpack what was filled; returns the checksum that it must have, which is for the caller
+        to verify.
+
+        Raises:
+            TierError: it is damaged; Forged: its digest is wrong.
+        """
+        if self._header is None:
+            raise TierError("the tier read nothing")
+        packed = self._header.codec != PLAIN
+        if self._signer is not None:  # before anything looks at the bytes
+            filled = [memoryview(self._payload)] if packed else self._parts
+            self._signer.verify(self._header.signer, self._packed, filled, self._digest)
+        if packed:
+            decoder(self._header.codec).decode(self._payload, self._parts)
+        return self._header.checksum
+
+
+def _unsealed(header: bytes, key: bytes, nbytes: int) -> Envelope:
+    short = key.hex()[:16]
+    if len(header) != HEADER_BYTES or _CRC.unpack(header[_FIELDS.size :])[0] != zlib.crc32(header[: _FIELDS.size]):
+        raise TierError(f"chunk {short} is damaged: its header is")
+    magic, *fields = _FIELDS.unpack(header[: _FIELDS.size])
+    found = Envelope(*fields)
+    if magic != _MAGIC or found.key != key or found.nbytes != nbytes:
+        raise TierError(f"chunk {short} is another one, or of another version")
+    if found.payload > nbytes or (found.codec == PLAIN and found.payload != nbytes):
+        raise TierError(f"chunk {short} is damaged: {found.payload} bytes instead of {nbytes}")
+    return found

@@ -1,0 +1,179 @@
+"""Tiers and codecs by name: those that come with pdtransport, and third parties' by entry points.
+
+A package adds a codec with an entry point in the group ``pdtransport.pool.codecs`` that names a class (or a function)
+without arguments, which makes a :class:`~pdtransport.pool.tiers.codecs.Codec`; and a tier with one in
+``pdtransport.pool.tiers`` that makes a :class:`~pdtransport.pool.tiers.base.Tier` from a dict of options. The entry
+point's name is what settings call it. Nothing is loaded before it is named.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pdtransport.errors import SettingsError
+from pdtransport.pool.core.tier_state import Lower
+from pdtransport.pool.settings import AnyTierSettings, PoolSettings
+from pdtransport.pool.tiers.base import Tier, TierError
+from pdtransport.pool.tiers.codecs import FIRST_FOREIGN, LOSSY, Codec, Quantised, ShuffledZstd
+from pdtransport.pool.tiers.disk import DiskTier
+from pdtransport.pool.tiers.keyed_digest import Signer, load_signer
+from pdtransport.pool.tiers.redis import RedisTier
+from pdtransport.pool.tiers.s3 import S3Tier
+
+CODECS, TIERS = "pdtransport.pool.codecs", "pdtransport.pool.tiers"
+
+
+def tier_codec(name: str, item_bytes: int) -> Codec | None:
+    """The codec that a tier was told to use; None for "none".
+
+    Raises:
+        SettingsError: there is none of this name, it can't be loaded, or it loses bits.
+    """
+    if name == "none":
+        return None
+    codec = ShuffledZstd(item_bytes) if name == "zstd" else _codec(name)
+    if codec.lossy:
+        raise SettingsError(
+            f"codec {name} loses bits: engines ask for it, under keys that say so (pool.codec of the connector's "
+            "settings); set the tier's codec to none or zstd"
+        )
+    return codec
+
+
+def lossy_codec(name: str) -> Codec | None:
+    """The lossy codec that a chunk asks for; None if this pool has none such: the chunk is then stored exactly."""
+    try:
+        codec = _codec(name)
+    except SettingsError:
+        return None
+    return codec if codec.lossy else None
+
+
+@functools.lru_cache(maxsize=256)
+def decoder(number: int) -> Codec:
+    """The codec that packed what has this number in its header.
+
+    Raises:
+        TierError: it is not at hand.
+    """
+    try:
+        if number == ShuffledZstd.number:
+            return ShuffledZstd()
+        for name in LOSSY:
+            if number == LOSSY[name]:
+                return _codec(name)
+        for name in _found(CODECS):
+            codec = _codec(name)
+            if codec.number == number:
+                return codec
+    except SettingsError as error:
+        raise TierError(str(error)) from None
+    raise TierError(f"it was packed with codec number {number}, which is not installed here")
+
+
+def lower_tiers(settings: PoolSettings, first_bit: int) -> list[Lower]:
+    """The tiers below memory, fastest first.
+
+    Raises:
+        SettingsError: one can't be used.
+    """
+    made: list[tuple[Tier, AnyTierSettings]] = []
+    try:
+        return _lower_tiers(settings, first_bit, made)
+    except BaseException:
+        for tier, _ in made:
+            tier.close()
+        raise
+
+
+def _lower_tiers(settings: PoolSettings, first_bit: int, made: list[tuple[Tier, AnyTierSettings]]) -> list[Lower]:
+    if settings.disk is not None:
+        made.append((DiskTier(settings.disk), settings.disk))
+    if settings.redis is not None:
+        made.append((RedisTier(settings.redis), settings.redis))
+    if settings.s3 is not None:
+        made.append((S3Tier(settings.s3), settings.s3))
+    made += [(make_tier(name, its.options), its) for name, its in settings.tiers.items()]
+    file = settings.digest_key_file
+    signer = load_signer(file) if file is not None and settings.digest != "off" else None
+    return [
+        Lower(
+            tier,
+            first_bit << number,
+            its.bytes,
+            settings.policy,
+            tier_codec(its.codec, its.item_bytes),
+            _signer_of(tier, signer, settings),
+        )
+        for number, (tier, its) in enumerate(made)
+    ]
+
+
+def _signer_of(tier: Tier, signer: Signer | None, settings: PoolSettings) -> Signer | None:
+    """Of this tier's chunks; None: they carry no digest.
+
+    Raises:
+        SettingsError: they must, and there is no key.
+    """
+    if settings.digest == "off" or (settings.digest == "auto" and not tier.exposed):
+        return None
+    if signer is None:
+        why = f"{tier.exposed}, so" if tier.exposed else "pool.digest is all, so"
+        raise SettingsError(
+            f"tier {tier.name}: {why} its chunks carry a digest, which needs a key: set pool.digest_key_file (openssl "
+            "rand -hex 32 > FILE && chmod 600 FILE; the same for all pools that share the tier), or pool.digest: off "
+            "to trust whoever can write there"
+        )
+    return signer
+
+
+def make_tier(name: str, options: dict[str, Any]) -> Tier:
+    """A third party's tier.
+
+    Raises:
+        SettingsError: there is none of this name, it can't be loaded, or it can't do with these options.
+    """
+    made = _load(TIERS, name)
+    try:
+        tier = made(options)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"tier {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(tier, Tier):
+        raise SettingsError(f"tier {name}: its entry point makes a {type(tier).__name__}, no Tier")
+    tier.name = name
+    return tier
+
+
+@functools.cache
+def _codec(name: str) -> Codec:
+    if name in LOSSY:
+        return Quantised(name, LOSSY[name])  # type: ignore[arg-type]
+    made = _load(CODECS, name)
+    try:
+        codec = made()
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"codec {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(codec, Codec) or not FIRST_FOREIGN <= codec.number <= 255:
+        raise SettingsError(f"codec {name}: its entry point must make a Codec with a number of {FIRST_FOREIGN} to 255")
+    return codec
+
+
+def _found(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _load(group: str, name: str) -> Any:
+    point = _found(group).get(name)
+    if point is None:
+        known = ", ".join(sorted(_found(group))) or "none is installed"
+        raise SettingsError(f"there is no {name!r} among the entry points of {group} ({known}): install its package")
+    try:
+        return point.load()
+    except Exception as error:
+        raise SettingsError(f"{group} {name}: can't be loaded: {type(error).__name__}: {error}") from error

@@ -1,0 +1,455 @@
+"""All transfers that one prefill worker owes: requests, the grants on them, and what became of those that ended."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from pdtransport.protocol.actions import Action, Limits, Peer, Release, Send
+from pdtransport.protocol.consumer_table import TransferOver
+from pdtransport.protocol.messages import (
+    Abort,
+    Accept,
+    Claim,
+    Code,
+    ConsumerMessage,
+    Grant,
+    Nack,
+    Received,
+    Revoke,
+    Revoked,
+    TransferId,
+)
+from pdtransport.protocol.producer import ProducerMachine
+from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
+from pdtransport.protocol.timers import Agenda
+
+_HOLD = "hold"  # agenda key of a request's own deadline, beside those of its grants
+
+
+class _Claimant(NamedTuple):
+    """Agenda key of a claim whose request has not arrived."""
+
+    peer: Peer
+
+
+@dataclass
+class _Request:
+    """One request whose pages this worker computes or holds."""
+
+    digest: bytes
+    tokens: int
+    blocks: int
+    ready: int = 0
+    tokens_done: int = 0
+    finished: bool = False
+    first_token: int | None = None
+    cached_tokens: int | None = None
+    cancelled: tuple[Code, str] | None = None
+    adapter: str = ""  # what people call it
+    consumers: int | None = None  # how many will grant; the first grant says
+    grants: dict[Peer, ProducerMachine] = field(default_factory=dict)
+    claimed_by: dict[Peer, float] = field(default_factory=dict)  # since when
+    hold_until: float = float("inf")
+
+
+class Sending:
+    """The prefill worker's book of transfers. Pure: events in, actions out.
+
+    Args:
+        block_bytes: ``(head_lo, head_hi)`` -> bytes of one block here; raises ValueError for heads not held.
+        batch_bytes: the largest batch that the link to a peer takes, where ``limits`` allow a larger one.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        block_bytes: Callable[[int, int], int],
+        batch_bytes: Callable[[Peer], int] | None = None,
+    ) -> None:
+        self.limits = limits
+        self._batch_bytes = batch_bytes
+        self.counters: Counter[str] = Counter()
+        self._block_bytes = block_bytes
+        self._requests: dict[TransferId, _Request] = {}
+        self._early: OrderedDict[tuple[TransferId, Peer], tuple[Grant, float]] = OrderedDict()
+        self._early_claims: OrderedDict[tuple[TransferId, Peer], float] = OrderedDict()
+        self._over: OrderedDict[TransferId, tuple[Code | None, str]] = OrderedDict()
+        self._agenda: Agenda[tuple[TransferId, Peer]] = Agenda()
+
+    # -- what the engine says ------------------------------------------------------------------------------------
+
+    def open(
+        self, transfer: TransferId, digest: bytes, tokens: int, blocks: int, now: float, adapter: str = ""
+    ) -> list[Action]:
+        """A request arrived that is to be handed over: ``tokens`` prompt tokens in ``blocks`` blocks. ``adapter`` names
+        in reasons what of ``digest`` is its content.
+
+        Raises:
+            TransferOver: the id is live or over (used before, or given up by decode before the request arrived), or
+                too many transfers are live.
+        """
+        if transfer in self._requests:
+            raise TransferOver(Code.REUSED, "this transfer id is in use; mint one per dispatch")
+        if transfer in self._over:
+            code, reason = self._over[transfer]
+            raise TransferOver(code or Code.REUSED, reason or "this transfer id was used before; mint one per dispatch")
+        if len(self._requests) >= self.limits.max_transfers:
+            raise TransferOver(Code.OVERLOADED, f"{len(self._requests)} transfers are live (max_transfers)")
+        request = _Request(digest, tokens, blocks, adapter=adapter)
+        self._requests[transfer] = request
+        actions: list[Action] = []
+        for key in [key for key in self._early_claims if key[0] == transfer]:
+            request.claimed_by[key[1]] = self._early_claims.pop(key)
+            self._agenda.set((transfer, _Claimant(key[1])), None)
+        for key in [key for key in self._early if key[0] == transfer]:
+            grant, _ = self._early.pop(key)
+            self._agenda.set(key, None)
+            actions += self._serve(request, key[1], grant, now)
+        return actions
+
+    def cached(self, transfer: TransferId, tokens: int) -> None:
+        """So many of the prompt's tokens were there and need not be computed; say it before the last block is ready."""
+        request = self._requests.get(transfer)
+        if request is not None:
+            request.cached_tokens = tokens
+            for machine in request.grants.values():
+                machine.cached_tokens = tokens
+
+    def pages_ready(self, transfer: TransferId, blocks: int, tokens_done: int, now: float) -> list[Action]:
+        """The first ``blocks`` blocks are final; fewer than before after a preemption."""
+        request = self._requests.get(transfer)
+        if request is None:
+            return []
+        request.ready, request.tokens_done = blocks, tokens_done
+        return self._each(transfer, request, lambda machine: machine.pages_ready(blocks, tokens_done, now))
+
+    def upcoming(self, transfer: TransferId, since: int, blocks: int) -> list[tuple[ProducerMachine, int, int]]:
+        """What :meth:`pages_ready` would push, as (grant's machine, first block, blocks), were the blocks before
+        ``since`` pushed already. For who has time to prepare it; changes nothing."""
+        request = self._requests.get(transfer)
+        machines = request.grants.values() if request else ()
+        return [(machine, *batch) for machine in machines for batch in machine.upcoming(since, blocks)]
+
+    def finish(self, transfer: TransferId, now: float, first_token: int | None = None) -> list[Action]:
+        """The engine is done with the request: from here on its pages are held for decode alone. ``first_token`` goes
+        into the commit of every grant that promises to go on from it."""
+        request = self._requests.get(transfer)
+        if request is None:
+            return []
+        request.finished, request.first_token = True, first_token
+        request.hold_until = now + (self.limits.claim_s if request.claimed_by else self.limits.hold_s)
+        self._agenda.set((transfer, _HOLD), request.hold_until)
+        actions = self._each(transfer, request, lambda machine: machine.finish(first_token, now))
+        return actions + self._maybe_release(transfer, request)
+
+    def cancel(self, transfer: TransferId, code: Code, reason: str) -> list[Action]:
+        """The request was aborted here; ``Release`` follows once nothing reads its pages. Unknown ids are ignored."""
+        request = self._requests.get(transfer)
+        if request is None:
+            return []
+        request.finished = True
+        request.cancelled = request.cancelled or (code, reason)
+        actions = self._each(transfer, request, lambda machine: machine.cancel(code, reason))
+        return actions + self._maybe_release(transfer, request)
+
+    # -- what links and peers report -----------------------------------------------------------------------------
+
+    def on_message(self, peer: Peer, message: ConsumerMessage, now: float) -> list[Action]:
+        request = self._requests.get(message.transfer)
+        if isinstance(message, Claim):
+            return self._on_claim(request, peer, message, now)
+        machine = request.grants.get(peer) if request else None
+        if machine is not None and machine.grant.generation == message.generation:
+            return self._run(machine, machine.on_message(message, now))
+        if isinstance(message, Grant):
+            return self._on_grant(request, machine, peer, message, now)
+        if isinstance(message, Revoke):
+            return self._on_revoke(request, machine, peer, message)
+        if isinstance(message, (Received, Nack)) and request is None:
+            code, reason = self._over.get(message.transfer, (None, ""))
+            if code is not None:  # our Abort got lost
+                return [self._abort(peer, message, code, reason)]
+        self.counters["stale_messages"] += 1
+        return []
+
+    def pushed(
+        self,
+        transfer: TransferId,
+        peer: Peer,
+        generation: int,
+        seq: int,
+        attempt: int,
+        checksums: bytes,
+        offer: bytes,
+        now: float,
+    ) -> list[Action]:
+        machine = self._machine(transfer, peer, generation)
+        if machine is None:
+            return []
+        return self._run(machine, machine.pushed(seq, attempt, checksums, offer, now))
+
+    def push_failed(
+        self, transfer: TransferId, peer: Peer, generation: int, seq: int, attempt: int, error: str
+    ) -> list[Action]:
+        machine = self._machine(transfer, peer, generation)
+        if machine is None:
+            return []
+        self.counters["pushes_failed"] += 1
+        return self._run(machine, machine.push_failed(seq, attempt, error))
+
+    def fenced(self, transfer: TransferId, peer: Peer, generation: int) -> list[Action]:
+        machine = self._machine(transfer, peer, generation)
+        return [] if machine is None else self._run(machine, machine.fenced())
+
+    def peer_lost(self, peer: Peer, reason: str) -> list[Action]:
+        for key in [key for key in self._early if key[1] == peer]:
+            del self._early[key]
+            self._agenda.set(key, None)
+        for key in [key for key in self._early_claims if key[1] == peer]:
+            del self._early_claims[key]
+            self._agenda.set((key[0], _Claimant(peer)), None)
+        actions: list[Action] = []
+        for transfer, request in list(self._requests.items()):
+            machine = request.grants.get(peer)
+            if machine is not None:
+                actions += self._run(machine, machine.peer_lost(reason))
+            elif request.claimed_by.pop(peer, None) is not None and request.finished:
+                request.cancelled = request.cancelled or (Code.PEER_LOST, reason)
+                actions += self._maybe_release(transfer, request)
+        return actions
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for transfer, peer in self._agenda.due(now):
+            request = self._requests.get(transfer)
+            if (transfer, peer) in self._early:
+                del self._early[transfer, peer]
+                self.counters["early_grants_expired"] += 1
+            elif isinstance(peer, _Claimant):
+                self._early_claims.pop((transfer, peer.peer), None)
+            elif request is not None and peer == _HOLD:
+                actions += self._hold_ended(transfer, request, now)
+            elif request is not None and peer in request.grants:
+                machine = request.grants[peer]
+                actions += self._run(machine, machine.tick(now))
+        return actions
+
+    def next_deadline(self) -> float | None:
+        return self._agenda.next()
+
+    # -- what others may ask -------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> int:
+        return len(self._requests)
+
+    @property
+    def early(self) -> int:
+        return len(self._early)
+
+    def promised(self, transfer: TransferId) -> bool:
+        """Decode said that it goes on from the first token if the commit names it."""
+        return any(machine.grant.first_token for machine in self.machines(transfer))
+
+    def machines(self, transfer: TransferId) -> list[ProducerMachine]:
+        request = self._requests.get(transfer)
+        return list(request.grants.values()) if request else []
+
+    # -- grants --------------------------------------------------------------------------------------------------
+
+    def _on_grant(
+        self, request: _Request | None, machine: ProducerMachine | None, peer: Peer, grant: Grant, now: float
+    ) -> list[Action]:
+        if machine is not None:
+            if grant.generation < machine.grant.generation:
+                self.counters["stale_messages"] += 1
+                return []
+            return [self._abort(peer, grant, Code.REUSED, "this transfer id was granted before; mint one per dispatch")]
+        if self._is_foreign(peer, grant.transfer):
+            self.counters["foreign_messages"] += 1
+            return [
+                self._abort(peer, grant, Code.REUSED, "this transfer was granted by others; mint an id per dispatch")
+            ]
+        if request is not None:
+            return self._serve(request, peer, grant, now)
+        if grant.transfer in self._over:
+            code, reason = self._over[grant.transfer]
+            return [self._abort(peer, grant, code or Code.REUSED, reason or "this transfer id was used before")]
+        key = (grant.transfer, peer)
+        if key not in self._early:
+            if len(self._early) >= self.limits.max_transfers:
+                text = f"{len(self._early)} grants wait for their requests (max_transfers)"
+                self._bury(grant.transfer, Code.OVERLOADED, text)  # a copy of this grant must meet the same answer
+                return [self._abort(peer, grant, Code.OVERLOADED, text)]
+            # Decode gives up first; this bound is for a decode worker that forgot.
+            until = now + 2 * self.limits.arrival_s
+            self._early[key] = (grant, until)
+            self._agenda.set(key, until)
+        elif grant.generation != self._early[key][0].generation:
+            return [self._abort(peer, grant, Code.REUSED, "this transfer id was granted before; mint one per dispatch")]
+        return [Send(peer, Accept(transfer=grant.transfer, generation=grant.generation, known=False))]
+
+    def _serve(self, request: _Request, peer: Peer, grant: Grant, now: float) -> list[Action]:
+        """Bring a grant and its request together; a grant for something else is aborted."""
+        problem = self._problem_with(request, grant)
+        block_bytes = 1 if problem else self._block_bytes(grant.head_lo, grant.head_hi)
+        limits = self.limits
+        if self._batch_bytes is not None:
+            limits = replace(limits, batch_bytes=min(limits.batch_bytes, self._batch_bytes(peer)))
+        machine = ProducerMachine(grant, peer, block_bytes, request.tokens, limits)
+        machine.cached_tokens = request.cached_tokens
+        request.grants[peer] = machine
+        request.consumers = request.consumers or grant.consumers
+        if request.cancelled is not None:
+            return self._run(machine, machine.cancel(*request.cancelled))
+        if problem:
+            self.counters["grants_mismatched"] += 1
+            return self._run(machine, machine.cancel(Code.MISMATCH, problem))
+        actions = machine.start(now)
+        if request.finished:
+            actions += machine.finish(request.first_token, now)
+        actions += machine.pages_ready(request.ready, request.tokens_done, now)
+        return self._run(machine, actions)
+
+    def _problem_with(self, request: _Request, grant: Grant) -> str:
+        if grant.tokens != request.tokens:
+            return f"prefill has {request.tokens} prompt tokens, decode expects {grant.tokens}"
+        if grant.digest != request.digest:
+            if grant.digest[:16] == request.digest[:16]:  # see kv.keys.adapted_key
+                if request.adapter:
+                    return f"prefill's {request.adapter} has not the content of decode's adapter, or decode has none"
+                return "prefill computes without an adapter, decode with one"
+            return "prefill and decode have different prompts under this transfer id"
+        if grant.first_block + grant.blocks != request.blocks:
+            return f"decode granted up to block {grant.first_block + grant.blocks}, the prompt has {request.blocks}"
+        if request.consumers not in (None, grant.consumers):
+            return f"one decode worker speaks of {request.consumers} consumers, another of {grant.consumers}"
+        try:
+            self._block_bytes(grant.head_lo, grant.head_hi)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _on_revoke(
+        self, request: _Request | None, machine: ProducerMachine | None, peer: Peer, message: Revoke
+    ) -> list[Action]:
+        """Of a grant that is not being served: nothing of ours can reach its pages, nor ever will, even if the grant
+        itself is still on its way."""
+        key = (message.transfer, peer)
+        early = self._early.get(key)
+        if early is not None and early[0].generation == message.generation:
+            del self._early[key]
+            self._agenda.set(key, None)
+        if self._early_claims.pop(key, None) is not None:
+            self._agenda.set((message.transfer, _Claimant(peer)), None)
+        code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
+        reason = message.reason or "decode gave up before prefill began"
+        actions: list[Action] = [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
+        if machine is None and self._is_foreign(peer, message.transfer):
+            self.counters["foreign_messages"] += 1
+        elif request is None:
+            if message.transfer not in self._over:
+                self._bury(message.transfer, code, reason)  # its request may still arrive: nobody will take it
+        elif machine is None:
+            request.cancelled = request.cancelled or (code, reason)
+            actions += self._maybe_release(message.transfer, request)
+        return actions
+
+    def _on_claim(self, request: _Request | None, peer: Peer, message: Claim, now: float) -> list[Action]:
+        if request is None:
+            if message.transfer not in self._over and len(self._early_claims) < self.limits.max_transfers:
+                self._early_claims.setdefault((message.transfer, peer), now)
+                self._agenda.set((message.transfer, _Claimant(peer)), now + 2 * self.limits.arrival_s)
+            return []
+        since = request.claimed_by.setdefault(peer, now)
+        if request.finished and peer not in request.grants:
+            request.hold_until = max(request.hold_until, since + self.limits.claim_s)
+            self._agenda.set((message.transfer, _HOLD), request.hold_until)
+        return []
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def _hold_ended(self, transfer: TransferId, request: _Request, now: float) -> list[Action]:
+        if request.consumers is not None and len(request.grants) >= request.consumers:
+            if request.ready < request.blocks:
+                return self.cancel(transfer, Code.CANCELLED, "the engine finished without computing the whole prompt")
+            return []  # every consumer granted: their own deadlines rule
+        self.counters["holds_expired"] += 1
+        held = self.limits.claim_s if request.claimed_by else self.limits.hold_s
+        setting = "deadlines.claim_s" if request.claimed_by else "deadlines.hold_s"
+        return self.cancel(transfer, Code.TIMEOUT, f"no decode instance took the pages within {held} s ({setting})")
+
+    def _maybe_release(self, transfer: TransferId, request: _Request) -> list[Action]:
+        if not request.finished or transfer not in self._requests:
+            return []
+        if any(machine.state not in PRODUCER_ENDS for machine in request.grants.values()):
+            return []
+        complete = request.consumers is not None and len(request.grants) >= request.consumers
+        if not complete and request.cancelled is None:
+            return []
+        del self._requests[transfer]
+        self._agenda.set((transfer, _HOLD), None)
+        code, reason = self._outcome(request)
+        self._bury(transfer, code, reason)
+        self.counters["transfers_released" if code is None else "transfers_given_up"] += 1
+        if code is not None:
+            self.counters[f"given_up_{code.value}"] += 1
+        return [Release(transfer, code, reason)]
+
+    @staticmethod
+    def _outcome(request: _Request) -> tuple[Code | None, str]:
+        """An abort after everything was acked takes nothing away."""
+        for machine in request.grants.values():
+            if machine.state is not ProducerState.DONE:
+                return machine.code or Code.CANCELLED, machine.reason
+        if request.consumers is not None and len(request.grants) >= request.consumers:
+            return None, ""
+        return request.cancelled or (None, "")
+
+    def _bury(self, transfer: TransferId, code: Code | None, reason: str) -> None:
+        self._over[transfer] = (code, reason)
+        while len(self._over) > self.limits.tombstones:
+            self._over.popitem(last=False)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _is_foreign(self, peer: Peer, transfer: TransferId) -> bool:
+        """All consumers of the transfer have granted, and ``peer`` is none of them. Until then whoever knows the id may
+        be one whose grant is still on its way, or was lost."""
+        request = self._requests.get(transfer)
+        if request is not None:
+            grants = [machine.grant for machine in request.grants.values()]
+            known = peer in request.grants
+        else:
+            early = {of: grant for (each, of), (grant, _) in self._early.items() if each == transfer}
+            grants, known = list(early.values()), peer in early
+        return not known and bool(grants) and len(grants) >= grants[0].consumers
+
+    def _machine(self, transfer: TransferId, peer: Peer, generation: int) -> ProducerMachine | None:
+        request = self._requests.get(transfer)
+        machine = request.grants.get(peer) if request else None
+        return machine if machine is not None and machine.grant.generation == generation else None
+
+    def _each(
+        self, transfer: TransferId, request: _Request, event: Callable[[ProducerMachine], list[Action]]
+    ) -> list[Action]:
+        actions: list[Action] = []
+        for machine in list(request.grants.values()):
+            actions += self._run(machine, event(machine))
+        return actions
+
+    def _run(self, machine: ProducerMachine, actions: list[Action]) -> list[Action]:
+        transfer = machine.grant.transfer
+        self._agenda.set((transfer, machine.peer), machine.next_deadline())
+        request = self._requests.get(transfer)
+        if request is not None and machine.state in PRODUCER_ENDS:
+            return actions + self._maybe_release(transfer, request)
+        return actions
+
+    @staticmethod
+    def _abort(peer: Peer, about: Grant | Received | Nack, code: Code, reason: str) -> Action:
+        code = Code.PEER_CANCELLED if code is Code.CANCELLED else code
+        return Send(peer, Abort(transfer=about.transfer, generation=about.generation, code=code, reason=reason[:200]))

@@ -1,0 +1,419 @@
+"""The decode half of an exchange: finds the prefill workers, grants, and brings their batches into our pages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from pdtransport.control.channel import ControlChannel, Identity, PeerId
+from pdtransport.errors import LinkError
+from pdtransport.kv.fingerprint import plain
+from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
+from pdtransport.observe.audit import Audit
+from pdtransport.observe.seldom import Seldom
+from pdtransport.protocol import actions as act
+from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
+from pdtransport.protocol.messages import (
+    MAX_REASON,
+    REQUEST_ENDED,
+    Accept,
+    Batch,
+    Claim,
+    Code,
+    Coming,
+    Commit,
+    Ended,
+    ProducerMessage,
+)
+from pdtransport.transfer.outcome import OnExpected, OnOutcome, Outcome, tell
+from pdtransport.transfer.peers import Endpoint, Peer, Peers
+from pdtransport.transfer.timeline import Timeline, TransferRecord
+
+logger = logging.getLogger(__name__)
+
+NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})
+SAME_S = 0.001  # expectations that differ by less are no news
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What a decode worker asks for: blocks ``first_block ..`` of a request, into ``pages``, from ``ranks`` prefill
+    workers that listen at ``port``, ``port + 1``, ..."""
+
+    transfer: str
+    host: str
+    port: int
+    ranks: int
+    digest: bytes
+    tokens: int
+    first_block: int
+    pages: Sequence[int]
+    first_token: bool = False  # promise to go on from the first token, if prefill names it
+    on_expected: OnExpected | None = None
+
+
+@dataclass
+class _Sink:
+    """Pages that we take: ``pages[i]`` is for block ``first_block + i``. Only ``owner`` may cancel it."""
+
+    owner: object
+    wanted: Fetch
+    on_end: OnOutcome
+    record: TransferRecord
+    heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
+    placing: dict[PeerId, set[int]] = field(default_factory=dict)  # link keys that may still write
+    expected: dict[PeerId, float] = field(default_factory=dict)  # when its last pages are
+    nbytes: int = 0
+    granted: bool = False
+
+
+class Taking:
+    """Runs in the I/O thread."""
+
+    def __init__(
+        self,
+        limits: act.Limits,
+        geometry: KVGeometry,
+        me: Identity,
+        control: ControlChannel,
+        peers: Peers,
+        timeline: Timeline,
+        counters: Counter[str],
+        audit: Audit | None,
+    ) -> None:
+        # Generations of different incarnations never meet: 31 bits of incarnation above 31 bits of count.
+        self.receiving = Receiving(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
+        self._geometry = geometry
+        self._checksums = limits.checksums
+        self._me = me
+        self._control = control
+        self._peers = peers
+        self._timeline = timeline
+        self._counters = counters
+        self._audit = audit
+        self._sinks: dict[str, _Sink] = {}
+        self.seldom = Seldom(logger)  # requests choose whom we call
+
+    # -- what the engine says ------------------------------------------------------------------------------------
+
+    def claim(self, transfer: str, host: str, port: int, ranks: int) -> None:
+        """Ask prefill to hold a transfer that we can't grant yet. Best effort."""
+
+        def say(peer: Peer | None, _why: object) -> None:
+            if peer is not None:
+                self._control.send(peer.id, Claim(transfer=transfer))
+
+        for endpoint, _ in self._producers(host, port, ranks):
+            self._peers.want(endpoint, say)
+
+    def decline(self, transfer: str, code: Code, reason: str, host: str, port: int, ranks: int) -> None:
+        """We shall not take a transfer: tell those who watch, and prefill at ``host``, if it is known. Best effort."""
+        if transfer in self._sinks or self.receiving.knows(transfer):
+            return
+        self.report(transfer, code, reason)
+        if not host:
+            return
+        record = self._timeline.open(transfer, "consumer")
+        record.mark("declined")
+        record.state, record.code, record.reason = "declined", code.value, reason
+
+        def say(peer: Peer | None, _why: object) -> None:
+            if peer is not None:
+                self.run(self.receiving.decline(transfer, peer.id, code, reason))
+
+        for endpoint, _ in self._producers(host, port, ranks):
+            self._peers.want(endpoint, say)
+
+    def fetch(self, owner: object, wanted: Fetch, on_end: OnOutcome) -> None:
+        transfer = wanted.transfer
+        if transfer in self._sinks or self.receiving.knows(transfer):
+            self._counters["fetches_refused_reused"] += 1
+            why = "this transfer id was used before; mint one per dispatch"
+            logger.warning("transfer %s refused: %s", transfer, why)
+            tell(on_end, Outcome(transfer, False, Code.REUSED.value, why))
+            self.report(transfer, Code.REUSED, why)
+            return
+        if not wanted.pages:  # nothing comes, and nobody waits for its end
+            self.report(transfer)
+        record = self._timeline.open(transfer, "consumer")
+        record.mark("asked")
+        record.blocks, record.skipped_blocks = len(wanted.pages), wanted.first_block
+        sink = self._sinks[transfer] = _Sink(owner, wanted, on_end, record)
+        producers = self._producers(wanted.host, wanted.port, wanted.ranks)
+        found: dict[int, Peer] = {}
+
+        def on_peer(rank: int, peer: Peer | None, why: tuple[Code, str] | None) -> None:
+            if self._sinks.get(transfer) is not sink or sink.granted:
+                return
+            if peer is None:
+                self._end(transfer, *(why or (Code.PEER_LOST, "the peer is gone")))
+            elif (peer.world, peer.id.rank) != (wanted.ranks, rank):
+                found_text = f"{wanted.host}:{wanted.port + rank} is rank {peer.id.rank} of {peer.world}"
+                self._end(transfer, Code.REFUSED, f"tp_size: {found_text}, the request says {rank} of {wanted.ranks}")
+            else:
+                found[rank] = peer
+                if len(found) == len(producers):
+                    self._grant(sink, [(found[source.rank], source) for _, source in producers])
+
+        for endpoint, source in producers:
+            self._peers.want(endpoint, partial(on_peer, source.rank))
+
+    def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
+        sink = self._sinks.get(transfer)
+        if sink is not None and sink.owner is owner:
+            self._cancel(sink, code, reason)
+
+    def cancel_all(self, code: Code, reason: str) -> set[str]:
+        """Which ones."""
+        sinks = list(self._sinks.values())
+        for sink in sinks:
+            self._cancel(sink, code, reason)
+        return {sink.wanted.transfer for sink in sinks}
+
+    def live_of(self, transfers: set[str]) -> set[str]:
+        return transfers & self._sinks.keys()
+
+    def _cancel(self, sink: _Sink, code: Code, reason: str) -> None:
+        if not sink.granted:
+            self._end(sink.wanted.transfer, code, reason)
+        else:
+            self.run(self.receiving.cancel(sink.wanted.transfer, code, reason))
+
+    def report(self, transfer: str, code: Code | None = None, reason: str = "", sink: _Sink | None = None) -> None:
+        """Tell those who watch how a transfer ended, or that it never began."""
+        if not self._control.watched:
+            return
+        times = sink.record.events if sink is not None else {}
+        end = times.get("verified", 0.0)
+        self._control.publish(
+            Ended(
+                transfer=transfer,
+                code=code,
+                reason=plain(reason, MAX_REASON),
+                blocks=len(sink.wanted.pages) if sink is not None else 0,
+                nbytes=sink.nbytes if sink is not None else 0,
+                link=sink.record.link if sink is not None else "",
+                exposed_us=_us(end - times.get("committed", end)),
+                taken_us=_us(end - times.get("first_batch", end)),
+            )
+        )
+
+    def _producers(self, host: str, port: int, ranks: int) -> list[tuple[Endpoint, HeadSource]]:
+        g = self._geometry
+        sources = head_sources(g.head_lo, g.head_hi, ranks, g.total_heads, self._me.rank)
+        return [((host, port + source.rank), source) for source in sources]
+
+    def _grant(self, sink: _Sink, producers: list[tuple[Peer, HeadSource]]) -> None:
+        g, wanted = self._geometry, sink.wanted
+        sink.granted = True
+        parts = []
+        for peer, source in producers:
+            channel = peer.inbound
+            if channel is None:  # lost again while we waited for another one
+                self._end(wanted.transfer, Code.PEER_LOST, f"{peer.id} is gone")
+                return
+            takers = consumers_of(source.rank, wanted.ranks, self._me.world, g.total_heads)
+            parts.append(
+                Part(
+                    peer=peer.id,
+                    head_lo=source.head_lo,
+                    head_hi=source.head_hi,
+                    consumers=len(takers),
+                    block_bytes=g.block_bytes(source.head_lo, source.head_hi),
+                    pages=b"".join(page.to_bytes(4, "little") for page in wanted.pages) if channel.one_sided else b"",
+                    one_sided=channel.one_sided,
+                )
+            )
+            sink.heads[peer.id] = (source.head_lo, source.head_hi)
+            sink.placing[peer.id] = set()
+            sink.record.link, sink.record.peer = channel.link, peer.id.engine
+        try:
+            actions = self.receiving.begin(
+                wanted.transfer,
+                wanted.digest,
+                wanted.tokens,
+                wanted.first_block,
+                len(wanted.pages),
+                parts,
+                time.monotonic(),
+                wanted.first_token,
+            )
+        except TransferOver as over:
+            self._end(wanted.transfer, over.code, over.reason)
+            return
+        sink.record.mark("granted")
+        self.run(actions)
+
+    # -- what peers and time say ---------------------------------------------------------------------------------
+
+    def on_message(self, peer: PeerId, message: ProducerMessage, now: float) -> None:
+        sink = self._sinks.get(message.transfer)
+        if sink is not None:
+            if isinstance(message, Accept):
+                sink.record.mark("accepted")
+            elif isinstance(message, Batch):
+                sink.record.mark("first_batch")
+                sink.record.mark("last_batch", latest=True)
+            elif isinstance(message, Commit):
+                sink.record.mark("committed")
+                self._expect(sink, peer, now)
+        self.run(self.receiving.on_message(peer, message, now))
+
+    def coming(self, peer_id: PeerId, message: Coming) -> None:
+        """Blocks are announced before they are computed."""
+        sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
+        if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
+            return
+        first = message.first_block - sink.wanted.first_block
+        pages = sink.wanted.pages[first : first + message.blocks] if first >= 0 else ()
+        if len(pages) != message.blocks:
+            return
+        if message.offer:
+            runs = self._geometry.runs(pages, *sink.heads[peer_id])
+            self._counters["batches_foreseen"] += 1
+            peer.inbound.foresee(message.offer, runs, message.blocks if self._checksums else 0)
+        if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
+            self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
+
+    def _expect(self, sink: _Sink, peer_id: PeerId, when: float) -> None:
+        """This worker's last pages are expected then. Over other links nobody knows how long they take to cross."""
+        on_expected, peer = sink.wanted.on_expected, self._peers.get(peer_id)
+        if on_expected is None or peer is None or peer.inbound is None or not peer.inbound.in_place:
+            return
+        if peer_id in sink.heads and abs(sink.expected.get(peer_id, 0.0) - when) > SAME_S:
+            sink.expected[peer_id] = when
+            if len(sink.expected) == len(sink.heads):
+                on_expected(max(sink.expected.values()))
+
+    def peer_lost(self, peer: PeerId, reason: str) -> None:
+        """Its channels are closed already."""
+        self.run(self.receiving.peer_lost(peer, reason))
+
+    def tick(self, now: float) -> None:
+        self.run(self.receiving.tick(now))
+
+    def end_all(self, code: Code, reason: str) -> None:
+        """The transport closes."""
+        sinks, self._sinks = self._sinks, {}
+        for transfer, sink in sinks.items():
+            tell(sink.on_end, Outcome(transfer, False, code.value, reason))
+
+    def live(self) -> dict[str, int]:
+        return {"consuming": len(self._sinks)}
+
+    # -- actions -------------------------------------------------------------------------------------------------
+
+    def run(self, actions: Sequence[act.Action]) -> None:
+        for action in actions:
+            if isinstance(action, act.Send):
+                self._control.send(action.peer, action.message)
+            elif isinstance(action, act.Place):
+                self._place(action)
+            elif isinstance(action, act.Fence):
+                self._fence(action)
+            elif isinstance(action, act.Ready):
+                self._end(action.transfer, None, "", action)
+            elif isinstance(action, act.Failed):
+                self._end(action.transfer, action.code, action.reason)
+
+    def _place(self, action: act.Place) -> None:
+        batch, peer = action.batch, self._peers.get(action.peer)
+        sink = self._sinks[action.transfer]
+        done = partial(self._placed, action.transfer, action.peer, batch)
+        if peer is None or peer.inbound is None:
+            done("link: the peer's link is gone")
+            return
+        if len(batch.offer) < 8:
+            done("link: the batch came without an offer")
+            return
+        first = batch.first_block - sink.wanted.first_block
+        runs = self._geometry.runs(sink.wanted.pages[first : first + batch.blocks], *sink.heads[action.peer])
+        key = _key(batch)
+        sink.placing[action.peer].add(key)
+        try:
+            peer.inbound.receive(key, batch.offer[8:], runs, batch.checksums, batch.blocks, done)
+        except LinkError as error:
+            done(f"link: {error}")
+
+    def _placed(self, transfer: str, peer: PeerId, batch: Batch, error: str | None) -> None:
+        sink = self._sinks.get(transfer)
+        if sink is not None:
+            sink.placing[peer].discard(_key(batch))
+            if error is None:
+                sink.nbytes += batch.nbytes
+                self._counters["bytes_received"] += batch.nbytes
+                self._counters["blocks_received"] += batch.blocks
+            else:
+                logger.warning("transfer %s, batch %d: %s", transfer, batch.seq, error)
+        now = time.monotonic()
+        self.run(self.receiving.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, error, now))
+
+    def _fence(self, action: act.Fence) -> None:
+        sink, peer = self._sinks.get(action.transfer), self._peers.get(action.peer)
+        keys = list(sink.placing.get(action.peer, ())) if sink else []
+
+        def fenced() -> None:
+            self.run(self.receiving.fenced(action.transfer, action.peer, action.generation))
+
+        if peer is None or peer.inbound is None or not keys:
+            fenced()
+        else:
+            peer.inbound.fence(keys, fenced)
+
+    def _end(self, transfer: str, code: Code | None, reason: str, ready: act.Ready | None = None) -> None:
+        sink = self._sinks.pop(transfer, None)
+        if sink is None:
+            return
+        record = sink.record
+        record.bytes = sink.nbytes
+        record.state = "failed" if code else "ready"
+        record.mark("failed" if code else "verified")
+        if code is not None:
+            record.code, record.reason = code.value, reason
+            self._log_failure(sink, code, reason)
+        elif self._audit is not None:
+            self._audit_blocks(self._audit, sink)
+        self._counters["fetches_failed" if code else "fetches_ok"] += 1
+        tell(
+            sink.on_end,
+            Outcome(
+                transfer=transfer,
+                ok=code is None,
+                code=code.value if code else "",
+                reason=reason,
+                blocks=len(sink.wanted.pages),
+                nbytes=sink.nbytes,
+                link=record.link,
+                first_token=ready.first_token if ready else None,
+                cached_tokens=ready.cached_tokens if ready else None,
+                events=dict(record.events),
+            ),
+        )
+        if sink.wanted.pages:  # after it was told to the engine, which has a step to begin
+            self.report(transfer, code, reason, sink)
+
+    def _log_failure(self, sink: _Sink, code: Code, reason: str) -> None:
+        text = f"transfer {sink.wanted.transfer} failed ({code.value}): {reason}"
+        if code in NOBODY_THERE and not sink.granted:
+            self.seldom.warn(text, time.monotonic())
+        else:
+            logger.log(logging.INFO if code in REQUEST_ENDED else logging.WARNING, "%s", text)
+
+    @staticmethod
+    def _audit_blocks(audit: Audit, sink: _Sink) -> None:
+        for peer, (lo, hi) in sink.heads.items():
+            for block, page in enumerate(sink.wanted.pages, sink.wanted.first_block):
+                audit.block(sink.wanted.transfer, "consumer", peer.engine, peer.rank, block, page, lo, hi)
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
+
+
+def _key(batch: Batch) -> int:
+    """The sender's link key, which leads the offer."""
+    return int.from_bytes(batch.offer[:8], "little")

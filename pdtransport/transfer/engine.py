@@ -1,0 +1,222 @@
+"""Ties protocol, control and links together, in the I/O thread: events of the control channel go to the half that they
+concern, and both halves get their share of each turn."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+import zmq
+
+from pdtransport.control.channel import (
+    ConnectFailed,
+    ControlChannel,
+    Event,
+    Identity,
+    PeerDown,
+    PeerId,
+    PeerUp,
+    Received,
+    StatusAsked,
+)
+from pdtransport.control.handshake import told_incarnation
+from pdtransport.io.cuda_events import Gate
+from pdtransport.kv.geometry import HOST, KVGeometry
+from pdtransport.links.base import Link
+from pdtransport.observe.audit import Audit
+from pdtransport.observe.status import TransportStatus
+from pdtransport.protocol.actions import Limits
+from pdtransport.protocol.messages import (
+    Abort,
+    Accept,
+    Ack,
+    Batch,
+    Claim,
+    Code,
+    Coming,
+    Commit,
+    FingerprintValue,
+    Grant,
+    LinkCall,
+    Message,
+    Nack,
+    Revoke,
+    Revoked,
+)
+from pdtransport.protocol.messages import Received as ReceivedBatches
+from pdtransport.settings import Settings
+from pdtransport.transfer.consumer import Taking
+from pdtransport.transfer.link_setup import Scratch
+from pdtransport.transfer.peers import Peers
+from pdtransport.transfer.producer import Handing
+from pdtransport.transfer.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+MAX_STATUS_RECORDS = 256  # transfers in one status reply, which must fit a control frame
+
+
+class Exchange:
+    """See the module's docstring. Implements :class:`pdtransport.io.reactor.Work`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        me: Identity,
+        geometry: KVGeometry,
+        links: dict[str, Link],
+        unavailable: dict[str, str],
+        role: str,
+        scratch: Scratch,
+        gate: Gate,
+        port: int | None = None,
+    ) -> None:
+        self._me = me
+        self.gate = gate
+        self._role = role
+        self._links = links
+        self._started_at = time.time()
+        self._counters: Counter[str] = Counter()
+        self._timeline = Timeline(settings.observe.recent_transfers)
+        self._control = ControlChannel(settings.control, me)
+        self.endpoint = self._control.bind(port)
+        self._peers = Peers(self._control, links, unavailable, settings.links, scratch)
+        audit_dir = settings.observe.audit_dir
+        self._audit = Audit(audit_dir, me.engine, me.rank, geometry) if audit_dir else None
+        limits = limits_of(settings, geometry.device)
+        common = (self._control, self._peers, self._timeline, self._counters, self._audit)
+        self.handing = Handing(limits, geometry, *common)
+        self.taking = Taking(limits, geometry, me, *common)
+
+    # -- reactor.Work --------------------------------------------------------------------------------------------
+
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        return self._control.sockets()
+
+    def descriptors(self) -> list[int]:
+        links = [fd for fd in (link.fileno() for link in self._links.values()) if fd >= 0]
+        return links + self.gate.descriptors()
+
+    def turn(self, now: float) -> bool:
+        events = self._control.receive(now)
+        for event in events:
+            self._on_event(event, now)
+        busy = bool(events)
+        busy = self.gate.run() or busy
+        for link in self._links.values():
+            busy = link.progress() or busy
+        busy = self.handing.push_some() or busy
+        for event in self._control.tick(now):
+            self._on_event(event, now)
+        self._peers.tick(now)
+        self.handing.tick(now)
+        self.taking.tick(now)
+        return busy
+
+    def arm(self) -> bool:
+        return all(link.arm() for link in self._links.values())
+
+    def next_deadline(self) -> float | None:
+        times = (
+            self._control.next_deadline(),
+            self._peers.next_deadline(),
+            self.handing.sending.next_deadline(),
+            self.taking.receiving.next_deadline(),
+        )
+        return min((t for t in times if t is not None), default=None)
+
+    def close(self) -> None:
+        self.gate.flush()
+        self._peers.close()
+        for link in self._links.values():
+            link.close()
+        self._control.close()
+        self.gate.close()
+        for half in (self.handing, self.taking):
+            half.end_all(Code.CANCELLED, "the transport was closed")
+        if self._audit is not None:
+            self._audit.close()
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def _on_event(self, event: Event, now: float) -> None:
+        if isinstance(event, Received):
+            self._on_message(event.peer, event.message, now)
+        elif isinstance(event, PeerUp):
+            self._peers.up(event, now)
+        elif isinstance(event, PeerDown):
+            level = logging.WARNING if self._peers.linked(event.peer) else logging.INFO
+            logger.log(level, "peer %s is gone: %s", event.peer, event.reason)
+            self._counters["peers_lost"] += 1
+            self._peers.down(event.peer, event.reason, ended=event.ended)
+            self.handing.peer_lost(event.peer, event.reason)
+            self.taking.peer_lost(event.peer, event.reason)
+        elif isinstance(event, ConnectFailed):
+            self.taking.seldom.warn(f"no connection to {event.host}:{event.port}: {event.reason}", now)
+            self._counters["connects_failed"] += 1
+            self._peers.connect_failed((event.host, event.port), event.reason, event.refused)
+        elif isinstance(event, StatusAsked):
+            event.reply(json.dumps(self.status(event.transfer)))
+
+    def _on_message(self, peer: PeerId, message: Message, now: float) -> None:
+        if isinstance(message, (Claim, Grant, ReceivedBatches, Nack, Ack, Revoke)):
+            self.handing.on_message(peer, message, now)
+        elif isinstance(message, (Accept, Batch, Commit, Revoked, Abort)):
+            self.taking.on_message(peer, message, now)
+        elif isinstance(message, Coming):
+            self.taking.coming(peer, message)
+        elif isinstance(message, LinkCall):
+            self._peers.link_call(peer, message)
+
+    # -- what changes ------------------------------------------------------------------------------------------------
+
+    def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> set[str]:
+        """What our pages depend on changed: all that is under way ends, and peers shake hands anew. Returns the
+        transfers that still use pages."""
+        self.gate.run()
+        ending = self.handing.cancel_all(Code.REFUSED, reason) | self.taking.cancel_all(Code.REFUSED, reason)
+        for event in self._control.change_fingerprint(facts, reason):
+            self._on_event(event, time.monotonic())
+        return self.live_of(ending)
+
+    def live_of(self, transfers: set[str]) -> set[str]:
+        return self.handing.live_of(transfers) | self.taking.live_of(transfers)
+
+    # -- watching ------------------------------------------------------------------------------------------------
+
+    def status(self, transfer: str = "") -> TransportStatus:
+        """What this worker is doing: counters, peers with their links, and recent transfers; JSON values only."""
+        counters = self._counters + self.handing.sending.counters + self.taking.receiving.counters
+        counters.update({f"control_{name}": count for name, count in self._control.counters.items()})
+        return {
+            "engine": self._me.engine,
+            "rank": self._me.rank,
+            "world": self._me.world,
+            "role": self._role,
+            "incarnation": told_incarnation(self._me.incarnation),
+            "uptime_s": time.time() - self._started_at,
+            "counters": dict(counters),
+            "live": {**self.handing.live(), **self.taking.live(), "waiting_for_gpu": self.gate.waiting},
+            "fingerprint": dict(self._control.fingerprint),
+            "peers": [peer.status() for peer in self._peers],
+            "shared_names": [
+                {"engine": one.engine, "rank": one.rank, "at": where} for one, where in self._control.shared_names()
+            ],
+            "transfers": [record.as_dict() for record in self._timeline.records(transfer)[-MAX_STATUS_RECORDS:]],
+        }
+
+
+def limits_of(settings: Settings, device: int = HOST) -> Limits:
+    """The settings that the state machines need, for KV on ``device``."""
+    links, gpu = settings.links, device != HOST
+    return Limits(
+        **settings.deadlines.model_dump(),
+        batch_bytes=links.gpu_batch_bytes if gpu else links.batch_bytes,
+        window_bytes=links.gpu_window_bytes if gpu else links.window_bytes,
+        max_transfers=settings.max_transfers,
+        tombstones=settings.tombstones,
+        checksums=settings.integrity.checksum == "full",
+    )

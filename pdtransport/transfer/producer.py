@@ -1,0 +1,389 @@
+"""The prefill half of an exchange: what the sending state machines ask for becomes staged batches and messages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from pdtransport.control.channel import ControlChannel, PeerId
+from pdtransport.errors import LinkError
+from pdtransport.kv.geometry import KVGeometry
+from pdtransport.links.base import Channel, LinkBusy, Prepared, Runs
+from pdtransport.observe.audit import Audit
+from pdtransport.protocol import actions as act
+from pdtransport.protocol.consumer_table import TransferOver
+from pdtransport.protocol.messages import MAX_DUE_US, REQUEST_ENDED, Ack, Code, Coming, Commit, ConsumerMessage, Grant
+from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.states import ProducerState
+from pdtransport.transfer.outcome import OnOutcome, OnPromise, Outcome, tell
+from pdtransport.transfer.peers import Peers
+from pdtransport.transfer.timeline import Timeline, TransferRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_PUSHES_A_TURN = 8  # staging a batch takes about a millisecond: control messages get their turn in between
+
+_Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, attempt
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch whose pages are not final yet. Only for these pages, and this channel."""
+
+    pages: list[int]
+    channel: Channel
+    runs: Runs
+    what: Prepared
+
+
+@dataclass
+class _Source:
+    """Pages that we hand over: ``pages[i]`` holds block i of the request. Only ``owner`` may say more of it."""
+
+    owner: object
+    pages: list[int]
+    tokens: int
+    on_end: OnOutcome
+    record: TransferRecord
+    on_promise: OnPromise | None = None  # until it was called
+    nbytes: int = 0
+    final: int = 0  # leading blocks
+    foreseen: int = 0  # leading blocks that foresee() has seen
+    due: float | None = None  # when the last block is expected to be final: time.monotonic() seconds
+    prepared: dict[tuple[PeerId, int, int], _Prepared] = field(default_factory=dict)  # by first block and count
+
+
+class Handing:
+    """Runs in the I/O thread."""
+
+    def __init__(
+        self,
+        limits: act.Limits,
+        geometry: KVGeometry,
+        control: ControlChannel,
+        peers: Peers,
+        timeline: Timeline,
+        counters: Counter[str],
+        audit: Audit | None,
+    ) -> None:
+        self.sending = Sending(limits, geometry.checked_block_bytes, self._batch_bytes)
+        self._checksums = limits.checksums
+        self._geometry = geometry
+        self._control = control
+        self._peers = peers
+        self._timeline = timeline
+        self._counters = counters
+        self._audit = audit
+        self._sources: dict[str, _Source] = {}
+        self._staged: dict[_Ident, tuple[Channel, int]] = {}
+        self._queue: deque[act.Push] = deque()
+        self._next_key = 1
+
+    def _batch_bytes(self, peer_id: PeerId) -> int:
+        peer = self._peers.get(peer_id)
+        return (Channel if peer is None or peer.outbound is None else peer.outbound).max_batch_bytes
+
+    # -- what the engine says ------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        owner: object,
+        transfer: str,
+        digest: bytes,
+        tokens: int,
+        on_end: OnOutcome,
+        on_promise: OnPromise | None = None,
+        adapter: str = "",
+    ) -> None:
+        blocks = -(-tokens // self._geometry.block_size)
+        try:
+            actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic(), adapter)
+        except TransferOver as over:
+            self._counters[f"opens_refused_{over.code.value}"] += 1
+            tell(on_end, Outcome(transfer, False, over.code.value, over.reason))
+            return
+        record = self._timeline.open(transfer, "producer")
+        record.mark("opened")
+        self._sources[transfer] = _Source(owner, [], tokens, on_end, record, on_promise)
+        self._see_promise(transfer)
+        self.run(actions)
+
+    def pages_ready(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
+        """``pages``: page ids of all the request's blocks so far; their first ``tokens_done`` tokens are final."""
+        source = self._owned(owner, transfer)
+        if source is None:
+            return
+        source.pages = list(pages)
+        if tokens_done >= source.tokens:
+            source.record.mark("computed", latest=True)
+        blocks = self._final_blocks(source, pages, tokens_done)
+        if blocks < source.final or not pages:  # taken back
+            source.foreseen = blocks
+            source.prepared.clear()
+            if source.due is not None:  # nobody knows when, now
+                source.due = None
+                self._say_due(transfer, time.monotonic() + 1e-6 * MAX_DUE_US)
+        source.final = blocks
+        self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
+        self.push_some()
+
+    def cached(self, owner: object, transfer: str, tokens: int) -> None:
+        if self._owned(owner, transfer) is not None:
+            self.sending.cached(transfer, tokens)
+
+    def expect(self, owner: object, transfer: str, tokens_done: int, due: float) -> None:
+        """:meth:`pages_ready` will say so many tokens at ``time.monotonic`` second ``due``, as far as can be told."""
+        source = self._owned(owner, transfer)
+        if source is not None and tokens_done >= source.tokens:
+            source.due = due
+            self._say_due(transfer, due)
+
+    def _say_due(self, transfer: str, due: float, only: PeerId | None = None) -> None:
+        """To all decode workers that granted, or to one of them."""
+        due_us = min(MAX_DUE_US, max(0, int(1e6 * (due - time.monotonic()))))
+        for machine in self.sending.machines(transfer):
+            grant = machine.grant
+            if grant.blocks and machine.state is ProducerState.STREAMING and only in (None, machine.peer):
+                self._control.send(
+                    machine.peer,
+                    Coming(
+                        transfer=grant.transfer,
+                        generation=grant.generation,
+                        first_block=grant.first_block,
+                        blocks=grant.blocks,
+                        due_us=due_us,
+                    ),
+                )
+
+    def foresee(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
+        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
+        then; afterwards it wants the interpreter, and decode wants the pages. So what can be done, is done now."""
+        source = self._owned(owner, transfer)
+        if source is None:
+            return
+        blocks = self._final_blocks(source, pages, tokens_done)
+        for machine, first, count in self.sending.upcoming(transfer, source.foreseen, blocks):
+            peer = self._peers.get(machine.peer)
+            if peer is None or peer.outbound is None:
+                continue
+            ids = list(pages[first : first + count])
+            runs = self._geometry.runs(ids, machine.grant.head_lo, machine.grant.head_hi)
+            prepared = peer.outbound.prepare(runs, count if self._checksums else 0, event)
+            if prepared is not None:
+                source.prepared[machine.peer, first, count] = _Prepared(ids, peer.outbound, runs, prepared)
+                self._control.send(
+                    peer.id,
+                    Coming(
+                        transfer=transfer,
+                        generation=machine.grant.generation,
+                        first_block=first,
+                        blocks=count,
+                        offer=prepared.offer,
+                    ),
+                )
+        source.foreseen = max(source.foreseen, blocks)
+
+    def _final_blocks(self, source: _Source, pages: Sequence[int], tokens_done: int) -> int:
+        block_size = self._geometry.block_size
+        whole = tokens_done >= source.tokens
+        return min(-(-source.tokens // block_size) if whole else tokens_done // block_size, len(pages))
+
+    def finish(self, owner: object, transfer: str, first_token: int | None = None) -> None:
+        source = self._owned(owner, transfer)
+        if source is not None:
+            source.record.mark("finished")
+            self.run(self.sending.finish(transfer, time.monotonic(), first_token))
+
+    def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
+        if self._owned(owner, transfer) is not None:
+            self.run(self.sending.cancel(transfer, code, reason))
+
+    def cancel_all(self, code: Code, reason: str) -> set[str]:
+        """Which ones."""
+        transfers = set(self._sources)
+        for transfer in transfers:
+            self.run(self.sending.cancel(transfer, code, reason))
+        return transfers
+
+    def live_of(self, transfers: set[str]) -> set[str]:
+        return transfers & self._sources.keys()
+
+    def let_go(self, owner: object, transfer: str, reason: str) -> None:
+        """Give up, unless a decode worker has granted room already."""
+        source = self._owned(owner, transfer)
+        if source is not None and "granted" not in source.record.events:
+            self.run(self.sending.cancel(transfer, Code.CANCELLED, reason))
+
+    def _owned(self, owner: object, transfer: str) -> _Source | None:
+        """None for an offer that was refused because its transfer id is somebody else's."""
+        source = self._sources.get(transfer)
+        return source if source is not None and source.owner is owner else None
+
+    # -- what peers and time say ---------------------------------------------------------------------------------
+
+    def on_message(self, peer: PeerId, message: ConsumerMessage, now: float) -> None:
+        source = self._sources.get(message.transfer)
+        if source is not None and isinstance(message, (Grant, Ack)):
+            source.record.mark("granted" if isinstance(message, Grant) else "acked")
+            source.record.peer = peer.engine
+        actions = self.sending.on_message(peer, message, now)
+        if isinstance(message, Grant):
+            self._see_promise(message.transfer)
+            if source is not None and source.due is not None:
+                self._say_due(message.transfer, source.due, peer)
+        self.run(actions)
+
+    def _see_promise(self, transfer: str) -> None:
+        source = self._sources.get(transfer)
+        if source is not None and source.on_promise is not None and self.sending.promised(transfer):
+            said, source.on_promise = source.on_promise, None
+            said()
+
+    def peer_lost(self, peer: PeerId, reason: str) -> None:
+        """Its channels are closed already."""
+        for ident in [ident for ident in self._staged if ident[1] == peer]:
+            del self._staged[ident]
+        self._queue = deque(push for push in self._queue if push.peer != peer)
+        self.run(self.sending.peer_lost(peer, reason))
+
+    def tick(self, now: float) -> None:
+        self.run(self.sending.tick(now))
+
+    def end_all(self, code: Code, reason: str) -> None:
+        """The transport closes."""
+        sources, self._sources = self._sources, {}
+        for transfer, source in sources.items():
+            tell(source.on_end, Outcome(transfer, False, code.value, reason))
+
+    def live(self) -> dict[str, int]:
+        return {
+            "producing": self.sending.live,
+            "early_grants": self.sending.early,
+            "staged": len(self._staged),
+            "queued_pushes": len(self._queue),
+        }
+
+    # -- actions -------------------------------------------------------------------------------------------------
+
+    def run(self, actions: Sequence[act.Action]) -> None:
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, act.Send):
+                source = self._sources.get(getattr(action.message, "transfer", ""))
+                if source is not None and isinstance(action.message, Commit):
+                    source.record.mark("committed")
+                self._control.send(action.peer, action.message)
+            elif isinstance(action, act.Push):
+                self._queue.append(action)
+            elif isinstance(action, act.Unstage):
+                self._unstage(action)
+            elif isinstance(action, act.Fence):
+                # All that a link of ours still did for this grant was unstaged before this; it only ever reads.
+                todo.extend(self.sending.fenced(action.transfer, action.peer, action.generation))
+            elif isinstance(action, act.Release):
+                self._end(action)
+
+    def push_some(self) -> bool:
+        """Stage queued batches, a few a turn. What finds no free slot waits, and holds up no other peer's batches. True
+        if more can be done at once."""
+        waiting: list[act.Push] = []
+        busy: set[PeerId] = set()
+        answers: list[Callable[[], list[act.Action]]] = []
+        while self._queue and len(answers) < MAX_PUSHES_A_TURN:
+            push = self._queue.popleft()
+            ident = _ident(push)
+            if push.peer in busy:
+                waiting.append(push)
+                continue
+            try:
+                offer, checksums = self._push(push, ident)
+            except LinkBusy:
+                busy.add(push.peer)
+                waiting.append(push)
+            except LinkError as error:
+                answers.append(partial(self.sending.push_failed, *ident, f"link: {error}"))
+            else:
+                answers.append(partial(self.sending.pushed, *ident, checksums, offer, time.monotonic()))
+        more = bool(self._queue)
+        self._queue.extendleft(reversed(waiting))
+        for answer in answers:  # only now: what they ask for may withdraw batches from the queue
+            self.run(answer())
+        return more
+
+    def _push(self, push: act.Push, ident: _Ident) -> tuple[bytes, bytes]:
+        """Offer a batch on its peer's link: ``(offer, checksums)`` for its announcement."""
+        source, peer = self._sources.get(push.transfer), self._peers.get(push.peer)
+        if source is None or peer is None or peer.outbound is None:
+            raise LinkError("the decode worker agreed on no link")
+        pages = source.pages[push.first_block : push.first_block + push.blocks]
+        key, self._next_key = self._next_key, self._next_key + 1
+        blocks = push.blocks if self._checksums else 0
+        early = source.prepared.pop((push.peer, push.first_block, push.blocks), None)
+        if early is not None and early.pages == pages and early.channel is peer.outbound and not push.attempt:
+            runs = early.runs
+            offer, checksums = peer.outbound.send(key, runs, blocks, _ignore, early.what)
+        else:
+            runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
+            offer, checksums = peer.outbound.send(key, runs, blocks, _ignore)
+        self._staged[ident] = (peer.outbound, key)
+        nbytes = int(runs[:, 1].sum())
+        source.nbytes += nbytes
+        source.record.link = peer.outbound.link
+        source.record.mark("first_batch")
+        source.record.mark("last_batch", latest=True)
+        self._counters["bytes_sent"] += nbytes
+        self._counters["blocks_sent"] += push.blocks
+        if self._audit is not None:
+            for block, page in enumerate(pages, push.first_block):
+                who = peer.id.engine, peer.id.rank
+                self._audit.block(push.transfer, "producer", *who, block, page, push.head_lo, push.head_hi)
+        return key.to_bytes(8, "little") + offer, checksums
+
+    def _unstage(self, action: act.Unstage) -> None:
+        ident = _ident(action)
+        staged = self._staged.pop(ident, None)
+        if staged is not None:
+            channel, key = staged
+            channel.release(key)
+        else:
+            self._queue = deque(push for push in self._queue if _ident(push) != ident)
+
+    def _end(self, action: act.Release) -> None:
+        source = self._sources.pop(action.transfer, None)
+        if source is None:
+            return
+        code, record = action.code, source.record
+        record.bytes, record.blocks = source.nbytes, len(source.pages)
+        record.state = "given up" if code else "delivered"
+        if code is not None:
+            record.code, record.reason = code.value, action.reason
+            record.mark("failed")
+            level = logging.INFO if code in REQUEST_ENDED else logging.WARNING
+            logger.log(level, "transfer %s was not delivered (%s): %s", action.transfer, code.value, action.reason)
+        self._counters["handovers_failed" if code else "handovers_ok"] += 1
+        tell(
+            source.on_end,
+            Outcome(
+                transfer=action.transfer,
+                ok=code is None,
+                code=code.value if code else "",
+                reason=action.reason,
+                blocks=len(source.pages),
+                nbytes=source.nbytes,
+                link=record.link,
+                events=dict(record.events),
+            ),
+        )
+
+
+def _ident(action: act.Push | act.Unstage) -> _Ident:
+    return action.transfer, action.peer, action.generation, action.seq, action.attempt
+
+
+def _ignore(_error: str | None) -> None:
+    """A link is through with its source: we wait for the receiver's word all the same."""
