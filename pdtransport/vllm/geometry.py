@@ -1,4 +1,4 @@
-"""Reads vLLM's KV cache: where pages lie, which heads they hold, and the facts that peers must agree on."""
+"""Describes a worker's KV cache: where its pages lie, which heads they hold, and the facts peers must agree on."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ class Described:
 
 
 def control_port(settings: Settings, config: VllmConfig) -> int:
-    """Control port of this engine's rank-0 worker: data-parallel replicas on one host follow each other.
+    """Control port of this engine's rank-0 worker.
 
-    Replicas of a dense model all have ``data_parallel_rank`` 0; only the index tells them apart.
+    Data-parallel replicas use consecutive port ranges, one port per tensor-parallel rank. The replica's index is used,
+    since replicas of a dense model all have ``data_parallel_rank`` 0.
     """
     parallel = config.parallel_config
     role = str(config.kv_transfer_config.kv_role) if config.kv_transfer_config is not None else "kv_both"
@@ -43,19 +44,22 @@ def control_port(settings: Settings, config: VllmConfig) -> int:
 
 
 def attention_heads(config: VllmConfig) -> int:
-    """Of the model; vLLM refuses a tensor-parallel size that does not divide it. 0: the model does not say."""
+    """Number of the model's attention heads; 0 if its configuration has none.
+
+    vLLM refuses a tensor-parallel size that does not divide it.
+    """
     heads = getattr(config.model_config.hf_text_config, "num_attention_heads", 0)
     return heads if isinstance(heads, int) else 0
 
 
 def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Described:
-    """Geometry, memory and fingerprint of this worker's KV cache.
+    """Geometry, memory regions and fingerprint of this worker's KV cache.
 
     Args:
         kv_caches: layer name -> ``[blocks, heads, tokens, content]`` view, K and V of a head packed in ``content``.
 
     Raises:
-        SettingsError: a cache that this version can't move, named with the remedy.
+        SettingsError: this version can't move such a cache; the message says what to do.
     """
     from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -78,7 +82,7 @@ def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Des
 
 
 def _distinct(kv_caches: KVCaches) -> KVCaches:
-    """Layers that share another layer's cache appear under their own names: keep each cache once."""
+    """Keep each cache once: layers that share a cache appear under several names."""
     seen: set[int] = set()
     caches: KVCaches = {}
     for name, cache in kv_caches.items():
@@ -104,9 +108,12 @@ def _geometry(caches: KVCaches, config: VllmConfig, rank: int, ranks: int) -> KV
     heads_first = heads == 1 or first.stride(1) > first.stride(2)
     for name, cache in caches.items():
         inner = (tokens * content, content, 1) if heads_first else (content, heads * content, 1)
-        if tuple(cache.shape) != (blocks, heads, tokens, content) or (
-            tuple(cache.stride()[1:]) != inner and heads > 1 and tokens > 1
-        ):
+        # The stride of a dimension of one means nothing.
+        dense = all(
+            size == 1 or stride == wanted
+            for size, stride, wanted in zip(cache.shape[1:], cache.stride()[1:], inner, strict=True)
+        )
+        if tuple(cache.shape) != (blocks, heads, tokens, content) or not dense:
             raise SettingsError(
                 f"layer {name} has KV pages of shape {tuple(cache.shape)} and strides {tuple(cache.stride())}: "
                 "pages must be dense and alike in all layers; unset VLLM_KV_CACHE_LAYOUT"
@@ -115,7 +122,7 @@ def _geometry(caches: KVCaches, config: VllmConfig, rank: int, ranks: int) -> KV
     if heads == 1 and total > 1 and ranks == 1:
         total = 1
     lo, hi = head_range(rank, ranks, total)
-    if hi - lo != heads:  # latent attention: every rank holds all of it
+    if hi - lo != heads:  # latent attention (MLA): every rank holds the whole cache
         lo, total = 0, heads
     return KVGeometry(
         layers=tuple(
@@ -155,7 +162,7 @@ def _fingerprint(caches: KVCaches, config: VllmConfig, settings: Settings) -> di
 
 
 def _model_name(model: Any) -> str:
-    """A directory's own name: the path above it may differ between hosts."""
+    """The model's name; for a directory its last component, since the path may differ between hosts."""
     path = Path(model.model)
     return path.resolve().name if path.exists() else str(model.model)
 
@@ -165,7 +172,7 @@ def _digest(value: Any) -> str:
 
 
 def _attention_backend(config: VllmConfig) -> str:
-    """Backend and, on CPU, the instruction set that its page format depends on."""
+    """Names of the attention backends and, on CPU, of the instruction set that the page format depends on."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -189,5 +196,5 @@ def _cpu_isa(config: VllmConfig, backend: str) -> str:
     model = config.model_config
     try:
         return str(choose(model.dtype, config.cache_config.block_size, model.get_head_size()))
-    except TypeError:  # its arguments changed: the KV of differing hosts is then told apart by vLLM alone
+    except TypeError:  # its arguments changed; without the ISA, hosts that differ in it are not told apart here
         return ""
