@@ -34,6 +34,7 @@ HELLOS_PER_S = 2  # that a connection may say, and HELLOS at once: each that bri
 HELLOS = 8
 LOOK_AGAIN_S = 0.1  # between looks at how much strangers have sent
 CUT_AFTER_S = 0.05  # a stranger that is told why is cut off after this
+CUT_SHOWS_S = 1.0  # a connection that we close in its handshake is reported as failed within this
 MAX_FRAMES_A_TURN = 256
 FRAMES_BEFORE_ANSWERS = 32  # that a worker hears before it answers the first: some 5 ms of a peer that never ends
 MAX_REPORTS_A_TURN = 1024  # of connections that came or went: cheaper than frames, and too many must not stay open

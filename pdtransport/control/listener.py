@@ -8,6 +8,7 @@ short messages, or the one long, that a stranger may send. Its frames and bytes 
 from __future__ import annotations
 
 import errno
+import math
 import socket as stdlib_socket
 from collections import OrderedDict, deque
 from typing import get_args
@@ -18,10 +19,11 @@ from zmq.utils.monitor import parse_monitor_message
 from pdtransport.control import curve, handshake
 from pdtransport.control.directory import NAME, Route, Sent
 from pdtransport.control.door import Accepted, Door
-from pdtransport.control.events import Event, Received, StatusAsked
+from pdtransport.control.events import Event, MessageReceived, StatusRequested
 from pdtransport.control.limits import (
     ANSWER_GARBAGE_EVERY_S,
     CUT_AFTER_S,
+    CUT_SHOWS_S,
     HELLOS,
     HELLOS_PER_S,
     LOST_BOUND_S,
@@ -40,7 +42,7 @@ from pdtransport.control.limits import (
 )
 from pdtransport.control.owners import descriptor_of
 from pdtransport.control.reclaim import Reclaim
-from pdtransport.control.shared import Shared
+from pdtransport.control.shared import ChannelContext
 from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.control.status import Allowance, status_frame
 from pdtransport.control.watchers import Watchers
@@ -86,7 +88,7 @@ class Inbound(Route):
 
     inbound = True
 
-    def __init__(self, name: bytes, caller: Accepted, address: str, key: str, listener: Listener) -> None:
+    def __init__(self, name: bytes, caller: Accepted, address: str, key: str, listener: ControlListener) -> None:
         self.name = name  # libzmq's name for the connection
         self.caller = caller
         self.address = address  # where it comes from
@@ -109,14 +111,14 @@ class Inbound(Route):
         return f"{handshake.shown(self.peer.engine, self.peer.rank)} at {self.where}" if self.peer else self.where
 
 
-class Listener:
+class ControlListener:
     """Binds, in its constructor.
 
     Raises:
         SettingsError: the address can't be bound; names ``control.port`` or ``control.host``.
     """
 
-    def __init__(self, port: int, shared: Shared) -> None:
+    def __init__(self, port: int, shared: ChannelContext) -> None:
         self._shared = shared
         self._bound: dict[bytes, Inbound] = {}
         self._strangers: OrderedDict[bytes, Inbound] = OrderedDict()
@@ -137,6 +139,7 @@ class Listener:
         self.endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._door = Door(int(self.endpoint.rpartition(":")[2]), shared.owners)
         self._cutting: deque[Inbound] = deque()
+        self._cut_at = -math.inf
         self._reclaim = Reclaim()
 
     def close(self) -> None:
@@ -206,6 +209,9 @@ class Listener:
             return []
         if report["event"] != zmq.EVENT_DISCONNECTED:
             self._shared.counters["handshakes_failed"] += 1
+            ours = report["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and now < self._cut_at + CUT_SHOWS_S
+            if ours:  # a connection that was closed here, which was logged with its reason
+                return []
             text = "a connection failed in its handshake: no ZeroMQ, or a wrong CURVE key"
             self._shared.complaints.say(text, now, "strangers")
             return []
@@ -228,13 +234,18 @@ class Listener:
     def tick(self, now: float) -> None:
         self._probe(now)
         while self._cutting and now >= (self._cutting[0].cut_at or 0.0):
-            self._door.cut(self._cutting.popleft().caller)
+            self._close_caller(self._cutting.popleft().caller, now)
         for caller in self._door.look(now):
             self._count_cut(f"cut off {caller}: it sent too much before Hello", now)
             self._door.cut(caller)
         self._reclaim.tick(now)
 
+    def _close_caller(self, caller: Accepted, now: float) -> None:
+        self._cut_at = now
+        self._door.cut(caller)
+
     def _count_cut(self, complaint: str, now: float) -> None:
+        self._cut_at = now
         self._shared.counters["callers_cut"] += 1
         self._shared.complaints.say(complaint, now, "strangers")
         self._reclaim.gone(now)
@@ -306,7 +317,7 @@ class Listener:
         if complaint:
             self._shared.counters["callers_refused"] += 1
             self._shared.complaints.say(f"refused {caller}: {complaint}", now, "users")
-            self._door.cut(caller)
+            self._close_caller(caller, now)
         return not complaint
 
     def _on_stranger(self, connection: Inbound, body: zmq.Frame | None, now: float) -> list[Event]:
@@ -351,7 +362,7 @@ class Listener:
             return []
         if not isinstance(message, TransferMessage | LinkCall):
             return self._garbage(connection, f"an unexpected {message.kind}", now)
-        return [Received(connection.peer, message)] if connection.peer is not None else []
+        return [MessageReceived(connection.peer, message)] if connection.peer is not None else []
 
     def _on_hello(self, connection: Inbound, hello: Hello, now: float) -> list[Event]:
         shared = self._shared
@@ -396,7 +407,7 @@ class Listener:
             reason = f"more than {STATUS_PER_S} status requests a second; ask less often"
             self.send(connection, encode(handshake.refusal("status", reason=reason)))
             return []
-        return [StatusAsked(lambda text: self._reply(connection, text), request.transfer)]
+        return [StatusRequested(lambda text: self._reply(connection, text), request.transfer)]
 
     def _reply(self, connection: Inbound, text: str) -> None:
         limit = self._shared.settings.max_frame_bytes

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgpack
 
 from pdtransport.control import handshake
-from pdtransport.control.channel import PeerDown, PeerId, PeerUp, Received
+from pdtransport.control.channel import MessageReceived, PeerDown, PeerId, PeerUp
 from pdtransport.control.client import fetch_status
 from pdtransport.control.events import Identity
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Claim, Hello, Ping, StatusRequest, Watch, encode
@@ -49,8 +49,8 @@ class Bystander:
         """Say a word, and wait for its echo."""
         word = Claim(transfer=f"t{next(self._count)}")
         assert self.node.channel.send(self._peer, word), self.node.events
-        self._bench.until(lambda: Received(self._peer, word) in self.node.events)
-        self.node.take(Received)
+        self._bench.until(lambda: MessageReceived(self._peer, word) in self.node.events)
+        self.node.take(MessageReceived)
 
     def close(self) -> None:
         self._bench.close()

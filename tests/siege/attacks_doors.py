@@ -60,9 +60,9 @@ def this_user_floods_the_wake_up_socket(folder: Path) -> Effect:
 
 
 def _flood(attack: str, who: str) -> Effect:
-    from pdtransport.vllm.bell import Bell
+    from pdtransport.engine.wakeups import WakeupReceiver
 
-    effect, bell, me = Effect(attack), Bell(), os.getpid()
+    effect, bell, me = Effect(attack), WakeupReceiver(), os.getpid()
 
     def look() -> None:
         bell.wait(0.001)
@@ -128,7 +128,7 @@ def _requests(attack: str, targets: list[tuple[str, int, int]]) -> tuple[Effect,
                 for command in commands:
                     _do(decode, command)
                 if number % 10 == 0:
-                    most = max(most, len(decode._exchange._control._dialers))
+                    most = max(most, len(decode._engine._control._dialers))
                     time.sleep(10 / REQUESTS_PER_S)
         effect.processor_s = processor_s(me) - before
         effect.memory_after = settled(me, effect.memory_before)
@@ -194,12 +194,12 @@ def _ask(side: SchedulerSide, number: int, host: str, port: int, ranks: int) -> 
 
 def _do(decode: Transport, command: Command) -> None:
     """As a worker does it."""
-    from pdtransport.vllm.metadata import Claim, Decline, Take
+    from pdtransport.vllm.metadata import Decline, SendClaim, StartReceive
 
-    if isinstance(command, Take):
+    if isinstance(command, StartReceive):
         where: dict[str, Any] = {"host": command.host, "port": command.port, "ranks": command.ranks}
         decode.receive(command.transfer, command.key, command.tokens, command.pages, **where)
-    elif isinstance(command, Claim):
+    elif isinstance(command, SendClaim):
         decode.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
     elif isinstance(command, Decline):
         where = {"host": command.host, "port": command.port, "ranks": command.ranks}

@@ -60,7 +60,7 @@ class Effect:
         if self.memory_after > (1 + MEMORY_WITHIN) * self.memory_before:
             found.append(f"memory grew from {self.memory_before >> 20} to {self.memory_after >> 20} MiB")
         if len(self.lines) > lines_at_most:
-            found.append(f"{len(self.lines)} lines of log, the first: {self.lines[0]!r}")
+            found.append(f"{len(self.lines)} lines of log: {self.lines[:3]!r}")
         return "; ".join(found)
 
     def row(self) -> str:
@@ -91,7 +91,8 @@ def in_the_suite(attack: Callable[[Path], AnyEffect], parent: Path, lines_at_mos
         effect = attack(folder)
         if not effect.held_up(SUITE_FLOOR_S):
             break
-    assert not effect.complaint(lines_at_most, SUITE_FLOOR_S)
+    if complaint := effect.complaint(lines_at_most, SUITE_FLOOR_S):
+        raise AssertionError(complaint)
     return effect
 
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.control.limits import MAX_TRIED
-from pdtransport.vllm import bell
+from pdtransport.engine import wakeups
 from tests.siege import attacks_doors
 from tests.siege.bystander import Effect, in_the_suite
 
@@ -25,7 +25,7 @@ def test_a_flood_of_words_costs_a_call_a_bounded_time(tmp_path: Path) -> None:
     """From this user's own processes, which are heard: a call reads so many of them and no more. It took 260 to 450 ms
     of the engine's step before."""
     in_the_suite(attacks_doors.this_user_floods_the_wake_up_socket, tmp_path)
-    assert bell.MAX_HEARD == 1024
+    assert wakeups.MAX_HEARD == 1024
 
 
 def test_hosts_elsewhere_cost_those_who_are_served_nothing(tmp_path: Path) -> None:
