@@ -17,7 +17,7 @@ unwatched   pdtransport that does not watch its weights (``watch_weights`` false
 
 Columns: medians, and each against the first row; processor seconds of the server's processes, which other programs on
 the machine disturb less than the clock; ``busy`` is the share of the machine that others used meanwhile. The rig's
-servers fork (``tests/rig/sparing/forking.py``), so that a start is short and what is added shows; ``--installed``
+servers fork (``tests/rig/fork_server/forking.py``), so that a start is short and what is added shows; ``--installed``
 starts them as vLLM is installed.
 """
 

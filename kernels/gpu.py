@@ -305,7 +305,9 @@ class GpuPages:
                 self._ask_for_ring()
             return launch
 
-    def _run(self, api: Any, plan: pieces.Pieces, part: pieces.Part, launch: Launch, blocks: int, most: int) -> None:
+    def _run(
+        self, api: Any, plan: pieces.Pieces, part: pieces.TilePart, launch: Launch, blocks: int, most: int
+    ) -> None:
         """Tables go up on a stream of their own, so that the next one's travels while this one's kernel runs."""
         nbytes = plan.table_bytes(part)
         region = self._tables.take(api, nbytes)

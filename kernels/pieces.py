@@ -27,7 +27,7 @@ EQUAL_PIECES = 1 << 17  # up to so many pieces of one length rather than few tha
 
 
 @dataclass(frozen=True)
-class Part:
+class TilePart:
     """Tiles ``[first, end)`` of a stream, and the pieces ``[low, high)`` that they lie in. ``origin`` is the place in
     the stream where piece ``low`` starts."""
 
@@ -71,17 +71,17 @@ class Pieces:
         """Tiles of the stream."""
         return self.block_tiles * (self.total // self.block_bytes) if self.total else 0
 
-    def parts(self, most: int) -> Iterator[Part]:
+    def parts(self, most: int) -> Iterator[TilePart]:
         """The stream in parts of at most ``most`` pieces each (1,024 or more)."""
         first, tiles = 0, self.tiles
         while first < tiles:
             low, limit = self._reach(self._offset(first), most)
             end = tiles if limit >= self.total else self._tile(limit)
             origin = low * self.piece if self.starts is None else int(self.starts[low])
-            yield Part(first, end, low, self._after(self._offset(end)), origin)
+            yield TilePart(first, end, low, self._after(self._offset(end)), origin)
             first = end
 
-    def fill(self, part: Part, table: Words) -> None:
+    def fill(self, part: TilePart, table: Words) -> None:
         """Writes what the kernels look places up in: addresses of the source, of the destination, and starts, those
         that there are, one after the other."""
         at, count = 0, part.high - part.low
@@ -90,11 +90,11 @@ class Pieces:
                 table[at : at + count] = column[part.low : part.high]
                 at += count
 
-    def table_bytes(self, part: Part) -> int:
+    def table_bytes(self, part: TilePart) -> int:
         """The length of what :meth:`fill` writes."""
         return 8 * (part.high - part.low) * (1 + (self.dst is not None) + (self.starts is not None))
 
-    def arguments(self, part: Part, table: int, sums: int, warps: int) -> list[int]:
+    def arguments(self, part: TilePart, table: int, sums: int, warps: int) -> list[int]:
         """The arguments of a kernel that works on ``part`` with ``warps`` warps, given where its table lies and
         where the sums of the stripes of block 0, 1, ... go (uint64 each)."""
         count = part.high - part.low

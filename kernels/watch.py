@@ -25,7 +25,7 @@ class DeviceMemory:
         self.address = int(self._memory.ptr)
 
 
-class Watch:
+class EventWatch:
     """Rings an eventfd whenever an event has passed. Used by one thread.
 
     Args:

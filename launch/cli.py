@@ -30,11 +30,11 @@ from pathlib import Path
 from pdtransport.errors import PDTransportError, PoolRefusal, PoolUnavailable
 from pdtransport.launch import guard, pool, preflight, prove, runs, size, status
 from pdtransport.launch.plan import Command, Plan, PlanError, make_plan, vllm_command
-from pdtransport.launch.processes import Fleet
+from pdtransport.launch.processes import ProcessGroup
 from pdtransport.launch.reading import load
 from pdtransport.launch.rundir import RunError, RunFolder, default_folder
 from pdtransport.launch.topology import Topology
-from pdtransport.launch.up import Interrupted, Launch, ProcessFailed, Say, Signals
+from pdtransport.launch.up import Deployment, Interrupted, ProcessFailed, Say, Signals
 from pdtransport.launch.yamlfile import TopologyError, YamlFile
 from pdtransport.serving.commandline import CommandParser, complain, tell
 from pdtransport.serving.commandline import command as command_of
@@ -152,7 +152,7 @@ def _up(arguments: argparse.Namespace, command: Command) -> int:
             return PREFLIGHT
         guard.become_subreaper()
         grace_s = topology.defaults.stop_timeout_s
-        with Fleet(folder.path, grace_s=grace_s, adopt=True) as fleet, Signals(fleet) as signals:
+        with ProcessGroup(folder.path, grace_s=grace_s, adopt=True) as fleet, Signals(fleet) as signals:
             try:
                 return _run(arguments, topology, plan, fleet, folder, say)
             finally:
@@ -174,9 +174,9 @@ def _listed(topology: Topology, folder: RunFolder, say: Say) -> Iterator[None]:
 
 
 def _run(
-    arguments: argparse.Namespace, topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder, say: Say
+    arguments: argparse.Namespace, topology: Topology, plan: Plan, fleet: ProcessGroup, folder: RunFolder, say: Say
 ) -> int:
-    launch = Launch(topology, plan, fleet, folder, say)
+    launch = Deployment(topology, plan, fleet, folder, say)
     serving = False
     try:
         what = f"{'a pool, ' if plan.pool else ''}{len(plan.instances)} servers and a router"

@@ -18,11 +18,11 @@ from typing import Any
 from pdtransport.errors import PDTransportError
 from pdtransport.launch import guard, preflight, prove, waterfall, web
 from pdtransport.launch.plan import Instance, Plan, make_plan
-from pdtransport.launch.processes import Fleet
+from pdtransport.launch.processes import ProcessGroup
 from pdtransport.launch.reading import load
 from pdtransport.launch.rundir import RunFolder
 from pdtransport.launch.topology import Topology
-from pdtransport.launch.up import Interrupted, Launch, Signals, await_health, check
+from pdtransport.launch.up import Deployment, Interrupted, Signals, await_health, check
 from pdtransport.launch.yamlfile import TopologyError
 from pdtransport.serving.commandline import command
 
@@ -55,7 +55,7 @@ PROSE = (
 
 
 @dataclass(frozen=True)
-class Prompt:
+class DemoPrompt:
     title: str
     path: str
     body: dict[str, Any]
@@ -72,13 +72,13 @@ class Written:
     seconds: float
 
 
-def prompts(model: str, chat: bool) -> list[Prompt]:
+def prompts(model: str, chat: bool) -> list[DemoPrompt]:
     """Real prompts: beginnings of Python source and prose, from shorter than a page to thousands of tokens."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     common = {"model": model, "temperature": 0, "max_tokens": 32, "return_token_ids": True}
 
-    def completion(title: str, prompt: str, stream: bool = False, **more: Any) -> Prompt:
-        return Prompt(title, "/v1/completions", {**common, "prompt": prompt, **more}, stream)
+    def completion(title: str, prompt: str, stream: bool = False, **more: Any) -> DemoPrompt:
+        return DemoPrompt(title, "/v1/completions", {**common, "prompt": prompt, **more}, stream)
 
     made = [
         completion("a few tokens, far less than a page", SHORT),
@@ -92,12 +92,12 @@ def prompts(model: str, chat: bool) -> list[Prompt]:
     if chat:
         asked = [{"role": "user", "content": PROSE}, {"role": "user", "content": CODE}]
         body = {**common, "messages": asked}
-        made.append(Prompt("chat", "/v1/chat/completions", body))
-        made.append(Prompt("chat, streamed", "/v1/chat/completions", {**body, "messages": asked[::-1]}, True))
+        made.append(DemoPrompt("chat", "/v1/chat/completions", body))
+        made.append(DemoPrompt("chat, streamed", "/v1/chat/completions", {**body, "messages": asked[::-1]}, True))
     return made
 
 
-def send(base: str, prompt: Prompt) -> Written:
+def send(base: str, prompt: DemoPrompt) -> Written:
     """Complete ``prompt`` on the server or router at ``base``.
 
     Raises:
@@ -124,7 +124,7 @@ def _piece(choice: dict[str, Any]) -> tuple[list[int], str]:
     return choice.get("token_ids") or [], said.get("text") or said.get("content") or ""
 
 
-def show(number: int, prompt: Prompt, written: Written, plan: Plan) -> None:
+def show(number: int, prompt: DemoPrompt, written: Written, plan: Plan) -> None:
     print(f"\n[{number}] {prompt.title}: {len(written.tokens)} tokens in {written.seconds * 1e3:.0f} ms")
     print(textwrap.indent(written.text.rstrip(), "    > ", lambda line: True))
     answer = web.get(f"{plan.router.admin_url}/pd/trace/{written.transfer_id}", ANSWER_S)
@@ -153,17 +153,17 @@ def has_chat(plan: Plan) -> bool:
     return "chat_template" in config or (folder / "chat_template.jinja").exists()
 
 
-def differences(asked: Sequence[Prompt], ours: Sequence[Written], plain: Sequence[Written]) -> Iterator[str]:
+def differences(asked: Sequence[DemoPrompt], ours: Sequence[Written], plain: Sequence[Written]) -> Iterator[str]:
     for number, (prompt, one, other) in enumerate(zip(asked, ours, plain, strict=True), 1):
         if one.tokens != other.tokens:
             yield f"[{number}] {prompt.title}:\n  disaggregated {one.tokens}\n  plain         {other.tokens}"
 
 
-def run(topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder) -> int:
+def run(topology: Topology, plan: Plan, fleet: ProcessGroup, folder: RunFolder) -> int:
     """The demo itself; the exit status."""
     started = time.monotonic()
     asked = prompts(plan.served_name, has_chat(plan))
-    launch = Launch(topology, plan, fleet, folder, _say)
+    launch = Deployment(topology, plan, fleet, folder, _say)
     launch.start()
     prove.prove(topology, plan, _say, launch.check)
     ours = []
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 1
             guard.become_subreaper()
             grace_s = topology.defaults.stop_timeout_s
-            with Fleet(folder.path, grace_s=grace_s, adopt=True) as fleet, Signals(fleet) as signals:
+            with ProcessGroup(folder.path, grace_s=grace_s, adopt=True) as fleet, Signals(fleet) as signals:
                 try:
                     status = run(topology, plan, fleet, folder)
                     if status == 0:

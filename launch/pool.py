@@ -10,8 +10,8 @@ from typing import Any
 
 from pdtransport.errors import PDTransportError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.admin.pool_admin import BELOW, Chosen, Outcome, PoolAdmin
-from pdtransport.pool.admin.prompts import Found, Prompt, chunks_of, find, spaces_for
+from pdtransport.pool.admin.pool_admin import BELOW, AdminOutcome, Chosen, PoolAdmin
+from pdtransport.pool.admin.prompts import PoolPrompt, PromptFound, chunks_of, find, spaces_for
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.messages import MAX_PIN_S
 from pdtransport.pool.settings import PoolSettings
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> str:
         return json.dumps({"done": outcome.done, "of": outcome.of}) if arguments.json else text
 
 
-def _act(verb: str, arguments: argparse.Namespace, admin: PoolAdmin) -> tuple[Outcome, str]:
+def _act(verb: str, arguments: argparse.Namespace, admin: PoolAdmin) -> tuple[AdminOutcome, str]:
     chosen = _chosen(arguments, admin)
     if verb == "pin":
         if arguments.for_s is not None and not 0 < arguments.for_s <= MAX_PIN_S:
@@ -117,7 +117,7 @@ def _act(verb: str, arguments: argparse.Namespace, admin: PoolAdmin) -> tuple[Ou
             else f"in tier {arguments.to}, and not in memory"
         )
         return outcome, f"{outcome.done} of {outcome.of} chunks are {where}"
-    verbs: dict[str, tuple[Callable[[Chosen], Outcome], str]] = {
+    verbs: dict[str, tuple[Callable[[Chosen], AdminOutcome], str]] = {
         "prefetch": (admin.prefetch, "are in memory"),
         "clear": (admin.drop, "are forgotten"),
         "compress": (admin.compress, "are packed in the tiers below memory"),
@@ -150,10 +150,10 @@ def _key(text: str) -> bytes:
     return key
 
 
-def _prompt(arguments: argparse.Namespace, admin: PoolAdmin) -> Prompt:
+def _prompt(arguments: argparse.Namespace, admin: PoolAdmin) -> PoolPrompt:
     salt, cache_salt = (_salt(arguments, name) for name in ("salt_file", "cache_salt_file"))
-    prompt = Prompt((), arguments.model, salt, cache_salt)
-    return Prompt(_tokens(arguments, admin, prompt), arguments.model, salt, cache_salt)
+    prompt = PoolPrompt((), arguments.model, salt, cache_salt)
+    return PoolPrompt(_tokens(arguments, admin, prompt), arguments.model, salt, cache_salt)
 
 
 def _salt(arguments: argparse.Namespace, name: str) -> str:
@@ -167,7 +167,7 @@ def _salt(arguments: argparse.Namespace, name: str) -> str:
     return salt
 
 
-def _tokens(arguments: argparse.Namespace, admin: PoolAdmin, prompt: Prompt) -> Sequence[int]:
+def _tokens(arguments: argparse.Namespace, admin: PoolAdmin, prompt: PoolPrompt) -> Sequence[int]:
     if arguments.tokens is not None:
         return list(arguments.tokens)
     if arguments.tokens_file is not None:
@@ -253,7 +253,7 @@ def as_text(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _found_text(found: Found) -> str:
+def _found_text(found: PromptFound) -> str:
     told = found.public()
     by_tier = ", ".join(f"{tier} {count}" for tier, count in told["by_tier"].items())
     return (

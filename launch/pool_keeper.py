@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pdtransport.launch import logs
 from pdtransport.launch.plan import PoolPlan
-from pdtransport.launch.processes import Fleet, Process
+from pdtransport.launch.processes import Process, ProcessGroup
 from pdtransport.pool.core.shared_memory import remove_stale
 
 FIRST_PAUSE_S = 0.5
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 class PoolKeeper:
     """The pool's process, whichever it is now. Call :meth:`look` often: it never waits."""
 
-    def __init__(self, plan: PoolPlan, fleet: Fleet, say: Say) -> None:
+    def __init__(self, plan: PoolPlan, fleet: ProcessGroup, say: Say) -> None:
         self._plan, self._fleet, self._say = plan, fleet, say
         self.process = fleet.start("pool", plan.argv)
         self._ready = False

@@ -123,7 +123,7 @@ def end_strays(root: int, timeout_s: float = GUARD_EXTRA_S) -> None:
         time.sleep(POLL_S)
 
 
-class Fleet:
+class ProcessGroup:
     """The processes of one run; leaving the ``with`` block ends every one of them.
 
     ``adopt``: this process is a subreaper and has no other children, so whatever is left below it at the end (of a
@@ -192,7 +192,7 @@ class Fleet:
         if self._adopt:
             end_strays(os.getpid())
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> ProcessGroup:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -170,7 +170,7 @@ def _bearer(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _choice(answer: web.Answer, who: str) -> dict[str, Any]:
+def _choice(answer: web.HttpAnswer, who: str) -> dict[str, Any]:
     if answer.status != 200:
         error = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
         message = error.get("message", error) if isinstance(error, dict) else error
@@ -192,7 +192,7 @@ def _named(instances: Iterable[Instance], name: str, role: str) -> Instance:
 
 
 def _crossing(
-    plan: Plan, decode: Instance, answer: web.Answer, statuses: list[dict[str, Any]], received: tuple[int, int]
+    plan: Plan, decode: Instance, answer: web.HttpAnswer, statuses: list[dict[str, Any]], received: tuple[int, int]
 ) -> Crossing:
     """``received``: bytes and pages that the decode instance took meanwhile."""
     transfer_id = answer.headers.get("x-pd-transfer-id", "")
@@ -223,7 +223,7 @@ def _crossing(
     )
 
 
-def _why_not(answer: web.Answer, records: list[dict[str, Any]]) -> str:
+def _why_not(answer: web.HttpAnswer, records: list[dict[str, Any]]) -> str:
     for record in records:
         if record.get("reason"):
             return f"the transfer ended as {record.get('code') or record.get('state')}: {record['reason']}"

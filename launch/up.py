@@ -12,7 +12,7 @@ from pdtransport.errors import PDTransportError
 from pdtransport.launch import logs, web
 from pdtransport.launch.plan import Instance, Plan, PoolPlan
 from pdtransport.launch.pool_keeper import PoolKeeper
-from pdtransport.launch.processes import Fleet, Process
+from pdtransport.launch.processes import Process, ProcessGroup
 from pdtransport.launch.rundir import RunFolder
 from pdtransport.launch.topology import Topology
 from pdtransport.pool.tiers.keyed_digest import keep_key
@@ -54,7 +54,7 @@ class Signals:
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: ProcessGroup) -> None:
         self._fleet = fleet
         self._shielded = False
         self._before: dict[int, object] = {}
@@ -93,7 +93,7 @@ class _Starting:
             say(f"  {self.process.name:<12} {self.process.seconds:4.0f} s  {stage}")
 
 
-def check(fleet: Fleet) -> None:
+def check(fleet: ProcessGroup) -> None:
     """Raises:
     ProcessFailed: a process ended.
     """
@@ -127,11 +127,11 @@ def await_health(
         time.sleep(POLL_S if waiting else 0)
 
 
-class Launch:
+class Deployment:
     """One topology's processes. Everything it starts belongs to ``fleet``, which ends it; files that they share are in
     ``folder``."""
 
-    def __init__(self, topology: Topology, plan: Plan, fleet: Fleet, folder: RunFolder, say: Say) -> None:
+    def __init__(self, topology: Topology, plan: Plan, fleet: ProcessGroup, folder: RunFolder, say: Say) -> None:
         self.topology = topology
         self.plan = plan
         self._fleet = fleet

@@ -21,7 +21,7 @@ class WebError(PDTransportError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     status: int
     headers: Mapping[str, str]  # names in lower case
     body: Any
@@ -35,11 +35,11 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def get(url: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> Answer:
+def get(url: str, timeout_s: float, headers: Mapping[str, str] | None = None) -> HttpAnswer:
     return _ask("GET", url, None, headers or {}, timeout_s)
 
 
-def post(url: str, body: Mapping[str, Any], timeout_s: float, headers: Mapping[str, str] | None = None) -> Answer:
+def post(url: str, body: Mapping[str, Any], timeout_s: float, headers: Mapping[str, str] | None = None) -> HttpAnswer:
     """POST ``body`` as JSON.
 
     Raises:
@@ -98,7 +98,7 @@ def _open(
         raise WebError(f"{url}: {reason or type(error).__name__}") from None
 
 
-def _ask(method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float) -> Answer:
+def _ask(method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
     connection, response = _open(method, url, body, headers, timeout_s)
     try:
         raw = response.read(MAX_ANSWER)
@@ -110,7 +110,7 @@ def _ask(method: str, url: str, body: bytes | None, headers: Mapping[str, str], 
         parsed = json.loads(raw) if raw else None
     except ValueError:
         parsed = raw.decode("utf-8", "replace")
-    return Answer(response.status, _lower(response), parsed)
+    return HttpAnswer(response.status, _lower(response), parsed)
 
 
 def _lower(response: http.client.HTTPResponse) -> dict[str, str]:

@@ -47,7 +47,7 @@ class TopologyError(SettingsError):
 
 
 @dataclass(frozen=True)
-class Place:
+class YamlPosition:
     line: int
     column: int
 
@@ -63,7 +63,7 @@ class YamlFile:
         self.path = path
         self._root, self.data = _load(path)
 
-    def place(self, keys: Sequence[str | int]) -> Place:
+    def place(self, keys: Sequence[str | int]) -> YamlPosition:
         """Where ``keys`` stands; where the file does not hold it, its nearest parent that it does hold."""
         node, mark = self._root, self._root.start_mark if self._root is not None else None
         for key in keys:
@@ -71,7 +71,7 @@ class YamlFile:
             if found is None:
                 break
             mark, node = found
-        return Place(1, 1) if mark is None else Place(mark.line + 1, mark.column + 1)
+        return YamlPosition(1, 1) if mark is None else YamlPosition(mark.line + 1, mark.column + 1)
 
     def problem(self, keys: Sequence[str | int], text: str) -> str:
         """``file:line:column: key.path: text``"""

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pdtransport.control.channel import Identity
 from pdtransport.errors import InvalidCall, TimedOut, TransferFailed
-from pdtransport.io.cuda_events import Gate
+from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.io.reactor import Reactor
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
@@ -32,8 +32,8 @@ from pdtransport.links.negotiate import open_links
 from pdtransport.observe.status import TransportStatus
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, Digest, FingerprintValue, TransferId
 from pdtransport.settings import Settings
-from pdtransport.transfer.consumer import Fetch
-from pdtransport.transfer.engine import Exchange, limits_of
+from pdtransport.transfer.consumer import ReceiveRequest
+from pdtransport.transfer.engine import TransferEngine, limits_of
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.outcome import OnExpected, OnOutcome, OnPromise, Outcome
 
@@ -58,9 +58,9 @@ class Handle:
         self._transport = transport
         self._on_end = on_end
 
-    def _in_turn(self, after: Any | None, call: Callable[[Exchange], None]) -> None:
-        def said(exchange: Exchange) -> None:
-            exchange.gate.call(self, after, lambda: call(exchange))
+    def _in_turn(self, after: Any | None, call: Callable[[TransferEngine], None]) -> None:
+        def said(transfer_engine: TransferEngine) -> None:
+            transfer_engine.cuda_events.call(self, after, lambda: call(transfer_engine))
 
         self._transport._call(said)
 
@@ -100,7 +100,7 @@ class Offer(Handle):
     def expect(self, tokens: int, due: float) -> None:
         """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``. Decode
         hears of it if they are all."""
-        self._transport._call(lambda exchange: exchange.handing.expect(self, self.transfer, tokens, due))
+        self._transport._call(lambda transfer_engine: transfer_engine.producer.expect(self, self.transfer, tokens, due))
 
     def cached(self, tokens: int) -> None:
         """So many of the prompt's tokens were in the engine's caches and need not be computed; decode's accounts name
@@ -110,7 +110,7 @@ class Offer(Handle):
             InvalidCall: more tokens than the prompt has.
         """
         self._check_tokens(tokens)
-        self._transport._call(lambda exchange: exchange.handing.cached(self, self.transfer, tokens))
+        self._transport._call(lambda transfer_engine: transfer_engine.producer.cached(self, self.transfer, tokens))
 
     def ready(
         self,
@@ -133,17 +133,17 @@ class Offer(Handle):
         pages = self._transport._checked_pages(pages, self.blocks)
         self._check_tokens(tokens)
 
-        def said(exchange: Exchange) -> None:
-            handing = exchange.handing
+        def said(transfer_engine: TransferEngine) -> None:
+            producer = transfer_engine.producer
 
             def final() -> None:
                 if passed is not None:
                     passed(time.monotonic())
-                handing.pages_ready(self, self.transfer, pages, tokens)
+                producer.pages_ready(self, self.transfer, pages, tokens)
 
-            event = exchange.gate.call(self, after, final)
+            event = transfer_engine.cuda_events.call(self, after, final)
             if event:
-                handing.foresee(self, self.transfer, pages, tokens, event)
+                producer.prepare(self, self.transfer, pages, tokens, event)
 
         self._transport._call(said)
 
@@ -159,27 +159,27 @@ class Offer(Handle):
             TimedOut: the I/O thread did not answer; the pages must not be reused.
         """
 
-        def taken_back(exchange: Exchange) -> None:
-            exchange.gate.drop(self)
-            exchange.handing.pages_ready(self, self.transfer, [], 0)
+        def taken_back(transfer_engine: TransferEngine) -> None:
+            transfer_engine.cuda_events.drop(self)
+            transfer_engine.producer.pages_ready(self, self.transfer, [], 0)
 
         self._transport._ask(taken_back, timeout_s)
 
     def finish(self, first_token: int | None = None) -> None:
         """The request is through; its pages stay until decode has them (or a deadline ends the wait). ``first_token``:
         what was sampled, for a decode that promised to go on from it."""
-        self._in_turn(None, lambda exchange: exchange.handing.finish(self, self.transfer, first_token))
+        self._in_turn(None, lambda transfer_engine: transfer_engine.producer.finish(self, self.transfer, first_token))
 
     def let_go(self, reason: str) -> None:
         """Give up, unless decode has granted room already: it can have the pages from elsewhere."""
-        self._in_turn(None, lambda exchange: exchange.handing.let_go(self, self.transfer, reason))
+        self._in_turn(None, lambda transfer_engine: transfer_engine.producer.let_go(self, self.transfer, reason))
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing reads the pages any more."""
 
-        def cancelled(exchange: Exchange) -> None:
-            exchange.gate.drop(self)
-            exchange.handing.cancel(self, self.transfer, code, reason)
+        def cancelled(transfer_engine: TransferEngine) -> None:
+            transfer_engine.cuda_events.drop(self)
+            transfer_engine.producer.cancel(self, self.transfer, code, reason)
 
         self._transport._call(cancelled)
 
@@ -189,7 +189,7 @@ class Receipt(Handle):
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
-        self._in_turn(None, lambda exchange: exchange.taking.cancel(self, self.transfer, code, reason))
+        self._in_turn(None, lambda transfer_engine: transfer_engine.consumer.cancel(self, self.transfer, code, reason))
 
 
 class Transport:
@@ -238,7 +238,7 @@ class Transport:
         self.rank = rank
         memory = list(regions) if regions is not None else geometry.regions()
 
-        def make(_reactor: Reactor) -> Exchange:
+        def make(_reactor: Reactor) -> TransferEngine:
             links, batch_bytes = self.settings.links, limits_of(self.settings, geometry.device).batch_bytes
             scratch = Scratch(min(links.probe_bytes, batch_bytes), geometry.device)
             opened = open_links(links, [*memory, *scratch.regions])
@@ -250,18 +250,18 @@ class Transport:
                 fingerprint={**fingerprint_of(geometry, world), **(fingerprint or {})},
                 links={name: link.export() for name, link in opened.links.items()},
             )
-            gate = Gate(geometry.device)
-            self._exchange = Exchange(
-                self.settings, me, geometry, opened.links, opened.unavailable, role, scratch, gate, port
+            cuda_events = CudaEventQueue(geometry.device)
+            self._engine = TransferEngine(
+                self.settings, me, geometry, opened.links, opened.unavailable, role, scratch, cuda_events, port
             )
-            return self._exchange
+            return self._engine
 
         self._offered: OrderedDict[str, None] = OrderedDict()  # transfer ids, the last ones
         self._offered_lock = threading.Lock()
         self._reactor = Reactor(make, name=f"pdtransport-{rank}")
         self._reactor.start()
         self.host = self.settings.control.host
-        self.port = int(self._exchange.endpoint.rsplit(":", 1)[1])
+        self.port = int(self._engine.endpoint.rsplit(":", 1)[1])
 
     # -- prefill -------------------------------------------------------------------------------------------------
 
@@ -289,8 +289,8 @@ class Transport:
         self._note_offer(transfer)
         offer = Offer(self, transfer, tokens, blocks, on_end)
 
-        def opened(exchange: Exchange) -> None:
-            exchange.handing.open(offer, transfer, key, tokens, offer._ended, on_promise, adapter)
+        def opened(transfer_engine: TransferEngine) -> None:
+            transfer_engine.producer.open(offer, transfer, key, tokens, offer._ended, on_promise, adapter)
 
         self._call(opened)
         return offer
@@ -336,18 +336,18 @@ class Transport:
             raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {blocks} blocks")
         ids = self._checked_pages(pages, blocks - first_block)
         receipt = Receipt(self, transfer, blocks, on_end)
-        wanted = Fetch(transfer, host, port, ranks, key, tokens, first_block, ids, first_token, on_expected)
-        receipt._in_turn(after, lambda exchange: exchange.taking.fetch(receipt, wanted, receipt._ended))
+        wanted = ReceiveRequest(transfer, host, port, ranks, key, tokens, first_block, ids, first_token, on_expected)
+        receipt._in_turn(after, lambda transfer_engine: transfer_engine.consumer.fetch(receipt, wanted, receipt._ended))
         return receipt
 
     def claim(self, transfer: str, *, host: str, port: int, ranks: int = 1) -> None:
         """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
-        self._call(lambda exchange: exchange.taking.claim(transfer, host, port, ranks))
+        self._call(lambda transfer_engine: transfer_engine.consumer.claim(transfer, host, port, ranks))
 
     def decline(self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1) -> None:
         """``transfer`` will not be received here: tell those who watch and, with ``host``, prefill, which need not keep
         its pages. Best effort, and nothing where it is being received or was."""
-        self._call(lambda exchange: exchange.taking.decline(transfer, code, reason, host, port, ranks))
+        self._call(lambda transfer_engine: transfer_engine.consumer.decline(transfer, code, reason, host, port, ranks))
 
     # -- both ----------------------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class Transport:
             TimedOut: the I/O thread did not answer.
             TransportClosed: this transport is closed.
         """
-        return self._reactor.ask(lambda: self._exchange.status(transfer), timeout_s)
+        return self._reactor.ask(lambda: self._engine.status(transfer), timeout_s)
 
     def change_fingerprint(self, facts: dict[str, FingerprintValue], reason: str, timeout_s: float) -> None:
         """What the pages depend on changed, say, the model's weights (without ``facts``: the engine takes the pages
@@ -370,12 +370,12 @@ class Transport:
             concurrent.futures.TimeoutError: a link still uses pages, or the I/O thread does not answer.
         """
         until = time.monotonic() + timeout_s
-        ending = self._reactor.ask(lambda: self._exchange.change_fingerprint(facts, reason), timeout_s)
+        ending = self._reactor.ask(lambda: self._engine.change_fingerprint(facts, reason), timeout_s)
         while ending:
             if time.monotonic() >= until:
                 raise FutureTimeout(f"links still use pages of {len(ending)} transfers that were ended: {reason}")
             time.sleep(LET_GO_POLL_S)
-            ending = self._reactor.ask(partial(self._exchange.live_of, ending), timeout_s)
+            ending = self._reactor.ask(partial(self._engine.live_of, ending), timeout_s)
 
     def close(self) -> None:
         """End all transfers and give every resource back. Safe to call twice."""
@@ -441,11 +441,11 @@ class Transport:
             while len(self._offered) > self.settings.tombstones + self.settings.max_transfers:
                 self._offered.popitem(last=False)
 
-    def _ask(self, call: Callable[[Exchange], None], timeout_s: float) -> None:
-        self._reactor.ask(lambda: call(self._exchange), timeout_s)
+    def _ask(self, call: Callable[[TransferEngine], None], timeout_s: float) -> None:
+        self._reactor.ask(lambda: call(self._engine), timeout_s)
 
-    def _call(self, call: Callable[[Exchange], None]) -> None:
-        self._reactor.post(lambda: call(self._exchange))
+    def _call(self, call: Callable[[TransferEngine], None]) -> None:
+        self._reactor.post(lambda: call(self._engine))
 
 
 def fingerprint_of(geometry: KVGeometry, world: int) -> dict[str, FingerprintValue]:

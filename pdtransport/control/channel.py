@@ -18,16 +18,16 @@ from pdtransport.control.curve import Gatekeeper, load_keys
 from pdtransport.control.dialer import Dialer
 from pdtransport.control.directory import Directory
 from pdtransport.control.events import (
+    Address,
     ConnectFailed,
-    Endpoint,
     Event,
     Identity,
+    MessageReceived,
     NameShared,
     PeerDown,
     PeerId,
     PeerUp,
-    Received,
-    StatusAsked,
+    StatusRequested,
 )
 from pdtransport.control.handshake import checked_identity
 from pdtransport.control.limits import (
@@ -41,10 +41,10 @@ from pdtransport.control.limits import (
     NEW_PER_S,
     TICK_GRAIN_S,
 )
-from pdtransport.control.listener import Listener
+from pdtransport.control.listener import ControlListener
 from pdtransport.control.owners import owners_for
 from pdtransport.control.reach import Reach
-from pdtransport.control.shared import COUNTERS, Shared, logger
+from pdtransport.control.shared import COUNTERS, ChannelContext, logger
 from pdtransport.control.sockets import Socket
 from pdtransport.control.status import Allowance
 from pdtransport.errors import SettingsError
@@ -57,12 +57,12 @@ __all__ = [
     "ControlChannel",
     "Event",
     "Identity",
+    "MessageReceived",
     "NameShared",
     "PeerDown",
     "PeerId",
     "PeerUp",
-    "Received",
-    "StatusAsked",
+    "StatusRequested",
 ]
 
 Step = Callable[[float], "list[Event] | None"]
@@ -101,11 +101,13 @@ class ControlChannel:
         self._own_context = context is None
         self._context = context or _context()
         self._directory = Directory(settings.liveness_s, self.counters)
-        self._shared = Shared(settings, me, keys, clock, self._context, self.counters, self._directory, reach, owners)
-        self._gate: Gatekeeper | None = None
-        self._listener: Listener | None = None
-        self._dialers: dict[Endpoint, Dialer] = {}
-        self._proven: OrderedDict[Endpoint, None] = OrderedDict()  # that led to a peer, and are not connected any more
+        self._shared = ChannelContext(
+            settings, me, keys, clock, self._context, self.counters, self._directory, reach, owners
+        )
+        self._gatekeeper: Gatekeeper | None = None
+        self._listener: ControlListener | None = None
+        self._dialers: dict[Address, Dialer] = {}
+        self._proven: OrderedDict[Address, None] = OrderedDict()  # that led to a peer, and are not connected any more
         self._new, self._again = Allowance(NEW_PER_S), Allowance(AGAIN_PER_S)
         self._steps: dict[Socket, Step] = {}
         self._poller = zmq.Poller()
@@ -128,14 +130,14 @@ class ControlChannel:
         if port is None:
             base = self._shared.settings.base_port()
             port = base + self._shared.me.rank if base else 0
-        if self._shared.keys is not None and self._gate is None:
-            self._gate = Gatekeeper(self._context, self._shared.keys)  # before the socket that it guards
+        if self._shared.keys is not None and self._gatekeeper is None:
+            self._gatekeeper = Gatekeeper(self._context, self._shared.keys)  # before the socket that it guards
         try:
-            self._listener = Listener(port, self._shared)
+            self._listener = ControlListener(port, self._shared)
         except SettingsError:
-            if self._gate is not None:
-                self._gate.close()
-                self._gate = None
+            if self._gatekeeper is not None:
+                self._gatekeeper.close()
+                self._gatekeeper = None
             raise
         self._sockets_changed()
         return self._listener.endpoint
@@ -145,7 +147,7 @@ class ControlChannel:
         goes down is looked for again in the background for a while."""
         if self._closed:
             return
-        endpoint, now = Endpoint(host, port), self._shared.clock()
+        endpoint, now = Address(host, port), self._shared.clock()
         if not self._attentive:
             self._last_tick = now  # there was nothing to look after until now
         dialer = self._dialers.get(endpoint)
@@ -221,8 +223,8 @@ class ControlChannel:
         self._shared.reach.close()
         if self._listener is not None:
             self._listener.close()
-        if self._gate is not None:
-            self._gate.close()
+        if self._gatekeeper is not None:
+            self._gatekeeper.close()
         self._steps.clear()
         self._poller = zmq.Poller()
         self._pending.clear()
@@ -230,7 +232,7 @@ class ControlChannel:
         if self._own_context:
             self._context.term()
 
-    def _obstacle(self, endpoint: Endpoint, now: float) -> ConnectFailed | None:
+    def _obstacle(self, endpoint: Address, now: float) -> ConnectFailed | None:
         """Why there is no trying to reach ``endpoint``."""
         host, port = endpoint
         if not _HOST.fullmatch(host) or len(host) > 255:
@@ -295,8 +297,8 @@ class ControlChannel:
     def _sockets_changed(self) -> None:
         """Collect what is open, and who handles it."""
         steps: dict[Socket, Step] = {}
-        if self._gate is not None:
-            steps[self._gate.socket] = self._step_gate
+        if self._gatekeeper is not None:
+            steps[self._gatekeeper.socket] = self._step_gatekeeper
         for part in (*self._dialers.values(), self._listener):
             if part is not None and part.socket is not None and part.monitor is not None:
                 steps[part.socket] = part.step
@@ -396,13 +398,13 @@ class ControlChannel:
             events += found
         return events
 
-    def _step_gate(self, now: float) -> list[Event] | None:
-        gate = self._gate
-        if gate is None or not gate.step():
+    def _step_gatekeeper(self, now: float) -> list[Event] | None:
+        gatekeeper = self._gatekeeper
+        if gatekeeper is None or not gatekeeper.step():
             return None
-        if gate.denied > 0:
-            self.counters["refused"] += gate.denied
-            gate.denied = 0
+        if gatekeeper.denied > 0:
+            self.counters["refused"] += gatekeeper.denied
+            gatekeeper.denied = 0
             text = "refused a connection: its key is not in control.curve_allowed_keys"
             self._shared.complaints.say(text, now, "key")
         return []

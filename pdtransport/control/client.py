@@ -13,7 +13,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve
 from pdtransport.control.handshake import foreign_version, version_refusal
-from pdtransport.control.owners import Listening, owners_for
+from pdtransport.control.owners import ListenerOwner, owners_for
 from pdtransport.control.sockets import Inbox, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError
 from pdtransport.kv.fingerprint import plain
@@ -63,7 +63,7 @@ def fetch_status(
         curve.apply_client(socket, keys)
         monitor = watch(context, socket, _FAILED)
         socket.connect(tcp_url(host, port))
-        listening = Listening(owners, port)
+        listening = ListenerOwner(owners, port)
         return _Asking(socket, monitor, f"{host}:{port}", listening, transfer, deadline, timeout_s).answer()
     except zmq.ZMQError as error:
         raise StatusUnavailable(f"no status from {host}:{port}: {error.strerror}") from None
@@ -87,7 +87,7 @@ class _Asking:
         socket: Socket,
         monitor: Socket,
         where: str,
-        listening: Listening,
+        listening: ListenerOwner,
         transfer: str,
         deadline: float,
         timeout_s: float,

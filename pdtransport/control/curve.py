@@ -28,7 +28,7 @@ ZAP_DOMAIN = b"pdtransport"
 
 
 @dataclass(frozen=True)
-class Keys:
+class CurveKeys:
     """Keys as 40 characters of Z85. ``server``: whom we connect to; ``allowed``: who may connect to us."""
 
     public: bytes
@@ -64,7 +64,7 @@ def make_keys(directory: str | Path) -> tuple[Path, Path]:
     return public, secret
 
 
-def load_keys(settings: ControlSettings) -> Keys | None:
+def load_keys(settings: ControlSettings) -> CurveKeys | None:
     """The keys that ``settings`` name; None where CURVE is off.
 
     Raises:
@@ -81,7 +81,7 @@ def load_keys(settings: ControlSettings) -> Keys | None:
         )
     server = settings.curve_server_key
     allowed = settings.curve_allowed_keys
-    return Keys(
+    return CurveKeys(
         public=public,
         secret=secret,
         server=public if server is None else _checked("control.curve_server_key", server.encode()),
@@ -91,7 +91,7 @@ def load_keys(settings: ControlSettings) -> Keys | None:
     )
 
 
-def apply_server(socket: Socket, keys: Keys | None) -> None:
+def apply_server(socket: Socket, keys: CurveKeys | None) -> None:
     """Make a listening socket accept nobody but holders of allowed keys (see :class:`Gatekeeper`)."""
     if keys is not None:
         socket.curve_secretkey = keys.secret
@@ -100,7 +100,7 @@ def apply_server(socket: Socket, keys: Keys | None) -> None:
         socket.zap_domain = ZAP_DOMAIN
 
 
-def apply_client(socket: Socket, keys: Keys | None) -> None:
+def apply_client(socket: Socket, keys: CurveKeys | None) -> None:
     """Make a connecting socket prove our key and demand the server's."""
     if keys is not None:
         socket.curve_secretkey = keys.secret
@@ -114,7 +114,7 @@ class Gatekeeper:
     libzmq asks nobody, and admits everybody, unless this stands before the listening socket binds.
     """
 
-    def __init__(self, context: zmq.Context[Socket], keys: Keys) -> None:
+    def __init__(self, context: zmq.Context[Socket], keys: CurveKeys) -> None:
         self._allowed = keys.allowed
         self.denied = 0
         self.socket = context.socket(zmq.ROUTER)

@@ -10,7 +10,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from pdtransport.control import curve, handshake
 from pdtransport.control.directory import NAME, Route, Sent
-from pdtransport.control.events import ConnectFailed, Endpoint, Event, PeerId, Received
+from pdtransport.control.events import Address, ConnectFailed, Event, MessageReceived, PeerId
 from pdtransport.control.limits import (
     FAILED_CURVE_HANDSHAKES,
     HELLO_AGAIN_S,
@@ -22,8 +22,8 @@ from pdtransport.control.limits import (
     RETRY_FOR_S,
     RETRY_MAX_S,
 )
-from pdtransport.control.owners import Listening
-from pdtransport.control.shared import Shared
+from pdtransport.control.owners import ListenerOwner
+from pdtransport.control.shared import ChannelContext
 from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.kv.fingerprint import plain
 from pdtransport.protocol.messages import (
@@ -73,7 +73,7 @@ class Dialer(Route):
         proven: it led to a peer before.
     """
 
-    def __init__(self, endpoint: Endpoint, shared: Shared, now: float, *, proven: bool = False) -> None:
+    def __init__(self, endpoint: Address, shared: ChannelContext, now: float, *, proven: bool = False) -> None:
         self.endpoint = endpoint
         self.where = f"{endpoint.host}:{endpoint.port}"
         self.key = shared.keys.server.decode() if shared.keys is not None else ""
@@ -91,7 +91,7 @@ class Dialer(Route):
         self._reached_tcp = self._session = False  # how far the current attempt came
         self._reached_at = now
         self._failed_handshakes = 0
-        self._listening = Listening(shared.owners, endpoint.port)
+        self._listening = ListenerOwner(shared.owners, endpoint.port)
         self._owner_known = False  # of this connection
         self._hello_due: float | None = None
         self._said_breaks = 0
@@ -396,7 +396,7 @@ class Dialer(Route):
         if self.peer is None or self.broken_until is not None:  # who listens there now has not said who it is
             self._shared.counters["dropped_unknown_peer"] += 1
             return []
-        return [Received(self.peer, message)]
+        return [MessageReceived(self.peer, message)]
 
     def _on_welcome(self, welcome: Welcome, now: float) -> list[Event]:
         shared = self._shared

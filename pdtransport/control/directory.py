@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from pdtransport.control import handshake
-from pdtransport.control.events import Endpoint, Event, NameShared, PeerDown, PeerId, PeerUp
+from pdtransport.control.events import Address, Event, NameShared, PeerDown, PeerId, PeerUp
 from pdtransport.control.limits import (
     MAX_BREAKS,
     MAX_PEERS,
@@ -64,7 +64,7 @@ class Peer:
     id: PeerId
     since: float = 0.0
     routes: list[Route] = field(default_factory=list)
-    endpoints: set[Endpoint] = field(default_factory=set)
+    endpoints: set[Address] = field(default_factory=set)
 
     @property
     def where(self) -> str:
@@ -128,7 +128,7 @@ class Directory:
         return known.ours if known else 0
 
     def admit(
-        self, theirs: Hello | Welcome, host: str, route: Route, endpoint: Endpoint | None, now: float
+        self, theirs: Hello | Welcome, host: str, route: Route, endpoint: Address | None, now: float
     ) -> list[Event]:
         """A compatible handshake arrived over ``route``."""
         peer_id = handshake.peer_of(theirs)

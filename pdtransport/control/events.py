@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pdtransport.protocol.messages import FingerprintValue, Hello, Message, Welcome
 
 
-class Endpoint(NamedTuple):
+class Address(NamedTuple):
     """Where a control channel listens, as the one who connects to it says it."""
 
     host: str
@@ -87,7 +87,7 @@ class ConnectFailed:
 
 
 @dataclass(frozen=True)
-class Received:
+class MessageReceived:
     """A message about a transfer or a link, from a peer that is up."""
 
     peer: PeerId
@@ -95,11 +95,11 @@ class Received:
 
 
 @dataclass(frozen=True)
-class StatusAsked:
+class StatusRequested:
     """Someone wants the status; call ``reply`` with its JSON text, or never."""
 
     reply: Callable[[str], None]
     transfer: str
 
 
-Event = PeerUp | PeerDown | NameShared | ConnectFailed | Received | StatusAsked
+Event = PeerUp | PeerDown | NameShared | ConnectFailed | MessageReceived | StatusRequested

@@ -16,7 +16,7 @@ FRESH_S = 10.0  # an answer holds so long; then the name is looked up again
 
 
 @dataclass(frozen=True)
-class Found:
+class Resolved:
     """``addresses`` as the resolver puts them in order; empty: ``problem`` says why."""
 
     addresses: tuple[str, ...]
@@ -34,12 +34,12 @@ class Names:
     def __init__(self, clock: Callable[[], float] = time.monotonic, limit_s: float = 2.0) -> None:
         self._clock, self._limit_s = clock, limit_s
         self._lock = threading.Lock()
-        self._found: OrderedDict[str, tuple[Found, float]] = OrderedDict()
+        self._found: OrderedDict[str, tuple[Resolved, float]] = OrderedDict()
         self._asked: dict[str, float] = {}
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._thread: threading.Thread | None = None
 
-    def look_up(self, name: str) -> Found | None:
+    def look_up(self, name: str) -> Resolved | None:
         """What is known of ``name``; None: ask again. Never waits."""
         now = self._clock()
         with self._lock:
@@ -49,9 +49,11 @@ class Names:
             asked = self._asked.get(name)
             if asked is not None:
                 late = now >= asked + self._limit_s
-                return Found((), f"{name} has no answer from the resolver within {self._limit_s:g} s") if late else None
+                return (
+                    Resolved((), f"{name} has no answer from the resolver within {self._limit_s:g} s") if late else None
+                )
             if len(self._asked) >= MAX_QUEUED:
-                return Found((), f"{MAX_QUEUED} names of hosts are being looked up, {name[:80]} is one too many")
+                return Resolved((), f"{MAX_QUEUED} names of hosts are being looked up, {name[:80]} is one too many")
             self._asked[name] = now
             self._queue.put(name)
             if self._thread is None:
@@ -74,10 +76,10 @@ class Names:
                     self._found.popitem(last=False)
 
 
-def _resolve(name: str) -> Found:
+def _resolve(name: str) -> Resolved:
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        return Found((), f"{name} is no host that is known here ({getattr(error, 'strerror', None) or error})")
+        return Resolved((), f"{name} is no host that is known here ({getattr(error, 'strerror', None) or error})")
     addresses = tuple(dict.fromkeys(str(answer[4][0]) for answer in answers))
-    return Found(addresses) if addresses else Found((), f"{name} has no address")
+    return Resolved(addresses) if addresses else Resolved((), f"{name} has no address")

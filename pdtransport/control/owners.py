@@ -89,7 +89,7 @@ class Owners:
         return int(uid) if answer[_STATE_AT] == _ESTABLISHED and inode else None  # no inode: no process has it
 
 
-class Listening:
+class ListenerOwner:
     """Whether who listens where we connect to is of this user. Asked once a connection.
 
     Args:

@@ -23,7 +23,7 @@ MAX_SHOWN = 80  # characters of a host's name in a reason
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CallVerdict:
     """``address``: what to call; empty: ``problem`` says why nobody is called, in one line."""
 
     address: str = ""
@@ -70,7 +70,7 @@ class Reach:
             )
         return True
 
-    def ask(self, host: str) -> Verdict | None:
+    def ask(self, host: str) -> CallVerdict | None:
         """Where ``host`` may be called, or why it may not; None: its name is being looked up, ask again. Never waits
         and never raises."""
         try:
@@ -78,28 +78,28 @@ class Reach:
         except ValueError:
             return self._ask_name(host)
         problem = self._why_not(host, host)
-        return Verdict(problem=problem) if problem else Verdict(host)
+        return CallVerdict(problem=problem) if problem else CallVerdict(host)
 
     def close(self) -> None:
         self._known.close()
         self._others.close()
 
-    def _ask_name(self, host: str) -> Verdict | None:
+    def _ask_name(self, host: str) -> CallVerdict | None:
         name = host.rstrip(".").lower()
         listed = self._everybody or name in self._names or (self._peers is None and is_loopback(name))
         if not (listed or self._networks or self._by_key):
-            return Verdict(problem=self._refusal(host))
+            return CallVerdict(problem=self._refusal(host))
         found = (self._known if listed else self._others).look_up(name)
         if found is None:
             return None
         if found.problem:
-            return Verdict(problem=plain(found.problem, 300))
+            return CallVerdict(problem=plain(found.problem, 300))
         problem = ""
         for address in sorted(found.addresses, key=lambda each: ":" in each):  # IPv4 first, as libzmq has it
             problem = self._why_not(address, host, named=name in self._names)
             if not problem:
-                return Verdict(address)
-        return Verdict(problem=f"{plain(host, MAX_SHOWN)} is {plain(found.addresses[0], 50)}: {problem}")
+                return CallVerdict(address)
+        return CallVerdict(problem=f"{plain(host, MAX_SHOWN)} is {plain(found.addresses[0], 50)}: {problem}")
 
     def _why_not(self, address: str, host: str, *, named: bool = False) -> str:
         where = ipaddress.ip_address(address)

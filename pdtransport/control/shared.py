@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from pdtransport.control.curve import Keys
+from pdtransport.control.curve import CurveKeys
 from pdtransport.control.directory import Directory
 from pdtransport.control.events import Identity
 from pdtransport.control.owners import Owners
@@ -68,10 +68,10 @@ class _Topic:
 
 
 @dataclass
-class Shared:
+class ChannelContext:
     settings: ControlSettings
     me: Identity
-    keys: Keys | None
+    keys: CurveKeys | None
     clock: Callable[[], float]
     context: zmq.Context[Socket]
     counters: Counter[str]

@@ -9,7 +9,7 @@ import zmq
 from pdtransport.control import curve
 from pdtransport.control.handshake import foreign_version, refusal
 from pdtransport.control.limits import WATCH_QUEUE_FRAMES
-from pdtransport.control.owners import Listening, owners_for
+from pdtransport.control.owners import ListenerOwner, owners_for
 from pdtransport.control.sockets import Inbox, Socket, open_socket, tcp_url
 from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.protocol.messages import Message, Watch, WireError, decode, encode
@@ -35,7 +35,7 @@ class WorkerWatch:
         host: str,
         port: int,
         settings: ControlSettings,
-        keys: curve.Keys | None,
+        keys: curve.CurveKeys | None,
     ) -> None:
         if settings.needs_keys(host):
             raise CannotWatch(
@@ -45,7 +45,7 @@ class WorkerWatch:
         self._question = encode(Watch())
         self._where = f"{host}:{port}"
         try:
-            self._listening = Listening(owners_for(settings, keys=keys is not None), port)
+            self._listening = ListenerOwner(owners_for(settings, keys=keys is not None), port)
         except SettingsError as error:
             raise CannotWatch(str(error)) from None
         self.foreign: int | None = None  # the protocol version of a frame that is not of ours

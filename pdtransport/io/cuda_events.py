@@ -28,7 +28,7 @@ class _Entry:
     call: Callable[[], None]
 
 
-class Gate:
+class CudaEventQueue:
     """Runs in the I/O thread.
 
     Args:
@@ -40,9 +40,9 @@ class Gate:
         self._waiting: Counter[int] = Counter()  # entries by id(owner)
         self._watch = None
         if device != HOST:
-            from pdtransport.kernels.watch import Watch
+            from pdtransport.kernels.watch import EventWatch
 
-            self._watch = Watch(device)
+            self._watch = EventWatch(device)
 
     def call(self, owner: object, event: Any | None, call: Callable[[], None]) -> int:
         """Run ``call`` once ``event`` (a ``torch.cuda.Event`` or ``cupy.cuda.Event``, recorded; None: nothing) has

@@ -101,7 +101,7 @@ class Channel(ABC):
             LinkUnavailable: we can't; the text says why.
         """
 
-    def foresee(self, offer: bytes, runs: Runs, blocks: int) -> None:  # noqa: B027 - most links have nothing to gain
+    def prepare_read(self, offer: bytes, runs: Runs, blocks: int) -> None:  # noqa: B027 - most links have nothing to gain
         """A batch with this ``offer`` will come for ``runs`` (``blocks`` 0: without checksums): do what can be done of
         its :meth:`receive` now, and touch neither side's pages. Never raises; the batch may never come, or be another.
         """

@@ -18,7 +18,7 @@ from pdtransport.kernels.runs import Runs, run
 from pdtransport.links.base import Link, Region
 from pdtransport.links.host import allow_reads, host_id, my_start_ticks, neighbour
 from pdtransport.links.memory import Regions
-from pdtransport.links.reading import COPY_THREADS, MAX_TICKETS, NOT_PERMITTED, Reader, ReadingChannel, Tickets
+from pdtransport.links.reading import COPY_THREADS, MAX_TICKETS, NOT_PERMITTED, PullChannel, Reader, Tickets
 from pdtransport.settings import LinkSettings
 
 COOKIE_BYTES = 32
@@ -45,7 +45,7 @@ class CmaLink(Link):
         self._cookie, words = own[: COOKIE_BYTES // 8].view(np.uint8), own[COOKIE_BYTES // 8 :]
         self._cookie[:] = np.frombuffer(secrets.token_bytes(COOKIE_BYTES), dtype=np.uint8)
         self.tickets = Tickets(words)
-        self._channels: list[ReadingChannel] = []
+        self._channels: list[PullChannel] = []
         try:
             self._export: dict[str, Any] = {
                 "v": EXPORT_VERSION,
@@ -68,7 +68,7 @@ class CmaLink(Link):
         packed: bytes = msgpack.packb(self._export)
         return packed
 
-    def connect(self, peer_export: bytes, peer_host: str) -> ReadingChannel:
+    def connect(self, peer_export: bytes, peer_host: str) -> PullChannel:
         peer = _parse_export(peer_export)
         watch = neighbour(peer["host"], peer["pid"], peer["start"])
         try:
@@ -77,7 +77,7 @@ class CmaLink(Link):
         except LinkUnavailable:
             watch.close()
             raise
-        channel = ReadingChannel(self.name, f"{self.name}: {why}", self.regions, self.tickets, watch, reader)
+        channel = PullChannel(self.name, f"{self.name}: {why}", self.regions, self.tickets, watch, reader)
         self._channels.append(channel)
         return channel
 

@@ -296,7 +296,7 @@ class CudaIpcChannel(Channel):
             between = "" if self._same_gpu else f", or GPU {device} misreads memory of {self._peer['gpu']}"
             raise LinkUnavailable(f"process {self._watch.pid} is not the peer (its cookie differs){between}")
 
-    def foresee(self, offer: bytes, runs: Runs, blocks: int) -> None:
+    def prepare_read(self, offer: bytes, runs: Runs, blocks: int) -> None:
         """Tables for the kernel take a millisecond for a GiB of small pages: they are made while prefill computes."""
         if self._broken or self._spans is None or len(runs) > MAX_PREPARED_RUNS:
             return

@@ -104,7 +104,7 @@ class _Read:
     started: bool = False
 
 
-class ReadingChannel(Channel):
+class PullChannel(Channel):
     """Reads from one peer process, and lets it read from this one.
 
     Args:

@@ -64,7 +64,7 @@ _lock = threading.Lock()  # the I/O threads of several transports may open links
 _files: list[_File] = []
 
 
-class Shared:
+class SharedMemory:
     """Memory that is shared for one link, until :meth:`close`.
 
     Args:

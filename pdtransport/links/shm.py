@@ -16,7 +16,7 @@ from pdtransport.links.cma import OWN_WORDS, CmaLink
 from pdtransport.links.mapping import MappedReader, PeerMemory
 from pdtransport.links.memory import Regions
 from pdtransport.links.reading import Reader
-from pdtransport.links.sharing import PAGE, Shared
+from pdtransport.links.sharing import PAGE, SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ShmLink(CmaLink):
     def __init__(self, regions: Regions | Iterable[Region]) -> None:
         regions = regions if isinstance(regions, Regions) else Regions(regions)
         try:
-            self._shared: Shared | None = Shared(regions, OWN_WORDS)
+            self._shared: SharedMemory | None = SharedMemory(regions, OWN_WORDS)
         except OSError as error:
             raise LinkUnavailable(f"memory can't be shared: {error.strerror}") from None
         left = ", ".join(f"{nbytes} bytes are {why}" for why, nbytes in self._shared.left.items())

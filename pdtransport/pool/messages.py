@@ -33,7 +33,7 @@ Words32 = Annotated[bytes, Field(max_length=4 * MAX_KEYS)]
 Words64 = Annotated[bytes, Field(max_length=8 * MAX_KEYS)]
 
 
-class Hello(Message):
+class PoolHello(Message):
     """Client, first on a connection: I hold byte ``lock`` of the lock file as long as I live."""
 
     kind: Literal["hello"] = "hello"
@@ -42,7 +42,7 @@ class Hello(Message):
     tenant: Tenant = ""
 
 
-class Welcome(Message):
+class PoolWelcome(Message):
     """Service: map this file."""
 
     kind: Literal["welcome"] = "welcome"
@@ -83,8 +83,9 @@ class _Sized(_Keyed):
 
 
 class Store(_Sized):
-    """Client: I want to store these. Answered by :class:`Answer` messages until each key has its verdict. ``codec`` and
-    ``grid`` (:class:`pdtransport.kernels.quant.Grid`): how they may be packed with loss below memory; unset: not."""
+    """Client: I want to store these. Answered by :class:`KeyAnswers` messages until each key has its verdict.
+    ``codec`` and ``grid`` (:class:`pdtransport.kernels.quant.Grid`): how they may be packed with loss below memory;
+    unset: not."""
 
     kind: Literal["store"] = "store"
     codec: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._\-]{0,31})?$")] = ""
@@ -97,7 +98,7 @@ class Load(_Sized):
     kind: Literal["load"] = "load"
 
 
-class Answer(_Numbered):
+class KeyAnswers(_Numbered):
     """Service: verdicts about some keys of a request, in no order. ``indices`` and ``frames`` are uint32, ``checksums``
     uint64, ``verdicts`` a byte each; ``frames`` has those of all WRITE and READ chunks one after the other."""
 
@@ -122,33 +123,33 @@ class Publish(_Numbered):
         return self
 
 
-class Release(_Numbered):
+class ReleaseChunks(_Numbered):
     """Client: I don't read (or will not write) these any more. Not answered."""
 
     kind: Literal["release"] = "release"
     indices: Words32
 
 
-class Damaged(_Numbered):
+class ChunkDamaged(_Numbered):
     """Client: what I copied of this chunk does not have its checksum. Answered by :class:`Done`."""
 
     kind: Literal["damaged"] = "damaged"
     index: Annotated[int, Field(ge=0, lt=MAX_KEYS)]
 
 
-class Cancel(_Numbered):
+class CancelRequest(_Numbered):
     """Client: I neither read nor write anything of this request any more. Not answered."""
 
     kind: Literal["cancel"] = "cancel"
 
 
 class Lookup(_Keyed):
-    """Client: how many of these are there, counted from the first? Answered by :class:`Found`."""
+    """Client: how many of these are there, counted from the first? Answered by :class:`LookupReply`."""
 
     kind: Literal["lookup"] = "lookup"
 
 
-class Found(_Numbered):
+class LookupReply(_Numbered):
     """Service: the first ``there`` keys are, ``in_memory`` of them in memory."""
 
     kind: Literal["found"] = "found"
@@ -196,7 +197,7 @@ class Looked(_Numbered):
     backlog: int = 0
 
 
-class Watch(_Numbered):
+class WatchForgotten(_Numbered):
     """Client: tell me of every chunk that you forget from now on. Answered by :class:`Gone`, again and again."""
 
     kind: Literal["watch"] = "watch"
@@ -252,7 +253,7 @@ class Done(_Numbered):
     count: int
 
 
-class StatusAsked(_Numbered):
+class PoolStatusRequest(_Numbered):
     """Client: how are you? Answered by :class:`Status`."""
 
     kind: Literal["status?"] = "status?"
@@ -271,7 +272,7 @@ class Bye(Message):
     kind: Literal["bye"] = "bye"
 
 
-class Refused(Message):
+class PoolRefused(Message):
     """Service: not understood, or not welcome; ``what`` is "hello" where a new Hello mends it. ``request`` is 0 where
     it is about none."""
 
@@ -282,24 +283,24 @@ class Refused(Message):
 
 
 FromClient = (
-    Hello
+    PoolHello
     | Store
     | Load
     | Publish
-    | Release
-    | Damaged
-    | Cancel
+    | ReleaseChunks
+    | ChunkDamaged
+    | CancelRequest
     | Lookup
     | Manage
     | Look
-    | Watch
+    | WatchForgotten
     | Count
     | Introduce
     | SpacesAsked
-    | StatusAsked
+    | PoolStatusRequest
     | Bye
 )
-FromPool = Welcome | Answer | Found | Done | Looked | Gone | Counted | Spaces | Status | Refused
+FromPool = PoolWelcome | KeyAnswers | LookupReply | Done | Looked | Gone | Counted | Spaces | Status | PoolRefused
 
 _FROM_CLIENT: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="kind")])
 _FROM_POOL: TypeAdapter[FromPool] = TypeAdapter(Annotated[FromPool, Field(discriminator="kind")])

@@ -41,7 +41,7 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Place:
+class ReadBatch:
     """Consumer: bring ``batch`` into the granted pages and verify it; answer with ``placed``."""
 
     transfer: str
@@ -81,7 +81,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Push:
+class OfferBatch:
     """Producer: stage these blocks on the link; answer with ``pushed`` or ``push_failed``.
 
     One-sided links write the consumer's ``pages``, and answer once every byte has landed.
@@ -100,7 +100,7 @@ class Push:
 
 
 @dataclass(frozen=True)
-class Unstage:
+class WithdrawBatch:
     """Producer: the receiver has this batch, or never will: the link may forget it.
 
     If its Push has not been answered yet: withdraw it, no answer is needed. Only one-sided links answer even then,
@@ -127,4 +127,4 @@ class Release:
     reason: str
 
 
-Action = Send | Place | Fence | Ready | Failed | Push | Unstage | Release
+Action = Send | ReadBatch | Fence | Ready | Failed | OfferBatch | WithdrawBatch | Release

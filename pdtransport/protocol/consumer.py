@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Peer, Place, Ready, Send
+from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Peer, ReadBatch, Ready, Send
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     Abort,
@@ -191,7 +191,7 @@ class ConsumerMachine:
         if self.state in (ConsumerState.GRANTING, ConsumerState.WAITING):
             self._move(ConsumerState.RECEIVING)
         self._extend(now)
-        return [Place(self.grant.transfer, self.peer, batch)]
+        return [ReadBatch(self.grant.transfer, self.peer, batch)]
 
     def _on_commit(self, commit: Commit, now: float) -> list[Action]:
         if self._commit is not None:

@@ -21,7 +21,7 @@ from pdtransport.protocol.messages import (
     TransferId,
 )
 from pdtransport.protocol.states import ConsumerState
-from pdtransport.protocol.timers import Agenda
+from pdtransport.protocol.timers import TimerQueue
 
 
 class TransferOver(Exception):
@@ -34,7 +34,7 @@ class TransferOver(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class GrantedPart:
     """What one prefill worker is granted of a transfer.
 
     ``block_bytes``: bytes of one block for heads ``head_lo..head_hi``; ``pages``: our page ids (little-endian u32) on
@@ -59,7 +59,7 @@ class _Transfer:
     ended: set[Peer] = field(default_factory=set)
 
 
-class Receiving:
+class ConsumerTable:
     """The decode worker's book of transfers. Pure: events in, actions out.
 
     ``first_generation`` must differ between incarnations of a worker, so that no old message ever fits a new grant.
@@ -71,7 +71,7 @@ class Receiving:
         self._generations = itertools.count(first_generation)
         self._live: dict[TransferId, _Transfer] = {}
         self._over: OrderedDict[TransferId, dict[Peer, tuple[Generation, bool]]] = OrderedDict()
-        self._agenda: Agenda[tuple[TransferId, Peer]] = Agenda()
+        self._timers: TimerQueue[tuple[TransferId, Peer]] = TimerQueue()
 
     # -- what the engine asks ------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ class Receiving:
         tokens: int,
         first_block: int,
         blocks: int,
-        parts: Sequence[Part],
+        parts: Sequence[GrantedPart],
         now: float,
         first_token: bool = False,
     ) -> list[Action]:
@@ -173,14 +173,14 @@ class Receiving:
 
     def tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for transfer, peer in self._agenda.due(now):
+        for transfer, peer in self._timers.due(now):
             machine = self._machine(transfer, peer)
             if machine is not None:
                 actions += self._run(machine, machine.tick(now))
         return actions
 
     def next_deadline(self) -> float | None:
-        return self._agenda.next()
+        return self._timers.next()
 
     # -- what others may ask -------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Receiving:
     def _run(self, machine: ConsumerMachine, actions: list[Action]) -> list[Action]:
         """Book what a machine did; its own Ready and Failed become the transfer's once all parts are through."""
         transfer, peer = machine.grant.transfer, machine.peer
-        self._agenda.set((transfer, peer), machine.next_deadline())
+        self._timers.set((transfer, peer), machine.next_deadline())
         outward: list[Action] = [action for action in actions if not isinstance(action, (Ready, Failed))]
         live = self._live.get(transfer)
         if live is None:

@@ -90,7 +90,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "prefill states": lambda: state_diagram(states.PRODUCER_MOVES, "a grant meets its request / Accept"),
     "prefill table": lambda: state_table(states.ProducerState),
     "decode messages": lambda: message_table(messages.ConsumerMessage),
-    "prefill messages": lambda: message_table(messages.ProducerMessage | messages.Coming),
+    "prefill messages": lambda: message_table(messages.ProducerMessage | messages.BatchHint),
     "control messages": lambda: message_table(messages.ControlMessage),
     "codes": code_table,
 }

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
@@ -134,12 +134,12 @@ class Batch(_Granted):
     offer: Annotated[bytes, Field(max_length=1 << 20)] = b""
 
 
-class Coming(_Granted):
+class BatchHint(_Granted):
     """Producer: these blocks are expected to be computed in ``due_us`` microseconds; or, they will be a batch with this
     ``offer``. Advice, for who has time to prepare: no state depends on it, and nothing may be read before the batch
     itself is announced."""
 
-    kind: Literal["coming"] = "coming"
+    kind: Literal["hint"] = "hint"
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     offer: Annotated[bytes, Field(max_length=1 << 20)] = b""
@@ -320,7 +320,7 @@ class Ended(_Scoped):
     taken_us: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
 
-TransferMessage = ConsumerMessage | ProducerMessage | Coming
+TransferMessage = ConsumerMessage | ProducerMessage | BatchHint
 ControlMessage = (
     Hello | Welcome | Refused | Ping | Pong | LinkCall | StatusRequest | StatusReply | Watch | Watching | Ended
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdtransport.protocol.actions import Action, Fence, Limits, Peer, Push, Send, Unstage
+from pdtransport.protocol.actions import Action, Fence, Limits, OfferBatch, Peer, Send, WithdrawBatch
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     MAX_ATTEMPTS,
@@ -227,10 +227,10 @@ class ProducerMachine:
             actions.append(self._push(out))
         return actions + self._maybe_commit(now)
 
-    def _push(self, out: _Out) -> Push:
+    def _push(self, out: _Out) -> OfferBatch:
         out.staging = True
         lo = 4 * (out.first_block - self.grant.first_block)
-        return Push(
+        return OfferBatch(
             transfer=self.grant.transfer,
             peer=self.peer,
             generation=self.grant.generation,
@@ -360,8 +360,8 @@ class ProducerMachine:
         left = [out for out in self._out if (out.staging or out.announced is not None) and not out.received]
         return [self._unstage(out) for out in left]
 
-    def _unstage(self, out: _Out) -> Unstage:
-        return Unstage(self.grant.transfer, self.peer, self.grant.generation, out.seq, out.attempt)
+    def _unstage(self, out: _Out) -> WithdrawBatch:
+        return WithdrawBatch(self.grant.transfer, self.peer, self.grant.generation, out.seq, out.attempt)
 
     def _send_again(self, now: float) -> list[Action]:
         self._retry = min(self._retry * 2, MAX_RETRY_FACTOR * self.limits.retry_s)

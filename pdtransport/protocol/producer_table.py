@@ -24,7 +24,7 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
-from pdtransport.protocol.timers import Agenda
+from pdtransport.protocol.timers import TimerQueue
 
 _HOLD = "hold"  # agenda key of a request's own deadline, beside those of its grants
 
@@ -55,7 +55,7 @@ class _Request:
     hold_until: float = float("inf")
 
 
-class Sending:
+class ProducerTable:
     """The prefill worker's book of transfers. Pure: events in, actions out.
 
     Args:
@@ -77,7 +77,7 @@ class Sending:
         self._early: OrderedDict[tuple[TransferId, Peer], tuple[Grant, float]] = OrderedDict()
         self._early_claims: OrderedDict[tuple[TransferId, Peer], float] = OrderedDict()
         self._over: OrderedDict[TransferId, tuple[Code | None, str]] = OrderedDict()
-        self._agenda: Agenda[tuple[TransferId, Peer]] = Agenda()
+        self._timers: TimerQueue[tuple[TransferId, Peer]] = TimerQueue()
 
     # -- what the engine says ------------------------------------------------------------------------------------
 
@@ -103,10 +103,10 @@ class Sending:
         actions: list[Action] = []
         for key in [key for key in self._early_claims if key[0] == transfer]:
             request.claimed_by[key[1]] = self._early_claims.pop(key)
-            self._agenda.set((transfer, _Claimant(key[1])), None)
+            self._timers.set((transfer, _Claimant(key[1])), None)
         for key in [key for key in self._early if key[0] == transfer]:
             grant, _ = self._early.pop(key)
-            self._agenda.set(key, None)
+            self._timers.set(key, None)
             actions += self._serve(request, key[1], grant, now)
         return actions
 
@@ -141,7 +141,7 @@ class Sending:
             return []
         request.finished, request.first_token = True, first_token
         request.hold_until = now + (self.limits.claim_s if request.claimed_by else self.limits.hold_s)
-        self._agenda.set((transfer, _HOLD), request.hold_until)
+        self._timers.set((transfer, _HOLD), request.hold_until)
         actions = self._each(transfer, request, lambda machine: machine.finish(first_token, now))
         return actions + self._maybe_release(transfer, request)
 
@@ -207,10 +207,10 @@ class Sending:
     def peer_lost(self, peer: Peer, reason: str) -> list[Action]:
         for key in [key for key in self._early if key[1] == peer]:
             del self._early[key]
-            self._agenda.set(key, None)
+            self._timers.set(key, None)
         for key in [key for key in self._early_claims if key[1] == peer]:
             del self._early_claims[key]
-            self._agenda.set((key[0], _Claimant(peer)), None)
+            self._timers.set((key[0], _Claimant(peer)), None)
         actions: list[Action] = []
         for transfer, request in list(self._requests.items()):
             machine = request.grants.get(peer)
@@ -223,7 +223,7 @@ class Sending:
 
     def tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for transfer, peer in self._agenda.due(now):
+        for transfer, peer in self._timers.due(now):
             request = self._requests.get(transfer)
             if (transfer, peer) in self._early:
                 del self._early[transfer, peer]
@@ -238,7 +238,7 @@ class Sending:
         return actions
 
     def next_deadline(self) -> float | None:
-        return self._agenda.next()
+        return self._timers.next()
 
     # -- what others may ask -------------------------------------------------------------------------------------
 
@@ -282,12 +282,14 @@ class Sending:
         if key not in self._early:
             if len(self._early) >= self.limits.max_transfers:
                 text = f"{len(self._early)} grants wait for their requests (max_transfers)"
-                self._bury(grant.transfer, Code.OVERLOADED, text)  # a copy of this grant must meet the same answer
+                self._add_tombstone(
+                    grant.transfer, Code.OVERLOADED, text
+                )  # a copy of this grant must meet the same answer
                 return [self._abort(peer, grant, Code.OVERLOADED, text)]
             # Decode gives up first; this bound is for a decode worker that forgot.
             until = now + 2 * self.limits.arrival_s
             self._early[key] = (grant, until)
-            self._agenda.set(key, until)
+            self._timers.set(key, until)
         elif grant.generation != self._early[key][0].generation:
             return [self._abort(peer, grant, Code.REUSED, "this transfer id was granted before; mint one per dispatch")]
         return [Send(peer, Accept(transfer=grant.transfer, generation=grant.generation, known=False))]
@@ -342,9 +344,9 @@ class Sending:
         early = self._early.get(key)
         if early is not None and early[0].generation == message.generation:
             del self._early[key]
-            self._agenda.set(key, None)
+            self._timers.set(key, None)
         if self._early_claims.pop(key, None) is not None:
-            self._agenda.set((message.transfer, _Claimant(peer)), None)
+            self._timers.set((message.transfer, _Claimant(peer)), None)
         code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
         reason = message.reason or "decode gave up before prefill began"
         actions: list[Action] = [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
@@ -352,7 +354,7 @@ class Sending:
             self.counters["foreign_messages"] += 1
         elif request is None:
             if message.transfer not in self._over:
-                self._bury(message.transfer, code, reason)  # its request may still arrive: nobody will take it
+                self._add_tombstone(message.transfer, code, reason)  # its request may still arrive: nobody will take it
         elif machine is None:
             request.cancelled = request.cancelled or (code, reason)
             actions += self._maybe_release(message.transfer, request)
@@ -362,12 +364,12 @@ class Sending:
         if request is None:
             if message.transfer not in self._over and len(self._early_claims) < self.limits.max_transfers:
                 self._early_claims.setdefault((message.transfer, peer), now)
-                self._agenda.set((message.transfer, _Claimant(peer)), now + 2 * self.limits.arrival_s)
+                self._timers.set((message.transfer, _Claimant(peer)), now + 2 * self.limits.arrival_s)
             return []
         since = request.claimed_by.setdefault(peer, now)
         if request.finished and peer not in request.grants:
             request.hold_until = max(request.hold_until, since + self.limits.claim_s)
-            self._agenda.set((message.transfer, _HOLD), request.hold_until)
+            self._timers.set((message.transfer, _HOLD), request.hold_until)
         return []
 
     # -- ending --------------------------------------------------------------------------------------------------
@@ -391,9 +393,9 @@ class Sending:
         if not complete and request.cancelled is None:
             return []
         del self._requests[transfer]
-        self._agenda.set((transfer, _HOLD), None)
+        self._timers.set((transfer, _HOLD), None)
         code, reason = self._outcome(request)
-        self._bury(transfer, code, reason)
+        self._add_tombstone(transfer, code, reason)
         self.counters["transfers_released" if code is None else "transfers_given_up"] += 1
         if code is not None:
             self.counters[f"given_up_{code.value}"] += 1
@@ -409,7 +411,7 @@ class Sending:
             return None, ""
         return request.cancelled or (None, "")
 
-    def _bury(self, transfer: TransferId, code: Code | None, reason: str) -> None:
+    def _add_tombstone(self, transfer: TransferId, code: Code | None, reason: str) -> None:
         self._over[transfer] = (code, reason)
         while len(self._over) > self.limits.tombstones:
             self._over.popitem(last=False)
@@ -443,7 +445,7 @@ class Sending:
 
     def _run(self, machine: ProducerMachine, actions: list[Action]) -> list[Action]:
         transfer = machine.grant.transfer
-        self._agenda.set((transfer, machine.peer), machine.next_deadline())
+        self._timers.set((transfer, machine.peer), machine.next_deadline())
         request = self._requests.get(transfer)
         if request is not None and machine.state in PRODUCER_ENDS:
             return actions + self._maybe_release(transfer, request)

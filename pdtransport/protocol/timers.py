@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Agenda(Generic[Key]):
+class TimerQueue(Generic[Key]):
     """At most one wake-up time a key."""
 
     def __init__(self) -> None:

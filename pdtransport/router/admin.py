@@ -18,7 +18,7 @@ from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.workers import worker_status
 from pdtransport.serving.errors import ApiError
-from pdtransport.serving.keys import Keys
+from pdtransport.serving.keys import ApiKeys
 
 MAX_LISTED = 1000  # traces in one answer of /pd/traces
 _DEFAULT_LISTED = 100
@@ -48,7 +48,7 @@ class Admin:
         settings: RouterSettings,
         state: Callable[[], dict[str, Any]],
         metrics: Callable[[], str],
-        keys: Keys,
+        keys: ApiKeys,
     ) -> None:
         self._fleet = fleet
         self._traces = traces

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from pdtransport.router.attempt import Attempt
 from pdtransport.router.call import Call
-from pdtransport.router.ladder import Ladder
+from pdtransport.router.ladder import FallbackPolicy
 from pdtransport.router.relay import ENDED_EARLY, Relay, pd_headers
 from pdtransport.router.settings import RouterTimeouts
 from pdtransport.router.splice import Lost, StreamSplice, opening
@@ -36,7 +36,7 @@ class EarlyRelay(Relay):
         timeouts: RouterTimeouts,
         call: Call,
         headers: list[tuple[str, str]],
-        ladder: Ladder,
+        ladder: FallbackPolicy,
         decode_began: Callable[[], None],
     ) -> None:
         super().__init__(request, attempt, trace, timeouts)

@@ -43,7 +43,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HandoffEnd:
     """``link`` and the figures are those of a hand-off that went well; seconds are the slowest rank's."""
 
     became: Became
@@ -63,21 +63,21 @@ class HandOff:
     prefill: str
     decode: Endpoint
     noted: dict[str, Any]  # of the request's trace: what became of it is written here
-    verdict: Verdict | None = None
+    verdict: HandoffEnd | None = None
     _good: dict[int, Ended] = field(default_factory=dict)  # by rank
     _waiter: asyncio.Future[None] | None = None
 
-    def hear(self, rank: int, ranks: int, ended: Ended) -> Verdict | None:
+    def hear(self, rank: int, ranks: int, ended: Ended) -> HandoffEnd | None:
         """One rank's report; the verdict if it is the one that decides."""
         if ended.code is not None:
-            return Verdict("failed", ended.code.value, ended.reason)
+            return HandoffEnd("failed", ended.code.value, ended.reason)
         self._good[rank] = ended
         if len(self._good) < ranks:
             return None
         parts = self._good.values()
         if not any(part.blocks for part in parts):
-            return Verdict("held")
-        return Verdict(
+            return HandoffEnd("held")
+        return HandoffEnd(
             "handed_over",
             link=max(part.link for part in parts),
             nbytes=sum(part.nbytes for part in parts),
@@ -94,7 +94,7 @@ class HandOff:
             self._waiter = None
         return self.verdict is not None
 
-    def decide(self, verdict: Verdict) -> None:
+    def decide(self, verdict: HandoffEnd) -> None:
         self.verdict = verdict
         self.noted["hand_off"] = verdict.became
         self.noted["handed_over"] = {"handed_over": True, "failed": False}.get(verdict.became)
@@ -117,7 +117,7 @@ class _Pair:
     """How hand-offs between two servers go."""
 
     missed: int = 0  # in a row
-    last: Verdict | None = None
+    last: HandoffEnd | None = None
     warned_at: float | None = None
     failing: bool = False  # it was said
 
@@ -163,11 +163,11 @@ class HandOffs:
 
     def nothing(self, hand_off: HandOff, why: str) -> None:
         """Prefill answered, and has nothing to hand over."""
-        hand_off.decide(Verdict("failed", NO_HANDOVER, why))
+        hand_off.decide(HandoffEnd("failed", NO_HANDOVER, why))
 
     def refused(self, hand_off: HandOff, why: str) -> None:
         """Prefill refused a request that decode has answered. Its attempt may be over."""
-        hand_off.decide(Verdict("failed", REFUSED, why))
+        hand_off.decide(HandoffEnd("failed", REFUSED, why))
         if hand_off.transfer_id not in self._live and hand_off.verdict is not None:
             self._count(hand_off, hand_off.verdict)
 
@@ -178,9 +178,9 @@ class HandOffs:
         if hand_off.verdict is not None:
             self._count(hand_off, hand_off.verdict)
         elif answered:  # else it was given up before anything could become of it
-            self._count(hand_off, Verdict("unknown"))
+            self._count(hand_off, HandoffEnd("unknown"))
 
-    def _count(self, hand_off: HandOff, verdict: Verdict) -> None:
+    def _count(self, hand_off: HandOff, verdict: HandoffEnd) -> None:
         self._metrics.hand_offs.add(verdict.became, verdict.code)
         if verdict.became == "handed_over":
             self._metrics.hand_off_links.add(verdict.link)
@@ -190,7 +190,7 @@ class HandOffs:
 
     # -- pairs ---------------------------------------------------------------------------------------------------
 
-    def _judge(self, hand_off: HandOff, verdict: Verdict) -> None:
+    def _judge(self, hand_off: HandOff, verdict: HandoffEnd) -> None:
         if verdict.became in ("held", "unknown") or verdict.code in _LEFT:
             return
         names = (hand_off.prefill, hand_off.decode.name)

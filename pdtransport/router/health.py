@@ -1,5 +1,5 @@
 """Periodic checks of every server: GET /health, which vLLM's HTTP process answers, and GET /pd/engine, for which
-pdtransport has that process ask the engine (``pdtransport/vllm/engine_probe.py``)."""
+pdtransport has that process ask the engine (``pdtransport/vllm/patches/engine_probe.py``)."""
 
 from __future__ import annotations
 

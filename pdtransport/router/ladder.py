@@ -21,7 +21,7 @@ from pdtransport.serving.errors import SERVER, ApiError, is_openai_error
 
 
 @dataclass
-class _Rungs:
+class RetryState:
     """How far down one request is."""
 
     alone: Reason | None
@@ -32,7 +32,7 @@ class _Rungs:
     refused: HandOff | None = None  # by prefill
 
 
-class Ladder:
+class FallbackPolicy:
     """Dispatches requests until one attempt's answer begins."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Ladder:
             ApiError: no server could serve the request.
         """
         settings = self._settings
-        rungs = _Rungs(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
+        rungs = RetryState(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
         while True:  # each failure uses up a retry or ends disaggregation, so this ends
             dispatch = self._place(call, rungs)
             attempt = self._attempt(dispatch, call, trace)
@@ -139,7 +139,7 @@ class Ladder:
             return Reason("short_prompt", f"the prompt has fewer than min_disagg_bytes ({size}) bytes")
         return None
 
-    def _place(self, call: Call, rungs: _Rungs) -> Dispatch:
+    def _place(self, call: Call, rungs: RetryState) -> Dispatch:
         candidates = usable(self._fleet.decode, rungs.avoid) or usable(self._fleet.decode)
         decode = self._placer.choose("decode", call.prefix_keys, candidates)
         if decode is None:
@@ -169,7 +169,7 @@ class Ladder:
             return Dispatch(decode, prefill, "serial", "prefill's control address is not known yet")
         return Dispatch(decode, prefill, "concurrent", "dispatch is set to concurrent")
 
-    def _note(self, attempt: Attempt, trace: Trace, rungs: _Rungs) -> None:
+    def _note(self, attempt: Attempt, trace: Trace, rungs: RetryState) -> None:
         dispatch = attempt.dispatch
         prefill = dispatch.prefill.name if dispatch.prefill else None
         trace.path = "disaggregated" if prefill else "decode-only"
@@ -179,12 +179,12 @@ class Ladder:
         trace.dispatch(attempt.transfer_id, dispatch.order, dispatch.why_order, prefill, dispatch.decode.name)
         self._traces.add(trace)
 
-    def _leave_prefill(self, reason: Reason, rungs: _Rungs, trace: Trace) -> None:
+    def _leave_prefill(self, reason: Reason, rungs: RetryState, trace: Trace) -> None:
         rungs.alone = reason
         trace.failure(reason.text)
         self._metrics.retries.add("prefill", reason.code)
 
-    def _step_down(self, error: UpstreamError, dispatch: Dispatch, rungs: _Rungs, trace: Trace) -> None:
+    def _step_down(self, error: UpstreamError, dispatch: Dispatch, rungs: RetryState, trace: Trace) -> None:
         """Decide what the next attempt leaves out, or raise the request's final error."""
         trace.failure(str(error))
         if error.endpoint.role == "prefill":
@@ -194,7 +194,7 @@ class Ladder:
             self._after_decode(error, dispatch, rungs)
         self._metrics.retries.add(error.endpoint.role, error.how)
 
-    def _after_prefill(self, error: UpstreamError, rungs: _Rungs) -> None:
+    def _after_prefill(self, error: UpstreamError, rungs: RetryState) -> None:
         if error.refused:  # decode makes the answer, so whether the request is wrong is for decode to say
             rungs.alone = Reason("prefill_refused", str(error))
             return
@@ -206,7 +206,7 @@ class Ladder:
             return
         rungs.prefill_left -= 1
 
-    def _after_decode(self, error: UpstreamError, dispatch: Dispatch, rungs: _Rungs) -> None:
+    def _after_decode(self, error: UpstreamError, dispatch: Dispatch, rungs: RetryState) -> None:
         rungs.avoid.add(error.endpoint)
         others = usable(self._fleet.decode, rungs.avoid)
         again = others or usable(self._fleet.decode)

@@ -18,7 +18,7 @@ ENDED_EARLY = "its stream ended without [DONE]"
 PD_HEADERS = ("x-pd-path", "x-pd-transfer-id", "x-pd-prefill", "x-pd-decode", "x-pd-first-token", "x-pd-hand-off")
 
 
-class Watch:
+class RelayTimer:
     """One timer for an answer's waits: closes what is waited for too long. Costs nothing per chunk."""
 
     def __init__(self, total_left_s: float) -> None:
@@ -89,7 +89,7 @@ class Relay:
         self._whole = attempt.whole
         self._trace = trace
         self._timeouts = timeouts
-        self._watch = Watch(timeouts.total_s - trace.elapsed())
+        self._watch = RelayTimer(timeouts.total_s - trace.elapsed())
         self._decode = attempt.dispatch.decode.name
         self._events: WholeEvents | None = None
         if attempt.opened is not None:

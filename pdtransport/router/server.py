@@ -25,7 +25,7 @@ from pdtransport.router.first_token import Api
 from pdtransport.router.handoffs import HandOffs
 from pdtransport.router.health import Prober
 from pdtransport.router.hints import AT_ONCE, Hinter
-from pdtransport.router.ladder import Ladder
+from pdtransport.router.ladder import FallbackPolicy
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.placement import Placer
 from pdtransport.router.relay import PD_HEADERS, Relay, pd_headers
@@ -36,8 +36,8 @@ from pdtransport.router.upstream import Upstream, end_to_end, request_headers, s
 from pdtransport.router.watches import Watches
 from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
-from pdtransport.serving.keys import Keys
-from pdtransport.serving.listening import Bounds, Listener, url_of
+from pdtransport.serving.keys import ApiKeys
+from pdtransport.serving.listening import Bounds, HttpListener, url_of
 from pdtransport.system.hosts import is_loopback
 
 log = logging.getLogger("pdtransport.router")
@@ -59,9 +59,9 @@ class Router:
         clients, admins = settings.client_keys(), settings.admin_keys()
         if {each.key for each in clients} & set(admins):
             raise SettingsError("api_key_file and admin_api_key_file share a key: clients would be administrators")
-        self._keys = Keys([each.key for each in clients], "API key")
+        self._keys = ApiKeys([each.key for each in clients], "API key")
         self._tenants = Tenants(clients, settings.tenant_secret(), share=settings.share_prefixes)
-        self._admin_keys = Keys(admins, "admin key")
+        self._admin_keys = ApiKeys(admins, "admin key")
         self._server_key = settings.server_key()
         self._pool_secrets = settings.pool_secrets()
         self._drop_authorization = bool(self._keys)  # it holds our key, which is none of the servers' business
@@ -77,8 +77,8 @@ class Router:
         self._stopping = False
         self._hinter: Hinter | None = None
         self._stack = AsyncExitStack()
-        self._main: Listener | None = None
-        self._admin: Listener | None = None
+        self._main: HttpListener | None = None
+        self._admin: HttpListener | None = None
 
     @property
     def port(self) -> int:
@@ -104,7 +104,7 @@ class Router:
         try:
             http = await self._stack.enter_async_context(session(settings, settings.upstream_connections))
             self._probes = await self._stack.enter_async_context(session(settings, _PROBE_CONNECTIONS))
-            self._ladder = Ladder(
+            self._ladder = FallbackPolicy(
                 settings,
                 self.fleet,
                 self._placer,
@@ -159,7 +159,7 @@ class Router:
         if settings.admin_port is not None and not self._admin_keys and not is_loopback(settings.admin_host):
             log.warning("/pd/* is served on %s and asks for no key: set admin_api_key_file", settings.admin_host)
 
-    async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef], size: int) -> Listener:
+    async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef], size: int) -> HttpListener:
         app = web.Application(middlewares=[json_errors("router", log)])
         app.add_routes(routes)
         settings, timeouts = self.settings, self.settings.timeouts
@@ -172,7 +172,7 @@ class Router:
             drain_s=timeouts.drain_s,
         )
         cors = CorsRule(settings.allowed_origins, "/v1/", ", ".join(PD_HEADERS)) if setting == "port" else None
-        listener = Listener(app, bounds, size, HostRule(host, settings.allowed_hosts), cors)
+        listener = HttpListener(app, bounds, size, HostRule(host, settings.allowed_hosts), cors)
         self._stack.push_async_callback(listener.stop)
         try:
             await listener.start(host, port)

@@ -26,7 +26,7 @@ SILENT_S = 3 * WATCH_AGAIN_S  # unanswered for this long, a watch does not stand
 FIRST_ANSWER_S = 2.0  # at start, the router waits so long at most for all first answers
 
 
-class Listening(Protocol):
+class Subscription(Protocol):
     """Who wants the reports. ``ranks``: of the engine of ``decode`` that took the transfer, and of which ``rank`` is
     one."""
 
@@ -58,7 +58,7 @@ class _Engine:
 class Watches:
     """Keeps one watch a worker, in the event loop: a socket's descriptor to read from, and one timer for all."""
 
-    def __init__(self, settings: ControlSettings, listening: Listening) -> None:
+    def __init__(self, settings: ControlSettings, listening: Subscription) -> None:
         self._settings = settings
         self._keys = curve.load_keys(settings)
         self._listening = listening

@@ -11,7 +11,7 @@ from aiohttp import web
 from pdtransport.serving.errors import ApiError
 
 
-class Keys:
+class ApiKeys:
     """Of which a request must show one; none: nothing is asked for."""
 
     def __init__(self, keys: Sequence[str], what: str) -> None:

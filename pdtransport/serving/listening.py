@@ -73,7 +73,7 @@ class _Connection(asyncio.Protocol):
     """One client connection in front of aiohttp's handler of it: *idle* until a request is in, head and body, and again
     after the request. An idle one has a deadline, and gives way where there are too many."""
 
-    def __init__(self, listener: Listener, inner: asyncio.Protocol) -> None:
+    def __init__(self, listener: HttpListener, inner: asyncio.Protocol) -> None:
         self._listener = listener
         self._inner = inner
         self.transport: asyncio.Transport | None = None
@@ -111,7 +111,7 @@ class _Connection(asyncio.Protocol):
         self._inner.resume_writing()
 
 
-class Listener:
+class HttpListener:
     """Serves one application on one address. ``cors``: which web pages may use it; None: none."""
 
     def __init__(

@@ -13,24 +13,24 @@ from pdtransport.control.channel import ControlChannel, Identity, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
-from pdtransport.observe.audit import Audit
 from pdtransport.observe.seldom import Seldom
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.messages import (
     MAX_REASON,
     REQUEST_ENDED,
     Accept,
     Batch,
+    BatchHint,
     Claim,
     Code,
-    Coming,
     Commit,
     Ended,
     ProducerMessage,
 )
+from pdtransport.transfer.audit import Audit
 from pdtransport.transfer.outcome import OnExpected, OnOutcome, Outcome, tell
-from pdtransport.transfer.peers import Endpoint, Peer, Peers
+from pdtransport.transfer.peers import Endpoint, Peers, TransferPeer
 from pdtransport.transfer.timeline import Timeline, TransferRecord
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ SAME_S = 0.001  # expectations that differ by less are no news
 
 
 @dataclass(frozen=True)
-class Fetch:
+class ReceiveRequest:
     """What a decode worker asks for: blocks ``first_block ..`` of a request, into ``pages``, from ``ranks`` prefill
     workers that listen at ``port``, ``port + 1``, ..."""
 
@@ -57,11 +57,11 @@ class Fetch:
 
 
 @dataclass
-class _Sink:
+class IncomingTransfer:
     """Pages that we take: ``pages[i]`` is for block ``first_block + i``. Only ``owner`` may cancel it."""
 
     owner: object
-    wanted: Fetch
+    wanted: ReceiveRequest
     on_end: OnOutcome
     record: TransferRecord
     heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Sink:
     granted: bool = False
 
 
-class Taking:
+class ConsumerDriver:
     """Runs in the I/O thread."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Taking:
         audit: Audit | None,
     ) -> None:
         # Generations of different incarnations never meet: 31 bits of incarnation above 31 bits of count.
-        self.receiving = Receiving(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
+        self.receiving = ConsumerTable(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
         self._geometry = geometry
         self._checksums = limits.checksums
         self._me = me
@@ -95,7 +95,7 @@ class Taking:
         self._timeline = timeline
         self._counters = counters
         self._audit = audit
-        self._sinks: dict[str, _Sink] = {}
+        self._sinks: dict[str, IncomingTransfer] = {}
         self.seldom = Seldom(logger)  # requests choose whom we call
 
     # -- what the engine says ------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class Taking:
     def claim(self, transfer: str, host: str, port: int, ranks: int) -> None:
         """Ask prefill to hold a transfer that we can't grant yet. Best effort."""
 
-        def say(peer: Peer | None, _why: object) -> None:
+        def say(peer: TransferPeer | None, _why: object) -> None:
             if peer is not None:
                 self._control.send(peer.id, Claim(transfer=transfer))
 
@@ -121,14 +121,14 @@ class Taking:
         record.mark("declined")
         record.state, record.code, record.reason = "declined", code.value, reason
 
-        def say(peer: Peer | None, _why: object) -> None:
+        def say(peer: TransferPeer | None, _why: object) -> None:
             if peer is not None:
                 self.run(self.receiving.decline(transfer, peer.id, code, reason))
 
         for endpoint, _ in self._producers(host, port, ranks):
             self._peers.want(endpoint, say)
 
-    def fetch(self, owner: object, wanted: Fetch, on_end: OnOutcome) -> None:
+    def fetch(self, owner: object, wanted: ReceiveRequest, on_end: OnOutcome) -> None:
         transfer = wanted.transfer
         if transfer in self._sinks or self.receiving.knows(transfer):
             self._counters["fetches_refused_reused"] += 1
@@ -142,11 +142,11 @@ class Taking:
         record = self._timeline.open(transfer, "consumer")
         record.mark("asked")
         record.blocks, record.skipped_blocks = len(wanted.pages), wanted.first_block
-        sink = self._sinks[transfer] = _Sink(owner, wanted, on_end, record)
+        sink = self._sinks[transfer] = IncomingTransfer(owner, wanted, on_end, record)
         producers = self._producers(wanted.host, wanted.port, wanted.ranks)
-        found: dict[int, Peer] = {}
+        found: dict[int, TransferPeer] = {}
 
-        def on_peer(rank: int, peer: Peer | None, why: tuple[Code, str] | None) -> None:
+        def on_peer(rank: int, peer: TransferPeer | None, why: tuple[Code, str] | None) -> None:
             if self._sinks.get(transfer) is not sink or sink.granted:
                 return
             if peer is None:
@@ -177,13 +177,15 @@ class Taking:
     def live_of(self, transfers: set[str]) -> set[str]:
         return transfers & self._sinks.keys()
 
-    def _cancel(self, sink: _Sink, code: Code, reason: str) -> None:
+    def _cancel(self, sink: IncomingTransfer, code: Code, reason: str) -> None:
         if not sink.granted:
             self._end(sink.wanted.transfer, code, reason)
         else:
             self.run(self.receiving.cancel(sink.wanted.transfer, code, reason))
 
-    def report(self, transfer: str, code: Code | None = None, reason: str = "", sink: _Sink | None = None) -> None:
+    def report(
+        self, transfer: str, code: Code | None = None, reason: str = "", sink: IncomingTransfer | None = None
+    ) -> None:
         """Tell those who watch how a transfer ended, or that it never began."""
         if not self._control.watched:
             return
@@ -207,7 +209,7 @@ class Taking:
         sources = head_sources(g.head_lo, g.head_hi, ranks, g.total_heads, self._me.rank)
         return [((host, port + source.rank), source) for source in sources]
 
-    def _grant(self, sink: _Sink, producers: list[tuple[Peer, HeadSource]]) -> None:
+    def _grant(self, sink: IncomingTransfer, producers: list[tuple[TransferPeer, HeadSource]]) -> None:
         g, wanted = self._geometry, sink.wanted
         sink.granted = True
         parts = []
@@ -218,7 +220,7 @@ class Taking:
                 return
             takers = consumers_of(source.rank, wanted.ranks, self._me.world, g.total_heads)
             parts.append(
-                Part(
+                GrantedPart(
                     peer=peer.id,
                     head_lo=source.head_lo,
                     head_hi=source.head_hi,
@@ -263,7 +265,7 @@ class Taking:
                 self._expect(sink, peer, now)
         self.run(self.receiving.on_message(peer, message, now))
 
-    def coming(self, peer_id: PeerId, message: Coming) -> None:
+    def coming(self, peer_id: PeerId, message: BatchHint) -> None:
         """Blocks are announced before they are computed."""
         sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
         if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
@@ -275,11 +277,11 @@ class Taking:
         if message.offer:
             runs = self._geometry.runs(pages, *sink.heads[peer_id])
             self._counters["batches_foreseen"] += 1
-            peer.inbound.foresee(message.offer, runs, message.blocks if self._checksums else 0)
+            peer.inbound.prepare_read(message.offer, runs, message.blocks if self._checksums else 0)
         if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
             self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
 
-    def _expect(self, sink: _Sink, peer_id: PeerId, when: float) -> None:
+    def _expect(self, sink: IncomingTransfer, peer_id: PeerId, when: float) -> None:
         """This worker's last pages are expected then. Over other links nobody knows how long they take to cross."""
         on_expected, peer = sink.wanted.on_expected, self._peers.get(peer_id)
         if on_expected is None or peer is None or peer.inbound is None or not peer.inbound.in_place:
@@ -311,7 +313,7 @@ class Taking:
         for action in actions:
             if isinstance(action, act.Send):
                 self._control.send(action.peer, action.message)
-            elif isinstance(action, act.Place):
+            elif isinstance(action, act.ReadBatch):
                 self._place(action)
             elif isinstance(action, act.Fence):
                 self._fence(action)
@@ -320,7 +322,7 @@ class Taking:
             elif isinstance(action, act.Failed):
                 self._end(action.transfer, action.code, action.reason)
 
-    def _place(self, action: act.Place) -> None:
+    def _place(self, action: act.ReadBatch) -> None:
         batch, peer = action.batch, self._peers.get(action.peer)
         sink = self._sinks[action.transfer]
         done = partial(self._placed, action.transfer, action.peer, batch)
@@ -396,7 +398,7 @@ class Taking:
         if sink.wanted.pages:  # after it was told to the engine, which has a step to begin
             self.report(transfer, code, reason, sink)
 
-    def _log_failure(self, sink: _Sink, code: Code, reason: str) -> None:
+    def _log_failure(self, sink: IncomingTransfer, code: Code, reason: str) -> None:
         text = f"transfer {sink.wanted.transfer} failed ({code.value}): {reason}"
         if code in NOBODY_THERE and not sink.granted:
             self.seldom.warn(text, time.monotonic())
@@ -404,7 +406,7 @@ class Taking:
             logger.log(logging.INFO if code in REQUEST_ENDED else logging.WARNING, "%s", text)
 
     @staticmethod
-    def _audit_blocks(audit: Audit, sink: _Sink) -> None:
+    def _audit_blocks(audit: Audit, sink: IncomingTransfer) -> None:
         for peer, (lo, hi) in sink.heads.items():
             for block, page in enumerate(sink.wanted.pages, sink.wanted.first_block):
                 audit.block(sink.wanted.transfer, "consumer", peer.engine, peer.rank, block, page, lo, hi)

@@ -16,17 +16,16 @@ from pdtransport.control.channel import (
     ControlChannel,
     Event,
     Identity,
+    MessageReceived,
     PeerDown,
     PeerId,
     PeerUp,
-    Received,
-    StatusAsked,
+    StatusRequested,
 )
 from pdtransport.control.handshake import told_incarnation
-from pdtransport.io.cuda_events import Gate
+from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.links.base import Link
-from pdtransport.observe.audit import Audit
 from pdtransport.observe.status import TransportStatus
 from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import (
@@ -34,24 +33,25 @@ from pdtransport.protocol.messages import (
     Accept,
     Ack,
     Batch,
+    BatchHint,
     Claim,
     Code,
-    Coming,
     Commit,
     FingerprintValue,
     Grant,
     LinkCall,
     Message,
     Nack,
+    Received,
     Revoke,
     Revoked,
 )
-from pdtransport.protocol.messages import Received as ReceivedBatches
 from pdtransport.settings import Settings
-from pdtransport.transfer.consumer import Taking
+from pdtransport.transfer.audit import Audit
+from pdtransport.transfer.consumer import ConsumerDriver
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.peers import Peers
-from pdtransport.transfer.producer import Handing
+from pdtransport.transfer.producer import ProducerDriver
 from pdtransport.transfer.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 MAX_STATUS_RECORDS = 256  # transfers in one status reply, which must fit a control frame
 
 
-class Exchange:
+class TransferEngine:
     """See the module's docstring. Implements :class:`pdtransport.io.reactor.Work`."""
 
     def __init__(
@@ -71,11 +71,11 @@ class Exchange:
         unavailable: dict[str, str],
         role: str,
         scratch: Scratch,
-        gate: Gate,
+        cuda_events: CudaEventQueue,
         port: int | None = None,
     ) -> None:
         self._me = me
-        self.gate = gate
+        self.cuda_events = cuda_events
         self._role = role
         self._links = links
         self._started_at = time.time()
@@ -88,8 +88,8 @@ class Exchange:
         self._audit = Audit(audit_dir, me.engine, me.rank, geometry) if audit_dir else None
         limits = limits_of(settings, geometry.device)
         common = (self._control, self._peers, self._timeline, self._counters, self._audit)
-        self.handing = Handing(limits, geometry, *common)
-        self.taking = Taking(limits, geometry, me, *common)
+        self.producer = ProducerDriver(limits, geometry, *common)
+        self.consumer = ConsumerDriver(limits, geometry, me, *common)
 
     # -- reactor.Work --------------------------------------------------------------------------------------------
 
@@ -98,22 +98,22 @@ class Exchange:
 
     def descriptors(self) -> list[int]:
         links = [fd for fd in (link.fileno() for link in self._links.values()) if fd >= 0]
-        return links + self.gate.descriptors()
+        return links + self.cuda_events.descriptors()
 
     def turn(self, now: float) -> bool:
         events = self._control.receive(now)
         for event in events:
             self._on_event(event, now)
         busy = bool(events)
-        busy = self.gate.run() or busy
+        busy = self.cuda_events.run() or busy
         for link in self._links.values():
             busy = link.progress() or busy
-        busy = self.handing.push_some() or busy
+        busy = self.producer.push_some() or busy
         for event in self._control.tick(now):
             self._on_event(event, now)
         self._peers.tick(now)
-        self.handing.tick(now)
-        self.taking.tick(now)
+        self.producer.tick(now)
+        self.consumer.tick(now)
         return busy
 
     def arm(self) -> bool:
@@ -123,19 +123,19 @@ class Exchange:
         times = (
             self._control.next_deadline(),
             self._peers.next_deadline(),
-            self.handing.sending.next_deadline(),
-            self.taking.receiving.next_deadline(),
+            self.producer.sending.next_deadline(),
+            self.consumer.receiving.next_deadline(),
         )
         return min((t for t in times if t is not None), default=None)
 
     def close(self) -> None:
-        self.gate.flush()
+        self.cuda_events.flush()
         self._peers.close()
         for link in self._links.values():
             link.close()
         self._control.close()
-        self.gate.close()
-        for half in (self.handing, self.taking):
+        self.cuda_events.close()
+        for half in (self.producer, self.consumer):
             half.end_all(Code.CANCELLED, "the transport was closed")
         if self._audit is not None:
             self._audit.close()
@@ -143,7 +143,7 @@ class Exchange:
     # -- events --------------------------------------------------------------------------------------------------
 
     def _on_event(self, event: Event, now: float) -> None:
-        if isinstance(event, Received):
+        if isinstance(event, MessageReceived):
             self._on_message(event.peer, event.message, now)
         elif isinstance(event, PeerUp):
             self._peers.up(event, now)
@@ -152,22 +152,22 @@ class Exchange:
             logger.log(level, "peer %s is gone: %s", event.peer, event.reason)
             self._counters["peers_lost"] += 1
             self._peers.down(event.peer, event.reason, ended=event.ended)
-            self.handing.peer_lost(event.peer, event.reason)
-            self.taking.peer_lost(event.peer, event.reason)
+            self.producer.peer_lost(event.peer, event.reason)
+            self.consumer.peer_lost(event.peer, event.reason)
         elif isinstance(event, ConnectFailed):
-            self.taking.seldom.warn(f"no connection to {event.host}:{event.port}: {event.reason}", now)
+            self.consumer.seldom.warn(f"no connection to {event.host}:{event.port}: {event.reason}", now)
             self._counters["connects_failed"] += 1
             self._peers.connect_failed((event.host, event.port), event.reason, event.refused)
-        elif isinstance(event, StatusAsked):
+        elif isinstance(event, StatusRequested):
             event.reply(json.dumps(self.status(event.transfer)))
 
     def _on_message(self, peer: PeerId, message: Message, now: float) -> None:
-        if isinstance(message, (Claim, Grant, ReceivedBatches, Nack, Ack, Revoke)):
-            self.handing.on_message(peer, message, now)
+        if isinstance(message, (Claim, Grant, Received, Nack, Ack, Revoke)):
+            self.producer.on_message(peer, message, now)
         elif isinstance(message, (Accept, Batch, Commit, Revoked, Abort)):
-            self.taking.on_message(peer, message, now)
-        elif isinstance(message, Coming):
-            self.taking.coming(peer, message)
+            self.consumer.on_message(peer, message, now)
+        elif isinstance(message, BatchHint):
+            self.consumer.coming(peer, message)
         elif isinstance(message, LinkCall):
             self._peers.link_call(peer, message)
 
@@ -176,20 +176,20 @@ class Exchange:
     def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> set[str]:
         """What our pages depend on changed: all that is under way ends, and peers shake hands anew. Returns the
         transfers that still use pages."""
-        self.gate.run()
-        ending = self.handing.cancel_all(Code.REFUSED, reason) | self.taking.cancel_all(Code.REFUSED, reason)
+        self.cuda_events.run()
+        ending = self.producer.cancel_all(Code.REFUSED, reason) | self.consumer.cancel_all(Code.REFUSED, reason)
         for event in self._control.change_fingerprint(facts, reason):
             self._on_event(event, time.monotonic())
         return self.live_of(ending)
 
     def live_of(self, transfers: set[str]) -> set[str]:
-        return self.handing.live_of(transfers) | self.taking.live_of(transfers)
+        return self.producer.live_of(transfers) | self.consumer.live_of(transfers)
 
     # -- watching ------------------------------------------------------------------------------------------------
 
     def status(self, transfer: str = "") -> TransportStatus:
         """What this worker is doing: counters, peers with their links, and recent transfers; JSON values only."""
-        counters = self._counters + self.handing.sending.counters + self.taking.receiving.counters
+        counters = self._counters + self.producer.sending.counters + self.consumer.receiving.counters
         counters.update({f"control_{name}": count for name, count in self._control.counters.items()})
         return {
             "engine": self._me.engine,
@@ -199,7 +199,7 @@ class Exchange:
             "incarnation": told_incarnation(self._me.incarnation),
             "uptime_s": time.time() - self._started_at,
             "counters": dict(counters),
-            "live": {**self.handing.live(), **self.taking.live(), "waiting_for_gpu": self.gate.waiting},
+            "live": {**self.producer.live(), **self.consumer.live(), "waiting_for_gpu": self.cuda_events.waiting},
             "fingerprint": dict(self._control.fingerprint),
             "peers": [peer.status() for peer in self._peers],
             "shared_names": [

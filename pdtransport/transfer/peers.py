@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 Endpoint = tuple[str, int]
 # (peer, None) once pages can flow, (None, (code, reason)) if they never will
-OnPeer = Callable[["Peer | None", "tuple[Code, str] | None"], None]
+OnPeer = Callable[["TransferPeer | None", "tuple[Code, str] | None"], None]
 
 MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
 MAX_WHY = 400
@@ -48,7 +48,7 @@ class _Words(BaseModel):
 
 
 @dataclass
-class Peer:
+class TransferPeer:
     """One live worker process at the other end."""
 
     id: PeerId
@@ -107,7 +107,7 @@ class Peers:
         self._unavailable = unavailable
         self._settings = settings
         self._scratch = scratch
-        self._peers: dict[PeerId, Peer] = {}
+        self._peers: dict[PeerId, TransferPeer] = {}
         self._by_endpoint: dict[Endpoint, PeerId] = {}
         self._waiting: dict[Endpoint, list[OnPeer]] = {}
         self._now = 0.0
@@ -115,7 +115,7 @@ class Peers:
     def __iter__(self) -> Any:
         return iter(self._peers.values())
 
-    def get(self, peer: PeerId) -> Peer | None:
+    def get(self, peer: PeerId) -> TransferPeer | None:
         return self._peers.get(peer)
 
     def linked(self, peer: PeerId) -> bool:
@@ -148,7 +148,7 @@ class Peers:
         self._now = now
         peer = self._peers.get(event.peer)
         if peer is None:
-            peer = Peer(event.peer, event.host, event.hello.world, dict(event.hello.links))
+            peer = TransferPeer(event.peer, event.host, event.hello.world, dict(event.hello.links))
             self._peers[event.peer] = peer
         if event.endpoint is not None:
             self._by_endpoint[event.endpoint] = event.peer
@@ -223,7 +223,7 @@ class Peers:
 
     # -- choosing a link -----------------------------------------------------------------------------------------
 
-    def _offer_next_link(self, peer: Peer) -> None:
+    def _offer_next_link(self, peer: TransferPeer) -> None:
         """As the receiver: open our end of the best link left and ask the sender to use it."""
         links = {name: link for name, link in self._links.items() if name not in peer.excluded}
         if peer.outbound is not None and peer.outbound.link in links:
@@ -252,7 +252,7 @@ class Peers:
         peer.offered, peer.answer_by = channel, self._now + ANSWER_S
         self._say(peer, channel.link, "use")
 
-    def _confirm(self, peer: Peer, name: str) -> None:
+    def _confirm(self, peer: TransferPeer, name: str) -> None:
         """As the sender: open our end of the link that the receiver chose."""
         if peer.outbound is not None and peer.outbound.link == name:
             self._say(peer, name, "ok")
@@ -272,7 +272,7 @@ class Peers:
 
     # -- measuring it --------------------------------------------------------------------------------------------
 
-    def _measure(self, peer: Peer, channel: Channel) -> None:
+    def _measure(self, peer: TransferPeer, channel: Channel) -> None:
         """As the receiver: time a few scratch batches before the first page."""
         if self._scratch.nbytes == 0 or peer.asking is not None:
             self._open(peer, channel, None, "links.probe_bytes is 0")
@@ -292,7 +292,7 @@ class Peers:
         peer.asking = Asking(channel, self._scratch, ask, done)
         peer.asking.start()
 
-    def _open(self, peer: Peer, channel: Channel, rate: float | None, why: str) -> None:
+    def _open(self, peer: TransferPeer, channel: Channel, rate: float | None, why: str) -> None:
         """The link stands, if it is fast enough."""
         peer.asking = None
         floor = self._settings.min_bandwidth_bytes_s
@@ -307,7 +307,7 @@ class Peers:
         logger.info("pages from %s come over %s, %s (%s)", peer.id, channel.link, speed, channel.why)
         self._settle(peer)
 
-    def _answer_probe(self, peer: Peer, link: str, nbytes: int) -> None:
+    def _answer_probe(self, peer: TransferPeer, link: str, nbytes: int) -> None:
         """As the sender: offer scratch memory of the size asked for."""
         if peer.outbound is None or peer.outbound.link != link or nbytes > self._scratch.nbytes:
             self._say(peer, link, "offer", "links.probe_bytes differs, or the link is not open here")
@@ -323,25 +323,33 @@ class Peers:
         self._say(peer, link, "offer", key=key, offer=offer)
 
     @staticmethod
-    def _end_answering(peer: Peer) -> None:
+    def _end_answering(peer: TransferPeer) -> None:
         if peer.answering is not None:
             peer.answering.end()
         peer.answering, peer.answering_until = None, float("inf")
 
-    def _exclude(self, peer: Peer, name: str, why: str) -> None:
+    def _exclude(self, peer: TransferPeer, name: str, why: str) -> None:
         peer.excluded[name] = why
         if peer.offered is not None and peer.offered is not peer.outbound:
             peer.offered.close()
         peer.offered = peer.asking = None
 
     def _say(
-        self, peer: Peer, link: str, op: str, why: str = "", *, nbytes: int = 0, key: int = 0, offer: bytes = b""
+        self,
+        peer: TransferPeer,
+        link: str,
+        op: str,
+        why: str = "",
+        *,
+        nbytes: int = 0,
+        key: int = 0,
+        offer: bytes = b"",
     ) -> None:
         words = _Words(op=op, why=why[:MAX_WHY], nbytes=nbytes, key=key, offer=offer)
         body = msgpack.packb(words.model_dump(exclude_defaults=True))
         self._control.send(peer.id, LinkCall(link=link, body=body))  # if it gets lost, ANSWER_S ends the wait
 
-    def _settle(self, peer: Peer) -> None:
+    def _settle(self, peer: TransferPeer) -> None:
         for endpoint in [e for e, p in self._by_endpoint.items() if p == peer.id]:
             for on_peer in self._waiting.pop(endpoint, []):
                 if peer.refused is not None:

@@ -13,12 +13,21 @@ from pdtransport.control.channel import ControlChannel, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Channel, LinkBusy, Prepared, Runs
-from pdtransport.observe.audit import Audit
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.consumer_table import TransferOver
-from pdtransport.protocol.messages import MAX_DUE_US, REQUEST_ENDED, Ack, Code, Coming, Commit, ConsumerMessage, Grant
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.messages import (
+    MAX_DUE_US,
+    REQUEST_ENDED,
+    Ack,
+    BatchHint,
+    Code,
+    Commit,
+    ConsumerMessage,
+    Grant,
+)
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ProducerState
+from pdtransport.transfer.audit import Audit
 from pdtransport.transfer.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.transfer.peers import Peers
 from pdtransport.transfer.timeline import Timeline, TransferRecord
@@ -31,7 +40,7 @@ _Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, a
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _PreparedBatch:
     """A batch whose pages are not final yet. Only for these pages, and this channel."""
 
     pages: list[int]
@@ -41,7 +50,7 @@ class _Prepared:
 
 
 @dataclass
-class _Source:
+class OutgoingTransfer:
     """Pages that we hand over: ``pages[i]`` holds block i of the request. Only ``owner`` may say more of it."""
 
     owner: object
@@ -52,12 +61,12 @@ class _Source:
     on_promise: OnPromise | None = None  # until it was called
     nbytes: int = 0
     final: int = 0  # leading blocks
-    foreseen: int = 0  # leading blocks that foresee() has seen
+    foreseen: int = 0  # leading blocks that prepare() has seen
     due: float | None = None  # when the last block is expected to be final: time.monotonic() seconds
-    prepared: dict[tuple[PeerId, int, int], _Prepared] = field(default_factory=dict)  # by first block and count
+    prepared: dict[tuple[PeerId, int, int], _PreparedBatch] = field(default_factory=dict)  # by first block and count
 
 
-class Handing:
+class ProducerDriver:
     """Runs in the I/O thread."""
 
     def __init__(
@@ -70,7 +79,7 @@ class Handing:
         counters: Counter[str],
         audit: Audit | None,
     ) -> None:
-        self.sending = Sending(limits, geometry.checked_block_bytes, self._batch_bytes)
+        self.sending = ProducerTable(limits, geometry.checked_block_bytes, self._batch_bytes)
         self._checksums = limits.checksums
         self._geometry = geometry
         self._control = control
@@ -78,9 +87,9 @@ class Handing:
         self._timeline = timeline
         self._counters = counters
         self._audit = audit
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, OutgoingTransfer] = {}
         self._staged: dict[_Ident, tuple[Channel, int]] = {}
-        self._queue: deque[act.Push] = deque()
+        self._queue: deque[act.OfferBatch] = deque()
         self._next_key = 1
 
     def _batch_bytes(self, peer_id: PeerId) -> int:
@@ -108,7 +117,7 @@ class Handing:
             return
         record = self._timeline.open(transfer, "producer")
         record.mark("opened")
-        self._sources[transfer] = _Source(owner, [], tokens, on_end, record, on_promise)
+        self._sources[transfer] = OutgoingTransfer(owner, [], tokens, on_end, record, on_promise)
         self._see_promise(transfer)
         self.run(actions)
 
@@ -150,7 +159,7 @@ class Handing:
             if grant.blocks and machine.state is ProducerState.STREAMING and only in (None, machine.peer):
                 self._control.send(
                     machine.peer,
-                    Coming(
+                    BatchHint(
                         transfer=grant.transfer,
                         generation=grant.generation,
                         first_block=grant.first_block,
@@ -159,7 +168,7 @@ class Handing:
                     ),
                 )
 
-    def foresee(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
+    def prepare(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
         """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
         then; afterwards it wants the interpreter, and decode wants the pages. So what can be done, is done now."""
         source = self._owned(owner, transfer)
@@ -174,10 +183,10 @@ class Handing:
             runs = self._geometry.runs(ids, machine.grant.head_lo, machine.grant.head_hi)
             prepared = peer.outbound.prepare(runs, count if self._checksums else 0, event)
             if prepared is not None:
-                source.prepared[machine.peer, first, count] = _Prepared(ids, peer.outbound, runs, prepared)
+                source.prepared[machine.peer, first, count] = _PreparedBatch(ids, peer.outbound, runs, prepared)
                 self._control.send(
                     peer.id,
-                    Coming(
+                    BatchHint(
                         transfer=transfer,
                         generation=machine.grant.generation,
                         first_block=first,
@@ -187,7 +196,7 @@ class Handing:
                 )
         source.foreseen = max(source.foreseen, blocks)
 
-    def _final_blocks(self, source: _Source, pages: Sequence[int], tokens_done: int) -> int:
+    def _final_blocks(self, source: OutgoingTransfer, pages: Sequence[int], tokens_done: int) -> int:
         block_size = self._geometry.block_size
         whole = tokens_done >= source.tokens
         return min(-(-source.tokens // block_size) if whole else tokens_done // block_size, len(pages))
@@ -218,7 +227,7 @@ class Handing:
         if source is not None and "granted" not in source.record.events:
             self.run(self.sending.cancel(transfer, Code.CANCELLED, reason))
 
-    def _owned(self, owner: object, transfer: str) -> _Source | None:
+    def _owned(self, owner: object, transfer: str) -> OutgoingTransfer | None:
         """None for an offer that was refused because its transfer id is somebody else's."""
         source = self._sources.get(transfer)
         return source if source is not None and source.owner is owner else None
@@ -278,9 +287,9 @@ class Handing:
                 if source is not None and isinstance(action.message, Commit):
                     source.record.mark("committed")
                 self._control.send(action.peer, action.message)
-            elif isinstance(action, act.Push):
+            elif isinstance(action, act.OfferBatch):
                 self._queue.append(action)
-            elif isinstance(action, act.Unstage):
+            elif isinstance(action, act.WithdrawBatch):
                 self._unstage(action)
             elif isinstance(action, act.Fence):
                 # All that a link of ours still did for this grant was unstaged before this; it only ever reads.
@@ -291,7 +300,7 @@ class Handing:
     def push_some(self) -> bool:
         """Stage queued batches, a few a turn. What finds no free slot waits, and holds up no other peer's batches. True
         if more can be done at once."""
-        waiting: list[act.Push] = []
+        waiting: list[act.OfferBatch] = []
         busy: set[PeerId] = set()
         answers: list[Callable[[], list[act.Action]]] = []
         while self._queue and len(answers) < MAX_PUSHES_A_TURN:
@@ -315,7 +324,7 @@ class Handing:
             self.run(answer())
         return more
 
-    def _push(self, push: act.Push, ident: _Ident) -> tuple[bytes, bytes]:
+    def _push(self, push: act.OfferBatch, ident: _Ident) -> tuple[bytes, bytes]:
         """Offer a batch on its peer's link: ``(offer, checksums)`` for its announcement."""
         source, peer = self._sources.get(push.transfer), self._peers.get(push.peer)
         if source is None or peer is None or peer.outbound is None:
@@ -344,7 +353,7 @@ class Handing:
                 self._audit.block(push.transfer, "producer", *who, block, page, push.head_lo, push.head_hi)
         return key.to_bytes(8, "little") + offer, checksums
 
-    def _unstage(self, action: act.Unstage) -> None:
+    def _unstage(self, action: act.WithdrawBatch) -> None:
         ident = _ident(action)
         staged = self._staged.pop(ident, None)
         if staged is not None:
@@ -381,7 +390,7 @@ class Handing:
         )
 
 
-def _ident(action: act.Push | act.Unstage) -> _Ident:
+def _ident(action: act.OfferBatch | act.WithdrawBatch) -> _Ident:
     return action.transfer, action.peer, action.generation, action.seq, action.attempt
 
 

@@ -11,7 +11,7 @@ CONNECTOR = "PDTransportConnector"
 
 
 def register() -> None:
-    """Make the connector known to vLLM. Called by vLLM's plugin loader, in every process, maybe more than once."""
+    """Register the connector with vLLM. Called by vLLM's plugin loader in every process, maybe more than once."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from pdtransport.vllm.logs import join_vllm_log
@@ -19,23 +19,24 @@ def register() -> None:
     join_vllm_log()
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "pdtransport.vllm.connector", CONNECTOR)
-        # Asked for where it is configured: in the API server, of which vLLM may fork the rest.
+        # vLLM calls this loader only if the connector is configured. It does so in the API server first, from which it
+        # may fork the other processes: they inherit the hooks installed here.
         load = KVConnectorFactory._registry[CONNECTOR]
 
         def chosen() -> Any:
-            from pdtransport.vllm.engine_probe import offer_probe
+            from pdtransport.vllm.patches.engine_probe import offer_probe
 
             _watch_loading()
             offer_probe()
             return load()
 
         KVConnectorFactory._registry[CONNECTOR] = chosen
-    if "vllm.v1.worker.worker_base" in sys.modules:  # a worker's process, before it makes its worker
+    if "vllm.v1.worker.worker_base" in sys.modules:  # a worker process, before it creates its worker
         _watch_loading()
 
 
 def _watch_loading() -> None:
-    from pdtransport.vllm.loading_hook import watch_loading
+    from pdtransport.vllm.patches.model_loading import watch_loading
 
     watch_loading()
 

@@ -1,15 +1,16 @@
-"""Requests with a LoRA adapter, in a worker: which content their pages were computed with.
+"""Tracks in a worker which LoRA adapter content each block's KV was computed with.
 
-The scheduler's half knows an adapter by id, name and path; which content computes, this worker alone knows, and only
-when it has loaded it. So commands that need a key wait until the adapter is loaded (at once, where its first use would
-load it anyway), and get the key of the content that is held. From then on every block is known by the content that
-wrote it, in whichever request that was: the engine's prefix cache goes by name and path, and may give a request blocks
-that an older content under that name wrote. Pages go out, to decode or to the pool, only if all their blocks were
-written with the content that their key names.
+The scheduler half knows an adapter by id, name and path only. Its content is known to the worker, and only once the
+adapter is loaded. So commands that need a key wait until then, and get the key of the loaded content. (The adapter is
+loaded right away: the request's first step would load it anyway.)
 
-Decode's side of it: pages are taken under the key of what is held here, and when the request's first step is computed,
-that still must be what is held. If an adapter was replaced in between, vLLM is told that the blocks are invalid, and
-computes them, or fails the request, by ``kv_load_failure_policy``.
+From then on the content that wrote each block is recorded, across requests. The engine's prefix cache goes by name and
+path, so it may give a request blocks that were written with an older content under the same name. Pages are sent to
+decode or stored in the pool only if all their blocks were written with the content that their key names.
+
+On decode, pages are received under the key of the content loaded here, and the same content must still be loaded when
+the request's first step is computed. If the adapter was replaced in between, the blocks are reported to vLLM as
+invalid, which recomputes them or fails the request, as ``kv_load_failure_policy`` says.
 """
 
 from __future__ import annotations
@@ -22,27 +23,44 @@ from typing import TYPE_CHECKING
 
 from pdtransport.kv.keys import adapted_key
 from pdtransport.vllm.adapters import Adapters, AdapterUnknown, named
-from pdtransport.vllm.metadata import Cancel, Command, Drop, Fetch, Keep, Open, Pages, Take, Wrote
+from pdtransport.vllm.metadata import (
+    CancelLoad,
+    Command,
+    Drop,
+    LoadChunks,
+    Open,
+    Pages,
+    StartReceive,
+    StoreChunks,
+    Wrote,
+)
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
 
-Refuse = Callable[[Open | Take | Fetch, str], None]
+Refuse = Callable[[Open | StartReceive | LoadChunks, str], None]
 
-_MIXED = ""  # no content's digest
+_MIXED = ""  # in place of a digest: several contents, or an unknown one
 
 
 class BlockOrigins:
-    """By block of the scheduler's: digest of the adapter that its KV was computed with, since it was last written for a
-    request with one. What other requests write there since is found by nobody who asks for an adapter's."""
+    """For each scheduler block, the digest of the adapter content that its KV was computed with.
+
+    Only writes of requests with an adapter are recorded. If a request without one reuses a block, its old entry does no
+    harm: the prefix cache never gives that block to a request with an adapter.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, str] = {}
 
     def wrote(self, blocks: list[int], digest: str, anew: bool) -> None:
-        """``anew``: the first of them was begun now, too; if not, something was in it before."""
+        """Record a write.
+
+        Args:
+            anew: the first block was written from its first token on; otherwise it already held KV.
+        """
         for i, block in enumerate(blocks):
             same = i or anew or self._of.get(block) == digest
             self._of[block] = digest if same else _MIXED
@@ -53,7 +71,7 @@ class BlockOrigins:
 
 @dataclass(frozen=True)
 class _Taken:
-    """Pages that came from elsewhere, until the first step that uses them."""
+    """Pages received or loaded with an adapter, kept until the first step that uses them."""
 
     adapter: LoRARequest
     digest: str
@@ -61,12 +79,12 @@ class _Taken:
 
 
 class Adapted:
-    """One per worker, used by its own thread.
+    """Completes and checks the commands of requests with an adapter. One per worker, used by its own thread.
 
     Args:
-        refuse: ends a request's transfer, or load, with a reason.
-        block_size: tokens of a block of the scheduler's.
-        wait_s: how long pages are not asked for while there is no room for their adapter.
+        refuse: ends a request's transfer or load with a reason.
+        block_size: tokens per scheduler block.
+        wait_s: how long a receive or load waits for room for its adapter before it is refused.
     """
 
     def __init__(
@@ -81,19 +99,20 @@ class Adapted:
         self._block_size = block_size
         self._wait_s, self._clock = wait_s, clock
         self._origins = BlockOrigins()
-        # For their adapter to be loaded, and until when. Prefill's wait for as long as their request does.
-        self._waiting: dict[str, tuple[Open | Take | Fetch, float]] = {}
+        # Commands that wait for their adapter to be loaded, with a deadline. It does not apply to Open, which waits as
+        # long as its request.
+        self._waiting: dict[str, tuple[Open | StartReceive | LoadChunks, float]] = {}
         self._offered: dict[str, tuple[LoRARequest, str]] = {}
         self._taken: dict[str, _Taken] = {}
         self._invalid: set[int] = set()
 
     def ready(self, command: Command) -> Command | None:
-        """``command`` as it can be done now; None: it is held back, or came to nothing."""
-        if isinstance(command, (Open, Take, Fetch)) and command.adapter is not None:
+        """The command to run now, with its key completed; None if it is deferred, refused or handled here."""
+        if isinstance(command, (Open, StartReceive, LoadChunks)) and command.adapter is not None:
             return self._complete(command)
-        if isinstance(command, Cancel):
+        if isinstance(command, CancelLoad):
             self._taken.pop(command.req_id, None)
-        if isinstance(command, (Cancel, Drop)):
+        if isinstance(command, (CancelLoad, Drop)):
             held_back, _ = self._waiting.pop(command.req_id, (None, 0.0))
             if held_back is not None:
                 self._refuse(held_back, "the request was aborted")
@@ -102,13 +121,18 @@ class Adapted:
         if isinstance(command, Wrote):
             self._note(command)
             return None
-        if isinstance(command, Keep) and command.content is not None:
+        if isinstance(command, StoreChunks) and command.content is not None:
             return command if self._origins.all_of(command.pages, command.content) else replace(command, keys=[])
         return command
 
-    def load(self, step: Sequence[Command] = ()) -> list[Open | Take | Fetch]:
-        """Between two steps: load what is waited for, but not in the place of what the requests of ``step`` compute
-        with. Returns commands that can be done now."""
+    def load(self, step: Sequence[Command] = ()) -> list[Open | StartReceive | LoadChunks]:
+        """Load the adapters that commands wait for; call between two steps.
+
+        Adapters that the requests of ``step`` use are not evicted for it.
+
+        Returns:
+            Commands that can run now.
+        """
         used = {command.number for command in step if isinstance(command, Wrote)}
         found = []
         for command, until in list(self._waiting.values()):
@@ -128,7 +152,7 @@ class Adapted:
         return found
 
     def why_not(self, pages: Pages) -> str:
-        """Why these pages of prefill's must not be handed over; empty if they may."""
+        """Prefill: why these pages must not be handed over; empty if they may."""
         if pages.req_id not in self._offered:
             return ""
         adapter, digest = self._offered[pages.req_id]
@@ -142,11 +166,12 @@ class Adapted:
         self._offered.pop(req_id, None)
 
     def take_invalid(self) -> set[int]:
-        """Blocks whose content is not what the request that begins with them needs, since the last call."""
+        """Received or loaded blocks whose adapter was replaced before their request's first step, since the last
+        call."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
-    def _complete(self, command: Open | Take | Fetch) -> Open | Take | Fetch | None:
+    def _complete(self, command: Open | StartReceive | LoadChunks) -> Open | StartReceive | LoadChunks | None:
         assert command.adapter is not None
         try:
             digest = self._adapters.held(command.adapter.lora_int_id)
@@ -157,7 +182,7 @@ class Adapted:
             self._waiting[command.req_id] = command, self._clock() + self._wait_s
             return None
         self._waiting.pop(command.req_id, None)
-        if isinstance(command, Fetch):
+        if isinstance(command, LoadChunks):
             if command.content != digest:
                 self._end(command, "it is not the content that the pool was asked for")
                 return None
@@ -169,12 +194,12 @@ class Adapted:
             self._take(command, digest)
         return replace(command, key=adapted_key(command.key, digest))
 
-    def _take(self, command: Take | Fetch, digest: str) -> None:
+    def _take(self, command: StartReceive | LoadChunks, digest: str) -> None:
         assert command.adapter is not None
         self._origins.wrote(command.pages, digest, anew=True)
         self._taken[command.req_id] = _Taken(command.adapter, digest, list(command.pages))
 
-    def _end(self, command: Open | Take | Fetch, why: str) -> None:
+    def _end(self, command: Open | StartReceive | LoadChunks, why: str) -> None:
         assert command.adapter is not None
         self._waiting.pop(command.req_id, None)
         self._refuse(command, f"{named(command.adapter)}: {why}")
@@ -195,5 +220,5 @@ class Adapted:
         self._origins.wrote(wrote.blocks, digest, wrote.anew)
 
     def failed(self, req_id: str) -> None:
-        """A take or a load came to nothing: what the request begins with is not from elsewhere."""
+        """A receive or load failed: the request does not start from those pages."""
         self._taken.pop(req_id, None)

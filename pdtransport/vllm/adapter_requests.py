@@ -1,11 +1,12 @@
-"""The engine's live requests with a LoRA adapter, as its scheduler's half knows them.
+"""The engine's live requests with a LoRA adapter, as seen by the scheduler half.
 
-vLLM's prefix cache knows an adapter by name and path. KV of an older content under these would be found by who comes
-after: no worker hands it over (:mod:`pdtransport.vllm.adapted`), so equal adapters would be computed twice for as long
-as such blocks are found. So each content gets a part of the cache for itself: a generation is part of the hashes of a
-request's blocks, and a new one begins where an adapter is replaced in place, comes back under another id, or where a
-worker says that it has loaded another content. Generation 0 hashes as vLLM does. None of this is needed for answers to
-be right.
+vLLM's prefix cache knows an adapter by name and path, so after a replacement it still finds blocks computed with the
+old content. Workers never hand such blocks over (:mod:`pdtransport.vllm.adapted`), so decode would recompute those
+prompts for as long as the old blocks are found. Therefore each content gets its own part of the cache: a generation
+number is part of the block hashes. A new generation begins when an adapter is replaced in place, comes back under
+another id, or a worker reports that it loaded another content. Generation 0 hashes as vLLM does.
+
+This only saves work; correctness does not depend on it.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMES = 4096  # adapters that are remembered; beyond it all are forgotten, which costs cache hits
+MAX_NAMES = 4096  # remembered adapters; beyond it all are forgotten, which costs cache hits
 
 _Name = tuple[str, str]  # name and path
-_generations: Counter[_Name] = Counter()  # of this process; vLLM's function that hashes them is the process's, too
+_generations: Counter[_Name] = Counter()  # per process, as is vLLM's hash function
 
 
 class AdapterRequests:
-    """One per engine.
+    """Live requests with an adapter, one per engine.
 
     Args:
-        block_size: tokens of a block.
+        block_size: tokens per scheduler block.
     """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._live: dict[str, LoRARequest] = {}
-        self._begun: set[str] = set()  # a step of theirs was scheduled
-        self._names: dict[int, _Name] = {}
-        self._contents: dict[int, str] = {}  # as workers told
+        self._begun: set[str] = set()  # requests with at least one scheduled step
+        self._names: dict[int, _Name] = {}  # by adapter id
+        self._contents: dict[int, str] = {}  # digests by adapter id, as workers reported them
         separate_generations()
 
     def arrive(self, request: Request) -> None:
@@ -59,20 +60,22 @@ class AdapterRequests:
             self._contents.clear()
         known = name in self._names.values()
         self._names[adapter.lora_int_id] = name
-        if known:  # it was loaded under another id: nobody knows whether it is the same
+        if known:  # it was loaded under another id before; the content may differ
             _generations[name] += 1
             request.block_hashes.clear()
             request.update_block_hashes()
 
     def content(self, request: Request) -> str | None:
-        """Digest of the request's adapter as the workers last loaded it; empty without an adapter, None if they have
-        not said. A guess: workers check it."""
+        """Digest of the request's adapter as workers last reported it; empty without one, None if not reported yet.
+
+        It may be outdated: workers check it before they use it.
+        """
         if request.lora_request is None:
             return ""
         return self._contents.get(request.lora_request.lora_int_id) or None
 
     def hear(self, loaded: Mapping[int, str]) -> None:
-        """What workers loaded, by id."""
+        """Take in digests of adapters that workers loaded, by id."""
         for number, content in loaded.items():
             before = self._contents.get(number)
             if before not in (None, content) and number in self._names:
@@ -80,7 +83,11 @@ class AdapterRequests:
             self._contents[number] = content
 
     def wrote(self, output: SchedulerOutput, computed: Mapping[str, int]) -> list[Wrote]:
-        """Which blocks this step writes. ``computed``: tokens of each scheduled request before it."""
+        """Which blocks this step writes for requests with an adapter.
+
+        Args:
+            computed: for each scheduled request, tokens computed before this step.
+        """
         found: list[Wrote] = []
         state = output.kv_connector_block_state
         for req_id, before in computed.items() if self._live and state is not None else ():
@@ -95,14 +102,14 @@ class AdapterRequests:
         return found
 
     def finished(self, req_id: str) -> bool:
-        """Forget the request; True if it had an adapter and no step: workers may still wait for its first one."""
+        """Forget the request; True if it has an adapter and was never scheduled, so workers may hold state for it."""
         begun = req_id in self._begun
         self._begun.discard(req_id)
         return self._live.pop(req_id, None) is not None and not begun
 
 
 def separate_generations() -> None:
-    """Take hold of how vLLM hashes a request's adapter, and of what replaces one. Once a process."""
+    """Patch vLLM's adapter hash function and ``EngineCore.add_lora`` to use generations. Idempotent."""
     try:
         from vllm.v1.core import kv_cache_utils
         from vllm.v1.engine.core import EngineCore
@@ -119,7 +126,7 @@ def separate_generations() -> None:
         generation = _generations[adapter.lora_name, adapter.lora_path] if adapter and _generations else 0
         return [*found, ("lora_generation", generation)] if generation else found
 
-    @functools.wraps(add)  # vLLM reads the types of its arguments off its signature
+    @functools.wraps(add)  # vLLM reads argument types from the signature
     def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
         if lora_request.load_inplace:
             _generations[lora_request.lora_name, lora_request.lora_path] += 1

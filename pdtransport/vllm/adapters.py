@@ -1,14 +1,14 @@
-"""Which LoRA adapters a worker holds, by content: a digest over what was loaded, taken while it was loaded.
+"""Identifies the LoRA adapters that a worker has loaded by a digest of their content, computed as they are loaded.
 
-An adapter's name, id and path say nothing of its content: it can be replaced in place, and a worker goes on with what
-it has loaded, or loads anew, at moments that nobody else sees (first use, an eviction, ``load_inplace``). So the
-digest is made from the tensors that vLLM's loader has just read, not from the files, and stays with the object that
-vLLM made of them: whatever vLLM holds under an id, its digest is at hand. The tensors are copied first. What vLLM
-keeps of an adapter whose dtype is the model's is a view of the mapped file, and would change with it.
+Name, id and path of an adapter don't identify its content: it can be replaced in place, and a worker keeps the old
+content or reloads at moments nobody else sees (first use, eviction, ``load_inplace``). So the digest is computed from
+the tensors that vLLM's loader has just read, not from the files, and attached to the object that vLLM builds from them:
+for whatever vLLM holds under an id, the digest is known. The tensors are copied first, because vLLM keeps a view of the
+memory-mapped file if the adapter has the model's dtype, and that view changes with the file.
 
-Equal for every tensor-parallel size (adapters are split later), name, id and path. It covers the names, dtypes, shapes
-and bytes of all tensors, what of ``adapter_config.json`` vLLM computes with (rank, alpha, patterns, rsLoRA, ...), the
-dtype that it computes in, and the server's flags that say to which parts of the model it is applied.
+The digest does not depend on tensor-parallel size (adapters are split later), name, id or path. It covers the names,
+dtypes, shapes and bytes of all tensors, the fields of ``adapter_config.json`` that vLLM computes with (rank, alpha,
+patterns, rsLoRA, ...), the dtype it computes in, and the server flags that select the parts of the model it applies to.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MARK = "pdtransport_content"
-# Of an adapter's configuration: how it was trained or begun, what the tensors' names say, what is the engine's own.
+# Fields of an adapter's configuration that do not change the result: training and initialization, what the tensors'
+# names already say, and the engine's own settings.
 _IRRELEVANT = ("bias", "init_lora_weights", "target_modules", "vllm_max_position_embeddings")
 
-# Of vLLM's LoRAConfig: what makes another computation of the same adapter.
+# Fields of vLLM's LoRAConfig that change what the same adapter computes.
 _FLAGS = ("target_modules", "enable_tower_connector_lora", "enable_moe_shared_loras")
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: object = None) -> str:
-    """32 hex digits over tensors on the host, as read, and a configuration of scalars, lists and dicts."""
+    """Content digest, 32 hex digits, of tensors as read from the files and a configuration of scalars, lists and
+    dicts."""
     state = hashlib.sha256()
     facts = {name: _plain(value) for name, value in config.items() if name not in _IRRELEVANT}
     state.update(json.dumps([facts, str(dtype)], sort_keys=True, default=str).encode())
@@ -49,7 +51,7 @@ def content_digest(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):  # patterns: of several that match a module the first one counts
+    if isinstance(value, Mapping):  # patterns: order matters, since the first one that matches a module counts
         return [[name, _plain(each)] for name, each in value.items()]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -61,7 +63,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _applied(manager: Any) -> str:
-    """The flags that are set, as they are part of digests; empty if none is."""
+    """The flags in ``_FLAGS`` that are set, as a suffix of digests; empty if none is."""
     config = getattr(manager, "lora_config", None)
     said = {name: getattr(config, name, None) for name in _FLAGS}
     told = {name: sorted(v) if isinstance(v, list) else v for name, v in said.items() if v not in (None, False)}
@@ -69,19 +71,19 @@ def _applied(manager: Any) -> str:
 
 
 def named(request: LoRARequest) -> str:
-    """An adapter, for people."""
+    """An adapter's name for logs and error messages."""
     return f"LoRA adapter {request.lora_name!r}"
 
 
 class AdapterUnknown(Exception):
-    """What this worker computes with under an adapter's id can't be told; the text says why."""
+    """The content that this worker has loaded under an adapter's id can't be identified; the message says why."""
 
 
 class Adapters:
-    """Those of this worker. Used by its own thread.
+    """The adapters that this worker has loaded. Used by the worker's thread.
 
     Args:
-        manager: vLLM's; None: there is none that could be looked at, and every adapter is unknown.
+        manager: vLLM's LoRA manager; None: it was not found or is not supported, and every adapter is unknown.
     """
 
     def __init__(self, manager: Any | None) -> None:
@@ -93,7 +95,7 @@ class Adapters:
 
     @classmethod
     def of_this_worker(cls) -> Adapters:
-        """Takes hold of the loader of this process's LoRA manager, before any adapter is loaded."""
+        """Hook into this process's LoRA manager; call before any adapter is loaded."""
         try:
             from vllm.lora.worker_manager import WorkerLoRAManager
 
@@ -106,10 +108,10 @@ class Adapters:
             return cls(None)
 
     def held(self, number: int) -> str | None:
-        """Digest of what is loaded under an adapter's id; None if nothing is.
+        """Digest of the adapter loaded under an id; None if none is.
 
         Raises:
-            AdapterUnknown: it was loaded where nobody could see it.
+            AdapterUnknown: it was loaded without passing the hook, or only in part.
         """
         manager = self._look()
         model = manager._adapter_manager.list_adapters().get(number)
@@ -118,21 +120,23 @@ class Adapters:
         digest = getattr(model, _MARK, "")
         if not digest:
             raise AdapterUnknown("it was loaded in parts, by experts, or before this connector")
-        # Only read where servers mix both forms of experts' weights; the tensors are then taken in another way.
+        # vLLM reads this flag only if a server mixes 2D and 3D expert weights, and then interprets tensors differently.
         form = ":3d" if getattr(model, "is_3d_lora_weight", False) else ""
         return f"{digest}{form}{self._applied}"
 
     def load(self, request: LoRARequest, used: Collection[int] = ()) -> str | None:
-        """As vLLM does at an adapter's first use. Not while a step is being prepared: it may take another one's slot.
+        """Load an adapter, as vLLM does at its first use.
+
+        Not to be called while a step is being prepared, since it may evict another adapter.
 
         Args:
-            used: ids of adapters that must stay, since running requests compute with them.
+            used: ids of adapters that running requests use and that must stay loaded.
 
         Returns:
-            its digest; None if there is no room for it now.
+            Its digest; None if there is no room for it now.
 
         Raises:
-            AdapterUnknown: it can't be loaded, or looked at.
+            AdapterUnknown: it can't be loaded or identified.
         """
         manager = self._look()
         held = set(manager.list_adapters())
@@ -147,7 +151,7 @@ class Adapters:
         return self.held(request.lora_int_id)
 
     def take_news(self) -> dict[int, str]:
-        """By id: what was loaded since the last call."""
+        """Digests by id of the adapters loaded since the last call."""
         if self._manager is None:
             return {}
         news = {}
@@ -167,10 +171,10 @@ class Adapters:
 
 
 def _with_digest(base: Any) -> Any:
-    """vLLM's class of loaded adapters, whose objects know the digest of what they were made of.
+    """A subclass of vLLM's LoRA model class that attaches the digest of the loaded tensors to each object.
 
     Raises:
-        AttributeError: this vLLM's class is another.
+        AttributeError: the class of this vLLM version is not as expected.
     """
     needed = {"tensors", "peft_helper", "dtype"}
     if not needed <= set(inspect.signature(base.from_lora_tensors).parameters):

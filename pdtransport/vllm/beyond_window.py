@@ -1,10 +1,9 @@
-"""Prompts that are longer than the window of a model whose layers all have one: decode computes them, prefill need
-not.
+"""Prompts longer than the sliding window of a model whose layers all have one: decode computes them, not prefill.
 
-Such a prompt's first blocks are given back and used anew while it is computed, so it never is there to be handed over.
-Decode sees that itself and computes the prompt at once. Prefill was asked for nothing but that hand-over: it computes
-the prompt's first token and answers, so that the prompt is computed once. Of a request that wants more of prefill than
-one token, all is computed.
+vLLM frees and reuses such a prompt's first blocks while it computes the rest, so its KV is never complete and can't be
+handed over. Decode detects that itself and computes the prompt at once. Prefill, asked only for the hand-over, reduces
+the prompt to its first token and responds, so that the whole prompt is computed only once. A prefill request that asks
+for more than one output token is computed in full.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
 CODE = "beyond_window"
 
 
-class Window:
-    """Decides for one engine.
+class WindowRule:
+    """Decides for one engine which prompts are too long to be handed over.
 
     Args:
-        tokens: of the window; None: there is none.
+        tokens: size of the window; None: the model has no window.
     """
 
     def __init__(self, tokens: int | None) -> None:
@@ -29,7 +28,7 @@ class Window:
         self._shortens = tokens is not None and _works()
 
     def why_not(self, request: Request) -> str:
-        """Why decode can't get this prompt's pages: one line that begins with :data:`CODE`; empty if it can."""
+        """Decode: why it can't receive this prompt's pages, one line that begins with :data:`CODE`; empty if it can."""
         if self._tokens is None or request.num_prompt_tokens <= self._tokens:
             return ""
         return (
@@ -38,7 +37,10 @@ class Window:
         )
 
     def why_not_held(self, request: Request) -> str:
-        """The same of prefill's, which holds pages only while its own tokens move the window past none of them."""
+        """Prefill: why it can't hold this prompt's pages, as in :meth:`why_not`; empty if it can.
+
+        The output tokens count too: they move the window, and it must not move past any page of the prompt.
+        """
         problem = self.why_not(request)
         if problem or self._tokens is None or request.num_prompt_tokens + request.max_tokens - 1 <= self._tokens:
             return problem
@@ -48,7 +50,7 @@ class Window:
         )
 
     def shorten(self, request: Request) -> None:
-        """Nobody wants more of this request than a hand-over that can't be: compute next to nothing."""
+        """Reduce a prefill request whose only purpose is an impossible hand-over to a prompt of one token."""
         params = request.sampling_params
         if (
             self._shortens
@@ -61,7 +63,7 @@ class Window:
 
 
 def _shorten(request: Request) -> None:
-    """Keep the first prompt token. The KV of it is what it would be in the whole prompt."""
+    """Keep only the first prompt token; its KV is the same as in the whole prompt."""
     assert request.prompt_token_ids is not None
     request.prompt_token_ids = list(request.prompt_token_ids[:1])
     del request._all_token_ids[1:]
@@ -71,7 +73,7 @@ def _shorten(request: Request) -> None:
 
 
 def _works() -> bool:
-    """Try it on a request of this vLLM."""
+    """Try :func:`_shorten` on a probe request of the installed vLLM."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.request import Request

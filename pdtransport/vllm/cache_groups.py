@@ -1,6 +1,6 @@
-"""Which kinds of cache can be handed over, by what vLLM itself says of them: the specs of its cache groups.
+"""Which kinds of KV cache can be handed over, decided by the specs of vLLM's cache groups.
 
-A tensor's shape does not tell: a state-space model's state has four dimensions like a KV cache, and would pass for one
+Tensor shapes are not enough: a state-space model's state has four dimensions like a KV cache and would look like one
 with pages of one token.
 """
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 _REMEDY = "start this server without --kv-transfer-config"
 
-# By name: vLLM's versions have more and fewer of them. A kind that is not listed (state, cross attention, compressed or
-# ring buffers) keeps something else in its pages, or blocks of other meaning in a request's block table.
+# Spec classes by name, since not every vLLM version has them all. Kinds not listed here (state, cross attention,
+# compressed or ring buffers) keep other data in their pages or use the block table in another way.
 _WHOLE = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
 _WINDOW = {"SlidingWindowSpec": "sliding_window", "ChunkedLocalAttentionSpec": "attention_chunk_size"}
 
 
 def refuse_model(config: VllmConfig) -> None:
-    """For a hook that runs before vLLM lays out the cache, and may fail at it with a reason of its own.
+    """Refuse models with recurrent state, before vLLM lays out the cache and fails with an unhelpful error.
 
     Raises:
-        SettingsError: the model keeps a state instead of keys and values, or beside them.
+        SettingsError: the model keeps recurrent state instead of, or besides, keys and values.
     """
     model = config.model_config
     if model is None:
@@ -46,7 +46,11 @@ def _of_state(model: Any, what: str) -> str:
 
 
 def refuse_context_parallel(config: VllmConfig) -> None:
-    """Raises SettingsError where ranks hold every other token of a block, which nothing here knows how to move."""
+    """Refuse context parallelism, where the tokens of a block are spread over ranks: such blocks can't be moved.
+
+    Raises:
+        SettingsError: decode or prefill context parallelism is on.
+    """
     for kind in ("decode", "prefill"):
         size = getattr(config.parallel_config, f"{kind}_context_parallel_size", 1)
         if size > 1:
@@ -57,7 +61,11 @@ def refuse_context_parallel(config: VllmConfig) -> None:
 
 
 def refuse_caches(caches: KVCacheConfig) -> None:
-    """Raises SettingsError unless all layers keep keys and values of one kind that can be moved."""
+    """Refuse caches that can't be moved.
+
+    Raises:
+        SettingsError: a layer keeps something other than attention's keys and values, or there are several groups.
+    """
     groups = caches.kv_cache_groups
     strange = sorted({kind for group in groups for kind in _kinds(group.kv_cache_spec)} - {*_WHOLE, *_WINDOW})
     if strange:
@@ -75,8 +83,11 @@ def refuse_caches(caches: KVCacheConfig) -> None:
 
 
 def window_of(caches: KVCacheConfig) -> int | None:
-    """Tokens of the longest prompt that can be handed over; None: any. Where all layers attend to a window only, vLLM
-    gives the blocks behind it back while the prompt is still computed: a longer one never is there as a whole."""
+    """Number of tokens of the longest prompt that can be handed over; None: any.
+
+    If all layers use a sliding window, vLLM frees the blocks behind it while the prompt is still being computed, so the
+    KV of a longer prompt is never complete.
+    """
     sizes = [
         int(getattr(spec, _WINDOW[type(spec).__name__]))
         for group in caches.kv_cache_groups
@@ -91,7 +102,7 @@ def _kinds(spec: KVCacheSpec) -> Iterator[str]:
 
 
 def _specs(spec: KVCacheSpec) -> Iterator[KVCacheSpec]:
-    """Those of the layers, where a group has one for each."""
+    """Yield the specs of a group: one per layer if they differ, else the group's own."""
     inner = getattr(spec, "kv_cache_specs", None)
     if inner is None:
         yield spec

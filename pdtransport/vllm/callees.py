@@ -1,4 +1,4 @@
-"""Whom decode's workers call for a request: what its parameters name, checked, and as an address."""
+"""Checks and resolves the prefill host that a request names, before decode's workers connect to it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pdtransport.vllm.params import ConsumeParams
 
 
 class Callees:
-    """Never waits, as a scheduler must not.
+    """Resolves prefill hosts under the rule ``control.peers``. Never blocks, since the scheduler calls it.
 
     Args:
-        settings: with the rule, ``control.peers``.
-        heads: attention heads of the model, over which tensor-parallel workers divide; 0: not known.
-        strict: requests come with such parameters (decode), so there must be a rule.
+        settings: ``peers`` is the rule.
+        heads: attention heads of the model, which a peer's tensor-parallel size must divide; 0: unknown.
+        strict: hosts come from requests (decode), so without a rule only this machine may be connected to.
         clock: monotonic seconds.
 
     Raises:
-        SettingsError: there is none, or it can't be kept.
+        SettingsError: ``strict`` without a rule although ``control.host`` is not loopback, or the rule can't be used.
     """
 
     def __init__(
@@ -30,13 +30,17 @@ class Callees:
         self._heads = heads
 
     def why_not(self, params: ConsumeParams) -> str:
-        """Why nobody is called for these parameters; empty while nothing speaks against it."""
+        """Why the host in these parameters must not be connected to; empty if allowed or not known yet."""
         found = self.find(params)
         return found if isinstance(found, str) else ""
 
     def find(self, params: ConsumeParams) -> ConsumeParams | str | None:
-        """The parameters with the address that may be called as their host; or why it may not be; None: its name is
-        being looked up, ask again."""
+        """Resolve the host in these parameters.
+
+        Returns:
+            The parameters with the host replaced by its address; or the reason why it must not be connected to; or None
+            while its name is being looked up: ask again.
+        """
         if self._heads and self._heads % params.tp_size:
             return f"tp_size: a model of {self._heads} attention heads is not split over {params.tp_size} workers"
         verdict = self._reach.ask(params.remote_host)

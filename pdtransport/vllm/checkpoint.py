@@ -1,8 +1,8 @@
-"""The identity of the checkpoint that vLLM loads, computed in the background while it does.
+"""Identity of the checkpoint that vLLM loads, computed in the background while the model is loaded.
 
-Which files count is vLLM's own choice (its index file, its preference of formats). Weights that come from no files here
-(dummy ones, tensorizer, streams from object stores) have no such identity: then the parameters as loaded are what is
-compared (:mod:`pdtransport.vllm.weight_watch`).
+vLLM itself chooses the files (by index file and preferred format). Weights that are not loaded from local files (dummy
+weights, tensorizer, streams from object stores) have no such identity; the loaded parameters are compared instead
+(:mod:`pdtransport.vllm.patches.weight_watch`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NAMED = "named:"  # begins the identity of weights that model_id names
-NICENESS = 5  # of the threads that digest: the model's loading goes first
-STREAMED = "runai_streamer"  # a load format that reads safetensors from a local folder too
-SLOW_S = 1.0  # a digest that the start waited for so long is told of
+NAMED = "named:"  # prefix of the identity of weights named by model_id
+NICENESS = 5  # of the digest threads, so that loading the model has priority
+STREAMED = "runai_streamer"  # a load format that also reads safetensors from a local folder
+SLOW_S = 1.0  # log if the start waited longer than this for a digest
 
 _begun: dict[tuple[str, ...], CheckpointDigest] = {}
 _lock = threading.Lock()
 
 
 class CheckpointDigest:
-    """One checkpoint of this process. ``begin`` it as early as possible; ``result`` waits for it."""
+    """Digest of one checkpoint of this process. Call ``begin`` as early as possible; ``result`` waits for it."""
 
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
@@ -49,10 +49,10 @@ class CheckpointDigest:
 
     @classmethod
     def begin(cls, config: VllmConfig, wait_s: float) -> CheckpointDigest:
-        """The digest of this configuration's checkpoint, under way unless its files are not here yet.
+        """Start the digest of this configuration's checkpoint, unless its files are not here yet; once per checkpoint.
 
         Args:
-            wait_s: how long to wait for another process that computes the same.
+            wait_s: how long to wait for another process that computes the same digest.
         """
         model, load = config.model_config, config.load_config
         key = (str(model.model), str(model.revision), str(load.load_format), str(load.download_dir))
@@ -64,13 +64,13 @@ class CheckpointDigest:
         return found
 
     def result(self, wait_s: float) -> str:
-        """The identity; empty if the weights come from no files of this host.
+        """Wait for the identity; empty if the weights do not come from files on this host.
 
         Raises:
-            SettingsError: files are damaged, changed meanwhile, or their digest took longer than ``wait_s``.
+            SettingsError: files are damaged or changed meanwhile, or the digest took longer than ``wait_s``.
         """
         began = time.monotonic()
-        self._start(wait_s)  # a model of a hub may not have been here when this began
+        self._start(wait_s)  # a model from the hub may not have been downloaded when the digest began
         if self._thread is not None:
             self._thread.join(wait_s)
             if self._thread.is_alive():
@@ -88,7 +88,7 @@ class CheckpointDigest:
         return self._identity
 
     def _stood_still(self) -> bool:
-        """Whether vLLM would still load the same files: the hub's library may have brought a newer revision."""
+        """Whether vLLM would still load the same files; the hub client may have downloaded a newer revision."""
         try:
             _, files = weight_files(self._config)
             return facts_of(files) == facts_of(self._files) == self._facts
@@ -116,7 +116,7 @@ class CheckpointDigest:
         try:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         except (OSError, AttributeError):
-            pass  # it is as fast, and may slow the loading down
+            pass  # the digest still works, but may slow down loading
         digest = digest_tensors if kind == TENSORS else digest_files
         compute = partial(digest, self._files, cancelled=lambda: not main.is_alive())
         try:
@@ -126,10 +126,10 @@ class CheckpointDigest:
 
 
 def checkpoint_identity(config: VllmConfig, settings: Settings) -> str:
-    """What this worker's weights were loaded from; empty if only the loaded parameters can say.
+    """Identity of what this worker's weights were loaded from; empty if the loaded parameters must be compared.
 
     Raises:
-        SettingsError: see :meth:`CheckpointDigest.result`; or nothing can say.
+        SettingsError: see :meth:`CheckpointDigest.result`; or there are no weight files and ``watch_weights`` is off.
     """
     if settings.model_id is not None:
         return f"{NAMED}{settings.model_id}"
@@ -144,14 +144,14 @@ def checkpoint_identity(config: VllmConfig, settings: Settings) -> str:
 
 
 class NoFiles(Exception):
-    """The weights come from no files of this host, or these are not here yet; the text says which."""
+    """The weights do not come from files on this host, or the files are not here yet; the message says which."""
 
 
 def weight_files(config: VllmConfig) -> tuple[str, list[Path]]:
     """Kind of digest, and the files that vLLM loads.
 
     Raises:
-        NoFiles: there are none here.
+        NoFiles: there are no such files on this host.
     """
     load_format = str(config.load_config.load_format)
     if load_format == "dummy":
@@ -174,7 +174,11 @@ def weight_files(config: VllmConfig) -> tuple[str, list[Path]]:
 
 
 def _loader(config: VllmConfig, load_format: str) -> Any:
-    """vLLM's loader of checkpoints in files."""
+    """vLLM's loader for checkpoint files.
+
+    Raises:
+        NoFiles: this load format uses another loader.
+    """
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -188,10 +192,10 @@ def _loader(config: VllmConfig, load_format: str) -> Any:
 
 
 def snapshot(config: VllmConfig) -> Path:
-    """Where the hub's files of this model and revision lie on this host.
+    """Local folder of the hub's files for this model and revision.
 
     Raises:
-        NoFiles: they are not here.
+        NoFiles: they are not on this host.
     """
     model = config.model_config
     try:

@@ -1,6 +1,7 @@
-"""vLLM's view of pdtransport: each hook in one line, the work in :mod:`scheduler` and :mod:`worker`.
+"""The vLLM connector: each ``KVConnectorBase_V1`` hook delegates in one line to :mod:`scheduler` or :mod:`worker`.
 
 Tested with vLLM 0.32 (the V1 connector interface with ``[blocks, heads, tokens, content]`` KV views, new in 0.29).
+Needs vLLM 0.30 or newer.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from pdtransport.settings import Settings
-from pdtransport.vllm.beyond_window import Window
+from pdtransport.vllm.beyond_window import WindowRule
 from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import attention_heads, control_port
 from pdtransport.vllm.logs import join_vllm_log
-from pdtransport.vllm.metadata import Commands, News
-from pdtransport.vllm.priming import shorten_priming
-from pdtransport.vllm.quiet import shorten_spins
+from pdtransport.vllm.metadata import Commands, WorkerReport
+from pdtransport.vllm.patches.decode_stream import shorten_priming
+from pdtransport.vllm.patches.poll_backoff import shorten_spins
+from pdtransport.vllm.patches.weight_watch import watch_executor
 from pdtransport.vllm.scheduler import SchedulerSide
 from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
-from pdtransport.vllm.weight_watch import watch_executor
 from pdtransport.vllm.worker import WorkerSide
 
-try:  # new in vLLM 0.30; without it failed loads are not told apart from finished ones
+try:  # new in vLLM 0.30; older versions cannot report a failed load as failed
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 except ImportError as error:  # pragma: no cover - another vLLM
     raise ImportError("pdtransport needs vLLM 0.30 or newer: failed loads can't be reported to older ones") from error
@@ -53,9 +54,9 @@ logger = logging.getLogger(__name__)
 
 
 class PDTransportConnector(KVConnectorBase_V1):
-    """``kv_role`` kv_producer hands pages over, kv_consumer takes them, kv_both does both.
+    """vLLM connector. ``kv_role``: kv_producer sends KV pages, kv_consumer receives them, kv_both does both.
 
-    ``kv_connector_extra_config`` is a :class:`pdtransport.settings.Settings`.
+    ``kv_connector_extra_config`` is parsed as :class:`pdtransport.settings.Settings`.
     """
 
     if CacheHitSource is not None:
@@ -63,7 +64,7 @@ class PDTransportConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        join_vllm_log()  # loaded by its module's path, nobody registered it
+        join_vllm_log()  # loaded through kv_connector_module_path, register() may not have run
         refuse_model(vllm_config)
         refuse_caches(kv_cache_config)
         config = self._kv_transfer_config
@@ -81,7 +82,7 @@ class PDTransportConnector(KVConnectorBase_V1):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
-            shorten_spins(settings)  # the workers run already, and the engine's readers of their answers exist
+            shorten_spins(settings)  # workers are running by now, so the engine's message readers exist
             window = window_of(kv_cache_config)
             if window is not None:
                 logger.warning(
@@ -101,7 +102,7 @@ class PDTransportConnector(KVConnectorBase_V1):
                 heads=attention_heads(vllm_config),
                 first_tokens=FirstTokens(vllm_config),
                 events=events,
-                window=Window(window),
+                window=WindowRule(window),
                 adapters=vllm_config.lora_config is not None,
             )
             if settings.watch_weights:
@@ -111,8 +112,11 @@ class PDTransportConnector(KVConnectorBase_V1):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """No layout is required. This is the one hook that vLLM calls before it lays out the cache, where it would
-        refuse hybrid models for a reason that says nothing."""
+        """Requires no layout; used to refuse unsupported models early.
+
+        vLLM calls no other hook before it lays out the cache. For hybrid models that step fails with an unhelpful
+        error.
+        """
         refuse_model(vllm_config)
         return None
 
@@ -182,18 +186,18 @@ class PDTransportConnector(KVConnectorBase_V1):
         self.worker.hold(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Loads began when the step's metadata was bound."""
+        """No-op: loads start when the step's metadata is bound."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Requests are scheduled only after their pages arrived whole."""
+        """No-op: a request is scheduled only once all its pages have arrived."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        """Pages leave per step, not per layer."""
+        """No-op: pages are sent per step, not per layer."""
 
     def finish_forward(self) -> None:
-        """New model runner: the step is launched, its sampling is not yet."""
+        """Called by the new model runner after it launched the forward pass and before it launches sampling."""
         self.worker.launched(self._commands)
 
     def wait_for_save(self) -> None:
@@ -213,7 +217,7 @@ class PDTransportConnector(KVConnectorBase_V1):
     def get_handshake_metadata(self) -> Shard | None:
         return self.worker.shard
 
-    def build_connector_worker_meta(self) -> News | None:
+    def build_connector_worker_meta(self) -> WorkerReport | None:
         return self._worker.take_news() if self._worker is not None else None
 
     def get_kv_connector_stats(self) -> PDTransportStats | None:
@@ -233,7 +237,7 @@ class PDTransportConnector(KVConnectorBase_V1):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> PDTransportPromMetrics:
         join_vllm_log()
-        # The one hook that runs in the API server's process and knows the settings.
+        # The only hook that runs in the API server's process and has the settings.
         if Settings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config).short_priming:
             shorten_priming()
         return PDTransportPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

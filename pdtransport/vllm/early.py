@@ -18,8 +18,8 @@ import time
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from pdtransport.vllm.late_caching import LateCaching
-from pdtransport.vllm.metadata import News
+from pdtransport.vllm.metadata import WorkerReport
+from pdtransport.vllm.patches.late_caching import LateCaching
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -164,7 +164,7 @@ class EarlyStep:
                 if told is not None and req_id in (told.finished_recving or ()):  # maybe with the step before
                     self._well = req_id not in (told.failed_recving or ())
                 news = getattr(told, "kv_connector_worker_meta", None)
-                self._void = self._void or (isinstance(news, News) and req_id in news.void)
+                self._void = self._void or (isinstance(news, WorkerReport) and req_id in news.void)
                 if req_id in getattr(output.kv_connector_metadata, "hold", ()):
                     self._settle(req_id, result)
             return update(output, result)

@@ -1,7 +1,8 @@
-"""The engine around a scheduler, seen from within one of its steps.
+"""Finds the engine that runs a scheduler, from within one of its steps.
 
-Nothing tells a connector that clients ask for something, or how an engine launches its steps. :meth:`EngineLoop.of`
-finds out; where the engine is not as expected there is none, and steps go vLLM's own way.
+vLLM does not tell a connector whether new client requests are queued, or how the engine launches its steps.
+:meth:`EngineLoop.of` finds out from the call stack. If the engine is not as expected, it returns None and steps run as
+in plain vLLM.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLoop:
-    """Used in the engine's thread, within a step.
+    """The engine's main loop. Used in the engine's thread, within a step.
 
-    ``slow_launches``: launching a step may take as long as computing it. With CUDA graphs it takes less than the step
-    before it, which hides it. ``waits_for_workers``: no step begins before the worker has launched the one before it.
+    Attributes:
+        slow_launches: launching a step may take as long as computing it. (With CUDA graphs a launch is shorter than
+            the step before it, which hides it.)
+        waits_for_workers: no step begins before the worker has launched the previous one.
     """
 
     def __init__(self, core: EngineCoreProc) -> None:
@@ -35,7 +38,7 @@ class EngineLoop:
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> EngineLoop | None:
-        """The one whose step called us; None where this vLLM has another."""
+        """The loop whose step is on the call stack; None if this vLLM version has another kind of engine."""
         try:
             from vllm.v1.engine.core import EngineCoreProc
 
@@ -50,5 +53,5 @@ class EngineLoop:
         return None
 
     def clients_wait(self) -> bool:
-        """Clients or a signal handler told the engine something that it has not looked at."""
+        """Whether the engine's input queue holds messages from clients or signal handlers."""
         return not self._words.empty()

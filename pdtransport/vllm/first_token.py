@@ -1,9 +1,8 @@
-"""Decode goes on from the first token that prefill sampled, where that is exact.
+"""Decode continues from the first token that prefill sampled, where the result is exactly the same.
 
-Decode's request gets the token appended to its prompt before it is scheduled. For the whole of vLLM it then is a
-request of one more prompt token, all but the last computed, and its next step computes the second token. What this
-touches of vLLM's ``Request`` is tried on one when the engine starts; where it does not behave as expected, nothing of
-it is used.
+The token is appended to the prompt of decode's request before it is scheduled. vLLM then sees a request with one more
+prompt token, all but the last one computed, and its next step computes the second output token. When the engine starts,
+the changes to vLLM's ``Request`` are tried on a probe; if they do not behave as expected, the feature is off.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
 
-# Decode ends a request with this stop_reason if the token that it promised to go on from did not come. The one token
-# of its answer is not to be used.
+# stop_reason of a decode request whose promised first token did not arrive. The one token in its response must not be
+# used.
 LOST = "pdtransport:first-token-lost"
 
-# Sampling parameters that ask nothing of the tokens sampled so far: the second token comes out as if decode had sampled
-# the first itself. A parameter that is in neither table must have its default value.
+# Sampling parameters that do not depend on the tokens sampled so far: with them, the second token is the same as if
+# decode had sampled the first token itself. A parameter that is in neither table must have its default value.
 _STATELESS = frozenset(
     {
         "_all_stop_token_ids", "_eos_token_id", "extra_args", "flat_logprobs", "ignore_eos",
@@ -45,19 +44,19 @@ _CODES = {
     "allowed_token_ids": "allowed_token_ids",
     "thinking_token_budget": "reasoning",
 }
-_TAIL_TOKENS = 8  # of a prompt: more than the bytes of one character
+_TAIL_TOKENS = 8  # last tokens of a prompt to decode: more than the bytes of one character
 
 
 class FirstTokens:
-    """Decides, for one engine, which requests may start on prefill and go on here."""
+    """Decides for one engine which requests may continue on decode from prefill's first token."""
 
     def __init__(self, config: VllmConfig) -> None:
         self._model = config.model_config
         self._tokenizer: Any = None
-        self.unsupported = _why_unsupported(config)  # a code; empty if the engine can take part
+        self.unsupported = _why_unsupported(config)  # reason code; empty if this engine supports it
 
     def why_not(self, request: Request) -> str:
-        """What makes it inexact to go on from another engine's first token: a code, empty if nothing does."""
+        """Reason code why continuing from another engine's first token would not be exact; empty if it is."""
         if self.unsupported:
             return self.unsupported
         params = request.sampling_params
@@ -72,15 +71,21 @@ class FirstTokens:
         return _stateful(params)
 
     def of(self, request: Request, promised: bool) -> tuple[int | None, str]:
-        """Prefill: the token that a request which ended sampled, if decode goes on from it (as it ``promised``); else
-        None and a code that says why not."""
+        """Prefill: the first token of a finished request that decode can continue from.
+
+        Args:
+            promised: decode promised to continue from it.
+
+        Returns:
+            The token and an empty string, or None and a reason code.
+        """
         from vllm.v1.request import RequestStatus
 
         declined = self.why_not(request)
         if declined:
             return None, declined
         if request.status is not RequestStatus.FINISHED_LENGTH_CAPPED or len(request.output_token_ids) != 1:
-            return None, "stopped"  # it was the last one, too: decode finds that by itself
+            return None, "stopped"  # the first token was also the last one: decode finds that out itself
         if not promised:
             return None, "no_promise"
         token = int(request.output_token_ids[0])
@@ -88,10 +93,10 @@ class FirstTokens:
         return (None, declined) if declined else (token, "")
 
     def why_no_token(self, request: Request, token: int) -> str:
-        """Prefill: why the text of ``token`` can't be cut off from what follows: a code, empty if it can.
+        """Prefill: reason code why the text of ``token`` can't be separated from the text after it; empty if it can.
 
-        Decode's detokenizer knows the prompt and its own tokens. A character whose bytes lie on both sides of the cut
-        would be lost.
+        Decode's detokenizer sees the prompt (with ``token``) and its own tokens. A character whose bytes are split
+        between ``token`` and a neighbour would be lost.
         """
         tokenizer = self._get_tokenizer()
         if tokenizer is None or token in tokenizer.all_special_ids:
@@ -101,14 +106,18 @@ class FirstTokens:
         return "partial_character" if not text or "\ufffd" in text or tail.endswith("\ufffd") else ""
 
     def append(self, request: Request, token: int) -> bool:
-        """Go on from ``token``. Call before the request is scheduled with it. False: this is no token of the model."""
+        """Let the request continue from ``token``; call before it is scheduled.
+
+        Returns:
+            False if ``token`` is not in the model's vocabulary; the request is then unchanged.
+        """
         if not 0 <= token < self._model.get_vocab_size():
             return False
         _append(request, token)
         return True
 
     def _get_tokenizer(self) -> Any:
-        """The one that vLLM's scheduler process has loaded; None with ``--skip-tokenizer-init``."""
+        """The tokenizer cached in vLLM's scheduler process; None with ``--skip-tokenizer-init``."""
         if self._tokenizer is None and not self._model.skip_tokenizer_init:
             from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -117,10 +126,10 @@ class FirstTokens:
 
 
 def give_up(request: Request) -> None:
-    """End the request with its next token, and say with :data:`LOST` that the answer is not to be used."""
+    """Let the request end with its next token; its stop reason :data:`LOST` says not to use the response."""
     _limit(request, 1)
     assert request.sampling_params is not None
-    request.sampling_params.stop_token_ids = None  # their hit would take the stop reason's place
+    request.sampling_params.stop_token_ids = None  # a stop token would overwrite stop_reason
     request.stop_reason = LOST
 
 
@@ -134,7 +143,7 @@ def _append(request: Request, token: int) -> None:
 
 
 def _limit(request: Request, max_tokens: int) -> None:
-    """The parameters are copied: an engine that runs in its client's process shares them with it."""
+    """Set ``max_tokens`` on a copy of the sampling parameters: an in-process engine shares them with its client."""
     request.max_tokens = max_tokens
     request.sampling_params = copy.copy(request.sampling_params)
     assert request.sampling_params is not None
@@ -156,7 +165,7 @@ def _stateful(params: Any) -> str:
             given, default = getattr(params, name), getattr(plain, name)
             if hasattr(given, "__array__"):
                 return "sampling_params"
-            off = (given is None or given is False or given == []) and not default  # servers write some of them out
+            off = (given is None or given is False or given == []) and not default  # some servers fill in such values
             if not off and given != default:
                 return _CODES.get(name, "sampling_params")
     return ""
@@ -165,8 +174,8 @@ def _stateful(params: Any) -> str:
 def _why_unsupported(config: VllmConfig) -> str:
     model = config.model_config
     if model.logits_processors or entry_points(group="vllm.logits_processors"):
-        return "logits_processors"  # they may look at the tokens sampled so far
-    # A parser reads the text of decode's tokens, and would miss the first.
+        return "logits_processors"  # they may depend on the tokens sampled so far
+    # A reasoning parser reads the text of decode's tokens only and would miss the first one.
     if config.structured_outputs_config.reasoning_parser or model.hf_config.model_type == "gpt_oss":
         return "reasoning"
     if model.is_encoder_decoder or model.skip_tokenizer_init:
@@ -175,7 +184,7 @@ def _why_unsupported(config: VllmConfig) -> str:
 
 
 def _works() -> bool:
-    """Try it on a request of this vLLM."""
+    """Try the changes on a probe request of the installed vLLM."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.request import Request

@@ -1,9 +1,9 @@
-"""What the scheduler still has of weights that are gone: blocks in vLLM's prefix cache, and requests computed halfway.
+"""Handles KV of replaced weights in the scheduler: blocks in vLLM's prefix cache, and partly computed requests.
 
-vLLM keeps both when its weights change: a later prompt would be computed on top of the old weights' KV, and that handed
-over and stored as the new ones'. Blocks leave the prefix cache at the change. A request that was computed before (or
-began on blocks of one that was) goes on here, as vLLM would have it, but is nobody else's: it is neither handed over
-nor stored, and its blocks leave the prefix cache with it.
+vLLM keeps both when its weights change. A later prompt would then build on KV of the old weights, and the result would
+be handed over and stored as KV of the new ones. So all blocks are evicted from the prefix cache at the change. A
+request that was computed before it (or that began on blocks of such a request) continues here, as vLLM does by itself,
+but it is neither handed over nor stored, and its blocks are evicted when it ends.
 """
 
 from __future__ import annotations
@@ -15,36 +15,39 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-VOIDED = "failed_recving_kv_req_ids"  # of vLLM's scheduler: requests whose pages count as not received
+VOIDED = "failed_recving_kv_req_ids"  # attribute of vLLM's scheduler: requests whose pages count as not received
 
 
 class StaleBlocks:
-    """Runs in the scheduler's process. Nothing is done before the weights changed for the first time."""
+    """Tracks requests with KV of replaced weights, in the scheduler's process. Does nothing until the first change."""
 
     def __init__(self) -> None:
         self._manager: Any = None
-        self._begun: set[str] = set()  # requests that have computed something
-        self._tainted: set[str] = set()  # with something of old weights
-        self._lasting = False  # the prefix cache can't be emptied here
+        self._begun: set[str] = set()  # requests with computed tokens
+        self._tainted: set[str] = set()  # requests with KV of old weights
+        self._lasting = False  # the prefix cache can't be emptied with this vLLM version
 
     def bind(self, manager: Any) -> None:
-        """The engine's cache manager is there."""
+        """Use this cache manager of the engine."""
         self._manager = manager
 
     def began(self, req_ids: Iterable[str]) -> None:
-        """They are computed from this step on."""
+        """These requests are scheduled for the first time."""
         self._begun.update(req_ids)
 
     def change(self) -> set[str]:
-        """The weights are others now; the requests that hold KV of the old ones."""
+        """The weights changed: empty the prefix cache, and return the requests that hold KV of the old weights."""
         self._tainted |= self._begun
         self._evict(None)
         return set(self._tainted)
 
     def void_arrivals(self) -> set[str]:
-        """Requests that have pages from elsewhere, or wait for some, and were not computed yet: vLLM computes them
-        anew, from their first token, once their pages are reported (whatever ``kv_load_failure_policy`` is: nothing
-        failed). To be called between steps."""
+        """Let vLLM recompute the requests whose remote pages have not been used yet, and return them.
+
+        Their pages are still in flight, or arrived and were not reported yet. Once they are reported, vLLM computes
+        these requests from their first token, whatever ``kv_load_failure_policy`` says, since nothing failed. Call
+        between steps.
+        """
         if self._manager is None:
             return set()
         from vllm.v1.request import RequestStatus
@@ -67,21 +70,21 @@ class StaleBlocks:
         return voided
 
     def begins_on(self, req_id: str, computed: int) -> bool:
-        """Whether a request that finds ``computed`` tokens in the prefix cache may find old ones there."""
+        """Whether a request with ``computed`` tokens from the prefix cache may have got KV of old weights."""
         if computed and (self._tainted or self._lasting):
             self._tainted.add(req_id)
             return True
         return False
 
     def ended(self, req_id: str, blocks: Collection[int]) -> None:
-        """The request is through; ``blocks`` are not free yet."""
+        """The request ended; its ``blocks`` are not freed yet."""
         self._begun.discard(req_id)
         if req_id in self._tainted:
             self._tainted.discard(req_id)
             self._evict(set(blocks))
 
     def _evict(self, blocks: set[int] | None) -> None:
-        """Take ``blocks`` out of the prefix cache; None: all."""
+        """Evict ``blocks`` from the prefix cache; None: all blocks."""
         if self._manager is None:
             return
         try:
@@ -102,7 +105,7 @@ def _scheduler_of(manager: Any) -> Any:
     """vLLM's scheduler that owns this cache manager.
 
     Raises:
-        LookupError: there is none.
+        LookupError: it was not found.
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 

@@ -1,8 +1,8 @@
-"""What an engine's KV depends on beside weights, tokens and adapters, read from vLLM's configuration.
+"""Facts besides weights, tokens and adapters that an engine's KV depends on, read from vLLM's configuration.
 
-Each fact here is compared with the peer's, and is part of the pool's keys. What does not reach a key or a value is left
-out: paths and names (where the weights have a digest), versions of libraries, parallel sizes that only split the KV,
-compilation, graphs and kernels that compute the same in another order.
+Each fact is compared with the peer's and is part of the pool's keys. Left out is what does not change the K and V
+values: paths and names (if the weights have a digest), library versions, parallel sizes that only split the KV,
+compilation, CUDA graphs, and kernels that compute the same in another order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
-# vLLM's versions whose KV pages hold the same under the same facts (attention backend, shape, layout, dtype): K and V
-# of a head packed, one view of [blocks, heads, tokens, content] a layer. Any other version has a format of its own.
+# vLLM versions whose KV pages are the same if all facts (attention backend, shape, layout, dtype) are: K and V of a
+# head packed, one view of [blocks, heads, tokens, content] per layer. Any other version counts as its own format.
 PAGE_FORMAT = "packed-kv-1"
 KNOWN_VERSIONS = ("0.30", "0.31", "0.32")
 
@@ -33,7 +33,7 @@ CONTEXT_PARALLEL_FACTS = {
     "cp_interleave": "cp_kv_cache_interleave_size",
 }
 
-# Of vLLM's multimodal configuration: what makes another embedding of the same input.
+# Fields of vLLM's multimodal configuration that change the embedding of an input.
 _MEDIA = (
     "mm_processor_kwargs",
     "media_io_kwargs",
@@ -41,13 +41,17 @@ _MEDIA = (
     "video_pruning_method",
     "mm_encoder_attn_dtype",
 )
-# Beside the model: how its processor cuts, scales and normalizes images and sounds, if not as the library does.
+# Files beside the model that say how its processor crops, scales and normalizes images and audio.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _NOT_OF_PROCESSORS = IRRELEVANT | {"chat_template", "processor_class"}
 
 
 def model_identity(config: VllmConfig, kv_dtype: torch.dtype) -> dict[str, FingerprintValue]:
-    """Facts of the model and of what flags make of it. ``kv_dtype``: of the cache's tensors."""
+    """Facts of the model and of the flags that change its KV.
+
+    Args:
+        kv_dtype: dtype of the cache's tensors.
+    """
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     return {
         "model_config": model_facts(model).text(),
@@ -64,11 +68,11 @@ def model_identity(config: VllmConfig, kv_dtype: torch.dtype) -> dict[str, Finge
 
 
 def model_facts(model: ModelConfig) -> ModelFacts:
-    """The configuration of the whole model, images' encoder and projector included: their output becomes KV."""
+    """Configuration of the whole model, including image encoder and projector, whose output becomes KV."""
     whole, text = model.hf_config, model.hf_text_config
     facts = dict(whole.to_dict())
     if text is not whole and not any(part is text for part in vars(whole).values()):
-        facts["text_model"] = text.to_dict()  # vLLM made it
+        facts["text_model"] = text.to_dict()  # vLLM built it; it is not part of the whole configuration
     return ModelFacts(facts, _defaults(whole))
 
 
@@ -81,7 +85,7 @@ def _defaults(config: Any) -> Mapping[str, Any]:
 
 
 def quantization(model: ModelConfig) -> str:
-    """The method, whether the checkpoint or a flag names it, and what flags say of it."""
+    """The quantization method, named by the checkpoint or a flag, and the flags' quantization options."""
     asked = getattr(model, "quantization_config", None)
     more = "" if asked is None else f" {json.dumps(_plain(asked), sort_keys=True, default=str)}"
     return f"{model.quantization or ''}{more}"
@@ -92,18 +96,21 @@ def _plain(value: Any) -> Any:
 
 
 def kv_cache_dtype(cache: Any, kv_dtype: torch.dtype) -> str:
-    """The tensors' own, and beside it the format for which they are only storage. ``auto`` that came to the same dtype
-    as a flag is the same."""
+    """dtype of the cache's tensors, with the KV format in front if it differs (the tensors then only store its bytes).
+
+    ``auto`` and an explicit flag give the same text if they result in the same dtype. Layers that keep the computed
+    dtype are named first.
+    """
     stored, named = str(kv_dtype).removeprefix("torch."), str(cache.cache_dtype)
     skipped = ",".join(sorted(map(str, getattr(cache, "kv_cache_dtype_skip_layers", None) or ())))
     shown = stored if named in ("auto", stored) else f"{named}/{stored}"
-    if getattr(cache, "calculate_kv_scales", False):  # from the first request that an engine happens to see
+    if getattr(cache, "calculate_kv_scales", False):  # scales depend on the engine's first request
         shown = f"{named}, scales of {secrets.token_hex(4)}/{stored}"
     return f"{skipped} as computed, rest {shown}" if skipped else shown
 
 
 def page_format() -> str:
-    """What pages hold is the attention backend's own business, and may change with vLLM."""
+    """Version of the page format, which attention backends may change in any vLLM release."""
     import vllm
 
     minor = ".".join(vllm.__version__.split(".")[:2])
@@ -111,8 +118,10 @@ def page_format() -> str:
 
 
 def long_rope(model: ModelConfig) -> bool:
-    """Whether the rotary embedding's factors for long texts are used from the first token on, as vLLM does where its
-    longest text is beyond the length that the model was trained with first."""
+    """Whether LongRoPE's long factors are used from the first token on.
+
+    vLLM does so if its maximum model length is beyond the model's original one.
+    """
     config = model.hf_text_config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
@@ -124,8 +133,10 @@ def long_rope(model: ModelConfig) -> bool:
 
 
 def _built_for_long_texts() -> bool | None:
-    """What this process's model decided while it was made: ``--max-model-len -1`` is shortened after that, to what the
-    cache has room for. None: it has no such embedding."""
+    """What this process's model decided when it was built; None if it has no such embedding.
+
+    ``max_model_len`` does not tell: ``--max-model-len -1`` is reduced later, to what fits into the cache.
+    """
     try:
         from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     except ImportError:
@@ -135,8 +146,11 @@ def _built_for_long_texts() -> bool | None:
 
 
 def media(model: ModelConfig) -> str:
-    """What changes what images and sounds become: flags, and the files of the model's processor; empty where they are
-    at rest, or the model takes none. (What a request says of it is part of the hash of its picture.)"""
+    """Flags and processor files that change the embedding of images and audio.
+
+    Empty if all have their defaults or the model is not multimodal. Options in a request are covered by the hash of its
+    media.
+    """
     config = model.multimodal_config
     if config is None:
         return ""
@@ -155,8 +169,11 @@ def media(model: ModelConfig) -> str:
 
 
 def remote_code(config: VllmConfig) -> str:
-    """The code that a model brings along, where it may run: by the bytes of its Python files, and by the names of those
-    of other repositories, whose ``--code-revision`` counts. Empty where none may."""
+    """Digest of the model's remote code; empty if none runs.
+
+    Covers the bytes of the Python files beside the model, and for code of other repositories its names and
+    ``--code-revision``.
+    """
     model = config.model_config
     named = getattr(model.hf_config, "auto_map", None)
     if not named or not model.trust_remote_code:
@@ -165,13 +182,13 @@ def remote_code(config: VllmConfig) -> str:
     try:
         files = sorted((folder if folder.is_dir() else snapshot(config)).glob("*.py"))
     except NoFiles:
-        return f"unknown {secrets.token_hex(8)}"  # is nobody's
+        return f"unknown {secrets.token_hex(8)}"  # equal to no other engine's
     told = [named, str(model.code_revision or ""), [[file.name, _digest(file.read_bytes())] for file in files]]
     return _digest(json.dumps(told, sort_keys=True, default=str).encode())
 
 
 def _processor(model: ModelConfig) -> dict[str, Any]:
-    """By file name: what the processor's files say, where they are on this host."""
+    """Contents of the processor files found on this host, by file name, without irrelevant fields."""
     from vllm.transformers_utils.repo_utils import try_get_local_file
 
     found = {}

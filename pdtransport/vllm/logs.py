@@ -1,9 +1,9 @@
-"""Our log lines in vLLM's log. vLLM configures the logger ``vllm`` only: what others log at INFO is lost, and warnings
-come without time, level and process.
+"""Forwards pdtransport's log records to vLLM's logger.
 
-What is logged under ``pdtransport`` is handed to vLLM's logger: its level, its handlers and their format, whatever set
-them (``VLLM_LOGGING_LEVEL``, ``VLLM_LOGGING_CONFIG_PATH``, ``VLLM_CONFIGURE_LOGGING``, ``--log-config-file``). A user
-who configured the logger ``pdtransport`` keeps what is configured.
+vLLM configures only the logger ``vllm``: INFO records of other loggers are lost, and their warnings come without time,
+level and process. Records of ``pdtransport`` therefore use the level, handlers and format of vLLM's logger, however
+these were set (``VLLM_LOGGING_LEVEL``, ``VLLM_LOGGING_CONFIG_PATH``, ``VLLM_CONFIGURE_LOGGING``,
+``--log-config-file``). If a user configured the logger ``pdtransport``, it is left alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ OURS, THEIRS = "pdtransport", "vllm"
 
 
 class _ToVLLM(logging.Handler):
-    """Hands records to vLLM's logger as it is at that moment: vLLM configures it late, and more than once."""
+    """Forwards records to vLLM's logger, looked up for each record: vLLM configures it late and more than once."""
 
     def emit(self, record: logging.LogRecord) -> None:
         theirs = logging.getLogger(THEIRS)
@@ -23,16 +23,16 @@ class _ToVLLM(logging.Handler):
 
 
 def join_vllm_log() -> None:
-    """Call in each process of vLLM's, as often as you like: a line is logged once."""
+    """Forward records to vLLM's logger; call in each vLLM process. Idempotent: each record is logged once."""
     ours = logging.getLogger(OURS)
     if not any(isinstance(handler, _ToVLLM) for handler in ours.handlers):
         if ours.handlers or ours.level != logging.NOTSET or not ours.propagate:
             return  # a user configured it
         ours.addHandler(_ToVLLM())
-        ours.setLevel(logging.DEBUG)  # vLLM's level decides
+        ours.setLevel(logging.DEBUG)  # vLLM's logger filters by its own level
         ours.propagate = False
-    # A configuration file disables all loggers that exist when it is read, but for those that it names and their
-    # children: vLLM's own go on, and so do ours.
+    # Reading a logging configuration file disables all existing loggers except those that it names and their children.
+    # vLLM's own stay enabled; enable pdtransport's again, too.
     for name, logger in logging.Logger.manager.loggerDict.items():
         if name.startswith(OURS) and isinstance(logger, logging.Logger):
             logger.disabled = False

@@ -1,6 +1,7 @@
-"""What the scheduler's half of the connector tells the workers each step: commands, in order.
+"""Messages between the connector's two halves: ordered commands to the workers each step, and the workers' report.
 
-Commands name requests by vLLM's own id: two requests may come with one transfer id, and only the first may have it.
+Commands name requests by vLLM's request id, not by transfer id: two requests may arrive with the same transfer id, and
+only the first one gets it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Open:
-    """Prefill: this request's pages will be handed over as ``transfer``. ``key``: of the prompt; a worker completes it
-    by the content of ``adapter`` (:mod:`pdtransport.vllm.adapted`)."""
+    """Prefill: offer this request's pages as ``transfer``.
+
+    ``key`` is the prompt's digest; a worker adds the content of ``adapter`` to it (:mod:`pdtransport.vllm.adapted`).
+    """
 
     req_id: str
     transfer: str
@@ -31,8 +34,11 @@ class Open:
 
 @dataclass(frozen=True)
 class Wrote:
-    """In this step a request with an adapter writes KV into ``blocks``. ``anew``: of the first of them there was
-    nothing before. ``number``: the adapter's id."""
+    """In this step a request with a LoRA adapter writes KV into ``blocks``.
+
+    ``number``: the adapter's id. ``anew``: the step writes the first block from its first token on; otherwise that
+    block already held KV.
+    """
 
     req_id: str
     number: int
@@ -42,8 +48,11 @@ class Wrote:
 
 @dataclass(frozen=True)
 class Pages:
-    """Prefill: after this step, the first ``tokens`` prompt tokens are in ``pages``; ``before`` it, so many were.
-    ``cached``: how many of the prompt's tokens the engine's caches held; told with a request's first step."""
+    """Prefill: after this step, the KV of the first ``tokens`` prompt tokens is in ``pages``.
+
+    ``before``: prompt tokens computed before this step. ``cached``: prompt tokens found in the engine's caches; set in
+    the request's first step only.
+    """
 
     req_id: str
     pages: list[int]
@@ -54,15 +63,17 @@ class Pages:
 
 @dataclass(frozen=True)
 class Rewind:
-    """The engine took this request's pages back; they are overwritten in this very step."""
+    """The engine preempted this request: its pages are overwritten in this very step."""
 
     req_id: str
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Prefill: the request is through; report ``finished_sending`` once its pages are free. ``first_token``: what
-    decode promised to go on from."""
+    """Prefill: the request finished; report ``finished_sending`` once nothing uses its pages.
+
+    ``first_token``: the sampled token, if decode promised to continue from it.
+    """
 
     req_id: str
     first_token: int | None = None
@@ -70,8 +81,11 @@ class Finish:
 
 @dataclass(frozen=True)
 class Drop:
-    """Prefill: the request was aborted; report ``finished_sending`` once its pages are free. Not with ``report``
-    false: its pages are still loaded from the pool, and the end of that is reported."""
+    """Prefill: stop handing over this request; report ``finished_sending`` once nothing uses its pages.
+
+    With ``report`` false nothing is reported here: a load from the pool still uses the pages and reports its own end,
+    or the request goes on.
+    """
 
     req_id: str
     report: bool = True
@@ -79,8 +93,8 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """Decode: this request is known here, but has no pages yet."""
+class SendClaim:
+    """Decode: ask prefill to keep the pages of this transfer; its request here has no blocks yet."""
 
     transfer: str
     host: str
@@ -89,10 +103,13 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Take:
-    """Decode: take blocks ``first_block ..`` into ``pages``, by a ``key`` that is completed as prefill's. Without
-    pages nothing is reported to the scheduler: decode holds the prefix already, or the request is gone, and prefill
-    learns that it may free its pages. ``first_token``: promise to go on from the first token that prefill names."""
+class StartReceive:
+    """Decode: receive blocks ``first_block ..`` of the prompt into ``pages``.
+
+    ``key`` is the prompt's digest, to which a worker adds the adapter's content, as on prefill. ``first_token``:
+    promise to continue from the first token that prefill returns. With empty ``pages`` (decode already has the prompt's
+    blocks) prefill learns that it may free its pages, and nothing is reported to the scheduler.
+    """
 
     req_id: str
     transfer: str
@@ -109,8 +126,10 @@ class Take:
 
 @dataclass(frozen=True)
 class Decline:
-    """Decode: this transfer is not taken at all; who watches hears why, and prefill, whose address ``host`` is, may let
-    go."""
+    """Decode: this transfer will not be received.
+
+    Watchers of the transfer are told why, and prefill at ``host`` (if not empty) that it may free its pages.
+    """
 
     transfer: str
     code: Code
@@ -121,17 +140,20 @@ class Decline:
 
 
 @dataclass(frozen=True)
-class Cancel:
-    """The request was aborted while its pages were on their way, from prefill or from the pool."""
+class CancelLoad:
+    """The request was aborted while its pages were being received from prefill or loaded from the pool."""
 
     req_id: str
 
 
 @dataclass(frozen=True)
-class Fetch:
-    """Load chunks from the pool into ``pages``, of which the first ``held`` blocks of the first chunk are left out: the
-    engine holds them. ``keys``: by rank, one for each of its parts of each chunk, chunk by chunk. ``content``: the
-    digest of ``adapter`` that these keys go by."""
+class LoadChunks:
+    """Load chunks from the pool into ``pages``.
+
+    ``keys[rank]``: one key per part of each chunk that this rank holds, chunk by chunk. ``held``: blocks of the first
+    chunk that the engine already has; ``pages`` leaves them out. ``content``: the adapter digest that the keys were
+    computed with.
+    """
 
     req_id: str
     keys: list[list[bytes]]
@@ -142,9 +164,12 @@ class Fetch:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """After this step, ``pages`` hold whole chunks: store them in the pool. ``keys`` and ``content`` as in
-    :class:`Fetch`; without keys, there is nothing to store, and that is reported."""
+class StoreChunks:
+    """Store ``pages`` in the pool; after this step they hold whole chunks.
+
+    ``keys`` and ``content`` as in :class:`LoadChunks`. With empty ``keys`` nothing is stored, and the store is reported
+    as done.
+    """
 
     req_id: str
     keys: list[list[bytes]]
@@ -153,31 +178,52 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Settle:
-    """The request is through; report ``finished_sending`` once its stores no longer read its pages."""
+class FinishStores:
+    """The request finished; report ``finished_sending`` once no store reads its pages."""
 
     req_id: str
 
 
 @dataclass(frozen=True)
-class Yield:
-    """Prefill: let go of the finished request's pages unless decode is taking them. ``reason``: for logs and decode."""
+class ReleaseIfPooled:
+    """Prefill: release a finished request's pages, unless decode has already granted blocks for them.
+
+    ``reason`` is logged and sent to decode.
+    """
 
     req_id: str
     reason: str = "the pool has its pages"
 
 
 Command = (
-    Open | Pages | Wrote | Rewind | Finish | Drop | Claim | Take | Decline | Cancel | Fetch | Keep | Settle | Yield
+    Open
+    | Pages
+    | Wrote
+    | Rewind
+    | Finish
+    | Drop
+    | SendClaim
+    | StartReceive
+    | Decline
+    | CancelLoad
+    | LoadChunks
+    | StoreChunks
+    | FinishStores
+    | ReleaseIfPooled
 )
 
 
 @dataclass
 class Commands(KVConnectorMetadata):
-    """``before``: to be done before the step's forward pass may touch a page; ``after``: once it is computed.
-    ``bell``: name of the scheduler's :class:`pdtransport.vllm.bell.Bell`. ``hold``: whose pages must be there before
-    the forward pass (:mod:`pdtransport.vllm.early`); ``ahead``: what it launches was launched before, for another
-    request."""
+    """The commands of one step.
+
+    Attributes:
+        before: run before the step's forward pass may touch a page.
+        after: run once the forward pass is launched; they take effect when it is computed.
+        bell: name of the scheduler's :class:`~pdtransport.engine.wakeups.WakeupReceiver`.
+        hold: requests whose pages must be there before the forward pass (:mod:`pdtransport.vllm.early`).
+        ahead: the same kernels were launched before, for another request.
+    """
 
     before: list[Command] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
@@ -187,15 +233,21 @@ class Commands(KVConnectorMetadata):
 
 
 @dataclass
-class News(KVConnectorWorkerMetadata):
-    """What the workers tell the scheduler's half. ``promised``: requests of prefill's whose decode goes on from their
-    first token; ``first_tokens``: requests of decode's, and what they go on from; ``cached``: how many tokens of a
-    request's prompt prefill found in its caches; ``kept``: how many :class:`Keep` of a request no longer read its
-    pages; ``in_pool``: how many workers have their parts of a chunk in the pool, by the key of its first part (where KV
-    events are on); ``held``: seconds for which a step was held for its pages, or by which, negative, they were there
-    before it (of several workers, by the one that had the least time); ``void``: whose step was computed before its
-    pages came, whatever became of them; ``adapters``: digests of adapters that were loaded, by id (empty where workers
-    hold different ones)."""
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What the workers report to the scheduler half, merged over all ranks.
+
+    Attributes:
+        promised: prefill's requests whose decode promised to continue from their first token.
+        first_tokens: decode's requests, and the token that each continues from.
+        cached: decode's requests, and how many prompt tokens prefill found in its caches.
+        kept: number of :class:`StoreChunks` of each request that no longer read its pages.
+        in_pool: number of workers whose parts of a chunk are in the pool, by the key of the chunk's first part; only
+            with KV events on.
+        held: seconds that a step waited for its pages; negative: the pages arrived that long before. The minimum over
+            workers.
+        void: requests whose step was computed before their pages came, whether or not these came later.
+        adapters: digests of the adapters that were loaded, by id; empty where workers differ.
+    """
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
@@ -206,9 +258,9 @@ class News(KVConnectorWorkerMetadata):
     void: set[str] = field(default_factory=set)
     adapters: dict[int, str] = field(default_factory=dict)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> News:
-        assert isinstance(other, News)
-        return News(
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
+        assert isinstance(other, WorkerReport)
+        return WorkerReport(
             self.promised | other.promised,
             {**self.first_tokens, **other.first_tokens},
             {**self.cached, **other.cached},

@@ -1,4 +1,4 @@
-"""The ``kv_transfer_params`` of a request: what routers say, with vLLM's NIXL key names, checked before use."""
+"""Parses and validates a request's ``kv_transfer_params``, which use the key names of vLLM's NIXL connector."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pdtransport.protocol.messages import MAX_TRANSFER_ID, Token, TransferId
 from pdtransport.settings import one_line
 
-# Routers that copy only the keys which vLLM's NIXL connector has drop transfer_id: prefill's answer names the transfer
-# in remote_request_id, too, marked so that no other connector's request id is taken for one.
+# Some routers copy only the keys of vLLM's NIXL connector and drop transfer_id. So prefill's response also carries the
+# transfer in remote_request_id, with this prefix so that another connector's request id is never taken for a transfer.
 _MARK = "pdtransport:"
 
 MAX_RANKS = 1024
@@ -20,16 +20,16 @@ MAX_PORT = 65535
 
 
 def marked(transfer_id: str) -> str:
-    """``remote_request_id`` of prefill's answer."""
+    """The ``remote_request_id`` of prefill's response for this transfer."""
     return _MARK + transfer_id
 
 
 class _Params(BaseModel):
-    # Routers may add keys of their own; ours must have the right types.
+    # Routers may add other keys; the known ones must have the right types.
     model_config = ConfigDict(extra="ignore", strict=True)
 
     transfer_id: TransferId | None = None
-    first_token: bool = False  # prefill may give its first token out, and decode goes on from it
+    first_token: bool = False  # prefill may return its first token, and decode continues from it
 
 
 class ProduceParams(_Params):
@@ -60,7 +60,7 @@ class ConsumeParams(_Params):
 
 
 class ContinueParams(BaseModel):
-    """Decode computes the prompt itself and goes on from ``continue_from``, a first token that a client has."""
+    """Decode computes the prompt itself and continues from ``continue_from``, a token the client already has."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -69,17 +69,20 @@ class ContinueParams(BaseModel):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks of the connector: at most one of the three, or why its wish can't be granted."""
+    """What a request asks of the connector: at most one of the three fields, or ``problem`` if they are invalid."""
 
     produce: ProduceParams | None = None
     consume: ConsumeParams | None = None
     continue_from: int | None = None
     problem: str = ""
-    lost: bool = False  # with a problem: the request must not start from its first token
+    lost: bool = False  # with a problem: the client already has the first token, so the request can't start over
 
 
 def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:
-    """Read ``kv_transfer_params`` as a client sent it. Never raises: a problem is returned as one line."""
+    """Parse ``kv_transfer_params`` as a client sent them.
+
+    Never raises: a problem is returned as one line of text.
+    """
     if not params:
         return Wanted()
     if not isinstance(params, dict):
@@ -107,7 +110,7 @@ def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:
 
 
 def asked_transfer(params: Any) -> str:
-    """Which transfer a request on decode asks for, whatever else is wrong with its parameters; empty if none."""
+    """The transfer id that a decode request asks for, even if its other parameters are invalid; empty if none."""
     if not isinstance(params, dict) or not params.get("do_remote_prefill"):
         return ""
     try:

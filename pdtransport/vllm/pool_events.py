@@ -1,7 +1,8 @@
-"""vLLM's KV events of the shared pool: which blocks can be had from there, for routers that place prompts by them.
+"""vLLM KV events for the shared pool, so that routers can place prompts by the blocks it holds.
 
-Blocks have vLLM's own hashes. An engine tells of chunks that it stored, and of those that it found; and that they are
-gone once the pool says so. What it can't be sure of it does not tell of, or tells that it is gone.
+Blocks are named by vLLM's own hashes. An engine publishes ``BlockStored`` for chunks that it stored or found in the
+pool, and ``BlockRemoved`` once the pool reports them gone. If it is not sure that a chunk is there, it publishes
+nothing, or ``BlockRemoved`` if it had published the chunk before.
 """
 
 from __future__ import annotations
@@ -18,42 +19,46 @@ if TYPE_CHECKING:
 
     from pdtransport.pool.client.pool_client import PoolClient
 
-OWNER = "pdpool"  # who holds the blocks, in an event
-MAX_KNOWN = 1 << 18  # chunks that were told of; the oldest are told to be gone
-MAX_STORING = 1 << 14  # chunks on their way into the pool
-MAX_GONE = 1 << 16  # keys that went lately
-WATCH_S = 1.0  # between attempts to watch a pool that is not there
-REMOVED_AT_ONCE = 1024  # blocks in one event
+OWNER = "pdpool"  # `ownership` of the blocks in an event
+MAX_KNOWN = 1 << 18  # published chunks; beyond it the oldest are published as removed
+MAX_STORING = 1 << 14  # chunks being stored
+MAX_GONE = 1 << 16  # remembered keys that the pool dropped lately
+WATCH_S = 1.0  # between attempts to watch a pool that is not reachable
+REMOVED_AT_ONCE = 1024  # blocks in one BlockRemoved event
 
 
 @dataclass
 class _Chunk:
-    """``hashes``: of its blocks; ``keys``: of all its parts; ``since``: nothing that went before this matters."""
+    """A chunk to publish.
+
+    ``hashes``: of its blocks. ``keys``: of all its parts. ``since``: value of ``PoolEvents.now`` at which it was known
+    to be in the pool, or its store began; removals up to then don't matter.
+    """
 
     hashes: list[Any]
     keys: tuple[bytes, ...]
-    stored: Any  # the event that tells of it
+    stored: Any  # its BlockStored event
     since: int
-    reports: int = 0  # workers that stored their parts
+    reports: int = 0  # workers that stored all their parts
 
 
 class PoolEvents:
-    """One per engine, used by the scheduler's thread."""
+    """Collects the pool's KV events, one per engine. Used by the scheduler's thread."""
 
     def __init__(self, *, block_size: int, chunk_blocks: int, ranks: int, clock: Callable[[], float]) -> None:
         self._block_size, self._per, self._ranks, self._clock = block_size, chunk_blocks, ranks, clock
         self._known: OrderedDict[bytes, _Chunk] = OrderedDict()  # by the first part's key
         self._of: dict[bytes, _Chunk] = {}  # by any part's key
         self._storing: OrderedDict[bytes, _Chunk] = OrderedDict()
-        self._heard: deque[Sequence[bytes] | None] = deque()  # what went; None: whatever there was
-        self._gone: OrderedDict[bytes, int] = OrderedDict()  # key -> when
+        self._heard: deque[Sequence[bytes] | None] = deque()  # removed keys; None: all may be gone
+        self._gone: OrderedDict[bytes, int] = OrderedDict()  # removed key -> value of `now`
         self._events: list[Any] = []
         self._watching = False
         self._watch_at = 0.0
-        self.now = 0  # grows whenever something went
+        self.now = 0  # logical clock, incremented by each removal
 
     def watch(self, client: PoolClient) -> None:
-        """Hear of what goes, unless that is so already."""
+        """Subscribe to the pool's removals, unless already subscribed."""
         self._drain()
         if self._watching or self._clock() < self._watch_at:
             return
@@ -67,8 +72,14 @@ class PoolEvents:
     # -- what the engine sees ----------------------------------------------------------------------------------------
 
     def found(self, request: Request, chunks: Sequence[tuple[bytes, ...]], since: int) -> None:
-        """The pool holds the request's first chunks, whose parts have these keys, as of ``since``. This is told each
-        time: a consumer may have come later, or have been told that all blocks of this engine were cleared."""
+        """Publish the request's first chunks: the pool held them at ``since``.
+
+        They are published every time: a subscriber may have joined later, or this engine may have published that all
+        its blocks were cleared.
+
+        Args:
+            chunks: for each chunk, the keys of all its parts.
+        """
         self._drain()
         for number, keys in enumerate(chunks):
             chunk = self._describe(request, number, keys, since)
@@ -76,7 +87,7 @@ class PoolEvents:
                 self._tell(chunk)
 
     def storing(self, request: Request, first: int, chunks: Sequence[tuple[bytes, ...]]) -> None:
-        """Workers are told to store chunks ``first..``."""
+        """Remember chunks ``first..``, which workers are about to store."""
         for number, keys in enumerate(chunks, first):
             chunk = self._describe(request, number, keys, self.now)
             if chunk is not None:
@@ -85,7 +96,10 @@ class PoolEvents:
             self._storing.popitem(last=False)
 
     def stored(self, reports: Mapping[bytes, int]) -> None:
-        """How many workers have their parts of these chunks in the pool, by the chunk's first key."""
+        """Take in how many workers have stored their parts of a chunk, by the key of its first part.
+
+        A chunk is published once all workers have stored their parts.
+        """
         self._drain()
         for key, count in reports.items():
             chunk = self._storing.get(key)
@@ -97,12 +111,12 @@ class PoolEvents:
                 self._tell(chunk)
 
     def take(self) -> list[Any]:
-        """Events since the last call."""
+        """KV events since the last call."""
         self._drain()
         events, self._events = self._events, []
         return _joined(events)
 
-    # -- how -----------------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     def _describe(self, request: Request, number: int, keys: tuple[bytes, ...], since: int) -> _Chunk | None:
         from vllm.distributed.kv_events import MEDIUM_CPU, BlockStored
@@ -122,7 +136,7 @@ class PoolEvents:
         ]
         adapter = request.lora_request
         event = BlockStored(
-            block_hashes=list(hashes),  # it may be joined with others
+            block_hashes=list(hashes),  # a copy, since _joined() extends it
             parent_block_hash=maybe_convert_block_hash(request.block_hashes[first - 1]) if first else None,
             token_ids=list(request.all_token_ids[first * size : end * size]),
             block_size=size,
@@ -150,7 +164,7 @@ class PoolEvents:
             self._forget([next(iter(self._known.values()))])
 
     def _drain(self) -> None:
-        """Take in what the pool said."""
+        """Process the removals that the pool reported."""
         while self._heard:
             keys = self._heard.popleft()
             self.now += 1
@@ -188,7 +202,7 @@ class PoolEvents:
 
 
 def _joined(events: list[Any]) -> list[Any]:
-    """Chunks that follow one another in a prompt, in one event."""
+    """Merge the events of consecutive chunks of a prompt into one event."""
     from vllm.distributed.kv_events import BlockStored
 
     found: list[Any] = []

@@ -1,4 +1,4 @@
-"""The shared pool in vLLM's scheduler: asks what it holds, and says which pages to load and to store."""
+"""Scheduler half of pool use: looks prompts up in the shared pool and decides which pages to load and to store."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
-from pdtransport.pool.client.pool_client import Found, Pending, PoolClient
+from pdtransport.pool.client.pool_client import Pending, PoolClient, PrefixFound
 from pdtransport.pool.messages import MAX_KEYS, MAX_MANAGED, MAX_SPACE
 from pdtransport.settings import PoolUse, Settings
-from pdtransport.vllm.metadata import Fetch, Keep
+from pdtransport.vllm.metadata import LoadChunks, StoreChunks
 from pdtransport.vllm.pool_events import PoolEvents
 from pdtransport.vllm.pool_space import Shard, introduction, salt_of, why_unkeyable
 
@@ -28,70 +28,75 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A lookup that a request no longer waits for may still be answered for so long. Meanwhile nobody else waits for a pool
-# that does not answer.
+# How long a lookup may stay unanswered after its request gave up on it. Until it ends, other requests do not wait for
+# the pool either, since it does not answer.
 ANSWER_S = 10.0
 
 
 @dataclass
 class _Prompt:
-    """A request's whole chunks: the prompt's, and those that its answer completes. Counts of chunks are counted from
-    the first one."""
+    """A request's whole chunks: those of its prompt, and those that its output completes.
+
+    All counts of chunks start at the prompt's first chunk.
+    """
 
     request: Request
-    shards: list[list[KeySpace]]  # by rank, of its parts, with the salt
-    keys: dict[KeySpace, list[bytes]]
-    tokens: int  # the prompt's
-    content: str | None  # of its adapter, if it has one
-    sought: int = 0  # chunks that were asked for
-    lookups: Collection[Pending[Found]] = ()
-    until: float = 0.0
+    shards: list[list[KeySpace]]  # by rank: key spaces of its parts, with the salt
+    keys: dict[KeySpace, list[bytes]]  # of each whole chunk
+    tokens: int  # of the prompt
+    content: str | None  # digest of its adapter, if it has one
+    sought: int = 0  # chunks that were looked up
+    lookups: Collection[Pending[PrefixFound]] = ()
+    until: float = 0.0  # when the request stops waiting for the lookups
     state: str = "asking"  # -> "found" -> "loading" -> "done"
     there: int = 0  # chunks that the pool holds
-    asked_at: int = 0  # on the clock of PoolEvents
-    computed: int = 0  # tokens that the engine held when it last asked
-    stored: int = 0  # chunks that are in the pool, or on their way
-    open: int = 0  # stores that the workers have not reported, over all ranks
-    stale: bool = False  # its KV is of weights that are gone: nothing of it is stored, nor loaded
-    kept_out: bool = False  # its KV is of a producer that is not trusted: nothing of it is stored
+    asked_at: int = 0  # value of PoolEvents.now at the lookup
+    computed: int = 0  # tokens that the engine had when vLLM last asked for matched tokens
+    stored: int = 0  # chunks that are in the pool or being stored
+    open: int = 0  # stores that the workers have not reported as done, over all ranks
+    stale: bool = False  # its KV belongs to replaced weights: neither store nor load any of it
+    kept_out: bool = False  # its KV came from an untrusted producer: store none of it
 
     @property
     def whole(self) -> int:
-        """Chunks that have keys."""
+        """Number of chunks that have keys."""
         return len(self.keys[self.shards[0][0]])
 
     def parts(self, first: int, end: int) -> list[tuple[bytes, ...]]:
-        """Keys of all parts of each of the chunks ``first..end``."""
+        """For each of the chunks ``first..end``, the keys of all its parts."""
         spaces = [space for parts in self.shards for space in parts]
         return [tuple(self.keys[space][i] for space in spaces) for i in range(first, end)]
 
     def cut(self, first: int, end: int) -> list[list[bytes]]:
-        """Keys of chunks ``first..end``, by rank."""
+        """For each rank, the keys of its parts of the chunks ``first..end``, chunk by chunk."""
         return [[self.keys[space][i] for i in range(first, end) for space in parts] for parts in self.shards]
 
 
 @dataclass
 class _HandOff:
-    """A finished prompt whose pages prefill holds for decode. It need not once the pool has them."""
+    """A finished prompt whose pages prefill holds for decode; they can be freed once the pool has them."""
 
-    keys: list[list[bytes]]  # by space, of its whole chunks
-    at: float  # when to ask
-    open: int  # stores that the workers have not reported
-    lookups: Collection[Pending[Found]] = ()
+    keys: list[list[bytes]]  # by key space: keys of its whole chunks
+    at: float  # when to look them up
+    open: int  # stores that the workers have not reported as done
+    lookups: Collection[Pending[PrefixFound]] = ()
 
 
 class PoolScheduler:
-    """One per engine. Inert until all workers told which chunks are theirs.
+    """Scheduler half of pool use, one per engine. Does nothing until :meth:`start`.
 
     Args:
-        ring: to be called, from any thread, when an answer has come.
-        events: tell of the pool's chunks in vLLM's KV events.
+        block_size: tokens per scheduler block.
+        ranks: tensor-parallel size of this engine.
+        clock: monotonic seconds.
+        ring: wakes the scheduler when a lookup is answered; called from any thread.
+        events: publish the pool's chunks in vLLM's KV events.
         client: for tests.
         settings: of the engine, for a pool on another host.
-        adapters: of the engine's requests; None: they have none.
+        adapters: adapters of the engine's requests; None: LoRA is off.
 
     Raises:
-        SettingsError: the salt's file can't be used.
+        SettingsError: the salt file can't be used.
     """
 
     def __init__(
@@ -116,8 +121,8 @@ class PoolScheduler:
         self._client = client
         self._shards: list[list[KeySpace]] = []  # by rank
         self._prompts: dict[str, _Prompt] = {}
-        self._late: list[Pending[Found]] = []
-        self._unhinted: list[str] = []  # requests that the pool was asked about, and not told that they wait
+        self._late: list[Pending[PrefixFound]] = []
+        self._unhinted: list[str] = []  # requests that were looked up and for which no hint was sent yet
         self._hand_offs: dict[str, _HandOff] = {}
         self._counts: Counter[str] = Counter()
         self._events: PoolEvents | None = None
@@ -125,7 +130,15 @@ class PoolScheduler:
             self._events = PoolEvents(block_size=block_size, chunk_blocks=use.chunk_blocks, ranks=ranks, clock=clock)
 
     def start(self, shards: Mapping[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
-        """What the workers told, by rank. The pool is told, so that people can look prompts up in it."""
+        """Start using the pool, if all workers can use it.
+
+        Also describes this engine's keys to the pool, so that users can look prompts up there.
+
+        Args:
+            shards: key spaces of each worker's chunks, by rank.
+            served: the model's names for clients.
+            tokenizer: name of the model's tokenizer.
+        """
         if sorted(shards) != list(range(self._ranks)):
             logger.warning("the pool is not used: %d of %d workers can use it", len(shards), self._ranks)
             return
@@ -144,7 +157,7 @@ class PoolScheduler:
             self._client.introduce(told)
 
     def restart(self, shards: Mapping[int, Shard], served: Sequence[str], tokenizer: str) -> None:
-        """The weights are others now, and so are the chunks: those of requests that are here belong to nobody."""
+        """Use new keys after a change of weights; current requests are neither stored nor loaded any more."""
         if not self._shards:
             return
         self._hand_offs.clear()
@@ -156,7 +169,7 @@ class PoolScheduler:
             self._introduce(shards, served, tokenizer)
 
     def set_apart(self, req_id: str) -> None:
-        """What this request computes belongs to nobody."""
+        """Neither store nor load anything of this request from now on."""
         prompt = self._prompts.get(req_id)
         if prompt is None:
             return
@@ -165,7 +178,7 @@ class PoolScheduler:
             prompt.lookups, prompt.sought, prompt.there, prompt.state = (), 0, 0, "found"
 
     def keep_out(self, req_id: str) -> None:
-        """Nothing of this request is stored: its pages are of a producer that is not trusted."""
+        """Store nothing of this request: its pages come from an untrusted producer."""
         prompt = self._prompts.get(req_id)
         if prompt is not None:
             prompt.kept_out = True
@@ -176,11 +189,11 @@ class PoolScheduler:
 
     @property
     def asking(self) -> bool:
-        """Whether a request waits for an answer."""
+        """Whether a request waits for a lookup."""
         return any(prompt.state == "asking" for prompt in self._prompts.values())
 
     def take_counts(self) -> Counter[str]:
-        """Chunks by what became of them, since the last call."""
+        """Counts of chunks by outcome since the last call."""
         counts, self._counts = self._counts, Counter()
         return counts
 
@@ -191,7 +204,11 @@ class PoolScheduler:
     # -- look up -------------------------------------------------------------------------------------------------
 
     def arrive(self, request: Request, look_up: bool = True) -> None:
-        """Ask at once what the pool holds of this prompt, unless its pages come from prefill."""
+        """Register a new request and look its prompt up at once.
+
+        Args:
+            look_up: false if its pages come from prefill.
+        """
         whole = request.num_prompt_tokens // self._chunk
         if not self._shards or not (whole or self._generated):
             return
@@ -212,18 +229,18 @@ class PoolScheduler:
             self.ask(request.request_id)
 
     def _content(self, request: Request) -> str | None:
-        """Digest of its adapter, empty without one; None while no worker has said what it loaded."""
+        """Digest of the request's adapter; empty without one, None until a worker reports what it loaded."""
         if request.lora_request is None:
             return ""
         return self._adapters.content(request) if self._adapters is not None else None
 
     def ask(self, req_id: str) -> None:
-        """Ask what the pool holds of this prompt; the scheduler is told when it asks next."""
+        """Look this prompt up in the pool; :meth:`matched_tokens` returns the result."""
         prompt = self._prompts.get(req_id)
         if prompt is None:
             return
         prompt.state = "asking"
-        # The last prompt token is computed here in any case: its logits give the first token.
+        # The last prompt token is always computed here: its logits give the first output token.
         prompt.sought = min((prompt.tokens - 1) // self._chunk, MAX_KEYS)
         self._late = [late for late in self._late if not late.future.done()]
         if not self._use.load or not prompt.sought or prompt.stale or prompt.request.skip_reading_prefix_cache:
@@ -250,7 +267,10 @@ class PoolScheduler:
             self._unhinted.append(prompt.request.request_id)
 
     def hint(self) -> None:
-        """A step is scheduled: who was not, waits for its turn. The pool may use that time to bring chunks up."""
+        """After a step is scheduled: send hints for requests that were looked up and still wait in the queue.
+
+        The pool can use that time to bring their chunks from lower tiers into memory.
+        """
         unanswered = []
         for req_id in self._unhinted:
             prompt = self._prompts.get(req_id)
@@ -263,12 +283,12 @@ class PoolScheduler:
         self._unhinted = unanswered
 
     def _bring_up(self, prompt: _Prompt) -> None:
-        """Nobody waits for it, and nothing depends on it."""
+        """Hint the chunks that the pool holds outside memory and the engine lacks. Best effort."""
         if self._client is None or any(lookup.future.exception() for lookup in prompt.lookups):
             return
         found = [lookup.future.result() for lookup in prompt.lookups]
         there = min(each.there for each in found)
-        held = prompt.computed // self._chunk  # by the engine; not known yet of one that the scheduler did not come to
+        held = prompt.computed // self._chunk  # by the engine; 0 if the scheduler has not reached this request yet
         for keys, each in zip(prompt.keys.values(), found, strict=True):
             for first in range(held, there if each.in_memory < each.there else 0, MAX_MANAGED):
                 with suppress(PoolUnavailable):
@@ -279,8 +299,10 @@ class PoolScheduler:
         prompt.sought, prompt.state = 0, "found"
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
-        """Tokens that the pool holds beyond the ``computed`` ones held here (None: ask again later), and whether they
-        come later."""
+        """Number of tokens beyond ``computed`` that the pool holds, and whether they load asynchronously.
+
+        The number is None while the lookup is running: vLLM asks again.
+        """
         prompt = self._prompts.get(request.request_id)
         if prompt is None or prompt.state in ("loading", "done") or request.num_output_tokens:
             return 0, False
@@ -291,7 +313,7 @@ class PoolScheduler:
         return more, more > 0
 
     def _answered(self, prompt: _Prompt) -> bool:
-        """Whether a request need not wait any longer."""
+        """Whether the request can stop waiting: its lookups are answered, failed or timed out."""
         waiting = [lookup for lookup in prompt.lookups if not lookup.future.done()]
         if waiting and self._clock() < prompt.until:
             return False
@@ -307,8 +329,12 @@ class PoolScheduler:
 
     # -- load ----------------------------------------------------------------------------------------------------
 
-    def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> Fetch | None:
-        """The request got ``blocks``, in which ``external_tokens`` are to come from the pool."""
+    def allocated(self, request: Request, blocks: list[int], external_tokens: int) -> LoadChunks | None:
+        """Build the load for a request that got ``blocks``; None if nothing is to be loaded.
+
+        Args:
+            external_tokens: tokens that vLLM expects from the pool.
+        """
         prompt = self._prompts.get(request.request_id)
         if prompt is None or prompt.state != "found":
             return None
@@ -320,7 +346,7 @@ class PoolScheduler:
         prompt.state = "loading"
         held = prompt.there * self._chunk - external_tokens
         first = held // self._chunk
-        return Fetch(
+        return LoadChunks(
             request.request_id,
             prompt.cut(first, prompt.there),
             held % self._chunk // self._block_size,
@@ -334,7 +360,7 @@ class PoolScheduler:
         return prompt is not None and prompt.state == "loading"
 
     def loaded(self, req_id: str, ok: bool) -> None:
-        """A load ended. One that failed is computed here, and stored again."""
+        """A load ended; after a failed one the chunks are computed here and stored again."""
         prompt = self._prompts.get(req_id)
         if prompt is not None and prompt.state == "loading":
             prompt.state = "done"
@@ -343,9 +369,13 @@ class PoolScheduler:
 
     # -- store ---------------------------------------------------------------------------------------------------
 
-    def progress(self, output: SchedulerOutput, computed: Mapping[str, int]) -> list[Keep]:
-        """What this step completes. ``computed``: tokens of each scheduled request before it."""
-        found: list[Keep] = []
+    def progress(self, output: SchedulerOutput, computed: Mapping[str, int]) -> list[StoreChunks]:
+        """Stores for the chunks that this step completes.
+
+        Args:
+            computed: for each scheduled request, tokens computed before this step.
+        """
+        found: list[StoreChunks] = []
         if not self._use.store:
             return found
         for req_id, before in computed.items():
@@ -362,7 +392,9 @@ class PoolScheduler:
             if ids is None:
                 continue
             per = self._use.chunk_blocks
-            found.append(Keep(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per]), prompt.content))
+            found.append(
+                StoreChunks(req_id, prompt.cut(first, end), list(ids[0][first * per : end * per]), prompt.content)
+            )
             if self._events is not None:
                 self._events.storing(prompt.request, first, prompt.parts(first, end))
             prompt.stored = end
@@ -370,8 +402,11 @@ class PoolScheduler:
         return found
 
     def _lengthen(self, prompt: _Prompt, computed: int) -> int:
-        """Whole chunks that were computed before this step, of whose tokens all are known and final: the scheduler
-        also counts drafts, and tokens that are still sampled. They have keys from now on."""
+        """Add keys for the output's whole chunks, and return the number of whole chunks that can be stored.
+
+        Only chunks computed before this step whose tokens are all final count: the scheduler's ``computed`` also
+        includes draft tokens and tokens that are still being sampled.
+        """
         end, known = min(computed, prompt.request.num_tokens - 1) // self._chunk, prompt.whole
         if end > known:
             tokens = prompt.request.all_token_ids[known * self._chunk : end * self._chunk]
@@ -380,26 +415,26 @@ class PoolScheduler:
         return end
 
     def stored(self, reports: Mapping[bytes, int]) -> None:
-        """How many workers have their parts of chunks in the pool, by the key of the chunk's first part."""
+        """Take in how many workers have stored their parts of a chunk, by the key of the chunk's first part."""
         if self._events is not None:
             self._events.stored(reports)
 
     def take_events(self) -> list[KVCacheEvent]:
-        """For vLLM to publish."""
+        """KV events for vLLM to publish."""
         if self._events is None or self._client is None:
             return []
         self._events.watch(self._client)
         return self._events.take()
 
     def kept(self, reports: Mapping[str, int]) -> None:
-        """How many stores of each request the workers no longer read pages for."""
+        """Take in how many stores of each request no longer read its pages."""
         for req_id, count in reports.items():
             of = self._prompts.get(req_id) or self._hand_offs.get(req_id)
             if of is not None:
                 of.open -= count
 
     def preempted(self, req_id: str) -> bool:
-        """Its pages are overwritten in this step; True if workers may still read them."""
+        """The request was preempted and this step overwrites its pages; True if stores may still read them."""
         prompt = self._prompts.get(req_id)
         if prompt is None:
             return False
@@ -407,7 +442,11 @@ class PoolScheduler:
         return prompt.open > 0
 
     def finished(self, req_id: str, hand_off: bool = False) -> bool:
-        """Forget the request; True if workers may still read its pages. ``hand_off``: prefill holds them for decode."""
+        """Forget the request; True if stores may still read its pages.
+
+        Args:
+            hand_off: prefill holds its pages for decode.
+        """
         prompt = self._prompts.pop(req_id, None)
         if prompt is None:
             return False
@@ -420,12 +459,15 @@ class PoolScheduler:
     # -- hand over -----------------------------------------------------------------------------------------------
 
     def freed(self, req_ids: Iterable[str]) -> None:
-        """Nobody holds these requests' pages any more."""
+        """The pages of these requests were freed."""
         for req_id in req_ids:
             self._hand_offs.pop(req_id, None)
 
     def handed_over(self) -> list[str]:
-        """Requests whose time is up and whose whole chunks the pool has; each is asked for once, and told once."""
+        """Requests held for decode longer than ``hand_off_s`` whose whole chunks are all in the pool.
+
+        Each request is looked up once and returned at most once.
+        """
         found = []
         for req_id, hand_off in list(self._hand_offs.items()):
             if not hand_off.lookups:

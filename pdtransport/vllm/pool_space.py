@@ -1,4 +1,7 @@
-"""Which chunks of the shared pool are this engine's: what their keys depend on beside the tokens, and who has none."""
+"""Key spaces of this engine's chunks in the shared pool, and which engines and requests can't use it.
+
+A key space holds everything that a chunk's key depends on besides the tokens.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Shard(KVConnectorHandshakeMetadata):
-    """What one worker tells the scheduler when the engine starts: the spaces of its parts of chunks, without a salt."""
+    """Key spaces of one worker's parts of chunks, without a salt; sent to the scheduler when the engine starts."""
 
     spaces: list[KeySpace]
 
 
 def check_use(use: PoolUse, load_failure_policy: str) -> None:
-    """Raises SettingsError if the pool's place can't be one, or in an engine that does not recompute what can't be
-    loaded."""
+    """Check the pool settings.
+
+    Raises:
+        SettingsError: the pool's name, directory, address or codec is invalid, or the engine does not recompute what
+            can't be loaded.
+    """
     place = {"name": use.name} if use.dir is None else {"name": use.name, "dir": use.dir}
     PoolSettings.parse(place, where="kv_connector_extra_config: pool")
     if use.address is not None:
@@ -56,13 +63,13 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
 
 
 def head_parts(geometry: KVGeometry, shards: int) -> list[tuple[int, int]]:
-    """Ranges of KV heads that this worker stores for itself, if all heads make ``shards`` parts.
+    """Ranges of KV heads that this worker stores as separate chunks, if the model's heads make ``shards`` parts.
 
     Raises:
-        SettingsError: its heads are not whole parts.
+        SettingsError: this worker's heads can't be divided into such parts.
     """
     heads, odd = divmod(geometry.total_heads, shards)
-    heads = heads or 1  # fewer heads than shards: several workers hold each
+    heads = heads or 1  # fewer heads than shards: several workers hold the same head
     if (odd and shards < geometry.total_heads) or geometry.heads % heads:
         raise SettingsError(
             f"pool.shards {shards} makes no whole parts of a worker's {geometry.heads} KV heads of "
@@ -72,8 +79,11 @@ def head_parts(geometry: KVGeometry, shards: int) -> list[tuple[int, int]]:
 
 
 def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[KeySpace]:
-    """The spaces of this worker's parts of chunks: all facts that two workers compare before they exchange pages, save
-    those that say which part of the model's KV is whose."""
+    """Key spaces of this worker's parts of chunks.
+
+    They hold all facts that two workers compare before they exchange pages, except those that say which part of the
+    model's KV a worker holds.
+    """
     geometry, facts = described.geometry, described.fingerprint
     layout = {
         **fingerprint_of(geometry, described.ranks),
@@ -82,13 +92,14 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
         "kernel_blocks": described.kernel_blocks_per_block,
         "page_format": facts["page_format"],
     }
-    # Of another tensor-parallel size: the shard says what differs. Of another protocol version: pages are the same.
+    # Chunks can be shared across tensor-parallel sizes, since `shard` says which heads they hold, and across protocol
+    # versions, which don't change pages.
     del layout["tp_size"], layout["protocol_version"]
     elsewhere = {*layout, "model", "revision", "dtype", "kv_cache_dtype", "model_config", *CONTEXT_PARALLEL_FACTS}
     computed = {name: value for name, value in facts.items() if name not in elsewhere}
     computed["model_config"] = model_facts(config.model_config).digest()
     computed["draft"] = _draft(config)
-    if not facts["weights"]:  # with a digest, what they are called is nobody's business
+    if not facts["weights"]:  # a digest of the weights makes names irrelevant
         computed["revision"] = facts["revision"]
     return [
         KeySpace(
@@ -105,14 +116,17 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
 
 
 def introduction(shards: Sequence[Shard], use: PoolUse, served: Sequence[str], tokenizer: str) -> str:
-    """What the pool is told of this engine's keys, as JSON text."""
+    """Description of this engine's keys for the pool, as JSON text."""
     spaces = [space for shard in shards for space in shard.spaces]
     return Space.of(spaces, salted=bool(use.salt), served=tuple(served), tokenizer=tokenizer).model_dump_json()
 
 
 def loss_of(described: Described, use: PoolUse) -> Lossy | None:
-    """How tiers may pack this worker's chunks with loss; None: not. Keys and values of a head have scales of their own
-    in each block; where they lie elsewhere in a page than thought, scales fit worse, and nothing else is wrong."""
+    """How tiers may compress this worker's chunks with loss; None: not at all.
+
+    In each block, the keys and the values of each head have their own scales. If they lie elsewhere in a page than
+    assumed here, the scales fit worse, but nothing else goes wrong.
+    """
     geometry = described.geometry
     if use.codec == "none":
         return None
@@ -130,13 +144,13 @@ def loss_of(described: Described, use: PoolUse) -> Lossy | None:
 
 
 def _element(described: Described) -> DType | None:
-    """The element type of this worker's KV; None: none that lossy codecs know."""
+    """The element type of this worker's KV; None if the lossy codecs don't support it."""
     name = str(described.fingerprint["kv_cache_dtype"]).rpartition("/")[2]
     return next((dtype for dtype in DTYPES if dtype == name), None)
 
 
 def _draft(config: VllmConfig) -> str:
-    """The draft model, whose layers' KV lies in the same pages; empty where drafts need none."""
+    """The draft model, whose layers' KV is in the same pages; empty if there is no draft model."""
     speculation = config.speculative_config
     if speculation is None or getattr(speculation, "draft_model_config", None) is None:
         return ""
@@ -144,13 +158,13 @@ def _draft(config: VllmConfig) -> str:
 
 
 def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig, use: PoolUse) -> str:
-    """What keeps this engine's KV out of the pool, for the log; empty if nothing does."""
+    """Why this engine's KV can't be stored in the pool, for the log; empty if it can."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     geometry = described.geometry
     kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
     if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec):
-        # A sliding window's block table loses the blocks behind it while the prompt is still computed.
+        # With a sliding window, blocks behind it leave the block table while the prompt is still being computed.
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"only full attention in one group of layers can be stored, not {names}"
     speculation = config.speculative_config
@@ -181,7 +195,7 @@ def kv_events_on(config: VllmConfig) -> bool:
 
 
 def why_unkeyable(request: Request) -> str:
-    """What this request's KV depends on that no key says; empty if it can be found by its tokens."""
+    """Why this request's KV can't be identified by its tokens, as a short code; empty if it can."""
     if request.mm_features:
         return "multimodal"
     if request.prompt_token_ids is None or request.prompt_embeds is not None or request.prompt_is_token_ids is not None:
@@ -192,5 +206,5 @@ def why_unkeyable(request: Request) -> str:
 
 
 def salt_of(configured: str, request: Request) -> str:
-    """Of the instance and of the request."""
+    """Salt that combines the instance's configured salt and the request's ``cache_salt``."""
     return whole_salt(configured, request.cache_salt or "")

@@ -1,7 +1,7 @@
-"""The shared pool in one worker: stores chunks of pages and loads them, in the pool client's threads.
+"""Worker half of pool use: stores chunks of KV pages in the shared pool and loads them, in the pool client's threads.
 
-On a GPU the copies are kernels on streams of the pool client's. What pages are used for before comes as an event
-(``after``), behind which they run.
+On a GPU the copies are kernels on the pool client's own streams. They run after the event ``after``, which is recorded
+behind all earlier use of the pages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.pool.client.pool_client import Copied, Pending, PoolClient
-from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
-from pdtransport.vllm.metadata import Fetch, Keep
+from pdtransport.vllm.metadata import LoadChunks, StoreChunks
 
 if TYPE_CHECKING:
     from pdtransport.kernels.watch import DeviceMemory
@@ -34,32 +34,32 @@ logger = logging.getLogger(__name__)
 LOAD_THREADS = 2
 STORE_THREADS = 1
 
-# What the counters call a chunk that came to this; all other verdicts are failures.
+# Counter name of a stored chunk by its verdict; all other verdicts count as "failed".
 STORED = {
-    Verdict.WRITE: "stored",
-    Verdict.HAVE: "present",
-    Verdict.LATER: "skipped",
-    Verdict.FULL: "skipped",
-    Verdict.BUSY: "skipped",
+    KeyVerdict.WRITE: "stored",
+    KeyVerdict.HAVE: "present",
+    KeyVerdict.LATER: "skipped",
+    KeyVerdict.FULL: "skipped",
+    KeyVerdict.BUSY: "skipped",
 }
 
 
 class PoolWorker:
-    """One per worker, used by its own thread; the callbacks come from any thread.
+    """Worker half of pool use, one per worker. Methods are called by the worker's thread, callbacks by any thread.
 
     Args:
         parts: ranges of KV heads; each is a chunk of its own in the pool.
-        ratio: attention kernel's blocks in one of the scheduler's.
-        on_loaded: of a request, and whether all its pages are what was stored.
-        on_kept: of a request: one :class:`Keep` no longer reads its pages.
-        count: chunks by what became of them, and the bytes that were copied.
-        lossy: how tiers of the pool may pack its chunks with loss.
-        on_stored: whose parts of this worker are all in the pool: chunks, by the key of their first part; None: nobody
-            wants to know.
+        ratio: attention kernel blocks per scheduler block.
+        on_loaded: called with a request id and whether all its chunks were loaded and verified.
+        on_kept: called with a request id when one :class:`StoreChunks` no longer reads its pages.
+        count: called with "store" or "load", counts of chunks by outcome, and bytes copied.
+        lossy: how tiers of the pool may compress its chunks with loss; None: not at all.
+        on_stored: called with the chunks whose parts of this worker are all in the pool, each named by the key of its
+            first part; None: not needed.
         settings: of the engine, for a pool on another host.
 
     Raises:
-        PoolUnavailable: a GPU has no memory left for it.
+        PoolUnavailable: the GPU has no memory left for the scratch buffer.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PoolWorker:
         self._stores: dict[str, list[Pending[Copied]]] = {}
         self._loads: dict[str, Pending[Copied]] = {}
         self._aside = Aside(geometry, parts, (use.chunk_blocks - 1) * ratio)
-        # Loads have a client of their own: a request waits for them, and for stores nobody does.
+        # Loads have their own client, so that they never queue behind stores: requests wait for loads only.
         who = f"vllm-{os.getpid()}"
         self._loader, self._storer = (
             PoolClient.of(
@@ -98,14 +98,14 @@ class PoolWorker:
         )
 
     def close(self) -> None:
-        """End what is under way: nothing touches the pages any more."""
+        """End all stores and loads: nothing touches the pages any more."""
         for client in (self._loader, self._storer):
             client.close()
 
     # -- store ---------------------------------------------------------------------------------------------------
 
-    def keep(self, command: Keep, after: Any | None = None) -> None:
-        """Store as many of its chunks as the queue has room for."""
+    def keep(self, command: StoreChunks, after: Any | None = None) -> None:
+        """Store as many of the command's chunks as the queue has room for; the others count as skipped."""
         if not command.keys:
             self._on_kept(command.req_id)
             return
@@ -129,7 +129,7 @@ class PoolWorker:
             self._stores.setdefault(command.req_id, []).append(pending)
         pending.future.add_done_callback(lambda done: self._stored(command, pending, len(chosen), done))
 
-    def _stored(self, command: Keep, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
+    def _stored(self, command: StoreChunks, pending: Pending[Copied], chunks: int, done: Future[Copied]) -> None:
         req_id = command.req_id
         with self._lock:
             others = [each for each in self._stores.pop(req_id) if each is not pending]
@@ -143,10 +143,10 @@ class PoolWorker:
             self._tell_stored(command, copied)
         self._end_store(req_id, tally, chunks, copied.nbytes if copied else 0)
 
-    def _tell_stored(self, command: Keep, copied: Copied) -> None:
+    def _tell_stored(self, command: StoreChunks, copied: Copied) -> None:
         if self._on_stored is None:
             return
-        parts, there = len(self._parts), (Verdict.WRITE, Verdict.HAVE)
+        parts, there = len(self._parts), (KeyVerdict.WRITE, KeyVerdict.HAVE)
         whole = range(len(copied.verdicts) // parts)
         good = [i for i in whole if all(each in there for each in copied.verdicts[i * parts : (i + 1) * parts])]
         self._on_stored([command.keys[0][i * parts] for i in good])
@@ -158,10 +158,10 @@ class PoolWorker:
         self._on_kept(req_id)
 
     def rewind(self, req_id: str, timeout_s: float) -> None:
-        """The engine takes this request's pages back: when this returns, no store reads them any more.
+        """End this request's stores because the engine takes its pages back; when this returns, no store reads them.
 
         Raises:
-            TimeoutError: one still does; the pages must not be reused.
+            TimeoutError: a store still reads them; the pages must not be reused.
         """
         with self._lock:
             pending = list(self._stores.get(req_id, ()))
@@ -173,9 +173,12 @@ class PoolWorker:
 
     # -- load ----------------------------------------------------------------------------------------------------
 
-    def fetch(self, command: Fetch, after: Any | None = None) -> None:
-        """Load its chunks. Of the first one the engine may hold blocks already, and others may use them: these bytes
-        go aside."""
+    def fetch(self, command: LoadChunks, after: Any | None = None) -> None:
+        """Load the command's chunks.
+
+        The engine may already hold the first blocks of the first chunk, and other requests may use them. The bytes of
+        these blocks are loaded into a scratch buffer instead.
+        """
         keys = command.keys[self._rank]
         held = command.held * self._ratio
         pages = self._chunks(command.pages, first=self._use.chunk_blocks - command.held)
@@ -199,27 +202,27 @@ class PoolWorker:
             self._loads[command.req_id] = pending
         pending.future.add_done_callback(ended)
 
-    def refuse(self, command: Fetch) -> None:
-        """It is not to be loaded."""
+    def refuse(self, command: LoadChunks) -> None:
+        """Report this load as failed without starting it."""
         self._loaded(command.req_id, len(command.keys[self._rank]), None)
 
     def _loaded(self, req_id: str, chunks: int, copied: Copied | None) -> None:
-        good = copied.verdicts.count(Verdict.READ) if copied is not None else 0
+        good = copied.verdicts.count(KeyVerdict.READ) if copied is not None else 0
         self._count("load", Counter(hit=good, failed=chunks - good), copied.nbytes if copied else 0)
         self._on_loaded(req_id, good == chunks)
 
     def end_loads(self) -> None:
-        """What comes is not wanted any more: all loads fail."""
+        """Cancel all loads: they fail."""
         with self._lock:
             loading = list(self._loads)
         for req_id in loading:
             self.cancel(req_id)
 
     def end_all(self, timeout_s: float) -> None:
-        """The engine takes all pages back: when this returns, nothing here uses them any more.
+        """End all loads and stores because the engine takes all pages back; when this returns, nothing uses them.
 
         Raises:
-            TimeoutError: something still does.
+            TimeoutError: a load or store still uses pages.
         """
         self.end_loads()
         with self._lock:
@@ -231,7 +234,7 @@ class PoolWorker:
             raise TimeoutError(f"loads from the pool did not let go of their pages within {timeout_s} s")
 
     def cancel(self, req_id: str) -> None:
-        """Nobody wants these pages any more; that they are free is reported as the load's end."""
+        """Cancel this request's load; its end is reported once nothing writes the pages."""
         with self._lock:
             pending = self._loads.get(req_id)
         if pending is not None and not pending.future.cancel():
@@ -240,8 +243,10 @@ class PoolWorker:
     # -- where ---------------------------------------------------------------------------------------------------
 
     def _chunks(self, blocks: Sequence[int], first: int = 0) -> list[Runs]:
-        """The runs of each part of each chunk in these scheduler's blocks; the first chunk has ``first`` of them (0: as
-        all)."""
+        """Memory runs of each part of each chunk in these scheduler blocks, chunk by chunk.
+
+        The first chunk has ``first`` blocks; 0: as many as the others.
+        """
         step, at = self._use.chunk_blocks, 0
         found = []
         while at < len(blocks):
@@ -253,12 +258,13 @@ class PoolWorker:
 
 
 class Aside:
-    """Memory beside the pages, for bytes of up to ``blocks`` blocks of one part that nobody wants. On the host each
-    load has its own, since checksums are taken of what stands there. On a GPU they are taken of what is written, on its
-    way: there all loads share one piece.
+    """Scratch memory for loaded bytes that are not needed, up to ``blocks`` kernel blocks of one part.
+
+    On the host each load has its own buffer: the checksum is computed over the memory after the copy. On a GPU it is
+    computed during the copy, so all loads share one buffer.
 
     Raises:
-        PoolUnavailable: the GPU has none left.
+        PoolUnavailable: the GPU has no memory left.
     """
 
     def __init__(self, geometry: KVGeometry, parts: Sequence[tuple[int, int]], blocks: int) -> None:
@@ -274,7 +280,7 @@ class Aside:
                 raise PoolUnavailable(f"{error}: lower --gpu-memory-utilization") from None
 
     def take(self, nbytes: int) -> tuple[Runs, Any]:
-        """So much of it, and what keeps it alive."""
+        """``nbytes`` of scratch memory, and the object that keeps it alive."""
         if self._shared is not None:
             return run(self._shared.address, nbytes), self._shared
         own = np.empty(nbytes, dtype=np.uint8)
@@ -282,7 +288,7 @@ class Aside:
 
 
 def _outcome(done: Future[Copied]) -> Copied | None:
-    """How a copy ended; None if it was cancelled before it began, or failed for a reason that nobody foresaw."""
+    """Result of a copy; None if it was cancelled before it began or raised an error (which is logged)."""
     if done.cancelled():
         return None
     error = done.exception()

@@ -1,9 +1,9 @@
-"""Whose KV that was handed over may enter caches that other requests share: vLLM's prefix cache, and the pool.
+"""Decides which received KV may enter the caches that requests share: vLLM's prefix cache and the pool.
 
-A producer computes what it says that it computed, or it does not: checksums show that pages arrived as they were sent,
-not that they are of this prompt. Who may hand over to this instance, and may send it requests as well, can give any
-prompt any KV. A request always uses what it was given, for it was asked for that; with ``share_received`` its blocks
-stay its own: they never enter the prefix cache, and no chunk of it is stored.
+Checksums prove that pages arrived as sent, not that they belong to this prompt. A party that can both hand over to this
+instance and send it requests can provide any KV for any prompt. A request always uses the pages that it was told to
+receive; but depending on ``share_received`` its blocks stay private: they never enter the prefix cache, and none of its
+chunks is stored in the pool.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ _HOST = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
 class Producers:
-    """Prefill workers by where this instance reaches them: it dials them itself, so nobody else can say this of
-    itself; their names are what they call themselves.
+    """A set of trusted prefill workers, given by the address at which this instance connects to them.
+
+    This instance opens the connection itself, so no other host can claim such an address; the engine names that
+    workers send are only their own claims.
 
     Args:
         entries: HOST, ADDRESS, NETWORK (10.0.0.0/24), HOST:PORT or HOST:FIRST-LAST.
 
     Raises:
-        SettingsError: an entry is none of these.
+        SettingsError: an entry has none of these forms.
     """
 
     def __init__(self, entries: Sequence[str]) -> None:
@@ -54,8 +56,11 @@ class Producers:
                 self._names.append((_plain(host), ports))
 
     def cover(self, hosts: Sequence[str], port: int, ranks: int) -> bool:
-        """Whether all of the ``ranks`` workers that listen at ``port``, ``port + 1``, ... are among them. ``hosts``:
-        the host as it was named, and its address as it is called."""
+        """Whether all ``ranks`` workers listening at ``port``, ``port + 1``, ... are in the set.
+
+        Args:
+            hosts: the host as the request named it, and the address to be connected to.
+        """
         ports: list[range] = []
         for host in map(_plain, hosts):
             ports += [some for name, some in self._names if name == host]
@@ -81,10 +86,10 @@ def _plain(host: str) -> str:
 
 
 class Withheld:
-    """Requests of which nothing is shared. Does nothing where ``share_received`` is all.
+    """Keeps the KV of requests with untrusted pages out of shared caches. Does nothing if ``share_received`` is all.
 
     Raises:
-        SettingsError: ``trusted_producers`` can't be used.
+        SettingsError: ``trusted_producers`` is invalid.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -93,10 +98,10 @@ class Withheld:
         self._requests: weakref.WeakSet[Request] = weakref.WeakSet()
 
     def bind(self, manager: Any) -> None:
-        """The engine's cache manager is there: what it enters into the prefix cache passes by here from now on.
+        """Hook into the cache manager, to filter what enters the prefix cache from now on.
 
         Raises:
-            SettingsError: this vLLM enters blocks in another way.
+            SettingsError: this vLLM version has no such hook point.
         """
         if self._mode == "all":
             return
@@ -114,8 +119,11 @@ class Withheld:
         coordinator.cache_blocks = cache_blocks  # type: ignore[union-attr]
 
     def takes(self, request: Request, hosts: Sequence[str], port: int, ranks: int) -> bool:
-        """This request is about to take pages from there (``hosts``: as :meth:`Producers.cover`); True if nothing of it
-        is to be shared from now on."""
+        """Called before a request receives pages; True if nothing of it may be shared from now on.
+
+        Args:
+            hosts: as for :meth:`Producers.cover`.
+        """
         if self._mode == "all" or (self._mode == "trusted" and self._trusted.cover(hosts, port, ranks)):
             return False
         self._requests.add(request)

@@ -1,4 +1,8 @@
-"""The half of the connector that lives in vLLM's scheduler: decides, never waits, touches no bytes."""
+"""Scheduler half of the connector: decides what is sent, received, stored and loaded.
+
+It runs in the engine's thread. It touches no KV bytes and never blocks on the network; the only place where it sleeps
+is :meth:`SchedulerSide._wait`, when the engine has nothing else to do.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +13,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.engine.crowding import REASON, Crowding
+from pdtransport.engine.request_batches import Batches
+from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.keys import request_key
 from pdtransport.observe.seldom import Seldom
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.adapter_requests import AdapterRequests
-from pdtransport.vllm.ahead import Arrivals, StepStart
-from pdtransport.vllm.batches import Batches
-from pdtransport.vllm.bell import Bell, Rope
-from pdtransport.vllm.beyond_window import CODE, Window
+from pdtransport.vllm.beyond_window import CODE, WindowRule
 from pdtransport.vllm.callees import Callees
-from pdtransport.vllm.crowding import REASON, Crowding
 from pdtransport.vllm.early import Expectations
 from pdtransport.vllm.first_token import FirstTokens, give_up
 from pdtransport.vllm.generation import StaleBlocks
 from pdtransport.vllm.metadata import (
-    Cancel,
-    Claim,
+    CancelLoad,
     Command,
     Commands,
     Decline,
     Drop,
     Finish,
-    News,
+    FinishStores,
     Open,
     Pages,
+    ReleaseIfPooled,
     Rewind,
-    Settle,
-    Take,
-    Yield,
+    SendClaim,
+    StartReceive,
+    WorkerReport,
 )
 from pdtransport.vllm.params import ConsumeParams, asked_transfer, marked, parse
+from pdtransport.vllm.patches.scheduler_hook import Arrivals, SchedulerHook
 from pdtransport.vllm.received import Withheld
 from pdtransport.vllm.stats import PDTransportStats
 from pdtransport.vllm.usage import cached_tokens, nothing_came, set_cached
@@ -57,10 +61,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLIND_WAIT_S = 0.004  # asleep where nothing says that clients ask for something
+BLIND_WAIT_S = 0.004  # longest sleep if new client requests can't be noticed during it
 REJECTED = "decode's server rejected the request, or its client left before the engine had it"
 LEFT = "the request was aborted on decode before it had room"
-CLAIM_EVERY_S = 2.0  # a request that waits for room here tells prefill so at this interval
+CLAIM_EVERY_S = 2.0  # interval at which a request that waits for blocks here asks prefill to keep its pages
 
 
 @dataclass
@@ -68,8 +72,8 @@ class _Producing:
     transfer: str
     request: Request
     tokens: int
-    first_token: bool = False  # the router asks for it
-    promised: bool = False  # decode goes on from it
+    first_token: bool = False  # the router asked prefill to return its first token
+    promised: bool = False  # decode promised to continue from that token
     begun: bool = False  # its first step was scheduled
 
 
@@ -79,24 +83,29 @@ class _Consuming:
     key: bytes
     tokens: int
     request: Request
-    first_token: bool = False  # go on from prefill's, which is promised from "loading" on
-    named: str = ""  # prefill's host as the request says it
-    found: bool = False  # `params.remote_host` is an address that may be called
-    state: str = "waiting"  # -> "loading" -> "done"; or straight to "done" when nothing needs to come
-    claim_at: float = 0.0
+    first_token: bool = False  # continue from prefill's first token; decode promises that when it starts loading
+    named: str = ""  # prefill's host as given in the request
+    found: bool = False  # `params.remote_host` now holds an address that this engine may connect to
+    state: str = "waiting"  # -> "loading" -> "done"; straight to "done" if there is nothing to load
+    claim_at: float = 0.0  # when to send the next claim
 
 
 class SchedulerSide:
-    """One per engine.
+    """Scheduler half of the connector, one per engine.
 
     Args:
-        host, port: control address of this engine's rank-0 worker, for the parameters that prefill returns.
+        producer: this engine sends KV pages (prefill).
+        consumer: this engine receives KV pages (decode).
+        block_size: tokens per scheduler block.
+        engine: vLLM's engine id, returned to routers as ``remote_engine_id``.
+        port: control port of this engine's rank-0 worker, returned to routers as ``remote_port``.
         ranks: tensor-parallel size of this engine.
-        heads: attention heads of the model, over which tensor-parallel workers divide; 0: not known.
-        first_tokens: which requests may go on from prefill's first token; None: none may.
-        events: tell of the pool's chunks in vLLM's KV events.
-        window: which prompts are too long to be handed over; None: none is.
-        adapters: requests may have one.
+        heads: attention heads of the model; a peer's tensor-parallel size must divide them. 0: unknown.
+        first_tokens: decides which requests may continue from prefill's first token; None: no request may.
+        events: publish the pool's chunks in vLLM's KV events.
+        window: decides which prompts are too long to be handed over; None: no prompt is.
+        adapters: requests may use LoRA adapters.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -112,42 +121,42 @@ class SchedulerSide:
         heads: int = 0,
         first_tokens: FirstTokens | None = None,
         events: bool = False,
-        window: Window | None = None,
+        window: WindowRule | None = None,
         adapters: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._window = window or Window(None)
+        self._window = window or WindowRule(None)
         self._adapters = AdapterRequests(block_size) if adapters else None
-        self._unneeded: set[str] = set()  # prefill's requests beyond the window
+        self._unneeded: set[str] = set()  # prefill requests longer than the model's window
         self._producer, self._consumer = producer, consumer
         self._block_size = block_size
         self._engine, self._port, self._ranks = engine, port, ranks
         self._first_tokens = first_tokens
         self._clock = clock
         self._callees = Callees(settings.control, heads, strict=consumer, clock=clock)
-        self._declining: list[tuple[ConsumeParams, Code, str]] = []  # whose prefill's name is being looked up
-        self._seldom = Seldom(logger)  # clients choose their parameters
+        self._declining: list[tuple[ConsumeParams, Code, str]] = []  # to be sent once prefill's host is resolved
+        self._seldom = Seldom(logger)  # rate-limited, since clients choose their parameters
         self._batches = Batches()
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
         self._before: list[Command] = []
-        self._bell = Bell()
-        self._rope = Rope()
+        self._bell = WakeupReceiver()
+        self._rope = WakeupSender()
         self._rope.name = self._bell.name
         self._pool = self._make_pool(events)
-        self._tokens: dict[str, int] = {}  # first tokens that came before all workers had their pages
-        self._look_again = 0  # empty steps that must not wait
+        self._tokens: dict[str, int] = {}  # first tokens received before all workers had their pages
+        self._look_again = 0  # empty steps that must not sleep
         self._arrivals = Arrivals(ranks)
-        self._start: StepStart | None = None
-        self._awaited: set[str] = set()  # requests that vLLM holds until the workers report their transfer's end
-        self._taken: OrderedDict[str, None] = OrderedDict()  # transfers that workers were told to take, or to decline
+        self._start: SchedulerHook | None = None
+        self._awaited: set[str] = set()  # requests that vLLM holds until the workers report the end of their transfer
+        self._taken: OrderedDict[str, None] = OrderedDict()  # recent transfers that were received or declined
         self._expectations = Expectations(ranks)
         self._crowding = Crowding(clock, settings.pool.lookup_s if settings.pool is not None else 0.0)
         self._hold: list[str] = []  # who begins in this step before its last pages are there
         self._stale = StaleBlocks()
         self._withheld = Withheld(settings)
-        self._stale_arrivals: set[str] = set()  # requests whose pages may be of weights that are gone
+        self._stale_arrivals: set[str] = set()  # requests whose pages may come from replaced weights
         self._model_names: tuple[Sequence[str], str] = ((), "")
 
     def _make_pool(self, events: bool) -> PoolScheduler | None:
@@ -167,20 +176,33 @@ class SchedulerSide:
         )
 
     def bind(self, connector: Any, manager: Any) -> None:
-        """The engine's cache manager is there; ``connector`` is the one that its scheduler has."""
+        """Hook into the engine's cache manager. ``connector``: the connector object that the scheduler holds."""
         self._stale.bind(manager)
         self._withheld.bind(manager)
         if self._settings.step_ahead:
-            self._start = StepStart.of(connector, manager, self._begin, self._settings.early_step, self._hear_cached)
+            self._start = SchedulerHook.of(
+                connector, manager, self._begin, self._settings.early_step, self._hear_cached
+            )
 
     def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
-        """The workers told which chunks of the pool are theirs. ``served``: the model's names for clients."""
+        """Start using the pool.
+
+        Args:
+            shards: by rank, the chunks of the pool that each worker stores and loads.
+            served: the model's names for clients.
+            tokenizer: name of the model's tokenizer.
+        """
         self._model_names = served, tokenizer
         if self._pool is not None:
             self._pool.start(shards, served, tokenizer)
 
     def weights_changed(self, shards: dict[int, Shard], reason: str) -> None:
-        """The workers hold other weights now, and ended what was under way. ``shards``: as for :meth:`start_pool`."""
+        """Drop what depends on the old weights: the workers have new ones and have ended all transfers.
+
+        Args:
+            shards: as for :meth:`start_pool`.
+            reason: why the weights changed, for the log.
+        """
         self._bell.arrivals()
         self._stale_arrivals = self._arrivals.void(self._awaited)
         for req_id in self._stale.void_arrivals():
@@ -195,7 +217,7 @@ class SchedulerSide:
             self._pool.restart(shards, *self._model_names)
 
     def _set_apart(self, req_id: str) -> None:
-        """This request is computed on blocks of weights that are gone."""
+        """Neither hand over nor store this request: it builds on blocks of replaced weights."""
         if self._producing.pop(req_id, None) is not None:
             self._before.append(Drop(req_id, report=False, reason="weights: its prefix was computed by others"))
         if self._pool is not None:
@@ -205,7 +227,7 @@ class SchedulerSide:
 
     def on_new_request(self, request: Request) -> None:
         if getattr(request, "abort_immediately", False):
-            # vLLM's stub of a request that its server rejected: a prompt of one token, aborted once we have seen it.
+            # vLLM's stub for a request that its server rejected: a one-token prompt, aborted right after this call.
             params = parse(request.kv_transfer_params, producer=self._producer, consumer=self._consumer).consume
             if params is not None:
                 self._decline(params, Code.REJECTED, REJECTED)
@@ -235,7 +257,7 @@ class SchedulerSide:
                 self._window.shorten(request)
         if problem:
             self._complain(request, problem)
-            # Without one of its own, its body's transfer is another one's.
+            # A request without a transfer of its own must not decline the one in its body: another request owns that.
             asked = asked_transfer(request.kv_transfer_params)
             declined = "" if without or not asked else transfer or asked
             if declined:
@@ -262,14 +284,18 @@ class SchedulerSide:
 
     def _complain(self, request: Request, problem: str) -> None:
         text = f"request {plain(request.request_id, 128)} is not handed over: {problem}"
-        if problem.startswith(CODE):  # said when the engine started
+        if problem.startswith(CODE):  # the engine warned of it at start
             logger.debug("%s", text)
         else:
             self._seldom.warn(text, self._clock())
 
     def _find(self, req_id: str, entry: _Consuming) -> bool:
-        """Whether it is known where this request's prefill is; False: ask again. If that may not be called, the request
-        is not handed over from here on."""
+        """Resolve the address of this request's prefill.
+
+        Returns:
+            False while the lookup is running: ask again. True otherwise; if the host must not be connected to, the
+            request has been declined and will not be handed over.
+        """
         if entry.found or entry.state != "waiting":
             return True
         found = self._callees.find(entry.params)
@@ -285,12 +311,12 @@ class SchedulerSide:
         return found is not None
 
     def _may_go_on(self, request: Request) -> bool:
-        """Whether going on from prefill's first token is exact, and leaves something to compute here."""
+        """Whether continuing from prefill's first token is exact and leaves at least one token to compute here."""
         may = self._first_tokens is not None and not self._first_tokens.why_not(request)
         return may and request.max_tokens > 1
 
     def _go_on(self, request: Request, token: int | None) -> None:
-        """From ``token``, or not at all: a client may have it already."""
+        """Continue from ``token``, or end the request: the client may already have received that token."""
         if token is None or self._first_tokens is None or not self._first_tokens.append(request, token):
             logger.warning("request %s can't go on from the first token that prefill gave out", request.request_id)
             give_up(request)
@@ -298,8 +324,11 @@ class SchedulerSide:
     # -- decode --------------------------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
-        """Tokens that can come from prefill, or the pool, beyond the ``computed`` ones held here, and whether they come
-        later. None: ask again later."""
+        """Number of tokens beyond ``computed`` that prefill or the pool can supply, and whether they load
+        asynchronously.
+
+        The number is None if it is not known yet: vLLM asks again.
+        """
         if self._stale.begins_on(request.request_id, computed):
             self._set_apart(request.request_id)
         entry = self._consuming.get(request.request_id)
@@ -310,7 +339,7 @@ class SchedulerSide:
             return self._pool.matched_tokens(request, computed)
         if entry is None or entry.state != "waiting" or request.num_output_tokens:
             return 0, False
-        # The last prompt token is computed here in any case: its logits give the first token.
+        # The last prompt token is always computed here: its logits give the first output token.
         if entry.tokens - computed <= 1:
             return 0, False
         return entry.tokens - computed, True
@@ -338,20 +367,26 @@ class SchedulerSide:
         self._take(request.request_id, entry, first, blocks.get_block_ids()[0][first:end], entry.first_token)
 
     def _release(self, req_id: str, entry: _Consuming) -> None:
-        """Decode holds everything: say so, and prefill frees its pages."""
+        """Let prefill free its pages: decode already has all blocks of the prompt."""
         entry.state = "done"
         self._take(req_id, entry, -(-entry.tokens // self._block_size), [])
 
     def _decline(self, params: ConsumeParams, code: Code, reason: str) -> None:
-        """The request is gone: let prefill go. vLLM's stub also follows requests that were aborted or failed while they
-        were served; then the transfer has found its end already."""
+        """Decline the transfer of a request that is gone, so that prefill can free its pages.
+
+        vLLM's stub request also arrives for requests that were aborted or failed after they had started. Their
+        transfer has already ended, so it is not declined again.
+        """
         if params.transfer_id not in self._taken:
             self._note_taken(params.transfer_id)
             self._declining.append((params, code, reason))
             self._tell_declined()
 
     def _tell_declined(self) -> None:
-        """Those whose prefill was found, or may not be called: then those who watch are told alone."""
+        """Send the declines whose prefill host is resolved.
+
+        If that host must not be connected to, the decline carries no address and only watchers of the transfer see it.
+        """
         declining, self._declining = self._declining, []
         for params, code, reason in declining:
             found = self._callees.find(params)
@@ -374,7 +409,7 @@ class SchedulerSide:
         p = entry.params
         self._note_taken(p.transfer_id)
         self._before.append(
-            Take(
+            StartReceive(
                 req_id,
                 p.transfer_id,
                 entry.key,
@@ -390,9 +425,11 @@ class SchedulerSide:
         )
 
     def update_output(self, output: KVConnectorOutput) -> None:
-        """Reads what workers reported, and takes out of it which requests went on before."""
+        """Process the workers' report, and remove from it the requests that resumed ahead of it."""
         stale = self._stale_arrivals.intersection(output.finished_recving or ())
-        if stale:  # vLLM computes them anew already, and does not look at failures again after this
+        # vLLM recomputes these already (see weights_changed). It has read `failed_recving` before this call, so adding
+        # them here informs only the code below.
+        if stale:
             self._stale_arrivals -= stale
             output.failed_recving = {*(output.failed_recving or ()), *stale}
         late = self._arrivals.reported(output.finished_recving or ())
@@ -403,7 +440,7 @@ class SchedulerSide:
         if self._pool is not None:
             self._pool.freed(output.finished_sending or ())
         news = getattr(output, "kv_connector_worker_meta", None)
-        if isinstance(news, News):
+        if isinstance(news, WorkerReport):
             self._hear_cached(news)
             self._tokens.update(news.first_tokens)
             for seconds in news.held.values():
@@ -419,7 +456,7 @@ class SchedulerSide:
             if (entry := self._consuming.get(req_id)) is not None:
                 nothing_came(entry.request)
         if self._pool is not None:
-            for req_id in late & set(failed):  # it began early, and is computed anew
+            for req_id in late & set(failed):  # it started before its pages arrived, and is recomputed
                 self._pool.ask(req_id)
         for req_id in output.finished_recving or ():
             self._expectations.forget(req_id)
@@ -436,10 +473,13 @@ class SchedulerSide:
             elif token is not None:
                 self._go_on(entry.request, token)
             elif self._pool is not None and req_id in failed:
-                self._pool.ask(req_id)  # prefill may have stored what it could not hand over
+                self._pool.ask(req_id)  # prefill may have stored the pages that it could not hand over
 
-    def _hear_cached(self, news: News) -> None:
-        """Maybe before :meth:`update_output`: a step's outputs are made before vLLM calls that."""
+    def _hear_cached(self, news: WorkerReport) -> None:
+        """Record how many tokens prefill had cached.
+
+        Also called before :meth:`update_output`: vLLM calls that too late for the outputs of the same step.
+        """
         for req_id, tokens in news.cached.items():
             entry = self._consuming.get(req_id)
             if entry is not None:
@@ -451,8 +491,8 @@ class SchedulerSide:
 
     # -- each step -----------------------------------------------------------------------------------------------
 
-    def _begin(self, step: StepStart) -> None:
-        """A step begins, and may find requests whose pages arrived."""
+    def _begin(self, step: SchedulerHook) -> None:
+        """Called when a step begins: let requests whose pages arrived resume in this very step."""
         if self._awaited and not self.has_pending_work() and step.idle():
             self._wait()
         begun = step.doubtful
@@ -466,7 +506,7 @@ class SchedulerSide:
             self._arrivals.went_on({almost})
             self._hold.append(almost)
 
-    def _almost_there(self, step: StepStart) -> str | None:
+    def _almost_there(self, step: SchedulerHook) -> str | None:
         """A request that can begin: its last pages are expected by the time its first step could use them."""
         for (req_id, rank), when in self._bell.expected().items():
             entry = self._consuming.get(req_id)
@@ -494,7 +534,7 @@ class SchedulerSide:
                 doubtful = self._start.doubtful if self._start is not None else set()
                 after += self._pool.progress(output, {r: n for r, n in computed.items() if r not in doubtful})
                 self._pool.hint()
-                self._before += [Yield(req_id) for req_id in self._pool.handed_over()]
+                self._before += [ReleaseIfPooled(req_id) for req_id in self._pool.handed_over()]
         self._make_room(output)
         self._claim_waiting()
         self._tell_declined()
@@ -512,17 +552,18 @@ class SchedulerSide:
         still = bool(self._producing) and not output.total_num_scheduled_tokens and not loads
         if (req_id := self._crowding.let_go(still)) is not None:
             logger.warning("request %s is not handed over: %s", req_id, REASON)
-            self._before.append(Yield(req_id, REASON))
+            self._before.append(ReleaseIfPooled(req_id, REASON))
 
     def _waits_here(self) -> bool:
         asking = self._pool is not None and self._pool.asking
         return asking or (bool(self._awaited) and self._start is None)
 
     def _wait(self) -> None:
-        """The engine only waits for our workers: do so here, asleep, instead of letting it spin through empty steps.
+        """Sleep until a wakeup or a client request comes, instead of letting the engine spin through empty steps.
 
-        With asynchronous scheduling the engine looks at a step's outcome one step later: neither a step that is still
-        computed nor what the bell announced may wait here.
+        Called when the engine only waits for transfers or for a lookup in the pool. With asynchronous scheduling the
+        engine reads a step's output one step later, so after a step that computed something, and after a wakeup, the
+        next steps must not sleep.
         """
         if self._look_again:
             self._look_again -= 1
@@ -530,7 +571,7 @@ class SchedulerSide:
             self._look_again = 2
 
     def _how_long(self) -> tuple[float, Callable[[], bool] | None]:
-        """How long to wait for the bell, and what else ends it."""
+        """Longest time to wait for a wakeup, and a condition that ends the wait early (None: no such condition)."""
         wait_s = self._settings.idle_wait_s
         step = self._start
         asked = step.clients_wait if step is not None else None
@@ -545,7 +586,7 @@ class SchedulerSide:
         for req_id, before in computed.items():
             entry = self._producing.get(req_id)
             if entry is None or before >= entry.tokens:
-                continue  # not ours, or its prompt was complete before this step
+                continue  # not handed over, or its prompt was complete before this step
             block_state = output.kv_connector_block_state
             ids = block_state.get_block_ids(req_id) if block_state is not None else None
             if ids is None:
@@ -562,14 +603,14 @@ class SchedulerSide:
             if entry.state == "waiting" and now >= entry.claim_at and self._find(req_id, entry) and entry.found:
                 entry.claim_at = now + CLAIM_EVERY_S
                 p = entry.params
-                self._before.append(Claim(p.transfer_id, p.remote_host, p.remote_port, p.tp_size))
+                self._before.append(SendClaim(p.transfer_id, p.remote_host, p.remote_port, p.tp_size))
 
     def has_pending_work(self) -> bool:
-        """Commands wait for a step."""
+        """Whether commands are queued that need a step to reach the workers."""
         return bool(self._before or self._declining)
 
     def take_stats(self) -> PDTransportStats | None:
-        """What became of chunks without the workers, since the last call; None if nothing did."""
+        """Counts of pool chunks settled in the scheduler since the last call; None if there are none."""
         counts = self._pool.take_counts() if self._pool is not None else None
         if not counts:
             return None
@@ -578,7 +619,7 @@ class SchedulerSide:
         return stats
 
     def take_events(self) -> list[KVCacheEvent]:
-        """What became known of the pool's chunks since the last call."""
+        """KV events about the pool's chunks since the last call."""
         return self._pool.take_events() if self._pool is not None else []
 
     def from_pool(self, req_id: str) -> bool:
@@ -595,22 +636,28 @@ class SchedulerSide:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """``(keep the blocks until finished_sending, parameters for the response)``."""
+        """Clean up after a finished or aborted request.
+
+        Returns:
+            Whether vLLM must keep the blocks until ``finished_sending``, and the ``kv_transfer_params`` of the
+            response (None if there are none).
+        """
         req_id = request.request_id
         self._expectations.forget(req_id)
         self._stale.ended(req_id, block_ids)
         consuming = self._consuming.pop(req_id, None)
         if consuming is not None:
             if consuming.state == "loading":
-                self._before.append(Cancel(req_id))
+                self._before.append(CancelLoad(req_id))
             elif consuming.state == "waiting":
                 self._decline(consuming.params, Code.CANCELLED, LEFT)
         if self._adapters is not None and self._adapters.finished(req_id) and (consuming is not None or self._pool):
-            self._before.append(Cancel(req_id))  # workers may wait for its first step
+            self._before.append(CancelLoad(req_id))  # workers may still hold state for its first step
         self._hear(self._bell.promises())
         entry = self._producing.pop(req_id, None)
-        if self.from_pool(req_id):  # vLLM keeps the blocks until the load's end is reported, and wants one report
-            self._before.append(Cancel(req_id))
+        # vLLM keeps the blocks until the end of the load is reported; the request must not be reported a second time.
+        if self.from_pool(req_id):
+            self._before.append(CancelLoad(req_id))
             if entry is not None:
                 self._before.append(Drop(req_id, report=False))
                 entry = None
@@ -619,7 +666,7 @@ class SchedulerSide:
         if entry is None:
             if storing:
                 self._awaited.add(req_id)
-                self._before.append(Settle(req_id))
+                self._before.append(FinishStores(req_id))
             return storing, self._not_handed_over(req_id)
         self._awaited.add(req_id)
         if not delivered:
@@ -645,7 +692,7 @@ class SchedulerSide:
         }
 
     def _not_handed_over(self, req_id: str) -> dict[str, Any] | None:
-        """What prefill's answer says of a request that it was to hand over, and did not."""
+        """Response parameters of a prefill request that is not handed over; None unless the window is the reason."""
         if req_id not in self._unneeded:
             return None
         self._unneeded.remove(req_id)
@@ -657,14 +704,14 @@ class SchedulerSide:
         }
 
     def _first_token_of(self, entry: _Producing, request: Request) -> tuple[int | None, str]:
-        """The first token if decode goes on from it, and the router may give it out; else None and why not."""
+        """The first token, if decode continues from it and the router may return it; else None and a reason code."""
         if not entry.first_token or self._first_tokens is None:
             return None, "unsupported"
         return self._first_tokens.of(request, entry.promised)
 
 
 def _delivered(request: Request, tokens: int) -> bool:
-    """Whether the request came to a regular end, its prompt of ``tokens`` computed."""
+    """Whether the request ended normally with its prompt of ``tokens`` tokens computed."""
     from vllm.v1.request import RequestStatus
 
     ends = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
@@ -672,7 +719,7 @@ def _delivered(request: Request, tokens: int) -> bool:
 
 
 def _computed_before(output: SchedulerOutput) -> dict[str, int]:
-    """Tokens of each scheduled request that were computed before this step."""
+    """Number of tokens computed before this step, for each scheduled request."""
     computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
     cached = output.scheduled_cached_reqs
     computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -680,14 +727,19 @@ def _computed_before(output: SchedulerOutput) -> dict[str, int]:
 
 
 def _of_embeddings(request: Request) -> bool:
-    """Whole or in part: a chat's parts may be embeddings, and its token ids then say nothing there."""
+    """Whether any part of the prompt is embeddings, where its token ids (if any) do not identify the KV.
+
+    Parts of a chat can be embeddings.
+    """
     embedded = getattr(request, "prompt_embeds", None), getattr(request, "prompt_is_token_ids", None)
     return request.prompt_token_ids is None or any(each is not None for each in embedded)
 
 
 def content_key(request: Request) -> bytes:
-    """What the request's KV depends on beside the model and an adapter, whose content workers know: tokens, multimodal
-    inputs, tenant's salt."""
+    """Digest of what identifies the request's KV: tokens, multimodal inputs and the tenant's salt.
+
+    The model is compared separately. Workers add the LoRA adapter's content, which only they know.
+    """
     assert request.prompt_token_ids is not None
     extra: list[str] = []
     for feature in request.mm_features or ():

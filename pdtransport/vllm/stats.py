@@ -1,4 +1,4 @@
-"""Transfers in vLLM's own log lines and Prometheus metrics (``vllm:pdtransport_*``)."""
+"""Transfer statistics in vLLM's log lines and Prometheus metrics (``vllm:pdtransport_*``)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,22 @@ from pdtransport.vllm.geometry import control_port
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-INFO = "vllm:pdtransport_info"  # routers read it
-MAX_OBSERVATIONS = 4096  # transfers that ended within one reporting interval; more are counted in the totals only
+INFO = "vllm:pdtransport_info"  # read by routers
+MAX_OBSERVATIONS = 4096  # values kept per reporting interval; further transfers count in the totals only
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 @dataclass
 class PDTransportStats(KVConnectorStats):
-    """``data``: ``ended`` counts ``role/outcome``, ``bytes`` counts by role, ``exposed_s`` lists the seconds between
-    commit and the last verified page (what a request waited for beyond prefill), ``held_s`` those for which a step that
-    began before its request's last pages was held, ``chunks`` counts those of the shared pool by what became of them,
-    each part of a chunk for itself."""
+    """Statistics of one reporting interval.
+
+    Keys of ``data``:
+        ended: number of transfers by ``role/outcome``.
+        bytes: bytes by role.
+        exposed_s: seconds between commit and the last verified page (what a request waited for beyond prefill).
+        held_s: seconds for which steps that began before their request's last pages were held.
+        chunks: number of pool chunks by outcome; each part of a chunk counts separately.
+    """
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -49,7 +54,7 @@ class PDTransportStats(KVConnectorStats):
         self._observe("held_s", [seconds])
 
     def count_chunks(self, counts: Mapping[str, int], role: str = "", nbytes: int = 0) -> None:
-        """Chunks by what became of them, and the bytes that were copied."""
+        """Add counts of chunks by outcome, and the bytes copied."""
         for what, count in counts.items():
             if count:
                 self.data["chunks"][what] = self.data["chunks"].get(what, 0) + count
@@ -82,7 +87,7 @@ class PDTransportStats(KVConnectorStats):
 
 
 class PDTransportPromMetrics(KVConnectorPromMetrics):
-    """The same as Prometheus counters and a histogram, and where this server's workers are reached."""
+    """The same statistics as Prometheus metrics, and a gauge with the control address of this server's workers."""
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
         self._tell_engines(vllm_config)
 
     def _tell_engines(self, config: VllmConfig) -> None:
-        """One gauge an engine, always 1: what a router wants to know before the first request."""
+        """Set one info gauge per engine, always 1, with labels that a router needs before the first request."""
         transfer, parallel = config.kv_transfer_config, config.parallel_config
         assert transfer is not None
         settings = Settings.parse(transfer.kv_connector_extra_config)

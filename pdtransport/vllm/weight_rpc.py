@@ -1,6 +1,7 @@
-"""What :mod:`weight_watch` has the workers do, as vLLM's own remote calls: sum their weights, and act on a change.
+"""Remote calls into workers for :mod:`pdtransport.vllm.patches.weight_watch`: checksum weights, adopt new ones.
 
-The functions run in a worker's process, between its steps. vLLM sends them by name; nothing comes from outside.
+vLLM's ``collective_rpc`` sends these functions by name and runs them in each worker's process, between its steps. No
+input comes from outside the engine.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.engine.weight_sums import LoadedWeights, changed_names, loaded_weights
 from pdtransport.vllm.checkpoint import NAMED
-from pdtransport.vllm.loaded import LoadedWeights, changed_names, loaded_weights
 
 if TYPE_CHECKING:
     from pdtransport.vllm.pool_space import Shard
@@ -20,16 +21,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED = 3  # changed tensors in a log line
+MAX_NAMED = 3  # changed tensors named in a log line
 
-sides: weakref.WeakSet[WorkerSide] = weakref.WeakSet()  # the connector's, in this process
-_last: dict[int, Mapping[str, str]] = {}  # sums of a worker's tensors, by its id
+sides: weakref.WeakSet[WorkerSide] = weakref.WeakSet()  # the connector's worker halves in this process
+_last: dict[int, Mapping[str, str]] = {}  # by id() of a worker: last checksums of its tensors
 
 
 @dataclass(frozen=True)
 class WeightReport:
-    """Of one worker. ``checkpoint``: the identity of what it loaded from; empty if that has none, or does not say all.
-    ``unseen``: weights whose bytes nobody can read: one of them, or empty."""
+    """The weights of one worker.
+
+    Attributes:
+        rank: the worker's rank.
+        checksum: over all loaded weights.
+        checkpoint: identity of the checkpoint it loaded; empty if there is none or it does not cover all weights.
+        unseen: name of a tensor or module whose bytes can't be read; empty if all can.
+    """
 
     rank: int
     checksum: str
@@ -59,8 +66,11 @@ def sum_weights(worker: Any) -> WeightReport:
 
 
 def _loads_more(model: Any) -> bool:
-    """Whether vLLM's loader reads other files for it than those of its checkpoint: a text model or an encoder from
-    another repository (Ultravox), a part from another folder, files by a pattern of the model's own."""
+    """Whether vLLM also loads files outside the model's checkpoint for it.
+
+    These may be a text model or encoder from another repository (Ultravox), a part from another folder, or files that
+    match the model's own pattern.
+    """
     return bool(getattr(model, "secondary_weights", ()) or getattr(model, "allow_patterns_overrides", None))
 
 
@@ -72,7 +82,11 @@ def _models(worker: Any) -> list[Any]:
 
 
 def adopt_weights(worker: Any, identity: str, reason: str) -> tuple[int, Shard | None]:
-    """The engine's weights are ``identity`` from now on: ``(rank, its chunks of the pool)``."""
+    """Tell this worker the new identity of the engine's weights.
+
+    Returns:
+        Its rank, and the key spaces of its chunks in the pool (None: it uses no pool).
+    """
     rank, shard = int(getattr(worker, "rank", 0)), None
     for side in list(sides):
         rank, shard = side.change_weights(identity, reason)
@@ -80,7 +94,7 @@ def adopt_weights(worker: Any, identity: str, reason: str) -> tuple[int, Shard |
 
 
 def take_pages_away(worker: Any, reason: str) -> None:
-    """The memory of KV is about to go: nothing uses a page once this returns."""
+    """End everything that uses KV pages, because their memory is about to be freed."""
     import torch
 
     if torch.accelerator.is_available():

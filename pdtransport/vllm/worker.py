@@ -1,4 +1,7 @@
-"""The half of the connector that lives in each worker: hands commands to the transport, collects what ended."""
+"""Worker half of the connector: passes the scheduler's commands to the transport and the pool, and collects results.
+
+The worker's thread runs the commands; callbacks from the I/O thread and the pool client's threads record what ended.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pdtransport.engine.block_refs import BlockRefCounts
+from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.errors import InvalidCall, PoolUnavailable
 from pdtransport.kv.geometry import HOST
 from pdtransport.protocol.messages import Code
@@ -21,31 +26,29 @@ from pdtransport.transfer.outcome import Outcome
 from pdtransport.transport import Offer, Receipt, Transport
 from pdtransport.vllm.adapted import Adapted
 from pdtransport.vllm.adapters import Adapters, named
-from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.checkpoint import checkpoint_identity
 from pdtransport.vllm.geometry import Described, KVCaches, describe
-from pdtransport.vllm.held import Held
 from pdtransport.vllm.holding import REWIND_S, Holding
 from pdtransport.vllm.metadata import (
-    Cancel,
-    Claim,
+    CancelLoad,
     Command,
     Commands,
     Decline,
     Drop,
-    Fetch,
     Finish,
-    Keep,
-    News,
+    FinishStores,
+    LoadChunks,
     Open,
     Pages,
+    ReleaseIfPooled,
     Rewind,
-    Settle,
-    Take,
-    Yield,
+    SendClaim,
+    StartReceive,
+    StoreChunks,
+    WorkerReport,
 )
 from pdtransport.vllm.model_stream import model_stream
-from pdtransport.vllm.quiet import shorten_spins
+from pdtransport.vllm.patches.poll_backoff import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 from pdtransport.vllm.step_times import Chunk, Step, StepTimes
 from pdtransport.vllm.weight_rpc import sides
@@ -60,16 +63,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# vLLM's threads spin through short waits, and a thread that wants the interpreter lock from a spinning one waits a
-# switch interval for it, every time. The default of 5 ms would be most of a hand-off. On a GPU host the worker lives in
-# the engine's own process, and a hand-off takes the lock some ten times.
+# vLLM's threads spin through short waits, and a thread that wants the GIL from a spinning one waits a switch interval
+# each time. The default of 5 ms would be most of a hand-off. On a GPU host the worker runs in the engine's own process,
+# and a hand-off takes the GIL about ten times.
 SWITCH_INTERVAL_S = 0.00002
 
-CHANGE_S = 10.0  # within which links let go of the pages of transfers that end because the weights change
+CHANGE_S = 10.0  # on a change of weights, links must release the pages of the ended transfers within this time
 
 
 class WorkerSide:
-    """One per tensor-parallel rank."""
+    """Worker half of the connector, one per tensor-parallel rank."""
 
     def __init__(self, settings: Settings, config: VllmConfig, role: str, caches: KVCacheConfig | None = None) -> None:
         self._settings = settings
@@ -80,33 +83,38 @@ class WorkerSide:
         self._rank = 0
         self._ratio = 1
         self._offers: dict[str, Offer] = {}
-        self._finished: dict[str, Offer] = {}  # of requests that are through
+        self._finished: dict[str, Offer] = {}  # offers of finished requests, until decode has their pages
         self._receipts: dict[str, Receipt] = {}
         self._holding = Holding(self)
         self._times = StepTimes()
         self._step: Step | None = None  # that is being launched
-        self._forward: torch.cuda.Event | None = None  # behind the forward pass just launched
+        self._forward: torch.cuda.Event | None = None  # recorded behind the forward pass just launched
         self._lock = threading.Lock()
-        self._rope = Rope()
+        self._rope = WakeupSender()
         self._pool: PoolWorker | None = None
         self._adapters: Adapters | None = None
         self._adapted: Adapted | None = None
-        self.shard: Shard | None = None  # what chunks of the pool are this worker's
-        self.checkpoint = ""  # identity of what its weights were loaded from; empty: it has none
+        self.shard: Shard | None = None  # key spaces of this worker's chunks in the pool; None: it uses no pool
+        self.checkpoint = ""  # identity of the checkpoint that its weights were loaded from; empty: none
         self._described: Described | None = None
-        # Written by the I/O thread and by the worker's own, under the lock:
-        self._held = Held()
+        # Written by the worker's, the I/O and the pool client's threads, under the lock:
+        self._held = BlockRefCounts()
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._stats = PDTransportStats()
-        self._news = News()
+        self._news = WorkerReport()
 
     def register(self, kv_caches: KVCaches) -> None:
-        """Called once, with ``[blocks, heads, tokens, content]`` views of each layer's cache."""
+        """Open the transport and the pool for this KV cache; called once.
+
+        Args:
+            kv_caches: layer name -> ``[blocks, heads, tokens, content]`` view of its cache.
+        """
         described = self._described = describe(kv_caches, self._config, self._settings)
         self.checkpoint = checkpoint_identity(self._config, self._settings)
-        # Weights from no files are told apart once all workers have summed them, before the first request.
+        # Without weight files, the identity comes from checksums over all workers' weights, before the first request.
+        # Until then the weights match no peer's.
         described.fingerprint["weights"] = self.checkpoint or f"unknown:{secrets.token_hex(16)}"
         shorten_spins(self._settings)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
@@ -115,7 +123,7 @@ class WorkerSide:
         assert transfer_config is not None
         self._transport = Transport(
             described.geometry,
-            self._settings.calling_anyone(),  # the scheduler's half has asked whether it may, and where
+            self._settings.calling_anyone(),  # the scheduler half has checked and resolved each address
             engine=str(transfer_config.engine_id),
             rank=described.rank,
             world=described.ranks,
@@ -178,15 +186,18 @@ class WorkerSide:
         self.shard = Shard(key_spaces(described, self._config, use))
 
     def change_weights(self, identity: str, reason: str) -> tuple[int, Shard | None]:
-        """The weights are others from now on: what is under way with the old ones ends, and peers hear of the new.
-        Returns the rank, and which chunks of the pool are this worker's now."""
+        """End transfers and loads of the old weights, and announce the new weights to peers.
+
+        Returns:
+            The rank, and the new key spaces of this worker's chunks in the pool (None: it uses no pool).
+        """
         described, use = self._described, self._settings.pool
         assert described is not None
         described.fingerprint["weights"] = identity
         if self._transport is not None:
             try:
                 self._transport.change_fingerprint({"weights": identity}, reason, CHANGE_S)
-            except FutureTimeout as error:  # their requests wait until nothing uses their pages
+            except FutureTimeout as error:  # the requests concerned go on waiting until nothing uses their pages
                 logger.error("pdtransport: %s", error)
         if self._pool is not None and use is not None:
             from pdtransport.vllm.pool_space import Shard, key_spaces
@@ -196,10 +207,10 @@ class WorkerSide:
         return self._rank, self.shard
 
     def end_transfers(self, reason: str) -> None:
-        """The pages' memory is about to go: nothing uses it once this returns.
+        """End everything that uses KV pages, whose memory is about to be freed.
 
         Raises:
-            TimeoutError: something still does.
+            TimeoutError: a link or the pool still uses pages after ``CHANGE_S``.
         """
         if self._transport is not None:
             self._transport.change_fingerprint({}, reason, CHANGE_S)
@@ -218,11 +229,11 @@ class WorkerSide:
     # -- commands ------------------------------------------------------------------------------------------------
 
     def before_forward(self, commands: Commands) -> None:
-        """Idempotent: vLLM's two model runners call it from different hooks."""
+        """Run the ``before`` commands. Idempotent: vLLM's two model runners call it from different hooks."""
         self._rope.name = commands.bell
         todo, commands.before = commands.before, []
-        # Pages that we are given may still be used by kernels of earlier steps, for requests that have ended since.
-        earlier = self._mark() if any(isinstance(command, (Take, Fetch)) for command in todo) else None
+        # Kernels of earlier steps may still use the pages to be filled, for requests that have ended since.
+        earlier = self._mark() if any(isinstance(command, (StartReceive, LoadChunks)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
         if self._step is None and commands.after:
@@ -252,12 +263,15 @@ class WorkerSide:
                 self._news.void.add(req_id)
 
     def launched(self, commands: Commands) -> None:
-        """The forward pass is launched, the sampling of its tokens is not yet. What there is to say of its pages waits
-        for that: a thread that works meanwhile wants the interpreter, and the launches wait."""
+        """Record an event behind the forward pass; called before sampling is launched.
+
+        The ``after`` commands themselves run later, in :meth:`after_forward`: the I/O thread would compete for the GIL
+        with this thread's launches.
+        """
         self._forward = self._mark() if commands.after else None
 
     def after_forward(self, commands: Commands) -> None:
-        """Once the step's kernels are launched; idempotent."""
+        """Run the ``after`` commands, once all kernels of the step are launched. Idempotent."""
         todo, commands.after = commands.after, []
         forward, self._forward = self._forward, None
         step, self._step = self._step, None
@@ -283,7 +297,7 @@ class WorkerSide:
         return step
 
     def _mark(self) -> torch.cuda.Event | None:
-        """An event behind all that this thread has launched on its stream; None where KV is in host memory."""
+        """Record an event behind everything launched on this thread's stream; None if KV is in host memory."""
         assert self._transport is not None
         if self._transport.geometry.device == HOST:
             return None
@@ -322,21 +336,21 @@ class WorkerSide:
                 self._pool.rewind(command.req_id, REWIND_S)
         elif isinstance(command, (Finish, Drop)):
             self._close_offer(command)
-        elif isinstance(command, Claim):
+        elif isinstance(command, SendClaim):
             transport.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
         elif isinstance(command, Decline):
             self._decline(transport, command)
-        elif isinstance(command, Take):
+        elif isinstance(command, StartReceive):
             self._take(transport, command, after)
-        elif isinstance(command, Cancel):
+        elif isinstance(command, CancelLoad):
             receipt = self._receipts.get(command.req_id)
             if receipt is not None:
                 receipt.cancel("the request was aborted on decode")
             elif self._pool is not None:
                 self._pool.cancel(command.req_id)
-        elif isinstance(command, Settle):
+        elif isinstance(command, FinishStores):
             self._end(command.req_id)
-        elif isinstance(command, Yield):
+        elif isinstance(command, ReleaseIfPooled):
             offer = self._finished.get(command.req_id)
             if offer is not None:
                 offer.let_go(command.reason)
@@ -351,16 +365,19 @@ class WorkerSide:
         adapter = named(command.adapter) if command.adapter is not None else ""
         try:
             offer = transport.offer(command.transfer, command.key, command.tokens, ended, promised, adapter)
-        except InvalidCall as error:  # a router used its id before
+        except InvalidCall as error:  # a router reused its transfer id
             logger.warning("request %s is not handed over: %s", command.req_id, error)
             ended(Outcome(command.transfer, False, Code.REUSED.value, str(error)))
         else:
             self._offers[command.req_id] = offer
 
-    def _refuse(self, command: Open | Take | Fetch, reason: str) -> None:
-        """End what the scheduler was promised: its adapter is not what it should be. Both sides hear why."""
+    def _refuse(self, command: Open | StartReceive | LoadChunks, reason: str) -> None:
+        """End a command's transfer or load because its LoRA adapter can't be used; the peer is told why.
+
+        A transfer is started and then cancelled, so that both sides see it end with this reason.
+        """
         logger.warning("request %s is not handed over: %s", command.req_id, reason)
-        if isinstance(command, Fetch):
+        if isinstance(command, LoadChunks):
             if self._pool is not None:
                 self._pool.refuse(command)
             return
@@ -375,19 +392,19 @@ class WorkerSide:
             receipt.cancel(reason, Code.MISMATCH)
 
     def take_invalid(self) -> set[int]:
-        """Blocks that the step which ended must not have begun with; see :mod:`pdtransport.vllm.adapted`."""
+        """Blocks whose KV the finished step must not have used; see :mod:`pdtransport.vllm.adapted`."""
         return self._adapted.take_invalid() if self._adapted is not None else set()
 
     def _do_pool(self, pool: PoolWorker, command: Command, after: torch.cuda.Event | None) -> None:
-        if isinstance(command, Keep):
+        if isinstance(command, StoreChunks):
             with self._lock:
                 self._held.use(command.req_id)
             pool.keep(command, after)
-        elif isinstance(command, Fetch):
+        elif isinstance(command, LoadChunks):
             pool.fetch(command, after)
 
     def _end(self, req_id: str) -> None:
-        """The scheduler is through with the request: report it once nothing uses its pages."""
+        """The scheduler has finished the request: report it as sent once nothing uses its pages."""
         with self._lock:
             if self._held.end(req_id):
                 self._sent.add(req_id)
@@ -398,12 +415,12 @@ class WorkerSide:
         if isinstance(command, Finish) or command.report:
             self._end(command.req_id)
         offer = self._offers.pop(command.req_id, None)
-        if offer is None:  # refused
+        if offer is None:  # the offer was refused
             return
         if isinstance(command, Finish):
             self._finished[command.req_id] = offer
             offer.finish(command.first_token)
-            if offer.future.done():  # it ended in the I/O thread before we noted it
+            if offer.future.done():  # it ended in the I/O thread before this thread stored it
                 self._finished.pop(command.req_id, None)
         else:
             offer.cancel(command.reason)
@@ -413,7 +430,7 @@ class WorkerSide:
             self._stats.record("consumer", Outcome(it.transfer, False, it.code.value, it.reason))
         transport.decline(it.transfer, it.code, it.reason, host=it.host, port=it.port, ranks=it.ranks)
 
-    def _take(self, transport: Transport, take: Take, after: torch.cuda.Event | None) -> None:
+    def _take(self, transport: Transport, take: StartReceive, after: torch.cuda.Event | None) -> None:
         kernel_blocks = -(-take.tokens // transport.geometry.block_size)
         first = min(take.first_block * self._ratio, kernel_blocks)
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
@@ -445,16 +462,16 @@ class WorkerSide:
             after=after,
         )
         self._receipts[take.req_id] = receipt
-        if receipt.future.done():  # it ended in the I/O thread before we noted it
+        if receipt.future.done():  # it ended in the I/O thread before this thread stored it
             self._receipts.pop(take.req_id, None)
 
     def _kernel_pages(self, blocks: list[int]) -> list[int]:
-        """The attention kernel's blocks, of which a scheduler's block holds ``ratio``."""
+        """Split scheduler blocks into the attention kernel's blocks, ``ratio`` per scheduler block."""
         if self._ratio == 1:
             return blocks
         return [block * self._ratio + i for block in blocks for i in range(self._ratio)]
 
-    # -- what ended (called in the I/O thread, or the pool client's) --------------------------------------------------
+    # -- callbacks (run in the I/O thread or the pool client's threads) ------------------------------------------------
 
     def _source_ended(self, req_id: str, outcome: Outcome) -> None:
         self._finished.pop(req_id, None)
@@ -505,7 +522,8 @@ class WorkerSide:
             if not outcome.ok:
                 self._failed.add(req_id)
                 self._forget_adapter(req_id)
-        # A first token comes with the step's output, and so does a step that is void: no other goes on from it.
+        # A request with a first token must not resume before the step's output, which carries the token. The same goes
+        # for a request whose step is void.
         if outcome.ok and in_time and outcome.first_token is None:
             self._rope.arrived(req_id, self._rank)
         self._rope.pull()
@@ -515,23 +533,29 @@ class WorkerSide:
             self._adapted.failed(req_id)
 
     def collect(self) -> tuple[set[str], set[str], set[str]]:
-        """``(finished sending, finished receiving, failed receiving)`` since the last call, each request once."""
+        """``(finished sending, finished receiving, failed receiving)`` since the last call.
+
+        Each request is reported once. Failed requests are also in ``finished receiving``.
+        """
         with self._lock:
             sent, self._sent = self._sent, set()
             received, self._received = self._received, set()
             failed, self._failed = self._failed, set()
         return sent, received, failed
 
-    def take_news(self) -> News | None:
-        """Since the last call; None if there is none. First tokens come no later than their request's end."""
+    def take_news(self) -> WorkerReport | None:
+        """The report since the last call; None if it is empty.
+
+        A first token is reported no later than the end of its request's transfer.
+        """
         with self._lock:
-            news, self._news = self._news, News()
+            news, self._news = self._news, WorkerReport()
         if self._adapters is not None:
             news.adapters = self._adapters.take_news()
-        return news if news != News() else None
+        return news if news != WorkerReport() else None
 
     def take_stats(self) -> PDTransportStats | None:
-        """What ended since the last call; None if nothing did."""
+        """Statistics since the last call; None if they are empty."""
         with self._lock:
             if self._stats.is_empty():
                 return None

@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--kills", type=int, default=0, help="times that each side is killed at each protocol step")
     parser.add_argument("--links", default="cma,ucx", help="links to run over, by their names in settings")
-    parser.add_argument("--lanes", type=int, default=8, help="sets of processes at work at the same time")
+    parser.add_argument("--lanes", dest="harnesses", type=int, default=8, help="sets of processes that work at a time")
     parser.add_argument("--seconds", type=float, default=0, help="start no run after so long; 0: start all")
     parser.add_argument("--write", type=Path, help="write the matrix to this file")
     parser.add_argument("--machine", default=f"{os.cpu_count()} cores, {platform.system()}", help="for the matrix")
@@ -69,7 +69,7 @@ def main() -> int:
     began = time.monotonic()
     report = Report(links, commands=[shlex.join(["python", "-m", "tests.faults", *said(sys.argv[1:])])])
     if plans:
-        run_plans(plans, args.lanes, report, args.seconds, shout=print)
+        run_plans(plans, args.harnesses, report, args.seconds, shout=print)
     if not (plans or args.network or args.disconnects or (real and (args.runs or args.seed is not None))):
         report.commands.clear()  # only to write down what is known
     elif real:

@@ -13,12 +13,12 @@ from pdtransport import transport
 from pdtransport.control.channel import ControlChannel
 from pdtransport.control.dialer import Dialer
 from pdtransport.control.directory import Sent
-from pdtransport.control.events import Received
-from pdtransport.control.listener import Listener
+from pdtransport.control.events import MessageReceived
+from pdtransport.control.listener import ControlListener
 from pdtransport.errors import LinkError
 from pdtransport.kernels.reference import memory
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, Runs
-from pdtransport.transfer.engine import Exchange
+from pdtransport.transfer.engine import TransferEngine
 from tests.faults.rules import Injector
 
 
@@ -40,36 +40,36 @@ def install(injector: Injector) -> list[Link]:
 
 
 def _wrap_control(injector: Injector) -> None:
-    dial, answer = Dialer.send, Listener.send
-    receive, deadline, turn = ControlChannel.receive, Exchange.next_deadline, Exchange.turn
+    dial, answer = Dialer.send, ControlListener.send
+    receive, deadline, turn = ControlChannel.receive, TransferEngine.next_deadline, TransferEngine.turn
 
     def dialer_send(self: Dialer, frame: bytes) -> Any:
         return injector.out(id(self), frame, lambda each: dial(self, each), Sent.OK)
 
-    def listener_send(self: Listener, connection: Any, frame: bytes) -> Any:
+    def listener_send(self: ControlListener, connection: Any, frame: bytes) -> Any:
         return injector.out(id(connection), frame, lambda each: answer(self, connection, each), Sent.OK)
 
     def channel_receive(self: ControlChannel, *args: Any, **kwargs: Any) -> Any:
         events = receive(self, *args, **kwargs)
         for event in events:
-            if isinstance(event, Received):
+            if isinstance(event, MessageReceived):
                 injector.strike(injector.match("in", event.message.kind), after=False)
         return events
 
-    def exchange_turn(self: Exchange, now: float) -> bool:
+    def engine_turn(self: TransferEngine, now: float) -> bool:
         injector.strike(injector.match("turn", "any"), after=False)
         injector.run_due()
         return turn(self, now)
 
-    def next_deadline(self: Exchange) -> float | None:
+    def next_deadline(self: TransferEngine) -> float | None:
         times = [due for due in (deadline(self), injector.next_due()) if due is not None]
         return min(times, default=None)
 
     Dialer.send = dialer_send  # type: ignore[method-assign]
-    Listener.send = listener_send  # type: ignore[method-assign]
+    ControlListener.send = listener_send  # type: ignore[method-assign]
     ControlChannel.receive = channel_receive  # type: ignore[method-assign]
-    Exchange.turn = exchange_turn  # type: ignore[method-assign]
-    Exchange.next_deadline = next_deadline  # type: ignore[method-assign]
+    TransferEngine.turn = engine_turn  # type: ignore[method-assign]
+    TransferEngine.next_deadline = next_deadline  # type: ignore[method-assign]
 
 
 def _wrap_link(link: Link, injector: Injector) -> None:

@@ -11,20 +11,20 @@ from typing import Any
 
 from pdtransport.kernels.reference import memory
 from pdtransport.links.memory import SlotRing
-from pdtransport.links.reading import ReadingChannel, Tickets
+from pdtransport.links.reading import PullChannel, Tickets
 from pdtransport.links.ucx.channel import UcxChannel
 from pdtransport.protocol.actions import Action, Ready
 from pdtransport.protocol.messages import Code
 from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.transfer import consumer as consumer_module
-from pdtransport.transfer.consumer import Taking
+from pdtransport.transfer.consumer import ConsumerDriver
 from pdtransport.transfer.peers import Peers
-from pdtransport.transfer.producer import Handing
+from pdtransport.transfer.producer import ProducerDriver
 
 
 def trusts_the_link() -> None:
     """Checksums are not looked at."""
-    for kind in (ReadingChannel, UcxChannel):
+    for kind in (PullChannel, UcxChannel):
         receive = kind.receive
 
         def unchecked(
@@ -37,21 +37,21 @@ def trusts_the_link() -> None:
 
 def damage_is_fine() -> None:
     """A batch that arrived damaged counts as placed."""
-    placed = Taking._placed
+    placed = ConsumerDriver._placed
 
-    def patched(self: Taking, transfer: str, peer: Any, batch: Any, error: str | None) -> None:
+    def patched(self: ConsumerDriver, transfer: str, peer: Any, batch: Any, error: str | None) -> None:
         placed(self, transfer, peer, batch, None if error and error.startswith("damaged") else error)
 
-    Taking._placed = patched  # type: ignore[method-assign]
+    ConsumerDriver._placed = patched  # type: ignore[method-assign]
 
 
 def fences_late() -> None:
     """Pages are given back while the link may still write them."""
 
-    def patched(self: Taking, action: Any) -> None:
+    def patched(self: ConsumerDriver, action: Any) -> None:
         self.run(self.receiving.fenced(action.transfer, action.peer, action.generation))
 
-    Taking._fence = patched  # type: ignore[method-assign]
+    ConsumerDriver._fence = patched  # type: ignore[method-assign]
 
 
 def keeps_tickets() -> None:
@@ -73,37 +73,37 @@ def keeps_slots() -> None:
 
 def keeps_channels() -> None:
     """The channel of a peer that is gone is not closed."""
-    for kind in (ReadingChannel, UcxChannel):
+    for kind in (PullChannel, UcxChannel):
         kind.close = lambda self: None  # type: ignore[method-assign, assignment]
 
 
 def forgets_staged() -> None:
     """A batch that decode has is not released on the link."""
 
-    def patched(self: Handing, action: Any) -> None:
+    def patched(self: ProducerDriver, action: Any) -> None:
         self._staged.pop((action.transfer, action.peer, action.generation, action.seq, action.attempt), None)
 
-    Handing._unstage = patched  # type: ignore[method-assign]
+    ProducerDriver._unstage = patched  # type: ignore[method-assign]
 
 
 def wrong_place() -> None:
     """Batches after the first land one page too early."""
-    place = Taking._place
+    place = ConsumerDriver._place
 
-    def patched(self: Taking, action: Any) -> None:
+    def patched(self: ConsumerDriver, action: Any) -> None:
         sink = self._sinks[action.transfer]
         if action.batch.first_block > sink.wanted.first_block:
             shifted = list(sink.wanted.pages)
             shifted = shifted[-1:] + shifted[:-1]
-            sink.wanted = consumer_module.Fetch(**{**vars(sink.wanted), "pages": shifted})
+            sink.wanted = consumer_module.ReceiveRequest(**{**vars(sink.wanted), "pages": shifted})
         place(self, action)
 
-    Taking._place = patched  # type: ignore[method-assign]
+    ConsumerDriver._place = patched  # type: ignore[method-assign]
 
 
 def overruns() -> None:
     """A copy changes the byte behind what it was granted."""
-    for kind in (ReadingChannel, UcxChannel):
+    for kind in (PullChannel, UcxChannel):
         receive = kind.receive
 
         def patched(self: Any, key: int, offer: bytes, runs: Any, *rest: Any, receive: Any = receive) -> None:
@@ -126,27 +126,27 @@ def ignores_withdrawal() -> None:
         return ready(self, max(blocks, self._ready), tokens_done, now)
 
     ProducerMachine.pages_ready = patched  # type: ignore[method-assign]
-    ReadingChannel.release = lambda self, key: None  # type: ignore[method-assign, assignment]
+    PullChannel.release = lambda self, key: None  # type: ignore[method-assign, assignment]
 
 
 def never_gives_up() -> None:
     """A peer that died is not told to the transfers that wait for it."""
-    Taking.peer_lost = lambda self, peer, reason: None  # type: ignore[method-assign, assignment]
-    Handing.peer_lost = lambda self, peer, reason: None  # type: ignore[method-assign, assignment]
-    consumer_module.Taking.tick = lambda self, now: None  # type: ignore[method-assign, assignment]
+    ConsumerDriver.peer_lost = lambda self, peer, reason: None  # type: ignore[method-assign, assignment]
+    ProducerDriver.peer_lost = lambda self, peer, reason: None  # type: ignore[method-assign, assignment]
+    consumer_module.ConsumerDriver.tick = lambda self, now: None  # type: ignore[method-assign, assignment]
 
 
 def says_ready_early() -> None:
     """Ready is reported with the commit, before the last batch is verified."""
-    run = Taking.run
+    run = ConsumerDriver.run
 
-    def patched(self: Taking, actions: Sequence[Action]) -> None:
+    def patched(self: ConsumerDriver, actions: Sequence[Action]) -> None:
         run(self, actions)
         for transfer, sink in list(self._sinks.items()):
             if "committed" in sink.record.events:
                 run(self, [Ready(transfer)])
 
-    Taking.run = patched  # type: ignore[method-assign]
+    ConsumerDriver.run = patched  # type: ignore[method-assign]
 
 
 def loses_waiters() -> None:
@@ -156,13 +156,13 @@ def loses_waiters() -> None:
 
 def counts_nothing() -> None:
     """Ends are not counted."""
-    end = Taking._end
+    end = ConsumerDriver._end
 
-    def patched(self: Taking, transfer: str, code: Code | None, reason: str) -> None:
+    def patched(self: ConsumerDriver, transfer: str, code: Code | None, reason: str) -> None:
         end(self, transfer, code, reason)
         self._counters["fetches_ok"] = 0
 
-    Taking._end = patched  # type: ignore[method-assign]
+    ConsumerDriver._end = patched  # type: ignore[method-assign]
 
 
 def breaks_in_the_thread() -> None:

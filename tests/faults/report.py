@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.lane import Result
+from tests.faults.harness import Result
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Spreads plans over lanes, one thread each."""
+"""Spreads plans over harnesses, one thread each."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tests.faults.lane import Lane, Result
+from tests.faults.harness import Harness, Result
 from tests.faults.network import Network, network_plan
 from tests.faults.plan import Plan, plan_of
-from tests.faults.pool_lane import PoolLane
+from tests.faults.pool_harness import PoolHarness
 from tests.faults.pool_plan import PoolPlan, pool_plan_of
 from tests.faults.report import Report, described
 from tests.rig.ports import Ports
@@ -21,7 +21,7 @@ from tests.rig.ports import Ports
 FIRST_PORT, LAST_PORT = 21500, 21899
 
 
-class AnyLane(Protocol):
+class AnyHarness(Protocol):
     """A set of processes that plays one plan after the other."""
 
     def run(self, plan: Any) -> Result: ...
@@ -41,7 +41,7 @@ def pool_plans(seeds: Sequence[int]) -> list[PoolPlan]:
 
 def run_plans(
     plans: Sequence[Plan],
-    lanes: int,
+    harnesses: int,
     report: Report,
     seconds: float = 0.0,
     shout: Callable[[str], object] = print,
@@ -60,14 +60,14 @@ def run_plans(
         todo: queue.SimpleQueue[Plan] = queue.SimpleQueue()
         for plan in theirs:
             todo.put(plan)
-        share = max(1, round(lanes * len(theirs) / len(plans)))
+        share = max(1, round(harnesses * len(theirs) / len(plans)))
         for _ in range(min(share, len(theirs))):
-            lane: AnyLane
+            harness: AnyHarness
             if isinstance(theirs[0], PoolPlan):
-                lane = PoolLane(link)
+                harness = PoolHarness(link)
             else:
-                lane = Lane(link, prefills, ports, len(threads), mutant=mutant)
-            arguments = (lane, todo, stop_at, report, lock, shout, until_failure)
+                harness = Harness(link, prefills, ports, len(threads), mutant=mutant)
+            arguments = (harness, todo, stop_at, report, lock, shout, until_failure)
             threads.append(threading.Thread(target=_work, args=arguments))
     for thread in threads:
         thread.start()
@@ -76,7 +76,7 @@ def run_plans(
 
 
 def _work(
-    lane: AnyLane,
+    harness: AnyHarness,
     todo: queue.SimpleQueue[Plan],
     stop_at: float,
     report: Report,
@@ -91,13 +91,13 @@ def _work(
                 plan = todo.get_nowait()
             except queue.Empty:
                 break
-            result = lane.run(plan)
+            result = harness.run(plan)
             with lock:
                 report.add(result)
                 if result.problems:
                     shout(described(result))
     finally:
-        problems = lane.close()
+        problems = harness.close()
     with lock:
         report.trouble += problems
         for problem in problems:
@@ -116,7 +116,7 @@ def run_network(times: int, cases: Sequence[str], report: Report, shout: Callabl
         for number in range(times):
             for case in cases:
                 todo.put(network_plan(case, number))
-        lane = Lane("ucx", 1, Ports(FIRST_PORT, LAST_PORT), 999, network)
-        _work(lane, todo, float("inf"), report, threading.Lock(), shout)
+        harness = Harness("ucx", 1, Ports(FIRST_PORT, LAST_PORT), 999, network)
+        _work(harness, todo, float("inf"), report, threading.Lock(), shout)
     finally:
         network.close()

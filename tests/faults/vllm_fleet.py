@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.faults.obey import SOCKET_VARIABLE, set_rules
+from tests.faults.rule_server import SOCKET_VARIABLE, set_rules
 from tests.faults.rules import Rule
 from tests.rig import watch
 from tests.rig.answers import Answers

@@ -16,7 +16,7 @@ from vllm.distributed.device_communicators import shm_broadcast
 from pdtransport.vllm.connector import KVConnectorRole
 from pdtransport.vllm.connector import PDTransportConnector as Installed
 from tests.faults.inject import install
-from tests.faults.obey import SOCKET_VARIABLE, obey
+from tests.faults.rule_server import SOCKET_VARIABLE, serve_rules
 from tests.faults.rules import Injector
 
 shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 100
@@ -35,4 +35,4 @@ class PDTransportConnector(Installed):
         super().register_kv_caches(kv_caches)
         transport = self.worker._transport
         assert transport is not None
-        obey(Path(os.environ[SOCKET_VARIABLE]), transport, self._injector)
+        serve_rules(Path(os.environ[SOCKET_VARIABLE]), transport, self._injector)

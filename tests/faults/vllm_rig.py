@@ -19,7 +19,7 @@ from functools import partial
 
 import aiohttp
 
-from tests.faults.lane import Result
+from tests.faults.harness import Result
 from tests.faults.network import NoNamespaces, cut_off
 from tests.faults.plan import KILL, STOP, Plan
 from tests.faults.report import Report, described

@@ -231,7 +231,7 @@ class Worker:
 
     def do_rules(self, rules: list[Any]) -> None:
         """From its I/O thread's next turn on."""
-        self.transport._call(lambda _exchange: self.injector.set(rules))
+        self.transport._call(lambda _engine: self.injector.set(rules))
 
     def do_audit(self) -> None:
         self.pipe.send(("audit", self.audit()))
@@ -258,7 +258,7 @@ class Worker:
 
     def wanted_channels(self, link: Link) -> int:
         """Channels of ``link`` that belong to peers that are up."""
-        peers = list(self.transport._exchange._peers)
+        peers = list(self.transport._engine._peers)
         return sum(channel.link == link.name for peer in peers for channel in peer.channels())
 
     def links_hold(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.tiers.base import DIGEST_BYTES
 from pdtransport.pool.tiers.codecs import LOSSY
 from pdtransport.pool.tiers.envelope import Envelope
@@ -186,8 +186,8 @@ def _sizes(*sizes: int) -> bytes:
     return struct.pack(f"<{len(sizes)}I", *sizes)
 
 
-def _said(*messages: say.Message) -> bytes:
-    return b"\x01" + SEPARATOR.join(say.encode(each) for each in messages)
+def _said(*messages: messages.Message) -> bytes:
+    return b"\x01" + SEPARATOR.join(messages.encode(each) for each in messages)
 
 
 _KEYS, _NAME = key(1) + key(2), key(1).hex()
@@ -211,30 +211,38 @@ def _grid(number: int, rows: int, groups: int, width: int, payload: int) -> byte
 
 
 POOL = [
-    _said(say.Lookup(request=1, keys=_KEYS)),
+    _said(messages.Lookup(request=1, keys=_KEYS)),
     _said(
-        say.Store(request=1, keys=_KEYS, sizes=_TWO),
-        say.Publish(request=1, indices=_sizes(0, 1), checksums=bytes(16)),
-        say.Load(request=2, keys=_KEYS, sizes=_TWO),
-        say.Damaged(request=2, index=0),
-        say.Release(request=2, indices=_sizes(0, 1)),
+        messages.Store(request=1, keys=_KEYS, sizes=_TWO),
+        messages.Publish(request=1, indices=_sizes(0, 1), checksums=bytes(16)),
+        messages.Load(request=2, keys=_KEYS, sizes=_TWO),
+        messages.ChunkDamaged(request=2, index=0),
+        messages.ReleaseChunks(request=2, indices=_sizes(0, 1)),
     ),
     _said(
-        say.Store(request=1, keys=_KEYS, sizes=_TWO, codec="fp8", grid=("bfloat16", 16, 2, 8)),
-        say.Store(request=2, keys=_KEYS, sizes=_TWO),
-        say.Cancel(request=1),
-        say.Cancel(request=2),
+        messages.Store(request=1, keys=_KEYS, sizes=_TWO, codec="fp8", grid=("bfloat16", 16, 2, 8)),
+        messages.Store(request=2, keys=_KEYS, sizes=_TWO),
+        messages.CancelRequest(request=1),
+        messages.CancelRequest(request=2),
     ),
     *(
-        _said(say.Manage(request=1, keys=_KEYS, action=action, **more))
+        _said(messages.Manage(request=1, keys=_KEYS, action=action, **more))
         for action, more in (
             ("pin", {"pin": 2, "for_s": 1.5}), ("drop", {}), ("leave", {"tier": "disk"}), ("fetch", {}), ("hint", {}),
             ("write", {"tier": "disk", "again": True}),
         )
     ),
-    _said(say.Look(request=1, keys=_KEYS, sweep=True, tenant=""), say.Watch(request=2), say.Count(request=3)),
-    _said(say.Introduce(request=1, space=_SPACE), say.SpacesAsked(request=2), say.StatusAsked(request=3)),
-    _said(say.Hello(lock=5, name="again"), say.Bye(), say.Lookup(request=1, keys=b"")),
+    _said(
+        messages.Look(request=1, keys=_KEYS, sweep=True, tenant=""),
+        messages.WatchForgotten(request=2),
+        messages.Count(request=3),
+    ),
+    _said(
+        messages.Introduce(request=1, space=_SPACE),
+        messages.SpacesAsked(request=2),
+        messages.PoolStatusRequest(request=3),
+    ),
+    _said(messages.PoolHello(lock=5, name="again"), messages.Bye(), messages.Lookup(request=1, keys=b"")),
     *(b"\x02" + bytes([path]) + _json(wish) for path in range(8) for wish in _WISHES),
     *(_sealed(codec, bytes(64)) for codec in range(6)),
     _sealed(0, bytes(4096)),

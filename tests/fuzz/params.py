@@ -23,7 +23,7 @@ from pdtransport.router.first_token import Unusable, read
 from pdtransport.router.settings import EndpointSettings
 from pdtransport.router.upstream import UpstreamError, _handover
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Claim, Command, Decline, Open, Take
+from pdtransport.vllm.metadata import Command, Decline, Open, SendClaim, StartReceive
 from pdtransport.vllm.params import asked_transfer, parse
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.fuzz.faults import Faults
@@ -124,10 +124,10 @@ def _step(here: SchedulerSide, requests: list[Any]) -> list[Command]:
 
 def _check(commands: list[Command]) -> None:
     for command in commands:
-        if isinstance(command, Open | Take | Claim | Decline):
+        if isinstance(command, Open | StartReceive | SendClaim | Decline):
             assert 1 <= len(command.transfer) <= 128
             assert command.transfer.isascii()
-        if isinstance(command, Take | Claim) or (isinstance(command, Decline) and command.host):
+        if isinstance(command, StartReceive | SendClaim) or (isinstance(command, Decline) and command.host):
             assert 1 <= len(command.host) <= 255
             assert 1 <= command.port <= 65535
             assert 1 <= command.ranks <= 4096

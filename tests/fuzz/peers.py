@@ -9,7 +9,7 @@ from pdtransport.links import cma, reading
 from pdtransport.links.ucx import link as ucx
 from pdtransport.links.ucx.wire import parsed_offer
 from pdtransport.protocol.actions import Limits, Ready
-from pdtransport.protocol.consumer_table import Part, Receiving
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.messages import (
     Abort,
     Accept,
@@ -22,7 +22,7 @@ from pdtransport.protocol.messages import (
     decode,
     encode,
 )
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from tests.fuzz.split import SEPARATOR
 
 TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
@@ -33,10 +33,10 @@ MAX_FRAMES = 16  # of one input
 def wire(data: bytes) -> None:
     """Frames from a peer: each decodes or is a WireError, survives the way back, and whatever the frames say together,
     no state machine breaks, and nothing counts as received that no link has verified."""
-    receiving = Receiving(Limits(), first_generation=GENERATION)
-    part = Part(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
+    receiving = ConsumerTable(Limits(), first_generation=GENERATION)
+    part = GrantedPart(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
     receiving.begin(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, 0, BLOCKS, [part], 0.0)
-    sending = Sending(Limits(), _block_bytes)
+    sending = ProducerTable(Limits(), _block_bytes)
     sending.open(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, BLOCKS, 0.0)
     sending.pages_ready(TRANSFER, BLOCKS, BLOCKS * BLOCK_TOKENS, 0.0)
     for number, frame in enumerate(data.split(SEPARATOR)[:MAX_FRAMES]):
@@ -57,7 +57,7 @@ def _block_bytes(head_lo: int, head_hi: int) -> int:
     return BLOCK_BYTES * (head_hi - head_lo)
 
 
-def _tell(receiving: Receiving, sending: Sending, message: Message, now: float) -> None:
+def _tell(receiving: ConsumerTable, sending: ProducerTable, message: Message, now: float) -> None:
     if isinstance(message, Accept | Batch | Commit | Revoked | Abort):
         actions = receiving.on_message("p", message, now) + receiving.tick(now)
         assert not any(isinstance(action, Ready) for action in actions), "ready without a verified byte"

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import zmq
 
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.core.index import MEMORY
 from pdtransport.pool.core.locks import LockFile
-from pdtransport.pool.core.tier_state import Lower
+from pdtransport.pool.core.tier_state import TierState
 from pdtransport.pool.remote.remote_messages import from_remote, to_remote
 from pdtransport.pool.server.key_space_file import SpaceFile
 from pdtransport.pool.server.service import Pool
@@ -33,7 +33,7 @@ from pdtransport.pool.tiers.keyed_digest import UNSIGNED, Signer
 from pdtransport.protocol.messages import WireError
 from tests.fuzz.faults import Faults
 from tests.fuzz.split import SEPARATOR
-from tests.unit.pool_rig import key, shelf
+from tests.unit.pool_rig import chunk_store, key
 
 ANSWER_S = 10.0  # of a service that needs a fraction of a millisecond
 MAX_FRAMES = 16  # of one input
@@ -101,23 +101,23 @@ def frames(data: bytes) -> None:
     socket.set(zmq.LINGER, 0)
     try:
         socket.connect(f"ipc://{here.settings.socket_path}")
-        socket.send(say.encode(say.Hello(lock=lock.take_any(), name="fuzz")))
+        socket.send(messages.encode(messages.PoolHello(lock=lock.take_any(), name="fuzz")))
         for frame in data.split(SEPARATOR)[:MAX_FRAMES]:
             socket.send(frame)
             for parse in (from_remote, to_remote):  # what other hosts and agents say is read by the same rules
                 with contextlib.suppress(WireError):
-                    say.encode(parse(frame))
-        socket.send(say.encode(say.StatusAsked(request=LAST)))
+                    messages.encode(parse(frame))
+        socket.send(messages.encode(messages.PoolStatusRequest(request=LAST)))
         while True:
             assert socket.poll(int(1000 * ANSWER_S)), "the pool does not answer"
-            answer = say.from_pool(socket.recv())
+            answer = messages.from_pool(socket.recv())
             if getattr(answer, "request", 0) == LAST:
                 break
-        socket.send(say.encode(say.Bye()))
-        socket.send(say.encode(say.StatusAsked(request=LAST)))
-        while not isinstance(answer, say.Refused) or answer.what != "hello":
+        socket.send(messages.encode(messages.Bye()))
+        socket.send(messages.encode(messages.PoolStatusRequest(request=LAST)))
+        while not isinstance(answer, messages.PoolRefused) or answer.what != "hello":
             assert socket.poll(int(1000 * ANSWER_S)), "the pool does not answer"
-            answer = say.from_pool(socket.recv())
+            answer = messages.from_pool(socket.recv())
     finally:
         socket.close(0)
         lock.close()
@@ -198,10 +198,10 @@ def names(data: bytes) -> None:
                     os.makedirs(os.path.dirname(at), exist_ok=True)
                     with open(at, "wb") as made:
                         made.write(bytes(8))
-        tier = Lower(
+        tier = TierState(
             DiskTier(DiskSettings.model_validate({"path": root, "bytes": 1 << 20})), MEMORY << 1, 1 << 20, "lru"
         )
-        on = shelf(lower=[tier])
+        on = chunk_store(lower=[tier])
         for found in itertools.islice(tier.tier.scan(), 64):
             on.adopt(tier, found)
             with contextlib.suppress(TierError, OSError):

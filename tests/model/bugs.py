@@ -12,8 +12,8 @@ import pytest
 
 from pdtransport.protocol.actions import Action
 from pdtransport.protocol.consumer import ConsumerMachine
-from pdtransport.protocol.consumer_table import Receiving
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.consumer_table import ConsumerTable
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState
 from tests.model import cases
 from tests.model.case import READ, WRITE, Case, born
@@ -37,31 +37,31 @@ class Bug:
 
 def a_generation_is_used_twice(patch: Patch) -> None:
     """Each grant has the same generation: words about an earlier grant of the id pass for words about this one."""
-    original = Receiving.begin
+    original = ConsumerTable.begin
 
-    def begin(self: Receiving, *args: Any) -> list[Action]:
+    def begin(self: ConsumerTable, *args: Any) -> list[Action]:
         self._generations = count(101)
         return original(self, *args)
 
-    patch.setattr(Receiving, "begin", begin)
+    patch.setattr(ConsumerTable, "begin", begin)
 
 
 def a_fence_is_not_waited_for(patch: Patch) -> None:
     """Pages are given back while the link still copies into them."""
-    original = Receiving._run
+    original = ConsumerTable._run
 
-    def run(self: Receiving, machine: ConsumerMachine, actions: list[Action]) -> list[Action]:
+    def run(self: ConsumerTable, machine: ConsumerMachine, actions: list[Action]) -> list[Action]:
         done = original(self, machine, actions)
         if machine.state is ConsumerState.FENCING:
             done += self.fenced(machine.grant.transfer, machine.peer, machine.grant.generation)
         return done
 
-    patch.setattr(Receiving, "_run", run)
+    patch.setattr(ConsumerTable, "_run", run)
 
 
 def a_restart_counts_from_the_first_generation(patch: Patch) -> None:
-    original = Receiving.__init__
-    patch.setattr(Receiving, "__init__", lambda self, limits, first_generation: original(self, limits, 101))
+    original = ConsumerTable.__init__
+    patch.setattr(ConsumerTable, "__init__", lambda self, limits, first_generation: original(self, limits, 101))
 
 
 def words_queue_for_a_restarted_process(patch: Patch) -> None:
@@ -88,7 +88,7 @@ def a_restart_goes_unnoticed(patch: Patch) -> None:
 
 def a_grant_is_served_after_its_end(patch: Patch) -> None:
     """The producer remembers no transfer that is over."""
-    patch.setattr(Sending, "_bury", lambda self, transfer, code, reason: None)
+    patch.setattr(ProducerTable, "_add_tombstone", lambda self, transfer, code, reason: None)
 
 
 def _case(name: str, link: str) -> Case:

@@ -1,4 +1,4 @@
-"""A decode worker around the real :class:`Receiving`: its pages, its copies, and the checks of what happens to them."""
+"""A decode worker around the real :class:`ConsumerTable`: its pages, its copies, and checks of both."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdtransport.protocol.actions import Action, Failed, Fence, Place, Ready, Send
-from pdtransport.protocol.consumer_table import Part, Receiving
+from pdtransport.protocol.actions import Action, Failed, Fence, ReadBatch, Ready, Send
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.messages import Ack, Batch, Code, Message
 from pdtransport.protocol.states import ConsumerState
 from tests.model.case import HEAD_BYTES, WRITE, Broken, Case, Letter, born, name_of
@@ -31,7 +31,7 @@ class Consumer:
         self.case = case
         self.incarnation = incarnation
         # No tombstones: an id that is over may be granted again, and only generations tell the two apart.
-        self.book = Receiving(case.limits(tombstones=0), first_generation=100 * incarnation + 1)
+        self.book = ConsumerTable(case.limits(tombstones=0), first_generation=100 * incarnation + 1)
         self.up: set[str] = set()
         self.left = before.left if before else {wanted.name: wanted.times for wanted in case.wanted}
         self.cancels = before.cancels if before else case.consumer_cancels
@@ -63,7 +63,7 @@ class Consumer:
         yield from self.waits()
 
     def waits(self) -> Iterator[tuple[Any, ...]]:
-        for transfer, peer in sorted(self.book._agenda._when):
+        for transfer, peer in sorted(self.book._timers._when):
             yield ("retry", transfer, peer)
             yield ("deadline", transfer, peer)
 
@@ -84,7 +84,7 @@ class Consumer:
             peer = max(peer for peer in self.up if name_of(peer) == name)  # the newest process of that name
             lo, hi = wanted.heads(name)
             size = (hi - lo) * HEAD_BYTES
-            parts.append(Part(peer, lo, hi, 1, size, pages if one_sided else b"", one_sided))
+            parts.append(GrantedPart(peer, lo, hi, 1, size, pages if one_sided else b"", one_sided))
         lease = self.leases[transfer] = Lease(verified={part.peer: set() for part in parts})
         blocks = len(wanted.pages)
         actions = self.book.begin(transfer, digest_of(transfer), blocks, 0, blocks, parts, 0.0)
@@ -105,11 +105,11 @@ class Consumer:
         self._give_back(transfer)
 
     def _on_retry(self, transfer: str, peer: str) -> None:
-        wake(self.book._agenda, (transfer, peer))
+        wake(self.book._timers, (transfer, peer))
         self._run(self.book.tick(RETRY))
 
     def _on_deadline(self, transfer: str, peer: str) -> None:
-        wake(self.book._agenda, (transfer, peer))
+        wake(self.book._timers, (transfer, peer))
         self._run(self.book.tick(DEADLINE))
 
     def _on_deliver(self, letter: Letter) -> None:
@@ -184,7 +184,7 @@ class Consumer:
             if isinstance(action, Send):
                 self._check_said(action.peer, action.message)
                 self.out.append(Letter(self.me, action.peer, plain(action.message)))
-            elif isinstance(action, Place):
+            elif isinstance(action, ReadBatch):
                 lease = self.leases.get(action.transfer)
                 if lease is None or lease.generations.get(action.peer) != action.batch.generation:
                     raise Broken(f"{self.me} places {action.batch}, which is not granted now")
@@ -247,7 +247,7 @@ class Consumer:
     def held(self) -> str:
         """What is left when everything is over."""
         names = {"live transfers": self.book.live, "leases": len(self.leases), "copies": len(self.placing)}
-        names |= {"fences": len(self.fences), "waits": len(self.book._agenda._when)}
+        names |= {"fences": len(self.fences), "waits": len(self.book._timers._when)}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from pdtransport.protocol.messages import Abort, Code, Message, Nack, Revoke
-from pdtransport.protocol.timers import Agenda
+from pdtransport.protocol.timers import TimerQueue
 
 SOON, LATER = 1.0, 100.0  # when words are said again, and when waits end; things happen at 0
 RETRY, DEADLINE = 10.0, 1000.0  # a time after SOON, a time after LATER
@@ -60,7 +60,7 @@ def freeze(value: Any, name: str = "") -> Any:
     if kind in (dict, OrderedDict):
         items = ((freeze(key), freeze(each)) for key, each in value.items())
         return ("ordered" if kind is OrderedDict else "dict", tuple(sorted(items, key=lambda item: repr(item[0]))))
-    if kind is Agenda:
+    if kind is TimerQueue:
         return ("agenda", tuple(sorted(value._when, key=repr)))
     if kind is itertools.count:
         return ("count", value.__reduce__()[1][0])
@@ -95,16 +95,16 @@ def thaw(frozen: Any) -> Any:
         return Counter()
     if kind == "count":
         return itertools.count(frozen[1])
-    agenda: Agenda[Any] = Agenda()
+    timers: TimerQueue[Any] = TimerQueue()
     for key in frozen[1]:
-        agenda.set(key, SOON)
-    return agenda
+        timers.set(key, SOON)
+    return timers
 
 
-def wake(agenda: Agenda[Any], key: Any) -> None:
+def wake(timers: TimerQueue[Any], key: Any) -> None:
     """Let ``key`` be the one that is due."""
-    when = dict(agenda._when)
-    agenda._when, agenda._heap = {key: 0.0}, [(0.0, 0, key)]
+    when = dict(timers._when)
+    timers._when, timers._heap = {key: 0.0}, [(0.0, 0, key)]
     for other in when:
         if other != key:
-            agenda.set(other, float("inf"))
+            timers.set(other, float("inf"))

@@ -1,4 +1,4 @@
-"""A prefill worker around the real :class:`Sending`: its engine, its link, and the checks of what happens there."""
+"""A prefill worker around the real :class:`ProducerTable`: its engine, its link, and checks of both."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pdtransport.protocol.actions import Action, Fence, Push, Release, Send, Unstage
+from pdtransport.protocol.actions import Action, Fence, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from tests.model.case import HEAD_BYTES, HEADS, WRITE, Broken, Case, Letter, born
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
 
@@ -35,15 +35,15 @@ class Producer:
         self.case = case
         self.name = name
         self.incarnation = incarnation
-        self.book = Sending(case.limits(tombstones=64), block_bytes)
+        self.book = ProducerTable(case.limits(tombstones=64), block_bytes)
         self.up: set[str] = set()
         # transfer -> computing | finished | released; what each computed block holds
         self.engine = {each.name: "absent" for each in case.wanted if name in each.producers}
         self.blocks: dict[str, list[Any]] = {transfer: [] for transfer in self.engine}
         self.cancels = case.producer_cancels
         self.preemptions = case.preemptions
-        self.queue: list[Push] = []
-        self.writes: list[tuple[Push, tuple[Any, ...]]] = []
+        self.queue: list[OfferBatch] = []
+        self.writes: list[tuple[OfferBatch, tuple[Any, ...]]] = []
         self.fences: list[tuple[str, str, int]] = []
         self.acked: set[tuple[str, str, int]] = set()
         self.out: list[Letter] = []
@@ -73,7 +73,7 @@ class Producer:
         yield from self.waits()
 
     def waits(self) -> Iterator[tuple[Any, ...]]:
-        for key in sorted(self.book._agenda._when, key=repr):
+        for key in sorted(self.book._timers._when, key=repr):
             yield ("retry", *key)
             yield ("deadline", *key)
 
@@ -128,12 +128,12 @@ class Producer:
         push, tags = self.writes.pop(at)
         self._staged(push, tags)
 
-    def landing(self, push: Push, tags: tuple[Any, ...]) -> tuple[Any, ...]:
+    def landing(self, push: OfferBatch, tags: tuple[Any, ...]) -> tuple[Any, ...]:
         """What a write carries: the card reads pages when it sends, not when they were summed up."""
         now = self.blocks[push.transfer][push.first_block : push.first_block + push.blocks]
         return tuple(now) if len(now) == push.blocks else (JUNK,) * push.blocks
 
-    def _staged(self, push: Push, tags: tuple[Any, ...]) -> None:
+    def _staged(self, push: OfferBatch, tags: tuple[Any, ...]) -> None:
         sums = b"".join(checksum(tag) for tag in tags)
         ident = (push.transfer, push.peer, push.generation, push.seq, push.attempt)
         self._run(self.book.pushed(*ident, sums, bytes(8), 0.0))
@@ -143,11 +143,11 @@ class Producer:
         self._run(self.book.fenced(transfer, peer, generation))
 
     def _on_retry(self, *key: Any) -> None:
-        wake(self.book._agenda, key)
+        wake(self.book._timers, key)
         self._run(self.book.tick(RETRY))
 
     def _on_deadline(self, *key: Any) -> None:
-        wake(self.book._agenda, key)
+        wake(self.book._timers, key)
         self._run(self.book.tick(DEADLINE))
 
     def _on_deliver(self, letter: Letter) -> None:
@@ -182,10 +182,10 @@ class Producer:
         for action in actions:
             if isinstance(action, Send):
                 self.out.append(Letter(self.me, action.peer, plain(action.message)))
-            elif isinstance(action, Push):
+            elif isinstance(action, OfferBatch):
                 self._check_push(action)
                 self.queue = sorted([*self.queue, action], key=_ident)
-            elif isinstance(action, Unstage):
+            elif isinstance(action, WithdrawBatch):
                 self._unstage(action)
             elif isinstance(action, Fence):
                 self.fences = sorted([*self.fences, (action.transfer, action.peer, action.generation)])
@@ -194,13 +194,13 @@ class Producer:
             else:
                 raise Broken(f"a producer can't {action}")
 
-    def _check_push(self, push: Push) -> None:
+    def _check_push(self, push: OfferBatch) -> None:
         for other in [*self.queue, *(write[0] for write in self.writes)]:
             same = (other.transfer, other.peer, other.generation, other.seq)
             if same == (push.transfer, push.peer, push.generation, push.seq):
                 raise Broken(f"{self.me} pushes batch {push.seq} of {push.transfer} while it is under way")
 
-    def _unstage(self, action: Unstage) -> None:
+    def _unstage(self, action: WithdrawBatch) -> None:
         ident = (action.transfer, action.peer, action.generation, action.seq, action.attempt)
         for push in [push for push in self.queue if _ident(push) == ident]:
             self.queue.remove(push)
@@ -237,9 +237,9 @@ class Producer:
         book = self.book
         names = {"live transfers": book.live, "early grants": book.early, "claims": len(book._early_claims)}
         names |= {"pushes": len(self.queue), "writes": len(self.writes), "fences": len(self.fences)}
-        names |= {"waits": len(book._agenda._when), "pages": sum(map(len, self.blocks.values()))}
+        names |= {"waits": len(book._timers._when), "pages": sum(map(len, self.blocks.values()))}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
 
 
-def _ident(push: Push) -> tuple[str, str, int, int, int]:
+def _ident(push: OfferBatch) -> tuple[str, str, int, int, int]:
     return push.transfer, push.peer, push.generation, push.seq, push.attempt

@@ -14,10 +14,10 @@ from pdtransport.control.channel import (
     ControlChannel,
     Event,
     Identity,
+    MessageReceived,
     PeerDown,
     PeerUp,
-    Received,
-    StatusAsked,
+    StatusRequested,
 )
 from pdtransport.settings import ControlSettings
 
@@ -54,10 +54,10 @@ def report(channel: ControlChannel, event: Event) -> None:
         say(kind="down", engine=event.peer.engine, incarnation=event.peer.incarnation, reason=event.reason)
     elif isinstance(event, ConnectFailed):
         say(kind="failed", reason=event.reason, field=event.field, refused=event.refused)
-    elif isinstance(event, Received):
+    elif isinstance(event, MessageReceived):
         say(kind="received", message=event.message.kind)
         channel.send(event.peer, event.message)  # echo
-    elif isinstance(event, StatusAsked):
+    elif isinstance(event, StatusRequested):
         event.reply(json.dumps({"engine": "child", "transfer": event.transfer, "counters": dict(channel.counters)}))
 
 

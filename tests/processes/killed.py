@@ -161,7 +161,7 @@ class Worker:
 
 def serve(pipe: Connection, link: str, device: Device, side: Side, name: str, card: int) -> None:
     """A peer's process: does its side of the jobs that come through ``pipe`` and answers with (transfer, went well)."""
-    taking: list[tuple[Job, Any]] = []
+    consumer: list[tuple[Job, Any]] = []
     with ExitStack() as stack:
         stack.enter_context(gpu(device))
         worker = Worker(link, device, name, card)
@@ -169,16 +169,16 @@ def serve(pipe: Connection, link: str, device: Device, side: Side, name: str, ca
         pipe.send(worker.transport.port)
         while True:
             try:
-                if pipe.poll(0.001 if taking else None):
+                if pipe.poll(0.001 if consumer else None):
                     job: Job = pipe.recv()
                     if side == "prefill":
                         worker.give(job)
                     else:
-                        taking.append((job, worker.take(job)))
+                        consumer.append((job, worker.take(job)))
             except EOFError:
                 return
-            for ended in [entry for entry in taking if entry[1].future.done()]:
-                taking.remove(ended)
+            for ended in [entry for entry in consumer if entry[1].future.done()]:
+                consumer.remove(ended)
                 job, receipt = ended
                 pipe.send((job.transfer, receipt.future.result().ok and worker.memory.holds(job.target, job.seed)))
 

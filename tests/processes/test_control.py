@@ -18,11 +18,11 @@ from pdtransport.control.channel import (
     ConnectFailed,
     ControlChannel,
     Identity,
+    MessageReceived,
     PeerDown,
     PeerId,
     PeerUp,
-    Received,
-    StatusAsked,
+    StatusRequested,
 )
 from pdtransport.control.client import StatusUnavailable, afetch_status, fetch_status
 from pdtransport.errors import SettingsError
@@ -70,9 +70,9 @@ def test_both_sides_learn_who_the_other_is_and_messages_flow_both_ways(rig: Benc
     assert (seen.peer, seen.host, seen.endpoint) == (peer(decode_), HOST, None)
     assert decode_.channel.send(peer(prefill), Claim(transfer="t"))
     assert prefill.channel.send(peer(decode_), LinkCall(link="ucx", body=b"x"))
-    rig.until(lambda: prefill.of(Received) and decode_.of(Received))
-    assert prefill.of(Received) == [Received(peer(decode_), Claim(transfer="t"))]
-    assert decode_.of(Received) == [Received(peer(prefill), LinkCall(link="ucx", body=b"x"))]
+    rig.until(lambda: prefill.of(MessageReceived) and decode_.of(MessageReceived))
+    assert prefill.of(MessageReceived) == [MessageReceived(peer(decode_), Claim(transfer="t"))]
+    assert decode_.of(MessageReceived) == [MessageReceived(peer(prefill), LinkCall(link="ucx", body=b"x"))]
 
 
 def test_connecting_twice_is_one_connection(rig: Bench) -> None:
@@ -94,9 +94,9 @@ def test_two_that_connect_to_each_other_are_one_peer_each_and_each_learns_its_en
     rig.until(lambda: [up.endpoint for up in b.of(PeerUp)] == [None, (HOST, a.port)])
     assert [up.endpoint for up in a.of(PeerUp)] == [(HOST, b.port)]
     assert a.channel.send(peer(b), Claim(transfer="t"))
-    rig.until(lambda: b.of(Received))
+    rig.until(lambda: b.of(MessageReceived))
     rig.run(0.3)
-    assert len(b.of(Received)) == 1
+    assert len(b.of(MessageReceived)) == 1
     assert not a.of(PeerDown)
     assert not b.of(PeerDown)
 
@@ -346,7 +346,7 @@ def test_a_full_queue_returns_false_and_never_blocks(rig: Bench) -> None:
         assert sent < 20000
     assert a.counters["send_failed"] == 1
     assert sent > limits.SEND_QUEUE_FRAMES // 2
-    rig.until(lambda: len(b.of(Received)) == sent, 60)
+    rig.until(lambda: len(b.of(MessageReceived)) == sent, 60)
 
 
 def test_a_message_longer_than_a_frame_may_be_is_not_sent(rig: Bench) -> None:
@@ -355,7 +355,7 @@ def test_a_message_longer_than_a_frame_may_be_is_not_sent(rig: Bench) -> None:
     both_up(rig, a, b)
     assert not a.channel.send(peer(b), LinkCall(link="ucx", body=b"x" * 5000))
     assert a.channel.send(peer(b), Ack(transfer="t", generation=1))
-    rig.until(lambda: b.of(Received))
+    rig.until(lambda: b.of(MessageReceived))
 
 
 def test_a_turn_handles_no_more_frames_than_its_limit(rig: Bench) -> None:
@@ -368,7 +368,7 @@ def test_a_turn_handles_no_more_frames_than_its_limit(rig: Bench) -> None:
         assert b.channel._poller.poll(WAIT_S * 1000), f"{got} of 100 came"
         events = b.channel.receive(time.monotonic(), limit=7)
         assert len(events) <= 7
-        got += sum(isinstance(event, Received) for event in events)
+        got += sum(isinstance(event, MessageReceived) for event in events)
 
 
 def test_words_about_transfers_before_the_handshake_are_dropped_and_counted(rig: Bench) -> None:
@@ -401,7 +401,7 @@ def ask(rig: Bench, node: Node, reply: Any, **kwargs: Any) -> Any:
     asked = []
     while not found:
         rig.turn()
-        for event in node.take(StatusAsked):
+        for event in node.take(StatusRequested):
             asked.append(event.transfer)
             event.reply(reply if isinstance(reply, str) else json.dumps(reply))
     thread.join()
@@ -456,19 +456,19 @@ def test_too_many_status_requests_are_turned_away_and_peers_are_served(
             for _ in range(40):
                 stranger.send(encode(StatusRequest()))
         both_up(rig, other, node)
-        rig.until(lambda: node.counters["status_limited"] + len(node.of(StatusAsked)) == 200)
+        rig.until(lambda: node.counters["status_limited"] + len(node.of(StatusRequested)) == 200)
     finally:
         for stranger in strangers:
             stranger.close()
-    assert 5 <= len(node.of(StatusAsked)) < 100
+    assert 5 <= len(node.of(StatusRequested)) < 100
 
 
 def test_a_reply_after_the_asker_or_the_channel_went_is_harmless(rig: Bench) -> None:
     node, stranger = rig.node("p"), Stranger(rig.nodes[0].port)
     stranger.send(encode(StatusRequest()))
-    rig.until(lambda: node.of(StatusAsked))
+    rig.until(lambda: node.of(StatusRequested))
     stranger.close()
-    (asked,) = node.of(StatusAsked)
+    (asked,) = node.of(StatusRequested)
     rig.run(0.1)
     asked.reply("{}")
     rig.drop(node)

@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from pdtransport.control import limits
-from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerDown, PeerUp, Received
+from pdtransport.control.channel import ConnectFailed, ControlChannel, MessageReceived, PeerDown, PeerUp
 from pdtransport.control.client import StatusUnavailable, fetch_status
 from pdtransport.control.curve import load_keys, make_keys
 from pdtransport.control.door import Door
@@ -40,7 +40,7 @@ def still_serves(rig: Bench, node: Node) -> None:
     newcomer.channel.connect(HOST, node.port)
     rig.until(lambda: newcomer.of(PeerUp))
     assert newcomer.channel.send(peer(node), Claim(transfer="after-all"))
-    rig.until(lambda: Received(peer(newcomer), Claim(transfer="after-all")) in node.events)
+    rig.until(lambda: MessageReceived(peer(newcomer), Claim(transfer="after-all")) in node.events)
     rig.drop(newcomer)
 
 
@@ -134,7 +134,7 @@ def test_garbage_of_a_peer_that_is_up_does_not_end_it(rig: Bench) -> None:
     assert not node.of(PeerDown)
     assert not other.of(PeerDown)
     assert other.channel.send(peer(node), Claim(transfer="t"))
-    rig.until(lambda: node.of(Received))
+    rig.until(lambda: node.of(MessageReceived))
 
 
 def test_a_server_that_answers_with_garbage_fails_the_connection_only(rig: Bench) -> None:
@@ -298,7 +298,7 @@ def test_a_peer_that_floods_costs_the_others_little_time_and_no_memory(rig: Benc
         def poured() -> Any:
             nonlocal taken
             pour()
-            kept = [each for each in node.events if not isinstance(each, Received) or each.message != flood]
+            kept = [each for each in node.events if not isinstance(each, MessageReceived) or each.message != flood]
             taken += len(node.events) - len(kept)
             node.events[:] = kept
             return condition()
@@ -319,7 +319,7 @@ def test_a_peer_that_floods_costs_the_others_little_time_and_no_memory(rig: Benc
         ahead, before = sent - taken, taken
         assert newcomer.channel.send(peer(node), word)
         time.sleep(0.1)  # it arrives while nobody reads, behind all these
-        within_the_flood(lambda word=word: Received(peer(newcomer), word) in node.events)
+        within_the_flood(lambda word=word: MessageReceived(peer(newcomer), word) in node.events)
         assert taken - before < ahead
     assert not node.of(PeerDown)
 
@@ -345,7 +345,7 @@ def test_of_many_strangers_the_oldest_is_closed_and_peers_and_watchers_stay(
         rig.until(lambda: node.counters["callers_cut"] == 16)
         assert len(door(node)) == 1 + 5  # the peer's, and the watcher's among the strangers'
         assert node.channel.send(peer(worker), Claim(transfer="t"))
-        rig.until(lambda: worker.of(Received))
+        rig.until(lambda: worker.of(MessageReceived))
         assert node.channel.watched
         assert not node.of(PeerDown)
         assert len(caplog.records) == 1

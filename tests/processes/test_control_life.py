@@ -11,7 +11,15 @@ import pytest
 import zmq
 
 from pdtransport.control import limits
-from pdtransport.control.channel import ConnectFailed, ControlChannel, NameShared, PeerDown, PeerId, PeerUp, Received
+from pdtransport.control.channel import (
+    ConnectFailed,
+    ControlChannel,
+    MessageReceived,
+    NameShared,
+    PeerDown,
+    PeerId,
+    PeerUp,
+)
 from pdtransport.control.client import fetch_status
 from pdtransport.control.handshake import facts, told_incarnation
 from pdtransport.protocol.messages import Claim, Hello, encode
@@ -81,7 +89,7 @@ def test_a_stopped_peer_is_down_after_its_silence_and_up_again_on_both_sides_whe
         assert kinds.index("down") < kinds.index("up")
         assert "given us up" in child.wait("down")["reason"]
         assert node.channel.send(PeerId("c", 0, child.incarnation), Claim(transfer="again"))
-        rig.until(lambda: node.of(Received))
+        rig.until(lambda: node.of(MessageReceived))
         rig.run(0.5)
     assert len(node.of(PeerUp)) == 2
     assert len(node.of(PeerDown)) == 1
@@ -136,7 +144,7 @@ def test_a_restarted_peer_is_another_incarnation_and_the_old_one_is_down_first(r
             assert node.of(PeerUp)[0].peer.incarnation == new.incarnation
             assert not node.channel.send(PeerId("p", 0, old.incarnation), Claim(transfer="t"))
             assert node.channel.send(PeerId("p", 0, new.incarnation), Claim(transfer="t"))
-            rig.until(lambda: node.of(Received))
+            rig.until(lambda: node.of(MessageReceived))
 
 
 @pytest.mark.parametrize("first", ["the worker", "the impostor"])
@@ -163,14 +171,14 @@ def test_a_live_workers_name_can_not_be_taken(rig: Bench, first: str, caplog: py
     for number, each in enumerate((one, other)):
         assert each.channel.send(peer(node), Claim(transfer=f"to-{number}"))
         assert node.channel.send(peer(each), Claim(transfer=f"from-{number}"))
-    rig.until(lambda: len(node.of(Received)) == 2 and one.of(Received) and other.of(Received))
+    rig.until(lambda: len(node.of(MessageReceived)) == 2 and one.of(MessageReceived) and other.of(MessageReceived))
     assert not node.of(PeerDown)
     rig.drop(other)
     rig.until(lambda: node.of(PeerDown))
     assert [event.peer for event in node.of(PeerDown)] == [peer(other)]
     rig.until(lambda: node.channel.shared_names() == [])
     assert node.channel.send(peer(one), Claim(transfer="still"))
-    rig.until(lambda: len(one.of(Received)) == 2)
+    rig.until(lambda: len(one.of(MessageReceived)) == 2)
     assert not one.of(PeerDown)
 
 
@@ -183,7 +191,7 @@ def test_two_engines_of_one_name_behind_two_ports_are_both_served(rig: Bench, ca
     assert sorted(decode_.channel.shared_names()[0][1]) == sorted(f"{HOST}:{each.port}" for each in (one, other))
     for each in (one, other):
         assert decode_.channel.send(peer(each), Claim(transfer="t"))
-        rig.until(lambda each=each: each.of(Received))
+        rig.until(lambda each=each: each.of(MessageReceived))
     assert not any(node.of(PeerDown) or node.of(ConnectFailed) for node in (one, other, decode_))
     lines = [record.getMessage() for record in caplog.records]
     assert len([line for line in lines if "own engine_id" in line]) == 3
@@ -201,7 +209,7 @@ def test_what_the_status_tells_is_not_enough_to_come_as_another(rig: Bench) -> N
         stranger.send(encode(facts(Hello, replace(worker.me, incarnation=told), 1 << 60)))
         rig.until(lambda: len(node.of(PeerUp)) == 2)
         assert node.channel.send(peer(worker), Claim(transfer="t"))
-        rig.until(lambda: worker.of(Received))
+        rig.until(lambda: worker.of(MessageReceived))
         assert not node.of(PeerDown)
     finally:
         stranger.close()
@@ -218,7 +226,7 @@ def test_a_broken_connection_resumes_the_same_peer_without_a_word_to_the_transpo
             rig.until(lambda times=times: server.counters["reconnects"] == times)
             assert client.channel.send(peer(server), Claim(transfer=f"t{times}"))
             assert server.channel.send(peer(client), Claim(transfer=f"t{times}"))
-            rig.until(lambda times=times: len(server.of(Received)) == len(client.of(Received)) == times)
+            rig.until(lambda times=times: len(server.of(MessageReceived)) == len(client.of(MessageReceived)) == times)
         rig.run(0.3)
         assert len(client.of(PeerUp)) == len(server.of(PeerUp)) == 1
         assert not client.of(PeerDown)
@@ -309,7 +317,7 @@ def test_a_hundred_peers_at_once(rig: Bench) -> None:
     rig.until(lambda: len(hub.of(PeerUp)) == 100, 60)
     for each in others:
         assert hub.channel.send(peer(each), Claim(transfer="t"))
-    rig.until(lambda: all(each.of(Received) for each in others), 60)
+    rig.until(lambda: all(each.of(MessageReceived) for each in others), 60)
     for each in others:
         rig.drop(each)
     rig.until(lambda: len(hub.of(PeerDown)) == 100, 60)

@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from pdtransport.control import owners
-from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerUp, StatusAsked
+from pdtransport.control.channel import ConnectFailed, ControlChannel, PeerUp, StatusRequested
 from pdtransport.control.client import StatusUnavailable, fetch_status
 from pdtransport.control.door import Door
 from pdtransport.control.handshake import facts
@@ -78,7 +78,7 @@ def listens(pipe: int) -> None:
     while True:
         time.sleep(0.005)
         for event in [*channel.receive(time.monotonic()), *channel.tick(time.monotonic())]:
-            if isinstance(event, StatusAsked):
+            if isinstance(event, StatusRequested):
                 event.reply("{}")
 
 

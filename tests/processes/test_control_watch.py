@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from pdtransport.control import limits, watchers
-from pdtransport.control.channel import Received
+from pdtransport.control.channel import MessageReceived
 from pdtransport.control.curve import load_keys, make_keys
 from pdtransport.control.handshake import told_incarnation
 from pdtransport.control.watchers import Watchers
@@ -144,7 +144,7 @@ def test_there_is_room_for_so_many_watchers_and_those_who_ask_first_keep_theirs(
         rig.until(lambda: first.read() and REPORT in first.heard)
         both_up(rig, other, node)
         assert other.channel.send(peer(node), Claim(transfer="after-all"))
-        rig.until(lambda: Received(peer(other), Claim(transfer="after-all")) in node.events)
+        rig.until(lambda: MessageReceived(peer(other), Claim(transfer="after-all")) in node.events)
     finally:
         for stranger in strangers:
             stranger.close()

@@ -251,17 +251,17 @@ def test_a_batch_that_was_foreseen_is_placed_as_any_other(ends: Ends, monkeypatc
     plan = ends.channel._plan
     monkeypatch.setattr(ends.channel, "_plan", lambda *given: planned.append(given[0]) or plan(*given))
     offer, checksums = ends.ask("send", (1, [5, 2]))
-    ends.channel.foresee(offer, ends.memory.runs([8, 9]), 2)
+    ends.channel.prepare_read(offer, ends.memory.runs([8, 9]), 2)
     ends.receive_offer(1, offer, checksums, [8, 9])
     assert len(planned) == 1, "planned twice"
     ends.receive_offer(2, offer, checksums, [10, 11])  # foreseen once, used once
-    ends.channel.foresee(offer, ends.memory.runs([12, 13]), 2)
+    ends.channel.prepare_read(offer, ends.memory.runs([12, 13]), 2)
     ends.receive_offer(3, offer, checksums, [14, 15])  # another target than was foreseen
-    ends.channel.foresee(b"no offer", ends.memory.runs([1]), 1)
-    ends.channel.foresee(offer, ends.memory.runs([1, 2, 3]), 3)
-    ends.channel.foresee(offer, ends.memory.runs([0, 1]) + np.uint64(1 << 40), 2)  # not our memory
+    ends.channel.prepare_read(b"no offer", ends.memory.runs([1]), 1)
+    ends.channel.prepare_read(offer, ends.memory.runs([1, 2, 3]), 3)
+    ends.channel.prepare_read(offer, ends.memory.runs([0, 1]) + np.uint64(1 << 40), 2)  # not our memory
     offer, checksums = ends.ask("send", (4, [30, 31]))
-    ends.channel.foresee(offer, ends.memory.runs([16, 17]), 2)
+    ends.channel.prepare_read(offer, ends.memory.runs([16, 17]), 2)
     ends.ask("overwrite", 31)
     ends.receive_offer(4, offer, checksums, [16, 17])
     ends.progress_until(lambda: len(ends.ended) == 4)
@@ -272,7 +272,7 @@ def test_a_batch_that_was_foreseen_is_placed_as_any_other(ends: Ends, monkeypatc
         np.testing.assert_array_equal(memory[[first, first + 1]], EXPECTED[[5, 2]])
     assert (memory[[0, 1, 2, 3, 12, 13]] == 255).all()
     for key in range(100):
-        ends.channel.foresee(ends.ask("send", (100 + key, [key % PAGES, 3]))[0], ends.memory.runs([0, 1]), 2)
+        ends.channel.prepare_read(ends.ask("send", (100 + key, [key % PAGES, 3]))[0], ends.memory.runs([0, 1]), 2)
     assert len(ends.channel._foreseen) == cuda_ipc.MAX_FORESEEN
 
 

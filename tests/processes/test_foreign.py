@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdtransport import Settings, request_key
-from pdtransport.control.events import Identity, PeerUp, Received
+from pdtransport.control.events import Identity, MessageReceived, PeerUp
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Abort, Batch, Code, Commit, Grant, Revoke
 from pdtransport.transport import fingerprint_of
@@ -59,12 +59,12 @@ def test_a_known_peer_changes_nothing_of_anothers_transfer(pair: Cluster, right:
     (receipt,) = receive_all(pair, transfer, key, TOKENS, PAGES)
     offer.ready(PAGES[:SENT], SENT * BLOCK_SIZE)
     wait_for("the first pages cross", lambda: (gathered(pair, PAGES[:SENT]) == whole[:, :SENT]).all())
-    taking = d._exchange.taking.receiving
-    (generation,) = d._reactor.ask(lambda: [one.grant.generation for one in taking.machines(transfer)])
+    consumer = d._engine.consumer.receiving
+    (generation,) = d._reactor.ask(lambda: [one.grant.generation for one in consumer.machines(transfer)])
     generation += not right
 
     bench = Bench()
-    facts = fingerprint_of(d._exchange.handing._geometry, 1)
+    facts = fingerprint_of(d._engine.producer._geometry, 1)
     mallory: Node = bench.node("mallory", me=Identity("mallory", 0, 1, secrets.randbits(60) | 1, facts, {}))
     try:
         for port in (d.port, p.port):
@@ -94,7 +94,7 @@ def test_a_known_peer_changes_nothing_of_anothers_transfer(pair: Cluster, right:
         wait_for(f"counted as foreign: {want}", all_counted)
         assert not receipt.future.done()
         assert not offer.future.done()
-        answers = [one.message for one in mallory.of(Received)]
+        answers = [one.message for one in mallory.of(MessageReceived)]
         assert all(isinstance(one, Abort | Revoke) or one.kind == "revoked" for one in answers), answers
         assert all(one.code in (Code.REUSED, Code.UNKNOWN) for one in answers if isinstance(one, Abort | Revoke))
         assert np.array_equal(gathered(pair, PAGES[:SENT]), whole[:, :SENT])

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pdtransport.launch import cli
-from pdtransport.launch.processes import Fleet
+from pdtransport.launch.processes import ProcessGroup
 from tests.processes.launch_rig import FIRST_PORT, REPO, UP_S, Rig, is_alive, launched, wait_for
 
 pytestmark = pytest.mark.xdist_group("launch")  # the demo's test takes ports of the same range
@@ -323,7 +323,7 @@ def test_json_keeps_standard_output_to_one_object(rig: Rig) -> None:
 
 def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
     """A guard whose command can't be started ends with 127 and says why in the log."""
-    with Fleet(tmp_path) as fleet:
+    with ProcessGroup(tmp_path) as fleet:
         process = fleet.start("nothing", ["/nonexistent/program"])
         wait_for(lambda: process.poll() is not None)
         assert process.poll() == 127
@@ -332,7 +332,7 @@ def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 def test_a_servers_exit_status_comes_through_the_guard(tmp_path: Path) -> None:
     """Exit codes arrive unchanged; death by signal n arrives as 128 + n."""
-    with Fleet(tmp_path) as fleet:
+    with ProcessGroup(tmp_path) as fleet:
         code = fleet.start("code", [sys.executable, "-c", "raise SystemExit(42)"])
         killed = fleet.start("killed", [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
         wait_for(lambda: code.poll() is not None and killed.poll() is not None)

@@ -15,7 +15,7 @@ import pytest
 from pdtransport.launch import cli
 from pdtransport.launch.plan import PoolPlan
 from pdtransport.launch.pool_keeper import MAX_DEATHS, PoolKeeper
-from pdtransport.launch.processes import Fleet
+from pdtransport.launch.processes import ProcessGroup
 from pdtransport.launch.rundir import read_record
 from pdtransport.pool.client.pool_client import PoolClient
 from tests.processes.launch_rig import REPO, UP_S, Rig, launched, wait_for
@@ -72,7 +72,7 @@ def test_a_pool_that_never_lasts_is_left_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("pdtransport.launch.pool_keeper.FIRST_PAUSE_S", 0.01)
     argv = (sys.executable, "-c", "print('pdpool: x serves 1 MiB', flush=True); raise SystemExit(3)")
     said: list[str] = []
-    with Fleet(tmp_path) as fleet:
+    with ProcessGroup(tmp_path) as fleet:
         keeper = PoolKeeper(PoolPlan("x", tmp_path, tmp_path, "", argv), fleet, said.append)
         keeper.serves(wait_for(keeper.ready))
 

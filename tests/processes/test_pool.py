@@ -16,8 +16,8 @@ import zmq
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import run
-from pdtransport.pool import messages as say
-from pdtransport.pool.admin.pool_admin import Outcome, PoolAdmin
+from pdtransport.pool import messages
+from pdtransport.pool.admin.pool_admin import AdminOutcome, PoolAdmin
 from pdtransport.pool.cli import main
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.core.shared_memory import map_memory
@@ -120,7 +120,7 @@ def test_pins_and_drops_over_the_wire(directory: Path) -> None:
             store(client, [number])
         assert names(load(client, [1, 2])) == ["READ", "MISS"]
         assert client.manage([key(1), key(9)], "drop").result() == 1
-        assert PoolAdmin(client).clear() == Outcome(15, 15)
+        assert PoolAdmin(client).clear() == AdminOutcome(15, 15)
         assert status(client)["chunks"] == 0
 
 
@@ -275,20 +275,20 @@ def test_garbage_and_strangers_change_nothing(directory: Path) -> None:
         stranger.set(zmq.LINGER, 0)
         stranger.set(zmq.RCVTIMEO, 10_000)
         stranger.connect(f"ipc://{directory}/default.sock")
-        hello = say.encode(say.Hello(lock=12345, name="x"))
+        hello = messages.encode(messages.PoolHello(lock=12345, name="x"))
         for frame, answer in [
             (b"garbage", "not a msgpack"),
-            (hello.replace(b"\xa1v" + bytes([say.POOL_VERSION]), b"\xa1v\x63"), "version 99"),
-            (say.encode(say.Manage(request=1, keys=b"", action="drop")), "say Hello"),
-            (say.encode(say.Lookup(request=1, keys=b"").model_copy(update={"keys": b"123"})), "32 bytes"),
+            (hello.replace(b"\xa1v" + bytes([messages.POOL_VERSION]), b"\xa1v\x63"), "version 99"),
+            (messages.encode(messages.Manage(request=1, keys=b"", action="drop")), "say Hello"),
+            (messages.encode(messages.Lookup(request=1, keys=b"").model_copy(update={"keys": b"123"})), "32 bytes"),
             (hello, "not this client's"),
         ]:
             stranger.send(frame)
-            refused = say.from_pool(stranger.recv())
-            assert isinstance(refused, say.Refused)
+            refused = messages.from_pool(stranger.recv())
+            assert isinstance(refused, messages.PoolRefused)
             assert answer in refused.reason
         stranger.send_multipart([b"a", b"b"])
-        assert isinstance(say.from_pool(stranger.recv()), say.Refused)
+        assert isinstance(messages.from_pool(stranger.recv()), messages.PoolRefused)
         stranger.close()
         assert names(load(client, [1])) == ["READ"]
         assert pool.status()["service"]["garbage"] == 4

@@ -11,9 +11,9 @@ import pytest
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace
-from pdtransport.pool import messages as say
-from pdtransport.pool.admin.pool_admin import AdminError, Chosen, Outcome, PoolAdmin
-from pdtransport.pool.admin.prompts import Prompt, find
+from pdtransport.pool import messages
+from pdtransport.pool.admin.pool_admin import AdminError, AdminOutcome, Chosen, PoolAdmin
+from pdtransport.pool.admin.prompts import PoolPrompt, find
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.core.key_spaces import Space, whole_salt
 from pdtransport.pool.server.service import Pool
@@ -42,13 +42,13 @@ def test_chunks_move_between_memory_and_disk(directory: Path, tmp_path: Path) ->
         admin = PoolAdmin(client)
         store(client, range(8))
         until(lambda: tiers(admin, *range(8)) == ["memory+disk"] * 8, "chunks were not written")
-        assert admin.move(chosen(0, 1, 2, 99), "disk") == Outcome(3, 3)
+        assert admin.move(chosen(0, 1, 2, 99), "disk") == AdminOutcome(3, 3)
         assert tiers(admin, 0, 3, 99) == ["disk", "memory+disk", ""]
-        assert admin.prefetch(chosen(0, 99)) == Outcome(1, 1)
+        assert admin.prefetch(chosen(0, 99)) == AdminOutcome(1, 1)
         assert tiers(admin, 0, 1) == ["memory+disk", "disk"]
-        assert admin.move(Chosen(), "below") == Outcome(8, 8)
+        assert admin.move(Chosen(), "below") == AdminOutcome(8, 8)
         assert set(tiers(admin, *range(8))) == {"disk"}
-        assert admin.move(Chosen(), "memory") == Outcome(8, 8)
+        assert admin.move(Chosen(), "memory") == AdminOutcome(8, 8)
         assert names(load(client, range(8))) == ["READ"] * 8
         with pytest.raises(AdminError, match=r"no tier .redis.*memory, disk, below"):
             admin.move(Chosen(), "redis")
@@ -57,7 +57,7 @@ def test_chunks_move_between_memory_and_disk(directory: Path, tmp_path: Path) ->
         with pytest.raises(PoolUnavailable, match="no tier 'tape' below memory; there are: disk"):
             client.manage([key(1)], "write", tier="tape").result()
         assert client.lookup([key(1)]).result().there == 1, "a refused wish ends nothing"
-        assert admin.clear() == Outcome(8, 8)
+        assert admin.clear() == AdminOutcome(8, 8)
         assert tiers(admin, *range(8)) == [""] * 8
         until(lambda: not list((tmp_path / "disk").rglob("*.*")), "files were left behind")
 
@@ -70,17 +70,17 @@ def test_nothing_that_is_used_or_pinned_is_moved(directory: Path, tmp_path: Path
         try:
             store(client, range(4))
             until(lambda: tiers(admin, *range(4)) == ["memory+disk"] * 4, "chunks were not written")
-            assert admin.pin(chosen(1), "hard", for_s=60) == Outcome(1, 1)
+            assert admin.pin(chosen(1), "hard", for_s=60) == AdminOutcome(1, 1)
             other.halt_in("load", [0])
-            assert admin.move(Chosen(), "disk") == Outcome(2, 4)
+            assert admin.move(Chosen(), "disk") == AdminOutcome(2, 4)
             assert tiers(admin, 0, 1, 2, 3) == ["memory+disk", "memory+disk", "disk", "disk"]
             (reading, pinned) = admin.look([key(0), key(1)])
             assert (reading.used, pinned.pin) == (True, "hard")
-            assert admin.clear() == Outcome(4, 4)
+            assert admin.clear() == AdminOutcome(4, 4)
             assert names(store(client, range(10, 25)))  # whatever was freed is given out again
             assert other.go_on() == (["READ"], "")  # the rig asserts that its bytes are what was stored
-            assert admin.pin(chosen(10), "soft") == Outcome(1, 1)
-            assert admin.pin(chosen(10), "none") == Outcome(1, 1)
+            assert admin.pin(chosen(10), "soft") == AdminOutcome(1, 1)
+            assert admin.pin(chosen(10), "none") == AdminOutcome(1, 1)
             assert admin.look([key(10)])[0].pin == "none"
         finally:
             other.close()
@@ -101,7 +101,7 @@ def test_chunks_are_packed_afterwards(directory: Path, tmp_path: Path) -> None:
             until(lambda: admin.status()["chunks"] == 4, "the index was not rebuilt")
             before = admin.status()["tiers"]["disk"]["used_bytes"]
             admin.prefetch(chosen(0))
-            assert admin.compress(Chosen()) == Outcome(4, 4)
+            assert admin.compress(Chosen()) == AdminOutcome(4, 4)
             assert admin.status()["tiers"]["disk"]["used_bytes"] < before / 10
             assert tiers(admin, 0, 1, 2, 3) == ["memory+disk", "disk", "disk", "disk"]
             assert client.load([key(n) for n in range(4)], [plain.runs(p) for p in range(4)]).result().prefix == 4
@@ -133,7 +133,7 @@ def test_contents_are_told_by_tier_and_tenant(directory: Path, tmp_path: Path) -
         assert {name: of["chunks"] for name, of in hits["loaded_from"].items()} == {
             "memory": 1, "disk": 1, "waited": 0, "missed": 1,
         }  # fmt: skip
-        assert admin.clear("alice") == Outcome(2, 2)
+        assert admin.clear("alice") == AdminOutcome(2, 2)
         assert tiers(admin, 10, 1) == ["", "memory+disk"]
         with pytest.raises(PoolUnavailable, match="tenant 'bob' has no quota"):
             admin.clear("bob")
@@ -144,8 +144,8 @@ def test_a_clear_of_many_chunks_stalls_no_reader(directory: Path) -> None:
     the whole."""
     made = PoolSettings.parse({"dir": directory, "memory_bytes": 400 << 20, "frame_bytes": 4096, "max_chunks": 200_000})
     with Pool(made) as pool, PoolClient(directory=directory) as client, PoolClient(directory=directory) as reader:
-        shelf, count = pool._service.shelf, 100_000
-        asker = Asker(shelf)
+        chunk_store, count = pool._service.store, 100_000
+        asker = Asker(chunk_store)
         for first in range(0, count, 500):
             pool._reactor.ask(lambda first=first: asker.put(*range(first, first + 500)), 30.0)
         longest, done = 0.0, threading.Event()
@@ -162,7 +162,7 @@ def test_a_clear_of_many_chunks_stalls_no_reader(directory: Path) -> None:
         began = time.monotonic()
         admin = PoolAdmin(client)
         assert admin.status()["held"] == [{"tier": "memory", "tenant": "", "chunks": count, "bytes": count * 4096}]
-        assert admin.clear() == Outcome(count, count)
+        assert admin.clear() == AdminOutcome(count, count)
         whole = time.monotonic() - began
         done.set()
         thread.join()
@@ -211,7 +211,7 @@ def test_a_prompt_is_found_after_a_restart_without_an_engine(directory: Path, tm
             until(kept.exists, "it was not kept")
         with daemon(directory, *options):
             until(lambda: client.lookup(keys).result().there == (len(keys) if disk else 0), "chunks were not found")
-            (found,) = find(PoolAdmin(client), Prompt(tokens, salt=salt))
+            (found,) = find(PoolAdmin(client), PoolPrompt(tokens, salt=salt))
             assert found.there == (len(found.tiers) if disk else 0)
         assert salt not in kept.read_text()
         assert kept.stat().st_mode & 0o077 == 0
@@ -223,7 +223,7 @@ def test_a_prompt_is_found_after_a_restart_without_an_engine(directory: Path, tm
 def test_one_message_has_bounds(directory: Path) -> None:
     """More keys than may be managed at a time are refused, whoever sends them."""
     with pytest.raises(ValueError, match="at most 512"):
-        say.Manage(request=1, keys=bytes(32 * 513), action="drop")
+        messages.Manage(request=1, keys=bytes(32 * 513), action="drop")
 
 
 def test_whoever_watches_hears_of_every_chunk_that_goes(directory: Path) -> None:
@@ -240,9 +240,9 @@ def test_whoever_watches_hears_of_every_chunk_that_goes(directory: Path) -> None
             with PoolClient(directory=directory) as other:
                 other.watch(lambda _keys: None)
                 other.lookup([]).result()
-            assert pool._service.shelf.gone is not None
+            assert pool._service.store.gone is not None
         until(lambda: heard[-1] is None, "its end was not told of")
         with Pool(PoolSettings(dir=directory, memory_bytes=8 * CHUNK)) as pool:
             store(client, range(12))
-            assert pool._service.shelf.gone is None
+            assert pool._service.store.gone is None
             assert heard[-1] is None

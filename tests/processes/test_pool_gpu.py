@@ -289,7 +289,7 @@ def test_the_pool_killed_in_the_middle_of_copies_serves_nothing_wrong(directory:
     engine = Engine()
     numbers = list(range(16))
     with PoolClient(directory=directory, device=0, deadline_s=ANSWER_S) as client:
-        for _ in range(3):
+        for _ in range(2):
             service = Daemon(directory)
             try:
                 assert engine.store(client, numbers).result().prefix == 16

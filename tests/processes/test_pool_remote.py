@@ -21,8 +21,8 @@ from pydantic import ValidationError
 from pdtransport.control.curve import make_keys
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels.runs import run
-from pdtransport.pool import messages as say
-from pdtransport.pool.admin.pool_admin import Chosen, Outcome, PoolAdmin
+from pdtransport.pool import messages
+from pdtransport.pool.admin.pool_admin import AdminOutcome, Chosen, PoolAdmin
 from pdtransport.pool.cli import main, parser, settings_from
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.remote.remote_messages import RemoteHello, RemotePublish
@@ -110,7 +110,7 @@ def test_what_other_chunks_left_in_a_frame_does_not_cross(pool: Pool, directory:
     with PoolClient(directory=directory) as near, at(port) as far:
         pieces = [run(secret.ctypes.data + n * CHUNK, CHUNK) for n in range(128)]
         assert near.store([key(n) for n in range(128)], pieces).result().prefix == 128
-        assert PoolAdmin(near).clear() == Outcome(128, 128)
+        assert PoolAdmin(near).clear() == AdminOutcome(128, 128)
         assert near.store([key(1)], [run(short.ctypes.data, 8)]).result().prefix == 1
         assert far.load([key(1)], [run(short.ctypes.data, 8)]).result().prefix == 1
         session = far._wire.session
@@ -151,7 +151,7 @@ def test_whoever_watches_from_another_host_hears_of_every_chunk_that_goes(direct
         until(lambda: heard[-1] is None, "its end was not told of")
         with Pool(settings) as pool:
             until(lambda: names(store(far, [100])) in (["WRITE"], ["HAVE"]), "the next pool was not found")
-            assert pool._service.shelf.gone is None
+            assert pool._service.store.gone is None
             assert heard.count(None) == 1
             assert heard[-1] is None
             far.watch(hear)
@@ -167,8 +167,8 @@ def test_one_that_watched_from_another_host_and_is_gone_is_forgotten(pool: Pool,
     with at(port) as far:
         far.watch(heard.append)
         until(lambda: heard == [[]], "the watch did not begin")
-        assert pool._service.shelf.gone is not None
-    until(lambda: pool._service.shelf.gone is None, "the pool still gathers what nobody hears")
+        assert pool._service.store.gone is not None
+    until(lambda: pool._service.store.gone is None, "the pool still gathers what nobody hears")
 
 
 def test_what_a_remote_client_holds_is_bounded(pool: Pool, directory: Path, port: int) -> None:
@@ -310,19 +310,22 @@ def test_garbage_and_lies_harm_their_sender_only(pool: Pool, directory: Path, po
         for frames, answered in (
             ([b"garbage"], "not a"),
             ([b"a", b"b"], "several parts"),
-            ([say.encode(say.Lookup(request=5, keys=b""))], "say Hello first"),
-            ([say.encode(hello)], ""),
-            ([say.encode(hello)], "already"),
-            ([say.encode(say.Load(request=1, keys=key(1), sizes=np.uint32(CHUNK).tobytes()))], ""),
-            ([say.encode(say.Load(request=1, keys=key(1), sizes=np.uint32(CHUNK).tobytes()))], "under way already"),
-            ([say.encode(publish)], "not granted"),
+            ([messages.encode(messages.Lookup(request=5, keys=b""))], "say Hello first"),
+            ([messages.encode(hello)], ""),
+            ([messages.encode(hello)], "already"),
+            ([messages.encode(messages.Load(request=1, keys=key(1), sizes=np.uint32(CHUNK).tobytes()))], ""),
+            (
+                [messages.encode(messages.Load(request=1, keys=key(1), sizes=np.uint32(CHUNK).tobytes()))],
+                "under way already",
+            ),
+            ([messages.encode(publish)], "not granted"),
         ):
             liar.send_multipart(frames)
             until(lambda: liar.poll(10), "no answer")
             answer = liar.recv()
             if answered:
-                refused = say.from_pool(answer)
-                assert isinstance(refused, say.Refused)
+                refused = messages.from_pool(answer)
+                assert isinstance(refused, messages.PoolRefused)
                 assert answered in refused.reason
         assert names(load(far, [1])) == ["READ"]
         assert mine(far)["name"]
@@ -413,7 +416,7 @@ with PoolClient.connect("tcp://10.213.78.1:7800", settings, deadline_s=30.0, sta
     [
         Raw.frame(b"garbage"),
         Raw.frame(bytes(64 << 10), more=True),
-        Raw.frame(say.encode(say.Lookup(request=5, keys=b""))),
+        Raw.frame(messages.encode(messages.Lookup(request=5, keys=b""))),
     ],
     ids=["garbage", "a message without an end", "questions"],
 )

@@ -25,7 +25,7 @@ from tests.rig.servers import die_with_parent
 
 REPO = Path(__file__).resolve().parents[2]
 README = REPO / "README.md"
-FORKING = REPO / "tests" / "rig" / "sparing" / "forking.py"
+FORKING = REPO / "tests" / "rig" / "fork_server" / "forking.py"
 UP_S = 400.0  # a server that starts as vLLM is installed, on a busy machine with two cores
 ANSWER_S = 120.0
 INSIDE = "ip link set lo up && mount -t tmpfs tmpfs /dev/shm && echo ready && exec cat"

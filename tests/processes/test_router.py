@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, ClientTimeout, web
 
-from pdtransport.control.channel import StatusAsked
+from pdtransport.control.channel import StatusRequested
 from tests.processes.control_rig import bench
 from tests.unit.router_rig import POST, Engine, completion, event, rigged
 from tests.unit.router_workers import Workers, info
@@ -270,7 +270,7 @@ def test_trace_holds_what_the_workers_say_over_their_control_channel() -> None:
         wanted = []
         while not asked.done():
             channels.turn()
-            for question in node.take(StatusAsked):
+            for question in node.take(StatusRequested):
                 wanted.append(question.transfer)
                 question.reply(json.dumps({"engine": "p", "transfers": []}))
         transfer, workers, prefill = asked.result()

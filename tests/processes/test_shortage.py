@@ -16,12 +16,12 @@ SERVER = """
 import asyncio, logging
 from aiohttp import web
 from pdtransport.serving.cross_site import HostRule
-from pdtransport.serving.listening import Bounds, Listener
+from pdtransport.serving.listening import Bounds, HttpListener
 
 async def main():
     app = web.Application()
     app.add_routes([web.get("/", lambda request: asyncio.sleep(0, web.Response(text="here")))])
-    listener = Listener(app, Bounds(60, 60, 60, 1000, 8192, 1), 1000, HostRule("127.0.0.1"))
+    listener = HttpListener(app, Bounds(60, 60, 60, 1000, 8192, 1), 1000, HostRule("127.0.0.1"))
     await listener.start("127.0.0.1", 0)
     print(listener.port, flush=True)
     await asyncio.sleep(600)

@@ -152,7 +152,7 @@ def test_waits_that_end_too_early_say_how_long_and_for_what(transport: Transport
     assert isinstance(caught.value, TimeoutError)  # as before there was a name for it
     busy, go_on = threading.Event(), threading.Event()
 
-    def hold(exchange: Any) -> None:
+    def hold(transfer_engine: Any) -> None:
         busy.set()
         go_on.wait(WAIT_S)
 

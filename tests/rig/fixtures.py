@@ -23,7 +23,7 @@ LONG_ANSWER = 96
 LONG_ANSWER_LEAST = 32
 PLAIN_CHUNK = 2048
 SPARING, FORKING = (
-    None if PLACE.gpu else Path(__file__).parent / "sparing" / name for name in ("server.py", "forking.py")
+    None if PLACE.gpu else Path(__file__).parent / "fork_server" / name for name in ("server.py", "forking.py")
 )
 
 

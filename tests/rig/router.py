@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig.client import Order
+from tests.rig.lost_prefill import LostPrefill
 from tests.rig.ports import HOST
 from tests.rig.servers import POLL_S, PORTS, Server, ServerFailed, die_with_parent
-from tests.rig.straying import Straying
 
 START_S = 60.0
 STOP_S = 15.0
@@ -80,7 +80,7 @@ class RunningRouter:
 
 @contextmanager
 def routed(
-    prefills: Sequence[Server | Straying],
+    prefills: Sequence[Server | LostPrefill],
     decodes: Sequence[Server],
     logs: Path,
     order: Order,

@@ -142,7 +142,7 @@ class TwinEvent:
         self.ptr = len(TwinEvent._all) + 1
         TwinEvent._all[self.ptr] = self
         self.passed = threading.Event()
-        self.watches: list[Watch] = []
+        self.watches: list[EventWatch] = []
 
     def happen(self) -> None:
         self.passed.set()
@@ -150,7 +150,7 @@ class TwinEvent:
             watch.ring()
 
 
-class Watch:
+class EventWatch:
     def __init__(self, device: int) -> None:
         del device
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)

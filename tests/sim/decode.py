@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdtransport.kv.geometry import consumers_of, head_range, head_sources
-from pdtransport.protocol.actions import Action, Failed, Fence, Place, Ready, Send
-from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
+from pdtransport.protocol.actions import Action, Failed, Fence, ReadBatch, Ready, Send
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.messages import Ack, Batch, Claim, Code, Grant
 from pdtransport.protocol.states import CONSUMER_ENDS
 from tests.sim.memory import DAMAGE, Lease, Memory, cell, checksum
@@ -37,7 +37,7 @@ class DecodeWorker(Worker):
         super().__init__(world, instance, rank)
         lo, hi = head_range(rank, instance.tp, TOTAL_HEADS)
         self.memory = Memory(lo, hi, world.plan.pages)
-        self.receiving = Receiving(world.plan.limits, first_generation=instance.incarnation * 10_000 + 1)
+        self.receiving = ConsumerTable(world.plan.limits, first_generation=instance.incarnation * 10_000 + 1)
         self.leases: dict[str, Lease] = {}
         self.free = list(range(world.plan.pages))
         self.placing: list[Placing] = []
@@ -58,7 +58,7 @@ class DecodeWorker(Worker):
             peer = producers[source.rank]
             one_sided = self.world.link(peer, self.id) == "onesided"
             parts.append(
-                Part(
+                GrantedPart(
                     peer=peer,
                     head_lo=source.head_lo,
                     head_hi=source.head_hi,
@@ -138,7 +138,7 @@ class DecodeWorker(Worker):
                 if isinstance(action.message, Ack):
                     self._check_ack(action.peer, action.message)  # type: ignore[arg-type]
                 self.send(action.peer, action.message)  # type: ignore[arg-type]
-            elif isinstance(action, Place):
+            elif isinstance(action, ReadBatch):
                 self._on_place(action)
             elif isinstance(action, Fence):
                 delay = self.world.rng.uniform(0.0, self.world.plan.bytes.fence_delay)
@@ -150,7 +150,7 @@ class DecodeWorker(Worker):
             else:
                 raise Violation(f"a consumer can't {action}")
 
-    def _on_place(self, action: Place) -> None:
+    def _on_place(self, action: ReadBatch) -> None:
         peer, batch = action.peer, action.batch
         lease = self.leases[action.transfer]
         if lease.generations.get(peer) != batch.generation:  # type: ignore[call-overload]
@@ -364,7 +364,7 @@ class DecodeEngine(Instance):
     def _decline(self, request: Request, producers: list[PeerId]) -> None:
         for worker in self.workers:
             for peer in producers:
-                book: Receiving = worker.receiving  # type: ignore[attr-defined]
+                book: ConsumerTable = worker.receiving  # type: ignore[attr-defined]
                 worker.do(book.decline(request.transfer, peer, Code.REJECTED, "the prompt is too long"))
         self.world.outcome(request.transfer, "declined")
         self._rearm()

@@ -17,10 +17,10 @@ from pdtransport.protocol import consumer_table, producer_table
 from pdtransport.protocol import producer as producer_module
 from pdtransport.protocol.actions import Action, Failed, Fence, Ready, Release, Send
 from pdtransport.protocol.consumer import ConsumerMachine
-from pdtransport.protocol.consumer_table import Receiving
+from pdtransport.protocol.consumer_table import ConsumerTable
 from pdtransport.protocol.messages import Batch, Code, Commit, Grant, Nack, Revoked
 from pdtransport.protocol.producer import ProducerMachine
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.sim import cases
 from tests.sim.plan import Plan, plan_of
@@ -104,14 +104,14 @@ def abort_before_fence(patch: Patch) -> None:
 
 
 def serve_a_grant_that_was_revoked(patch: Patch) -> None:
-    def on_revoke(self: Sending, request: Any, machine: Any, peer: Any, message: Any) -> list[Action]:
+    def on_revoke(self: ProducerTable, request: Any, machine: Any, peer: Any, message: Any) -> list[Action]:
         early = self._early.get((message.transfer, peer))
         if early is not None and early[0].generation == message.generation:
             del self._early[message.transfer, peer]
-            self._agenda.set((message.transfer, peer), None)
+            self._timers.set((message.transfer, peer), None)
         return [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
 
-    patch.setattr(Sending, "_on_revoke", on_revoke)
+    patch.setattr(ProducerTable, "_on_revoke", on_revoke)
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -149,20 +149,20 @@ def ready_without_all_batches(patch: Patch) -> None:
 
 
 def ready_with_one_part_of_two(patch: Patch) -> None:
-    def change(self: Receiving, actions: list[Action], machine: ConsumerMachine, *_: Any) -> list[Action]:
+    def change(self: ConsumerTable, actions: list[Action], machine: ConsumerMachine, *_: Any) -> list[Action]:
         live = self._live.get(machine.grant.transfer)
         if live is not None and machine.state is ConsumerState.READY:
             actions.append(self._end(machine.grant.transfer, live))
         return actions
 
-    _after(patch, Receiving, "_run", change)
+    _after(patch, ConsumerTable, "_run", change)
 
 
 def another_prompt_will_do(patch: Patch) -> None:
-    def change(self: Sending, problem: str, *_: Any) -> str:
+    def change(self: ProducerTable, problem: str, *_: Any) -> str:
         return "" if "different prompts" in problem else problem
 
-    _after(patch, Sending, "_problem_with", change)
+    _after(patch, ProducerTable, "_problem_with", change)
 
 
 def ignore_preemption(patch: Patch) -> None:
@@ -185,26 +185,26 @@ def write_again_while_writing(patch: Patch) -> None:
 
 
 def consumer_believes_any_generation(patch: Patch) -> None:
-    def on_message(self: Receiving, peer: Any, message: Any, now: float) -> list[Action]:
+    def on_message(self: ConsumerTable, peer: Any, message: Any, now: float) -> list[Action]:
         machine = self._machine(message.transfer, peer)
         if machine is None:
             return self._answer_for_the_ended(peer, message)
         return self._run(machine, machine.on_message(message, now))
 
-    patch.setattr(Receiving, "on_message", on_message)
+    patch.setattr(ConsumerTable, "on_message", on_message)
 
 
 def producer_believes_any_generation(patch: Patch) -> None:
-    original = Sending.on_message
+    original = ProducerTable.on_message
 
-    def on_message(self: Sending, peer: Any, message: Any, now: float) -> list[Action]:
+    def on_message(self: ProducerTable, peer: Any, message: Any, now: float) -> list[Action]:
         request = self._requests.get(message.transfer)
         machine = request.grants.get(peer) if request else None
         if machine is not None and hasattr(message, "generation"):
             return self._run(machine, machine.on_message(message, now))
         return original(self, peer, message, now)
 
-    patch.setattr(Sending, "on_message", on_message)
+    patch.setattr(ProducerTable, "on_message", on_message)
 
 
 # -- holding and releasing --------------------------------------------------------------------------------------------
@@ -219,42 +219,42 @@ def release_while_fencing(patch: Patch) -> None:
 
 
 def release_twice(patch: Patch) -> None:
-    def change(self: Sending, actions: list[Action], *_: Any) -> list[Action]:
+    def change(self: ProducerTable, actions: list[Action], *_: Any) -> list[Action]:
         return [*actions, *(a for a in actions if isinstance(a, Release))]
 
-    _after(patch, Sending, "_maybe_release", change)
+    _after(patch, ProducerTable, "_maybe_release", change)
 
 
 def never_release(patch: Patch) -> None:
-    def change(self: Sending, actions: list[Action], *_: Any) -> list[Action]:
+    def change(self: ProducerTable, actions: list[Action], *_: Any) -> list[Action]:
         return [a for a in actions if not isinstance(a, Release)]
 
-    _after(patch, Sending, "_maybe_release", change)
+    _after(patch, ProducerTable, "_maybe_release", change)
 
 
 def claims_are_kept_for_ever(patch: Patch) -> None:
-    original = Sending._on_claim
+    original = ProducerTable._on_claim
 
-    def on_claim(self: Sending, request: Any, peer: Any, message: Any, now: float) -> list[Action]:
+    def on_claim(self: ProducerTable, request: Any, peer: Any, message: Any, now: float) -> list[Action]:
         actions = original(self, request, peer, message, now)
         if request is None:
-            self._agenda.set((message.transfer, producer_table._Claimant(peer)), None)
+            self._timers.set((message.transfer, producer_table._Claimant(peer)), None)
         return actions
 
-    patch.setattr(Sending, "_on_claim", on_claim)
+    patch.setattr(ProducerTable, "_on_claim", on_claim)
 
 
 def early_grants_are_kept_for_ever(patch: Patch) -> None:
-    def change(self: Sending, actions: list[Action], *_: Any) -> list[Action]:
+    def change(self: ProducerTable, actions: list[Action], *_: Any) -> list[Action]:
         for key in self._early:
-            self._agenda.set(key, None)
+            self._timers.set(key, None)
         return actions
 
-    _after(patch, Sending, "_on_grant", change)
+    _after(patch, ProducerTable, "_on_grant", change)
 
 
 def holds_never_end(patch: Patch) -> None:
-    patch.setattr(Sending, "_hold_ended", lambda self, transfer, request, now: [])
+    patch.setattr(ProducerTable, "_hold_ended", lambda self, transfer, request, now: [])
 
 
 # -- backpressure -----------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def commit_is_said_once(patch: Patch) -> None:
 
 
 def ack_is_said_once(patch: Patch) -> None:
-    patch.setattr(Receiving, "_answer_for_the_ended", lambda self, peer, message: [])
+    patch.setattr(ConsumerTable, "_answer_for_the_ended", lambda self, peer, message: [])
 
 
 def commit_before_the_first_token(patch: Patch) -> None:
@@ -331,10 +331,10 @@ def no_deadlines(patch: Patch) -> None:
 
 
 def silent_failure(patch: Patch) -> None:
-    def change(self: Receiving, action: Action, *_: Any) -> Action:
+    def change(self: ConsumerTable, action: Action, *_: Any) -> Action:
         return replace(action, reason="") if isinstance(action, Failed) else action
 
-    _after(patch, Receiving, "_end", change)
+    _after(patch, ConsumerTable, "_end", change)
 
 
 # -- peers that misbehave ---------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdtransport.kv.geometry import head_range
-from pdtransport.protocol.actions import Action, Fence, Push, Release, Send, Unstage
+from pdtransport.protocol.actions import Action, Fence, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code, Grant
 from pdtransport.protocol.messages import Received as ReceivedMessage
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
 from tests.sim.memory import DAMAGE, JUNK, Memory, cell, checksum
 from tests.sim.plan import BLOCK_SIZE, HEAD_BYTES, TOTAL_HEADS, Request
@@ -37,7 +37,7 @@ class Staged:
 class Write:
     """A one-sided write under way."""
 
-    push: Push
+    push: OfferBatch
     pages: list[int]
     left: int
     sums: list[bytes] = field(default_factory=list)
@@ -48,11 +48,11 @@ class PrefillWorker(Worker):
         super().__init__(world, instance, rank)
         lo, hi = head_range(rank, instance.tp, TOTAL_HEADS)
         self.memory = Memory(lo, hi, world.plan.pages)
-        self.sending = Sending(world.plan.limits, self._block_bytes)
+        self.sending = ProducerTable(world.plan.limits, self._block_bytes)
         self.pages_of: dict[str, list[int]] = {}
         self.prompt_of: dict[str, int] = {}
         self.computed: set[int] = world.computed.setdefault(self.id, set())  # type: ignore[attr-defined]
-        self.queue: list[Push] = []
+        self.queue: list[OfferBatch] = []
         self.staged: dict[int, Staged] = {}  # key -> what it offers
         self.offered: dict[int, Staged] = {}  # the same, never forgotten: addresses that receivers know
         self.writes: list[Write] = []
@@ -160,9 +160,9 @@ class PrefillWorker(Worker):
         for action in actions:
             if isinstance(action, Send):
                 self.send(action.peer, action.message)  # type: ignore[arg-type]
-            elif isinstance(action, Push):
+            elif isinstance(action, OfferBatch):
                 self._on_push(action)
-            elif isinstance(action, Unstage):
+            elif isinstance(action, WithdrawBatch):
                 self._on_unstage(action)
             elif isinstance(action, Fence):
                 self.world.at(self._link_delay("fence_delay"), self, self._on_fence, action)
@@ -174,7 +174,7 @@ class PrefillWorker(Worker):
     def _link_delay(self, which: str) -> float:
         return self.world.rng.uniform(0.0, float(getattr(self.world.plan.bytes, which)))
 
-    def _on_push(self, push: Push) -> None:
+    def _on_push(self, push: OfferBatch) -> None:
         key = (push.transfer, push.peer)
         grant = self.grants[key]
         if grant.generation != push.generation or (grant.head_lo, grant.head_hi) != (push.head_lo, push.head_hi):
@@ -187,7 +187,7 @@ class PrefillWorker(Worker):
         self.queue.append(push)
         self.world.at(self.world.rng.uniform(0.0, 0.01), self, self._stage, push)
 
-    def _stage(self, push: Push) -> None:
+    def _stage(self, push: OfferBatch) -> None:
         if push not in self.queue:
             return  # withdrawn meanwhile
         kind = self.world.link(self.id, push.peer)
@@ -210,7 +210,7 @@ class PrefillWorker(Worker):
         self.staged[key] = self.offered[key] = staged
         self._pushed(push, [checksum(cells) for cells in copy], key)
 
-    def _start_write(self, push: Push, pages: list[int]) -> None:
+    def _start_write(self, push: OfferBatch, pages: list[int]) -> None:
         write = Write(push, pages, push.blocks)
         write.sums = [checksum(self.memory.read(page, push.head_lo, push.head_hi)) for page in pages]
         self.writes.append(write)
@@ -243,15 +243,15 @@ class PrefillWorker(Worker):
             self._fences.remove(fence)
             self.do(self.sending.fenced(fence.transfer, fence.peer, fence.generation))
 
-    def _pushed(self, push: Push, sums: list[bytes], key: int) -> None:
+    def _pushed(self, push: OfferBatch, sums: list[bytes], key: int) -> None:
         data = b"".join(sums) if self.world.plan.limits.checksums else b""
         offer = key.to_bytes(8, "little")
         self.do(self.sending.pushed(*_ident(push), data, offer, self.world.now))
 
-    def _push_failed(self, push: Push, error: str) -> None:
+    def _push_failed(self, push: OfferBatch, error: str) -> None:
         self.do(self.sending.push_failed(*_ident(push), error))
 
-    def _on_unstage(self, action: Unstage) -> None:
+    def _on_unstage(self, action: WithdrawBatch) -> None:
         ident = _ident(action)
         for push in [push for push in self.queue if _ident(push) == ident]:
             self.queue.remove(push)
@@ -473,5 +473,5 @@ def is_junk(value: int) -> bool:
     return bool(value & (JUNK | DAMAGE))
 
 
-def _ident(action: Push | Unstage) -> Ident:
+def _ident(action: OfferBatch | WithdrawBatch) -> Ident:
     return action.transfer, action.peer, action.generation, action.seq, action.attempt  # type: ignore[return-value]

@@ -30,7 +30,7 @@ LOOKUP_S = 2.0  # a busy machine's pool may answer late; what comes too late is 
 
 @dataclass
 class Fleet:
-    """What runs. All servers compute on the same settings, and wait without spinning (``tests.rig.sparing``)."""
+    """What runs. All servers compute on the same settings, and wait without spinning (``tests.rig.fork_server``)."""
 
     prefill: Server
     decode: Server

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pdtransport.pool.core.requests import Part, Request, Session, Verdict
-from pdtransport.pool.core.store import Shelf
-from pdtransport.pool.core.tier_state import Lower
+from pdtransport.pool.core.requests import ClientSession, KeyAnswer, KeyVerdict, PoolRequest
+from pdtransport.pool.core.store import ChunkStore
+from pdtransport.pool.core.tier_state import TierState
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import Place, Stored, Tier
 
@@ -46,43 +46,43 @@ def keys(*numbers: int) -> bytes:
     return b"".join(map(key, numbers))
 
 
-def shelf(frames: int = 4, lower: Sequence[Lower] = (), **options: Any) -> Shelf:
+def chunk_store(frames: int = 4, lower: Sequence[TierState] = (), **options: Any) -> ChunkStore:
     made = PoolSettings.parse(
         {"memory_bytes": 1 << 20, "frame_bytes": FRAME, "max_chunks": 64, "client_bytes": 1 << 20, **options}
     )
-    return Shelf(made, frames, lambda _frames, _nbytes, checksum: checksum != 666, lower)
+    return ChunkStore(made, frames, lambda _frames, _nbytes, checksum: checksum != 666, lower)
 
 
 class Asker:
     """One client of a shelf."""
 
-    def __init__(self, on: Shelf, group: int = 0) -> None:
-        self.shelf, self.session, self.group, self.number = on, Session("test"), group, 0
+    def __init__(self, on: ChunkStore, group: int = 0) -> None:
+        self.chunk_store, self.session, self.group, self.number = on, ClientSession("test"), group, 0
 
-    def _request(self, store: bool) -> Request:
+    def _request(self, store: bool) -> PoolRequest:
         self.number += 1
-        return Request(self.session, self.number, store, self.group)
+        return PoolRequest(self.session, self.number, store, self.group)
 
-    def store(self, *numbers: int, nbytes: int = FRAME) -> Request:
+    def store(self, *numbers: int, nbytes: int = FRAME) -> PoolRequest:
         request = self._request(True)
-        self.shelf.store(request, keys(*numbers), [nbytes] * len(numbers))
+        self.chunk_store.store(request, keys(*numbers), [nbytes] * len(numbers))
         return request
 
-    def load(self, *numbers: int, nbytes: int = FRAME) -> Request:
+    def load(self, *numbers: int, nbytes: int = FRAME) -> PoolRequest:
         request = self._request(False)
-        self.shelf.load(request, keys(*numbers), [nbytes] * len(numbers))
+        self.chunk_store.load(request, keys(*numbers), [nbytes] * len(numbers))
         return request
 
-    def put(self, *numbers: int, nbytes: int = FRAME) -> list[Verdict]:
+    def put(self, *numbers: int, nbytes: int = FRAME) -> list[KeyVerdict]:
         """Store and publish whatever may be."""
         request = self.store(*numbers, nbytes=nbytes)
         verdicts = self.told(request)
-        self.shelf.publish(request, [(place, 7) for place in list(request.held)])
+        self.chunk_store.publish(request, [(place, 7) for place in list(request.held)])
         return verdicts
 
-    def told(self, request: Request) -> list[Verdict]:
+    def told(self, request: PoolRequest) -> list[KeyVerdict]:
         return [part.verdict for part in self.parts(request)]
 
-    def parts(self, request: Request) -> list[Part]:
-        told = self.shelf.outbox.pop(request, [])
+    def parts(self, request: PoolRequest) -> list[KeyAnswer]:
+        told = self.chunk_store.outbox.pop(request, [])
         return told if isinstance(told, list) else list(told.parts())

@@ -24,7 +24,17 @@ from pdtransport.kv.keys import adapted_key, request_key
 from pdtransport.vllm.adapted import Adapted, BlockOrigins
 from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.adapters import Adapters, AdapterUnknown, _with_digest, content_digest
-from pdtransport.vllm.metadata import Cancel, Command, Fetch, Keep, News, Open, Pages, Take, Wrote
+from pdtransport.vllm.metadata import (
+    CancelLoad,
+    Command,
+    LoadChunks,
+    Open,
+    Pages,
+    StartReceive,
+    StoreChunks,
+    WorkerReport,
+    Wrote,
+)
 from tests.rig.adapters import OUT, write_adapter
 
 BLOCK = 16
@@ -163,7 +173,7 @@ def test_what_was_loaded_is_told_once(adapters: Adapters, tmp_path: Path) -> Non
     digest = adapters.load(lora(write_adapter(tmp_path / "a", 1)))
     assert adapters.take_news() == {1: digest}
     assert adapters.take_news() == {}
-    one, other = News(adapters={1: "a", 2: "b"}), News(adapters={1: "a", 2: "c"})
+    one, other = WorkerReport(adapters={1: "a", 2: "b"}), WorkerReport(adapters={1: "a", 2: "c"})
     assert one.aggregate(other).adapters == {1: "a", 2: ""}
 
 
@@ -209,8 +219,8 @@ def opened(adapter: LoRARequest, req_id: str = "r") -> Open:
     return Open(req_id, "t", request_key([1]), 40, adapter)
 
 
-def taken(adapter: LoRARequest, pages: list[int], req_id: str = "r") -> Take:
-    return Take(req_id, "t", request_key([1]), 40, 0, pages, "h", 1, 1, adapter=adapter)
+def taken(adapter: LoRARequest, pages: list[int], req_id: str = "r") -> StartReceive:
+    return StartReceive(req_id, "t", request_key([1]), 40, 0, pages, "h", 1, 1, adapter=adapter)
 
 
 def pages(*blocks: int, tokens: int = 40, req_id: str = "r") -> Pages:
@@ -225,7 +235,7 @@ def test_keys_wait_for_the_adapter_and_are_of_its_content(worker: Worker, adapte
     assert worker(taken(there, [5, 6, 7], "d")) is None
     one, other = worker.adapted.load()
     assert isinstance(one, Open)
-    assert isinstance(other, Take)
+    assert isinstance(other, StartReceive)
     assert one.key == other.key == adapted_key(request_key([1]), str(adapters.held(1)))
     assert worker(opened(here, "next")).key == one.key  # at once
     assert not worker.refused
@@ -302,7 +312,7 @@ def test_an_adapter_is_not_loaded_in_the_place_of_one_that_computes(worker: Work
     for name in ("late", "lost"):
         worker(taken(lora(folders[2], 3), [5], name))
     assert worker.adapted.load(running) == []
-    worker(Cancel("late"))
+    worker(CancelLoad("late"))
     worker(taken(lora(folders[2], 3), [5], "again"))
     worker.now = 5.0
     worker.refused.clear()
@@ -317,7 +327,7 @@ def test_an_adapter_is_not_loaded_in_the_place_of_one_that_computes(worker: Work
 def test_who_is_aborted_while_it_waits_is_ended(worker: Worker, tmp_path: Path) -> None:
     command = taken(lora(write_adapter(tmp_path / "a", 1)), [1])
     worker(command)
-    assert worker(Cancel("r")) == Cancel("r")
+    assert worker(CancelLoad("r")) == CancelLoad("r")
     assert [refused for refused, _ in worker.refused] == [command]
     assert worker.adapted.load() == []
 
@@ -353,18 +363,18 @@ def test_the_pool_is_given_and_asked_for_this_content_alone(worker: Worker, adap
     adapter = lora(write_adapter(tmp_path / "a", 1))
     digest = adapters.load(adapter)
     worker.computes(1, [3, 4])
-    assert worker(Keep("r", [[b"k"]], [3, 4], digest)).keys == [[b"k"]]
-    assert worker(Keep("r", [[b"k"]], [3, 4], "older")).keys == []
-    assert worker(Keep("r", [[b"k"]], [3, 9], digest)).keys == []
-    good = Fetch("f", [[b"k"]], 0, [5], adapter, digest)
+    assert worker(StoreChunks("r", [[b"k"]], [3, 4], digest)).keys == [[b"k"]]
+    assert worker(StoreChunks("r", [[b"k"]], [3, 4], "older")).keys == []
+    assert worker(StoreChunks("r", [[b"k"]], [3, 9], digest)).keys == []
+    good = LoadChunks("f", [[b"k"]], 0, [5], adapter, digest)
     assert worker(good) is good
-    assert worker(Fetch("g", [[b"k"]], 0, [6], adapter, "older")) is None
+    assert worker(LoadChunks("g", [[b"k"]], 0, [6], adapter, "older")) is None
     assert [command.req_id for command, _ in worker.refused] == ["g"]  # type: ignore[union-attr]
-    assert worker(Keep("s", [[b"k"]], [9])).keys == [[b"k"]]  # without an adapter
+    assert worker(StoreChunks("s", [[b"k"]], [9])).keys == [[b"k"]]  # without an adapter
 
 
 def test_requests_without_an_adapter_go_their_way(worker: Worker) -> None:
-    for command in (Open("r", "t", b"k" * 32, 40), pages(1, 2), Cancel("r")):
+    for command in (Open("r", "t", b"k" * 32, 40), pages(1, 2), CancelLoad("r")):
         assert worker(command) is command
     assert worker.adapted.why_not(pages(1, 2)) == ""
 

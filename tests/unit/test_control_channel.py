@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pdtransport.control import handshake
-from pdtransport.control.channel import PeerDown, PeerId, PeerUp, Received
+from pdtransport.control.channel import MessageReceived, PeerDown, PeerId, PeerUp
 from pdtransport.control.events import Identity
 from pdtransport.control.limits import MAX_STRANGER_FRAME, STRANGER_FRAMES
 from pdtransport.errors import SettingsError
@@ -105,11 +105,11 @@ def test_a_stranger_is_not_listened_to_before_it_said_hello(rig: Bench) -> None:
         stranger.send(b"one", b"two")
         rig.until(lambda: node.counters["frames_in"] >= 3)
         assert (node.counters["garbage"], node.counters["dropped_unknown_peer"]) == (2, 1)
-        assert node.of(Received) == []
+        assert node.of(MessageReceived) == []
         stranger.send(encode(handshake.facts(Hello, Identity("d", 0, 1, 7, FACTS), 0)))
         stranger.send(encode(Claim(transfer="t")))
-        rig.until(lambda: node.of(Received))
-        assert [event.message for event in node.of(Received)] == [Claim(transfer="t")]
+        rig.until(lambda: node.of(MessageReceived))
+        assert [event.message for event in node.of(MessageReceived)] == [Claim(transfer="t")]
     finally:
         stranger.close()
 
@@ -172,5 +172,5 @@ def test_what_a_peer_had_said_when_it_was_given_up_does_not_cost_it_its_connecti
     rig.until(lambda: len(node.of(PeerUp)) == 2)
     assert node.counters["dropped_unknown_peer"] == 10 * STRANGER_FRAMES
     assert node.counters["callers_cut"] == 0
-    assert node.of(Received) == []
+    assert node.of(MessageReceived) == []
     assert ["the weights changed" in down.reason for down in other.of(PeerDown)] == [True]

@@ -9,11 +9,11 @@ import pytest
 
 from pdtransport.control import handshake, limits
 from pdtransport.control.directory import Directory, Route, Sent
-from pdtransport.control.events import Endpoint, Event, Identity, NameShared, PeerDown, PeerId, PeerUp
+from pdtransport.control.events import Address, Event, Identity, NameShared, PeerDown, PeerId, PeerUp
 from pdtransport.control.status import Allowance
 from pdtransport.protocol.messages import Hello, Refused, decode
 
-HERE = Endpoint("h", 1)
+HERE = Address("h", 1)
 LIVENESS_S = 5.0
 
 
@@ -100,7 +100,7 @@ def test_a_full_connection_is_not_bypassed_and_a_dead_one_is(directory: Director
     """Another connection would overtake what waits in the queue of the first."""
     first, second = Wire(), Wire()
     directory.admit(hello(), "h", first, HERE, 0.0)
-    directory.admit(hello(), "h", second, Endpoint("other", 1), 0.0)
+    directory.admit(hello(), "h", second, Address("other", 1), 0.0)
     first.answer = Sent.FULL
     assert not directory.send(P1, b"x")
     first.answer = Sent.GONE
@@ -191,7 +191,7 @@ def test_who_gave_up_says_so_once_and_the_other_side_starts_afresh_once(director
 
 def test_an_older_count_of_breaks_changes_nothing(directory: Directory) -> None:
     directory.admit(hello(breaks=2), "h", Wire(), HERE, 0.0)
-    assert directory.admit(hello(breaks=1), "h", Wire(), Endpoint("other", 1), 0.0) != []
+    assert directory.admit(hello(breaks=1), "h", Wire(), Address("other", 1), 0.0) != []
     assert kinds(directory.admit(hello(breaks=0), "h", Wire(inbound=True), None, 0.0)) == []
 
 
@@ -248,7 +248,7 @@ def test_peers_are_bounded_but_a_restart_finds_its_place(directory: Directory, m
 def test_leaving_one_of_two_connections_keeps_the_peer(directory: Directory) -> None:
     one, other = Wire(), Wire()
     directory.admit(hello(), "h", one, HERE, 0.0)
-    directory.admit(hello(), "h", other, Endpoint("other", 1), 0.0)
+    directory.admit(hello(), "h", other, Address("other", 1), 0.0)
     assert directory.leave(one, "why") == []
     assert directory.leave(one, "why") == []
     assert directory.leave(other, "why") == [PeerDown(P1, "why")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pdtransport.launch import logs
-from pdtransport.launch.processes import Fleet, out_of_memory_kills
+from pdtransport.launch.processes import ProcessGroup, out_of_memory_kills
 from tests.processes.launch_rig import wait_for
 
 
@@ -53,7 +53,7 @@ def test_the_kernels_count_is_read_for_each_process(tmp_path: Path, monkeypatch:
     assert out_of_memory_kills() is None or out_of_memory_kills() >= 0  # type: ignore[operator]
     told = [7]
     monkeypatch.setattr("pdtransport.launch.processes.out_of_memory_kills", lambda: told[0])
-    with Fleet(tmp_path) as fleet:
+    with ProcessGroup(tmp_path) as fleet:
         process = fleet.start("x", [sys.executable, "-c", "pass"])
         assert process.out_of_memory() is False
         told[0] = 8
@@ -65,7 +65,7 @@ def test_the_kernels_count_is_read_for_each_process(tmp_path: Path, monkeypatch:
 
 def test_a_log_that_is_gone_on_with_tells_of_the_last_process(tmp_path: Path) -> None:
     """What an earlier process of the name wrote stays in the file, and is not taken for the new one's."""
-    with Fleet(tmp_path) as fleet:
+    with ProcessGroup(tmp_path) as fleet:
         first = fleet.start("x", [sys.executable, "-c", "print('one')"])
         wait_for(lambda: first.poll() is not None)
         assert first.tail(9) == ["one"]

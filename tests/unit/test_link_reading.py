@@ -12,7 +12,7 @@ from pdtransport.kernels.runs import Runs, run
 from pdtransport.links.base import Region
 from pdtransport.links.cma import CmaLink
 from pdtransport.links.memory import Regions
-from pdtransport.links.reading import ReadingChannel
+from pdtransport.links.reading import PullChannel
 
 BLOCK, BLOCKS = 1024, 4
 NBYTES = BLOCK * BLOCKS
@@ -24,7 +24,7 @@ class End:
     def __init__(self, fill: int) -> None:
         self.memory = np.full(NBYTES, fill, dtype=np.uint8)
         self.link = CmaLink(Regions([Region(self.memory.ctypes.data, NBYTES, self.memory)]))
-        self.channel: ReadingChannel
+        self.channel: PullChannel
         self.told: list[str | None] = []
 
     @property

@@ -19,7 +19,7 @@ from pdtransport.links import vm
 from pdtransport.links.base import Region
 from pdtransport.links.mapping import PeerMemory
 from pdtransport.links.memory import PAGE
-from pdtransport.links.sharing import SLICE_BYTES, Shared
+from pdtransport.links.sharing import SLICE_BYTES, SharedMemory
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -49,7 +49,7 @@ def permissions(view: Bytes) -> set[str]:
     return {one.permissions for one in vm.within(vm.areas(), -(-low // PAGE) * PAGE, (low + view.size) // PAGE * PAGE)}
 
 
-def mapped(shared: Shared) -> PeerMemory:
+def mapped(shared: SharedMemory) -> PeerMemory:
     return PeerMemory(os.getpid(), [(s.address, s.nbytes, s.fd, s.offset) for s in shared.spans])
 
 
@@ -71,7 +71,7 @@ def test_content_and_addresses_stay(area: mmap.mmap) -> None:
     whole = np.frombuffer(area, dtype=np.uint8)
     before = whole.tobytes()
     one, view = region(area)
-    shared = Shared([one], WORDS)
+    shared = SharedMemory([one], WORDS)
     assert whole.tobytes() == before
     assert permissions(view) == {"rw-s"}
     assert (shared.nbytes, shared.registered) == (inner(view).size, SIZE)
@@ -88,7 +88,7 @@ def test_content_and_addresses_stay(area: mmap.mmap) -> None:
 def test_untouched_pages_stay_unallocated(area: mmap.mmap) -> None:
     """An idle engine's memory does not grow by being shared."""
     one, view = region(area)
-    shared = Shared([one], WORDS)
+    shared = SharedMemory([one], WORDS)
     held = os.fstat(shared.spans[1].fd).st_blocks * 512
     assert held <= SLICE_BYTES // 2 + 6 * PAGE
     assert not view[SLICE_BYTES : SLICE_BYTES + PAGE].any()
@@ -100,7 +100,7 @@ def test_closing_makes_memory_private_again(area: mmap.mmap) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     one, view = region(area)
     before = view.tobytes()
-    shared = Shared([one], WORDS)
+    shared = SharedMemory([one], WORDS)
     peer = mapped(shared)
     shared.close()
     assert permissions(view) == {"rw-p"}
@@ -116,9 +116,9 @@ def test_memory_can_be_shared_time_and_again(area: mmap.mmap) -> None:
     """Also while another transport of the process shares it, whoever closes first."""
     one, view = region(area)
     before = view.tobytes()
-    Shared([one], WORDS).close()
-    first = Shared([one], WORDS)
-    second = Shared([region(area, PAGE + 7, SIZE - 2 * PAGE)[0]], WORDS)
+    SharedMemory([one], WORDS).close()
+    first = SharedMemory([one], WORDS)
+    second = SharedMemory([region(area, PAGE + 7, SIZE - 2 * PAGE)[0]], WORDS)
     assert {span.fd for span in second.spans[1:]} == {span.fd for span in first.spans[1:]}
     first.close()
     assert permissions(view) == {"rw-s"}
@@ -135,7 +135,7 @@ def test_memory_can_be_shared_time_and_again(area: mmap.mmap) -> None:
 def test_what_was_unmapped_meanwhile_is_left_alone(area: mmap.mmap) -> None:
     """The engine freed its memory and something else took the address: closing must not touch that."""
     one, view = region(area)
-    shared = Shared([one], WORDS)
+    shared = SharedMemory([one], WORDS)
     address = inner(view).ctypes.data
     fd = os.memfd_create("other")
     os.ftruncate(fd, PAGE)
@@ -149,7 +149,7 @@ def test_what_was_unmapped_meanwhile_is_left_alone(area: mmap.mmap) -> None:
 
 def test_nobody_else_can_write_or_shrink_it(area: mmap.mmap) -> None:
     """A bus error, or a peer that writes, is ruled out by seals."""
-    shared = Shared([region(area)[0]], WORDS)
+    shared = SharedMemory([region(area)[0]], WORDS)
     for fd in {span.fd for span in shared.spans}:
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
@@ -198,7 +198,7 @@ def test_memory_that_must_not_be_turned_is_left(make: Callable[[], mmap.mmap], w
     memory = make()
     view = np.frombuffer(memory, dtype=np.uint8)
     before = permissions(view)
-    shared = Shared([Region(view.ctypes.data, view.size, view)], WORDS)
+    shared = SharedMemory([Region(view.ctypes.data, view.size, view)], WORDS)
     assert shared.left == {why: view.size - view.size % PAGE} | (
         {"parts of pages at the ends": view.size % PAGE} if view.size >= SIZE else {}
     )
@@ -214,7 +214,7 @@ def test_runs_outside_the_spans_are_not_here(area: mmap.mmap) -> None:
     """Partly outside, between two spans, or wrapping around: no address is ever made up."""
     _, view = region(area, 0, 1 << 20)
     far = np.frombuffer(area, dtype=np.uint8)[(1 << 20) + PAGE :][: 1 << 20]
-    shared = Shared([Region(part.ctypes.data, part.size, part) for part in (view, far)], WORDS)
+    shared = SharedMemory([Region(part.ctypes.data, part.size, part) for part in (view, far)], WORDS)
     peer, low = mapped(shared), view.ctypes.data
     assert peer.here(run(low, 1 << 20)) is not None
     assert peer.here(np.array([[low + 5, 7], [far.ctypes.data, 1 << 20]], dtype=np.uint64)) is not None
@@ -227,7 +227,7 @@ def test_runs_outside_the_spans_are_not_here(area: mmap.mmap) -> None:
 def test_lies_about_spans_are_refused(area: mmap.mmap) -> None:
     """Nothing is mapped that could end in a bus error, block, or overlap."""
     one, _ = region(area)
-    shared = Shared([one], WORDS)
+    shared = SharedMemory([one], WORDS)
     own, span = ((s.address, s.nbytes, s.fd, s.offset) for s in shared.spans)
     address, nbytes, fd, offset = span
     pipe, other = os.pipe()

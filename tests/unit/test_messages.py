@@ -51,7 +51,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "first_token": st.booleans(),
     },
     m.Accept: {**granted, "known": st.booleans(), "tokens_done": st.integers(0, 1 << 40)},
-    m.Coming: {
+    m.BatchHint: {
         **granted,
         "first_block": st.integers(0, m.MAX_BLOCKS),
         "blocks": blocks,
@@ -289,7 +289,7 @@ def test_wire_bytes_are_plain_msgpack_with_the_version() -> None:
     """What other implementations have to produce."""
     raw = msgpack.unpackb(m.encode(m.Nack(transfer="t", generation=7, wants=((1, 0), (2, 1)), reason="r")))
     assert raw == {
-        "v": 5,
+        "v": m.PROTOCOL_VERSION,
         "kind": "nack",
         "transfer": "t",
         "generation": 7,

@@ -14,7 +14,7 @@ import pytest
 from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.client.copiers import HostCopier
 from pdtransport.pool.client.copying import Copying, Operation
 from pdtransport.pool.core import batches
@@ -22,20 +22,20 @@ from pdtransport.pool.core.chunks import Chunks, answer_of
 from pdtransport.pool.core.index import MAX_REFS, key_rows
 from pdtransport.pool.core.locks import check_private
 from pdtransport.pool.core.prefetched import FORGOTTEN_S, Hints
-from pdtransport.pool.core.requests import Part, Verdict
-from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.core.requests import KeyAnswer, KeyVerdict
+from pdtransport.pool.core.store import ChunkStore
 from pdtransport.pool.tiers.base import HEADER_BYTES, TierError
 from pdtransport.pool.tiers.envelope import Opening, seal
 from pdtransport.protocol.messages import WireError
-from tests.unit.pool_rig import FRAME, Asker, key, keys, shelf
+from tests.unit.pool_rig import FRAME, Asker, chunk_store, key, keys
 
-READ, WRITE, BUSY, MISS = Verdict.READ, Verdict.WRITE, Verdict.BUSY, Verdict.MISS
+READ, WRITE, BUSY, MISS = KeyVerdict.READ, KeyVerdict.WRITE, KeyVerdict.BUSY, KeyVerdict.MISS
 CHUNK = 1 << 18  # a client may hold four
 SHARE = 4 * CHUNK
 
 
-def pool(chunks: int = 16) -> Shelf:
-    return shelf(chunks * CHUNK // FRAME, client_bytes=SHARE)
+def pool(chunks: int = 16) -> ChunkStore:
+    return chunk_store(chunks * CHUNK // FRAME, client_bytes=SHARE)
 
 
 @pytest.mark.parametrize("more", [1, 2])
@@ -90,7 +90,7 @@ def test_who_takes_a_write_over_stays_within_its_share() -> None:
 def test_references_stop_at_the_most_that_are_counted(numbers: Sequence[int]) -> None:
     """One reader more than a chunk's counter holds is told to come again. Were it counted from zero, memory that is
     being read would be given out."""
-    on = shelf(8)
+    on = chunk_store(8)
     writer, reader = Asker(on), Asker(on)
     writer.put(1, 2)
     entry = on.index.entry(key(1))
@@ -135,11 +135,11 @@ def test_a_pools_directory_of_another_user_is_refused(tmp_path: Path, monkeypatc
 
 def test_a_pool_of_another_version_is_not_understood() -> None:
     """Its messages may mean something else: refused by number, with what to do, before any field is read."""
-    for version in (say.POOL_VERSION - 1, say.POOL_VERSION + 1, None, "2"):
+    for version in (messages.POOL_VERSION - 1, messages.POOL_VERSION + 1, None, "2"):
         frame = msgpack.packb({"v": version, "kind": "bye"})
         with pytest.raises(WireError, match="run the same pdtransport on both"):
-            say.from_client(frame)
-    assert isinstance(say.from_client(say.encode(say.Bye())), say.Bye)
+            messages.from_client(frame)
+    assert isinstance(messages.from_client(messages.encode(messages.Bye())), messages.Bye)
 
 
 def test_a_tier_that_gives_another_chunk_back_is_not_believed() -> None:
@@ -193,12 +193,12 @@ def test_a_loaded_chunk_is_good_only_if_all_of_its_checksum_is(bit: int) -> None
     )
     sums = [int(pages.checksum(run(frame.ctypes.data, FRAME), 1)[0]) for frame in session.memory]
     sums[1] ^= 1 << bit
-    parts = [Part(place, READ, sums[place], place.to_bytes(4, "little")) for place in range(3)]
+    parts = [KeyAnswer(place, READ, sums[place], place.to_bytes(4, "little")) for place in range(3)]
     copying = Copying(loading, HostCopier())
     copying.run()
     assert copying.error == ""
     assert copying.verdicts.tolist() == [READ, MISS, READ]
-    assert [message.index for message in told if isinstance(message, say.Damaged)] == [1]
+    assert [message.index for message in told if isinstance(message, messages.ChunkDamaged)] == [1]
     assert copying.damaged == 1
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.core.chunks import Chunks, Heard, parts_of, verdicts_of
-from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.core.requests import KeyVerdict
 
 FRAME = 4096
 
@@ -18,8 +18,10 @@ def runs(*pairs: tuple[int, int]) -> Runs:
     return np.array(pairs, dtype=np.uint64).reshape(-1, 2)
 
 
-def answer(places: list[int], verdicts: list[int], frames: list[int], checksums: list[int] | None = None) -> say.Answer:
-    return say.Answer(
+def answer(
+    places: list[int], verdicts: list[int], frames: list[int], checksums: list[int] | None = None
+) -> messages.KeyAnswers:
+    return messages.KeyAnswers(
         request=1,
         indices=np.array(places, dtype="<u4").tobytes(),
         verdicts=bytes(verdicts),
@@ -63,7 +65,7 @@ def test_runs_that_are_none_are_refused(wrong: Runs) -> None:
 def test_an_answer_is_taken_apart_as_it_was_meant() -> None:
     """Chunks of one length make a batch, as long as they are not too many bytes; each has its own frames."""
     sizes = np.array([FRAME, FRAME, FRAME + 8, 8, FRAME, FRAME], dtype=np.int64)
-    verdicts = [Verdict.READ, Verdict.MISS, Verdict.READ, Verdict.READ, Verdict.READ, Verdict.READ]
+    verdicts = [KeyVerdict.READ, KeyVerdict.MISS, KeyVerdict.READ, KeyVerdict.READ, KeyVerdict.READ, KeyVerdict.READ]
     said = answer([0, 1, 2, 3, 4, 5], list(verdicts), [10, 20, 21, 30, 40, 50], [1, 2, 3, 4, 5, 6])
     heard = Heard.of(said, sizes, FRAME)
     assert verdicts_of(heard.codes) == tuple(verdicts)
@@ -78,22 +80,22 @@ def test_an_answer_is_taken_apart_as_it_was_meant() -> None:
         (place, verdict, place + 1, frames)
         for place, verdict, frames in zip(range(6), verdicts, [1, 0, 2, 1, 1, 1], strict=True)
     ]
-    assert list(Heard.of(answer([1], [Verdict.MISS], []), sizes, FRAME).granted.batches(FRAME)) == []
+    assert list(Heard.of(answer([1], [KeyVerdict.MISS], []), sizes, FRAME).granted.batches(FRAME)) == []
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        answer([0, 1], [Verdict.READ], [1, 2]),  # fewer verdicts
+        answer([0, 1], [KeyVerdict.READ], [1, 2]),  # fewer verdicts
         answer([0], [99], []),  # no verdict
-        answer([7], [Verdict.READ], [1]),  # a chunk that was not asked for
-        answer([7], [Verdict.MISS], []),
-        answer([0], [Verdict.READ], []),  # too few frames
-        answer([0], [Verdict.READ], [1, 2]),  # too many
-        answer([0], [Verdict.READ], [1], [1, 2]),  # more checksums
+        answer([7], [KeyVerdict.READ], [1]),  # a chunk that was not asked for
+        answer([7], [KeyVerdict.MISS], []),
+        answer([0], [KeyVerdict.READ], []),  # too few frames
+        answer([0], [KeyVerdict.READ], [1, 2]),  # too many
+        answer([0], [KeyVerdict.READ], [1], [1, 2]),  # more checksums
     ],
 )
-def test_an_answer_that_makes_no_sense_is_not_used(said: say.Answer) -> None:
+def test_an_answer_that_makes_no_sense_is_not_used(said: messages.KeyAnswers) -> None:
     """Whatever is wrong with it, it ends as an unavailable pool."""
     with pytest.raises(PoolUnavailable, match="makes no sense"):
         Heard.of(said, np.array([FRAME, FRAME], dtype=np.int64), FRAME)

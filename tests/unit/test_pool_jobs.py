@@ -6,10 +6,10 @@ import threading
 from collections import defaultdict
 from typing import Any, cast
 
-from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote
+from pdtransport.pool.core.tier_state import Delete, Job, Promote, TierState
 from pdtransport.pool.server.jobs import Jobs
 
-TIER = cast(Lower, None)  # nothing here looks at it
+TIER = cast(TierState, None)  # nothing here looks at it
 
 
 def write(key: bytes, number: int = 0) -> Job:

@@ -8,12 +8,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.core.budget import HARD, NO_PIN, SOFT
 from pdtransport.pool.core.index import MEMORY, READY
-from pdtransport.pool.core.requests import Request, Verdict
-from pdtransport.pool.core.store import Shelf
-from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.core.requests import KeyVerdict, PoolRequest
+from pdtransport.pool.core.store import ChunkStore
+from pdtransport.pool.core.tier_state import Delete, Job, Promote, TierState, WriteBack
 from pdtransport.pool.server.admin_requests import Control
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import Stored
@@ -31,11 +31,11 @@ class Lives(RuleBasedStateMachine):
              "quotas": {"q": 3 * FRAME}, "writeback_bytes": 4 * FRAME}
         )  # fmt: skip
         self.memory: dict[int, tuple[bytes, int]] = {}  # frame -> whose content it has
-        self.shelf = Shelf(made, 6, self._whole, [Lower(self.tier, 2, 5 * FRAME, "lru")])
-        self.control = Control(self.shelf)
-        self.askers = [Asker(self.shelf), Asker(self.shelf), Asker(self.shelf, 1)]
-        self.asked: list[tuple[Request, list[int]]] = []
-        self.granted: dict[tuple[Request, int], tuple[bytes, bytes, Verdict]] = {}  # -> key, frames, verdict
+        self.chunk_store = ChunkStore(made, 6, self._whole, [TierState(self.tier, 2, 5 * FRAME, "lru")])
+        self.control = Control(self.chunk_store)
+        self.askers = [Asker(self.chunk_store), Asker(self.chunk_store), Asker(self.chunk_store, 1)]
+        self.asked: list[tuple[PoolRequest, list[int]]] = []
+        self.granted: dict[tuple[PoolRequest, int], tuple[bytes, bytes, KeyVerdict]] = {}  # -> key, frames, verdict
 
     @staticmethod
     def nbytes(number: int) -> int:
@@ -51,15 +51,15 @@ class Lives(RuleBasedStateMachine):
 
     def _settle(self) -> None:
         """Hear what the shelf says; writers do not write yet, readers check what they were granted."""
-        outbox, self.shelf.outbox = self.shelf.outbox, {}
+        outbox, self.chunk_store.outbox = self.chunk_store.outbox, {}
         for request, parts in outbox.items():
             numbers = next(numbers for known, numbers in self.asked if known is request)
             for part in parts if isinstance(parts, list) else parts.parts():
                 whose = key(numbers[part.place])
-                if part.verdict is Verdict.WRITE:
+                if part.verdict is KeyVerdict.WRITE:
                     assert len(part.frames) // 4 == self.nbytes(numbers[part.place]) // FRAME
                     self.granted[request, part.place] = (whose, part.frames, part.verdict)
-                elif part.verdict is Verdict.READ:
+                elif part.verdict is KeyVerdict.READ:
                     self.granted[request, part.place] = (whose, part.frames, part.verdict)
                     assert self._whole(part.frames, 0, part.checksum)
 
@@ -69,7 +69,7 @@ class Lives(RuleBasedStateMachine):
         request = asker._request(store)
         self.asked.append((request, numbers))
         sizes = [self.nbytes(number) for number in numbers]
-        (self.shelf.store if store else self.shelf.load)(request, keys(*numbers), sizes)
+        (self.chunk_store.store if store else self.chunk_store.load)(request, keys(*numbers), sizes)
         self._settle()
 
     @rule(pick=st.integers(0, 99), good=st.booleans())
@@ -78,14 +78,14 @@ class Lives(RuleBasedStateMachine):
             return
         (request, place), (whose, frames, verdict) = list(self.granted.items())[pick % len(self.granted)]
         del self.granted[request, place]
-        if verdict is Verdict.WRITE and good:
+        if verdict is KeyVerdict.WRITE and good:
             self._fill(frames, whose)
-            assert self.shelf.publish(request, [(place, int.from_bytes(whose[:7], "little"))]) == 1
-        elif verdict is Verdict.WRITE:
+            assert self.chunk_store.publish(request, [(place, int.from_bytes(whose[:7], "little"))]) == 1
+        elif verdict is KeyVerdict.WRITE:
             self._fill(frames, bytes(32))  # torn
-            self.shelf.release(request, [place])
+            self.chunk_store.release(request, [place])
         else:
-            self.shelf.release(request, [place])
+            self.chunk_store.release(request, [place])
         self._settle()
 
     @rule(who=st.integers(0, 2))
@@ -93,16 +93,16 @@ class Lives(RuleBasedStateMachine):
         for request, _ in self.asked:
             if request.session is self.askers[who].session:
                 self.granted = {each: value for each, value in self.granted.items() if each[0] is not request}
-                self.shelf.cancel(request)
+                self.chunk_store.cancel(request)
         self._settle()
 
     @rule(number=st.integers(0, 11), kind=st.sampled_from([NO_PIN, SOFT, HARD]))
     def pin(self, number: int, kind: int) -> None:
-        self.shelf.pin(key(number), kind, None)
+        self.chunk_store.pin(key(number), kind, None)
 
     @rule(number=st.integers(0, 11))
     def drop(self, number: int) -> None:
-        self.shelf.drop(key(number))
+        self.chunk_store.drop(key(number))
         self._settle()
 
     @rule(
@@ -111,16 +111,16 @@ class Lives(RuleBasedStateMachine):
     def people_move_chunks(self, numbers: list[int], action: Any) -> None:
         """Whatever they ask for, readers and writers keep what they hold."""
         again = action == "again"
-        wish = say.Manage(
+        wish = messages.Manage(
             request=1, keys=keys(*numbers), action="write" if again else action, tier="below", again=again
         )
         self.control.manage(wish, 0.0)
-        self.control.look(say.Look(request=1, keys=keys(*numbers)), 0)
+        self.control.look(messages.Look(request=1, keys=keys(*numbers)), 0)
         self._settle()
 
     @rule(fail=st.booleans())
     def tier_works(self, fail: bool) -> None:
-        jobs, self.shelf.jobs = list(self.shelf.jobs), type(self.shelf.jobs)()
+        jobs, self.chunk_store.jobs = list(self.chunk_store.jobs), type(self.chunk_store.jobs)()
         for job in jobs:
             self._work(job, fail)
         self._settle()
@@ -129,39 +129,41 @@ class Lives(RuleBasedStateMachine):
     def tier_is_scanned(self, number: int) -> None:
         """Another pool may have written it, or a scan sees our own write before we are told."""
         self.tier.held[key(number)] = b""
-        self.shelf.adopt(self.shelf.lower[0], Stored(key(number), "", self.nbytes(number), self.nbytes(number)))
+        self.chunk_store.adopt(
+            self.chunk_store.lower[0], Stored(key(number), "", self.nbytes(number), self.nbytes(number))
+        )
         self._settle()
 
     @rule(up=st.booleans())
     def tier_goes_or_comes(self, up: bool) -> None:
-        self.shelf.lower[0].up = up
+        self.chunk_store.lower[0].up = up
 
     @rule(pick=st.integers(0, 99))
     def memory_is_damaged(self, pick: int) -> None:
         """A reader says so, and it is true: its chunk's readers of the moment are the only ones who ever see it."""
-        reads = [each for each, value in self.granted.items() if value[2] is Verdict.READ]
+        reads = [each for each, value in self.granted.items() if value[2] is KeyVerdict.READ]
         if reads:
             request, place = reads[pick % len(reads)]
             frames = self.granted[request, place][1]
             self._fill(frames, bytes(32))
-            assert self.shelf.damaged(request, place)
+            assert self.chunk_store.damaged(request, place)
             for other in [each for each, value in self.granted.items() if value[1] == frames]:
                 del self.granted[other]
-                self.shelf.release(other[0], [other[1]])
+                self.chunk_store.release(other[0], [other[1]])
         self._settle()
 
     def _work(self, job: Job, fail: bool) -> None:
         if isinstance(job, WriteBack):
             if not self._whole(job.frames, job.nbytes, job.checksum):
-                self.shelf.found_damaged(job)
+                self.chunk_store.found_damaged(job)
                 return
             if not fail:
                 self.tier.held[job.key] = b""
-            self.shelf.written_back(job, None if fail else job.nbytes)
+            self.chunk_store.written_back(job, None if fail else job.nbytes)
         elif isinstance(job, Promote):
             found = job.key in self.tier.held and not fail
             self._fill(job.frames, job.key if found else bytes(32))
-            self.shelf.promoted(job, int.from_bytes(job.key[:7], "little") if found else None)
+            self.chunk_store.promoted(job, int.from_bytes(job.key[:7], "little") if found else None)
         else:
             assert isinstance(job, Delete)
             self.tier.held.pop(job.key, None)
@@ -173,7 +175,7 @@ class Lives(RuleBasedStateMachine):
         readers: set[int] = set()
         for whose, frames, verdict in self.granted.values():
             ids = set(memoryview(frames).cast("I").tolist())
-            if verdict is Verdict.READ:
+            if verdict is KeyVerdict.READ:
                 readers |= ids
                 assert self._whole(frames, 0, int.from_bytes(whose[:7], "little"))
             else:
@@ -184,32 +186,32 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def accounts_balance(self) -> None:
         """Frames used are those of entries; limits hold; pinned and referenced chunks are where they should be."""
-        kept = [frames for frames in self.shelf.frames_of if frames is not None]
-        assert sum(len(frames) // 4 for frames in kept) == 6 - self.shelf.room.frames.free
+        kept = [frames for frames in self.chunk_store.frames_of if frames is not None]
+        assert sum(len(frames) // 4 for frames in kept) == 6 - self.chunk_store.room.frames.free
         assert len(set(b"".join(kept))) or not kept
-        assert sum(group.used for group in self.shelf.room.groups) == 6 - self.shelf.room.frames.free
-        assert self.shelf.room.groups[1].used <= 3
-        assert self.shelf.lower[0].used <= 5 * FRAME
-        for entry, frames in enumerate(self.shelf.frames_of):
-            if self.shelf.index.tiers[entry] & MEMORY:
+        assert sum(group.used for group in self.chunk_store.room.groups) == 6 - self.chunk_store.room.frames.free
+        assert self.chunk_store.room.groups[1].used <= 3
+        assert self.chunk_store.lower[0].used <= 5 * FRAME
+        for entry, frames in enumerate(self.chunk_store.frames_of):
+            if self.chunk_store.index.tiers[entry] & MEMORY:
                 assert frames is not None
-                assert self.shelf.index.state[entry] == READY
+                assert self.chunk_store.index.state[entry] == READY
 
     def teardown(self) -> None:
         """When everybody is gone, everything can be dropped, and nothing leaked."""
         for who in range(3):
             self.client_dies(who)
-        self.shelf.lower[0].up = True
+        self.chunk_store.lower[0].up = True
         for _ in range(3):
             self.tier_works(fail=False)
-        self.shelf.drop(keys(*range(12)))
+        self.chunk_store.drop(keys(*range(12)))
         self.tier_works(fail=False)
-        assert len(self.shelf.index) == 0
-        assert self.shelf.room.frames.free == 6
-        assert self.shelf.lower[0].used == 0
-        assert self.shelf.room.hard_frames == 0
+        assert len(self.chunk_store.index) == 0
+        assert self.chunk_store.room.frames.free == 6
+        assert self.chunk_store.lower[0].used == 0
+        assert self.chunk_store.room.hard_frames == 0
         assert not self.tier.held
-        assert not self.shelf.being_written
+        assert not self.chunk_store.being_written
         assert all(asker.session.held_bytes == 0 for asker in self.askers)
 
 

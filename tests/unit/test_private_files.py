@@ -15,9 +15,9 @@ from pdtransport.control.curve import make_keys
 from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.launch.rundir import LOCK, POOL_KEY, RECORD, RunError, RunFolder, read_record
-from pdtransport.observe.audit import Audit
 from pdtransport.pool.server.key_space_file import SpaceFile
 from pdtransport.system.private_files import make_private_folder, open_private, open_regular
+from pdtransport.transfer.audit import Audit
 
 
 @pytest.fixture(autouse=True)

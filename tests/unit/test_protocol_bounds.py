@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from pdtransport.protocol.actions import Failed, Fence, Place, Push, Send
+from pdtransport.protocol.actions import Failed, Fence, OfferBatch, ReadBatch, Send
 from pdtransport.protocol.messages import Abort, Accept, Batch, Claim, Code, Grant, Nack
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.unit.test_protocol_rules import (
     BLOCK,
@@ -75,7 +75,7 @@ def test_a_batch_of_another_length_is_never_placed(nbytes: int) -> None:
     """Its blocks would not be those of this grant."""
     book = receiving()
     actions = book.on_message(P, batch(0).model_copy(update={"nbytes": nbytes}), 0.0)
-    assert not of(actions, Place)
+    assert not of(actions, ReadBatch)
     assert book.machines(T)[0].code is Code.MISMATCH
 
 
@@ -85,7 +85,7 @@ def test_the_next_attempt_at_a_batch_is_of_the_same_blocks() -> None:
     book.on_message(P, batch(0), 0.0)
     book.placed(T, P, 100, 0, 0, "damaged: a bit", 0.0)
     again = batch(0, attempt=1)
-    assert not of(book.on_message(P, again.model_copy(update={"first_block": 1}), 0.1), Place)
+    assert not of(book.on_message(P, again.model_copy(update={"first_block": 1}), 0.1), ReadBatch)
     assert book.machines(T)[0].code is Code.MISMATCH
 
 
@@ -105,10 +105,10 @@ def test_prefill_sends_no_more_than_decodes_window() -> None:
     """Backpressure: what a slow decode does not take stays with prefill, however large prefill's own window is."""
     book = sending(granted=False)
     book.on_message(D, grant().model_copy(update={"window_bytes": 2 * BLOCK}), 0.0)
-    assert len(of(book.pages_ready(T, 4, 16, 0.0), Push)) == 2
+    assert len(of(book.pages_ready(T, 4, 16, 0.0), OfferBatch)) == 2
     assert [pushed(book, seq) for seq in (0, 1)]
     own = sending(limits=replace(LIMITS, window_bytes=3 * BLOCK))
-    assert len(of(own.pages_ready(T, 4, 16, 0.0), Push)) == 3
+    assert len(of(own.pages_ready(T, 4, 16, 0.0), OfferBatch)) == 3
 
 
 @pytest.mark.parametrize(("first", "blocks"), [(0, 3), (0, 5), (1, 2), (4, 1)])
@@ -118,7 +118,7 @@ def test_a_grant_that_ends_elsewhere_than_the_prompt_is_refused(first: int, bloc
     book.pages_ready(T, 4, 16, 0.0)
     wrong = grant().model_copy(update={"first_block": first, "blocks": blocks})
     actions = book.on_message(D, wrong, 0.0)
-    assert not of(actions, Push)
+    assert not of(actions, OfferBatch)
     (machine,) = book.machines(T)
     assert machine.code is Code.MISMATCH
     assert "the prompt has 4" in machine.reason
@@ -130,7 +130,7 @@ def test_a_grant_that_ends_elsewhere_than_the_prompt_is_refused(first: int, bloc
 
 def test_claims_for_requests_that_never_come_are_bounded() -> None:
     """Whoever invents transfer ids costs prefill no more memory than max_transfers claims."""
-    book = Sending(replace(LIMITS, max_transfers=3), lambda lo, hi: BLOCK)
+    book = ProducerTable(replace(LIMITS, max_transfers=3), lambda lo, hi: BLOCK)
     for number in range(100):
         book.on_message(D, Claim(transfer=f"t{number}"), 0.0)
     assert len(book._early_claims) == 3
@@ -140,10 +140,10 @@ def test_claims_for_requests_that_never_come_are_bounded() -> None:
 
 def test_prefill_with_a_claim_of_its_own_request_serves_the_grant_that_follows() -> None:
     """A bound on claims is none on grants."""
-    book = Sending(replace(LIMITS, max_transfers=1), lambda lo, hi: BLOCK)
+    book = ProducerTable(replace(LIMITS, max_transfers=1), lambda lo, hi: BLOCK)
     book.on_message(D, Claim(transfer="other"), 0.0)
     book.on_message(D, Claim(transfer=T), 0.0)
     book.open(T, DIGEST, 16, 4, 0.0)
     assert words(book.on_message(D, grant(), 0.0), Accept)
-    assert of(book.pages_ready(T, 1, 4, 0.0), Push)
+    assert of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
     assert words(pushed(book, 0), Batch)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Action, Limits, Ready, Send
-from pdtransport.protocol.consumer_table import Part, Receiving
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Batch, Code, Commit, Grant
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 
 BLOCK, DIGEST = 64, bytes(16)
 LIMITS = Limits(batch_bytes=4 * BLOCK, window_bytes=4 * BLOCK)
 D, P, T = "decode", "prefill", "t"
 
 
-def granted(peers: tuple[str, ...] = (P,)) -> tuple[Receiving, list[Grant]]:
-    book = Receiving(LIMITS, first_generation=100)
-    actions = book.begin(T, DIGEST, 16, 0, 4, [Part(p, 0, 1, 1, BLOCK) for p in peers], 0.0)
+def granted(peers: tuple[str, ...] = (P,)) -> tuple[ConsumerTable, list[Grant]]:
+    book = ConsumerTable(LIMITS, first_generation=100)
+    actions = book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(p, 0, 1, 1, BLOCK) for p in peers], 0.0)
     return book, [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, Grant)]
 
 
@@ -30,7 +30,7 @@ def commits(actions: list[Action]) -> list[Commit]:
 def test_the_commit_says_what_prefill_found(cached: int | None, late: bool) -> None:
     """Whether decode granted before or after; None: the engine did not say."""
     _, (grant,) = granted()
-    book = Sending(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     book.open(T, DIGEST, 16, 4, 0.0)
     if not late:
         book.on_message(D, grant, 0.0)
@@ -43,7 +43,7 @@ def test_the_commit_says_what_prefill_found(cached: int | None, late: bool) -> N
     assert commit.cached_tokens == cached
 
 
-def committed(book: Receiving, cached: int | None, peer: str = P, generation: int = 100) -> list[Action]:
+def committed(book: ConsumerTable, cached: int | None, peer: str = P, generation: int = 100) -> list[Action]:
     batch = Batch(
         transfer=T, generation=generation, seq=0, first_block=0, blocks=4, nbytes=4 * BLOCK, checksums=bytes(32)
     )

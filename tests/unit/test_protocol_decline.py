@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Limits, Release, Send
-from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.messages import Claim, Code, Grant, Revoke, Revoked
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 
 BLOCK, DIGEST = 64, bytes(16)
 LIMITS = Limits(batch_bytes=BLOCK, window_bytes=4 * BLOCK)
@@ -15,15 +15,15 @@ D, P, T = "decode", "prefill", "t"
 WHY = "the prompt is too long"
 
 
-def declined(code: Code = Code.REJECTED, book: Receiving | None = None) -> Revoke:
-    (said,) = (book or Receiving(LIMITS, first_generation=100)).decline(T, P, code, WHY)
+def declined(code: Code = Code.REJECTED, book: ConsumerTable | None = None) -> Revoke:
+    (said,) = (book or ConsumerTable(LIMITS, first_generation=100)).decline(T, P, code, WHY)
     assert isinstance(said, Send)
     assert isinstance(said.message, Revoke)
     return said.message
 
 
-def sending(*, opened: bool = True, finished: bool = True) -> Sending:
-    book = Sending(LIMITS, lambda lo, hi: (hi - lo) * BLOCK)
+def sending(*, opened: bool = True, finished: bool = True) -> ProducerTable:
+    book = ProducerTable(LIMITS, lambda lo, hi: (hi - lo) * BLOCK)
     if opened:
         book.open(T, DIGEST, 16, 4, 0.0)
         book.pages_ready(T, 4, 16, 0.0)
@@ -62,21 +62,21 @@ def test_a_request_that_comes_later_is_not_held() -> None:
 
 def test_a_transfer_is_declined_once_and_never_one_that_was_begun() -> None:
     """vLLM's stub may come after the request itself. The answer to a decline is no stray message."""
-    book = Receiving(LIMITS, first_generation=100)
+    book = ConsumerTable(LIMITS, first_generation=100)
     revoke = declined(book=book)
     assert book.decline(T, P, Code.REJECTED, WHY) == []
     book.on_message(P, Revoked(transfer=T, generation=revoke.generation), 0.0)
     assert book.counters["stale_messages"] == 0
     with pytest.raises(TransferOver):
-        book.begin(T, DIGEST, 16, 0, 4, [Part(P, 0, 1, 1, BLOCK)], 0.0)
-    begun = Receiving(LIMITS, first_generation=100)
-    begun.begin(T, DIGEST, 16, 0, 4, [Part(P, 0, 1, 1, BLOCK)], 0.0)
+        book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0)
+    begun = ConsumerTable(LIMITS, first_generation=100)
+    begun.begin(T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0)
     assert begun.decline(T, P, Code.REJECTED, WHY) == []
 
 
 def test_all_prefill_workers_are_told() -> None:
     """Each of them holds its own pages."""
-    book = Receiving(LIMITS, first_generation=100)
+    book = ConsumerTable(LIMITS, first_generation=100)
     told = [action for peer in (P, "prefill2") for action in book.decline(T, peer, Code.REJECTED, WHY)]
     assert [action.peer for action in told if isinstance(action, Send)] == [P, "prefill2"]
 
@@ -84,11 +84,13 @@ def test_all_prefill_workers_are_told() -> None:
 def test_who_is_served_is_not_let_go_by_another() -> None:
     """All consumers granted: one that is none of them can't end the transfer."""
     book = sending(finished=False)
-    (said,) = Receiving(LIMITS, first_generation=100).begin(T, DIGEST, 16, 0, 4, [Part(P, 0, 1, 1, BLOCK)], 0.0)
+    (said,) = ConsumerTable(LIMITS, first_generation=100).begin(
+        T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0
+    )
     assert isinstance(said, Send)
     assert isinstance(said.message, Grant)
     book.on_message(D, said.message, 0.0)
-    stranger = declined(book=Receiving(LIMITS, first_generation=500))
+    stranger = declined(book=ConsumerTable(LIMITS, first_generation=500))
     book.on_message("stranger", stranger, 0.0)
     assert book.counters["foreign_messages"] == 1
     assert len(book.machines(T)) == 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pdtransport.protocol.actions import Action, Failed, Limits, Place, Ready, Send
-from pdtransport.protocol.consumer_table import Part, Receiving
+from pdtransport.protocol.actions import Action, Failed, Limits, ReadBatch, Ready, Send
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Ack, Batch, Code, Commit, Grant
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState
 
 BLOCK, TOKEN = 64, 1234
@@ -17,15 +17,15 @@ DIGEST = bytes(16)
 D, P, T = "decode", "prefill", "t"
 
 
-def receiving(promised: bool, peers: tuple[str, ...] = (P,)) -> Receiving:
-    book = Receiving(LIMITS, first_generation=100)
-    book.begin(T, DIGEST, 16, 0, 4, [Part(p, 0, 1, 1, BLOCK) for p in peers], 0.0, first_token=promised)
+def receiving(promised: bool, peers: tuple[str, ...] = (P,)) -> ConsumerTable:
+    book = ConsumerTable(LIMITS, first_generation=100)
+    book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(p, 0, 1, 1, BLOCK) for p in peers], 0.0, first_token=promised)
     return book
 
 
 def grant_of(promised: bool) -> Grant:
-    book = Receiving(LIMITS, first_generation=100)
-    (said,) = book.begin(T, DIGEST, 16, 0, 4, [Part(P, 0, 1, 1, BLOCK)], 0.0, first_token=promised)
+    book = ConsumerTable(LIMITS, first_generation=100)
+    (said,) = book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0, first_token=promised)
     assert isinstance(said, Send)
     assert isinstance(said.message, Grant)
     return said.message
@@ -35,7 +35,7 @@ def commits(actions: list[Action]) -> list[int | None]:
     return [a.message.first_token for a in actions if isinstance(a, Send) and isinstance(a.message, Commit)]
 
 
-def all_pushed(book: Sending) -> list[Action]:
+def all_pushed(book: ProducerTable) -> list[Action]:
     book.pages_ready(T, 4, 16, 0.0)
     return book.pushed(T, D, 100, 0, 0, bytes(32), b"", 0.0)
 
@@ -43,7 +43,7 @@ def all_pushed(book: Sending) -> list[Action]:
 @pytest.mark.parametrize(("promised", "told"), [(True, TOKEN), (True, None), (False, TOKEN), (False, None)])
 def test_the_commit_names_the_token_to_those_who_promised(promised: bool, told: int | None) -> None:
     """A promise holds the commit back until the engine is through; without one it leaves at once, and names nothing."""
-    book = Sending(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     book.open(T, DIGEST, 16, 4, 0.0)
     book.on_message(D, grant_of(promised), 0.0)
     assert book.promised(T) == promised
@@ -54,7 +54,7 @@ def test_the_commit_names_the_token_to_those_who_promised(promised: bool, told: 
 
 def test_a_promise_that_comes_after_the_end_gets_what_the_router_got() -> None:
     """The engine finished before decode granted: the router was told nothing, and the commit names nothing."""
-    book = Sending(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     book.open(T, DIGEST, 16, 4, 0.0)
     book.pages_ready(T, 4, 16, 0.0)
     assert not book.promised(T)
@@ -68,11 +68,11 @@ def commit(token: int | None, named: int | None) -> Commit:
     return Commit(transfer=T, generation=100, batches=1, tokens=16, digest=digest, first_token=named)
 
 
-def took_all(book: Receiving, peer: str = P, generation: int = 100) -> None:
+def took_all(book: ConsumerTable, peer: str = P, generation: int = 100) -> None:
     batch = Batch(
         transfer=T, generation=generation, seq=0, first_block=0, blocks=4, nbytes=4 * BLOCK, checksums=bytes(32)
     )
-    assert any(isinstance(a, Place) for a in book.on_message(peer, batch, 0.0))
+    assert any(isinstance(a, ReadBatch) for a in book.on_message(peer, batch, 0.0))
     book.placed(T, peer, generation, 0, 0, None, 0.0)
 
 

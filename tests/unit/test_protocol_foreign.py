@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pdtransport.protocol.actions import Limits, Ready, Release, Send
-from pdtransport.protocol.consumer_table import Part, Receiving
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.messages import (
     Abort,
     Accept,
@@ -23,7 +23,7 @@ from pdtransport.protocol.messages import (
     Revoke,
     Revoked,
 )
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 
 TRANSFER, DIGEST, BLOCKS, TOKENS, BLOCK_BYTES = "t", bytes(16), 4, 64, 64
 
@@ -67,8 +67,8 @@ def grant_fields(generation: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("generation", [7, 8], ids=["right generation", "another"])
 def test_decode_takes_nothing_from_whom_it_did_not_grant_to(generation: int) -> None:
-    receiving = Receiving(Limits(), first_generation=7)
-    part = Part(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
+    receiving = ConsumerTable(Limits(), first_generation=7)
+    part = GrantedPart(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
     receiving.begin(TRANSFER, DIGEST, TOKENS, 0, BLOCKS, [part], 0.0)
     (machine,) = receiving.machines(TRANSFER)
     before = (machine.state, machine.code, machine.next_deadline())
@@ -87,7 +87,7 @@ def test_decode_takes_nothing_from_whom_it_did_not_grant_to(generation: int) -> 
 @pytest.mark.parametrize("generation", [7, 8], ids=["right generation", "another"])
 def test_prefill_heeds_nobody_but_those_whose_grants_it_serves(generation: int, arrived: bool) -> None:
     """Once all decode workers that a transfer is for have granted, nobody else can end it, join it, or change it."""
-    sending = Sending(Limits(), lambda low, high: BLOCK_BYTES)
+    sending = ProducerTable(Limits(), lambda low, high: BLOCK_BYTES)
 
     def opened() -> None:
         sending.open(TRANSFER, DIGEST, TOKENS, BLOCKS, 0.0)
@@ -111,7 +111,7 @@ def test_prefill_heeds_nobody_but_those_whose_grants_it_serves(generation: int, 
 
 def test_a_worker_whose_grant_is_still_on_its_way_may_give_the_transfer_up() -> None:
     """Two decode workers share a prefill worker's pages; one's grant is here, the other one's was lost."""
-    sending = Sending(Limits(), lambda low, high: BLOCK_BYTES)
+    sending = ProducerTable(Limits(), lambda low, high: BLOCK_BYTES)
     sending.open(TRANSFER, DIGEST, TOKENS, BLOCKS, 0.0)
     sending.on_message("d0", Grant(**grant_fields(7), consumers=2, window_bytes=1 << 20), 0.0)
     sending.on_message("d1", Revoke(transfer=TRANSFER, generation=8, code=Code.TIMEOUT), 0.0)

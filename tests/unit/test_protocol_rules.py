@@ -6,8 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Place, Push, Ready, Release, Send, Unstage
-from pdtransport.protocol.consumer_table import Part, Receiving, TransferOver
+from pdtransport.protocol.actions import (
+    Action,
+    Failed,
+    Fence,
+    Limits,
+    OfferBatch,
+    ReadBatch,
+    Ready,
+    Release,
+    Send,
+    WithdrawBatch,
+)
+from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     MAX_ATTEMPTS,
@@ -25,7 +36,7 @@ from pdtransport.protocol.messages import (
     Revoke,
     Revoked,
 )
-from pdtransport.protocol.producer_table import Sending
+from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
 
 BLOCK = 64
@@ -42,11 +53,11 @@ def of(actions: list[Action], kind: type) -> list[Action]:
     return [a for a in actions if isinstance(a, kind)]
 
 
-def receiving(blocks: int = 4, *, one_sided: bool = False, limits: Limits = LIMITS, parts: int = 1) -> Receiving:
-    book = Receiving(limits, first_generation=100)
+def receiving(blocks: int = 4, *, one_sided: bool = False, limits: Limits = LIMITS, parts: int = 1) -> ConsumerTable:
+    book = ConsumerTable(limits, first_generation=100)
     peers = [P, "prefill2"][:parts]
     book.begin(
-        T, DIGEST, 4 * blocks or 1, 0, blocks, [Part(p, 0, 1, 1, BLOCK, one_sided=one_sided) for p in peers], 0.0
+        T, DIGEST, 4 * blocks or 1, 0, blocks, [GrantedPart(p, 0, 1, 1, BLOCK, one_sided=one_sided) for p in peers], 0.0
     )
     return book
 
@@ -66,8 +77,8 @@ def grant(blocks: int = 4, generation: int = 100, pages: bytes = b"") -> Grant:
     )
 
 
-def sending(blocks: int = 4, *, granted: bool = True, pages: bytes = b"", limits: Limits = LIMITS) -> Sending:
-    book = Sending(limits, lambda lo, hi: (hi - lo) * BLOCK)
+def sending(blocks: int = 4, *, granted: bool = True, pages: bytes = b"", limits: Limits = LIMITS) -> ProducerTable:
+    book = ProducerTable(limits, lambda lo, hi: (hi - lo) * BLOCK)
     book.open(T, DIGEST, 4 * blocks or 1, blocks, 0.0)
     if granted:
         book.on_message(D, grant(blocks, pages=pages), 0.0)
@@ -92,7 +103,7 @@ def commit(batches: int, tokens: int = 16) -> Commit:
     return Commit(transfer=T, generation=100, batches=batches, tokens=tokens, digest=digest)
 
 
-def pushed(book: Sending, seq: int, attempt: int = 0, now: float = 0.0) -> list[Action]:
+def pushed(book: ProducerTable, seq: int, attempt: int = 0, now: float = 0.0) -> list[Action]:
     return book.pushed(T, D, 100, seq, attempt, bytes(8), b"", now)
 
 
@@ -158,7 +169,7 @@ def test_decode_is_ready_only_after_every_part() -> None:
     for index, peer in enumerate((P, "prefill2")):
         generation = 100 + index
         said = book.on_message(peer, batch(0, generation=generation), 0.0)
-        assert of(said, Place)
+        assert of(said, ReadBatch)
         book.on_message(peer, commit(1, tokens=4).model_copy(update={"generation": generation}), 0.0)
         said = book.placed(T, peer, generation, 0, 0, None, 0.0)
         assert words(said, Ack)
@@ -190,7 +201,7 @@ def test_one_sided_pages_wait_for_the_writers_word() -> None:
 def test_a_transfer_id_is_used_once() -> None:
     """The same id again, live or over, is refused with a reason."""
     book = receiving()
-    parts = [Part(P, 0, 1, 1, BLOCK)]
+    parts = [GrantedPart(P, 0, 1, 1, BLOCK)]
     with pytest.raises(TransferOver, match="mint one per dispatch"):
         book.begin(T, DIGEST, 16, 0, 4, parts, 0.0)
     book.cancel(T, Code.CANCELLED, "gone")
@@ -219,7 +230,7 @@ def test_late_words_of_an_ended_grant_are_answered() -> None:
 
 def test_a_full_hit_is_committed_at_once() -> None:
     """Decode that holds every block need not wait for prefill to compute them."""
-    book = Sending(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     book.open(T, DIGEST, 16, 4, 0.0)
     full = grant(4).model_copy(update={"first_block": 4, "blocks": 0})
     (said,) = words(book.on_message(D, full, 0.0), Commit)
@@ -254,7 +265,7 @@ def test_preemption_does_not_count_as_damage() -> None:
         book.pages_ready(T, 0, 0, 0.0)
     book.pages_ready(T, 1, 4, 0.0)
     pushed(book, 0, 5)
-    assert of(book.on_message(D, nack((0, 6)), 0.0), Push)
+    assert of(book.on_message(D, nack((0, 6)), 0.0), OfferBatch)
     pushed(book, 0, 6)
     assert of(book.on_message(D, nack((0, 7)), 0.0), Fence)
     assert book.machines(T)[0].code is Code.DAMAGED
@@ -283,12 +294,12 @@ def test_preemption_without_checksums_ends_the_transfer() -> None:
 def test_a_one_sided_write_lands_before_its_successor_starts() -> None:
     """Pages taken back while the link writes from them: the write is waited for, dropped, and only then done again."""
     book = sending(1, pages=bytes(4))
-    assert of(book.pages_ready(T, 1, 4, 0.0), Push)
-    assert of(book.pages_ready(T, 0, 0, 0.0), Unstage)
-    assert not of(book.pages_ready(T, 1, 4, 0.0), Push)
+    assert of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
+    assert of(book.pages_ready(T, 0, 0, 0.0), WithdrawBatch)
+    assert not of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
     landed = pushed(book, 0)
     assert not words(landed, Batch)
-    assert [push.attempt for push in of(landed, Push)] == [1]  # type: ignore[attr-defined]
+    assert [push.attempt for push in of(landed, OfferBatch)] == [1]  # type: ignore[attr-defined]
 
 
 def test_a_one_sided_write_that_was_withdrawn_is_no_failure() -> None:
@@ -297,7 +308,7 @@ def test_a_one_sided_write_that_was_withdrawn_is_no_failure() -> None:
     book.pages_ready(T, 1, 4, 0.0)
     book.pages_ready(T, 0, 0, 0.0)
     assert book.push_failed(T, D, 100, 0, 0, "withdrawn") == []
-    assert [push.attempt for push in of(book.pages_ready(T, 1, 4, 0.0), Push)] == [1]  # type: ignore[attr-defined]
+    assert [push.attempt for push in of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)] == [1]  # type: ignore[attr-defined]
 
 
 def test_one_sided_batches_that_were_announced_are_not_written_again() -> None:
@@ -306,14 +317,14 @@ def test_one_sided_batches_that_were_announced_are_not_written_again() -> None:
     book.pages_ready(T, 1, 4, 0.0)
     pushed(book, 0)
     assert book.pages_ready(T, 0, 0, 0.0) == []
-    assert not of(book.pages_ready(T, 1, 4, 0.0), Push)
-    assert [push.attempt for push in of(book.on_message(D, nack((0, 1)), 0.0), Push)] == [1]  # type: ignore[attr-defined]
+    assert not of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
+    assert [push.attempt for push in of(book.on_message(D, nack((0, 1)), 0.0), OfferBatch)] == [1]  # type: ignore[attr-defined]
 
 
 def test_a_revoke_that_overtakes_its_grant_holds() -> None:
     """The Grant that comes in after its own Revoke is not served: decode gave the pages back long ago."""
     revoke = Revoke(transfer=T, generation=100, code=Code.CANCELLED)
-    waiting = Sending(LIMITS, lambda lo, hi: BLOCK)
+    waiting = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     assert words(waiting.on_message(D, revoke, 0.0), Revoked)
     assert words(waiting.on_message(D, grant(), 0.1), Abort)
     with pytest.raises(TransferOver) as error:
@@ -324,7 +335,7 @@ def test_a_revoke_that_overtakes_its_grant_holds() -> None:
     open_one.pages_ready(T, 4, 16, 0.0)
     assert words(open_one.on_message(D, revoke, 0.0), Revoked)
     late = open_one.on_message(D, grant(), 0.1)
-    assert not of(late, Push)
+    assert not of(late, OfferBatch)
     assert of(late, Fence)
     open_one.fenced(T, D, 100)
     assert [r.code for r in of(open_one.finish(T, 0.2), Release)] == [Code.PEER_CANCELLED]  # type: ignore[attr-defined]
@@ -341,7 +352,7 @@ def test_prefill_need_not_hold_pages_that_decode_gave_up() -> None:
 
 def test_a_refused_grant_stays_refused() -> None:
     """An early grant that found no place is void for good: decode took its pages back when it heard so."""
-    book = Sending(replace(LIMITS, max_transfers=1), lambda lo, hi: BLOCK)
+    book = ProducerTable(replace(LIMITS, max_transfers=1), lambda lo, hi: BLOCK)
     book.on_message(D, grant().model_copy(update={"transfer": "other"}), 0.0)
     assert words(book.on_message(D, grant(), 0.0), Abort)
     book.peer_lost("nobody", "")
@@ -351,7 +362,7 @@ def test_a_refused_grant_stays_refused() -> None:
 
 def test_claims_without_a_request_are_forgotten() -> None:
     """Claims for requests that never come do not pile up until none is accepted any more."""
-    book = Sending(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     book.on_message(D, Claim(transfer=T), 0.0)
     assert book.next_deadline() is not None
     book.tick(10 * LIMITS.arrival_s)
@@ -361,7 +372,7 @@ def test_claims_without_a_request_are_forgotten() -> None:
 
 def test_a_claim_before_the_request_holds_its_pages() -> None:
     """A decode worker that claimed early gets claim_s, not hold_s."""
-    book = Sending(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
     book.on_message(D, Claim(transfer=T), 0.0)
     book.open(T, DIGEST, 16, 4, 1.0)
     book.pages_ready(T, 4, 16, 1.0)
@@ -415,10 +426,10 @@ def test_a_revoke_of_decode_is_not_booked_as_our_own_cancel() -> None:
 def test_the_window_bounds_what_is_under_way() -> None:
     """No more than the window is staged or announced without a receipt, and a receipt opens it again."""
     book = sending(8, limits=replace(LIMITS, window_bytes=2 * BLOCK))
-    assert len(of(book.pages_ready(T, 8, 32, 0.0), Push)) == 2
+    assert len(of(book.pages_ready(T, 8, 32, 0.0), OfferBatch)) == 2
     pushed(book, 0)
-    assert not of(pushed(book, 1), Push)
-    assert len(of(book.on_message(D, received(0), 0.0), Push)) == 1
+    assert not of(pushed(book, 1), OfferBatch)
+    assert len(of(book.on_message(D, received(0), 0.0), OfferBatch)) == 1
 
 
 def test_words_of_another_generation_change_nothing() -> None:
@@ -442,8 +453,8 @@ def test_words_of_another_generation_change_nothing() -> None:
 
 def test_a_batch_is_no_larger_than_its_link_takes() -> None:
     """A link with smaller slots than the largest batch still gets its pages, in more batches."""
-    book = Sending(replace(LIMITS, batch_bytes=4 * BLOCK), lambda lo, hi: BLOCK, lambda peer: 2 * BLOCK + 1)
+    book = ProducerTable(replace(LIMITS, batch_bytes=4 * BLOCK), lambda lo, hi: BLOCK, lambda peer: 2 * BLOCK + 1)
     book.open(T, DIGEST, 16, 4, 0.0)
     book.on_message(D, grant(4), 0.0)
-    pushes = of(book.pages_ready(T, 4, 16, 0.0), Push)
+    pushes = of(book.pages_ready(T, 4, 16, 0.0), OfferBatch)
     assert [push.blocks for push in pushes] == [2, 2]  # type: ignore[attr-defined]

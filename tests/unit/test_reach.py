@@ -13,7 +13,7 @@ import pytest
 
 from pdtransport.control import names
 from pdtransport.control.curve import make_keys
-from pdtransport.control.reach import Reach, Verdict
+from pdtransport.control.reach import CallVerdict, Reach
 from pdtransport.errors import SettingsError
 from pdtransport.settings import ControlSettings
 
@@ -24,7 +24,7 @@ def reach(strict: bool = True, **settings: Any) -> Reach:
     return Reach(ControlSettings(**{"allow_plaintext": True, **settings}), strict=strict)
 
 
-def verdict(of: Reach, host: str) -> Verdict:
+def verdict(of: Reach, host: str) -> CallVerdict:
     """What is said of ``host`` once its name is looked up."""
     deadline = time.monotonic() + 20
     while (found := of.ask(host)) is None:
@@ -57,7 +57,7 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> Resolver:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"])
 def test_this_machine_is_called_without_being_named(host: str) -> None:
     """The defaults serve one host."""
-    assert verdict(reach(), host) == Verdict(host)
+    assert verdict(reach(), host) == CallVerdict(host)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_no_other_machine_is_called_where_none_is_named(host: str, resolver: Res
 def test_localhost_is_what_the_resolver_says(resolver: Resolver) -> None:
     """A resolver that sends `localhost` elsewhere sends nobody there."""
     resolver({"localhost": ["10.0.0.1 127.0.0.1"]})
-    assert verdict(reach(), "LocalHost.") == Verdict("127.0.0.1")
+    assert verdict(reach(), "LocalHost.") == CallVerdict("127.0.0.1")
     resolver({"localhost": ["10.0.0.1"]})
     assert "localhost is 10.0.0.1: " in verdict(reach(), "localhost").problem
 
@@ -105,15 +105,15 @@ def test_addresses_are_called_that_the_setting_covers(peers: list[str], host: st
 def test_a_name_that_is_listed_is_called_at_its_address(resolver: Resolver) -> None:
     """Whatever the name means is the operator's word; how it is written does not count."""
     resolver({"prefill-1.example.org": ["fd00::7 10.9.9.9"]})
-    assert verdict(reach(peers=["Prefill-1.example.org"]), "PREFILL-1.example.ORG.") == Verdict("10.9.9.9")
+    assert verdict(reach(peers=["Prefill-1.example.org"]), "PREFILL-1.example.ORG.") == CallVerdict("10.9.9.9")
 
 
 def test_a_name_that_is_not_listed_counts_by_its_address(resolver: Resolver) -> None:
     """Where networks are listed, a name may be anybody's: its address decides, and where none are, nobody asks."""
     asked = resolver({"in": ["10.1.2.3"], "out": ["10.2.0.1"], "both": ["10.2.0.1 10.1.0.9"]})
     some = reach(peers=["10.1.0.0/16", "listed"])
-    assert verdict(some, "in") == Verdict("10.1.2.3")
-    assert verdict(some, "both") == Verdict("10.1.0.9")
+    assert verdict(some, "in") == CallVerdict("10.1.2.3")
+    assert verdict(some, "both") == CallVerdict("10.1.0.9")
     assert verdict(some, "out").problem.startswith("out is 10.2.0.1: out is not among control.peers")
     assert "known here" in verdict(some, "none").problem
     before = list(asked)
@@ -125,7 +125,7 @@ def test_what_a_name_means_a_moment_later_changes_nothing(resolver: Resolver) ->
     """Rebinding: the address that was checked is the one that is called, for as long as the answer holds."""
     asked = resolver({"evil": ["10.1.2.3", "169.254.169.254"]})
     some = reach(peers=["10.1.0.0/16"])
-    assert [verdict(some, "evil") for _ in range(3)] == [Verdict("10.1.2.3")] * 3
+    assert [verdict(some, "evil") for _ in range(3)] == [CallVerdict("10.1.2.3")] * 3
     assert asked == ["evil"]
 
 
@@ -150,7 +150,7 @@ def test_names_that_keep_the_resolver_waiting_keep_nobody_else(monkeypatch: pyte
         first = [some.ask(f"evil-{number}") for number in range(names.MAX_QUEUED + 10)]
         assert first[: names.MAX_QUEUED] == [None] * names.MAX_QUEUED
         assert all(found is not None and "one too many" in found.problem for found in first[names.MAX_QUEUED :])
-        assert verdict(some, "listed") == Verdict("10.1.2.3")
+        assert verdict(some, "listed") == CallVerdict("10.1.2.3")
         assert threading.active_count() - threads == 2
         now[0] = 2.0
         late = some.ask("evil-0")
@@ -166,7 +166,7 @@ def test_an_application_calls_whom_it_likes_until_it_sets_peers(resolver: Resolv
     for it as well."""
     resolver({"anywhere": ["10.7.7.7"]})
     free = reach(strict=False)
-    assert (verdict(free, "10.1.2.3"), verdict(free, "anywhere")) == (Verdict("10.1.2.3"), Verdict("10.7.7.7"))
+    assert (verdict(free, "10.1.2.3"), verdict(free, "anywhere")) == (CallVerdict("10.1.2.3"), CallVerdict("10.7.7.7"))
     assert "control.peers" in verdict(reach(strict=False, peers=["10.1.0.0/16"]), "anywhere").problem
 
 
@@ -193,7 +193,7 @@ def test_a_key_is_enough_if_it_is_the_one_that_is_asked_for(tmp_path: Path, reso
     files = {"curve_public_key_file": public, "curve_secret_key_file": secret}
     key = public.read_text().strip()
     some = reach(**files, peers=[f"curve:{key}"])
-    assert (verdict(some, "10.1.2.3"), verdict(some, "anywhere")) == (Verdict("10.1.2.3"), Verdict("10.7.7.7"))
+    assert (verdict(some, "10.1.2.3"), verdict(some, "anywhere")) == (CallVerdict("10.1.2.3"), CallVerdict("10.7.7.7"))
     with pytest.raises(SettingsError, match=r"none of its CURVE keys .*control\.curve_server_key"):
         reach(**files, peers=[f"curve:{other}"])
     reach(**files, peers=[f"curve:{other}"], curve_server_key=other)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
-from pdtransport.io.cuda_events import Gate
+from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.kv.fingerprint import compare
 from pdtransport.kv.geometry import LayerPages
 from pdtransport.transport import Offer, fingerprint_of
@@ -76,22 +76,24 @@ def test_pages_that_were_taken_back_are_not_announced_when_their_kernels_end(how
         return lambda *args: said.append(f"{name} {args[3]}" if name == "pages_ready" else name)
 
     with twin_gpu.installed():
-        gate = Gate(0)
-        names = ("pages_ready", "foresee", "cancel", "finish")
-        exchange = SimpleNamespace(gate=gate, handing=SimpleNamespace(**{name: note(name) for name in names}))
+        cuda_events = CudaEventQueue(0)
+        names = ("pages_ready", "prepare", "cancel", "finish")
+        transfer_engine = SimpleNamespace(
+            cuda_events=cuda_events, producer=SimpleNamespace(**{name: note(name) for name in names})
+        )
         transport: Any = SimpleNamespace(
-            _call=lambda call: call(exchange),
-            _ask=lambda call, timeout_s: call(exchange),
+            _call=lambda call: call(transfer_engine),
+            _ask=lambda call, timeout_s: call(transfer_engine),
             _checked_pages=lambda pages, blocks: list(pages),
         )
         offer = Offer(transport, "t", tokens=32, blocks=2)
         event = TwinEvent()
         offer.ready([1, 2], 32, after=event)
         offer.finish()
-        assert (said, gate.waiting) == (["foresee"], 2)
+        assert (said, cuda_events.waiting) == (["prepare"], 2)
         offer.cancel() if how == "cancel" else offer.withdraw(1.0)
         event.happen()
-        gate.run()
-        assert said == ["foresee", "cancel" if how == "cancel" else "pages_ready 0"]
-        assert gate.waiting == 0
-        gate.close()
+        cuda_events.run()
+        assert said == ["prepare", "cancel" if how == "cancel" else "pages_ready 0"]
+        assert cuda_events.waiting == 0
+        cuda_events.close()

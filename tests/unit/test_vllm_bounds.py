@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from vllm.v1.request import RequestStatus
 
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Drop, Finish, Keep, Open, Take
+from pdtransport.vllm.metadata import Drop, Finish, Open, StartReceive, StoreChunks
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_pool import PROMPT, Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
@@ -33,7 +33,7 @@ def key_of(**facts: Any) -> bytes:
     decode.on_new_request(made)
     (taken,) = take(decode, made, 0, 1, 2, 3, 4)
     assert isinstance(opened, Open)
-    assert isinstance(taken, Take)
+    assert isinstance(taken, StartReceive)
     assert opened.key == taken.key
     return opened.key
 
@@ -54,7 +54,9 @@ def test_an_adapter_goes_with_what_asks_for_a_key() -> None:
         made = request(CONSUME, **facts)
         decode.on_new_request(made)
         asked = [*step(prefill).before, *take(decode, made, 0, 1, 2, 3, 4)]
-        assert [each.adapter for each in asked if isinstance(each, Open | Take)] == [facts.get("lora_request")] * 2
+        assert [each.adapter for each in asked if isinstance(each, Open | StartReceive)] == [
+            facts.get("lora_request")
+        ] * 2
         prefill, decode = side(), side()
 
 
@@ -89,7 +91,7 @@ def test_a_prompt_of_embeddings_is_not_handed_over() -> None:
         one.on_new_request(made)
         assert one.matched_tokens(made, 0) == (0, False)
         assert one.finished(made, []) == (False, None)
-        assert not any(isinstance(command, Open | Take) for command in step(one).before)
+        assert not any(isinstance(command, Open | StartReceive) for command in step(one).before)
 
 
 def test_transfers_that_were_taken_are_remembered_within_a_bound() -> None:
@@ -109,7 +111,9 @@ def test_what_was_computed_from_pages_that_may_fail_to_come_is_not_stored(half: 
         made = half.arrive(name=name)
         half.admit(made, 0)
     half.side._start = SimpleNamespace(doubtful={"r"}, early=None, clients_wait=None)  # type: ignore[assignment]
-    kept = [each for each in step(half.side, {"r": (0, PROMPT), "s": (0, PROMPT)}).after if isinstance(each, Keep)]
+    kept = [
+        each for each in step(half.side, {"r": (0, PROMPT), "s": (0, PROMPT)}).after if isinstance(each, StoreChunks)
+    ]
     assert [each.req_id for each in kept] == ["s"]
 
 
@@ -131,5 +135,5 @@ def test_a_request_of_one_token_computes_it_itself(max_tokens: int, goes_on: boo
     made = request({**CONSUME, "first_token": True}, max_tokens=max_tokens)
     decode.on_new_request(made)
     (taken,) = take(decode, made, 0, 1, 2, 3, 4)
-    assert isinstance(taken, Take)
+    assert isinstance(taken, StartReceive)
     assert taken.first_token is goes_on

@@ -17,10 +17,10 @@ from vllm.v1.request import Request
 
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
-from pdtransport.vllm.beyond_window import CODE, Window
+from pdtransport.vllm.beyond_window import CODE, WindowRule
 from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
 from pdtransport.vllm.connector import PDTransportConnector
-from pdtransport.vllm.metadata import Open, Take
+from pdtransport.vllm.metadata import Open, StartReceive
 from pdtransport.vllm.scheduler import SchedulerSide
 
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
@@ -97,7 +97,7 @@ def request(tokens: int, params: dict[str, Any], **sampling: Any) -> Request:
 @pytest.fixture
 def side() -> SchedulerSide:
     return SchedulerSide(
-        Settings(), producer=True, consumer=True, block_size=16, engine="e", port=7, ranks=1, window=Window(64)
+        Settings(), producer=True, consumer=True, block_size=16, engine="e", port=7, ranks=1, window=WindowRule(64)
     )
 
 
@@ -128,7 +128,7 @@ def test_a_prompt_beyond_the_window_is_computed_by_decode_at_once(side: Schedule
     side.on_new_request(there)
     assert side.matched_tokens(there, 0) == (0, False)
     assert there.num_prompt_tokens == 65
-    assert not any(isinstance(command, Take) for command in told(side))
+    assert not any(isinstance(command, StartReceive) for command in told(side))
 
 
 def test_prefill_computes_next_to_nothing_of_it_and_says_why(side: SchedulerSide) -> None:
@@ -162,6 +162,6 @@ def test_prefill_that_would_move_its_window_past_the_prompt_hands_nothing_over(s
 
 
 def test_models_without_a_window_know_no_bound() -> None:
-    window = Window(None)
+    window = WindowRule(None)
     long = request(100_000, PRODUCE)
     assert window.why_not(long) == window.why_not_held(long) == ""

@@ -17,7 +17,7 @@ from pdtransport.observe.seldom import EVERY_S
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import ControlSettings, Settings
 from pdtransport.vllm.callees import Callees
-from pdtransport.vllm.metadata import Claim, Command, Decline, Take
+from pdtransport.vllm.metadata import Command, Decline, SendClaim, StartReceive
 from pdtransport.vllm.scheduler import LEFT, REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, Clock, blocks, request, step
@@ -41,7 +41,9 @@ def made(clock: Clock | None = None, heads: int = 0, **control: Any) -> Schedule
 
 def called(commands: list[Command]) -> list[str]:
     """Hosts that workers would call."""
-    return [command.host for command in commands if isinstance(command, Claim | Take | Decline) and command.host]
+    return [
+        command.host for command in commands if isinstance(command, SendClaim | StartReceive | Decline) and command.host
+    ]
 
 
 def steps(side: SchedulerSide, until: Any, within_s: float = 20.0) -> list[Command]:
@@ -133,7 +135,10 @@ def test_peers_that_are_named_are_called(resolver: dict[str, str]) -> None:
             assert time.monotonic() < deadline
         assert found == (100, True)
         side.allocated(r, blocks(1, 2, 3, 4), 100)
-    assert {each.host for each in step(side).before if isinstance(each, Claim | Take)} == {"10.1.9.9", "10.1.2.3"}
+    assert {each.host for each in step(side).before if isinstance(each, SendClaim | StartReceive)} == {
+        "10.1.9.9",
+        "10.1.2.3",
+    }
 
 
 def test_a_name_that_leads_elsewhere_is_declined_while_its_request_waits(resolver: dict[str, str]) -> None:

@@ -173,7 +173,7 @@ def test_it_begins_before_the_model_loads(model: Path, monkeypatch: pytest.Monke
     """In a worker whose configuration has the connector, alone or among several, and in no other."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from pdtransport.vllm.loading_hook import watch_loading
+    from pdtransport.vllm.patches.model_loading import watch_loading
 
     begun: list[Any] = []
     monkeypatch.setattr(CheckpointDigest, "begin", classmethod(lambda _, config, wait_s: begun.append(config)))

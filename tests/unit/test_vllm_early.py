@@ -40,9 +40,9 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from pdtransport.vllm.bell import Rope
+from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.vllm.early import FIRST_LEAD_S, HELD_S, LEAST_LEAD_S, LONG_S, MOST_LEAD_S, REST_S, Lead
-from pdtransport.vllm.metadata import News
+from pdtransport.vllm.metadata import WorkerReport
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-lm"
 BLOCK = 32
@@ -90,7 +90,7 @@ class Engine(UniProcExecutor):
         self.scheduler = kind(vllm_config, caches, StructuredOutputManager(vllm_config), block_size=BLOCK)
         assert self.scheduler.connector is not None
         self.side = self.scheduler.connector.scheduler
-        self.rope = Rope()
+        self.rope = WakeupSender()
         self.rope.name = self.side._bell.name
         self.answers: dict[int, KVConnectorOutput] = {}  # by step
         self.says: dict[int, str] = {}  # whose arrival the worker tells of while it holds this step
@@ -189,7 +189,9 @@ class Engine(UniProcExecutor):
     def comes_late(self, name: str = "r") -> int:
         """Its pages come, but after its first step was computed."""
         step = len(self.launched)
-        self.answers[step] = KVConnectorOutput(finished_recving={name}, kv_connector_worker_meta=News(void={name}))
+        self.answers[step] = KVConnectorOutput(
+            finished_recving={name}, kv_connector_worker_meta=WorkerReport(void={name})
+        )
         self.tokens[step] = GARBAGE
         return step
 
@@ -547,6 +549,6 @@ def test_a_report_that_comes_with_the_step_before_counts() -> None:
 
 
 def test_workers_of_one_engine_are_heard_by_the_one_that_had_the_least_time() -> None:
-    one, other = News(held={"r": 0.004, "s": 0.1}), News(held={"r": 0.001}, void={"s"})
+    one, other = WorkerReport(held={"r": 0.004, "s": 0.1}), WorkerReport(held={"r": 0.001}, void={"s"})
     assert one.aggregate(other).held == other.aggregate(one).held == {"r": 0.001, "s": 0.1}
     assert one.aggregate(other).void == other.aggregate(one).void == {"s"}

@@ -25,9 +25,9 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from pdtransport.vllm.bell import Bell, Rope
+from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.vllm.engine_loop import EngineLoop
-from pdtransport.vllm.late_caching import LateCaching
+from pdtransport.vllm.patches.late_caching import LateCaching
 
 BLOCK = 16
 
@@ -104,7 +104,7 @@ def test_no_loop_is_found_from_outside_a_step_or_for_another_scheduler() -> None
 
 def test_what_a_client_asks_ends_the_wait_for_the_bell() -> None:
     core = Core()
-    loop, bell = core.loop(), Bell()
+    loop, bell = core.loop(), WakeupReceiver()
     threading.Timer(0.05, core.core.input_queue.put, [("add", "request")]).start()
     began = time.monotonic()
     assert not bell.wait(60.0, loop.clients_wait)
@@ -114,7 +114,7 @@ def test_what_a_client_asks_ends_the_wait_for_the_bell() -> None:
 
 
 def test_the_bell_ends_a_wait_for_clients() -> None:
-    bell, rope = Bell(), Rope()
+    bell, rope = WakeupReceiver(), WakeupSender()
     rope.name = bell.name
     threading.Timer(0.05, rope.pull).start()
     assert bell.wait(60.0, lambda: False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from pdtransport.vllm.engine_probe import EngineProbe
+from pdtransport.vllm.patches.engine_probe import EngineProbe
 
 
 def test_one_question_is_with_the_engine_however_many_ask() -> None:

@@ -15,11 +15,11 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
+from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
 from pdtransport.vllm import first_token as first_token_module
-from pdtransport.vllm.bell import Rope
 from pdtransport.vllm.first_token import LOST, FirstTokens, give_up
-from pdtransport.vllm.metadata import Commands, Finish, News, Take
+from pdtransport.vllm.metadata import Commands, Finish, StartReceive, WorkerReport
 from pdtransport.vllm.scheduler import SchedulerSide
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-lm"
@@ -155,7 +155,7 @@ def side(firsts: FirstTokens) -> SchedulerSide:
 def news(**more: Any) -> Any:
     from vllm.v1.outputs import KVConnectorOutput
 
-    return KVConnectorOutput(kv_connector_worker_meta=News(**more))
+    return KVConnectorOutput(kv_connector_worker_meta=WorkerReport(**more))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 def test_a_promise_counts_until_the_step_that_ends_the_prompt(engine: Engine, when: str) -> None:
     """Most prompts take one step, and vLLM looks at what its workers tell only after it ended that step's requests."""
     r = engine.add({**PRODUCE, "transfer_id": "t2"}, max_tokens=1)
-    rope = Rope()
+    rope = WakeupSender()
 
     def tell(commands: Commands) -> None:
         rope.name = commands.bell
@@ -289,10 +289,10 @@ def test_a_promise_counts_until_the_step_that_ends_the_prompt(engine: Engine, wh
     engine.step()
 
 
-def taken(engine: Engine, **sampling: Any) -> tuple[Request, Take]:
+def taken(engine: Engine, **sampling: Any) -> tuple[Request, StartReceive]:
     r = engine.add(CONSUME, **sampling)
     engine.step()
-    (take,) = [command for command in engine.commands.before if isinstance(command, Take)]
+    (take,) = [command for command in engine.commands.before if isinstance(command, StartReceive)]
     return r, take
 
 
@@ -300,7 +300,7 @@ def test_decodes_next_step_computes_the_second_token(engine: Engine) -> None:
     """All of the prompt is computed, the first token is its last one, and the client is told of the others only."""
     r, take = taken(engine, max_tokens=3)
     assert take.first_token
-    arrived = News(first_tokens={r.request_id: TOKEN})
+    arrived = WorkerReport(first_tokens={r.request_id: TOKEN})
     engine.step(finished_recving={r.request_id}, kv_connector_worker_meta=arrived)
     (out,) = engine.step(sampled=401)
     (new,) = engine.scheduled.scheduled_new_reqs
@@ -317,7 +317,7 @@ def test_the_first_token_may_fill_a_block(engine: Engine) -> None:
     r = request(CONSUME, prompt=PROMPT[: 3 * BLOCK - 1], hasher=engine.hasher)
     engine.scheduler.add_request(r)
     engine.step()
-    arrived = News(first_tokens={"r": TOKEN})
+    arrived = WorkerReport(first_tokens={"r": TOKEN})
     engine.step(finished_recving={"r"}, kv_connector_worker_meta=arrived)
     plain = request(prompt=[*PROMPT[: 3 * BLOCK - 1], TOKEN], hasher=engine.hasher)
     assert r.block_hashes == plain.block_hashes

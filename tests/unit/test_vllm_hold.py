@@ -17,7 +17,7 @@ from pdtransport.settings import Settings
 from pdtransport.transfer.outcome import Outcome
 from pdtransport.vllm import holding
 from pdtransport.vllm.holding import MOST_STUCK, Arrival, Holding
-from pdtransport.vllm.metadata import Commands, Take
+from pdtransport.vllm.metadata import Commands, StartReceive
 from pdtransport.vllm.worker import WorkerSide
 
 WAIT_S = 30.0
@@ -300,7 +300,7 @@ def side() -> Iterator[Any]:
 
 def taken(side: Any) -> Commands:
     """Request r's pages are asked for; its step, which is launched behind a closed barrier."""
-    take = Take("r", "t", b"k", 31, 0, [1, 2], "h", 1, 1)
+    take = StartReceive("r", "t", b"k", 31, 0, [1, 2], "h", 1, 1)
     side.before_forward(Commands(before=[take]))
     step = Commands(hold=["r"], ahead=True)
     side.before_forward(step)

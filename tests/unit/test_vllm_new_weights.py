@@ -12,13 +12,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from pdtransport.kv.keys import KeySpace
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Drop, Keep, Open, Take
+from pdtransport.vllm.metadata import Drop, Open, StartReceive, StoreChunks
 from pdtransport.vllm.pool_space import Shard
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_ahead import WAITING, Engine
 from tests.unit.test_vllm_generation import Manager
 from tests.unit.test_vllm_pool import PROMPT, Half
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
+from tests.unit.test_vllm_scheduler_hook import WAITING, Engine
 
 REASON = "weights: reload_weights changed them here"
 NEW = KeySpace(model="m", revision="other", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
@@ -144,7 +144,7 @@ def test_pages_that_come_after_the_change_are_good(side: SchedulerSide) -> None:
     made = request(CONSUME)
     side.on_new_request(made)
     (command,) = take(side, made, 0, 1, 2, 3, 4)
-    assert isinstance(command, Take)
+    assert isinstance(command, StartReceive)
     output = reported(failed=set())
     side.update_output(output)
     assert not output.failed_recving
@@ -189,7 +189,7 @@ def test_chunks_of_the_old_weights_are_neither_loaded_nor_stored(half: Half) -> 
     assert not set(keys) & {key for some in old.values() for key in some}
     half.admit(later, 0)
     (keep,) = step(half.side, {"later": (0, PROMPT)}).after
-    assert isinstance(keep, Keep)
+    assert isinstance(keep, StoreChunks)
     assert len(half.introduced) == 1  # type: ignore[attr-defined]
 
 

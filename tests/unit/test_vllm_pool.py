@@ -19,19 +19,28 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pdtransport.engine.block_refs import BlockRefCounts
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.kv.keys import KeySpace, chunk_keys
-from pdtransport.pool.client.pool_client import Found, Pending
+from pdtransport.pool.client.pool_client import Pending, PrefixFound
 from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.geometry import Described
-from pdtransport.vllm.held import Held
-from pdtransport.vllm.metadata import Cancel, Drop, Fetch, Keep, News, Rewind, Settle, Yield
+from pdtransport.vllm.metadata import (
+    CancelLoad,
+    Drop,
+    FinishStores,
+    LoadChunks,
+    ReleaseIfPooled,
+    Rewind,
+    StoreChunks,
+    WorkerReport,
+)
 from pdtransport.vllm.pool_scheduler import PoolScheduler
 from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of
 from pdtransport.vllm.pool_worker import PoolWorker
@@ -52,11 +61,11 @@ class Asked:
     """A pool client whose answers the test gives."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Sequence[bytes], Future[Found]]] = []
+        self.asked: list[tuple[Sequence[bytes], Future[PrefixFound]]] = []
         self.hinted: list[Sequence[bytes]] = []
 
-    def lookup(self, keys: Sequence[bytes]) -> Pending[Found]:
-        future: Future[Found] = Future()
+    def lookup(self, keys: Sequence[bytes]) -> Pending[PrefixFound]:
+        future: Future[PrefixFound] = Future()
         self.asked.append((keys, future))
         return Pending(future, 1.0)
 
@@ -70,7 +79,7 @@ class Asked:
         if there is None:
             future.set_exception(PoolUnavailable("no pool"))
         else:
-            future.set_result(Found(there, there if in_memory is None else in_memory))
+            future.set_result(PrefixFound(there, there if in_memory is None else in_memory))
 
     def close(self) -> None:
         pass
@@ -122,7 +131,7 @@ def ended(name: str = "r", ok: bool = True) -> Any:
 
 
 def told(**kept: int) -> Any:
-    news = News(kept=Counter(kept))
+    news = WorkerReport(kept=Counter(kept))
     return SimpleNamespace(finished_recving=None, finished_sending=None, kv_connector_worker_meta=news)
 
 
@@ -213,7 +222,7 @@ def test_what_the_engine_holds_is_not_loaded(half: Half, held: int, first: int, 
         assert commands == []
         return
     (command,) = commands
-    assert isinstance(command, Fetch)
+    assert isinstance(command, LoadChunks)
     assert (command.held, command.pages) == (left_out, list(pages))
     assert len(command.keys[0]) == 4 - first
 
@@ -230,7 +239,7 @@ def test_chunks_are_stored_as_they_are_computed_and_once(half: Half) -> None:
     made = half.arrive()
     half.admit(made, there=0)
     (keep,) = step(half.side, {"r": (0, 3 * BLOCK)}).after
-    assert isinstance(keep, Keep)
+    assert isinstance(keep, StoreChunks)
     assert (keep.pages, len(keep.keys[0])) == (IDS[:2], 1)
     (more,) = step(half.side, {"r": (3 * BLOCK, BLOCK)}).after
     assert (more.pages, len(more.keys[0])) == (IDS[2:4], 1)
@@ -295,7 +304,7 @@ def test_what_prefill_could_not_hand_over_is_looked_for(half: Half, there: int) 
     half.side.update_output(ended(ok=False))
     assert half.side.matched_tokens(made, 0) == (None, False)
     commands = half.admit(made, there)
-    assert [type(command) for command in commands] == ([Fetch] if there else [])
+    assert [type(command) for command in commands] == ([LoadChunks] if there else [])
     if there:
         half.side.update_output(ended(ok=False))
         assert half.side.matched_tokens(made, 0) == (0, False)
@@ -311,7 +320,7 @@ def test_an_abort_while_decode_loads_from_the_pool(half: Half) -> None:
     half.admit(made, there=3)
     made.status = None
     assert half.side.finished(made, []) == (False, None)
-    assert step(half.side).before == [Cancel("r")]
+    assert step(half.side).before == [CancelLoad("r")]
 
 
 def test_what_was_loaded_is_not_stored_and_what_failed_is(half: Half) -> None:
@@ -337,7 +346,7 @@ def test_pages_are_kept_until_their_stores_are_through(half: Half) -> None:
     half.side.update_output(told(s=1))
     assert half.side.finished(fast, []) == (False, None)
     assert half.side.finished(slow, []) == (True, None)
-    assert step(half.side).before == [Settle("r")]
+    assert step(half.side).before == [FinishStores("r")]
 
 
 def through(half: Half, made: Any) -> None:
@@ -348,13 +357,13 @@ def through(half: Half, made: Any) -> None:
     assert half.side.finished(made, [])[0]
 
 
-@pytest.mark.parametrize(("there", "ends"), [(5, [Yield("r")]), (4, []), (None, [])])
+@pytest.mark.parametrize(("there", "ends"), [(5, [ReleaseIfPooled("r")]), (4, []), (None, [])])
 def test_prefill_lets_go_of_pages_that_the_pool_has(there: int | None, ends: list[Any]) -> None:
     """Once decode has had its time to ask for them and its own stores are through, and only if all chunks are there."""
     half = Half(hand_off_s=2.0)
     made = half.arrive(PRODUCE)
     half.admit(made, there=0)
-    assert len([c for c in step(half.side, {"r": (0, PROMPT)}).after if isinstance(c, Keep)]) == 1
+    assert len([c for c in step(half.side, {"r": (0, PROMPT)}).after if isinstance(c, StoreChunks)]) == 1
     through(half, made)
     step(half.side)
     half.clock.now += 3
@@ -431,7 +440,7 @@ def test_an_abort_while_loading_is_reported_once(half: Half) -> None:
     half.admit(made, there=2)
     made.status = None
     assert half.side.finished(made, []) == (False, None)
-    assert step(half.side).before == [Cancel("r"), Drop("r", report=False)]
+    assert step(half.side).before == [CancelLoad("r"), Drop("r", report=False)]
 
 
 @pytest.mark.parametrize(
@@ -496,7 +505,7 @@ def test_a_lossy_codec_is_one_that_is_there_and_gets_heads_apart() -> None:
 
 
 def test_pages_are_reported_free_once_whoever_is_last() -> None:
-    held = Held()
+    held = BlockRefCounts()
     for order in ("leave leave end", "leave end leave", "end leave leave"):
         held.use("r")
         held.use("r")
@@ -547,10 +556,10 @@ class Engine:
             self.heard.notify_all()
 
     def keep(self, keys: list[bytes], pages: list[int], name: str = "r", after: Any = None) -> None:
-        self.worker.keep(Keep(name, [keys], pages), after)
+        self.worker.keep(StoreChunks(name, [keys], pages), after)
 
     def fetch(self, keys: list[bytes], pages: list[int], held: int = 0, name: str = "r", after: Any = None) -> bool:
-        self.worker.fetch(Fetch(name, [keys], held, pages), after)
+        self.worker.fetch(LoadChunks(name, [keys], held, pages), after)
         with self.heard:
             assert self.heard.wait_for(lambda: name in self.loaded, 20)
             return self.loaded.pop(name)

@@ -18,7 +18,7 @@ from vllm.v1.request import RequestStatus
 
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Fetch, Keep
+from pdtransport.vllm.metadata import LoadChunks, StoreChunks
 from pdtransport.vllm.received import Producers, Withheld
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_early import GOOD, PROMPT, Engine
@@ -236,7 +236,7 @@ def test_what_is_computed_here_is_stored_all_the_same(apart: Half) -> None:
     made = apart.arrive()
     apart.admit(made, there=0)
     (keep,) = step(apart.side, {"r": (0, made.num_prompt_tokens)}).after
-    assert isinstance(keep, Keep)
+    assert isinstance(keep, StoreChunks)
 
 
 def test_a_failed_transfer_may_be_loaded_from_the_pool(apart: Half) -> None:
@@ -245,7 +245,7 @@ def test_a_failed_transfer_may_be_loaded_from_the_pool(apart: Half) -> None:
     apart.admit(made, there=0)
     apart.side.update_output(ended(ok=False))
     (fetch,) = apart.admit(made, there=3)
-    assert isinstance(fetch, Fetch)
+    assert isinstance(fetch, LoadChunks)
     assert step(apart.side, {"r": (0, made.num_prompt_tokens)}).after == []
 
 

@@ -14,10 +14,21 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
-from pdtransport.vllm.bell import Bell, Rope
-from pdtransport.vllm.metadata import Cancel, Claim, Decline, Drop, Finish, News, Open, Pages, Rewind, Take
+from pdtransport.vllm.metadata import (
+    CancelLoad,
+    Decline,
+    Drop,
+    Finish,
+    Open,
+    Pages,
+    Rewind,
+    SendClaim,
+    StartReceive,
+    WorkerReport,
+)
 from pdtransport.vllm.params import parse
 from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, LEFT, REJECTED, SchedulerSide
 
@@ -93,7 +104,7 @@ def test_decode_asks_for_what_it_lacks(side: SchedulerSide) -> None:
     r = request(CONSUME)
     side.on_new_request(r)
     (command,) = take(side, r, 64, 5, 6, 7, 8)
-    assert isinstance(command, Take)
+    assert isinstance(command, StartReceive)
     assert (command.first_block, command.pages, command.ranks) == (2, [7, 8], 2)
 
 
@@ -169,7 +180,7 @@ def test_a_stub_takes_nothing_away_from_a_request_that_was_taken(side: Scheduler
     take(side, r, 0, 1, 2, 3, 4)
     side.finished(r, [])
     reject(side, CONSUME)
-    assert step(side).before == [Cancel("r")]
+    assert step(side).before == [CancelLoad("r")]
 
 
 def stats_of(prompt: int, local: int = 0, external: int = 0) -> Any:
@@ -195,7 +206,7 @@ def test_decode_counts_what_prefill_found_and_not_what_came(side: SchedulerSide)
     r = request(CONSUME, prefill_stats=stats_of(100, 32, 68))
     side.on_new_request(r)
     take(side, r, 32, 1, 2, 3, 4)
-    news = News(cached={"r": 64, "unknown": 3})
+    news = WorkerReport(cached={"r": 64, "unknown": 3})
     side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None, kv_connector_worker_meta=news))
     stats = r.prefill_stats
     assert (stats.num_cached_tokens, stats.num_local_cached_tokens, stats.num_external_cached_tokens) == (64, 32, 68)
@@ -211,16 +222,16 @@ def test_an_abort_while_loading_is_passed_on(side: SchedulerSide) -> None:
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
     assert side.finished(r, []) == (False, None)
-    assert step(side).before == [Cancel("r")]
+    assert step(side).before == [CancelLoad("r")]
 
 
 def test_decode_claims_while_it_has_no_room(side: SchedulerSide, clock: Clock) -> None:
     r = request(CONSUME)
     side.on_new_request(r)
-    assert step(side).before == [Claim("t", "127.0.0.1", 1, 2)]
+    assert step(side).before == [SendClaim("t", "127.0.0.1", 1, 2)]
     assert step(side).before == []
     clock.now += CLAIM_EVERY_S
-    assert step(side).before == [Claim("t", "127.0.0.1", 1, 2)]
+    assert step(side).before == [SendClaim("t", "127.0.0.1", 1, 2)]
     take(side, r, 0, 1, 2, 3, 4)
     clock.now += CLAIM_EVERY_S
     assert step(side).before == []
@@ -327,7 +338,7 @@ def test_the_bell_of_an_engine_with_thousands_of_descriptors(monkeypatch: pytest
     """An engine that holds more descriptors than select() takes waits for its bell like any other."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
-    bell, rope = Bell(), Rope()
+    bell, rope = WakeupReceiver(), WakeupSender()
     far = socket.socket(fileno=fcntl.fcntl(bell._socket.fileno(), fcntl.F_DUPFD_CLOEXEC, 2000))
     bell._socket.close()
     monkeypatch.setattr(bell, "_socket", far)
@@ -344,7 +355,7 @@ def test_the_bell_of_an_engine_with_thousands_of_descriptors(monkeypatch: pytest
 
 
 def test_the_bell_rings_from_another_process_end() -> None:
-    bell, rope = Bell(), Rope()
+    bell, rope = WakeupReceiver(), WakeupSender()
     assert not bell.wait(0.05)
     rope.pull()  # not told the name yet
     assert not bell.wait(0.05)
@@ -359,7 +370,7 @@ def test_the_bell_rings_from_another_process_end() -> None:
 
 
 def test_words_are_heard_once_and_as_they_were_said() -> None:
-    bell, rope = Bell(), Rope()
+    bell, rope = WakeupReceiver(), WakeupSender()
     rope.name = bell.name
     rope.expected("r", 3, 12.5)
     rope.expected("r", 3, 12.75)
@@ -375,7 +386,7 @@ def test_words_are_heard_once_and_as_they_were_said() -> None:
 
 def test_a_word_ends_a_wait_for_the_bell_only_for_who_listens() -> None:
     """What is expected is looked at as soon as it is said, and is no ring."""
-    bell, rope = Bell(), Rope()
+    bell, rope = WakeupReceiver(), WakeupSender()
     rope.name = bell.name
     rope.expected("r", 0, 1.0)
     assert not bell.wait(0.01)

@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from pdtransport.errors import SettingsError
-from pdtransport.vllm import weight_rpc, weight_watch
+from pdtransport.vllm import weight_rpc
+from pdtransport.vllm.patches import weight_watch
+from pdtransport.vllm.patches.weight_watch import FIRST_LOOK, HARMLESS, STEPS, WeightWatch, watch_executor
 from pdtransport.vllm.weight_rpc import WeightReport, adopt_weights, sum_weights, take_pages_away
-from pdtransport.vllm.weight_watch import FIRST_LOOK, HARMLESS, STEPS, WeightWatch, watch_executor
 
 CHECKPOINT = "safetensors:" + "0" * 32
 OURS = {sum_weights: "sum", adopt_weights: "adopt", take_pages_away: "take"}

@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.rig import watch
 from tests.rig.cases import MARGIN
 from tests.rig.client import Client, in_parallel, request_body
 from tests.rig.fixtures import Book, Servers, forget
+from tests.rig.lost_prefill import lost_prefill
 from tests.rig.router import routed
 from tests.rig.servers import MODEL_NAME
-from tests.rig.straying import straying
 
 PROMPTS = 48  # of token ids; texts and chats come on top
 LEAST_TOKENS = 64  # a shorter prompt is computed before decode has granted
@@ -166,7 +168,7 @@ def test_a_hand_off_that_fails_after_the_first_token(
         await forget(client, *servers.all)
         want, _ = await ask(client, servers.decode.url, COMPLETIONS, body)
         await forget(client, *servers.all)
-        async with straying(servers.prefill) as prefill:
+        async with lost_prefill(servers.prefill) as prefill:
             with routed([prefill], [servers.decode], logs, "concurrent", "--first-token", "auto") as router:
                 got, headers = await ask(client, router.url, COMPLETIONS, body)
                 trace = await asyncio.to_thread(router.get_json, f"/pd/trace/{headers['x-pd-transfer-id']}")
@@ -179,6 +181,7 @@ def test_a_hand_off_that_fails_after_the_first_token(
     with_client(scenario)
 
 
+@pytest.mark.long
 def test_a_client_that_leaves_after_the_first_token(servers: Servers, book: Book, with_client: Any, logs: Path) -> None:
     """It has prefill's token and goes before decode said anything: both servers are free again."""
     case = max(book.long, key=lambda case: len(case.tokens))
@@ -186,7 +189,7 @@ def test_a_client_that_leaves_after_the_first_token(servers: Servers, book: Book
 
     async def scenario(client: Client) -> None:
         await forget(client, *servers.all)
-        async with straying(servers.prefill) as prefill:
+        async with lost_prefill(servers.prefill) as prefill:
             with routed([prefill], [servers.decode], logs, "concurrent", "--first-token", "auto") as router:
                 async with client.post(f"{router.url}{COMPLETIONS}", body) as response:
                     assert response.headers["x-pd-first-token"] == "prefill"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pdtransport.pool.admin.pool_admin import Chosen, PoolAdmin
-from pdtransport.pool.admin.prompts import Prompt, find
+from pdtransport.pool.admin.prompts import PoolPrompt, find
 from pdtransport.pool.client.pool_client import PoolClient
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
@@ -146,9 +146,9 @@ def test_people_find_a_prompt_that_an_engine_stored(
         with PoolClient(directory=pool.directory) as people:
             admin = PoolAdmin(people)
             for case, salt in zip(some, ("", "", "whose"), strict=True):
-                (found,) = find(admin, Prompt(case.prompt, cache_salt=salt))
+                (found,) = find(admin, PoolPrompt(case.prompt, cache_salt=salt))
                 assert (found.there, set(found.tiers)) == (len(case.prompt) // CHUNK, {"memory"})
-            (found,) = find(admin, Prompt(some[0].prompt, cache_salt="another's"))
+            (found,) = find(admin, PoolPrompt(some[0].prompt, cache_salt="another's"))
             assert found.there == 0
             (space,) = admin.spaces()
             assert Path(space.tokenizer) == TINY_LM

@@ -29,7 +29,7 @@ REMEDY = "pip install 'pdtransport[ucx-cu12]' or 'pdtransport[ucx-cu13]' (either
 MISSING = f"UCX is not installed: {REMEDY}"
 
 
-class Request(Protocol):
+class UcxRequest(Protocol):
     """A message on its way. Keeps its buffer alive."""
 
     @property
@@ -40,12 +40,12 @@ class Request(Protocol):
         ...
 
 
-class Endpoint(Protocol):
+class UcxEndpoint(Protocol):
     """The way to one peer. Closing it ends its requests."""
 
-    def send(self, data: Bytes, tag: int) -> Request: ...
+    def send(self, data: Bytes, tag: int) -> UcxRequest: ...
 
-    def receive(self, room: Bytes, tag: int) -> Request:
+    def receive(self, room: Bytes, tag: int) -> UcxRequest:
         """A shorter message than ``room`` completes as well; a longer one is an error."""
         ...
 
@@ -56,7 +56,7 @@ class Endpoint(Protocol):
     def close(self) -> None: ...
 
 
-class Worker(Protocol):
+class UcxWorker(Protocol):
     """Receive queues, and what makes progress on them."""
 
     address: bytes
@@ -69,10 +69,10 @@ class Worker(Protocol):
         """Before sleeping on the descriptor; False: there is something to do."""
         ...
 
-    def connect(self, address: bytes) -> Endpoint: ...
+    def connect(self, address: bytes) -> UcxEndpoint: ...
 
-    def receive(self, room: Bytes, tag: int) -> Request:
-        """As :meth:`Endpoint.receive`, from any peer; ends with the worker."""
+    def receive(self, room: Bytes, tag: int) -> UcxRequest:
+        """As :meth:`UcxEndpoint.receive`, from any peer; ends with the worker."""
         ...
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Worker(Protocol):
 class Context(Protocol):
     """UCX, opened once a process; to be closed after all its workers: another order crashes at exit."""
 
-    def worker(self) -> Worker: ...
+    def worker(self) -> UcxWorker: ...
 
     def takes_gpu_memory(self) -> bool:
         """UCX has transports for CUDA memory, and a GPU to use them on."""
@@ -173,7 +173,7 @@ class _UcxxPost:
         self._tag = api.UCXXTag
         self._array = importlib.import_module("ucxx._lib.arr").Array
 
-    def __call__(self, operation: Any, memory: Bytes, tag: int) -> Request:
+    def __call__(self, operation: Any, memory: Bytes, tag: int) -> UcxRequest:
         buffer = self._array(memory)
         try:
             return _UcxxRequest(operation(buffer, self._tag(tag)), buffer)
@@ -189,10 +189,10 @@ class _UcxxEndpoint:
         # calls abort()).
         self._endpoint = api.UCXEndpoint.create_from_worker_address(worker, where, endpoint_error_handling=True)
 
-    def send(self, data: Bytes, tag: int) -> Request:
+    def send(self, data: Bytes, tag: int) -> UcxRequest:
         return self._post(self._endpoint.tag_send, data, tag)
 
-    def receive(self, room: Bytes, tag: int) -> Request:
+    def receive(self, room: Bytes, tag: int) -> UcxRequest:
         # Posted through the endpoint, not the worker: so closing the endpoint ends it.
         return self._post(self._endpoint.tag_recv, room, tag)
 
@@ -221,10 +221,10 @@ class _UcxxWorker:
     def arm(self) -> bool:
         return bool(self._worker.arm())
 
-    def connect(self, address: bytes) -> Endpoint:
+    def connect(self, address: bytes) -> UcxEndpoint:
         return _UcxxEndpoint(self._post, self._api, self._worker, address, self._closed)
 
-    def receive(self, room: Bytes, tag: int) -> Request:
+    def receive(self, room: Bytes, tag: int) -> UcxRequest:
         return self._post(self._worker.tag_recv, room, tag)
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ class _UcxxContext:
         self._post, self._api = _UcxxPost(api), api
         self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
 
-    def worker(self) -> Worker:
+    def worker(self) -> UcxWorker:
         return _UcxxWorker(self._post, self._api, self._context)
 
     def takes_gpu_memory(self) -> bool:
@@ -281,13 +281,13 @@ class _UcpEndpoint:
         where = api.UCXAddress.from_buffer(address)
         self._endpoint = api.UCXEndpoint.create_from_worker_address(worker, where, endpoint_error_handling=True)
 
-    def send(self, data: Bytes, tag: int) -> Request:
+    def send(self, data: Bytes, tag: int) -> UcxRequest:
         request = _UcpRequest(self._array(data))
         if self._api.tag_send_nb(self._endpoint, request._buffer, data.nbytes, tag, request.ended) is None:
             request.completed = True
         return request
 
-    def receive(self, room: Bytes, tag: int) -> Request:
+    def receive(self, room: Bytes, tag: int) -> UcxRequest:
         request = _UcpRequest(self._array(room))
         return _ucp_receive(self._api, self._worker, self._endpoint, request, room.nbytes, tag)
 
@@ -317,10 +317,10 @@ class _UcpWorker:
     def arm(self) -> bool:
         return bool(self._worker.arm())
 
-    def connect(self, address: bytes) -> Endpoint:
+    def connect(self, address: bytes) -> UcxEndpoint:
         return _UcpEndpoint(self._api, self._array, self._worker, address)
 
-    def receive(self, room: Bytes, tag: int) -> Request:
+    def receive(self, room: Bytes, tag: int) -> UcxRequest:
         return _ucp_receive(self._api, self._worker, None, _UcpRequest(self._array(room)), room.nbytes, tag)
 
     def close(self) -> None:
@@ -333,7 +333,7 @@ class _UcpContext:
         self._array = importlib.import_module("ucp._libs.arr").Array
         self._context = api.UCXContext(dict(options), feature_flags=(api.Feature.TAG, api.Feature.WAKEUP))
 
-    def worker(self) -> Worker:
+    def worker(self) -> UcxWorker:
         return _UcpWorker(self._api, self._array, self._context)
 
     def takes_gpu_memory(self) -> bool:
@@ -346,7 +346,7 @@ class _UcpContext:
         self._context = None
 
 
-def _ucp_receive(api: Any, worker: Any, endpoint: Any, request: _UcpRequest, nbytes: int, tag: int) -> Request:
+def _ucp_receive(api: Any, worker: Any, endpoint: Any, request: _UcpRequest, nbytes: int, tag: int) -> UcxRequest:
     if api.tag_recv_nb(worker, request._buffer, nbytes, tag, request.ended, ep=endpoint) is None:
         request.completed = True
     return request

@@ -15,12 +15,12 @@ from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats, Prepared
 from pdtransport.links.calls import call
 from pdtransport.links.memory import SlotRing
-from pdtransport.links.ucx.binding import CLOSE_S, Bytes, Endpoint, Request, Worker
-from pdtransport.links.ucx.memory import Memory, Move
+from pdtransport.links.ucx.binding import CLOSE_S, Bytes, UcxEndpoint, UcxRequest, UcxWorker
+from pdtransport.links.ucx.memory import Copy, PageMemory
 from pdtransport.links.ucx.wire import (
     WORD_BYTES,
-    Say,
-    Word,
+    ControlFrame,
+    Opcode,
     packed,
     packed_offer,
     parsed,
@@ -55,7 +55,7 @@ class _Offered:
 
 @dataclass(eq=False)
 class _Sent:
-    request: Request
+    request: UcxRequest
     offered: _Offered | None  # None: no batch
 
 
@@ -64,7 +64,7 @@ class _Wanted:
     """A batch to be placed; ``done`` is None once it is fenced."""
 
     key: int
-    endpoint: Endpoint
+    endpoint: UcxEndpoint
     nbytes: int
     runs: Runs
     checksums: bytes
@@ -72,9 +72,9 @@ class _Wanted:
     done: Done | None
     slot: int = -1
     tag: int = -1
-    request: Request | None = None
+    request: UcxRequest | None = None
     refused: bool = False  # its sender took it back: what ends `request` are no pages
-    move: Move | None = None  # into the pages
+    move: Copy | None = None  # into the pages
 
 
 class _Stopwatch:
@@ -97,7 +97,7 @@ class UcxChannel(Channel):
     link = "ucx"
     one_sided = False
 
-    def __init__(self, link: UcxLink, worker: Worker, memory: Memory, why: str) -> None:
+    def __init__(self, link: UcxLink, worker: UcxWorker, memory: PageMemory, why: str) -> None:
         self.why = why
         self.stats = LinkStats()
         self.max_batch_bytes = memory.sending.slot_bytes
@@ -106,7 +106,7 @@ class UcxChannel(Channel):
         self.worker = worker
         self._link, self._memory = link, memory
         self._address = sealed(worker.address)
-        self._endpoints: dict[bytes, Endpoint] = {}  # by sealed address
+        self._endpoints: dict[bytes, UcxEndpoint] = {}  # by sealed address
         self._next_tag = INBOX_TAG + 1
         self._broken = ""
         self._end_by = 0.0
@@ -117,7 +117,7 @@ class UcxChannel(Channel):
         self._offered: dict[int, _Offered] = {}
         self._sent: list[_Sent] = []
         self._staged = 0  # slots of the sending ring that this channel holds
-        self._said: list[Request] = []
+        self._said: list[UcxRequest] = []
         self._queue: deque[_Wanted] = deque()
         self._posted: list[_Wanted] = []
         self._placing: list[_Wanted] = []
@@ -125,7 +125,7 @@ class UcxChannel(Channel):
         self._fences: list[tuple[list[_Wanted], Callable[[], None]]] = []  # what they wait for, of `_placing`
         self._sending_time, self._receiving_time = _Stopwatch(), _Stopwatch()
         self._inbox = np.zeros(WORD_BYTES, dtype=np.uint8)
-        self._heard: Request | None = worker.receive(self._inbox, INBOX_TAG)
+        self._heard: UcxRequest | None = worker.receive(self._inbox, INBOX_TAG)
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
@@ -195,12 +195,12 @@ class UcxChannel(Channel):
             self._link.callbacks.add(offered.done, error)
             offered.done = None
 
-    def _answer(self, endpoint: Endpoint, ask: Word) -> None:
+    def _answer(self, endpoint: UcxEndpoint, ask: ControlFrame) -> None:
         """Send what the peer asked for, or say that it won't come."""
         offered = self._offered.get(ask.key)
         asked_before = offered is not None and any(sent.offered is offered for sent in self._sent)
         if offered is None or offered.data is None or offered.nbytes != ask.nbytes or asked_before:
-            refusal = packed(Word(Say.REFUSED, ask.key, ask.tag, 0, self._address))
+            refusal = packed(ControlFrame(Opcode.REFUSED, ask.key, ask.tag, 0, self._address))
             self._sent.append(_Sent(endpoint.send(refusal, INBOX_TAG), None))
         else:
             self._sent.append(_Sent(endpoint.send(offered.data, ask.tag), offered))
@@ -268,7 +268,7 @@ class UcxChannel(Channel):
                 continue
             wanted.tag, self._next_tag = self._next_tag, self._next_tag + 1
             wanted.request = wanted.endpoint.receive(room, wanted.tag)
-            self._say(wanted.endpoint, Word(Say.ASK, wanted.key, wanted.tag, wanted.nbytes, self._address))
+            self._say(wanted.endpoint, ControlFrame(Opcode.ASK, wanted.key, wanted.tag, wanted.nbytes, self._address))
             self._posted.append(wanted)
         return asked
 
@@ -346,7 +346,7 @@ class UcxChannel(Channel):
         self.stats.seconds_moving += self._receiving_time.set(bool(self._posted or self._placing))
         return heard or sent or received or placed or asked
 
-    def _listen(self, message: Request) -> bool:
+    def _listen(self, message: UcxRequest) -> bool:
         """Do what one word says."""
         error = message.error()
         if error:
@@ -355,12 +355,12 @@ class UcxChannel(Channel):
         word = parsed(self._inbox)
         self._heard = self.worker.receive(self._inbox, INBOX_TAG)
         try:
-            if word.say == Say.ASK:
+            if word.say == Opcode.ASK:
                 self._answer(self._reach(word.address), word)
-            elif word.say == Say.END:
+            elif word.say == Opcode.END:
                 nothing = np.zeros(END_BYTES, dtype=np.uint8)
                 self._sent.append(_Sent(self._reach(word.address).send(nothing, word.tag), None))
-            elif word.say == Say.REFUSED:
+            elif word.say == Opcode.REFUSED:
                 self._refused(word.tag)
         except LinkError:
             self.stats.errors += 1  # nobody to answer to
@@ -372,12 +372,12 @@ class UcxChannel(Channel):
         for wanted in self._posted:
             if wanted.tag == tag and not wanted.refused:
                 wanted.refused = True
-                self._say(wanted.endpoint, Word(Say.END, wanted.key, tag, 0, self._address))
+                self._say(wanted.endpoint, ControlFrame(Opcode.END, wanted.key, tag, 0, self._address))
 
-    def _say(self, endpoint: Endpoint, word: Word) -> None:
+    def _say(self, endpoint: UcxEndpoint, word: ControlFrame) -> None:
         self._said.append(endpoint.send(packed(word), INBOX_TAG))
 
-    def _reach(self, address: bytes) -> Endpoint:
+    def _reach(self, address: bytes) -> UcxEndpoint:
         """The endpoint to a channel of the peer: one, or two where it uses a channel for each direction."""
         endpoint = self._endpoints.get(address)
         if endpoint is not None:

@@ -30,8 +30,8 @@ GATHER_S = 5.0  # a batch takes less than a millisecond; a GPU that needs this l
 LOOK_S = 0.1  # a kernel that failed does not ring
 
 
-class Launch(Protocol):
-    """A kernel under way: :class:`pdtransport.kernels.gpu.Launch`."""
+class KernelLaunch(Protocol):
+    """A kernel under way: :class:`pdtransport.kernels.gpu.KernelLaunch`."""
 
     def done(self) -> bool: ...
 
@@ -50,7 +50,7 @@ class Gpu(Protocol):
         """
         ...
 
-    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Launch:
+    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> KernelLaunch:
         """Begin to copy a slot into pages. The end of it is told to an eventfd."""
         ...
 
@@ -130,7 +130,7 @@ class CudaGpu:
         except self._cuda.GpuError as error:
             raise LinkError(str(error)) from None
 
-    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Launch:
+    def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> KernelLaunch:
         try:
             return self._pages(self._placing, direct).copy_runs(src, dst, blocks)
         except self._cuda.GpuError as error:

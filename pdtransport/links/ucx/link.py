@@ -36,7 +36,7 @@ from pdtransport.links.ucx import binding
 from pdtransport.links.ucx.channel import UcxChannel
 from pdtransport.links.ucx.gpu import CudaGpu, Gpu, drain
 from pdtransport.links.ucx.lanes import carrier
-from pdtransport.links.ucx.memory import GpuMemory, HostMemory, Memory
+from pdtransport.links.ucx.memory import GpuMemory, HostMemory, PageMemory
 from pdtransport.links.ucx.wire import sealed, unsealed
 from pdtransport.settings import LinkSettings
 
@@ -81,7 +81,7 @@ class UcxLink(Link):
         self.callbacks = Callbacks()
         self._settings = settings
         self._wanted = settings.ucx_gpu_memory
-        self._memories: dict[bool, Memory] = {}  # by whether UCX sends GPU memory directly
+        self._memories: dict[bool, PageMemory] = {}  # by whether UCX sends GPU memory directly
         self._channels: list[UcxChannel] = []
         self._gpu: Gpu | None = None
         self._launches = -1  # an eventfd: a kernel ended
@@ -111,7 +111,7 @@ class UcxLink(Link):
         return context
 
     @property
-    def memories(self) -> list[Memory]:
+    def memories(self) -> list[PageMemory]:
         """What channels opened so far use; their rings take memory with the first batch."""
         return list(self._memories.values())
 
@@ -145,7 +145,7 @@ class UcxLink(Link):
         self._channels.append(channel)
         return channel
 
-    def _memory_for(self, lanes: Sequence[str]) -> tuple[Memory, str]:
+    def _memory_for(self, lanes: Sequence[str]) -> tuple[PageMemory, str]:
         """Where slots for a peer behind ``lanes`` lie, and how to say so.
 
         Raises:
@@ -185,7 +185,7 @@ class UcxLink(Link):
         workers = (self._lobby, *(channel.worker for channel in self._channels if not channel.ended))
         return not self.callbacks.waiting and all(worker.arm() for worker in workers)
 
-    def forget(self, worker: binding.Worker) -> None:
+    def forget(self, worker: binding.UcxWorker) -> None:
         """A channel is about to close its worker."""
         self._wakeups.unregister(worker.fileno())
 

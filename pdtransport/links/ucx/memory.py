@@ -18,11 +18,11 @@ from pdtransport.kernels.reference import Checksums, memory
 from pdtransport.kernels.runs import Runs
 from pdtransport.links.memory import SlotRing
 from pdtransport.links.ucx.binding import Bytes
-from pdtransport.links.ucx.gpu import Gpu, Launch
+from pdtransport.links.ucx.gpu import Gpu, KernelLaunch
 from pdtransport.settings import LinkSettings
 
 
-class Move(Protocol):
+class Copy(Protocol):
     """A copy under way. Nothing is written any more once it is done, however it ended."""
 
     def done(self) -> bool: ...
@@ -32,7 +32,7 @@ class Move(Protocol):
         ...
 
 
-class Memory(Protocol):
+class PageMemory(Protocol):
     """One kind of memory, and the two rings of slots that its pages cross in."""
 
     sending: SlotRing
@@ -55,13 +55,13 @@ class Memory(Protocol):
         """
         ...
 
-    def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Move:
+    def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
         """Begin to copy a receiving slot into pages and to verify it (empty ``checksums``: don't)."""
         ...
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedCopy:
     """A move that is done."""
 
     problem: str | None
@@ -86,7 +86,7 @@ class HostMemory:
     def gather(self, runs: Runs, slot: int, nbytes: int, blocks: int) -> Checksums:
         return pages.copy_runs(runs, self.sending.run(slot, nbytes), blocks)
 
-    def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Move:
+    def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
         """Verifies first, while the slot is in the cache: damaged bytes never reach the pages."""
         source = self.receiving.run(slot, nbytes)
         try:
@@ -95,7 +95,7 @@ class HostMemory:
                 pages.copy_runs(source, runs)
         except ValueError as error:
             problem = f"link: {error}"
-        return Ended(problem)
+        return EndedCopy(problem)
 
 
 class GpuMemory:
@@ -122,21 +122,21 @@ class GpuMemory:
         send it takes no less, and there is nothing to say to the peer before: the announcement has its checksums."""
         return self._gpu.gather(runs, self.sending.run(slot, nbytes), blocks, self._direct)
 
-    def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Move:
+    def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
         """Verifies what it writes in the one pass. Damaged bytes may reach pages that are granted to this batch; they
         are reported, and nobody reads the pages until the batch came undamaged."""
         try:
             source = self.receiving.run(slot, nbytes)
             launch = self._gpu.place(source, runs, blocks if checksums else 0, self._direct)
         except (ValueError, LinkError) as error:
-            return Ended(f"link: {error}")
+            return EndedCopy(f"link: {error}")
         return _Placing(launch, checksums)
 
 
 class _Placing:
     """A kernel that places a batch."""
 
-    def __init__(self, launch: Launch, checksums: bytes) -> None:
+    def __init__(self, launch: KernelLaunch, checksums: bytes) -> None:
         self._launch, self._checksums = launch, checksums
         self._failed = ""
 

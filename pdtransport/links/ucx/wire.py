@@ -17,13 +17,13 @@ MAX_ADDRESS_BYTES = 1000  # a worker has 80 (tcp) to 300 bytes
 SEAL_BYTES = 16
 
 
-class Say(enum.IntEnum):
+class Opcode(enum.IntEnum):
     ASK = 1  # send me batch `key`, `nbytes` long, to `tag`
     REFUSED = 2  # I have no such batch; nothing of it will come to `tag`
     END = 3  # I heard; end the receive on `tag`, with a message shorter than any batch
 
 
-class Word(NamedTuple):
+class ControlFrame(NamedTuple):
     """A message to a channel's inbox; ``address`` is its sender's, sealed."""
 
     say: int
@@ -37,15 +37,15 @@ _WORD = struct.Struct(f"<BQQQH{MAX_ADDRESS_BYTES + SEAL_BYTES}s")
 WORD_BYTES = _WORD.size
 
 
-def packed(word: Word) -> npt.NDArray[np.uint8]:
+def packed(word: ControlFrame) -> npt.NDArray[np.uint8]:
     *numbers, address = word
     return np.frombuffer(_WORD.pack(*numbers, len(address), address), dtype=np.uint8)
 
 
-def parsed(message: npt.NDArray[np.uint8]) -> Word:
+def parsed(message: npt.NDArray[np.uint8]) -> ControlFrame:
     """Never fails: what is in it means something to the reader or not."""
     say, key, tag, nbytes, length, address = _WORD.unpack(message.tobytes())
-    return Word(say, key, tag, nbytes, address[:length])
+    return ControlFrame(say, key, tag, nbytes, address[:length])
 
 
 def packed_offer(nbytes: int, address: bytes) -> bytes:

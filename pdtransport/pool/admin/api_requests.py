@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pdtransport.kv.keys import KEY_BYTES, MAX_TOKEN
 from pdtransport.pool.admin.pool_admin import Chosen
-from pdtransport.pool.admin.prompts import MAX_TOKENS, Prompt
+from pdtransport.pool.admin.prompts import MAX_TOKENS, PoolPrompt
 from pdtransport.pool.messages import MAX_PIN_S, TENANT
 from pdtransport.serving.errors import ApiError
 from pdtransport.serving.openapi import as_json, document, got, key_scheme, query, refused, wanting
@@ -38,7 +38,7 @@ _NO_TOKENS: Any = None
 _NO_NUMBER: Any = None
 
 
-class LookupWish(BaseModel):
+class ApiLookup(BaseModel):
     """Whose chunks: those of a prompt."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -48,11 +48,11 @@ class LookupWish(BaseModel):
     salt: Text = Field("", description="The engines' pool.salt.")
     cache_salt: Text = Field("", description="The request's.")
 
-    def prompt(self) -> Prompt:
-        return Prompt(self.tokens, self.model or None, self.salt, self.cache_salt)
+    def prompt(self) -> PoolPrompt:
+        return PoolPrompt(self.tokens, self.model or None, self.salt, self.cache_salt)
 
 
-class Wish(LookupWish):
+class ApiRequest(ApiLookup):
     """Which chunks: exactly one of ``tokens``, ``keys``, ``all`` and ``tenant``."""
 
     tokens: Tokens = Field(_NO_TOKENS, description="Chunks of the prompt with these token ids.")
@@ -73,28 +73,28 @@ class Wish(LookupWish):
         return Chosen() if self.all else None
 
 
-class PinWish(Wish):
+class PinWish(ApiRequest):
     pin: Literal["hard", "soft"] = Field("hard", description="soft: only as long as anything else can go.")
     for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] = Field(_NO_NUMBER, description="The pin ends then by itself.")
 
 
-class MoveWish(Wish):
+class MoveWish(ApiRequest):
     to: Annotated[str, Field(pattern="^[a-z0-9]{1,64}$")] = Field(
         description="A tier; below: drop from memory what any tier below it has."
     )
 
 
 ONE_OF = ("tokens", "keys", "all", "tenant")
-ACTIONS: dict[str, tuple[type[Wish], str]] = {
+ACTIONS: dict[str, tuple[type[ApiRequest], str]] = {
     "pin": (PinWish, "Keep chunks in memory."),
-    "unpin": (Wish, "Keep chunks in memory no longer."),
-    "prefetch": (Wish, "Bring chunks up into memory."),
+    "unpin": (ApiRequest, "Keep chunks in memory no longer."),
+    "prefetch": (ApiRequest, "Bring chunks up into memory."),
     "move": (MoveWish, "Have chunks in another tier, and not in memory."),
-    "clear": (Wish, "Forget chunks in all tiers."),
-    "compress": (Wish, "Write chunks again to tiers that got a codec since."),
+    "clear": (ApiRequest, "Forget chunks in all tiers."),
+    "compress": (ApiRequest, "Write chunks again to tiers that got a codec since."),
 }
 
-AnyWish = TypeVar("AnyWish", bound=LookupWish)
+AnyWish = TypeVar("AnyWish", bound=ApiLookup)
 
 
 def parse(raw: bytes, kind: type[AnyWish]) -> AnyWish:
@@ -107,7 +107,7 @@ def parse(raw: bytes, kind: type[AnyWish]) -> AnyWish:
         wish = kind.model_validate_json(raw)
     except ValidationError as error:
         raise ApiError(400, one_line(error), code="bad_wish") from None
-    if issubclass(kind, Wish) and sum(name in wish.model_fields_set for name in ONE_OF) != 1:
+    if issubclass(kind, ApiRequest) and sum(name in wish.model_fields_set for name in ONE_OF) != 1:
         raise ApiError(400, f"exactly one of {', '.join(ONE_OF)} says which chunks", code="bad_wish")
     return wish
 
@@ -136,10 +136,10 @@ def describe() -> dict[str, Any]:
         "/pool/spaces": {"get": got("spaces", "Which engines' keys the pool knows.", spaces)},
         "/pool/chunks": {"get": got("chunks", "Chunks, a slice at a time.", chunks)},
         "/pool/lookup": {
-            "post": _posted("lookup", "How many chunks of a prompt are there, and where.", found, LookupWish)
+            "post": _posted("lookup", "How many chunks of a prompt are there, and where.", found, ApiLookup)
         },
         "/pool/hint": {
-            "post": _posted("hint", "A request comes: begin to bring its chunks up, and don't wait.", done, LookupWish)
+            "post": _posted("hint", "A request comes: begin to bring its chunks up, and don't wait.", done, ApiLookup)
         },
     }
     paths["/pool/chunks"]["get"]["parameters"] = [
@@ -156,12 +156,12 @@ def describe() -> dict[str, Any]:
     return document("pdpool", "What a pool of KV chunks holds, and where it keeps it.", paths, schemes)
 
 
-def _posted(name: str, text: str, answer: dict[str, Any], kind: type[LookupWish]) -> dict[str, Any]:
+def _posted(name: str, text: str, answer: dict[str, Any], kind: type[ApiLookup]) -> dict[str, Any]:
     schema = kind.model_json_schema()
     for described in schema["properties"].values():
         if described.get("default", 0) is None:
             del described["default"]
-    if issubclass(kind, Wish):
+    if issubclass(kind, ApiRequest):
         schema["oneOf"] = [{"required": [each]} for each in ONE_OF]
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     return {**got(name, text, answer), "requestBody": body}

@@ -18,8 +18,8 @@ from typing import Any
 from aiohttp import web
 
 from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
-from pdtransport.pool.admin.api_requests import ACTIONS, LookupWish, MoveWish, PinWish, Wish, describe, parse
-from pdtransport.pool.admin.pool_admin import AdminError, Outcome, PoolAdmin
+from pdtransport.pool.admin.api_requests import ACTIONS, ApiLookup, ApiRequest, MoveWish, PinWish, describe, parse
+from pdtransport.pool.admin.pool_admin import AdminError, AdminOutcome, PoolAdmin
 from pdtransport.pool.admin.prompts import chunks_of, find, hint
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.messages import TENANT
@@ -28,8 +28,8 @@ from pdtransport.serving.bodies import read_body
 from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import SERVER, ApiError, json_errors
 from pdtransport.serving.keyfiles import read_lines
-from pdtransport.serving.keys import Keys
-from pdtransport.serving.listening import Bounds, Listener, url_of
+from pdtransport.serving.keys import ApiKeys
+from pdtransport.serving.listening import Bounds, HttpListener, url_of
 from pdtransport.system.descriptors import raise_limit
 
 log = logging.getLogger("pdtransport.pool")
@@ -62,7 +62,7 @@ class PoolApi:
         if len(lines) > MAX_KEYS_SHOWN:
             raise SettingsError(f"pool.http.key_file: {len(lines)} keys, at most {MAX_KEYS_SHOWN} are allowed")
         self._settings, self._http = settings, http
-        self._keys = Keys(lines, "key")
+        self._keys = ApiKeys(lines, "key")
         self._under_way = 0
         self._client = PoolClient(settings.name, settings.dir, who="pdpool --http", threads=1)
         self._workers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="pdpool-http")
@@ -91,7 +91,7 @@ class PoolApi:
         app.add_routes(self._routes())
         host, port = self._http.address
         hosts, cors = HostRule(host, self._http.allowed_hosts), CorsRule(self._http.allowed_origins, "/pool/")
-        self._listener = Listener(app, BOUNDS, _connections(), hosts, cors)
+        self._listener = HttpListener(app, BOUNDS, _connections(), hosts, cors)
         try:
             await self._listener.start(host, port)
         except (OSError, ValueError) as error:
@@ -158,13 +158,13 @@ class PoolApi:
         raw = await self._read(request)
 
         def lookup(admin: PoolAdmin) -> dict[str, Any]:
-            return {"found": [found.public() for found in find(admin, parse(raw, LookupWish).prompt())]}
+            return {"found": [found.public() for found in find(admin, parse(raw, ApiLookup).prompt())]}
 
         return await self._answer(request, lookup)
 
     async def _hint(self, request: web.Request) -> web.Response:
         raw = await self._read(request)
-        return await self._answer(request, lambda admin: _told(hint(admin, parse(raw, LookupWish).prompt())))
+        return await self._answer(request, lambda admin: _told(hint(admin, parse(raw, ApiLookup).prompt())))
 
     async def _action(self, request: web.Request) -> web.Response:
         raw = await self._read(request)
@@ -218,16 +218,16 @@ def _connections() -> int:
     return max(1, min(MAX_CONNECTIONS, raise_limit(DESCRIPTORS) // 4))
 
 
-def _told(outcome: Outcome) -> dict[str, Any]:
+def _told(outcome: AdminOutcome) -> dict[str, Any]:
     return {"done": outcome.done, "of": outcome.of}
 
 
-def _act(name: str, wish: Wish, admin: PoolAdmin) -> Callable[[Any], Outcome]:
+def _act(name: str, wish: ApiRequest, admin: PoolAdmin) -> Callable[[Any], AdminOutcome]:
     if isinstance(wish, PinWish):
         return lambda chosen: admin.pin(chosen, wish.pin, wish.for_s)
     if isinstance(wish, MoveWish):
         return lambda chosen: admin.move(chosen, wish.to)
-    actions: dict[str, Callable[[Any], Outcome]] = {
+    actions: dict[str, Callable[[Any], AdminOutcome]] = {
         "unpin": lambda chosen: admin.pin(chosen, "none"),
         "prefetch": admin.prefetch,
         "clear": admin.drop,

@@ -17,7 +17,7 @@ import numpy as np
 
 from pdtransport.errors import PDTransportError
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.core.index import MEMORY
 from pdtransport.pool.core.key_spaces import Space, parse_spaces
@@ -39,7 +39,7 @@ class Stopped(AdminError):
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkTiers:
     """Where a chunk is: in these ``tiers``, fastest first; empty: it is not there."""
 
     key: bytes
@@ -60,7 +60,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AdminOutcome:
     """It is so for ``done`` chunks of the ``of`` that are in the pool."""
 
     done: int
@@ -118,21 +118,21 @@ class PoolAdmin:
         """What engines told of their keys, the last one first."""
         return parse_spaces(self._client.spaces().result())
 
-    def look(self, keys: Sequence[bytes]) -> list[Place]:
+    def look(self, keys: Sequence[bytes]) -> list[ChunkTiers]:
         """Where these chunks are."""
-        found: list[Place] = []
-        for some in _cut(keys, say.MAX_KEYS):
+        found: list[ChunkTiers] = []
+        for some in _cut(keys, messages.MAX_KEYS):
             self._go_on()
             found += self._places(self._client.look(some).result())
         return found
 
-    def sweep(self, tenant: str | None = None) -> Iterator[list[Place]]:
+    def sweep(self, tenant: str | None = None) -> Iterator[list[ChunkTiers]]:
         """All chunks, or one tenant's, in slices; those that come meanwhile may be missing.
 
         Raises:
             AdminError: that can't be a tenant.
         """
-        if tenant is not None and not re.fullmatch(say.TENANT, tenant):
+        if tenant is not None and not re.fullmatch(messages.TENANT, tenant):
             raise AdminError(f"{tenant[:80]!r} is no name of a tenant")
         first = 0
         while first >= 0:
@@ -142,17 +142,17 @@ class PoolAdmin:
             while self._client.look(()).result().backlog > MAX_BACKLOG:
                 self._pause()
 
-    def some(self, first: int, tenant: str | None = None) -> tuple[list[Place], int]:
+    def some(self, first: int, tenant: str | None = None) -> tuple[list[ChunkTiers], int]:
         """One slice of a sweep from place ``first`` on, and where the next one begins (-1: that was all)."""
         part = self._client.look(None, first, tenant=tenant).result()
         return self._places(part), part.next
 
-    def _places(self, part: say.Looked) -> list[Place]:
+    def _places(self, part: messages.Looked) -> list[ChunkTiers]:
         bits = self._tiers()
         sizes = np.frombuffer(part.sizes, dtype="<u4").tolist()
         rows = zip(sizes, part.tiers, part.flags, strict=True)
         return [
-            Place(
+            ChunkTiers(
                 part.keys[KEY_BYTES * i : KEY_BYTES * (i + 1)],
                 tuple(name for name, bit in bits.items() if tiers & bit),
                 nbytes,
@@ -169,17 +169,17 @@ class PoolAdmin:
             self._bits = {"memory": MEMORY, **{name: tier["bit"] for name, tier in found.items()}}
         return self._bits
 
-    def _chosen(self, chosen: Chosen) -> Iterator[list[Place]]:
+    def _chosen(self, chosen: Chosen) -> Iterator[list[ChunkTiers]]:
         """Those that are there."""
-        slices: Iterable[list[Place]] = self.sweep(chosen.tenant)
+        slices: Iterable[list[ChunkTiers]] = self.sweep(chosen.tenant)
         if chosen.keys is not None:
-            slices = (self.look(some) for some in _cut(chosen.keys, say.MAX_KEYS))
+            slices = (self.look(some) for some in _cut(chosen.keys, messages.MAX_KEYS))
         for some in slices:
             yield [place for place in some if place.tiers]
 
     # -- what is done about chunks ----------------------------------------------------------------------------------
 
-    def pin(self, chosen: Chosen, pin: Literal["none", "soft", "hard"], for_s: float | None = None) -> Outcome:
+    def pin(self, chosen: Chosen, pin: Literal["none", "soft", "hard"], for_s: float | None = None) -> AdminOutcome:
         """Keep these chunks in memory, for a time; "none": no longer. Those in tiers below are brought up first. Hard
         pins take half of the memory at most."""
         if pin != "none":
@@ -187,30 +187,30 @@ class PoolAdmin:
         done = of = 0
         for places in self._chosen(chosen):
             of += len(places)
-            for some in _cut([place.key for place in places], say.MAX_MANAGED):
+            for some in _cut([place.key for place in places], messages.MAX_MANAGED):
                 self._go_on()
                 done += self._client.manage(some, "pin", pin=pin, for_s=for_s).result()
-        return Outcome(done, of)
+        return AdminOutcome(done, of)
 
-    def drop(self, chosen: Chosen) -> Outcome:
+    def drop(self, chosen: Chosen) -> AdminOutcome:
         """Forget these chunks in all tiers, pinned ones too. A client that reads one keeps its bytes to the end."""
         done = of = 0
         for places in self._chosen(chosen):
             of += len(places)
-            for some in _cut([place.key for place in places], say.MAX_MANAGED):
+            for some in _cut([place.key for place in places], messages.MAX_MANAGED):
                 self._go_on()
                 done += self._client.manage(some, "drop").result()
-        return Outcome(done, of)
+        return AdminOutcome(done, of)
 
-    def clear(self, tenant: str | None = None) -> Outcome:
+    def clear(self, tenant: str | None = None) -> AdminOutcome:
         """Forget all chunks, or those of one tenant with a quota ("": of all others)."""
         return self.drop(Chosen(tenant=tenant))
 
-    def prefetch(self, chosen: Chosen) -> Outcome:
+    def prefetch(self, chosen: Chosen) -> AdminOutcome:
         """Bring these chunks into memory; more than fit push one another out."""
         return self._in_windows(chosen, self._bring_up)
 
-    def move(self, chosen: Chosen, to: str) -> Outcome:
+    def move(self, chosen: Chosen, to: str) -> AdminOutcome:
         """Have these chunks in tier ``to`` and not in memory; ``to`` memory: as :meth:`prefetch`; "below": drop from
         memory those that a tier below has. What is pinned or in use stays in memory.
 
@@ -223,7 +223,7 @@ class PoolAdmin:
             raise AdminError(f"no tier {to!r} in this pool; there are: {', '.join([*self.tier_names, BELOW])}")
         return self._in_windows(chosen, lambda places: self._push_down(places, to))
 
-    def compress(self, chosen: Chosen) -> Outcome:
+    def compress(self, chosen: Chosen) -> AdminOutcome:
         """Write these chunks again to tiers that have a codec now and hold them unpacked. Those that it does not make
         shorter stay as they are.
 
@@ -238,7 +238,7 @@ class PoolAdmin:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def _in_windows(self, chosen: Chosen, step: Callable[[list[Place]], int]) -> Outcome:
+    def _in_windows(self, chosen: Chosen, step: Callable[[list[ChunkTiers]], int]) -> AdminOutcome:
         """``step`` in turn for as many chunks as may be on their way at one time; it returns for how many it is so."""
         status = self._client.status().result()
         room = max(1, min(WINDOW_BYTES, status["memory"]["bytes"] // 8, status["writeback_limit"] or 1))
@@ -247,28 +247,30 @@ class PoolAdmin:
             of += len(places)
             while places:
                 count = size = 0
-                while count < min(len(places), say.MAX_MANAGED) and (not count or size + places[count].nbytes <= room):
+                while count < min(len(places), messages.MAX_MANAGED) and (
+                    not count or size + places[count].nbytes <= room
+                ):
                     size += places[count].nbytes
                     count += 1
                 done += step(places[:count])
                 places = places[count:]
-        return Outcome(done, of)
+        return AdminOutcome(done, of)
 
     def hint(self, keys: Sequence[bytes]) -> int:
         """Begin to bring up these chunks of a prompt, which are below memory; returns how many that is. It is not
         waited for."""
         begun = 0
-        for some in _cut(keys, say.MAX_MANAGED):
+        for some in _cut(keys, messages.MAX_MANAGED):
             count = self._client.manage(some, "hint").result()
             begun += count
             if count < len(some):
                 break
         return begun
 
-    def _bring_up(self, places: list[Place]) -> int:
+    def _bring_up(self, places: list[ChunkTiers]) -> int:
         return sum("memory" in place.tiers for place in self._fetch(places))
 
-    def _fetch(self, places: list[Place]) -> list[Place]:
+    def _fetch(self, places: list[ChunkTiers]) -> list[ChunkTiers]:
         below = [place.key for place in places if "memory" not in place.tiers]
         if below:
             self._client.manage(below, "fetch").result()
@@ -279,7 +281,7 @@ class PoolAdmin:
         if keys:
             self._client.manage(keys, "write", tier=tier, again=again).result()
 
-    def _push_down(self, places: list[Place], to: str) -> int:
+    def _push_down(self, places: list[ChunkTiers], to: str) -> int:
         if to != BELOW:
             lacking = [place for place in places if to not in place.tiers]
             up = [place.key for place in self._fetch(lacking) if "memory" in place.tiers] if lacking else []
@@ -291,7 +293,7 @@ class PoolAdmin:
         after = self.look([place.key for place in places])
         return sum("memory" not in place.tiers and (to in place.tiers or to == BELOW) for place in after)
 
-    def _pack(self, places: list[Place], tiers: list[str]) -> int:
+    def _pack(self, places: list[ChunkTiers], tiers: list[str]) -> int:
         plain = [place for place in places if place.flags & PLAIN and set(tiers) & set(place.tiers)]
         if not plain:
             return len([place for place in places if len(place.tiers) > 1 or "memory" not in place.tiers])
@@ -305,7 +307,7 @@ class PoolAdmin:
         after = self.look([place.key for place in places])
         return sum(place.tiers not in ((), ("memory",)) and not place.flags & PLAIN for place in after)
 
-    def _settled(self, places: list[Place]) -> list[Place]:
+    def _settled(self, places: list[ChunkTiers]) -> list[ChunkTiers]:
         """The same, once nothing is on its way.
 
         Raises:

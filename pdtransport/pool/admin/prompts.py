@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pdtransport.pool.admin.pool_admin import AdminError, Chosen, Outcome, PoolAdmin
+from pdtransport.pool.admin.pool_admin import AdminError, AdminOutcome, Chosen, PoolAdmin
 from pdtransport.pool.core.key_spaces import Space
 
 MAX_TOKENS = 1 << 22  # of a prompt
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PoolPrompt:
     """Token ids, and whose they are. ``salt``: the engine's own (``pool.salt``); ``cache_salt``: of the request.
     ``model``: by any of its names; None: of whichever model there is."""
 
@@ -28,7 +28,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Found:
+class PromptFound:
     """A prompt's whole chunks, as engines of one kind cut it. ``tiers``: of each chunk, the tier that a load has to
     wait for; "" where a part of it is not there."""
 
@@ -57,7 +57,7 @@ class Found:
         }
 
 
-def spaces_for(admin: PoolAdmin, prompt: Prompt) -> list[Space]:
+def spaces_for(admin: PoolAdmin, prompt: PoolPrompt) -> list[Space]:
     """The key spaces that the prompt may be stored under.
 
     Raises:
@@ -81,7 +81,7 @@ def spaces_for(admin: PoolAdmin, prompt: Prompt) -> list[Space]:
     return fitting
 
 
-def _parts(space: Space, prompt: Prompt) -> list[list[bytes]]:
+def _parts(space: Space, prompt: PoolPrompt) -> list[list[bytes]]:
     if len(prompt.tokens) > MAX_TOKENS:
         raise AdminError(f"a prompt of {len(prompt.tokens)} tokens; at most {MAX_TOKENS} are looked up")
     try:
@@ -90,7 +90,7 @@ def _parts(space: Space, prompt: Prompt) -> list[list[bytes]]:
         raise AdminError(str(error)) from None
 
 
-def find(admin: PoolAdmin, prompt: Prompt) -> list[Found]:
+def find(admin: PoolAdmin, prompt: PoolPrompt) -> list[PromptFound]:
     """Where the prompt's chunks are, once for each kind of engines.
 
     Raises:
@@ -105,11 +105,11 @@ def find(admin: PoolAdmin, prompt: Prompt) -> list[Found]:
         for chunk in parts:
             fastest = [place.tiers[0] if place.tiers else "" for place in (next(places) for _ in chunk)]
             tiers.append("" if "" in fastest else max(fastest, key=order.index))
-        found.append(Found(space, len(prompt.tokens), tuple(tiers)))
+        found.append(PromptFound(space, len(prompt.tokens), tuple(tiers)))
     return found
 
 
-def hint(admin: PoolAdmin, prompt: Prompt) -> Outcome:
+def hint(admin: PoolAdmin, prompt: PoolPrompt) -> AdminOutcome:
     """A request with this prompt is on its way: begin to bring up what it will load. ``of``: parts of chunks that it
     will load and that are below memory; ``done``: those that come up now, which is not waited for.
 
@@ -128,10 +128,10 @@ def hint(admin: PoolAdmin, prompt: Prompt) -> Outcome:
             below += [place.key for place in found if "memory" not in place.tiers]
         of += len(below)
         begun += admin.hint(below)
-    return Outcome(begun, of)
+    return AdminOutcome(begun, of)
 
 
-def chunks_of(admin: PoolAdmin, prompt: Prompt) -> Chosen:
+def chunks_of(admin: PoolAdmin, prompt: PoolPrompt) -> Chosen:
     """All parts of the prompt's whole chunks.
 
     Raises:

@@ -19,12 +19,12 @@ import numpy as np
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.reference import Checksums
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.client.copiers import Copier, UnderWay
-from pdtransport.pool.client.local_wire import Session
+from pdtransport.pool.client.local_wire import ServiceSession
 from pdtransport.pool.core.chunks import Chunks, Codes, Granted, Heard, Numbers
 from pdtransport.pool.core.frames import frame_runs
-from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.protocol.messages import Message
 
@@ -33,7 +33,7 @@ LOOK_S = 0.0001  # between looks at a copy under way while answers are awaited, 
 
 
 @dataclass
-class Window:
+class CopyWindow:
     """A stretch ``first .. last`` of the operation's chunks, under one request."""
 
     number: int
@@ -46,12 +46,12 @@ class Window:
 
 
 @dataclass
-class Batch:
+class CopyBatch:
     """Chunks whose copy is under way."""
 
-    window: Window
+    window: CopyWindow
     chunks: Granted
-    session: Session
+    session: ServiceSession
     copy: UnderWay
 
 
@@ -66,7 +66,7 @@ class Operation:
     window_bytes: Callable[[int], tuple[int, int]]  # at most so many -> of one, of all; may raise PoolUnavailable
     number: Callable[[], int]
     ask: Callable[[Message, int], None]
-    tell: Callable[[Session, Message], None]
+    tell: Callable[[ServiceSession, Message], None]
     forget: Callable[[int, bool], None]
     after: Any | None = None  # an event, behind which a GPU's memory may be used
     lossy: Lossy | None = None  # how what is stored may be packed below memory
@@ -84,7 +84,7 @@ class Operation:
         self.heard.put((0, None, None))
 
 
-Told = tuple[int, Session | None, "say.FromPool | PoolUnavailable | None"]
+Told = tuple[int, ServiceSession | None, "messages.FromPool | PoolUnavailable | None"]
 
 
 class Copying:
@@ -92,14 +92,14 @@ class Copying:
 
     def __init__(self, operation: Operation, copier: Copier) -> None:
         self._do, self._copier = operation, copier
-        self._under_way: deque[Batch] = deque()
+        self._under_way: deque[CopyBatch] = deque()
         self.sizes = operation.chunks.sizes
         self._ends = np.cumsum(self.sizes)
-        self.verdicts: Codes = np.full(len(operation.keys), Verdict.LOST, dtype=np.uint8)
+        self.verdicts: Codes = np.full(len(operation.keys), KeyVerdict.LOST, dtype=np.uint8)
         self.damaged = 0
         self.error = ""
-        self._windows: dict[int, Window] = {}
-        self._session: Session | None = None
+        self._windows: dict[int, CopyWindow] = {}
+        self._session: ServiceSession | None = None
         self._budget = 0  # bytes of all windows that are open
         self._stretches: Iterator[tuple[int, int]] = iter(())
         self._next: tuple[int, int] | None = None  # of the window to be opened next
@@ -174,7 +174,7 @@ class Copying:
             before = int(self._ends[first - 1]) if first else 0
             nbytes = min(window_bytes, max(self._copier.first_bytes, 2 * before))
             last = int(np.searchsorted(self._ends, before + nbytes, side="right"))
-            last = min(max(last, first + 1), first + say.MAX_KEYS)
+            last = min(max(last, first + 1), first + messages.MAX_KEYS)
             yield first, last
             first = last
 
@@ -182,14 +182,16 @@ class Copying:
         number = self._do.number()
         keys = b"".join(self._do.keys[first:last])
         sizes = self.sizes[first:last].astype("<u4").tobytes()
-        self._windows[number] = Window(number, first, last, self._bytes(first, last), last - first)
+        self._windows[number] = CopyWindow(number, first, last, self._bytes(first, last), last - first)
         codec, grid = self._do.lossy or ("", None)
         if self._do.storing:
-            self._do.ask(say.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
+            self._do.ask(messages.Store(request=number, keys=keys, sizes=sizes, codec=codec, grid=grid), number)
         else:
-            self._do.ask(say.Load(request=number, keys=keys, sizes=sizes), number)
+            self._do.ask(messages.Load(request=number, keys=keys, sizes=sizes), number)
 
-    def _hear(self, number: int, session: Session | None, message: say.FromPool | PoolUnavailable | None) -> None:
+    def _hear(
+        self, number: int, session: ServiceSession | None, message: messages.FromPool | PoolUnavailable | None
+    ) -> None:
         if isinstance(message, PoolUnavailable):
             raise message
         window = self._windows.get(number)
@@ -199,15 +201,15 @@ class Copying:
             self._session = session
         if session is not self._session:  # frames of another run of the service are not these
             raise PoolUnavailable("the pool ended meanwhile")
-        if isinstance(message, say.Answer):
+        if isinstance(message, messages.KeyAnswers):
             self._on_answer(window, message, session)
-        elif isinstance(message, say.Done):
+        elif isinstance(message, messages.Done):
             self._on_done(window, message)
 
-    def _on_answer(self, window: Window, answer: say.Answer, session: Session) -> None:
+    def _on_answer(self, window: CopyWindow, answer: messages.KeyAnswers, session: ServiceSession) -> None:
         heard = Heard.of(answer, self.sizes[window.first : window.last], session.frame_bytes)
         window.unanswered -= len(heard.places)
-        granted = (heard.codes == Verdict.WRITE) | (heard.codes == Verdict.READ)
+        granted = (heard.codes == KeyVerdict.WRITE) | (heard.codes == KeyVerdict.READ)
         self.verdicts[window.first + heard.places[~granted]] = heard.codes[~granted]
         for batch in heard.granted.batches(self._copier.batch_bytes):
             if self._do.cancelled.is_set():
@@ -216,7 +218,7 @@ class Copying:
             while len(self._under_way) >= self._copier.depth:
                 self._finish(self._under_way.popleft())
 
-    def _begin(self, window: Window, chunks: Granted, session: Session) -> None:
+    def _begin(self, window: CopyWindow, chunks: Granted, session: ServiceSession) -> None:
         """Begin to copy a batch between the caller's memory and the pool's."""
         assert session.mapping is not None
         ours = self._do.chunks.runs(window.first + chunks.places)
@@ -225,34 +227,34 @@ class Copying:
             ours, theirs, len(chunks.places), storing=self._do.storing, mapping=session.mapping, after=self._do.after
         )
         window.copying += 1
-        self._under_way.append(Batch(window, chunks, session, copy))
+        self._under_way.append(CopyBatch(window, chunks, session, copy))
 
-    def _finish(self, batch: Batch) -> None:
+    def _finish(self, batch: CopyBatch) -> None:
         checksums = batch.copy.wait()
         batch.window.copying -= 1
         (self._fill if self._do.storing else self._take)(batch.window, batch.chunks, batch.session, checksums)
 
-    def _fill(self, window: Window, chunks: Granted, session: Session, checksums: Checksums) -> None:
+    def _fill(self, window: CopyWindow, chunks: Granted, session: ServiceSession, checksums: Checksums) -> None:
         window.published.append(chunks.places)
         words = checksums.astype("<u8").tobytes()
-        self._do.tell(session, say.Publish(request=window.number, indices=_indices(chunks), checksums=words))
+        self._do.tell(session, messages.Publish(request=window.number, indices=_indices(chunks), checksums=words))
 
-    def _on_done(self, window: Window, done: say.Done) -> None:
+    def _on_done(self, window: CopyWindow, done: messages.Done) -> None:
         """Chunks were published; Done messages come in the order of our Publish messages."""
         if not window.published:
             return  # about a damaged chunk
         places = window.published.popleft()
         if done.count != len(places):
             raise PoolUnavailable("the pool did not take what was written")
-        self.verdicts[window.first + places] = Verdict.WRITE
+        self.verdicts[window.first + places] = KeyVerdict.WRITE
 
-    def _take(self, window: Window, chunks: Granted, session: Session, checksums: Checksums) -> None:
+    def _take(self, window: CopyWindow, chunks: Granted, session: ServiceSession, checksums: Checksums) -> None:
         good = checksums == chunks.checksums
-        self.verdicts[window.first + chunks.places] = np.where(good, Verdict.READ, Verdict.MISS)
+        self.verdicts[window.first + chunks.places] = np.where(good, KeyVerdict.READ, KeyVerdict.MISS)
         for place in chunks.places[~good].tolist():
             self.damaged += 1
-            self._do.tell(session, say.Damaged(request=window.number, index=place))
-        self._do.tell(session, say.Release(request=window.number, indices=_indices(chunks)))
+            self._do.tell(session, messages.ChunkDamaged(request=window.number, index=place))
+        self._do.tell(session, messages.ReleaseChunks(request=window.number, indices=_indices(chunks)))
 
 
 def _indices(chunks: Granted) -> bytes:

@@ -21,7 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket, watch
 from pdtransport.errors import PoolRefusal, PoolUnavailable, SettingsError
 from pdtransport.kv.geometry import HOST
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.core.locks import SERVICE_BYTE, LockFile, check_private
 from pdtransport.pool.core.shared_memory import Mapping, map_memory, remove_if_stale
 from pdtransport.protocol.messages import Message, WireError
@@ -38,12 +38,12 @@ FOREVER_S = 1e9  # of a question that has no last answer
 # files one after the other.
 STALE_LOOKS_S = (0.0, 0.1, 1.0)
 
-CONTROL = ControlSettings(max_frame_bytes=say.MAX_FRAME_BYTES)
+CONTROL = ControlSettings(max_frame_bytes=messages.MAX_FRAME_BYTES)
 
-Heard = Callable[["Session | None", "say.FromPool | PoolUnavailable"], bool]
+Heard = Callable[["ServiceSession | None", "messages.FromPool | PoolUnavailable"], bool]
 
 
-class Session:
+class ServiceSession:
     """One run of the service as this client sees it. ``mapping`` may be used between :meth:`enter` and
     :meth:`leave`."""
 
@@ -120,12 +120,12 @@ class Wire:
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
         self._inbox: Inbox | None = None
-        self.session: Session | None = None  # welcome, unless its mapping is None
+        self.session: ServiceSession | None = None  # welcome, unless its mapping is None
         self._greeted = False
         self._next_try = 0.0
         self._why = ""
         self._asked: dict[int, Asked] = {}
-        self.introduction: say.Introduce | None = None  # said at the beginning of each session
+        self.introduction: messages.Introduce | None = None  # said at the beginning of each session
         self._unsent: list[Asked] = []
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -143,7 +143,7 @@ class Wire:
         else:
             self._send(asked.message)
 
-    def tell(self, session: Session, message: Message) -> None:
+    def tell(self, session: ServiceSession, message: Message) -> None:
         """Send what has no answer, or belongs to a question under way, if that session still stands."""
         if session is self.session:
             self._send(message)
@@ -155,7 +155,7 @@ class Wire:
         unsent = [asked for asked in self._unsent if asked.number != number]
         was_sent, self._unsent = len(unsent) == len(self._unsent), unsent
         if cancel and was_sent and self.session is not None and self.session.mapping is not None:
-            self._send(say.Cancel(request=number))
+            self._send(messages.CancelRequest(request=number))
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Call it then."""
@@ -164,7 +164,7 @@ class Wire:
     def _send(self, message: Message) -> None:
         assert self._socket is not None
         try:
-            self._socket.send(say.encode(message), zmq.NOBLOCK)
+            self._socket.send(messages.encode(message), zmq.NOBLOCK)
         except zmq.ZMQError:  # its queue is full: it hangs; the connection is gone: the monitor says so too
             self._hang_up("it does not read what is sent to it")
 
@@ -204,7 +204,7 @@ class Wire:
         if self.session is not None and self.session.mapping is not None and self._socket is not None:
             try:
                 self._socket.set(zmq.LINGER, 200)
-                self._socket.send(say.encode(say.Bye()), zmq.NOBLOCK)
+                self._socket.send(messages.encode(messages.Bye()), zmq.NOBLOCK)
             except zmq.ZMQError:
                 pass  # the lock says it as well
         self._hang_up("the client is closed", linger=200)
@@ -220,7 +220,7 @@ class Wire:
                 self._open()
             if not self._greeted:
                 assert self._socket is not None
-                self._socket.send(say.encode(self._hello()), zmq.NOBLOCK)
+                self._socket.send(messages.encode(self._hello()), zmq.NOBLOCK)
                 self._greeted = True
         except zmq.Again:
             pass  # not connected yet
@@ -231,7 +231,7 @@ class Wire:
 
     def _hello(self) -> Message:
         assert self.session is not None
-        return say.Hello(lock=self.session.byte, name=self._client_name, tenant=self._tenant)
+        return messages.PoolHello(lock=self.session.byte, name=self._client_name, tenant=self._tenant)
 
     def _open(self) -> None:
         check_private(self._lock_path.parent)
@@ -239,7 +239,7 @@ class Wire:
         if not lock.held(SERVICE_BYTE):
             lock.close()
             raise SettingsError(f"no pool {self._pool!r} runs in {self._lock_path.parent}")
-        self.session, self._greeted = Session(lock.take_any(), lock.close), False
+        self.session, self._greeted = ServiceSession(lock.take_any(), lock.close), False
         self._socket = open_socket(self._context, zmq.DEALER, CONTROL, ipv6=False)
         self._monitor = watch(self._context, self._socket, zmq.EVENT_DISCONNECTED)
         self._inbox = Inbox(self._socket, addressed=False)
@@ -312,16 +312,16 @@ class Wire:
         return True
 
     def _on_frame(self, frame: bytes) -> None:
-        self._on_message(say.from_pool(frame))
+        self._on_message(messages.from_pool(frame))
 
-    def _on_message(self, message: say.FromPool) -> None:
-        if isinstance(message, say.Welcome):
+    def _on_message(self, message: messages.FromPool) -> None:
+        if isinstance(message, messages.PoolWelcome):
             self._on_welcome(message)
-        elif isinstance(message, say.Refused) and message.request == 0:
+        elif isinstance(message, messages.PoolRefused) and message.request == 0:
             self._hang_up(message.reason)
-        elif isinstance(message, say.Refused) and message.what == "hello":
+        elif isinstance(message, messages.PoolRefused) and message.what == "hello":
             self._hang_up("it lost this client's session")
-        elif isinstance(message, say.Refused):
+        elif isinstance(message, messages.PoolRefused):
             refused = self._asked.get(message.request)
             if message.what == "wish" and refused is not None:
                 self._end(refused, message.reason, PoolRefusal)
@@ -330,7 +330,7 @@ class Wire:
             if asked is not None and asked.heard(self.session, message):
                 self._asked.pop(asked.number, None)
 
-    def _on_welcome(self, welcome: say.Welcome) -> None:
+    def _on_welcome(self, welcome: messages.PoolWelcome) -> None:
         session = self.session
         if session is None or session.mapping is not None:
             return
@@ -346,7 +346,7 @@ class Wire:
         threading.Thread(target=_prepare, args=(session, self._device), name="pdpool-prepare", daemon=True).start()
         self._send_unsent(session)
 
-    def _send_unsent(self, session: Session) -> None:
+    def _send_unsent(self, session: ServiceSession) -> None:
         if self.introduction is not None:
             self._send(self.introduction)
         unsent, self._unsent = self._unsent, []
@@ -355,7 +355,7 @@ class Wire:
                 self._send(asked.message)
 
 
-def _prepare(session: Session, device: int) -> None:
+def _prepare(session: ServiceSession, device: int) -> None:
     """Map the memory's pages ahead of the first copies, which would else spend a quarter of their time on it; a GPU's
     can't begin before it is registered."""
     try:

@@ -24,13 +24,13 @@ from pdtransport.io.reactor import Reactor, leave_pinned_cores
 from pdtransport.kernels.runs import Runs
 from pdtransport.kv.geometry import HOST
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.client.copiers import Copier, make_copier
 from pdtransport.pool.client.copying import WINDOWS, Copying, Operation
-from pdtransport.pool.client.local_wire import FOREVER_S, Asked, Session, Wire, now_plus
+from pdtransport.pool.client.local_wire import FOREVER_S, Asked, ServiceSession, Wire, now_plus
 from pdtransport.pool.core.budget import HARD, NO_PIN, SOFT
 from pdtransport.pool.core.chunks import Chunks, Codes, verdicts_of
-from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.settings import STAGING_BYTES, PoolSettings
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.protocol.messages import Message
@@ -76,7 +76,7 @@ class Pending(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Found:
+class PrefixFound:
     """The first ``there`` keys are in the pool, ``in_memory`` of them in memory."""
 
     there: int
@@ -88,14 +88,14 @@ class Copied:
     """How a store or load ended. ``verdicts`` has one for each key: WRITE (stored by this call) and HAVE (was there),
     or READ (copied and verified); all others mean that the chunk was not moved. ``error`` says why it ended early."""
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[KeyVerdict, ...]
     nbytes: int
     error: str = ""
 
     @property
     def prefix(self) -> int:
         """How many keys from the first on are in the pool now, or were loaded."""
-        good = (Verdict.WRITE, Verdict.HAVE, Verdict.READ)
+        good = (KeyVerdict.WRITE, KeyVerdict.HAVE, KeyVerdict.READ)
         return next((n for n, verdict in enumerate(self.verdicts) if verdict not in good), len(self.verdicts))
 
 
@@ -159,7 +159,7 @@ class PoolClient:
             self._spare.put(make_copier(device))
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
         if device != HOST or address is not None:  # the first one who asks should not wait for that
-            self._question(lambda number: say.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
+            self._question(lambda number: messages.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
 
     @classmethod
     def connect(cls, address: str, settings: Settings | None = None, **more: Any) -> PoolClient:
@@ -174,12 +174,12 @@ class PoolClient:
 
     # -- chunks ------------------------------------------------------------------------------------------------------
 
-    def lookup(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> Pending[Found]:
+    def lookup(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> Pending[PrefixFound]:
         """How many of ``keys``, counted from the first, are in the pool: the longest prefix that can be loaded. One
         message for up to 4096 keys; more are not looked at."""
-        packed = b"".join(keys[: say.MAX_KEYS])
+        packed = b"".join(keys[: messages.MAX_KEYS])
         return self._question(
-            lambda number: say.Lookup(request=number, keys=packed), _found, deadline_s or self.deadline_s
+            lambda number: messages.Lookup(request=number, keys=packed), _found, deadline_s or self.deadline_s
         )
 
     def store(
@@ -241,7 +241,7 @@ class PoolClient:
         The answer is to how many it was done.
         """
         return self._question(
-            lambda number: say.Manage(
+            lambda number: messages.Manage(
                 request=number, keys=b"".join(keys), action=action, pin=PINS[pin], for_s=for_s, tier=tier, again=again
             ),
             _count,
@@ -255,26 +255,26 @@ class PoolClient:
         *,
         tenant: str | None = None,
         deadline_s: float | None = None,
-    ) -> Pending[say.Looked]:
+    ) -> Pending[messages.Looked]:
         """What the pool holds of up to 4096 ``keys``; None: of all, from place ``first`` on, and of one ``tenant``."""
         packed = b"".join(keys or ())
         return self._question(
-            lambda number: say.Look(request=number, keys=packed, sweep=keys is None, first=first, tenant=tenant),
-            lambda answer: answer if isinstance(answer, say.Looked) else None,
+            lambda number: messages.Look(request=number, keys=packed, sweep=keys is None, first=first, tenant=tenant),
+            lambda answer: answer if isinstance(answer, messages.Looked) else None,
             deadline_s or self.deadline_s,
         )
 
-    def count(self, first: int = 0, *, deadline_s: float | None = None) -> Pending[say.Counted]:
+    def count(self, first: int = 0, *, deadline_s: float | None = None) -> Pending[messages.Counted]:
         """How much the pool holds by tier and tenant, from place ``first`` of its index on."""
         return self._question(
-            lambda number: say.Count(request=number, first=first),
-            lambda answer: answer if isinstance(answer, say.Counted) else None,
+            lambda number: messages.Count(request=number, first=first),
+            lambda answer: answer if isinstance(answer, messages.Counted) else None,
             deadline_s or self.deadline_s,
         )
 
     def introduce(self, space: str) -> None:
         """Tell the pool of what the keys of this engine's chunks are made: now, and again whenever it starts anew."""
-        message = say.Introduce(request=next(self._numbers), space=space)
+        message = messages.Introduce(request=next(self._numbers), space=space)
 
         def say_it() -> None:
             self._wire.introduction = message
@@ -289,27 +289,29 @@ class PoolClient:
         at first: the watch began); None once, when the pool ended or does not answer, and nothing after that."""
         number = next(self._numbers)
 
-        def on_answer(_session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
-            if not isinstance(answer, say.Gone):
+        def on_answer(_session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable) -> bool:
+            if not isinstance(answer, messages.Gone):
                 heard(None)
                 return True
             heard([answer.keys[i : i + KEY_BYTES] for i in range(0, len(answer.keys), KEY_BYTES)])
             return False
 
-        asked = Asked(say.Watch(request=number), number, now_plus(FOREVER_S), on_answer)
+        asked = Asked(messages.WatchForgotten(request=number), number, now_plus(FOREVER_S), on_answer)
         self._post(lambda: self._wire.ask(asked))
 
     def spaces(self, *, deadline_s: float | None = None) -> Pending[tuple[str, ...]]:
         """What engines told it, the last one first."""
         return self._question(
-            lambda number: say.SpacesAsked(request=number),
-            lambda answer: answer.spaces if isinstance(answer, say.Spaces) else None,
+            lambda number: messages.SpacesAsked(request=number),
+            lambda answer: answer.spaces if isinstance(answer, messages.Spaces) else None,
             deadline_s or self.deadline_s,
         )
 
     def status(self, *, deadline_s: float | None = None) -> Pending[dict[str, Any]]:
         """The pool's sizes, clients and counters."""
-        return self._question(lambda number: say.StatusAsked(request=number), _status, deadline_s or self.deadline_s)
+        return self._question(
+            lambda number: messages.PoolStatusRequest(request=number), _status, deadline_s or self.deadline_s
+        )
 
     def close(self) -> None:
         """End what is under way and give everything back. Safe to call twice."""
@@ -336,14 +338,14 @@ class PoolClient:
     def _question(
         self,
         make: Callable[[int], Message],
-        read: Callable[[say.FromPool], T | None],
+        read: Callable[[messages.FromPool], T | None],
         deadline_s: float,
         counted: bool = True,
     ) -> Pending[T]:
         future: Future[T] = Future()
         number = next(self._numbers)
 
-        def heard(_session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+        def heard(_session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable) -> bool:
             if isinstance(answer, PoolUnavailable):
                 with self._guard:
                     self.counters["unavailable"] += counted
@@ -378,7 +380,7 @@ class PoolClient:
         deadline = now_plus(seconds)
 
         def ask(message: Message, number: int) -> None:
-            def heard(session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+            def heard(session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable) -> bool:
                 operation.heard.put((number, session, answer))
                 return isinstance(answer, PoolUnavailable)
 
@@ -426,7 +428,7 @@ class PoolClient:
         """It waited for a copier until its deadline: nothing of it was touched, and nothing will be."""
         if operation.claim() and future.set_running_or_notify_cancel():
             busy = f"no answer within the deadline (all {self._threads} copying threads of this client were busy)"
-            codes = np.full(len(operation.keys), Verdict.LOST, dtype=np.uint8)
+            codes = np.full(len(operation.keys), KeyVerdict.LOST, dtype=np.uint8)
             self._count(operation, codes, 0, 0, busy)
             future.set_result(Copied(verdicts_of(codes), 0, busy))
 
@@ -439,7 +441,9 @@ class PoolClient:
         """
         if self._wire.session is None or self._wire.session.mapping is None:
             left = max(0.01, deadline - now_plus(0))
-            self._question(lambda number: say.Lookup(request=number, keys=b""), _found, left, counted=False).result()
+            self._question(
+                lambda number: messages.Lookup(request=number, keys=b""), _found, left, counted=False
+            ).result()
         session = self._wire.session
         if session is None or session.mapping is None:
             raise PoolUnavailable("the pool ended")
@@ -460,7 +464,7 @@ class PoolClient:
         finally:
             self._spare.put(copier)
         codes = copying.verdicts
-        moved = int(copying.sizes[(codes == Verdict.WRITE) | (codes == Verdict.READ)].sum())
+        moved = int(copying.sizes[(codes == KeyVerdict.WRITE) | (codes == KeyVerdict.READ)].sum())
         self._count(operation, codes, moved, copying.damaged, copying.error)
         return Copied(verdicts_of(codes), moved, copying.error)
 
@@ -472,7 +476,7 @@ class PoolClient:
             self.counters["unavailable"] += bool(error)
             for code, times in enumerate(np.bincount(codes).tolist()):
                 if times:
-                    self.counters[f"{what}_{Verdict(code).name.lower()}"] += times
+                    self.counters[f"{what}_{KeyVerdict(code).name.lower()}"] += times
 
     def _forget(self, operation: Operation) -> None:
         with self._guard:
@@ -485,13 +489,13 @@ class PoolClient:
             raise PoolUnavailable("the client is closed") from None
 
 
-def _found(answer: say.FromPool) -> Found | None:
-    return Found(answer.there, answer.in_memory) if isinstance(answer, say.Found) else None
+def _found(answer: messages.FromPool) -> PrefixFound | None:
+    return PrefixFound(answer.there, answer.in_memory) if isinstance(answer, messages.LookupReply) else None
 
 
-def _count(answer: say.FromPool) -> int | None:
-    return answer.count if isinstance(answer, say.Done) else None
+def _count(answer: messages.FromPool) -> int | None:
+    return answer.count if isinstance(answer, messages.Done) else None
 
 
-def _status(answer: say.FromPool) -> dict[str, Any] | None:
-    return json.loads(answer.status) if isinstance(answer, say.Status) else None  # type: ignore[no-any-return]
+def _status(answer: messages.FromPool) -> dict[str, Any] | None:
+    return json.loads(answer.status) if isinstance(answer, messages.Status) else None  # type: ignore[no-any-return]

@@ -16,25 +16,25 @@ import numpy as np
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.core.frames import frames_for
 from pdtransport.pool.core.index import FILLING, MAX_REFS, MEMORY, READY, Entries, key_rows
-from pdtransport.pool.core.requests import Grants, Request, Verdict
+from pdtransport.pool.core.requests import Grants, KeyVerdict, PoolRequest
 
 if TYPE_CHECKING:
-    from pdtransport.pool.core.store import Shelf
+    from pdtransport.pool.core.store import ChunkStore
 
 
-def store(shelf: Shelf, request: Request, entries: Entries, keys: bytes, sizes: Sequence[int]) -> bool:
+def store(store: ChunkStore, request: PoolRequest, entries: Entries, keys: bytes, sizes: Sequence[int]) -> bool:
     """Let the request write chunks none of which is known, if there is room for all."""
-    index, session, count, nbytes = shelf.index, request.session, len(sizes), sum(sizes)
+    index, session, count, nbytes = store.index, request.session, len(sizes), sum(sizes)
     if (
         int(entries.max()) >= 0
-        or shelf.settings.admission != "all"
-        or session.held_bytes + nbytes > shelf.settings.client_bytes
+        or store.settings.admission != "all"
+        or session.held_bytes + nbytes > store.settings.client_bytes
         or len(index) + count > index.capacity
         or len(set(np.frombuffer(keys, dtype=f"V{KEY_BYTES}").tolist())) < count
     ):
         return False
-    counts = _frame_counts(shelf, sizes)
-    frames = shelf.room.take_all(counts, request.group)
+    counts = _frame_counts(store, sizes)
+    frames = store.room.take_all(counts, request.group)
     if frames is None:
         return False
     added = index.add_all(key_rows(keys))
@@ -42,21 +42,21 @@ def store(shelf: Shelf, request: Request, entries: Entries, keys: bytes, sizes: 
     index.nbytes_column[at], index.state_column[at] = sizes, FILLING
     index.group_column[at], index.form_column[at] = request.group, request.form
     for entry, (first, last) in zip(added, pairwise(accumulate(counts, initial=0)), strict=True):
-        shelf.frames_of[entry] = frames[4 * first : 4 * last]
-    shelf.waiters.update(dict.fromkeys(added))
+        store.frames_of[entry] = frames[4 * first : 4 * last]
+    store.waiters.update(dict.fromkeys(added))
     request.held.update(enumerate(added))
     session.held_bytes += nbytes
-    shelf.counters["write"] += count
-    shelf.outbox[request] = Grants(Verdict.WRITE, [0] * count, counts, frames)
+    store.counters["write"] += count
+    store.outbox[request] = Grants(KeyVerdict.WRITE, [0] * count, counts, frames)
     return True
 
 
-def load(shelf: Shelf, request: Request, entries: Entries, sizes: Sequence[int]) -> bool:
+def load(store: ChunkStore, request: PoolRequest, entries: Entries, sizes: Sequence[int]) -> bool:
     """Let the request read chunks all of which are in memory."""
-    index, session, count, nbytes = shelf.index, request.session, len(sizes), sum(sizes)
+    index, session, count, nbytes = store.index, request.session, len(sizes), sum(sizes)
     if (
         int(entries.min()) < 0
-        or session.held_bytes + nbytes > shelf.settings.client_bytes
+        or session.held_bytes + nbytes > store.settings.client_bytes
         or not (index.tier_column[entries] & MEMORY).all()
         or (index.nbytes_column[entries] != sizes).any()
         or int(index.refs_column[entries].max()) > MAX_REFS - count  # a key may be there several times
@@ -67,69 +67,69 @@ def load(shelf: Shelf, request: Request, entries: Entries, sizes: Sequence[int])
         index.refs[entry] += 1
     request.held.update(enumerate(listed))
     session.held_bytes += nbytes
-    shelf.room.touch_all(listed)
-    if shelf.hints.nbytes:
+    store.room.touch_all(listed)
+    if store.hints.nbytes:
         for entry in listed:
-            shelf.hints.loaded(entry)
+            store.hints.loaded(entry)
     for counter, more in (("memory_hits", count), ("loaded_chunks", count), ("loaded_bytes", nbytes), ("read", count)):
-        shelf.counters[counter] += more
-    frames = b"".join([shelf.frames_of[entry] or b"" for entry in listed])
+        store.counters[counter] += more
+    frames = b"".join([store.frames_of[entry] or b"" for entry in listed])
     checksums = index.checksum_column[entries].tolist()
-    shelf.outbox[request] = Grants(Verdict.READ, checksums, _frame_counts(shelf, sizes), frames)
+    store.outbox[request] = Grants(KeyVerdict.READ, checksums, _frame_counts(store, sizes), frames)
     return True
 
 
-def publish(shelf: Shelf, request: Request, written: Sequence[tuple[int, int]]) -> bool:
+def publish(store: ChunkStore, request: PoolRequest, written: Sequence[tuple[int, int]]) -> bool:
     """Make chunks (place, checksum) visible that the request holds."""
-    index, held = shelf.index, request.held
+    index, held = store.index, request.held
     numbers, checksums = zip(*written, strict=True)
     if not request.store or len(set(numbers)) < len(numbers) or not held.keys() >= set(numbers):
         return False
     entries = [held[number] for number in numbers]
-    if any(map(shelf.waiters.__getitem__, entries)):
+    if any(map(store.waiters.__getitem__, entries)):
         return False  # who waits is served as each chunk comes, while the writer holds the others
     for number, entry in zip(numbers, entries, strict=True):
-        del held[number], shelf.waiters[entry]
+        del held[number], store.waiters[entry]
     at = np.array(entries)
     nbytes = int(index.nbytes_column[at].sum())
     request.session.held_bytes -= nbytes
     index.checksum_column[at] = np.array(checksums, dtype=np.uint64)
     index.state_column[at] = READY
     index.tier_column[at] |= MEMORY
-    shelf.room.enter_all(entries)
-    shelf.counters["stored_chunks"] += len(entries)
-    shelf.counters["stored_bytes"] += nbytes
-    if shelf.lower:
+    store.room.enter_all(entries)
+    store.counters["stored_chunks"] += len(entries)
+    store.counters["stored_bytes"] += nbytes
+    if store.lower:
         for entry in entries:
-            shelf.write_back(entry)
+            store.write_back(entry)
     return True
 
 
-def evicted(shelf: Shelf, entries: list[int]) -> None:
+def evicted(store: ChunkStore, entries: list[int]) -> None:
     """Chunks that nobody references had to go."""
-    index = shelf.index
-    shelf.counters["evicted_chunks"] += len(entries)
-    if len(entries) == 1 or len(shelf.room.groups) > 1:
+    index = store.index
+    store.counters["evicted_chunks"] += len(entries)
+    if len(entries) == 1 or len(store.room.groups) > 1:
         for entry in entries:
-            shelf.left_memory(entry)
+            store.left_memory(entry)
         return
     at = np.array(entries)
     index.tier_column[at] &= ~MEMORY & 0xFF
     for entry in entries:
-        shelf.room.forget_pin(entry)
-        shelf.hints.left(entry)
-    shelf.room.give_back(b"".join([shelf.frames_of[entry] or b"" for entry in entries]), int(index.group_column[at[0]]))
+        store.room.forget_pin(entry)
+        store.hints.left(entry)
+    store.room.give_back(b"".join([store.frames_of[entry] or b"" for entry in entries]), int(index.group_column[at[0]]))
     for entry in entries:
-        shelf.frames_of[entry] = None
+        store.frames_of[entry] = None
     if index.tier_column[at].any():
         entries = at[index.tier_column[at] == 0].tolist()
-    if shelf.gone is not None:
-        shelf.gone += map(index.key, entries)
+    if store.gone is not None:
+        store.gone += map(index.key, entries)
     if entries:
         index.remove_all(entries)
 
 
-def _frame_counts(shelf: Shelf, sizes: Sequence[int]) -> list[int]:
+def _frame_counts(store: ChunkStore, sizes: Sequence[int]) -> list[int]:
     if len(set(sizes)) == 1:
-        return [frames_for(sizes[0], shelf.room.frame_bytes)] * len(sizes)
-    return [frames_for(size, shelf.room.frame_bytes) for size in sizes]
+        return [frames_for(sizes[0], store.room.frame_bytes)] * len(sizes)
+    return [frames_for(size, store.room.frame_bytes) for size in sizes]

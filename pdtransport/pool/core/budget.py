@@ -26,7 +26,7 @@ class Group:
     used: int = field(default=0)
 
 
-class Room:
+class MemoryBudget:
     """The frames of a pool, and what lies in them.
 
     Args:

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import MAX_RUN_BYTES, MAX_RUNS, Runs, as_runs
-from pdtransport.pool import messages as say
-from pdtransport.pool.core.requests import Grants, Part, Verdict
+from pdtransport.pool import messages
+from pdtransport.pool.core.requests import Grants, KeyAnswer, KeyVerdict
 from pdtransport.pool.settings import MAX_CHUNK_BYTES
 
 Numbers = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint8]  # verdicts
 
-_VERDICTS = tuple(Verdict)
+_VERDICTS = tuple(KeyVerdict)
 
 
 class Chunks:
@@ -105,7 +105,7 @@ class Heard:
     granted: Granted
 
     @classmethod
-    def of(cls, answer: say.Answer, sizes: Numbers, frame_bytes: int) -> Heard:
+    def of(cls, answer: messages.KeyAnswers, sizes: Numbers, frame_bytes: int) -> Heard:
         """``sizes``: of the request's chunks.
 
         Raises:
@@ -119,7 +119,7 @@ class Heard:
                 raise ValueError(f"{len(places)} places, {len(codes)} verdicts, {len(checksums)} checksums")
             if len(codes) and int(codes.max()) >= len(_VERDICTS):
                 raise ValueError(f"{int(codes.max())} is no verdict")
-            may = (codes == Verdict.WRITE) | (codes == Verdict.READ)
+            may = (codes == KeyVerdict.WRITE) | (codes == KeyVerdict.READ)
             nbytes = sizes[places[may]]
             if len(places) and int(places.max()) >= len(sizes):
                 raise ValueError(f"chunk {int(places.max())} of {len(sizes)}")
@@ -131,7 +131,7 @@ class Heard:
         return cls(places, codes, Granted(places[may], nbytes, checksums[may], counts, answer.frames))
 
 
-def parts_of(answer: say.Answer, sizes: Sequence[int], frame_bytes: int) -> Iterator[Part]:
+def parts_of(answer: messages.KeyAnswers, sizes: Sequence[int], frame_bytes: int) -> Iterator[KeyAnswer]:
     """The parts of an answer, one by one.
 
     Raises:
@@ -142,14 +142,14 @@ def parts_of(answer: say.Answer, sizes: Sequence[int], frame_bytes: int) -> Iter
     counts, at = iter(heard.granted.counts.tolist()), 0
     for place, code, checksum in zip(heard.places.tolist(), heard.codes.tolist(), checksums, strict=True):
         end = at
-        if code in (Verdict.WRITE, Verdict.READ):
+        if code in (KeyVerdict.WRITE, KeyVerdict.READ):
             end += 4 * next(counts)
-        yield Part(place, Verdict(code), checksum, answer.frames[at:end])
+        yield KeyAnswer(place, KeyVerdict(code), checksum, answer.frames[at:end])
         at = end
 
 
-def answer_of(request: int, parts: Sequence[Part]) -> say.Answer:
-    return say.Answer(
+def answer_of(request: int, parts: Sequence[KeyAnswer]) -> messages.KeyAnswers:
+    return messages.KeyAnswers(
         request=request,
         indices=np.array([part.place for part in parts], dtype="<u4").tobytes(),
         verdicts=bytes(part.verdict for part in parts),
@@ -158,9 +158,9 @@ def answer_of(request: int, parts: Sequence[Part]) -> say.Answer:
     )
 
 
-def granted(request: int, grants: Grants) -> say.Answer:
+def granted(request: int, grants: Grants) -> messages.KeyAnswers:
     count = len(grants.checksums)
-    return say.Answer(
+    return messages.KeyAnswers(
         request=request,
         indices=np.arange(count, dtype="<u4").tobytes(),
         verdicts=bytes([grants.verdict]) * count,
@@ -169,5 +169,5 @@ def granted(request: int, grants: Grants) -> say.Answer:
     )
 
 
-def verdicts_of(codes: Codes) -> tuple[Verdict, ...]:
+def verdicts_of(codes: Codes) -> tuple[KeyVerdict, ...]:
     return tuple(map(_VERDICTS.__getitem__, codes.tolist()))

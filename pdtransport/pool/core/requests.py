@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
-class Verdict(IntEnum):
+class KeyVerdict(IntEnum):
     """The answer about one key of a store or load."""
 
     HAVE = 0  # store: published already, by whomever
@@ -23,11 +23,11 @@ class Verdict(IntEnum):
     LOST = 8  # never on the wire: the deadline passed, the pool ended, or the operation was cancelled
 
 
-class Part(NamedTuple):
+class KeyAnswer(NamedTuple):
     """What a request is told about its key number ``place``. ``frames`` are uint32 ids."""
 
     place: int
-    verdict: Verdict
+    verdict: KeyVerdict
     checksum: int = 0
     frames: bytes = b""
 
@@ -36,32 +36,32 @@ class Grants(NamedTuple):
     """A request is told the same about all its keys: WRITE, or READ with their ``checksums``. ``frames`` are those of
     all, one after the other, ``counts`` how many each has."""
 
-    verdict: Verdict
+    verdict: KeyVerdict
     checksums: Sequence[int]
     counts: Sequence[int]
     frames: bytes
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[KeyAnswer]:
         ends = accumulate(self.counts, initial=0)
         for place, (checksum, (first, last)) in enumerate(zip(self.checksums, pairwise(ends), strict=True)):
-            yield Part(place, self.verdict, checksum, self.frames[4 * first : 4 * last])
+            yield KeyAnswer(place, self.verdict, checksum, self.frames[4 * first : 4 * last])
 
 
 @dataclass(eq=False)
-class Session:
+class ClientSession:
     """One client, as long as it lives."""
 
     name: str
     route: bytes = b""  # its connection
     held_bytes: int = 0
-    requests: dict[int, Request] = field(default_factory=dict)
+    requests: dict[int, PoolRequest] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
-class Request:
+class PoolRequest:
     """One store or load. ``held`` and ``waits`` map a place to its entry."""
 
-    session: Session
+    session: ClientSession
     number: int
     store: bool
     group: int = 0

@@ -4,8 +4,8 @@ A chunk is *invisible* while its writer fills it, *visible* once published in so
 again only when no reader and no writer holds it. What clients hold hangs on their requests: a request that is
 cancelled, or whose client is dead, gives all of it back. Nothing expires.
 
-Clients' answers gather in :attr:`Shelf.outbox`, work for tiers below memory in :attr:`Shelf.jobs`; whoever drives the
-shelf (:mod:`pdtransport.pool.server.service`) empties both.
+Clients' answers gather in :attr:`ChunkStore.outbox`, work for tiers below memory in :attr:`ChunkStore.jobs`; whoever
+drives the store (:mod:`pdtransport.pool.server.service`) empties both.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from functools import partial
 
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.core import batches
-from pdtransport.pool.core.budget import Room
+from pdtransport.pool.core.budget import MemoryBudget
 from pdtransport.pool.core.eviction import Ghosts
 from pdtransport.pool.core.frames import Frames
 from pdtransport.pool.core.index import EMPTY, FILLING, MAX_REFS, MEMORY, READY, Index, key_rows
 from pdtransport.pool.core.prefetched import SHARE, Hints
-from pdtransport.pool.core.requests import Grants, Part, Request, Verdict
-from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.core.requests import Grants, KeyAnswer, KeyVerdict, PoolRequest
+from pdtransport.pool.core.tier_state import Delete, Job, Promote, TierState, WriteBack
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import Stored
 from pdtransport.pool.tiers.codecs import Forms
@@ -32,7 +32,7 @@ MAX_GHOSTS = 1 << 20  # keys that admission "twice" remembers, about 100 bytes e
 INDEX_TRIES = 64  # chunks dropped for one place in a full index
 
 
-class Shelf:
+class ChunkStore:
     """All chunks of one pool.
 
     Args:
@@ -46,25 +46,25 @@ class Shelf:
         settings: PoolSettings,
         frames: int,
         verify: Callable[[bytes, int, int], bool],
-        lower: Sequence[Lower] = (),
+        lower: Sequence[TierState] = (),
     ) -> None:
         self.settings = settings
         self.index = Index(settings.max_chunks)
         quotas = {name: limit // settings.frame_bytes for name, limit in settings.quotas.items()}
         evicted = partial(batches.evicted, self)
-        self.room = Room(self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted)
+        self.room = MemoryBudget(self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, evicted)
         self.lower = list(lower)
         for tier in self.lower:
             tier.attach(self.index)
         self.jobs: deque[Job] = deque()
         self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
-        self.outbox: dict[Request, list[Part] | Grants] = {}
+        self.outbox: dict[PoolRequest, list[KeyAnswer] | Grants] = {}
         self.counters: Counter[str] = Counter()
         self.forms = Forms(self.counters)  # ways to pack chunks below memory, by the index's ``form``
         self.hints = Hints(frames * settings.frame_bytes // SHARE, self.counters)
         self._verify = verify
         self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
-        self.waiters: dict[int, deque[tuple[Request, int]] | None] = {}  # of each entry being filled
+        self.waiters: dict[int, deque[tuple[PoolRequest, int]] | None] = {}  # of each entry being filled
         self._seen = Ghosts()
         self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
         self.writeback_bytes = 0  # that wait or are being written, all tiers together
@@ -86,7 +86,7 @@ class Shelf:
         self.counters["lookup_hits_memory"] += in_memory
         return there, in_memory
 
-    def store(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
+    def store(self, request: PoolRequest, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""
         entries = self.index.find(key_rows(keys))
         if len(sizes) > 1 and batches.store(self, request, entries, keys, sizes):
@@ -100,15 +100,15 @@ class Shelf:
             if entry < 0:
                 begun[key] = self._begin(request, number, key, nbytes)
             elif self.index.nbytes[entry] != nbytes:
-                self._answer(request, Part(number, Verdict.MISMATCH))
+                self._answer(request, KeyAnswer(number, KeyVerdict.MISMATCH))
             elif self.index.tiers[entry]:
-                self._answer(request, Part(number, Verdict.HAVE))
+                self._answer(request, KeyAnswer(number, KeyVerdict.HAVE))
             elif self.index.state[entry] == FILLING:
                 self._wait(request, number, entry)
             else:  # dropped, and someone still reads it
-                self._answer(request, Part(number, Verdict.BUSY))
+                self._answer(request, KeyAnswer(number, KeyVerdict.BUSY))
 
-    def load(self, request: Request, keys: bytes, sizes: Sequence[int]) -> None:
+    def load(self, request: PoolRequest, keys: bytes, sizes: Sequence[int]) -> None:
         """Answer each key: READ, and the chunk is referenced; or MISS. Keys on the way into memory (a writer fills
         them, or they come up from a tier below) are answered when they are there."""
         entries = self.index.find(key_rows(keys))
@@ -116,21 +116,21 @@ class Shelf:
             return
         for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
             if entry < 0 or not (self.index.tiers[entry] or self.index.state[entry] == FILLING):
-                self._answer(request, Part(number, Verdict.MISS))
+                self._answer(request, KeyAnswer(number, KeyVerdict.MISS))
             elif self.index.nbytes[entry] != nbytes:
-                self._answer(request, Part(number, Verdict.MISMATCH))
+                self._answer(request, KeyAnswer(number, KeyVerdict.MISMATCH))
             elif self.index.state[entry] == FILLING:
                 self.counters["waited_hits"] += 1
                 self._wait(request, number, entry)
             elif not self.index.tiers[entry] & MEMORY and self._holder(entry) is None:  # its tier is down
-                self._answer(request, Part(number, Verdict.MISS))
+                self._answer(request, KeyAnswer(number, KeyVerdict.MISS))
             elif self.index.tiers[entry] & MEMORY:
                 self.counters["memory_hits"] += 1
                 self._grant_read(request, number, entry)
             else:
                 self._promote(request, number, entry)
 
-    def publish(self, request: Request, written: Sequence[tuple[int, int]]) -> int:
+    def publish(self, request: PoolRequest, written: Sequence[tuple[int, int]]) -> int:
         """The writer filled these (index, checksum): they become visible. Returns how many did."""
         if len(written) > 1 and batches.publish(self, request, written):
             return len(written)
@@ -149,7 +149,7 @@ class Shelf:
             done += 1
         return done
 
-    def release(self, request: Request, numbers: Iterable[int]) -> None:
+    def release(self, request: PoolRequest, numbers: Iterable[int]) -> None:
         """The reader is done with these: its copy is committed, or it does not want them any more. From a writer:
         it will not fill them."""
         for number in numbers:
@@ -163,12 +163,12 @@ class Shelf:
             else:
                 self._unreference(entry)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: PoolRequest) -> None:
         """Give back all that the request holds or waits for; whoever made it is dead or has stopped copying."""
         self.release(request, [*request.waits, *request.held])
         self.outbox.pop(request, None)
 
-    def damaged(self, request: Request, number: int) -> bool:
+    def damaged(self, request: PoolRequest, number: int) -> bool:
         """A reader found that its chunk does not have its checksum. True if so: it is dropped from memory."""
         entry = request.held.get(number)
         if entry is None or request.store or not self.index.tiers[entry] & MEMORY:
@@ -234,7 +234,7 @@ class Shelf:
             self.leave_memory(job.entry)
         self.written_back(job, None)
 
-    def went_down(self, tier: Lower) -> None:
+    def went_down(self, tier: TierState) -> None:
         """A tier can't be reached: it is left alone until it is up again."""
         if tier.up:
             self.counters[f"{tier.name}_went_down"] += 1
@@ -260,7 +260,7 @@ class Shelf:
             tier.touch(entry)
         self._in_memory(entry)
 
-    def adopt(self, tier: Lower, found: Stored) -> bool:
+    def adopt(self, tier: TierState, found: Stored) -> bool:
         """A chunk that lies in a tier below since an earlier run. False: there is no place for it, or it is known."""
         entry, index = self.index.entry(found.key), self.index
         if entry >= 0 and (index.nbytes[entry] != found.nbytes or index.tiers[entry] & tier.bit):
@@ -279,19 +279,19 @@ class Shelf:
 
     # -- steps of a life --------------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request, number: int, key: bytes, nbytes: int) -> int:
+    def _begin(self, request: PoolRequest, number: int, key: bytes, nbytes: int) -> int:
         """Let the request write a chunk that is not there. Returns its entry, -1 if it may not."""
-        frames, refusal = None, Verdict.FULL
+        frames, refusal = None, KeyVerdict.FULL
         key_hash = int.from_bytes(key[:8], "little")
         if self.settings.admission == "twice" and not self._seen.pop(key_hash):
             self._seen.add(key_hash, min(self.index.capacity, MAX_GHOSTS))
-            refusal = Verdict.LATER
+            refusal = KeyVerdict.LATER
         elif request.session.held_bytes + nbytes > self.settings.client_bytes:
-            refusal = Verdict.BUSY
+            refusal = KeyVerdict.BUSY
         elif self._place_in_index():
             frames = self.room.take(nbytes, request.group)
         if frames is None:
-            self._answer(request, Part(number, refusal))
+            self._answer(request, KeyAnswer(number, refusal))
             return -1
         entry = self.index.add(key)
         self.index.nbytes[entry], self.index.state[entry] = nbytes, FILLING
@@ -313,18 +313,18 @@ class Shelf:
                 return False
         return len(self.index) < self.index.capacity
 
-    def _grant_write(self, request: Request, number: int, entry: int) -> None:
+    def _grant_write(self, request: PoolRequest, number: int, entry: int) -> None:
         frames = self.frames_of[entry]
         assert frames is not None
         request.held[number] = entry
         request.session.held_bytes += self.index.nbytes[entry]
-        self._answer(request, Part(number, Verdict.WRITE, 0, frames))
+        self._answer(request, KeyAnswer(number, KeyVerdict.WRITE, 0, frames))
 
-    def _grant_read(self, request: Request, number: int, entry: int) -> None:
+    def _grant_read(self, request: PoolRequest, number: int, entry: int) -> None:
         nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
         if request.session.held_bytes + nbytes > self.settings.client_bytes or self.index.refs[entry] == MAX_REFS:
-            self._answer(request, Part(number, Verdict.BUSY))
+            self._answer(request, KeyAnswer(number, KeyVerdict.BUSY))
             return
         self.index.refs[entry] += 1
         request.held[number] = entry
@@ -333,19 +333,19 @@ class Shelf:
         self.hints.loaded(entry)
         self.counters["loaded_chunks"] += 1
         self.counters["loaded_bytes"] += nbytes
-        self._answer(request, Part(number, Verdict.READ, self.index.checksum[entry], frames))
+        self._answer(request, KeyAnswer(number, KeyVerdict.READ, self.index.checksum[entry], frames))
 
-    def _wait(self, request: Request, number: int, entry: int) -> None:
+    def _wait(self, request: PoolRequest, number: int, entry: int) -> None:
         request.waits[number] = entry
         self._waiting(entry).append((request, number))
 
-    def _waiting(self, entry: int) -> deque[tuple[Request, int]]:
+    def _waiting(self, entry: int) -> deque[tuple[PoolRequest, int]]:
         waiting = self.waiters[entry]
         if waiting is None:  # most entries never have one
             waiting = self.waiters[entry] = deque()
         return waiting
 
-    def _give_up(self, request: Request, number: int) -> int:
+    def _give_up(self, request: PoolRequest, number: int) -> int:
         entry = request.held.pop(number)
         request.session.held_bytes -= self.index.nbytes[entry]
         return entry
@@ -357,12 +357,12 @@ class Shelf:
         self.room.enter(entry)
         self.serve(entry, self.waiters.pop(entry))
 
-    def serve(self, entry: int, waiting: Iterable[tuple[Request, int]] | None) -> None:
+    def serve(self, entry: int, waiting: Iterable[tuple[PoolRequest, int]] | None) -> None:
         """Answer those who waited for it."""
         for request, number in waiting or ():
             del request.waits[number]
             if request.store:
-                self._answer(request, Part(number, Verdict.HAVE))
+                self._answer(request, KeyAnswer(number, KeyVerdict.HAVE))
             else:
                 self._grant_read(request, number, entry)
 
@@ -382,7 +382,7 @@ class Shelf:
         self._forget_if_gone(entry)
         for request, number in waiters:
             del request.waits[number]
-            self._answer(request, Part(number, Verdict.BUSY if request.store else Verdict.MISS))
+            self._answer(request, KeyAnswer(number, KeyVerdict.BUSY if request.store else KeyVerdict.MISS))
 
     def _unreference(self, entry: int) -> None:
         self.index.refs[entry] -= 1
@@ -419,17 +419,17 @@ class Shelf:
     def _tenant(self, entry: int) -> str:
         return self.room.groups[self.index.group[entry]].name
 
-    def _holder(self, entry: int) -> Lower | None:
+    def _holder(self, entry: int) -> TierState | None:
         """The fastest tier below memory that has the chunk."""
         return next((tier for tier in self.lower if tier.up and self.index.tiers[entry] & tier.bit), None)
 
-    def _promote(self, request: Request, number: int, entry: int) -> None:
+    def _promote(self, request: PoolRequest, number: int, entry: int) -> None:
         tier = self._holder(entry)
         if tier is not None and self.bring_up(entry):
             self.counters[f"{tier.name}_hits"] += 1
             self._wait(request, number, entry)
         else:
-            self._answer(request, Part(number, Verdict.FULL))
+            self._answer(request, KeyAnswer(number, KeyVerdict.FULL))
 
     def bring_up(self, entry: int) -> bool:
         """Have a chunk that is not in memory read into it; False if there is no room, or no tier that has it."""
@@ -449,7 +449,7 @@ class Shelf:
             if not self.index.tiers[entry] & tier.bit and not self.write_down(entry, tier):
                 self.counters[f"{tier.name}_write_skipped"] += 1
 
-    def write_down(self, entry: int, tier: Lower) -> bool:
+    def write_down(self, entry: int, tier: TierState) -> bool:
         """Have a chunk in memory written to a tier below, once more if it is there; False if too much waits already,
         the tier is down, or has no room."""
         nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
@@ -469,19 +469,19 @@ class Shelf:
         self.jobs.append(WriteBack(tier, entry, key, tenant, nbytes, checksum, frames, reserved, lossy))
         return True
 
-    def _drop_coldest(self, tier: Lower) -> bool:
+    def _drop_coldest(self, tier: TierState) -> bool:
         entry = tier.coldest()
         if entry >= 0:
             self.counters[f"{tier.name}_evicted_chunks"] += 1
             self._gone_from(tier, entry)
         return entry >= 0
 
-    def _drop_from(self, tier: Lower, entry: int) -> None:
+    def _drop_from(self, tier: TierState, entry: int) -> None:
         if self.index.tiers[entry] & tier.bit:
             tier.leave(entry)
             self._gone_from(tier, entry)
 
-    def _gone_from(self, tier: Lower, entry: int) -> None:
+    def _gone_from(self, tier: TierState, entry: int) -> None:
         self.index.tiers[entry] &= ~tier.bit & 0xFF
         key, nbytes = self.index.key(entry), self.index.nbytes[entry]
         self.jobs.append(Delete(tier, key, self._tenant(entry), nbytes))
@@ -491,7 +491,7 @@ class Shelf:
         """Of each key; -1: it is not known."""
         return self.index.find(key_rows(keys)).tolist()
 
-    def _answer(self, request: Request, part: Part) -> None:
+    def _answer(self, request: PoolRequest, part: KeyAnswer) -> None:
         self.counters[part.verdict.name.lower()] += 1
         parts = self.outbox.setdefault(request, [])
         assert isinstance(parts, list)  # grants were for all that it asked for

@@ -14,7 +14,7 @@ from pdtransport.pool.tiers.codecs import Codec, Lossy
 from pdtransport.pool.tiers.keyed_digest import Signer
 
 
-class Lower:
+class TierState:
     """The account of one tier.
 
     Args:
@@ -85,7 +85,7 @@ class Lower:
 class WriteBack:
     """Write a chunk, which stays referenced until this is done, to a tier. ``reserved`` bytes are set aside for it."""
 
-    tier: Lower
+    tier: TierState
     entry: int
     key: bytes
     tenant: str
@@ -100,7 +100,7 @@ class WriteBack:
 class Promote:
     """Read a chunk from a tier into these frames, and verify it."""
 
-    tier: Lower
+    tier: TierState
     entry: int
     key: bytes
     tenant: str
@@ -112,7 +112,7 @@ class Promote:
 class Delete:
     """Remove a chunk from a tier."""
 
-    tier: Lower
+    tier: TierState
     key: bytes
     tenant: str
     nbytes: int

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.protocol.messages import Message
 
 TransferName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -37,13 +37,13 @@ class RemoteWelcome(Message):
     port: Annotated[int, Field(ge=1, le=65535)]
 
 
-class Ping(Message):
-    """Client: I live. Answered by :class:`Pong`."""
+class RemotePing(Message):
+    """Client: I live. Answered by :class:`RemotePong`."""
 
     kind: Literal["ping"] = "ping"
 
 
-class Pong(Message):
+class RemotePong(Message):
     """Agent: so do I."""
 
     kind: Literal["pong"] = "pong"
@@ -54,14 +54,14 @@ class RemoteAnswer(Message):
     they have a message of their own."""
 
     kind: Literal["remote answer"] = "remote answer"
-    request: say.RequestId
-    indices: say.Words32
-    verdicts: Annotated[bytes, Field(max_length=say.MAX_KEYS)]
-    checksums: say.Words64
+    request: messages.RequestId
+    indices: messages.Words32
+    verdicts: Annotated[bytes, Field(max_length=messages.MAX_KEYS)]
+    checksums: messages.Words64
     transfer: TransferName | None = None
 
 
-class RemotePublish(say.Publish):
+class RemotePublish(messages.Publish):
     """Client: as :class:`messages.Publish`; the chunks are to be fetched, by ``transfer``, from my transport. Answered
     by :class:`messages.Done`, once they are published, or with a count of 0 if they were not."""
 
@@ -71,8 +71,8 @@ class RemotePublish(say.Publish):
     port: Annotated[int, Field(ge=1, le=65535)]
 
 
-FromRemote = RemoteHello | RemotePublish | Ping | say.FromClient
-ToRemote = RemoteWelcome | RemoteAnswer | Pong | say.FromPool
+FromRemote = RemoteHello | RemotePublish | RemotePing | messages.FromClient
+ToRemote = RemoteWelcome | RemoteAnswer | RemotePong | messages.FromPool
 
 _FROM_REMOTE: TypeAdapter[FromRemote] = TypeAdapter(Annotated[FromRemote, Field(discriminator="kind")])
 _TO_REMOTE: TypeAdapter[ToRemote] = TypeAdapter(Annotated[ToRemote, Field(discriminator="kind")])
@@ -84,7 +84,7 @@ def from_remote(frame: bytes) -> FromRemote:
     Raises:
         WireError: as :func:`messages.from_client`.
     """
-    return say.parsed(frame, _FROM_REMOTE)  # type: ignore[no-any-return]
+    return messages.parsed(frame, _FROM_REMOTE)  # type: ignore[no-any-return]
 
 
 def to_remote(frame: bytes) -> ToRemote:
@@ -93,7 +93,7 @@ def to_remote(frame: bytes) -> ToRemote:
     Raises:
         WireError: as :func:`messages.from_client`.
     """
-    return say.parsed(frame, _TO_REMOTE)  # type: ignore[no-any-return]
+    return messages.parsed(frame, _TO_REMOTE)  # type: ignore[no-any-return]
 
 
 def new_transfer() -> str:

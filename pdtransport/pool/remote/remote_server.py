@@ -33,12 +33,12 @@ from pdtransport.control.status import Allowance
 from pdtransport.errors import SettingsError
 from pdtransport.io.reactor import Reactor
 from pdtransport.kv.fingerprint import plain
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.client.local_wire import Wire
 from pdtransport.pool.core.shared_memory import Mapping
 from pdtransport.pool.remote.chunk_transport import open_transport
-from pdtransport.pool.remote.remote_messages import Ping, Pong, RemoteHello, RemoteWelcome, from_remote
-from pdtransport.pool.remote.session import Caller, Guest
+from pdtransport.pool.remote.remote_messages import RemoteHello, RemotePing, RemotePong, RemoteWelcome, from_remote
+from pdtransport.pool.remote.session import Caller, RemoteClientSession
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.protocol.messages import PEEK_BYTES, Message, WireError, peek
 from pdtransport.transport import Transport
@@ -58,7 +58,7 @@ class _Stranger:
         self.cut = False  # nothing that it says counts any more
 
 
-class _Desk:
+class RemoteServer:
     """Work for a :class:`Reactor`: the socket, and who is connected."""
 
     def __init__(self, settings: PoolSettings, mapping: Mapping, transport: Transport, reactor: Reactor) -> None:
@@ -66,17 +66,17 @@ class _Desk:
         self._settings, self._mapping, self._transport, self._reactor = settings, mapping, transport, reactor
         self._context: zmq.Context[Socket] = zmq.Context(1)
         self._silence_s = settings.remote.liveness_s
-        control = settings.remote.control(0).model_copy(update={"max_frame_bytes": say.MAX_FRAME_BYTES})
-        self._guests: dict[bytes, Guest] = {}
+        control = settings.remote.control(0).model_copy(update={"max_frame_bytes": messages.MAX_FRAME_BYTES})
+        self._guests: dict[bytes, RemoteClientSession] = {}
         self._strangers: OrderedDict[bytes, _Stranger] = OrderedDict()  # by connection: all that spoke, guests' too
-        self._leaving: list[Guest] = []
-        self._gate: curve.Gatekeeper | None = None
+        self._leaving: list[RemoteClientSession] = []
+        self._gatekeeper: curve.Gatekeeper | None = None
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
         try:
             keys = curve.load_keys(control)
             owners = owners_for(control, keys=keys is not None)
-            self._gate = curve.Gatekeeper(self._context, keys) if keys is not None else None
+            self._gatekeeper = curve.Gatekeeper(self._context, keys) if keys is not None else None
             self._socket = open_socket(self._context, zmq.ROUTER, control, ipv6=":" in control.host)
             curve.apply_server(self._socket, keys)
             self._monitor = watch(self._context, self._socket, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
@@ -95,7 +95,7 @@ class _Desk:
     # -- what the reactor drives ------------------------------------------------------------------------------------
 
     def sockets(self) -> list[Socket]:
-        own = [self._socket, self._monitor, self._gate.socket if self._gate is not None else None]
+        own = [self._socket, self._monitor, self._gatekeeper.socket if self._gatekeeper is not None else None]
         return [*(each for each in own if each is not None), *(s for guest in self._all for s in guest.wire.sockets())]
 
     def descriptors(self) -> list[int]:
@@ -110,7 +110,7 @@ class _Desk:
 
     def turn(self, now: float) -> bool:
         for _ in range(MAX_FRAMES_A_TURN):
-            if self._gate is None or not self._gate.step():
+            if self._gatekeeper is None or not self._gatekeeper.step():
                 break
         self._read_monitor(now)
         more = self._read(now)
@@ -126,7 +126,7 @@ class _Desk:
                 self._part(guest)
             if now < self._look_until:  # a message that can't be sent says whose connection it was
                 for route in list(self._guests):
-                    self._send(route, Pong())
+                    self._send(route, RemotePong())
         for guest in [guest for guest in self._leaving if guest.gone]:
             self._leaving.remove(guest)
             guest.wire.close()
@@ -137,12 +137,12 @@ class _Desk:
         for guest in self._all:
             guest.wire.close()
         close_watched(self._socket, self._monitor)
-        if self._gate is not None:
-            self._gate.close()
+        if self._gatekeeper is not None:
+            self._gatekeeper.close()
         self._context.term()
 
     @property
-    def _all(self) -> list[Guest]:
+    def _all(self) -> list[RemoteClientSession]:
         return [*self._guests.values(), *self._leaving]
 
     # -- what arrives -----------------------------------------------------------------------------------------------
@@ -199,7 +199,9 @@ class _Desk:
         self._complain(f"cut off {stranger.caller}: more than {STRANGER_FRAMES} frames before Hello", now)
         assert self._socket is not None
         self._socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
-        if self._send(letter.sender, say.Refused(what="client", reason="cut off: too many frames before Hello")):
+        if self._send(
+            letter.sender, messages.PoolRefused(what="client", reason="cut off: too many frames before Hello")
+        ):
             self._door.cut(stranger.caller)  # else its descriptor may be another connection's by now
         return None
 
@@ -227,11 +229,11 @@ class _Desk:
                 self._on_hello(letter, message, now)
             elif guest is None:
                 number = getattr(message, "request", 0)
-                self._send(letter.sender, say.Refused(request=number, what="hello", reason="say Hello first"))
-            elif isinstance(message, Ping):
+                self._send(letter.sender, messages.PoolRefused(request=number, what="hello", reason="say Hello first"))
+            elif isinstance(message, RemotePing):
                 guest.heard_at = now
-                self._send(letter.sender, Pong())
-            elif isinstance(message, say.Bye):
+                self._send(letter.sender, RemotePong())
+            elif isinstance(message, messages.Bye):
                 self._part(guest)
             else:
                 guest.heard_at = now
@@ -240,7 +242,7 @@ class _Desk:
             text = plain(str(error), 300)
             whose = "guests" if guest is not None else "strangers"
             self._complaints.say(f"garbage from a remote client of pool {self._settings.name}: {text}", now, whose)
-            self._send(letter.sender, say.Refused(what="message", reason=text))
+            self._send(letter.sender, messages.PoolRefused(what="message", reason=text))
 
     def _on_hello(self, letter: Letter, hello: RemoteHello, now: float) -> None:
         route, remote, settings = letter.sender, self._settings.remote, self._settings
@@ -249,12 +251,12 @@ class _Desk:
         if len(self._all) >= remote.max_clients:
             reason = f"{remote.max_clients} clients of other hosts are connected (remote.max_clients)"
         if reason:
-            self._send(route, say.Refused(what="client", reason=reason))
+            self._send(route, messages.PoolRefused(what="client", reason=reason))
             return
         self._door.know(self._strangers[route].caller)
         name = plain(hello.name, 100)
         wire = Wire(settings.dir, settings.name, f"{name} (remote)", hello.tenant, context=self._context)
-        self._guests[route] = Guest(
+        self._guests[route] = RemoteClientSession(
             name,
             wire,
             self._transport,
@@ -277,7 +279,7 @@ class _Desk:
     def _send(self, route: bytes, message: Message) -> bool:
         assert self._socket is not None
         try:
-            self._socket.send_multipart([route, say.encode(message)], zmq.NOBLOCK)
+            self._socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # gone, or it does not read
             guest = self._guests.get(route)
             if guest is not None:
@@ -285,7 +287,7 @@ class _Desk:
             return error.errno == zmq.EAGAIN
         return True
 
-    def _part(self, guest: Guest) -> None:
+    def _part(self, guest: RemoteClientSession) -> None:
         """Give up all that it holds, once nothing moves any more."""
         for route in [route for route, each in self._guests.items() if each is guest]:
             del self._guests[route]
@@ -322,7 +324,8 @@ class Agent:
                 remote.liveness_s,
             )
             self._reactor = Reactor(
-                lambda reactor: _Desk(settings, mapping, self._transport, reactor), name=f"pdpool-agent-{settings.name}"
+                lambda reactor: RemoteServer(settings, mapping, self._transport, reactor),
+                name=f"pdpool-agent-{settings.name}",
             )
             try:
                 self._reactor.start()

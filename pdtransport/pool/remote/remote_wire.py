@@ -24,21 +24,21 @@ import numpy as np
 import zmq
 
 from pdtransport.control import curve
-from pdtransport.control.owners import Listening, owners_for
+from pdtransport.control.owners import ListenerOwner, owners_for
 from pdtransport.control.sockets import Inbox, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.kv.geometry import HOST
-from pdtransport.pool import messages as say
-from pdtransport.pool.client.local_wire import Session, Wire, reach_memory
+from pdtransport.pool import messages
+from pdtransport.pool.client.local_wire import ServiceSession, Wire, reach_memory
 from pdtransport.pool.core.frames import Frames, frames_for
-from pdtransport.pool.core.requests import Verdict
+from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.core.shared_memory import Mapping
 from pdtransport.pool.remote.chunk_transport import open_transport
 from pdtransport.pool.remote.remote_messages import (
-    Ping,
-    Pong,
     RemoteAnswer,
     RemoteHello,
+    RemotePing,
+    RemotePong,
     RemotePublish,
     RemoteWelcome,
     new_transfer,
@@ -77,7 +77,7 @@ def silence_s(settings: Settings) -> float:
     return max(SILENCE_S, settings.control.liveness_s)
 
 
-class RemoteSession(Session):
+class RemoteSession(ServiceSession):
     """One connection to an agent. Its transport is opened in a thread of its own, before the first copy."""
 
     def __init__(self, settings: Settings, device: int) -> None:
@@ -153,7 +153,7 @@ class RemoteSession(Session):
 
 
 @dataclass
-class _Granted:
+class _StagedChunks:
     """Chunks that wait for staging frames: one to be written, or those of one transfer."""
 
     request: int
@@ -194,13 +194,13 @@ class RemoteWire(Wire):
                 "control.allow_plaintext on a trusted network)"
             )
         self._owners = owners_for(control, keys=self._keys is not None)
-        self._listening: Listening | None = None  # until it is known who listens there
+        self._listening: ListenerOwner | None = None  # until it is known who listens there
         self._staging_bytes, self._copies = staging_bytes, copies
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
         self._silence_s = silence_s(settings)
         self._beat_at = self._heard_at = self._not_before = 0.0
-        self._waiting: deque[_Granted] = deque()
+        self._waiting: deque[_StagedChunks] = deque()
         self._lent: dict[int, dict[int, bytes]] = {}  # staging frames of chunks, by request and place
 
     # -- a session's begin and end ----------------------------------------------------------------------------------
@@ -209,13 +209,13 @@ class RemoteWire(Wire):
         now = time.monotonic()
         if now < self._not_before:
             raise SettingsError(f"pool {self._pool}: {self._why}")
-        control = self._settings.control.model_copy(update={"max_frame_bytes": say.MAX_FRAME_BYTES})
+        control = self._settings.control.model_copy(update={"max_frame_bytes": messages.MAX_FRAME_BYTES})
         self.session, self._greeted = RemoteSession(self._settings, self._device), False
         self._socket = open_socket(self._context, zmq.DEALER, control, ipv6=":" in self._host)
         curve.apply_client(self._socket, self._keys)
         self._monitor = watch(self._context, self._socket, _WATCHED)
         self._inbox = Inbox(self._socket, addressed=False)
-        self._listening = Listening(self._owners, self._port)
+        self._listening = ListenerOwner(self._owners, self._port)
         self._heard_at = self._beat_at = now
         try:
             self._socket.connect(tcp_url(self._host, self._port))
@@ -265,7 +265,7 @@ class RemoteWire(Wire):
             if now - self._heard_at > self._silence_s:
                 self._hang_up(f"it said nothing for {self._silence_s:g} s")
             elif self.session.mapping is not None:
-                super()._send(Ping())
+                super()._send(RemotePing())
         return more
 
     # -- what arrives -----------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class RemoteWire(Wire):
             self._on_remote_welcome(message)
         elif isinstance(message, RemoteAnswer):
             self._on_remote_answer(message)
-        elif not isinstance(message, Pong):
+        elif not isinstance(message, RemotePong):
             self._on_message(message)
 
     def _on_remote_welcome(self, welcome: RemoteWelcome) -> None:
@@ -311,27 +311,27 @@ class RemoteWire(Wire):
 
     def _on_remote_answer(self, answer: RemoteAnswer) -> None:
         asked = self._asked.get(answer.request)
-        if asked is None or not isinstance(asked.message, say.Store | say.Load):
+        if asked is None or not isinstance(asked.message, messages.Store | messages.Load):
             return  # cancelled meanwhile, and the agent was told
         sizes = np.frombuffer(asked.message.sizes, dtype="<u4").tolist()
         try:
             places = np.frombuffer(answer.indices, dtype="<u4").tolist()
             checksums = np.frombuffer(answer.checksums, dtype="<u8")
             frames = [frames_for(sizes[place], self._session.frame_bytes) for place in places]
-            verdicts = [Verdict(code) for code in answer.verdicts]
+            verdicts = [KeyVerdict(code) for code in answer.verdicts]
             if not len(places) == len(verdicts) == len(checksums):
                 raise ValueError("arrays of different lengths")
         except (ValueError, IndexError) as error:
             self._hang_up(f"its answer makes no sense: {error}")
             return
         if answer.transfer is not None:
-            self._waiting.append(_Granted(answer.request, places, sum(frames), answer.checksums, answer.transfer))
+            self._waiting.append(_StagedChunks(answer.request, places, sum(frames), answer.checksums, answer.transfer))
         else:
-            refused = [i for i, verdict in enumerate(verdicts) if verdict is not Verdict.WRITE]
+            refused = [i for i, verdict in enumerate(verdicts) if verdict is not KeyVerdict.WRITE]
             self._tell(answer.request, [places[i] for i in refused], [verdicts[i] for i in refused])
             for place, count, verdict in zip(places, frames, verdicts, strict=True):
-                if verdict is Verdict.WRITE:
-                    self._waiting.append(_Granted(answer.request, [place], count, bytes(8), None))
+                if verdict is KeyVerdict.WRITE:
+                    self._waiting.append(_StagedChunks(answer.request, [place], count, bytes(8), None))
         self._admit()
 
     @property
@@ -340,7 +340,7 @@ class RemoteWire(Wire):
         return self.session
 
     def _tell(
-        self, request: int, places: list[int], verdicts: list[Verdict], checksums: bytes = b"", frames: bytes = b""
+        self, request: int, places: list[int], verdicts: list[KeyVerdict], checksums: bytes = b"", frames: bytes = b""
     ) -> None:
         """Tell who asked."""
         asked = self._asked.get(request)
@@ -348,7 +348,7 @@ class RemoteWire(Wire):
             return
         asked.heard(
             self.session,
-            say.Answer(
+            messages.KeyAnswers(
                 request=request,
                 indices=_words(places),
                 verdicts=bytes(verdicts),
@@ -370,8 +370,8 @@ class RemoteWire(Wire):
                 continue
             if granted.frames > staging.count:
                 self._waiting.popleft()
-                self._tell(granted.request, granted.places, [Verdict.FULL] * len(granted.places))
-                super()._send(say.Release(request=granted.request, indices=_words(granted.places)))
+                self._tell(granted.request, granted.places, [KeyVerdict.FULL] * len(granted.places))
+                super()._send(messages.ReleaseChunks(request=granted.request, indices=_words(granted.places)))
                 continue
             frames = staging.take(granted.frames)
             if frames is None:
@@ -384,7 +384,7 @@ class RemoteWire(Wire):
                 self._fetch(granted, frames, self.session)
         for request, places in writes.items():
             frames = b"".join(self._lent[request][place] for place in places)
-            self._tell(request, places, [Verdict.WRITE] * len(places), frames=frames)
+            self._tell(request, places, [KeyVerdict.WRITE] * len(places), frames=frames)
 
     def _give_back(self, session: RemoteSession, frames: bytes) -> None:
         if session is self.session:
@@ -407,7 +407,7 @@ class RemoteWire(Wire):
 
         return on_end
 
-    def _fetch(self, granted: _Granted, frames: bytes, session: RemoteSession) -> None:
+    def _fetch(self, granted: _StagedChunks, frames: bytes, session: RemoteSession) -> None:
         """A load: bring these chunks into staging frames."""
         on_end = self._moving(session, partial(self._fetched, granted, frames, session))
         if on_end is None:
@@ -425,23 +425,25 @@ class RemoteWire(Wire):
             on_end=on_end,
         )
 
-    def _fetched(self, granted: _Granted, frames: bytes, session: RemoteSession, outcome: Outcome) -> None:
+    def _fetched(self, granted: _StagedChunks, frames: bytes, session: RemoteSession, outcome: Outcome) -> None:
         if session is not self.session or granted.request not in self._asked:
             self._give_back(session, frames)
         elif outcome.ok:
             lent = self._lent.setdefault(granted.request, {})
             lent.update(zip(granted.places, self._cut(granted, frames), strict=True))
-            self._tell(granted.request, granted.places, [Verdict.READ] * len(granted.places), granted.checksums, frames)
+            self._tell(
+                granted.request, granted.places, [KeyVerdict.READ] * len(granted.places), granted.checksums, frames
+            )
         else:
             logger.warning("chunks of pool %s did not arrive: %s", self._pool, outcome.reason)
-            self._tell(granted.request, granted.places, [Verdict.LOST] * len(granted.places))
-            super()._send(say.Release(request=granted.request, indices=_words(granted.places)))
+            self._tell(granted.request, granted.places, [KeyVerdict.LOST] * len(granted.places))
+            super()._send(messages.ReleaseChunks(request=granted.request, indices=_words(granted.places)))
             self._give_back(session, frames)
 
-    def _cut(self, granted: _Granted, frames: bytes) -> Iterator[bytes]:
+    def _cut(self, granted: _StagedChunks, frames: bytes) -> Iterator[bytes]:
         """The frames of each chunk."""
         message = self._asked[granted.request].message
-        assert isinstance(message, say.Load)
+        assert isinstance(message, messages.Load)
         sizes, at = np.frombuffer(message.sizes, dtype="<u4").tolist(), 0
         for place in granted.places:
             end = at + 4 * frames_for(sizes[place], self._session.frame_bytes)
@@ -451,14 +453,14 @@ class RemoteWire(Wire):
     # -- what the copies say ----------------------------------------------------------------------------------------
 
     def _send(self, message: Message) -> None:
-        if isinstance(message, say.Publish):
+        if isinstance(message, messages.Publish):
             self._publish(message)
             return
         super()._send(message)
         session = self.session
-        if isinstance(message, say.Release | say.Cancel) and isinstance(session, RemoteSession):
+        if isinstance(message, messages.ReleaseChunks | messages.CancelRequest) and isinstance(session, RemoteSession):
             places = list(self._lent.get(message.request, ()))
-            if isinstance(message, say.Release):
+            if isinstance(message, messages.ReleaseChunks):
                 places = np.frombuffer(message.indices, dtype="<u4").tolist()
             self._give_back(session, self._take_back(message.request, places))
 
@@ -470,7 +472,7 @@ class RemoteWire(Wire):
             self._lent.pop(request, None)
         return frames
 
-    def _publish(self, message: say.Publish) -> None:
+    def _publish(self, message: messages.Publish) -> None:
         """A store: offer what was copied into staging frames to the agent."""
         session = self._session
         frames = self._take_back(message.request, np.frombuffer(message.indices, dtype="<u4").tolist())

@@ -18,10 +18,10 @@ import numpy as np
 
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.fingerprint import plain
-from pdtransport.pool import messages as say
-from pdtransport.pool.client.local_wire import FOREVER_S, Asked, Session, Wire
+from pdtransport.pool import messages
+from pdtransport.pool.client.local_wire import FOREVER_S, Asked, ServiceSession, Wire
 from pdtransport.pool.core.chunks import parts_of
-from pdtransport.pool.core.requests import Part, Verdict
+from pdtransport.pool.core.requests import KeyAnswer, KeyVerdict
 from pdtransport.pool.remote.remote_messages import RemoteAnswer, RemotePublish, new_transfer, transfer_key
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.transfer.outcome import Outcome
@@ -35,7 +35,7 @@ ASK_S = 600.0  # the longest deadline that a client's settings allow; it cancels
 
 
 @dataclass(eq=False)
-class Move:
+class ChunkMove:
     """A transfer of some chunks of a request. ``released``: those that its client does not want any more."""
 
     places: list[int]
@@ -53,16 +53,16 @@ class Publication:
 
 
 @dataclass(eq=False)
-class Errand:
+class RemoteRequest:
     """A store or load. ``open``: places that are neither refused, given back nor published."""
 
     number: int
     store: bool
     sizes: list[int]
     open: set[int]
-    session: Session | None = None
+    session: ServiceSession | None = None
     frames: dict[int, bytes] = field(default_factory=dict)  # granted, to be written
-    moves: list[Move] = field(default_factory=list)
+    moves: list[ChunkMove] = field(default_factory=list)
     publications: deque[Publication] = field(default_factory=deque)
     told: deque[list[int]] = field(default_factory=deque)  # Publish messages that are not confirmed
     cancelled: bool = False
@@ -89,7 +89,7 @@ class Caller:
         return host if any(named in network for network in self.networks) else ""
 
 
-class Guest:
+class RemoteClientSession:
     """Runs in the agent's I/O thread.
 
     Args:
@@ -114,7 +114,7 @@ class Guest:
         self.name, self.wire, self.heard_at = name, wire, now
         self._transport, self._caller, self._batch_frames = transport, caller, batch_frames
         self._send, self._post = send, post
-        self._errands: dict[int, Errand] = {}
+        self._errands: dict[int, RemoteRequest] = {}
         self._left = False
 
     @property
@@ -134,7 +134,7 @@ class Guest:
         Raises:
             WireError: it makes no sense.
         """
-        if isinstance(message, say.Store | say.Load):
+        if isinstance(message, messages.Store | messages.Load):
             self._begin(message, now)
             return
         number: int = getattr(message, "request", 0)
@@ -142,38 +142,38 @@ class Guest:
         if isinstance(message, RemotePublish):
             if errand is not None:
                 self._fetch(errand, message)
-        elif isinstance(message, say.Release):
+        elif isinstance(message, messages.ReleaseChunks):
             if errand is not None:
                 self._release(errand, set(_numbers(message.indices)))
-        elif isinstance(message, say.Cancel):
+        elif isinstance(message, messages.CancelRequest):
             if errand is not None:
                 self._cancel(errand)
-        elif isinstance(message, say.Damaged):
+        elif isinstance(message, messages.ChunkDamaged):
             if errand is not None and errand.session is not None:
                 self.wire.tell(errand.session, message)
-        elif number and not isinstance(message, say.Publish):
-            deadline = now + (FOREVER_S if isinstance(message, say.Watch) else ASK_S)
+        elif number and not isinstance(message, messages.Publish):
+            deadline = now + (FOREVER_S if isinstance(message, messages.WatchForgotten) else ASK_S)
             self.wire.ask(Asked(message, number, deadline, lambda _session, answer: self._answered(number, answer)))
         else:
             raise WireError(f"a remote client says no {getattr(message, 'kind', '?')}")
 
-    def _answered(self, number: int, answer: say.FromPool | PoolUnavailable) -> bool:
+    def _answered(self, number: int, answer: messages.FromPool | PoolUnavailable) -> bool:
         self._send(
-            say.Refused(request=number, what="wish", reason=str(answer)[:500])
+            messages.PoolRefused(request=number, what="wish", reason=str(answer)[:500])
             if isinstance(answer, PoolUnavailable)
             else answer
         )
-        return not isinstance(answer, say.Gone)
+        return not isinstance(answer, messages.Gone)
 
-    def _begin(self, message: say.Store | say.Load, now: float) -> None:
+    def _begin(self, message: messages.Store | messages.Load, now: float) -> None:
         if message.request in self._errands:
             raise WireError(f"request {message.request} is under way already")
-        storing = isinstance(message, say.Store)
-        errand = Errand(message.request, storing, _numbers(message.sizes), set(range(message.count)))
+        storing = isinstance(message, messages.Store)
+        errand = RemoteRequest(message.request, storing, _numbers(message.sizes), set(range(message.count)))
         self._errands[message.request] = errand
         self.wire.ask(Asked(message, message.request, now + ASK_S, partial(self._heard, errand)))
 
-    def _release(self, errand: Errand, places: set[int]) -> None:
+    def _release(self, errand: RemoteRequest, places: set[int]) -> None:
         places &= errand.open
         for move in errand.moves:
             mine = places & set(move.places)
@@ -183,15 +183,17 @@ class Guest:
                 move.handle.cancel("the client does not want it any more")
         self._give_back(errand, places)
 
-    def _give_back(self, errand: Errand, places: set[int]) -> None:
+    def _give_back(self, errand: RemoteRequest, places: set[int]) -> None:
         if places and errand.session is not None and not errand.cancelled:
-            self.wire.tell(errand.session, say.Release(request=errand.number, indices=_words(sorted(places))))
+            self.wire.tell(
+                errand.session, messages.ReleaseChunks(request=errand.number, indices=_words(sorted(places)))
+            )
         errand.open -= places
         for place in places:
             errand.frames.pop(place, None)
         self._settle(errand)
 
-    def _cancel(self, errand: Errand) -> None:
+    def _cancel(self, errand: RemoteRequest) -> None:
         errand.cancelled = True
         errand.publications.clear()
         for move in errand.moves:
@@ -199,7 +201,7 @@ class Guest:
                 move.handle.cancel("the client cancelled")
         self._settle(errand)
 
-    def _settle(self, errand: Errand) -> None:
+    def _settle(self, errand: RemoteRequest) -> None:
         """Forget what is through."""
         if errand.moves or not (errand.cancelled or not errand.open):
             return
@@ -208,43 +210,45 @@ class Guest:
 
     # -- what the service says --------------------------------------------------------------------------------------
 
-    def _heard(self, errand: Errand, session: Session | None, answer: say.FromPool | PoolUnavailable) -> bool:
+    def _heard(
+        self, errand: RemoteRequest, session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable
+    ) -> bool:
         if isinstance(answer, PoolUnavailable):
             if not errand.cancelled:
-                self._send(say.Refused(request=errand.number, what="wish", reason=str(answer)[:500]))
+                self._send(messages.PoolRefused(request=errand.number, what="wish", reason=str(answer)[:500]))
             self._cancel(errand)
             return True
         if errand.cancelled or session is None:
             return False
         errand.session = session
-        if isinstance(answer, say.Answer):
+        if isinstance(answer, messages.KeyAnswers):
             try:
                 self._grant(errand, list(parts_of(answer, errand.sizes, session.frame_bytes)), session)
             except PoolUnavailable as error:
-                self._send(say.Refused(request=errand.number, what="wish", reason=str(error)[:500]))
+                self._send(messages.PoolRefused(request=errand.number, what="wish", reason=str(error)[:500]))
                 self._cancel(errand)
-        elif isinstance(answer, say.Done):
+        elif isinstance(answer, messages.Done):
             if errand.told:
                 errand.open -= set(errand.told.popleft())
             self._send(answer)
             self._settle(errand)
         return False
 
-    def _grant(self, errand: Errand, parts: list[Part], session: Session) -> None:
-        plain = [part for part in parts if part.verdict is not Verdict.READ]
+    def _grant(self, errand: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
+        plain = [part for part in parts if part.verdict is not KeyVerdict.READ]
         for part in plain:
-            if part.verdict is Verdict.WRITE:
+            if part.verdict is KeyVerdict.WRITE:
                 errand.frames[part.place] = part.frames
             else:
                 errand.open.discard(part.place)
         if plain:
             self._send(_answer(errand, plain, None))
-        for batch in self._batches([part for part in parts if part.verdict is Verdict.READ]):
+        for batch in self._batches([part for part in parts if part.verdict is KeyVerdict.READ]):
             self._hand_over(errand, batch, session)
         self._settle(errand)
 
-    def _batches(self, parts: list[Part]) -> Iterator[list[Part]]:
-        batch: list[Part] = []
+    def _batches(self, parts: list[KeyAnswer]) -> Iterator[list[KeyAnswer]]:
+        batch: list[KeyAnswer] = []
         frames = 0
         for part in parts:
             count = len(part.frames) // 4
@@ -258,10 +262,10 @@ class Guest:
 
     # -- what moves -------------------------------------------------------------------------------------------------
 
-    def _hand_over(self, errand: Errand, parts: list[Part], session: Session) -> None:
+    def _hand_over(self, errand: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
         """A load: the client fetches these chunks from us."""
         transfer = new_transfer()
-        move = Move([part.place for part in parts])
+        move = ChunkMove([part.place for part in parts])
         frames = b"".join(part.frames for part in parts)
         for part in parts:
             _blank_tail(session, part.frames, errand.sizes[part.place])
@@ -274,7 +278,7 @@ class Guest:
         offer.finish()
         self._send(_answer(errand, parts, transfer))
 
-    def _fetch(self, errand: Errand, message: RemotePublish) -> None:
+    def _fetch(self, errand: RemoteRequest, message: RemotePublish) -> None:
         """A store: we fetch these chunks from the client."""
         places = _numbers(message.indices)
         session = errand.session
@@ -286,12 +290,12 @@ class Guest:
         if not host:
             self._complain(message.host)
             self._give_back(errand, set(places))
-            self._send(say.Done(request=errand.number, count=0))
+            self._send(messages.Done(request=errand.number, count=0))
             return
         pages = np.frombuffer(b"".join(errand.frames.pop(place) for place in places), dtype="<u4").tolist()
         publication = Publication(places, message.checksums)
         errand.publications.append(publication)
-        move = Move(places)
+        move = ChunkMove(places)
         if not self._enter(errand, move, session):
             return
 
@@ -319,7 +323,7 @@ class Guest:
                 self._caller.at,
             )
 
-    def _enter(self, errand: Errand, move: Move, session: Session) -> bool:
+    def _enter(self, errand: RemoteRequest, move: ChunkMove, session: ServiceSession) -> bool:
         """Keep what the service granted until :meth:`_moved`; False if that is over already."""
         if not session.enter():
             self._cancel(errand)
@@ -328,7 +332,11 @@ class Guest:
         return True
 
     def _on_end(
-        self, errand: Errand, move: Move, session: Session, ended: Callable[[Outcome], None] | None = None
+        self,
+        errand: RemoteRequest,
+        move: ChunkMove,
+        session: ServiceSession,
+        ended: Callable[[Outcome], None] | None = None,
     ) -> Callable[[Outcome], None]:
         def moved(outcome: Outcome) -> None:
             if ended is not None:
@@ -346,7 +354,7 @@ class Guest:
 
         return on_end
 
-    def _publish(self, errand: Errand) -> None:
+    def _publish(self, errand: RemoteRequest) -> None:
         while errand.publications and errand.publications[0].fetched is not None:
             done = errand.publications.popleft()
             assert errand.session is not None
@@ -354,14 +362,14 @@ class Guest:
                 errand.told.append(done.places)
                 indices = _words(done.places)
                 self.wire.tell(
-                    errand.session, say.Publish(request=errand.number, indices=indices, checksums=done.checksums)
+                    errand.session, messages.Publish(request=errand.number, indices=indices, checksums=done.checksums)
                 )
             else:
                 self._give_back(errand, set(done.places))
-                self._send(say.Done(request=errand.number, count=0))
+                self._send(messages.Done(request=errand.number, count=0))
 
 
-def _answer(errand: Errand, parts: list[Part], transfer: str | None) -> RemoteAnswer:
+def _answer(errand: RemoteRequest, parts: list[KeyAnswer], transfer: str | None) -> RemoteAnswer:
     return RemoteAnswer(
         request=errand.number,
         indices=_words([part.place for part in parts]),
@@ -371,7 +379,7 @@ def _answer(errand: Errand, parts: list[Part], transfer: str | None) -> RemoteAn
     )
 
 
-def _blank_tail(session: Session, frames: bytes, nbytes: int) -> None:
+def _blank_tail(session: ServiceSession, frames: bytes, nbytes: int) -> None:
     """Whole frames cross; what an earlier chunk left behind this one's end is not for this client."""
     assert session.mapping is not None
     used = nbytes % session.frame_bytes

@@ -24,13 +24,13 @@ from pdtransport.errors import SettingsError
 from pdtransport.io.reactor import Reactor
 from pdtransport.kernels.quant import Grid
 from pdtransport.kv.fingerprint import plain
-from pdtransport.pool import messages as say
+from pdtransport.pool import messages
 from pdtransport.pool.core.chunks import answer_of, granted
 from pdtransport.pool.core.index import MEMORY
 from pdtransport.pool.core.locks import SERVICE_BYTE, LockFile, private_directory
-from pdtransport.pool.core.requests import Grants, Part, Request, Session
+from pdtransport.pool.core.requests import ClientSession, Grants, KeyAnswer, PoolRequest
 from pdtransport.pool.core.shared_memory import Mapping, make_memory, map_memory
-from pdtransport.pool.core.store import Shelf
+from pdtransport.pool.core.store import ChunkStore
 from pdtransport.pool.server.admin_requests import Control
 from pdtransport.pool.server.key_space_file import SpaceFile, spaces_path
 from pdtransport.pool.server.tier_threads import Mover, checksum_of
@@ -51,14 +51,14 @@ MAX_REQUESTS = 4096  # live ones of a client
 ANSWER_FRAME_IDS = 512 << 10  # frame ids in one answer: 2 MiB, half of the longest message
 TICK_S = 0.25  # between looks at which clients are alive
 
-CONTROL = ControlSettings(max_frame_bytes=say.MAX_FRAME_BYTES)
+CONTROL = ControlSettings(max_frame_bytes=messages.MAX_FRAME_BYTES)
 
 
 @dataclass
 class Client:
     """A client that said Hello, until it is gone."""
 
-    session: Session
+    session: ClientSession
     lock: int
     group: int
 
@@ -94,13 +94,13 @@ class PoolService:
             def verify(frames: bytes, nbytes: int, checksum: int) -> bool:
                 return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
 
-            self.shelf = Shelf(settings, nbytes // frame_bytes, verify, lower_tiers(settings, MEMORY << 1))
-            self._control = Control(self.shelf, self._spaces)
+            self.store = ChunkStore(settings, nbytes // frame_bytes, verify, lower_tiers(settings, MEMORY << 1))
+            self._control = Control(self.store, self._spaces)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
             settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
             self._inbox = Inbox(self._socket, addressed=True)
-            self._mover = Mover(self.shelf, memory, reactor.post)
+            self._mover = Mover(self.store, memory, reactor.post)
         except BaseException:
             self.close()
             raise
@@ -130,8 +130,8 @@ class PoolService:
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
             self._bury_the_dead()
-            self.shelf.room.tick(now)
-            self.shelf.hints.tick(now)
+            self.store.room.tick(now)
+            self.store.hints.tick(now)
         for _ in range(MAX_FRAMES_A_TURN):
             letter = self._inbox.read()
             if not letter:
@@ -179,21 +179,21 @@ class PoolService:
         try:
             if letter.body is None:
                 raise WireError("a message of several parts")
-            message = say.from_client(letter.body.bytes)
-            if isinstance(message, say.Hello):
+            message = messages.from_client(letter.body.bytes)
+            if isinstance(message, messages.PoolHello):
                 self._on_hello(letter.sender, message)
             elif client is None:
                 number = getattr(message, "request", 0)
-                self._send(letter.sender, say.Refused(request=number, what="hello", reason="say Hello first"))
+                self._send(letter.sender, messages.PoolRefused(request=number, what="hello", reason="say Hello first"))
             else:
                 self._on_message(client, message, now)
         except (WireError, RecursionError) as error:
             self.counters["garbage"] += 1
             text = plain(str(error), 300)
             self._complaints.say(f"garbage from a client of pool {self.settings.name}: {text}", now)
-            self._send(letter.sender, say.Refused(what="message", reason=text))
+            self._send(letter.sender, messages.PoolRefused(what="message", reason=text))
 
-    def _on_hello(self, route: bytes, hello: say.Hello) -> None:
+    def _on_hello(self, route: bytes, hello: messages.PoolHello) -> None:
         reason = ""
         if route in self._clients:
             reason = "Hello was said already on this connection"
@@ -202,14 +202,14 @@ class PoolService:
         elif any(client.lock == hello.lock for client in self._clients.values()) or not self._lock.held(hello.lock):
             reason = f"byte {hello.lock} of the lock file is not this client's: is its directory the pool's own?"
         if reason:
-            self._send(route, say.Refused(what="client", reason=reason))
+            self._send(route, messages.PoolRefused(what="client", reason=reason))
             return
-        session = Session(plain(hello.name, 128), route)
-        self._clients[route] = Client(session, hello.lock, self.shelf.room.group_of(hello.tenant))
+        session = ClientSession(plain(hello.name, 128), route)
+        self._clients[route] = Client(session, hello.lock, self.store.room.group_of(hello.tenant))
         assert self._memory is not None
         self._send(
             route,
-            say.Welcome(
+            messages.PoolWelcome(
                 memory=str(self._memory_path),
                 nbytes=self._memory.nbytes,
                 frame_bytes=self.settings.frame_bytes,
@@ -218,35 +218,35 @@ class PoolService:
         )
 
     def _on_message(self, client: Client, message: Message, now: float) -> None:
-        shelf, session = self.shelf, client.session
-        if isinstance(message, say.Lookup):
-            there, in_memory = shelf.lookup(message.keys)
-            self._send(client.route, say.Found(request=message.request, there=there, in_memory=in_memory))
-        elif isinstance(message, say.Store | say.Load):
+        store, session = self.store, client.session
+        if isinstance(message, messages.Lookup):
+            there, in_memory = store.lookup(message.keys)
+            self._send(client.route, messages.LookupReply(request=message.request, there=there, in_memory=in_memory))
+        elif isinstance(message, messages.Store | messages.Load):
             self._on_request(client, message)
-        elif isinstance(message, say.Publish):
+        elif isinstance(message, messages.Publish):
             request = session.requests.get(message.request)
             pairs = zip(_numbers(message.indices, "<u4"), _numbers(message.checksums, "<u8"), strict=True)
-            done = shelf.publish(request, list(pairs)) if request else 0
+            done = store.publish(request, list(pairs)) if request else 0
             if request:
                 self._tidy(request)
-            self._send(client.route, say.Done(request=message.request, count=done))
-        elif isinstance(message, say.Release):
+            self._send(client.route, messages.Done(request=message.request, count=done))
+        elif isinstance(message, messages.ReleaseChunks):
             request = session.requests.get(message.request)
             if request is not None:
-                shelf.release(request, _numbers(message.indices, "<u4"))
+                store.release(request, _numbers(message.indices, "<u4"))
                 self._tidy(request)
-        elif isinstance(message, say.Damaged):
+        elif isinstance(message, messages.ChunkDamaged):
             request = session.requests.get(message.request)
-            dropped = shelf.damaged(request, message.index) if request else False
-            self._send(client.route, say.Done(request=message.request, count=int(dropped)))
-        elif isinstance(message, say.Cancel):
+            dropped = store.damaged(request, message.index) if request else False
+            self._send(client.route, messages.Done(request=message.request, count=int(dropped)))
+        elif isinstance(message, messages.CancelRequest):
             request = session.requests.pop(message.request, None)
             if request is not None:
-                shelf.cancel(request)
-        elif isinstance(message, say.StatusAsked):
-            self._send(client.route, say.Status(request=message.request, status=json.dumps(self.status())))
-        elif isinstance(message, say.Bye):
+                store.cancel(request)
+        elif isinstance(message, messages.PoolStatusRequest):
+            self._send(client.route, messages.Status(request=message.request, status=json.dumps(self.status())))
+        elif isinstance(message, messages.Bye):
             self._end(client)
         else:
             self._on_control(client, message, now)
@@ -257,60 +257,60 @@ class PoolService:
         self._paused = True
         number: int = getattr(message, "request", 0)
         try:
-            if isinstance(message, say.Manage):
-                answer: Message = say.Done(request=number, count=self._control.manage(message, now))
-            elif isinstance(message, say.Look):
+            if isinstance(message, messages.Manage):
+                answer: Message = messages.Done(request=number, count=self._control.manage(message, now))
+            elif isinstance(message, messages.Look):
                 answer = self._control.look(message, self._mover.backlog)
-            elif isinstance(message, say.Watch):
+            elif isinstance(message, messages.WatchForgotten):
                 self._watchers[client.route] = number
-                self.shelf.gone = self.shelf.gone or []
-                answer = say.Gone(request=number, keys=b"")
-            elif isinstance(message, say.Count):
+                self.store.gone = self.store.gone or []
+                answer = messages.Gone(request=number, keys=b"")
+            elif isinstance(message, messages.Count):
                 answer = self._control.count(message)
-            elif isinstance(message, say.Introduce):
+            elif isinstance(message, messages.Introduce):
                 self._control.introduce(message.space)
-                answer = say.Done(request=number, count=1)
+                answer = messages.Done(request=number, count=1)
             else:
-                answer = say.Spaces(request=number, spaces=self._control.spaces())
+                answer = messages.Spaces(request=number, spaces=self._control.spaces())
         except WireError as error:  # understood, and not possible here
-            answer = say.Refused(request=number, what="wish", reason=str(error))
+            answer = messages.PoolRefused(request=number, what="wish", reason=str(error))
         self._send(client.route, answer)
 
-    def _on_request(self, client: Client, message: say.Store | say.Load) -> None:
+    def _on_request(self, client: Client, message: messages.Store | messages.Load) -> None:
         requests, sizes = client.session.requests, _numbers(message.sizes, "<u4")
         if message.request in requests or len(requests) >= MAX_REQUESTS:
             raise WireError(f"request {message.request} is under way already, or {MAX_REQUESTS} are")
         if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in set(sizes)):
             raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
-        storing = isinstance(message, say.Store)
-        form = self.shelf.forms.number(_lossy(message)) if isinstance(message, say.Store) else 0
-        request = requests[message.request] = Request(client.session, message.request, storing, client.group, form)
-        (self.shelf.store if storing else self.shelf.load)(request, message.keys, sizes)
+        storing = isinstance(message, messages.Store)
+        form = self.store.forms.number(_lossy(message)) if isinstance(message, messages.Store) else 0
+        request = requests[message.request] = PoolRequest(client.session, message.request, storing, client.group, form)
+        (self.store.store if storing else self.store.load)(request, message.keys, sizes)
 
     # -- what they are told -----------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
         """Hand on what the shelf wants done and said."""
         assert self._mover is not None
-        while self.shelf.jobs:
-            self._mover.submit(self.shelf.jobs.popleft())
-        if self.shelf.gone:
+        while self.store.jobs:
+            self._mover.submit(self.store.jobs.popleft())
+        if self.store.gone:
             self._tell_gone()
-        if not self.shelf.outbox:
+        if not self.store.outbox:
             return
-        outbox, self.shelf.outbox = self.shelf.outbox, {}
+        outbox, self.store.outbox = self.store.outbox, {}
         for request, parts in outbox.items():
             self._answer(request.session.route, request, parts)
             self._tidy(request)
 
     def _tell_gone(self) -> None:
-        gone, self.shelf.gone = self.shelf.gone or [], []
-        for first in range(0, len(gone), say.MAX_KEYS):
-            keys = b"".join(gone[first : first + say.MAX_KEYS])
+        gone, self.store.gone = self.store.gone or [], []
+        for first in range(0, len(gone), messages.MAX_KEYS):
+            keys = b"".join(gone[first : first + messages.MAX_KEYS])
             for route, number in list(self._watchers.items()):
-                self._send(route, say.Gone(request=number, keys=keys))
+                self._send(route, messages.Gone(request=number, keys=keys))
 
-    def _answer(self, route: bytes, request: Request, parts: list[Part] | Grants) -> None:
+    def _answer(self, route: bytes, request: PoolRequest, parts: list[KeyAnswer] | Grants) -> None:
         if isinstance(parts, Grants):
             if len(parts.frames) <= 4 * ANSWER_FRAME_IDS:
                 self._send(route, granted(request.number, parts))
@@ -323,14 +323,14 @@ class PoolService:
                 self._send(route, answer_of(request.number, parts[first:last]))
                 first, ids = last, 0
 
-    def _tidy(self, request: Request) -> None:
+    def _tidy(self, request: PoolRequest) -> None:
         """Forget a request that holds nothing and waits for nothing."""
-        if not request.held and not request.waits and request not in self.shelf.outbox:
+        if not request.held and not request.waits and request not in self.store.outbox:
             request.session.requests.pop(request.number, None)
 
     def _send(self, route: bytes, message: Message) -> None:
         try:
-            self._open_socket.send_multipart([route, say.encode(message)], zmq.NOBLOCK)
+            self._open_socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
             # Gone, or it does not read. What it holds is its own until its lock is free; anything it says next
             # is answered with a demand for a new Hello.
@@ -350,7 +350,7 @@ class PoolService:
 
     def _end(self, client: Client) -> None:
         for request in list(client.session.requests.values()):
-            self.shelf.cancel(request)
+            self.store.cancel(request)
         client.session.requests.clear()
         self._clients = {route: each for route, each in self._clients.items() if each is not client}
         self._unwatch(client.route)
@@ -358,7 +358,7 @@ class PoolService:
     def _unwatch(self, route: bytes) -> None:
         self._watchers.pop(route, None)
         if not self._watchers:
-            self.shelf.gone = None
+            self.store.gone = None
 
     def status(self) -> dict[str, Any]:
         return {
@@ -371,7 +371,7 @@ class PoolService:
                 }
                 for each in self._clients.values()
             ],
-            **_contents(self.shelf),
+            **_contents(self.store),
             "service": dict(self.counters),
         }
 
@@ -436,18 +436,18 @@ class Pool:
         self.close()
 
 
-def _contents(shelf: Shelf) -> dict[str, Any]:
+def _contents(store: ChunkStore) -> dict[str, Any]:
     """Sizes and counters, for people and metrics."""
-    frame_bytes, frames = shelf.settings.frame_bytes, shelf.room.frames
+    frame_bytes, frames = store.settings.frame_bytes, store.room.frames
     return {
-        "chunks": len(shelf.index),
-        "max_chunks": shelf.index.capacity,
-        "index_bytes": shelf.index.nbytes_committed,
+        "chunks": len(store.index),
+        "max_chunks": store.index.capacity,
+        "index_bytes": store.index.nbytes_committed,
         "memory": {
             "bytes": frames.count * frame_bytes,
             "used_bytes": (frames.count - frames.free) * frame_bytes,
-            "hard_pinned_bytes": shelf.room.hard_frames * frame_bytes,
-            "by_tenant": {group.name: group.used * frame_bytes for group in shelf.room.groups if group.used},
+            "hard_pinned_bytes": store.room.hard_frames * frame_bytes,
+            "by_tenant": {group.name: group.used * frame_bytes for group in store.room.groups if group.used},
         },
         "tiers": {
             tier.name: {
@@ -458,12 +458,12 @@ def _contents(shelf: Shelf) -> dict[str, Any]:
                 "packs": tier.codec is not None,
                 "bit": tier.bit,
             }
-            for tier in shelf.lower
+            for tier in store.lower
         },
-        "writeback_bytes": shelf.writeback_bytes,
-        "writeback_limit": shelf.settings.writeback_bytes,
-        "being_filled": shelf.being_filled,
-        "counters": dict(sorted(shelf.counters.items())),
+        "writeback_bytes": store.writeback_bytes,
+        "writeback_limit": store.settings.writeback_bytes,
+        "being_filled": store.being_filled,
+        "counters": dict(sorted(store.counters.items())),
     }
 
 
@@ -473,5 +473,5 @@ def _numbers(packed: bytes, kind: str) -> list[int]:
     return np.frombuffer(packed, dtype=kind).tolist()  # type: ignore[no-any-return]
 
 
-def _lossy(message: say.Store) -> Lossy | None:
+def _lossy(message: messages.Store) -> Lossy | None:
     return Lossy(message.codec, Grid(*message.grid)) if message.codec and message.grid else None

@@ -12,8 +12,8 @@ from pdtransport.errors import TransportClosed
 from pdtransport.kernels import pages
 from pdtransport.pool.core.frames import frame_runs
 from pdtransport.pool.core.shared_memory import Mapping
-from pdtransport.pool.core.store import Shelf
-from pdtransport.pool.core.tier_state import Delete, Job, Lower, Promote, WriteBack
+from pdtransport.pool.core.store import ChunkStore
+from pdtransport.pool.core.tier_state import Delete, Job, Promote, TierState, WriteBack
 from pdtransport.pool.server.jobs import Jobs
 from pdtransport.pool.tiers.base import Damaged, Stored, TierDown, TierError, check
 from pdtransport.pool.tiers.envelope import Opening, seal
@@ -32,18 +32,18 @@ Post = Callable[[Callable[[], None]], None]
 
 
 class Mover:
-    """Threads for each tier of ``shelf``, which share its work; results are posted to the thread that drives the
+    """Threads for each tier of ``store``, which share its work; results are posted to the thread that drives the
     shelf."""
 
-    def __init__(self, shelf: Shelf, memory: Mapping, post: Post) -> None:
-        self._shelf, self._memory, self._post = shelf, memory, post
-        self._frame_bytes = shelf.settings.frame_bytes
+    def __init__(self, store: ChunkStore, memory: Mapping, post: Post) -> None:
+        self._store, self._memory, self._post = store, memory, post
+        self._frame_bytes = store.settings.frame_bytes
         self._stopping = threading.Event()
         self._complaining = threading.Lock()
         self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # when, and how often unsaid since
-        self._jobs = {tier.name: Jobs() for tier in shelf.lower}
+        self._jobs = {tier.name: Jobs() for tier in store.lower}
         self._threads: list[threading.Thread] = []
-        for tier in shelf.lower:
+        for tier in store.lower:
             jobs, name = self._jobs[tier.name], f"pdpool-{tier.name}"
             self._threads += [
                 threading.Thread(target=self._work, args=(jobs,), name=name, daemon=True)
@@ -52,7 +52,7 @@ class Mover:
             self._threads.append(
                 threading.Thread(target=self._look_after, args=(tier,), name=f"{name}-scan", daemon=True)
             )
-        if shelf.lower:  # these threads are the first here to touch the memory
+        if store.lower:  # these threads are the first here to touch the memory
             populate = threading.Thread(target=memory.populate, args=(self._stopping.is_set,), daemon=True)
             self._threads.append(populate)
         for thread in self._threads:
@@ -74,7 +74,7 @@ class Mover:
         for thread in self._threads:
             thread.join(STOP_S)
         if self.ended:
-            for tier in self._shelf.lower:
+            for tier in self._store.lower:
                 tier.tier.close()
 
     @property
@@ -96,17 +96,17 @@ class Mover:
                 jobs.done(job)
 
     def _write_back(self, job: WriteBack) -> None:
-        shelf, stored = self._shelf, None
+        store, stored = self._store, None
         try:
             stored = self._write(job)
         except Damaged:
-            self._post(lambda: shelf.found_damaged(job))
+            self._post(lambda: store.found_damaged(job))
             return
         except TierDown as error:
             self._went_down(job.tier, error)
         except Exception as error:  # noqa: BLE001 - a tier's trouble must not end the thread
             self._complain(job.tier, "write", error)
-        self._post(lambda: shelf.written_back(job, stored))
+        self._post(lambda: store.written_back(job, stored))
 
     def _write(self, job: WriteBack) -> int:
         """Bytes that it takes in the tier, sealed.
@@ -127,7 +127,7 @@ class Mover:
         return tier.tier.write(job.key, job.tenant, job.nbytes, pieces)
 
     def _promote(self, job: Promote) -> None:
-        shelf, found = self._shelf, None
+        store, found = self._store, None
         try:
             opening = Opening(job.key, self._parts(job.frames, job.nbytes), job.tier.signer)
             taken = job.tier.tier.read(job.key, job.tenant, job.nbytes, opening.place)
@@ -142,10 +142,10 @@ class Mover:
         except Forged as error:
             kind = f"{job.tier.name}_digest_{error.kind}"
             self._complain(job.tier, "read", error)
-            self._post(lambda: shelf.counters.update((kind,)))
+            self._post(lambda: store.counters.update((kind,)))
         except Exception as error:  # noqa: BLE001
             self._complain(job.tier, "read", error)
-        self._post(lambda: shelf.promoted(job, found))
+        self._post(lambda: store.promoted(job, found))
 
     def _delete(self, job: Delete) -> None:
         try:
@@ -153,7 +153,7 @@ class Mover:
         except Exception as error:  # noqa: BLE001
             self._complain(job.tier, "delete", error)
 
-    def _look_after(self, tier: Lower) -> None:
+    def _look_after(self, tier: TierState) -> None:
         """Learn what the tier holds, at start, and again where others write to it; notice that it is up again."""
         scan_at = 0.0
         while not self._stopping.is_set():
@@ -175,32 +175,32 @@ class Mover:
                 scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
             self._stopping.wait(PROBE_S)
 
-    def _scan(self, tier: Lower) -> None:
+    def _scan(self, tier: TierState) -> None:
         found = tier.tier.scan()
         while batch := list(itertools.islice(found, SCAN_BATCH)):
             self._adopt(tier, batch)
             if self._stopping.is_set():
                 return
 
-    def _went_down(self, tier: Lower, error: TierDown) -> None:
+    def _went_down(self, tier: TierState, error: TierDown) -> None:
         if tier.up:
             self._complain(tier, "reaching it", error)
-        self._post(lambda: self._shelf.went_down(tier))
+        self._post(lambda: self._store.went_down(tier))
 
-    def _adopt(self, tier: Lower, batch: list[Stored]) -> None:
-        shelf, adopted = self._shelf, threading.Event()
+    def _adopt(self, tier: TierState, batch: list[Stored]) -> None:
+        store, adopted = self._store, threading.Event()
 
         def adopt() -> None:
             for found in batch:
-                if not shelf.adopt(tier, found):
-                    shelf.counters[f"{tier.name}_not_adopted"] += 1
+                if not store.adopt(tier, found):
+                    store.counters[f"{tier.name}_not_adopted"] += 1
             adopted.set()
 
         self._post(adopt)
         while not adopted.wait(0.5) and not self._stopping.is_set():
             pass  # one batch at a time: requests come first
 
-    def _complain(self, tier: Lower, what: str, error: Exception) -> None:
+    def _complain(self, tier: TierState, what: str, error: Exception) -> None:
         """One line, and no other of this kind for a while: what others put into a tier must not fill the log."""
         now = time.monotonic()
         with self._complaining:

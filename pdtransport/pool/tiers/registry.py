@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.core.tier_state import Lower
+from pdtransport.pool.core.tier_state import TierState
 from pdtransport.pool.settings import AnyTierSettings, PoolSettings
 from pdtransport.pool.tiers.base import Tier, TierError
 from pdtransport.pool.tiers.codecs import FIRST_FOREIGN, LOSSY, Codec, Quantised, ShuffledZstd
@@ -73,7 +73,7 @@ def decoder(number: int) -> Codec:
     raise TierError(f"it was packed with codec number {number}, which is not installed here")
 
 
-def lower_tiers(settings: PoolSettings, first_bit: int) -> list[Lower]:
+def lower_tiers(settings: PoolSettings, first_bit: int) -> list[TierState]:
     """The tiers below memory, fastest first.
 
     Raises:
@@ -88,7 +88,7 @@ def lower_tiers(settings: PoolSettings, first_bit: int) -> list[Lower]:
         raise
 
 
-def _lower_tiers(settings: PoolSettings, first_bit: int, made: list[tuple[Tier, AnyTierSettings]]) -> list[Lower]:
+def _lower_tiers(settings: PoolSettings, first_bit: int, made: list[tuple[Tier, AnyTierSettings]]) -> list[TierState]:
     if settings.disk is not None:
         made.append((DiskTier(settings.disk), settings.disk))
     if settings.redis is not None:
@@ -99,7 +99,7 @@ def _lower_tiers(settings: PoolSettings, first_bit: int, made: list[tuple[Tier, 
     file = settings.digest_key_file
     signer = load_signer(file) if file is not None and settings.digest != "off" else None
     return [
-        Lower(
+        TierState(
             tier,
             first_bit << number,
             its.bytes,

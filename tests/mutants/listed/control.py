@@ -60,7 +60,7 @@ BUGS: list[Mutant] = [
         "control_channel",
         (
             "ping_of_another_incarnation_is_answered",
-            "Listener._on_ping",
+            "ControlListener._on_ping",
             "ping.incarnation != connection.peer.incarnation",
             "False",
             "a_ping_in_another_process_name_is_no_heartbeat",
@@ -143,14 +143,14 @@ BUGS: list[Mutant] = [
         "control_channel",
         (
             "long_frame_of_a_stranger_is_decoded",
-            "Listener._on_stranger",
+            "ControlListener._on_stranger",
             "len(body) > MAX_STRANGER_FRAME",
             "False",
             "a_stranger_is_not_listened_to_before_it_said_hello",
         ),
         (
             "stranger_speaks_of_transfers",
-            "Listener._on_stranger",
+            "ControlListener._on_stranger",
             "kind in _FROM_PEERS",
             "False",
             "a_stranger_is_not_listened_to_before_it_said_hello",

@@ -67,14 +67,14 @@ BUGS: list[Mutant] = [
         "protocol_bounds",
         (
             "grant_of_fewer_blocks_is_served",
-            "Sending._problem_with",
+            "ProducerTable._problem_with",
             "grant.first_block + grant.blocks != request.blocks",
             "False",
             "a_grant_that_ends_elsewhere_than_the_prompt_is_refused",
         ),
         (
             "claims_are_unbounded",
-            "Sending._on_claim",
+            "ProducerTable._on_claim",
             "len(self._early_claims) < self.limits.max_transfers",
             "True",
             "claims_for_requests_that_never_come_are_bounded",
@@ -85,7 +85,7 @@ BUGS: list[Mutant] = [
         "protocol_first_token",
         (
             "different_first_tokens_are_ready",
-            "Receiving._end",
+            "ConsumerTable._end",
             "len(live.first_tokens) > 1",
             "False",
             "workers_that_name_different_tokens_hand_nothing_over",
@@ -96,7 +96,7 @@ BUGS: list[Mutant] = [
         "protocol_rules",
         (
             "old_times_wake_again",
-            "Agenda.due",
+            "TimerQueue.due",
             "self._when.get(key) == when",
             "key in self._when",
             "a_claim_of_the_other_consumer_still_counts_after_one_granted",

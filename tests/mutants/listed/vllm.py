@@ -6,8 +6,8 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
-        "pdtransport.vllm.crowding",
-        "vllm_crowding",
+        "pdtransport.engine.crowding",
+        "engine_crowding",
         (
             "a_crowded_prefill_keeps_all_it_has",
             "Crowding.let_go",
@@ -24,7 +24,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.vllm.engine_probe",
+        "pdtransport.vllm.patches.engine_probe",
         "vllm_engine_probe",
         (
             "whoever_asks_puts_a_question_to_the_engine",
@@ -53,8 +53,8 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.vllm.bell",
-        "vllm_bell",
+        "pdtransport.engine.wakeups",
+        "engine_wakeups",
         (
             "words_are_read_as_long_as_they_come",
             "_heard",

@@ -1,0 +1,202 @@
+"""Wakeups from an engine's workers to its scheduler: "a transfer ended".
+
+While requests wait for pages and nothing is computed, vLLM steps its workers once a millisecond, and each side spins
+while it waits for the other. The scheduler half waits for a wakeup between such empty steps instead. A false or lost
+wakeup only costs a little time, since the workers' next step reports what ended in any case.
+
+Workers also send three kinds of messages: a request's pages arrived; its last pages are expected at some time; decode
+promised to continue from a request's first token. Step outputs carry the first and the third, too, but one or two steps
+later. For a promise that is too late, since most prompts take one step. A lost promise counts as none; a lost arrival
+is learned from the step output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import struct
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+MAX_REQUEST_ID_BYTES = 1 << 16
+MAX_EXPECTED = 4096  # unread entries of each kind of message
+MAX_HEARD = 1024  # datagrams that one call reads at most: twice what the kernel queues
+MAX_PATH = 107  # bytes of a Unix socket's address
+LOOK_S = 0.001  # interval at which wait() checks `unless`
+_FOLDER = "pdtransport-bell-"
+_LEFT_S = 60.0  # minimum age of a folder without a listener before it is removed as left behind
+_MAX_LEFT = 1000  # folders checked
+_WORDS = "-words"  # suffix of the message socket. Separate, since wakeups alone can fill a queue of only ten datagrams
+_DUES = "-dues"  # suffix of the socket for expected times. Separate, since frequent updates would crowd out messages
+_WORD = struct.Struct("<cH")  # kind and rank, before the request's id
+_PROMISED, _ARRIVED, _EXPECTED = b"p", b"a", b"e"
+_WHEN = struct.Struct("<d")  # before the id of a request whose pages are expected: time.monotonic() seconds
+
+
+class WakeupReceiver:
+    """The scheduler's end: Unix datagram sockets in a folder of mode 0700.
+
+    The folder keeps out other users of the host; sockets in the abstract namespace would be open to everybody.
+    """
+
+    def __init__(self) -> None:
+        folder = _make_folder()
+        self._remove = weakref.finalize(self, _remove, folder, os.getpid())
+        self.name = str(folder / "bell")
+        self._socket, self._words, self._dues = (_datagrams(self.name + suffix) for suffix in ("", _WORDS, _DUES))
+        self._promised: set[str] = set()
+        self._arrived: set[tuple[str, int]] = set()
+        self._expected: dict[tuple[str, int], float] = {}
+
+    def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
+        """Wait for a wakeup, at most ``seconds``; True if one came.
+
+        Args:
+            unless: ends the wait when it returns True; checked every millisecond and at each expected-time message.
+        """
+        poll = select.poll()  # select() takes no descriptors above 1023, which an engine may have
+        poll.register(self._socket, select.POLLIN)
+        if unless is not None:
+            poll.register(self._dues, select.POLLIN)
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 and not (unless is not None and unless()):
+            for descriptor, _ in poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
+                if descriptor == self._socket.fileno():
+                    for _ in _heard(self._socket, 16):
+                        pass
+                    return True
+                self._hear_dues()
+        return False
+
+    def promises(self) -> set[str]:
+        """Ids of requests whose decode promised to continue from their first token, since the last call."""
+        self._listen()
+        promised, self._promised = self._promised, set()
+        return promised
+
+    def arrivals(self) -> set[tuple[str, int]]:
+        """Request ids and worker ranks whose pages arrived, since the last call."""
+        self._listen()
+        arrived, self._arrived = self._arrived, set()
+        return arrived
+
+    def expected(self) -> dict[tuple[str, int], float]:
+        """When the last pages are expected, by request id and worker rank, as ``time.monotonic`` seconds; since the
+        last call."""
+        self._hear_dues()
+        expected, self._expected = self._expected, {}
+        return expected
+
+    def _hear_dues(self) -> None:
+        for word in _heard(self._dues, _WORD.size + MAX_REQUEST_ID_BYTES):
+            if len(word) > _WORD.size + _WHEN.size and len(self._expected) < MAX_EXPECTED:
+                when = _WHEN.unpack_from(word, _WORD.size)[0]
+                self._expected[_text(word[_WORD.size + _WHEN.size :]), _WORD.unpack_from(word)[1]] = when
+
+    def _listen(self) -> None:
+        for word in _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES):
+            if len(word) <= _WORD.size:
+                continue
+            kind, rank = _WORD.unpack_from(word)
+            rest = word[_WORD.size :]
+            if kind == _PROMISED and len(self._promised) < MAX_EXPECTED:
+                self._promised.add(_text(rest))
+            elif kind == _ARRIVED and len(self._arrived) < MAX_EXPECTED:
+                self._arrived.add((_text(rest), rank))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._words.close()
+        self._dues.close()
+        self._remove()
+
+
+def _text(req_id: bytes) -> str:
+    return req_id.decode(errors="replace")
+
+
+def _datagrams(path: str = "") -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    made.setblocking(False)
+    if path:
+        made.bind(path)
+    return made
+
+
+def _heard(listening: socket.socket, nbytes: int) -> Iterator[bytes]:
+    """Yield unread datagrams, at most ``MAX_HEARD``; the rest is left for the next call."""
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(MAX_HEARD):
+            yield listening.recv(nbytes)
+
+
+def _make_folder() -> Path:
+    """Make a new folder for the sockets of one receiver, and remove folders left behind by killed engines."""
+    base = tempfile.gettempdir()
+    if len(os.fsencode(base)) + len(f"/{_FOLDER}12345678/bell{_WORDS}") > MAX_PATH:
+        base = "/tmp"
+    _sweep(Path(base))
+    return Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
+
+
+def _sweep(base: Path) -> None:
+    for folder in islice(base.glob(f"{_FOLDER}*"), _MAX_LEFT):
+        with contextlib.suppress(OSError):
+            facts = folder.lstat()
+            if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > _LEFT_S and not _listened_to(folder):
+                shutil.rmtree(folder)
+
+
+def _listened_to(folder: Path) -> bool:
+    with _datagrams() as asking:
+        try:
+            asking.connect(str(folder / "bell"))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a process forked from the scheduler's
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class WakeupSender:
+    """A worker's end. Thread-safe; never blocks."""
+
+    def __init__(self) -> None:
+        self._socket = _datagrams()
+        self.name = ""
+
+    def pull(self) -> None:
+        if self.name:
+            # Queue full: a wakeup is pending already. Refused: the scheduler is gone, or on another host and polls.
+            with contextlib.suppress(OSError):
+                self._socket.sendto(b"!", self.name)
+
+    def promised(self, req_id: str) -> None:
+        """Decode promised to continue from this request's first token."""
+        self._tell(_PROMISED, 0, req_id.encode())
+
+    def arrived(self, req_id: str, rank: int) -> None:
+        """This request's pages are in this rank's memory and verified."""
+        self._tell(_ARRIVED, rank, req_id.encode())
+
+    def expected(self, req_id: str, rank: int, when: float) -> None:
+        """The last of this request's pages are expected at ``time.monotonic`` second ``when``."""
+        self._tell(_EXPECTED, rank, _WHEN.pack(when) + req_id.encode(), _DUES)
+
+    def _tell(self, kind: bytes, rank: int, what: bytes, where: str = _WORDS) -> None:
+        if self.name:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(_WORD.pack(kind, rank) + what, self.name + where)
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,95 @@
+"""Enters a received request's blocks into the prefix cache during its first step instead of before it.
+
+vLLM enters them before that step: 1.7 us per block, 1.7 ms for 16,000 tokens, which delays the first token. Here they
+are entered when the next step begins or before they are freed, whichever comes first. So no later step can miss them,
+and nothing is entered that vLLM would not have entered. Blocks whose pages may still fail to arrive (:mod:`early`) are
+entered once they have arrived, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+
+class LateCaching:
+    """Hooks the coordinator of ``manager`` where it caches and frees blocks.
+
+    Raises:
+        AttributeError: the coordinator of this vLLM version is not as expected; nothing was patched.
+    """
+
+    def __init__(self, manager: KVCacheManager) -> None:
+        coordinator = manager.coordinator
+        self._cache, free, pop = coordinator.cache_blocks, coordinator.free, coordinator.pop_blocks_for_free
+        self._late: dict[str, tuple[Request, int] | None] = {}
+        self._doubtful: set[str] = set()
+
+        def cache_blocks(request: Request, tokens: int) -> None:
+            if request.request_id in self._late:
+                self._late[request.request_id] = request, tokens  # a later call covers more tokens
+            else:
+                self._cache(request, tokens)
+
+        def freed(request_id: str) -> None:
+            self._enter(request_id)
+            free(request_id)
+
+        def popped(request_id: str) -> Any:
+            self._enter(request_id)
+            return pop(request_id)
+
+        estimate = getattr(manager, "estimate_cached_tokens", None)  # for usage; missing in older versions
+
+        def estimated(request: Request) -> int:
+            late = self._late.get(request.request_id)
+            known = int(estimate(request)) if estimate is not None else 0
+            if late is None:
+                return known
+            sizes = [group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups]
+            return max(known, min(late[1] // size * size for size in sizes))
+
+        if estimate is not None:
+            manager.estimate_cached_tokens = estimated  # type: ignore[method-assign]
+        coordinator.cache_blocks = cache_blocks  # type: ignore[method-assign]
+        coordinator.free = freed  # type: ignore[method-assign]
+        coordinator.pop_blocks_for_free = popped  # type: ignore[method-assign]
+
+    def put_off(self, req_ids: Iterable[str]) -> None:
+        """Delay caching the blocks of these requests until the next step begins."""
+        self._late.update(dict.fromkeys(req_ids))
+
+    def doubt(self, req_id: str) -> None:
+        """Enter this request's delayed blocks only after :meth:`trust`."""
+        self._doubtful.add(req_id)
+
+    def trust(self, req_id: str, tokens: int | None = None) -> None:
+        """The KV of the request's first ``tokens`` tokens is valid; None: of all."""
+        self._doubtful.discard(req_id)
+        late = self._late.get(req_id)
+        if tokens is not None and late is not None:
+            self._late[req_id] = late[0], min(late[1], tokens)
+
+    def catch_up(self) -> None:
+        """Enter the delayed blocks; called when a step begins."""
+        for req_id in self._late.keys() - self._doubtful:
+            self._enter(req_id)
+
+    def forget(self) -> None:
+        """Never enter the delayed blocks: their KV is invalid since the weights changed."""
+        for req_id, late in list(self._late.items()):
+            if req_id not in self._doubtful:
+                del self._late[req_id]
+            elif late is not None:
+                self._late[req_id] = late[0], 0
+
+    def _enter(self, req_id: str) -> None:
+        late = self._late.pop(req_id, None)
+        if req_id in self._doubtful:
+            self._doubtful.discard(req_id)
+        elif late is not None:
+            self._cache(*late)
