@@ -1,1 +1,1 @@
-"""One transfer, from the offer to the acknowledgement: the protocol's drivers, and the link of each pair of peers."""
+"""Runs transfers: drives the protocol's state machines with real control channels and links."""

@@ -1,4 +1,4 @@
-"""A record of every block's bytes, for tests of byte equality. Off unless ``observe.audit_dir`` is set."""
+"""Logs a SHA-256 of every block sent and received, for byte-equality tests. Off unless ``observe.audit_dir`` is set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pdtransport.system.private_files import make_private_folder, open_private
 
 
 class Audit:
-    """Appends one JSON line a block: who, which block and heads, and the SHA-256 of its bytes in stream order."""
+    """Appends one JSON line per block: both peers, block index, heads, and the SHA-256 of its bytes in stream order."""
 
     def __init__(self, directory: Path, engine: str, rank: int, geometry: KVGeometry) -> None:
         make_private_folder(directory)
@@ -30,7 +30,7 @@ class Audit:
             return (ctypes.c_char * nbytes).from_address(address)
         from pdtransport.kernels.gpu import to_host
 
-        return to_host(address, nbytes, self._geometry.device, beside=True)  # of a model's stream that waits for us
+        return to_host(address, nbytes, self._geometry.device, beside=True)  # a model's stream may be waiting for us
 
     def block(
         self, transfer: str, role: str, peer: str, peer_rank: int, block: int, page: int, head_lo: int, head_hi: int

@@ -1,4 +1,7 @@
-"""Measures what a link carries, once a pair: a few scratch batches through the very channel that pages will take."""
+"""Measures a link's bandwidth once per pair of peers: sends a few scratch batches over the channel that pages will use.
+
+The receiver of pages drives the measurement (:class:`Asking`), the sender offers scratch memory (:class:`Answering`).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from pdtransport.errors import LinkError
 from pdtransport.kv.geometry import HOST, Region
 from pdtransport.links.base import Channel, LinkBusy, Runs
 
-ROUNDS = 3  # the first touches fresh memory and sets lanes up; the best counts
-FIRST_KEY = 1 << 55  # keys of pages count up from 1 and never come here
+ROUNDS = 3  # the best one counts: the first pays for page faults and lane setup
+FIRST_KEY = 1 << 55  # link keys of KV batches count up from 1 and never get here
 
 
 class Scratch:
-    """Memory of our own that probes read and write, beside the KV that it stands for; made once, then kept."""
+    """Memory that probes read and write in place of KV, on the same device. Allocated once and kept."""
 
     def __init__(self, nbytes: int, device: int = HOST) -> None:
         self.nbytes = nbytes
@@ -37,7 +40,7 @@ class Scratch:
 
 
 def _memory(nbytes: int, device: int) -> tuple[int, Any]:
-    """Address and owner of fresh memory."""
+    """Allocate memory; returns its address and the object that owns it."""
     if device == HOST:
         array = np.empty(nbytes, dtype=np.uint8)  # not touched, so not resident, until a probe
         return array.ctypes.data, array
@@ -48,7 +51,7 @@ def _memory(nbytes: int, device: int) -> tuple[int, Any]:
 
 
 class Asking:
-    """The receiver's side: asks for rounds, times each, and says at the end how fast the best one was."""
+    """Receiver's side of a measurement: requests ``ROUNDS`` rounds, times each and reports the fastest."""
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Asking:
         ask: Callable[[int], None],
         done: Callable[[float | None, str], None],
     ) -> None:
-        """``ask(nbytes)`` requests one round; ``done(bytes a second, "")`` or ``done(None, why not)`` ends it."""
+        """``ask(nbytes)`` requests a round. The end is reported by ``done(bytes_per_s, "")`` or ``done(None, why)``."""
         self._channel = channel
         self._scratch = scratch
         self._nbytes = min(scratch.nbytes, channel.max_batch_bytes)
@@ -75,7 +78,7 @@ class Asking:
         self._ask(self._nbytes)
 
     def offered(self, key: int, offer: bytes, error: str) -> None:
-        """The sender's answer to one request; a second one to the same request is ignored."""
+        """Handle the sender's answer to a request. A second answer to the same request is ignored."""
         if not self._waiting:
             return
         self._waiting = False
@@ -88,7 +91,7 @@ class Asking:
             if problem is not None:
                 self._done(None, problem)
                 return
-            # The link's own clock where it has one by now: on a GPU waiting takes longer than moving.
+            # Prefer the link's own timing, if it has any: on a GPU, waiting takes longer than the copy itself.
             moving = self._channel.stats.seconds_moving - before
             self._best = max(self._best, self._nbytes / (moving or time.perf_counter() - begun))
             self._rounds += 1
@@ -104,7 +107,7 @@ class Asking:
 
 
 class Answering:
-    """The sender's side: offers its scratch memory, one round at a time."""
+    """Sender's side of a measurement: offers its scratch memory, one round at a time."""
 
     def __init__(self, channel: Channel, scratch: Scratch) -> None:
         self._channel = channel
@@ -113,10 +116,10 @@ class Answering:
         self._offered = False
 
     def offer(self, nbytes: int) -> tuple[int, bytes]:
-        """``(key, offer)`` of the next round; the one before is over.
+        """End the previous round, begin the next one and return its ``(key, offer)``.
 
         Raises:
-            LinkError: the channel can't take it now.
+            LinkError: the channel can't take a batch now.
         """
         self.end()
         self._key += 1

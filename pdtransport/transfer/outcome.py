@@ -1,4 +1,4 @@
-"""How a transfer ended, and telling whoever asked."""
+"""How a transfer ended, and the callbacks of a transfer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a transfer ended on this worker. ``code`` and ``reason`` are empty if it ended well."""
+    """How a transfer ended on this worker. ``code`` and ``reason`` are empty on success."""
 
     transfer: str
     ok: bool
@@ -20,18 +20,18 @@ class Outcome:
     blocks: int = 0
     nbytes: int = 0
     link: str = ""
-    first_token: int | None = None  # consumer: the request goes on from this token
-    cached_tokens: int | None = None  # consumer: how many of the prompt's tokens prefill need not compute, if it told
+    first_token: int | None = None  # consumer: continue decoding from this token
+    cached_tokens: int | None = None  # consumer: prompt tokens that prefill found in its caches; None: not reported
     events: dict[str, float] = field(default_factory=dict, repr=False)  # step -> wall-clock second
 
 
 OnOutcome = Callable[[Outcome], None]
-OnPromise = Callable[[], None]  # decode goes on from the first token if it is told which
-OnExpected = Callable[[float], None]  # when the last pages are expected: time.monotonic() seconds
+OnPromise = Callable[[], None]  # decode promised to continue from prefill's first token
+OnExpected = Callable[[float], None]  # time.monotonic() second at which the last pages are expected
 
 
 def tell(on_end: OnOutcome, outcome: Outcome) -> None:
-    """Call back; an error in the caller's code is logged and ends there."""
+    """Call ``on_end``; log an exception that it raises instead of propagating it."""
     try:
         on_end(outcome)
     except Exception:

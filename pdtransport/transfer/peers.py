@@ -1,6 +1,7 @@
-"""The peers of one worker: who is there, and which link carries pages between us.
+"""The peers of one worker, and the link that carries pages to or from each of them.
 
-The receiver of pages chooses: it tries its links in order of preference, and the sender confirms or declines each.
+The receiver of pages chooses the link: it offers its links in order of preference, and the sender confirms or declines
+each. The receiver measures a confirmed link (:mod:`link_setup`) before it takes pages over it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ from pdtransport.transfer.link_setup import Answering, Asking, Scratch
 logger = logging.getLogger(__name__)
 
 Endpoint = tuple[str, int]
-# (peer, None) once pages can flow, (None, (code, reason)) if they never will
+# Called with (peer, None) once the peer can send us pages, or with (None, (code, reason)) if it can't.
 OnPeer = Callable[["TransferPeer | None", "tuple[Code, str] | None"], None]
 
 MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
-MAX_WHY = 400
-REFUSED_S = 2.0  # a peer that no link reached is asked again after this: the cause may have passed
-ANSWER_S = 5.0  # a sender that does not say whether it can use a link within this can't
+MAX_WHY = 400  # characters
+REFUSED_S = 2.0  # no link reached the peer: try its links again after this, the cause may have gone
+ANSWER_S = 5.0  # a sender that has not answered within this counts as unable to use the link
 
 
 class _Words(BaseModel):
-    """What two ends of a pair say about a link. The receiver says ``use``, ``probe`` and ``probed``; the sender
-    answers ``ok`` or ``no``, and ``offer`` to each probe (with ``why`` if it can't)."""
+    """Link setup message, the body of a :class:`LinkCall`.
+
+    ``op`` of the receiver: ``use`` (can you use this link?), ``probe`` (offer me a scratch batch of ``nbytes``),
+    ``probed`` (measurement over). ``op`` of the sender: ``ok`` or ``no`` in answer to ``use``, ``offer`` in answer to
+    ``probe``; ``why`` is set if it can't.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -49,26 +54,26 @@ class _Words(BaseModel):
 
 @dataclass
 class TransferPeer:
-    """One live worker process at the other end."""
+    """One live worker process that we exchange pages with, and the state of its link setup."""
 
     id: PeerId
     host: str
     world: int
     exports: dict[str, bytes]
-    inbound: Channel | None = None  # they send to us over this
-    outbound: Channel | None = None  # we send to them over this
-    excluded: dict[str, str] = field(default_factory=dict)  # links that did not work with this peer, and why
-    offered: Channel | None = None  # chosen by us, not confirmed yet
+    inbound: Channel | None = None  # receives pages from the peer
+    outbound: Channel | None = None  # sends pages to the peer
+    excluded: dict[str, str] = field(default_factory=dict)  # links that failed with this peer -> why
+    offered: Channel | None = None  # chosen by us as the receiver, not confirmed or not measured yet
     answer_by: float = float("inf")
-    asking: Asking | None = None  # measuring `offered`
-    answering: Answering | None = None  # being measured by the receiver
+    asking: Asking | None = None  # measures `offered`
+    answering: Answering | None = None  # the peer, as the receiver, measures `outbound`
     answering_until: float = float("inf")
-    measured: float | None = None  # bytes a second that the probe of `inbound` found
+    measured: float | None = None  # bytes per second, as measured for `inbound`
     refused: tuple[Code, str] | None = None
     refused_until: float = 0.0
 
     def channels(self) -> list[Channel]:
-        """Each channel once."""
+        """The peer's channels; one that serves both directions is listed once."""
         unique = {id(c): c for c in (self.inbound, self.outbound, self.offered) if c is not None}
         return list(unique.values())
 
@@ -92,7 +97,7 @@ class TransferPeer:
 
 
 class Peers:
-    """Brings peers up and keeps track of them. Runs in the I/O thread."""
+    """Connects to peers, sets up a link to each and keeps track of them. Runs in the I/O thread."""
 
     def __init__(
         self,
@@ -119,7 +124,7 @@ class Peers:
         return self._peers.get(peer)
 
     def linked(self, peer: PeerId) -> bool:
-        """Whether pages could have crossed."""
+        """Whether there is a channel to ``peer``, so that pages may have been sent or received."""
         known = self._peers.get(peer)
         return known is not None and bool(known.channels())
 
@@ -162,7 +167,8 @@ class Peers:
         if peer is None:
             return
         channels = peer.channels()
-        # Before they close, which ends what is being measured; and transfers that wait for others hold on to the peer.
+        # Clear these before closing the channels: closing ends a measurement, whose callback checks `offered`. And
+        # transfers that still wait for other peers hold this object: they must see that its channel is gone.
         peer.inbound = peer.outbound = peer.offered = None
         for channel in channels:
             if ended:
@@ -177,7 +183,7 @@ class Peers:
         self._fail_waiters(endpoint, (Code.REFUSED if refused else Code.PEER_LOST, reason))
 
     def link_call(self, peer_id: PeerId, call: LinkCall) -> None:
-        """The twin's words about links; garbage is ignored."""
+        """Handle a link setup message of the peer. Garbage is ignored."""
         peer = self._peers.get(peer_id)
         try:
             words = _Words.model_validate(msgpack.unpackb(call.body, raw=False))
@@ -192,7 +198,7 @@ class Peers:
         elif words.op == "probed":
             self._end_answering(peer)
         elif peer.offered is None or peer.offered.link != call.link:
-            return  # about a link that we do not ask for any more
+            return  # about a link that is no longer offered
         elif words.op == "ok":
             self._measure(peer, peer.offered)
         elif words.op == "no":
@@ -208,7 +214,7 @@ class Peers:
             self._exclude(peer, peer.offered.link, f"the sender did not answer for {ANSWER_S} s")
             self._offer_next_link(peer)
         for peer in [p for p in self._peers.values() if now >= p.answering_until]:
-            self._end_answering(peer)  # its receiver forgot, or asked once more after it was through
+            self._end_answering(peer)  # `probed` never came, or another `probe` came after it
 
     def next_deadline(self) -> float | None:
         times = [p.answer_by for p in self._peers.values() if p.offered is not None]
@@ -224,7 +230,7 @@ class Peers:
     # -- choosing a link -----------------------------------------------------------------------------------------
 
     def _offer_next_link(self, peer: TransferPeer) -> None:
-        """As the receiver: open our end of the best link left and ask the sender to use it."""
+        """As the receiver: open our end of the best remaining link and ask the sender to use it."""
         links = {name: link for name, link in self._links.items() if name not in peer.excluded}
         if peer.outbound is not None and peer.outbound.link in links:
             channel = peer.outbound  # one channel serves both directions
@@ -293,7 +299,7 @@ class Peers:
         peer.asking.start()
 
     def _open(self, peer: TransferPeer, channel: Channel, rate: float | None, why: str) -> None:
-        """The link stands, if it is fast enough."""
+        """As the receiver: take pages over ``channel`` from now on, or exclude it if it is too slow."""
         peer.asking = None
         floor = self._settings.min_bandwidth_bytes_s
         if floor and (rate is None or rate < floor):
@@ -308,7 +314,7 @@ class Peers:
         self._settle(peer)
 
     def _answer_probe(self, peer: TransferPeer, link: str, nbytes: int) -> None:
-        """As the sender: offer scratch memory of the size asked for."""
+        """As the sender: offer ``nbytes`` of scratch memory."""
         if peer.outbound is None or peer.outbound.link != link or nbytes > self._scratch.nbytes:
             self._say(peer, link, "offer", "links.probe_bytes differs, or the link is not open here")
             return
@@ -347,7 +353,7 @@ class Peers:
     ) -> None:
         words = _Words(op=op, why=why[:MAX_WHY], nbytes=nbytes, key=key, offer=offer)
         body = msgpack.packb(words.model_dump(exclude_defaults=True))
-        self._control.send(peer.id, LinkCall(link=link, body=body))  # if it gets lost, ANSWER_S ends the wait
+        self._control.send(peer.id, LinkCall(link=link, body=body))  # if it is lost, the wait ends after ANSWER_S
 
     def _settle(self, peer: TransferPeer) -> None:
         for endpoint in [e for e, p in self._by_endpoint.items() if p == peer.id]:

@@ -1,4 +1,4 @@
-"""When each step of a transfer happened, for the last transfers: the raw material of a request's waterfall."""
+"""Timestamps of each step of recent transfers, for drawing a request's waterfall."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdtransport.observe.status import TransferStatus
 
 @dataclass
 class TransferRecord:
-    """One transfer on one worker. ``events`` maps a step to the wall-clock second at which it happened first."""
+    """One transfer on one worker. ``events`` maps a step to a wall-clock second (see :meth:`mark`)."""
 
     transfer: str
     role: str
@@ -26,7 +26,7 @@ class TransferRecord:
     events: dict[str, float] = field(default_factory=dict)
 
     def mark(self, event: str, latest: bool = False) -> None:
-        """Note that ``event`` happens now; the first time counts, with ``latest`` the last."""
+        """Record that ``event`` happens now. The first call per event counts; with ``latest``, the last one."""
         if latest or event not in self.events:
             self.events[event] = time.time()
 
@@ -63,7 +63,7 @@ class Timeline:
         return self._records.get((transfer, role))
 
     def records(self, transfer: str = "") -> list[TransferRecord]:
-        """Records of one transfer, or of all."""
+        """Records of ``transfer``; if empty, of all transfers."""
         if not transfer:
             return list(self._records.values())
         found = (self._records.get((transfer, role)) for role in ("producer", "consumer"))
