@@ -1,4 +1,8 @@
-"""The decode half of an exchange: finds the prefill workers, grants, and brings their batches into our pages."""
+"""The consumer driver (decode side): connects to the producers, grants pages to them and reads their batches in.
+
+Carries out the actions of the consumer state machines. A transfer's owner is called back exactly once: with success
+after every byte is in place and verified, with a failure once nothing can write the pages any more.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +39,16 @@ from pdtransport.transfer.timeline import Timeline, TransferRecord
 
 logger = logging.getLogger(__name__)
 
-NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})
-SAME_S = 0.001  # expectations that differ by less are no news
+NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})  # before the grant: no producer could be reached
+SAME_S = 0.001  # an expected time that changed by less is not reported again
 
 
 @dataclass(frozen=True)
 class ReceiveRequest:
-    """What a decode worker asks for: blocks ``first_block ..`` of a request, into ``pages``, from ``ranks`` prefill
-    workers that listen at ``port``, ``port + 1``, ..."""
+    """What to receive: blocks ``first_block ..`` of a request into ``pages``.
+
+    They come from ``ranks`` producer workers of ``host``, which listen at ``port``, ``port + 1``, ...
+    """
 
     transfer: str
     host: str
@@ -52,27 +58,28 @@ class ReceiveRequest:
     tokens: int
     first_block: int
     pages: Sequence[int]
-    first_token: bool = False  # promise to go on from the first token, if prefill names it
+    first_token: bool = False  # promise to continue from the first token, if prefill names it
     on_expected: OnExpected | None = None
 
 
 @dataclass
 class IncomingTransfer:
-    """Pages that we take: ``pages[i]`` is for block ``first_block + i``. Only ``owner`` may cancel it."""
+    """A transfer that this worker receives. ``wanted.pages[i]`` is for block ``wanted.first_block + i``; only ``owner``
+    may cancel it."""
 
     owner: object
     wanted: ReceiveRequest
     on_end: OnOutcome
     record: TransferRecord
-    heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
-    placing: dict[PeerId, set[int]] = field(default_factory=dict)  # link keys that may still write
-    expected: dict[PeerId, float] = field(default_factory=dict)  # when its last pages are
+    heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)  # KV heads from each producer: [lo, hi)
+    placing: dict[PeerId, set[int]] = field(default_factory=dict)  # keys of batches that the link may still write
+    expected: dict[PeerId, float] = field(default_factory=dict)  # time.monotonic() second of its last pages
     nbytes: int = 0
     granted: bool = False
 
 
 class ConsumerDriver:
-    """Runs in the I/O thread."""
+    """Runs the transfers that this worker receives. All methods are called in the I/O thread."""
 
     def __init__(
         self,
@@ -85,7 +92,7 @@ class ConsumerDriver:
         counters: Counter[str],
         audit: Audit | None,
     ) -> None:
-        # Generations of different incarnations never meet: 31 bits of incarnation above 31 bits of count.
+        # Incarnations never share a generation: 31 bits of the incarnation, then a 31-bit counter.
         self.receiving = ConsumerTable(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
         self._geometry = geometry
         self._checksums = limits.checksums
@@ -96,12 +103,12 @@ class ConsumerDriver:
         self._counters = counters
         self._audit = audit
         self._sinks: dict[str, IncomingTransfer] = {}
-        self.seldom = Seldom(logger)  # requests choose whom we call
+        self.seldom = Seldom(logger)  # requests name the hosts to call, so a client could fill the log
 
-    # -- what the engine says ------------------------------------------------------------------------------------
+    # -- calls of the engine -------------------------------------------------------------------------------------
 
     def claim(self, transfer: str, host: str, port: int, ranks: int) -> None:
-        """Ask prefill to hold a transfer that we can't grant yet. Best effort."""
+        """Ask the producers to hold a transfer that this worker can't grant yet. Best effort."""
 
         def say(peer: TransferPeer | None, _why: object) -> None:
             if peer is not None:
@@ -111,7 +118,10 @@ class ConsumerDriver:
             self._peers.want(endpoint, say)
 
     def decline(self, transfer: str, code: Code, reason: str, host: str, port: int, ranks: int) -> None:
-        """We shall not take a transfer: tell those who watch, and prefill at ``host``, if it is known. Best effort."""
+        """Report that ``transfer`` will not be received: to watchers, and to the producers if ``host`` is not empty.
+
+        Best effort. Ignored for a transfer that is being received or was.
+        """
         if transfer in self._sinks or self.receiving.knows(transfer):
             return
         self.report(transfer, code, reason)
@@ -137,7 +147,7 @@ class ConsumerDriver:
             tell(on_end, Outcome(transfer, False, Code.REUSED.value, why))
             self.report(transfer, Code.REUSED, why)
             return
-        if not wanted.pages:  # nothing comes, and nobody waits for its end
+        if not wanted.pages:  # no page will come and no engine waits: report the end to watchers at once
             self.report(transfer)
         record = self._timeline.open(transfer, "consumer")
         record.mark("asked")
@@ -168,7 +178,7 @@ class ConsumerDriver:
             self._cancel(sink, code, reason)
 
     def cancel_all(self, code: Code, reason: str) -> set[str]:
-        """Which ones."""
+        """Cancel all transfers and return their ids."""
         sinks = list(self._sinks.values())
         for sink in sinks:
             self._cancel(sink, code, reason)
@@ -186,7 +196,7 @@ class ConsumerDriver:
     def report(
         self, transfer: str, code: Code | None = None, reason: str = "", sink: IncomingTransfer | None = None
     ) -> None:
-        """Tell those who watch how a transfer ended, or that it never began."""
+        """Tell watchers how a transfer ended, or that it will not begin."""
         if not self._control.watched:
             return
         times = sink.record.events if sink is not None else {}
@@ -215,7 +225,7 @@ class ConsumerDriver:
         parts = []
         for peer, source in producers:
             channel = peer.inbound
-            if channel is None:  # lost again while we waited for another one
+            if channel is None:  # this peer was lost while we waited for another one
                 self._end(wanted.transfer, Code.PEER_LOST, f"{peer.id} is gone")
                 return
             takers = consumers_of(source.rank, wanted.ranks, self._me.world, g.total_heads)
@@ -250,7 +260,7 @@ class ConsumerDriver:
         sink.record.mark("granted")
         self.run(actions)
 
-    # -- what peers and time say ---------------------------------------------------------------------------------
+    # -- messages, lost peers, time ------------------------------------------------------------------------------
 
     def on_message(self, peer: PeerId, message: ProducerMessage, now: float) -> None:
         sink = self._sinks.get(message.transfer)
@@ -266,7 +276,10 @@ class ConsumerDriver:
         self.run(self.receiving.on_message(peer, message, now))
 
     def coming(self, peer_id: PeerId, message: BatchHint) -> None:
-        """Blocks are announced before they are computed."""
+        """Handle a hint about blocks that are not computed yet: plan their read, and note when they are expected.
+
+        Hints that don't fit the transfer are ignored.
+        """
         sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
         if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
             return
@@ -282,7 +295,11 @@ class ConsumerDriver:
             self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
 
     def _expect(self, sink: IncomingTransfer, peer_id: PeerId, when: float) -> None:
-        """This worker's last pages are expected then. Over other links nobody knows how long they take to cross."""
+        """The last pages from ``peer_id`` are expected at ``time.monotonic`` second ``when``.
+
+        Reports the latest time to the engine once it is known for all producers. Only for links that read pages in
+        place: how long pages take over the others is unknown.
+        """
         on_expected, peer = sink.wanted.on_expected, self._peers.get(peer_id)
         if on_expected is None or peer is None or peer.inbound is None or not peer.inbound.in_place:
             return
@@ -292,14 +309,14 @@ class ConsumerDriver:
                 on_expected(max(sink.expected.values()))
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Its channels are closed already."""
+        """End what ``peer`` was sending. The caller has closed its channels."""
         self.run(self.receiving.peer_lost(peer, reason))
 
     def tick(self, now: float) -> None:
         self.run(self.receiving.tick(now))
 
     def end_all(self, code: Code, reason: str) -> None:
-        """The transport closes."""
+        """Report all transfers as ended with ``code``: the transport closes, and the links are closed already."""
         sinks, self._sinks = self._sinks, {}
         for transfer, sink in sinks.items():
             tell(sink.on_end, Outcome(transfer, False, code.value, reason))
@@ -395,7 +412,7 @@ class ConsumerDriver:
                 events=dict(record.events),
             ),
         )
-        if sink.wanted.pages:  # after it was told to the engine, which has a step to begin
+        if sink.wanted.pages:  # after the engine's callback: the engine waits for it to begin its step
             self.report(transfer, code, reason, sink)
 
     def _log_failure(self, sink: IncomingTransfer, code: Code, reason: str) -> None:
@@ -417,5 +434,5 @@ def _us(seconds: float) -> int:
 
 
 def _key(batch: Batch) -> int:
-    """The sender's link key, which leads the offer."""
+    """The producer's link key: the first 8 bytes of the offer."""
     return int.from_bytes(batch.offer[:8], "little")

@@ -1,5 +1,8 @@
-"""Ties protocol, control and links together, in the I/O thread: events of the control channel go to the half that they
-concern, and both halves get their share of each turn."""
+"""The transfer engine: connects the protocol with the control channel and the links. Runs in the I/O thread.
+
+Dispatches events of the control channel to the producer or consumer driver, and gives each driver, link and timer its
+share of every turn.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +59,11 @@ from pdtransport.transfer.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-MAX_STATUS_RECORDS = 256  # transfers in one status reply, which must fit a control frame
+MAX_STATUS_RECORDS = 256  # transfers in one status reply: it must fit a control frame
 
 
 class TransferEngine:
-    """See the module's docstring. Implements :class:`pdtransport.io.reactor.Work`."""
+    """The work of a transport's I/O thread. Implements :class:`pdtransport.io.reactor.Work`."""
 
     def __init__(
         self,
@@ -171,11 +174,13 @@ class TransferEngine:
         elif isinstance(message, LinkCall):
             self._peers.link_call(peer, message)
 
-    # -- what changes ------------------------------------------------------------------------------------------------
+    # -- changes of the fingerprint ----------------------------------------------------------------------------------
 
     def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> set[str]:
-        """What our pages depend on changed: all that is under way ends, and peers shake hands anew. Returns the
-        transfers that still use pages."""
+        """Change ``facts`` of the fingerprint: end all transfers as refused and make every peer shake hands again.
+
+        Returns the transfers that still use pages.
+        """
         self.cuda_events.run()
         ending = self.producer.cancel_all(Code.REFUSED, reason) | self.consumer.cancel_all(Code.REFUSED, reason)
         for event in self._control.change_fingerprint(facts, reason):
@@ -185,10 +190,13 @@ class TransferEngine:
     def live_of(self, transfers: set[str]) -> set[str]:
         return self.producer.live_of(transfers) | self.consumer.live_of(transfers)
 
-    # -- watching ------------------------------------------------------------------------------------------------
+    # -- status --------------------------------------------------------------------------------------------------
 
     def status(self, transfer: str = "") -> TransportStatus:
-        """What this worker is doing: counters, peers with their links, and recent transfers; JSON values only."""
+        """Counters, peers with their links, and recent transfers of this worker; JSON values only.
+
+        ``transfer`` limits the timelines to one transfer.
+        """
         counters = self._counters + self.producer.sending.counters + self.consumer.receiving.counters
         counters.update({f"control_{name}": count for name, count in self._control.counters.items()})
         return {
@@ -210,7 +218,7 @@ class TransferEngine:
 
 
 def limits_of(settings: Settings, device: int = HOST) -> Limits:
-    """The settings that the state machines need, for KV on ``device``."""
+    """The limits of the state machines, from ``settings``, for KV on ``device``."""
     links, gpu = settings.links, device != HOST
     return Limits(
         **settings.deadlines.model_dump(),

@@ -1,4 +1,8 @@
-"""The prefill half of an exchange: what the sending state machines ask for becomes staged batches and messages."""
+"""The producer driver (prefill side): carries out the actions of the producer state machines.
+
+Offers batches on the peers' links and sends messages on the control channel. A transfer's owner is called back exactly
+once; until then the source pages must stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +38,14 @@ from pdtransport.transfer.timeline import Timeline, TransferRecord
 
 logger = logging.getLogger(__name__)
 
-MAX_PUSHES_A_TURN = 8  # staging a batch takes about a millisecond: control messages get their turn in between
+MAX_PUSHES_A_TURN = 8  # staging a batch takes about 1 ms: handle control messages in between
 
 _Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, attempt
 
 
 @dataclass(frozen=True)
 class _PreparedBatch:
-    """A batch whose pages are not final yet. Only for these pages, and this channel."""
+    """A batch planned before its pages are final. Valid for exactly these pages and this channel."""
 
     pages: list[int]
     channel: Channel
@@ -51,23 +55,26 @@ class _PreparedBatch:
 
 @dataclass
 class OutgoingTransfer:
-    """Pages that we hand over: ``pages[i]`` holds block i of the request. Only ``owner`` may say more of it."""
+    """A transfer that this worker sends. ``pages[i]`` holds block i of the request; only ``owner`` may change it."""
 
     owner: object
     pages: list[int]
     tokens: int
     on_end: OnOutcome
     record: TransferRecord
-    on_promise: OnPromise | None = None  # until it was called
+    on_promise: OnPromise | None = None  # None once called
     nbytes: int = 0
-    final: int = 0  # leading blocks
+    final: int = 0  # leading blocks that are final
     foreseen: int = 0  # leading blocks that prepare() has seen
-    due: float | None = None  # when the last block is expected to be final: time.monotonic() seconds
-    prepared: dict[tuple[PeerId, int, int], _PreparedBatch] = field(default_factory=dict)  # by first block and count
+    due: float | None = None  # time.monotonic() second at which the last block is expected to be final
+    prepared: dict[tuple[PeerId, int, int], _PreparedBatch] = field(default_factory=dict)  # peer, first block, blocks
 
 
 class ProducerDriver:
-    """Runs in the I/O thread."""
+    """Runs the transfers that this worker sends. All methods are called in the I/O thread.
+
+    Calls for a transfer are ignored if it is over, or if the given ``owner`` is not its owner.
+    """
 
     def __init__(
         self,
@@ -96,7 +103,7 @@ class ProducerDriver:
         peer = self._peers.get(peer_id)
         return (Channel if peer is None or peer.outbound is None else peer.outbound).max_batch_bytes
 
-    # -- what the engine says ------------------------------------------------------------------------------------
+    # -- calls of the engine -------------------------------------------------------------------------------------
 
     def open(
         self,
@@ -122,7 +129,11 @@ class ProducerDriver:
         self.run(actions)
 
     def pages_ready(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
-        """``pages``: page ids of all the request's blocks so far; their first ``tokens_done`` tokens are final."""
+        """Send what is final: the first ``tokens_done`` tokens of ``pages``.
+
+        ``pages`` are the page ids of all the request's blocks so far. Fewer tokens than before, or no pages, mean that
+        the engine took pages back (preemption).
+        """
         source = self._owned(owner, transfer)
         if source is None:
             return
@@ -130,10 +141,10 @@ class ProducerDriver:
         if tokens_done >= source.tokens:
             source.record.mark("computed", latest=True)
         blocks = self._final_blocks(source, pages, tokens_done)
-        if blocks < source.final or not pages:  # taken back
+        if blocks < source.final or not pages:  # preempted
             source.foreseen = blocks
             source.prepared.clear()
-            if source.due is not None:  # nobody knows when, now
+            if source.due is not None:  # the old estimate no longer holds, and there is no new one
                 source.due = None
                 self._say_due(transfer, time.monotonic() + 1e-6 * MAX_DUE_US)
         source.final = blocks
@@ -145,14 +156,17 @@ class ProducerDriver:
             self.sending.cached(transfer, tokens)
 
     def expect(self, owner: object, transfer: str, tokens_done: int, due: float) -> None:
-        """:meth:`pages_ready` will say so many tokens at ``time.monotonic`` second ``due``, as far as can be told."""
+        """``tokens_done`` tokens are expected to be final at ``time.monotonic`` second ``due``.
+
+        Consumers are told if these are all the prompt's tokens.
+        """
         source = self._owned(owner, transfer)
         if source is not None and tokens_done >= source.tokens:
             source.due = due
             self._say_due(transfer, due)
 
     def _say_due(self, transfer: str, due: float, only: PeerId | None = None) -> None:
-        """To all decode workers that granted, or to one of them."""
+        """Tell all consumers that granted, or ``only`` one of them, when the last block is expected."""
         due_us = min(MAX_DUE_US, max(0, int(1e6 * (due - time.monotonic()))))
         for machine in self.sending.machines(transfer):
             grant = machine.grant
@@ -169,8 +183,11 @@ class ProducerDriver:
                 )
 
     def prepare(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
-        """:meth:`pages_ready` will say this once the raw cudaEvent_t has passed. The engine waits for its GPU until
-        then; afterwards it wants the interpreter, and decode wants the pages. So what can be done, is done now."""
+        """Plan the batches that :meth:`pages_ready` will send once ``event``, a raw ``cudaEvent_t``, has passed.
+
+        The plans and hints are made now, while the engine waits for its GPU: after the event the engine needs the GIL
+        and the consumer waits for the pages.
+        """
         source = self._owned(owner, transfer)
         if source is None:
             return
@@ -212,7 +229,7 @@ class ProducerDriver:
             self.run(self.sending.cancel(transfer, code, reason))
 
     def cancel_all(self, code: Code, reason: str) -> set[str]:
-        """Which ones."""
+        """Cancel all transfers and return their ids."""
         transfers = set(self._sources)
         for transfer in transfers:
             self.run(self.sending.cancel(transfer, code, reason))
@@ -222,17 +239,17 @@ class ProducerDriver:
         return transfers & self._sources.keys()
 
     def let_go(self, owner: object, transfer: str, reason: str) -> None:
-        """Give up, unless a decode worker has granted room already."""
+        """Cancel the transfer, unless a consumer has granted it already."""
         source = self._owned(owner, transfer)
         if source is not None and "granted" not in source.record.events:
             self.run(self.sending.cancel(transfer, Code.CANCELLED, reason))
 
     def _owned(self, owner: object, transfer: str) -> OutgoingTransfer | None:
-        """None for an offer that was refused because its transfer id is somebody else's."""
+        """The transfer, or None if it is over or belongs to another owner (then this owner's offer was refused)."""
         source = self._sources.get(transfer)
         return source if source is not None and source.owner is owner else None
 
-    # -- what peers and time say ---------------------------------------------------------------------------------
+    # -- messages, lost peers, time ------------------------------------------------------------------------------
 
     def on_message(self, peer: PeerId, message: ConsumerMessage, now: float) -> None:
         source = self._sources.get(message.transfer)
@@ -253,7 +270,7 @@ class ProducerDriver:
             said()
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
-        """Its channels are closed already."""
+        """Forget what was offered to ``peer``. The caller has closed its channels."""
         for ident in [ident for ident in self._staged if ident[1] == peer]:
             del self._staged[ident]
         self._queue = deque(push for push in self._queue if push.peer != peer)
@@ -263,7 +280,7 @@ class ProducerDriver:
         self.run(self.sending.tick(now))
 
     def end_all(self, code: Code, reason: str) -> None:
-        """The transport closes."""
+        """Report all transfers as ended with ``code``: the transport closes, and the links are closed already."""
         sources, self._sources = self._sources, {}
         for transfer, source in sources.items():
             tell(source.on_end, Outcome(transfer, False, code.value, reason))
@@ -292,14 +309,16 @@ class ProducerDriver:
             elif isinstance(action, act.WithdrawBatch):
                 self._unstage(action)
             elif isinstance(action, act.Fence):
-                # All that a link of ours still did for this grant was unstaged before this; it only ever reads.
+                # Nothing to wait for: all batches of this grant are withdrawn, and our links write no consumer's pages.
                 todo.extend(self.sending.fenced(action.transfer, action.peer, action.generation))
             elif isinstance(action, act.Release):
                 self._end(action)
 
     def push_some(self) -> bool:
-        """Stage queued batches, a few a turn. What finds no free slot waits, and holds up no other peer's batches. True
-        if more can be done at once."""
+        """Offer up to ``MAX_PUSHES_A_TURN`` queued batches on their links; True if more can be offered at once.
+
+        A batch that finds no free staging slot stays queued, and does not hold up other peers' batches.
+        """
         waiting: list[act.OfferBatch] = []
         busy: set[PeerId] = set()
         answers: list[Callable[[], list[act.Action]]] = []
@@ -320,12 +339,19 @@ class ProducerDriver:
                 answers.append(partial(self.sending.pushed, *ident, checksums, offer, time.monotonic()))
         more = bool(self._queue)
         self._queue.extendleft(reversed(waiting))
-        for answer in answers:  # only now: what they ask for may withdraw batches from the queue
+        for answer in answers:  # after the queue is restored: their actions may withdraw batches from it
             self.run(answer())
         return more
 
     def _push(self, push: act.OfferBatch, ident: _Ident) -> tuple[bytes, bytes]:
-        """Offer a batch on its peer's link: ``(offer, checksums)`` for its announcement."""
+        """Offer a batch on its peer's link and return ``(offer, checksums)`` for its announcement.
+
+        The offer begins with the batch's link key (8 bytes, little-endian).
+
+        Raises:
+            LinkBusy: no staging slot is free.
+            LinkError: the peer has no link, or it is broken.
+        """
         source, peer = self._sources.get(push.transfer), self._peers.get(push.peer)
         if source is None or peer is None or peer.outbound is None:
             raise LinkError("the decode worker agreed on no link")
@@ -395,4 +421,4 @@ def _ident(action: act.OfferBatch | act.WithdrawBatch) -> _Ident:
 
 
 def _ignore(_error: str | None) -> None:
-    """A link is through with its source: we wait for the receiver's word all the same."""
+    """The link no longer reads the source. Ignored: pages are released only once the consumer has received them."""
