@@ -1,4 +1,4 @@
-"""What the machines ask their surroundings to do, and the limits that they are given. Values only."""
+"""Actions that the state machines request from the drivers, and the limits they work within. Values only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 
 from pdtransport.protocol.messages import Batch, Code, Message
 
-# Names one worker process for as long as it lives: any hashable value, opaque here.
-Peer = Any
+Peer = Any  # identifies one run of one worker process: any hashable value, opaque to the protocol
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Deadlines in seconds, and bounds; the meaning of each stands in :mod:`pdtransport.settings`."""
+    """Deadlines (seconds) and bounds. :mod:`pdtransport.settings` explains each."""
 
     retry_s: float = 0.25
     answer_s: float = 5.0
@@ -42,7 +41,7 @@ class Send:
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """Consumer: bring ``batch`` into the granted pages and verify it; answer with ``placed``."""
+    """Consumer: read ``batch`` into the granted pages and verify it; answer with ``placed``."""
 
     transfer: str
     peer: Peer
@@ -51,7 +50,7 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class Fence:
-    """Stop all work of this grant; answer with ``fenced`` once nothing of it can write any more."""
+    """Stop all work on this grant; answer with ``fenced`` once no write of this grant is in flight."""
 
     transfer: str
     peer: Peer
@@ -60,10 +59,11 @@ class Fence:
 
 @dataclass(frozen=True)
 class Ready:
-    """Consumer: every page of ``transfer`` is here and verified. Said once; nothing follows.
+    """Consumer: every page of ``transfer`` is here and verified. The last action of a transfer.
 
-    ``first_token``: the request goes on from this token, which prefill sampled; None: it samples its own.
-    ``cached_tokens``: how many of the prompt's tokens prefill did not have to compute, if it said so.
+    Args:
+        first_token: token that prefill sampled, to continue from; None: sample it here.
+        cached_tokens: prompt tokens that prefill found in its caches; None: not reported.
     """
 
     transfer: str
@@ -73,7 +73,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Failed:
-    """Consumer: ``transfer`` failed and nothing can write its pages any more. Said once; nothing follows."""
+    """Consumer: ``transfer`` failed, and nothing can write its pages any more. The last action of a transfer."""
 
     transfer: str
     code: Code
@@ -82,9 +82,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class OfferBatch:
-    """Producer: stage these blocks on the link; answer with ``pushed`` or ``push_failed``.
+    """Producer: offer these blocks on the link; answer with ``pushed`` or ``push_failed``.
 
-    One-sided links write the consumer's ``pages``, and answer once every byte has landed.
+    A one-sided link writes the consumer's ``pages``, and answers once every byte has landed.
     """
 
     transfer: str
@@ -96,16 +96,16 @@ class OfferBatch:
     blocks: int
     head_lo: int
     head_hi: int
-    pages: bytes  # the consumer's page ids of these blocks (little-endian u32), where it gave them
+    pages: bytes  # the consumer's page ids of these blocks (little-endian u32); empty if the grant names none
 
 
 @dataclass(frozen=True)
 class WithdrawBatch:
-    """Producer: the receiver has this batch, or never will: the link may forget it.
+    """Producer: the link may forget this batch: the consumer has received it, or never will.
 
-    If its Push has not been answered yet: withdraw it, no answer is needed. Only one-sided links answer even then,
-    with ``push_failed`` if the write had not begun, or with ``pushed`` after it landed: a posted write can't be called
-    back, and its successor must not start before.
+    If its :class:`OfferBatch` is not answered yet, it needs no answer any more. Only one-sided links must still
+    answer: with ``push_failed`` if the write had not begun, else with ``pushed`` after it has landed. A posted write
+    can't be called back, and the next attempt must not start before it ended.
     """
 
     transfer: str
@@ -117,7 +117,7 @@ class WithdrawBatch:
 
 @dataclass(frozen=True)
 class Release:
-    """Producer: nobody reads the source pages of ``transfer`` any more. Said once; nothing follows.
+    """Producer: nothing reads the source pages of ``transfer`` any more. The last action of a transfer.
 
     ``code`` is None if every consumer acked.
     """

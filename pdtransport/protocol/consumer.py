@@ -1,4 +1,8 @@
-"""The decode side of one grant, as a pure state machine: messages, results and time in, actions out."""
+"""The consumer's (decode) side of one grant: a pure state machine. Messages, link results and time in, actions out.
+
+Invariants: a grant is READY only if every batch of the commit is verified and together they cover the grant exactly;
+it is FAILED, and its pages free, only once neither this side's link nor the producer can write them any more.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,12 @@ from pdtransport.protocol.messages import (
 from pdtransport.protocol.states import CONSUMER_ENDS, ConsumerState, check_consumer_move
 
 MAX_WANTS = 256  # missing batches that one Nack asks for
-POLL_EVERY = 4  # a grant that was accepted is said again every POLL_EVERY * retry_s, to notice a lost Abort
+POLL_EVERY = 4  # an accepted grant is sent again every POLL_EVERY * retry_s, to notice a lost Abort
 
 
 @dataclass
 class _Slot:
-    """One batch as this side knows it."""
+    """One announced batch and how far it has come."""
 
     batch: Batch
     placing: bool = True
@@ -38,13 +42,13 @@ class _Slot:
 
 
 class ConsumerMachine:
-    """One grant to one prefill worker.
+    """Receives the blocks of one grant from one producer.
 
     Args:
-        grant: what is granted; its generation is this machine's for life.
-        peer: the prefill worker.
+        grant: the grant; its generation identifies this machine.
+        peer: the producer.
         block_bytes: bytes of one block of this grant (all layers, the granted heads).
-        one_sided: the producer writes our pages itself, so that giving them back needs its word.
+        one_sided: the producer writes the granted pages itself, so freeing them after a failure needs its Revoked.
     """
 
     def __init__(self, grant: Grant, peer: Peer, block_bytes: int, limits: Limits, one_sided: bool = False) -> None:
@@ -64,7 +68,7 @@ class ConsumerMachine:
         self._local_fence = False
         self._remote_fence = False
         self._revoking = False
-        self._deadline = 0.0  # of the state we are in
+        self._deadline = 0.0  # of the current state
         self._resend_at = 0.0
 
     # -- events --------------------------------------------------------------------------------------------------
@@ -76,7 +80,7 @@ class ConsumerMachine:
         return [Send(self.peer, self.grant)]
 
     def on_message(self, message: Message, now: float) -> list[Action]:
-        """A message of this machine's generation. What no longer applies changes nothing."""
+        """Handle a message of this machine's generation. Late or repeated messages change nothing."""
         if self.state in CONSUMER_ENDS:
             return self._answer_after_end(message)
         if self.state is ConsumerState.FENCING:
@@ -91,12 +95,12 @@ class ConsumerMachine:
         if isinstance(message, Commit):
             return self._on_commit(message, now)
         if isinstance(message, Abort):
-            self._remote_fence = True  # a producer says Abort only after its own fence
+            self._remote_fence = True  # a producer sends Abort only after its own fence
             return self._give_up(message.code, message.reason, tell=False)
         return []
 
     def placed(self, seq: int, attempt: int, error: str | None, now: float) -> list[Action]:
-        """The link placed and verified a batch, or says in ``error`` why not (``damaged...`` may be sent again)."""
+        """The link has placed and verified a batch, or failed with ``error`` (``damaged...``: ask for it again)."""
         slot = self._slots.get(seq)
         if self.state not in (ConsumerState.RECEIVING, ConsumerState.VERIFYING):
             return []
@@ -118,20 +122,20 @@ class ConsumerMachine:
         return [Send(self.peer, self._nack(((seq, attempt + 1),), error))]
 
     def fenced(self) -> list[Action]:
-        """The link will not write for this grant any more."""
+        """This side's link will not write for this grant any more."""
         if self.state is not ConsumerState.FENCING:
             return []
         self._local_fence = True
         return self._finish_fence()
 
     def cancel(self, code: Code, reason: str) -> list[Action]:
-        """Give up, for a reason of this side."""
+        """Give up for a reason on this side: fence, and send Revoke."""
         if self.state in CONSUMER_ENDS or self.state is ConsumerState.FENCING:
             return []
         return self._give_up(code, reason)
 
     def peer_lost(self, reason: str, code: Code = Code.PEER_LOST) -> list[Action]:
-        """The producer is dead, as far as its writes go: its channel is closed."""
+        """The producer is lost. Its link channel is closed already, so it can't write any more."""
         if self.state in CONSUMER_ENDS:
             return []
         self._remote_fence = True
@@ -140,7 +144,7 @@ class ConsumerMachine:
         return self._give_up(code, reason, tell=False)
 
     def tick(self, now: float) -> list[Action]:
-        """Time passed: send again what had no answer, end what waited too long."""
+        """Send unanswered messages again; give up after a deadline."""
         if self.state in CONSUMER_ENDS:
             return []
         if self.state is not ConsumerState.FENCING and now >= self._deadline:
@@ -163,9 +167,9 @@ class ConsumerMachine:
         if first:
             self._move(ConsumerState.WAITING)
             self._resend_at = now + POLL_EVERY * self.limits.retry_s
-        known = accept.known or self._known  # an older Accept may come in late
+        known = accept.known or self._known  # Accepts may arrive out of order
         if self.state is ConsumerState.WAITING and (first or known != self._known):
-            # Each wait starts when the thing waited for could start: the request's arrival, then its turn.
+            # First wait for the request to arrive on prefill (arrival_s), then for its turn in the queue (queue_s).
             self._deadline = now + (self.limits.queue_s if known else self.limits.arrival_s)
         if accept.tokens_done > self._tokens_done and self.state is ConsumerState.RECEIVING:
             self._extend(now)
@@ -268,7 +272,7 @@ class ConsumerMachine:
     def _give_up(self, code: Code, reason: str, tell: bool = True) -> list[Action]:
         self._move(ConsumerState.FENCING)
         self.code, self.reason = code, reason or code.value
-        # Pages that only we write are safe after our own fence; the peer's word is needed where it writes them.
+        # Pages that only this side writes are safe after the local fence; a one-sided producer must fence as well.
         self._revoking = tell
         self._remote_fence = self._remote_fence or not self.one_sided
         actions: list[Action] = [Fence(self.grant.transfer, self.peer, self.grant.generation)]
@@ -302,7 +306,7 @@ class ConsumerMachine:
         return actions
 
     def _wants(self) -> tuple[tuple[int, int], ...]:
-        """Batches to ask for: damaged ones, and after the commit those that never came."""
+        """``(seq, attempt)`` to ask for: damaged batches, and after the commit also those never announced."""
         wants = [
             (seq, slot.batch.attempt + 1) for seq, slot in self._slots.items() if not slot.placing and not slot.verified
         ]
@@ -326,7 +330,7 @@ class ConsumerMachine:
     # -- small helpers -------------------------------------------------------------------------------------------
 
     def _extend(self, now: float) -> None:
-        """Progress: the running wait starts anew."""
+        """Progress: restart the current deadline."""
         self._deadline = now + (self.limits.verify_s if self.state is ConsumerState.VERIFYING else self.limits.stall_s)
 
     def _move(self, new: ConsumerState) -> None:

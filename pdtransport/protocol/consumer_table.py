@@ -1,4 +1,8 @@
-"""All transfers that one decode worker takes: who may send what, and what became of those that ended."""
+"""All transfers that one consumer (decode worker) receives: live grants, and tombstones of those that ended.
+
+Invariants: every grant has a generation of its own, a message of another generation changes nothing, and a transfer id
+is never used twice while its tombstone is kept.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from pdtransport.protocol.timers import TimerQueue
 
 
 class TransferOver(Exception):
-    """This transfer id is in use or was used before; ``code`` says how that ended."""
+    """The transfer can't begin: its id is live or was used before, or too many transfers are live; see ``code``."""
 
     def __init__(self, code: Code, reason: str) -> None:
         super().__init__(reason)
@@ -35,10 +39,10 @@ class TransferOver(Exception):
 
 @dataclass(frozen=True)
 class GrantedPart:
-    """What one prefill worker is granted of a transfer.
+    """The part of a transfer that is granted to one producer.
 
-    ``block_bytes``: bytes of one block for heads ``head_lo..head_hi``; ``pages``: our page ids (little-endian u32) on
-    links whose sender writes them.
+    ``block_bytes``: bytes of one block, all layers, for heads ``head_lo..head_hi``; ``pages``: this side's page ids
+    (little-endian u32), for one-sided links.
     """
 
     peer: Peer
@@ -60,9 +64,12 @@ class _Transfer:
 
 
 class ConsumerTable:
-    """The decode worker's book of transfers. Pure: events in, actions out.
+    """The consumer's transfers. Pure: events and time in, actions out.
 
-    ``first_generation`` must differ between incarnations of a worker, so that no old message ever fits a new grant.
+    A transfer has one part (grant) per producer; it is ready when all parts are, and fails when one does.
+
+    Args:
+        first_generation: must differ between incarnations of a worker, so that no old message matches a new grant.
     """
 
     def __init__(self, limits: Limits, first_generation: int) -> None:
@@ -73,7 +80,7 @@ class ConsumerTable:
         self._over: OrderedDict[TransferId, dict[Peer, tuple[Generation, bool]]] = OrderedDict()
         self._timers: TimerQueue[tuple[TransferId, Peer]] = TimerQueue()
 
-    # -- what the engine asks ------------------------------------------------------------------------------------
+    # -- calls of the engine -------------------------------------------------------------------------------------
 
     def begin(
         self,
@@ -86,11 +93,13 @@ class ConsumerTable:
         now: float,
         first_token: bool = False,
     ) -> list[Action]:
-        """Grant blocks ``first_block .. first_block + blocks`` of ``transfer`` to each of ``parts``. ``first_token``:
-        promise to go on from the first token that prefill sampled, if the commit names it.
+        """Grant blocks ``first_block .. first_block + blocks`` of ``transfer`` to each of ``parts``.
+
+        ``first_token`` promises to continue from the first token that prefill sampled, if the commit names it.
 
         Raises:
             TransferOver: the id is live or was used before, or too many transfers are live.
+            ValueError: ``parts`` is empty, or names a peer twice.
         """
         if self.knows(transfer):
             raise TransferOver(Code.REUSED, "this transfer id was used before; mint one per dispatch")
@@ -122,7 +131,7 @@ class ConsumerTable:
         return actions
 
     def cancel(self, transfer: TransferId, code: Code, reason: str) -> list[Action]:
-        """Give up a transfer; ``Failed`` follows once its pages are free. Unknown ids are ignored."""
+        """Give up a transfer: ``Failed`` follows once its pages are free. Unknown ids are ignored."""
         live = self._live.get(transfer)
         if live is None:
             return []
@@ -130,8 +139,11 @@ class ConsumerTable:
         return self._each(list(live.parts.values()), lambda machine: machine.cancel(code, reason))
 
     def decline(self, transfer: TransferId, peer: Peer, code: Code, reason: str) -> list[Action]:
-        """Tell ``peer`` that no grant of this transfer will come, and that it may let go. Said once: if it gets lost,
-        prefill's own deadline ends its wait. Not for a transfer that is live here or was: that one says its own end."""
+        """Tell ``peer`` that this transfer will not be granted, so that it need not hold the pages.
+
+        Sent once: if the message is lost, the producer's own deadline ends its wait. Ignored for a transfer that is
+        live here or was, since that one's own end tells the producer.
+        """
         before = self._over.get(transfer)
         if transfer in self._live or (before is not None and peer in before):
             return []
@@ -140,7 +152,7 @@ class ConsumerTable:
         self.counters["transfers_declined"] += 1
         return [Send(peer, Revoke(transfer=transfer, generation=generation, code=code, reason=reason[:200]))]
 
-    # -- what links and peers report -----------------------------------------------------------------------------
+    # -- events of links and peers -------------------------------------------------------------------------------
 
     def on_message(self, peer: Peer, message: ProducerMessage, now: float) -> list[Action]:
         machine = self._machine(message.transfer, peer)
@@ -182,10 +194,10 @@ class ConsumerTable:
     def next_deadline(self) -> float | None:
         return self._timers.next()
 
-    # -- what others may ask -------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------------
 
     def knows(self, transfer: TransferId) -> bool:
-        """The id is in use, or was used and is still remembered."""
+        """Whether the id is live, or was used and still has a tombstone."""
         return transfer in self._live or transfer in self._over
 
     @property
@@ -211,7 +223,10 @@ class ConsumerTable:
         return actions
 
     def _run(self, machine: ConsumerMachine, actions: list[Action]) -> list[Action]:
-        """Book what a machine did; its own Ready and Failed become the transfer's once all parts are through."""
+        """Note what ``machine`` did and return the actions to carry out.
+
+        The Ready and Failed of a part are held back; the transfer's own follows once all its parts have ended.
+        """
         transfer, peer = machine.grant.transfer, machine.peer
         self._timers.set((transfer, peer), machine.next_deadline())
         outward: list[Action] = [action for action in actions if not isinstance(action, (Ready, Failed))]
@@ -232,7 +247,7 @@ class ConsumerTable:
             live.ended.add(peer)
             if len(live.ended) == len(live.parts) and transfer in self._live:
                 end = self._end(transfer, live)
-                # The engine waits for what is ready, and prefill can wait for its ack.
+                # Ready goes first: the engine waits for it, while prefill can wait for its Ack.
                 outward = [end, *outward] if isinstance(end, Ready) else [*outward, end]
         return outward
 
@@ -258,7 +273,10 @@ class ConsumerTable:
             self._over.popitem(last=False)
 
     def _answer_for_the_ended(self, peer: Peer, message: ProducerMessage) -> list[Action]:
-        """Late messages change nothing, and the producer learns that it may stop."""
+        """Answer a message for a grant that has ended or never existed: Ack if it was ready, else Revoke.
+
+        Late messages change no state.
+        """
         generation, ready = self._over.get(message.transfer, {}).get(peer, (0, False))
         self.counters["late_messages" if message.generation == generation else "stale_messages"] += 1
         if not isinstance(message, (Batch, Commit)):

@@ -1,7 +1,7 @@
-"""Draws the protocol from its source: Mermaid diagrams of the state tables, and a table of the messages.
+"""Draws the protocol from its source: Mermaid diagrams of the state tables, and tables of the messages and codes.
 
-``python -m pdtransport.protocol.diagram --write docs/protocol.md`` renews what stands between the markers
-``<!-- drawn: NAME -->`` and ``<!-- end -->`` of that file; ``--check`` says whether that would change anything.
+``python -m pdtransport.protocol.diagram --write docs/protocol.md`` redraws everything between the markers
+``<!-- drawn: NAME -->`` and ``<!-- end -->`` of that file; ``--check`` reports whether that would change anything.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _STATE_COMMENT = re.compile(r'= "(?P<state>\w+)"\s+# (?P<meaning>.+)')
 
 
 class DiagramError(Exception):
-    """A document can't be drawn into; the text says why."""
+    """The document can't be redrawn; the text says why."""
 
 
 def state_diagram(moves: Mapping[Any, Mapping[Any, str]], begin: str) -> str:
-    """A Mermaid diagram of one table; ``begin`` is what leads into its first state."""
+    """A Mermaid diagram of one state table; ``begin`` labels the arrow into its first state."""
     first = next(iter(moves))
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {first.value}: {begin}"]
     for old, row in moves.items():
@@ -38,7 +38,7 @@ def state_diagram(moves: Mapping[Any, Mapping[Any, str]], begin: str) -> str:
 
 
 def state_table(enum: type[Enum]) -> str:
-    """What each state means, in the words that stand beside it in the source."""
+    """A table of the states and their meanings, taken from the comments in the source."""
     meanings = {m["state"]: m["meaning"] for m in _STATE_COMMENT.finditer(inspect.getsource(enum))}
     missing = [state.value for state in enum if state.value not in meanings]
     if missing:
@@ -48,13 +48,13 @@ def state_table(enum: type[Enum]) -> str:
 
 
 def message_table(union: Any) -> str:
-    """Name, meaning and fields of each message of ``union``."""
+    """A table of the messages of ``union``: name, meaning, fields."""
     rows = [_message_row(message) for message in get_args(union)]
     return "\n".join(["| message | meaning | fields |", "|---|---|---|", *rows])
 
 
 def code_table() -> str:
-    """Why a transfer ended without its pages."""
+    """A table of the codes and their meanings."""
     return state_table(messages.Code).replace("| state |", "| code |", 1)
 
 
@@ -97,10 +97,10 @@ DRAWINGS: dict[str, Callable[[], str]] = {
 
 
 def redraw(document: str) -> str:
-    """``document`` with every drawing made anew.
+    """``document`` with every drawing redrawn.
 
     Raises:
-        DiagramError: a drawing is missing, or one is asked for that does not exist.
+        DiagramError: the document lacks the markers of a drawing, or names one that does not exist.
     """
     found = [match["name"] for match in _BLOCK.finditer(document)]
     for name in found:

@@ -1,7 +1,7 @@
-"""The digest that a commit carries: the request's content key, every batch's place in order, and the first token.
+"""The digest in a Commit: over the request's content key, the place of every batch, and the first token.
 
-Checksums stay out of it: each batch is verified against its own, and a batch that prefill recomputed after a
-preemption may honestly differ in its last bits.
+Checksums are not part of it: each batch is verified against its own, and a batch that prefill recomputed after a
+preemption may legitimately differ in its last bits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from collections.abc import Iterable
 def commit_digest(
     request_digest: bytes, batches: Iterable[tuple[int, int, int, int]], first_token: int | None = None
 ) -> bytes:
-    """16 bytes over the request's content key, each batch's ``(seq, first_block, blocks, nbytes)`` in order, and the
-    first token if the commit names it."""
+    """Digest of a commit, 16 bytes.
+
+    Covers the request's content key, ``(seq, first_block, blocks, nbytes)`` of each batch in order, and the first
+    token if the commit names it.
+    """
     state = hashlib.blake2b(request_digest, digest_size=16, person=b"pdt-commit")
     for batch in batches:
         for number in batch:
             state.update(number.to_bytes(8, "little"))
     if first_token is not None:
-        state.update(first_token.to_bytes(4, "little"))  # 4 bytes: no batch looks like it
+        state.update(first_token.to_bytes(4, "little"))  # 4 bytes: can't be taken for a batch, which has 32
     return state.digest()

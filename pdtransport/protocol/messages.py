@@ -1,8 +1,8 @@
-"""What producers (prefill) and consumers (decode) say to each other. Versioned, msgpack on the wire, no pickle.
+"""Messages between producers (prefill) and consumers (decode): versioned, msgpack on the wire, no pickle.
 
-A *transfer* is one request's hand-off; its id is minted once per dispatch by the router. A *generation* is one
-grant of one consumer worker: whatever cites an older generation changes nothing. A *block* is counted in the
-request's own order (0 = its first ``block_size`` tokens); page ids never serve as identity.
+A *transfer* is the hand-off of one request; the router mints a new transfer id for each dispatch. A *generation*
+identifies one grant of one consumer worker; a message with an old generation changes nothing. A *block* is numbered in
+the request's own order (block 0 holds its first ``block_size`` tokens); page ids never identify anything.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PROTOCOL_VERSION = 6
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
 MAX_REASON = 512
-MAX_FACTS = 64  # of a fingerprint
-MAX_MAPS = 3  # of one message: itself, the fingerprint, the links
-PEEK_BYTES = 128  # hold version and kind, which come first
+MAX_FACTS = 64  # in a fingerprint
+MAX_MAPS = 3  # in one message: the message itself, the fingerprint, the links
+PEEK_BYTES = 128  # enough for version and kind, which come first
 MAX_TRANSFER_ID = 128
-MAX_DUE_US = 60_000_000  # no step takes a minute
-MAX_ATTEMPTS = 1000  # of one batch; an engine that is preempted more often has worse problems
+MAX_DUE_US = 60_000_000  # no engine step takes a minute
+MAX_ATTEMPTS = 1000  # per batch; an engine that is preempted more often has worse problems
 
 TransferId = Annotated[str, Field(min_length=1, max_length=MAX_TRANSFER_ID, pattern=r"^[A-Za-z0-9._:\-]+$")]
 Generation = Annotated[int, Field(ge=1, lt=1 << 63)]
@@ -39,27 +39,27 @@ Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 class Code(str, Enum):
     """Why a transfer ended without its pages."""
 
-    CANCELLED = "cancelled"  # its request was aborted here
-    PEER_CANCELLED = "peer_cancelled"  # its request was aborted over there
-    REJECTED = "rejected"  # decode's server turned its request away before the engine had it
+    CANCELLED = "cancelled"  # the request was aborted on this side
+    PEER_CANCELLED = "peer_cancelled"  # the request was aborted on the other side
+    REJECTED = "rejected"  # decode's server rejected the request before it reached the engine
     PEER_LOST = "peer_lost"  # the peer died, restarted or fell silent
     REFUSED = "refused"  # the peers are not compatible
-    UNKNOWN = "unknown"  # prefill never heard of it
+    UNKNOWN = "unknown"  # decode knows no such grant, or the grant is over
     REUSED = "reused"  # the id was used before
-    MISMATCH = "mismatch"  # prefill computed another prompt than decode asked for
+    MISMATCH = "mismatch"  # prefill's request, batches or commit do not match decode's grant
     DAMAGED = "damaged"  # pages arrived damaged, again after resends
     TIMEOUT = "timeout"  # a deadline passed
-    PREEMPTED = "preempted"  # prefill lost pages before they were delivered
+    PREEMPTED = "preempted"  # prefill lost pages to preemption before they were delivered
     OVERLOADED = "overloaded"  # a bound on live transfers was reached
     LINK = "link"  # the link failed
 
 
-# Nobody waits for the pages any more: no fault of the transfer's.
+# Ends in which nobody needs the pages any more: the transfer itself did not fail.
 REQUEST_ENDED = frozenset({Code.CANCELLED, Code.PEER_CANCELLED, Code.REJECTED})
 
 
 class WireError(ValueError):
-    """A frame is not a message of this protocol; the text says what is wrong with it."""
+    """A frame is not a valid message of this protocol; the text says why."""
 
 
 class Message(BaseModel):
@@ -80,19 +80,20 @@ class _Granted(_Scoped):
 
 
 class Claim(_Scoped):
-    """Consumer: "I know this request and will grant once I have room": prefill holds its pages for it."""
+    """Consumer: I know this request and will grant once I have free pages; until then, hold yours."""
 
     kind: Literal["claim"] = "claim"
 
 
 class Grant(_Granted):
-    """Consumer: blocks ``first_block .. first_block + blocks`` may be sent to me.
+    """Consumer: you may send me blocks ``first_block .. first_block + blocks``, ``window_bytes`` in flight at most.
 
-    ``digest`` is the content key of the request (tokens, salt, adapters): prefill refuses a transfer whose own
-    request differs. ``head_lo``/``head_hi`` name the KV heads wanted, counted over all ranks. ``consumers`` is how
-    many consumer workers will grant from this producer worker. ``pages`` are the consumer's page ids (little-endian
-    u32), for links on which the producer writes them itself. ``first_token`` is a promise: if the commit names the
-    first token that prefill sampled, the request goes on from it or fails, and never samples another in its place.
+    ``digest`` is the content key of the request (tokens, salt, adapter): prefill aborts the transfer if its own
+    request has another. ``head_lo .. head_hi`` are the KV heads wanted, numbered over all ranks. ``consumers`` is the
+    number of consumer workers that will grant to this producer worker. ``pages`` are the consumer's page ids
+    (little-endian u32), for one-sided links, on which the producer writes them. ``first_token`` is a promise: if the
+    commit names the first token that prefill sampled, decode continues from it or fails the request, and never samples
+    another one.
     """
 
     kind: Literal["grant"] = "grant"
@@ -109,8 +110,8 @@ class Grant(_Granted):
 
 
 class Accept(_Granted):
-    """Producer: the grant is noted. ``known`` is false while its request has not arrived; ``tokens_done`` counts
-    the prompt tokens computed so far."""
+    """Producer: I have the grant. ``known`` is false until its request has arrived; ``tokens_done`` counts the prompt
+    tokens computed so far."""
 
     kind: Literal["accept"] = "accept"
     known: bool
@@ -118,9 +119,9 @@ class Accept(_Granted):
 
 
 class Batch(_Granted):
-    """Producer: ``blocks`` blocks are ready for you under ``seq``.
+    """Producer: batch ``seq`` is ready: ``blocks`` blocks from ``first_block`` on.
 
-    ``checksums`` holds one little-endian u64 a block (empty when checksums are off); ``offer`` is the link's own
+    ``checksums`` holds one little-endian u64 per block (empty if checksums are off); ``offer`` is the link's
     description of where the bytes are.
     """
 
@@ -135,9 +136,9 @@ class Batch(_Granted):
 
 
 class BatchHint(_Granted):
-    """Producer: these blocks are expected to be computed in ``due_us`` microseconds; or, they will be a batch with this
-    ``offer``. Advice, for who has time to prepare: no state depends on it, and nothing may be read before the batch
-    itself is announced."""
+    """Producer: a hint that lets the consumer prepare: these blocks are expected to be computed in ``due_us``
+    microseconds, or will be announced as a batch with this ``offer``. No state depends on it, and nothing may be read
+    before the Batch itself."""
 
     kind: Literal["hint"] = "hint"
     first_block: BlockIndex
@@ -147,15 +148,15 @@ class BatchHint(_Granted):
 
 
 class Received(_Granted):
-    """Consumer: these batches are placed and verified; their sources may be reused and their bytes are credit again."""
+    """Consumer: these batches are placed and verified: you may reuse their sources; their bytes are credit again."""
 
     kind: Literal["received"] = "received"
     seqs: Annotated[tuple[Seq, ...], Field(max_length=MAX_SEQS)]
 
 
 class Nack(_Granted):
-    """Consumer: I want these ``(seq, attempt)``: the announcement never came (same attempt as announced, or 0), or
-    the bytes came damaged (the next attempt)."""
+    """Consumer: send these ``(seq, attempt)`` again: with attempt 0 a batch whose announcement never came, with the
+    next attempt one whose bytes arrived damaged."""
 
     kind: Literal["nack"] = "nack"
     wants: Annotated[tuple[tuple[Seq, Attempt], ...], Field(min_length=1, max_length=MAX_SEQS)]
@@ -163,10 +164,10 @@ class Nack(_Granted):
 
 
 class Commit(_Granted):
-    """Producer: that was all: ``batches`` batches, ``tokens`` tokens; ``digest`` is over the prompt's key, the batches'
-    places and the first token (:mod:`pdtransport.protocol.digest`). ``first_token`` is what prefill sampled, named only
-    to those that promised to go on from it; None: sample it yourself. ``cached_tokens`` is how many of the prompt's
-    tokens prefill did not have to compute, for the accounts; None: it does not know."""
+    """Producer: everything is announced: ``batches`` batches, ``tokens`` prompt tokens. ``digest`` covers the prompt's
+    content key, the places of the batches and the first token (:mod:`pdtransport.protocol.digest`). ``first_token`` is
+    the one that prefill sampled, named only to a consumer that promised to continue from it; None: sample it yourself.
+    ``cached_tokens`` counts the prompt tokens that prefill found in its caches, for usage reports; None: unknown."""
 
     kind: Literal["commit"] = "commit"
     batches: Annotated[int, Field(ge=0, le=1 << 31)]
@@ -177,14 +178,14 @@ class Commit(_Granted):
 
 
 class Ack(_Granted):
-    """Consumer: everything is here and verified; free your pages."""
+    """Consumer: every page is here and verified: free yours."""
 
     kind: Literal["ack"] = "ack"
 
 
 class Revoke(_Granted):
-    """Consumer: the grant is void; stop, and say when nothing of yours can reach my pages any more. Under a generation
-    that was never granted: there will be no grant, let go of the transfer."""
+    """Consumer: the grant is void: stop, and answer Revoked once none of your writes can reach my pages. With a
+    generation that was never granted: there will be no grant, release the transfer."""
 
     kind: Literal["revoke"] = "revoke"
     code: Code
@@ -192,7 +193,7 @@ class Revoke(_Granted):
 
 
 class Revoked(_Granted):
-    """Producer: nothing of mine can reach the pages of this generation any more."""
+    """Producer: none of my writes can reach the pages of this generation any more."""
 
     kind: Literal["revoked"] = "revoked"
 
@@ -209,7 +210,7 @@ ConsumerMessage = Claim | Grant | Received | Nack | Ack | Revoke
 ProducerMessage = Accept | Batch | Commit | Revoked | Abort
 
 
-# -- between the control channels, whatever transfers there are -----------------------------------------------
+# -- between control channels, apart from any transfer --------------------------------------------------------
 
 FingerprintValue = str | int | bool
 
@@ -224,11 +225,11 @@ class Hello(Message):
     world: Annotated[int, Field(ge=1, le=65536)]
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
     fingerprint: Annotated[dict[str, FingerprintValue], Field(max_length=MAX_FACTS)]
-    links: Annotated[dict[str, bytes], Field(max_length=16)]  # link name -> what a peer needs to reach us over it
+    links: Annotated[dict[str, bytes], Field(max_length=16)]  # link name -> what a peer needs to connect over it
 
 
 class Welcome(Message):
-    """Answer to Hello: we are compatible; the same facts about the answering side."""
+    """Answer to Hello: we are compatible. The same facts about the answering side."""
 
     kind: Literal["welcome"] = "welcome"
     protocol: int
@@ -241,8 +242,8 @@ class Welcome(Message):
 
 
 class Refused(Message):
-    """Answer to Hello, or to a frame that is no message: ``field`` names what differs. About a ``name``: a warning that
-    another live process has the same."""
+    """Refuses a Hello, or a frame that can't be handled: ``field`` names what differs or is wrong. ``hello`` asks for a
+    new Hello; ``name`` is only a warning that another live process uses the receiver's name."""
 
     kind: Literal["refused"] = "refused"
     field: Annotated[str, Field(max_length=128)]
@@ -252,21 +253,21 @@ class Refused(Message):
 
 
 class Ping(Message):
-    """Are you still there?"""
+    """Heartbeat: are you still there?"""
 
     kind: Literal["ping"] = "ping"
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class Pong(Message):
-    """Yes, and still the same process."""
+    """Answer to Ping: yes, and still the same process."""
 
     kind: Literal["pong"] = "pong"
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class LinkCall(Message):
-    """A link's own words to its twin, for its set-up and its measurement."""
+    """Link-specific setup message: choosing a link for a pair of workers, and measuring it."""
 
     kind: Literal["link"] = "link"
     link: Annotated[str, Field(max_length=32)]
@@ -274,29 +275,29 @@ class LinkCall(Message):
 
 
 class StatusRequest(Message):
-    """Anyone who may connect: what is going on? ``transfer`` narrows it to one transfer's timeline."""
+    """From any client that may connect: what is your status? ``transfer`` limits the timelines to one transfer."""
 
     kind: Literal["status?"] = "status?"
     transfer: Annotated[str, Field(max_length=128)] = ""
 
 
 class StatusReply(Message):
-    """``status`` is JSON text (see :mod:`pdtransport.observe.status`)."""
+    """Answer to StatusRequest: ``status`` is JSON text (see :mod:`pdtransport.observe.status`)."""
 
     kind: Literal["status"] = "status"
     status: str
 
 
 class Watch(Message):
-    """Anyone who may connect: tell me how the transfers end that this worker takes, until I have not asked for a while.
-    Asked again and again: that is the watcher's heartbeat."""
+    """From any client that may connect: report to me how the transfers end that this worker receives. The subscription
+    lapses unless the watcher repeats this message: it is its heartbeat."""
 
     kind: Literal["watch"] = "watch"
 
 
 class Watching(Message):
-    """Answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Says who the worker is;
-    ``incarnation`` tells two runs of it apart, and is not what its Hello says."""
+    """Answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Names the worker;
+    ``incarnation`` tells two runs of it apart, but is not the secret one of its Hello."""
 
     kind: Literal["watching"] = "watching"
     engine: Annotated[str, Field(min_length=1, max_length=256)]
@@ -306,9 +307,9 @@ class Watching(Message):
 
 
 class Ended(_Scoped):
-    """Consumer, to its watchers: this transfer is over here. Without ``code`` it ended well: ``blocks`` were taken and
-    verified, none if the consumer held them all. ``exposed_us``: from commit to the last verified page; ``taken_us``:
-    from the first batch to it."""
+    """Consumer, to its watchers: this transfer has ended here. Without ``code`` it succeeded: ``blocks`` blocks were
+    received and verified (0 if the consumer held all of them already). Microseconds until the last page was verified:
+    ``exposed_us`` since the commit, ``taken_us`` since the first batch."""
 
     kind: Literal["ended"] = "ended"
     code: Code | None = None
@@ -330,7 +331,7 @@ _ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyMessage)
 
 
 def encode(message: Message) -> bytes:
-    """Message to wire bytes: a msgpack map of its fields and the protocol version ``v``."""
+    """Encode a message: a msgpack map of the protocol version ``v`` and the message's fields, in this order."""
     fields: dict[str, Any] = {"v": PROTOCOL_VERSION}
     for name in type(message).model_fields:
         value = getattr(message, name)
@@ -340,11 +341,12 @@ def encode(message: Message) -> bytes:
 
 
 def peek(beginning: bytes) -> tuple[Any, str]:
-    """Protocol version and kind of a frame by its first :data:`PEEK_BYTES`: all that is looked at of a frame from
-    whoever did not say Hello yet, unless it may be one of the few messages that such may send.
+    """Protocol version and kind of a frame, read from its first :data:`PEEK_BYTES` bytes.
+
+    Before Hello, a frame is decoded further only if its kind is one that a stranger may send.
 
     Raises:
-        WireError: it does not begin as :func:`encode` writes it.
+        WireError: the frame does not begin as :func:`encode` writes it.
     """
     unpacker = msgpack.Unpacker(raw=False, use_list=False)
     try:
@@ -359,8 +361,11 @@ def peek(beginning: bytes) -> tuple[Any, str]:
 
 
 def decode(frame: bytes, *, flat: bool = False) -> Message:
-    """Wire bytes to message. ``flat``: from a stranger; nothing is built that no such message has (lists, maps within
-    maps), however long the frame is.
+    """Decode a frame.
+
+    Args:
+        flat: the sender is a stranger: refuse what no stranger's message contains (lists, more than ``MAX_MAPS``
+            maps), before it is built, however long the frame is.
 
     Raises:
         WireError: not msgpack, not a message, another protocol version, or a field out of bounds.
@@ -374,7 +379,7 @@ def decode(frame: bytes, *, flat: bool = False) -> Message:
         raise WireError("not a message: no kind")
     version = raw.get("v")
     if version != PROTOCOL_VERSION:
-        shown = version if isinstance(version, int) else type(version).__name__  # its repr may nest for ever
+        shown = version if isinstance(version, int) else type(version).__name__  # no repr: it may nest too deep
         raise WireError(f"protocol version {shown}, this side speaks {PROTOCOL_VERSION}")
     fields = {key: value for key, value in raw.items() if key != "v"}
     if fields.get("code") is not None:
@@ -392,7 +397,7 @@ def decode(frame: bytes, *, flat: bool = False) -> Message:
 
 
 def _few_maps() -> Any:
-    """What msgpack calls with each map that it has read, innermost first; raises at one too many."""
+    """An ``object_pairs_hook`` for msgpack, called for each map, innermost first; raises after ``MAX_MAPS`` maps."""
     left = [MAX_MAPS]
 
     def made(pairs: Any) -> dict[Any, Any]:

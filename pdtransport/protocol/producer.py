@@ -1,4 +1,7 @@
-"""The prefill side of one grant, as a pure state machine: messages, results and time in, actions out."""
+"""The producer's (prefill) side of one grant: a pure state machine. Messages, link results and time in, actions out.
+
+Invariant: never more bytes in flight than the window that both sides allow (one batch may always go).
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,31 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState, check_producer_move
 
-MAX_RETRY_FACTOR = 16  # a commit without an answer is said again ever more slowly, up to this times retry_s
+MAX_RETRY_FACTOR = 16  # an unanswered message is sent again with exponential backoff, up to this times retry_s
 
 
 @dataclass
 class _Out:
-    """One batch on its way."""
+    """One batch and how far it has come."""
 
     seq: int
     first_block: int
     blocks: int
     attempt: int = 0
-    announced: Batch | None = None  # None while the link stages it, or while its pages wait to be recomputed
+    announced: Batch | None = None  # None while the link stages the batch, or until its pages are recomputed
     staging: bool = False
-    torn: bool = False  # one-sided: its pages were taken back while the link still reads them
-    said: bool = False  # some attempt was announced
-    refused: int = 0  # attempts that decode found damaged
+    torn: bool = False  # one-sided: the pages were taken back while the link still writes from them
+    said: bool = False  # at least one attempt was announced
+    refused: int = 0  # attempts that arrived damaged
     received: bool = False
 
 
 class ProducerMachine:
-    """What this prefill worker owes one decode worker.
+    """Sends the blocks of one grant to one consumer.
 
     Args:
-        grant: the decode worker's grant.
-        block_bytes: bytes of one block for the granted heads.
+        grant: the consumer's grant.
+        block_bytes: bytes of one block, all layers, for the granted heads.
         tokens: the request's prompt length.
     """
 
@@ -62,10 +65,10 @@ class ProducerMachine:
         self.reason = ""
         self.bytes_pushed = 0
         self._batch_blocks = max(1, limits.batch_bytes // block_bytes)
-        # One batch may always go, or a window smaller than a batch would never open.
+        # One batch may always go: a window smaller than a batch would block for ever.
         self._window = max(min(limits.window_bytes, grant.window_bytes), self._batch_blocks * block_bytes)
         self._end = grant.first_block + grant.blocks
-        self._writes = bool(grant.pages)  # one-sided: our link writes decode's pages, and can't call a write back
+        self._writes = bool(grant.pages)  # one-sided link: writes the consumer's pages, and can't call a write back
         self._next_block = grant.first_block
         self._ready = 0  # leading blocks of the request whose KV is final
         self._out: list[_Out] = []
@@ -73,9 +76,9 @@ class ProducerMachine:
         self._commit: Commit | None = None
         self._finished = False
         self._first_token: int | None = None
-        self.cached_tokens: int | None = None  # of the prompt, found by prefill; the commit tells
+        self.cached_tokens: int | None = None  # prompt tokens that prefill found in its caches; goes into the commit
         self._tokens_done = 0
-        self._last_words: Message | None = None  # what to say once fenced
+        self._last_words: Message | None = None  # to send once fenced
         self._deadline = float("inf")
         self._resend_at = float("inf")
         self._retry = limits.retry_s
@@ -97,7 +100,7 @@ class ProducerMachine:
         return self._advance(now)
 
     def finish(self, first_token: int | None, now: float) -> list[Action]:
-        """The engine is through with the request. Whoever promised to go on from its first token learns it now."""
+        """The engine has finished the request. Sends the commit, if it waited for the first token."""
         self._finished = True
         if self.grant.first_token:
             self._first_token = first_token
@@ -106,7 +109,7 @@ class ProducerMachine:
         return self._maybe_commit(now)
 
     def pushed(self, seq: int, attempt: int, checksums: bytes, offer: bytes, now: float) -> list[Action]:
-        """The link staged a batch (one-sided links: wrote it)."""
+        """The link has staged a batch (one-sided link: has written it): announce it."""
         out = self._find(seq)
         if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
             return []
@@ -140,7 +143,7 @@ class ProducerMachine:
         return self.cancel(Code.LINK, error)
 
     def on_message(self, message: Message, now: float) -> list[Action]:
-        """A message of this machine's generation. What no longer applies changes nothing."""
+        """Handle a message of this machine's generation. Late or repeated messages change nothing."""
         if self.state in PRODUCER_ENDS:
             return self._answer_after_end(message)
         if self.state is ProducerState.FENCING:
@@ -161,20 +164,20 @@ class ProducerMachine:
         return []
 
     def fenced(self) -> list[Action]:
-        """Nothing of this grant is being read or written by the link any more."""
+        """The link no longer reads or writes anything for this grant."""
         if self.state is not ProducerState.FENCING:
             return []
         self._move(ProducerState.ENDED)
         return [Send(self.peer, self._last_words)] if self._last_words is not None else []
 
     def cancel(self, code: Code, reason: str) -> list[Action]:
-        """Give up, for a reason of this side."""
+        """Give up for a reason on this side: fence, then send Abort."""
         if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
             return []
         return self._stop(code, reason, self._abort(code, reason))
 
     def peer_lost(self, reason: str) -> list[Action]:
-        """The consumer is dead: its channel is closed, so nothing of ours is under way."""
+        """The consumer is lost. Its link channel is closed already, so none of our writes is in flight."""
         if self.state in PRODUCER_ENDS:
             return []
         if self.state is ProducerState.FENCING:
@@ -200,8 +203,10 @@ class ProducerMachine:
         return None if soonest == float("inf") else soonest
 
     def upcoming(self, since: int, blocks: int) -> list[tuple[int, int]]:
-        """Batches, as (first block, blocks), that :meth:`pages_ready` would push once ``blocks`` blocks are final and
-        all before ``since`` were pushed. Asks for nothing and changes nothing."""
+        """Batches, as ``(first block, blocks)``, that :meth:`pages_ready` would push once ``blocks`` blocks are final.
+
+        Blocks before ``since`` count as pushed already. Changes no state.
+        """
         if self.state is not ProducerState.STREAMING:
             return []
         first, limit = max(self._next_block, since), min(blocks, self._end)
@@ -210,9 +215,9 @@ class ProducerMachine:
     # -- pushing -------------------------------------------------------------------------------------------------
 
     def _advance(self, now: float) -> list[Action]:
-        """Push what is final and fits the window; commit after the last block."""
+        """Push the final blocks that fit into the window; commit after the last block."""
         actions: list[Action] = []
-        for out in self._out:  # attempts that waited for their pages
+        for out in self._out:  # new attempts whose pages are recomputed by now
             if out.announced is None and not out.staging and not out.received and self._has_pages(out):
                 actions.append(self._push(out))
         limit = min(self._ready, self._end)
@@ -249,7 +254,7 @@ class ProducerMachine:
         if any(out.announced is None and not out.received for out in self._out):
             return []
         if self.grant.first_token and not self._finished:
-            return []  # the commit may name the token, which the engine is about to tell
+            return []  # the commit may have to name the first token, which only finish() brings
         places = [(out.seq, out.first_block, out.blocks, out.blocks * self.block_bytes) for out in self._out]
         self._commit = Commit(
             transfer=self.grant.transfer,
@@ -267,11 +272,15 @@ class ProducerMachine:
         return [Send(self.peer, self._commit)]
 
     def _rewind(self, now: float) -> list[Action]:
-        """The engine took pages back. Batches that decode has are safe; the others are staged again once their
-        pages are recomputed. Whoever still reads the old bytes finds that their checksum is wrong.
+        """The engine took pages back (preemption).
 
-        On one-sided links an announced batch has left these pages already, and decode may have verified it: it is
-        written again only if decode asks. One that is being written must land before its successor may start.
+        Batches that the consumer has received are safe. The others are staged again once their pages are recomputed; a
+        consumer that still reads the old pages finds a wrong checksum. Without checksums it could not tell, so an
+        announced batch ends the transfer.
+
+        On a one-sided link, an announced batch has left these pages already, and the consumer may have verified it: it
+        is written again only if the consumer asks. A batch that is being written must land before its next attempt may
+        start.
         """
         lost = [out for out in self._out if not out.received and not self._has_pages(out)]
         if self._writes:
@@ -284,7 +293,7 @@ class ProducerMachine:
         return self._restage(lost, now)
 
     def _torn_landed(self, out: _Out) -> list[Action]:
-        """A write whose pages were taken back is through: it counts for nothing, and the next one may start."""
+        """A write whose pages were taken back has ended: drop its result, and start the next attempt."""
         out.staging = out.torn = False
         if out.attempt >= MAX_ATTEMPTS:
             return self.cancel(Code.PREEMPTED, f"batch {out.seq} was taken back {out.attempt} times")
@@ -292,7 +301,7 @@ class ProducerMachine:
         return [self._push(out)] if self._has_pages(out) else []
 
     def _restage(self, lost: list[_Out], now: float) -> list[Action]:
-        """Withdraw what was staged and push it again as a new attempt once its pages are there."""
+        """Withdraw the batches ``lost``, and push each again as a new attempt once its pages are final."""
         actions: list[Action] = []
         for out in lost:
             if out.announced is None and not out.staging:
@@ -313,7 +322,7 @@ class ProducerMachine:
             if out is None or out.received:
                 continue
             if not out.said or (self._writes and out.staging):
-                continue  # never announced, or being written anew: not ours to believe
+                continue  # never announced, or being written again: the consumer can't have verified it
             out.received, out.staging = True, False
             self._in_flight -= out.blocks * self.block_bytes
             actions.append(self._unstage(out))
@@ -368,7 +377,7 @@ class ProducerMachine:
         self._resend_at = now + self._retry
         if self._commit is not None:
             return [Send(self.peer, self._commit)]
-        for out in self._out:  # the oldest one without a receipt: its Batch or its Received may be lost
+        for out in self._out:  # the oldest batch without a receipt: its Batch or its Received may be lost
             if out.announced is not None and not out.received:
                 return [Send(self.peer, out.announced)]
         self._resend_at, self._deadline = float("inf"), float("inf")
@@ -382,7 +391,7 @@ class ProducerMachine:
     # -- small helpers -------------------------------------------------------------------------------------------
 
     def _arm_retry(self, now: float) -> None:
-        """An announced batch waits for its receipt from here on."""
+        """Start the timers of an announced batch that waits for its receipt, unless they are running."""
         if self._resend_at == float("inf"):
             self._retry = self.limits.retry_s
             self._resend_at = now + self._retry
@@ -390,7 +399,7 @@ class ProducerMachine:
             self._deadline = now + self.limits.stall_s
 
     def _extend(self, now: float) -> None:
-        """A receipt came: what is still without one waits anew; without any, there is nothing to wait for."""
+        """A receipt came: restart the timers if other batches still wait for theirs, else stop them."""
         self._retry = self.limits.retry_s
         self._resend_at = now + self._retry
         if self.state is ProducerState.COMMITTING:

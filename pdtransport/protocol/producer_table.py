@@ -1,4 +1,8 @@
-"""All transfers that one prefill worker owes: requests, the grants on them, and what became of those that ended."""
+"""All transfers that one producer (prefill worker) sends: requests, their grants, and tombstones of ended ones.
+
+Invariants: a transfer id is never used twice while its tombstone is kept, and a request's pages are released only after
+every grant on it has ended.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,11 @@ from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
 from pdtransport.protocol.timers import TimerQueue
 
-_HOLD = "hold"  # agenda key of a request's own deadline, beside those of its grants
+_HOLD = "hold"  # timer key of a request's own deadline, apart from those of its grants
 
 
 class _Claimant(NamedTuple):
-    """Agenda key of a claim whose request has not arrived."""
+    """Timer key of a claim whose request has not arrived."""
 
     peer: Peer
 
@@ -48,19 +52,20 @@ class _Request:
     first_token: int | None = None
     cached_tokens: int | None = None
     cancelled: tuple[Code, str] | None = None
-    adapter: str = ""  # what people call it
-    consumers: int | None = None  # how many will grant; the first grant says
+    adapter: str = ""  # display name, for messages
+    consumers: int | None = None  # how many consumers will grant, as the first grant states
     grants: dict[Peer, ProducerMachine] = field(default_factory=dict)
-    claimed_by: dict[Peer, float] = field(default_factory=dict)  # since when
+    claimed_by: dict[Peer, float] = field(default_factory=dict)  # consumer -> time of its first claim
     hold_until: float = float("inf")
 
 
 class ProducerTable:
-    """The prefill worker's book of transfers. Pure: events in, actions out.
+    """The producer's transfers. Pure: events and time in, actions out.
 
     Args:
-        block_bytes: ``(head_lo, head_hi)`` -> bytes of one block here; raises ValueError for heads not held.
-        batch_bytes: the largest batch that the link to a peer takes, where ``limits`` allow a larger one.
+        block_bytes: ``(head_lo, head_hi)`` -> bytes of one block on this worker; raises ValueError for heads that it
+            does not hold.
+        batch_bytes: peer -> the largest batch that the link to it takes; caps ``limits.batch_bytes``.
     """
 
     def __init__(
@@ -79,13 +84,14 @@ class ProducerTable:
         self._over: OrderedDict[TransferId, tuple[Code | None, str]] = OrderedDict()
         self._timers: TimerQueue[tuple[TransferId, Peer]] = TimerQueue()
 
-    # -- what the engine says ------------------------------------------------------------------------------------
+    # -- calls of the engine -------------------------------------------------------------------------------------
 
     def open(
         self, transfer: TransferId, digest: bytes, tokens: int, blocks: int, now: float, adapter: str = ""
     ) -> list[Action]:
-        """A request arrived that is to be handed over: ``tokens`` prompt tokens in ``blocks`` blocks. ``adapter`` names
-        in reasons what of ``digest`` is its content.
+        """A request to hand over has arrived: ``tokens`` prompt tokens in ``blocks`` blocks.
+
+        ``adapter`` is the display name, for error messages, of the adapter whose content ``digest`` covers.
 
         Raises:
             TransferOver: the id is live or over (used before, or given up by decode before the request arrived), or
@@ -111,7 +117,7 @@ class ProducerTable:
         return actions
 
     def cached(self, transfer: TransferId, tokens: int) -> None:
-        """So many of the prompt's tokens were there and need not be computed; say it before the last block is ready."""
+        """``tokens`` prompt tokens were found in caches, not computed. Call before the last block is ready."""
         request = self._requests.get(transfer)
         if request is not None:
             request.cached_tokens = tokens
@@ -127,15 +133,19 @@ class ProducerTable:
         return self._each(transfer, request, lambda machine: machine.pages_ready(blocks, tokens_done, now))
 
     def upcoming(self, transfer: TransferId, since: int, blocks: int) -> list[tuple[ProducerMachine, int, int]]:
-        """What :meth:`pages_ready` would push, as (grant's machine, first block, blocks), were the blocks before
-        ``since`` pushed already. For who has time to prepare it; changes nothing."""
+        """Batches, as ``(grant's machine, first block, blocks)``, that :meth:`pages_ready` would push.
+
+        Blocks before ``since`` count as pushed already. Changes no state.
+        """
         request = self._requests.get(transfer)
         machines = request.grants.values() if request else ()
         return [(machine, *batch) for machine in machines for batch in machine.upcoming(since, blocks)]
 
     def finish(self, transfer: TransferId, now: float, first_token: int | None = None) -> list[Action]:
-        """The engine is done with the request: from here on its pages are held for decode alone. ``first_token`` goes
-        into the commit of every grant that promises to go on from it."""
+        """The engine has finished the request: from now on its pages are held only for the consumers.
+
+        ``first_token`` goes into the commit of every grant that promises to continue from it.
+        """
         request = self._requests.get(transfer)
         if request is None:
             return []
@@ -146,7 +156,7 @@ class ProducerTable:
         return actions + self._maybe_release(transfer, request)
 
     def cancel(self, transfer: TransferId, code: Code, reason: str) -> list[Action]:
-        """The request was aborted here; ``Release`` follows once nothing reads its pages. Unknown ids are ignored."""
+        """The request was aborted here: ``Release`` follows once nothing reads its pages. Unknown ids are ignored."""
         request = self._requests.get(transfer)
         if request is None:
             return []
@@ -155,7 +165,7 @@ class ProducerTable:
         actions = self._each(transfer, request, lambda machine: machine.cancel(code, reason))
         return actions + self._maybe_release(transfer, request)
 
-    # -- what links and peers report -----------------------------------------------------------------------------
+    # -- events of links and peers -------------------------------------------------------------------------------
 
     def on_message(self, peer: Peer, message: ConsumerMessage, now: float) -> list[Action]:
         request = self._requests.get(message.transfer)
@@ -170,7 +180,7 @@ class ProducerTable:
             return self._on_revoke(request, machine, peer, message)
         if isinstance(message, (Received, Nack)) and request is None:
             code, reason = self._over.get(message.transfer, (None, ""))
-            if code is not None:  # our Abort got lost
+            if code is not None:  # our Abort was lost
                 return [self._abort(peer, message, code, reason)]
         self.counters["stale_messages"] += 1
         return []
@@ -240,7 +250,7 @@ class ProducerTable:
     def next_deadline(self) -> float | None:
         return self._timers.next()
 
-    # -- what others may ask -------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------------
 
     @property
     def live(self) -> int:
@@ -251,7 +261,7 @@ class ProducerTable:
         return len(self._early)
 
     def promised(self, transfer: TransferId) -> bool:
-        """Decode said that it goes on from the first token if the commit names it."""
+        """Whether a consumer promised to continue from the first token if the commit names it."""
         return any(machine.grant.first_token for machine in self.machines(transfer))
 
     def machines(self, transfer: TransferId) -> list[ProducerMachine]:
@@ -284,9 +294,9 @@ class ProducerTable:
                 text = f"{len(self._early)} grants wait for their requests (max_transfers)"
                 self._add_tombstone(
                     grant.transfer, Code.OVERLOADED, text
-                )  # a copy of this grant must meet the same answer
+                )  # a repeat of this grant must get the same answer
                 return [self._abort(peer, grant, Code.OVERLOADED, text)]
-            # Decode gives up first; this bound is for a decode worker that forgot.
+            # The consumer gives up earlier; this bound is for one that never revokes its grant.
             until = now + 2 * self.limits.arrival_s
             self._early[key] = (grant, until)
             self._timers.set(key, until)
@@ -295,7 +305,7 @@ class ProducerTable:
         return [Send(peer, Accept(transfer=grant.transfer, generation=grant.generation, known=False))]
 
     def _serve(self, request: _Request, peer: Peer, grant: Grant, now: float) -> list[Action]:
-        """Bring a grant and its request together; a grant for something else is aborted."""
+        """Start serving ``grant`` from ``request``; abort a grant that does not match it."""
         problem = self._problem_with(request, grant)
         block_bytes = 1 if problem else self._block_bytes(grant.head_lo, grant.head_hi)
         limits = self.limits
@@ -338,8 +348,11 @@ class ProducerTable:
     def _on_revoke(
         self, request: _Request | None, machine: ProducerMachine | None, peer: Peer, message: Revoke
     ) -> list[Action]:
-        """Of a grant that is not being served: nothing of ours can reach its pages, nor ever will, even if the grant
-        itself is still on its way."""
+        """Handle a Revoke of a grant that is not being served.
+
+        Answered at once: no write can reach the grant's pages, now or later, even if the grant itself arrives after
+        its Revoke.
+        """
         key = (message.transfer, peer)
         early = self._early.get(key)
         if early is not None and early[0].generation == message.generation:
@@ -354,7 +367,7 @@ class ProducerTable:
             self.counters["foreign_messages"] += 1
         elif request is None:
             if message.transfer not in self._over:
-                self._add_tombstone(message.transfer, code, reason)  # its request may still arrive: nobody will take it
+                self._add_tombstone(message.transfer, code, reason)  # refuses the request if it arrives later
         elif machine is None:
             request.cancelled = request.cancelled or (code, reason)
             actions += self._maybe_release(message.transfer, request)
@@ -378,7 +391,7 @@ class ProducerTable:
         if request.consumers is not None and len(request.grants) >= request.consumers:
             if request.ready < request.blocks:
                 return self.cancel(transfer, Code.CANCELLED, "the engine finished without computing the whole prompt")
-            return []  # every consumer granted: their own deadlines rule
+            return []  # every consumer has granted: the grants have their own deadlines
         self.counters["holds_expired"] += 1
         held = self.limits.claim_s if request.claimed_by else self.limits.hold_s
         setting = "deadlines.claim_s" if request.claimed_by else "deadlines.hold_s"
@@ -403,7 +416,7 @@ class ProducerTable:
 
     @staticmethod
     def _outcome(request: _Request) -> tuple[Code | None, str]:
-        """An abort after everything was acked takes nothing away."""
+        """Code and reason of the transfer's end, None if delivered: a cancel after the last ack does not count."""
         for machine in request.grants.values():
             if machine.state is not ProducerState.DONE:
                 return machine.code or Code.CANCELLED, machine.reason
@@ -419,8 +432,10 @@ class ProducerTable:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _is_foreign(self, peer: Peer, transfer: TransferId) -> bool:
-        """All consumers of the transfer have granted, and ``peer`` is none of them. Until then whoever knows the id may
-        be one whose grant is still on its way, or was lost."""
+        """Whether all consumers of the transfer have granted and ``peer`` is none of them.
+
+        Until all have granted, any peer that knows the id may be a consumer whose grant is in flight or was lost.
+        """
         request = self._requests.get(transfer)
         if request is not None:
             grants = [machine.grant for machine in request.grants.values()]

@@ -1,7 +1,7 @@
-"""Every state of a hand-off and every move between them, as tables.
+"""All states of a hand-off and all moves between them, as tables.
 
-Everything that affects a state stands here; the machines in :mod:`consumer` and :mod:`producer` refuse a move that the
-table does not list. ``docs/protocol.md`` is drawn from these tables by :mod:`pdtransport.protocol.diagram`.
+The machines in :mod:`consumer` and :mod:`producer` refuse a move that is not listed here.
+:mod:`pdtransport.protocol.diagram` draws ``docs/protocol.md`` from these tables and from the states' comments.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from enum import Enum
 
 
 class ConsumerState(str, Enum):
-    """One grant of a decode worker to one prefill worker."""
+    """States of one grant on the consumer: from one decode worker to one prefill worker."""
 
-    GRANTING = "granting"  # the grant is on its way; nothing heard yet
-    WAITING = "waiting"  # accepted; no batch yet (prefill queues or computes)
+    GRANTING = "granting"  # the grant is sent; no answer yet
+    WAITING = "waiting"  # accepted; no batch yet (the request is queued or being computed on prefill)
     RECEIVING = "receiving"  # batches are arriving
     VERIFYING = "verifying"  # committed; the last batches are being placed and verified
     READY = "ready"  # every page is here and verified: the pages belong to the engine
@@ -22,13 +22,13 @@ class ConsumerState(str, Enum):
 
 
 class ProducerState(str, Enum):
-    """What a prefill worker owes one decode worker that granted."""
+    """States of one grant on the producer: pages that a prefill worker owes one decode worker."""
 
-    STREAMING = "streaming"  # pushing pages as prefill finishes them
+    STREAMING = "streaming"  # announcing pages as prefill finishes them
     COMMITTING = "committing"  # all pages announced; waiting for the ack
     DONE = "done"  # acked
-    FENCING = "fencing"  # revoked; waiting until no write of ours is under way
-    ENDED = "ended"  # revoked, aborted or the peer is lost; nothing of ours can write any more
+    FENCING = "fencing"  # revoked or given up; waiting until this side has no write in flight
+    ENDED = "ended"  # revoked, aborted or the peer is lost; this side can't write any more
 
 
 CONSUMER_MOVES: dict[ConsumerState, dict[ConsumerState, str]] = {
@@ -77,7 +77,7 @@ PRODUCER_ENDS = frozenset(state for state, moves in PRODUCER_MOVES.items() if no
 
 
 class IllegalMove(AssertionError):
-    """A machine tried a move that its table does not list: a bug in this package."""
+    """A machine tried a move that its table does not list. Always a bug in this package."""
 
 
 def check_consumer_move(old: ConsumerState, new: ConsumerState) -> None:

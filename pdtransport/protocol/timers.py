@@ -1,4 +1,4 @@
-"""Which machine wants to be woken when: a heap whose outdated entries are skipped."""
+"""A timer queue: a heap with lazy deletion of outdated entries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class TimerQueue(Generic[Key]):
-    """At most one wake-up time a key."""
+    """Wake-up times, at most one per key."""
 
     def __init__(self) -> None:
         self._when: dict[Key, float] = {}
@@ -18,7 +18,7 @@ class TimerQueue(Generic[Key]):
         self._count = 0
 
     def set(self, key: Key, when: float | None) -> None:
-        """Wake ``key`` at ``when``; None: not at all."""
+        """Set the wake-up time of ``key``; None removes it."""
         if when is None:
             self._when.pop(key, None)
             return
@@ -32,7 +32,7 @@ class TimerQueue(Generic[Key]):
             heapq.heapify(self._heap)
 
     def due(self, now: float) -> Iterator[Key]:
-        """Keys whose time has come; each is off the agenda once yielded."""
+        """Yield the keys whose time has come, and remove each."""
         while self._heap and self._heap[0][0] <= now:
             when, _, key = heapq.heappop(self._heap)
             if self._when.get(key) == when:
