@@ -1,6 +1,6 @@
 """KV-cache transport for disaggregated prefill and decode.
 
-The Python API is :class:`Transport`; the other ways in are vLLM's ``--kv-transfer-config`` and ``pdlaunch``.
+:class:`Transport` is the Python API. Without code, use vLLM's ``--kv-transfer-config`` or ``pdlaunch``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors that users meet. Each message is one line: cause, setting, remedy."""
+"""Errors that users see. Each message is one line: cause, setting, remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import concurrent.futures
 
 
 class PDTransportError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class SettingsError(PDTransportError):
@@ -14,15 +14,15 @@ class SettingsError(PDTransportError):
 
 
 class InvalidCall(PDTransportError, ValueError):
-    """An argument can't be, or contradicts an earlier call."""
+    """An argument is invalid, or contradicts an earlier call."""
 
 
 class TransportClosed(PDTransportError):
-    """The transport was closed, or its I/O thread does not keep up: nothing more can be asked of it."""
+    """The transport is closed, or its I/O thread does not keep up: it accepts no more calls."""
 
 
 class TimedOut(PDTransportError, concurrent.futures.TimeoutError):
-    """Nothing came within the time that the caller gave. What was waited for goes on."""
+    """The caller's timeout expired. The operation that it waited for goes on."""
 
 
 class LinkUnavailable(PDTransportError):
@@ -30,7 +30,7 @@ class LinkUnavailable(PDTransportError):
 
 
 class LinkError(PDTransportError):
-    """Moving bytes failed after the link was set up."""
+    """A link failed to move bytes after it was set up."""
 
 
 class PeerRefused(PDTransportError):
@@ -42,11 +42,11 @@ class PeerRefused(PDTransportError):
 
 
 class PoolUnavailable(PDTransportError):
-    """The pool did not answer: it does not run, ended meanwhile, or a deadline passed. Whoever asked goes without."""
+    """The pool did not answer: it is not running, has ended, or a deadline passed. Callers go on without it."""
 
 
 class PoolRefusal(PoolUnavailable):
-    """The pool runs, and can't do what it was asked; the text says why."""
+    """The pool is running but refused a request; the text says why."""
 
 
 class TransferFailed(PDTransportError):

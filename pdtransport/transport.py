@@ -1,8 +1,8 @@
-"""The engine-free Python API: hand KV pages from one process to another.
+"""The engine-free Python API: hands KV pages from one process to another.
 
-One :class:`Transport` serves one worker (one rank) in any mix of roles: it *offers* the pages of requests that it
-prefilled, and *receives* pages of requests that others did. All methods may be called from any thread; what ends later
-is a :class:`concurrent.futures.Future` that can also be awaited.
+One :class:`Transport` serves one worker (one rank) in either role or both: it *offers* the pages of requests that it
+prefills, and *receives* the pages of requests that other workers prefill. All methods may be called from any thread. A
+transfer is a :class:`Handle`: wait for it with :meth:`Handle.result`, or await it.
 """
 
 from __future__ import annotations
@@ -39,22 +39,23 @@ from pdtransport.transfer.outcome import OnExpected, OnOutcome, OnPromise, Outco
 
 _transfer_id: TypeAdapter[str] = TypeAdapter(TransferId)
 _digest: TypeAdapter[bytes] = TypeAdapter(Digest)
-LET_GO_POLL_S = 0.002  # while transfers that were ended let go of their pages
+LET_GO_POLL_S = 0.002  # poll interval while ended transfers still use pages
 
 
 class Handle:
-    """A transfer on its way. ``await handle`` or ``handle.result(timeout)`` gives its :class:`Outcome`; a wait that is
-    given up leaves the transfer as it is.
+    """A transfer in flight. ``await handle`` or ``handle.result(timeout)`` returns its :class:`Outcome`.
+
+    Giving up the wait does not end the transfer.
 
     Attributes:
-        blocks: pages that the whole prompt has.
+        blocks: number of blocks of the whole prompt.
     """
 
     def __init__(self, transport: Transport, transfer: str, blocks: int, on_end: OnOutcome | None) -> None:
         self.transfer = transfer
         self.blocks = blocks
         self.future: Future[Outcome] = Future()
-        self.future.set_running_or_notify_cancel()  # only cancel() of this class ends a transfer early
+        self.future.set_running_or_notify_cancel()  # Future.cancel() must not work: use cancel() of this class
         self._transport = transport
         self._on_end = on_end
 
@@ -74,8 +75,8 @@ class Handle:
         """Wait for the end.
 
         Raises:
-            TransferFailed: it ended without its pages.
-            TimedOut: it has not ended within ``timeout_s``.
+            TransferFailed: the transfer ended without its pages.
+            TimedOut: the transfer has not ended within ``timeout_s``.
         """
         try:
             return _checked(self.future.result(timeout_s))
@@ -88,8 +89,10 @@ class Handle:
 
 
 class Offer(Handle):
-    """Pages of one request that this worker prefills: say what is ready, then that it is finished. Every method raises
-    :class:`TransportClosed` once the transport is closed."""
+    """Pages of one request that this worker prefills: call :meth:`ready` as they are computed, then :meth:`finish`.
+
+    Every method raises :class:`TransportClosed` once the transport is closed.
+    """
 
     def __init__(
         self, transport: Transport, transfer: str, tokens: int, blocks: int, on_end: OnOutcome | None = None
@@ -98,13 +101,16 @@ class Offer(Handle):
         self.tokens = tokens
 
     def expect(self, tokens: int, due: float) -> None:
-        """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``. Decode
-        hears of it if they are all."""
+        """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``.
+
+        Decode is told if these are all the prompt's tokens.
+        """
         self._transport._call(lambda transfer_engine: transfer_engine.producer.expect(self, self.transfer, tokens, due))
 
     def cached(self, tokens: int) -> None:
-        """So many of the prompt's tokens were in the engine's caches and need not be computed; decode's accounts name
-        them. Say it before the last pages are :meth:`ready`.
+        """``tokens`` prompt tokens were found in the engine's caches, not computed; decode reports them as usage.
+
+        Call it before the last pages are :meth:`ready`.
 
         Raises:
             InvalidCall: more tokens than the prompt has.
@@ -119,16 +125,20 @@ class Offer(Handle):
         after: Any | None = None,
         passed: Callable[[float], None] | None = None,
     ) -> None:
-        """The first ``tokens`` prompt tokens are computed. ``pages[i]`` is the page of block i; a block counts as
-        final once all its tokens are, the last one once the whole prompt is. Fewer tokens than before say that the
-        engine took pages back (preemption).
+        """The first ``tokens`` prompt tokens are computed.
 
-        On a GPU, ``after`` is an event (torch's or cupy's) recorded behind the kernels that compute them: the pages are
-        final once it has passed, and what is said of this offer later waits for it too. ``passed`` is called in the
-        I/O thread with the ``time.monotonic`` second at which it was, and must not block.
+        A block is final once all its tokens are computed, the last one once the whole prompt is. Fewer tokens than
+        before mean that the engine took pages back (preemption).
+
+        Args:
+            pages: ``pages[i]`` is the page of block i.
+            after: on a GPU, an event (torch's or cupy's) recorded behind the kernels that compute the pages. They are
+                final once it has passed; later calls on this offer wait for it too.
+            passed: called in the I/O thread with the ``time.monotonic`` second at which the pages became final. Must
+                not block.
 
         Raises:
-            InvalidCall: more tokens or pages than the prompt has, or a page that is not there.
+            InvalidCall: more tokens or pages than the prompt has, or a page that the geometry does not have.
         """
         pages = self._transport._checked_pages(pages, self.blocks)
         self._check_tokens(tokens)
@@ -152,8 +162,9 @@ class Offer(Handle):
             raise InvalidCall(f"tokens={tokens}: transfer {self.transfer} has a prompt of {self.tokens} tokens")
 
     def withdraw(self, timeout_s: float) -> None:
-        """The engine takes the pages back (preemption): when this returns, no link reads them any more. What decode
-        has not received is sent again once the pages are computed again.
+        """The engine takes the pages back (preemption). Once this returns, no link reads them any more.
+
+        Blocks that decode has not received are sent again once they are recomputed.
 
         Raises:
             TimedOut: the I/O thread did not answer; the pages must not be reused.
@@ -166,12 +177,14 @@ class Offer(Handle):
         self._transport._ask(taken_back, timeout_s)
 
     def finish(self, first_token: int | None = None) -> None:
-        """The request is through; its pages stay until decode has them (or a deadline ends the wait). ``first_token``:
-        what was sampled, for a decode that promised to go on from it."""
+        """The engine has finished the request. Its pages must stay until this transfer ends.
+
+        ``first_token`` is the token that prefill sampled, for a decode that promised to continue from it.
+        """
         self._in_turn(None, lambda transfer_engine: transfer_engine.producer.finish(self, self.transfer, first_token))
 
     def let_go(self, reason: str) -> None:
-        """Give up, unless decode has granted room already: it can have the pages from elsewhere."""
+        """Give up unless decode has granted already, because decode can get the pages elsewhere."""
         self._in_turn(None, lambda transfer_engine: transfer_engine.producer.let_go(self, self.transfer, reason))
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
@@ -185,7 +198,7 @@ class Offer(Handle):
 
 
 class Receipt(Handle):
-    """Pages of one request that another worker prefills for us. The pages are ours alone again once it ended."""
+    """Pages of one request that other workers prefill. Until it ends, nobody else may use the pages."""
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
@@ -193,25 +206,25 @@ class Receipt(Handle):
 
 
 class Transport:
-    """One worker's side of pdtransport.
+    """Sends and receives KV pages for one worker.
 
-    A context manager, also of ``async with``. Opening it takes milliseconds to seconds, and blocks.
+    A context manager, also for ``async with``. Opening it blocks for milliseconds to seconds.
 
     Args:
-        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close` (that of
-            :meth:`KVGeometry.of_array` does), and nobody may write it while this opens: the `shm` link makes it shared
-            memory then, in place.
+        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close` (a geometry from
+            :meth:`KVGeometry.of_array` keeps it valid), and must not be written while this opens: the `shm` link
+            turns it into shared memory in place.
         settings: see :mod:`pdtransport.settings`.
-        engine: name of the instance; workers of one instance share it and differ in ``rank`` of ``world``.
-        fingerprint: facts that must be equal on both ends beside the geometry (model, dtype, backend, ...).
+        engine: name of the instance; its workers share it and differ in ``rank`` of ``world``.
+        fingerprint: facts besides the geometry that must be equal on both ends (model, dtype, backend, ...).
         regions: memory that links may touch; default: what the geometry spans.
-        port: control port of this worker; default ``settings.control.port + rank``, which is 7570 + rank
-            where unset. 0: any free one.
+        port: control port of this worker; default ``settings.control.port + rank``, or 7570 + rank
+            if that setting is unset. 0: any free port.
 
     Raises:
         SettingsError: a setting can't be used here (a port in use, a bad key file).
         LinkUnavailable: no link of ``settings.links.order`` works here, or the required one does not.
-        InvalidCall: an argument can't be.
+        InvalidCall: an argument is invalid.
     """
 
     def __init__(
@@ -256,7 +269,7 @@ class Transport:
             )
             return self._engine
 
-        self._offered: OrderedDict[str, None] = OrderedDict()  # transfer ids, the last ones
+        self._offered: OrderedDict[str, None] = OrderedDict()  # the latest transfer ids
         self._offered_lock = threading.Lock()
         self._reactor = Reactor(make, name=f"pdtransport-{rank}")
         self._reactor.start()
@@ -276,14 +289,16 @@ class Transport:
     ) -> Offer:
         """Announce a request of ``tokens`` prompt tokens whose pages will be handed over as ``transfer``.
 
-        ``key`` is the content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must name the same.
-        ``adapter`` is what people call the adapter whose content the key covers, for reasons.
-        ``on_end`` and ``on_promise`` run in the I/O thread and must not block. The latter is called, once at most, when
-        decode promises to go on from the first token that :meth:`Offer.finish` names.
+        Args:
+            key: content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must pass the same.
+            on_end: called in the I/O thread with the outcome. Must not block.
+            on_promise: called in the I/O thread, at most once, when decode promises to continue from the first token
+                that :meth:`Offer.finish` names. Must not block.
+            adapter: display name, for error messages, of the adapter whose content ``key`` covers.
 
         Raises:
-            InvalidCall: this transport was told of ``transfer`` before, or an argument can't be.
-            TransportClosed: it is closed.
+            InvalidCall: ``transfer`` was offered here before, or an argument is invalid.
+            TransportClosed: this transport is closed.
         """
         blocks = self._checked_prompt(transfer, key, tokens)
         self._note_offer(transfer)
@@ -313,22 +328,27 @@ class Transport:
         on_expected: OnExpected | None = None,
         after: Any | None = None,
     ) -> Receipt:
-        """Take blocks ``first_block ..`` of ``transfer`` into ``pages`` from the ``ranks`` prefill workers whose
-        control channels listen at ``port``, ``port + 1``, ... of ``host``.
+        """Receive blocks ``first_block ..`` of ``transfer`` into ``pages``.
 
-        With ``pages`` empty, decode holds everything already: prefill learns that it need not keep its pages.
-        ``first_token`` promises to go on from the outcome's first token, if it has one, and from no other.
-        ``on_expected`` is called in the I/O thread, like ``on_end``, with the ``time.monotonic`` second at which the
-        last pages are expected: when prefill foretells it, and when it has announced all; never over links that don't
-        read pages where they lie (``ucx``).
+        A transfer id that was used before ends at once, with the code ``reused``.
 
-        On a GPU, kernels that still use the pages for their former owner may be on their way: ``after`` is an event
-        recorded behind them, and nothing is written before it has passed.
-
-        A transfer that was received before ends at once, with the code ``reused``.
+        Args:
+            key: content key of the prompt, as in :meth:`offer`.
+            pages: pages to fill, in order of the blocks. Empty: decode holds everything already, and prefill need not
+                keep its pages.
+            host: host of the prefill workers, which listen at ``port``, ``port + 1``, ...
+            ranks: number of the prefill workers.
+            first_token: promise to continue from the outcome's first token, if it has one, and from no other.
+            on_end: called in the I/O thread with the outcome. Must not block.
+            on_expected: called in the I/O thread with the ``time.monotonic`` second at which the last pages are
+                expected: when prefill estimates it, and when prefill has announced all. Must not block. Never called
+                for links that don't read pages in place (``ucx``).
+            after: on a GPU, an event recorded behind kernels that still use the pages for their former owner. Nothing
+                is written before it has passed.
 
         Raises:
-            InvalidCall: more pages than the prompt has, a page that is not there, or another argument that can't be.
+            InvalidCall: more pages than the prompt has, a page that the geometry does not have, or another invalid
+                argument.
             TransportClosed: this transport is closed.
         """
         blocks = self._checked_prompt(transfer, key, tokens)
@@ -341,18 +361,20 @@ class Transport:
         return receipt
 
     def claim(self, transfer: str, *, host: str, port: int, ranks: int = 1) -> None:
-        """Ask prefill to hold ``transfer`` while we have no room to grant. Best effort; repeat every few seconds."""
+        """Ask prefill to hold ``transfer`` until decode has pages to grant. Best effort; repeat every few seconds."""
         self._call(lambda transfer_engine: transfer_engine.consumer.claim(transfer, host, port, ranks))
 
     def decline(self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1) -> None:
-        """``transfer`` will not be received here: tell those who watch and, with ``host``, prefill, which need not keep
-        its pages. Best effort, and nothing where it is being received or was."""
+        """``transfer`` will not be received here: tell watchers and, with ``host``, prefill.
+
+        Prefill then need not keep its pages. Best effort; ignored for a transfer that is being received or was.
+        """
         self._call(lambda transfer_engine: transfer_engine.consumer.decline(transfer, code, reason, host, port, ranks))
 
     # -- both ----------------------------------------------------------------------------------------------------
 
     def status(self, transfer: str = "", timeout_s: float = 5.0) -> TransportStatus:
-        """Counters, peers, links with their measured bandwidth, and the timelines of recent transfers.
+        """Counters, peers, links with their measured bandwidth, and timelines of recent transfers (or of ``transfer``).
 
         Raises:
             TimedOut: the I/O thread did not answer.
@@ -361,9 +383,11 @@ class Transport:
         return self._reactor.ask(lambda: self._engine.status(transfer), timeout_s)
 
     def change_fingerprint(self, facts: dict[str, FingerprintValue], reason: str, timeout_s: float) -> None:
-        """What the pages depend on changed, say, the model's weights (without ``facts``: the engine takes the pages
-        away). Transfers under way end as refused, for ``reason``, and each peer is judged anew by the new facts. Once
-        this returns, nothing uses a page of theirs.
+        """Change ``facts`` of the fingerprint, for example after a reload of the model's weights.
+
+        Transfers in flight end as refused, with ``reason``, and every peer must shake hands again under the new facts.
+        Once this returns, nothing uses the pages of those transfers. With empty ``facts``, this only takes the pages
+        away from transfers.
 
         Raises:
             SettingsError: a fact does not fit into a Hello.
@@ -378,7 +402,7 @@ class Transport:
             ending = self._reactor.ask(partial(self._engine.live_of, ending), timeout_s)
 
     def close(self) -> None:
-        """End all transfers and give every resource back. Safe to call twice."""
+        """End all transfers and free all resources. Safe to call twice."""
         self._reactor.stop()
 
     def __enter__(self) -> Transport:
@@ -398,10 +422,10 @@ class Transport:
         await asyncio.to_thread(self.close)
 
     def _checked_prompt(self, transfer: str, key: bytes, tokens: int) -> int:
-        """Blocks of a prompt of ``tokens`` tokens.
+        """Check a prompt's arguments and return its number of blocks.
 
         Raises:
-            InvalidCall: it has none, or ``transfer`` or ``key`` can't be.
+            InvalidCall: an argument is invalid.
         """
         try:
             _transfer_id.validate_python(transfer, strict=True)
@@ -418,7 +442,7 @@ class Transport:
     def _checked_pages(self, pages: Sequence[int], most: int) -> list[int]:
         """
         Raises:
-            InvalidCall: there are more than ``most``, or one is not there.
+            InvalidCall: there are more than ``most`` pages, or one that the geometry does not have.
         """
         ids = list(pages)
         if len(ids) > most:
@@ -432,7 +456,7 @@ class Transport:
     def _note_offer(self, transfer: str) -> None:
         """
         Raises:
-            InvalidCall: it was offered before.
+            InvalidCall: ``transfer`` was offered before.
         """
         with self._offered_lock:
             if transfer in self._offered:
@@ -449,7 +473,7 @@ class Transport:
 
 
 def fingerprint_of(geometry: KVGeometry, world: int) -> dict[str, FingerprintValue]:
-    """What two geometries must agree on (``tp_size`` may differ where heads can be split)."""
+    """Facts that two geometries must agree on (``tp_size`` may differ if the heads can be split)."""
     return {
         "protocol_version": PROTOCOL_VERSION,
         "block_size": geometry.block_size,

@@ -1,1 +1,1 @@
-"""The I/O thread, and the CUDA events it waits for."""
+"""The I/O thread, and the queue of calls that wait for CUDA events."""

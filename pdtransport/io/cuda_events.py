@@ -1,8 +1,8 @@
-"""Calls that wait for work on a GPU.
+"""A queue of calls that wait for CUDA events.
 
-An engine says that pages are computed when it has *launched* their computation; they are final once an event behind
-that work has passed. The I/O thread keeps what was said until then, in order, and sleeps meanwhile: the GPU itself
-wakes it.
+An engine reports pages as computed when it has *launched* their kernels; they are final only once an event recorded
+behind the kernels has passed. This queue keeps the report until then, in order. The I/O thread sleeps meanwhile: the
+GPU itself wakes it through a descriptor.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pdtransport.kv.geometry import HOST
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 1 << 14  # calls that wait for events; a GPU that is so far behind has hung
+MAX_WAITING = 1 << 14  # calls that wait for events; a GPU that is this far behind has hung
 
 
 @dataclass
 class _Entry:
     owner: object
-    event: Any  # keeps it alive until it has passed
-    handle: int  # 0: only waits for the entries before it
+    event: Any  # referenced so that it lives until it has passed
+    handle: int  # 0: waits only for the entries before it
     call: Callable[[], None]
 
 
 class CudaEventQueue:
-    """Runs in the I/O thread.
+    """Runs calls once their CUDA events have passed, in the order of the calls. Used in the I/O thread only.
 
     Args:
-        device: number of the GPU; for host memory nothing ever waits.
+        device: number of the GPU, or ``HOST``: then no call ever waits.
     """
 
     def __init__(self, device: int) -> None:
@@ -45,9 +45,14 @@ class CudaEventQueue:
             self._watch = EventWatch(device)
 
     def call(self, owner: object, event: Any | None, call: Callable[[], None]) -> int:
-        """Run ``call`` once ``event`` (a ``torch.cuda.Event`` or ``cupy.cuda.Event``, recorded; None: nothing) has
-        passed, and after what waits for the same ``owner``; at once where nothing is to wait for. The event's raw
-        handle if it has to wait for that, else 0."""
+        """Run ``call`` once ``event`` has passed and the earlier calls of the same ``owner`` have run.
+
+        ``event`` is a recorded ``torch.cuda.Event`` or ``cupy.cuda.Event``; None: wait for earlier calls only. If there
+        is nothing to wait for, ``call`` runs at once. Returns the event's raw handle if ``call`` waits for it, else 0.
+
+        Raises:
+            RuntimeError: ``MAX_WAITING`` calls wait already.
+        """
         handle = 0
         if event is not None and self._watch is not None:
             handle = event_handle(event)
@@ -66,15 +71,15 @@ class CudaEventQueue:
         return handle
 
     def drop(self, owner: object) -> None:
-        """Forget what waits for ``owner``."""
+        """Drop all waiting calls of ``owner``."""
         if self._waiting.pop(id(owner), 0):
             self._entries = deque(entry for entry in self._entries if entry.owner is not owner)
 
     def run(self) -> bool:
-        """Run what need not wait any longer, in order; True if anything was."""
+        """Run the calls whose events have passed, in order; True if there were any."""
         if self._watch is None or not self._entries:
             return False
-        self._watch.clear()  # before looking: an event that passes now rings again
+        self._watch.clear()  # before looking: an event that passes from here on signals again
         ran = False
         while self._entries and (not self._entries[0].handle or self._watch.passed(self._entries[0].handle)):
             entry = self._entries.popleft()
@@ -96,7 +101,7 @@ class CudaEventQueue:
         return [self._watch.fileno()] if self._watch is not None and self._entries else []
 
     def flush(self) -> None:
-        """Run everything, its events or not: the transport closes, and each request that waits must find its end."""
+        """Run all waiting calls now, even if their events have not passed, so that every request can end at close."""
         entries, self._entries = self._entries, deque()
         self._waiting.clear()
         for entry in entries:
@@ -108,6 +113,6 @@ class CudaEventQueue:
 
 
 def event_handle(event: Any) -> int:
-    """The raw ``cudaEvent_t`` of torch's or cupy's event."""
+    """The raw ``cudaEvent_t`` of a torch or cupy event."""
     handle = getattr(event, "cuda_event", None)
     return int(event.ptr if handle is None else handle)

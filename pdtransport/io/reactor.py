@@ -1,4 +1,4 @@
-"""One I/O thread: sockets, link descriptors, timers, and calls posted from other threads."""
+"""The I/O thread: an event loop over sockets, link descriptors, timers, and calls posted from other threads."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_POSTED_CALLS = 1 << 16  # calls waiting for the I/O thread; more means that it is stuck
+MAX_POSTED_CALLS = 1 << 16  # calls that wait for the I/O thread; more mean that it is stuck
 MAX_SLEEP_S = 1.0
 
 
 class Work(Protocol):
-    """What the reactor drives. All methods run in the I/O thread."""
+    """The work that the event loop drives. All methods are called in the I/O thread."""
 
     def sockets(self) -> list[zmq.Socket[bytes]]: ...
 
     def descriptors(self) -> list[int]: ...
 
     def turn(self, now: float) -> bool:
-        """Do what is due; True if there is more to do at once."""
+        """Do what is due; True if there is more to do right away."""
         ...
 
     def arm(self) -> bool:
-        """About to sleep; False: there is work after all."""
+        """Called before the loop sleeps; False: there is work after all, don't sleep."""
         ...
 
     def next_deadline(self) -> float | None: ...
@@ -51,7 +51,7 @@ class Reactor:
 
     Args:
         make: builds the work inside the I/O thread (ZeroMQ sockets must not change threads).
-        name: of the thread.
+        name: name of the thread.
     """
 
     def __init__(self, make: Callable[[Reactor], Work], name: str) -> None:
@@ -61,17 +61,17 @@ class Reactor:
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self._stopping = False
-        self._woken = False  # a byte lies there, or will; another would cost one more system call
+        self._woken = False  # a wake-up byte is sent or being sent: don't pay another system call
         self._poller = zmq.Poller()
-        self._polled: list[int] | None = None  # what it looks at beside the wake-up
+        self._polled: list[int] | None = None  # what the poller watches besides the wake-up socket
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, timeout_s: float = 30.0) -> None:
-        """Start the thread; what ``make`` raises is raised here.
+        """Start the thread and wait until ``make`` has returned. Re-raises an exception of ``make``.
 
         Raises:
-            TimedOut: ``make`` takes longer; its work ends once it is through.
+            TimedOut: ``make`` takes longer than ``timeout_s``; once it returns, its work is closed.
         """
         self._thread.start()
         try:
@@ -81,7 +81,9 @@ class Reactor:
             raise TimedOut(f"the transport's I/O thread did not start within {timeout_s:g} s") from None
 
     def post(self, call: Callable[[], None], *, wake: bool = True) -> None:
-        """Run ``call`` in the I/O thread, soon (or when it wakes, a second at the latest). Its errors are logged.
+        """Run ``call`` in the I/O thread; its exceptions are logged.
+
+        With ``wake``, it runs soon; without, when the thread next wakes, within ``MAX_SLEEP_S``.
 
         Raises:
             TransportClosed: the thread has ended, or does not keep up.
@@ -95,11 +97,11 @@ class Reactor:
             self.wake()
 
     def ask(self, call: Callable[[], T], timeout_s: float = 10.0) -> T:
-        """Run ``call`` in the I/O thread and return what it returns; from the I/O thread itself, at once.
+        """Run ``call`` in the I/O thread and return its result. In the I/O thread itself, it runs at once.
 
         Raises:
             TransportClosed: the thread has ended, or does not keep up.
-            TimedOut: it did not answer in time. The call may run yet.
+            TimedOut: the thread did not answer in time. The call may still run later.
         """
         if threading.current_thread() is self._thread:
             return call()
@@ -115,7 +117,7 @@ class Reactor:
         try:
             return answer.result(timeout_s)
         except FutureTimeout:
-            if answer.done():  # the call's own
+            if answer.done():  # the call itself raised this
                 raise
             if self._stopping:
                 raise TransportClosed("the transport was closed meanwhile") from None
@@ -127,14 +129,14 @@ class Reactor:
         self._woken = True
         try:
             self._wake_in.send(b"\0")
-        except BlockingIOError:  # enough wake-ups are waiting already
+        except BlockingIOError:  # the buffer is full of wake-ups already
             pass
         except OSError:
             if not self._stopping:
                 raise
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread and close the work. Safe to call twice."""
+        """Stop the thread and close the work. Safe to call twice."""
         if not self._stopping:
             self._stopping = True
             self.wake()
@@ -170,14 +172,14 @@ class Reactor:
                 return
             self._sleep(work)
         except Exception:
-            # A bug must not take the engine along: transfers end through their deadlines.
+            # A bug here must not crash the engine: its transfers end through their deadlines.
             logger.exception("error in the I/O thread")
             time.sleep(0.01)
 
     def _sleep(self, work: Work) -> None:
         items: list[zmq.Socket[bytes] | int] = [*work.sockets(), *work.descriptors()]
         names = [item if isinstance(item, int) else id(item) for item in items]
-        if names != self._polled:  # it holds the sockets, so their ids are not given out again
+        if names != self._polled:  # ids stay unique: the poller holds the sockets
             self._polled, self._poller = names, zmq.Poller()
             for item in (self._wake_out, *items):
                 self._poller.register(item, zmq.POLLIN)
@@ -185,11 +187,11 @@ class Reactor:
         wait = MAX_SLEEP_S if deadline is None else min(MAX_SLEEP_S, max(0.0, deadline - time.monotonic()))
         self._poller.poll(max(1, round(wait * 1000)) if wait > 0 else 0)
         with contextlib.suppress(BlockingIOError):
-            self._wake_out.recv(4096)  # what is left wakes once more
-        self._woken = False  # before the calls are looked at: one that is posted from here on is seen, or wakes again
+            self._wake_out.recv(4096)  # bytes that are left wake the thread once more
+        self._woken = False  # before _drain_calls(): a call posted from here on is seen there, or wakes us again
 
     def _drain_calls(self) -> None:
-        """Those that were posted until now: others are for the next turn, however fast they come."""
+        """Run the calls posted until now. Later ones wait for the next turn, so they can't starve the rest."""
         for _ in range(len(self._calls)):
             call = self._calls.popleft()
             try:
@@ -204,8 +206,10 @@ class Reactor:
 
 
 def leave_pinned_cores() -> None:
-    """An engine may have pinned the thread that started us to its compute cores; I/O may run on any core the
-    process' cgroup allows, so that it stays out of the model's way."""
+    """Let this thread run on any core that the process' cgroup allows, so that I/O stays out of the model's way.
+
+    It inherits the affinity of the thread that started it, which the engine may have pinned to its compute cores.
+    """
     try:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     except (AttributeError, OSError):
