@@ -21,8 +21,10 @@ from pdtransport.kv.arrays import dense_strides, layout_of
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a link may be asked to read or write: ``nbytes`` bytes at ``address`` of GPU number ``device`` (-1:
-    of the host). ``owner`` keeps it alive."""
+    """Memory that links may read or write: ``nbytes`` bytes at ``address``.
+
+    ``device`` is the GPU's number, -1 for host memory; ``owner`` keeps the memory alive.
+    """
 
     address: int
     nbytes: int
@@ -32,7 +34,7 @@ class Region:
 
 @dataclass(frozen=True)
 class LayerPages:
-    """One layer's pages: page ``b`` starts at ``address + b * block_stride``, all in bytes."""
+    """One layer's pages: page ``b`` starts at ``address + b * block_stride`` (bytes)."""
 
     name: str
     address: int
@@ -44,17 +46,18 @@ class KVGeometry:
     """The KV cache of one worker.
 
     Args:
-        layers: in model order; the order is part of the stream.
+        layers: in model order, which determines the stream order.
         num_blocks: pages per layer.
-        block_size: tokens a page.
-        heads: KV heads held here; ``head_lo`` is the first one's number over all ranks, ``total_heads`` their count.
+        block_size: tokens per page.
+        heads: number of KV heads on this rank; ``head_lo`` is the first one's number over all ranks, ``total_heads``
+            the number of heads over all ranks.
         slot_bytes: bytes of one head of one token (key and value together).
         heads_first: a page is ``[heads, tokens, slot]`` (True) or ``[tokens, heads, slot]`` (False).
-        device: number of the GPU that holds it; -1: host memory.
-        owner: what keeps the memory, held as long as the geometry, and as long as a transport that was given it.
+        device: number of the GPU that holds the cache; -1: host memory.
+        owner: keeps the memory alive; referenced by the geometry and by a transport that was given it.
 
     Raises:
-        InvalidCall: facts that make no KV cache.
+        InvalidCall: these values describe no KV cache.
     """
 
     layers: tuple[LayerPages, ...]
@@ -82,7 +85,7 @@ class KVGeometry:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page of one layer, all heads held here."""
+        """Bytes of one page of one layer, all heads of this rank."""
         return self.heads * self.block_size * self.slot_bytes
 
     def block_bytes(self, head_lo: int, head_hi: int) -> int:
@@ -91,12 +94,13 @@ class KVGeometry:
 
     @classmethod
     def of_array(cls, array: Any, *, head_lo: int = 0, total_heads: int | None = None) -> KVGeometry:
-        """Geometry of a C-contiguous array of shape ``[layers, blocks, heads, tokens, slot]`` (``HNC`` pages), of any
-        dtype: numpy's, torch's, cupy's or anything with DLPack, in host memory or a GPU's. The geometry holds on to
-        the array.
+        """Geometry of a C-contiguous array of shape ``[layers, blocks, heads, tokens, slot]`` (``HNC`` pages).
+
+        Any dtype, in host or GPU memory; an array of numpy, torch, cupy or anything with DLPack. The geometry keeps
+        the array alive.
 
         Raises:
-            InvalidCall: no such array, another shape, not C-contiguous, or read-only.
+            InvalidCall: not such an array, of another shape, not C-contiguous, or read-only.
         """
         found = layout_of(array)
         if len(found.shape) != 5:
@@ -123,7 +127,7 @@ class KVGeometry:
         )
 
     def regions(self) -> list[Region]:
-        """The memory that the pages span, one region a layer."""
+        """The memory that the pages span, one region per layer."""
         last = self.num_blocks - 1
         return [
             Region(layer.address, last * layer.block_stride + self.page_bytes, self.owner, self.device)
@@ -131,21 +135,22 @@ class KVGeometry:
         ]
 
     def checked_block_bytes(self, head_lo: int, head_hi: int) -> int:
-        """:meth:`block_bytes`, for heads that a peer named.
+        """:meth:`block_bytes` for heads that a peer named.
 
         Raises:
-            ValueError: heads that this worker does not hold.
+            ValueError: this worker does not hold these heads.
         """
         if not self.head_lo <= head_lo < head_hi <= self.head_hi:
             raise ValueError(f"heads {head_lo}..{head_hi} are not held here ({self.head_lo}..{self.head_hi})")
         return self.block_bytes(head_lo, head_hi)
 
     def runs(self, pages: Sequence[int], head_lo: int, head_hi: int) -> npt.NDArray[np.uint64]:
-        """Byte runs of ``pages`` (page ids, in the request's order) for heads ``head_lo..head_hi``, neighbours merged
-        only within a block. Shape (n, 2), uint64.
+        """Byte runs of ``pages`` for heads ``head_lo..head_hi``: shape (n, 2), uint64, rows ``[address, nbytes]``.
+
+        ``pages`` are page ids in the request's order. Runs never span two pages; adjacent heads of a page are merged.
 
         Raises:
-            ValueError: a page or head that this worker does not hold.
+            ValueError: this worker does not hold such a page or head.
         """
         self.checked_block_bytes(head_lo, head_hi)
         ids = np.asarray(pages, dtype=np.int64)
@@ -155,7 +160,7 @@ class KVGeometry:
         bases = np.array([layer.address for layer in self.layers], dtype=np.uint64)
         strides = np.array([layer.block_stride for layer in self.layers], dtype=np.uint64)
         starts = bases[None, :] + ids.astype(np.uint64)[:, None] * strides[None, :]  # (block, layer)
-        if offsets.size == 1:  # whole pages, or heads that lie together
+        if offsets.size == 1:  # whole pages, or heads that are contiguous in the page
             addresses = (starts + offsets[0]).reshape(-1)
         else:
             addresses = (starts[:, :, None] + offsets[None, None, :]).reshape(-1)
@@ -165,7 +170,7 @@ class KVGeometry:
         return runs
 
     def _page_slice(self, head_lo: int, head_hi: int) -> tuple[npt.NDArray[np.uint64], int]:
-        """Offsets of the equally long runs within one page, and their length."""
+        """Offsets of the runs within one page, and their common length (bytes)."""
         first, count = head_lo - self.head_lo, head_hi - head_lo
         if count == self.heads:
             return np.zeros(1, dtype=np.uint64), self.page_bytes
@@ -179,7 +184,7 @@ class KVGeometry:
 
 @dataclass(frozen=True)
 class HeadSource:
-    """One producer rank, and the heads that a consumer takes from it."""
+    """One producer rank, and the heads that a consumer reads from it."""
 
     rank: int
     head_lo: int
@@ -187,7 +192,7 @@ class HeadSource:
 
 
 def head_range(rank: int, ranks: int, total_heads: int) -> tuple[int, int]:
-    """KV heads of ``rank``: an even split, or one replicated head where there are more ranks than heads."""
+    """KV heads of ``rank``: an even split, or one replicated head if there are more ranks than heads."""
     if ranks <= total_heads:
         per = total_heads // ranks
         return rank * per, (rank + 1) * per
@@ -198,7 +203,7 @@ def head_range(rank: int, ranks: int, total_heads: int) -> tuple[int, int]:
 def head_sources(head_lo: int, head_hi: int, producer_ranks: int, total_heads: int, me: int = 0) -> list[HeadSource]:
     """Producer ranks that together hold heads ``head_lo..head_hi``, each head once.
 
-    Where ranks hold replicas of a head, ``me`` (the consumer's rank) spreads the load over them.
+    If several ranks hold replicas of a head, ``me`` (the consumer's rank) spreads the load over them.
     """
     if producer_ranks <= total_heads:
         sources = []
@@ -216,7 +221,7 @@ def head_sources(head_lo: int, head_hi: int, producer_ranks: int, total_heads: i
 
 
 def consumers_of(rank: int, ranks: int, consumer_ranks: int, total_heads: int) -> list[int]:
-    """Consumer ranks that take pages from producer ``rank``: the mirror of :func:`head_sources`."""
+    """Consumer ranks that read pages from producer ``rank``: the inverse of :func:`head_sources`."""
     takers = []
     for consumer in range(consumer_ranks):
         lo, hi = head_range(consumer, consumer_ranks, total_heads)

@@ -1,6 +1,6 @@
-"""Content keys: which tokens, under which salt. Equal on every host, in every process, for ever.
+"""Content keys of tokens under a salt: equal on every host and in every process, for ever.
 
-A key is a BLAKE2b hash with fixed personalisation over length-prefixed parts, so no two different inputs share an
+A key is a BLAKE2b hash with fixed personalisation over length-prefixed parts: no two different inputs share an
 encoding, and nothing depends on ``PYTHONHASHSEED``.
 """
 
@@ -28,11 +28,11 @@ def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] =
 
     Args:
         tokens: token ids, each within 0 .. 2**32 - 1; any integer sequence or one-dimensional integer array.
-        salt: keeps tenants apart; the same tokens under another salt have another key.
-        extra: whatever else the KV depends on (adapters, images), in order.
+        salt: separates tenants; the same tokens under another salt have another key.
+        extra: anything else that the KV depends on (adapters, images), in order.
 
     Raises:
-        ValueError: a token id is out of range or no integer.
+        ValueError: a token id is out of range or not an integer.
     """
     state = _start(_REQUEST, salt, extra)
     packed = _pack(tokens)
@@ -42,8 +42,9 @@ def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] =
 
 
 def adapted_key(key: bytes, adapter: str) -> bytes:
-    """Key of a prompt that is computed with an adapter, 32 bytes: its first half is the prompt's, its second the
-    adapter's, so that who compares two can say which of both differs.
+    """Key of a prompt that is computed with an adapter, 32 bytes.
+
+    The first half comes from the prompt, the second from the adapter: a comparison of two keys shows which one differs.
 
     Args:
         key: :func:`request_key` of the prompt.
@@ -55,12 +56,12 @@ def adapted_key(key: bytes, adapter: str) -> bytes:
 
 
 def block_keys(tokens: Sequence[int], block_size: int, *, salt: str = "", extra: Sequence[str] = ()) -> list[bytes]:
-    """Keys of the prompt's whole blocks, 32 bytes each: a block's key covers all tokens up to its end.
+    """Keys of the prompt's whole blocks, 32 bytes each. A block's key covers all tokens up to its end.
 
-    Two prompts share the keys of exactly the blocks of their common prefix. A last partial block has none.
+    Two prompts share exactly the keys of the whole blocks of their common prefix. A last partial block has no key.
 
     Raises:
-        ValueError: ``block_size`` is below 1, or a token id is out of range or no integer.
+        ValueError: ``block_size`` is below 1, or a token id is out of range or not an integer.
     """
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}, it must be at least 1")
@@ -79,14 +80,14 @@ def block_keys(tokens: Sequence[int], block_size: int, *, salt: str = "", extra:
 
 @dataclass(frozen=True)
 class KeySpace:
-    """What the bytes of a stored chunk depend on beside its tokens. Chunks of different spaces never meet.
+    """Everything that the bytes of a stored chunk depend on besides its tokens. Key spaces never share a chunk.
 
-    ``shard`` names which part of the model's KV a chunk holds ("heads 0-4 of 8, layers 0-32"): workers of another
-    tensor-parallel size find each other's chunks where their shards are the same. ``salt`` keeps tenants apart.
-    ``codec`` names a lossy codec that chunks may have gone through; empty: their bytes are exact.
+    ``shard`` names the part of the model's KV that a chunk holds ("heads 0-4 of 8, layers 0-32"): workers of different
+    tensor-parallel sizes find each other's chunks if their shards are the same. ``salt`` separates tenants. ``codec``
+    names a lossy codec that chunks may have passed through; empty: their bytes are exact.
 
     Raises:
-        ValueError: a field that every chunk depends on is empty, or ``chunk_tokens`` is below 1.
+        ValueError: ``model``, ``dtype``, ``layout`` or ``shard`` is empty, or ``chunk_tokens`` is below 1.
     """
 
     model: str
@@ -109,7 +110,7 @@ class KeySpace:
 
 
 class Media(NamedTuple):
-    """A picture or sound in the prompt: where its placeholder tokens begin, and the hash of its content."""
+    """An image or sound in the prompt: index of its first placeholder token, and the hash of its content."""
 
     first_token: int
     content: str
@@ -123,19 +124,18 @@ def chunk_keys(
     tail: bool = True,
     after: bytes | None = None,
 ) -> list[bytes]:
-    """Keys of the prompt's chunks for storage, 32 bytes each: a chunk's key covers all tokens up to its end.
+    """Storage keys of the prompt's chunks, 32 bytes each. A chunk's key covers all tokens up to its end.
 
-    Two prompts share the keys of exactly the chunks of their common prefix; a picture makes a difference from the
-    chunk on in which it begins. The last chunk may be partial: its key is that of just these tokens, so a longer
-    prompt does not find it.
+    Two prompts share exactly the keys of the chunks of their common prefix; different media change the keys from the
+    chunk in which they begin. A last partial chunk has the key of just its tokens: a longer prompt does not find it.
 
     Args:
         media: in order of ``first_token``.
         tail: whether a last partial chunk gets a key.
-        after: key of the whole chunk before the first of ``tokens``; None: they are the prompt's first.
+        after: key of the whole chunk before ``tokens``; None: ``tokens`` begin the prompt.
 
     Raises:
-        ValueError: a token id is out of range or no integer, or ``media`` is out of order or beyond the prompt.
+        ValueError: a token id is out of range or not an integer, or ``media`` is out of order or outside ``tokens``.
     """
     packed = memoryview(_pack(tokens))
     places = [piece.first_token for piece in media]
@@ -144,7 +144,7 @@ def chunk_keys(
     facts = (space.model, space.revision, space.dtype, space.layout, space.shard, space.lora, *space.extra)
     root = _start(_CHUNK, space.salt, facts)
     root.update(_length(space.chunk_tokens))
-    if space.codec:  # behind all else: keys of exact chunks are what they were before there were codecs
+    if space.codec:  # last, so that keys of exact chunks stay as they were before there were codecs
         _feed(root, space.codec)
     key, keys, seen = root.digest() if after is None else after, [], 0
     for first in range(0, len(packed) // 4, space.chunk_tokens):
@@ -164,7 +164,7 @@ def chunk_keys(
 
 
 def _start(person: bytes, salt: str, extra: Sequence[str]) -> hashlib.blake2b:
-    """A hash that has taken in salt and extras, each with its length before it."""
+    """A hash over salt and extras, each prefixed with its length."""
     state = hashlib.blake2b(digest_size=KEY_BYTES, person=person)
     _feed(state, salt)
     state.update(_length(len(extra)))
@@ -191,7 +191,7 @@ def _pack(tokens: Sequence[int]) -> bytes:
         packed = array("I", tokens)
     except (OverflowError, TypeError) as error:
         raise ValueError(f"token ids must be integers within 0..{MAX_TOKEN}: {error}") from None
-    if packed.itemsize != 4:  # exotic ABIs only
+    if packed.itemsize != 4:  # on exotic ABIs only
         return _pack_array(np.asarray(tokens))
     if sys.byteorder == "big":
         packed.byteswap()
