@@ -1,7 +1,7 @@
-"""Where an array of another library lies: numpy's, torch's, cupy's, or of anything that speaks DLPack.
+"""Reads the memory layout of an array of numpy, torch, cupy or any library with DLPack, without importing the library.
 
-No library is imported for it. What is read is, in this order, ``__array_interface__`` (numpy), DLPack (torch, cupy, of
-the host or a GPU), and ``__cuda_array_interface__``. Only addresses are taken: no byte is copied, no stream waited for.
+Tries, in this order, ``__array_interface__`` (numpy), DLPack (torch, cupy; host or GPU) and
+``__cuda_array_interface__``. Takes addresses only: copies no bytes and waits for no stream.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ HOST = -1  # the "device" of host memory
 
 _CPU, _CUDA, _CUDA_HOST = 1, 2, 3  # DLDeviceType
 _READ_ONLY = 1  # DLManagedTensorVersioned.flags
-_NO_WAIT = -1  # of a CUDA stream: nobody looks at the values here
-_NEWEST = (1, 1)  # of DLPack that is understood
+_NO_WAIT = -1  # DLPack stream argument "don't synchronize": only addresses are read here, no values
+_NEWEST = (1, 1)  # newest DLPack version that is supported
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An array's memory. ``strides`` in bytes; ``device`` is a GPU's number or ``HOST``; ``owner`` keeps the memory."""
+    """An array's memory. ``strides`` in bytes; ``device``: a GPU's number or ``HOST``; ``owner`` keeps it alive."""
 
     address: int
     shape: tuple[int, ...]
@@ -34,16 +34,16 @@ class Layout:
 
     @property
     def dense(self) -> bool:
-        """Whether it is C-contiguous."""
+        """Whether the array is C-contiguous."""
         wanted = zip(self.shape, self.strides, dense_strides(self.shape, self.item_bytes), strict=True)
         return all(size == 1 or given == dense for size, given, dense in wanted)
 
 
 def layout_of(array: Any) -> Layout:
-    """Read where ``array`` lies, and hold on to it.
+    """The layout of ``array``, which keeps the array alive.
 
     Raises:
-        InvalidCall: it is no array, can't be written, or lies where it can't be handed over from.
+        InvalidCall: not an array, read-only, or on a device that is not supported.
     """
     try:
         if hasattr(array, "__array_interface__"):
@@ -77,7 +77,7 @@ def _of_interface(array: Any, interface: dict[str, Any], device: int) -> Layout:
 
 
 def _device_number(array: Any) -> int:
-    """The GPU that holds an array of ``__cuda_array_interface__``, which does not tell it."""
+    """The number of an array's GPU, which ``__cuda_array_interface__`` does not give."""
     if hasattr(array, "__dlpack_device__"):
         return int(array.__dlpack_device__()[1])
     number = getattr(array.device, "id", None)  # cupy's name for it
@@ -134,7 +134,7 @@ def _of_dlpack(array: Any) -> Layout:
     strides = dense_strides(shape, item_bytes)
     if tensor.strides:
         strides = tuple(item_bytes * stride for stride in tensor.strides[: tensor.ndim])
-    # A capsule that nobody consumed gives the memory back when it goes: so long it stays, as the owner.
+    # A capsule that was not consumed frees the memory when it is destroyed, so the layout keeps it as an owner.
     device = int(number) if int(kind) == _CUDA else HOST
     return Layout((tensor.data or 0) + tensor.byte_offset, shape, strides, item_bytes, device, (array, capsule))
 
@@ -142,12 +142,12 @@ def _of_dlpack(array: Any) -> Layout:
 def _exported(array: Any, how: dict[str, Any]) -> Any:
     try:
         return array.__dlpack__(**how, max_version=_NEWEST)
-    except TypeError:  # a library that knows version 0 alone
+    except TypeError:  # a library that knows only version 0
         return array.__dlpack__(**how)
 
 
 def _read(capsule: Any) -> tuple[_Tensor, int]:
-    """A capsule's tensor, valid while the capsule is, and its flags."""
+    """A capsule's tensor (valid as long as the capsule) and flags."""
     valid, pointer = ctypes.pythonapi.PyCapsule_IsValid, ctypes.pythonapi.PyCapsule_GetPointer
     valid.argtypes = pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
     valid.restype, pointer.restype = ctypes.c_int, ctypes.c_void_p
@@ -162,5 +162,5 @@ def _read(capsule: Any) -> tuple[_Tensor, int]:
 
 
 def dense_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
-    """Of a C-contiguous array, in bytes."""
+    """Strides of a C-contiguous array, in bytes."""
     return tuple(item_bytes * math.prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -1,8 +1,8 @@
-"""Which weights a checkpoint holds: a digest over every byte of every tensor.
+"""The identity of a checkpoint's weights: a digest over every byte of every tensor.
 
-The identity of a safetensors checkpoint is that of its tensors (name, dtype, shape, bytes), whatever files they are in
-and in whatever order. Files of other formats count as a whole. SHA-256 over pieces of fixed size, so that several
-threads share a tensor of any size and the result depends on nothing but the bytes; 128 bits of it are the identity.
+The identity of a safetensors checkpoint covers its tensors (name, dtype, shape, bytes), not their files or their order.
+Files of other formats are digested whole. Each tensor is hashed (SHA-256) in pieces of fixed size: several threads can
+share a tensor of any size, and the result depends on nothing but the bytes. 128 bits of it are the identity.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from pdtransport.errors import SettingsError
 
 PIECE_BYTES = 4 << 20  # part of the digest's definition, as is ALGORITHM
 ALGORITHM = "sha256/4MiB/1"
-READ_BYTES = 256 << 10  # what a thread reads at once: stays in its core's cache until it is hashed
-IDENTITY_DIGITS = 32  # hexadecimal ones: 128 bits
-MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library itself
-MAX_TENSORS = 1 << 20  # of a checkpoint
+READ_BYTES = 256 << 10  # one read of a thread: small enough to stay in its core's cache until it is hashed
+IDENTITY_DIGITS = 32  # hexadecimal: 128 bits
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_TENSORS = 1 << 20  # per checkpoint
 MAX_DIMENSIONS = 32
 MAX_NAME = 4096  # characters
-MAX_THREADS = 8  # more are no faster than memory on most hosts, and the model is loading meanwhile
+MAX_THREADS = 8  # more are limited by memory bandwidth on most hosts, and the model is loading meanwhile
 
-TENSORS = "safetensors"  # kind of an identity: of the tensors of safetensors files
-FILES = "files"  # kind of an identity: of whole files
+TENSORS = "safetensors"  # kind of identity: the tensors of safetensors files
+FILES = "files"  # kind of identity: whole files
 
 
 class DigestCancelled(Exception):
-    """Whoever asked for a digest does not want it any more."""
+    """The caller cancelled the computation of a digest."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie in its file: ``nbytes`` of them from ``offset`` on."""
+    """A tensor in a file: ``nbytes`` bytes from ``offset`` on."""
 
     name: str
     dtype: str
@@ -60,8 +60,8 @@ def safetensors_header(file: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        SettingsError: it is none, or a damaged one.
-        OSError: it can't be read.
+        SettingsError: ``file`` is not a safetensors file, or is damaged.
+        OSError: ``file`` can't be read.
     """
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -105,14 +105,15 @@ def _damaged(file: Path, why: str) -> SettingsError:
 def digest_tensors(
     files: Sequence[Path], *, threads: int | None = None, cancelled: Callable[[], bool] = lambda: False
 ) -> str:
-    """Identity of the tensors in safetensors ``files``: ``safetensors:`` and 32 hexadecimal digits. A tensor that is in
-    several of them counts once.
+    """Identity of the tensors in safetensors ``files``: ``safetensors:`` and 32 hexadecimal digits.
+
+    A tensor that is in several files counts once.
 
     Raises:
-        SettingsError: a file is no sound safetensors file, or two have different tensors of one name: which of them
-            counts would be the loader's choice.
+        SettingsError: a file is not a valid safetensors file, or two files have different tensors of the same name:
+            the loader would choose which one counts.
         OSError: a file can't be read.
-        DigestCancelled: ``cancelled`` said so.
+        DigestCancelled: ``cancelled`` returned True.
     """
     tensors = [(number, tensor) for number, file in enumerate(files) for tensor in safetensors_header(file)]
     if len(tensors) > MAX_TENSORS:
@@ -133,11 +134,11 @@ def digest_tensors(
 def digest_files(
     files: Sequence[Path], *, threads: int | None = None, cancelled: Callable[[], bool] = lambda: False
 ) -> str:
-    """Identity of ``files`` as a whole, their names apart: ``files:`` and 32 hexadecimal digits.
+    """Identity of the contents of ``files``, without their names: ``files:`` and 32 hexadecimal digits.
 
     Raises:
         OSError: a file can't be read.
-        DigestCancelled: ``cancelled`` said so.
+        DigestCancelled: ``cancelled`` returned True.
     """
     spans = [(number, 0, file.stat().st_size) for number, file in enumerate(files)]
     digests = _digest_spans(files, spans, threads, cancelled)
@@ -187,7 +188,7 @@ def _digest_spans(
             thread.start()
         work()
         for thread in others:
-            thread.join()  # each ends with the piece that it is at
+            thread.join()  # each ends after its current piece
     finally:
         for descriptor in opened:
             os.close(descriptor)
@@ -202,7 +203,7 @@ def _threads(nbytes: int) -> int:
 
 
 def _pieces(spans: Sequence[tuple[int, int, int]]) -> Iterator[_Piece]:
-    """In the order in which they lie in the files, as whoever loads the model reads them."""
+    """All pieces in file order, the order in which a model loader reads the files too."""
     for item in sorted(range(len(spans)), key=spans.__getitem__):
         file, offset, nbytes = spans[item]
         for number, begin in enumerate(range(0, nbytes, PIECE_BYTES)):

@@ -1,10 +1,10 @@
-"""Digests of files that did not change are remembered, for this user on this host.
+"""An on-disk cache of digests of unchanged files, per user and host.
 
-A file is known by device, inode, size, modification and change time. Change times are coarse: a digest of files that
-changed just before they were read is not remembered, since another change after that may have the same time. An entry
-is a small JSON file in a folder that nobody else may write; whatever is damaged, foreign or too large is ignored, and
-said in one line. Processes that want the same digest at the same time compute it once: the others wait for the first,
-up to a deadline.
+A file is recognised by device, inode, size, modification time and change time. Change times are coarse: a digest of
+files that changed just before they were read is not cached, since a later change could have the same time. An entry is
+a small JSON file in a folder that only this user may write; entries that are damaged, too large or writable by others
+are ignored with one line of log. Processes that need the same digest at the same time compute it once: the others wait
+for the first, up to a deadline.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ENTRY_BYTES = 4 << 20
 MAX_ENTRIES = 256
-POLL_S = 0.02
-SETTLED_S = 2.0  # the coarsest time stamps of file systems in use
+POLL_S = 0.02  # between tries to take the lock
+SETTLED_S = 2.0  # the coarsest timestamps of file systems in use
 
 _IDENTITY = re.compile(rf"[a-z]+:[0-9a-f]{{{IDENTITY_DIGITS}}}")
 
@@ -39,38 +39,38 @@ FileFacts = tuple[int, int, int, int, int]
 
 
 def default_directory() -> Path:
-    """``$XDG_CACHE_HOME/pdtransport/weights``, or below ``~/.cache``."""
+    """``$XDG_CACHE_HOME/pdtransport/weights``; ``~/.cache/pdtransport/weights`` if the variable is unset."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(os.path.expanduser("~"))
     return (Path(base) if os.path.isabs(base) else home / ".cache") / "pdtransport" / "weights"
 
 
 def facts_of(files: Sequence[Path]) -> list[FileFacts]:
-    """What tells whether ``files`` are the same as before: sorted ``(device, inode, size, mtime_ns, ctime_ns)``.
+    """Facts that change when ``files`` change: sorted ``(device, inode, size, mtime_ns, ctime_ns)``.
 
     Raises:
-        OSError: one is not there.
+        OSError: a file does not exist.
     """
     found = [file.stat() for file in files]
     return sorted((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
 
 
 class DigestCache:
-    """Entries lie in ``directory``, which is made if it is not there; None: :func:`default_directory`."""
+    """A cache in ``directory``, which is created if missing; None: :func:`default_directory`."""
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory if directory is not None else default_directory()
 
     def identity(self, kind: str, files: Sequence[Path], compute: Callable[[], str], wait_s: float) -> str:
-        """What ``compute`` says of these files, or said before.
+        """The digest of ``files``, from the cache or from ``compute``. Also raises what ``compute`` raises.
 
         Args:
-            kind: of the digest: entries of other kinds are others.
-            wait_s: how long to wait for another process that computes it; then it is computed here as well.
+            kind: kind of digest; entries of different kinds are separate.
+            wait_s: how long to wait for another process that computes the digest; after that, compute it here too.
 
         Raises:
             SettingsError: the files changed while they were read.
-            OSError: a file is not there. Whatever ``compute`` raises.
+            OSError: a file does not exist.
         """
         facts = facts_of(files)
         settled = max((each[-1] for each in facts), default=0) + SETTLED_S * 1e9 < time.time_ns()
@@ -100,7 +100,7 @@ class DigestCache:
         return identity
 
     def _prepare(self) -> str:
-        """What keeps the folder from being used; empty if nothing does."""
+        """Create and check the folder. Returns why it can't be used, or an empty string."""
         if not self._directory.is_absolute():
             return "this user has no home folder; set XDG_CACHE_HOME to a folder that can be written"
         try:
@@ -113,9 +113,9 @@ class DigestCache:
         return ""
 
     def _read(self, entry: Path, facts: list[FileFacts]) -> str:
-        """The remembered identity; empty if there is none that can be trusted."""
+        """The cached identity; empty if there is none that can be trusted."""
         try:
-            # a named pipe in its place holds nobody up
+            # O_NONBLOCK: a named pipe in the file's place must not block
             descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return ""
@@ -143,7 +143,7 @@ class DigestCache:
         return ""
 
     def _write(self, entry: Path, facts: list[FileFacts], identity: str) -> None:
-        """At once or not at all: a reader sees a whole entry, or none."""
+        """Write an entry atomically: a reader sees a whole entry or none."""
         made = ""
         try:
             descriptor, made = tempfile.mkstemp(dir=self._directory, prefix=".new-")  # mode 0600
@@ -165,7 +165,11 @@ class DigestCache:
 
     @contextmanager
     def _lock(self, file: Path, known: Callable[[], str], wait_s: float) -> Iterator[str]:
-        """Yields what became known while another process held the lock; empty: it is ours, or nobody came to an end."""
+        """Take the lock of an entry, for at most ``wait_s``.
+
+        Yields the identity if another process has stored it meanwhile. Empty: compute it here, because this process
+        has the lock, or the wait timed out, or there is no lock.
+        """
         deadline = time.monotonic() + wait_s
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,7 +1,7 @@
-"""Are two workers' KV caches the same thing? Peers compare fingerprints before the first byte moves.
+"""Fingerprints: whether the KV caches of two workers are compatible. Peers compare them before the first byte moves.
 
-A fingerprint is a flat dict of facts. All must be equal, except the few that can be bridged by name, and the model's
-configuration, which is compared field by field (:mod:`pdtransport.kv.model_facts`).
+A fingerprint is a flat dict of facts. All must be equal, except a few that can be bridged or are ignored
+(:func:`compare`), and the model's configuration, which is compared field by field (:mod:`pdtransport.kv.model_facts`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ FingerprintValue = str | int | bool
 Fingerprint = Mapping[str, FingerprintValue]
 
 MISSING = "(not given)"
-MAX_SHOWN = 96  # characters of a value that a message shows: it may come from anyone
-MAX_FIELD = 128  # of a field's name, likewise
+MAX_SHOWN = 96  # characters of a value shown in a message: the value may come from anyone
+MAX_FIELD = 128  # likewise, of a field's name
 
-# What to do about it, most telling field first: a mismatch of model explains all that follow from it.
+# What to do about a mismatch, by field. Root causes first: a different model explains many other differences.
 REMEDIES = {
     "protocol_version": "run the same pdtransport version on both",
     "weights": "serve the same weight files on both; after a reload, reload the same on the other, of the same "
@@ -50,9 +50,9 @@ REMEDIES = {
     "tp_size": "choose tensor-parallel sizes that divide the KV heads evenly, or are multiples of their number",
 }
 _ORDER = {name: place for place, name in enumerate(REMEDIES)}
-_BY_FIELD = frozenset({"model_config"})  # facts that are texts of model_facts
-_NAMES = frozenset({"model", "revision"})  # nobody's business where equal weights have a digest
-_IGNORED = frozenset({"tp_rank"})  # every pair of ranks differs in it; geometry says which heads each one holds
+_BY_FIELD = frozenset({"model_config"})  # facts in the text form of model_facts
+_NAMES = frozenset({"model", "revision"})  # ignored if the digests of the weights are equal
+_IGNORED = frozenset({"tp_rank"})  # differs between ranks anyway; the geometry says which heads each one holds
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Mismatch:
     yours: str
 
     def text(self, us: str = "this side", them: str = "the peer") -> str:
-        """One line for a human: what differs, who has what, and what to do about it."""
+        """One line for the user: what differs, both values, and what to do about it."""
         remedy = REMEDIES.get(self.field.partition(".")[0], f"make {self.field} the same on both")
         return f"{self.field} differs: {us} has {self.ours}, {them} has {self.yours}; {remedy}"
 
 
 def compare(ours: Fingerprint, yours: Fingerprint) -> Mismatch | None:
-    """The most telling fact that keeps two workers apart, or None if they can exchange pages.
+    """The most important fact that differs, or None if the two workers can exchange pages.
 
-    ``tp_size`` may differ where each side's splits the ``kv_heads`` evenly; ``tp_rank`` is not compared, nor are
-    names of models whose ``weights`` are the same. A field that one side lacks is a mismatch. The answer is symmetric:
-    both sides find the same field.
+    ``tp_size`` may differ if each side's divides ``kv_heads`` or is a multiple of it. Not compared: ``tp_rank``, and
+    ``model`` and ``revision`` if the ``weights`` are equal. A field that one side lacks is a mismatch. Symmetric: both
+    sides find the same field.
     """
     ignored = _IGNORED | _NAMES if ours.get("weights") and ours["weights"] == yours.get("weights") else _IGNORED
     for field in sorted({*ours, *yours} - ignored, key=lambda name: (_ORDER.get(name, len(_ORDER)), name)):
@@ -94,7 +94,7 @@ def compare(ours: Fingerprint, yours: Fingerprint) -> Mismatch | None:
 
 
 def plain(text: str, limit: int) -> str:
-    """``text`` on one line, at most ``limit`` characters: fit for a log or a message whoever wrote it."""
+    """``text`` on one line of at most ``limit`` characters: safe to log even if an untrusted peer wrote it."""
     line = "".join(char if char.isprintable() else "?" for char in text[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -104,7 +104,7 @@ def _same(mine: FingerprintValue | None, theirs: FingerprintValue | None) -> boo
 
 
 def _bridged(mine: FingerprintValue | None, theirs: FingerprintValue | None, heads: FingerprintValue | None) -> bool:
-    """Pages are split or joined on heads: each rank must hold whole heads, equally many (or replicas of one)."""
+    """Whether ``tp_size`` may differ: each rank must hold equally many whole heads, or a replica of one head."""
     if not _count(heads):
         return False
     return all(_count(size) and (heads % size == 0 or size % heads == 0) for size in (mine, theirs))  # type: ignore[operator]

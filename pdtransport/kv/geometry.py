@@ -1,8 +1,8 @@
 """Where KV lives in one worker: pages, heads, and the byte runs of any slice of them.
 
-The stream order of a slice is block, then layer, then the page's own order (heads outermost in ``HNC`` pages, tokens
-outermost in ``NHC`` pages). Two workers whose fingerprints agree produce the same stream for the same heads, whatever
-their tensor-parallel sizes.
+The byte stream of a slice is ordered by block, then layer, then the page's own order (heads outermost in ``HNC`` pages,
+tokens outermost in ``NHC`` pages). Invariant: two workers with matching fingerprints produce the same stream for the
+same heads, whatever their tensor-parallel sizes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""A model's configuration as facts that two engines compare: field by field, by value.
+"""A model's configuration as facts that two engines compare field by field, by value.
 
-Which fields? All but those of :data:`IRRELEVANT`. A list of the fields that KV depends on would be shorter, and wrong
-with the first model that brings one of its own: a field that nobody thought of would be taken for unimportant, and KV
-of another model would pass for this one's. With a list of what does not matter, a field that nobody thought of is
-compared, and at worst refuses a pair by its name. A name gets onto the list only if no model code can read it on the
-way to a key or a value: it says where the configuration came from, how to train, what Hugging Face's own code returns
-or caches, or how to sample. Not on it are fields that look alike and are read by a model of vLLM's: token ids (some
-models embed or mask by them), the ``dtype``, initial values, the router's jitter.
+All fields are compared except those in :data:`IRRELEVANT`. The opposite, a list of the fields that KV depends on, would
+be shorter but unsafe: a new model's own field would be missing from it, and KV of a different model would pass as this
+one's. With a list of irrelevant fields, an unknown field is compared, and at worst a compatible pair is refused with
+the field's name. A field is listed only if no model code can read it on the way to a key or a value: it says where the
+configuration came from, how to train, what Hugging Face's own code returns or caches, or how to sample. Fields that
+look similar but are read by some model in vLLM are not listed: token ids (some models embed or mask by them), the
+``dtype``, initial values, the router's jitter.
 
-A field that only one side knows, at the default of that side's library, is no difference: libraries add fields with
-defaults that change nothing, and a configuration that sets one hands it to both. Where both know a field, the values
-must be equal, whether they were set or are defaults, so a default that changed between two versions is seen. Null
-where the library's default is a value (Gemma 2 without soft caps) is a value that was set.
+A field that only one side knows, and that has the default value of that side's library, is no difference: libraries add
+fields whose defaults change nothing, and a field set in the configuration reaches both sides. If both sides know a
+field, the values must be equal, whether set or default: this catches a default that changed between two versions. A
+null where the library has a default value (Gemma 2 without soft caps) counts as a value that was set.
 
-The text form is canonical JSON, ``{"set": {...}, "default": {...}}`` with dotted names; it travels as one fact of a
+The text form is canonical JSON, ``{"set": {...}, "default": {...}}`` with dotted names. It is sent as one fact of a
 fingerprint (:mod:`pdtransport.kv.fingerprint`).
 """
 
@@ -24,10 +24,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Names of fields, at any depth. See the module's text for what may be here.
+# Names of fields, at any depth. The module's docstring says what may be listed.
 IRRELEVANT = frozenset(
     {
-        # where it came from
+        # where the configuration came from
         "_attn_implementation_autoset", "_auto_class", "_commit_hash", "_name_or_path", "auto_map", "name_or_path",
         "tokenizer_class", "transformers_version", "unsloth_version",
         # training, and losses
@@ -47,20 +47,20 @@ IRRELEVANT = frozenset(
     }
 )  # fmt: skip
 
-MAX_VALUE = 96  # characters of one value; of a longer one (lists of layers, of tensors) its digest is given
-MAX_TEXT = 1 << 15  # characters of the text form; of a longer one, its digest
-_ALIASES = {"torch_dtype": "dtype"}  # older names
+MAX_VALUE = 96  # characters of one value; a longer one (a list of layers or tensors) is replaced by its digest
+MAX_TEXT = 1 << 15  # characters of the text form; a longer one is replaced by its digest
+_ALIASES = {"torch_dtype": "dtype"}  # older name -> name
 
 Value = str | int | float | bool | list[Any]
 
 
 class ModelFacts:
-    """Facts by dotted name: ``given`` differ from the library's defaults, ``default`` are such.
+    """Facts by dotted name: ``default`` holds values equal to the library's defaults, ``given`` all others.
 
     Args:
-        config: as ``PretrainedConfig.to_dict()`` gives it, nested configurations included.
-        defaults: the same of a configuration of the same class of which nothing was set; empty if there is none. Then
-            every field counts as given.
+        config: as returned by ``PretrainedConfig.to_dict()``, with nested configurations.
+        defaults: the same for a default-constructed configuration of the same class. If empty, every field counts as
+            given.
     """
 
     def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
@@ -70,26 +70,32 @@ class ModelFacts:
         for name, value in _flat(config):
             if value is None:
                 if name in known or any(each.startswith(f"{name}.") for each in known):
-                    self.given[name] = None  # taken away on purpose
+                    self.given[name] = None  # a default that was removed on purpose
                 continue
             where = self.default if name in known and _equal(known[name], value) else self.given
             where[name] = value
 
     def text(self) -> str:
-        """For the wire; a digest where it would be too long to send."""
+        """The text form, for the wire; its digest if it is longer than ``MAX_TEXT``."""
         text = json.dumps({"set": self.given, "default": self.default}, sort_keys=True, separators=(",", ":"))
         return text if len(text) <= MAX_TEXT else f"#{_digest(text)}"
 
     def digest(self) -> str:
-        """For keys, which can't be compared field by field: over all that is given, and the defaults that say
-        something. Defaults of None, False, 0 and nothing are left out: that is what new fields start with."""
+        """A digest for content keys, which can't be compared field by field.
+
+        Covers all given fields and the non-empty defaults. Defaults of None, False, 0 or an empty value are left out:
+        libraries introduce new fields with such defaults.
+        """
         telling = {name: value for name, value in self.default.items() if value}
         return _digest(json.dumps({**self.given, **telling}, sort_keys=True))
 
 
 def difference(ours: str, yours: str) -> tuple[str, Any, Any] | None:
-    """The first field in which two texts of :meth:`ModelFacts.text` differ, and both sides' values (None: not known
-    there). The field is empty where at least one is no such text. None: they are the same model."""
+    """The first difference of two texts of :meth:`ModelFacts.text`: ``(field, our value, their value)``, or None.
+
+    A value is None if that side does not know the field. The field is empty, and the values are the texts themselves,
+    if a text can't be parsed (a digest, or garbage).
+    """
     if ours == yours:
         return None
     mine, theirs = _parsed(ours), _parsed(yours)
@@ -109,7 +115,7 @@ def difference(ours: str, yours: str) -> tuple[str, Any, Any] | None:
 
 
 def _parsed(text: str) -> dict[str, tuple[Value | None, bool]] | None:
-    """Name -> (value, whether it is the library's default). None: not a text of ours, whoever sent it."""
+    """Name -> ``(value, is the library's default)``; None if ``text``, which may come from anyone, has another form."""
     if len(text) > MAX_TEXT or not text.startswith("{"):
         return None
     try:
@@ -121,7 +127,7 @@ def _parsed(text: str) -> dict[str, tuple[Value | None, bool]] | None:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Value | None]]:
-    """Dotted names and plain values, None for nothing and for an empty table; what does not matter is left out."""
+    """Dotted names and plain values, without irrelevant fields. A null or an empty dict is yielded as None."""
     for name, value in _without_old_rope(config).items():
         name = _ALIASES.get(str(name), str(name))
         if name in IRRELEVANT:
@@ -135,8 +141,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Va
 
 
 def _without_old_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Newer libraries keep all of the rotary embedding in ``rope_parameters``, older ones in fields beside it as well:
-    these say nothing more where they say the same."""
+    """``config`` without old rotary-embedding fields that only repeat ``rope_parameters``.
+
+    Newer libraries keep everything about the rotary embedding there; older ones keep separate fields as well.
+    """
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return config
