@@ -1,7 +1,8 @@
-"""The control channel: who is there, and every message between them but the pages themselves.
+"""The control channel: finds and watches peers, and carries every message between them except the pages.
 
-No thread of its own: the transport's I/O thread polls :meth:`ControlChannel.sockets`, and calls
-:meth:`~ControlChannel.receive` and :meth:`~ControlChannel.tick`. Nothing that arrives raises out of these.
+Has no thread of its own: the transport's I/O thread polls :meth:`ControlChannel.sockets` and calls
+:meth:`~ControlChannel.receive` and :meth:`~ControlChannel.tick`. Invariant: no frame, however malformed, makes these
+methods raise.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ __all__ = [
 
 Step = Callable[[float], "list[Event] | None"]
 
-# Names and addresses as DNS and IP write them; libzmq gives other characters a meaning of its own.
+# Host names and IP addresses only: libzmq gives other characters a special meaning.
 _HOST = re.compile(r"[A-Za-z0-9_.\-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9_.\-]+)?")
 
 
@@ -76,12 +77,13 @@ class ControlChannel:
 
     Args:
         settings: address, intervals, limits and keys.
-        me: who we are; said in every handshake.
-        clock: monotonic seconds; the same as ``now`` in the calls below.
-        context: of ZeroMQ; default one of its own, ended by :meth:`close`.
+        me: this worker's identity, sent in every handshake.
+        clock: monotonic seconds; the same clock as ``now`` in the methods below.
+        context: ZeroMQ context; default: a new one, terminated by :meth:`close`.
 
     Raises:
-        SettingsError: a CURVE key can't be used, or ``me`` does not fit into a Hello.
+        SettingsError: a CURVE key can't be used, ``me`` does not fit into a Hello, or ``control.peers`` or the check of
+            users can't be applied here.
     """
 
     def __init__(
@@ -107,20 +109,20 @@ class ControlChannel:
         self._gatekeeper: Gatekeeper | None = None
         self._listener: ControlListener | None = None
         self._dialers: dict[Address, Dialer] = {}
-        self._proven: OrderedDict[Address, None] = OrderedDict()  # that led to a peer, and are not connected any more
+        self._proven: OrderedDict[Address, None] = OrderedDict()  # endpoints that led to a peer, now without a dialer
         self._new, self._again = Allowance(NEW_PER_S), Allowance(AGAIN_PER_S)
         self._steps: dict[Socket, Step] = {}
         self._poller = zmq.Poller()
-        self._pending: deque[Event] = deque()  # at most two a call of connect()
+        self._pending: deque[Event] = deque()  # at most two per call of connect()
         self._last_tick = clock()
         self._turn = 0
-        self._dialled = 0  # since the last tick
+        self._dialled = 0  # sockets opened since the last tick
         self._closed = False
 
     # -- connections -----------------------------------------------------------------------------------------------
 
     def bind(self, port: int | None = None) -> str:
-        """Listen on ``port`` (default: settings' port + rank; 0: any free one) and return the endpoint's URL.
+        """Listen on ``port`` (default: the settings' port + rank; 0: any free port) and return the endpoint's URL.
 
         Raises:
             SettingsError: the address can't be bound.
@@ -143,13 +145,15 @@ class ControlChannel:
         return self._listener.endpoint
 
     def connect(self, host: str, port: int) -> None:
-        """Wish for the peer at ``host:port``. PeerUp or ConnectFailed follows, unless it is up already; a peer that
-        goes down is looked for again in the background for a while."""
+        """Connect to the peer at ``host:port``. PeerUp or ConnectFailed follows, unless the peer is up already.
+
+        Reconnects in the background for a while after the peer goes down or can't be reached.
+        """
         if self._closed:
             return
         endpoint, now = Address(host, port), self._shared.clock()
         if not self._attentive:
-            self._last_tick = now  # there was nothing to look after until now
+            self._last_tick = now  # nothing was timed until now: a long gap since the last tick is no pause of ours
         dialer = self._dialers.get(endpoint)
         if dialer is None:
             problem = self._obstacle(endpoint, now)
@@ -165,8 +169,11 @@ class ControlChannel:
             self._pending += self._dial(dialer, now)
 
     def send(self, peer: PeerId, message: Message) -> bool:
-        """Send without waiting. False, and counted: that incarnation is not up, its connection is down or its queue
-        is full, or the message is longer than ``max_frame_bytes``."""
+        """Send without waiting. Returns False, and counts it, if the message could not be queued.
+
+        That is: this incarnation of the peer is not up, its connection is down, its queue is full, or the message is
+        longer than ``max_frame_bytes``.
+        """
         frame = encode(message)
         limit = self._shared.settings.max_frame_bytes
         if len(frame) > limit:
@@ -178,16 +185,18 @@ class ControlChannel:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody wants to be told how transfers end."""
+        """Whether any client watches how transfers end."""
         return self._listener is not None and self._listener.watched(self._shared.clock())
 
     def publish(self, report: Ended) -> None:
-        """Tell all watchers, without waiting."""
+        """Send ``report`` to all watchers, without waiting."""
         if self._listener is not None and not self._closed:
             self._listener.publish(report, self._shared.clock())
 
     def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> list[Event]:
-        """``facts`` of ours changed. All peers are given up, and judged anew when they come back.
+        """Change ``facts`` of our fingerprint: give up all peers, which must shake hands again under the new facts.
+
+        Returns the events of this.
 
         Raises:
             SettingsError: a fact does not fit into a Hello; nothing has changed.
@@ -201,20 +210,20 @@ class ControlChannel:
         return shared.directory.give_up_all(reason)
 
     def shared_names(self) -> list[tuple[PeerId, list[str]]]:
-        """Of live peers of one name: one of them, and where all are."""
+        """Names that several live peers use: one of these peers, and the addresses of all."""
         return [(peers[0].id, [peer.where for peer in peers]) for peers in self._directory.shared_names]
 
     @property
     def fingerprint(self) -> Mapping[str, FingerprintValue]:
-        """What we say of ourselves in a handshake."""
+        """The fingerprint that this worker sends in handshakes."""
         return self._shared.me.fingerprint
 
     def sockets(self) -> list[Socket]:
-        """What to poll for reading. Changes with :attr:`version`."""
+        """Sockets to poll for reading. Changes whenever :attr:`version` does."""
         return list(self._steps)
 
     def close(self) -> None:
-        """Close all at once; peers notice by themselves. Safe to call twice."""
+        """Close everything at once, without telling peers: they notice. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -233,7 +242,7 @@ class ControlChannel:
             self._context.term()
 
     def _obstacle(self, endpoint: Address, now: float) -> ConnectFailed | None:
-        """Why there is no trying to reach ``endpoint``."""
+        """Why ``endpoint``, which has no dialer yet, can't be dialled; None if it can."""
         host, port = endpoint
         if not _HOST.fullmatch(host) or len(host) > 255:
             return ConnectFailed(host, port, f"{plain(host, 80)!r} is no host name or address", "host", refused=True)
@@ -256,8 +265,10 @@ class ControlChannel:
         return None
 
     def _replace_tried(self) -> None:
-        """Give up one of the endpoints that never led to a peer, if there are as many as may be: anybody may ask for
-        more of them, and the newest gets its chance."""
+        """Drop the oldest of the endpoints that never led to a peer, if there are ``MAX_TRIED`` of them.
+
+        Requests may name any endpoint: unreachable ones must not block new ones.
+        """
         tried = [dialer for dialer in self._dialers.values() if not dialer.proven]
         if len(tried) < MAX_TRIED:
             return
@@ -268,7 +279,7 @@ class ControlChannel:
         self._drop(oldest)
 
     def _make_room(self) -> bool:
-        """Drop the unanswered endpoint that nobody has asked for longest."""
+        """Drop the endpoint without a peer that was not asked for for the longest time; False if there is none."""
         idle = [dialer for dialer in self._dialers.values() if dialer.peer is None and not dialer.waiting]
         if idle:
             self._drop(min(idle, key=Dialer.wanted_since))
@@ -278,9 +289,9 @@ class ControlChannel:
         events: list[Event] = []
         try:
             events = dialer.dial(now)
-            self._dialled += dialer.socket is not None  # else its name is being looked up, or may not be called
+            self._dialled += dialer.socket is not None  # else its name is being looked up, or it must not be called
         except zmq.ZMQError as error:
-            # Its deadline will tell who waits.
+            # Callers that wait get ConnectFailed at the dialer's deadline.
             self._shared.complaints.say(f"no socket for {dialer.endpoint.host}:{dialer.endpoint.port}: {error}", now)
         self._sockets_changed()
         return events
@@ -295,7 +306,7 @@ class ControlChannel:
         self._sockets_changed()
 
     def _sockets_changed(self) -> None:
-        """Collect what is open, and who handles it."""
+        """Collect the open sockets and their handlers."""
         steps: dict[Socket, Step] = {}
         if self._gatekeeper is not None:
             steps[self._gatekeeper.socket] = self._step_gatekeeper
@@ -313,8 +324,10 @@ class ControlChannel:
     # -- the I/O thread's turn ---------------------------------------------------------------------------------------
 
     def receive(self, now: float, limit: int = FRAMES_BEFORE_ANSWERS) -> list[Event]:
-        """Handle what has arrived, at most ``limit`` frames, every connection its share. What is left keeps the
-        sockets readable."""
+        """Handle at most about ``limit`` frames that have arrived, each socket its share.
+
+        Frames that are left keep their sockets readable.
+        """
         events = self._take_pending()
         if self._closed:
             return events
@@ -325,7 +338,7 @@ class ControlChannel:
         share = max(1, limit // len(ready))
         first = self._turn % len(ready)
         if self._listener is not None and self._listener.monitor is not None and self._listener.monitor in ready:
-            events += self._read(self._listener.monitor, MAX_REPORTS_A_TURN, now)  # who came, before what they say
+            events += self._read(self._listener.monitor, MAX_REPORTS_A_TURN, now)  # accepts before their frames
         for socket in (ready[first:] + ready[:first])[:limit]:
             events += self._read(socket, share, now)
         if any(socket.closed for socket in self._steps):
@@ -333,7 +346,7 @@ class ControlChannel:
         return events
 
     def tick(self, now: float) -> list[Event]:
-        """Do what is due: handshakes, heartbeats, and giving up."""
+        """Do what is due: dials, handshakes, heartbeats, and giving up silent peers."""
         events = self._take_pending()
         if self._closed or now < self._last_tick + TICK_GRAIN_S:
             return events
@@ -358,7 +371,7 @@ class ControlChannel:
         return events
 
     def next_deadline(self) -> float | None:
-        """When :meth:`tick` wants to be called at the latest; None: not before something arrives."""
+        """When :meth:`tick` must be called at the latest; None: not before something arrives."""
         if self._closed:
             return None
         if self._pending:
@@ -374,7 +387,7 @@ class ControlChannel:
 
     @property
     def _attentive(self) -> bool:
-        """Somebody's silence is being timed."""
+        """Whether the silence of a peer or endpoint is being timed."""
         return bool(len(self._directory)) or any(dialer.waiting for dialer in self._dialers.values())
 
     def _take_pending(self) -> list[Event]:
@@ -410,7 +423,10 @@ class ControlChannel:
         return []
 
     def _forgive_own_pause(self, now: float) -> None:
-        """If this thread stood still (a stopped process, a busy machine), peers were not silent, we were deaf."""
+        """If this thread was paused (stopped process, busy machine), extend the deadlines by the pause.
+
+        The peers were not silent meanwhile; this process just did not read.
+        """
         gap = now - self._last_tick
         if self._attentive and gap > max(self._shared.settings.liveness_s / 2, 2 * self._shared.beat_s):
             self._directory.forgive(gap, now)
@@ -419,7 +435,7 @@ class ControlChannel:
 
 
 def _context() -> zmq.Context[Socket]:
-    """One I/O thread; room for the sockets of all connections and their monitors."""
+    """A context with one I/O thread, and room for the sockets of all connections and their monitors."""
     context: zmq.Context[Socket] = zmq.Context(1)
     context.set(zmq.MAX_SOCKETS, 3 * MAX_CONNECTIONS + 16)
     return context

@@ -1,4 +1,4 @@
-"""Ask a worker for its status, from anywhere that may connect: no Hello, no identity."""
+"""Fetches the status of a worker, from any process that may connect: needs no Hello and no identity."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pdtransport.protocol.messages import Refused, StatusReply, StatusRequest, W
 from pdtransport.settings import ControlSettings
 
 ASK_AGAIN_S = 0.2  # after "ask less often"
-REPEAT_S = 1.0  # the question may have been lost with its connection
-MAX_FRAMES = 64  # that are read while waiting for the one answer
+REPEAT_S = 1.0  # send the request again: it may have been lost with its connection
+MAX_FRAMES = 64  # frames read while waiting for the one answer
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class StatusUnavailable(PDTransportError):
-    """The worker did not tell its status; the text says why."""
+    """The worker's status could not be fetched; the text says why."""
 
 
 def fetch_status(
@@ -37,14 +37,14 @@ def fetch_status(
     """The status of the worker whose control channel listens at ``host:port``.
 
     Args:
-        transfer: narrows it to one transfer's timeline.
-        timeout_s: for all of it.
-        settings: of ours: CURVE keys, and ``max_frame_bytes`` as the longest answer. Default: plain, 4 MiB; plain to
-            another machine only with ``allow_plaintext``.
+        transfer: limits the timelines to one transfer.
+        timeout_s: for the whole call.
+        settings: this side's settings: CURVE keys, and ``max_frame_bytes`` as the longest answer. Default: no
+            encryption, 4 MiB; another machine without encryption only with ``allow_plaintext``.
 
     Raises:
-        StatusUnavailable: no answer in time, a refusal, or an answer that is no status. One line.
-        SettingsError: a CURVE key file that can't be used.
+        StatusUnavailable: no answer in time, a refusal, or an answer that is no status; one line.
+        SettingsError: a CURVE key file can't be used, or this kernel can't tell whose a local connection is.
     """
     settings = settings or ControlSettings()
     keys = curve.load_keys(settings)
@@ -59,7 +59,7 @@ def fetch_status(
     socket = monitor = None
     try:
         socket = open_socket(context, zmq.DEALER, settings, ipv6=":" in host)
-        socket.set(zmq.IMMEDIATE, 0)  # the question waits for the connection
+        socket.set(zmq.IMMEDIATE, 0)  # the request waits for the connection
         curve.apply_client(socket, keys)
         monitor = watch(context, socket, _FAILED)
         socket.connect(tcp_url(host, port))
@@ -80,7 +80,7 @@ async def afetch_status(
 
 
 class _Asking:
-    """One question, until its answer or the deadline."""
+    """One status request, until its answer or the deadline."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class _Asking:
                 )
 
     def _read(self, frame: bytes) -> dict[str, Any] | None:
-        """The status; None if we should ask again."""
+        """The status in ``frame``; None if the worker wants the request later."""
         try:
             message = decode(frame)
         except (WireError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""CURVE: key files, and who may connect. ZeroMQ encrypts; here is only which keys."""
+"""CURVE key files, and which keys may connect. The encryption itself is ZeroMQ's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ ZAP_DOMAIN = b"pdtransport"
 
 @dataclass(frozen=True)
 class CurveKeys:
-    """Keys as 40 characters of Z85. ``server``: whom we connect to; ``allowed``: who may connect to us."""
+    """Keys as 40 characters of Z85. ``server``: key that peers we connect to must hold; ``allowed``: keys that may
+    connect to us."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -38,11 +39,13 @@ class CurveKeys:
 
 
 def make_keys(directory: str | Path) -> tuple[Path, Path]:
-    """Make a new key pair in ``directory`` (made if missing): one key a file, mode 0600. Returns the paths of the
-    public and the secret key, for ``control.curve_public_key_file`` and ``control.curve_secret_key_file``.
+    """Create a key pair in ``directory`` (created if missing), one file per key with mode 0600.
+
+    Returns the paths of the public and the secret key, for ``control.curve_public_key_file`` and
+    ``control.curve_secret_key_file``.
 
     Raises:
-        SettingsError: keys are there already, or the directory can't be written.
+        SettingsError: the files exist already, or the directory can't be written.
     """
     folder = Path(directory)
     public, secret = folder / PUBLIC_FILE, folder / SECRET_FILE
@@ -58,17 +61,17 @@ def make_keys(directory: str | Path) -> tuple[Path, Path]:
                 made.append(path)
                 file.write(key + b"\n")
     except OSError as error:
-        for path in made:  # half a pair, or half a key, is of no use, and would be in the next one's way
+        for path in made:  # half a pair is useless, and would block the next try
             path.unlink(missing_ok=True)
         raise SettingsError(f"CURVE keys can't be written to {folder}: {error.strerror}") from None
     return public, secret
 
 
 def load_keys(settings: ControlSettings) -> CurveKeys | None:
-    """The keys that ``settings`` name; None where CURVE is off.
+    """The keys that ``settings`` name; None if CURVE is off.
 
     Raises:
-        SettingsError: a file is missing or holds no key, the two don't belong together, or a key is malformed.
+        SettingsError: a file is missing or holds no key, the two keys are not a pair, or a key is malformed.
     """
     if settings.curve_public_key_file is None or settings.curve_secret_key_file is None:
         return None
@@ -92,7 +95,7 @@ def load_keys(settings: ControlSettings) -> CurveKeys | None:
 
 
 def apply_server(socket: Socket, keys: CurveKeys | None) -> None:
-    """Make a listening socket accept nobody but holders of allowed keys (see :class:`Gatekeeper`)."""
+    """Make a listening socket accept only holders of allowed keys (see :class:`Gatekeeper`)."""
     if keys is not None:
         socket.curve_secretkey = keys.secret
         socket.curve_publickey = keys.public
@@ -101,7 +104,7 @@ def apply_server(socket: Socket, keys: CurveKeys | None) -> None:
 
 
 def apply_client(socket: Socket, keys: CurveKeys | None) -> None:
-    """Make a connecting socket prove our key and demand the server's."""
+    """Make a connecting socket prove our key and require the server's."""
     if keys is not None:
         socket.curve_secretkey = keys.secret
         socket.curve_publickey = keys.public
@@ -109,9 +112,9 @@ def apply_client(socket: Socket, keys: CurveKeys | None) -> None:
 
 
 class Gatekeeper:
-    """Answers libzmq's question (ZAP) whether a key may connect, in the thread that drives the channel.
+    """ZAP handler: answers libzmq's question whether a key may connect, in the thread that drives the channel.
 
-    libzmq asks nobody, and admits everybody, unless this stands before the listening socket binds.
+    Must exist before the listening socket binds: without a ZAP handler, libzmq admits every key.
     """
 
     def __init__(self, context: zmq.Context[Socket], keys: CurveKeys) -> None:
@@ -126,7 +129,7 @@ class Gatekeeper:
             raise SettingsError(f"another ZAP handler runs in this ZeroMQ context: {error}") from None
 
     def step(self) -> bool:
-        """Answer one question; False if there is none."""
+        """Answer one ZAP request; False if there is none."""
         try:
             parts = self.socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
@@ -138,7 +141,7 @@ class Gatekeeper:
         known = key in self._allowed
         self.denied += not known
         status = (b"200", b"OK") if known else (b"400", b"this key is not in curve_allowed_keys")
-        with contextlib.suppress(zmq.ZMQError):  # whoever asked is gone
+        with contextlib.suppress(zmq.ZMQError):  # the requester is gone
             self.socket.send_multipart(
                 [sender, b"", version, request, *status, key if known else b"", b""], zmq.NOBLOCK
             )
@@ -163,7 +166,7 @@ def _read(setting: str, path: Path, *, secret: bool) -> bytes:
 
 
 def _checked(where: str, key: bytes) -> bytes:
-    """``key`` if it is one; the message never shows it, it may be a secret."""
+    """Return ``key`` if it is a valid key. The error never shows it: it may be a secret key."""
     if len(key) == Z85_CHARS:
         with contextlib.suppress(zmq.ZMQError):
             zmq.curve_public(key)  # libzmq's own check that this is Z85 of 32 bytes

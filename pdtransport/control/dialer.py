@@ -1,4 +1,4 @@
-"""A connection that we open: TCP, ZMTP and CURVE (all libzmq's), then Hello and Welcome, then heartbeats."""
+"""Connections that we open: TCP, ZMTP and CURVE (all done by libzmq), then Hello and Welcome, then heartbeats."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WATCHED = (
 
 
 class Pauses:
-    """Between tries: each about twice as long as the last one, and none as long as another one's."""
+    """Pauses between tries: exponential backoff with random jitter."""
 
     def __init__(self) -> None:
         self._next = RECONNECT_S
@@ -67,10 +67,10 @@ class Pauses:
 
 
 class Dialer(Route):
-    """The connection to one endpoint, kept open and opened again as long as somebody wants it.
+    """The connection to one endpoint, reopened as long as callers ask for the endpoint.
 
     Args:
-        proven: it led to a peer before.
+        proven: the endpoint led to a peer before.
     """
 
     def __init__(self, endpoint: Address, shared: ChannelContext, now: float, *, proven: bool = False) -> None:
@@ -81,18 +81,18 @@ class Dialer(Route):
         self.monitor: Socket | None = None
         self._shared = shared
         self._proven = proven
-        self._dial_at: float | None = now  # when the channel should close the sockets and dial anew; None: not at all
-        self._tried_at = -math.inf  # when it did so last
+        self._dial_at: float | None = now  # when the channel must close the sockets and dial again; None: not at all
+        self._tried_at = -math.inf  # when it last dialled
         self._pauses = Pauses()
-        self._wanted_at = now  # when somebody last asked for this endpoint, or lost the peer there
-        self._deadline: float | None = None  # somebody waits until then
+        self._wanted_at = now  # when a caller last asked for this endpoint, or its peer was lost
+        self._deadline: float | None = None  # set while a caller waits for an answer
         self._failure: ConnectFailed | None = None
         self._failed_at = now
         self._reached_tcp = self._session = False  # how far the current attempt came
         self._reached_at = now
         self._failed_handshakes = 0
         self._listening = ListenerOwner(shared.owners, endpoint.port)
-        self._owner_known = False  # of this connection
+        self._owner_known = False  # the owner of this connection is checked
         self._hello_due: float | None = None
         self._said_breaks = 0
         self._last_peer: PeerId | None = None
@@ -101,19 +101,18 @@ class Dialer(Route):
     # -- sockets -------------------------------------------------------------------------------------------------
 
     def due(self, now: float) -> bool:
-        """Whether it should be dialled now."""
+        """Whether the endpoint should be dialled now."""
         return self._dial_at is not None and now >= self._dial_at
 
     def put_off(self, now: float) -> None:
-        """Others are being dialled."""
+        """Dial later: the limit on dials is reached."""
         self._dial_at = now + self._pauses.take(RECONNECT_MAX_S)
 
     def dial(self, now: float) -> list[Event]:
-        """Open the sockets; libzmq connects. What came up once it connects again on its own, as long as the peer is not
-        given up.
+        """Open the sockets; libzmq connects, and reconnects by itself until the peer is given up.
 
         Raises:
-            zmq.ZMQError: no socket can be had, or the address is malformed.
+            zmq.ZMQError: no socket can be opened, or the address is malformed.
         """
         shared, port = self._shared, self.endpoint.port
         self.hang_up()
@@ -153,10 +152,10 @@ class Dialer(Route):
         self._shared.counters["frames_out"] += 1
         return Sent.OK
 
-    # -- what the channel asks of it -------------------------------------------------------------------------------
+    # -- calls of the channel --------------------------------------------------------------------------------------
 
     def want(self, now: float) -> ConnectFailed | None:
-        """Somebody asks for this endpoint. What it answered a moment ago is repeated, not asked again."""
+        """A caller asks for this endpoint. Repeats a recent refusal instead of asking the endpoint again."""
         self._wanted_at = now
         if self.peer is not None or self._deadline is not None:
             return None
@@ -171,14 +170,14 @@ class Dialer(Route):
         return None
 
     def forget_refusal(self) -> None:
-        """We are not who was refused any more: the next one who asks for this endpoint is answered afresh."""
+        """Our fingerprint has changed: forget the refusal of the old one."""
         self._failure = None
 
     def unbind(self, *, silent: bool) -> None:
         now = self._shared.clock()
         self._wanted_at = now
         if silent:
-            self._dial_at = -math.inf  # what queued for it must not arrive later
+            self._dial_at = -math.inf  # new sockets: frames queued on the old ones must not arrive later
         elif self._session:
             self._hello_due = now
 
@@ -191,16 +190,16 @@ class Dialer(Route):
 
     @property
     def first(self) -> bool:
-        """Whether its next try is the first one, or it led to a peer before."""
+        """Whether the endpoint was never dialled, or led to a peer before: its next dial is not rate-limited."""
         return self.proven or self._tried_at == -math.inf
 
     @property
     def proven(self) -> bool:
-        """Whether it ever led to a peer."""
+        """Whether the endpoint ever led to a peer."""
         return self._proven or self._last_peer is not None
 
     def retired(self, now: float) -> bool:
-        """Nobody is there, and nobody has asked for a long time."""
+        """Whether no peer is there, and no caller has asked for the endpoint for ``RETRY_FOR_S``."""
         return self.peer is None and not self.waiting and now >= self._wanted_at + RETRY_FOR_S
 
     def forgive(self, gap: float) -> None:
@@ -230,7 +229,7 @@ class Dialer(Route):
         directory = self._shared.directory
         self._said_breaks = directory.our_breaks(self._last_peer)
         sent = self.send(encode(handshake.facts(Hello, self._shared.me, self._said_breaks)))
-        # libzmq may hand a new connection to its socket a moment after it reported it
+        # libzmq may attach a new connection to the socket a moment after it reported it
         self._hello_due = now + (HELLO_AGAIN_S if sent is Sent.OK else 0.01) if sent is not Sent.GONE else None
 
     def _why_unanswered(self) -> str:
@@ -251,13 +250,13 @@ class Dialer(Route):
     def _fail(self, now: float, reason: str, field: str = "", *, refused: bool = False) -> list[Event]:
         self._failure = ConnectFailed(*self.endpoint, reason, field, refused)
         self._failed_at = now
-        if self._deadline is None:  # nobody waits: it was a background attempt
+        if self._deadline is None:  # no caller waits: it was a background attempt
             self._shared.complaints.say(reason, now, "attempt")
             return []
         self._deadline = None
         return [self._failure]
 
-    # -- what libzmq reports about the connection ------------------------------------------------------------------
+    # -- libzmq's reports about the connection ---------------------------------------------------------------------
 
     def step_monitor(self, now: float) -> list[Event] | None:
         """Handle one report; None if there is none."""
@@ -285,7 +284,7 @@ class Dialer(Route):
         return []
 
     def _try_later(self, now: float) -> None:
-        """No peer is there. libzmq would go on at its own pace, as long as we let it."""
+        """No peer is there: close the sockets and dial after a pause. libzmq would retry at its own pace."""
         self.hang_up()
         self._dial_at = now + self._pauses.take(RECONNECT_MAX_S if self.waiting else RETRY_MAX_S)
 
@@ -297,7 +296,7 @@ class Dialer(Route):
             self.broken_until = self.last_heard + self._shared.settings.liveness_s
 
     def _on_turned_away(self, now: float) -> None:
-        """An attempt to connect ended in nothing, say, because no one listens any more: no use to wait long."""
+        """A TCP connect failed, for example because nothing listens there any more: don't wait long for a lost peer."""
         self._reached_tcp, self._failed_handshakes = False, 0
         if self.peer is None:
             self._try_later(now)
@@ -307,7 +306,7 @@ class Dialer(Route):
     def _on_hung_up(self, now: float) -> list[Event]:
         self._shared.counters["handshakes_failed"] += 1
         hung_up = now < self._reached_at + 0.8 * self._shared.settings.connect_s
-        self._failed_handshakes += hung_up  # else libzmq's own patience ended: the port says nothing at all
+        self._failed_handshakes += hung_up  # else libzmq's handshake timeout: the port sends nothing at all
         if not hung_up or self._shared.keys is None or self._failed_handshakes < FAILED_CURVE_HANDSHAKES:
             if self.peer is None:
                 self._try_later(now)
@@ -322,7 +321,7 @@ class Dialer(Route):
         )
 
     def _on_handshake_refused(self, event: int, value: int, now: float) -> list[Event]:
-        """libzmq does not try again after these."""
+        """The ZMTP or CURVE handshake was refused, after which libzmq does not try again."""
         self._shared.counters["handshakes_failed"] += 1
         self.hang_up()
         where = f"{self.endpoint.host}:{self.endpoint.port}"
@@ -337,7 +336,7 @@ class Dialer(Route):
             return self._fail(now, f"{where} does not speak ZeroMQ: check the port", "protocol", refused=True)
         return self._fail(now, text, "curve", refused=True)
 
-    # -- what arrives ----------------------------------------------------------------------------------------------
+    # -- frames ----------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Event] | None:
         """Handle one frame; None if there is none."""
@@ -348,7 +347,7 @@ class Dialer(Route):
             return [] if letter else None
         self._shared.counters["frames_in"] += 1
         events: list[Event] = []
-        while (found := self.step_monitor(now)) is not None:  # whose connection it is was reported before the frame
+        while (found := self.step_monitor(now)) is not None:  # a new connection is reported before its frames
             events += found
         if self.socket is None:
             return events
@@ -359,7 +358,7 @@ class Dialer(Route):
             try:
                 complaint = self._listening.complaint(letter.part)
             except OSError:
-                return []  # its connection is closed
+                return []  # the frame's connection is closed
             if complaint:
                 self._shared.counters["refused"] += 1
                 events = self._shared.directory.leave(self, complaint)
@@ -393,7 +392,7 @@ class Dialer(Route):
             return []
         if not isinstance(message, TransferMessage | LinkCall):
             return self._garbage(f"an unexpected {message.kind}", now)
-        if self.peer is None or self.broken_until is not None:  # who listens there now has not said who it is
+        if self.peer is None or self.broken_until is not None:  # the new listener has not said Welcome yet
             self._shared.counters["dropped_unknown_peer"] += 1
             return []
         return [MessageReceived(self.peer, message)]
@@ -411,7 +410,7 @@ class Dialer(Route):
             ]
         self._last_peer = handshake.peer_of(welcome)
         if shared.directory.our_breaks(self._last_peer) > self._said_breaks:
-            self._say_hello(now)  # now that we know who it is: tell it that we had given it up
+            self._say_hello(now)  # only now known: a peer that we gave up; a new Hello tells it so
             return []
         events = shared.directory.admit(welcome, self.endpoint.host, self, self.endpoint, now)
         self._deadline = self._hello_due = self._failure = None
@@ -428,7 +427,7 @@ class Dialer(Route):
         if refused.field == NAME:
             shared.on_name(where, refused.reason, now)
             return []
-        if refused.field == "hello":  # it has given us up, and forgot this connection
+        if refused.field == "hello":  # it has given us up, and has forgotten this connection
             why = plain(refused.reason, 512)
             events = shared.directory.leave(self, f"it had given us up: {why}" if why else "it had given us up")
             self._say_hello(now)

@@ -1,11 +1,11 @@
-"""Who is up, and over which connections. No sockets and no clock here: facts and times are passed in.
+"""The directory of peers: which are up, and over which connections. Pure: facts and times are passed in.
 
-A *peer* is one run of one worker process; a *route* is one connection over which it can be reached. A peer is up from
-its first compatible handshake until its last route is given up.
+A *peer* is one run of one worker process; a *route* is one connection over which it can be reached. Invariant: a peer
+is up from its first compatible handshake until its last route is given up.
 
-A peer's identity is its incarnation, which it tells to its peers only; engine and rank are its name. Whoever comes
-under a name has no effect on others of that name: one that restarted is served at once, beside what is left of its
-former self, which ends as every lost peer does. Several of one name that live are told apart, and complained of.
+A peer is identified by its incarnation, which only its peers know; engine and rank are just its name. Peers of the same
+name never affect each other: a worker that restarted is served at once, while its former run ends like any lost peer.
+Several live peers of one name are all served, and a warning is logged and sent to each.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from pdtransport.control.limits import (
 from pdtransport.kv.fingerprint import plain
 from pdtransport.protocol.messages import MAX_REASON, Hello, Refused, Welcome, encode
 
-NAME = "name"  # field of a refusal that changes nothing: somebody else has the receiver's name
+NAME = "name"  # field of a refusal that is only a warning: another live process uses the receiver's name
 
 
 class Sent(Enum):
-    """What became of a frame."""
+    """Result of sending a frame."""
 
     OK = "ok"
     FULL = "full"  # the connection's queue is full
-    GONE = "gone"  # the connection does not stand
+    GONE = "gone"  # the connection is down
 
 
 class Route:
-    """One connection. It belongs to ``peer`` between handshake and :meth:`unbind`."""
+    """One connection. It belongs to ``peer`` from the handshake until :meth:`unbind`."""
 
     inbound = False
     key = ""  # the CURVE key at the other end
-    where = ""  # the other end, for people
+    where = ""  # the other end, for logs
     peer: PeerId | None = None
     last_heard = 0.0
-    broken_until: float | None = None  # set: TCP is down; the peer has until then to come back
+    broken_until: float | None = None  # set if TCP is down: the peer must be back by then
 
     def send(self, frame: bytes) -> Sent:
         raise NotImplementedError
 
     def unbind(self, *, silent: bool) -> None:
-        """The peer was given up, or replaced on this connection; ``silent``: because it said nothing."""
+        """The peer was given up, or replaced on this connection. ``silent``: it was given up for its silence."""
         raise NotImplementedError
 
 
@@ -79,16 +79,16 @@ _Name = tuple[str, int]  # engine and rank
 
 @dataclass
 class _Shared:
-    """A name that a second process took at ``since``."""
+    """A name that several processes have used; the latest one since ``since``."""
 
     since: float
-    again_at: float = 0.0  # complained of once before then
-    lives: tuple[PeerId, ...] = ()  # who of them was heard after that
+    again_at: float = 0.0  # no further warning before this
+    lives: tuple[PeerId, ...] = ()  # peers of this name heard some time after `since`, so alive
 
 
 @dataclass
 class _Breaks:
-    """How often the two sides have given each other up."""
+    """How often we gave up a peer (``ours``), and how often it gave us up (``theirs``)."""
 
     ours: int = 0
     theirs: int = 0
@@ -99,7 +99,7 @@ class Directory:
         self._liveness_s = liveness_s
         self._counters = counters
         self._peers: dict[PeerId, Peer] = {}
-        self._shared: OrderedDict[_Name, _Shared] = OrderedDict()  # names that several processes have taken
+        self._shared: OrderedDict[_Name, _Shared] = OrderedDict()  # names that several processes have used
         self._breaks: OrderedDict[PeerId, _Breaks] = OrderedDict()
 
     def __iter__(self) -> Iterator[Peer]:
@@ -111,8 +111,7 @@ class Directory:
     # -- handshakes ----------------------------------------------------------------------------------------------
 
     def refusal(self, theirs: Hello | Welcome, key: str = "") -> Refused | None:
-        """Why there is no place for a peer that is compatible otherwise, over a connection of ``key``; None if there
-        is."""
+        """Why a compatible peer can't be admitted over a connection with CURVE key ``key``; None if it can."""
         peer_id = handshake.peer_of(theirs)
         name = handshake.shown(peer_id.engine, peer_id.rank)
         peer = self._peers.get(peer_id)
@@ -123,14 +122,17 @@ class Directory:
         return None
 
     def our_breaks(self, peer_id: PeerId | None) -> int:
-        """How often we have given this peer up."""
+        """How often we have given up this peer."""
         known = self._breaks.get(peer_id) if peer_id is not None else None
         return known.ours if known else 0
 
     def admit(
         self, theirs: Hello | Welcome, host: str, route: Route, endpoint: Address | None, now: float
     ) -> list[Event]:
-        """A compatible handshake arrived over ``route``."""
+        """A compatible handshake arrived over ``route``: add the route to its peer, which is up from now on.
+
+        ``endpoint`` is the address that we connected to; None if the peer connected to us.
+        """
         peer_id = handshake.peer_of(theirs)
         events: list[Event] = []
         if route.peer is not None and route.peer != peer_id:
@@ -151,22 +153,22 @@ class Directory:
         return events
 
     def _others_of(self, peer_id: PeerId) -> list[Peer]:
-        """Other processes of this name."""
+        """Other peers of the same name."""
         name = (peer_id.engine, peer_id.rank)
         return [each for each in self._peers.values() if (each.id.engine, each.id.rank) == name and each.id != peer_id]
 
     def _broken_of(self, peer_id: PeerId) -> list[Peer]:
-        """Those of them without a connection that stands."""
+        """Other peers of the same name of which every connection is broken."""
         return [
             each for each in self._others_of(peer_id) if all(route.broken_until is not None for route in each.routes)
         ]
 
     def _make_room(self, peer_id: PeerId) -> list[Event]:
-        """A process that restarts finds its place where all are taken."""
+        """The directory is full: drop the broken peers of this name, so that a restarted worker gets its place."""
         return [event for each in self._broken_of(peer_id) for event in self._down(each.id, "restarted")]
 
     def _heed_breaks(self, peer_id: PeerId, theirs: int) -> list[Event]:
-        """They have given us up since: what we keep of them is void over there."""
+        """If the peer has given us up since the last handshake, drop it: its side has lost the state of the old one."""
         known = self._breaks_with(peer_id)
         if theirs <= known.theirs:
             return []
@@ -184,7 +186,7 @@ class Directory:
         if any(each.broken_until is not None for each in peer.routes):
             self._counters["reconnects"] += 1
         route.peer, route.last_heard, route.broken_until = peer.id, now, None
-        # Connections that they opened never come back under the same name; those that we opened may.
+        # A broken connection that the peer opened never comes back as the same route; one that we opened may.
         peer.routes = [each for each in peer.routes if not (each.inbound and each.broken_until is not None)]
         if route not in peer.routes:
             peer.routes.append(route)
@@ -193,10 +195,10 @@ class Directory:
             peer.routes.remove(oldest)
             oldest.unbind(silent=False)
 
-    # -- partings ------------------------------------------------------------------------------------------------
+    # -- giving up -----------------------------------------------------------------------------------------------
 
     def leave(self, route: Route, reason: str) -> list[Event]:
-        """Give up one connection; the peer is down if it was the last."""
+        """Give up one connection; the peer goes down with its last one."""
         peer = self._peers.get(route.peer) if route.peer is not None else None
         if peer is None:
             return []
@@ -204,11 +206,11 @@ class Directory:
         return [] if peer.routes else self._give_up(peer.id, reason)
 
     def give_up_all(self, reason: str) -> list[Event]:
-        """What we told all peers of ourselves holds no more: each must shake hands anew."""
+        """Give up all peers: each must shake hands again, since our facts have changed."""
         return [event for peer in self for event in self._give_up(peer.id, reason, ended=False)]
 
     def tick(self, now: float) -> list[Event]:
-        """Give up connections that were silent, or broken, for too long."""
+        """Give up connections that were silent or broken for too long."""
         events: list[Event] = []
         for peer in self:
             reason, silent = "", False
@@ -229,7 +231,7 @@ class Directory:
 
     @property
     def shared_names(self) -> list[tuple[Peer, ...]]:
-        """Live processes of one name."""
+        """Groups of live peers that use the same name."""
         return [
             tuple(self._peers[one] for one in shared.lives) for shared in self._shared.values() if len(shared.lives) > 1
         ]
@@ -245,7 +247,11 @@ class Directory:
             self._shared.popitem(last=False)
 
     def _look_at_names(self, now: float) -> list[Event]:
-        """Who is heard some time after another took its name is no former self of it: both live."""
+        """Find names that several live peers use, and warn about each now and then.
+
+        A peer that is heard ``SHARED_NAME_AFTER_S`` after another one took its name is not the remains of a restart:
+        both are alive.
+        """
         events: list[Event] = []
         for name, shared in list(self._shared.items()):
             same = [each for each in self._peers.values() if (each.id.engine, each.id.rank) == name]
@@ -264,7 +270,7 @@ class Directory:
         return events
 
     def _complain(self, lives: tuple[Peer, ...]) -> NameShared:
-        """Of them, and to them: only their own settings can tell them apart."""
+        """Warn about peers of one name, and send them the warning: only their own settings can fix it."""
         self._counters["names_shared"] += 1
         first = lives[0].id
         reason = plain(
@@ -278,7 +284,7 @@ class Directory:
         return NameShared(tuple(each.id for each in lives), reason)
 
     def forgive(self, gap: float, now: float) -> None:
-        """This process itself stood still for ``gap`` seconds: nobody was silent meanwhile."""
+        """This process was paused for ``gap`` seconds: don't count them as silence of the peers."""
         for peer in self:
             for route in peer.routes:
                 route.last_heard = min(now, route.last_heard + gap)
@@ -295,7 +301,7 @@ class Directory:
         route.unbind(silent=silent)
 
     def _give_up(self, peer_id: PeerId, reason: str, *, ended: bool = True) -> list[Event]:
-        """Down by our own judgement: they must be told when they come back."""
+        """Take a peer down on our own decision, and count that: the next handshake tells the peer."""
         self._breaks_with(peer_id).ours += 1
         return self._down(peer_id, reason, ended=ended)
 
@@ -309,10 +315,10 @@ class Directory:
             self._detach(peer, route, silent=False)
         return [PeerDown(peer_id, reason, ended)]
 
-    # -- words ---------------------------------------------------------------------------------------------------
+    # -- sending -------------------------------------------------------------------------------------------------
 
     def send(self, peer_id: PeerId, frame: bytes) -> bool:
-        """Hand ``frame`` to the first connection of the peer that stands; False if there is none, or it is full."""
+        """Send ``frame`` over the peer's first connection that is up; False if there is none, or its queue is full."""
         peer = self._peers.get(peer_id)
         if peer is None:
             return False

@@ -1,8 +1,9 @@
-"""The TCP connections that a listening socket has accepted: how many, whose, and who is sent away.
+"""Limits the TCP connections that a listening socket has accepted: how many, whose, and which are cut off.
 
-libzmq neither bounds nor closes single connections, so this is done beside it: it reports each connection's descriptor
-when it accepts it and when it has closed it, and a connection is cut by shutting its socket down. A descriptor may have
-been given to another file meanwhile; who is meant is checked, on a copy that can't be, by both addresses.
+libzmq can neither bound nor close single connections, so this is done from outside: libzmq reports a connection's file
+descriptor when it accepts it and when it has closed it, and a connection is cut off by shutting down its TCP socket.
+The system may have reused the descriptor for another file meanwhile. So every access works on a duplicate of the
+descriptor, which can't be reused, and first checks the connection's two addresses.
 """
 
 from __future__ import annotations
@@ -34,32 +35,32 @@ _RECEIVED = struct.Struct("=Q")
 
 @dataclass(eq=False)
 class Accepted:
-    """One connection, a stranger's until it is ``known``. Where it comes from is asked when it first says something."""
+    """One accepted connection: a stranger's until it is ``known`` to be a peer's."""
 
     descriptor: int
-    since: float  # it has been a stranger, from so many bytes on
-    sent_before: int = 0
+    since: float  # when it became a stranger's
+    sent_before: int = 0  # bytes that don't count against the stranger's budget
     known: bool = False
-    there: tuple[str, int] | None = None
+    there: tuple[str, int] | None = None  # remote address; set with the first frame
 
     def __str__(self) -> str:
         return "a connection" if self.there is None else _shown(*self.there)
 
 
 class Door:
-    """Who came through one listening socket. No socket of its own, and no clock.
+    """The connections of one listening socket. Has no socket of its own, and no clock.
 
     Args:
-        port: where it listens.
-        owners: only processes of this user may come; None: everybody (keys say who).
-        most: connections at once; default as many as the limits and this process's descriptors allow.
+        port: port of the listening socket.
+        owners: admits only processes of this user; None: admit any user (CURVE keys decide, or the network is trusted).
+        most: maximum number of connections; default: what the limits and this process' descriptors allow.
     """
 
     def __init__(self, port: int, owners: Owners | None, most: int | None = None) -> None:
         self._port, self._owners = port, owners
         self._most = room() if most is None else most
         self._callers: dict[int, Accepted] = {}
-        self._strangers: dict[int, Accepted] = {}  # those of them who are not known, oldest first
+        self._strangers: dict[int, Accepted] = {}  # the callers that are not known, oldest first
         self._look_at = 0.0
 
     def __len__(self) -> int:
@@ -69,23 +70,28 @@ class Door:
         return self._callers.get(descriptor)
 
     def accepted(self, descriptor: int, now: float, staying: Collection[Accepted] = ()) -> str:
-        """libzmq has a new connection. Returns why one was closed for it, or it itself; empty: none was. ``staying``:
-        strangers that are not closed to make room."""
+        """libzmq has accepted a connection. If there are too many, cut off the oldest stranger.
+
+        Returns why one was cut off, which may be the new one itself; empty if none was. Strangers in ``staying`` are
+        never cut off to make room.
+        """
         former = self._callers.get(descriptor)
         if former is not None:
             self.closed(former)
         self._callers[descriptor] = self._strangers[descriptor] = Accepted(descriptor, now)
         if len(self._strangers) <= MAX_STRANGERS and len(self._callers) <= self._most:
             return ""
-        oldest = next(each for each in self._strangers.values() if each not in staying)  # it itself, if need be
+        oldest = next(each for each in self._strangers.values() if each not in staying)  # the new one, if need be
         self.cut(oldest)
         return f"closed {oldest}, the oldest of {len(self._strangers) + 1} that have not said who they are"
 
     def identify(self, caller: Accepted) -> str:
-        """Ask whose connection it is, before anything that it says is looked at. Returns why it is not let in.
+        """Check which user owns a connection, before any of its frames is read.
+
+        Returns why it is not admitted; empty if it is.
 
         Raises:
-            OSError: it is closed.
+            OSError: the connection is closed.
         """
         with self._held(caller) as connection:
             caller.there = connection.getpeername()[:2]
@@ -97,8 +103,11 @@ class Door:
             self._strangers.pop(caller.descriptor, None)
 
     def lost(self, caller: Accepted) -> None:
-        """A frame could not be sent over it. It may only seem to be that connection: of frames that a connection left
-        behind libzmq tells the descriptor, which may be a newer connection's by now, and that one stays."""
+        """A frame could not be sent to ``caller``: drop it if its connection is closed.
+
+        It may still be open: for frames that a closed connection left behind, libzmq reports its descriptor, which may
+        belong to a newer connection by now. That one stays.
+        """
         try:
             with self._held(caller):
                 return
@@ -106,20 +115,20 @@ class Door:
             self.closed(caller)
 
     def know(self, caller: Accepted) -> None:
-        """It is a peer's."""
+        """The connection is a peer's from now on."""
         if self._strangers.get(caller.descriptor) is caller:
             del self._strangers[caller.descriptor]
             caller.known = True
 
     def forget(self, caller: Accepted, now: float) -> None:
-        """It is a stranger again: its account starts anew."""
+        """The connection is a stranger's again, with a new budget of bytes."""
         if caller.known and self._callers.get(caller.descriptor) is caller:
             caller.known, caller.since = False, now
             caller.sent_before = _received(caller.descriptor) + UNDER_WAY_BYTES
             self._strangers[caller.descriptor] = caller
 
     def cut(self, caller: Accepted) -> None:
-        """Close its connection: libzmq sees its end, and drops what it has of it."""
+        """Shut the connection down: libzmq notices, and drops what it has read of it."""
         if self._callers.get(caller.descriptor) is not caller:
             return
         self.closed(caller)
@@ -127,8 +136,11 @@ class Door:
             connection.shutdown(socket.SHUT_RDWR)
 
     def look(self, now: float) -> list[Accepted]:
-        """Strangers that have sent more than they may, as the kernel counts it: also what libzmq keeps to itself, the
-        first parts of a message without an end."""
+        """Strangers that have exceeded their budget of bytes, checked every ``LOOK_AGAIN_S``.
+
+        Counts the bytes that the kernel received, so it includes parts of an endless message that libzmq still holds
+        back.
+        """
         if not self._strangers or now < self._look_at:
             return []
         self._look_at = now + LOOK_AGAIN_S
@@ -144,10 +156,10 @@ class Door:
 
     @contextlib.contextmanager
     def _held(self, caller: Accepted) -> Iterator[socket.socket]:
-        """Its socket.
+        """The connection's TCP socket, on a duplicate of its descriptor.
 
         Raises:
-            OSError: it is closed.
+            OSError: the connection is closed, or its descriptor is reused.
         """
         with held(caller.descriptor) as connection:
             here = connection.getsockname()
@@ -157,16 +169,20 @@ class Door:
 
 
 def room() -> int:
-    """How many connections may be open at once: with our own to others at most half of this process's descriptors. The
-    soft limit is raised as far as the hard one allows."""
+    """The maximum number of accepted connections: at most half of the file descriptors, less a reserve.
+
+    Raises the soft limit of descriptors as far as it is needed and the hard limit allows.
+    """
     most = MAX_PEERS + MAX_WATCHERS + MAX_STRANGERS
     allowed = raise_limit(most + 4 * MAX_CONNECTIONS + DESCRIPTORS_SPARE)
     return max(1, min(most, (allowed - DESCRIPTORS_SPARE) // 2))
 
 
 def _received(descriptor: int) -> int:
-    """Bytes that came over a connection; 0 if it is closed. A look costs one system call; should the descriptor be
-    another's by now, it looks at that one."""
+    """Bytes that the kernel has received on a TCP connection; 0 if it is closed.
+
+    Costs one system call. Does not check the addresses: if the descriptor was reused, this reads the new connection.
+    """
     size = _RECEIVED_AT + _RECEIVED.size
     connection = None
     try:
@@ -176,7 +192,7 @@ def _received(descriptor: int) -> int:
         return 0
     finally:
         if connection is not None:
-            connection.detach()  # libzmq's it stays
+            connection.detach()  # the descriptor stays libzmq's
     return int(_RECEIVED.unpack_from(info, _RECEIVED_AT)[0]) if len(info) == size else 0
 
 

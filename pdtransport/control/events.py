@@ -1,4 +1,4 @@
-"""What the control channel is told and what it tells: identities, peers, events."""
+"""Identities, peers and events of the control channel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdtransport.protocol.messages import FingerprintValue, Hello, Message, Welc
 
 
 class Address(NamedTuple):
-    """Where a control channel listens, as the one who connects to it says it."""
+    """Address of a listening control channel, as the connecting side gives it (a name is not resolved)."""
 
     host: str
     port: int
@@ -18,8 +18,8 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """Who we are. ``incarnation`` is new with every start of the process; ``links`` maps a link's name to what a
-    peer needs to reach us over it."""
+    """This worker's identity. ``incarnation`` is new with every start of the process; ``links`` maps a link's name to
+    what a peer needs to connect over it."""
 
     engine: str
     rank: int
@@ -43,10 +43,13 @@ class PeerId:
 
 @dataclass(frozen=True)
 class PeerUp:
-    """A peer is there and compatible. Reported once per peer, and once more for each endpoint that we connected to
-    and that turns out to lead to a peer we know already (it may have connected to us before).
+    """A compatible peer is up.
 
-    ``host`` is where it is seen from here; ``endpoint`` is the one passed to ``connect``, None if it connected to us.
+    Reported once per peer, and again for each endpoint passed to ``connect`` that leads to a peer that is up already
+    (it may have connected to us before).
+
+    ``host`` is the peer's host as seen from here; ``endpoint`` is the one passed to ``connect``, None if the peer
+    connected to us.
     """
 
     peer: PeerId
@@ -57,8 +60,10 @@ class PeerUp:
 
 @dataclass(frozen=True)
 class PeerDown:
-    """The peer is gone, or given up; ``reason`` is one line. It may come up again, then with new state. ``ended``: its
-    process, or what connects us, is known to have ended; else it may only stand still."""
+    """The peer is lost or was given up; ``reason`` is one line. It may come up again, with new state.
+
+    ``ended``: its process or connection is known to have ended; if False, the process may only be paused.
+    """
 
     peer: PeerId
     reason: str
@@ -67,8 +72,10 @@ class PeerDown:
 
 @dataclass(frozen=True)
 class NameShared:
-    """Several live processes call themselves alike; ``reason`` is one line with where each is and what to do. All of
-    them are served: a peer is a process, and its name is for people."""
+    """Several live processes use the same name; ``reason`` is one line with their addresses and the remedy.
+
+    All of them are served: a peer is a process, its name is only for display.
+    """
 
     peers: tuple[PeerId, ...]
     reason: str
@@ -76,8 +83,10 @@ class NameShared:
 
 @dataclass(frozen=True)
 class ConnectFailed:
-    """A wished-for connection did not come about: ``refused`` by the handshake (``field`` names what differs), or
-    unanswered. Once per call of ``connect``; the channel goes on trying in the background for a while."""
+    """A connection failed: ``refused`` (``field`` names why) or unanswered.
+
+    At most one per call of ``connect``; the channel goes on trying in the background for a while.
+    """
 
     host: str
     port: int
@@ -96,7 +105,7 @@ class MessageReceived:
 
 @dataclass(frozen=True)
 class StatusRequested:
-    """Someone wants the status; call ``reply`` with its JSON text, or never."""
+    """A client asks for the status. Call ``reply`` with its JSON text, at any later time or never."""
 
     reply: Callable[[str], None]
     transfer: str

@@ -1,4 +1,4 @@
-"""Hello and Welcome: what we say about ourselves, and whether what they say fits. Pure: no sockets, no clock."""
+"""The handshake, Hello and Welcome: builds ours, and checks the peer's against it. Pure: no sockets, no clock."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pdtransport.errors import SettingsError
 from pdtransport.kv.fingerprint import compare, plain
 from pdtransport.protocol.messages import MAX_REASON, PROTOCOL_VERSION, Hello, Refused, Welcome, encode
 
-# Travels among the links: how often the sender has given the receiver up. If it grew, whatever the receiver still
-# keeps of the old connection (link channels above all) is void on the other side, and both must start afresh.
+# Sent among the links of a Hello: how often the sender has given up the receiver. If it grew, the sender has lost the
+# state of the old connection (link channels above all), and both sides must start afresh.
 _BREAKS = "control.breaks"
 
 Facts = TypeVar("Facts", Hello, Welcome)
 
 
 def checked_identity(me: Identity) -> Identity:
-    """``me``, if a Hello can carry it.
+    """Return ``me`` if a Hello can carry it.
 
     Raises:
-        SettingsError: a name, number or export that is out of bounds.
+        SettingsError: a name, number or link export is out of bounds.
     """
     try:
         size = len(encode(facts(Hello, me, 0)))
@@ -42,7 +42,7 @@ def checked_identity(me: Identity) -> Identity:
 
 
 def facts(kind: type[Facts], me: Identity, breaks: int) -> Facts:
-    """What we say about ourselves to someone whom we have given up ``breaks`` times."""
+    """The Hello or Welcome of ``me`` for a peer that we have given up ``breaks`` times."""
     links = dict(me.links)
     if breaks:
         links[_BREAKS] = breaks.to_bytes(8, "little")
@@ -58,12 +58,12 @@ def facts(kind: type[Facts], me: Identity, breaks: int) -> Facts:
 
 
 def breaks_of(theirs: Hello | Welcome) -> int:
-    """How often they have given us up."""
+    """How often the peer has given us up."""
     return int.from_bytes(theirs.links.get(_BREAKS, b"")[:8], "little")
 
 
 def without_breaks(theirs: Hello | Welcome) -> Hello | Welcome:
-    """The facts as the rest of the house knows them."""
+    """The message without the count of breaks, as the rest of the package expects it."""
     links = {name: export for name, export in theirs.links.items() if name != _BREAKS}
     return theirs.model_copy(update={"links": links})
 
@@ -73,7 +73,7 @@ def peer_of(theirs: Hello | Welcome) -> PeerId:
 
 
 def check(me: Identity, theirs: Hello | Welcome) -> Refused | None:
-    """Why we can't work with them, named by the field that differs; None if we can."""
+    """The refusal of an incompatible peer, with the field that differs; None if it is compatible."""
     us, them = shown(me.engine, me.rank), shown(theirs.engine, theirs.rank)
     if theirs.protocol != PROTOCOL_VERSION:
         return version_refusal(theirs.protocol, us, them)
@@ -95,7 +95,10 @@ def check(me: Identity, theirs: Hello | Welcome) -> Refused | None:
 
 
 def told_incarnation(incarnation: int) -> int:
-    """What is told of an incarnation to whoever asks: it tells two apart, and no Hello can be made of it."""
+    """A one-way hash of an incarnation, for status and watchers.
+
+    It tells two runs apart, but no Hello can be forged from it: the incarnation itself is known to peers only.
+    """
     digest = hashlib.blake2b(incarnation.to_bytes(8, "little"), digest_size=8, person=b"incarnation").digest()
     return int.from_bytes(digest, "little") >> 2 | 1
 
@@ -115,12 +118,12 @@ def version_refusal(version: int, us: str = "this side", them: str = "the peer")
 
 
 def shown(engine: str, rank: int) -> str:
-    """A worker's name in a message."""
+    """A worker's name, for messages."""
     return f"{plain(engine, 80)} rank {rank}"
 
 
 def foreign_version(frame: bytes) -> int | None:
-    """The protocol version of a frame that is a message of another version than ours, else None."""
+    """The protocol version of a frame that has another version than ours; None for any other frame."""
     try:
         raw = msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=False)
     except Exception:  # noqa: BLE001 - msgpack raises half a dozen types on garbage
