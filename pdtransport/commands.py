@@ -1,5 +1,7 @@
-"""The commands' entry points. They import as little as they can: a Ctrl-C while the rest is imported ends them without
-a word, as it does later."""
+"""Entry points of the commands.
+
+They import as little as possible, so that Ctrl-C ends a command silently even while the rest is still being imported.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def pdrouter() -> int:
 def _run(module: str) -> int:
     _open_standard_streams()
     wanted = signal.getsignal(signal.SIGINT)
-    if wanted is not signal.default_int_handler:  # whoever started it wants it to be deaf to Ctrl-C
+    if wanted is not signal.default_int_handler:  # the parent made it ignore Ctrl-C
         return int(importlib.import_module(module).main())
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = importlib.import_module(module).main
@@ -32,13 +34,16 @@ def _run(module: str) -> int:
             signal.signal(signal.SIGINT, wanted)
             return int(main())
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else the interpreter's own end would show a traceback
-    except KeyboardInterrupt:  # before or after main could see to that itself
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C during interpreter shutdown prints a traceback
+    except KeyboardInterrupt:  # before or after main's own handling
         return 128 + signal.SIGINT
 
 
 def _open_standard_streams() -> None:
-    """Where one is closed, the next file that is opened takes its number, and what libraries say lands in it."""
+    """Open closed standard streams on /dev/null.
+
+    Else the next file that is opened gets the stream's number, and output of libraries lands in that file.
+    """
     for number in range(3):
         try:
             os.fstat(number)

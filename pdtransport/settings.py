@@ -1,7 +1,7 @@
-"""One tree of settings: the connector's ``kv_connector_extra_config``, ``topology.yaml`` and the Python API
-all parse into these models, so a setting has one name, one default and one description.
+"""The settings of one instance, as one tree of pydantic models.
 
-Units are in the names: ``_s`` seconds, ``_bytes`` bytes.
+The connector's ``kv_connector_extra_config``, ``topology.yaml`` and the Python API all parse into these models, so each
+setting has one name, one default and one description. Units are in the names: ``_s`` seconds, ``_bytes`` bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pdtransport.system.hosts import CURVE_PEER, checked_peer, is_loopback
 
 LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
 
-# Control port of rank 0 where none is set, by kv_role, so that a prefill and a decode server of one host need no
-# settings. Each role has room for 100 workers (ranks times data-parallel replicas) before it reaches the next one's.
+# Default control port of rank 0 by kv_role, so that a prefill and a decode server on one host need no settings. Each
+# role has room for 100 workers (ranks times data-parallel replicas) before its ports reach those of the next role.
 DEFAULT_PORTS = {"kv_both": 7570, "kv_producer": 7670, "kv_consumer": 7770}
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    if not TYPE_CHECKING:  # where the fields' own names and types are the parameters
+    if not TYPE_CHECKING:  # type checkers derive the parameters from the fields
 
         def __init__(self, **data: Any) -> None:
             """Raises SettingsError: one line that names the key, what is wrong and what is allowed."""
@@ -34,7 +34,7 @@ class _Section(BaseModel):
             except ValidationError as error:
                 raise SettingsError(f"{type(self).__name__}: {one_line(error)}") from None
 
-        # A section that is validated as a part of something bigger raises what pydantic expects of it.
+        # Let pydantic bypass __init__ for a nested section, which must raise pydantic's own error, not SettingsError.
         __init__.__pydantic_base_init__ = True
 
 
@@ -112,16 +112,19 @@ class ControlSettings(_Section):
         return self
 
     def base_port(self, role: str = "kv_both") -> int:
-        """Port of rank 0's worker of an instance whose ``kv_role`` is ``role``. 0: the system chooses."""
+        """Control port of rank 0 of an instance whose ``kv_role`` is ``role``. 0: the system chooses."""
         return DEFAULT_PORTS.get(role, DEFAULT_PORTS["kv_both"]) if self.port is None else self.port
 
     def needs_keys(self, host: str) -> bool:
-        """Whether talking with ``host``, or listening there, would leave this machine in plaintext unbidden."""
+        """Whether traffic with ``host`` leaves this machine and needs CURVE keys that are not set.
+
+        False if there are keys, or plaintext is allowed.
+        """
         return self.curve_secret_key_file is None and not self.allow_plaintext and not is_loopback(host)
 
 
 class LinkSettings(_Section):
-    """How page bytes move between a pair of workers."""
+    """The links that move pages between two workers."""
 
     order: tuple[LinkName, ...] = Field(
         ("cuda_ipc", "cma", "ucx"),
@@ -183,7 +186,7 @@ class LinkSettings(_Section):
 
 
 class DeadlineSettings(_Section):
-    """Every wait ends. A deadline starts when the thing waited for could start."""
+    """Deadlines of all waits. Each starts when the event that is waited for becomes possible."""
 
     retry_s: float = Field(0.25, gt=0, le=60, description="A message that needs an answer is sent again after this.")
     answer_s: float = Field(5.0, gt=0, le=600, description="A live peer that answers nothing for this long has failed.")
@@ -322,10 +325,10 @@ class PoolUse(_Section):
         return self
 
     def with_salt(self) -> PoolUse:
-        """The same, with the salt of ``salt_file``.
+        """A copy with the salt read from ``salt_file``.
 
         Raises:
-            SettingsError: the file can't be read or is empty; the text never shows what it holds.
+            SettingsError: the file can't be read, is empty or too long; the text never shows the salt.
         """
         if self.salt_file is None:
             return self
@@ -340,7 +343,7 @@ class PoolUse(_Section):
 
 
 class Settings(_Section):
-    """Everything that one instance of pdtransport can be told."""
+    """All settings of one instance of pdtransport."""
 
     control: ControlSettings = ControlSettings()
     links: LinkSettings = LinkSettings()
@@ -424,7 +427,7 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _verified(self) -> Settings:
-        # A link that reads pages where they lie may see them change after a preemption: only a checksum notices.
+        # A link that reads pages in place may see them change after a preemption: only a checksum notices that.
         used = (self.links.require,) if self.links.require else self.links.order
         in_place = " and ".join(name for name in dict.fromkeys(used) if name in ("cuda_ipc", "shm", "cma"))
         if self.integrity.checksum == "off" and in_place:
@@ -432,7 +435,7 @@ class Settings(_Section):
         return self
 
     def calling_anyone(self) -> Settings:
-        """The same without ``control.peers``, for a transport whose callers keep to it."""
+        """A copy without ``control.peers``, for a transport whose callers enforce it themselves."""
         return self.model_copy(update={"control": self.control.model_copy(update={"peers": None})})
 
     @model_validator(mode="after")
@@ -450,7 +453,7 @@ class Settings(_Section):
 
     @classmethod
     def parse(cls, raw: dict[str, Any] | None, *, where: str = "kv_connector_extra_config") -> Settings:
-        """Parse ``raw``, with ``PDTRANSPORT_CONTROL_HOST`` and ``_PORT`` as defaults for what it leaves out.
+        """Parse ``raw``. ``PDTRANSPORT_CONTROL_HOST`` and ``PDTRANSPORT_CONTROL_PORT`` are defaults for missing values.
 
         Raises:
             SettingsError: one line that names the key, what is wrong and what is allowed.
@@ -469,7 +472,7 @@ class Settings(_Section):
 
 
 def one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error as ``key.path: what is wrong``, and how many more there are."""
+    """The first problem of a pydantic error as ``key.path: what is wrong``, and the number of further problems."""
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     path = ".".join(str(part) for part in first["loc"]) or "value"

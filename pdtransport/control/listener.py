@@ -1,8 +1,9 @@
-"""The side that peers connect to: one ROUTER socket, a bounded number of connections, none of them trusted.
+"""The listening side: one ROUTER socket with a bounded number of connections, none of them trusted.
 
-Who it is comes first: without keys a connection must be of this user (:mod:`pdtransport.control.owners`), and before a
-connection said Hello, nothing but the first bytes of a frame is looked at, unless these say that it is one of the few
-short messages, or the one long, that a stranger may send. Its frames and bytes have a budget; then it is cut off.
+A connection is a *stranger's* until its Hello is accepted. Invariants: without CURVE keys, a connection must belong to
+this user (:mod:`pdtransport.control.owners`), which is checked before any frame is decoded. A stranger's frame is
+decoded only if its first bytes name a kind that strangers may send (Hello, and a few short messages). Strangers have a
+budget of frames and bytes; beyond it, they are cut off.
 """
 
 from __future__ import annotations
@@ -84,21 +85,21 @@ _FROM_PEERS = frozenset(kind.model_fields["kind"].default for kind in (*get_args
 
 
 class Inbound(Route):
-    """One connection that somebody opened to us: a stranger until its Hello is welcome."""
+    """One connection that was opened to us: a stranger's until its Hello is accepted."""
 
     inbound = True
 
     def __init__(self, name: bytes, caller: Accepted, address: str, key: str, listener: ControlListener) -> None:
         self.name = name  # libzmq's name for the connection
         self.caller = caller
-        self.address = address  # where it comes from
+        self.address = address  # IP address of the other end
         self.key = key
         self.where = str(caller)
         self.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES)  # before its Hello
         self.hellos = Allowance(HELLOS_PER_S, HELLOS)
-        self.cut_at: float | None = None  # nothing that it says counts any more
-        self.answer_at = 0.0  # garbage is answered again after this
-        self.watch_at = 0.0  # and a wish to watch after this
+        self.cut_at: float | None = None  # set: cut off then; its frames are dropped from now on
+        self.answer_at = 0.0  # garbage is not answered before this
+        self.watch_at = 0.0  # a Watch is not answered before this
         self._listener = listener
 
     def send(self, frame: bytes) -> Sent:
@@ -112,7 +113,7 @@ class Inbound(Route):
 
 
 class ControlListener:
-    """Binds, in its constructor.
+    """The listening socket and its connections. The constructor binds.
 
     Raises:
         SettingsError: the address can't be bound; names ``control.port`` or ``control.host``.
@@ -159,7 +160,7 @@ class ControlListener:
         return Sent.OK
 
     def _on_gone(self, connection: Inbound) -> None:
-        """TCP is down. The peer will connect again, if it lives, under another name."""
+        """A connection's TCP is down. If the peer is alive, it connects again, under another name."""
         self._door.lost(connection.caller)
         self._strangers.pop(connection.name, None)
         self._watchers.drop(connection.name)
@@ -168,33 +169,33 @@ class ControlListener:
             connection.broken_until = now + min(LOST_BOUND_S, self._shared.settings.liveness_s)
 
     def make_stranger(self, connection: Inbound) -> None:
-        """Its handshake is void: it must say Hello again."""
+        """The connection's handshake no longer counts: the peer must say Hello again."""
         if self._bound.pop(connection.name, None) is not None:
-            # What it has sent as a peer, before it hears that it is none, must not cost it the connection.
+            # Frames that it sent before it learns this must not use up its budget as a stranger.
             connection.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES + UNDER_WAY_FRAMES)
             self._door.forget(connection.caller, self._shared.clock())
             self._add_stranger(connection)
 
     def ask_for_hello(self, reason: str) -> None:
-        """All who are welcome must say Hello again; who was refused may."""
+        """Ask all connections for a new Hello: peers must say it again, and refused ones may try again."""
         for connection in [*self._bound.values(), *self._strangers.values()]:
             self.send(connection, encode(handshake.refusal("hello", reason=reason)))
 
     def _add_stranger(self, connection: Inbound) -> None:
         self._strangers[connection.name] = connection
-        while len(self._strangers) > 2 * MAX_STRANGERS:  # those whose end libzmq has not told yet among them
+        while len(self._strangers) > 2 * MAX_STRANGERS:  # 2: some may be closed without libzmq having reported it
             self._strangers.popitem(last=False)
 
     def _cut(self, connection: Inbound, why: str, now: float) -> list[Event]:
-        """Tell a stranger why, and close its connection. What it has sent beyond is thrown away unread."""
+        """Cut a stranger off: send it the reason, and close its connection. Its further frames are dropped unread."""
         self._count_cut(f"cut off {connection.where}: {why}", now)
         connection.cut_at = now + CUT_AFTER_S
-        self.socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
+        self.socket.get(zmq.EVENTS)  # makes libzmq process closed connections
         if self.send(connection, encode(handshake.refusal("frame", reason=f"cut off: {why}"))) is not Sent.GONE:
             self._cutting.append(connection)  # else the descriptor may be another connection's by now
         return []
 
-    # -- what libzmq reports, and time -----------------------------------------------------------------------------
+    # -- libzmq's reports, and time --------------------------------------------------------------------------------
 
     def step_monitor(self, now: float) -> list[Event] | None:
         """Handle one report about a connection; None if there is none."""
@@ -251,7 +252,10 @@ class ControlListener:
         self._reclaim.gone(now)
 
     def _probe(self, now: float) -> None:
-        """The system reuses descriptors, so a report about one is a hint only: a Pong that can't be sent proves it."""
+        """Check connections that may be closed, by sending a Pong: if it can't be sent, the connection is closed.
+
+        The report that libzmq gave is only a hint, because it names a descriptor, which the system may have reused.
+        """
         for _ in range(len(self._probes)):
             due, connection = self._probes.popleft()
             if now < due:
@@ -265,7 +269,7 @@ class ControlListener:
         times += [each.cut_at for each in self._cutting]
         return min((due for due in times if due is not None), default=None)
 
-    # -- what arrives ----------------------------------------------------------------------------------------------
+    # -- frames ----------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Event] | None:
         """Handle one frame; None if there is none."""
@@ -290,14 +294,14 @@ class ControlListener:
         return self._on_message(connection, message, now)
 
     def _connection(self, letter: Letter, now: float) -> Inbound | None:
-        """Whose frame it is; None if its connection is closed, or was not let in."""
+        """The connection of a frame; None if it is closed or was not admitted."""
         name = letter.sender
         known = self._bound.get(name) or self._watchers.get(name)
         if known is not None:
             return known
         stranger = self._strangers.pop(name, None)
         if stranger is None:
-            for _ in range(MAX_REPORTS_A_TURN):  # that it was accepted was reported before its first frame
+            for _ in range(MAX_REPORTS_A_TURN):  # its accept was reported before its first frame
                 if self.step_monitor(now) is None:
                     break
             caller = self._door.of(descriptor_of(letter.part))
@@ -312,7 +316,7 @@ class ControlListener:
     def _let_in(self, caller: Accepted, now: float) -> bool:
         try:
             complaint = self._door.identify(caller)
-        except OSError:  # closed already
+        except OSError:  # the connection is closed already
             return False
         if complaint:
             self._shared.counters["callers_refused"] += 1
@@ -321,7 +325,7 @@ class ControlListener:
         return not complaint
 
     def _on_stranger(self, connection: Inbound, body: zmq.Frame | None, now: float) -> list[Event]:
-        """Look at as little as can be of what somebody says who did not say Hello yet."""
+        """Handle a stranger's frame, decoding as little of it as possible."""
         if not connection.allowance.take(now):
             return self._cut(connection, f"more than {STRANGER_FRAMES} frames before Hello", now)
         if body is None:
@@ -367,17 +371,17 @@ class ControlListener:
     def _on_hello(self, connection: Inbound, hello: Hello, now: float) -> list[Event]:
         shared = self._shared
         if not connection.hellos.take(now):
-            return []  # it will say Hello again
+            return []  # it repeats its Hello
         refusal = handshake.check(shared.me, hello) or shared.directory.refusal(hello, connection.key)
         if refusal is not None:
             shared.counters["refused"] += 1
             self.send(connection, encode(refusal))
             shared.complaints.say(f"refused {connection.where}: {refusal.reason}", now, "refused")
-            return shared.directory.leave(connection, refusal.reason)  # it was welcome before, and has changed
+            return shared.directory.leave(connection, refusal.reason)  # it may have been a peer before it changed
         breaks = shared.directory.our_breaks(handshake.peer_of(hello))
-        self.socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
+        self.socket.get(zmq.EVENTS)  # makes libzmq process closed connections
         if self.send(connection, encode(handshake.facts(Welcome, shared.me, breaks))) is not Sent.OK:
-            return []  # it will say Hello again, if it is still there
+            return []  # it repeats its Hello, if it is still there
         self._door.know(connection.caller)
         events = shared.directory.admit(hello, connection.address, connection, None, now)
         self._strangers.pop(connection.name, None)
@@ -421,11 +425,11 @@ class ControlListener:
     # -- watchers --------------------------------------------------------------------------------------------------
 
     def watched(self, now: float) -> bool:
-        """Whether anybody wants to be told how transfers end."""
+        """Whether any client watches how transfers end."""
         return self._watchers.any(now)
 
     def publish(self, message: Message, now: float) -> None:
-        """Tell every watcher, without waiting: one that does not read goes without."""
+        """Send ``message`` to every watcher, without waiting; a watcher whose queue is full does not get it."""
         frame = encode(message)
         for watcher in self._watchers.all(now):
             if self.send(watcher, frame) is not Sent.OK:
@@ -448,7 +452,7 @@ class ControlListener:
     # -- garbage ---------------------------------------------------------------------------------------------------
 
     def _garbage(self, connection: Inbound, what: str, now: float, version: int | None = None) -> list[Event]:
-        """Count it, and say so: in the log now and then, to its sender at most once a second."""
+        """Count a bad frame, log it now and then, and answer its sender at most once a second."""
         self._shared.counters["garbage"] += 1
         what = plain(what, 200)
         topic = "peers" if connection.peer is not None else "strangers"
@@ -462,10 +466,10 @@ class ControlListener:
 
 
 def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> None:
-    """Bind to an address of ``settings.host``; an address that leaves this machine needs keys.
+    """Bind to the first address of ``settings.host``. An address other than loopback needs CURVE keys.
 
     Raises:
-        SettingsError: it can't be bound.
+        SettingsError: the address can't be bound, or needs keys.
     """
     host = settings.host
     if port > 65535:
@@ -475,7 +479,7 @@ def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> Non
         family, *_, address = stdlib_socket.getaddrinfo(host, port, type=stdlib_socket.SOCK_STREAM)[0]
         if family == stdlib_socket.AF_INET6:
             socket.set(zmq.IPV6, 1)
-        if settings.needs_keys(str(address[0])):  # what `localhost` means is the resolver's word
+        if settings.needs_keys(str(address[0])):  # even `localhost` may resolve to anything
             raise SettingsError(
                 f"control.host: {host!r} is {address[0]}, which leaves this machine, so CURVE keys are needed: make a "
                 "pair with `pdlaunch keys DIR` and set control.curve_public_key_file and control.curve_secret_key_file"
@@ -496,7 +500,7 @@ def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> Non
 
 
 def text_of(frame: zmq.Frame, name: str) -> str:
-    """What libzmq says of the frame's connection; empty if it says nothing."""
+    """Metadata ``name`` of the frame's connection, as libzmq reports it; empty if it has none."""
     try:
         return str(frame.get(name)).removeprefix("::ffff:")
     except zmq.ZMQError:

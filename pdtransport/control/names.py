@@ -1,4 +1,4 @@
-"""Names of hosts, looked up beside the threads that must not wait: the system's resolver may take half a minute."""
+"""Non-blocking host name lookup: resolves in a thread of its own, since the resolver may take half a minute."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MAX_QUEUED = 64  # names that wait for their turn; of more, each is refused
-MAX_KNOWN = 1024
-FRESH_S = 10.0  # an answer holds so long; then the name is looked up again
+MAX_QUEUED = 64  # names that wait for their turn; further ones are refused
+MAX_KNOWN = 1024  # cached answers
+FRESH_S = 10.0  # lifetime of a cached answer
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """``addresses`` as the resolver puts them in order; empty: ``problem`` says why."""
+    """``addresses`` in the resolver's order; if empty, ``problem`` says why."""
 
     addresses: tuple[str, ...]
     problem: str = ""
 
 
 class Names:
-    """Looks names up, one after the other, in a thread of its own that starts with the first name.
+    """Looks up names one after the other, in a thread that starts with the first name.
 
     Args:
         clock: monotonic seconds.
-        limit_s: a name that has no answer within this has none, until there is one.
+        limit_s: a lookup that takes longer counts as failed, until its answer arrives.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, limit_s: float = 2.0) -> None:
@@ -40,7 +40,7 @@ class Names:
         self._thread: threading.Thread | None = None
 
     def look_up(self, name: str) -> Resolved | None:
-        """What is known of ``name``; None: ask again. Never waits."""
+        """The answer for ``name``; None while it is being looked up: ask again. Never waits."""
         now = self._clock()
         with self._lock:
             known = self._found.get(name)
@@ -62,7 +62,7 @@ class Names:
         return None
 
     def close(self) -> None:
-        """The thread ends after the name that it is at."""
+        """End the thread, after the names that are queued."""
         self._queue.put(None)
 
     def _run(self) -> None:

@@ -1,7 +1,8 @@
-"""Whose a TCP connection of this host is: what SO_PEERCRED says of a Unix socket, from the kernel's table of sockets.
+"""Finds the user that owns the other end of a local TCP connection: SO_PEERCRED for TCP.
 
-Sound because the connection still stands when it is looked up: both ends are named by addresses and ports, which no two
-connections share, and only an open socket has an owner. What is closed, or not accepted yet, counts as nobody's.
+Asks the kernel's socket table (sock_diag) by both addresses and ports. Sound because the connection is still open when
+it is looked up: no two open connections share both ends, and only an open socket has an owner. A socket that is closed
+or not accepted yet has no owner.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ _BY_FAMILY = 20  # SOCK_DIAG_BY_FAMILY
 _REQUEST = 1  # NLM_F_REQUEST
 _ERROR = 2  # NLMSG_ERROR
 _ESTABLISHED = 1
-_ANY = 0xFFFFFFFF  # states, and the cookie of a socket that is known by its addresses only
+_ANY = 0xFFFFFFFF  # all states; also the cookie of a socket that is looked up by addresses only
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _QUESTION = struct.Struct("=BBBBI")  # family, protocol, extensions, pad, states
 _STATE_AT = _HEADER.size + 1
-_OWNER_AT = _HEADER.size + 4 + 48 + 12  # behind family to retransmits, the socket's id, expiry and queues
+_OWNER_AT = _HEADER.size + 4 + 48 + 12  # after family..retransmits (4), socket id (48), expiry and queues (12)
 _OWNER = struct.Struct("=II")  # uid, inode
 _ANSWER_BYTES = 4096
-_ANSWER_S = 1.0  # it answers while it is asked
+_ANSWER_S = 1.0  # a bound only: the kernel answers synchronously
 ROOT = 0
 
 
 class Owners:
-    """Asks the kernel, in some 50 µs. Keeps nothing open.
+    """Looks up owners of connections, in about 50 µs each. Keeps nothing open.
 
     Raises:
-        SettingsError: this kernel does not tell; says what to set instead.
+        SettingsError: this kernel does not support it; says what to set instead.
     """
 
     def __init__(self) -> None:
@@ -52,10 +53,10 @@ class Owners:
             ) from None
 
     def complaint(self, connection: socket.socket) -> str:
-        """Why the other end of ``connection`` is not let in: another user has it. Empty if this one does, or root.
+        """Why the other end of ``connection`` is not trusted: another user owns it. Empty if this user or root does.
 
         Raises:
-            OSError: nobody has it; it is closed.
+            OSError: the other end has no owner, because it is closed.
         """
         theirs, mine = connection.getpeername(), connection.getsockname()
         owner = self._ask(socket.AF_INET6 if len(mine) == 4 else socket.AF_INET, theirs, mine)
@@ -69,7 +70,7 @@ class Owners:
         )
 
     def _ask(self, family: int, one: tuple[str, int], other: tuple[str, int]) -> int | None:
-        """User of the established socket with these addresses; None if there is none.
+        """The uid of the established socket with local address ``one`` and remote address ``other``; None if none.
 
         Raises:
             OSError: the kernel does not answer.
@@ -90,19 +91,19 @@ class Owners:
 
 
 class ListenerOwner:
-    """Whether who listens where we connect to is of this user. Asked once a connection.
+    """Checks that a listener that we connect to belongs to this user, once per connection.
 
     Args:
-        owners: None: nobody asks (keys say who).
-        port: where it listens.
+        owners: None: no check (CURVE keys decide, or the network is trusted).
+        port: port of the listener.
     """
 
     def __init__(self, owners: Owners | None, port: int) -> None:
         self._owners, self._port = owners, port
-        self._seen: object = None  # our end of the connection that was asked about
+        self._seen: object = None  # our address of the connection that passed the check
 
     def complaint(self, part: zmq.Frame) -> str:
-        """Why nothing of the connection that ``part`` came over is believed; empty if it is.
+        """Why the connection over which ``part`` came is not trusted; empty if it is.
 
         Raises:
             OSError: the connection is closed.
@@ -119,7 +120,7 @@ class ListenerOwner:
 
 
 def owners_for(settings: ControlSettings, *, keys: bool) -> Owners | None:
-    """Where neither keys nor a trusted network say who may come, the user does.
+    """The check of users, needed if neither CURVE keys nor a trusted network protect the channel; else None.
 
     Raises:
         SettingsError: as :class:`Owners`.
@@ -128,7 +129,7 @@ def owners_for(settings: ControlSettings, *, keys: bool) -> Owners | None:
 
 
 def descriptor_of(part: zmq.Frame) -> int:
-    """Of the TCP socket that a frame came over; -1 where libzmq does not say."""
+    """Descriptor of the TCP socket over which a frame came; -1 if libzmq does not know it."""
     try:
         return int(part.get(zmq.SRCFD))
     except (zmq.ZMQError, TypeError, ValueError):
@@ -137,12 +138,14 @@ def descriptor_of(part: zmq.Frame) -> int:
 
 @contextlib.contextmanager
 def held(descriptor: int) -> Iterator[socket.socket]:
-    """The TCP socket behind a descriptor that libzmq may close at any time: while it is held, it stays the same one.
+    """A duplicate of a TCP socket of libzmq, which may close its own descriptor at any time.
+
+    The duplicate keeps referring to the same socket, even if the descriptor is reused.
 
     Raises:
-        OSError: there is none, or it is no socket.
+        OSError: the descriptor is closed, or is not a socket.
     """
-    # As if it were one of IPv6, whose addresses are longer: what the family is in fact, its address says.
+    # Opened as IPv6, whose addresses are longer; the actual family shows in the address.
     connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, fileno=os.dup(descriptor))
     try:
         yield connection

@@ -1,7 +1,7 @@
-"""Which hosts this instance calls on somebody else's word, and at which address.
+"""Enforces ``control.peers``: which hosts this instance connects to when a request names them, and at which address.
 
-A name is looked up once, its address is checked, and that very address is called: what the name means a moment later
-changes nothing.
+A name is resolved once, its address is checked, and exactly that address is called: a later change of the name's
+address (DNS rebinding) has no effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_SHOWN = 80  # characters of a host's name in a reason
 
 @dataclass(frozen=True)
 class CallVerdict:
-    """``address``: what to call; empty: ``problem`` says why nobody is called, in one line."""
+    """``address`` to call; if empty, ``problem`` says in one line why the host must not be called."""
 
     address: str = ""
     problem: str = ""
@@ -34,12 +34,13 @@ class Reach:
     """The rule of ``control.peers``.
 
     Args:
-        strict: whoever asks speaks for a stranger, say, for the client of a request: without ``control.peers`` this
-            machine alone is called. Else an application asks, and everybody is.
+        strict: hosts come from untrusted sources, such as a client's request: without ``control.peers``, only this
+            machine may be called. If False, an application chooses them: without ``control.peers``, any host may be.
         clock: monotonic seconds.
 
     Raises:
-        SettingsError: ``control.peers`` is missing, or its CURVE keys are none that a peer could prove.
+        SettingsError: ``control.peers`` is needed but missing, or none of its CURVE keys is the one that called peers
+            must prove.
     """
 
     def __init__(self, settings: ControlSettings, *, strict: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,11 +55,14 @@ class Reach:
         self._networks = [ipaddress.ip_network(peer) for peer in peers if "/" in peer]
         self._names = {peer for peer in peers if "/" not in peer}
         self._by_key = self._checked_keys(settings)
-        # Names that anybody may make up never keep those that the settings know waiting.
+        # Separate queues: names made up by clients must not delay those listed in the settings.
         self._known, self._others = (Names(clock, settings.connect_s) for _ in range(2))
 
     def _checked_keys(self, settings: ControlSettings) -> bool:
-        """Whether a key is enough. libzmq must know it before it calls, so it can't be any of several."""
+        """Whether a listed CURVE key admits any host.
+
+        libzmq must know the server's key before it connects, so only one key can count: the configured server key.
+        """
         named = {peer.removeprefix(CURVE_PEER) for peer in self._peers or () if peer.startswith(CURVE_PEER)}
         if not named:
             return False
@@ -71,8 +75,10 @@ class Reach:
         return True
 
     def ask(self, host: str) -> CallVerdict | None:
-        """Where ``host`` may be called, or why it may not; None: its name is being looked up, ask again. Never waits
-        and never raises."""
+        """The address at which ``host`` may be called, or why it may not.
+
+        None while its name is being looked up: ask again. Never waits and never raises.
+        """
         try:
             ipaddress.ip_address(host)
         except ValueError:
@@ -95,7 +101,7 @@ class Reach:
         if found.problem:
             return CallVerdict(problem=plain(found.problem, 300))
         problem = ""
-        for address in sorted(found.addresses, key=lambda each: ":" in each):  # IPv4 first, as libzmq has it
+        for address in sorted(found.addresses, key=lambda each: ":" in each):  # IPv4 first, like libzmq
             problem = self._why_not(address, host, named=name in self._names)
             if not problem:
                 return CallVerdict(address)

@@ -1,4 +1,4 @@
-"""Memory that a flood has taken goes back to the system: the C library keeps what libzmq has given back to it."""
+"""Returns freed memory to the system after a flood of connections: the C library would keep what libzmq has freed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pdtransport.control.limits import ENDS_BEFORE_TRIM, TRIM_AFTER_S
 
 
 class Reclaim:
-    """Once so many strangers' connections have ended, and a while after the last of them."""
+    """Calls ``malloc_trim`` once ``ENDS_BEFORE_TRIM`` connections have ended, ``TRIM_AFTER_S`` after the last end."""
 
     def __init__(self) -> None:
         self._ended, self._due = 0, 0.0

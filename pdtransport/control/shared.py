@@ -1,4 +1,4 @@
-"""What the parts of one channel share."""
+"""State and log of a control channel that its parts share."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ COUNTERS = (
 
 
 class Complaints:
-    """Logs what arrives wrong: of each topic the first, then ever more seldom while it goes on. Who sends garbage must
-    not fill the log, nor hide what else there is to say."""
+    """Rate-limited warnings about bad input: per topic the first one, then with growing pauses while it goes on.
+
+    A sender of garbage can neither fill the log nor suppress the warnings of other topics.
+    """
 
     FIRST_S, LONGEST_S = 60.0, 600.0
 
@@ -49,7 +51,7 @@ class Complaints:
         self._topics: dict[str, _Topic] = {}
 
     def say(self, text: str, now: float, topic: str = "") -> None:
-        """``topic``: one of few words of the caller's, never of a sender's."""
+        """Log ``text``, or count it if the topic is paused. ``topic`` must be a constant, never taken from input."""
         said = self._topics.setdefault(topic, _Topic())
         if now < said.at + said.pause_s:
             said.unsaid += 1
@@ -77,15 +79,15 @@ class ChannelContext:
     counters: Counter[str]
     directory: Directory
     reach: Reach
-    owners: Owners | None = None  # where nothing but the user says who may come
+    owners: Owners | None = None  # set if the check of users is the only protection
     complaints: Complaints = field(default_factory=Complaints)
 
     def on_name(self, where: str, reason: str, now: float) -> None:
-        """A peer tells us that somebody else has our name."""
+        """A peer warns us that another live process uses our name."""
         self.counters["names_shared"] += 1
         self.complaints.say(f"{where} says: {plain(reason, 512)}", now, "names")
 
     @property
     def beat_s(self) -> float:
-        """Interval of heartbeats: several must fit into the time after which silence counts as death."""
+        """Interval of heartbeats: at least three within ``liveness_s``."""
         return min(self.settings.heartbeat_s, self.settings.liveness_s / 3)

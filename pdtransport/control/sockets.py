@@ -1,4 +1,4 @@
-"""ZeroMQ sockets as this channel wants them: bounded, closed at once, watched."""
+"""ZeroMQ sockets with bounded queues, immediate close and a monitor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _names = itertools.count()
 
 
 def open_socket(context: zmq.Context[Socket], kind: int, settings: ControlSettings, *, ipv6: bool) -> Socket:
-    """A DEALER or ROUTER with every queue bounded and no lingering."""
+    """A DEALER or ROUTER with bounded queues and no linger."""
     socket = context.socket(kind)
     options = {
         zmq.LINGER: 0,
@@ -34,11 +34,11 @@ def open_socket(context: zmq.Context[Socket], kind: int, settings: ControlSettin
         zmq.RCVHWM: RECEIVE_QUEUE_FRAMES,
         zmq.MAXMSGSIZE: settings.max_frame_bytes,
         zmq.HANDSHAKE_IVL: _ms(settings.connect_s),
-        zmq.TCP_KEEPALIVE: 0,  # our own heartbeats tell sooner
+        zmq.TCP_KEEPALIVE: 0,  # the channel's own heartbeats are faster
         zmq.IPV6: int(ipv6),
     }
     if kind == zmq.DEALER:
-        # IMMEDIATE: nothing queues for a connection that does not stand, so nothing stale reaches a restarted peer.
+        # IMMEDIATE: don't queue for a connection that is down, so that no stale frame reaches a restarted peer.
         options |= {
             zmq.IMMEDIATE: 1,
             zmq.RECONNECT_IVL: _ms(RECONNECT_S),
@@ -46,7 +46,7 @@ def open_socket(context: zmq.Context[Socket], kind: int, settings: ControlSettin
             zmq.CONNECT_TIMEOUT: _ms(settings.liveness_s),
         }
     else:
-        # MANDATORY: sending to a connection that is gone, or full, says so.
+        # MANDATORY: sending to a connection that is gone or full raises an error.
         options |= {zmq.ROUTER_MANDATORY: 1, zmq.BACKLOG: TCP_BACKLOG}
         options |= {zmq.RCVHWM: LISTEN_QUEUE_FRAMES, zmq.RCVBUF: LISTEN_BUFFER_BYTES}
     try:
@@ -70,7 +70,7 @@ def watch(context: zmq.Context[Socket], socket: Socket, events: int) -> Socket:
 
 
 def close_watched(socket: Socket | None, monitor: Socket | None) -> None:
-    """Close both. The monitor goes silent first: libzmq must not wait for a reader that is gone."""
+    """Close both sockets. Monitoring is disabled first: libzmq must not block on a monitor without a reader."""
     with contextlib.suppress(zmq.ZMQError):
         if socket is not None and monitor is not None:
             socket.disable_monitor()
@@ -85,15 +85,15 @@ def tcp_url(host: str, port: int | str) -> str:
 
 @dataclass(frozen=True)
 class Letter:
-    """One message as it arrived. ``body`` is None if it had more than one part (ours have one)."""
+    """One received message. ``body`` is None if it had more than one part, which no valid message has."""
 
-    sender: bytes  # the connection it came over; empty on a DEALER
+    sender: bytes  # libzmq's name of the connection; empty on a DEALER
     body: zmq.Frame | None
-    part: zmq.Frame  # its first: knows the connection
+    part: zmq.Frame  # the message's first part, which carries the connection's metadata
 
 
 class Inbox:
-    """Reads a socket one part at a time, so that a message of a million parts takes a million turns."""
+    """Reads a socket one part at a time, so that a message of a million parts can't block a turn."""
 
     def __init__(self, socket: Socket, *, addressed: bool) -> None:
         self._socket = socket
@@ -101,7 +101,7 @@ class Inbox:
         self._skipping = False
 
     def read(self) -> Letter | bool:
-        """A message; True: a part was read and thrown away; False: there is nothing to read."""
+        """The next message; True if a part was read and dropped; False if there is nothing to read."""
         try:
             part = self._socket.recv(zmq.NOBLOCK, copy=False)
         except zmq.Again:

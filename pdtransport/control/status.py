@@ -1,4 +1,4 @@
-"""Answers to StatusRequest: as often as is healthy, as long as a frame may be."""
+"""Answers to StatusRequest: limits their rate and their size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEFT_OUT = "transfers_left_out"  # key in the status: how many of the oldest tra
 
 
 class Allowance:
-    """At most ``per_s`` answers a second, and ``at_once`` (default: as many) after a pause."""
+    """A token bucket: ``per_s`` a second, with a burst of ``at_once`` (default: ``per_s``)."""
 
     def __init__(self, per_s: float = STATUS_PER_S, at_once: float | None = None) -> None:
         self._per_s = per_s
@@ -29,8 +29,10 @@ class Allowance:
 
 
 def status_frame(text: str, max_bytes: int) -> bytes | None:
-    """The reply on the wire, without its oldest transfers if need be; None if even the rest is too long, or no
-    object of JSON."""
+    """The encoded reply, without the oldest transfers if it would be longer than ``max_bytes``.
+
+    None if it is too long even without transfers, or ``text`` is not a JSON object with a list of ``transfers``.
+    """
     frame = encode(StatusReply(status=text))
     if len(frame) <= max_bytes:
         return frame
@@ -44,7 +46,10 @@ def status_frame(text: str, max_bytes: int) -> bytes | None:
 
 
 def _fitted(status: dict[str, Any], max_bytes: int) -> bytes | None:
-    """The reply with as many of the newest transfers as fit (within a factor of two)."""
+    """The encoded reply with as many of the newest transfers as fit, within a factor of two.
+
+    None if it is too long even without transfers.
+    """
     transfers = status["transfers"]
     keep = len(transfers) // 2
     while True:

@@ -1,4 +1,4 @@
-"""Who wants to be told how transfers end, each until it did not ask again for a while. No sockets and no clock here."""
+"""The connections that watch how transfers end; Watch messages renew their leases. Pure: time is passed in."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Connection = TypeVar("Connection")
 
 
 class Watchers(Generic[Connection]):
-    """At most ``MAX_WATCHERS`` connections. A newcomer never takes the place of one that still asks."""
+    """At most ``MAX_WATCHERS`` connections. A new one never replaces one whose lease still runs."""
 
     def __init__(self) -> None:
         self._until: dict[bytes, tuple[float, Connection]] = {}
 
     def admit(self, name: bytes, connection: Connection, now: float) -> bool:
-        """It asks, or asks again. False: there is no place for it."""
+        """Grant or renew a connection's lease; False if there are too many watchers."""
         if name not in self._until and len(self._until) >= MAX_WATCHERS:
             self._forget_silent(now)
             if len(self._until) >= MAX_WATCHERS:

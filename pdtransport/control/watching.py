@@ -1,4 +1,4 @@
-"""Ask a worker to tell how its transfers end, from anywhere that may connect: no Hello, no identity, no thread."""
+"""Watches how a worker's transfers end, from any process that may connect: needs no Hello, no identity, no thread."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from pdtransport.settings import ControlSettings
 
 
 class CannotWatch(PDTransportError):
-    """This worker can't be watched from here; the text says why."""
+    """The worker can't be watched from here; the text says why."""
 
 
 class WorkerWatch:
-    """One worker's reports. :meth:`ask` again every ``WATCH_AGAIN_S``; :meth:`read` whenever :attr:`descriptor` is
-    readable, and after each question: it tells of new frames once only.
+    """A subscription to one worker's reports.
+
+    Call :meth:`ask` every ``WATCH_AGAIN_S``, and :meth:`read` whenever :attr:`descriptor` is readable and after each
+    :meth:`ask`: the descriptor is edge-triggered.
 
     Raises:
-        CannotWatch: the worker is on another machine and there are no keys, or the address is malformed, or nobody
-            tells whose connections are.
+        CannotWatch: the worker is on another machine and there are no CURVE keys, the address is malformed, or this
+            kernel can't tell whose a local connection is.
     """
 
     def __init__(
@@ -48,11 +50,11 @@ class WorkerWatch:
             self._listening = ListenerOwner(owners_for(settings, keys=keys is not None), port)
         except SettingsError as error:
             raise CannotWatch(str(error)) from None
-        self.foreign: int | None = None  # the protocol version of a frame that is not of ours
+        self.foreign: int | None = None  # protocol version of a received frame that has another version than ours
         socket = open_socket(context, zmq.DEALER, settings, ipv6=":" in host)
         try:
-            socket.set(zmq.IMMEDIATE, 0)  # the question waits for the connection ...
-            socket.set(zmq.SNDHWM, WATCH_QUEUE_FRAMES)  # ... and does not pile up
+            socket.set(zmq.IMMEDIATE, 0)  # the Watch waits for the connection ...
+            socket.set(zmq.SNDHWM, WATCH_QUEUE_FRAMES)  # ... without piling up
             curve.apply_client(socket, keys)
             socket.connect(tcp_url(host, port))
         except zmq.ZMQError as error:
@@ -63,11 +65,11 @@ class WorkerWatch:
         self.descriptor = int(socket.get(zmq.FD))
 
     def ask(self) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # as many questions wait as may
+        with contextlib.suppress(zmq.ZMQError):  # the queue is full
             self._socket.send(self._question, zmq.NOBLOCK)
 
     def read(self, limit: int) -> tuple[list[Message], bool]:
-        """Up to ``limit`` messages that have arrived, and whether there may be more."""
+        """Up to ``limit`` messages that have arrived, and whether there may be more to read."""
         messages: list[Message] = []
         for _ in range(limit):
             letter = self._inbox.read()
@@ -80,7 +82,7 @@ class WorkerWatch:
                     messages.append(refusal("user", reason=f"{self._where}: {complaint}"))
                     continue
                 messages.append(decode(letter.body.bytes))
-            except OSError:  # its connection is closed already, and may have been anybody's
+            except OSError:  # its connection is closed already: unknown whose it was
                 continue
             except (WireError, RecursionError):
                 self.foreign = foreign_version(letter.body.bytes)

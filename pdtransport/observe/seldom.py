@@ -1,4 +1,4 @@
-"""Lines of log about what others may cause as often as they like."""
+"""Rate-limited log warnings, for events that others can cause as often as they like."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ EVERY_S = 10.0
 
 
 class Seldom:
-    """A line now and then, with how many more there were; the others are for debugging."""
+    """Logs one warning per interval, with the number of suppressed ones; those are logged at debug level."""
 
     def __init__(self, logger: logging.Logger, every_s: float = EVERY_S) -> None:
         self._logger, self._every_s = logger, every_s

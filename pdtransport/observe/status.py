@@ -1,4 +1,4 @@
-"""What a worker tells of itself: the answer of ``Transport.status``, and of a status request on the control channel."""
+"""A worker's status, as returned by ``Transport.status`` and by a status request on the control channel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class PeerStatus(TypedDict):
-    """One peer, and the link that carries pages to or from it. Rates are bytes a second, None while unknown."""
+    """One peer, and the link that carries pages to or from it. Rates in bytes per second, None while unknown."""
 
     engine: str
     rank: int
@@ -23,7 +23,7 @@ class PeerStatus(TypedDict):
 
 
 class SharedName(TypedDict):
-    """A name that several live peers have, and where each is."""
+    """A name that several live peers use, and their addresses."""
 
     engine: str
     rank: int
@@ -47,8 +47,11 @@ class TransferStatus(TypedDict):
 
 
 class TransportStatus(TypedDict):
-    """One worker. ``live`` counts what is under way now, ``counters`` what was since the start; ``fingerprint`` is what
-    peers must agree on; ``incarnation`` tells two runs of a worker apart."""
+    """One worker.
+
+    ``live`` counts what is in flight now, ``counters`` what happened since the start; ``fingerprint`` holds the facts
+    that peers must agree on; ``incarnation`` tells two runs of a worker apart.
+    """
 
     engine: str
     rank: int

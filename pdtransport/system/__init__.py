@@ -1,1 +1,1 @@
-"""What is asked of the operating system: host names, file descriptors, files that are private to this user."""
+"""Operating system helpers: host names, file descriptor limits, private files."""

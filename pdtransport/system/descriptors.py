@@ -1,4 +1,4 @@
-"""How many files this process may open."""
+"""The limit of open files of this process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 
 def raise_limit(wanted: int) -> int:
-    """Raise the soft limit to ``wanted`` where the hard one allows, never lower it; returns how many may be open."""
+    """Raise the soft limit to ``wanted``, as far as the hard limit allows; never lower it. Returns the usable limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted

@@ -1,20 +1,22 @@
-"""Hosts as settings name them: is it this machine, and is it an entry of ``control.peers``?"""
+"""Host names and addresses in settings: loopback check, and validation of ``control.peers`` entries."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 
-CURVE_PEER = "curve:"  # before a key in control.peers: names of hosts may be as long, and look like one
+CURVE_PEER = "curve:"  # prefix of a key in control.peers: a host name may look just like a key
 _CURVE_KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_\-]{0,61}[A-Za-z0-9_])?"
-_LAST_LABEL = r"[A-Za-z_]([A-Za-z0-9_\-]{0,61}[A-Za-z0-9_])?"  # begins with no digit: it is no address gone wrong
+_LAST_LABEL = r"[A-Za-z_]([A-Za-z0-9_\-]{0,61}[A-Za-z0-9_])?"  # no leading digit: that is a mistyped address
 _NAME = re.compile(rf"(?=.{{1,253}}\Z)({_LABEL}\.)*{_LAST_LABEL}\.?")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` can't be but this machine: ``localhost`` or a loopback address. A name that merely looks like
-    one (127.0.0.1.example.org) is not."""
+    """Whether ``host`` is certainly this machine: ``localhost`` or a loopback address.
+
+    A name that only looks like one (127.0.0.1.example.org) is not.
+    """
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -23,10 +25,10 @@ def is_loopback(host: str) -> bool:
 
 
 def checked_peer(text: str) -> str:
-    """An entry of ``control.peers`` as it is compared: a network, a name in lower case, or a CURVE key.
+    """Normalise an entry of ``control.peers``: a network, a name in lower case, or a CURVE key.
 
     Raises:
-        ValueError: it is none of these; one line says what is wrong.
+        ValueError: ``text`` is none of these; one line says what is wrong.
     """
     shown = f"{text[:80]!r}"
     if text.startswith(CURVE_PEER):

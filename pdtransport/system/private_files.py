@@ -1,4 +1,4 @@
-"""Files and folders that are closed to other users, whatever the umask says."""
+"""Files and folders that other users can't open, whatever the umask."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def make_private_folder(path: Path) -> None:
-    """Make ``path``, and what is missing above it, with mode 0700. What is there already stays as it is.
+    """Create ``path`` and its missing parents with mode 0700. Existing folders are not changed.
 
     Raises:
-        OSError: it can't be made, or is something else than a folder.
+        OSError: ``path`` can't be created, or is not a folder.
     """
     missing = []
     for folder in (path, *path.parents):
@@ -24,11 +24,15 @@ def make_private_folder(path: Path) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open ``path`` with these flags of :func:`os.open`, with mode 0600; make it if it is missing. One that is there
-    with a wider mode is closed to others. Never follows a link, nor waits at a named pipe.
+    """Open a file with mode 0600, creating it if missing; restricts an existing file to its owner.
+
+    Never follows a symbolic link, and never blocks on a named pipe.
+
+    Args:
+        flags: flags of :func:`os.open`.
 
     Raises:
-        OSError: it can't be opened, or is no file.
+        OSError: ``path`` can't be opened, or is not a regular file.
     """
     fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
@@ -42,10 +46,10 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def open_regular(path: Path) -> int:
-    """Open a file to read it. Whatever else somebody left in its place, a named pipe or a device, is refused at once.
+    """Open a regular file for reading. Refuses anything else, such as a named pipe or a device, without blocking.
 
     Raises:
-        OSError: it can't be opened, or is no file.
+        OSError: ``path`` can't be opened, or is not a regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
