@@ -1,6 +1,6 @@
 """KV-cache transport for disaggregated prefill and decode.
 
-:class:`Transport` is the Python API. Without code, use vLLM's ``--kv-transfer-config`` or ``pdlaunch``.
+The Python API is :class:`Transport`. The other ways to use it are vLLM's ``--kv-transfer-config`` and ``pdlaunch``.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Offer(Handle):
     def expect(self, tokens: int, due: float) -> None:
         """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``.
 
-        Decode is told if these are all the prompt's tokens.
+        Passed on to decode only if these are all the prompt's tokens.
         """
         self._transport._call(lambda transfer_engine: transfer_engine.producer.expect(self, self.transfer, tokens, due))
 
@@ -184,7 +184,7 @@ class Offer(Handle):
         self._in_turn(None, lambda transfer_engine: transfer_engine.producer.finish(self, self.transfer, first_token))
 
     def let_go(self, reason: str) -> None:
-        """Give up unless decode has granted already, because decode can get the pages elsewhere."""
+        """Give up, unless decode has granted already. For a prompt that decode can get elsewhere, such as the pool."""
         self._in_turn(None, lambda transfer_engine: transfer_engine.producer.let_go(self, self.transfer, reason))
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
@@ -198,7 +198,7 @@ class Offer(Handle):
 
 
 class Receipt(Handle):
-    """Pages of one request that other workers prefill. Until it ends, nobody else may use the pages."""
+    """Pages of one request that other workers prefill. The pages must not be used until this has ended."""
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""

@@ -196,7 +196,7 @@ class ControlChannel:
     def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> list[Event]:
         """Change ``facts`` of our fingerprint: give up all peers, which must shake hands again under the new facts.
 
-        Returns the events of this.
+        Returns the resulting events.
 
         Raises:
             SettingsError: a fact does not fit into a Hello; nothing has changed.
@@ -223,7 +223,7 @@ class ControlChannel:
         return list(self._steps)
 
     def close(self) -> None:
-        """Close everything at once, without telling peers: they notice. Safe to call twice."""
+        """Close everything at once. Peers are not told, but find out by themselves. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -279,7 +279,7 @@ class ControlChannel:
         self._drop(oldest)
 
     def _make_room(self) -> bool:
-        """Drop the endpoint without a peer that was not asked for for the longest time; False if there is none."""
+        """Drop the least recently wanted endpoint that has no peer and no waiting caller; False if there is none."""
         idle = [dialer for dialer in self._dialers.values() if dialer.peer is None and not dialer.waiting]
         if idle:
             self._drop(min(idle, key=Dialer.wanted_since))
@@ -324,9 +324,9 @@ class ControlChannel:
     # -- the I/O thread's turn ---------------------------------------------------------------------------------------
 
     def receive(self, now: float, limit: int = FRAMES_BEFORE_ANSWERS) -> list[Event]:
-        """Handle at most about ``limit`` frames that have arrived, each socket its share.
+        """Handle at most about ``limit`` frames that have arrived, shared evenly among the sockets.
 
-        Frames that are left keep their sockets readable.
+        Sockets with frames left stay readable.
         """
         events = self._take_pending()
         if self._closed:

@@ -410,7 +410,7 @@ class Dialer(Route):
             ]
         self._last_peer = handshake.peer_of(welcome)
         if shared.directory.our_breaks(self._last_peer) > self._said_breaks:
-            self._say_hello(now)  # only now known: a peer that we gave up; a new Hello tells it so
+            self._say_hello(now)  # the Welcome shows that this is a peer we gave up: tell it so
             return []
         events = shared.directory.admit(welcome, self.endpoint.host, self, self.endpoint, now)
         self._deadline = self._hello_due = self._failure = None

@@ -168,7 +168,7 @@ class Directory:
         return [event for each in self._broken_of(peer_id) for event in self._down(each.id, "restarted")]
 
     def _heed_breaks(self, peer_id: PeerId, theirs: int) -> list[Event]:
-        """If the peer has given us up since the last handshake, drop it: its side has lost the state of the old one."""
+        """If the peer has given us up since the last handshake, drop our state of it: the peer has dropped its own."""
         known = self._breaks_with(peer_id)
         if theirs <= known.theirs:
             return []

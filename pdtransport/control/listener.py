@@ -160,7 +160,7 @@ class ControlListener:
         return Sent.OK
 
     def _on_gone(self, connection: Inbound) -> None:
-        """A connection's TCP is down. If the peer is alive, it connects again, under another name."""
+        """A connection's TCP is down. If the peer is alive, it opens a new connection, with a new name in libzmq."""
         self._door.lost(connection.caller)
         self._strangers.pop(connection.name, None)
         self._watchers.drop(connection.name)

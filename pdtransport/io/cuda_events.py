@@ -29,7 +29,7 @@ class _Entry:
 
 
 class CudaEventQueue:
-    """Runs calls once their CUDA events have passed, in the order of the calls. Used in the I/O thread only.
+    """Runs calls once their CUDA events have passed; the calls of one owner in order. Used in the I/O thread only.
 
     Args:
         device: number of the GPU, or ``HOST``: then no call ever waits.

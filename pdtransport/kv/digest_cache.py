@@ -39,7 +39,7 @@ FileFacts = tuple[int, int, int, int, int]
 
 
 def default_directory() -> Path:
-    """``$XDG_CACHE_HOME/pdtransport/weights``; ``~/.cache/pdtransport/weights`` if the variable is unset."""
+    """``$XDG_CACHE_HOME/pdtransport/weights``; below ``~/.cache`` if the variable holds no absolute path."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     home = Path(os.path.expanduser("~"))
     return (Path(base) if os.path.isabs(base) else home / ".cache") / "pdtransport" / "weights"

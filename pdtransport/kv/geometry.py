@@ -147,7 +147,7 @@ class KVGeometry:
     def runs(self, pages: Sequence[int], head_lo: int, head_hi: int) -> npt.NDArray[np.uint64]:
         """Byte runs of ``pages`` for heads ``head_lo..head_hi``: shape (n, 2), uint64, rows ``[address, nbytes]``.
 
-        ``pages`` are page ids in the request's order. Runs never span two pages; adjacent heads of a page are merged.
+        ``pages``: page ids in the request's order. Contiguous bytes within a page are one run; no run spans two pages.
 
         Raises:
             ValueError: this worker does not hold such a page or head.

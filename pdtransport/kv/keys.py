@@ -1,4 +1,4 @@
-"""Content keys of tokens under a salt: equal on every host and in every process, for ever.
+"""Content keys of tokens under a salt: equal on every host and in every process, and stable over time.
 
 A key is a BLAKE2b hash with fixed personalisation over length-prefixed parts: no two different inputs share an
 encoding, and nothing depends on ``PYTHONHASHSEED``.

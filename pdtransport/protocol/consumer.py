@@ -100,7 +100,7 @@ class ConsumerMachine:
         return []
 
     def placed(self, seq: int, attempt: int, error: str | None, now: float) -> list[Action]:
-        """The link has placed and verified a batch, or failed with ``error`` (``damaged...``: ask for it again)."""
+        """The link has placed and verified a batch, or failed with ``error``; ``damaged...`` is retried."""
         slot = self._slots.get(seq)
         if self.state not in (ConsumerState.RECEIVING, ConsumerState.VERIFYING):
             return []

@@ -65,7 +65,7 @@ class ProducerMachine:
         self.reason = ""
         self.bytes_pushed = 0
         self._batch_blocks = max(1, limits.batch_bytes // block_bytes)
-        # One batch may always go: a window smaller than a batch would block for ever.
+        # One batch may always go: a window smaller than a batch would block forever.
         self._window = max(min(limits.window_bytes, grant.window_bytes), self._batch_blocks * block_bytes)
         self._end = grant.first_block + grant.blocks
         self._writes = bool(grant.pages)  # one-sided link: writes the consumer's pages, and can't call a write back

@@ -1,7 +1,7 @@
 """The producer driver (prefill side): carries out the actions of the producer state machines.
 
 Offers batches on the peers' links and sends messages on the control channel. A transfer's owner is called back exactly
-once; until then the source pages must stay as they are.
+once, when nothing reads its source pages any more.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class ProducerDriver:
     def expect(self, owner: object, transfer: str, tokens_done: int, due: float) -> None:
         """``tokens_done`` tokens are expected to be final at ``time.monotonic`` second ``due``.
 
-        Consumers are told if these are all the prompt's tokens.
+        Passed on to the consumers only if these are all the prompt's tokens.
         """
         source = self._owned(owner, transfer)
         if source is not None and tokens_done >= source.tokens:
