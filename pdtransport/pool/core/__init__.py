@@ -1,1 +1,1 @@
-"""The chunks themselves: the store, its memory, who may write and read, what goes when memory is short."""
+"""The chunk store: index, memory frames, read and write grants, quotas and eviction."""

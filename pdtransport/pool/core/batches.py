@@ -1,8 +1,9 @@
-"""What one message asks of many chunks, done for all of them at once where they are alike: a few array operations
-instead of a few dozen steps for each chunk, so that the service keeps up with GPUs.
+"""Batch operations of the chunk store: fast paths for requests whose chunks are all in the same state.
 
-Each of the first three does all or, with False, nothing (chunks may have been evicted); then the shelf takes them one
-by one, which ends the same way.
+They take a few array operations in place of a few dozen steps a chunk, so that the service keeps up with GPUs.
+
+:func:`store`, :func:`load` and :func:`publish` either do the whole batch, or return False and do nothing (although
+:func:`store` may have evicted chunks). Then the chunk store handles the chunks one by one, with the same result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def store(store: ChunkStore, request: PoolRequest, entries: Entries, keys: bytes, sizes: Sequence[int]) -> bool:
-    """Let the request write chunks none of which is known, if there is room for all."""
+    """Grant the request to write all its chunks, if the index has none of them and there is room for all."""
     index, session, count, nbytes = store.index, request.session, len(sizes), sum(sizes)
     if (
         int(entries.max()) >= 0
@@ -52,14 +53,14 @@ def store(store: ChunkStore, request: PoolRequest, entries: Entries, keys: bytes
 
 
 def load(store: ChunkStore, request: PoolRequest, entries: Entries, sizes: Sequence[int]) -> bool:
-    """Let the request read chunks all of which are in memory."""
+    """Grant the request to read all its chunks, if all are in memory."""
     index, session, count, nbytes = store.index, request.session, len(sizes), sum(sizes)
     if (
         int(entries.min()) < 0
         or session.held_bytes + nbytes > store.settings.client_bytes
         or not (index.tier_column[entries] & MEMORY).all()
         or (index.nbytes_column[entries] != sizes).any()
-        or int(index.refs_column[entries].max()) > MAX_REFS - count  # a key may be there several times
+        or int(index.refs_column[entries].max()) > MAX_REFS - count  # a key may occur several times in the request
     ):
         return False
     listed = entries.tolist()
@@ -80,14 +81,14 @@ def load(store: ChunkStore, request: PoolRequest, entries: Entries, sizes: Seque
 
 
 def publish(store: ChunkStore, request: PoolRequest, written: Sequence[tuple[int, int]]) -> bool:
-    """Make chunks (place, checksum) visible that the request holds."""
+    """Make chunks (place, checksum) visible, if the request holds all of them and no request waits for any."""
     index, held = store.index, request.held
     numbers, checksums = zip(*written, strict=True)
     if not request.store or len(set(numbers)) < len(numbers) or not held.keys() >= set(numbers):
         return False
     entries = [held[number] for number in numbers]
     if any(map(store.waiters.__getitem__, entries)):
-        return False  # who waits is served as each chunk comes, while the writer holds the others
+        return False  # needs one step a chunk: a waiter is answered while the writer still holds the later chunks
     for number, entry in zip(numbers, entries, strict=True):
         del held[number], store.waiters[entry]
     at = np.array(entries)
@@ -106,7 +107,7 @@ def publish(store: ChunkStore, request: PoolRequest, written: Sequence[tuple[int
 
 
 def evicted(store: ChunkStore, entries: list[int]) -> None:
-    """Chunks that nobody references had to go."""
+    """Remove unreferenced chunks from memory that the budget has evicted."""
     index = store.index
     store.counters["evicted_chunks"] += len(entries)
     if len(entries) == 1 or len(store.room.groups) > 1:

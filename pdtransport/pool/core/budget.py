@@ -1,4 +1,4 @@
-"""Room in memory: which chunk has to go, for whom. Quotas, pins and policies over the frames of one pool."""
+"""The memory budget of a pool: allocates frames, evicts chunks to free them, and enforces quotas and pins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdtransport.pool.core.index import Index
 
 NO_PIN, SOFT, HARD = 0, 1, 2
 COMMON = 0  # the group of all tenants without a quota
-HARD_PIN_SHARE = 0.5  # of all frames: stores must always find some to evict
+HARD_PIN_SHARE = 0.5  # limit of hard-pinned frames, as a share of all: stores must always find chunks to evict
 
 
 @dataclass
@@ -20,18 +20,19 @@ class Group:
 
     name: str
     limit: int  # frames
-    weight: int  # under pressure the group that is largest for its weight gives first
+    weight: int  # under pressure, the group with the largest used / weight evicts first
     policy: Policy
-    soft: Order  # softly pinned, least recently used first: they go when nothing else is left
-    used: int = field(default=0)
+    soft: Order  # soft-pinned chunks, least recently used first; evicted when the policy has no chunk to evict
+    used: int = field(default=0)  # frames
 
 
 class MemoryBudget:
-    """The frames of a pool, and what lies in them.
+    """Allocates the frames of a pool, with one eviction order for each group of tenants.
 
     Args:
-        quotas: frames by tenant. Tenants that are not named share what remains.
-        evicted: called with entries that had to go, after they left the order; it must give the frames back.
+        quotas: frames by tenant. Tenants without a quota form one group, which may use all frames; under pressure its
+            weight is what the quotas leave.
+        evicted: called with evicted entries, which have left their order already; it must give their frames back.
     """
 
     def __init__(
@@ -59,14 +60,18 @@ class MemoryBudget:
         return self._numbers.get(tenant, COMMON)
 
     def need(self, entry: int) -> int:
-        """Frames that an entry's chunk takes."""
+        """Number of frames that an entry's chunk takes."""
         return frames_for(self._index.nbytes[entry], self.frame_bytes)
 
     # -- frames ----------------------------------------------------------------------------------------------------
 
     def take(self, nbytes: int, number: int) -> bytes | None:
-        """Frames for a chunk of the group ``number``, after evicting what must go; None if there is no room because
-        all that is left is referenced or pinned, or the chunk is larger than the group's limit."""
+        """Allocate frames for a chunk of group ``number``, evicting other chunks as needed.
+
+        Returns:
+            Frame ids, uint32 each; None if the chunk exceeds the group's limit, or evicting every chunk that is neither
+            referenced nor hard-pinned would not free enough frames.
+        """
         need, group = frames_for(nbytes, self.frame_bytes), self.groups[number]
         if need > group.limit:
             return None
@@ -80,7 +85,7 @@ class MemoryBudget:
         return self.frames.take(need)
 
     def take_all(self, needs: Sequence[int], number: int) -> bytes | None:
-        """As :meth:`take`, frames for several chunks that need so many, one after the other; None if not all fit."""
+        """:meth:`take` for several chunks, which need ``needs`` frames; None, and no frames taken, if not all fit."""
         total, group = sum(needs), self.groups[number]
         if total > group.limit:
             return None
@@ -99,12 +104,12 @@ class MemoryBudget:
         return frames
 
     def give_back(self, frames: bytes, number: int) -> None:
-        """Frames that nobody reads or writes any more."""
+        """Free frames of group ``number`` that have no reader and no writer."""
         self.frames.give_back(frames)
         self.groups[number].used -= len(frames) // 4
 
     def evict_one(self) -> bool:
-        """Evict the chunk whose turn it is; False if all are referenced or pinned."""
+        """Evict the next chunk, from the group under the most pressure; False if all are referenced or hard-pinned."""
         return any(self._evict_from(each) for each in self._by_pressure())
 
     def _by_pressure(self) -> list[Group]:
@@ -119,7 +124,7 @@ class MemoryBudget:
         return entry >= 0
 
     def _evict_frames(self, group: Group, need: int) -> None:
-        """Evict until so many frames are free again, or nothing is left that may go."""
+        """Evict until ``need`` frames were freed, or no chunk of the group can be evicted."""
         entries: list[int] = []
         while need > 0 and (entry := self._pick(group)) >= 0:
             entries.append(entry)
@@ -128,7 +133,7 @@ class MemoryBudget:
             self._evicted(entries)
 
     def _pick(self, group: Group) -> int:
-        """The entry to go next, out of the order already; -1: none may."""
+        """Remove the next entry to evict from its order and return it; -1 if none can be evicted."""
         entry = group.policy.evict(self._unreferenced)
         if entry < 0:
             entry = next(filter(self._unreferenced, group.soft.oldest_first()), -1)
@@ -139,10 +144,10 @@ class MemoryBudget:
     def _unreferenced(self, entry: int) -> bool:
         return self._index.refs[entry] == 0
 
-    # -- order -----------------------------------------------------------------------------------------------------
+    # -- eviction order --------------------------------------------------------------------------------------------
 
     def enter(self, entry: int) -> None:
-        """The chunk is in memory now."""
+        """Add a chunk that is in memory now to its eviction order."""
         group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
         if pin == NO_PIN:
             group.policy.add(entry, int.from_bytes(self._index.key(entry)[:8], "little"))
@@ -152,7 +157,7 @@ class MemoryBudget:
             self.hard_frames += self.need(entry)
 
     def enter_all(self, entries: list[int]) -> None:
-        """These are in memory now."""
+        """:meth:`enter` for several chunks."""
         if group := self._common(entries):
             group.policy.add_all(entries, self._index.first_words(entries))
         else:
@@ -160,7 +165,7 @@ class MemoryBudget:
                 self.enter(entry)
 
     def touch_all(self, entries: list[int]) -> None:
-        """These were read."""
+        """:meth:`touch` for several chunks."""
         if group := self._common(entries):
             group.policy.touch_all(entries)
         else:
@@ -168,14 +173,14 @@ class MemoryBudget:
                 self.touch(entry)
 
     def _common(self, entries: list[int]) -> Group | None:
-        """The group of all of these, if it is one and none of them is pinned."""
+        """The one group that all these entries belong to; None if there are several, or an entry is pinned."""
         numbers = self._index.group_column[entries]
         if self._index.pin_column[entries].any() or (numbers != numbers[0]).any():
             return None
         return self.groups[numbers[0]]
 
     def leave(self, entry: int) -> None:
-        """The chunk leaves memory, and not because its turn came."""
+        """Remove a chunk that leaves memory without being evicted from its order."""
         group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
         if pin == NO_PIN:
             group.policy.remove(entry)
@@ -185,7 +190,7 @@ class MemoryBudget:
             self.hard_frames -= self.need(entry)
 
     def touch(self, entry: int) -> None:
-        """The chunk was read."""
+        """Note that a chunk was read."""
         group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
         if pin == NO_PIN:
             group.policy.touch(entry)
@@ -194,8 +199,14 @@ class MemoryBudget:
             group.soft.append(entry)
 
     def pin(self, entry: int, pin: int, until: float | None = None) -> bool:
-        """Pin a chunk that is in memory, or unpin it; ``until``: the pin ends then by itself. False if hard pins hold
-        as much as they may already."""
+        """Pin a chunk that is in memory, or unpin it with NO_PIN.
+
+        Args:
+            until: time at which the pin expires; None: it does not.
+
+        Returns:
+            False if hard pins would exceed ``HARD_PIN_SHARE`` of the frames.
+        """
         if self._index.pin[entry] != pin:
             if pin == HARD and self.hard_frames + self.need(entry) > HARD_PIN_SHARE * self.frames.count:
                 return False
@@ -208,11 +219,11 @@ class MemoryBudget:
         return True
 
     def forget_pin(self, entry: int) -> None:
-        """It left memory."""
+        """Clear the pin of a chunk that has left memory."""
         self._index.pin[entry] = NO_PIN
         self._unpin_at.pop(entry, None)
 
     def tick(self, now: float) -> None:
-        """Pins whose time is over end."""
+        """Remove pins that have expired."""
         for entry in [entry for entry, until in self._unpin_at.items() if until <= now]:
             self.pin(entry, NO_PIN)

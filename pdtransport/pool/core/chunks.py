@@ -1,5 +1,7 @@
-"""Where the chunks of one store or load lie, and what the pool answered about them, as flat arrays: a gigabyte is half
-a thousand chunks, and a GPU copies each in the time of a few dozen Python calls."""
+"""Memory addresses of a store's or load's chunks, and the pool's answers about them, as flat arrays.
+
+Arrays, since a gigabyte is about 500 chunks and a GPU copies one in the time of a few dozen Python calls.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ _VERDICTS = tuple(KeyVerdict)
 
 
 class Chunks:
-    """The caller's memory: ``sizes`` in bytes, and the runs of all chunks in one array.
+    """The caller's memory: the bytes of each chunk in ``sizes``, and the runs of all chunks in one array.
 
     Raises:
-        ValueError: runs that are none, or a chunk whose length the pool does not take.
+        ValueError: malformed runs, or a chunk of a length that the pool does not accept.
     """
 
     def __init__(self, runs: Sequence[Runs]) -> None:
@@ -48,7 +50,7 @@ class Chunks:
         return len(self.sizes)
 
     def runs(self, chunks: Numbers) -> Runs:
-        """Those of these chunks, one after the other."""
+        """The runs of these chunks, concatenated."""
         first, last = int(chunks[0]), int(chunks[-1])
         if last - first == len(chunks) - 1 and (np.diff(chunks) == 1).all():
             return self._runs[self._rows[first] : self._rows[last + 1]]
@@ -56,7 +58,10 @@ class Chunks:
 
 
 def _joined(runs: Sequence[Runs]) -> Runs:
-    """All in one array; to look at them one by one takes longer than the copy, unless something is wrong."""
+    """Concatenate all runs, shape (n, 2), uint64.
+
+    Checks the result first, and each array only if that fails: one check an array would take longer than the copy.
+    """
     if not runs:
         return np.empty((0, 2), dtype=np.uint64)
     with suppress(ValueError, TypeError):
@@ -68,8 +73,11 @@ def _joined(runs: Sequence[Runs]) -> Runs:
 
 @dataclass(frozen=True)
 class Granted:
-    """Chunks that may be copied: their places in the request, lengths, checksums (of a load), and ``frames``, ids of
-    4 bytes, as many as ``counts`` says for each."""
+    """Chunks of a request that may be copied, each with its place in the request, length, checksum and frames.
+
+    ``checksums`` matter for a load only. ``frames`` holds the frame ids of all chunks, 4 bytes each; ``counts`` says
+    how many belong to each chunk.
+    """
 
     places: Numbers
     sizes: Numbers
@@ -78,8 +86,10 @@ class Granted:
     frames: bytes
 
     def batches(self, most: int) -> Iterator[Granted]:
-        """Chunks of one length, not more than ``most`` bytes together unless one is longer: one call of the copy kernel
-        for each."""
+        """Split into batches, one for each call of the copy kernel.
+
+        The chunks of a batch have one length, and together at most ``most`` bytes unless a single chunk is longer.
+        """
         if not len(self.sizes):
             return
         if len(self.sizes) * int(self.sizes[0]) <= most and (self.sizes == self.sizes[0]).all():
@@ -98,7 +108,7 @@ class Granted:
 
 @dataclass(frozen=True)
 class Heard:
-    """An answer, taken apart: a verdict's code for each of ``places``, and what is granted among them."""
+    """A decoded :class:`messages.KeyAnswers`: a verdict code for each of ``places``, and the granted chunks."""
 
     places: Numbers
     codes: Codes
@@ -106,10 +116,10 @@ class Heard:
 
     @classmethod
     def of(cls, answer: messages.KeyAnswers, sizes: Numbers, frame_bytes: int) -> Heard:
-        """``sizes``: of the request's chunks.
+        """Decode an answer to a request whose chunks have these ``sizes``.
 
         Raises:
-            PoolUnavailable: its arrays do not fit together: nothing of it may be used.
+            PoolUnavailable: the answer's arrays contradict each other or the request; no part of it may be used.
         """
         try:
             places = np.frombuffer(answer.indices, dtype="<u4").astype(np.int64)
@@ -132,7 +142,7 @@ class Heard:
 
 
 def parts_of(answer: messages.KeyAnswers, sizes: Sequence[int], frame_bytes: int) -> Iterator[KeyAnswer]:
-    """The parts of an answer, one by one.
+    """Decode an answer into one :class:`KeyAnswer` for each key.
 
     Raises:
         PoolUnavailable: as :meth:`Heard.of`.

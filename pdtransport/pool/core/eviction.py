@@ -1,7 +1,8 @@
-"""Which chunk goes when room is needed: LRU, FIFO, MRU, LFU and S3-FIFO behind one small interface.
+"""Eviction policies: LRU, FIFO, MRU, LFU and S3-FIFO behind one interface.
 
-A policy orders entries (small integers, see :mod:`pdtransport.pool.core.index`); it knows neither bytes nor tiers.
-Orders are linked lists in flat arrays shared by all policies of one shelf: 8 bytes an entry, every step O(1).
+A policy orders entries (small integers, see :mod:`pdtransport.pool.core.index`); it knows nothing of bytes or tiers.
+The orders are linked lists in flat arrays that all policies of a memory budget share: 8 bytes an entry, and each list
+operation is O(1).
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 Usable = Callable[[int], bool]
 
-LFU_MAX = 63  # uses that are told apart; beyond, the least recently used goes first
-S3_MAX = 3  # uses that S3-FIFO tells apart
-S3_SMALL = 10  # the small queue aims at a tenth of all entries
-S3_TURNS = 512  # chunks that may get another round in one eviction: a reader must not wait for a million
+LFU_MAX = 63  # use counts are capped here; chunks at the cap are evicted least recently used first
+S3_MAX = 3  # cap of S3-FIFO's use counts
+S3_SMALL = 10  # the small queue's target size: one tenth of all entries
+S3_TURNS = 512  # chunks that one eviction may send on another round: bounds how long a request waits for it
 
 
 class Links:
-    """Room for linked lists over entries ``0 .. capacity - 1``; an entry is in one list at a time."""
+    """Storage for linked lists of entries ``0 .. capacity - 1``; an entry is in at most one list at a time."""
 
     def __init__(self, capacity: int) -> None:
         self.before = np.zeros(capacity, dtype=np.int32).data
         self.after = np.zeros(capacity, dtype=np.int32).data
-        self.uses = np.zeros(capacity, dtype=np.uint8).data  # counted by lfu and s3fifo
+        self.uses = np.zeros(capacity, dtype=np.uint8).data  # use counts, for lfu and s3fifo
 
 
 class Order:
-    """A list of entries, oldest first."""
+    """A doubly linked list of entries, oldest first."""
 
     def __init__(self, links: Links) -> None:
         self._before, self._after = links.before, links.after
@@ -64,7 +65,7 @@ class Order:
         self.count += len(entries)
 
     def renew(self, entries: list[int]) -> None:
-        """Move these to the end, one after the other."""
+        """Move these entries to the end, in this order."""
         before, after = self._before, self._after
         for entry in entries:
             last = self._last
@@ -92,7 +93,7 @@ class Order:
         self.count -= 1
 
     def oldest_first(self) -> Iterator[int]:
-        """Entries; the one just yielded may be removed."""
+        """Iterate over entries; the caller may remove the entry just yielded."""
         at = self._first
         while at >= 0:
             after = self._after[at]
@@ -108,35 +109,35 @@ class Order:
 
 
 class Policy(ABC):
-    """An order of eviction. ``key_hash`` is the same each time a chunk comes back."""
+    """An eviction order. A chunk has the same ``key_hash`` each time it is added."""
 
     @abstractmethod
     def add(self, entry: int, key_hash: int) -> None:
-        """A chunk came in."""
+        """Add a chunk that has come into memory."""
 
     @abstractmethod
     def touch(self, entry: int) -> None:
-        """It was read."""
+        """Note that a chunk was read."""
 
     def add_all(self, entries: list[int], key_hashes: list[int]) -> None:
-        """These came in."""
+        """:meth:`add` for several chunks."""
         for entry, key_hash in zip(entries, key_hashes, strict=True):
             self.add(entry, key_hash)
 
     def touch_all(self, entries: list[int]) -> None:
-        """These were read."""
+        """:meth:`touch` for several chunks."""
         for entry in entries:
             self.touch(entry)
 
     @abstractmethod
     def remove(self, entry: int) -> None:
-        """It leaves for another reason than eviction."""
+        """Remove a chunk that leaves memory without being evicted."""
 
     @abstractmethod
     def evict(self, usable: Usable) -> int:
-        """Take out the chunk to go next among those that are ``usable`` and return it; -1 if there is none.
+        """Remove and return the next chunk to evict among those that are ``usable``; -1 if there is none.
 
-        Unusable ones (referenced) are passed over; they are few, since what clients may hold is bounded.
+        Unusable chunks (referenced ones) are skipped. There are few of them, since clients may hold a bounded amount.
         """
 
     @abstractmethod
@@ -186,14 +187,14 @@ class Lru(Fifo):
 
 
 class Mru(Lru):
-    """Most recently used: for scans longer than the memory, of which then at least the beginning stays."""
+    """Most recently used: for scans larger than memory, so that at least their beginning stays."""
 
     def _candidates(self) -> Iterator[int]:
         return self._order.newest_first()
 
 
 class Lfu(Policy):
-    """Least frequently used; among equals, least recently."""
+    """Least frequently used; among chunks with equal counts, the least recently used."""
 
     def __init__(self, links: Links) -> None:
         self._uses = links.uses
@@ -224,7 +225,7 @@ class Lfu(Policy):
 
 
 class Ghosts:
-    """The last so many keys of something, by hash."""
+    """A bounded set of the hashes of recently seen keys; the oldest are dropped first."""
 
     def __init__(self) -> None:
         self._seen: dict[int, None] = {}
@@ -236,7 +237,7 @@ class Ghosts:
             del self._seen[next(iter(self._seen))]
 
     def pop(self, key_hash: int) -> bool:
-        """Whether it was there; it is not any more."""
+        """Remove a hash; returns whether it was present."""
         return self._seen.pop(key_hash, self) is None
 
     def __len__(self) -> int:
@@ -244,11 +245,11 @@ class Ghosts:
 
 
 class S3Fifo(Policy):
-    """Two FIFO queues and the memory of what left the first: one-time chunks go soon, what is read again stays.
+    """S3-FIFO: two FIFO queues and a ghost list. Chunks used once leave soon, chunks that are read again stay.
 
-    A new chunk waits in the small queue; at its end it moves to the main one if it was read at least twice, else it
-    goes and its hash is remembered. One that comes back meanwhile enters the main queue, where a chunk that was read
-    gets another round.
+    A new chunk enters the small queue. At the head of that queue it moves to the main queue if it was read at least
+    twice; else it is evicted and its hash goes to the ghost list. A chunk that is added while its hash is on the ghost
+    list enters the main queue directly. In the main queue a chunk with a use count above 0 goes round again.
     """
 
     def __init__(self, links: Links) -> None:
@@ -277,7 +278,7 @@ class S3Fifo(Policy):
             entry = queue(usable)
             if entry >= 0:
                 return entry
-        return self._from_main(usable)  # the small queue may just have moved all it had there
+        return self._from_main(usable)  # the small queue may just have moved all its chunks to the main one
 
     def _from_small(self, usable: Usable) -> int:
         for entry in self._small.oldest_first():
@@ -300,7 +301,7 @@ class S3Fifo(Policy):
             self._uses[entry] = max(0, self._uses[entry] - 1)
             self._main.remove(entry)
             self._main.append(entry)
-        for entry in self._main.oldest_first():  # it would take too long to be fair
+        for entry in self._main.oldest_first():  # S3_TURNS reached: evict the first usable chunk, whatever its count
             if usable(entry):
                 self._main.remove(entry)
                 return entry

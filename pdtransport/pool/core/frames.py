@@ -1,8 +1,8 @@
-"""Who may write where: the pool's memory as equal frames.
+"""The frame allocator: the pool's memory is divided into frames of one size.
 
-A chunk takes as many frames as it needs, anywhere. So any freed frame serves any chunk, however sizes change over
-time: memory can't be lost to fragmentation, and a chunk wastes less than one frame. Copies go through lists of runs,
-which do not care whether frames adjoin.
+A chunk takes as many frames as it needs, anywhere in memory. Any free frame serves any chunk, whatever its size, so
+there is no fragmentation, and a chunk wastes less than one frame. Copies take lists of runs, so a chunk's frames need
+not be adjacent.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ FrameIds = npt.NDArray[np.uint32]
 
 
 class Frames:
-    """The free frames among ``count``; all are free at first."""
+    """A stack of free frames; at first all ``count`` are free."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._stack = np.arange(count, dtype=np.uint32)[::-1].copy()  # lowest first: neighbours, where there are any
+        self._stack = np.arange(count, dtype=np.uint32)[::-1].copy()  # lowest id on top: chunks get adjacent frames
         self.free = count
 
     def take(self, wanted: int) -> bytes | None:
-        """Ids of ``wanted`` frames, uint32 each; None if there are not so many."""
+        """Allocate ``wanted`` frames; returns their ids, uint32 each, or None if fewer are free."""
         if wanted > self.free:
             return None
         self.free -= wanted
         return self._stack[self.free : self.free + wanted][::-1].tobytes()
 
     def give_back(self, frames: bytes) -> None:
-        """Frames that nobody reads or writes any more."""
+        """Free frames that have no reader and no writer.
+
+        Raises:
+            ValueError: more frames would be free than there are.
+        """
         ids = np.frombuffer(frames, dtype=np.uint32)
         if self.free + len(ids) > self.count:
             raise ValueError("more frames came back than there are")
@@ -42,15 +46,20 @@ class Frames:
 
 
 def frames_for(nbytes: int, frame_bytes: int) -> int:
-    """Frames that a chunk of ``nbytes`` takes."""
+    """Number of frames that a chunk of ``nbytes`` takes."""
     return -(-nbytes // frame_bytes)
 
 
 def frame_runs(base: int, frames: bytes, frame_bytes: int, sizes: Sequence[int] | npt.NDArray[np.int64]) -> Runs:
-    """The runs of chunks of ``sizes`` bytes that lie in ``frames`` (uint32 ids, chunk after chunk) at ``base``.
+    """The runs of memory that hold these chunks: (n, 2) uint64 of address and bytes, one row a frame.
+
+    Args:
+        base: address of frame 0.
+        frames: uint32 ids of all chunks' frames, chunk after chunk.
+        sizes: bytes of each chunk.
 
     Raises:
-        ValueError: the frames are not as many as the sizes need.
+        ValueError: the number of frames does not match the sizes.
     """
     ids, nbytes = np.frombuffer(frames, dtype=np.uint32), np.asarray(sizes, dtype=np.int64)
     ends = np.cumsum(-(-nbytes // frame_bytes))

@@ -1,7 +1,8 @@
-"""Which chunks are there: a hash table of fixed capacity in flat arrays.
+"""The index of all chunks: a hash table of fixed capacity in flat arrays.
 
-An *entry* is a small integer that stays the same while its key is in the table. Lookups of many keys are one pass of
-array operations; there is no resizing, so no pause at any size. Memory is committed as entries come into use.
+An *entry* is a small integer that identifies a key as long as the key is in the table. A lookup of many keys is one
+pass of array operations. The table is never resized, so it never pauses. The kernel commits its memory as entries come
+into use.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ KeyRows = npt.NDArray[np.uint64]
 MAX_ENTRIES = 1 << 30
 MAX_REFS = (1 << 16) - 1
 EMPTY, FILLING, READY = 0, 1, 2  # states of an entry
-MEMORY = 1  # its bit among the tiers
+MEMORY = 1  # bit of the memory tier in the ``tiers`` column
 _WORDS = KEY_BYTES // 8
 _MASK = (1 << 64) - 1
 
@@ -40,7 +41,7 @@ if _C is not None:
 
 
 def key_rows(packed: bytes) -> KeyRows:
-    """Keys one after the other, 32 bytes each, as rows of 4 words.
+    """Concatenated keys of 32 bytes as an array of shape (n, 4), uint64.
 
     Raises:
         ValueError: not a whole number of keys.
@@ -49,20 +50,20 @@ def key_rows(packed: bytes) -> KeyRows:
 
 
 class Index:
-    """A table of at most ``capacity`` keys, chained hashing.
+    """A hash table of at most ``capacity`` keys, with chaining.
 
-    Beside the key it holds columns that the shelf reads and writes by entry: ``nbytes`` (uint32), ``checksum``
-    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin``, ``form`` (uint8) and ``group`` (uint16), each a
-    memoryview for single values; those that are read or written for many entries also as arrays, ``.._column``. All
-    are zero in a new entry.
+    Beside the key it has columns that the chunk store reads and writes by entry: ``nbytes`` (uint32), ``checksum``
+    (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin``, ``form`` (uint8) and ``group`` (uint16). Each is a
+    memoryview, for access to single values, and a numpy array named ``.._column``, for many entries at once. All are
+    zero in a new entry.
     """
 
     def __init__(self, capacity: int) -> None:
         if not 1 <= capacity <= MAX_ENTRIES:
             raise ValueError(f"an index of {capacity} entries; 1 to {MAX_ENTRIES} are possible")
         self.capacity = capacity
-        bits = max(4, capacity.bit_length())  # half to all of the buckets are in use when it is full
-        # Random odd multipliers, one a word: whatever keys clients choose, they do not fall into one chain.
+        bits = max(4, capacity.bit_length())  # keys per bucket when the table is full: 0.5 to 1
+        # A random odd multiplier for each word of a key: clients can't choose keys that all hash to one chain.
         self._factors = [secrets.randbits(64) | 1 for _ in range(_WORDS)]
         self._multipliers = np.array(self._factors, dtype=np.uint64)
         self._bits, self._shift = 64 - bits, np.uint64(64 - bits)
@@ -73,7 +74,7 @@ class Index:
         self._raw = self._keys.data.cast("B")
         self._words = self._raw.cast("Q")
         self._fresh = 0  # entries from here on were never used
-        self._free = -1  # head of the list of those given back, chained like the buckets
+        self._free = -1  # head of the free list of removed entries, linked through ``_chain`` like the buckets
         self.count = 0
         self.tier_column = np.zeros(capacity, dtype=np.uint8)
         self.tiers = self.tier_column.data
@@ -85,7 +86,7 @@ class Index:
             ],
             dtype=np.uint64,
         )
-        self._table = self._of_table.ctypes.data  # as csrc/table.c wants it
+        self._table = self._of_table.ctypes.data  # a table_t of csrc/table.c
         self.nbytes_column = np.zeros(capacity, dtype=np.uint32)
         self.checksum_column = np.zeros(capacity, dtype=np.uint64)
         self.refs_column = np.zeros(capacity, dtype=np.uint16)
@@ -96,21 +97,23 @@ class Index:
         self.pin, self.form, self.group = self.pin_column.data, self.form_column.data, self.group_column.data
 
     def find(self, keys: KeyRows) -> Entries:
-        """The entry of each key, -1 where there is none: int32 of shape (n,)."""
+        """The entry of each key, -1 if it is absent: int32 of shape (n,)."""
         if _C is not None:
             keys, out = np.ascontiguousarray(keys), np.empty(len(keys), dtype=np.int32)
             _C.pdt_find(self._table, keys.ctypes.data, len(keys), out.ctypes.data)
             return out
         found = self._heads[self._buckets(keys)]
         rows = np.flatnonzero((self._keys[found] != keys).any(axis=1) & (found >= 0))
-        while len(rows):  # those whose chain has another key first
+        while len(rows):  # keys not found yet: follow their chains
             found[rows] = at = self._chain[found[rows]]
             rows = rows[(self._keys[at] != keys[rows]).any(axis=1) & (at >= 0)]
         return found
 
     def prefix(self, keys: KeyRows, reachable: int, memory: int) -> tuple[int, int]:
-        """How many keys from the first on are in one of the tiers ``reachable``, and how many of these in one of
-        ``memory`` (bits of ``tiers``)."""
+        """The number of leading keys that are in a tier of ``reachable``, and how many of these are in ``memory``.
+
+        Both arguments are masks of bits of the ``tiers`` column.
+        """
         entries = self.find(keys)
         if _C is not None:
             held = ctypes.c_uint64()
@@ -124,7 +127,7 @@ class Index:
         return there, int(np.count_nonzero(tiers[:there] & memory))
 
     def entry(self, key: bytes) -> int:
-        """The entry of one key, -1 if there is none."""
+        """The entry of one key, -1 if it is absent."""
         return int(self.find(key_rows(key))[0])
 
     def key(self, entry: int) -> bytes:
@@ -132,20 +135,20 @@ class Index:
 
     @property
     def fresh(self) -> int:
-        """No entry from here on was ever used."""
+        """Entries from this one on were never used."""
         return self._fresh
 
     def keys(self, entries: Entries) -> bytes:
-        """Their keys, one after the other."""
+        """The keys of these entries, concatenated."""
         return self._keys[entries].tobytes()
 
     def first_words(self, entries: list[int]) -> list[int]:
-        """The first 8 bytes of their keys, as numbers."""
+        """The first 8 bytes of each key, as an integer."""
         words: list[int] = self._keys[entries, 0].tolist()
         return words
 
     def add(self, key: bytes) -> int:
-        """A new entry for a key that is not there.
+        """Add a key that the table lacks; returns its entry.
 
         Raises:
             IndexError: the table is full.
@@ -165,7 +168,7 @@ class Index:
         return entry
 
     def add_all(self, keys: KeyRows) -> list[int]:
-        """New entries for different keys, none of which is there.
+        """Add distinct keys that the table lacks; returns their entries.
 
         Raises:
             IndexError: the table has no room for all of them; none was added.
@@ -188,7 +191,7 @@ class Index:
         return entries
 
     def remove(self, entry: int) -> None:
-        """Forget an entry; its number may be given out again at once."""
+        """Remove an entry. The next :meth:`add` may reuse its number."""
         bucket = self._bucket(entry)
         at = self._head[bucket]
         if at == entry:
@@ -203,7 +206,7 @@ class Index:
         self.count -= 1
 
     def remove_all(self, entries: list[int]) -> None:
-        """Forget different entries."""
+        """Remove distinct entries."""
         at = np.array(entries)
         head, after = self._head, self._next
         for entry, bucket in zip(entries, self._buckets(self._keys[at]).tolist(), strict=True):
@@ -224,7 +227,7 @@ class Index:
 
     @property
     def nbytes_committed(self) -> int:
-        """Bytes that the table's entries in use take up, buckets included."""
+        """Bytes of memory that the table uses: the buckets, and all entries that were ever in use."""
         columns = sum(view.itemsize for view in (self.tiers, self.nbytes, self.checksum, self.refs, self.state))
         each = KEY_BYTES + 4 + columns + self.pin.itemsize + self.form.itemsize + self.group.itemsize
         return self._heads.nbytes + self._fresh * each

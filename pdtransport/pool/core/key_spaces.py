@@ -1,4 +1,7 @@
-"""Of what an engine's keys are made, as it tells the pool: enough to look a prompt up, without the secret salt."""
+"""Key spaces: how an engine derives its chunk keys, as it reports to the pool.
+
+Enough to compute the keys of a prompt, except for the secret salt, which engines do not report.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ _Text = Annotated[str, Field(max_length=MAX_SPACE)]
 
 
 class Space(BaseModel):
-    """One engine's, or that of several alike. A chunk has a part for each of ``shards``; it is there if all are."""
+    """The key space of one engine, or of several with equal settings.
+
+    A chunk has one part, with its own key, for each of ``shards``. It is in the pool if all its parts are.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,7 +42,7 @@ class Space(BaseModel):
 
     @classmethod
     def of(cls, spaces: Sequence[KeySpace], **about: Any) -> Space:
-        """Of parts of the same chunks."""
+        """Combine key spaces that differ in ``shard`` alone."""
         key = asdict(spaces[0])
         del key["shard"], key["salt"]
         return cls(key=key, shards=tuple(dict.fromkeys(space.shard for space in spaces)), **about)
@@ -50,7 +56,7 @@ class Space(BaseModel):
         return int(str(self.key["chunk_tokens"]))
 
     def public(self) -> dict[str, Any]:
-        """For people."""
+        """The fields that the HTTP API shows."""
         return {**self.key, "shards": list(self.shards), "salted": self.salted, "served": list(self.served)}
 
     def _space(self, shard: str, salt: str) -> KeySpace:
@@ -58,11 +64,11 @@ class Space(BaseModel):
         return KeySpace(**fields, shard=shard, salt=salt)
 
     def parts(self, tokens: Sequence[int], *, salt: str = "", cache_salt: str = "") -> list[list[bytes]]:
-        """For each whole chunk of a prompt, the keys of its parts.
+        """The keys of each whole chunk of a prompt, one key for each shard.
 
         Args:
-            salt: the engine's own (``pool.salt``).
-            cache_salt: of the request.
+            salt: the engine's (``pool.salt``).
+            cache_salt: the request's.
 
         Raises:
             ValueError: a token id is out of range.
@@ -73,12 +79,12 @@ class Space(BaseModel):
 
 
 def whole_salt(engine: str, request: str) -> str:
-    """The salt of a key, of the engine's and the request's; no two pairs are the same."""
+    """Combine the engine's and the request's salts; different pairs give different results."""
     return f"{len(engine)}:{engine}{request}"
 
 
 def parse_spaces(texts: Sequence[str]) -> list[Space]:
-    """What engines told a pool; what can't be read (another version's) is left out."""
+    """Parse key spaces that engines reported; invalid ones (of another version) are left out."""
     found = []
     for text in texts:
         try:

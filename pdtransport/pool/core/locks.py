@@ -1,8 +1,9 @@
-"""Who is alive: every client, and the service, holds one byte of the pool's lock file.
+"""Liveness by file locks: the service and each client hold a lock on one byte of the pool's lock file.
 
-The kernel lets go of the byte when the process that took it is gone, whatever way it went, and not before: so memory
-that a client may still write is never given out again, and nobody has to guess from silence. Locks belong to the open
-file (``F_OFD_SETLK``), work between containers that share the directory, and cost a microsecond to look at.
+The kernel releases the lock when the process that took it is gone, however it ended, and no sooner. So memory that a
+client may still write is never reused, and no timeout has to guess whether a client is dead. The locks belong to the
+open file description (``F_OFD_SETLK``), work between containers that share the directory, and take a microsecond to
+query.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _open: weakref.WeakSet[LockFile] = weakref.WeakSet()
 
 
 class LockFile:
-    """One opening of a pool's lock file, which is made if ``make`` is set and it is missing.
+    """A pool's lock file, opened; with ``make`` it is created if it is missing.
 
     Raises:
-        SettingsError: it can't be opened.
+        SettingsError: the file can't be opened.
     """
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
@@ -46,7 +47,7 @@ class LockFile:
         _open.add(self)
 
     def take(self, byte: int) -> bool:
-        """Hold a byte until :meth:`close` or the end of this process; False if another opening holds it."""
+        """Lock a byte until :meth:`close` or the end of this process; False if another open file holds it."""
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
         except OSError as error:
@@ -56,7 +57,7 @@ class LockFile:
         return True
 
     def take_any(self) -> int:
-        """Hold a byte that no one else does, and return its number."""
+        """Lock a random free byte and return its number."""
         for _ in range(16):
             byte = secrets.randbelow(MAX_BYTE - 1) + 1
             if self.take(byte):
@@ -64,19 +65,19 @@ class LockFile:
         raise RuntimeError("no free byte in the pool's lock file")
 
     def held(self, byte: int) -> bool:
-        """Whether another opening holds the byte."""
+        """Whether another open file holds the byte."""
         answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Let go of everything. Safe to call twice."""
+        """Release all locks. Safe to call twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def _forget_in_child() -> None:
-    """A forked child must not keep its parent's locks alive."""
+    """Close all lock files in a forked child, which would else keep its parent's locks held."""
     for lock in list(_open):
         lock.close()
 
@@ -85,10 +86,10 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def private_directory(path: Path) -> None:
-    """Make ``path`` unless it is there; either way it must be ours, and closed to others.
+    """Create the directory ``path`` if it is missing, and check that it is this user's and closed to others.
 
     Raises:
-        SettingsError: it can't be made, or someone else could put files into it.
+        SettingsError: it can't be created, or other users could put files into it.
     """
     try:
         make_private_folder(path)
@@ -98,7 +99,7 @@ def private_directory(path: Path) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether ``path`` is a directory of this user's that is closed to others, or one that is still to be made."""
+    """Whether ``path`` is a directory of this user that is closed to others, or does not exist yet."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -109,16 +110,18 @@ def is_private(path: Path) -> bool:
 
 
 def closed_to_others(found: os.stat_result) -> bool:
-    """Whether this is a directory into which nobody but this user can put files."""
+    """Whether this is a directory of this user's that no other user can access."""
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def check_private(path: Path) -> None:
-    """Whoever uses a pool asks this before it opens anything there: in a directory that somebody else made under this
-    name, it would hand its pages to them, and take theirs.
+    """Check that a pool's directory is this user's and closed to others, before a client opens anything in it.
+
+    If another user had created the directory, the client would hand its pages to that user's process and load pages
+    from it.
 
     Raises:
-        SettingsError: there is no such directory, it is a symbolic link, not ours, or open to others.
+        SettingsError: the directory is missing, a symbolic link, not this user's, or open to others.
     """
     try:
         found = path.lstat()

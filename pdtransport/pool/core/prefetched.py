@@ -1,28 +1,28 @@
-"""Chunks that came up into memory on a hint: a request will want them soon, says whoever saw it arrive.
+"""Chunks prefetched from lower tiers on a hint that a request will load them soon.
 
-They may take a share of memory until they are loaded, so that hints for a long queue don't push out what others use,
-nor each other.
+Until they are loaded they may take a bounded share of memory, so that the hints of a long request queue evict neither
+chunks in use nor each other's.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-SHARE = 4  # of memory, one part may hold such chunks
-FORGOTTEN_S = 60.0  # a request that has not loaded them by then is not counted on any more
+SHARE = 4  # prefetched chunks may take 1/SHARE of memory
+FORGOTTEN_S = 60.0  # after this, a chunk that was not loaded counts as unused and no longer against the limit
 
 
 class Hints:
-    """Of one pool.
+    """Accounts for the prefetched chunks of one pool.
 
     Args:
-        limit: bytes that may be up, or on their way, on hints.
-        counters: ``hint_begun``, and of these ``hint_used`` and ``hint_unused``.
+        limit: bytes of prefetched chunks, those still being read included.
+        counters: counts ``hint_begun``, and how each ends: ``hint_used`` or ``hint_unused``.
     """
 
     def __init__(self, limit: int, counters: Counter[str]) -> None:
         self._limit, self._counters = limit, counters
-        self._up: dict[int, tuple[int, float]] = {}  # entry -> its bytes, and when it began, oldest first
+        self._up: dict[int, tuple[int, float]] = {}  # entry -> its bytes, and when its read began; oldest first
         self.nbytes = 0
 
     def fits(self, nbytes: int) -> bool:
@@ -34,11 +34,11 @@ class Hints:
         self._counters["hint_begun"] += 1
 
     def loaded(self, entry: int) -> None:
-        """Somebody reads it: it is like any other now."""
+        """A request loads the chunk: it no longer counts against the limit."""
         self._end(entry, "hint_used")
 
     def left(self, entry: int) -> None:
-        """It is not in memory any more, or could not be read."""
+        """The chunk left memory, or could not be read from its tier."""
         self._end(entry, "hint_unused")
 
     def tick(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""One store or load of one client: what it holds, what it waits for, what it is told."""
+"""Clients' requests: the chunks that a store or load holds, those it waits for, and the answers to it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 
 class KeyVerdict(IntEnum):
-    """The answer about one key of a store or load."""
+    """The answer to one key of a store or load."""
 
-    HAVE = 0  # store: published already, by whomever
+    HAVE = 0  # store: the chunk is published already
     WRITE = 1  # store: fill these frames, then publish
     READ = 2  # load: copy from these frames, verify, then release
-    MISS = 3  # load: not there
-    FULL = 4  # no room: all the rest is referenced or pinned, or the chunk is larger than its limit
-    BUSY = 5  # this client holds as much as it may: release first
-    LATER = 6  # store: admission wants to see the key once more
-    MISMATCH = 7  # the key is known with another length
-    LOST = 8  # never on the wire: the deadline passed, the pool ended, or the operation was cancelled
+    MISS = 3  # load: the pool does not have the chunk
+    FULL = 4  # no room: all other chunks are referenced or hard-pinned, or the chunk exceeds its group's limit
+    BUSY = 5  # the client holds as much as it may: release first; or a dropped chunk of this key still has readers
+    LATER = 6  # store: admission "twice" accepts the key the next time
+    MISMATCH = 7  # the pool has the key with another length
+    LOST = 8  # set by the client, never sent: the deadline passed, the pool ended, or the operation was cancelled
 
 
 class KeyAnswer(NamedTuple):
-    """What a request is told about its key number ``place``. ``frames`` are uint32 ids."""
+    """The answer to one key: ``place`` is its position in the request, ``frames`` are uint32 ids."""
 
     place: int
     verdict: KeyVerdict
@@ -33,8 +33,10 @@ class KeyAnswer(NamedTuple):
 
 
 class Grants(NamedTuple):
-    """A request is told the same about all its keys: WRITE, or READ with their ``checksums``. ``frames`` are those of
-    all, one after the other, ``counts`` how many each has."""
+    """One answer for all keys of a request, which all have one verdict: WRITE, or READ with their ``checksums``.
+
+    ``frames`` holds the uint32 ids of all keys' frames in order, ``counts`` the number of frames of each key.
+    """
 
     verdict: KeyVerdict
     checksums: Sequence[int]
@@ -49,22 +51,22 @@ class Grants(NamedTuple):
 
 @dataclass(eq=False)
 class ClientSession:
-    """One client, as long as it lives."""
+    """A connected client and its open requests."""
 
     name: str
-    route: bytes = b""  # its connection
+    route: bytes = b""  # ZeroMQ routing id of its connection
     held_bytes: int = 0
     requests: dict[int, PoolRequest] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class PoolRequest:
-    """One store or load. ``held`` and ``waits`` map a place to its entry."""
+    """One store or load. ``held`` and ``waits`` map a key's place in the request to its entry in the index."""
 
     session: ClientSession
     number: int
     store: bool
     group: int = 0
-    form: int = 0  # how its chunks may be packed below memory, see codecs.Forms; 0: exactly
+    form: int = 0  # how lower tiers may pack its chunks, see codecs.Forms; 0: losslessly
     held: dict[int, int] = field(default_factory=dict)
     waits: dict[int, int] = field(default_factory=dict)

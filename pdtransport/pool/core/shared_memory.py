@@ -1,4 +1,4 @@
-"""The pool's memory: a file of shared memory that the service makes and clients on the host map."""
+"""The pool's memory: a shared memory file that the service creates and clients on the host map."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from pdtransport.errors import SettingsError
 from pdtransport.pool.settings import PoolSettings
 
 SUFFIX = ".memory"
-POPULATE_BYTES = 32 << 20  # mapped at once in advance
+POPULATE_BYTES = 32 << 20  # prefaulted by one madvise call
 MADV_POPULATE_WRITE = 23  # Linux 5.14
-REGISTER_BYTES = 64 << 20  # pinned at once: CUDA's other calls wait meanwhile
+REGISTER_BYTES = 64 << 20  # pinned by one CUDA call, during which other CUDA calls of the process wait
 REMEDY = "CUDA takes memory in /dev/shm or on a hugetlbfs, not on a disk's file system; see pool.dir and memory_dir"
 
-# What statfs(2) calls file systems whose files are memory and nothing else.
+# f_type of statfs(2) for file systems that keep their files in memory alone.
 IN_MEMORY = {0x01021994: "tmpfs", 0x958458F6: "hugetlbfs", 0x858458F6: "ramfs"}
 
 logger = logging.getLogger("pdtransport.pool")
-_guard = threading.Lock()  # of the table below
-_mapped: dict[tuple[int, int], Mapping] = {}  # by device and inode: clients of one process share a mapping
+_guard = threading.Lock()  # guards _mapped
+_mapped: dict[tuple[int, int], Mapping] = {}  # by device and inode: clients in one process share a mapping
 
 
 class Mapping:
-    """A mapped memory file. ``address`` and ``nbytes`` say where it lies in this process.
+    """A memory file mapped into this process at ``address``, ``nbytes`` long.
 
     Attributes:
-        populated: all of it was mapped ahead of its use.
-        registered: all of it, with CUDA.
-        problem: why it can't be.
+        populated: :meth:`populate` has ended, so that copies cause no more page faults (if the kernel supports it).
+        registered: all of it is registered with CUDA.
+        problem: why it can't be registered; empty: no attempt has failed.
     """
 
     def __init__(self, fd: int, nbytes: int) -> None:
@@ -47,28 +47,31 @@ class Mapping:
         self.users = 1
         self._registering = threading.Lock()
         self._device = 0
-        self._pieces: list[int] = []  # addresses of what is registered
+        self._pieces: list[int] = []  # addresses of registered pieces
         self._map = mmap.mmap(fd, nbytes)
         try:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
-            pass  # the kernel does not do it for shared memory here; nothing is lost but speed
+            pass  # this kernel has no huge pages for shared memory: slower, otherwise the same
         self._hold = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._hold)
 
     def populate(self, stop: Callable[[], bool]) -> None:
-        """Map all of it ahead of its use, if this was not done; ``stop`` is asked on the way."""
+        """Prefault all pages, once. Returns early when ``stop()`` is true, which is checked every 32 MiB."""
         libc, done = ctypes.CDLL(None), 0
         while done < self.nbytes and not self.populated and not stop():
             step = min(POPULATE_BYTES, self.nbytes - done)
             if libc.madvise(ctypes.c_void_p(self.address + done), ctypes.c_size_t(step), MADV_POPULATE_WRITE):
-                break  # an older kernel: pages are mapped as they are touched
+                break  # older kernel: pages are faulted in on first access
             done += step
         self.populated = self.populated or not stop()
 
     def register(self, device: int, stop: Callable[[], bool]) -> None:
-        """Register it with CUDA, once, so that kernels of any GPU reach it at ``address``. That takes a second for some
-        GB; ``stop`` is asked on the way. :attr:`registered` and :attr:`problem` say what came of it."""
+        """Register the memory with CUDA, once, so that kernels of any GPU can access it at ``address``.
+
+        Takes about a second for every few GB. Returns early when ``stop()`` is true, which is checked for each piece.
+        The result is in :attr:`registered` and :attr:`problem`.
+        """
         from pdtransport.kernels import gpu
 
         with self._registering:
@@ -91,11 +94,11 @@ class Mapping:
                 gpu.unregister_host(address, self._device)
 
     def view(self, first: int, nbytes: int) -> memoryview:
-        """These bytes; the view must be gone before :meth:`close`."""
+        """A view of these bytes; release it before :meth:`close`."""
         return memoryview(self._map)[first : first + nbytes]
 
     def close(self) -> None:
-        """Unmap, unless another client uses it. Nothing of the caller's may use ``address`` any more."""
+        """Unmap the memory, unless another client uses it. The caller must no longer use ``address``."""
         with _guard:
             self.users -= 1
             if self.users:
@@ -108,24 +111,28 @@ class Mapping:
         try:
             self._map.close()
         except BufferError:
-            pass  # a failed call's traceback still holds a view: unmapped when that is collected
+            pass  # a failed call's traceback still holds a view: unmapped when the view is collected
 
 
 def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
-    """A new memory file, with all of its memory taken: its path, its descriptor (locked: it is in use) and its length
-    in bytes. Files that earlier services of this name left behind are removed.
+    """Create the pool's memory file and allocate all of its memory.
+
+    Removes files that earlier services of this name left behind.
+
+    Returns:
+        Its path, its file descriptor (locked with flock, which marks the file as in use), and its length in bytes.
 
     Raises:
-        SettingsError: there is not so much memory, or the directory can't be used.
+        SettingsError: there is not enough memory, or the directory can't be used.
     """
     folder = settings.memory_dir or settings.dir
     path, fd = folder, -1
     try:
         remove_stale(folder, settings.name)
         path, fd = _new_file(folder, settings.name)
-        unit = max(settings.frame_bytes, os.fstatvfs(fd).f_bsize)  # a hugetlbfs has only whole huge pages
+        unit = max(settings.frame_bytes, os.fstatvfs(fd).f_bsize)  # hugetlbfs takes whole huge pages only
         nbytes = settings.memory_bytes // unit * unit or unit
-        # Taken now: memory that is missing later would kill whoever touches it.
+        # Allocate now: if memory ran out later, the process that touches the page would be killed (SIGBUS).
         os.posix_fallocate(fd, 0, nbytes)
         if not in_memory(fd):
             logger.warning(
@@ -146,7 +153,10 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
 
 
 def _new_file(folder: Path, name: str) -> tuple[Path, int]:
-    """An empty memory file, locked. Who finds it before it is locked takes it for a dead service's, and removes it."""
+    """Create an empty memory file and lock it.
+
+    Tries again if another process removed the file before it was locked, taking it for a dead service's.
+    """
     while True:
         path = folder / f"{name}-{secrets.token_hex(8)}{SUFFIX}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -157,7 +167,7 @@ def _new_file(folder: Path, name: str) -> tuple[Path, int]:
 
 
 def in_memory(fd: int) -> bool:
-    """Whether a file lies in memory alone; True where the system does not say."""
+    """Whether a file's file system keeps it in memory alone; True if the system does not tell."""
     found = (ctypes.c_long * 64)()  # longer than any struct statfs, which begins with the type
     if ctypes.CDLL(None).fstatfs(fd, ctypes.byref(found)):
         return True
@@ -165,10 +175,10 @@ def in_memory(fd: int) -> bool:
 
 
 def map_memory(path: Path, nbytes: int) -> Mapping:
-    """Map the service's memory into this process; where a client of it has done so, share that.
+    """Map the service's memory into this process, or share the mapping of another client in it.
 
     Raises:
-        OSError: the file is gone (the service ended), may not be opened, or is not this user's alone.
+        OSError: the file is gone (the service ended), can't be opened, is too short, or is not private to this user.
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -190,13 +200,13 @@ def map_memory(path: Path, nbytes: int) -> Mapping:
 
 
 def remove_stale(folder: Path, name: str) -> None:
-    """Remove memory files of this name whose service is gone. Clients that still map one keep it until they unmap."""
+    """Remove memory files of this pool name whose service is gone. Clients that map one keep it until they unmap."""
     for path in folder.glob(name + "-" + 16 * "?" + SUFFIX):
         remove_if_stale(path)
 
 
 def remove_if_stale(path: Path) -> None:
-    """Remove a memory file if its service is gone: a killed one leaves it, and with it memory that no process has."""
+    """Remove a memory file if its service is gone: a killed service leaves the file, and so its memory, allocated."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

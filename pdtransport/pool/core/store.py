@@ -1,11 +1,14 @@
-"""The life of a chunk: who may write it, who may read it, when its memory is free again. No sockets, no threads.
+"""The life cycle of a chunk: write grant, publish, read grants, eviction. No sockets, no threads.
 
-A chunk is *invisible* while its writer fills it, *visible* once published in some tier, and its memory is given out
-again only when no reader and no writer holds it. What clients hold hangs on their requests: a request that is
-cancelled, or whose client is dead, gives all of it back. Nothing expires.
+Invariants:
 
-Clients' answers gather in :attr:`ChunkStore.outbox`, work for tiers below memory in :attr:`ChunkStore.jobs`; whoever
-drives the store (:mod:`pdtransport.pool.server.service`) empties both.
+* A chunk is *invisible* while its writer fills it, and *visible* once it is published in some tier.
+* A chunk's frames are reused only when no reader and no writer holds them.
+* Everything that a client holds belongs to one of its requests. Cancelling the request, or the death of its client,
+  gives all of it back. Grants have no timeout.
+
+Answers to clients collect in :attr:`ChunkStore.outbox`, jobs for the tiers below memory in :attr:`ChunkStore.jobs`. The
+service (:mod:`pdtransport.pool.server.service`) drives the store and empties both.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from pdtransport.pool.tiers.base import Stored
 from pdtransport.pool.tiers.codecs import Forms
 
 MAX_GHOSTS = 1 << 20  # keys that admission "twice" remembers, about 100 bytes each
-INDEX_TRIES = 64  # chunks dropped for one place in a full index
+INDEX_TRIES = 64  # chunks dropped, at most, to free one entry of a full index
 
 
 class ChunkStore:
@@ -37,7 +40,7 @@ class ChunkStore:
 
     Args:
         frames: number of frames in the pool's memory.
-        verify: whether the bytes in an entry's frames (frames, nbytes) still have this checksum.
+        verify: ``verify(frames, nbytes, checksum)``: whether the bytes in these frames still have this checksum.
         lower: tiers below memory, fastest first.
     """
 
@@ -57,27 +60,28 @@ class ChunkStore:
         for tier in self.lower:
             tier.attach(self.index)
         self.jobs: deque[Job] = deque()
-        self.gone: list[bytes] | None = None  # keys of what was forgotten; None: nobody wants to know
+        self.gone: list[bytes] | None = None  # keys that left the index, for clients that watch; None: no watchers
         self.outbox: dict[PoolRequest, list[KeyAnswer] | Grants] = {}
         self.counters: Counter[str] = Counter()
-        self.forms = Forms(self.counters)  # ways to pack chunks below memory, by the index's ``form``
+        self.forms = Forms(self.counters)  # how chunks are packed below memory, by the index's ``form`` column
         self.hints = Hints(frames * settings.frame_bytes // SHARE, self.counters)
         self._verify = verify
-        self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # of each entry in memory, or being filled
-        self.waiters: dict[int, deque[tuple[PoolRequest, int]] | None] = {}  # of each entry being filled
+        self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # by entry, if in memory or being filled
+        # Requests that wait for an entry, by entry. Has a key for each entry that is being filled, and for no other.
+        self.waiters: dict[int, deque[tuple[PoolRequest, int]] | None] = {}
         self._seen = Ghosts()
-        self.being_written: Counter[int] = Counter()  # writes to tiers below that an entry waits for
-        self.writeback_bytes = 0  # that wait or are being written, all tiers together
+        self.being_written: Counter[int] = Counter()  # by entry: writes to lower tiers, queued or in flight
+        self.writeback_bytes = 0  # queued or in flight to lower tiers, all tiers together
 
     @property
     def being_filled(self) -> int:
-        """Chunks on their way into memory."""
+        """Number of chunks that a writer is filling, or that a lower tier is being read into."""
         return len(self.waiters)
 
-    # -- what clients ask -------------------------------------------------------------------------------------------
+    # -- client requests --------------------------------------------------------------------------------------------
 
     def lookup(self, keys: bytes) -> tuple[int, int]:
-        """How many keys from the first on are there, and how many of these are in memory."""
+        """The number of leading keys that are in a reachable tier, and how many of these are in memory."""
         reachable = MEMORY | sum(tier.bit for tier in self.lower if tier.up)
         there, in_memory = self.index.prefix(key_rows(keys), reachable, MEMORY)
         self.counters["lookups"] += 1
@@ -87,7 +91,10 @@ class ChunkStore:
         return there, in_memory
 
     def store(self, request: PoolRequest, keys: bytes, sizes: Sequence[int]) -> None:
-        """Answer each key: HAVE, WRITE, or why not. Keys that another writer fills are answered when it is done."""
+        """Answer each key: HAVE, WRITE, or the reason for a refusal.
+
+        A key that another writer is filling is answered when that writer ends.
+        """
         entries = self.index.find(key_rows(keys))
         if len(sizes) > 1 and batches.store(self, request, entries, keys, sizes):
             return
@@ -95,7 +102,7 @@ class ChunkStore:
         for number, (entry, nbytes) in enumerate(zip(entries.tolist(), sizes, strict=True)):
             key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
             if entry >= 0 and (self.index.state[entry] == EMPTY or self.index.key(entry) != key):
-                entry = -1  # evicted by what came before it in this request
+                entry = -1  # evicted to make room for an earlier key of this request
             entry = begun.get(key, entry)
             if entry < 0:
                 begun[key] = self._begin(request, number, key, nbytes)
@@ -105,12 +112,14 @@ class ChunkStore:
                 self._answer(request, KeyAnswer(number, KeyVerdict.HAVE))
             elif self.index.state[entry] == FILLING:
                 self._wait(request, number, entry)
-            else:  # dropped, and someone still reads it
+            else:  # dropped while a reader still holds it
                 self._answer(request, KeyAnswer(number, KeyVerdict.BUSY))
 
     def load(self, request: PoolRequest, keys: bytes, sizes: Sequence[int]) -> None:
-        """Answer each key: READ, and the chunk is referenced; or MISS. Keys on the way into memory (a writer fills
-        them, or they come up from a tier below) are answered when they are there."""
+        """Answer each key: READ (the chunk is now referenced), MISS, or the reason for a refusal.
+
+        A key that is being filled, by a writer or from a lower tier, is answered when the fill ends.
+        """
         entries = self.index.find(key_rows(keys))
         if len(sizes) > 1 and batches.load(self, request, entries, sizes):
             return
@@ -131,7 +140,14 @@ class ChunkStore:
                 self._promote(request, number, entry)
 
     def publish(self, request: PoolRequest, written: Sequence[tuple[int, int]]) -> int:
-        """The writer filled these (index, checksum): they become visible. Returns how many did."""
+        """Make chunks visible that the writer has filled.
+
+        Args:
+            written: place in the request, and checksum, of each chunk.
+
+        Returns:
+            How many became visible. Places that this request does not hold for writing are skipped.
+        """
         if len(written) > 1 and batches.publish(self, request, written):
             return len(written)
         done = 0
@@ -150,8 +166,7 @@ class ChunkStore:
         return done
 
     def release(self, request: PoolRequest, numbers: Iterable[int]) -> None:
-        """The reader is done with these: its copy is committed, or it does not want them any more. From a writer:
-        it will not fill them."""
+        """Give chunks back: a reader has copied them or no longer wants them; a writer will not fill them."""
         for number in numbers:
             if number in request.waits:
                 self._waiting(request.waits.pop(number)).remove((request, number))
@@ -164,12 +179,19 @@ class ChunkStore:
                 self._unreference(entry)
 
     def cancel(self, request: PoolRequest) -> None:
-        """Give back all that the request holds or waits for; whoever made it is dead or has stopped copying."""
+        """Release everything that the request holds or waits for.
+
+        Its client must be dead, or must have stopped copying.
+        """
         self.release(request, [*request.waits, *request.held])
         self.outbox.pop(request, None)
 
     def damaged(self, request: PoolRequest, number: int) -> bool:
-        """A reader found that its chunk does not have its checksum. True if so: it is dropped from memory."""
+        """Check a chunk whose checksum a reader found wrong; drop it from memory if it is damaged.
+
+        Returns:
+            False if the chunk is intact or the request does not hold it.
+        """
         entry = request.held.get(number)
         if entry is None or request.store or not self.index.tiers[entry] & MEMORY:
             return entry is not None
@@ -183,16 +205,21 @@ class ChunkStore:
         return True
 
     def pin(self, keys: bytes, pin: int, until: float | None) -> int:
-        """Pin (or with NO_PIN unpin) the chunks that are in memory; returns how many. A hard pin keeps a chunk in
-        memory, a soft one as long as anything else can go. ``until``: the pin ends then by itself."""
+        """Pin the chunks that are in memory, or unpin them with NO_PIN; returns how many.
+
+        A hard-pinned chunk is never evicted, a soft-pinned one only when its group has no unpinned chunk to evict.
+        ``until``: time at which the pin expires; None: it does not.
+        """
         done = 0
         for entry in self.entries(keys):
             done += entry >= 0 and bool(self.index.tiers[entry] & MEMORY) and self.room.pin(entry, pin, until)
         return done
 
     def drop(self, keys: bytes) -> int:
-        """Forget these chunks in every tier; returns how many there were. Readers keep what they hold until they
-        release it."""
+        """Remove these chunks from every tier; returns how many there were.
+
+        Readers keep the chunks that they hold until they release them.
+        """
         done = 0
         for entry in self.entries(keys):
             if entry < 0 or not self.index.tiers[entry]:
@@ -206,10 +233,10 @@ class ChunkStore:
             done += 1
         return done
 
-    # -- what tiers below report ------------------------------------------------------------------------------------
+    # -- reports from lower tiers -----------------------------------------------------------------------------------
 
     def written_back(self, job: WriteBack, stored: int | None) -> None:
-        """A chunk was written to a tier below, in ``stored`` bytes; None: it was not."""
+        """A write to a lower tier ended. ``stored``: bytes that the chunk takes there; None: the write failed."""
         entry, tier = job.entry, job.tier
         self.writeback_bytes -= job.nbytes
         tier.used -= job.reserved
@@ -217,10 +244,10 @@ class ChunkStore:
             self.being_written[entry] = left
         if stored is None:
             self.counters[f"{tier.name}_write_failed"] += 1
-        elif not self.index.tiers[entry]:  # dropped meanwhile
+        elif not self.index.tiers[entry]:  # dropped during the write
             self.jobs.append(Delete(tier, job.key, job.tenant, job.nbytes))
         else:
-            if self.index.tiers[entry] & tier.bit:  # a scan saw it first
+            if self.index.tiers[entry] & tier.bit:  # a scan of the tier has found it already
                 tier.leave(entry)
             self.index.tiers[entry] |= tier.bit
             tier.enter(entry, stored)
@@ -228,27 +255,31 @@ class ChunkStore:
         self._unreference(entry)
 
     def found_damaged(self, job: WriteBack) -> None:
-        """A chunk in memory did not have its checksum when it should be written to a tier below."""
+        """A chunk in memory failed its checksum before it was written to a lower tier: drop it from memory."""
         self.counters["damaged_memory"] += 1
         if self.index.tiers[job.entry] & MEMORY:
             self.leave_memory(job.entry)
         self.written_back(job, None)
 
     def went_down(self, tier: TierState) -> None:
-        """A tier can't be reached: it is left alone until it is up again."""
+        """A tier can't be reached. Its chunks count as absent until it is up again."""
         if tier.up:
             self.counters[f"{tier.name}_went_down"] += 1
         tier.up = False
 
     def promoted(self, job: Promote, checksum: int | None) -> None:
-        """A chunk came up from a tier below and was verified; None: it could not be read there and is dropped, unless
-        the tier is down."""
+        """A read from a lower tier ended.
+
+        Args:
+            checksum: of the chunk, which was verified. None: it could not be read. Then it is dropped from that tier,
+                unless the tier is down, and read from the next tier that has it.
+        """
         entry, tier = job.entry, job.tier
         if checksum is None and tier.up:
             self.counters[f"{tier.name}_read_failed"] += 1
             self._drop_from(tier, entry)
         holder = self._holder(entry)
-        if holder is None or (checksum is None and holder is tier):  # dropped meanwhile, or out of reach
+        if holder is None or (checksum is None and holder is tier):  # dropped during the read, or unreachable
             self._abandon(entry)
             return
         if checksum is None:
@@ -261,7 +292,12 @@ class ChunkStore:
         self._in_memory(entry)
 
     def adopt(self, tier: TierState, found: Stored) -> bool:
-        """A chunk that lies in a tier below since an earlier run. False: there is no place for it, or it is known."""
+        """Add a chunk to the index that a scan found in a lower tier.
+
+        Returns:
+            False if there is no room for it, the index has it in this tier already, or it knows its key with another
+            length. A chunk without room is deleted from the tier, unless other pools share the tier.
+        """
         entry, index = self.index.entry(found.key), self.index
         if entry >= 0 and (index.nbytes[entry] != found.nbytes or index.tiers[entry] & tier.bit):
             return False
@@ -277,10 +313,10 @@ class ChunkStore:
         tier.enter(entry, found.stored)
         return True
 
-    # -- steps of a life --------------------------------------------------------------------------------------------
+    # -- steps of a chunk's life ------------------------------------------------------------------------------------
 
     def _begin(self, request: PoolRequest, number: int, key: bytes, nbytes: int) -> int:
-        """Let the request write a chunk that is not there. Returns its entry, -1 if it may not."""
+        """Grant the request to write a chunk that the index lacks; returns its entry, -1 if refused."""
         frames, refusal = None, KeyVerdict.FULL
         key_hash = int.from_bytes(key[:8], "little")
         if self.settings.admission == "twice" and not self._seen.pop(key_hash):
@@ -302,7 +338,7 @@ class ChunkStore:
         return entry
 
     def _place_in_index(self) -> bool:
-        """Make sure of room for one more entry."""
+        """Free an entry of the index if it is full; returns whether one is free."""
         for _ in range(INDEX_TRIES):
             if len(self.index) < self.index.capacity:
                 return True
@@ -341,7 +377,7 @@ class ChunkStore:
 
     def _waiting(self, entry: int) -> deque[tuple[PoolRequest, int]]:
         waiting = self.waiters[entry]
-        if waiting is None:  # most entries never have one
+        if waiting is None:  # created on demand: most entries never have a waiter
             waiting = self.waiters[entry] = deque()
         return waiting
 
@@ -351,14 +387,14 @@ class ChunkStore:
         return entry
 
     def _in_memory(self, entry: int) -> None:
-        """Its bytes are complete and verified: visible, and everyone who waited is served."""
+        """Make a chunk visible whose bytes are complete and verified, and answer the requests that wait for it."""
         self.index.state[entry] = READY
         self.index.tiers[entry] |= MEMORY
         self.room.enter(entry)
         self.serve(entry, self.waiters.pop(entry))
 
     def serve(self, entry: int, waiting: Iterable[tuple[PoolRequest, int]] | None) -> None:
-        """Answer those who waited for it."""
+        """Answer the requests that waited for this entry to be filled."""
         for request, number in waiting or ():
             del request.waits[number]
             if request.store:
@@ -367,7 +403,11 @@ class ChunkStore:
                 self._grant_read(request, number, entry)
 
     def _abandon(self, entry: int) -> None:
-        """Whoever filled it stopped. The next one who wants to store it goes on; without one it is gone."""
+        """The fill ended without the chunk's bytes: pass the write grant to the next waiting store.
+
+        If no store waits, or none may hold that many more bytes, the frames are freed and all waiting requests are
+        refused. The entry stays only if a lower tier has the chunk.
+        """
         for request, number in list(waiters := self._waiting(entry)):
             if request.store and request.session.held_bytes + self.index.nbytes[entry] <= self.settings.client_bytes:
                 waiters.remove((request, number))
@@ -391,7 +431,7 @@ class ChunkStore:
             self._forget_if_gone(entry)
 
     def leave_memory(self, entry: int) -> None:
-        """Invisible at once; its frames are free when the last reader let go of them."""
+        """Make the chunk invisible in memory at once; its frames are freed when the last reader releases them."""
         self.room.leave(entry)
         self.left_memory(entry)
 
@@ -414,13 +454,13 @@ class ChunkStore:
                 self.gone.append(self.index.key(entry))
             self.index.remove(entry)
 
-    # -- tiers below ------------------------------------------------------------------------------------------------
+    # -- lower tiers ------------------------------------------------------------------------------------------------
 
     def _tenant(self, entry: int) -> str:
         return self.room.groups[self.index.group[entry]].name
 
     def _holder(self, entry: int) -> TierState | None:
-        """The fastest tier below memory that has the chunk."""
+        """The fastest reachable lower tier that has the chunk."""
         return next((tier for tier in self.lower if tier.up and self.index.tiers[entry] & tier.bit), None)
 
     def _promote(self, request: PoolRequest, number: int, entry: int) -> None:
@@ -432,9 +472,12 @@ class ChunkStore:
             self._answer(request, KeyAnswer(number, KeyVerdict.FULL))
 
     def bring_up(self, entry: int) -> bool:
-        """Have a chunk that is not in memory read into it; False if there is no room, or no tier that has it."""
+        """Queue a read of a chunk into memory; False if there is no room, or no reachable tier has it.
+
+        The chunk must not be in memory.
+        """
         tier, nbytes = self._holder(entry), self.index.nbytes[entry]
-        busy = self.index.refs[entry]  # dropped from memory, and someone still reads it there
+        busy = self.index.refs[entry]  # it was dropped from memory while a reader still holds its frames
         frames = None if busy or tier is None else self.room.take(nbytes, self.index.group[entry])
         if frames is None or tier is None:
             return False
@@ -450,8 +493,11 @@ class ChunkStore:
                 self.counters[f"{tier.name}_write_skipped"] += 1
 
     def write_down(self, entry: int, tier: TierState) -> bool:
-        """Have a chunk in memory written to a tier below, once more if it is there; False if too much waits already,
-        the tier is down, or has no room."""
+        """Queue a write of a chunk in memory to a lower tier, even if the tier has it.
+
+        Returns:
+            False if too many bytes are queued, the tier is down, or it has no room.
+        """
         nbytes, frames = self.index.nbytes[entry], self.frames_of[entry]
         assert frames is not None
         reserved = nbytes + tier.overhead_bytes
@@ -488,11 +534,11 @@ class ChunkStore:
         self._forget_if_gone(entry)
 
     def entries(self, keys: bytes) -> list[int]:
-        """Of each key; -1: it is not known."""
+        """The entry of each key, -1 if the index lacks it."""
         return self.index.find(key_rows(keys)).tolist()
 
     def _answer(self, request: PoolRequest, part: KeyAnswer) -> None:
         self.counters[part.verdict.name.lower()] += 1
         parts = self.outbox.setdefault(request, [])
-        assert isinstance(parts, list)  # grants were for all that it asked for
+        assert isinstance(parts, list)  # Grants answer all keys of a request, so no further answer follows them
         parts.append(part)

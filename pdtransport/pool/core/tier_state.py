@@ -1,4 +1,4 @@
-"""A tier below memory as the shelf sees it: what it holds, what must go, and the work it is given."""
+"""A lower tier as the chunk store sees it: the chunks that it holds, its eviction order, and its jobs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pdtransport.pool.tiers.keyed_digest import Signer
 
 
 class TierState:
-    """The account of one tier.
+    """Space accounting and eviction order of one tier.
 
     Args:
-        bit: its bit in the index's ``tiers`` column.
-        limit: bytes that it may hold, what is being written included.
-        codec: packs what is written there, unless the chunk has one of its own.
-        signer: makes and verifies the digests that its chunks carry; None: they need none.
+        bit: the tier's bit in the index's ``tiers`` column.
+        limit: bytes that it may hold, writes in flight included.
+        codec: packs chunks written to it, unless a chunk asks for a lossy codec; None: chunks are not packed.
+        signer: makes and verifies the keyed digests of its chunks; None: chunks carry none.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class TierState:
         self.codec, self.signer = codec, signer
         self.overhead_bytes = tier.overhead_bytes + (DIGEST_BYTES if signer is not None else 0)
         self.tier, self.name, self.bit, self.limit = tier, tier.name, bit, limit
-        self.up = True  # reachable; what a tier holds that is not does not count as there
-        self.used = 0  # bytes, those reserved for writes under way included
+        self.up = True  # reachable; the chunks of an unreachable tier count as absent
+        self.used = 0  # bytes, those reserved for writes in flight included
         self._policy_name = policy
         self._policy: Policy
         self._index: Index
@@ -45,14 +45,14 @@ class TierState:
     def attach(self, index: Index) -> None:
         self._index = index
         self._policy = make_policy(self._policy_name, Links(index.capacity))
-        self.stored = np.zeros(index.capacity, dtype=np.uint32)  # bytes that each entry's chunk takes there
+        self.stored = np.zeros(index.capacity, dtype=np.uint32)  # bytes that each entry's chunk takes in this tier
         self._stored = self.stored.data
 
     def __len__(self) -> int:
         return len(self._policy)
 
     def enter(self, entry: int, stored: int) -> None:
-        """The tier holds the entry's chunk now, in ``stored`` bytes."""
+        """Account for a chunk that the tier holds now, in ``stored`` bytes."""
         self._stored[entry] = stored
         self.used += stored
         self._policy.add(entry, int.from_bytes(self._index.key(entry)[:8], "little"))
@@ -65,7 +65,7 @@ class TierState:
         self._policy.touch(entry)
 
     def make_room(self, nbytes: int, drop_coldest: Callable[[], bool]) -> bool:
-        """Drop until so many bytes fit; False if what is being written takes the room."""
+        """Drop chunks until ``nbytes`` more fit; False if they can't, since writes in flight take the room."""
         if nbytes > self.limit:
             return False
         while self.used + nbytes > self.limit:
@@ -74,7 +74,7 @@ class TierState:
         return True
 
     def coldest(self) -> int:
-        """The entry to go next; it has left. -1: there is none."""
+        """Remove the next entry to evict from the order and return it; -1 if there is none."""
         entry = self._policy.evict(lambda _entry: True)
         if entry >= 0:
             self.used -= self._stored[entry]
@@ -83,7 +83,7 @@ class TierState:
 
 @dataclass(frozen=True)
 class WriteBack:
-    """Write a chunk, which stays referenced until this is done, to a tier. ``reserved`` bytes are set aside for it."""
+    """Write a chunk to a tier. The chunk stays referenced, and ``reserved`` bytes set aside, until the job ends."""
 
     tier: TierState
     entry: int
@@ -93,12 +93,12 @@ class WriteBack:
     checksum: int
     frames: bytes
     reserved: int
-    lossy: Lossy | None = None  # how it may be packed with loss
+    lossy: Lossy | None = None  # lossy packing that the chunk's client allows; None: none
 
 
 @dataclass(frozen=True)
 class Promote:
-    """Read a chunk from a tier into these frames, and verify it."""
+    """Read a chunk from a tier into these frames and verify it."""
 
     tier: TierState
     entry: int
