@@ -1,1 +1,1 @@
-"""The pool as a process: requests of clients on this host, administration, threads of the tiers."""
+"""The pool's service process: requests of clients on this host, administration, and the threads of the lower tiers."""

@@ -1,7 +1,11 @@
-"""What people ask of a running pool: contents, pins, moves between tiers. Each answer is a bounded piece of work.
+"""Administrative requests to a running pool: contents, pins, moves between tiers.
 
-Whoever wants more asks again (:class:`pdtransport.pool.admin.pool_admin.PoolAdmin`): the pool keeps nothing of it, so
-one that stops in the middle leaves nothing behind. Memory that a client reads or writes is not touched.
+Invariants:
+
+* Each answer is a bounded amount of work. For more, the client asks again
+  (:class:`pdtransport.pool.admin.pool_admin.PoolAdmin`).
+* The pool keeps no state between two requests, so a client that stops in the middle leaves nothing behind.
+* Memory that a client reads or writes is not touched.
 """
 
 from __future__ import annotations
@@ -20,29 +24,30 @@ from pdtransport.pool.core.tier_state import TierState
 from pdtransport.pool.server.key_space_file import MAX_SPACES, SpaceFile
 from pdtransport.protocol.messages import WireError
 
-SWEPT = 1 << 18  # entries that one answer looks at, a millisecond or two
-ROWS = 1024  # chunks of one answer of a sweep
+SWEPT = 1 << 18  # index entries that one answer covers: one or two milliseconds
+ROWS = 1024  # chunks in one answer of a sweep
 
-# Flags of a chunk in an answer.
+# Flags of a chunk in a Looked message: being filled, being written to a lower tier, used by a client, soft-pinned,
+# hard-pinned, held unpacked in a lower tier.
 COMING, WRITING, USED, SOFT_PIN, HARD_PIN, PLAIN = 1, 2, 4, 8, 16, 32
 
 
 class Control:
-    """Beside a shelf, driven by the same thread.
+    """Answers administrative requests about a chunk store, in the thread that drives the store.
 
     Args:
-        kept: where key spaces are kept for the next start; None: nowhere.
+        kept: file that keeps key spaces for the next start; None: they are not kept.
     """
 
     def __init__(self, store: ChunkStore, kept: SpaceFile | None = None) -> None:
         self._store, self._kept = store, kept
-        # As engines told them, the last one last.
+        # JSON texts of engines' key spaces, the latest last.
         self._spaces: OrderedDict[str, None] = OrderedDict.fromkeys(kept.read() if kept is not None else ())
 
     # -- contents ---------------------------------------------------------------------------------------------------
 
     def look(self, asked: messages.Look, backlog: int) -> messages.Looked:
-        """A row for each of these keys, or for what comes next in a sweep."""
+        """Describe each of the keys asked for, or the next slice of a sweep."""
         if not asked.sweep:
             entries, after = np.array(self._store.entries(asked.keys), dtype=np.int32), -1
             keys = asked.keys
@@ -62,7 +67,7 @@ class Control:
         )
 
     def _sweep(self, first: int, tenant: str | None) -> tuple[Entries, int]:
-        """Entries of visible chunks from ``first`` on, and where to go on (-1: that was all)."""
+        """Entries of visible chunks from entry ``first`` on, and the entry to go on from (-1: the sweep has ended)."""
         index = self._store.index
         end = min(first + SWEPT, index.fresh)
         chosen = index.tier_column[first:end] != 0
@@ -99,7 +104,7 @@ class Control:
         return sum((bit * column.astype(np.uint8) for bit, column in columns), np.zeros(len(entries), dtype=np.uint8))
 
     def count(self, asked: messages.Count) -> messages.Counted:
-        """Chunks and bytes by tier and tenant, of one part of the index."""
+        """Count chunks and bytes by tier and tenant, in one part of the index."""
         store, index, first = self._store, self._store.index, asked.first
         end = min(first + SWEPT, index.fresh)
         tiers, groups = index.tier_column[first:end], np.asarray(index.group)[first:end]
@@ -112,16 +117,20 @@ class Control:
             held += [[name, names[i], int(chunks[i]), int(stored[i])] for i in np.flatnonzero(chunks).tolist()]
         return messages.Counted(request=asked.request, held=json.dumps(held), next=end if end < index.fresh else -1)
 
-    # -- what is done about chunks ----------------------------------------------------------------------------------
+    # -- actions on chunks ------------------------------------------------------------------------------------------
 
     def manage(self, asked: messages.Manage, now: float) -> int:
-        """Do it to those chunks that it can be done to; returns how many.
+        """Apply an action to those of the chunks that allow it; returns how many.
 
-        ``pin``: keep them in memory (see :meth:`ChunkStore.pin`). ``drop``: forget them in all tiers. ``leave``: drop
-        them from memory, if a tier below has them, and nobody uses or pinned them. ``fetch``: begin to bring them into
-        memory. ``hint``: the same for a prompt's chunks, in their order, that a request will want: up to the first one
-        that is not there, and as far as hints may fill memory. ``write``: begin to write those in memory to ``tier``;
-        ``again``: even if it has them, with its codec of today.
+        * ``pin``: pin or unpin them (:meth:`ChunkStore.pin`).
+        * ``drop``: remove them from all tiers.
+        * ``leave``: drop them from memory, if a reachable lower tier has them and they are neither referenced nor
+          pinned.
+        * ``fetch``: begin to read them into memory.
+        * ``hint``: the same for the chunks of a prompt, in order, that a request will load soon. Ends at the first
+          chunk that the pool lacks, or when there is no more room for prefetched chunks.
+        * ``write``: begin to write those in memory to ``tier``. With ``again`` also those that the tier has, packed
+          with its present codec.
 
         Raises:
             WireError: there is no such tier.
@@ -165,7 +174,7 @@ class Control:
         store.counters["hints"] += 1
         for entry in entries:
             if entry < 0 or not index.tiers[entry]:
-                break  # a load ends here, too
+                break  # the engine loads a prefix, which ends here
             if index.tiers[entry] & MEMORY or index.state[entry] == FILLING:
                 continue
             nbytes = index.nbytes[entry]
@@ -192,7 +201,7 @@ class Control:
     # -- key spaces -------------------------------------------------------------------------------------------------
 
     def introduce(self, space: str) -> None:
-        """An engine says of what its chunks' keys are made."""
+        """Remember an engine's key space."""
         if space == next(reversed(self._spaces), None):
             return
         self._spaces[space] = None

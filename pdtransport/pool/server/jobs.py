@@ -1,4 +1,4 @@
-"""What waits for the threads of one tier: any of them takes what is next, and jobs of one key run in order."""
+"""The job queue of one lower tier: any of its threads takes the next job; jobs for one key run one at a time."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import threading
 
 from pdtransport.pool.core.tier_state import Job, Promote
 
-READ, REST = range(2)  # what goes first
+READ, REST = range(2)  # priorities; reads go first
 
 _Place = tuple[int, int, Job]  # rank, number, job
 
 
 class Jobs:
-    """Reads go first: someone waits for them. A read of a key never stands behind a write of it, which must have
-    ended for the tier to have it."""
+    """A priority queue in which reads overtake writes and deletes, since a request waits for each read.
+
+    A read can't overtake a write of its own key: it is queued only once the tier has the chunk, after that write ended.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._numbers = itertools.count()
         self._waiting: list[_Place] = []  # a heap
-        self._behind: dict[bytes, list[_Place]] = {}  # of each key that a thread works on: what must wait for that
+        self._behind: dict[bytes, list[_Place]] = {}  # by key of each job in progress: jobs that wait for it to end
         self._closed = False
 
     def put(self, job: Job) -> None:
@@ -31,7 +33,7 @@ class Jobs:
             self._changed.notify()
 
     def take(self) -> Job | None:
-        """The next one, which the caller ends with :meth:`done`; waits for it. None: there will be none."""
+        """Wait for the next job, which the caller must end with :meth:`done`; None once the queue is closed."""
         with self._changed:
             while not self._closed:
                 if not self._waiting:
@@ -53,7 +55,7 @@ class Jobs:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Whoever takes finds none, whatever waits."""
+        """Make :meth:`take` return None from now on, even if jobs are queued."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

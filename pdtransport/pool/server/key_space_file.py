@@ -1,5 +1,8 @@
-"""Keeps what engines told of their keys for the next start, so that people and routers can name prompts before an
-engine is there. Salts are not among it: engines don't tell them (:class:`~pdtransport.pool.core.key_spaces.Space`)."""
+"""A file that keeps the engines' key spaces for the pool's next start.
+
+With it, people and routers can look prompts up before an engine has connected. It holds no salts, since engines do not
+report them (:class:`~pdtransport.pool.core.key_spaces.Space`).
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,23 @@ from pdtransport.system.private_files import open_private, open_regular
 
 logger = logging.getLogger("pdtransport.pool")
 
-MAX_SPACES = 64  # engines' key spaces; the one that was told longest ago goes
-MAX_FILE = 8 * MAX_SPACES * MAX_SPACE  # bytes; escaped text
-END_S = 2.0  # for the last write
+MAX_SPACES = 64  # key spaces kept; beyond, the one reported longest ago is dropped
+MAX_FILE = 8 * MAX_SPACES * MAX_SPACE  # bytes; 8 allows for JSON escapes
+END_S = 2.0  # how long close() waits for the last write
 
 
 def spaces_path(settings: PoolSettings) -> Path:
-    """With the chunks that outlive the pool's process, where they are on disk and nobody else can write; else in the
-    pool's directory."""
+    """Path of the file: in the disk tier's directory if there is one that only this user can access, else ``pool.dir``.
+
+    The disk tier's chunks outlive the pool, and their key spaces with them.
+    """
     if settings.disk is not None and is_private(settings.disk.path):
         return settings.disk.path / "spaces.json"
     return settings.dir / f"{settings.name}.spaces"
 
 
 class SpaceFile:
-    """Writes in a thread of its own: a file system that hangs holds up nobody."""
+    """Reads and writes the file. Writes run in a thread of their own, so that a hung file system blocks no caller."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,7 +47,7 @@ class SpaceFile:
         self._thread: threading.Thread | None = None
 
     def read(self) -> list[str]:
-        """What was kept, the one that was told last at the end; what can't be read is left out."""
+        """The kept key spaces as JSON texts, the latest last; invalid ones are left out."""
         try:
             with open(open_regular(self._path), "rb") as file:
                 texts = json.loads(file.read(MAX_FILE))
@@ -57,7 +62,7 @@ class SpaceFile:
         return _sound(texts if isinstance(texts, list) else ())[-MAX_SPACES:]
 
     def write(self, texts: Sequence[str]) -> None:
-        """Keep these, and not those of before. Returns at once."""
+        """Replace the file's content with these, in the background. Returns at once."""
         with self._guard:
             self._next = texts
             if self._thread is None:
@@ -94,5 +99,5 @@ class SpaceFile:
 
 
 def _sound(texts: Sequence[object]) -> list[str]:
-    """Those that are key spaces, which a salt can't be part of."""
+    """The texts that parse as key spaces. None of these can contain a salt."""
     return [text for text in texts if isinstance(text, str) and len(text) <= MAX_SPACE and parse_spaces([text])]

@@ -1,6 +1,6 @@
-"""The pool as a service: one ROUTER socket in a private directory, and the thread that drives the shelf.
+"""The pool service: one ROUTER socket in a private directory, and one I/O thread that drives the chunk store.
 
-Chunk bytes never pass here: clients copy between their own memory and the pool's.
+Chunk bytes never pass through this thread: clients copy between their own memory and the pool's shared memory.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pdtransport.pool")
 
 MAX_CLIENTS = 1024
-MAX_REQUESTS = 4096  # live ones of a client
+MAX_REQUESTS = 4096  # open requests of one client
 ANSWER_FRAME_IDS = 512 << 10  # frame ids in one answer: 2 MiB, half of the longest message
-TICK_S = 0.25  # between looks at which clients are alive
+TICK_S = 0.25  # between checks of which clients are alive
 
 CONTROL = ControlSettings(max_frame_bytes=messages.MAX_FRAME_BYTES)
 
 
 @dataclass
 class Client:
-    """A client that said Hello, until it is gone."""
+    """A client from its Hello until it says Bye or its process ends."""
 
     session: ClientSession
     lock: int
@@ -68,10 +68,11 @@ class Client:
 
 
 class PoolService:
-    """Work for a :class:`Reactor`: opens everything in its constructor.
+    """Serves clients on this host; driven by a :class:`Reactor`. The constructor opens everything.
 
     Raises:
-        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used.
+        SettingsError: another pool of this name runs here, its memory can't be allocated, or a directory can't be
+            used.
     """
 
     def __init__(self, settings: PoolSettings, reactor: Reactor) -> None:
@@ -98,20 +99,20 @@ class PoolService:
             self._control = Control(self.store, self._spaces)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
-            settings.socket_path.chmod(0o600)  # the directory is closed to others anyway
+            settings.socket_path.chmod(0o600)  # in addition to the directory, which is closed to other users
             self._inbox = Inbox(self._socket, addressed=True)
             self._mover = Mover(self.store, memory, reactor.post)
         except BaseException:
             self.close()
             raise
         self._clients: dict[bytes, Client] = {}
-        self._watchers: dict[bytes, int] = {}  # route -> number of its request
+        self._watchers: dict[bytes, int] = {}  # route -> number of its WatchForgotten request
         self._complaints = Complaints()
         self._tick_at = 0.0
         self._paused = False
         self.counters: Counter[str] = Counter()
 
-    # -- what the reactor drives ------------------------------------------------------------------------------------
+    # -- called by the reactor --------------------------------------------------------------------------------------
 
     def sockets(self) -> list[Socket]:
         return [self._open_socket]
@@ -120,7 +121,7 @@ class PoolService:
         return []
 
     def arm(self) -> bool:
-        self._flush()  # what tiers reported since
+        self._flush()  # answers and jobs that reports from lower tiers have caused
         return not int(self._open_socket.get(zmq.EVENTS)) & zmq.POLLIN
 
     def next_deadline(self) -> float | None:
@@ -139,14 +140,14 @@ class PoolService:
                 return False
             if isinstance(letter, Letter):
                 self._on_letter(letter, now)
-                self._flush()  # a copy begins with the first answer, not the last
+                self._flush()  # after each message, so that clients begin to copy on the first answer
             if self._paused:
                 break
         self._paused = False
         return True
 
     def close(self) -> None:
-        """Clients notice by themselves; what they mapped stays theirs."""
+        """End the service. Clients notice the disconnect; the memory stays mapped in them until they unmap it."""
         if self._mover is not None:
             self._mover.close()
         if self._socket is not None:
@@ -163,7 +164,7 @@ class PoolService:
         self._lock.close()
 
     def share_memory(self) -> Mapping:
-        """Its memory, as clients in this process map it."""
+        """Map the pool's memory as a client in this process does."""
         assert self._memory is not None
         return map_memory(self._memory_path, self._memory.nbytes)
 
@@ -172,7 +173,7 @@ class PoolService:
         assert self._socket is not None
         return self._socket
 
-    # -- what clients say -------------------------------------------------------------------------------------------
+    # -- messages from clients --------------------------------------------------------------------------------------
 
     def _on_letter(self, letter: Letter, now: float) -> None:
         client = self._clients.get(letter.sender)
@@ -252,7 +253,10 @@ class PoolService:
             self._on_control(client, message, now)
 
     def _on_control(self, client: Client, message: Message, now: float) -> None:
-        """What people ask. Each of these ends the turn: whoever waits for a chunk is answered before the next one."""
+        """Handle an administrative message.
+
+        Each ends the turn, so that queued loads and stores don't wait behind several of them.
+        """
         assert self._mover is not None
         self._paused = True
         number: int = getattr(message, "request", 0)
@@ -272,7 +276,7 @@ class PoolService:
                 answer = messages.Done(request=number, count=1)
             else:
                 answer = messages.Spaces(request=number, spaces=self._control.spaces())
-        except WireError as error:  # understood, and not possible here
+        except WireError as error:  # a valid message that asks for something this pool can't do
             answer = messages.PoolRefused(request=number, what="wish", reason=str(error))
         self._send(client.route, answer)
 
@@ -287,10 +291,10 @@ class PoolService:
         request = requests[message.request] = PoolRequest(client.session, message.request, storing, client.group, form)
         (self.store.store if storing else self.store.load)(request, message.keys, sizes)
 
-    # -- what they are told -----------------------------------------------------------------------------------------
+    # -- messages to clients ----------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        """Hand on what the shelf wants done and said."""
+        """Pass the chunk store's jobs on to the tier threads, and its answers to clients."""
         assert self._mover is not None
         while self.store.jobs:
             self._mover.submit(self.store.jobs.popleft())
@@ -332,15 +336,15 @@ class PoolService:
         try:
             self._open_socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
-            # Gone, or it does not read. What it holds is its own until its lock is free; anything it says next
-            # is answered with a demand for a new Hello.
+            # The client is gone or does not read. It keeps what it holds until its lock is free, so it stays in the
+            # table, under a random route. Its next message on the old route is refused: it must say Hello again.
             self.counters["unsent"] += 1
             client = self._clients.pop(route, None)
             self._unwatch(route)
             if client is not None:
                 self._clients[secrets.token_bytes(16)] = client
 
-    # -- life and death ---------------------------------------------------------------------------------------------
+    # -- the end of a client ----------------------------------------------------------------------------------------
 
     def _bury_the_dead(self) -> None:
         for client in [client for client in self._clients.values() if not self._lock.held(client.lock)]:
@@ -377,11 +381,11 @@ class PoolService:
 
 
 class Pool:
-    """A pool in this process; clients in this and other processes find it by ``settings.name``.
+    """A pool embedded in this process; clients in this and other processes find it by ``settings.name``.
 
     Raises:
-        SettingsError: another pool of this name runs here, its memory can't be had, a directory can't be used, the door
-            for other hosts can't be opened.
+        SettingsError: another pool of this name runs here, its memory can't be allocated, a directory can't be used,
+            or ``remote`` or ``http`` can't listen.
         LinkUnavailable: no link to other hosts works here.
     """
 
@@ -406,7 +410,7 @@ class Pool:
 
     @property
     def url(self) -> str:
-        """Where the HTTP API is; empty: there is none."""
+        """URL of the HTTP API; empty if there is none."""
         return self._api.url if self._api is not None else ""
 
     def _make(self, reactor: Reactor) -> PoolService:
@@ -437,7 +441,7 @@ class Pool:
 
 
 def _contents(store: ChunkStore) -> dict[str, Any]:
-    """Sizes and counters, for people and metrics."""
+    """Sizes and counters, for the status page and metrics."""
     frame_bytes, frames = store.settings.frame_bytes, store.room.frames
     return {
         "chunks": len(store.index),

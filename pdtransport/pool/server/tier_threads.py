@@ -1,4 +1,4 @@
-"""Work for the tiers below memory, in threads of their own: write back, promote, delete, and the scan at start."""
+"""Threads of the lower tiers: write-back, promotion, deletion, scans, and probes of tiers that are down."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ from pdtransport.pool.tiers.registry import lossy_codec
 
 logger = logging.getLogger("pdtransport.pool")
 
-SCAN_BATCH = 1024  # chunks adopted in one go
-PROBE_S = 0.5  # between looks at a tier that is down
+SCAN_BATCH = 1024  # chunks that one call in the store's thread adopts
+PROBE_S = 0.5  # between probes of a tier that is down
 FOREVER_S = 1e9
-STOP_S = 10.0  # for a thread to end; one that hangs in a file system is left behind
-COMPLAIN_EVERY_S = 10.0  # lines of log about one kind of trouble with one tier
+STOP_S = 10.0  # how long close() waits for a thread; one that hangs in a file system is left behind
+COMPLAIN_EVERY_S = 10.0  # between log lines about one kind of failure of one tier
 
 Post = Callable[[Callable[[], None]], None]
 
 
 class Mover:
-    """Threads for each tier of ``store``, which share its work; results are posted to the thread that drives the
-    shelf."""
+    """Runs the jobs of each lower tier of ``store`` in that tier's threads.
+
+    Results are posted to the thread that drives the chunk store.
+    """
 
     def __init__(self, store: ChunkStore, memory: Mapping, post: Post) -> None:
         self._store, self._memory, self._post = store, memory, post
         self._frame_bytes = store.settings.frame_bytes
         self._stopping = threading.Event()
         self._complaining = threading.Lock()
-        self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # when, and how often unsaid since
+        self._complained: dict[tuple[str, str], tuple[float, int]] = {}  # time of last log line, lines suppressed since
         self._jobs = {tier.name: Jobs() for tier in store.lower}
         self._threads: list[threading.Thread] = []
         for tier in store.lower:
@@ -52,7 +54,7 @@ class Mover:
             self._threads.append(
                 threading.Thread(target=self._look_after, args=(tier,), name=f"{name}-scan", daemon=True)
             )
-        if store.lower:  # these threads are the first here to touch the memory
+        if store.lower:  # the tier threads are the first in this process to touch the memory: prefault it for them
             populate = threading.Thread(target=memory.populate, args=(self._stopping.is_set,), daemon=True)
             self._threads.append(populate)
         for thread in self._threads:
@@ -63,11 +65,11 @@ class Mover:
 
     @property
     def backlog(self) -> int:
-        """Jobs that wait, of all tiers."""
+        """Number of queued jobs, all tiers together."""
         return sum(map(len, self._jobs.values()))
 
     def close(self) -> None:
-        """End the threads; chunks that wait to be written back are not."""
+        """End the threads. Queued jobs are dropped, write-backs included."""
         self._stopping.set()
         for each in self._jobs.values():
             each.close()
@@ -109,10 +111,10 @@ class Mover:
         self._post(lambda: store.written_back(job, stored))
 
     def _write(self, job: WriteBack) -> int:
-        """Bytes that it takes in the tier, sealed.
+        """Seal a chunk and write it to its tier; returns the bytes that it takes there.
 
         Raises:
-            Damaged: it does not have its checksum any more.
+            Damaged: the chunk in memory no longer has its checksum.
             TierError, OSError: as :meth:`Tier.write`.
         """
         parts, tier = self._parts(job.frames, job.nbytes), job.tier
@@ -154,7 +156,7 @@ class Mover:
             self._complain(job.tier, "delete", error)
 
     def _look_after(self, tier: TierState) -> None:
-        """Learn what the tier holds, at start, and again where others write to it; notice that it is up again."""
+        """Scan the tier at start, and every ``rescan_s`` if others write to it; while it is down, probe it."""
         scan_at = 0.0
         while not self._stopping.is_set():
             try:
@@ -162,7 +164,7 @@ class Mover:
                     tier.tier.probe()
                     self._post(lambda: setattr(tier, "up", True))
                     logger.warning("pool tier %s is there again", tier.name)
-                    scan_at = 0.0  # who knows what it holds now
+                    scan_at = 0.0  # its content may have changed
                 if time.monotonic() >= scan_at:
                     self._scan(tier)
                     scan_at = time.monotonic() + (tier.tier.rescan_s or FOREVER_S)
@@ -198,10 +200,13 @@ class Mover:
 
         self._post(adopt)
         while not adopted.wait(0.5) and not self._stopping.is_set():
-            pass  # one batch at a time: requests come first
+            pass  # one batch at a time, so that requests are served between batches
 
     def _complain(self, tier: TierState, what: str, error: Exception) -> None:
-        """One line, and no other of this kind for a while: what others put into a tier must not fill the log."""
+        """Log a failure, at most one line of a kind every ``COMPLAIN_EVERY_S``.
+
+        Else others who write to a shared tier could fill the log.
+        """
         now = time.monotonic()
         with self._complaining:
             at, unsaid = self._complained.get((tier.name, what), (-FOREVER_S, 0))
@@ -222,5 +227,5 @@ class Mover:
 
 
 def checksum_of(memory: Mapping, frames: bytes, nbytes: int, frame_bytes: int) -> int:
-    """The checksum of what lies in these frames now."""
+    """Checksum of a chunk's bytes in these frames."""
     return int(pages.checksum(frame_runs(memory.address, frames, frame_bytes, [nbytes]), 1)[0])
