@@ -1,1 +1,1 @@
-"""The pool from the side of an engine on this host."""
+"""The pool's client: stores, looks up and loads chunks for an engine."""

@@ -1,9 +1,8 @@
-"""What moves chunks between a client's memory and the pool's, and takes the checksums of what arrived: this processor,
-or the GPU that holds the client's memory.
+"""Copiers move chunks between a client's memory and the pool's and return checksums of the copied bytes.
 
-A GPU's kernels read and write the pool's memory themselves, once it is registered (:meth:`Mapping.register`): gather
-and checksum are one launch, and so are scatter and checksum. They run on streams of their own with few blocks of
-threads, behind an event of the engine's, so that the model never waits for them.
+The CPU copies host memory; a GPU copies its own memory. GPU kernels access the pool's memory directly, once it is
+registered (:meth:`Mapping.register`): gather and checksum are one launch, and so are scatter and checksum. They run on
+their own streams after an event of the engine's, with few thread blocks, so that the model never waits for them.
 """
 
 from __future__ import annotations
@@ -22,31 +21,37 @@ from pdtransport.pool.core.shared_memory import Mapping
 if TYPE_CHECKING:
     from pdtransport.kernels.gpu import GpuPages, Launch
 
-# The bus is full with so few blocks of threads; the model keeps the rest of the GPU.
+# Thread blocks of a store and of a load. These saturate the bus and leave the rest of the GPU to the model.
 BLOCKS_OUT, BLOCKS_IN = 16, 64
 HOST_THREADS = 2
 
 
 class UnderWay(Protocol):
-    """A copy that has begun."""
+    """A copy in flight."""
 
     def done(self) -> bool:
-        """Has it ended, well or not? Does not wait."""
+        """Whether the copy has ended, with or without success. Does not block."""
         ...
 
     def wait(self) -> Checksums:
-        """To its end; the checksums of what arrived.
+        """Wait for the end of the copy; returns the checksums of the copied chunks.
 
         Raises:
-            PoolUnavailable: it failed; nothing is written any more.
+            PoolUnavailable: the copy failed; it writes nothing any more.
         """
         ...
 
 
 class Copier(ABC):
-    """Used by one thread at a time. ``depth``: copies that may be under way at once, of at most ``batch_bytes`` each,
-    unless a chunk is longer. Chunks are asked for in ``ahead`` requests at one time, the first of ``first_bytes``, the
-    next ones longer, up to ``window_bytes``."""
+    """Copies batches of chunks; used by one thread at a time.
+
+    Attributes:
+        depth: copies that may be in flight at once.
+        batch_bytes: most bytes of one copy, unless a single chunk is longer.
+        ahead: most requests to the pool that are unanswered at a time.
+        first_bytes: bytes of the first request; the next ones are longer.
+        window_bytes: most bytes of one request.
+    """
 
     depth = 1
     batch_bytes = 32 << 20
@@ -57,15 +62,21 @@ class Copier(ABC):
     def begin(
         self, ours: Runs, theirs: Runs, blocks: int, *, storing: bool, mapping: Mapping, after: Any | None
     ) -> UnderWay:
-        """Copy ``ours`` into ``theirs``, runs in ``mapping``, if ``storing``, else the other way; checksums of
-        ``blocks`` equally long blocks. ``after``: an event behind which ours are to be used.
+        """Start a copy.
+
+        Args:
+            ours: runs of the client's memory.
+            theirs: runs of the pool's memory, in ``mapping``.
+            blocks: number of chunks, all of one length; one checksum is computed for each.
+            storing: copy ``ours`` to ``theirs``; else the other way.
+            after: event to wait for before the client's memory is accessed.
 
         Raises:
-            PoolUnavailable: this can't be done here, and why.
+            PoolUnavailable: the copy can't be made; the text says why.
         """
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Free resources. No copy may be in flight."""
         return
 
 
@@ -81,15 +92,18 @@ class _Done:
 
 
 class HostCopier(Copier):
-    """Host memory: the copy is done when :meth:`begin` returns. Long ones take two threads, where there is a core for
-    the second: beside a copy, making tables and waiting for answers take as long as a third of it."""
+    """Copies host memory; the copy is done when :meth:`begin` returns.
+
+    Long copies use two threads if a core is free for the second, since building tables and waiting for answers take a
+    third as long as the copy and come on top of it.
+    """
 
     batch_bytes = 64 << 20
 
     def begin(
         self, ours: Runs, theirs: Runs, blocks: int, *, storing: bool, mapping: Mapping, after: Any | None
     ) -> UnderWay:
-        theirs = merge_runs(theirs)  # neighbouring frames, mostly
+        theirs = merge_runs(theirs)  # most frames are adjacent
         source, target = (ours, theirs) if storing else (theirs, ours)
         return _Done(pages.read_mapped(source, target, blocks, threads=HOST_THREADS))
 
@@ -102,7 +116,7 @@ class _Launched:
         try:
             return self._launch.done()
         except self._error:
-            return True  # as wait() will say
+            return True  # it has ended; wait() raises the error
 
     def wait(self) -> Checksums:
         try:
@@ -112,12 +126,13 @@ class _Launched:
 
 
 class GpuCopier(Copier):
-    """Memory of GPU number ``device``. Kernels are made at the first copy of their direction."""
+    """Copies memory of GPU ``device``. The kernels for a direction are built at the first copy that way."""
 
-    depth = 3  # enough to hide how long launches and answers take
-    batch_bytes = window_bytes = 128 << 20  # 2.5 ms: each costs this thread and the pool's half of one on a busy host
-    first_bytes = 64 << 20  # lasts until the answer to the second request
-    ahead = 16  # a request's way there and back takes as long as half of its copy, or all of it on a busy host
+    depth = 3  # enough to hide the latency of launches and answers
+    # A batch takes 2.5 ms to copy. On a busy host it costs half a millisecond of this thread and of the pool's.
+    batch_bytes = window_bytes = 128 << 20
+    first_bytes = 64 << 20  # its copy lasts until the second request is answered
+    ahead = 16  # a request's round trip takes half as long as its copy, on a busy host as long as its copy
 
     def __init__(self, device: int) -> None:
         self._device = device
@@ -148,5 +163,5 @@ class GpuCopier(Copier):
 
 
 def make_copier(device: int) -> Copier:
-    """For memory of GPU number ``device`` (-1: of the host)."""
+    """Make a copier for the memory of GPU ``device`` (-1: host memory)."""
     return HostCopier() if device == HOST else GpuCopier(device)

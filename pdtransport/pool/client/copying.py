@@ -1,7 +1,7 @@
-"""One store or load of a client: ask for windows of chunks, copy what is granted, publish or verify, let go.
+"""A client's store or load: request windows of chunks, copy granted chunks, then publish, or verify and release.
 
-Runs in a thread of the client's; the bytes go straight between the caller's memory and the pool's, in one pass that
-also takes the checksums where they arrive.
+Runs in one of the client's copying threads. Bytes go directly between the caller's memory and the pool's, in one pass
+that also computes the checksums of the copied bytes.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.protocol.messages import Message
 
-WINDOWS = 3  # that fit what an operation may hold: while one is copied, the next are being granted
-LOOK_S = 0.0001  # between looks at a copy under way while answers are awaited, too
+WINDOWS = 3  # windows of full size that an operation may hold: while one is copied, the next are being granted
+LOOK_S = 0.0001  # between polls of a copy in flight, while waiting for answers too
 
 
 @dataclass
 class CopyWindow:
-    """A stretch ``first .. last`` of the operation's chunks, under one request."""
+    """Chunks ``first .. last - 1`` of an operation, sent as one request."""
 
     number: int
     first: int
     last: int
     nbytes: int
-    unanswered: int
-    copying: int = 0  # batches
-    published: deque[Numbers] = field(default_factory=deque)  # told and not yet confirmed, by message
+    unanswered: int  # chunks
+    copying: int = 0  # batches in flight
+    published: deque[Numbers] = field(default_factory=deque)  # places in each unconfirmed Publish message
 
 
 @dataclass
 class CopyBatch:
-    """Chunks whose copy is under way."""
+    """Chunks whose copy is in flight."""
 
     window: CopyWindow
     chunks: Granted
@@ -57,29 +57,38 @@ class CopyBatch:
 
 @dataclass
 class Operation:
-    """What is to be done, and how to talk: ``ask`` a numbered message, the answers to which come through ``heard``;
-    ``tell`` one; ``forget`` a number, and with True, cancel it."""
+    """A store or load, and the calls by which it talks to the pool.
+
+    Attributes:
+        window_bytes: takes the copier's largest window; returns the bytes of one window, and of all open windows
+            together. May raise PoolUnavailable.
+        number: returns a new request number.
+        ask: sends a request; its answers arrive in ``heard``.
+        tell: sends a message without answer, or one whose answer arrives under the number of an open request.
+        forget: ends a request number; with True, also cancels the request in the pool.
+        heard: answers from the I/O thread.
+    """
 
     storing: bool
     keys: Sequence[bytes]
     chunks: Chunks
-    window_bytes: Callable[[int], tuple[int, int]]  # at most so many -> of one, of all; may raise PoolUnavailable
+    window_bytes: Callable[[int], tuple[int, int]]
     number: Callable[[], int]
     ask: Callable[[Message, int], None]
     tell: Callable[[ServiceSession, Message], None]
     forget: Callable[[int, bool], None]
-    after: Any | None = None  # an event, behind which a GPU's memory may be used
-    lossy: Lossy | None = None  # how what is stored may be packed below memory
+    after: Any | None = None  # event after which the GPU's memory may be accessed
+    lossy: Lossy | None = None  # how lower tiers may pack stored chunks
     heard: queue.SimpleQueue[Told] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     _claim: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> bool:
-        """Whether it is the caller's to end, which only one can: who runs it, or who gives it up."""
+        """True for the first caller only, which must end the operation: the thread that runs it, or its expiry."""
         return self._claim.acquire(blocking=False)
 
     def cancel(self) -> None:
-        """Stop soon."""
+        """Ask the operation to stop; wakes it if it waits for answers."""
         self.cancelled.set()
         self.heard.put((0, None, None))
 
@@ -88,7 +97,7 @@ Told = tuple[int, ServiceSession | None, "messages.FromPool | PoolUnavailable | 
 
 
 class Copying:
-    """Runs an operation. ``verdicts`` has a code for each key, whatever happens."""
+    """Runs an operation. ``verdicts`` always has a code for each key: LOST until the chunk is done."""
 
     def __init__(self, operation: Operation, copier: Copier) -> None:
         self._do, self._copier = operation, copier
@@ -100,24 +109,26 @@ class Copying:
         self.error = ""
         self._windows: dict[int, CopyWindow] = {}
         self._session: ServiceSession | None = None
-        self._budget = 0  # bytes of all windows that are open
+        self._budget = 0  # most bytes of all open windows together
         self._stretches: Iterator[tuple[int, int]] = iter(())
-        self._next: tuple[int, int] | None = None  # of the window to be opened next
+        self._next: tuple[int, int] | None = None  # first and last of the next window to open
 
     def run(self) -> None:
-        """To the end, or until the deadline, the end of the service, or a cancellation; then nothing of the caller's
-        memory or the pool's is touched any more."""
+        """Run to completion, or until the deadline, the end of the service, or a cancellation.
+
+        When this returns, nothing touches the caller's memory or the pool's any more.
+        """
         if self._do.cancelled.is_set():
             return
         try:
             window_bytes, self._budget = self._do.window_bytes(self._copier.window_bytes)
             self._stretches = self._cut(window_bytes)
             self._open_more(1)
-            time.sleep(LOOK_S)  # the I/O thread sends it, instead of waiting for this one to make the next
-            self._open_more(2)  # the rest when the first is answered, which would else be heard later
+            time.sleep(LOOK_S)  # yields the GIL: the I/O thread sends the first request before the second is built
+            self._open_more(2)  # the others once the first is answered: building them now would delay that answer
             while self._windows and not self._do.cancelled.is_set():
                 self._step()
-                if not self._do.cancelled.is_set():  # or a grant that was passed over would look done
+                if not self._do.cancelled.is_set():  # a cancelled operation skips grants: its windows only look done
                     self._tidy()
         except PoolUnavailable as error:
             self.error = str(error)
@@ -131,8 +142,10 @@ class Copying:
                 self._session.leave()
 
     def _step(self) -> None:
-        """Hear one message, or finish the copy that ends next, whichever comes first: a grant that lay there until a
-        copy's end would leave the GPU without work."""
+        """Handle one message, or finish the oldest copy, whichever comes first.
+
+        A grant must not wait until a copy ends, or the GPU would run out of work.
+        """
         heard = self._do.heard
         if not self._under_way or not heard.empty():
             self._hear(*heard.get())
@@ -143,7 +156,7 @@ class Copying:
                 self._hear(*heard.get(timeout=LOOK_S))
 
     def _tidy(self) -> None:
-        """Close windows of which all is done, and open others."""
+        """Close finished windows and open further ones."""
         for number, window in list(self._windows.items()):
             if not (window.unanswered or window.copying or window.published):
                 del self._windows[number]
@@ -151,7 +164,7 @@ class Copying:
         self._open_more()
 
     def _open_more(self, most: int | None = None) -> None:
-        """As many as can be answered meanwhile, and fit what this operation may hold together."""
+        """Open windows until ``most`` are unanswered (default: the copier's ``ahead``) or the budget is used up."""
         most = self._copier.ahead if most is None else most
         while sum(window.unanswered > 0 for window in self._windows.values()) < most:
             self._next = self._next or next(self._stretches, None)
@@ -164,11 +177,15 @@ class Copying:
             self._next = None
 
     def _bytes(self, first: int, last: int) -> int:
-        """Of these chunks."""
+        """Bytes of chunks ``first .. last - 1``."""
         return int(self._ends[last - 1]) - (int(self._ends[first - 1]) if first else 0)
 
     def _cut(self, window_bytes: int) -> Iterator[tuple[int, int]]:
-        """Windows of at most so many bytes and keys; a larger chunk has one of its own."""
+        """Cut the chunks into windows, as pairs of first and last.
+
+        A window has at most ``window_bytes`` and ``MAX_KEYS`` chunks, and at least one chunk. The first one has the
+        copier's ``first_bytes``; each later one is at most twice as long as all before it together.
+        """
         count, first = len(self.sizes), 0
         while first < count:
             before = int(self._ends[first - 1]) if first else 0
@@ -199,7 +216,7 @@ class Copying:
             return
         if self._session is None and session.enter():
             self._session = session
-        if session is not self._session:  # frames of another run of the service are not these
+        if session is not self._session:  # frame ids of another run of the service mean other memory
             raise PoolUnavailable("the pool ended meanwhile")
         if isinstance(message, messages.KeyAnswers):
             self._on_answer(window, message, session)
@@ -219,7 +236,7 @@ class Copying:
                 self._finish(self._under_way.popleft())
 
     def _begin(self, window: CopyWindow, chunks: Granted, session: ServiceSession) -> None:
-        """Begin to copy a batch between the caller's memory and the pool's."""
+        """Start copying a batch between the caller's memory and the pool's."""
         assert session.mapping is not None
         ours = self._do.chunks.runs(window.first + chunks.places)
         theirs = frame_runs(session.mapping.address, chunks.frames, session.frame_bytes, chunks.sizes)
@@ -240,9 +257,9 @@ class Copying:
         self._do.tell(session, messages.Publish(request=window.number, indices=_indices(chunks), checksums=words))
 
     def _on_done(self, window: CopyWindow, done: messages.Done) -> None:
-        """Chunks were published; Done messages come in the order of our Publish messages."""
+        """Handle the confirmation of a Publish message. Done messages arrive in the order of the Publish messages."""
         if not window.published:
-            return  # about a damaged chunk
+            return  # the answer to ChunkDamaged
         places = window.published.popleft()
         if done.count != len(places):
             raise PoolUnavailable("the pool did not take what was written")

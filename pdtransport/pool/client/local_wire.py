@@ -1,8 +1,8 @@
-"""A client's end of the wire: one DEALER socket, driven by the client's I/O thread, and the session behind it.
+"""A client's connection to the pool service on its host: one DEALER socket, driven by the client's I/O thread.
 
-A *session* is one connection to one run of the service: a lock byte, and the mapped memory. When the service ends, all
-that waits fails at once; the next question opens a new session. The old one is unmapped and its byte let go of when no
-copy uses it any more.
+A *session* is one connection to one run of the service. It holds a byte of the lock file and maps the pool's memory.
+When the service ends, all open requests fail at once, and the next request opens a new session. The old session unmaps
+the memory and releases its lock byte when no copy uses it any more.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from pdtransport.settings import ControlSettings
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 0.005  # between attempts to say Hello while the connection comes about
-MAX_ASKED = 1 << 16  # questions under way
+RETRY_S = 0.005  # between attempts to send Hello while the socket connects
+MAX_ASKED = 1 << 16  # open requests
 MAX_FRAMES_A_TURN = 256
-POLLIN = int(zmq.POLLIN)  # as an enum it costs as much as the system call
-FOREVER_S = 1e9  # of a question that has no last answer
-# After a connection ended, looks at whether the service left its memory behind: the kernel closes a killed process's
-# files one after the other.
+POLLIN = int(zmq.POLLIN)  # as an int: using the enum would cost as much as the system call
+FOREVER_S = 1e9  # deadline of a request that has no last answer
+# When to check, after a disconnect, whether the service left its memory file behind. Several times, since the kernel
+# closes the files of a killed process one after the other: the memory file may still be locked at first.
 STALE_LOOKS_S = (0.0, 0.1, 1.0)
 
 CONTROL = ControlSettings(max_frame_bytes=messages.MAX_FRAME_BYTES)
@@ -44,29 +44,28 @@ Heard = Callable[["ServiceSession | None", "messages.FromPool | PoolUnavailable"
 
 
 class ServiceSession:
-    """One run of the service as this client sees it. ``mapping`` may be used between :meth:`enter` and
-    :meth:`leave`."""
+    """A session with one run of the service. Use ``mapping`` only between :meth:`enter` and :meth:`leave`."""
 
     def __init__(self, byte: int, let_go: Callable[[], None]) -> None:
         self.byte = byte
         self.mapping: Mapping | None = None
-        self.memory: Path | None = None  # the file that is mapped
+        self.memory: Path | None = None  # path of the mapped file
         self.memory_bytes = self.frame_bytes = self.client_bytes = 0
-        self.broken = False
-        self.waits = False  # copies must wait for what is done ahead of the first one
-        self.prepared = threading.Event()  # that is done
-        self.problem = ""  # or can't be
+        self.broken = False  # the session has ended
+        self.waits = False  # copies must wait for ``prepared``: memory is being registered, or links opened
+        self.prepared = threading.Event()  # preparation has ended, with or without success
+        self.problem = ""  # why it failed
         self._let_go = let_go
         self._guard = threading.Lock()
         self._users = 0
         self._closed = False
 
     def begin(self) -> None:
-        """Somebody wants to copy."""
+        """Prepare for copies: called before each operation begins."""
         return
 
     def enter(self) -> bool:
-        """Keep the memory mapped until :meth:`leave`; False if the session is over already."""
+        """Keep the memory mapped until :meth:`leave`; False if the session has ended."""
         with self._guard:
             if self.broken or self.mapping is None:
                 return False
@@ -79,7 +78,7 @@ class ServiceSession:
             self._close_if_idle()
 
     def end(self) -> None:
-        """Use no more of it; what is being copied goes on to its end."""
+        """End the session. Copies in flight go on to their end; no new copy begins."""
         with self._guard:
             self.broken = True
             self._close_if_idle()
@@ -89,19 +88,27 @@ class ServiceSession:
             self._closed = True
             if self.mapping is not None:
                 self.mapping.close()
-            self._let_go()  # last: the service gives the memory out again
+            self._let_go()  # releases the lock, so it comes last: afterwards the service reuses the frames
 
 
 class Asked:
-    """A question until its last answer. ``heard`` gets each answer with the session that it belongs to, or the one
-    error that ends it, in the I/O thread; it returns whether that was the last."""
+    """An open request.
+
+    ``heard`` is called in the I/O thread with each answer and its session, or with the error that ends the request. It
+    returns True if that was the last answer.
+    """
 
     def __init__(self, message: Message, number: int, deadline: float, heard: Heard) -> None:
         self.message, self.number, self.deadline, self.heard = message, number, deadline, heard
 
 
 class Wire:
-    """Work for a :class:`pdtransport.io.reactor.Reactor`. ``device``: the GPU that copies (-1: none)."""
+    """Sends requests and dispatches answers; driven by a :class:`pdtransport.io.reactor.Reactor`.
+
+    Args:
+        device: the GPU that copies (-1: none).
+        context: ZeroMQ context to share; by default the wire makes and ends its own.
+    """
 
     def __init__(
         self,
@@ -120,20 +127,20 @@ class Wire:
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
         self._inbox: Inbox | None = None
-        self.session: ServiceSession | None = None  # welcome, unless its mapping is None
+        self.session: ServiceSession | None = None  # its mapping is None until the service's Welcome
         self._greeted = False
         self._next_try = 0.0
         self._why = ""
         self._asked: dict[int, Asked] = {}
-        self.introduction: messages.Introduce | None = None  # said at the beginning of each session
+        self.introduction: messages.Introduce | None = None  # sent at the start of each session
         self._unsent: list[Asked] = []
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
 
-    # -- asking -----------------------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------------------
 
     def ask(self, asked: Asked) -> None:
-        """Send the question as soon as there is a session; until its deadline ``heard`` may hear of it."""
+        """Send a request as soon as there is a session. ``heard`` is called until the last answer or the deadline."""
         if len(self._asked) >= MAX_ASKED:
             asked.heard(None, PoolUnavailable(f"{MAX_ASKED} questions to pool {self._pool} are under way"))
             return
@@ -144,13 +151,16 @@ class Wire:
             self._send(asked.message)
 
     def tell(self, session: ServiceSession, message: Message) -> None:
-        """Send what has no answer, or belongs to a question under way, if that session still stands."""
+        """Send a message that has no answer or belongs to an open request, if ``session`` is still the current one."""
         if session is self.session:
             self._send(message)
 
     def forget(self, number: int, *, cancel: bool) -> None:
-        """Nobody waits for this answer any more. ``cancel``: and nothing is copied under this number, so that what it
-        holds can be given back."""
+        """End a request: ignore further answers to it.
+
+        Args:
+            cancel: also tell the pool to release all that the request holds. No copy may be in flight for it.
+        """
         self._asked.pop(number, None)
         unsent = [asked for asked in self._unsent if asked.number != number]
         was_sent, self._unsent = len(unsent) == len(self._unsent), unsent
@@ -158,17 +168,17 @@ class Wire:
             self._send(messages.CancelRequest(request=number))
 
     def at(self, when: float, call: Callable[[], None]) -> None:
-        """Call it then."""
+        """Call ``call`` in the I/O thread at time ``when``."""
         heapq.heappush(self._due, (when, next(self._order), call))
 
     def _send(self, message: Message) -> None:
         assert self._socket is not None
         try:
             self._socket.send(messages.encode(message), zmq.NOBLOCK)
-        except zmq.ZMQError:  # its queue is full: it hangs; the connection is gone: the monitor says so too
+        except zmq.ZMQError:  # the queue is full: the service hangs; or it is gone, as the monitor reports too
             self._hang_up("it does not read what is sent to it")
 
-    # -- what the reactor drives ------------------------------------------------------------------------------------
+    # -- called by the reactor --------------------------------------------------------------------------------------
 
     def sockets(self) -> list[Socket]:
         return [each for each in (self._socket, self._monitor) if each is not None]
@@ -206,15 +216,15 @@ class Wire:
                 self._socket.set(zmq.LINGER, 200)
                 self._socket.send(messages.encode(messages.Bye()), zmq.NOBLOCK)
             except zmq.ZMQError:
-                pass  # the lock says it as well
+                pass  # the service sees the released lock as well
         self._hang_up("the client is closed", linger=200)
         if self._own_context:
             self._context.term()
 
-    # -- a session's begin and end ----------------------------------------------------------------------------------
+    # -- start and end of a session ---------------------------------------------------------------------------------
 
     def _reach(self) -> None:
-        """One step towards a session."""
+        """Take the next step of connecting: open the sockets, or send Hello."""
         try:
             if self.session is None:
                 self._open()
@@ -224,7 +234,7 @@ class Wire:
                 self._greeted = True
         except zmq.Again:
             pass  # not connected yet
-        except SettingsError as error:  # there is no pool, and who asks should not wait for one
+        except SettingsError as error:  # there is no pool: fail waiting requests now, not at their deadlines
             unsent, self._unsent = self._unsent, []
             for asked in unsent:
                 self._end(asked, str(error))
@@ -246,7 +256,7 @@ class Wire:
         self._socket.connect(f"ipc://{self._socket_path}")
 
     def _hang_up(self, why: str, linger: int = 0) -> None:
-        """End the session: all that waits for its answers fails."""
+        """End the session; all requests that were sent fail."""
         session, self.session = self.session, None
         if self._socket is not None and self._monitor is not None:
             self._socket.disable_monitor()
@@ -259,14 +269,14 @@ class Wire:
             session.end()
             if session.memory is not None:
                 self._remove_if_stale(session.memory)
-            if not welcome:  # nothing was asked yet: the next attempt may do better
+            if not welcome:  # no request was sent yet: they stay queued for the next attempt
                 self._why = why
                 return
         for asked in [asked for asked in self._asked.values() if asked.number not in unsent]:
             self._end(asked, why)
 
     def _remove_if_stale(self, memory: Path) -> None:
-        """What a killed service leaves behind is memory that nobody gives back: whoever used it does."""
+        """Remove the memory file of a service that was killed, which could not remove it itself."""
         now = time.monotonic()
         for after_s in STALE_LOOKS_S:
             self.at(now + after_s, lambda: remove_if_stale(memory))
@@ -275,7 +285,7 @@ class Wire:
         self._asked.pop(asked.number, None)
         asked.heard(None, kind(f"pool {self._pool}: {why}"))
 
-    # -- what arrives -----------------------------------------------------------------------------------------------
+    # -- incoming messages ------------------------------------------------------------------------------------------
 
     def _read_monitor(self) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -289,7 +299,7 @@ class Wire:
 
     def _on_monitored(self, event: int) -> None:
         if event == zmq.EVENT_DISCONNECTED:
-            self._read()  # what it said last
+            self._read()  # messages that it sent before it ended
             self._hang_up("it ended")
 
     def _read(self) -> bool:
@@ -308,7 +318,7 @@ class Wire:
         return True
 
     def _believed(self, part: zmq.Frame) -> bool:
-        """Whether it is from whom we wanted to reach: the folder of the socket says so."""
+        """Whether the sender is trusted. Always True here: the socket's directory is private to this user."""
         return True
 
     def _on_frame(self, frame: bytes) -> None:
@@ -356,8 +366,11 @@ class Wire:
 
 
 def _prepare(session: ServiceSession, device: int) -> None:
-    """Map the memory's pages ahead of the first copies, which would else spend a quarter of their time on it; a GPU's
-    can't begin before it is registered."""
+    """Prefault the memory, or register it with CUDA, then set ``session.prepared``.
+
+    Without prefaulting, the first copies would spend a quarter of their time on page faults. Copies of a GPU can't
+    begin before the memory is registered.
+    """
     try:
         if session.enter():
             assert session.mapping is not None
@@ -371,7 +384,7 @@ def _prepare(session: ServiceSession, device: int) -> None:
 
 
 def reach_memory(mapping: Mapping, device: int, stop: Callable[[], bool]) -> None:
-    """Make copies between a device's memory and the mapping possible, and fast from the first one on."""
+    """Prefault the mapping for host copies, or register it with GPU ``device``."""
     if device == HOST:
         mapping.populate(stop)
         return

@@ -1,4 +1,4 @@
-"""The pool from a client's side: store chunks, look keys up, load chunks."""
+"""The pool's client API: store chunks, look keys up, load chunks, and ask administrative questions."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from pdtransport.settings import PoolUse, Settings
 T = TypeVar("T")
 
 PREPARED_LOOK_S = 0.02
-GRACE_S = 60.0  # beyond a deadline, for a copy under way: waiting longer would hide a bug
+GRACE_S = 60.0  # after the deadline, for a copy in flight to end: waiting longer would hide a bug
 PINS = {"none": NO_PIN, "soft": SOFT, "hard": HARD}
 
 
 class Pending(Generic[T]):
-    """An answer on its way. ``await pending`` or ``pending.result()`` gives it.
+    """The future answer to a call. ``await pending`` or ``pending.result()`` waits for it.
 
-    A task that is cancelled while it awaits a store or load does not end the copy: the memory is the caller's again
-    when ``future`` is done, soon after :meth:`cancel`.
+    Cancelling a task that awaits a store or load does not stop the copy. Call :meth:`cancel`; the caller may reuse its
+    memory once ``future`` is done.
     """
 
     def __init__(self, future: Future[T], deadline_s: float, cancel: Callable[[], None] | None = None) -> None:
@@ -56,28 +56,28 @@ class Pending(Generic[T]):
         self._cancel = cancel
 
     def result(self) -> T:
-        """Wait for the answer, which comes by the deadline at the latest (a copy under way is finished first).
+        """Wait for the answer, which comes by the deadline, or when a copy in flight at the deadline has ended.
 
         Raises:
-            PoolUnavailable: there is none; not raised for stores and loads, whose verdicts say it.
+            PoolUnavailable: the pool did not answer. Stores and loads do not raise it: their verdicts tell.
         """
         return self.future.result(self._deadline_s + GRACE_S)
 
     def cancel(self) -> None:
-        """Stop soon. The caller's memory is its own again when the result is there."""
+        """Cancel a store or load, which then ends soon. The caller may reuse its memory once the result is there."""
         if self._cancel is not None:
             self._cancel()
 
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio
 
-        # shielded: a cancelled task must not make `future` look done while the copy goes on
+        # Shielded: cancelling the awaiting task must not mark `future` as done while the copy goes on.
         return (yield from asyncio.shield(asyncio.wrap_future(self.future)).__await__())
 
 
 @dataclass(frozen=True)
 class PrefixFound:
-    """The first ``there`` keys are in the pool, ``in_memory`` of them in memory."""
+    """Result of a lookup: the first ``there`` keys are in the pool, ``in_memory`` of them in memory."""
 
     there: int
     in_memory: int
@@ -85,8 +85,14 @@ class PrefixFound:
 
 @dataclass(frozen=True)
 class Copied:
-    """How a store or load ended. ``verdicts`` has one for each key: WRITE (stored by this call) and HAVE (was there),
-    or READ (copied and verified); all others mean that the chunk was not moved. ``error`` says why it ended early."""
+    """Result of a store or load.
+
+    Attributes:
+        verdicts: one for each key: WRITE (stored by this call), HAVE (in the pool already) or READ (loaded and
+            verified). With any other verdict the chunk was not moved.
+        nbytes: bytes of the chunks that were moved.
+        error: why the operation ended early; empty if it did not.
+    """
 
     verdicts: tuple[KeyVerdict, ...]
     nbytes: int
@@ -94,25 +100,29 @@ class Copied:
 
     @property
     def prefix(self) -> int:
-        """How many keys from the first on are in the pool now, or were loaded."""
+        """Number of leading keys whose chunks are in the pool after a store, or were loaded."""
         good = (KeyVerdict.WRITE, KeyVerdict.HAVE, KeyVerdict.READ)
         return next((n for n, verdict in enumerate(self.verdicts) if verdict not in good), len(self.verdicts))
 
 
 class PoolClient:
-    """A client of the pool ``name`` on this host, or of the one at ``address`` on another.
+    """A client of the pool ``name`` on this host, or of the pool at ``address`` on another host.
 
-    All methods may be called from any thread, and return at once. No pool needs to run: whatever is asked meanwhile
-    finds nothing, at once; a pool that comes up later is found.
+    All methods are thread-safe and return at once. The pool need not run: while it does not, calls fail at once with
+    PoolUnavailable (stores and loads with verdicts LOST). A pool that starts later is found by the next call.
 
     Args:
         name, directory: of the pool (``pool.name``, ``pool.dir``).
         tenant: whose quota the chunks count against.
-        deadline_s: of each call that names no other.
-        threads: stores and loads that run at once; in host memory, each copies with two threads.
-        device: number of the GPU whose memory chunks are copied from and to (-1: host memory). Then the pool's memory
-            is registered with CUDA as soon as there is a pool, and stores and loads wait for that.
-        who: shown in the pool's status; default this program and its process id.
+        deadline_s: default deadline of each call.
+        threads: stores and loads that run at once. In host memory, each of them copies with two threads.
+        device: number of the GPU whose memory chunks are copied from and to (-1: host memory). With a GPU, the pool's
+            memory is registered with CUDA as soon as there is a pool; stores and loads wait for that.
+        who: name shown in the pool's status. Default: program name and process id.
+        address: ``tcp://HOST:PORT`` of a pool on another host.
+        settings: for a pool on another host: CURVE keys, links, and this host's own address.
+        staging_bytes: for a pool on another host: memory of this client through which its chunks pass.
+        copies: for a pool on another host: open links when connected, not at the first store or load.
     """
 
     def __init__(
@@ -135,7 +145,7 @@ class PoolClient:
         self.deadline_s = deadline_s
         self.counters: Counter[str] = Counter()
         self._numbers = itertools.count(1)
-        self._guard = threading.Lock()  # of the two below and of the counters
+        self._guard = threading.Lock()  # guards the two attributes below, and the counters
         self._active: dict[int, Operation] = {}
         self._closing = False
 
@@ -154,11 +164,11 @@ class PoolClient:
         self._reactor = Reactor(make, name=f"pdpool-client-{name}")
         self._reactor.start()
         self._threads, self._device, self._remote = threads, device, address is not None
-        self._spare: SimpleQueue[Copier] = SimpleQueue()  # one for each thread
+        self._spare: SimpleQueue[Copier] = SimpleQueue()  # idle copiers; one exists for each thread
         for _ in range(threads):
             self._spare.put(make_copier(device))
         self._copiers = ThreadPoolExecutor(threads, thread_name_prefix="pdpool-copy", initializer=leave_pinned_cores)
-        if device != HOST or address is not None:  # the first one who asks should not wait for that
+        if device != HOST or address is not None:  # connect now, so that the first call need not wait for it
             self._question(lambda number: messages.Lookup(request=number, keys=b""), _found, deadline_s, counted=False)
 
     @classmethod
@@ -175,8 +185,10 @@ class PoolClient:
     # -- chunks ------------------------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes], *, deadline_s: float | None = None) -> Pending[PrefixFound]:
-        """How many of ``keys``, counted from the first, are in the pool: the longest prefix that can be loaded. One
-        message for up to 4096 keys; more are not looked at."""
+        """Look up the longest prefix of ``keys`` that can be loaded.
+
+        One message carries up to 4096 keys; further keys are ignored.
+        """
         packed = b"".join(keys[: messages.MAX_KEYS])
         return self._question(
             lambda number: messages.Lookup(request=number, keys=packed), _found, deadline_s or self.deadline_s
@@ -191,18 +203,21 @@ class PoolClient:
         deadline_s: float | None = None,
         after: Any | None = None,
     ) -> Pending[Copied]:
-        """Copy chunk ``i`` out of the memory ``runs[i]`` ((n, 2) uint64 of address and bytes) into the pool under
-        ``keys[i]``. What is there already is not copied; a chunk that somebody else is storing is waited for.
+        """Copy chunks from the caller's memory into the pool.
 
-        ``lossy``: tiers below memory may pack them with this codec, so that a later load gets bytes that differ. Only
-        for keys of a :class:`~pdtransport.kv.keys.KeySpace` whose ``codec`` says so.
+        Chunks that the pool has are not copied again. If another client is storing a chunk, this call waits for it.
+        The memory must not change until the result is there.
 
-        The memory must not change until the result is there. On a GPU, ``after`` is an event (torch's or cupy's)
-        recorded behind the kernels that fill it: it is read when that has passed.
+        Args:
+            runs: memory of each chunk: (n, 2) uint64, address and bytes. ``runs[i]`` is stored under ``keys[i]``.
+            lossy: lower tiers may pack the chunks with this codec, so that a later load gets different bytes. Only for
+                keys of a :class:`~pdtransport.kv.keys.KeySpace` that names this ``codec``.
+            after: on a GPU, an event of torch or cupy recorded after the kernels that fill the memory. The copy waits
+                for the event.
 
         Raises:
-            ValueError: a key is not 32 bytes long, a chunk not a multiple of 8 bytes or longer than 1 GiB, or there
-                are not as many of them.
+            ValueError: a key is not 32 bytes long, a chunk is not a multiple of 8 bytes or is longer than 1 GiB, or
+                the numbers of keys and chunks differ.
         """
         return self._copy(True, keys, runs, deadline_s, after, lossy)
 
@@ -214,16 +229,21 @@ class PoolClient:
         deadline_s: float | None = None,
         after: Any | None = None,
     ) -> Pending[Copied]:
-        """Copy the chunk ``keys[i]`` out of the pool into ``runs[i]`` and verify it there. Only chunks with the verdict
-        READ hold what was stored; the memory of all others has undefined content. On a GPU, ``after`` is an event
-        behind the kernels that still use this memory: nothing is written before it has passed.
+        """Copy chunk ``keys[i]`` from the pool into ``runs[i]`` and verify its checksum there.
+
+        Only the memory of chunks with the verdict READ holds what was stored; all other memory has undefined content.
+
+        Args:
+            runs: memory of each chunk: (n, 2) uint64, address and bytes.
+            after: on a GPU, an event recorded after the kernels that still use the memory. Nothing is written before
+                the event.
 
         Raises:
             ValueError: as :meth:`store`.
         """
         return self._copy(False, keys, runs, deadline_s, after)
 
-    # -- what people ask (see pdtransport.pool.admin.pool_admin) ---------------------------------------------------
+    # -- administration (see pdtransport.pool.admin.pool_admin) -----------------------------------------------------
 
     def manage(
         self,
@@ -236,9 +256,9 @@ class PoolClient:
         again: bool = False,
         deadline_s: float | None = None,
     ) -> Pending[int]:
-        """Do this to up to 512 chunks (see :meth:`pdtransport.pool.server.admin_requests.Control.manage`).
+        """Apply an action to up to 512 chunks (see :meth:`pdtransport.pool.server.admin_requests.Control.manage`).
 
-        The answer is to how many it was done.
+        The answer is the number of chunks that it was applied to.
         """
         return self._question(
             lambda number: messages.Manage(
@@ -256,7 +276,10 @@ class PoolClient:
         tenant: str | None = None,
         deadline_s: float | None = None,
     ) -> Pending[messages.Looked]:
-        """What the pool holds of up to 4096 ``keys``; None: of all, from place ``first`` on, and of one ``tenant``."""
+        """Describe the chunks of up to 4096 ``keys``.
+
+        With ``keys`` None it is one slice of a sweep over all chunks, or all of ``tenant``, from index entry ``first``.
+        """
         packed = b"".join(keys or ())
         return self._question(
             lambda number: messages.Look(request=number, keys=packed, sweep=keys is None, first=first, tenant=tenant),
@@ -265,7 +288,7 @@ class PoolClient:
         )
 
     def count(self, first: int = 0, *, deadline_s: float | None = None) -> Pending[messages.Counted]:
-        """How much the pool holds by tier and tenant, from place ``first`` of its index on."""
+        """Count chunks and bytes by tier and tenant, in one part of the index from entry ``first`` on."""
         return self._question(
             lambda number: messages.Count(request=number, first=first),
             lambda answer: answer if isinstance(answer, messages.Counted) else None,
@@ -273,7 +296,7 @@ class PoolClient:
         )
 
     def introduce(self, space: str) -> None:
-        """Tell the pool of what the keys of this engine's chunks are made: now, and again whenever it starts anew."""
+        """Report this engine's key space to the pool, now and whenever the pool has restarted."""
         message = messages.Introduce(request=next(self._numbers), space=space)
 
         def say_it() -> None:
@@ -285,8 +308,11 @@ class PoolClient:
         self._post(say_it)
 
     def watch(self, heard: Callable[[Sequence[bytes] | None], None]) -> None:
-        """Hear of every chunk that the pool forgets from now on, in the client's I/O thread: ``heard`` gets keys (none
-        at first: the watch began); None once, when the pool ended or does not answer, and nothing after that."""
+        """Report every chunk that leaves the pool from now on to ``heard``, in the client's I/O thread.
+
+        The first call passes no keys: the watch has begun. The last call passes None: the pool ended or does not
+        answer.
+        """
         number = next(self._numbers)
 
         def on_answer(_session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable) -> bool:
@@ -300,7 +326,7 @@ class PoolClient:
         self._post(lambda: self._wire.ask(asked))
 
     def spaces(self, *, deadline_s: float | None = None) -> Pending[tuple[str, ...]]:
-        """What engines told it, the last one first."""
+        """The key spaces that engines have reported, as JSON texts, the latest first."""
         return self._question(
             lambda number: messages.SpacesAsked(request=number),
             lambda answer: answer.spaces if isinstance(answer, messages.Spaces) else None,
@@ -314,7 +340,7 @@ class PoolClient:
         )
 
     def close(self) -> None:
-        """End what is under way and give everything back. Safe to call twice."""
+        """Cancel stores and loads in flight and give everything back. Safe to call twice."""
         with self._guard:
             self._closing = True
             active = list(self._active.values())
@@ -333,7 +359,7 @@ class PoolClient:
     ) -> None:
         self.close()
 
-    # -- how ---------------------------------------------------------------------------------------------------------
+    # -- implementation ----------------------------------------------------------------------------------------------
 
     def _question(
         self,
@@ -395,7 +421,7 @@ class PoolClient:
             lambda: next(self._numbers),
             ask,
             lambda session, message: self._post(lambda: self._wire.tell(session, message)),
-            # A remote pool's client gives frames of its staging memory back then, for which another copy may wait.
+            # Wake the I/O thread of a remote pool's client: it frees staging frames that another copy may wait for.
             lambda number, cancel: self._post(
                 lambda: self._wire.forget(number, cancel=cancel), wake=cancel or self._remote
             ),
@@ -409,14 +435,14 @@ class PoolClient:
             self._active[id(operation)] = operation
             future: Future[Copied] = Future()
             self._copiers.submit(self._begin, operation, future)
-        future.add_done_callback(lambda _: self._forget(operation))  # also if it is cancelled before it began
+        future.add_done_callback(lambda _: self._forget(operation))  # runs also if it is cancelled before it begins
         if waits:
-            with suppress(PoolUnavailable):  # it is being closed, which ends what waits
+            with suppress(PoolUnavailable):  # the client is being closed, which ends queued operations
                 self._post(lambda: self._wire.at(deadline, lambda: self._expire(operation, future)))
         return Pending(future, seconds, operation.cancel)
 
     def _begin(self, operation: Operation, future: Future[Copied]) -> None:
-        """In a copier's thread, unless it is over already."""
+        """Run an operation in a copying thread, unless it has expired or was cancelled."""
         if not operation.claim() or not future.set_running_or_notify_cancel():
             return
         try:
@@ -425,7 +451,7 @@ class PoolClient:
             future.set_exception(error)
 
     def _expire(self, operation: Operation, future: Future[Copied]) -> None:
-        """It waited for a copier until its deadline: nothing of it was touched, and nothing will be."""
+        """End an operation that waited for a copying thread until its deadline: it touches no memory, now or later."""
         if operation.claim() and future.set_running_or_notify_cancel():
             busy = f"no answer within the deadline (all {self._threads} copying threads of this client were busy)"
             codes = np.full(len(operation.keys), KeyVerdict.LOST, dtype=np.uint8)
@@ -433,11 +459,16 @@ class PoolClient:
             future.set_result(Copied(verdicts_of(codes), 0, busy))
 
     def _window(self, deadline: float, operation: Operation, most: int) -> tuple[int, int]:
-        """Bytes to ask for at one time (at most ``most``), and to hold together, so that what this client holds fits
-        what it may, and a tier below memory finds room to bring chunks up to; when copies can begin.
+        """Wait until copies can begin, and size an operation's requests.
+
+        The sizes keep this client within what it may hold (``client_bytes``), and leave room in memory for chunks that
+        are read from lower tiers.
+
+        Returns:
+            Bytes of one request, at most ``most``, and of all open requests of the operation together.
 
         Raises:
-            PoolUnavailable: there is no pool.
+            PoolUnavailable: there is no pool, or copies can't begin.
         """
         if self._wire.session is None or self._wire.session.mapping is None:
             left = max(0.01, deadline - now_plus(0))
