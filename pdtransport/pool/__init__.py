@@ -1,6 +1,6 @@
-"""The shared CPU pool: KV chunks kept far beyond an engine's own memory, found again by their content keys.
+"""The shared KV cache pool: chunks in CPU memory and lower tiers, found by their content keys.
 
-Start with ``docs/pool.md``; in the source with ``core/store.py`` (the life of a chunk, without sockets or threads).
+Start with ``docs/pool.md``; in the source with ``core/store.py``, the life cycle of a chunk.
 """
 
 from __future__ import annotations

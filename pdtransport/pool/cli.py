@@ -1,4 +1,4 @@
-"""``pdpool``: a shared pool as a command. Its options are the fields of :class:`PoolSettings`."""
+"""The command ``pdpool``, which runs a pool. Its options are the fields of :class:`PoolSettings`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pdtransport.pool.settings import (
 from pdtransport.serving.commandline import CommandParser, command, complain, tell
 from pdtransport.system.descriptors import raise_limit
 
-# Settings whose options are not called as they are.
+# Settings whose options have other names.
 OWN = {
     "disk.path": "disk",
     "redis.url": "redis",
@@ -44,7 +44,11 @@ SIZES = {"memory_bytes", "max_body_bytes", "frame_bytes", "client_bytes", "write
 
 
 def size(text: str) -> int:
-    """Bytes, as a number or with a unit: 64GiB."""
+    """Parse a size in bytes, given as a number or with a unit: 64GiB.
+
+    Raises:
+        ArgumentTypeError: the text is no size.
+    """
     found = parse_size(text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB or TiB")
@@ -52,7 +56,11 @@ def size(text: str) -> int:
 
 
 def quota(text: str) -> tuple[str, int]:
-    """NAME=SIZE: of a tenant, of a tier."""
+    """Parse NAME=SIZE, the limit of a tenant or a tier.
+
+    Raises:
+        ArgumentTypeError: the text is not of that form.
+    """
     tenant, equals, limit = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SIZE")
@@ -60,7 +68,11 @@ def quota(text: str) -> tuple[str, int]:
 
 
 def tier_option(text: str) -> tuple[str, str, str]:
-    """NAME.OPTION=VALUE."""
+    """Parse NAME.OPTION=VALUE.
+
+    Raises:
+        ArgumentTypeError: the text is not of that form.
+    """
     parts = re.fullmatch(r"([^.=]+)\.([^=]+)=(.*)", text)
     if parts is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no option of a tier: NAME.OPTION=VALUE")
@@ -68,8 +80,11 @@ def tier_option(text: str) -> tuple[str, str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; those of tiers begin with --disk, --redis and --s3, of the
-    API with --http, of the door for other hosts with --remote."""
+    """The parser of ``pdpool``: one option for each setting.
+
+    Options of the tiers begin with --disk, --redis and --s3, those of the HTTP API with --http, and those for clients
+    on other hosts with --remote, except --listen.
+    """
     made = CommandParser(
         prog="pdpool", allow_abbrev=False, description="Shared CPU pool of KV chunks for the engines on this host."
     )
@@ -109,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def options(settings: PoolSettings) -> list[str]:
-    """The command line of these settings; what has its default is left out."""
+    """The command line for these settings. Settings that were not set explicitly are left out."""
     raw = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     found: list[str] = []
     for name, value in raw.items():
@@ -134,7 +149,7 @@ def _tier_options(tiers: dict[str, Any]) -> list[str]:
 
 
 def settings_from(arguments: argparse.Namespace) -> PoolSettings:
-    """Settings of a parsed command line.
+    """The settings of a parsed command line.
 
     Raises:
         SettingsError: one line that names the setting and what is wrong.
@@ -158,7 +173,7 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
 
 @command("pdpool")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pdpool``; returns its exit status: 0 after a signal, 2 if it can't start."""
+    """Entry point of ``pdpool``; returns its exit status: 0 after a signal or --status, 2 after an error."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:

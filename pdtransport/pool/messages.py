@@ -1,7 +1,9 @@
-"""What a client and the pool say to each other. Versioned, msgpack on the wire, no pickle.
+"""Messages between a client and the pool service: versioned, msgpack on the wire, no pickle.
 
-Many keys travel as one byte string (32 bytes each), and so do the numbers that belong to them (little-endian).
-A *request* is numbered by its client; the chunks it holds are named by their place among its keys.
+A list of keys travels as one byte string of 32 bytes a key, and the numbers that belong to the keys as byte strings of
+little-endian integers. The client numbers its *requests*; a chunk of a request is named by its key's place in it.
+
+Each docstring begins with the sender.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from pdtransport.protocol.messages import MAX_REASON, Message, WireError
 
 POOL_VERSION = 2
 
-MAX_KEYS = 4096  # of one message; clients cut longer lists
-MAX_FRAME_BYTES = 4 << 20  # of a message
-MAX_MANAGED = 512  # keys of one Manage: what the pool does about them must not keep readers waiting
+MAX_KEYS = 4096  # keys in one message; clients split longer lists
+MAX_FRAME_BYTES = 4 << 20  # length of one message
+MAX_MANAGED = 512  # keys in one Manage message: handling it must not delay loads
 MAX_PIN_S = 30 * 86400.0
-MAX_SPACE = 16 << 10  # characters of an engine's key spaces
+MAX_SPACE = 16 << 10  # characters of one key space's JSON text
 
 TENANT = r"^[A-Za-z0-9._\-]{0,64}$"
 Tenant = Annotated[str, Field(pattern=TENANT)]
@@ -34,7 +36,7 @@ Words64 = Annotated[bytes, Field(max_length=8 * MAX_KEYS)]
 
 
 class PoolHello(Message):
-    """Client, first on a connection: I hold byte ``lock`` of the lock file as long as I live."""
+    """Client: first message on a connection. The client holds byte ``lock`` of the lock file as long as it lives."""
 
     kind: Literal["hello"] = "hello"
     lock: Annotated[int, Field(ge=1, lt=1 << 62)]
@@ -43,7 +45,7 @@ class PoolHello(Message):
 
 
 class PoolWelcome(Message):
-    """Service: map this file."""
+    """Service: accepts a client. ``memory`` is the path of the memory file that the client maps."""
 
     kind: Literal["welcome"] = "welcome"
     memory: Annotated[str, Field(max_length=4096)]
@@ -71,7 +73,7 @@ class _Keyed(_Numbered):
 
 
 class _Sized(_Keyed):
-    """``sizes``: bytes of each chunk, uint32."""
+    """A request for chunks of known length. ``sizes``: bytes of each chunk, uint32."""
 
     sizes: Words32
 
@@ -83,9 +85,11 @@ class _Sized(_Keyed):
 
 
 class Store(_Sized):
-    """Client: I want to store these. Answered by :class:`KeyAnswers` messages until each key has its verdict.
-    ``codec`` and ``grid`` (:class:`pdtransport.kernels.quant.Grid`): how they may be packed with loss below memory;
-    unset: not."""
+    """Client: requests frames to store chunks in. Answered by :class:`KeyAnswers`, until each key has a verdict.
+
+    ``codec`` and ``grid`` (:class:`pdtransport.kernels.quant.Grid`): lossy packing that lower tiers may use; unset:
+    none.
+    """
 
     kind: Literal["store"] = "store"
     codec: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._\-]{0,31})?$")] = ""
@@ -93,14 +97,17 @@ class Store(_Sized):
 
 
 class Load(_Sized):
-    """Client: I want to read these. Answered as :class:`Store`."""
+    """Client: requests to read chunks. Answered as :class:`Store`."""
 
     kind: Literal["load"] = "load"
 
 
 class KeyAnswers(_Numbered):
-    """Service: verdicts about some keys of a request, in no order. ``indices`` and ``frames`` are uint32, ``checksums``
-    uint64, ``verdicts`` a byte each; ``frames`` has those of all WRITE and READ chunks one after the other."""
+    """Service: verdicts for some keys of a request, in any order.
+
+    ``indices`` (places) are uint32, ``verdicts`` one byte each, ``checksums`` uint64. ``frames`` holds the uint32 ids
+    of all WRITE and READ chunks' frames, concatenated in the order of ``indices``.
+    """
 
     kind: Literal["answer"] = "answer"
     indices: Words32
@@ -110,7 +117,7 @@ class KeyAnswers(_Numbered):
 
 
 class Publish(_Numbered):
-    """Client: these chunks of a store are complete in their frames, and these are their checksums."""
+    """Client: chunks of a store are complete in their frames and have these checksums. Answered by :class:`Done`."""
 
     kind: Literal["publish"] = "publish"
     indices: Words32
@@ -124,33 +131,33 @@ class Publish(_Numbered):
 
 
 class ReleaseChunks(_Numbered):
-    """Client: I don't read (or will not write) these any more. Not answered."""
+    """Client: has read these chunks, or will not write them. Not answered."""
 
     kind: Literal["release"] = "release"
     indices: Words32
 
 
 class ChunkDamaged(_Numbered):
-    """Client: what I copied of this chunk does not have its checksum. Answered by :class:`Done`."""
+    """Client: the copy of this chunk has a wrong checksum. Answered by :class:`Done`."""
 
     kind: Literal["damaged"] = "damaged"
     index: Annotated[int, Field(ge=0, lt=MAX_KEYS)]
 
 
 class CancelRequest(_Numbered):
-    """Client: I neither read nor write anything of this request any more. Not answered."""
+    """Client: ends a request; the client no longer reads or writes any of its frames. Not answered."""
 
     kind: Literal["cancel"] = "cancel"
 
 
 class Lookup(_Keyed):
-    """Client: how many of these are there, counted from the first? Answered by :class:`LookupReply`."""
+    """Client: asks how many leading keys are in the pool. Answered by :class:`LookupReply`."""
 
     kind: Literal["lookup"] = "lookup"
 
 
 class LookupReply(_Numbered):
-    """Service: the first ``there`` keys are, ``in_memory`` of them in memory."""
+    """Service: the first ``there`` keys are in the pool, ``in_memory`` of them in memory."""
 
     kind: Literal["found"] = "found"
     there: int
@@ -158,7 +165,10 @@ class LookupReply(_Numbered):
 
 
 class Manage(_Keyed):
-    """Client: do this to these chunks (:mod:`pdtransport.pool.server.admin_requests`). Answered by :class:`Done`."""
+    """Client: applies an action to chunks. Answered by :class:`Done`.
+
+    See :meth:`pdtransport.pool.server.admin_requests.Control.manage`.
+    """
 
     kind: Literal["manage"] = "manage"
     action: Literal["pin", "drop", "leave", "fetch", "hint", "write"]
@@ -175,8 +185,10 @@ class Manage(_Keyed):
 
 
 class Look(_Keyed):
-    """Client: what do you hold of these, or (``sweep``) of all, from place ``first`` on? Answered by
-    :class:`Looked`."""
+    """Client: asks about the chunks of these keys, or with ``sweep`` about all. Answered by :class:`Looked`.
+
+    ``first``: index entry from which a sweep goes on; ``tenant``: limits it to one tenant.
+    """
 
     kind: Literal["look"] = "look"
     sweep: bool = False
@@ -185,8 +197,11 @@ class Look(_Keyed):
 
 
 class Looked(_Numbered):
-    """Service: a row for each chunk. ``sizes``: uint32; ``tiers`` and ``flags``: bits, a byte each. ``next``: where
-    a sweep goes on, -1 at its end. ``backlog``: jobs that wait for tiers."""
+    """Service: describes chunks, one row each.
+
+    ``sizes``: uint32; ``tiers`` and ``flags``: bit masks of one byte each. ``next``: index entry from which the sweep
+    goes on, -1 at its end. ``backlog``: jobs queued for lower tiers.
+    """
 
     kind: Literal["looked"] = "looked"
     keys: Keys
@@ -198,28 +213,33 @@ class Looked(_Numbered):
 
 
 class WatchForgotten(_Numbered):
-    """Client: tell me of every chunk that you forget from now on. Answered by :class:`Gone`, again and again."""
+    """Client: subscribes to chunks that leave the pool. Answered by :class:`Gone` messages until the client ends."""
 
     kind: Literal["watch"] = "watch"
 
 
 class Gone(_Numbered):
-    """Service: these are in no tier any more. The first one, with no keys, says that the watch began."""
+    """Service: these chunks are in no tier any more. The first one has no keys: the watch has begun."""
 
     kind: Literal["gone"] = "gone"
     keys: Keys
 
 
 class Count(_Numbered):
-    """Client: how much do you hold, from place ``first`` of the index on? Answered by :class:`Counted`."""
+    """Client: asks for chunks and bytes by tier and tenant, in one part of the index. Answered by :class:`Counted`.
+
+    ``first``: the index entry at which that part begins.
+    """
 
     kind: Literal["count"] = "count"
     first: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
 
 
 class Counted(_Numbered):
-    """Service: ``held`` is JSON text, a list of ``[tier, tenant, chunks, bytes]`` for one part of the index; ``next``
-    as in :class:`Looked`."""
+    """Service: counts for one part of the index.
+
+    ``held``: JSON text, a list of ``[tier, tenant, chunks, bytes]``; ``next``: as in :class:`Looked`.
+    """
 
     kind: Literal["counted"] = "counted"
     held: str
@@ -227,54 +247,56 @@ class Counted(_Numbered):
 
 
 class Introduce(_Numbered):
-    """Client: chunks of this engine have keys of this kind; ``space`` is JSON text. Answered by :class:`Done`."""
+    """Client: reports its engine's key space; ``space`` is JSON text. Answered by :class:`Done`."""
 
     kind: Literal["introduce"] = "introduce"
     space: Annotated[str, Field(max_length=MAX_SPACE)]
 
 
 class SpacesAsked(_Numbered):
-    """Client: what were you introduced to? Answered by :class:`Spaces`."""
+    """Client: asks for the key spaces that engines have reported. Answered by :class:`Spaces`."""
 
     kind: Literal["spaces?"] = "spaces?"
 
 
 class Spaces(_Numbered):
-    """Service: ``spaces`` is what engines said, the last one first."""
+    """Service: the key spaces that engines have reported, as JSON texts, the latest first."""
 
     kind: Literal["spaces"] = "spaces"
     spaces: tuple[str, ...]
 
 
 class Done(_Numbered):
-    """Service: it was done to so many chunks."""
+    """Service: the request was applied to ``count`` chunks."""
 
     kind: Literal["done"] = "done"
     count: int
 
 
 class PoolStatusRequest(_Numbered):
-    """Client: how are you? Answered by :class:`Status`."""
+    """Client: asks for the pool's status. Answered by :class:`Status`."""
 
     kind: Literal["status?"] = "status?"
 
 
 class Status(_Numbered):
-    """Service: ``status`` is JSON text."""
+    """Service: its status, as JSON text."""
 
     kind: Literal["status"] = "status"
     status: str
 
 
 class Bye(Message):
-    """Client: I copy nothing any more and am about to go."""
+    """Client: is about to disconnect; no copy is in flight."""
 
     kind: Literal["bye"] = "bye"
 
 
 class PoolRefused(Message):
-    """Service: not understood, or not welcome; ``what`` is "hello" where a new Hello mends it. ``request`` is 0 where
-    it is about none."""
+    """Service: refuses a message or a client.
+
+    ``request`` is 0 if no request is concerned. ``what`` is "hello" if the client must say Hello again.
+    """
 
     kind: Literal["refused"] = "refused"
     request: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
@@ -307,7 +329,7 @@ _FROM_POOL: TypeAdapter[FromPool] = TypeAdapter(Annotated[FromPool, Field(discri
 
 
 def encode(message: Message) -> bytes:
-    """Message to wire bytes: a msgpack map of its fields and the version ``v``."""
+    """Encode a message as a msgpack map of its fields and the version ``v``."""
     fields: dict[str, Any] = {"v": POOL_VERSION}
     for name in type(message).model_fields:
         fields[name] = getattr(message, name)
@@ -316,7 +338,7 @@ def encode(message: Message) -> bytes:
 
 
 def from_client(frame: bytes) -> FromClient:
-    """What a client said.
+    """Decode a client's message.
 
     Raises:
         WireError: not msgpack, not a message, another version, or a field out of bounds.
@@ -325,7 +347,7 @@ def from_client(frame: bytes) -> FromClient:
 
 
 def from_pool(frame: bytes) -> FromPool:
-    """What the service said.
+    """Decode a message from the service.
 
     Raises:
         WireError: as :func:`from_client`.
@@ -334,7 +356,7 @@ def from_pool(frame: bytes) -> FromPool:
 
 
 def parsed(frame: bytes, kinds: TypeAdapter[Any]) -> Any:
-    """A message of these kinds.
+    """Decode a message of one of these kinds.
 
     Raises:
         WireError: as :func:`from_client`.

@@ -1,4 +1,4 @@
-"""What the pool can be told: one model for ``pdpool`` and Python."""
+"""Settings of the pool: one model for ``pdpool`` and for Python."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pdtransport.serving.site_settings import HOSTS_HELP, ORIGINS_HELP, HostName
 from pdtransport.settings import ControlSettings, Settings, one_line
 from pdtransport.system.hosts import CURVE_PEER, checked_peer
 
-MAX_TENANTS = 256  # with a quota of their own
+MAX_TENANTS = 256  # tenants with a quota
 MAX_FOREIGN_TIERS = 4
 OWN_TIERS = ("memory", "disk", "redis", "s3")
 MAX_CHUNK_BYTES = 1 << 30
-STAGING_BYTES = 128 << 20  # of a client of a pool on another host; its copies are cut so that they fit
+STAGING_BYTES = 128 << 20  # staging memory of a client of a remote pool; its copies are cut to fit
 CODEC_NAME = r"^[a-z0-9][a-z0-9._\-]{0,31}$"
-DESCRIPTORS = 4096  # wanted: each client on this host takes one, and so do connections of the API and of other hosts
+DESCRIPTORS = 4096  # soft limit of open files that pdpool asks for: one a client, API connection or remote connection
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -34,13 +34,13 @@ CodecName = Annotated[str, Field(pattern=CODEC_NAME)]
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes, from a number or one with a unit, such as 64GiB; None if it is none."""
+    """Parse a size in bytes: a number, or a number with a unit such as 64GiB; None if the text is no size."""
     parts = _SIZE.fullmatch(text)
     return None if parts is None else int(parts[1]) * UNITS[parts[2] or ""]
 
 
 class AnyTierSettings(BaseModel):
-    """What all tiers can be told."""
+    """Settings of every tier."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,19 +56,19 @@ class AnyTierSettings(BaseModel):
 
 
 class TierSettings(AnyTierSettings):
-    """What the tiers that come with pdtransport can be told."""
+    """Settings of every tier that comes with pdtransport."""
 
     threads: int = Field(2, ge=1, le=64, description="Chunks that are read or written at once.")
 
 
 class ForeignTierSettings(AnyTierSettings):
-    """A tier that another package adds, see :mod:`pdtransport.pool.tiers.registry`."""
+    """Settings of a tier that another package adds, see :mod:`pdtransport.pool.tiers.registry`."""
 
     options: dict[str, str | int | float | bool] = Field({}, description="What the tier itself wants to know.")
 
 
 class DiskSettings(TierSettings):
-    """The disk tier: one checksummed file a chunk."""
+    """Settings of the disk tier: one checksummed file a chunk."""
 
     path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
     threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
@@ -78,7 +78,7 @@ class DiskSettings(TierSettings):
 
 
 class RedisSettings(TierSettings):
-    """The tier in Redis or Valkey."""
+    """Settings of the tier in Redis or Valkey."""
 
     url: str = Field(
         pattern=r"^(redis|rediss|unix)://[^@]*$",
@@ -92,7 +92,7 @@ class RedisSettings(TierSettings):
 
 
 class HttpSettings(BaseModel):
-    """The HTTP API, through which people and programs see and manage what the pool holds."""
+    """Settings of the HTTP API, which shows and manages the pool's content."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -121,7 +121,7 @@ class HttpSettings(BaseModel):
 
 
 class RemoteSettings(BaseModel):
-    """The door for clients on other hosts."""
+    """Settings of the listener for clients on other hosts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -175,10 +175,10 @@ class RemoteSettings(BaseModel):
         return int(self.listen.rpartition(":")[2])
 
     def control(self, offset: int) -> ControlSettings:
-        """As a channel's settings, ``offset`` ports up.
+        """The settings of a control channel at these settings' port plus ``offset``.
 
         Raises:
-            ValueError: keys are missing.
+            ValueError: CURVE keys are missing.
         """
         try:
             return ControlSettings.model_validate(
@@ -195,12 +195,12 @@ class RemoteSettings(BaseModel):
             raise ValueError(one_line(error)) from None
 
     def settings(self) -> Settings:
-        """Of the transport that moves pages."""
+        """The settings of the transport that moves pages, which listens at the next port."""
         return Settings(control=self.control(1))
 
 
 class S3Settings(TierSettings):
-    """The tier in S3-compatible object storage."""
+    """Settings of the tier in S3-compatible object storage."""
 
     bucket: str = Field(pattern=r"^[A-Za-z0-9._\-]{3,255}$", description="Bucket of the chunks; it must be there.")
     endpoint: str | None = Field(
@@ -231,7 +231,7 @@ class S3Settings(TierSettings):
 
 
 class PoolSettings(BaseModel):
-    """Everything that a pool can be told."""
+    """All settings of a pool."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
