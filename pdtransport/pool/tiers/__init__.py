@@ -1,1 +1,1 @@
-"""Where chunks lie below memory: disk, Redis, S3, Mooncake, NIXL, and other packages' by entry points."""
+"""The tiers below memory: disk, Redis, S3, Mooncake, NIXL, and other packages' tiers by entry points."""

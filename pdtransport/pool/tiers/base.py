@@ -1,8 +1,8 @@
-"""What a tier below memory must be able to do. All calls may block; they run in the tier's own threads.
+"""The interface of a tier below memory. All calls may block; they run in the tier's own threads.
 
-A tier holds *sealed* chunks: a header of ``HEADER_BYTES`` and a payload, opaque to it
-(:mod:`pdtransport.pool.tiers.envelope`). Where others can write, the payload ends with a keyed digest
-(:mod:`pdtransport.pool.tiers.keyed_digest`); the tier need not know.
+A tier holds *sealed* chunks: a header of ``HEADER_BYTES`` and a payload, both opaque to the tier
+(:mod:`pdtransport.pool.tiers.envelope`). Where others can write to the tier, a keyed digest follows the payload
+(:mod:`pdtransport.pool.tiers.keyed_digest`), which is opaque to the tier as well.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pdtransport.kernels.runs import Runs
 from pdtransport.kv.keys import KEY_BYTES
 
 HEADER_BYTES = 44 + KEY_BYTES
-DIGEST_BYTES = 32  # behind the payload, where a tier's chunks carry a keyed digest
+DIGEST_BYTES = 32  # length of the keyed digest after the payload, for tiers whose chunks carry one
 
 Place = Callable[[bytes], list[memoryview]]
 
 
 class TierError(PDTransportError):
-    """A tier could not do what it was asked; the text says why."""
+    """A call to a tier failed; the text says why."""
 
 
 class Damaged(TierError):
-    """What should be written does not have its checksum."""
+    """The chunk to be written does not have its checksum."""
 
 
 class TierDown(TierError):
-    """A tier can't be reached for now; what it holds may still be there."""
+    """A tier can't be reached for now; its chunks may still be there."""
 
 
 class Stored(NamedTuple):
-    """A chunk that a tier holds since an earlier run: ``nbytes`` of content in ``stored`` bytes."""
+    """A chunk that a scan found in a tier: ``nbytes`` of content, which takes ``stored`` bytes there."""
 
     key: bytes
     tenant: str
@@ -46,50 +46,55 @@ class Stored(NamedTuple):
 
 
 class Tier(ABC):
-    """A place for chunks. Calls about one key never overlap."""
+    """Stores chunks below memory. Calls for one key never overlap."""
 
     name: str
-    overhead_bytes: int  # that a chunk may take beyond its content
-    threads: int  # that may call at once
-    shared: bool = False  # whether other pools write there too
-    rescan_s: float = 0.0  # how often to look for what they wrote; 0: at start only
-    exposed: str = "others may write to it"  # why its chunks need a keyed digest; empty: only this user can write there
+    overhead_bytes: int  # most bytes that a chunk takes beyond its content (without a digest)
+    threads: int  # number of threads that call the tier
+    shared: bool = False  # whether other pools write to it too
+    rescan_s: float = 0.0  # how often to scan for chunks of other pools; 0: at start only
+    exposed: str = "others may write to it"  # why its chunks need a keyed digest; empty: only this user can write to it
 
     def probe(self) -> None:  # noqa: B027 - most tiers are always there
-        """See whether a tier that was down is there again.
+        """Check whether a tier that was down can be reached again.
 
         Raises:
-            TierDown: it is not.
+            TierDown: it can't.
         """
 
     def close(self) -> None:  # noqa: B027 - most tiers have nothing to give back
-        """The pool ends: no call comes after this."""
+        """Free resources; the pool makes no call after this."""
 
     @abstractmethod
     def scan(self) -> Iterator[Stored]:
-        """What is there at start; also tidies up what an unclean end left behind.
+        """Iterate over the chunks that the tier holds; also removes remains of writes that a crash interrupted.
 
         Raises:
-            TierError: the place can't be used.
+            TierError: the tier can't be read.
         """
 
     @abstractmethod
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
-        """Store a chunk of ``nbytes`` of content, sealed in ``pieces``, whole or not at all; returns the bytes that it
-        takes.
+        """Store a chunk atomically; returns the bytes that it takes in the tier.
+
+        Args:
+            nbytes: bytes of the chunk's content.
+            pieces: the sealed chunk, header first.
 
         Raises:
-            TierError, OSError: it was not stored.
+            TierError, OSError: the chunk was not stored.
         """
 
     def write_checked(
         self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview], checksum: int
     ) -> int:
-        """As :meth:`write`, of a chunk whose bytes stand in ``pieces`` as they are, behind the header, and only if they
-        have this checksum. A tier that copies them anyway can take it on the way.
+        """Verify an unpacked chunk's checksum, then :meth:`write` it.
+
+        ``pieces`` holds the header, then the chunk's plain bytes. A tier that copies the bytes anyway can override this
+        and compute the checksum during that copy.
 
         Raises:
-            Damaged: they have another.
+            Damaged: the bytes have another checksum.
             TierError, OSError: as :meth:`write`.
         """
         check(int(pages.checksum(runs_of(pieces[1:]), 1)[0]), checksum)
@@ -97,25 +102,30 @@ class Tier(ABC):
 
     @abstractmethod
     def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
-        """Read a sealed chunk: ``place(header)`` says where the payload goes; fill all of that, and see that nothing is
-        left over. Whether the bytes are right is for the caller to verify: the checksum of the payload as it stands
-        there now, if it was taken on the way, else None.
+        """Read a sealed chunk.
+
+        Call ``place(header)`` for the buffers that the rest of the sealed chunk goes to. Fill them completely, and
+        check that nothing is left over. The caller verifies the bytes.
+
+        Returns:
+            The checksum of the bytes now in the buffers, if it was computed during the copy; else None.
 
         Raises:
-            TierError, OSError: it is not there, has another length, can't be read; and what ``place`` raises.
+            TierError, OSError: the chunk is missing, has another length, or can't be read; and whatever ``place``
+                raises.
         """
 
     @abstractmethod
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
-        """Remove a chunk; one that is not there is no error.
+        """Remove a chunk; a missing chunk is no error.
 
         Raises:
-            TierError, OSError: it may still be there.
+            TierError, OSError: the chunk may still be there.
         """
 
 
 def runs_of(pieces: Sequence[bytes | memoryview]) -> Runs:
-    """Where they lie."""
+    """Addresses and lengths of the pieces: (n, 2) uint64."""
     return np.array([(address_of(piece), len(piece)) for piece in pieces], dtype=np.uint64).reshape(-1, 2)
 
 
@@ -124,18 +134,20 @@ def address_of(piece: bytes | memoryview) -> int:
 
 
 def check(found: int, checksum: int) -> None:
-    """Raises:
-    Damaged: they differ.
+    """Compare a chunk's checksum with the expected one.
+
+    Raises:
+        Damaged: they differ.
     """
     if found != checksum:
         raise Damaged("the chunk in memory is damaged: its checksum differs")
 
 
 def fill(value: bytes | memoryview, place: Place) -> None:
-    """What :meth:`Tier.read` does with a sealed chunk that lies in memory.
+    """Implement :meth:`Tier.read` for a sealed chunk that was read into memory as a whole.
 
     Raises:
-        TierError: it has another length than its header says; and what ``place`` raises.
+        TierError: its length is not what its header says; and whatever ``place`` raises.
     """
     payload = memoryview(value)[HEADER_BYTES:]
     parts = place(bytes(value[:HEADER_BYTES]))

@@ -1,8 +1,8 @@
-"""How a chunk's bytes are packed in a tier below memory.
+"""Codecs that pack a chunk's bytes in tiers below memory.
 
-Lossless codecs (``zstd``) are a tier's own choice: what comes out is what went in. Lossy ones (``fp8``, ``int4``) are
-used for a chunk only where whoever stores it asks for it (:class:`Lossy`), and asks under keys that say so
-(:attr:`pdtransport.kv.keys.KeySpace.codec`): who wants exact bytes never finds such a chunk.
+A lossless codec (``zstd``) is chosen by a tier's settings. A lossy codec (``fp8``, ``int4``) is used only for chunks
+whose client asks for it (:class:`Lossy`). Their keys name the codec (:attr:`pdtransport.kv.keys.KeySpace.codec`), so
+clients that want exact bytes never find such a chunk.
 
 Third parties add codecs by entry points, see :mod:`pdtransport.pool.tiers.registry`.
 """
@@ -22,22 +22,22 @@ from pdtransport.kernels import quant
 from pdtransport.kernels.quant import DTYPES, Grid
 from pdtransport.pool.tiers.base import TierError
 
-ZSTD_LEVEL = 1  # KV is nearly random below its exponents: higher levels cost much and gain little
-FIRST_FOREIGN = 64  # numbers from here on are third parties'
-MAX_FORMS = 255  # ways to pack chunks that one pool remembers
+ZSTD_LEVEL = 1  # only the exponents of KV values compress, mantissas are nearly random: higher levels gain little
+FIRST_FOREIGN = 64  # codec numbers from here on belong to third parties
+MAX_FORMS = 255  # distinct Lossy values that one pool remembers: the index has one byte for them
 
 Part = memoryview
 
 
 class Lossy(NamedTuple):
-    """How a chunk may be packed with loss: by which codec, and how its elements lie."""
+    """Lossy packing that a client allows for a chunk: the codec, and the grid of the chunk's elements."""
 
     codec: str
     grid: Grid
 
 
 class Forms:
-    """Ways to pack chunks below memory, by their numbers; 0: exactly."""
+    """Numbers for the distinct :class:`Lossy` values of a pool's chunks; 0: lossless."""
 
     def __init__(self, counters: Counter[str]) -> None:
         self._forms: list[Lossy | None] = [None]
@@ -47,7 +47,7 @@ class Forms:
         return self._forms[number]
 
     def number(self, lossy: Lossy | None) -> int:
-        """0 also where there are too many."""
+        """The number of a value; 0 (lossless) also if there are more than ``MAX_FORMS``."""
         if lossy not in self._forms:
             if len(self._forms) > MAX_FORMS:
                 self._counters["forms_refused"] += 1
@@ -57,8 +57,10 @@ class Forms:
 
 
 class Codec(ABC):
-    """Packs chunks; called by several threads at once. ``number`` stands in the header of what was packed; never give
-    one out twice."""
+    """Packs and unpacks chunks. Must be thread-safe.
+
+    ``number`` is written to the header of packed chunks. Never reuse the number of another codec.
+    """
 
     name: str
     number: int
@@ -66,20 +68,27 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, parts: Sequence[Part], grid: Grid | None) -> bytes | None:
-        """The packed bytes; None if they are not shorter, or the content is none for this codec (then the chunk is
-        stored as it is). ``grid``: how elements lie, where that is known; lossy codecs always get it."""
+        """Pack a chunk.
+
+        Args:
+            grid: the grid of the chunk's elements, if it is known; lossy codecs always get it.
+
+        Returns:
+            The packed bytes; None if they would not be shorter, or the codec can't pack this content. Then the chunk is
+            stored unpacked.
+        """
 
     @abstractmethod
     def decode(self, payload: bytes | bytearray, parts: Sequence[Part]) -> None:
-        """Unpack into ``parts``: the same bytes whenever and wherever it is done.
+        """Unpack into ``parts``. Deterministic: every host and every version gives the same bytes.
 
         Raises:
-            TierError: it is damaged, or of another length.
+            TierError: the payload is damaged, or unpacks to another length.
         """
 
 
 class ShuffledZstd(Codec):
-    """The bytes of all elements sorted by their place in the element (exponents with exponents), then zstd.
+    """Byte shuffle (bytes at the same position in each element are grouped, exponents with exponents), then zstd.
 
     Raises:
         SettingsError: the zstandard package is missing.
@@ -107,7 +116,7 @@ class ShuffledZstd(Codec):
         total = sum(len(part) for part in parts)
         try:
             item_bytes, packed = payload[0], memoryview(payload)[1:]
-            # Bounded by what is expected: a damaged length in the payload must not take all memory.
+            # Bounded by the expected length: a damaged length in the payload must not exhaust memory.
             if item_bytes not in (1, 2, 4, 8) or self._zstd.frame_content_size(packed) != total:
                 raise TierError("the packed chunk is damaged: its length is not the chunk's")
             shuffled = self._zstd.ZstdDecompressor().decompress(packed, max_output_size=total)
@@ -117,8 +126,10 @@ class ShuffledZstd(Codec):
 
 
 class Quantised(Codec):
-    """fp8 or int4 with a scale for each head (see :mod:`pdtransport.kernels.quant`). A payload says how its elements
-    lie, so that any pool can read it."""
+    """fp8 or int4 with one scale a head (see :mod:`pdtransport.kernels.quant`).
+
+    A payload holds the grid of its elements, so that any pool can unpack it.
+    """
 
     lossy = True
     _HEAD = struct.Struct("<B3xIII")  # element type, rows, groups, width
@@ -147,7 +158,7 @@ class Quantised(Codec):
         _scatter(content, parts)
 
 
-LOSSY = {"fp8": 2, "int4": 3}  # names and numbers
+LOSSY = {"fp8": 2, "int4": 3}  # codec numbers by name
 
 
 def _scatter(content: np.ndarray, parts: Sequence[Part]) -> None:

@@ -1,15 +1,15 @@
 """The tier on disk, or on any mounted file system: one checksummed file a chunk, ``t-TENANT/KEY[:3]/KEY.NBYTES``.
 
-A file is published whole by renaming it, and its name says all that the index needs: a start after any end reads
-directories, not files. Nothing is synced, since nothing relies on it: a file that a crash left damaged fails its
-checks when it is read, counts as a miss, and is removed.
+A file is published atomically by a rename, and its name has all that the index needs. So a start, even after a crash,
+reads directories and no files. Files are not synced to disk: a file that a crash has damaged fails its checks when it
+is read, counts as a miss, and is removed.
 
-The directory is opened once, and what is below it is reached from there, through no symbolic link: whoever can rename
-one above it can't put another in its place. If it is this user's alone, so must be the files in it; else chunks need
-digests (:attr:`Tier.exposed`).
+The directory is opened once. All files are reached from its descriptor and through no symbolic link, so renaming or
+replacing a directory above it has no effect. If the directory is private to this user, files in it must be this user's;
+else chunks need digests (:attr:`Tier.exposed`).
 
-Where the file system has direct I/O (``O_DIRECT``), bytes go round the page cache, for the pool is the cache, and
-through a buffer of huge pages: from frames of small ones the disk would get more and shorter pieces.
+If the file system has direct I/O (``O_DIRECT``), bytes bypass the page cache, since the pool is a cache itself. They
+pass through a buffer of huge pages: directly from frames on small pages the disk would get more and shorter segments.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from pdtransport.system.private_files import make_private_folder
 
 logger = logging.getLogger("pdtransport.pool")
 
-IOV_LIMIT = 1024  # Linux' IOV_MAX
-BLOCK = 4096  # what direct I/O aligns to; the payload's place in a file
-STRETCH = 4 << 20  # bytes of a file that are written or read at once
-HUGE = 2 << 20
+IOV_LIMIT = 1024  # IOV_MAX of Linux
+BLOCK = 4096  # alignment of direct I/O; offset of the payload in a file
+STRETCH = 4 << 20  # bytes that one read or write moves; length of a thread's buffer
+HUGE = 2 << 20  # size of a huge page
 _TENANT = "t-"
 _TEMPORARY = "new-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class DiskTier(Tier):
-    """Chunks below ``settings.path``, which is made if it is missing.
+    """Stores chunks below ``settings.path``, which is created if it is missing.
 
     Raises:
-        SettingsError: it can't be made or written.
+        SettingsError: the directory can't be created or written.
     """
 
     name = "disk"
@@ -69,7 +69,7 @@ class DiskTier(Tier):
         self.threads = settings.threads
         self._root = settings.path
         self._local = threading.local()
-        self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # names of our own unfinished files begin so
+        self._run = f"{_TEMPORARY}{secrets.token_hex(8)}-"  # prefix of this run's unfinished files
         self._numbers = itertools.count()
         try:
             make_private_folder(self._root)
@@ -91,7 +91,11 @@ class DiskTier(Tier):
         )
 
     def _probe_direct(self) -> bool:
-        """Whether files can be written here, round the page cache even."""
+        """Whether direct I/O works here.
+
+        Raises:
+            OSError: the directory can't be written.
+        """
         probe = f"{self._run}probe"
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._top))
         try:
@@ -137,8 +141,10 @@ class DiskTier(Tier):
         return Stored(key, tenant, nbytes, about.st_size) if fits and self._ours(about) else None
 
     def _ours(self, file: os.stat_result) -> bool:
-        """Whether this file may be read: a regular one, and where only we can write, our own: it may lie there since
-        others could, too."""
+        """Whether this file may be read: it must be regular, and in a private directory it must be this user's.
+
+        The directory may have been open to others earlier, so a file of another user may lie in it.
+        """
         return stat.S_ISREG(file.st_mode) and (bool(self.exposed) or file.st_uid == os.getuid())
 
     def write(self, key: bytes, tenant: str, nbytes: int, pieces: Sequence[bytes | memoryview]) -> int:
@@ -176,7 +182,7 @@ class DiskTier(Tier):
         return total
 
     def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> int | None:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | self._flags  # a pipe holds nobody up
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | self._flags  # a pipe must not block open
         with self._folder(key, tenant) as folder:
             fd = os.open(_name(key, nbytes), flags, dir_fd=folder)
         try:
@@ -194,7 +200,13 @@ class DiskTier(Tier):
             os.close(fd)
 
     def _write_staged(self, fd: int, header: bytes, content: Runs, checksum: int | None) -> None:
-        """Header and content; with a ``checksum``, nothing unless the content, which fits the buffer, has it."""
+        """Write header and content through this thread's buffer.
+
+        With a ``checksum``, the content must fit the buffer, and nothing is written if its checksum differs.
+
+        Raises:
+            Damaged: the checksum differs.
+        """
         buffer, first, skip = self._buffer(), 0, len(header)
         total = len(header) + stream_bytes(content)
         buffer[:skip] = header
@@ -206,21 +218,22 @@ class DiskTier(Tier):
                 check(int(found[0]), checksum)
             nbytes += skip
             ends = -(-nbytes // BLOCK) * BLOCK
-            buffer[nbytes:ends] = bytes(ends - nbytes)  # cut off again below
+            buffer[nbytes:ends] = bytes(ends - nbytes)  # padding for direct I/O; truncated below
             self._to_file(fd, ends, first)
             first, skip = first + nbytes, 0
         if total % BLOCK:
             os.truncate(fd, total)
 
     def _read_staged(self, fd: int, size: int, place: Place) -> int | None:
-        """The checksum of the payload, if the file fits the buffer."""
+        """Read a file through this thread's buffer; returns the checksum of its payload if the file fits the buffer."""
         buffer = self._buffer()
         self._from_file(fd, size, 0)
         parts = place(bytes(buffer[:HEADER_BYTES]))
         _check_length(size, parts)
         content = runs_of(parts)
         if size <= STRETCH:
-            blocks = 1 if size % 8 == 0 else 0  # a packed chunk may have any length, and its checksum is not asked for
+            # Checksums are of multiples of 8 bytes. Other lengths are packed chunks, of which none is needed.
+            blocks = 1 if size % 8 == 0 else 0
             found = pages.read_mapped(run(address_of(buffer) + BLOCK, size - BLOCK), content, blocks)
             return int(found[0]) if blocks else None
         bounds = [0, *(end - BLOCK for end in range(STRETCH, size, STRETCH)), size - BLOCK]
@@ -232,13 +245,13 @@ class DiskTier(Tier):
         return None
 
     def _to_file(self, fd: int, nbytes: int, offset: int) -> None:
-        """Write the first bytes of this thread's buffer."""
+        """Write the first ``nbytes`` of this thread's buffer."""
         buffer, at = self._buffer(), 0
         while at < nbytes:
             at += os.pwrite(fd, buffer[at:nbytes], offset + at)
 
     def _from_file(self, fd: int, nbytes: int, offset: int) -> None:
-        """Read so many bytes, or as many as fit, into this thread's buffer."""
+        """Read ``nbytes``, or as many as fit, into this thread's buffer."""
         buffer, got = self._buffer(), 0
         while got < min(nbytes, STRETCH):
             more = os.preadv(fd, [buffer[got:]], offset + got)
@@ -247,7 +260,7 @@ class DiskTier(Tier):
             got += more
 
     def _buffer(self) -> memoryview:
-        """This thread's, of ``STRETCH`` bytes."""
+        """This thread's buffer: ``STRETCH`` bytes, aligned to a huge page."""
         found: memoryview | None = getattr(self._local, "buffer", None)
         if found is None:
             memory = mmap.mmap(-1, STRETCH + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -266,7 +279,7 @@ class DiskTier(Tier):
 
     @contextlib.contextmanager
     def _folder(self, key: bytes, tenant: str, *, make: bool = False) -> Iterator[int]:
-        """The directory of a chunk's file, opened."""
+        """Open the directory of a chunk's file; yields its descriptor."""
         opened = [self._top]
         try:
             for name in (f"{_TENANT}{tenant}", key.hex()[:3]):
@@ -284,7 +297,7 @@ class DiskTier(Tier):
                 os.close(fd)
 
     def _tidy(self, found: os.DirEntry[str], folder: int) -> None:
-        """Remove what an earlier run did not finish; leave everything else alone."""
+        """Remove a file if it is an unfinished one of an earlier run; leave all others alone."""
         if found.name.startswith(_TEMPORARY) and not found.name.startswith(self._run):
             with contextlib.suppress(OSError):
                 os.unlink(found.name, dir_fd=folder)
@@ -296,7 +309,7 @@ def _name(key: bytes, nbytes: int) -> str:
 
 @contextlib.contextmanager
 def _listed(name: str, within: int) -> Iterator[tuple[Iterator[os.DirEntry[str]], int]]:
-    """What is in a directory, and the directory itself, opened; nothing where it is none, or not for us to read."""
+    """Open a directory; yields its entries and its descriptor. No entries if it is no directory or can't be read."""
     try:
         fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
     except OSError:
@@ -331,7 +344,7 @@ def _read_all(fd: int, parts: Sequence[memoryview], offset: int) -> None:
 
 
 def _advance(left: list[memoryview], done: int) -> None:
-    """Take the first ``done`` bytes off."""
+    """Remove the first ``done`` bytes from the list of buffers."""
     whole = 0
     while whole < len(left) and done >= len(left[whole]):
         done -= len(left[whole])

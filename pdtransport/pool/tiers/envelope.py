@@ -1,4 +1,4 @@
-"""What stands before a chunk's bytes wherever they lie outside memory: enough to never take one chunk for another."""
+"""Sealing and unsealing of chunks outside memory. The header ensures that no chunk is taken for another."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from pdtransport.pool.tiers.keyed_digest import ID_BYTES, UNSIGNED, Signer
 from pdtransport.pool.tiers.registry import decoder
 
 _MAGIC = b"pdtkv-1\0"
-# Magic, codec, the digest's key (zeros: no digest), content bytes, payload bytes, checksum, key.
+# Magic, codec, id of the digest's key (zeros: no digest), content bytes, payload bytes, checksum, chunk key.
 _FIELDS = struct.Struct(f"<8sB{ID_BYTES}sQQQ{KEY_BYTES}s")
 _CRC = struct.Struct("<I")
 assert _FIELDS.size + _CRC.size == HEADER_BYTES
 
-PLAIN = 0  # number of no codec
+PLAIN = 0  # codec number of an unpacked payload
 
 
 class Envelope(NamedTuple):
-    """A chunk's header: ``nbytes`` of content with this ``checksum``, packed into ``payload`` bytes. The checksum is
-    that of what comes out of the payload, which for a lossy codec is not what went in. ``signer``: the number of the
-    key by which a digest behind the payload was made."""
+    """The header of a sealed chunk: ``nbytes`` of content, packed into ``payload`` bytes.
+
+    Attributes:
+        signer: id of the key that made the digest after the payload; zeros: there is no digest.
+        checksum: of the content as it is unpacked, which differs from the original after a lossy codec.
+    """
 
     codec: int
     signer: bytes
@@ -52,7 +55,10 @@ def seal(
     grid: Grid | None = None,
     signer: Signer | None = None,
 ) -> list[bytes | memoryview]:
-    """Header and payload of a chunk, and its digest if there is a ``signer``, in pieces."""
+    """Seal a chunk: returns its header, its payload (one or more pieces), and its digest if there is a ``signer``.
+
+    The content is packed with ``codec`` if there is one and it makes the content shorter.
+    """
     nbytes = sum(len(part) for part in parts)
     key_id = signer.id if signer is not None else UNSIGNED
     payload = codec.encode(parts, grid) if codec is not None else None
@@ -69,7 +75,10 @@ def seal(
 
 
 class Opening:
-    """A chunk on its way out of a tier into ``parts``. With a ``signer`` it must carry a digest by one of its keys."""
+    """Unseals a chunk that is read from a tier into ``parts``.
+
+    With a ``signer``, the chunk must carry a digest made with one of the signer's keys.
+    """
 
     def __init__(self, key: bytes, parts: Sequence[memoryview], signer: Signer | None = None) -> None:
         self._key, self._parts, self._signer = key, parts, signer
@@ -79,10 +88,11 @@ class Opening:
         self._digest = bytearray()
 
     def place(self, header: bytes) -> list[memoryview]:
-        """Where what follows this header goes.
+        """Check a header; returns the buffers for the bytes that follow it.
 
         Raises:
-            TierError: damaged, another chunk, another length; Forged: it carries no digest by a key of the signer's.
+            TierError: the header is damaged, or of another chunk or length, or its codec is not installed.
+            Forged: the header names no digest made with one of the signer's keys.
         """
         self._header = found = _unsealed(header, self._key, sum(len(part) for part in self._parts))
         if self._signer is not None:
@@ -92,26 +102,29 @@ class Opening:
         behind = [memoryview(self._digest)] if self._digest else []
         if found.codec == PLAIN:
             return [*self._parts, *behind]
-        decoder(found.codec)  # is it at hand?
+        decoder(found.codec)  # raises if the codec is not installed
         self._payload = bytearray(found.payload)
         return [memoryview(self._payload), *behind]
 
     @property
     def plain(self) -> bool:
-        """Whether the payload is the chunk as it is, and nothing follows it."""
+        """Whether the payload is the unpacked content, with no digest after it."""
         return self._header is not None and self._header.codec == PLAIN and not self._digest
 
     def finish(self) -> int:
-        """Verify the digest and unpack what was filled; returns the checksum that it must have, which is for the caller
-        to verify.
+        """Verify the digest and unpack the payload, once all buffers are filled.
+
+        Returns:
+            The checksum that the content must have. The caller verifies it.
 
         Raises:
-            TierError: it is damaged; Forged: its digest is wrong.
+            TierError: the payload is damaged.
+            Forged: the digest is wrong.
         """
         if self._header is None:
             raise TierError("the tier read nothing")
         packed = self._header.codec != PLAIN
-        if self._signer is not None:  # before anything looks at the bytes
+        if self._signer is not None:  # verified before a decoder parses the bytes
             filled = [memoryview(self._payload)] if packed else self._parts
             self._signer.verify(self._header.signer, self._packed, filled, self._digest)
         if packed:

@@ -1,8 +1,8 @@
-"""Keyed digests of chunks that lie where others can write: whoever lacks the key can't put a chunk there.
+"""Keyed digests of chunks in tiers that others can write to: without the key, nobody can forge a chunk.
 
-A digest is HMAC-SHA256 over a chunk's header, which holds the chunk's key, and over its bytes as they are stored: twice
-as fast as keyed BLAKE2b where processors know SHA-256. The header names the HMAC's key by a number of its own, so that
-it can be changed: of a file's keys the first one signs, all verify.
+A digest is HMAC-SHA256 over a chunk's header, which holds the chunk's key, and over its bytes as stored. On CPUs with
+SHA instructions that is twice as fast as keyed BLAKE2b. The header has an id of the HMAC key, so that keys can be
+rotated: of the keys in the key file, the first one signs and all verify.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pdtransport.serving.keyfiles import read_lines
 from pdtransport.system.private_files import make_private_folder
 
 ID_BYTES = 7
-UNSIGNED = bytes(ID_BYTES)  # in place of a key's number: there is no digest
+UNSIGNED = bytes(ID_BYTES)  # key id of a chunk without a digest
 MIN_KEY = 32  # characters
 MAX_KEYS = 4
 
@@ -31,7 +31,7 @@ Piece = bytes | bytearray | memoryview
 
 
 class Forged(TierError):
-    """A chunk without a digest that its tier wants, or with a wrong one. ``kind``: missing, unknown_key or wrong."""
+    """A chunk's digest is missing, made with an unknown key, or wrong. ``kind``: missing, unknown_key or wrong."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -39,10 +39,10 @@ class Forged(TierError):
 
 
 class Signer:
-    """Makes and verifies digests; used by several threads at once.
+    """Makes and verifies digests. Thread-safe.
 
     Args:
-        keys: as they stand in the file, the one that signs first.
+        keys: the lines of the key file; the first key signs.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -51,19 +51,23 @@ class Signer:
         self.id = next(iter(self._keys))
 
     def sign(self, header: Piece, pieces: Sequence[Piece]) -> bytes:
-        """The digest of a chunk whose header names :attr:`id`."""
+        """The digest of a chunk, made with the first key. The header must name that key (:attr:`id`)."""
         return self._digest(self._keys[self.id], header, pieces)
 
     def verify(self, key_id: bytes, header: Piece, pieces: Sequence[Piece], digest: Piece) -> None:
-        """Raises:
-        Forged: ``digest`` is another one's.
+        """Verify a chunk's digest.
+
+        Raises:
+            Forged: the digest is wrong.
         """
         if not hmac.compare_digest(self._digest(self._keys[key_id], header, pieces), bytes(digest)):
             raise Forged("wrong", "a chunk's digest is not that of its bytes: it was forged, or is damaged")
 
     def check_key(self, key_id: bytes) -> None:
-        """Raises:
-        Forged: a header that names this key is not one of ours.
+        """Check the key id in a header.
+
+        Raises:
+            Forged: the header names no digest, or one made with a key that this signer lacks.
         """
         if key_id == UNSIGNED:
             raise Forged(
@@ -89,10 +93,11 @@ def _id_of(key: bytes) -> bytes:
 
 
 def load_signer(path: Path) -> Signer:
-    """Of the keys in a file of ``pool.digest_key_file``.
+    """Make a signer from a file of keys (``pool.digest_key_file``), one a line.
 
     Raises:
-        SettingsError: it can't be read, others can read it, or it holds no key, a short one or too many.
+        SettingsError: the file can't be read, is not this user's or root's, is open to others, or holds no key, a
+            short key or too many.
     """
     setting = "pool.digest_key_file"
     keys = read_lines(path, setting)
@@ -111,10 +116,10 @@ def load_signer(path: Path) -> Signer:
 
 
 def keep_key(path: Path) -> None:
-    """Make a key file unless it is there.
+    """Create a key file with a new random key, unless the file exists.
 
     Raises:
-        SettingsError: it can't be made.
+        SettingsError: the file can't be created.
     """
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
@@ -123,7 +128,7 @@ def keep_key(path: Path) -> None:
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
                 file.write(f"{secrets.token_hex(32)}\n")
             with contextlib.suppress(FileExistsError):
-                os.link(draft, path)  # whole, or not at all
+                os.link(draft, path)  # atomic: no reader sees half a file
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
@@ -133,7 +138,7 @@ def keep_key(path: Path) -> None:
 
 
 def wants_key(settings: PoolSettings) -> bool:
-    """Whether a pool with these settings may need a key: it has a tier that others can write to."""
+    """Whether a pool with these settings may need a digest key."""
     disk = settings.disk is not None and not is_private(settings.disk.path)
     below = settings.disk or settings.redis or settings.s3 or settings.tiers
     if settings.digest == "all":

@@ -1,7 +1,8 @@
-"""A tier in Mooncake Store: one object a chunk, ``pdtkv:TENANT:KEY:NBYTES``, with the same header as a file.
+"""A tier in Mooncake Store: one object a chunk, named ``pdtkv:TENANT:KEY:NBYTES``.
 
-Mooncake evicts by its own rules; a chunk that it dropped is a miss. Its client tells no names, but its master does over
-HTTP: with that address, what earlier runs and other pools wrote is found. Named by the entry point ``mooncake``.
+The object is the sealed chunk. Mooncake evicts by its own rules; a chunk that it has dropped is a miss. Its client
+can't list names, but its master can over HTTP: with the option ``names``, chunks of earlier runs and other pools are
+found. The tier's entry point is ``mooncake``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pdtransport.pool.tiers.base import DIGEST_BYTES, HEADER_BYTES, Place, Store
 from pdtransport.settings import one_line
 
 PREFIX = "pdtkv"
-NOT_THERE, NO_ROOM = -704, -200  # Mooncake's codes
-CLIENTS_OWN = -900  # codes from here on up to -999: its client could not reach somebody
+NOT_THERE, NO_ROOM = -704, -200  # Mooncake's error codes
+CLIENTS_OWN = -900  # codes -900 to -999: the client could not reach a peer
 CONNECT_S = 2.0
-LIST_S = 10.0  # for the master's list of names
+LIST_S = 10.0  # timeout of the master's list of names
 MAX_LIST_BYTES = 1 << 30
 _NAME = re.compile(rf"{PREFIX}:([A-Za-z0-9._\-]{{0,64}}):([0-9a-f]{{{2 * KEY_BYTES}}}):([0-9]{{1,10}})")
 
@@ -52,7 +53,7 @@ class MooncakeOptions(BaseModel):
 
 
 class MooncakeTier(Tier):
-    """Chunks in a store whose memory others provide (``mooncake_client``). Nothing is connected before the first call.
+    """Stores chunks in memory that Mooncake's own processes provide (``mooncake_client``). Connects at the first call.
 
     Raises:
         SettingsError: the package can't be loaded, or an option is wrong.
@@ -88,7 +89,7 @@ class MooncakeTier(Tier):
     def _connected(self) -> Any:
         its = self._its
         host, _, port = its.master.rpartition(":")
-        try:  # Mooncake's client would try for a minute and a half
+        try:  # first, since Mooncake's own client would retry for 90 seconds
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         except OSError as error:
             raise TierDown(f"the master at {its.master} can't be reached: {error}") from None
@@ -138,7 +139,8 @@ class MooncakeTier(Tier):
         fill(memoryview(found).cast("B"), place)
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
-        code = self._store.remove(_name(key, tenant, nbytes), True)  # whoever reads it finds out by its checksum
+        # True: remove even while it is being read; the checksum reveals a read of removed bytes.
+        code = self._store.remove(_name(key, tenant, nbytes), True)
         if code not in (0, NOT_THERE):
             raise self._trouble(code)
 

@@ -1,6 +1,6 @@
-"""A tier of files as the disk's, whose bytes NIXL's storage plugins move: POSIX, or another one that knows files.
+"""The disk tier with I/O by NIXL's storage plugins: POSIX, or another plugin that handles files.
 
-Chunks pass through host memory with every plugin. Named by the entry point ``nixl``.
+Chunks pass through host memory with every plugin. The tier's entry point is ``nixl``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pdtransport.pool.tiers.disk import STRETCH, DiskTier
 from pdtransport.settings import one_line
 
 MODULES = ("nixl._api", "nixl_cu13._api", "nixl_cu12._api")
-MAX_LOST = 16  # buffers of transfers that may never end
-LOOK_S = 0.0001  # between looks at a transfer that is not done at once
+MAX_LOST = 16  # buffers given up since NIXL did not release their transfers; at this many the tier refuses all I/O
+LOOK_S = 0.0001  # between polls of a transfer in flight
 
 
 class NixlOptions(BaseModel):
@@ -39,7 +39,7 @@ class NixlOptions(BaseModel):
 
 
 class NixlTier(DiskTier):
-    """Chunks below ``options["path"]``.
+    """Stores chunks below ``options["path"]``.
 
     Raises:
         SettingsError: the package or the plugin can't be loaded, an option is wrong, the directory can't be written.
@@ -54,13 +54,17 @@ class NixlTier(DiskTier):
             raise SettingsError(f"tier nixl: {one_line(error)}") from None
         self._api, self._plugin = _api(), its.plugin
         self._agents = itertools.count()
-        self._lost: list[Any] = []  # agents and buffers of transfers that NIXL does not end
+        self._lost: list[Any] = []  # agents and buffers of transfers that NIXL did not release
         self._agent()
         super().__init__(DiskSettings(path=its.path, bytes=1 << 20, threads=its.threads, direct="off"))
         self._staged = True
 
     def _agent(self) -> Any:
-        """A new one: an agent serves one thread."""
+        """Make an agent. Each serves one thread.
+
+        Raises:
+            SettingsError: the plugin does not start, or does not move files.
+        """
         name = f"pdpool-{os.getpid()}-{next(self._agents)}"
         agent = self._api.nixl_agent(name, self._api.nixl_agent_config(enable_prog_thread=False, backends=[]))
         known = ", ".join(sorted(agent.get_plugin_list()))
@@ -83,7 +87,11 @@ class NixlTier(DiskTier):
         self._move("READ", fd, min(nbytes, STRETCH), offset)
 
     def _move(self, way: str, fd: int, nbytes: int, offset: int) -> None:
-        """Between this thread's buffer and a file; returns when nothing moves any more."""
+        """Move bytes between this thread's buffer and a file; returns when no transfer is in flight.
+
+        Raises:
+            TierError: the transfer failed.
+        """
         if len(self._lost) >= MAX_LOST:
             raise TierError(f"{MAX_LOST} transfers did not end: start the pool again")
         mine: tuple[Any, Any] | None = getattr(self._local, "agent", None)
@@ -111,7 +119,14 @@ class NixlTier(DiskTier):
             self._end(mine, handle, file, buffer)
 
     def _end(self, mine: tuple[Any, Any], handle: Any, file: Any, buffer: memoryview) -> None:
-        """Give a transfer's handle back. If NIXL does not take it, something may still move: the buffer stays."""
+        """Release a transfer's handle.
+
+        If NIXL fails to, the transfer may still be in flight: its buffer is kept forever, and the thread gets a new
+        one.
+
+        Raises:
+            TierError: NIXL failed to release the transfer.
+        """
         try:
             if handle is not None:
                 mine[0].release_xfer_handle(handle)

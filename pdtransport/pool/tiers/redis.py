@@ -1,7 +1,7 @@
-"""The tier in Redis or Valkey: one string a chunk, ``pdtkv:TENANT:KEY:NBYTES``, with the same header as a file.
+"""The tier in Redis or Valkey: one string a chunk, named ``pdtkv:TENANT:KEY:NBYTES``.
 
-Chunk bytes go as they are. Several pools, on several hosts, may share one server: each finds the others' chunks by
-scanning for names, at start and every ``rescan_s``.
+The value is the sealed chunk. Pools on several hosts may share a server: each finds the others' chunks by scanning
+names, at start and every ``rescan_s``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pdtransport.pool.settings import MAX_CHUNK_BYTES, RedisSettings
 from pdtransport.pool.tiers.base import DIGEST_BYTES, HEADER_BYTES, Place, Stored, Tier, TierDown, TierError, fill
 
 PREFIX = "pdtkv"
-SCAN_COUNT = 1000  # names in one step of a scan
+SCAN_COUNT = 1000  # COUNT of one SCAN command
 _NAME = re.compile(rf"{PREFIX}:([A-Za-z0-9._\-]{{0,64}}):([0-9a-f]{{{2 * KEY_BYTES}}}):([0-9]{{1,10}})".encode())
 
 
 class RedisTier(Tier):
-    """Chunks at ``settings.url``. Nothing is connected before the first call.
+    """Stores chunks at ``settings.url``. Connects at the first call.
 
     Raises:
         SettingsError: the redis package is missing, or the URL or the password file can't be used.
@@ -79,7 +79,7 @@ class RedisTier(Tier):
         return len(value)
 
     def read(self, key: bytes, tenant: str, nbytes: int, place: Place) -> None:
-        most = HEADER_BYTES + nbytes + DIGEST_BYTES  # of what may be there; one more shows that it is not that
+        most = HEADER_BYTES + nbytes + DIGEST_BYTES  # GETRANGE includes byte `most`: a longer value is noticed
         value = self._ask(self._client.getrange, _name(key, tenant, nbytes), 0, most)
         if not value:
             raise TierError(f"chunk {key.hex()[:16]} is not there any more")

@@ -1,9 +1,9 @@
 """Tiers and codecs by name: those that come with pdtransport, and third parties' by entry points.
 
-A package adds a codec with an entry point in the group ``pdtransport.pool.codecs`` that names a class (or a function)
-without arguments, which makes a :class:`~pdtransport.pool.tiers.codecs.Codec`; and a tier with one in
-``pdtransport.pool.tiers`` that makes a :class:`~pdtransport.pool.tiers.base.Tier` from a dict of options. The entry
-point's name is what settings call it. Nothing is loaded before it is named.
+Entry points in the group ``pdtransport.pool.codecs`` are callables without arguments that return a
+:class:`~pdtransport.pool.tiers.codecs.Codec`. Those in ``pdtransport.pool.tiers`` are callables that take a dict of
+options and return a :class:`~pdtransport.pool.tiers.base.Tier`. Settings refer to them by the entry point's name. An
+entry point is loaded when it is first needed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CODECS, TIERS = "pdtransport.pool.codecs", "pdtransport.pool.tiers"
 
 
 def tier_codec(name: str, item_bytes: int) -> Codec | None:
-    """The codec that a tier was told to use; None for "none".
+    """The lossless codec that a tier's settings name; None for "none".
 
     Raises:
-        SettingsError: there is none of this name, it can't be loaded, or it loses bits.
+        SettingsError: there is no codec of this name, it can't be loaded, or it is lossy.
     """
     if name == "none":
         return None
@@ -43,7 +43,7 @@ def tier_codec(name: str, item_bytes: int) -> Codec | None:
 
 
 def lossy_codec(name: str) -> Codec | None:
-    """The lossy codec that a chunk asks for; None if this pool has none such: the chunk is then stored exactly."""
+    """The lossy codec of this name; None if there is none here (the chunk is then stored losslessly)."""
     try:
         codec = _codec(name)
     except SettingsError:
@@ -53,10 +53,10 @@ def lossy_codec(name: str) -> Codec | None:
 
 @functools.lru_cache(maxsize=256)
 def decoder(number: int) -> Codec:
-    """The codec that packed what has this number in its header.
+    """The codec with this number, for unpacking a chunk whose header names it.
 
     Raises:
-        TierError: it is not at hand.
+        TierError: it is not installed or can't be loaded.
     """
     try:
         if number == ShuffledZstd.number:
@@ -74,10 +74,13 @@ def decoder(number: int) -> Codec:
 
 
 def lower_tiers(settings: PoolSettings, first_bit: int) -> list[TierState]:
-    """The tiers below memory, fastest first.
+    """Open the tiers below memory that the settings name, fastest first.
+
+    Args:
+        first_bit: bit of the first tier in the index's ``tiers`` column; the next tiers have the next bits.
 
     Raises:
-        SettingsError: one can't be used.
+        SettingsError: a tier, its codec or its digest key can't be used.
     """
     made: list[tuple[Tier, AnyTierSettings]] = []
     try:
@@ -112,10 +115,10 @@ def _lower_tiers(settings: PoolSettings, first_bit: int, made: list[tuple[Tier, 
 
 
 def _signer_of(tier: Tier, signer: Signer | None, settings: PoolSettings) -> Signer | None:
-    """Of this tier's chunks; None: they carry no digest.
+    """The signer for a tier's chunks; None if they carry no digest.
 
     Raises:
-        SettingsError: they must, and there is no key.
+        SettingsError: they must carry one, and there is no key.
     """
     if settings.digest == "off" or (settings.digest == "auto" and not tier.exposed):
         return None
@@ -130,10 +133,10 @@ def _signer_of(tier: Tier, signer: Signer | None, settings: PoolSettings) -> Sig
 
 
 def make_tier(name: str, options: dict[str, Any]) -> Tier:
-    """A third party's tier.
+    """Make a tier from its entry point.
 
     Raises:
-        SettingsError: there is none of this name, it can't be loaded, or it can't do with these options.
+        SettingsError: there is no tier of this name, it can't be loaded, or it refuses these options.
     """
     made = _load(TIERS, name)
     try:

@@ -1,8 +1,8 @@
-"""The tier in S3-compatible object storage: one object a chunk, ``PREFIX/t-TENANT/KEY.NBYTES``, with the same header
-as a file.
+"""The tier in S3-compatible object storage: one object a chunk, named ``PREFIX/t-TENANT/KEY.NBYTES``.
 
-Several pools, on several hosts, may share a bucket and prefix: each finds the others' chunks by listing names, at start
-and every ``rescan_s``. Credentials come from botocore's usual places, never from a command line.
+The object is the sealed chunk. Pools on several hosts may share a bucket and prefix: each finds the others' chunks by
+listing names, at start and every ``rescan_s``. Credentials come from the places where botocore looks, never from a
+command line.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, S3Settings
 from pdtransport.pool.tiers.base import DIGEST_BYTES, HEADER_BYTES, Place, Stored, Tier, TierDown, TierError
 
-PROBE_S = 5.0  # between requests to a server that is down: each may cost money
-SLOW = 10  # a chunk may take so many timeouts
+PROBE_S = 5.0  # between probes of a server that is down: each request may cost money
+SLOW = 10  # time limit for reading one chunk, as a multiple of timeout_s
 _NAME = re.compile(rf"t-([A-Za-z0-9._\-]{{0,64}})/([0-9a-f]{{{2 * KEY_BYTES}}})\.([0-9]{{1,10}})")
 
 
 class S3Tier(Tier):
-    """Chunks in ``settings.bucket``, which must be there. Nothing is connected before the first call.
+    """Stores chunks in ``settings.bucket``, which must exist. Connects at the first call.
 
     Raises:
-        SettingsError: the botocore package is missing, or it can't do with the settings.
+        SettingsError: the botocore package is missing, it refuses the settings, or the credentials file can't be read.
     """
 
     name = "s3"
@@ -63,9 +63,9 @@ class S3Tier(Tier):
                     connect_timeout=settings.timeout_s,
                     read_timeout=settings.timeout_s,
                     max_pool_connections=settings.threads + 1,
-                    retries={"total_max_attempts": 1},  # a chunk that can't be had is computed again
+                    retries={"total_max_attempts": 1},  # a chunk that can't be read is recomputed
                     s3={"addressing_style": style},
-                    # Chunks have checksums of their own; servers other than AWS's may not know these.
+                    # Chunks have their own checksums, and servers other than AWS may not support these.
                     request_checksum_calculation="when_required",
                     response_checksum_validation="when_required",
                 ),
@@ -110,7 +110,7 @@ class S3Tier(Tier):
                 if answer["ContentLength"] != HEADER_BYTES + sum(map(len, parts)):
                     raise TierError(f"chunk {key.hex()[:16]} is damaged: its object has another length")
                 self._fill(parts, body)
-            except (self._error, OSError) as error:  # urllib3's are told as botocore's
+            except (self._error, OSError) as error:  # botocore wraps urllib3's errors
                 raise TierDown(f"the server broke off: {_line(error)}") from None
 
     def _fill(self, parts: Sequence[memoryview], body: Any) -> None:
@@ -136,7 +136,7 @@ class S3Tier(Tier):
             code = error.response.get("Error", {}).get("Code", "")
             if code in ("NoSuchKey", "404"):
                 raise TierError("the object is not there any more") from None
-            if status >= 500 or status in (401, 403, 429) or code == "NoSuchBucket":  # nothing else will go better
+            if status >= 500 or status in (401, 403, 429) or code == "NoSuchBucket":  # would fail for every chunk
                 raise TierDown(f"the server refuses: {_line(error)}") from None
             raise TierError(f"the server refused: {_line(error)}") from None
         except self._down as error:
