@@ -1,1 +1,1 @@
-"""The pool for clients on other hosts."""
+"""The pool for clients on other hosts: the agent beside the pool, and the client's connection to it."""

@@ -1,4 +1,4 @@
-"""The transport between a pool's frames and those of a client on another host."""
+"""The transport that moves chunks between a pool's frames and the staging frames of a client on another host."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pdtransport.transport import Transport
 def open_transport(
     address: int, nbytes: int, frame_bytes: int, settings: Settings, name: str, port: int, liveness_s: float
 ) -> Transport:
-    """A transport whose pages are the frames of the memory at ``address``, and which gives up a peer that said nothing
-    for ``liveness_s``.
+    """Open a transport whose pages are the frames of the memory at ``address``.
+
+    It gives up a peer that was silent for ``liveness_s``.
 
     Raises:
         SettingsError, LinkUnavailable: as :class:`Transport`.
@@ -26,11 +27,11 @@ def open_transport(
         slot_bytes=frame_bytes,
         heads_first=True,
     )
-    # An engine's own demands on its links are about its pages.
+    # An engine's requirements for its links concern its own pages, not the pool's.
     order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
     changed = {"order": order, "require": None, "min_bandwidth_bytes_s": 0, "probe_bytes": 0}
     links = settings.links.model_copy(update=changed)
-    # The pool's client is told the pool's address by its own settings, and the agent has asked about the client's.
+    # No control.peers: a client has the pool's address from its own settings, and the agent has checked the client's.
     control = settings.control.model_copy(update={"liveness_s": liveness_s, "peers": None})
     ours = settings.model_copy(update={"links": links, "control": control, "observe": ObserveSettings()})
     return Transport(geometry, ours, engine=name, fingerprint={"model": "pdpool"}, port=port)

@@ -1,7 +1,7 @@
-"""What a client on another host and a pool's agent say to each other, beside the messages of :mod:`pool.messages`.
+"""Messages between a client on another host and the pool's agent, in addition to those of :mod:`pool.messages`.
 
-Chunks are moved by transfers of :mod:`pdtransport.transport` between the pool's frames and staging frames of the
-client's, of one length; either side names frames of its own only.
+Chunks move by transfers of :mod:`pdtransport.transport` between the pool's frames and the client's staging frames,
+which have the same length. Each side names only its own frames. Each docstring begins with the sender.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TransferName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class RemoteHello(Message):
-    """Client, first on a connection. ``staging_bytes``: of all its staging frames."""
+    """Client: first message on a connection. ``staging_bytes``: length of all its staging frames together."""
 
     kind: Literal["remote hello"] = "remote hello"
     name: Annotated[str, Field(max_length=128)]
@@ -28,7 +28,7 @@ class RemoteHello(Message):
 
 
 class RemoteWelcome(Message):
-    """Agent: what the pool is like, and where its transport listens on the host that the client has reached."""
+    """Agent: accepts a client. ``port``: of the agent's transport, at the address that the client has connected to."""
 
     kind: Literal["remote welcome"] = "remote welcome"
     nbytes: Annotated[int, Field(ge=1)]
@@ -38,20 +38,23 @@ class RemoteWelcome(Message):
 
 
 class RemotePing(Message):
-    """Client: I live. Answered by :class:`RemotePong`."""
+    """Client: heartbeat. Answered by :class:`RemotePong`."""
 
     kind: Literal["ping"] = "ping"
 
 
 class RemotePong(Message):
-    """Agent: so do I."""
+    """Agent: heartbeat."""
 
     kind: Literal["pong"] = "pong"
 
 
 class RemoteAnswer(Message):
-    """Agent: as :class:`messages.Answer`, without frames. READ chunks are handed over by ``transfer``, in this order;
-    they have a message of their own."""
+    """Agent: verdicts as in :class:`messages.KeyAnswers`, without frames.
+
+    READ chunks come in separate messages, whose ``transfer`` names the transfer that brings them, in the order of
+    ``indices``.
+    """
 
     kind: Literal["remote answer"] = "remote answer"
     request: messages.RequestId
@@ -62,8 +65,11 @@ class RemoteAnswer(Message):
 
 
 class RemotePublish(messages.Publish):
-    """Client: as :class:`messages.Publish`; the chunks are to be fetched, by ``transfer``, from my transport. Answered
-    by :class:`messages.Done`, once they are published, or with a count of 0 if they were not."""
+    """Client: as :class:`messages.Publish`, for chunks in its staging frames.
+
+    The agent fetches them from the client's transport at ``host`` and ``port``, by ``transfer``. Answered by
+    :class:`messages.Done` once they are published, with a count of 0 if they were not.
+    """
 
     kind: Literal["remote publish"] = "remote publish"  # type: ignore[assignment]
     transfer: TransferName
@@ -79,7 +85,7 @@ _TO_REMOTE: TypeAdapter[ToRemote] = TypeAdapter(Annotated[ToRemote, Field(discri
 
 
 def from_remote(frame: bytes) -> FromRemote:
-    """What a client said.
+    """Decode a client's message.
 
     Raises:
         WireError: as :func:`messages.from_client`.
@@ -88,7 +94,7 @@ def from_remote(frame: bytes) -> FromRemote:
 
 
 def to_remote(frame: bytes) -> ToRemote:
-    """What the agent said.
+    """Decode the agent's message.
 
     Raises:
         WireError: as :func:`messages.from_client`.
@@ -97,10 +103,10 @@ def to_remote(frame: bytes) -> ToRemote:
 
 
 def new_transfer() -> str:
-    """A name that nobody guesses."""
+    """A new transfer name, random so that nobody can guess it."""
     return secrets.token_hex(16)
 
 
 def transfer_key(transfer: str) -> bytes:
-    """What stands for the content key in these transfers: chunks have theirs, and their checksums."""
+    """The content key of a transfer. A formality: each chunk in it has its own key and checksum."""
     return hashlib.blake2b(transfer.encode(), digest_size=32).digest()

@@ -1,9 +1,9 @@
-"""The pool's door for clients on other hosts: for each of them a client on this host, which asks and holds for it.
+"""The pool's agent for clients on other hosts: it proxies each remote client through a local one.
 
-What a remote client says goes to the service over a connection of its own (a :class:`Wire`). So it holds no more than
-a local one may (``client_bytes``), and all of that is given up when it is gone. Bytes go by a transport whose pages are
-the pool's frames: a chunk that it loads is handed over to it; one that it stores is fetched from it, verified, and then
-published.
+Each remote client has its own connection to the service (a :class:`Wire`). So it can hold no more than a local client
+(``client_bytes``), and everything that it holds is released when it is gone. Chunk bytes move by a transport whose
+pages are the pool's frames: a loaded chunk is offered to the client; a stored chunk is fetched from the client,
+verified, and then published.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from pdtransport.transport import Transport
 logger = logging.getLogger("pdtransport.pool")
 
 TICK_S = 0.25
-LOOK_S = 1.0  # after a connection ended, for whose it was
+LOOK_S = 1.0  # how long after a disconnect clients are probed, to find the one whose connection ended
 
 
 class _Stranger:
-    """A connection that said something."""
+    """A connection that has sent a message; also of clients that have said Hello."""
 
     def __init__(self, caller: Accepted) -> None:
         self.caller = caller
-        self.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES)  # before its Hello
-        self.cut = False  # nothing that it says counts any more
+        self.allowance = Allowance(STRANGER_FRAMES_PER_S, STRANGER_FRAMES)  # rate limit before its Hello
+        self.cut = False  # cut off: its messages are ignored
 
 
 class RemoteServer:
-    """Work for a :class:`Reactor`: the socket, and who is connected."""
+    """The agent's socket and its remote clients; driven by a :class:`Reactor`."""
 
     def __init__(self, settings: PoolSettings, mapping: Mapping, transport: Transport, reactor: Reactor) -> None:
         assert settings.remote is not None
@@ -68,7 +68,7 @@ class RemoteServer:
         self._silence_s = settings.remote.liveness_s
         control = settings.remote.control(0).model_copy(update={"max_frame_bytes": messages.MAX_FRAME_BYTES})
         self._guests: dict[bytes, RemoteClientSession] = {}
-        self._strangers: OrderedDict[bytes, _Stranger] = OrderedDict()  # by connection: all that spoke, guests' too
+        self._strangers: OrderedDict[bytes, _Stranger] = OrderedDict()  # by route; includes clients after their Hello
         self._leaving: list[RemoteClientSession] = []
         self._gatekeeper: curve.Gatekeeper | None = None
         self._socket: Socket | None = None
@@ -92,7 +92,7 @@ class RemoteServer:
         self._complaints = Complaints()
         self._tick_at = self._look_until = 0.0
 
-    # -- what the reactor drives ------------------------------------------------------------------------------------
+    # -- called by the reactor --------------------------------------------------------------------------------------
 
     def sockets(self) -> list[Socket]:
         own = [self._socket, self._monitor, self._gatekeeper.socket if self._gatekeeper is not None else None]
@@ -124,7 +124,7 @@ class RemoteServer:
             for guest in [guest for guest in self._guests.values() if now - guest.heard_at > self._silence_s]:
                 logger.info("client %s of pool %s is silent", guest.name, self._settings.name)
                 self._part(guest)
-            if now < self._look_until:  # a message that can't be sent says whose connection it was
+            if now < self._look_until:  # a connection ended: sending fails to the client whose it was
                 for route in list(self._guests):
                     self._send(route, RemotePong())
         for guest in [guest for guest in self._leaving if guest.gone]:
@@ -133,7 +133,7 @@ class RemoteServer:
         return more
 
     def close(self) -> None:
-        """The transport is closed already: no frame is touched any more."""
+        """Close all connections. The transport must be closed already, so that nothing touches frames any more."""
         for guest in self._all:
             guest.wire.close()
         close_watched(self._socket, self._monitor)
@@ -145,7 +145,7 @@ class RemoteServer:
     def _all(self) -> list[RemoteClientSession]:
         return [*self._guests.values(), *self._leaving]
 
-    # -- what arrives -----------------------------------------------------------------------------------------------
+    # -- incoming messages ------------------------------------------------------------------------------------------
 
     def _read(self, now: float) -> bool:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -157,7 +157,7 @@ class RemoteServer:
         return True
 
     def _read_monitor(self, now: float) -> None:
-        for _ in range(MAX_FRAMES_A_TURN):  # strangers come and go as fast as they like
+        for _ in range(MAX_FRAMES_A_TURN):  # bounded, since strangers may connect and disconnect at any rate
             try:
                 assert self._monitor is not None
                 report = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
@@ -176,10 +176,10 @@ class RemoteServer:
         self._complaints.say(f"pool {self._settings.name}: {text}", now, "strangers")
 
     def _stranger(self, letter: Letter, now: float) -> _Stranger | None:
-        """Who says something without being a guest; None if it may not."""
+        """The connection of a sender that has not said Hello; None if its message must be ignored."""
         stranger = self._strangers.get(letter.sender)
         if stranger is None:
-            self._read_monitor(now)  # that it was accepted was reported before its first frame
+            self._read_monitor(now)  # the monitor reports a connection before its first frame arrives
             caller = self._door.of(descriptor_of(letter.part))
             try:
                 complaint = self._door.identify(caller) if caller is not None else ""
@@ -202,15 +202,15 @@ class RemoteServer:
         if self._send(
             letter.sender, messages.PoolRefused(what="client", reason="cut off: too many frames before Hello")
         ):
-            self._door.cut(stranger.caller)  # else its descriptor may be another connection's by now
+            self._door.cut(stranger.caller)  # only if it still exists: else another connection may have its descriptor
         return None
 
     @staticmethod
     def _from_stranger(body: zmq.Frame) -> Message:
-        """Of a frame before Hello no more is looked at than a Hello has.
+        """Decode a frame that arrived before Hello, unless it is longer than a Hello can be.
 
         Raises:
-            WireError: it is too long, or no message.
+            WireError: the frame is too long, or no message.
         """
         _, kind = peek(bytes(body.buffer[:PEEK_BYTES]))
         if len(body) > MAX_SHORT_FRAME:
@@ -280,7 +280,7 @@ class RemoteServer:
         assert self._socket is not None
         try:
             self._socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # gone, or it does not read
+        except zmq.ZMQError as error:  # the client is gone, or does not read (EAGAIN); returns False only if it is gone
             guest = self._guests.get(route)
             if guest is not None:
                 self._part(guest)
@@ -288,7 +288,7 @@ class RemoteServer:
         return True
 
     def _part(self, guest: RemoteClientSession) -> None:
-        """Give up all that it holds, once nothing moves any more."""
+        """Drop a client; what it holds is released once none of its transfers is in flight."""
         for route in [route for route, each in self._guests.items() if each is guest]:
             del self._guests[route]
             if (known := self._strangers.get(route)) is not None:
@@ -298,13 +298,13 @@ class RemoteServer:
 
 
 class Agent:
-    """Listens at ``settings.remote.listen`` for clients on other hosts, and with its transport at the next port.
+    """Listens for clients on other hosts at ``settings.remote.listen``; its transport listens at the next port.
 
     Args:
-        mapping: the pool's memory; becomes the agent's, which closes it.
+        mapping: the pool's memory. The agent owns it and closes it.
 
     Raises:
-        SettingsError: no such address here, a port in use, keys that are missing or can't be used.
+        SettingsError: the address is not this host's, a port is in use, or keys are missing or can't be used.
         LinkUnavailable: no link works here.
     """
 
@@ -337,7 +337,7 @@ class Agent:
             raise
 
     def close(self) -> None:
-        """End all transfers, then all that remote clients hold. Call it once."""
+        """End all transfers, then release everything that remote clients hold. Call it once."""
         self._transport.close()
         self._reactor.stop()
         self._mapping.close()

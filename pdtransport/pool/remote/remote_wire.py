@@ -1,8 +1,11 @@
-"""A client's end of the wire to a pool on another host, through the pool's agent.
+"""A client's connection to a pool on another host, through the pool's agent.
 
-It looks like the wire to a pool on this host: what is granted lies in frames of mapped memory. Here they are *staging*
-frames of the client's own. A chunk to load is fetched into them by a transport, verified, before the copy into the
-caller's memory is told of it; one to store is copied there, and fetched by the agent, before it is published.
+It has the interface of the connection to a local pool: granted chunks lie in frames of mapped memory. Here these are
+*staging* frames, in the client's own memory.
+
+* Load: a transport fetches the chunk into staging frames and verifies it. Then the load gets its READ grant and copies
+  the chunk into the caller's memory.
+* Store: the chunk is copied into staging frames. The agent fetches it from there, then publishes it.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ from pdtransport.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-SILENCE_S = 10.0  # an agent that said nothing for so long is given up, unless control.liveness_s is longer
-AGAIN_S = 1.0  # after an agent could not be reached, until it is tried again
+SILENCE_S = 10.0  # an agent that is silent for longer is given up, unless control.liveness_s is longer
+AGAIN_S = 1.0  # wait before the next attempt to reach an agent
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | _FAILED
@@ -61,10 +64,10 @@ _ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^:/\s]+):(\d{1,5})")
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Of ``tcp://HOST:PORT``.
+    """Parse ``tcp://HOST:PORT``.
 
     Raises:
-        SettingsError: it is not of that form.
+        SettingsError: the address is not of that form.
     """
     parts = _ADDRESS.fullmatch(address)
     if parts is None or not 1 <= int(parts[2]) <= 65535:
@@ -73,12 +76,12 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 def silence_s(settings: Settings) -> float:
-    """How long an agent may be silent."""
+    """How long an agent may be silent before it is given up, in seconds."""
     return max(SILENCE_S, settings.control.liveness_s)
 
 
 class RemoteSession(ServiceSession):
-    """One connection to an agent. Its transport is opened in a thread of its own, before the first copy."""
+    """A session with an agent. Its transport is opened in a thread of its own, before the first copy."""
 
     def __init__(self, settings: Settings, device: int) -> None:
         super().__init__(0, lambda: None)
@@ -88,7 +91,7 @@ class RemoteSession(ServiceSession):
         self._beginning = False
 
     def stage(self, nbytes: int, frame_bytes: int) -> None:
-        """Make the frames. They take up memory when they are first used."""
+        """Create the staging frames. They take up memory only once they are used."""
         count = max(1, nbytes // frame_bytes)
         fd = os.memfd_create("pdpool-staging", os.MFD_CLOEXEC)
         try:
@@ -136,12 +139,12 @@ class RemoteSession(ServiceSession):
             self.problem = f"chunks can't be moved: {error}"
             logger.warning("the pool's chunks are neither stored nor loaded: %s", self.problem)
             return
-        if self._device != HOST:  # frames that are not used shall take up no memory
+        if self._device != HOST:  # host memory is not prefaulted: unused frames should take up no memory
             reach_memory(mapping, self._device, lambda: self.broken)
         self.problem = mapping.problem
 
     def end_transfers(self) -> None:
-        """When this returns no transfer touches the staging frames."""
+        """Close the transport; when this returns, no transfer touches the staging frames."""
         transport, self.transport = self.transport, None
         if transport is not None:
             transport.close()
@@ -154,7 +157,7 @@ class RemoteSession(ServiceSession):
 
 @dataclass
 class _StagedChunks:
-    """Chunks that wait for staging frames: one to be written, or those of one transfer."""
+    """Chunks that wait for staging frames: one chunk to write, or all chunks of one transfer to fetch."""
 
     request: int
     places: list[int]
@@ -164,12 +167,12 @@ class _StagedChunks:
 
 
 class RemoteWire(Wire):
-    """Work for a :class:`Reactor`; as :class:`Wire`.
+    """A :class:`Wire` to a pool on another host; driven by a :class:`Reactor`.
 
     Args:
         settings: keys, links, and the address of this host that the agent can reach (``control.host``).
-        copies: open links at once, not when somebody wants to copy.
-        post: run a call in the I/O thread.
+        copies: open links when connected, not at the first copy.
+        post: runs a call in the I/O thread.
     """
 
     def __init__(
@@ -194,16 +197,16 @@ class RemoteWire(Wire):
                 "control.allow_plaintext on a trusted network)"
             )
         self._owners = owners_for(control, keys=self._keys is not None)
-        self._listening: ListenerOwner | None = None  # until it is known who listens there
+        self._listening: ListenerOwner | None = None  # checks who listens at the address; None once that is done
         self._staging_bytes, self._copies = staging_bytes, copies
         self._post = post
         self._beat_s = min(control.heartbeat_s, control.liveness_s / 3)
         self._silence_s = silence_s(settings)
         self._beat_at = self._heard_at = self._not_before = 0.0
         self._waiting: deque[_StagedChunks] = deque()
-        self._lent: dict[int, dict[int, bytes]] = {}  # staging frames of chunks, by request and place
+        self._lent: dict[int, dict[int, bytes]] = {}  # staging frames of granted chunks, by request and place
 
-    # -- a session's begin and end ----------------------------------------------------------------------------------
+    # -- start and end of a session ---------------------------------------------------------------------------------
 
     def _open(self) -> None:
         now = time.monotonic()
@@ -230,7 +233,7 @@ class RemoteWire(Wire):
         self._waiting.clear()
         self._lent.clear()
         super()._hang_up(why, linger)
-        if session is not None and session.mapping is None:  # who asks should not wait for one that is not there
+        if session is not None and session.mapping is None:  # no agent: fail waiting requests now
             self._not_before = time.monotonic() + AGAIN_S
             self._why = why
             unsent, self._unsent = self._unsent, []
@@ -244,7 +247,7 @@ class RemoteWire(Wire):
 
     def _on_monitored(self, event: int) -> None:
         if event == zmq.EVENT_DISCONNECTED:
-            self._read()  # what it said last
+            self._read()  # messages that it sent before it ended
             self._hang_up("it ended, or hung up")
         elif event == zmq.EVENT_CONNECT_RETRIED:
             self._hang_up("it can't be reached: does pdpool --listen run there?")
@@ -268,7 +271,7 @@ class RemoteWire(Wire):
                 super()._send(RemotePing())
         return more
 
-    # -- what arrives -----------------------------------------------------------------------------------------------
+    # -- incoming messages ------------------------------------------------------------------------------------------
 
     def _believed(self, part: zmq.Frame) -> bool:
         if self._listening is None:
@@ -276,9 +279,9 @@ class RemoteWire(Wire):
         try:
             if complaint := self._listening.complaint(part):
                 self._hang_up(complaint)
-        except OSError:  # it hung up
+        except OSError:  # the agent disconnected
             return False
-        self._listening = None  # a session is one connection
+        self._listening = None  # one check is enough: a session is one connection
         return not complaint
 
     def _on_frame(self, frame: bytes) -> None:
@@ -312,7 +315,7 @@ class RemoteWire(Wire):
     def _on_remote_answer(self, answer: RemoteAnswer) -> None:
         asked = self._asked.get(answer.request)
         if asked is None or not isinstance(asked.message, messages.Store | messages.Load):
-            return  # cancelled meanwhile, and the agent was told
+            return  # the request was cancelled, and the agent knows
         sizes = np.frombuffer(asked.message.sizes, dtype="<u4").tolist()
         try:
             places = np.frombuffer(answer.indices, dtype="<u4").tolist()
@@ -342,7 +345,7 @@ class RemoteWire(Wire):
     def _tell(
         self, request: int, places: list[int], verdicts: list[KeyVerdict], checksums: bytes = b"", frames: bytes = b""
     ) -> None:
-        """Tell who asked."""
+        """Pass verdicts to the operation that made the request, as a local pool would."""
         asked = self._asked.get(request)
         if asked is None or not places:
             return
@@ -360,7 +363,7 @@ class RemoteWire(Wire):
     # -- staging ----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Find staging frames for what waits, in order."""
+        """Allocate staging frames for waiting chunks, in order, as far as frames are free."""
         writes: dict[int, list[int]] = {}
         while self._waiting and isinstance(self.session, RemoteSession):
             granted, staging = self._waiting[0], self.session.staging
@@ -393,7 +396,10 @@ class RemoteWire(Wire):
             self._admit()
 
     def _moving(self, session: RemoteSession, call: Callable[[Outcome], None]) -> Callable[[Outcome], None] | None:
-        """What a transfer is to call at its end; until then the staging frames stay. None: the session is over."""
+        """Keep the staging frames mapped until a transfer ends; returns what the transfer must call at its end.
+
+        That runs ``call`` in the I/O thread. None: the session has ended, or no transport is open.
+        """
         if session.transport is None or not session.enter():
             return None
 
@@ -402,13 +408,13 @@ class RemoteWire(Wire):
             session.leave()
 
         def on_end(outcome: Outcome) -> None:
-            with contextlib.suppress(PDTransportError, RuntimeError):  # the client closes: everything ends with it
+            with contextlib.suppress(PDTransportError, RuntimeError):  # the client is closing, which frees everything
                 self._post(lambda: ended(outcome))
 
         return on_end
 
     def _fetch(self, granted: _StagedChunks, frames: bytes, session: RemoteSession) -> None:
-        """A load: bring these chunks into staging frames."""
+        """Load: fetch these chunks into staging frames."""
         on_end = self._moving(session, partial(self._fetched, granted, frames, session))
         if on_end is None:
             return
@@ -441,7 +447,7 @@ class RemoteWire(Wire):
             self._give_back(session, frames)
 
     def _cut(self, granted: _StagedChunks, frames: bytes) -> Iterator[bytes]:
-        """The frames of each chunk."""
+        """Split the frames of a transfer by chunk."""
         message = self._asked[granted.request].message
         assert isinstance(message, messages.Load)
         sizes, at = np.frombuffer(message.sizes, dtype="<u4").tolist(), 0
@@ -450,7 +456,7 @@ class RemoteWire(Wire):
             yield frames[at:end]
             at = end
 
-    # -- what the copies say ----------------------------------------------------------------------------------------
+    # -- messages from operations -----------------------------------------------------------------------------------
 
     def _send(self, message: Message) -> None:
         if isinstance(message, messages.Publish):
@@ -465,7 +471,7 @@ class RemoteWire(Wire):
             self._give_back(session, self._take_back(message.request, places))
 
     def _take_back(self, request: int, places: list[int]) -> bytes:
-        """The frames that were lent for these chunks; chunks without any count for nothing."""
+        """Remove and return the staging frames of these chunks; chunks without frames are skipped."""
         lent = self._lent.get(request, {})
         frames = b"".join(lent.pop(place, b"") for place in places)
         if not lent:
@@ -473,7 +479,7 @@ class RemoteWire(Wire):
         return frames
 
     def _publish(self, message: messages.Publish) -> None:
-        """A store: offer what was copied into staging frames to the agent."""
+        """Store: offer the chunks in staging frames to the agent, which fetches them."""
         session = self._session
         frames = self._take_back(message.request, np.frombuffer(message.indices, dtype="<u4").tolist())
         on_end = self._moving(session, lambda _outcome: self._give_back(session, frames))

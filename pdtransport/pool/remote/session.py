@@ -1,6 +1,6 @@
-"""One client on another host, as the pool's agent sees it: what it holds, and what moves to it and from it.
+"""The agent's session with one client on another host: its requests and their transfers.
 
-What the service granted for it is given back only when no transfer touches its frames any more.
+Invariant: chunks that the service has granted are released only when no transfer touches their frames any more.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ logger = logging.getLogger("pdtransport.pool")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-ASK_S = 600.0  # the longest deadline that a client's settings allow; it cancels earlier ones itself
+ASK_S = 600.0  # the longest deadline that a client's settings allow; a client with a shorter one cancels by itself
 
 
 @dataclass(eq=False)
 class ChunkMove:
-    """A transfer of some chunks of a request. ``released``: those that its client does not want any more."""
+    """A transfer of some chunks of a request. ``released``: places of chunks that its client has released meanwhile."""
 
     places: list[int]
     handle: Offer | Receipt | None = None
@@ -45,44 +45,50 @@ class ChunkMove:
 
 @dataclass(eq=False)
 class Publication:
-    """Chunks of a store that are being fetched; told to the service in the order in which their client told us."""
+    """Chunks of one RemotePublish, being fetched. They are published in the order of the client's messages."""
 
     places: list[int]
     checksums: bytes
-    fetched: bool | None = None  # not known yet
+    fetched: bool | None = None  # None: the transfer is in flight
 
 
 @dataclass(eq=False)
 class RemoteRequest:
-    """A store or load. ``open``: places that are neither refused, given back nor published."""
+    """A store or load of a remote client. ``open``: places that are not yet refused, released or published."""
 
     number: int
     store: bool
     sizes: list[int]
     open: set[int]
     session: ServiceSession | None = None
-    frames: dict[int, bytes] = field(default_factory=dict)  # granted, to be written
+    frames: dict[int, bytes] = field(default_factory=dict)  # by place: frames granted for writing, not yet fetched into
     moves: list[ChunkMove] = field(default_factory=list)
     publications: deque[Publication] = field(default_factory=deque)
-    told: deque[list[int]] = field(default_factory=deque)  # Publish messages that are not confirmed
+    told: deque[list[int]] = field(default_factory=deque)  # places in each unconfirmed Publish message
     cancelled: bool = False
 
 
 @dataclass
 class Caller:
-    """Whom a client may have us call: itself. ``at``: the address that its connection comes from; ``networks``: where
-    else its own may be (``remote.peers``)."""
+    """The addresses at which the agent may fetch a client's chunks: the client's own, and those of ``remote.peers``.
+
+    Without this check a client could make the agent connect to any host.
+
+    Attributes:
+        at: address that the client's connection comes from.
+        networks: other networks in which the client's address may be (``remote.peers``).
+    """
 
     at: str
     networks: Sequence[Network]
     complained: bool = False
 
     def where(self, host: str) -> str:
-        """The address to call for ``host``; empty: none."""
+        """The address to connect to for a client that says it is at ``host``; empty if that is not allowed."""
         try:
             named = ipaddress.ip_address(host)
         except ValueError:
-            return self.at  # a name, which could mean anything
+            return self.at  # a host name could resolve to any address
         named = getattr(named, "ipv4_mapped", None) or named
         if named.is_unspecified or str(named) == self.at:
             return self.at
@@ -90,13 +96,13 @@ class Caller:
 
 
 class RemoteClientSession:
-    """Runs in the agent's I/O thread.
+    """Proxies one remote client's requests to the service. Runs in the agent's I/O thread.
 
     Args:
-        caller: where the client is.
-        batch_frames: the most that one transfer to it brings; a single chunk may be longer.
-        send: a message to it.
-        post: run a call in the I/O thread.
+        caller: addresses at which the client's chunks may be fetched.
+        batch_frames: most frames of one transfer to the client, unless a single chunk has more.
+        send: sends a message to the client.
+        post: runs a call in the I/O thread.
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class RemoteClientSession:
 
     @property
     def gone(self) -> bool:
-        """It left, and nothing moves any more."""
+        """Whether the client has left and none of its transfers is in flight."""
         return self._left and not self._errands
 
     def leave(self) -> None:
@@ -127,12 +133,13 @@ class RemoteClientSession:
         for errand in list(self._errands.values()):
             self._cancel(errand)
 
-    # -- what it says -----------------------------------------------------------------------------------------------
+    # -- messages from the client -----------------------------------------------------------------------------------
 
     def on_message(self, message: Message, now: float) -> None:
-        """
+        """Handle a message from the client.
+
         Raises:
-            WireError: it makes no sense.
+            WireError: the message is invalid here.
         """
         if isinstance(message, messages.Store | messages.Load):
             self._begin(message, now)
@@ -202,13 +209,13 @@ class RemoteClientSession:
         self._settle(errand)
 
     def _settle(self, errand: RemoteRequest) -> None:
-        """Forget what is through."""
+        """End a request that has no transfer in flight, and is cancelled or has no open chunk."""
         if errand.moves or not (errand.cancelled or not errand.open):
             return
         if self._errands.pop(errand.number, None) is not None:
             self.wire.forget(errand.number, cancel=errand.cancelled)
 
-    # -- what the service says --------------------------------------------------------------------------------------
+    # -- answers from the service -----------------------------------------------------------------------------------
 
     def _heard(
         self, errand: RemoteRequest, session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable
@@ -260,10 +267,10 @@ class RemoteClientSession:
         if batch:
             yield batch
 
-    # -- what moves -------------------------------------------------------------------------------------------------
+    # -- transfers --------------------------------------------------------------------------------------------------
 
     def _hand_over(self, errand: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
-        """A load: the client fetches these chunks from us."""
+        """Load: offer these chunks in a transfer that the client fetches."""
         transfer = new_transfer()
         move = ChunkMove([part.place for part in parts])
         frames = b"".join(part.frames for part in parts)
@@ -279,7 +286,11 @@ class RemoteClientSession:
         self._send(_answer(errand, parts, transfer))
 
     def _fetch(self, errand: RemoteRequest, message: RemotePublish) -> None:
-        """A store: we fetch these chunks from the client."""
+        """Store: fetch these chunks from the client.
+
+        Raises:
+            WireError: a chunk was not granted for writing, or occurs twice.
+        """
         places = _numbers(message.indices)
         session = errand.session
         if session is None or errand.cancelled:
@@ -324,7 +335,11 @@ class RemoteClientSession:
             )
 
     def _enter(self, errand: RemoteRequest, move: ChunkMove, session: ServiceSession) -> bool:
-        """Keep what the service granted until :meth:`_moved`; False if that is over already."""
+        """Keep the session's mapping and lock until the transfer ends.
+
+        Returns:
+            False if the session has ended. Then the request is cancelled.
+        """
         if not session.enter():
             self._cancel(errand)
             return False
@@ -349,7 +364,7 @@ class RemoteClientSession:
             self._settle(errand)
 
         def on_end(outcome: Outcome) -> None:
-            with contextlib.suppress(RuntimeError):  # the agent closes: it gives everything up itself
+            with contextlib.suppress(RuntimeError):  # the agent is closing, which releases everything
                 self._post(lambda: moved(outcome))
 
         return on_end
@@ -380,7 +395,10 @@ def _answer(errand: RemoteRequest, parts: list[KeyAnswer], transfer: str | None)
 
 
 def _blank_tail(session: ServiceSession, frames: bytes, nbytes: int) -> None:
-    """Whole frames cross; what an earlier chunk left behind this one's end is not for this client."""
+    """Zero the last frame of a chunk behind its end.
+
+    Transfers move whole frames, and bytes of an earlier chunk in that frame must not reach this client.
+    """
     assert session.mapping is not None
     used = nbytes % session.frame_bytes
     if used:
