@@ -1,1 +1,1 @@
-"""Contents, pins, moves between tiers, clearing: from Python and over HTTP."""
+"""Administration of a running pool, from Python and over HTTP: contents, pins, moves between tiers, clearing."""

@@ -1,4 +1,4 @@
-"""What the HTTP API can be asked, and its description. One source: what is described is what is accepted."""
+"""Request bodies of the HTTP API, and its OpenAPI description, which is generated from the same models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Key = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * KEY_BYTES}}}$")]
 
 
 def _integers(tokens: Any) -> Any:
-    """For JSON, 1.0 is an integer."""
+    """Accept floats with integral values as token ids: in JSON, 1.0 is an integer."""
     if not isinstance(tokens, list):
         return tokens
     return [int(each) if type(each) is float and each.is_integer() else each for each in tokens]
@@ -33,13 +33,13 @@ Tokens = Annotated[
 ]
 Text = Annotated[str, Field(max_length=MAX_SALT)]
 
-# Defaults are not validated, so that an explicit null is refused, as the description says.
+# None as a default, which is not validated, while an explicit null is refused, as the description says.
 _NO_TOKENS: Any = None
 _NO_NUMBER: Any = None
 
 
 class ApiLookup(BaseModel):
-    """Whose chunks: those of a prompt."""
+    """Names chunks by the prompt that they belong to."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -53,7 +53,7 @@ class ApiLookup(BaseModel):
 
 
 class ApiRequest(ApiLookup):
-    """Which chunks: exactly one of ``tokens``, ``keys``, ``all`` and ``tenant``."""
+    """Names chunks by exactly one of ``tokens``, ``keys``, ``all`` and ``tenant``."""
 
     tokens: Tokens = Field(_NO_TOKENS, description="Chunks of the prompt with these token ids.")
     keys: Annotated[list[Key], Field(min_length=1, max_length=MAX_LISTED_KEYS)] = Field(
@@ -65,7 +65,7 @@ class ApiRequest(ApiLookup):
     )
 
     def chosen(self) -> Chosen | None:
-        """None: those of :meth:`prompt`."""
+        """The chosen chunks; None: those of :meth:`prompt`."""
         if self.keys is not None:
             return Chosen(tuple(map(bytes.fromhex, self.keys)))
         if self.tenant is not None:
@@ -98,10 +98,10 @@ AnyWish = TypeVar("AnyWish", bound=ApiLookup)
 
 
 def parse(raw: bytes, kind: type[AnyWish]) -> AnyWish:
-    """A request's body.
+    """Parse a request body.
 
     Raises:
-        ApiError: 400, it is no JSON or not such a wish; one line says where.
+        ApiError: 400, the body is no JSON or does not fit the model; one line says where.
     """
     try:
         wish = kind.model_validate_json(raw)
@@ -113,7 +113,7 @@ def parse(raw: bytes, kind: type[AnyWish]) -> AnyWish:
 
 
 def describe() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+    """The OpenAPI 3.1 description of the API."""
     key, count = wanting("key"), {"type": "integer", "minimum": 0}
     refusals = {
         "401": refused("No key."),

@@ -1,6 +1,6 @@
-"""The pool's HTTP API: what :mod:`pdtransport.pool.admin.pool_admin` can do, for those who show a key.
+"""The pool's HTTP API: the operations of :mod:`pdtransport.pool.admin.pool_admin`, for requests with an API key.
 
-It runs in a thread of its own and is a client of the pool like any other, so it can't hold up the pool's thread.
+It runs in a thread of its own and uses the pool as an ordinary client, so it can't block the pool's I/O thread.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pdtransport.system.descriptors import raise_limit
 
 log = logging.getLogger("pdtransport.pool")
 
-AT_ONCE = 4  # wishes that are worked on
-WAITING = 16  # and that wait for it
-MAX_KEYS_SHOWN = 64  # lines of the key file
+AT_ONCE = 4  # requests that are worked on at once
+WAITING = 16  # further requests that may wait
+MAX_KEYS_SHOWN = 64  # API keys in the key file
 RETRY_AFTER_S = 1
 START_S = 30.0
 BOUNDS = Bounds(
@@ -51,10 +51,10 @@ MAX_CONNECTIONS = 128
 
 
 class PoolApi:
-    """Serves until :meth:`close`.
+    """Serves the HTTP API until :meth:`close`.
 
     Raises:
-        SettingsError: the key file can't be used, the address can't be listened on.
+        SettingsError: the key file can't be used, or the API can't listen on the address.
     """
 
     def __init__(self, settings: PoolSettings, http: HttpSettings) -> None:
@@ -177,7 +177,7 @@ class PoolApi:
 
         return await self._answer(request, act)
 
-    # -- how --------------------------------------------------------------------------------------------------------
+    # -- implementation ---------------------------------------------------------------------------------------------
 
     async def _read(self, request: web.Request) -> bytes:
         self._keys.check(request)
@@ -187,10 +187,10 @@ class PoolApi:
         return raw
 
     async def _answer(self, request: web.Request, work: Callable[[PoolAdmin], dict[str, Any]]) -> web.Response:
-        """What ``work`` says, in a thread; it stops when the client is gone.
+        """Run ``work`` in a worker thread and answer with its result; stops ``work`` when the client disconnects.
 
         Raises:
-            ApiError: as it should be told.
+            ApiError: the error to answer with.
         """
         self._keys.check(request)
         if self._under_way >= AT_ONCE + WAITING:
@@ -213,8 +213,11 @@ class PoolApi:
 
 
 def _connections() -> int:
-    """How many the API may hold: no more than leave half of all descriptors to clients, as many again being accepted
-    only to be closed. Without a descriptor for the next client, libzmq ends the pool's process."""
+    """How many connections the API may hold: a quarter of the process's file descriptors at most.
+
+    Up to as many again may be open for a moment, accepted only to be closed. So half of the descriptors stay for the
+    pool's clients: without one for the next client, libzmq would abort the pool's process.
+    """
     return max(1, min(MAX_CONNECTIONS, raise_limit(DESCRIPTORS) // 4))
 
 

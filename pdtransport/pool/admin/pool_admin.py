@@ -1,7 +1,7 @@
-"""Administration of a running pool, from any client: contents, pins, moves between tiers, clearing.
+"""Administration of a running pool by any client: contents, pins, moves between tiers, clearing.
 
-All calls wait for their end. They ask in slices, so that no reader waits for them, and leave nothing half done that
-matters when they stop in the middle.
+All calls block until they are done. They work in slices, so that loads need not wait for them. Stopping one in the
+middle is safe: the slices done so far stay done.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from pdtransport.pool.core.index import MEMORY
 from pdtransport.pool.core.key_spaces import Space, parse_spaces
 from pdtransport.pool.server.admin_requests import COMING, HARD_PIN, PLAIN, SOFT_PIN, USED, WRITING
 
-STEP_S = 0.005  # between looks at work under way
-STUCK_S = 60.0  # a tier that brought nothing in this time is given up
-MAX_BACKLOG = 4096  # jobs that wait for tiers; while there are more, no more are made
-WINDOW_BYTES = 64 << 20  # chunks on their way between tiers for one call
-BELOW = "below"  # where chunks that leave memory are: any tier that has them
+STEP_S = 0.005  # between polls of work in progress
+STUCK_S = 60.0  # without progress for this long, a call is given up
+MAX_BACKLOG = 4096  # jobs queued for lower tiers; a sweep pauses while there are more
+WINDOW_BYTES = 64 << 20  # chunks in flight between tiers for one call
+BELOW = "below"  # as the target of a move: drop from memory what any lower tier has
 
 
 class AdminError(PDTransportError):
-    """It can't be done; one line says why."""
+    """The operation can't be done; the text is one line that says why."""
 
 
 class Stopped(AdminError):
-    """Whoever asked does not want it any more."""
+    """The caller's ``stop`` ended the call."""
 
 
 @dataclass(frozen=True)
 class ChunkTiers:
-    """Where a chunk is: in these ``tiers``, fastest first; empty: it is not there."""
+    """Where a chunk is. ``tiers``: fastest first; empty: the pool does not have it."""
 
     key: bytes
     tiers: tuple[str, ...]
@@ -61,7 +61,7 @@ class ChunkTiers:
 
 @dataclass(frozen=True)
 class AdminOutcome:
-    """It is so for ``done`` chunks of the ``of`` that are in the pool."""
+    """Result of an action: it holds for ``done`` of the ``of`` chosen chunks that are in the pool."""
 
     done: int
     of: int
@@ -69,19 +69,22 @@ class AdminOutcome:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Chunks: those with these ``keys``; None: all, or those of one ``tenant`` with a quota ("": all others)."""
+    """Chosen chunks: those with these ``keys``; if None, all, or those of one ``tenant``.
+
+    The tenant must have a quota; "" means all tenants without one.
+    """
 
     keys: tuple[bytes, ...] | None = None
     tenant: str | None = None
 
 
 class PoolAdmin:
-    """Of the pool that ``client`` uses.
+    """Administers the pool that ``client`` uses.
 
     Args:
-        stop: asked often; once it says so, calls raise :class:`Stopped`.
+        stop: called often; once it returns True, calls raise :class:`Stopped`.
 
-    All methods raise PoolUnavailable where there is no pool, or it says no.
+    All methods raise PoolUnavailable if there is no pool, or (PoolRefusal) if the pool refuses.
     """
 
     def __init__(self, client: PoolClient, stop: Callable[[], bool] = lambda: False) -> None:
@@ -91,7 +94,7 @@ class PoolAdmin:
     # -- contents ---------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """The pool's own status, and beside it ``held`` (chunks and bytes by tier and tenant) and ``hits``."""
+        """The pool's status, plus ``held`` (chunks and bytes by tier and tenant) and ``hits`` (:func:`hit_rates`)."""
         status = self._client.status().result()
         return {**status, "held": self._held(), "hits": hit_rates(status)}
 
@@ -111,11 +114,11 @@ class PoolAdmin:
 
     @property
     def tier_names(self) -> list[str]:
-        """Fastest first."""
+        """Names of the tiers, memory included, fastest first."""
         return list(self._tiers())
 
     def spaces(self) -> list[Space]:
-        """What engines told of their keys, the last one first."""
+        """The key spaces that engines have reported, the latest first."""
         return parse_spaces(self._client.spaces().result())
 
     def look(self, keys: Sequence[bytes]) -> list[ChunkTiers]:
@@ -127,10 +130,10 @@ class PoolAdmin:
         return found
 
     def sweep(self, tenant: str | None = None) -> Iterator[list[ChunkTiers]]:
-        """All chunks, or one tenant's, in slices; those that come meanwhile may be missing.
+        """Iterate over all chunks, or one tenant's, in slices. Chunks stored during the sweep may be missing.
 
         Raises:
-            AdminError: that can't be a tenant.
+            AdminError: ``tenant`` is no valid name.
         """
         if tenant is not None and not re.fullmatch(messages.TENANT, tenant):
             raise AdminError(f"{tenant[:80]!r} is no name of a tenant")
@@ -143,7 +146,7 @@ class PoolAdmin:
                 self._pause()
 
     def some(self, first: int, tenant: str | None = None) -> tuple[list[ChunkTiers], int]:
-        """One slice of a sweep from place ``first`` on, and where the next one begins (-1: that was all)."""
+        """One slice of a sweep, from index entry ``first`` on, and where the next slice starts (-1: there is none)."""
         part = self._client.look(None, first, tenant=tenant).result()
         return self._places(part), part.next
 
@@ -170,18 +173,20 @@ class PoolAdmin:
         return self._bits
 
     def _chosen(self, chosen: Chosen) -> Iterator[list[ChunkTiers]]:
-        """Those that are there."""
+        """Iterate in slices over those of the chosen chunks that are in the pool."""
         slices: Iterable[list[ChunkTiers]] = self.sweep(chosen.tenant)
         if chosen.keys is not None:
             slices = (self.look(some) for some in _cut(chosen.keys, messages.MAX_KEYS))
         for some in slices:
             yield [place for place in some if place.tiers]
 
-    # -- what is done about chunks ----------------------------------------------------------------------------------
+    # -- actions on chunks ------------------------------------------------------------------------------------------
 
     def pin(self, chosen: Chosen, pin: Literal["none", "soft", "hard"], for_s: float | None = None) -> AdminOutcome:
-        """Keep these chunks in memory, for a time; "none": no longer. Those in tiers below are brought up first. Hard
-        pins take half of the memory at most."""
+        """Pin these chunks in memory, for ``for_s`` seconds if it is given; "none" unpins them.
+
+        Chunks in lower tiers are read into memory first. Hard pins may hold half of the memory at most.
+        """
         if pin != "none":
             self.prefetch(chosen)
         done = of = 0
@@ -193,7 +198,7 @@ class PoolAdmin:
         return AdminOutcome(done, of)
 
     def drop(self, chosen: Chosen) -> AdminOutcome:
-        """Forget these chunks in all tiers, pinned ones too. A client that reads one keeps its bytes to the end."""
+        """Remove these chunks from all tiers, pinned ones too. A client that is reading a chunk can finish."""
         done = of = 0
         for places in self._chosen(chosen):
             of += len(places)
@@ -203,16 +208,18 @@ class PoolAdmin:
         return AdminOutcome(done, of)
 
     def clear(self, tenant: str | None = None) -> AdminOutcome:
-        """Forget all chunks, or those of one tenant with a quota ("": of all others)."""
+        """Remove all chunks, or those of one tenant with a quota ("": of all tenants without one)."""
         return self.drop(Chosen(tenant=tenant))
 
     def prefetch(self, chosen: Chosen) -> AdminOutcome:
-        """Bring these chunks into memory; more than fit push one another out."""
+        """Read these chunks into memory. If they don't all fit, later ones evict earlier ones."""
         return self._in_windows(chosen, self._bring_up)
 
     def move(self, chosen: Chosen, to: str) -> AdminOutcome:
-        """Have these chunks in tier ``to`` and not in memory; ``to`` memory: as :meth:`prefetch`; "below": drop from
-        memory those that a tier below has. What is pinned or in use stays in memory.
+        """Move these chunks to tier ``to`` and out of memory. Pinned chunks and chunks in use stay in memory.
+
+        Args:
+            to: a tier. "memory": as :meth:`prefetch`. "below": drop from memory the chunks that a lower tier has.
 
         Raises:
             AdminError: there is no such tier.
@@ -224,8 +231,9 @@ class PoolAdmin:
         return self._in_windows(chosen, lambda places: self._push_down(places, to))
 
     def compress(self, chosen: Chosen) -> AdminOutcome:
-        """Write these chunks again to tiers that have a codec now and hold them unpacked. Those that it does not make
-        shorter stay as they are.
+        """Rewrite these chunks in tiers that have a codec but hold them unpacked.
+
+        Chunks that the codec does not make shorter stay unpacked.
 
         Raises:
             AdminError: no tier has a codec.
@@ -239,7 +247,10 @@ class PoolAdmin:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def _in_windows(self, chosen: Chosen, step: Callable[[list[ChunkTiers]], int]) -> AdminOutcome:
-        """``step`` in turn for as many chunks as may be on their way at one time; it returns for how many it is so."""
+        """Call ``step`` for one window of chunks after the other; it returns for how many of them the action holds.
+
+        A window has as many chunks as may be in flight between tiers at a time.
+        """
         status = self._client.status().result()
         room = max(1, min(WINDOW_BYTES, status["memory"]["bytes"] // 8, status["writeback_limit"] or 1))
         done = of = 0
@@ -257,8 +268,10 @@ class PoolAdmin:
         return AdminOutcome(done, of)
 
     def hint(self, keys: Sequence[bytes]) -> int:
-        """Begin to bring up these chunks of a prompt, which are below memory; returns how many that is. It is not
-        waited for."""
+        """Begin to read chunks of a prompt into memory, and don't wait; returns how many reads have begun.
+
+        All of the chunks must be below memory.
+        """
         begun = 0
         for some in _cut(keys, messages.MAX_MANAGED):
             count = self._client.manage(some, "hint").result()
@@ -277,7 +290,7 @@ class PoolAdmin:
         return self._settled(places)
 
     def _write(self, keys: list[bytes], tier: str, again: bool = False) -> None:
-        """As the tier has room for what waits."""
+        """Begin to write chunks to a tier, as far as it has room and the write-back limit allows."""
         if keys:
             self._client.manage(keys, "write", tier=tier, again=again).result()
 
@@ -308,10 +321,10 @@ class PoolAdmin:
         return sum(place.tiers not in ((), ("memory",)) and not place.flags & PLAIN for place in after)
 
     def _settled(self, places: list[ChunkTiers]) -> list[ChunkTiers]:
-        """The same, once nothing is on its way.
+        """Wait until none of these chunks is in flight between tiers; returns their new state.
 
         Raises:
-            AdminError: a tier does nothing.
+            AdminError: no progress for ``STUCK_S``.
         """
         keys, last, since = [place.key for place in places], -1, time.monotonic()
         while True:
@@ -335,8 +348,10 @@ class PoolAdmin:
 
 
 def hit_rates(status: dict[str, Any]) -> dict[str, Any]:
-    """Shares between 0 and 1, None where nothing was asked yet: of keys that were looked up, and of chunks that were
-    loaded, by where they were."""
+    """Hit rates from a pool's status: of keys looked up, and of chunks loaded, by where they were found.
+
+    Each is between 0 and 1, or None if there was no lookup or load yet.
+    """
     counters: dict[str, int] = status["counters"]
     of_loads = {name: counters.get(f"{name}_hits", 0) for name in ("memory", *status["tiers"], "waited")}
     of_loads["missed"] = counters.get("miss", 0)

@@ -1,4 +1,4 @@
-"""Which chunks of the pool belong to a prompt, and where they are."""
+"""Finds the chunks of a prompt, and the tiers that they are in."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ MAX_TOKENS = 1 << 22  # of a prompt
 
 @dataclass(frozen=True)
 class PoolPrompt:
-    """Token ids, and whose they are. ``salt``: the engine's own (``pool.salt``); ``cache_salt``: of the request.
-    ``model``: by any of its names; None: of whichever model there is."""
+    """A prompt's token ids, and what else its chunk keys depend on.
+
+    Attributes:
+        model: any name of the model; None: the only model that uses the pool.
+        salt: the engine's (``pool.salt``).
+        cache_salt: the request's.
+    """
 
     tokens: Sequence[int]
     model: str | None = None
@@ -24,13 +29,15 @@ class PoolPrompt:
     cache_salt: str = ""
 
     def __repr__(self) -> str:
-        return f"Prompt({len(self.tokens)} tokens)"  # neither salts nor what was asked
+        return f"Prompt({len(self.tokens)} tokens)"  # keeps salts and token ids out of logs
 
 
 @dataclass(frozen=True)
 class PromptFound:
-    """A prompt's whole chunks, as engines of one kind cut it. ``tiers``: of each chunk, the tier that a load has to
-    wait for; "" where a part of it is not there."""
+    """A prompt's whole chunks under one key space.
+
+    ``tiers``: for each chunk, the slowest tier that a load of it must read from; "" if a part of the chunk is missing.
+    """
 
     space: Space
     tokens: int
@@ -38,7 +45,7 @@ class PromptFound:
 
     @property
     def there(self) -> int:
-        """Chunks from the first on: what an engine finds."""
+        """Number of leading chunks that are in the pool: the prefix that an engine finds."""
         return next((n for n, tier in enumerate(self.tiers) if not tier), len(self.tiers))
 
     def public(self) -> dict[str, Any]:
@@ -58,10 +65,11 @@ class PromptFound:
 
 
 def spaces_for(admin: PoolAdmin, prompt: PoolPrompt) -> list[Space]:
-    """The key spaces that the prompt may be stored under.
+    """The key spaces under which the prompt's chunks may be stored.
 
     Raises:
-        AdminError: there are none, or a salt is missing or too much; the text says what to do.
+        AdminError: there are none, several models match, or the salt is missing or not wanted; the text says what to
+            do.
     """
     known = admin.spaces()
     if not known:
@@ -91,7 +99,7 @@ def _parts(space: Space, prompt: PoolPrompt) -> list[list[bytes]]:
 
 
 def find(admin: PoolAdmin, prompt: PoolPrompt) -> list[PromptFound]:
-    """Where the prompt's chunks are, once for each kind of engines.
+    """Find the prompt's chunks; returns one result for each matching key space.
 
     Raises:
         AdminError: as :func:`spaces_for`.
@@ -110,8 +118,11 @@ def find(admin: PoolAdmin, prompt: PoolPrompt) -> list[PromptFound]:
 
 
 def hint(admin: PoolAdmin, prompt: PoolPrompt) -> AdminOutcome:
-    """A request with this prompt is on its way: begin to bring up what it will load. ``of``: parts of chunks that it
-    will load and that are below memory; ``done``: those that come up now, which is not waited for.
+    """Begin to read into memory what a request with this prompt will load, and don't wait.
+
+    Returns:
+        ``of``: parts of chunks that the request will load and that are below memory; ``done``: those whose read has
+        begun.
 
     Raises:
         AdminError: as :func:`spaces_for`.
@@ -132,10 +143,10 @@ def hint(admin: PoolAdmin, prompt: PoolPrompt) -> AdminOutcome:
 
 
 def chunks_of(admin: PoolAdmin, prompt: PoolPrompt) -> Chosen:
-    """All parts of the prompt's whole chunks.
+    """Choose all parts of the prompt's whole chunks.
 
     Raises:
-        AdminError: as :func:`spaces_for`; the prompt has no whole chunk.
+        AdminError: as :func:`spaces_for`; or the prompt has no whole chunk.
     """
     spaces = spaces_for(admin, prompt)
     keys = [key for space in spaces for chunk in _parts(space, prompt) for key in chunk]
