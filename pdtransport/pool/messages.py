@@ -131,7 +131,7 @@ class Publish(_Numbered):
 
 
 class ReleaseChunks(_Numbered):
-    """Client: has read these chunks, or will not write them. Not answered."""
+    """Client: no longer reads, or will not write, these chunks. Not answered."""
 
     kind: Literal["release"] = "release"
     indices: Words32

@@ -33,7 +33,7 @@ Tokens = Annotated[
 ]
 Text = Annotated[str, Field(max_length=MAX_SALT)]
 
-# None as a default, which is not validated, while an explicit null is refused, as the description says.
+# Defaults of None are not validated, but an explicit null is: it is refused, as the description says.
 _NO_TOKENS: Any = None
 _NO_NUMBER: Any = None
 

@@ -47,10 +47,10 @@ class Copier(ABC):
 
     Attributes:
         depth: copies that may be in flight at once.
-        batch_bytes: most bytes of one copy, unless a single chunk is longer.
-        ahead: most requests to the pool that are unanswered at a time.
-        first_bytes: bytes of the first request; the next ones are longer.
-        window_bytes: most bytes of one request.
+        batch_bytes: maximum bytes of one copy, unless a single chunk is longer.
+        ahead: maximum number of unanswered requests to the pool.
+        first_bytes: bytes of the first request; later ones are longer.
+        window_bytes: maximum bytes of one request.
     """
 
     depth = 1

@@ -109,7 +109,7 @@ class Copying:
         self.error = ""
         self._windows: dict[int, CopyWindow] = {}
         self._session: ServiceSession | None = None
-        self._budget = 0  # most bytes of all open windows together
+        self._budget = 0  # maximum bytes of all open windows together
         self._stretches: Iterator[tuple[int, int]] = iter(())
         self._next: tuple[int, int] | None = None  # first and last of the next window to open
 

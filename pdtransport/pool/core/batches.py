@@ -107,7 +107,7 @@ def publish(store: ChunkStore, request: PoolRequest, written: Sequence[tuple[int
 
 
 def evicted(store: ChunkStore, entries: list[int]) -> None:
-    """Remove unreferenced chunks from memory that the budget has evicted."""
+    """Take chunks out of memory that the budget has evicted; none of them is referenced."""
     index = store.index
     store.counters["evicted_chunks"] += len(entries)
     if len(entries) == 1 or len(store.room.groups) > 1:

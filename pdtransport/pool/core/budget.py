@@ -180,7 +180,7 @@ class MemoryBudget:
         return self.groups[numbers[0]]
 
     def leave(self, entry: int) -> None:
-        """Remove a chunk that leaves memory without being evicted from its order."""
+        """Remove a chunk from its eviction order, as it leaves memory other than by eviction."""
         group, pin = self.groups[self._index.group[entry]], self._index.pin[entry]
         if pin == NO_PIN:
             group.policy.remove(entry)

@@ -1,6 +1,7 @@
 """Memory addresses of a store's or load's chunks, and the pool's answers about them, as flat arrays.
 
-Arrays, since a gigabyte is about 500 chunks and a GPU copies one in the time of a few dozen Python calls.
+Arrays keep up with a GPU: a gigabyte is about 500 chunks, and a GPU copies each of them in the time of a few dozen
+Python calls.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Chunks:
 def _joined(runs: Sequence[Runs]) -> Runs:
     """Concatenate all runs, shape (n, 2), uint64.
 
-    Checks the result first, and each array only if that fails: one check an array would take longer than the copy.
+    Checks the concatenated array, and single arrays only if that fails: checking each would take longer than the copy.
     """
     if not runs:
         return np.empty((0, 2), dtype=np.uint64)

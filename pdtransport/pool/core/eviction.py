@@ -1,8 +1,8 @@
 """Eviction policies: LRU, FIFO, MRU, LFU and S3-FIFO behind one interface.
 
 A policy orders entries (small integers, see :mod:`pdtransport.pool.core.index`); it knows nothing of bytes or tiers.
-The orders are linked lists in flat arrays that all policies of a memory budget share: 8 bytes an entry, and each list
-operation is O(1).
+The orders are linked lists in flat arrays, which the policies of a memory budget's groups share: 8 bytes an entry, and
+each list operation is O(1).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Policy(ABC):
 
     @abstractmethod
     def add(self, entry: int, key_hash: int) -> None:
-        """Add a chunk that has come into memory."""
+        """Add a chunk."""
 
     @abstractmethod
     def touch(self, entry: int) -> None:
@@ -131,7 +131,7 @@ class Policy(ABC):
 
     @abstractmethod
     def remove(self, entry: int) -> None:
-        """Remove a chunk that leaves memory without being evicted."""
+        """Remove a chunk that leaves other than by eviction."""
 
     @abstractmethod
     def evict(self, usable: Usable) -> int:

@@ -54,8 +54,8 @@ class Index:
 
     Beside the key it has columns that the chunk store reads and writes by entry: ``nbytes`` (uint32), ``checksum``
     (uint64), ``refs`` (uint16), ``state``, ``tiers``, ``pin``, ``form`` (uint8) and ``group`` (uint16). Each is a
-    memoryview, for access to single values, and a numpy array named ``.._column``, for many entries at once. All are
-    zero in a new entry.
+    memoryview, for access to single values, and also a numpy array, for many entries at once: ``nbytes_column`` and so
+    on (``tier_column`` for ``tiers``). All are zero in a new entry.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -1,7 +1,7 @@
 """Chunks prefetched from lower tiers on a hint that a request will load them soon.
 
-Until they are loaded they may take a bounded share of memory, so that the hints of a long request queue evict neither
-chunks in use nor each other's.
+Until they are loaded they may take a bounded share of memory. So the hints for a long request queue can't evict all
+other chunks, or each other's.
 """
 
 from __future__ import annotations

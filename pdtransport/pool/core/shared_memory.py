@@ -206,7 +206,7 @@ def remove_stale(folder: Path, name: str) -> None:
 
 
 def remove_if_stale(path: Path) -> None:
-    """Remove a memory file if its service is gone: a killed service leaves the file, and so its memory, allocated."""
+    """Remove a memory file if its service is gone: a killed service leaves it behind, and its memory allocated."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

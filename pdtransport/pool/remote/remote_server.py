@@ -124,7 +124,7 @@ class RemoteServer:
             for guest in [guest for guest in self._guests.values() if now - guest.heard_at > self._silence_s]:
                 logger.info("client %s of pool %s is silent", guest.name, self._settings.name)
                 self._part(guest)
-            if now < self._look_until:  # a connection ended: sending fails to the client whose it was
+            if now < self._look_until:  # a connection has ended: sending to its client fails, which drops the client
                 for route in list(self._guests):
                     self._send(route, RemotePong())
         for guest in [guest for guest in self._leaving if guest.gone]:

@@ -36,7 +36,7 @@ ASK_S = 600.0  # the longest deadline that a client's settings allow; a client w
 
 @dataclass(eq=False)
 class ChunkMove:
-    """A transfer of some chunks of a request. ``released``: places of chunks that its client has released meanwhile."""
+    """A transfer of some chunks of a request. ``released``: places that its client released during the transfer."""
 
     places: list[int]
     handle: Offer | Receipt | None = None
@@ -100,7 +100,7 @@ class RemoteClientSession:
 
     Args:
         caller: addresses at which the client's chunks may be fetched.
-        batch_frames: most frames of one transfer to the client, unless a single chunk has more.
+        batch_frames: maximum frames of one transfer to the client, unless a single chunk has more.
         send: sends a message to the client.
         post: runs a call in the I/O thread.
     """

@@ -16,7 +16,7 @@ _Place = tuple[int, int, Job]  # rank, number, job
 class Jobs:
     """A priority queue in which reads overtake writes and deletes, since a request waits for each read.
 
-    A read can't overtake a write of its own key: it is queued only once the tier has the chunk, after that write ended.
+    A read of a key is queued only once the write of that key has ended, so it never overtakes that write.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,7 @@ class Tier(ABC):
     """Stores chunks below memory. Calls for one key never overlap."""
 
     name: str
-    overhead_bytes: int  # most bytes that a chunk takes beyond its content (without a digest)
+    overhead_bytes: int  # maximum bytes that a chunk takes beyond its content, without a digest
     threads: int  # number of threads that call the tier
     shared: bool = False  # whether other pools write to it too
     rescan_s: float = 0.0  # how often to scan for chunks of other pools; 0: at start only

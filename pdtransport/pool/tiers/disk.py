@@ -4,9 +4,9 @@ A file is published atomically by a rename, and its name has all that the index 
 reads directories and no files. Files are not synced to disk: a file that a crash has damaged fails its checks when it
 is read, counts as a miss, and is removed.
 
-The directory is opened once. All files are reached from its descriptor and through no symbolic link, so renaming or
-replacing a directory above it has no effect. If the directory is private to this user, files in it must be this user's;
-else chunks need digests (:attr:`Tier.exposed`).
+The directory is opened once. All files are reached from its descriptor and through no symbolic link, so a user who can
+rename a directory above it can't substitute another one. If the directory is private to this user, files in it must be
+this user's; else chunks need digests (:attr:`Tier.exposed`).
 
 If the file system has direct I/O (``O_DIRECT``), bytes bypass the page cache, since the pool is a cache itself. They
 pass through a buffer of huge pages: directly from frames on small pages the disk would get more and shorter segments.
@@ -232,7 +232,7 @@ class DiskTier(Tier):
         _check_length(size, parts)
         content = runs_of(parts)
         if size <= STRETCH:
-            # Checksums are of multiples of 8 bytes. Other lengths are packed chunks, of which none is needed.
+            # A checksum needs a multiple of 8 bytes. Other lengths are packed chunks, for which it is not used.
             blocks = 1 if size % 8 == 0 else 0
             found = pages.read_mapped(run(address_of(buffer) + BLOCK, size - BLOCK), content, blocks)
             return int(found[0]) if blocks else None

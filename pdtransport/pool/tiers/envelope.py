@@ -92,7 +92,7 @@ class Opening:
 
         Raises:
             TierError: the header is damaged, or of another chunk or length, or its codec is not installed.
-            Forged: the header names no digest made with one of the signer's keys.
+            Forged: the chunk has no digest, or one made with a key that the signer lacks.
         """
         self._header = found = _unsealed(header, self._key, sum(len(part) for part in self._parts))
         if self._signer is not None:

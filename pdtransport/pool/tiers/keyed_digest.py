@@ -138,7 +138,7 @@ def keep_key(path: Path) -> None:
 
 
 def wants_key(settings: PoolSettings) -> bool:
-    """Whether a pool with these settings may need a digest key."""
+    """Whether a pool with these settings may need a digest key: the chunks of some tier may carry digests."""
     disk = settings.disk is not None and not is_private(settings.disk.path)
     below = settings.disk or settings.redis or settings.s3 or settings.tiers
     if settings.digest == "all":

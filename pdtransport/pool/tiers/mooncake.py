@@ -32,7 +32,7 @@ _NAME = re.compile(rf"{PREFIX}:([A-Za-z0-9._\-]{{0,64}}):([0-9a-f]{{{2 * KEY_BYT
 
 
 class MooncakeOptions(BaseModel):
-    """``--tier-option mooncake.NAME=VALUE``."""
+    """Options of the tier: ``--tier-option mooncake.NAME=VALUE``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

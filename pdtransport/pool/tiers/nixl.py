@@ -27,7 +27,7 @@ LOOK_S = 0.0001  # between polls of a transfer in flight
 
 
 class NixlOptions(BaseModel):
-    """``--tier-option nixl.NAME=VALUE``."""
+    """Options of the tier: ``--tier-option nixl.NAME=VALUE``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -142,7 +142,7 @@ def _api() -> Any:
     for name in MODULES:
         try:
             found = importlib.import_module(name)
-            ours = logging.getLogger("nixl")  # it writes to standard output, where pdpool says that it serves
+            ours = logging.getLogger("nixl")  # it logs to standard output, where pdpool prints that it is ready
             ours.handlers, ours.propagate = [], True
             ours.setLevel(logging.WARNING)
             return found
