@@ -1,10 +1,10 @@
-"""The one interface behind which bytes move.
+"""The interface of all links: a link moves bytes from one process's registered memory into another's.
 
-A link moves *runs* (address, length) of a sender's memory into runs of a receiver's memory. Fragmentation may
-differ on the two sides; both lists describe the same byte stream in the same order.
+A link copies *runs* (address, length) of the sender's memory into runs of the receiver's memory. The two lists may be
+fragmented differently; both describe the same byte stream in the same order.
 
-All methods are called from the transport's I/O thread; none may block longer than moving one batch takes. A link
-with work under way makes progress in :meth:`Link.progress`; :meth:`Link.fileno` wakes the I/O thread.
+Threading: all methods are called from the transport's I/O thread, and none may block longer than moving one batch
+takes. A link with work in flight makes progress in :meth:`Link.progress`; :meth:`Link.fileno` wakes the I/O thread.
 """
 
 from __future__ import annotations
@@ -23,26 +23,31 @@ from pdtransport.settings import LinkSettings
 # shape (n, 2), dtype uint64: [address, nbytes] of each run, in stream order
 Runs = npt.NDArray[np.uint64]
 
-# One call when an operation ended: ``error`` is None, or one line saying why it failed.
+# Called once when an operation ends, with None on success, else with one line that says why it failed.
 Done = Callable[["str | None"], None]
 
 
 @dataclass
 class LinkStats:
-    """Counters of one channel since it was opened. Seconds count the time during which at least one batch was on its
-    way (not while it queued)."""
+    """Counters of one channel since it was opened.
+
+    Seconds count the time during which at least one batch was moving; time spent in a queue does not count.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
     batches_sent: int = 0
     batches_received: int = 0
-    seconds_moving: float = 0.0  # of batches that we receive
-    seconds_sending: float = 0.0  # of batches that we send; stays 0 on links whose receiver reads by itself
+    seconds_moving: float = 0.0  # of received batches
+    seconds_sending: float = 0.0  # of sent batches; stays 0 on links where the receiver reads by itself
     errors: int = 0
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes a second of the direction that this side measured (receiving, where it did both), or None."""
+        """Measured bytes per second, or None.
+
+        Of the direction that this side measured; receiving takes precedence if it measured both.
+        """
         if self.bytes_received and self.seconds_moving > 0:
             return self.bytes_received / self.seconds_moving
         if self.bytes_sent and self.seconds_sending > 0:
@@ -52,25 +57,28 @@ class LinkStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :meth:`Channel.prepare` made; ``offer`` is what :meth:`Channel.send` will offer."""
+    """Result of :meth:`Channel.prepare`; ``offer`` is what :meth:`Channel.send` will return as the batch's offer."""
 
     offer: bytes
 
 
 class Channel(ABC):
-    """One link to one peer incarnation."""
+    """One link to one incarnation of a peer."""
 
     link: str
-    why: str  # one line: why this link carries the pair, and why better ones did not
-    one_sided: bool = False  # True: the sender writes the receiver's pages itself
-    in_place: bool = False  # the receiver reads pages where they lie, at memory's speed: a batch takes milliseconds
-    max_batch_bytes: int = 1 << 40  # the largest batch that `send` takes
+    why: str  # one line: why this link was chosen for the pair, and better ones were not
+    one_sided: bool = False  # True: the sender writes into the receiver's pages itself
+    in_place: bool = False  # True: the receiver reads pages in place at memory speed; a batch takes milliseconds
+    max_batch_bytes: int = 1 << 40  # largest batch that `send` accepts
     stats: LinkStats
 
     def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> Prepared | None:
-        """GPU memory: do what can be done of a :meth:`send` before the kernels have ended that compute the pages,
-        behind which the raw cudaEvent_t is recorded. The result is for that one ``send``, after the event; it may be
-        dropped. None: there is nothing to gain."""
+        """Do the part of a :meth:`send` that can be queued before the pages are computed (GPU memory only).
+
+        The kernels that compute the pages may still be running; ``event_handle`` is the raw cudaEvent_t recorded after
+        them. Pass the result to the one matching ``send`` after the event, or drop it. Returns None if preparing gains
+        nothing.
+        """
         return None
 
     @abstractmethod
@@ -79,98 +87,114 @@ class Channel(ABC):
     ) -> tuple[bytes, bytes]:
         """Offer ``runs`` under ``key`` (unique per channel, < 2**56).
 
-        The stream holds ``checksum_blocks`` equally long blocks (0: no checksums wanted). Returns
-        ``(offer, checksums)``: the offer travels to the receiver's :meth:`receive`, checksums are little-endian u64,
-        one a block. ``done`` is called once the link no longer reads the runs; links that read them when the
-        receiver asks call it on :meth:`release`.
+        Args:
+            checksum_blocks: number of equally long blocks in the stream, one checksum each; 0: no checksums.
+            done: called once the link no longer reads the runs. Links that read them when the receiver asks call it on
+                :meth:`release`.
+            prepared: result of :meth:`prepare` for this batch, if any.
+
+        Returns:
+            ``(offer, checksums)``: the offer goes to the receiver's :meth:`receive`; checksums are little-endian u64,
+            one per block.
 
         Raises:
-            LinkBusy: no staging slot is free; try again after :meth:`Link.progress`.
+            LinkBusy: no staging slot is free; retry after :meth:`Link.progress`.
             LinkError: the channel is broken.
         """
 
     @abstractmethod
     def release(self, key: int) -> None:
-        """The receiver has the batch, or will never want it: forget ``key``. Unknown keys are ignored."""
+        """Forget ``key``: the receiver has the batch or will never want it. Unknown keys are ignored."""
 
     def attach(self) -> None:  # noqa: B027 - most links need nothing
-        """We are about to receive: get hold of what that needs of the peer. Senders don't call it, so that they pin
-        nothing of their receivers.
+        """Acquire what receiving needs of the peer, such as a mapping of its memory.
+
+        Only receivers call it, so that senders never pin receiver memory.
 
         Raises:
-            LinkUnavailable: we can't; the text says why.
+            LinkUnavailable: it can't be acquired; the text says why.
         """
 
     def prepare_read(self, offer: bytes, runs: Runs, blocks: int) -> None:  # noqa: B027 - most links have nothing to gain
-        """A batch with this ``offer`` will come for ``runs`` (``blocks`` 0: without checksums): do what can be done of
-        its :meth:`receive` now, and touch neither side's pages. Never raises; the batch may never come, or be another.
+        """Prepare for receiving a batch that is expected with this ``offer`` into ``runs``.
+
+        Do the part of :meth:`receive` that touches neither side's pages. ``blocks`` is 0 if the batch has no checksums.
+        Never raises. The batch may never arrive, or a different one may.
         """
 
     @abstractmethod
     def receive(self, key: int, offer: bytes, runs: Runs, checksums: bytes, blocks: int, done: Done) -> None:
-        """Place the batch ``key`` into ``runs``, ``blocks`` equally long blocks, and verify ``checksums``
-        (empty: don't). ``done(None)`` after every byte is in place and verified; ``done("damaged: ...")`` on a
-        checksum mismatch. Bytes are written by this process only, and none after ``done`` or :meth:`fence`.
+        """Place batch ``key`` into ``runs`` and verify its ``checksums``.
+
+        The stream holds ``blocks`` equally long blocks; empty ``checksums``: nothing is verified. Calls ``done(None)``
+        after every byte is in place and verified, and ``done("damaged: ...")`` on a checksum mismatch. Only this
+        process writes into ``runs``, and nothing is written after ``done`` or :meth:`fence`.
         """
 
     @abstractmethod
     def fence(self, keys: Sequence[int], done: Callable[[], None]) -> None:
-        """Receiver: stop placing ``keys``; ``done()`` once nothing of theirs can be written any more. Their
-        ``receive`` callbacks are not called after that."""
+        """Receiver: stop placing ``keys``; calls ``done()`` once no byte of them can be written any more.
+
+        The ``done`` callbacks that :meth:`receive` got for these keys are not called after that.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """The peer's incarnation ended: drop all work; callbacks still owed get an error, now or in the next
-        :meth:`Link.progress`. Never blocks for long, never raises."""
+        """Drop all work because the peer's incarnation ended.
+
+        Pending callbacks get an error, now or in the next :meth:`Link.progress`. Never blocks for long, never raises.
+        """
 
     def give_up(self) -> None:
-        """As :meth:`close`, but the peer may only stand still: messages that have begun may end before what carries
-        them goes."""
+        """Like :meth:`close`, for a peer that may only be stopped (SIGSTOP) rather than dead.
+
+        Messages that have begun may finish before the resources that carry them are destroyed.
+        """
         self.close()
 
 
 class Link(ABC):
-    """One way to move bytes, in one process."""
+    """One way to move bytes, for one process."""
 
     name: str
 
     @classmethod
     @abstractmethod
     def open(cls, regions: Regions, settings: LinkSettings) -> Link:
-        """The link over this process' ``regions``.
+        """Open the link over this process's ``regions``.
 
         Raises:
-            LinkUnavailable: it can't be used here; the text says why.
+            LinkUnavailable: the link can't be used here; the text says why.
         """
 
     @abstractmethod
     def export(self) -> bytes:
-        """What a peer needs to know to reach this process; travels in Hello and Welcome."""
+        """Data that a peer needs to connect to this process; sent in Hello and Welcome."""
 
     @abstractmethod
     def connect(self, peer_export: bytes, peer_host: str) -> Channel:
         """Open a channel to the peer that exported ``peer_export``.
 
         Raises:
-            LinkUnavailable: it can't be used with that peer; the text says why.
+            LinkUnavailable: the link can't be used with that peer; the text says why.
         """
 
     @abstractmethod
     def progress(self) -> bool:
-        """Advance work under way and run callbacks; True if anything happened."""
+        """Advance work in flight and run callbacks; True if anything happened."""
 
     def fileno(self) -> int:
-        """A descriptor that turns readable when :meth:`progress` has work; -1 where there is none."""
+        """File descriptor that becomes readable when :meth:`progress` has work; -1 if the link has none."""
         return -1
 
     def arm(self) -> bool:
-        """Call before sleeping on :meth:`fileno`; False: don't sleep, call :meth:`progress` first."""
+        """Call before sleeping on :meth:`fileno`; False means: call :meth:`progress` instead of sleeping."""
         return True
 
     @abstractmethod
     def close(self) -> None:
-        """Close all channels and give resources back."""
+        """Close all channels and release resources."""
 
 
 class LinkBusy(Exception):
-    """All staging slots are in use; more become free as receivers take what was sent."""
+    """All staging slots are in use; slots become free as receivers fetch what was sent."""

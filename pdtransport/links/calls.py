@@ -1,4 +1,4 @@
-"""Callbacks of links: one that fails must not take the link along."""
+"""Safe callbacks for links: an exception in a callback must not break the link."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def call(callback: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``callback``; log what it raises."""
+    """Call ``callback``; log any exception it raises."""
     try:
         callback(*arguments)
     except Exception:
@@ -19,8 +19,10 @@ def call(callback: Callable[..., Any], *arguments: Any) -> None:
 
 
 class Callbacks:
-    """Calls that are due, kept for :meth:`run` so that none runs inside the link's own bookkeeping. At most one waits
-    for each batch under way, which bounds them."""
+    """Queue of due callbacks. :meth:`run` calls them later, so that none runs in the middle of the link's bookkeeping.
+
+    Bounded: at most one callback waits for each batch in flight.
+    """
 
     def __init__(self) -> None:
         self._due: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -33,7 +35,7 @@ class Callbacks:
         self._due.append((callback, arguments))
 
     def run(self) -> bool:
-        """Run what is due now; True if anything was."""
+        """Run the callbacks that are due now; True if there were any."""
         due = len(self._due)
         for _ in range(due):
             callback, arguments = self._due.popleft()

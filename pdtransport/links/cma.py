@@ -1,4 +1,4 @@
-"""Same host, host memory: the receiver reads the sender's pages straight into its own with process_vm_readv."""
+"""``cma``: same host, host memory. The receiver copies the sender's pages into its own with process_vm_readv."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from pdtransport.links.reading import COPY_THREADS, MAX_TICKETS, NOT_PERMITTED, 
 from pdtransport.settings import LinkSettings
 
 COOKIE_BYTES = 32
-OWN_WORDS = COOKIE_BYTES // 8 + MAX_TICKETS  # of memory that peers read besides pages
+OWN_WORDS = COOKIE_BYTES // 8 + MAX_TICKETS  # 64-bit words that peers read besides pages: cookie, then tickets
 EXPORT_VERSION = 1
 
 
 class CmaLink(Link):
-    """See the module's docstring.
+    """Link for host memory of one host; the receiver reads with process_vm_readv.
 
     Args:
-        regions: the memory that may be offered and written.
+        regions: memory that may be offered and written.
         own: memory for the cookie and the tickets, shape (``OWN_WORDS``,), zeros.
 
     Raises:
@@ -82,10 +82,10 @@ class CmaLink(Link):
         return channel
 
     def _reader(self, peer: dict[str, Any]) -> tuple[Reader, str]:
-        """How to read the peer of this export, and in a few words why it can be done.
+        """Returns the reader for the peer's memory, and a few words for the channel's ``why``.
 
         Raises:
-            LinkUnavailable: it can't.
+            LinkUnavailable: the peer's memory can't be read.
         """
         return KernelReader(peer["pid"]), "same host; reads pages directly"
 
@@ -109,7 +109,7 @@ class CmaLink(Link):
 
 
 class KernelReader:
-    """Reads process ``pid`` with process_vm_readv."""
+    """Reads memory of process ``pid`` with process_vm_readv."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -118,7 +118,7 @@ class KernelReader:
         return pages.read_remote(self._pid, source, target, blocks, threads=COPY_THREADS, ticket=ticket)
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Nothing to release."""
 
 
 def _parse_export(export: bytes) -> dict[str, Any]:
@@ -137,10 +137,10 @@ def _parse_export(export: bytes) -> dict[str, Any]:
 
 
 def _prove(pid: int, address: int, cookie: bytes) -> None:
-    """Read the cookie back: proves that ``pid`` is the process meant and that we may read it.
+    """Read the peer's cookie back: proves that ``pid`` is the intended process and that we may read it.
 
     Raises:
-        LinkUnavailable: we may not, or it is another process.
+        LinkUnavailable: reading is not permitted, or the process is another one.
     """
     found = np.zeros(len(cookie), dtype=np.uint8)
     try:

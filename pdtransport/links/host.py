@@ -1,4 +1,4 @@
-"""Who a process is: on which host, in which process namespace, started when. Links of one host need to be sure."""
+"""Identity of a process on this host (kernel, PID namespace, start time), for links that work within one host."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 def host_id() -> str:
-    """Equal in two processes exactly if a process id means the same process in both: same running kernel, same
-    process namespace."""
+    """Identifies the running kernel and the PID namespace of this process.
+
+    Two processes have equal host ids exactly if a PID means the same process to both.
+    """
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
     namespace = os.stat("/proc/self/ns/pid")
@@ -21,23 +23,25 @@ def host_id() -> str:
 
 
 def start_ticks(stat: bytes) -> int:
-    """When a process started, in clock ticks after boot, from its ``/proc/<pid>/stat``. Its name, in parentheses, may
-    hold anything."""
+    """Start time of a process in clock ticks after boot, from its ``/proc/<pid>/stat``.
+
+    The file holds the process name in parentheses; the name may contain any character, hence the search from the end.
+    """
     fields = stat[stat.rindex(b")") + 2 :].split()
     return int(fields[19])
 
 
 class ProcessWatch:
-    """Tells whether process ``pid`` is still the one that started at ``started``; a recycled id is another process.
+    """Tells whether process ``pid`` is still the one that started at ``started``; a recycled PID is another process.
 
     Raises:
-        ProcessLookupError: there is no such process, or it is a later one of the same id.
+        ProcessLookupError: there is no such process, or a later process has its PID.
     """
 
     def __init__(self, pid: int, started: int) -> None:
         self.pid = pid
         self._started = started
-        # An open file of /proc stays bound to this very process, so that every later look is one short read.
+        # An open /proc file stays bound to this very process, so that each later check is one short read.
         self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.check()
@@ -60,13 +64,13 @@ class ProcessWatch:
 
 
 def neighbour(host: str, pid: int, started: int) -> ProcessWatch:
-    """Watches a peer that must be a process of this host.
+    """Watch a peer that must be a process of this host.
 
     Args:
-        host: its :func:`host_id`.
+        host: the peer's :func:`host_id`.
 
     Raises:
-        LinkUnavailable: it is on another host, in another container, or gone.
+        LinkUnavailable: the peer is on another host, in another container, or gone.
     """
     here = host_id()
     if host != here:
@@ -85,7 +89,9 @@ def my_start_ticks() -> int:
 
 
 def allow_reads() -> None:
-    """Let other processes of this user read this one's memory where Yama's ptrace_scope is 1 (Ubuntu's default).
-    Kernels without Yama refuse the call and need it not."""
+    """Let other processes of this user read this process's memory under Yama's ptrace_scope 1 (Ubuntu's default).
+
+    Kernels without Yama refuse the call and don't need it.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(ctypes.c_int(PR_SET_PTRACER), PR_SET_PTRACER_ANY, *(ctypes.c_ulong(0),) * 3)

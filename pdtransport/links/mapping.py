@@ -1,4 +1,4 @@
-"""Memory of a peer, mapped into this process to be read."""
+"""Memory of a peer, mapped read-only into this process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pdtransport.links import vm
 from pdtransport.links.memory import PAGE
 from pdtransport.links.reading import COPY_THREADS, NOT_PERMITTED
 
-MAX_SPANS = 4096  # of one peer
-MAX_BYTES = 1 << 46  # of one peer's memory, mapped in all
+MAX_SPANS = 4096  # per peer
+MAX_BYTES = 1 << 46  # total mapped per peer
 F_SEAL_SHRINK = 0x0002
-# One core comes near what the memory of a small machine can do, and leaves the other to the engine.
+# On a small machine one core comes close to memory bandwidth, and the other stays free for the engine.
 THREADS = 1 if (os.cpu_count() or 1) < 4 else COPY_THREADS
-REST_S = 1.0  # without a batch; then what we read leaves our resident memory
+REST_S = 1.0  # without a batch; then the mapped pages leave our resident memory
 
 Spans = Sequence[tuple[int, int, int, int]]  # as pdtransport.links.sharing.Span: address, nbytes, fd, offset
 
@@ -32,11 +32,12 @@ class PeerMemory:
     """Spans of process ``pid``, mapped read-only.
 
     Args:
-        pid: the peer; that it is the process meant has to be checked afterwards.
-        spans: (address in the peer, nbytes, its descriptor, offset in that file), as the peer says; its words first.
+        pid: the peer; the caller must verify afterwards that this is the intended process.
+        spans: (address in the peer, nbytes, descriptor in the peer, offset in that file), as exported by the peer; the
+            span with its tickets comes first.
 
     Raises:
-        LinkUnavailable: the peer may not be read, or what it says is not so.
+        LinkUnavailable: the peer may not be read, or its export is wrong.
     """
 
     def __init__(self, pid: int, spans: Spans) -> None:
@@ -70,28 +71,28 @@ class PeerMemory:
         self._first = table[0]
 
     def here(self, runs: Runs) -> Runs | None:
-        """Where the peer's ``runs`` stand in this process; None if some are not mapped."""
+        """Addresses of the peer's ``runs`` in this process; None if some are not mapped."""
         return pages.translate(runs, self._table)
 
     def word_here(self, address: int) -> int | None:
-        """Where the peer's 64-bit word at ``address`` stands; None if it is not one of the first span."""
+        """Address here of the peer's 64-bit word at ``address``; None if it is not in the first span."""
         low, high, shift = self._first
         inside = low <= address <= high - 8 and address % 8 == 0
         return (address + shift) % (1 << 64) if inside else None
 
     def rest(self) -> None:
-        """Take the pages out of our resident memory; they stay where they are, and mapped."""
+        """Remove the pages from our resident memory; they stay mapped, and the peer keeps them."""
         for address, nbytes in self._mapped:
             vm.advise(address, nbytes, vm.DONTNEED)
 
     def close(self) -> None:
-        """Unmap. Nothing may be read any more."""
+        """Unmap; nothing may be read afterwards."""
         while self._mapped:
             vm.unmap(*self._mapped.pop())
 
 
 class MappedReader:
-    """Copies from a peer's mapped memory; what is not mapped (the ends of its regions) the kernel reads.
+    """Copies from a peer's mapped memory; the rest (the ends of its regions) is read with process_vm_readv.
 
     Args:
         pid: the peer.
@@ -111,7 +112,7 @@ class MappedReader:
         return pages.read_mapped(mapped, target, blocks, threads=THREADS, ticket=(word, ticket[1]))
 
     def rest(self) -> None:
-        """Call now and then while nothing is to be read."""
+        """Drop resident pages after ``REST_S`` without a batch; call it now and then while nothing is to be read."""
         if self._last is not None and time.monotonic() - self._last > REST_S:
             self._last = None
             self._peer.rest()
@@ -121,10 +122,10 @@ class MappedReader:
 
 
 def _check(spans: Spans) -> None:
-    """What a peer says of its memory can be mapped at all.
+    """Check that the spans exported by a peer can be mapped at all.
 
     Raises:
-        LinkUnavailable: it can't.
+        LinkUnavailable: they can't.
     """
     total, end = 0, 0
     for address, nbytes, number, offset in sorted(spans):
@@ -137,13 +138,15 @@ def _check(spans: Spans) -> None:
 
 
 def _open(pid: int, number: int) -> int:
-    """Descriptor ``number`` of the peer, to read: a file that can't shrink, or reading it could kill us.
+    """Open the peer's descriptor ``number`` for reading; it must be a memfd sealed against shrinking.
+
+    Reading a file that shrinks would kill this process (SIGBUS).
 
     Raises:
         OSError: it can't be opened.
-        LinkUnavailable: it is something else.
+        LinkUnavailable: it is not such a memfd.
     """
-    # Looked at before it is opened: opening a pipe may block, opening a device may do anything.
+    # Checked before it is opened: opening a pipe may block, opening a device may have any effect.
     handle = os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

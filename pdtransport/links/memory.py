@@ -1,4 +1,4 @@
-"""Memory that links may touch: what the engine registered, and rings of staging slots of our own."""
+"""Memory that links may touch: regions registered by the engine, and the links' own rings of staging slots."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ PAGE = 4096
 
 
 class Regions:
-    """The memory that links of this process may read and write. Regions may come and go; they may overlap. All lie on
-    one device.
+    """The memory that links of this process may read and write.
+
+    Regions may be added and removed, and may overlap. All are on one device.
 
     Raises:
-        ValueError: regions of several devices.
+        ValueError: regions on several devices.
     """
 
     def __init__(self, regions: Iterable[Region] = ()) -> None:
@@ -33,7 +34,7 @@ class Regions:
 
     @property
     def device(self) -> int:
-        """Number of the GPU that holds them; -1: host memory."""
+        """Number of the GPU that holds the regions; -1: host memory."""
         return self._regions[0].device if self._regions else HOST
 
     def __len__(self) -> int:
@@ -44,23 +45,25 @@ class Regions:
         self._rebuild()
 
     def remove(self, region: Region) -> None:
-        """Forget ``region``, the object that was added; unknown ones are ignored."""
+        """Forget ``region`` (the object that was added); unknown ones are ignored."""
         self._regions = [known for known in self._regions if known is not region]
         self._rebuild()
 
     def check(self, runs: Runs) -> None:
-        """Every run lies within registered memory.
+        """Check that every run is within registered memory.
 
         Raises:
-            LinkError: one does not.
+            LinkError: a run is not.
         """
         if pages.translate(runs, self._spans) is None:
             outside = next(run for run in runs if pages.translate(run.reshape(1, 2), self._spans) is None)
             raise LinkError(f"{outside[1]} bytes at {int(outside[0]):#x} are outside the registered memory")
 
     def _rebuild(self) -> None:
-        """Sorted, non-overlapping spans; one empty span where there is no region, so that lookups need no special
-        case."""
+        """Compute sorted, non-overlapping spans.
+
+        Without regions there is one empty span, so that lookups need no special case.
+        """
         if any(region.device != self.device for region in self._regions):
             raise ValueError(f"regions on several devices: {sorted({region.device for region in self._regions})}")
         spans: list[list[int]] = []
@@ -73,17 +76,17 @@ class Regions:
 
 
 class Block(Protocol):
-    """Contiguous memory, as long as the object lives."""
+    """Contiguous memory that is valid as long as the object lives."""
 
     address: int
 
     def part(self, offset: int, nbytes: int) -> Any:
-        """Some of it, in the shape that UCX takes: an array, or an object with ``__cuda_array_interface__``."""
+        """A part of the block as UCX accepts it: an array, or an object with ``__cuda_array_interface__``."""
         ...
 
 
 class HostBlock:
-    """Host memory that begins at a page."""
+    """Page-aligned host memory."""
 
     def __init__(self, nbytes: int) -> None:
         raw = np.empty(nbytes + PAGE, dtype=np.uint8)
@@ -96,7 +99,7 @@ class HostBlock:
 
 
 class SlotRing:
-    """A bounded number of equally long staging slots in one block of memory, which is allocated at first use.
+    """A fixed number of equally long staging slots in one block of memory, allocated at first use.
 
     Args:
         nbytes: wanted size of the ring; it has at least two slots.
@@ -118,7 +121,7 @@ class SlotRing:
         """The memory of all slots.
 
         Raises:
-            LinkError: there is not that much (of GPU or pinned memory).
+            LinkError: not enough (GPU or pinned) memory.
         """
         if self._block is None:
             self._block = self._allocate(self.count * self.slot_bytes)
@@ -126,14 +129,14 @@ class SlotRing:
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds."""
+        """Number of free slots."""
         return len(self._free)
 
     def take(self) -> int:
-        """A slot.
+        """Take a free slot; returns its number.
 
         Raises:
-            IndexError: none is free.
+            IndexError: no slot is free.
         """
         return self._free.pop()
 
@@ -149,5 +152,5 @@ class SlotRing:
         return self.block.part(slot * self.slot_bytes, nbytes)
 
     def run(self, slot: int, nbytes: int) -> Runs:
-        """Where these bytes lie."""
+        """The first ``nbytes`` bytes of a slot as a run list."""
         return run(self.block.address + slot * self.slot_bytes, nbytes)

@@ -1,4 +1,4 @@
-"""Which links work here, and which one carries a pair."""
+"""Opens the links that work in this process and chooses the link for each pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdtransport.settings import LinkName, LinkSettings
 logger = logging.getLogger(__name__)
 
 
-# Module and class of each link; a link's own needs are imported with it alone.
+# Module and class of each link. Modules are imported on demand, so that a link's dependencies load only with it.
 _LINKS = {
     "cuda_ipc": ("cuda_ipc", "CudaIpcLink"),
     "shm": ("shm", "ShmLink"),
@@ -29,24 +29,24 @@ _GPU_ONLY = {"cuda_ipc": "KV lies in host memory"}
 
 @dataclass
 class OpenedLinks:
-    """Links that work in this process, why the others don't, and the memory that all of them may touch."""
+    """Links that work in this process, reasons why the others don't, and the memory that all of them may touch."""
 
     regions: Regions
     links: dict[str, Link] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    elsewhere: dict[str, str] = field(default_factory=dict)  # links for memory of another kind than ours
+    elsewhere: dict[str, str] = field(default_factory=dict)  # links for the other kind of memory (host, GPU), and why
 
 
 def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool | None = None) -> OpenedLinks:
     """Open the links that ``settings.order`` names.
 
     Args:
-        settings: order, requirement, sizes.
+        settings: order, required link, sizes.
         regions: memory that links may read and write.
-        ucx: False leaves UCX out, True insists on it, None takes it if it is installed.
+        ucx: False leaves UCX out, True requires it, None uses it if it is installed.
 
     Raises:
-        LinkUnavailable: none works here, or the required one does not.
+        LinkUnavailable: no link works here, or the required one does not.
     """
     opened = OpenedLinks(Regions(regions))
     elsewhere = _GPU_ONLY if opened.regions.device == HOST else _HOST_ONLY
@@ -54,7 +54,7 @@ def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool |
         if name == "ucx" and ucx is False:
             opened.unavailable[name] = "it was left out"
             continue
-        if name in elsewhere:  # no news, unless it was asked for
+        if name in elsewhere:  # expected, so not logged; an error only if this link is required
             opened.elsewhere[name] = elsewhere[name]
             continue
         try:
@@ -86,11 +86,12 @@ def choose(
     peer_exports: Mapping[str, bytes],
     peer_host: str,
 ) -> Channel:
-    """Open a channel over the first link of ``order`` that both ends can use, ready to receive; its ``why`` says what
-    it is and why better ones were not taken.
+    """Open a channel, ready to receive, over the first link of ``order`` that both ends can use.
+
+    The channel's ``why`` describes it and says why better links were not taken.
 
     Raises:
-        LinkUnavailable: none can be used, or the required one can't; the text says why for each.
+        LinkUnavailable: no link can be used, or the required one can't; the text gives the reason for each.
     """
     reasons: dict[str, str] = {}
     for name in [require] if require else [name for name in order if name in links or name in unavailable]:

@@ -1,5 +1,7 @@
-"""Run lists on the wire. KV pages lie in regular strides (layer after layer, token after token), so that a list is
-written as arithmetic progressions: 32 layers of a block are one of 28 bytes, not 32 addresses of 8.
+"""Run lists on the wire, packed as arithmetic progressions.
+
+KV pages are laid out in regular strides (layer after layer, token after token): 32 layers of a block take one
+progression of 28 bytes instead of 32 addresses of 8.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ import numpy.typing as npt
 
 from pdtransport.kernels.runs import MAX_RUN_BYTES, MAX_RUNS, Runs
 
-# `count` runs of `nbytes` bytes; the first starts at `address`, the others `stride` bytes after each other.
+# `count` runs of `nbytes` bytes each; the first is at `address`, each next one `stride` bytes further.
 _PROGRESSION = np.dtype([("address", "<u8"), ("stride", "<i8"), ("count", "<u4"), ("nbytes", "<u8")], align=False)
 
 
 def pack(runs: Runs) -> bytes:
-    """``runs``, shape (n, 2), as progressions."""
+    """Pack ``runs``, shape (n, 2), as progressions."""
     if not len(runs):
         return b""
     regular = _regular(runs)
@@ -31,16 +33,16 @@ def pack(runs: Runs) -> bytes:
 
 
 def unpack(packed: bytes, nbytes: int) -> Runs:
-    """The list that was packed, of ``nbytes`` bytes in all.
+    """Unpack a run list that must cover ``nbytes`` bytes in all.
 
     Raises:
-        ValueError: no list of runs, or one of another length. Memory is taken only for what the length allows.
+        ValueError: not a run list, or one of another length. Memory is allocated only after the length was checked.
     """
     if len(packed) % _PROGRESSION.itemsize:
         raise ValueError(f"{len(packed)} bytes are no list of runs")
     items = np.frombuffer(packed, dtype=_PROGRESSION)
     counts, lengths = items["count"].astype(np.uint64), items["nbytes"].astype(np.uint64)
-    total = int(counts.sum())  # at most 2**32 a progression: a Python sum of a bounded message can't overflow 64 bits
+    total = int(counts.sum())  # no uint64 overflow: counts are below 2**32, the message is bounded
     if total > MAX_RUNS or (len(lengths) and int(lengths.max()) > MAX_RUN_BYTES):
         raise ValueError(f"{total} runs in one list")
     if int((counts * lengths).sum()) != nbytes:
@@ -62,7 +64,7 @@ def unpack(packed: bytes, nbytes: int) -> Runs:
 
 
 def _regular(runs: Runs) -> npt.NDArray[np.void] | None:
-    """The progressions of runs that are all alike, as those of whole pages are: found at once. None: they are not."""
+    """Fast path: progressions of runs that all have the same length, count and stride, as whole pages do; else None."""
     addresses = np.ascontiguousarray(runs[:, 0])
     steps = np.diff(addresses)
     if not len(steps) or not bool((runs[:, 1] == runs[0, 1]).all()):
@@ -81,11 +83,12 @@ def _regular(runs: Runs) -> npt.NDArray[np.void] | None:
 
 
 def _starts(runs: Runs) -> npt.NDArray[np.int64]:
-    """Where a new progression begins: greedy, so that each holds at least two runs wherever two fit."""
+    """Indices where a progression begins: greedy, so that each holds at least two runs wherever two fit."""
     steps = np.diff(runs[:, 0])
     breaks = np.zeros(len(steps), dtype=bool)  # between run i and run i + 1
     changed = steps[1:] != steps[:-1]
-    # The step after a break is the new progression's own: of a row of changes, every other one is a break.
+    # The step after a break is the stride of the new progression, so it can't be a break itself: of consecutive
+    # changes, every other one is a break.
     place = np.arange(1, len(changed) + 1)
     since = place - np.maximum.accumulate(np.where(changed, 0, place)) if len(changed) else place
     breaks[1:] = changed & (since % 2 == 1)

@@ -1,4 +1,4 @@
-"""Measures a channel once per pair with batches of scratch memory, over the calls that production batches take.
+"""Measures a channel once per pair: moves batches of scratch memory with the same calls as production batches.
 
 Sans-IO: bodies of LinkCall messages in, bodies out (msgpack maps whose ``op`` begins with ``probe``). The receiver of
 pages runs a :class:`Probe`; the sender answers with a :class:`ProbeSource`. Neither blocks, waits or reads a clock.
@@ -20,15 +20,15 @@ from pdtransport.links.base import Channel, LinkBusy
 from pdtransport.links.memory import PAGE, Regions
 
 OPS = ("probe?", "probe", "probe-busy", "probe-end")
-FIRST_KEY = 1 << 55  # keys of transfers count up from 1
-IN_FLIGHT = 2  # batches asked for ahead of what has arrived
-DEADLINE_S = 10.0  # to the end of a probe; afterwards the pair's rate is reported as unknown
+FIRST_KEY = 1 << 55  # keys of real transfers count up from 1
+IN_FLIGHT = 2  # batches requested ahead of what has arrived
+DEADLINE_S = 10.0  # for a whole probe; after that the pair's rate is reported as unknown
 MAX_BATCH_BYTES = 256 << 20
-PROBE_PAGE = 32 << 10  # the scratch pages are moved in shuffled order, as a fragmented cache would be
+PROBE_PAGE = 32 << 10  # scratch pages are moved in shuffled order, like a fragmented cache
 
 
 def scratch(nbytes: int, device: int) -> Region:
-    """Memory of our own on ``device``, to be registered."""
+    """Allocate scratch memory on ``device``, ready to be registered."""
     if device == HOST:
         array = np.zeros(nbytes, dtype=np.uint8)
         return Region(array.ctypes.data, nbytes, owner=array)
@@ -39,7 +39,7 @@ def scratch(nbytes: int, device: int) -> Region:
 
 
 class _Scratch:
-    """Registered memory of ``nbytes`` bytes for as long as a probe runs."""
+    """``nbytes`` bytes of scratch memory, registered while a probe runs."""
 
     def __init__(self, regions: Regions, nbytes: int) -> None:
         self._regions = regions
@@ -60,17 +60,17 @@ class _Scratch:
 
 
 class Probe:
-    """The receiver's half: asks for ``nbytes`` in batches and times them.
+    """The receiver's half: requests ``nbytes`` in batches and times them.
 
-    Drain :meth:`outbox` after each call and after each ``Link.progress``. ``done`` turns True once; then ``rate`` is
-    in bytes a second, or None with ``why`` saying what went wrong, and ``elapsed_s`` is what the bytes took.
+    Drain :meth:`outbox` after each call and after each ``Link.progress``. ``done`` turns True once; then ``rate`` is in
+    bytes per second, or None with the reason in ``why``, and ``elapsed_s`` is the time that the bytes took.
 
     Args:
-        channel: the channel that the peer sends to us over.
+        channel: channel over which the peer sends to us.
         regions: where to register the scratch memory.
-        nbytes: to move in all; at least one batch.
-        batch_bytes: of one batch.
-        now: seconds on the clock that all later times are of.
+        nbytes: bytes to move in all; at least one batch.
+        batch_bytes: bytes per batch.
+        now: start time in seconds, on the clock of all later times.
     """
 
     def __init__(self, channel: Channel, regions: Regions, nbytes: int, batch_bytes: int, now: float) -> None:
@@ -91,7 +91,7 @@ class Probe:
         return out
 
     def on_call(self, body: Mapping[str, Any], now: float) -> None:
-        """A body of the peer's whose ``op`` is in :data:`OPS`."""
+        """Handle a body from the peer whose ``op`` is in :data:`OPS`."""
         self._now = now
         if self.done:
             return
@@ -106,7 +106,7 @@ class Probe:
                 self._end(None, f"{type(error).__name__}: {error}")
 
     def tick(self, now: float) -> None:
-        """Call every turn while not ``done``: takes the time, and ends an overdue probe."""
+        """Call every turn while not ``done``: updates the time, and ends an overdue probe."""
         self._now = now
         if not self.done and now - self._began > DEADLINE_S:
             self._end(None, f"it did not end within {DEADLINE_S:.0f} s")
@@ -138,10 +138,10 @@ class Probe:
 
 
 class ProbeSource:
-    """The sender's half, one a peer: offers scratch batches when asked.
+    """The sender's half, one per peer: offers scratch batches on request.
 
     Args:
-        channel: the channel that we send to the peer over.
+        channel: channel over which we send to the peer.
         regions: where to register the scratch memory.
     """
 
@@ -152,7 +152,7 @@ class ProbeSource:
         self._keys: list[int] = []
 
     def on_call(self, body: Mapping[str, Any]) -> list[bytes]:
-        """Bodies to answer with; garbage gets none."""
+        """Returns the bodies to answer with; invalid input gets no answer."""
         if body.get("op") == "probe-end":
             self.close()
         if body.get("op") != "probe?":
@@ -160,7 +160,7 @@ class ProbeSource:
         nbytes = body.get("nbytes")
         if not isinstance(nbytes, int) or not PAGE <= nbytes <= MAX_BATCH_BYTES:
             return []
-        if len(self._keys) >= IN_FLIGHT:  # asked for the next one: the oldest has arrived
+        if len(self._keys) >= IN_FLIGHT:  # a further request means that the oldest batch has arrived
             self._channel.release(self._keys.pop(0))
         key, self._next_key = self._next_key, self._next_key + 1
         try:
@@ -173,7 +173,7 @@ class ProbeSource:
         return [msgpack.packb({"op": "probe", "key": key, "offer": offer})]
 
     def close(self) -> None:
-        """The probe ended, or the peer is gone."""
+        """Release everything: the probe ended, or the peer is gone."""
         for key in self._keys:
             self._channel.release(key)
         self._keys.clear()

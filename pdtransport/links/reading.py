@@ -1,9 +1,10 @@
-"""Channels on which the receiver reads the sender's pages where they lie: what `cma` and `shm` have in common.
+"""Channels on which the receiver reads the sender's pages in place: the common part of `cma` and `shm`.
 
-One copy, no staging, any fragmentation. Only the receiver touches its pages, and it verifies what it placed. An offer
-names a *ticket*: a word in the sender's memory that holds a random number for as long as the sender stands by the
-offer. The receiver looks at it before and after reading: a batch whose pages were taken back meanwhile is never
-accepted, checksums or not.
+One copy, no staging, any fragmentation. Only the receiver writes its pages, and it verifies what it placed.
+
+An offer names a *ticket*: a word in the sender's memory that holds a random number while the offer is valid. The
+receiver checks the ticket before and after reading, so that a batch whose pages were withdrawn meanwhile is never
+accepted, with or without checksums.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from pdtransport.links.calls import call
 from pdtransport.links.host import ProcessWatch
 from pdtransport.links.memory import PAGE, Regions
 
-SLICE_BYTES = 4 << 20  # read in one turn (about 0.5 ms), so that control messages get theirs
-COPY_THREADS = min(2, os.cpu_count() or 1)  # a slice; two come near what memory can do, one reaches half
-MAX_TICKETS = 4096  # batches offered and not released, over all peers
-MAX_QUEUED = 4096  # batches to read, a channel
-MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
+SLICE_BYTES = 4 << 20  # read per turn (about 0.5 ms), so that control messages are not delayed
+COPY_THREADS = min(2, os.cpu_count() or 1)  # per slice; two threads come close to memory bandwidth, one reaches half
+MAX_TICKETS = 4096  # batches offered and not released, all peers together
+MAX_QUEUED = 4096  # batches waiting to be read, per channel
+MAX_OFFER_BYTES = (1 << 20) - 4096  # the limit of a control message, less its own fields
 
 NOT_PERMITTED = (
     "the kernel forbids reading process {pid}: run both as the same user with sysctl kernel.yama.ptrace_scope at 0 "
@@ -42,10 +43,10 @@ NOT_PERMITTED = (
 
 
 class Tickets:
-    """Words that say which offers stand; a fixed table in this process' memory that peers read.
+    """Table of tickets, one word per valid offer, at a fixed place in this process's memory where peers read it.
 
     Args:
-        words: of the table, shape (``MAX_TICKETS``,), zeros.
+        words: memory of the table, shape (``MAX_TICKETS``,), zeros.
     """
 
     def __init__(self, words: npt.NDArray[np.uint64]) -> None:
@@ -57,10 +58,10 @@ class Tickets:
         return len(self._free)
 
     def issue(self) -> tuple[int, int, int]:
-        """(ticket, address of its word, the number it holds).
+        """Returns (ticket, address of its word, the number in it).
 
         Raises:
-            LinkBusy: ``MAX_TICKETS`` offers stand.
+            LinkBusy: ``MAX_TICKETS`` offers are outstanding.
         """
         if not self._free:
             raise LinkBusy(f"{MAX_TICKETS} batches are offered and not released")
@@ -74,23 +75,25 @@ class Tickets:
 
 
 class Reader(Protocol):
-    """How a peer's memory is read."""
+    """Reads a peer's memory."""
 
     def read(self, source: Runs, target: Runs, blocks: int, ticket: tuple[int, int]) -> npt.NDArray[np.uint64]:
-        """Copy the peer's runs ``source`` into ``target``; the checksums of ``blocks`` equally long blocks.
+        """Copy the peer's runs ``source`` into ``target``; returns the checksums of ``blocks`` equally long blocks.
 
         Raises:
             OSError, ValueError: as :func:`pdtransport.kernels.pages.read_remote`.
         """
 
     def close(self) -> None:
-        """Give back what it holds of the peer."""
+        """Release what it holds of the peer."""
 
 
 @dataclass
 class _Read:
-    """A batch to be placed; ``slices`` (remote runs, local runs, blocks, number of the first block) are cut once its
-    turn comes."""
+    """A batch to be placed.
+
+    ``slices`` (remote runs, local runs, blocks, number of the first block) are cut when the batch's turn comes.
+    """
 
     key: int
     offer: bytes
@@ -105,15 +108,15 @@ class _Read:
 
 
 class PullChannel(Channel):
-    """Reads from one peer process, and lets it read from this one.
+    """Reads from one peer process, and lets that peer read from this process.
 
     Args:
         link: name of the link.
-        why: one line: why this link carries the pair.
-        regions: the memory that may be offered and written.
-        tickets: of all channels of the link.
-        watch: the peer.
-        reader: how its memory is read; closed with the channel.
+        why: one line: why this link was chosen for the pair.
+        regions: memory that may be offered and written.
+        tickets: the link's ticket table, shared by its channels.
+        watch: detects the end of the peer process.
+        reader: reads the peer's memory; closed with the channel.
     """
 
     one_sided = False
@@ -199,12 +202,12 @@ class PullChannel(Channel):
         except LinkError as error:
             self._finish(read, f"link: {error}")
         except Exception as error:
-            self._finish(read, f"link: {error!r}")  # or it would be tried for ever
+            self._finish(read, f"link: {error!r}")  # else the same read would be retried forever
             raise
         return True
 
     def _start(self, read: _Read) -> None:
-        """Check the offer, which nobody vouches for, against what we expect, and cut the batch into slices."""
+        """Check the untrusted offer against what is expected, and cut the batch into slices."""
         read.started = True
         total = stream_bytes(read.runs)
         remote, read.ticket = unpack_offer(read.offer)
@@ -232,7 +235,7 @@ class PullChannel(Channel):
             found = self.reader.read(source, target, blocks, read.ticket)
         except OSError as error:
             raise self._read_failed(error) from None
-        except ValueError as error:  # blocks of odd length
+        except ValueError as error:  # blocks of invalid length
             raise LinkError(str(error)) from None
         finally:
             read.seconds += time.perf_counter() - begin
@@ -249,7 +252,7 @@ class PullChannel(Channel):
         except ProcessLookupError as gone:
             self._broken = str(gone)
             return LinkError(self._broken)
-        if error.errno == errno.ESRCH:  # dead, and not yet reaped by its parent
+        if error.errno == errno.ESRCH:  # dead, but not yet reaped by its parent
             self._broken = f"process {pid} is gone"
             return LinkError(self._broken)
         if error.errno == errno.ESTALE:
@@ -292,17 +295,17 @@ class PullChannel(Channel):
 
 
 class _Damaged(Exception):
-    """The bytes are not what was offered; sending them again may help."""
+    """The bytes are not those that were offered; sending them again may help."""
 
 
 # -- wire forms ----------------------------------------------------------------------------------------------------
 
 
 def pack_runs(runs: Runs) -> tuple[int, bytes]:
-    """``(nbytes, addresses)`` where all runs are equally long, else ``(0, pairs)``; little-endian u64.
+    """Runs as ``(nbytes, addresses)`` if all are equally long, else ``(0, pairs)``; little-endian u64.
 
     Raises:
-        LinkError: longer than what a control message carries.
+        LinkError: the result exceeds what a control message carries.
     """
     equal = len(runs) > 0 and bool((runs[:, 1] == runs[0, 1]).all())
     packed = (runs[:, 0] if equal else runs).astype("<u8").tobytes()
@@ -312,7 +315,7 @@ def pack_runs(runs: Runs) -> tuple[int, bytes]:
 
 
 def unpack_offer(offer: bytes) -> tuple[Runs, tuple[int, int]]:
-    """The sender's runs, and its ticket's (address, number).
+    """Returns the sender's runs and its ticket's (address, number).
 
     Raises:
         LinkError: not an offer of this link.

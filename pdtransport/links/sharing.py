@@ -1,14 +1,16 @@
-"""Turns private memory of this process into memory that peers may map, in place and with its content.
+"""Converts private memory of this process, in place and with its content, into memory that peers may map.
 
 An engine allocates its KV cache as it likes. Before anything is in flight, the whole pages of each registered region
-move into a memfd that is mapped over them: same addresses, same content, and the engine's pointers never notice. It is
-done slice by slice, so that no more than a slice is held twice; pages that were never touched stay unallocated. The
-memfd can't shrink and takes no new writers (seals), so a peer that maps it can read, never write, and never gets a bus
-error, whatever becomes of us.
+move into a memfd that is mapped over them: same addresses, same content, so that the engine's pointers stay valid. This
+happens slice by slice, so that at most one slice is held twice; pages that were never touched stay unallocated.
 
-What can't be turned is left as it is: the ends of a region that share a page with something else, small regions, and
-memory that is mapped from a file, locked, or kept from forks (registered with a device). Nobody else may hold the
-*physical* pages: share memory before it is registered with a device.
+Seals keep the memfd from shrinking and from getting new writers. A peer that maps it can only read, and never gets a
+bus error, even if this process dies.
+
+Some memory stays private: the ends of a region that share a page with other data, small regions, and memory that is
+mapped from a file, locked, or excluded from forks (registered with a device).
+
+Share memory before it is registered with a device: a device would keep using the old *physical* pages.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ from pdtransport.links import vm
 from pdtransport.links.base import Region
 from pdtransport.links.memory import PAGE
 
-SLICE_BYTES = 4 << 20  # turned at a time: so much memory is held twice
-MIN_BYTES = 64 << 10  # less is not worth a mapping, and mostly lies in the heap
-MAX_SPANS = 1024  # of one process; the rest stays private
-HUGE = 2 << 20  # a span's place in its file is its address modulo this, so that huge pages fit
+SLICE_BYTES = 4 << 20  # converted at a time, and held twice meanwhile
+MIN_BYTES = 64 << 10  # smaller regions are not worth a mapping, and mostly lie in the heap
+MAX_SPANS = 1024  # per process; the rest stays private
+HUGE = 2 << 20  # offset in the file == address modulo this, so that huge pages fit
 NAME = "pdtransport"
 SEALS = 0x0001 | 0x0002 | 0x0004 | 0x0010  # no new seals, no shrinking, no growing, no future writers
 NOEXEC_SEAL, ALLOW_SEALING = 0x0008, 0x0002  # memfd_create(2)
@@ -41,7 +43,7 @@ KEPT |= {"wf": "wiped on fork", "um": "watched by userfaultfd", "uw": "watched b
 
 @dataclass(frozen=True)
 class Span:
-    """``nbytes`` bytes at ``address`` are those at ``offset`` of file ``fd``; all whole pages."""
+    """``nbytes`` bytes at ``address`` are backed by file ``fd`` from ``offset``; all are whole pages."""
 
     address: int
     nbytes: int
@@ -51,16 +53,16 @@ class Span:
 
 @dataclass(eq=False)
 class _File:
-    """A memfd and the spans that it backs, for as long as links use it."""
+    """A memfd and the spans that it backs; lives as long as a link uses it."""
 
     fd: int
     inode: int
-    regions: list[Region]  # what they are part of; keeps it alive
+    regions: list[Region]  # the regions that contain the spans; keeps their memory alive
     spans: list[Span] = field(default_factory=list)
     users: int = 0
 
 
-_lock = threading.Lock()  # the I/O threads of several transports may open links at once
+_lock = threading.Lock()  # I/O threads of several transports may open links at once
 _files: list[_File] = []
 
 
@@ -68,18 +70,18 @@ class SharedMemory:
     """Memory that is shared for one link, until :meth:`close`.
 
     Args:
-        regions: host memory that nobody writes, and no device knows, while this runs. It must stay valid until
+        regions: host memory that nobody writes and no device has registered while this runs. It must stay valid until
             :meth:`close`.
-        own_words: 64-bit words of fresh shared memory to lay out beside it, as :attr:`own`.
+        own_words: number of 64-bit words of new shared memory to allocate as :attr:`own`.
 
     Raises:
-        OSError: there is no memfd, no /proc, or no memory for it. Everything is as before then.
+        OSError: there is no memfd, no /proc, or not enough memory. All memory is then as before.
     """
 
     def __init__(self, regions: Iterable[Region], own_words: int) -> None:
         known = list(regions)
         self.registered = sum(high - low for low, high in _merged(known))
-        self.left: dict[str, int] = {}  # why some bytes are not shared -> how many
+        self.left: dict[str, int] = {}  # reason why bytes stay private -> number of bytes
         self._own_fd, self.own = _own_words(own_words)
         try:
             with _lock:
@@ -94,7 +96,7 @@ class SharedMemory:
 
     @property
     def spans(self) -> list[Span]:
-        """What peers may map: our own words first."""
+        """Spans that peers may map; the words of :attr:`own` come first."""
         own = Span(self.own.ctypes.data, _whole_pages(self.own.nbytes), self._own_fd, 0)
         return [own, *(span for file in self._files for span in file.spans)]
 
@@ -104,8 +106,11 @@ class SharedMemory:
         return self.registered - sum(self.left.values())
 
     def close(self) -> None:
-        """Once no link uses a file any more, its memory is private again, copied on write; peers may keep what they
-        mapped, and see no change any more. Call it once."""
+        """Give up this link's use of the files. Call it once.
+
+        Once no link uses a file, its memory becomes private again (copy on write). Peers may keep their mapping; they
+        see no further changes.
+        """
         os.close(self._own_fd)
         with _lock:
             for file in self._files:
@@ -116,7 +121,7 @@ class SharedMemory:
                     os.close(file.fd)
 
     def _plan(self, regions: list[Region]) -> tuple[list[_File], list[vm.Area]]:
-        """(files that back some of ``regions`` already, what can be shared besides)."""
+        """Returns (files that already back some of ``regions``, areas that can be shared in addition)."""
         files: list[_File] = []
         pieces: list[vm.Area] = []
         areas = vm.areas()
@@ -162,10 +167,10 @@ def _backs(file: _File, area: vm.Area) -> bool:
 
 
 def _why_not(area: vm.Area) -> str:
-    """Why an area can't be turned; empty if it can."""
+    """Why an area can't be converted; empty if it can."""
     if area.permissions != "rw-p":
         return "memory that is shared already" if area.permissions.endswith("s") else "memory that can't be written"
-    if area.inode and f"memfd:{NAME}" not in area.name:  # ours: an earlier link's, private again
+    if area.inode and f"memfd:{NAME}" not in area.name:  # a memfd of an earlier link that is private again is fine
         return "memory mapped from a file"
     if area.name in ("[heap]", "[stack]"):
         return f"memory in the {area.name[1:-1]}"
@@ -175,7 +180,7 @@ def _why_not(area: vm.Area) -> str:
 def _memfd(nbytes: int) -> int:
     try:
         fd = os.memfd_create(NAME, os.MFD_CLOEXEC | ALLOW_SEALING | NOEXEC_SEAL)
-    except OSError:  # Linux before 6.3 does not know the last one
+    except OSError:  # Linux before 6.3 does not know NOEXEC_SEAL
         fd = os.memfd_create(NAME, os.MFD_CLOEXEC | ALLOW_SEALING)
     try:
         os.ftruncate(fd, nbytes)
@@ -186,7 +191,7 @@ def _memfd(nbytes: int) -> int:
 
 
 def _own_words(count: int) -> tuple[int, npt.NDArray[np.uint64]]:
-    """A file, and the words in it; they stay valid for as long as someone holds the array."""
+    """Returns a file and the words in it; they stay valid as long as the array is referenced."""
     fd = _memfd(_whole_pages(8 * count))
     try:
         words = np.frombuffer(mmap.mmap(fd, _whole_pages(8 * count)), dtype=np.uint64, count=count)
@@ -198,7 +203,7 @@ def _own_words(count: int) -> tuple[int, npt.NDArray[np.uint64]]:
 
 
 def _turn_all(regions: list[Region], pieces: list[vm.Area]) -> _File:
-    """Move ``pieces`` into one new file, which from then on backs them."""
+    """Move ``pieces`` into one new file, which backs them from then on."""
     spans: list[tuple[vm.Area, int]] = []
     end = 0
     for area in pieces:
@@ -221,7 +226,7 @@ def _turn_all(regions: list[Region], pieces: list[vm.Area]) -> _File:
 
 
 def _turn(area: vm.Area, fd: int, offset: int) -> None:
-    """Copy the content to ``offset`` of the file and map that over the pages, slice by slice."""
+    """Copy the content of ``area`` to ``offset`` of the file and map the file over the pages, slice by slice."""
     low = area.low
     while low < area.high:
         high = min(area.high, (low // SLICE_BYTES + 1) * SLICE_BYTES)
@@ -232,13 +237,13 @@ def _turn(area: vm.Area, fd: int, offset: int) -> None:
         vm.advise(low, high - low, vm.NOHUGEPAGE if "nh" in area.flags else vm.HUGEPAGE)
         if "dd" in area.flags:
             vm.advise(low, high - low, vm.DONTDUMP)
-        for address, nbytes in used:  # or each page would fault at its next use
+        for address, nbytes in used:  # else each page would fault on its next use
             vm.advise(address, nbytes, vm.POPULATE_WRITE)
         low = high
 
 
 def _used(low: int, high: int) -> list[tuple[int, int]]:
-    """The stretches of pages ``low .. high`` that hold something, as (address, nbytes)."""
+    """Pages of ``low .. high`` with non-zero content, as stretches (address, nbytes)."""
     marked: npt.NDArray[np.bool_] = memory(low, high - low).view(np.uint64).reshape(-1, PAGE // 8).max(axis=1) != 0
     return vm.stretches(marked, low)
 
@@ -250,8 +255,10 @@ def _write(fd: int, content: npt.NDArray[np.uint8], offset: int) -> None:
 
 
 def _restore(file: _File) -> None:
-    """Make what the file backs private: same content, from now on copied where it is written. Where the owner unmapped
-    his memory meanwhile, something else may stand there: that is left alone."""
+    """Make the memory that the file backs private again: same content, copied on write.
+
+    If the owner unmapped memory meanwhile, something else may be at its address; that is left alone.
+    """
     areas = vm.areas()
     for span in file.spans:
         for area in vm.within(areas, span.address, span.address + span.nbytes):

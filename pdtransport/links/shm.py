@@ -1,7 +1,7 @@
-"""Same host, host memory: the receiver maps the sender's pages and copies them straight into its own.
+"""``shm``: same host, host memory. The receiver maps the sender's pages and copies them into its own.
 
-One copy in user space, no system call and no pinning of pages; everything else it shares with `cma`. Who may be read by
-whom is the same question, and what can't be mapped is read the way `cma` does.
+One copy in user space, without system calls or page pinning. Everything else is as in `cma`: the same permission check
+decides whether a peer may be read, and memory that can't be mapped is read with process_vm_readv.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class ShmLink(CmaLink):
-    """See the module's docstring. Opening it turns the regions into shared memory in place
-    (:mod:`pdtransport.links.sharing`): nobody may write them meanwhile. Regions that come later are read as `cma` does.
+    """Link for host memory of one host; the receiver copies from mapped memory.
+
+    Opening it converts the regions into shared memory in place (:mod:`pdtransport.links.sharing`): nobody may write
+    them meanwhile. Regions that are added later are read as in `cma`.
 
     Args:
-        regions: the memory that may be offered and written.
+        regions: memory that may be offered and written.
 
     Raises:
         LinkUnavailable: none of the memory can be shared, or the kernel does not allow process_vm_readv.
@@ -61,7 +63,7 @@ class ShmLink(CmaLink):
             raise LinkUnavailable("the peer's export is damaged")
         memory = PeerMemory(peer["pid"], [(span[0], span[1], span[2], span[3]) for span in spans])
         why = "same host; copies pages from the peer's mapped memory"
-        if registered - shared > 2 * PAGE * len(spans):  # more than the ends of regions
+        if registered - shared > 2 * PAGE * len(spans):  # more than the unaligned ends of regions
             why += f" ({shared} of its {registered} bytes; the kernel reads the rest)"
         return MappedReader(peer["pid"], memory), why
 

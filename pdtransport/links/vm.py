@@ -1,4 +1,4 @@
-"""This process' address space: which areas it has, and the few calls that change how one is backed."""
+"""This process's address space: its memory areas, and the mmap/madvise calls that change how an area is backed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pdtransport.links.memory import PAGE
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 DONTNEED, HUGEPAGE, NOHUGEPAGE, DONTDUMP, POPULATE_WRITE = 4, 14, 15, 16, 23  # madvise(2)
-TOUCHED = np.uint64(3 << 62)  # bits of a page in /proc/self/pagemap: it is present, or swapped out
+TOUCHED = np.uint64(3 << 62)  # bits of a /proc/self/pagemap entry: page present, or swapped out
 
 
 @dataclass(frozen=True)
 class Area:
-    """Addresses ``low .. high`` of one mapping; ``flags`` as ``VmFlags`` in /proc/self/smaps."""
+    """One mapping, addresses ``low .. high``; ``flags`` are the ``VmFlags`` of /proc/self/smaps."""
 
     low: int
     high: int
@@ -41,7 +41,7 @@ def areas() -> list[Area]:
 
 
 def within(known: list[Area], low: int, high: int) -> list[Area]:
-    """Those that touch ``low .. high``, cut to it."""
+    """Areas that overlap ``low .. high``, clipped to it."""
     return [
         replace(area, low=max(low, area.low), high=min(high, area.high))
         for area in known
@@ -50,7 +50,7 @@ def within(known: list[Area], low: int, high: int) -> list[Area]:
 
 
 def _parse(lines: Iterator[str]) -> Iterator[Area]:
-    """Areas of the text of smaps: a line of addresses each, then its figures, ``VmFlags`` last."""
+    """Parse smaps: per area a line with its addresses, then its figures, ``VmFlags`` last."""
     head: list[str] = []
     for line in lines:
         first, _, rest = line.partition(" ")
@@ -63,8 +63,10 @@ def _parse(lines: Iterator[str]) -> Iterator[Area]:
 
 
 def touched(low: int, high: int) -> list[tuple[int, int]]:
-    """The stretches of pages ``low .. high`` that ever held anything, as (address, nbytes). All of it, where the kernel
-    does not say."""
+    """Pages of ``low .. high`` that hold anything (present or swapped out), as stretches (address, nbytes).
+
+    The whole range if the kernel does not tell.
+    """
     first, count = low // PAGE, (high - low) // PAGE
     try:
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -80,14 +82,16 @@ def touched(low: int, high: int) -> list[tuple[int, int]]:
 
 
 def stretches(marked: npt.NDArray[np.bool_], low: int) -> list[tuple[int, int]]:
-    """(address, nbytes) of the runs of marked pages; the first page stands at ``low``."""
+    """(address, nbytes) of each run of marked pages; the first page starts at ``low``."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], marked, [False])).astype(np.int8)))
     return [(low + PAGE * int(a), PAGE * int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def map_file(address: int | None, nbytes: int, fd: int, offset: int, *, write: bool, shared: bool) -> int:
-    """Map a file, over what stands at ``address`` if one is given (whoever touches it meanwhile waits and then finds
-    the file); returns where.
+    """Map a file and return the address.
+
+    If ``address`` is given, the mapping replaces what is there; a thread that touches it meanwhile waits and then sees
+    the file.
 
     Raises:
         OSError: the kernel refuses.
@@ -97,7 +101,7 @@ def map_file(address: int | None, nbytes: int, fd: int, offset: int, *, write: b
 
 
 def reserve(nbytes: int) -> int:
-    """``nbytes`` of address space with nothing in them."""
+    """Reserve ``nbytes`` of address space without memory behind it."""
     return _map(0, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
 
 
@@ -106,7 +110,7 @@ def unmap(address: int, nbytes: int) -> None:
 
 
 def advise(address: int, nbytes: int, advice: int) -> bool:
-    """Best effort; False: the kernel does not follow it."""
+    """madvise, best effort; False: the kernel did not accept the advice."""
     done: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice))
     return done == 0
 
