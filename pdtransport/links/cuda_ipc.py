@@ -1,12 +1,13 @@
-"""Same host, GPU memory: the receiver maps the sender's KV cache once (CUDA IPC), and one kernel a batch copies page to
-page, whatever the fragmentation or the split of heads, and sums up checksums as it goes.
+"""``cuda_ipc``: same host, GPU memory. The receiver maps the sender's KV cache once and copies page to page.
 
-As with ``cma``, only the receiver touches its pages and verifies what it placed, so that a fence is local: it waits for
-the kernels that are on their way. A batch whose pages changed while they were read fails its checksums; there is no
-transfer without them.
+One kernel per batch copies the pages, whatever their fragmentation or the split of heads, and computes checksums as it
+goes.
 
-Nobody maps the memory of those it sends to. A mapping ends with its peer's incarnation; memory of a peer that died
-stays valid until then (the driver counts references), so that a kernel in the middle of a batch does no harm.
+Only the receiver writes its pages and verifies them, as in ``cma``. So a fence is local: it waits for kernels in
+flight. A batch whose pages changed while they were read fails its checksums; real transfers always have checksums.
+
+Senders never map receiver memory. A mapping ends with the peer's incarnation. Memory of a dead peer stays valid until
+then (the driver counts references), so a kernel in the middle of a batch does no harm.
 """
 
 from __future__ import annotations
@@ -41,30 +42,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPORT_VERSION = 1
-HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
+HANDLE_BYTES = 64  # size of a cudaIpcMemHandle_t
 COOKIE_BYTES = 32
 MAX_ALLOCATIONS = 1024  # in one export
-MAX_OFFERED = 4096  # batches offered and not released, a channel
-MAX_QUEUED = 4096  # batches to copy, a channel
-MAX_UNDER_WAY = 4  # kernels of a channel on the GPU at once: enough to hide their launches
-MAX_PREPARED = 16  # checksums that wait for the model, over all peers
-MAX_PREPARED_RUNS = 1 << 15  # of each: their tables wait in a ring of 8 MiB
-MAX_FORESEEN = 16  # batches that a channel was told of and that have not come; each up to 1 MiB of tables
-MAX_OFFER_BYTES = (1 << 20) - 4096  # what a control message carries, less its own fields
-# Of threads: as fast as four on every SM where pages come over NVLink (370 GB/s on H100s), and the model keeps its SMs.
+MAX_OFFERED = 4096  # batches offered and not released, per channel
+MAX_QUEUED = 4096  # batches waiting to be copied, per channel
+MAX_UNDER_WAY = 4  # kernels in flight per channel: enough to hide launch latency
+MAX_PREPARED = 16  # checksum kernels queued behind the model's kernels, all peers together
+MAX_PREPARED_RUNS = 1 << 15  # per prepared batch: their tables wait in a ring of 8 MiB
+MAX_FORESEEN = 16  # batches prepared from hints and not yet received, per channel; each up to 1 MiB of tables
+MAX_OFFER_BYTES = (1 << 20) - 4096  # the limit of a control message, less its own fields
+# Thread blocks of a copy between GPUs. Over NVLink (370 GB/s on H100s) as fast as four blocks on every SM, and the
+# model keeps its SMs.
 ACROSS_BLOCKS = 32
 DRAIN_S = 5.0  # a copy takes a millisecond; a GPU that needs this long for one has hung
 LOOK_S = 2e-5
 
 
 class CudaIpcLink(Link):
-    """See the module's docstring.
+    """Link for GPU memory of one host; the receiver maps the sender's memory with CUDA IPC.
 
     Args:
         regions: GPU memory that may be offered and written.
 
     Raises:
-        LinkUnavailable: no CUDA here, or memory that can't be exported.
+        LinkUnavailable: CUDA is not available here, or the memory can't be exported.
     """
 
     name = "cuda_ipc"
@@ -79,7 +81,7 @@ class CudaIpcLink(Link):
         self.regions, self.device = regions, regions.device
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._channels: list[CudaIpcChannel] = []
-        self.prepared: deque[Launch] = deque()  # checksums that wait for the model
+        self.prepared: deque[Launch] = deque()  # checksum kernels queued behind the model's kernels
         try:
             self.sending = gpu.GpuPages(self.device)
             self.receiving = gpu.GpuPages(self.device, wake_fd=self._wake)
@@ -106,7 +108,7 @@ class CudaIpcLink(Link):
         return cls(regions)
 
     def _handles(self) -> list[tuple[int, int, bytes]]:
-        """(address, bytes, handle) of each allocation that holds a region."""
+        """Returns (address, bytes, handle) of each allocation that holds a region."""
         allocations: dict[int, int] = {}
         for address in [*(region.address for region in self.regions), self._cookie.address]:
             base, nbytes = self.gpu.allocation_of(address)
@@ -125,7 +127,7 @@ class CudaIpcLink(Link):
 
     def progress(self) -> bool:
         try:
-            os.eventfd_read(self._wake)  # before looking: a kernel that ends now rings again
+            os.eventfd_read(self._wake)  # before checking kernels: one that ends from now on rings again
         except BlockingIOError:
             pass
         self._channels = [channel for channel in self._channels if not channel.closed]
@@ -181,7 +183,7 @@ class _FenceWait:
 
 
 class CudaIpcChannel(Channel):
-    """Copies from one peer process, and lets it copy from this one."""
+    """Copies from one peer process, and lets that peer copy from this process."""
 
     link = "cuda_ipc"
     one_sided = False
@@ -209,7 +211,7 @@ class CudaIpcChannel(Channel):
     # -- sender ------------------------------------------------------------------------------------------------------
 
     def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> _Prepared | None:
-        """The checksums' kernel goes behind the event, on a stream that others' batches don't wait on."""
+        """Queue the checksum kernel behind the event, on a stream that no other batch waits for."""
         waiting = self._link.prepared
         try:
             while waiting and waiting[0].done():
@@ -222,7 +224,7 @@ class CudaIpcChannel(Channel):
             stream.after(event_handle)
             prepared = _Prepared(pack(runs), stream.checksum(runs, checksum_blocks, timed=False))
         except (ValueError, LinkError, self._link.gpu.GpuError):
-            return None  # send() meets it again, and says so
+            return None  # send() meets the same error and reports it
         waiting.append(prepared.launch)
         return prepared
 
@@ -246,7 +248,7 @@ class CudaIpcChannel(Channel):
                 launch = sums(merged, checksum_blocks, timed=False) if checksum_blocks else None
             if len(offer) > MAX_OFFER_BYTES:
                 raise LinkError(f"a batch of {len(runs)} runs is too fragmented: lower links.gpu_batch_bytes")
-            # Waiting is fine here: reading a batch takes less than a millisecond, and the model's kernels run on.
+            # Waiting here is fine: reading a batch takes less than a millisecond, and the model's kernels keep running.
             checksums = b"" if launch is None else self._await(launch).astype("<u8").tobytes()
         except (ValueError, self._link.gpu.GpuError) as error:
             raise LinkError(str(error)) from None
@@ -271,13 +273,13 @@ class CudaIpcChannel(Channel):
     # -- receiver ----------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Map the peer's memory, and read its cookie to be sure whose it is."""
+        """Map the peer's memory, and verify by its cookie that it is the peer's."""
         if self._spans is not None:
             return
         gpu, device = self._link.gpu, self._link.device
         spans = []
         try:
-            ours = self._watch.pid == os.getpid()  # CUDA maps no process' memory to itself
+            ours = self._watch.pid == os.getpid()  # CUDA can't map a process's memory into itself
             gpu.reach(device, self._peer["gpu"], ours)
             for base, nbytes, handle in self._peer["memory"]:
                 here = base
@@ -297,13 +299,13 @@ class CudaIpcChannel(Channel):
             raise LinkUnavailable(f"process {self._watch.pid} is not the peer (its cookie differs){between}")
 
     def prepare_read(self, offer: bytes, runs: Runs, blocks: int) -> None:
-        """Tables for the kernel take a millisecond for a GiB of small pages: they are made while prefill computes."""
+        """Build the kernel's tables while prefill computes: for a GiB of small pages that takes a millisecond."""
         if self._broken or self._spans is None or len(runs) > MAX_PREPARED_RUNS:
             return
         try:
             plan = self._plan(offer, as_runs(runs), blocks)
         except (ValueError, LinkError):
-            return  # receive() meets it again, and says so
+            return  # receive() meets the same error and reports it
         self._foreseen.pop(offer, None)
         while len(self._foreseen) >= MAX_FORESEEN:
             del self._foreseen[next(iter(self._foreseen))]
@@ -332,10 +334,10 @@ class CudaIpcChannel(Channel):
         self._start()
 
     def _plan(self, offer: bytes, runs: Runs, blocks: int) -> Plan:
-        """What copies the batch of ``offer`` to ``runs``.
+        """Plan the copy of the batch with this ``offer`` into ``runs``.
 
         Raises:
-            ValueError, LinkError: it can't be copied.
+            ValueError, LinkError: the batch can't be copied.
         """
         self._link.regions.check(runs)
         source = self._translate(unpack(offer, stream_bytes(runs)))
@@ -380,7 +382,7 @@ class CudaIpcChannel(Channel):
         try:
             return copy.launch.done()
         except self._link.gpu.GpuError:
-            return True  # _finish meets it again
+            return True  # _finish meets the same error and reports it
 
     def _finish(self, copy: _Copy) -> None:
         assert copy.launch is not None
@@ -414,10 +416,10 @@ class CudaIpcChannel(Channel):
             call(done, error)
 
     def _translate(self, runs: Runs) -> Runs:
-        """The peer's addresses as this process sees them.
+        """Translate the peer's addresses to addresses in this process.
 
         Raises:
-            LinkError: a run outside what the peer exported.
+            LinkError: a run is outside the memory that the peer exported.
         """
         assert self._spans is not None
         here = pages.translate(runs, self._spans)
@@ -428,7 +430,7 @@ class CudaIpcChannel(Channel):
     # -- both --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Waits for the kernels on their way: their pages go back to the engine after this."""
+        """Waits for kernels in flight, because the engine gets their pages back after this."""
         if self.closed:
             return
         self.closed = True

@@ -1,1 +1,1 @@
-"""UCX between hosts, and on one host where no better link works."""
+"""UCX link: between hosts, and within a host where no better link works."""

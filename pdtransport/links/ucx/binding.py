@@ -1,8 +1,8 @@
-"""The one place that knows UCX's Python bindings: ``ucxx``, or ``ucp`` (ucx-py) where that is what is installed.
+"""The only module that knows UCX's Python bindings: ``ucxx``, or ``ucp`` (ucx-py) where only that is installed.
 
 Both are used at their core layer (context, worker, endpoint, tagged messages), driven by explicit progress on the
-caller's thread: no asyncio, no progress thread. The ``ucp`` half follows ucx-py 0.4x and is untested: no installable
-build of it exists any more.
+caller's thread: no asyncio, no progress thread. The ``ucp`` half follows ucx-py 0.4x and is untested, because no
+installable build of it exists any more.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ import numpy.typing as npt
 from pdtransport.errors import LinkUnavailable
 from pdtransport.links.ucx import query
 
-# What a message is sent from or received into: host memory as an array, GPU memory as any object with
-# ``__cuda_array_interface__`` and ``nbytes``.
+# Buffer of a message: a numpy array for host memory, or for GPU memory any object with ``__cuda_array_interface__`` and
+# ``nbytes``.
 Bytes = npt.NDArray[np.uint8] | Any
 
-CLOSE_S = 0.2  # longest that closing one endpoint may take
+CLOSE_S = 0.2  # longest time that closing one endpoint may take
 
 REMEDY = "pip install 'pdtransport[ucx-cu12]' or 'pdtransport[ucx-cu13]' (either works without a GPU)"
 MISSING = f"UCX is not installed: {REMEDY}"
 
 
 class UcxRequest(Protocol):
-    """A message on its way. Keeps its buffer alive."""
+    """A message in flight; keeps its buffer alive."""
 
     @property
     def completed(self) -> bool: ...
 
     def error(self) -> str | None:
-        """Why it failed, or None; only once completed."""
+        """Why the request failed, or None; only valid once completed."""
         ...
 
 
 class UcxEndpoint(Protocol):
-    """The way to one peer. Closing it ends its requests."""
+    """A connection to one peer. Closing it ends its requests."""
 
     def send(self, data: Bytes, tag: int) -> UcxRequest: ...
 
     def receive(self, room: Bytes, tag: int) -> UcxRequest:
-        """A shorter message than ``room`` completes as well; a longer one is an error."""
+        """A message shorter than ``room`` completes as well; a longer one is an error."""
         ...
 
     def lanes(self) -> list[str]:
-        """Names of the transports that carry it; empty where the library can't say."""
+        """Names of the transports that carry the connection; empty if the library can't tell."""
         ...
 
     def close(self) -> None: ...
 
 
 class UcxWorker(Protocol):
-    """Receive queues, and what makes progress on them."""
+    """Receive queues and the progress engine of their messages."""
 
     address: bytes
 
@@ -66,39 +66,41 @@ class UcxWorker(Protocol):
     def progress(self) -> None: ...
 
     def arm(self) -> bool:
-        """Before sleeping on the descriptor; False: there is something to do."""
+        """Call before sleeping on the descriptor; False: there is work to do first."""
         ...
 
     def connect(self, address: bytes) -> UcxEndpoint: ...
 
     def receive(self, room: Bytes, tag: int) -> UcxRequest:
-        """As :meth:`UcxEndpoint.receive`, from any peer; ends with the worker."""
+        """As :meth:`UcxEndpoint.receive`, but from any peer; ends with the worker."""
         ...
 
     def close(self) -> None:
-        """Only after its endpoints."""
+        """Call only after its endpoints are closed."""
         ...
 
 
 class Context(Protocol):
-    """UCX, opened once a process; to be closed after all its workers: another order crashes at exit."""
+    """UCX, opened once per process. Close it after all its workers: another order crashes at exit."""
 
     def worker(self) -> UcxWorker: ...
 
     def takes_gpu_memory(self) -> bool:
-        """UCX has transports for CUDA memory, and a GPU to use them on."""
+        """True if UCX has transports for CUDA memory and a GPU to use them on."""
         ...
 
     def domains_of(self, address: int, nbytes: int) -> list[str]:
-        """Names of UCX' memory domains (``cuda_ipc``, ``mlx5_0``, ...) that let a peer read this memory; empty where
-        UCX can't say."""
+        """Names of the UCX memory domains (``cuda_ipc``, ``mlx5_0``, ...) through which a peer can read this memory.
+
+        Empty if UCX can't tell.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 def open_context(options: dict[str, str]) -> Context:
-    """UCX with ``options`` (``UCX_`` variables without their prefix), over ``ucxx`` or ``ucp``.
+    """Open UCX with ``options`` (``UCX_`` variables without their prefix), over ``ucxx`` or ``ucp``.
 
     Raises:
         LinkUnavailable: neither is installed, or UCX does not start.
@@ -123,8 +125,10 @@ def open_context(options: dict[str, str]) -> Context:
 
 @contextmanager
 def ucx_environment_kept() -> Iterator[None]:
-    """Undo what a binding does to ``UCX_*`` variables while it is imported: they would reach every other UCX of this
-    process (and one rendezvous rail means one NIC)."""
+    """Restore ``UCX_*`` variables that a binding changes on import.
+
+    The changes would affect every other UCX in this process (for example one rendezvous rail, which means one NIC).
+    """
     before = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
     try:
         yield
@@ -135,7 +139,7 @@ def ucx_environment_kept() -> Iterator[None]:
 
 
 class _Refused:
-    """A request that UCX did not take."""
+    """A request that UCX rejected at once."""
 
     completed = True
 
@@ -167,7 +171,7 @@ class _UcxxRequest:
 
 
 class _UcxxPost:
-    """Starts a tagged operation on numpy memory."""
+    """Starts a tagged operation on a numpy array or GPU memory."""
 
     def __init__(self, api: Any) -> None:
         self._tag = api.UCXXTag
@@ -185,15 +189,15 @@ class _UcxxEndpoint:
     def __init__(self, post: _UcxxPost, api: Any, worker: Any, address: bytes, closed: list[Any]) -> None:
         self._post, self._closed = post, closed
         where = api.UCXAddress.create_from_buffer(address)
-        # Without peer error handling, a peer that is killed in the middle of a copy takes this process along (UCX
-        # calls abort()).
+        # Without peer error handling, a peer that is killed in the middle of a copy crashes this process (UCX calls
+        # abort()).
         self._endpoint = api.UCXEndpoint.create_from_worker_address(worker, where, endpoint_error_handling=True)
 
     def send(self, data: Bytes, tag: int) -> UcxRequest:
         return self._post(self._endpoint.tag_send, data, tag)
 
     def receive(self, room: Bytes, tag: int) -> UcxRequest:
-        # Posted through the endpoint, not the worker: so closing the endpoint ends it.
+        # Posted through the endpoint, not the worker, so that closing the endpoint ends it.
         return self._post(self._endpoint.tag_recv, room, tag)
 
     def lanes(self) -> list[str]:
@@ -213,7 +217,7 @@ class _UcxxWorker:
         self._worker.init_blocking_progress_mode()
         self.address = bytes(self._worker.address.tobytes())
         self.progress: Callable[[], None] = self._worker.progress
-        self._closed: list[Any] = []  # endpoints
+        self._closed: list[Any] = []  # closed endpoints
 
     def fileno(self) -> int:
         return int(self._worker.epoll_file_descriptor)
@@ -246,7 +250,7 @@ class _UcxxContext:
         return _UcxxWorker(self._post, self._api, self._context)
 
     def takes_gpu_memory(self) -> bool:
-        # not UCXContext.cuda_support, which tells how UCX was built and set, GPU or not
+        # Not UCXContext.cuda_support, which tells how UCX was built and configured, with a GPU or without.
         return query.takes_cuda_memory(int(self._context.handle))
 
     def domains_of(self, address: int, nbytes: int) -> list[str]:
@@ -260,7 +264,7 @@ class _UcxxContext:
 
 
 class _UcpRequest:
-    """ucx-py tells through a callback; a request that completed at once comes as None."""
+    """Request of ucx-py, which reports the end in a callback; an operation that completes at once returns None."""
 
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer

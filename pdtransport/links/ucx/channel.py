@@ -1,4 +1,4 @@
-"""One channel of the ucx link: what we offer and send to a peer, and what we ask of it and place."""
+"""One channel of the ucx link: offers and sends batches to a peer, and asks for and places the peer's batches."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from pdtransport.links.ucx.wire import (
 if TYPE_CHECKING:
     from pdtransport.links.ucx.link import UcxLink
 
-MAX_OFFERED = 4096  # batches offered and not released, a channel
-MAX_QUEUED = 4096  # batches to ask for, a channel
-INBOX_TAG = 0  # where a channel hears its peer's words; batches come to 1, 2, ...
-END_BYTES = 1  # ends the receive of a batch that its sender took back; shorter than any batch
+MAX_OFFERED = 4096  # batches offered and not released, per channel
+MAX_QUEUED = 4096  # batches waiting to be asked for, per channel
+INBOX_TAG = 0  # tag of control frames from the peer; batches use tags 1, 2, ...
+END_BYTES = 1  # message that ends the receive of a withdrawn batch; shorter than any batch
 MAX_ENDPOINTS = 4
-# A worker whose endpoint was closed in the middle of a message that does not end then stays for good (ucxx 0.52, UCX
-# 1.21): 3 of 96 where the peer stood still, none of 160 where it was dead. A process that stood still may go on within
-# this time, and end the message; one that does not holds its share of slots for so long.
+# If an endpoint is closed during a message that never completes, its worker can leak (ucxx 0.52, UCX 1.21: in 3 of 96
+# trials with a stopped peer, in none of 160 with a dead one). Wait this long for a stopped peer to resume and finish
+# the message; a peer that does not keeps its share of slots occupied that long.
 PATIENCE_S = 10.0
 
 
 @dataclass(eq=False)
 class _Offered:
-    """A batch that the peer may ask for: in a slot, or (``slot`` is None) still in its pages."""
+    """A batch that the peer may ask for: staged in a slot, or still in its pages (``slot`` is None)."""
 
     nbytes: int
     data: Bytes | None
     slot: int | None
-    done: Done | None  # None once called
+    done: Done | None  # None once it was called
 
 
 @dataclass(eq=False)
 class _Sent:
     request: UcxRequest
-    offered: _Offered | None  # None: no batch
+    offered: _Offered | None  # None: a control message, not a batch
 
 
 @dataclass(eq=False)
@@ -73,18 +73,18 @@ class _Wanted:
     slot: int = -1
     tag: int = -1
     request: UcxRequest | None = None
-    refused: bool = False  # its sender took it back: what ends `request` are no pages
-    move: Copy | None = None  # into the pages
+    refused: bool = False  # withdrawn by its sender: what completes `request` is not the batch
+    move: Copy | None = None  # the copy from the slot into the pages
 
 
 class _Stopwatch:
-    """Adds up the time during which anything is under way."""
+    """Adds up the time during which at least one operation is in flight."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
     def set(self, busy: bool) -> float:
-        """Seconds to add now."""
+        """Set whether anything is in flight; returns the seconds to add to the total."""
         now = time.perf_counter()
         spent = now - self._since if self._since is not None else 0.0
         self._since = now if busy else None
@@ -92,7 +92,7 @@ class _Stopwatch:
 
 
 class UcxChannel(Channel):
-    """See :mod:`pdtransport.links.ucx.link`."""
+    """Channel of the ucx link; the exchange is described in :mod:`pdtransport.links.ucx.link`."""
 
     link = "ucx"
     one_sided = False
@@ -102,7 +102,7 @@ class UcxChannel(Channel):
         self.stats = LinkStats()
         self.max_batch_bytes = memory.sending.slot_bytes
         self.closed = False
-        self.ended = False  # closed, and UCX holds nothing of it any more
+        self.ended = False  # closed, and UCX holds no resources of it any more
         self.worker = worker
         self._link, self._memory = link, memory
         self._address = sealed(worker.address)
@@ -110,19 +110,19 @@ class UcxChannel(Channel):
         self._next_tag = INBOX_TAG + 1
         self._broken = ""
         self._end_by = 0.0
-        self._patient_until = 0.0  # endpoints stay until then, if they are in the middle of a message
-        # A peer that does not take or send what was agreed on must not hold all slots.
+        self._patient_until = 0.0  # endpoints stay open until then if they are in the middle of a message
+        # A peer that never fetches or sends what was agreed must not occupy all slots.
         self._send_share = max(SlotRing.MIN_SLOTS, memory.sending.count // 2)
         self._receive_share = max(SlotRing.MIN_SLOTS, memory.receiving.count // 2)
         self._offered: dict[int, _Offered] = {}
         self._sent: list[_Sent] = []
-        self._staged = 0  # slots of the sending ring that this channel holds
+        self._staged = 0  # slots of the sending ring held by this channel
         self._said: list[UcxRequest] = []
         self._queue: deque[_Wanted] = deque()
         self._posted: list[_Wanted] = []
         self._placing: list[_Wanted] = []
-        self._reporting: list[_Wanted] = []  # ended; their callbacks are due
-        self._fences: list[tuple[list[_Wanted], Callable[[], None]]] = []  # what they wait for, of `_placing`
+        self._reporting: list[_Wanted] = []  # ended; their callbacks are queued
+        self._fences: list[tuple[list[_Wanted], Callable[[], None]]] = []  # (items of `_placing` to wait for, callback)
         self._sending_time, self._receiving_time = _Stopwatch(), _Stopwatch()
         self._inbox = np.zeros(WORD_BYTES, dtype=np.uint8)
         self._heard: UcxRequest | None = worker.receive(self._inbox, INBOX_TAG)
@@ -153,7 +153,10 @@ class UcxChannel(Channel):
             self._let_go(offered, None)
 
     def _offer(self, key: int, runs: Runs, blocks: int, done: Done) -> bytes:
-        """Gather into a slot; one contiguous run stays in its pages if its checksum will tell should they change."""
+        """Gather a batch into a slot; returns its checksums.
+
+        A single contiguous run with checksums stays in its pages: the checksums would reveal a later change.
+        """
         nbytes = stream_bytes(runs)
         if nbytes <= END_BYTES:
             raise LinkError("an empty batch")
@@ -177,7 +180,7 @@ class UcxChannel(Channel):
             raise
         self._staged += 1
         self._offered[key] = _Offered(nbytes, data, slot, None)
-        self._link.callbacks.add(done, None)  # the pages were read already
+        self._link.callbacks.add(done, None)  # the pages have been read already
         return checksums.astype("<u8").tobytes()
 
     def _too_long(self, nbytes: int) -> str:
@@ -185,7 +188,7 @@ class UcxChannel(Channel):
         return f"a batch of {nbytes} bytes exceeds a staging slot: raise {setting} to {nbytes}"
 
     def _let_go(self, offered: _Offered, error: str | None) -> None:
-        """Nothing reads this batch any more."""
+        """Release a batch that nothing reads any more."""
         if offered.slot is not None:
             self._memory.sending.give_back(offered.slot)
             self._staged -= 1
@@ -196,7 +199,7 @@ class UcxChannel(Channel):
             offered.done = None
 
     def _answer(self, endpoint: UcxEndpoint, ask: ControlFrame) -> None:
-        """Send what the peer asked for, or say that it won't come."""
+        """Send the batch that the peer asked for, or refuse."""
         offered = self._offered.get(ask.key)
         asked_before = offered is not None and any(sent.offered is offered for sent in self._sent)
         if offered is None or offered.data is None or offered.nbytes != ask.nbytes or asked_before:
@@ -253,7 +256,7 @@ class UcxChannel(Channel):
             done()
 
     def _ask_some(self) -> bool:
-        """Post receives into free slots and ask the peer for them."""
+        """Post receives into free slots and ask the peer for the batches."""
         asked = False
         ring = self._memory.receiving
         while self._queue and ring.free and len(self._posted) + len(self._placing) < self._receive_share:
@@ -273,7 +276,7 @@ class UcxChannel(Channel):
         return asked
 
     def _receives_done(self) -> bool:
-        """Begin to place what arrived."""
+        """Begin to place batches that arrived."""
         done = [wanted for wanted in self._posted if wanted.request is not None and wanted.request.completed]
         self._posted = [wanted for wanted in self._posted if wanted not in done]
         for wanted in done:
@@ -290,7 +293,7 @@ class UcxChannel(Channel):
         return bool(done)
 
     def _arrived(self, wanted: _Wanted) -> str | None:
-        """Why its slot does not hold the batch, or None."""
+        """Why the slot does not hold the batch, or None if it does."""
         assert wanted.request is not None
         error = wanted.request.error()
         if error:
@@ -314,7 +317,7 @@ class UcxChannel(Channel):
         return bool(done)
 
     def _report(self, wanted: _Wanted, error: str | None) -> None:
-        """Say how it ended, soon, unless it is fenced before that."""
+        """Queue the report of how a batch ended; it is dropped if the batch is fenced before it runs."""
         if error is None:
             self.stats.bytes_received += wanted.nbytes
             self.stats.batches_received += 1
@@ -332,7 +335,7 @@ class UcxChannel(Channel):
     # -- both --------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> bool:
-        """Look at what the worker moved; True if anything ended or was begun."""
+        """Process what the worker moved; True if anything ended or was begun."""
         heard = False
         while self._heard is not None and self._heard.completed and not self._broken and len(self._sent) < MAX_OFFERED:
             heard = self._listen(self._heard)
@@ -347,7 +350,7 @@ class UcxChannel(Channel):
         return heard or sent or received or placed or asked
 
     def _listen(self, message: UcxRequest) -> bool:
-        """Do what one word says."""
+        """Handle one control frame."""
         error = message.error()
         if error:
             self._break(error)
@@ -363,12 +366,15 @@ class UcxChannel(Channel):
             elif word.say == Opcode.REFUSED:
                 self._refused(word.tag)
         except LinkError:
-            self.stats.errors += 1  # nobody to answer to
+            self.stats.errors += 1  # there is no peer to answer
         return True
 
     def _refused(self, tag: int) -> None:
-        """Its receive has to end before its slot is free. It is marked before we ask for that, so that the end is never
-        taken for the batch, checksums or not."""
+        """Handle a refusal: ask the peer for an END message, because only that ends the receive and frees its slot.
+
+        The batch is marked before END is requested, so that the END message is never taken for the batch, with or
+        without checksums.
+        """
         for wanted in self._posted:
             if wanted.tag == tag and not wanted.refused:
                 wanted.refused = True
@@ -378,7 +384,7 @@ class UcxChannel(Channel):
         self._said.append(endpoint.send(packed(word), INBOX_TAG))
 
     def _reach(self, address: bytes) -> UcxEndpoint:
-        """The endpoint to a channel of the peer: one, or two where it uses a channel for each direction."""
+        """The endpoint to a channel of the peer; a peer that uses one channel per direction has two."""
         endpoint = self._endpoints.get(address)
         if endpoint is not None:
             return endpoint
@@ -392,7 +398,7 @@ class UcxChannel(Channel):
         return endpoint
 
     def progress(self) -> bool:
-        """Move messages on; True if anything ended or was begun."""
+        """Advance messages; True if anything ended or was begun."""
         self.worker.progress()
         if not self.closed:
             return self._advance()
@@ -424,9 +430,11 @@ class UcxChannel(Channel):
         self._end_by = time.monotonic() + CLOSE_S
 
     def _end(self) -> None:
-        """Let go of the worker once no message holds a slot any more: at once, as a rule, else at a deadline. With its
-        worker, a message that did not end is destroyed; nothing reads or writes its slot after that. A kernel that
-        writes pages can't be called back, only waited for."""
+        """Close the worker once no message holds a slot any more: usually at once, otherwise at a deadline.
+
+        Closing the worker destroys unfinished messages; nothing reads or writes their slots after that. A kernel that
+        writes pages can't be cancelled, so it is waited for.
+        """
         self._fail_all()
         if self.ended:
             return
@@ -453,7 +461,7 @@ class UcxChannel(Channel):
             self.stats.errors += 1
 
     def _fail_all(self) -> bool:
-        """The peer is gone: end all work with an error. Slots of messages that UCX still holds stay with them."""
+        """End all work with an error because the peer is gone. Slots of messages that UCX still holds stay taken."""
         error = f"link: {self._broken}"
         self._places_done()
         held = {id(sent.offered) for sent in self._sent if not sent.request.completed}

@@ -1,4 +1,4 @@
-"""The GPU, as the ucx link needs it: its page kernels, memory for slots, and what UCX can do with that memory."""
+"""The GPU as the ucx link needs it: page kernels, memory for slots, and what UCX can do with that memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from pdtransport.links.ucx.lanes import why_not_direct
 if TYPE_CHECKING:
     from pdtransport.kernels.gpu import GpuPages
 
-PROBED_BYTES = 1 << 20  # registered once, to see which of UCX' memory domains take GPU memory
+PROBED_BYTES = 1 << 20  # registered once, to find out which UCX memory domains accept GPU memory
 REMEDY = "lower links.gpu_staging_bytes"
-# The bus is full with so few blocks of threads; the model keeps the rest.
+# This few thread blocks saturate the bus; the model keeps the other SMs.
 BUS_BLOCKS_OUT, BUS_BLOCKS_IN = 16, 64
-GATHER_S = 5.0  # a batch takes less than a millisecond; a GPU that needs this long for one has hung
-LOOK_S = 0.1  # a kernel that failed does not ring
+GATHER_S = 5.0  # a batch takes less than a millisecond; a GPU that needs this long has hung
+LOOK_S = 0.1  # poll interval, because a failed kernel does not write the eventfd
 
 
 class KernelLaunch(Protocol):
-    """A kernel under way: :class:`pdtransport.kernels.gpu.KernelLaunch`."""
+    """A kernel in flight, such as :class:`pdtransport.kernels.gpu.Launch`."""
 
     def done(self) -> bool: ...
 
@@ -39,55 +39,56 @@ class KernelLaunch(Protocol):
 
 
 class Gpu(Protocol):
-    """One GPU."""
+    """Interface of one GPU."""
 
     def gather(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> Checksums:
-        """Copy pages into a slot, in GPU memory (``direct``) or pinned host memory, and wait for that.
+        """Copy pages into a slot in GPU memory (``direct``) or pinned host memory, and wait until it is done.
 
         Raises:
-            ValueError: ``blocks`` do not fit the stream, or something is no multiple of 8 bytes; nothing was begun.
-            LinkError: the GPU failed, or did not do it in time.
+            ValueError: ``blocks`` do not fit the stream, or an address or length is not a multiple of 8 bytes; nothing
+                was begun.
+            LinkError: the GPU failed or timed out.
         """
         ...
 
     def place(self, src: Runs, dst: Runs, blocks: int, direct: bool) -> KernelLaunch:
-        """Begin to copy a slot into pages. The end of it is told to an eventfd."""
+        """Begin to copy a slot into pages; its end is signalled on an eventfd."""
         ...
 
     def device_block(self, nbytes: int) -> Block:
-        """GPU memory for slots.
+        """Allocate GPU memory for slots.
 
         Raises:
-            LinkError: there is not that much.
+            LinkError: not enough memory.
         """
         ...
 
     def pinned_block(self, nbytes: int) -> Block:
-        """As :meth:`device_block`, host memory that the kernels reach."""
+        """As :meth:`device_block`, but pinned host memory that kernels can access."""
         ...
 
     def sendable(self, context: Context) -> bool:
-        """UCX knows GPU memory at all."""
+        """True if UCX supports GPU memory at all."""
         ...
 
     def why_not_direct(self, context: Context, lanes: Sequence[str]) -> str:
-        """Why UCX can't send memory of :meth:`device_block` over ``lanes`` as it is; "" if it can."""
+        """Why UCX can't send memory of :meth:`device_block` directly over ``lanes``; "" if it can."""
         ...
 
     def close(self) -> None:
-        """After UCX let go of its memory."""
+        """Call after UCX has released the GPU's memory."""
         ...
 
 
 class CudaGpu:
-    """A real one.
+    """A CUDA GPU.
 
     Args:
         device: its number in this process.
-        wake_fd: the eventfd.
+        wake_fd: eventfd to write when a kernel of :meth:`place` ended.
 
     Raises:
-        LinkUnavailable: it can't be used, or cupy is not installed.
+        LinkUnavailable: the GPU can't be used, or cupy is not installed.
     """
 
     def __init__(self, device: int, wake_fd: int) -> None:
@@ -96,20 +97,20 @@ class CudaGpu:
         self._cuda = gpu
         self._device, self._wake_fd = device, wake_fd
         self._gathered = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._rings = select.poll()  # select() takes no descriptor above 1023, of which an engine may have many
+        self._rings = select.poll()  # select() takes no descriptor above 1023; an engine may have more
         self._rings.register(self._gathered, select.POLLIN)
-        self._gathering: dict[bool, GpuPages] = {}  # by whether slots are in GPU memory
+        self._gathering: dict[bool, GpuPages] = {}  # key: slots are in GPU memory
         self._placing: dict[bool, GpuPages] = {}
         self._domains: list[str] | None = None
         try:
-            # Compiles the kernels, and makes the device's context current on this thread: UCX needs one there.
+            # Compiles the kernels, and makes the device's context current on this thread, as UCX requires.
             self._pages(self._placing, False)
         except gpu.GpuError as error:
             self.close()
             raise LinkUnavailable(str(error)) from None
 
     def _pages(self, made: dict[bool, GpuPages], direct: bool) -> GpuPages:
-        """Kernels with a stream of their own: what arrives does not queue behind what leaves."""
+        """Kernels with their own stream per direction, so that arriving batches don't queue behind leaving ones."""
         if direct not in made:
             gathers = made is self._gathering
             blocks = self._cuda.COPY_BLOCKS if direct else BUS_BLOCKS_OUT if gathers else BUS_BLOCKS_IN
@@ -167,7 +168,7 @@ class CudaGpu:
 
 
 def drain(eventfd: int) -> None:
-    """Forget what rang so far."""
+    """Reset the eventfd."""
     try:
         os.eventfd_read(eventfd)
     except BlockingIOError:
@@ -175,10 +176,10 @@ def drain(eventfd: int) -> None:
 
 
 class DeviceBlock:
-    """GPU memory allocated by itself, not out of a pool: UCX registers it, and a peer may map it as a whole.
+    """GPU memory in an allocation of its own, not from a pool: UCX registers it, and a peer may map all of it.
 
     Raises:
-        LinkError: there is not that much.
+        LinkError: not enough memory.
     """
 
     def __init__(self, device: int, nbytes: int) -> None:
@@ -198,7 +199,7 @@ class DeviceBlock:
 
 @dataclass(frozen=True)
 class DeviceBytes:
-    """GPU memory in the shape that UCX' bindings take; ``owner`` keeps it alive."""
+    """GPU memory in the form that UCX' bindings accept; ``owner`` keeps it alive."""
 
     address: int
     nbytes: int

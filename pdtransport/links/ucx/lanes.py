@@ -1,18 +1,21 @@
-"""What UCX' lanes to a peer mean: in words, and for GPU memory."""
+"""Interprets UCX' lanes to a peer: their description, and whether they can carry GPU memory directly."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 SHARED_MEMORY = {"posix", "sysv", "xpmem", "cma", "knem"}
-COPIES = {"cuda_copy", "gdr_copy"}  # between the memories of one process: UCX' own staging, not a way to a peer
+COPIES = {"cuda_copy", "gdr_copy"}  # copies within one process (UCX' own staging), not a way to a peer
 HOST_ONLY = SHARED_MEMORY | COPIES | {"tcp", "self"}
 CUDA_DOMAINS = {"cuda_ipc", "cuda_cpy", "gdr_copy"}
 SELF_DOMAINS = SHARED_MEMORY | {"tcp", "self"}
 
 
 def carrier(lanes: Sequence[str], direct: bool = False) -> str:
-    """What carries the bytes: ``shared memory``, ``tcp``, ``rc_mlx5``, ... ``direct``: bytes of GPU memory."""
+    """The transport that carries the bytes: ``shared memory``, ``tcp``, ``rc_mlx5``, ...
+
+    ``direct``: the bytes are in GPU memory.
+    """
     fast = [lane for lane in lanes if lane not in (HOST_ONLY if direct else SHARED_MEMORY | COPIES | {"cuda_ipc"})]
     if any(lane in SHARED_MEMORY for lane in lanes) and not direct:
         return "shared memory"
@@ -20,9 +23,9 @@ def carrier(lanes: Sequence[str], direct: bool = False) -> str:
 
 
 def why_not_direct(lanes: Sequence[str], domains: Collection[str]) -> str:
-    """Why GPU memory that is registered with memory ``domains`` can't leave by ``lanes`` as it is; "" if it can.
+    """Why GPU memory registered with memory ``domains`` can't be sent directly over ``lanes``; "" if it can.
 
-    UCX would send it over any lane, but over most by copying it through small host buffers of its own.
+    UCX can send it over any lane, but over most by copying through small host buffers of its own.
     """
     if "cuda_ipc" in lanes and "cuda_ipc" in domains:
         return ""

@@ -1,21 +1,21 @@
-"""UCX: shared memory or CUDA IPC on one host, TCP (or RDMA, where the UCX build has it) between hosts.
+"""``ucx``: shared memory or CUDA IPC within a host, TCP (or RDMA, if the UCX build has it) between hosts.
 
-Fragmented pages are gathered into slots of a staging ring and cross as one large message; the receiver takes them into
-a slot of its own ring and scatters verified bytes. The receiver *asks* for each batch once it has a slot for it, so
-that
+The sender gathers fragmented pages into a slot of its staging ring and sends them as one large message. The receiver
+receives into a slot of its own ring and scatters verified bytes into its pages. The receiver *asks* for each batch once
+it has a free slot. Therefore
 
-* nothing is in flight that was not asked for: memory on both sides is bounded by the rings, whatever is aborted;
+* nothing is in flight that was not asked for: the rings bound the memory on both sides, whatever is aborted;
 * the pages of a fenced batch are safe at once: only its slot waits for the message;
-* a batch that its sender took back costs three short messages.
+* a batch that its sender withdrew costs three short messages.
 
-Where pages lie in GPU memory, kernels gather and scatter them. The ring lies in GPU memory as well where UCX can send
-that over its lanes to the peer (*direct*), else in pinned host memory (*staged*); each channel's ``why`` says which,
-and ``links.ucx_gpu_memory`` can demand one. Whatever one end does, the other end may do otherwise.
+If pages are in GPU memory, kernels gather and scatter them. The ring is in GPU memory too if UCX can send that over its
+lanes to the peer (*direct*), else in pinned host memory (*staged*). Each channel's ``why`` says which, and
+``links.ucx_gpu_memory`` can require one. The two ends choose independently.
 
-Each channel has a UCX worker of its own: a peer that is killed while it writes into a worker's shared-memory queue
-blocks that queue for good, and all who use it. The exported address is that of a *lobby* worker, which only serves to
-find out whether and how a peer can be reached. Offers carry the address of the sender's channel, asks that of the
-receiver's; tags are chosen by the channel that receives on them, so they can't collide.
+Each channel has its own UCX worker: a peer that is killed while it writes into a worker's shared-memory queue blocks
+that queue for good, for all its users. The exported address belongs to a *lobby* worker, which only serves to find out
+whether and how a peer can be reached. Offers carry the address of the sender's channel, asks that of the receiver's. A
+tag is chosen by the channel that receives on it, so tags can't collide.
 """
 
 from __future__ import annotations
@@ -44,29 +44,30 @@ logger = logging.getLogger(__name__)
 
 EXPORT_VERSION = 2
 
-# UCX_ variables (less the prefix) that the link sets unless the environment does.
+# UCX_ variables (without the prefix) that the link sets unless the environment sets them.
 OPTIONS = {
-    "RNDV_FRAG_SIZE": "host:128K",  # a quarter of UCX' bounce buffers, at the same speed
+    "RNDV_FRAG_SIZE": "host:128K",  # UCX' bounce buffers take a quarter of the default memory, at the same speed
 }
-HOST_OPTIONS = {"TLS": "^cuda"}  # while UCX sends no GPU memory, it need not know of it
-DIRECT_OPTIONS = {"MEMTYPE_CACHE": "n"}  # the cache takes GPU memory that it did not see allocated for host memory
-# Shared memory must not be left out for want of error handling, which every endpoint needs: see _ucx_binding.
+HOST_OPTIONS = {"TLS": "^cuda"}  # UCX does not need CUDA if it sends no GPU memory
+DIRECT_OPTIONS = {"MEMTYPE_CACHE": "n"}  # the cache mistakes GPU memory whose allocation it missed for host memory
+# Without this, UCX excludes shared memory because it lacks error handling, which every endpoint needs: see
+# binding._UcxxEndpoint.
 FORCED_OPTIONS = {"MM_ERROR_HANDLING": "y"}
 
 GPU_END_S = 5.0  # closing waits this long for kernels that write pages
 
 
 class UcxLink(Link):
-    """See the module's docstring.
+    """Link over UCX, for host memory or the memory of one GPU.
 
     Args:
         regions: memory that may be offered and written, of the host or of one GPU.
         settings: sizes of slots and rings, and how GPU memory moves.
-        make_gpu: the GPU with a number, which writes to an eventfd when a kernel ended.
+        make_gpu: makes a :class:`Gpu` from a device number and an eventfd to write when a kernel ended.
 
     Raises:
-        LinkUnavailable: no UCX binding is installed, UCX does not start, the GPU can't be used, or UCX knows no GPU
-            memory though ``ucx_gpu_memory`` is ``direct``.
+        LinkUnavailable: no UCX binding is installed, UCX does not start, the GPU can't be used, or ``ucx_gpu_memory``
+            is ``direct`` and UCX does not support GPU memory.
     """
 
     name = "ucx"
@@ -81,16 +82,16 @@ class UcxLink(Link):
         self.callbacks = Callbacks()
         self._settings = settings
         self._wanted = settings.ucx_gpu_memory
-        self._memories: dict[bool, PageMemory] = {}  # by whether UCX sends GPU memory directly
+        self._memories: dict[bool, PageMemory] = {}  # key: UCX sends GPU memory directly
         self._channels: list[UcxChannel] = []
         self._gpu: Gpu | None = None
-        self._launches = -1  # an eventfd: a kernel ended
+        self._launches = -1  # eventfd, written when a kernel ended
         self._wakeups = select.epoll()
         if self.regions.device >= 0:
             self._launches = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             if self._launches >= 0:
-                self._gpu = make_gpu(self.regions.device, self._launches)  # before UCX, which looks for its context
+                self._gpu = make_gpu(self.regions.device, self._launches)  # before UCX, which needs its context
                 self._wakeups.register(self._launches, select.EPOLLIN)
             self._context = self._open_context()
         except LinkUnavailable:
@@ -112,7 +113,7 @@ class UcxLink(Link):
 
     @property
     def memories(self) -> list[PageMemory]:
-        """What channels opened so far use; their rings take memory with the first batch."""
+        """Memory of the channels opened so far; rings are allocated with the first batch."""
         return list(self._memories.values())
 
     @classmethod
@@ -146,10 +147,10 @@ class UcxLink(Link):
         return channel
 
     def _memory_for(self, lanes: Sequence[str]) -> tuple[PageMemory, str]:
-        """Where slots for a peer behind ``lanes`` lie, and how to say so.
+        """The memory that holds slots for a peer reached over ``lanes``, and its description for ``why``.
 
         Raises:
-            LinkUnavailable: ``ucx_gpu_memory`` demands what these lanes can't do.
+            LinkUnavailable: ``ucx_gpu_memory`` requires what these lanes can't do.
         """
         if self._gpu is None:
             return self._memories.setdefault(False, HostMemory(self._settings)), ""
@@ -168,9 +169,9 @@ class UcxLink(Link):
         return self._memories[direct], f"; GPU memory {how}"
 
     def progress(self) -> bool:
-        """Move messages on, and run what is due; True if anything happened."""
+        """Advance messages and run due callbacks; True if anything happened."""
         if self._launches >= 0:
-            drain(self._launches)  # before looking at kernels: one that ends from now on rings again
+            drain(self._launches)  # before checking kernels: one that ends from now on rings again
         worked = self.callbacks.run()
         self._lobby.progress()
         for channel in self._channels:
@@ -186,20 +187,20 @@ class UcxLink(Link):
         return not self.callbacks.waiting and all(worker.arm() for worker in workers)
 
     def forget(self, worker: binding.UcxWorker) -> None:
-        """A channel is about to close its worker."""
+        """Called by a channel that is about to close its worker."""
         self._wakeups.unregister(worker.fileno())
 
     def close(self) -> None:
-        """Within about ``binding.CLOSE_S`` a channel, or ``GPU_END_S`` where kernels write pages."""
+        """Blocks for up to ``2 * binding.CLOSE_S`` per channel, plus ``GPU_END_S`` while kernels write pages."""
         for channel in self._channels:
             channel.close()
         deadline = time.monotonic() + GPU_END_S + len(self._channels) * 2 * binding.CLOSE_S
-        while self._channels and time.monotonic() < deadline:  # each ends within its own deadline, if its kernels do
+        while self._channels and time.monotonic() < deadline:  # each ends within its own deadline, if its kernels end
             self.progress()
         self.callbacks.run()
         if self._channels:
             logger.error("a kernel of the ucx link did not end within %s s", GPU_END_S)
-            return  # what it uses must stay
+            return  # the kernel may still use all of it
         self._lobby.close()
         self._context.close()
         self._close_gpu()

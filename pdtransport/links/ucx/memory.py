@@ -1,8 +1,8 @@
-"""Where pages lie, seen from the ucx link: how they come into a slot and out of it, and what UCX is given to send.
+"""How the ucx link moves pages into and out of staging slots, and which buffer it gives UCX to send.
 
 * Host memory: a copy is done when the call returns.
-* GPU memory: a copy is a kernel. Slots lie in GPU memory where UCX can send that (*direct*), else in pinned host
-  memory, which the kernels reach over the bus (*staged*).
+* GPU memory: a copy is a kernel. Slots are in GPU memory if UCX can send that (*direct*), else in pinned host memory,
+  which the kernels reach over the bus (*staged*).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pdtransport.settings import LinkSettings
 
 
 class Copy(Protocol):
-    """A copy under way. Nothing is written any more once it is done, however it ended."""
+    """A copy in flight. Once it is done, in success or failure, it writes nothing any more."""
 
     def done(self) -> bool: ...
 
     def error(self) -> str | None:
-        """What went wrong, or None; only once done."""
+        """Why the copy failed, or None; only valid once done."""
         ...
 
 
 class PageMemory(Protocol):
-    """One kind of memory, and the two rings of slots that its pages cross in."""
+    """One kind of memory, and the two staging rings for its pages."""
 
     sending: SlotRing
     receiving: SlotRing
 
     def in_place(self, runs: Runs, blocks: int) -> tuple[Bytes, Checksums] | None:
-        """One run of pages, for UCX to send from where it lies, and its checksums; None where UCX can't.
+        """One run of pages as a buffer for UCX to send without staging, and its checksums; None if UCX can't.
 
         Raises:
             ValueError: ``blocks`` do not fit the stream.
@@ -47,7 +47,7 @@ class PageMemory(Protocol):
         ...
 
     def gather(self, runs: Runs, slot: int, nbytes: int, blocks: int) -> Checksums:
-        """Copy pages into a sending slot, and wait for that.
+        """Copy pages into a sending slot and wait until it is done.
 
         Raises:
             ValueError: ``blocks`` do not fit the stream; nothing was begun.
@@ -56,13 +56,13 @@ class PageMemory(Protocol):
         ...
 
     def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
-        """Begin to copy a receiving slot into pages and to verify it (empty ``checksums``: don't)."""
+        """Begin to copy a receiving slot into pages and to verify it (empty ``checksums``: not verified)."""
         ...
 
 
 @dataclass(frozen=True)
 class EndedCopy:
-    """A move that is done."""
+    """A copy that is done."""
 
     problem: str | None
 
@@ -87,7 +87,7 @@ class HostMemory:
         return pages.copy_runs(runs, self.sending.run(slot, nbytes), blocks)
 
     def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
-        """Verifies first, while the slot is in the cache: damaged bytes never reach the pages."""
+        """Verifies first, while the slot is in the CPU cache: damaged bytes never reach the pages."""
         source = self.receiving.run(slot, nbytes)
         try:
             problem = _mismatch(pages.checksum(source, blocks), checksums) if checksums else None
@@ -102,9 +102,9 @@ class GpuMemory:
     """Pages in GPU memory.
 
     Args:
-        gpu: whose memory it is.
+        gpu: the GPU that holds the pages.
         settings: ``gpu_staging_bytes`` and ``gpu_slot_bytes`` size the rings.
-        direct: slots lie in GPU memory too, else in pinned host memory.
+        direct: slots are in GPU memory too, else in pinned host memory.
     """
 
     def __init__(self, gpu: Gpu, settings: LinkSettings, direct: bool) -> None:
@@ -114,17 +114,23 @@ class GpuMemory:
         self.receiving = SlotRing(settings.gpu_staging_bytes, settings.gpu_slot_bytes, allocate)
 
     def in_place(self, runs: Runs, blocks: int) -> tuple[Bytes, Checksums] | None:
-        # UCX would have to register the engine's own allocation, which need not be of a kind that it can.
+        # UCX would have to register the engine's own allocation, which may be of a kind that it can't register.
         return None
 
     def gather(self, runs: Runs, slot: int, nbytes: int, blocks: int) -> Checksums:
-        """Waits for the copy of one batch: some tens of microseconds within the GPU, 0.3 ms for 16 MiB over the bus. To
-        send it takes no less, and there is nothing to say to the peer before: the announcement has its checksums."""
+        """Waits for the copy of one batch: tens of microseconds within the GPU, 0.3 ms for 16 MiB over the bus.
+
+        Sending takes at least as long, and nothing can be sent to the peer earlier: the announcement carries the
+        checksums.
+        """
         return self._gpu.gather(runs, self.sending.run(slot, nbytes), blocks, self._direct)
 
     def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
-        """Verifies what it writes in the one pass. Damaged bytes may reach pages that are granted to this batch; they
-        are reported, and nobody reads the pages until the batch came undamaged."""
+        """Copies and verifies in one pass.
+
+        Damaged bytes may reach pages granted to this batch; they are reported, and nobody reads the pages until the
+        batch arrived undamaged.
+        """
         try:
             source = self.receiving.run(slot, nbytes)
             launch = self._gpu.place(source, runs, blocks if checksums else 0, self._direct)

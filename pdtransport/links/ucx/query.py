@@ -1,5 +1,8 @@
-"""Questions to UCX and ucxx that the Python bindings don't wrap: what carries an endpoint, what takes GPU memory, what
-is left of a closed endpoint. Each ends in "unknown" where the library at hand can't be asked."""
+"""Queries to UCX and ucxx that the Python bindings don't wrap.
+
+An endpoint's transports, support for GPU memory, requests left on a closed endpoint. Each query has an "unknown" result
+for libraries that can't answer it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ import re
 from typing import Any
 
 LIBRARY = "libucp.so.0"
-UCXX_LIBRARY = "libucxx.so"  # that the binding has loaded
+UCXX_LIBRARY = "libucxx.so"  # already loaded by the binding
 CANCELING_SIZE = "_ZNK4ucxx8Endpoint16getCancelingSizeEv"  # size_t ucxx::Endpoint::getCancelingSize() const
 OK = 0
 
 TRANSPORTS_FIELD = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
 MAX_LANES = 16
 MEMORY_TYPES_FIELD = 1 << 2  # UCP_ATTR_FIELD_MEMORY_TYPES
-CUDA_MEMORY = 1 << 1  # of UCS_MEMORY_TYPE_CUDA
+CUDA_MEMORY = 1 << 1  # bit of UCS_MEMORY_TYPE_CUDA
 ADDRESS_AND_LENGTH = 0b11  # UCP_MEM_MAP_PARAM_FIELD_ADDRESS, _LENGTH
 
-# A packed remote key begins with a little-endian bit map of the memory domains that it is good for.
+# A packed remote key begins with a little-endian bitmap of the memory domains that it is valid for.
 KEY_MAP_BYTES = 8
 DOMAIN_LINE = re.compile(r"\bmd\s+(\d+)\s*:\s*component\s+\d+\s+(\S+)")
 
@@ -77,9 +80,11 @@ def _library() -> Any:
 
 
 def still_canceling(endpoint: int) -> int:
-    """How many requests of a closed ``ucxx::Endpoint`` have not ended yet. Asking lets go of those that have: ucxx
-    keeps each that was under way when its endpoint was closed, and it keeps the endpoint and the whole worker, for as
-    long as nobody asks."""
+    """Number of requests of a closed ``ucxx::Endpoint`` that have not ended yet.
+
+    The query also releases those that have ended. Without it, ucxx keeps every request that was in flight when its
+    endpoint was closed, and each such request keeps the endpoint and the whole worker.
+    """
     try:
         ask = getattr(ctypes.CDLL(UCXX_LIBRARY), CANCELING_SIZE)
     except (OSError, AttributeError):
@@ -89,7 +94,7 @@ def still_canceling(endpoint: int) -> int:
 
 
 def lanes(endpoint: int) -> list[str]:
-    """Transports of an endpoint, e.g. ``["posix", "cma"]``, in the order of their lanes."""
+    """Transports of an endpoint, e.g. ``["posix", "cma"]``, in the order of its lanes."""
     entries = (_TransportEntry * MAX_LANES)()
     attributes = _EndpointAttributes(
         field_mask=TRANSPORTS_FIELD,
@@ -105,7 +110,7 @@ def lanes(endpoint: int) -> list[str]:
 
 
 def takes_cuda_memory(context: int) -> bool:
-    """Some memory domain of the context knows CUDA memory."""
+    """True if a memory domain of the context supports CUDA memory."""
     attributes = _ContextAttributes(field_mask=MEMORY_TYPES_FIELD)
     query = getattr(_library(), "ucp_context_query", None)
     if query is None or query(ctypes.c_void_p(context), ctypes.byref(attributes)) != OK:
@@ -114,8 +119,10 @@ def takes_cuda_memory(context: int) -> bool:
 
 
 def domains_of(context: int, info: str, address: int, nbytes: int) -> list[str]:
-    """Memory domains that a remote key of this memory is good for. ``info`` is what UCX prints of the context: it names
-    the domains by number."""
+    """Memory domains for which a remote key of this memory is valid.
+
+    ``info`` is UCX's printed description of the context, which maps domain numbers to names.
+    """
     ucp = _library()
     if ucp is None:
         return []

@@ -1,4 +1,4 @@
-"""What two channels of the ucx link say to each other: offers, over the control channel, and short messages of UCX."""
+"""Wire formats of the ucx link: offers (over the control channel) and short control frames (over UCX)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy.typing as npt
 
 from pdtransport.errors import LinkError
 
-MAX_ADDRESS_BYTES = 1000  # a worker has 80 (tcp) to 300 bytes
+MAX_ADDRESS_BYTES = 1000  # a worker's address has 80 (tcp) to 300 bytes
 SEAL_BYTES = 16
 
 
 class Opcode(enum.IntEnum):
-    ASK = 1  # send me batch `key`, `nbytes` long, to `tag`
-    REFUSED = 2  # I have no such batch; nothing of it will come to `tag`
-    END = 3  # I heard; end the receive on `tag`, with a message shorter than any batch
+    ASK = 1  # send me batch `key` of `nbytes` bytes to `tag`
+    REFUSED = 2  # I have no such batch; no part of it will be sent to `tag`
+    END = 3  # refusal received; end the receive on `tag` with a message shorter than any batch
 
 
 class ControlFrame(NamedTuple):
-    """A message to a channel's inbox; ``address`` is its sender's, sealed."""
+    """A message to a channel's inbox; ``address`` is the sealed address of the sending channel."""
 
     say: int
     key: int
@@ -43,7 +43,7 @@ def packed(word: ControlFrame) -> npt.NDArray[np.uint8]:
 
 
 def parsed(message: npt.NDArray[np.uint8]) -> ControlFrame:
-    """Never fails: what is in it means something to the reader or not."""
+    """Never fails; the reader ignores frames that make no sense."""
     say, key, tag, nbytes, length, address = _WORD.unpack(message.tobytes())
     return ControlFrame(say, key, tag, nbytes, address[:length])
 
@@ -54,10 +54,10 @@ def packed_offer(nbytes: int, address: bytes) -> bytes:
 
 
 def parsed_offer(offer: bytes) -> tuple[int, bytes]:
-    """The batch's length and the sealed address of the channel that offers it.
+    """Returns the batch's length and the sealed address of the channel that offers it.
 
     Raises:
-        LinkError: it is something else.
+        LinkError: not an offer of the ucx link.
     """
     try:
         nbytes, address = msgpack.unpackb(offer, raw=False)
@@ -69,17 +69,23 @@ def parsed_offer(offer: bytes) -> tuple[int, bytes]:
 
 
 def sealed(address: bytes) -> bytes:
-    """A worker address behind its digest: UCX trusts addresses blindly, a damaged one would crash the process."""
+    """Prefix a worker address with its digest.
+
+    UCX does not validate addresses, and a damaged one would crash the process.
+
+    Raises:
+        LinkError: the address is longer than ``MAX_ADDRESS_BYTES``.
+    """
     if len(address) > MAX_ADDRESS_BYTES:
         raise LinkError(f"UCX' address of {len(address)} bytes is too long: name fewer devices in UCX_NET_DEVICES")
     return hashlib.blake2b(address, digest_size=SEAL_BYTES, person=b"pdt-ucx-address").digest() + address
 
 
 def unsealed(sealed_address: bytes) -> bytes:
-    """The worker address.
+    """The worker address without its digest.
 
     Raises:
-        ValueError: it was damaged.
+        ValueError: the address is damaged.
     """
     address = sealed_address[SEAL_BYTES:]
     if not 0 < len(address) <= MAX_ADDRESS_BYTES or sealed(address) != sealed_address:
