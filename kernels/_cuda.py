@@ -1,5 +1,6 @@
-"""What the GPU kernels need of CUDA: calls that are checked, memory, handles for other processes. cupy is imported when
-the first of these is called; functions make the device they work on the calling thread's current one, and leave it so.
+"""The CUDA calls that the GPU kernels need: error checking, memory, handles for other processes.
+
+cupy is imported on the first call. Functions make their device the calling thread's current device and leave it so.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ HOST_REGISTER_PORTABLE_MAPPED = 1 | 2
 CAPTURE_MODE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 MEMCPY_DEFAULT = 4
 IPC_LAZY_PEER_ACCESS = 1
-HIGH_PRIORITY = -100  # CUDA takes the highest that the device has
-MAX_ERROR = 600  # characters; a compiler has much to say
+HIGH_PRIORITY = -100  # CUDA clamps it to the highest priority of the device
+MAX_ERROR = 600  # characters; compiler output is long
 PEER_ACCESS_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 POINTER_ATTRIBUTE_IPC_CAPABLE = 10  # CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
 
@@ -42,7 +43,7 @@ NOT_OPENED = (
 
 
 class GpuError(RuntimeError):
-    """A CUDA call failed, or a kernel did; one line that says doing what."""
+    """A CUDA call or a kernel failed; the text is one line that says which operation it was."""
 
 
 @functools.cache
@@ -91,10 +92,10 @@ def _driver() -> ctypes.CDLL:
 
 
 def driver(doing: str, function: str, *arguments: Any) -> None:
-    """Calls a function of libcuda.
+    """Call a function of libcuda.
 
     Raises:
-        GpuError: it failed ``doing`` something.
+        GpuError: the call failed; the text begins with ``doing``.
     """
     library = _driver()
     code = getattr(library, function)(*arguments)
@@ -110,7 +111,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def cuda(doing: str) -> Iterator[Any]:
-    """cupy.cuda, whose errors become :class:`GpuError`."""
+    """Gives cupy.cuda and turns its errors into :class:`GpuError`."""
     module = cupy()
     try:
         yield module.cuda
@@ -122,8 +123,11 @@ def cuda(doing: str) -> Iterator[Any]:
 
 @contextmanager
 def on(device: int, doing: str) -> Iterator[Any]:
-    """:func:`cuda` with ``device`` current. The one before is not brought back: that could make a context, hundreds of
-    megabytes large, on a device which this process has no business with."""
+    """As :func:`cuda`, with ``device`` current.
+
+    The previous device is not restored: that could create a context, hundreds of megabytes large, on a device which
+    this process does not use.
+    """
     with cuda(doing) as api:
         api.Device(device).use()
         yield api
@@ -134,10 +138,12 @@ def _maybe_on(device: int | None, doing: str) -> AbstractContextManager[Any]:
 
 
 def pinned(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed pinned host memory that every device can reach at its own address; freed with the array's last view.
+    """Allocate zeroed pinned host memory that every device can access at its own address.
+
+    It is freed with the array's last view.
 
     Raises:
-        GpuError: there is none to be had.
+        GpuError: there is no such memory left.
     """
     with cuda(f"allocating {nbytes} bytes of pinned host memory") as api:
         memory = api.PinnedMemory(max(nbytes, 1), HOST_ALLOC_PORTABLE_MAPPED)
@@ -147,11 +153,12 @@ def pinned(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def register_host(address: int, nbytes: int, device: int) -> None:
-    """Pins host memory that somebody else allocated, whole pages, so that every device reaches it at its own address.
+    """Pin existing host memory (whole pages), so that every device can access it at its own address.
+
     It must not be unmapped before :func:`unregister_host`.
 
     Raises:
-        GpuError: it can't be pinned, is pinned already, or devices would see it elsewhere.
+        GpuError: it can't be pinned, is pinned already, or devices would see it at another address.
     """
     with on(device, f"registering {nbytes} bytes of host memory") as api, _beside_captures():
         api.runtime.hostRegister(address, nbytes, HOST_REGISTER_PORTABLE_MAPPED)
@@ -162,10 +169,10 @@ def register_host(address: int, nbytes: int, device: int) -> None:
 
 
 def unregister_host(address: int, device: int) -> None:
-    """Ends what :func:`register_host` began at ``address``; no kernel may still use it.
+    """Undo :func:`register_host` at ``address``; no kernel may use the memory any more.
 
     Raises:
-        GpuError: it is not registered, or the GPU is in trouble.
+        GpuError: it is not registered, or the GPU has failed.
     """
     let_go()
     with on(device, f"letting go of host memory at {address:#x}") as api, _beside_captures():
@@ -173,14 +180,14 @@ def unregister_host(address: int, device: int) -> None:
 
 
 def let_go() -> None:
-    """Opens all barriers (:mod:`pdtransport.kernels.barrier`), before what would wait for the GPU's streams."""
+    """Open all barriers (:mod:`pdtransport.kernels.barrier`). Call before anything that waits for the GPU's streams."""
     if pages._C is not None:
         pages._C.pdt_barriers_let_go()
 
 
 @contextmanager
 def _beside_captures() -> Iterator[None]:
-    """This thread's calls do not end the capture of a CUDA graph that another thread has begun."""
+    """Calls of this thread do not break the capture of a CUDA graph in another thread."""
     mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
     driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
     try:
@@ -190,12 +197,16 @@ def _beside_captures() -> Iterator[None]:
 
 
 def to_host(address: int, nbytes: int, device: int | None = None, *, beside: bool = False) -> bytes:
-    """What ``nbytes`` bytes of device (or pinned) memory hold. Waits for the work of the default stream, not for that
-    of a :class:`GpuPages`; ``beside``: for nobody's. ``device``: the one that ``address`` is meant for; None: the
-    thread's current one.
+    """Read ``nbytes`` bytes of device (or pinned) memory.
+
+    Waits for the work of the default stream, but not for that of a :class:`GpuPages`; with ``beside`` it waits for no
+    stream.
+
+    Args:
+        device: the device that ``address`` belongs to; None: the thread's current one.
 
     Raises:
-        GpuError: an address that is none.
+        GpuError: the address is invalid.
     """
     data = np.empty(nbytes, dtype=np.uint8)
     if nbytes:
@@ -211,10 +222,10 @@ def to_host(address: int, nbytes: int, device: int | None = None, *, beside: boo
 
 
 def from_host(address: int, data: bytes | npt.NDArray[Any], device: int | None = None) -> None:
-    """Writes ``data`` to device (or pinned) memory and returns when it is there. ``device`` as for :func:`to_host`.
+    """Write ``data`` to device (or pinned) memory; returns when it is written. ``device`` as for :func:`to_host`.
 
     Raises:
-        GpuError: an address that is none.
+        GpuError: the address is invalid.
     """
     array = np.ascontiguousarray(np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data)
     if array.nbytes:
@@ -224,10 +235,10 @@ def from_host(address: int, data: bytes | npt.NDArray[Any], device: int | None =
 
 
 def allocation_of(address: int) -> tuple[int, int]:
-    """Base and bytes of the device allocation that ``address`` lies in.
+    """Base and size in bytes of the device allocation that contains ``address``.
 
     Raises:
-        GpuError: no device memory of this process is there.
+        GpuError: there is no device memory of this process at ``address``.
     """
     device_of(address)
     base, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
@@ -237,10 +248,10 @@ def allocation_of(address: int) -> tuple[int, int]:
 
 
 def device_of(address: int) -> int:
-    """The device whose memory ``address`` is.
+    """The device whose memory contains ``address``.
 
     Raises:
-        GpuError: it is not device memory that this process knows.
+        GpuError: it is not device memory known to this process.
     """
     with cuda(f"looking for the device of address {address:#x}") as api:
         attributes = api.runtime.pointerGetAttributes(address)
@@ -251,10 +262,10 @@ def device_of(address: int) -> int:
 
 
 def ipc_handle(base: int) -> bytes:
-    """The handle (64 bytes) with which another process on this host maps the allocation that starts at ``base``.
+    """The handle (64 bytes) with which another process on this host can map the allocation that starts at ``base``.
 
     Raises:
-        GpuError: it can't be exported, with the reason; memory of the virtual-memory API can't.
+        GpuError: the allocation can't be exported, with the reason; memory of CUDA's virtual-memory API can't.
     """
     device_of(base)
     capable = ctypes.c_int()
@@ -268,10 +279,11 @@ def ipc_handle(base: int) -> bytes:
 
 
 def ipc_open(handle: bytes, device: int) -> int:
-    """Maps another process' allocation for ``device`` and returns its address here. A handle is opened once a process.
+    """Map another process's allocation on ``device``; returns its address here. Open a handle once per process.
 
     Raises:
-        GpuError: it can't be mapped, with what to look at; ValueError: no handle has that length.
+        GpuError: it can't be mapped; the text says what to check.
+        ValueError: the handle has the wrong length.
     """
     if len(handle) != IPC_HANDLE_BYTES:
         raise ValueError(f"a CUDA IPC handle has {IPC_HANDLE_BYTES} bytes, not {len(handle)}")
@@ -283,19 +295,19 @@ def ipc_open(handle: bytes, device: int) -> int:
 
 
 def ipc_close(address: int, device: int) -> None:
-    """Unmaps what :func:`ipc_open` mapped for ``device``; no kernel may still use it.
+    """Unmap what :func:`ipc_open` mapped on ``device``; no kernel may use it any more.
 
     Raises:
-        GpuError: it is not mapped, or the GPU is in trouble.
+        GpuError: it is not mapped, or the GPU has failed.
     """
     doing = f"unmapping another process' memory at {address:#x}"
     let_go()
     with on(device, doing):
-        driver(doing, "cuIpcCloseMemHandle", address)  # which waits for the GPU, and cupy's keeps the interpreter
+        driver(doing, "cuIpcCloseMemHandle", address)  # waits for the GPU; cupy's function would hold the GIL
 
 
 def device_uuid(device: int) -> str:
-    """``GPU-...``, as nvidia-smi prints it: the same in every process, whatever CUDA_VISIBLE_DEVICES says.
+    """``GPU-...``, as nvidia-smi prints it: equal in every process, whatever CUDA_VISIBLE_DEVICES is.
 
     Raises:
         GpuError: there is no such device.
@@ -309,12 +321,16 @@ def device_uuid(device: int) -> str:
 
 
 def reach(device: int, uuid: str, ours: bool) -> None:
-    """Sees to it that kernels on ``device`` may use memory of the GPU of that UUID. ``ours``: memory that this process
-    allocated; :func:`ipc_open` does the rest for another one's. A GPU that CUDA_VISIBLE_DEVICES hides from this process
-    can't be asked about, and CUDA IPC reaches it all the same.
+    """Make sure that kernels on ``device`` can access memory of the GPU with this UUID.
+
+    A GPU that CUDA_VISIBLE_DEVICES hides from this process can't be checked; CUDA IPC reaches it all the same.
+
+    Args:
+        ours: the memory was allocated by this process, so peer access is enabled here; for another process's memory
+            :func:`ipc_open` does that.
 
     Raises:
-        GpuError: the two have no peer access, or there is no such device.
+        GpuError: the two GPUs have no peer access, or there is no such device.
     """
     with cuda("counting GPUs") as api:
         count = int(api.runtime.getDeviceCount())
@@ -331,7 +347,7 @@ def reach(device: int, uuid: str, ours: bool) -> None:
 
 
 def can_access(device: int, peer: int) -> bool:
-    """May kernels on ``device`` use ``peer``'s memory (or is it the same)?
+    """True if kernels on ``device`` can access memory of ``peer``, or the two are the same.
 
     Raises:
         GpuError: there is no such device.

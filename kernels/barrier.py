@@ -1,4 +1,4 @@
-"""A stream of the GPU that waits for a thread of the host, while what comes after it is launched already."""
+"""Makes a GPU stream wait for a host thread, while kernels behind the wait are launched already."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from pdtransport.kernels import pages
 from pdtransport.kernels._cuda import HIGH_PRIORITY, GpuError, driver, on, pinned
 from pdtransport.kernels.gpu import reached
 
-WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: the difference of the two, as a signed number, is not negative
+WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: passes if (int32)(*word - value) >= 0
 TRIAL_S = 1.0
 LOOK_S = 1e-4
 NS = 1_000_000_000
 
 
 class Barrier:
-    """Closed on a stream for a while, opened by any thread; the stream's next kernels see what was in the GPU's memory
-    when it was opened. Its word lies in pinned memory of this process, and a thread of its own opens it when its time
-    is over (``csrc/barrier.c``): neither another process' end leaves the stream waiting, nor a thread that waits for
-    the GPU with the interpreter's lock.
+    """Holds a stream until a host thread opens the barrier, or until a deadline.
 
-    Others wait with the stream: who synchronizes with it or the device, the legacy default stream, what frees or
-    unmaps memory of the GPU's or pinned memory, the loading of modules; and whoever records an event or launches while
-    one of these stands in CUDA. Launches go on until the driver's queue is full (with 1,020 of them, on an H100).
-    Where we do such a thing on purpose, :func:`pdtransport.kernels._cuda.let_go` comes first.
+    After the barrier opens, the stream's next kernels see what was in GPU memory at that time. The barrier's word is in
+    pinned memory of this process, and a watchdog thread in C opens the barrier at its deadline (``csrc/barrier.c``). So
+    the stream does not wait forever if another process dies, or if a thread waits for the GPU while it holds the GIL.
+
+    While the barrier is closed, these calls wait too: synchronizing with the stream, the device or the legacy default
+    stream; freeing or unmapping GPU or pinned memory; loading modules; and recording an event or launching a kernel
+    while another thread is inside one of these calls. Launches continue until the driver's queue is full (1,020
+    launches on an H100). Before such a call of our own, call :func:`pdtransport.kernels._cuda.let_go`.
 
     Args:
-        device: as CUDA numbers it in this process.
+        device: CUDA's number of the device in this process.
 
     Raises:
-        GpuError: no cupy, no such device, a driver that does not know of it, or the C kernels were not built.
+        GpuError: no cupy, no such device, a driver without this feature, or the C kernels were not built.
     """
 
     def __init__(self, device: int) -> None:
@@ -39,12 +40,13 @@ class Barrier:
             raise GpuError("holding a stream needs the C kernels: install where there is a C compiler")
         self._c, self._device = pages._C, device
         with on(device, f"opening GPU {device}"):
-            self._words = pinned(8).view(np.uint32)  # the ticket that was let through last, and what a trial writes
+            self._words = pinned(8).view(np.uint32)  # [last ticket that was opened, scratch word for try_beside]
         self._closed = 0
 
     def close(self, stream: int, seconds: float) -> int:
-        """Lets the raw cudaStream_t wait behind what is launched on it, so long at most; returns the ticket for
-        :meth:`open`. Called by one thread.
+        """Make the raw cudaStream_t wait behind what is launched on it; returns the ticket for :meth:`open`.
+
+        It waits for at most ``seconds``. Call from one thread only.
 
         Raises:
             GpuError: CUDA refuses; the stream does not wait.
@@ -63,23 +65,27 @@ class Barrier:
         return ticket
 
     def open(self, ticket: int) -> bool:
-        """Lets go on what waits for this ticket, and for those before; False: it went on before, for its time was over
-        or somebody let go of all."""
+        """Open the barrier for this ticket and earlier ones.
+
+        Returns:
+            False if it was open already: its time was over, or all barriers were opened.
+        """
         return bool(self._c.pdt_barrier_open(self._words.ctypes.data, ticket))
 
     def try_beside(self, stream: int) -> None:
-        """Sees to it that ``stream``, a raw cudaStream_t, waits, and that one like those of
-        :class:`pdtransport.kernels.gpu.GpuPages` goes on meanwhile; it takes the GPU a moment. Streams may share one of
-        the hardware's queues.
+        """Check that a closed barrier holds ``stream`` (a raw cudaStream_t) but no other stream.
+
+        Takes the GPU a moment. The other stream is like those of :class:`pdtransport.kernels.gpu.GpuPages`. Streams may
+        share a hardware queue, and then one would hold up the other.
 
         Raises:
-            GpuError: they do not, or CUDA refuses.
+            GpuError: the other stream waits too, ``stream`` does not wait, or CUDA refuses.
         """
         with on(self._device, "trying to hold a stream") as api:
             runtime, word = api.runtime, self._words.ctypes.data + 4
             behind, beside = (api.Event(block=True, disable_timing=True) for _ in range(2))
             other = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)
-            runtime.memsetAsync(word, 1, 4, other.ptr)  # CUDA may load something
+            runtime.memsetAsync(word, 1, 4, other.ptr)  # warm up: CUDA may load a module
             other.synchronize()
             ticket = self.close(stream, TRIAL_S)
             try:

@@ -1,11 +1,12 @@
-"""Page kernels for the GPU: what :mod:`pdtransport.kernels.pages` does, asynchronously and at the memory's speed.
+"""Page kernels for the GPU: the functions of :mod:`pdtransport.kernels.pages`, asynchronous and at memory speed.
 
-Runs are (n, 2) uint64 arrays of ``[address, nbytes]``; addresses may lie in this process' device memory, in another
-process' that :func:`ipc_open` mapped, or in host memory that :func:`pinned` made or :func:`register_host` pinned. They
-and the lengths are multiples of 8; multiples of 16 are faster, and whole stripes of 1 KiB fastest. The caller vouches
-for every address: a wrong one ends all CUDA work of the process.
+Runs are (n, 2) uint64 arrays of ``[address, nbytes]``. Addresses may be in this process's device memory, in another
+process's that :func:`ipc_open` mapped, or in host memory from :func:`pinned` or :func:`register_host`. Addresses and
+lengths are multiples of 8; multiples of 16 are faster, and whole stripes of 1 KiB are fastest.
 
-The kernels (``csrc/pages.cu``) are compiled at first use, some seconds, and cached on disk by cupy.
+The caller is responsible for every address: a wrong one ends all CUDA work of the process.
+
+The kernels (``csrc/pages.cu``) are compiled at first use, which takes some seconds, and cached on disk by cupy.
 """
 
 from __future__ import annotations
@@ -72,16 +73,16 @@ __all__ = [
 
 Plan = pieces.Pieces
 
-COPY_BLOCKS = 528  # of threads: four on each of an H200's 132 SMs, all at once
+COPY_BLOCKS = 528  # thread blocks: four on each of an H200's 132 SMs, all at once
 MAX_COPY_BLOCKS = 1 << 16
-WARPS = 8  # of a block, as in csrc/pages.cu
+WARPS = 8  # per thread block, as in csrc/pages.cu
 THREADS = 32 * WARPS
-TABLE_BYTES = 8 << 20  # of the ring through which tables go to the GPU
-PART_BYTES = 2 << 20  # the longest table; longer ones go in parts
-RESULT_BYTES = 4 << 20  # of the ring through which checksums come back; a launch's take at most 1 MiB
-MAX_LAUNCHES = 256  # under way; one more waits for the oldest
+TABLE_BYTES = 8 << 20  # ring through which tables go to the GPU
+PART_BYTES = 2 << 20  # longest table; longer ones are split
+RESULT_BYTES = 4 << 20  # ring through which checksums come back; a launch needs at most 1 MiB
+MAX_LAUNCHES = 256  # in flight; a further one waits for the oldest
 ALIGNMENT = 256
-EVENT_FLAGS = 1  # cudaEventBlockingSync: who waits sleeps
+EVENT_FLAGS = 1  # cudaEventBlockingSync: waiting threads sleep
 MEMCPY_TO_DEVICE, MEMCPY_TO_HOST = 1, 2
 NOT_READY = 600
 MS = 1e-3
@@ -97,23 +98,23 @@ def _module() -> Any:
 
 
 class Launch:
-    """One launch under way; made by :class:`GpuPages`."""
+    """One launch in flight; made by :class:`GpuPages`."""
 
     def __init__(self, pages: GpuPages, blocks: int, block_bytes: int, timed: bool) -> None:
         self._pages, self._timed = pages, timed
         self._blocks, self._block_bytes = blocks, block_bytes
-        self._begun = self._computed = self._ended = 0  # events; the last two are one where nothing comes back
-        self._held: list[int] = []  # these events and others
-        self._regions: list[_Region] = []  # of the rings
+        self._begun = self._computed = self._ended = 0  # events; computed == ended if no checksums come back
+        self._held: list[int] = []  # all events of this launch, to be reused
+        self._regions: list[_Region] = []  # parts of the rings
         self._result: _Region | None = None
         self._sums: Checksums | None = None
         self._seconds = 0.0
 
     def done(self) -> bool:
-        """Has it ended? Does not block.
+        """True if the launch has ended. Does not block.
 
         Raises:
-            GpuError: it failed; what was written is void.
+            GpuError: the launch failed; discard what was written.
         """
         if self._sums is None:
             with self._pages._using("looking at a launch") as api:
@@ -123,10 +124,10 @@ class Launch:
         return True
 
     def wait(self) -> Checksums:
-        """Blocks until it ended, without the GIL. Checksums, uint64, shape (blocks,).
+        """Block, without the GIL, until the launch has ended; returns its checksums, uint64, shape (blocks,).
 
         Raises:
-            GpuError: it failed; what was written is void.
+            GpuError: the launch failed; discard what was written.
         """
         if self._sums is None:
             with self._pages._using("waiting for a launch") as api:
@@ -137,14 +138,20 @@ class Launch:
 
     @property
     def seconds(self) -> float:
-        """Time on the GPU, from when the first kernel could start (what the stream had to wait for, and its table, were
-        there) to the end of the last; known after :meth:`done` said so."""
+        """GPU time from when the first kernel could start to the end of the last kernel.
+
+        It excludes what the stream waited for before, including the upload of the first table. Known once :meth:`done`
+        is True.
+
+        Raises:
+            GpuError: the launch has not ended, or was not timed.
+        """
         if self._sums is None or not self._timed:
             raise GpuError("a launch that has not ended has taken no time yet" if self._timed else "it was not timed")
         return self._seconds
 
     def _finish(self) -> None:
-        """Takes what it brought, when it has ended, and gives back what it held."""
+        """Collect the results of a launch that has ended, and release what it held."""
         if self._sums is not None:
             return
         sums = np.empty(0, dtype=np.uint64)
@@ -163,20 +170,22 @@ class Launch:
 
 
 class GpuPages:
-    """Copies and sums pages on a stream of its own. Used by one thread at a time.
+    """Copies and checksums pages on its own stream. Used by one thread at a time.
 
-    Launches run in the order they were made in. Making one blocks only where ``MAX_LAUNCHES`` are under way, or tables
-    of more than ``TABLE_BYTES``.
+    Launches run in the order in which they were made. Making one blocks only if ``MAX_LAUNCHES`` are in flight, or
+    tables of more than ``TABLE_BYTES``.
 
     Args:
-        device: as CUDA numbers it in this process.
-        blocks: of 256 threads each: at most so many run at a time, four on an SM. Each thread takes 64 registers or
-            fewer, so that a block takes a quarter of an SM's.
-        priority: before other streams' blocks where both wait for an SM.
-        wake_fd: an eventfd that gets 1 added whenever a launch ended (not when it failed: who waits has a deadline).
+        device: CUDA's number of the device in this process.
+        blocks: maximum number of thread blocks (256 threads each) that run at a time; an SM holds four. Each thread
+            uses at most 64 registers, so a block takes a quarter of an SM's registers.
+        priority: take precedence over blocks of other streams that wait for an SM.
+        wake_fd: an eventfd that gets 1 added whenever a launch ended (but not when it failed, so waiting threads need a
+            timeout).
 
     Raises:
         GpuError: no cupy, no such device, no memory, or the kernels do not compile.
+        ValueError: ``blocks`` is out of range.
     """
 
     def __init__(self, device: int, *, blocks: int = COPY_BLOCKS, priority: bool = True, wake_fd: int = -1) -> None:
@@ -198,21 +207,23 @@ class GpuPages:
 
     @property
     def stream(self) -> int:
-        """The raw cudaStream_t that all launches run on."""
+        """The raw cudaStream_t on which all launches run."""
         return int(self._stream.ptr)
 
     def copy_runs(self, src: Runs, dst: Runs, blocks: int = 0) -> Launch:
-        """Starts to copy the stream ``src`` into ``dst``, which may be cut differently. The two must not overlap. The
-        checksums (``blocks`` > 0) are of what was loaded and written.
+        """Start to copy the stream ``src`` into ``dst``, which may be cut differently. The two must not overlap.
+
+        With ``blocks`` > 0, checksums are those of the bytes that were loaded and written.
 
         Raises:
-            ValueError: streams of different lengths, ``blocks`` does not fit, or something is no multiple of 8.
+            ValueError: the streams differ in length, ``blocks`` does not fit, or an address or length is not a multiple
+                of 8.
             GpuError: CUDA refuses, or an earlier launch failed.
         """
         return self.start(self.plan(src, dst, blocks), blocks)
 
     def plan(self, src: Runs, dst: Runs, blocks: int = 0) -> Plan:
-        """The part of :meth:`copy_runs` that needs no GPU, for :meth:`start`.
+        """The part of :meth:`copy_runs` that needs no GPU; pass the result to :meth:`start`.
 
         Raises:
             ValueError: as :meth:`copy_runs`.
@@ -220,8 +231,11 @@ class GpuPages:
         return pieces.cut(src, dst, blocks)
 
     def start(self, plan: Plan, blocks: int = 0, most: int = 0) -> Launch:
-        """Starts what was planned, with as many ``blocks``, and at ``most`` so many blocks of threads (0: as many as
-        this has).
+        """Start a planned copy.
+
+        Args:
+            blocks: number of checksums, as for :meth:`plan`.
+            most: maximum number of thread blocks; 0: as many as this object has.
 
         Raises:
             GpuError: CUDA refuses, or an earlier launch failed.
@@ -229,17 +243,22 @@ class GpuPages:
         return self._launch(plan, blocks, most=most)
 
     def checksum(self, runs: Runs, blocks: int, *, timed: bool = True) -> Launch:
-        """Starts to sum ``blocks`` equally long blocks of the stream. ``timed``: :attr:`Launch.seconds` is known
-        at its end, for one call of CUDA more, which costs a thread that fights for the interpreter a lot.
+        """Start to checksum ``blocks`` equally long blocks of the stream.
+
+        Args:
+            timed: measure :attr:`Launch.seconds`. It takes one more CUDA call, which is expensive for a thread that
+                competes for the GIL.
 
         Raises:
-            ValueError: the stream can't be cut into that many blocks, or something is no multiple of 8.
+            ValueError: the stream can't be cut into that many blocks, or an address or length is not a multiple of 8.
             GpuError: CUDA refuses, or an earlier launch failed.
         """
         return self._launch(pieces.cut(runs, None, blocks), blocks, timed)
 
     def after(self, event_handle: int) -> None:
-        """Launches from now on run after what the raw cudaEvent_t was recorded behind. The caller vouches for it.
+        """Run later launches after the work that the raw cudaEvent_t was recorded behind.
+
+        The caller is responsible for the handle's validity.
 
         Raises:
             GpuError: CUDA refuses, or an earlier launch failed.
@@ -248,17 +267,18 @@ class GpuPages:
             api.runtime.streamWaitEvent(self.stream, event_handle)
 
     def record(self, event_handle: int) -> None:
-        """Records the raw cudaEvent_t behind all launches made so far, for another stream to wait for. The caller
-        vouches for it.
+        """Record the raw cudaEvent_t behind all launches made so far, so that another stream can wait for them.
+
+        The caller is responsible for the handle's validity.
 
         Raises:
-            GpuError: an event of another device, or an earlier launch failed.
+            GpuError: the event belongs to another device, or an earlier launch failed.
         """
         with self._using("recording an event", fatal=False) as api:
             api.runtime.eventRecord(event_handle, self.stream)
 
     def close(self) -> None:
-        """Waits until the launches under way ended, and frees everything. May be called again."""
+        """Wait for the launches in flight and free everything. May be called again."""
         if self._broken == CLOSED:
             return
         let_go()
@@ -308,7 +328,10 @@ class GpuPages:
     def _run(
         self, api: Any, plan: pieces.Pieces, part: pieces.TilePart, launch: Launch, blocks: int, most: int
     ) -> None:
-        """Tables go up on a stream of their own, so that the next one's travels while this one's kernel runs."""
+        """Launch the kernel for one part.
+
+        Tables are uploaded on a separate stream, so that the next table travels while this part's kernel runs.
+        """
         nbytes = plan.table_bytes(part)
         region = self._tables.take(api, nbytes)
         launch._regions.append(region)
@@ -335,7 +358,7 @@ class GpuPages:
             self._stream.launch_host_func(ring, self._wake_fd)
 
     def _retire(self, api: Any) -> None:
-        """Lets go of launches that have ended; waits for one where too many have not."""
+        """Release launches that have ended; if ``MAX_LAUNCHES`` are in flight, wait for the oldest."""
         while self._running:
             launch = self._running[0]
             if launch._sums is None and not reached(api, launch._ended):
@@ -352,7 +375,7 @@ class GpuPages:
 
     @contextmanager
     def _using(self, doing: str, *, fatal: bool = True) -> Iterator[Any]:
-        """cupy.cuda on this device; after a fatal error all later use fails, and says why."""
+        """cupy.cuda on this device; after a fatal error all later uses fail with that error."""
         if self._broken:
             raise GpuError(f"GPU {self.device}'s page kernels can't be used: {self._broken}")
         try:
@@ -366,19 +389,19 @@ class GpuPages:
 
 @dataclass
 class _Region:
-    """Part of a ring, taken until its event is reached."""
+    """Part of a ring, in use until its event is reached."""
 
     host: npt.NDArray[np.uint8]
-    address: int  # of host
+    address: int  # address of `host`
     device: int
     start: int
     nbytes: int
     event: int = 0  # 0: free
-    launch: Launch | None = None  # which must have taken its result before
+    launch: Launch | None = None  # the launch whose result is here; it must be collected before reuse
 
 
 class _Ring:
-    """Pinned host memory, as much on the device, and who has which part of both, in order."""
+    """A ring of pinned host memory, an equal ring on the device, and the regions in use, in order."""
 
     def __init__(self, api: Any, nbytes: int) -> None:
         self.host = pinned(nbytes)
@@ -387,7 +410,7 @@ class _Ring:
         self._taken: deque[_Region] = deque()
 
     def take(self, api: Any, nbytes: int) -> _Region:
-        """A region of ``nbytes``; waits for the oldest ones where there is no room."""
+        """Take a region of ``nbytes``; waits for the oldest regions if there is no space."""
         nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
         assert nbytes <= self.host.size // 4
         while True:
@@ -410,7 +433,7 @@ class _Ring:
         if not self._taken:
             return 0
         head, tail = self._taken[0].start, self._taken[-1].start + self._taken[-1].nbytes
-        if tail > head:  # taken is [head, tail)
+        if tail > head:  # in use: [head, tail)
             if tail + nbytes <= self.host.size:
                 return tail
             return 0 if nbytes < head else None
@@ -428,11 +451,11 @@ def reached(api: Any, event: int) -> bool:
 
 
 def bell() -> int:
-    """Address of the C function that rings without the GIL; 0 where it was not built."""
+    """Address of the C function that writes the eventfd without the GIL; 0 if it was not built."""
     function = getattr(pages._C, "pdt_ring", None)
     return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
 
 
 def ring(eventfd: int) -> None:
-    with suppress(OSError):  # full, so that it wakes as it is; or closed by then
+    with suppress(OSError):  # a full counter wakes as well; or the eventfd is closed by now
         os.write(eventfd, (1).to_bytes(8, "little"))

@@ -1,12 +1,15 @@
-"""Page kernels for host memory: copy between lists of runs, checksum what they hold, read another process' pages,
-through the kernel or where they are mapped.
+"""Page kernels for host memory: copy between run lists, checksum them, and read another process's pages.
 
-Runs are (n, 2) uint64 arrays of ``[address, nbytes]`` in stream order (:mod:`pdtransport.kernels.runs`); the caller
-vouches for every address of this process. With ``blocks`` > 0 a function also returns the checksums (uint64, shape
-(blocks,)) of that many equally long blocks of the stream, taken where the bytes arrived and in the same pass. A block's
-length must be a multiple of 8 bytes. ``README.md`` beside this file defines the checksum.
+Another process's pages are read through the kernel (process_vm_readv) or where they are mapped here. Runs are (n, 2)
+uint64 arrays of ``[address, nbytes]`` in stream order (:mod:`pdtransport.kernels.runs`).
 
-The C kernels (``csrc/pages.c``) let go of the GIL; without them numpy does the work, see :data:`BACKEND`.
+The caller is responsible for the validity of every address in this process.
+
+With ``blocks`` > 0 a function also returns the checksums (uint64, shape (blocks,)) of that many equally long blocks of
+the stream, computed from the bytes at the destination in the same pass. A block's length must be a multiple of 8 bytes.
+``README.md`` beside this file defines the checksum.
+
+The C kernels (``csrc/pages.c``) release the GIL; without them numpy does the work, see :data:`BACKEND`.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ def copy_runs(src: Runs, dst: Runs, blocks: int = 0) -> Checksums:
     """Copy the stream ``src`` into the runs ``dst``, which may be cut differently. The two must not overlap.
 
     Raises:
-        ValueError: streams of different lengths, or ``blocks`` does not fit.
+        ValueError: the streams differ in length, or ``blocks`` does not fit.
     """
     if _C is None:
         return reference.copy_runs(src, dst, blocks)
@@ -81,7 +84,7 @@ def copy_runs(src: Runs, dst: Runs, blocks: int = 0) -> Checksums:
 
 
 def gather(runs: Runs, address: int, blocks: int = 0) -> Checksums:
-    """Copy the stream ``runs`` to the contiguous memory at ``address``, as long as the stream.
+    """Copy the stream ``runs`` to contiguous memory of the same length at ``address``.
 
     Raises:
         ValueError: as :func:`copy_runs`.
@@ -103,16 +106,16 @@ def scatter(address: int, runs: Runs, blocks: int = 0) -> Checksums:
 def read_remote(
     pid: int, remote: Runs, local: Runs, blocks: int = 0, *, threads: int = 1, ticket: Ticket | None = None
 ) -> Checksums:
-    """Copy ``remote`` runs of process ``pid`` into ``local`` runs of this one with process_vm_readv.
+    """Copy ``remote`` runs of process ``pid`` into ``local`` runs of this process with process_vm_readv.
 
     Args:
-        threads: large streams are read by up to so many threads (at most 8).
-        ticket: (address, number): the peer's 64-bit word there must hold the number before and after the copy.
+        threads: maximum number of threads for a large stream (at most 8).
+        ticket: (address, number): the peer's 64-bit word at ``address`` must hold the number before and after the copy.
 
     Raises:
-        ValueError: streams of different lengths, or ``blocks`` does not fit; nothing was written.
-        OSError: ESTALE (the ticket does not hold: what was read is void), EFAULT (an address is not mapped), EPERM
-            (not allowed to), ESRCH (no such process), ...; some of ``local`` may have been written.
+        ValueError: the streams differ in length, or ``blocks`` does not fit; nothing was written.
+        OSError: ESTALE (the ticket is not valid: discard what was read), EFAULT (an address is not mapped), EPERM (not
+            permitted), ESRCH (no such process), ...; some of ``local`` may have been written.
     """
     if _C is None:
         return reference.read_remote(pid, remote, local, blocks, ticket=ticket)
@@ -124,11 +127,13 @@ def read_remote(
 def read_mapped(
     mapped: Runs, local: Runs, blocks: int = 0, *, threads: int = 1, ticket: Ticket | None = None
 ) -> Checksums:
-    """Copy ``mapped`` runs, which another process may be writing to, into ``local`` runs: plain loads and stores, large
-    streams round the cache. The caller vouches for the ticket's address too.
+    """Copy ``mapped`` runs, which another process may be writing, into ``local`` runs.
 
-    Args, Raises: as :func:`read_remote`, with ESTALE the only OSError. Where checksums are asked for, they are those of
-    the bytes stored.
+    Uses plain loads; large streams are stored past the CPU cache. The caller is also responsible for the ticket's
+    address.
+
+    Args, Raises: as :func:`read_remote`, with ESTALE the only OSError. Checksums are those of the bytes that were
+    stored.
     """
     if _C is None:
         return reference.read_mapped(mapped, local, blocks, ticket=ticket)
@@ -136,9 +141,12 @@ def read_mapped(
 
 
 def translate(runs: Runs, spans: reference.Spans) -> Runs | None:
-    """Where ``runs`` of a peer stand in this process: ``spans``, shape (n, 3), dtype uint64, are ``[low, high, shift]``
-    of the peer's memory mapped here, ascending; an address moves up by its span's shift, modulo 2**64. None if a run
-    does not lie within one span."""
+    """Translate a peer's ``runs`` to addresses in this process; None if a run is not within one span.
+
+    Args:
+        spans: shape (n, 3), dtype uint64, ascending: ``[low, high, shift]`` of each part of the peer's memory mapped
+            here. An address moves up by its span's shift, modulo 2**64.
+    """
     if _C is None:
         return reference.translate(runs, spans)
     runs, spans = np.ascontiguousarray(runs), np.ascontiguousarray(spans)

@@ -1,7 +1,7 @@
-"""Two lists of runs, cut into pieces that are contiguous on both sides: the tables that the GPU kernels work from.
+"""Cuts two run lists into pieces that are contiguous on both sides: the tables of the GPU kernels.
 
-Pieces of one length, wherever the tables do not grow too long for it: then a piece is found by a division. Otherwise
-each piece's start is in the table, and is searched for.
+All pieces have one length, unless the tables would get too long: then a kernel finds a piece by division. Otherwise the
+table also holds each piece's start, and a kernel searches for it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ Words = npt.NDArray[np.uint64]
 Grain = Literal["stripes", "pairs", "singles"]
 
 STRIPE_BYTES = 1024
-TILE_BYTES = 4 * STRIPE_BYTES  # what a warp works on at a time
-MAX_SPAN = 8  # tiles that a warp takes in one turn: it finds the places of their 32 stripes at once
-MAX_BLOCKS = 1 << 17  # checksums of one launch
-EQUAL_PIECES = 1 << 17  # up to so many pieces of one length rather than few that must be searched for
+TILE_BYTES = 4 * STRIPE_BYTES  # a warp works on one tile at a time
+MAX_SPAN = 8  # tiles per turn of a warp: it looks up the places of their 32 stripes at once
+MAX_BLOCKS = 1 << 17  # checksums per launch
+EQUAL_PIECES = 1 << 17  # prefer up to this many pieces of equal length over fewer that must be searched
 
 
 @dataclass(frozen=True)
 class TilePart:
-    """Tiles ``[first, end)`` of a stream, and the pieces ``[low, high)`` that they lie in. ``origin`` is the place in
-    the stream where piece ``low`` starts."""
+    """Tiles ``[first, end)`` of a stream and the pieces ``[low, high)`` that contain them.
+
+    ``origin`` is the stream offset at which piece ``low`` starts.
+    """
 
     first: int
     end: int
@@ -40,17 +42,17 @@ class TilePart:
 
 @dataclass(frozen=True)
 class Pieces:
-    """See the module's docstring.
+    """A stream cut into pieces; see the module's docstring.
 
     Attributes:
-        src: addresses, uint64, shape (n,).
-        dst: likewise; None where nothing is written.
-        starts: where in the stream each piece starts, uint64, shape (n,); None where all are ``piece`` bytes long.
-        piece: bytes of each; 0 where lengths differ.
-        total: bytes of the stream.
-        block_bytes: the stream is cut into blocks of so many bytes; all of it where no checksum is asked for.
-        grain: what no piece's end cuts through: whole stripes of the checksum, pairs of words, single words. The first
-            two also promise addresses that are multiples of 16.
+        src: source addresses, uint64, shape (n,).
+        dst: destination addresses, likewise; None if nothing is written.
+        starts: stream offset of each piece, uint64, shape (n,); None if all are ``piece`` bytes long.
+        piece: length of each piece in bytes; 0 if lengths differ.
+        total: length of the stream in bytes.
+        block_bytes: length of a checksum block in bytes; the whole stream if no checksum is wanted.
+        grain: the largest unit that no end of a piece cuts: whole stripes of the checksum, pairs of words, or single
+            words. The first two also guarantee that addresses are multiples of 16.
     """
 
     src: Words
@@ -63,7 +65,7 @@ class Pieces:
 
     @property
     def block_tiles(self) -> int:
-        """Tiles of one block; its last may be short."""
+        """Tiles per block; the last may be short."""
         return -(-self.block_bytes // TILE_BYTES)
 
     @property
@@ -72,7 +74,7 @@ class Pieces:
         return self.block_tiles * (self.total // self.block_bytes) if self.total else 0
 
     def parts(self, most: int) -> Iterator[TilePart]:
-        """The stream in parts of at most ``most`` pieces each (1,024 or more)."""
+        """Split the stream into parts of at most ``most`` pieces each (``most`` is at least 1,024)."""
         first, tiles = 0, self.tiles
         while first < tiles:
             low, limit = self._reach(self._offset(first), most)
@@ -82,8 +84,7 @@ class Pieces:
             first = end
 
     def fill(self, part: TilePart, table: Words) -> None:
-        """Writes what the kernels look places up in: addresses of the source, of the destination, and starts, those
-        that there are, one after the other."""
+        """Write the kernel's table: source addresses, then destination addresses and starts if there are any."""
         at, count = 0, part.high - part.low
         for column in (self.src, self.dst, self.starts):
             if column is not None:
@@ -91,12 +92,16 @@ class Pieces:
                 at += count
 
     def table_bytes(self, part: TilePart) -> int:
-        """The length of what :meth:`fill` writes."""
+        """Length of what :meth:`fill` writes."""
         return 8 * (part.high - part.low) * (1 + (self.dst is not None) + (self.starts is not None))
 
     def arguments(self, part: TilePart, table: int, sums: int, warps: int) -> list[int]:
-        """The arguments of a kernel that works on ``part`` with ``warps`` warps, given where its table lies and
-        where the sums of the stripes of block 0, 1, ... go (uint64 each)."""
+        """Arguments of a kernel that works on ``part`` with ``warps`` warps.
+
+        Args:
+            table: address of the part's table.
+            sums: address of the sums of the stripes of block 0, 1, ... (uint64 each).
+        """
         count = part.high - part.low
         dst = table + 8 * count
         starts = dst + (8 * count if self.dst is not None else 0)
@@ -115,7 +120,7 @@ class Pieces:
         ]
 
     def kernel(self, blocks: int) -> str:
-        """The name of the kernel in ``csrc/pages.cu`` for this."""
+        """Name of the kernel in ``csrc/pages.cu`` for this stream."""
         what = "sum" if self.dst is None else "copy_sum" if blocks else "copy"
         return f"pdt_{what}_{self.grain}"
 
@@ -124,12 +129,12 @@ class Pieces:
         return block * self.block_bytes + inside * TILE_BYTES
 
     def _tile(self, offset: int) -> int:
-        """The tile that ``offset`` lies in."""
+        """The tile that contains ``offset``."""
         block, inside = divmod(offset, self.block_bytes)
         return block * self.block_tiles + inside // TILE_BYTES
 
     def _reach(self, offset: int, most: int) -> tuple[int, int]:
-        """The piece at ``offset``, and where in the stream the ``most`` pieces from there on end."""
+        """The piece at ``offset``, and the stream offset at which the ``most`` pieces from there on end."""
         if self.starts is None:
             low = offset // self.piece
             return low, (low + most) * self.piece
@@ -144,17 +149,17 @@ class Pieces:
 
 
 def span(tiles: int, warps: int) -> int:
-    """Tiles that each of ``warps`` warps takes in a turn, so that the last turn is a full one too."""
+    """Tiles per turn for each of ``warps`` warps, such that the last turn is full too."""
     turns = -(-tiles // (warps * MAX_SPAN))
     return max(1, -(-tiles // (warps * turns))) if turns else 1
 
 
 def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
-    """The pieces of stream ``src``, and of ``dst`` where it is to be copied there.
+    """Cut the stream ``src``, and ``dst`` if it is a copy, into pieces.
 
     Raises:
-        ValueError: streams of different lengths, ``blocks`` does not fit or is more than ``MAX_BLOCKS``, or addresses
-            and lengths that are not multiples of 8 (or are 0).
+        ValueError: the streams differ in length, ``blocks`` does not fit or exceeds ``MAX_BLOCKS``, or an address or
+            length is not a multiple of 8, or an address is 0.
     """
     sides = [as_runs(side) for side in (src, dst) if side is not None]
     lengths = [_same_length(side) for side in sides]
@@ -170,7 +175,7 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
     if not total:
         nothing = np.empty(0, dtype=np.uint64)
         return Pieces(nothing, nothing if dst is not None else None, None, 8, 0, 0, "singles")
-    piece = math.gcd(*lengths) if all(lengths) else 0  # of pages in one length, frames in another, mostly
+    piece = math.gcd(*lengths) if all(lengths) else 0  # mostly: whole pages on one side, frames on the other
     if not piece or piece % STRIPE_BYTES:
         sides, lengths = [merge_runs(side) for side in sides], [0] * len(sides)
         piece = int(np.gcd.reduce([np.gcd.reduce(side[:, 1]) for side in sides]))
@@ -199,7 +204,7 @@ def cut(src: Runs, dst: Runs | None, blocks: int) -> Pieces:
 
 
 def _same_length(side: Runs) -> int:
-    """The length that all runs have, or 0."""
+    """The length that all runs have, or 0 if they differ."""
     if not len(side):
         return 0
     length = int(side[0, 1])
@@ -207,7 +212,7 @@ def _same_length(side: Runs) -> int:
 
 
 def _equal_pieces(addresses: Words, lengths: Words, each: int, piece: int) -> Words:
-    """``each``: the length that all runs have, or 0."""
+    """Addresses of the pieces of ``piece`` bytes; ``each`` is the length that all runs have, or 0."""
     if each == piece:
         return addresses
     if each:

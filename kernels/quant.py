@@ -1,15 +1,15 @@
-"""Lossy codecs for KV in host memory: fp8 (e4m3) and int4 with a scale of its own for each group of elements.
+"""Lossy codecs for KV in host memory: fp8 (e4m3) and int4, with one scale per group of elements.
 
-A :class:`Grid` says how elements lie and which share a scale. What comes out are the groups' scales and codes, one or
-half a byte an element, in the elements' order:
+A :class:`Grid` describes the layout of the elements and which share a scale. The output is the groups' scales, then the
+codes (one byte or half a byte per element) in the elements' order:
 
-* ``fp8``: the power of two (int8) that brings the group's largest element just within e4m3's range. Decoding does not
-  round, so encoding what was decoded gives the same values again.
-* ``int4``: 16 equal steps from the group's least to its largest element, as two float32: step and least. A row's first
-  half lies in the low, its second in the high nibbles.
+* ``fp8``: the scale is an exponent (int8): the power of two that brings the group's largest element just within e4m3's
+  range. Decoding does not round, so encoding decoded values again gives the same codes.
+* ``int4``: 16 equal steps from the group's smallest to its largest element; the scale is two float32, step and
+  smallest. The first half of a row is in the low nibbles, the second half in the high nibbles.
 
-``csrc/quant.c`` does it without the GIL; the numpy code below is its definition, equal bit for bit, and serves where
-there is no C compiler.
+``csrc/quant.c`` does this without the GIL. The numpy code below defines it, equal bit for bit, and is the fallback
+without a C compiler.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ LARGEST: dict[DType, np.float32] = {
 
 
 class Grid(NamedTuple):
-    """Elements as ``[outer, rows, groups, width]``, C-contiguous. Those of one (outer, group), ``rows * width`` of
-    them, share a scale. ``width`` is even."""
+    """Layout of elements: ``[outer, rows, groups, width]``, C-contiguous.
+
+    The ``rows * width`` elements of one (outer, group) share a scale. ``width`` is even.
+    """
 
     dtype: DType
     rows: int
@@ -56,20 +58,21 @@ class Grid(NamedTuple):
         return 4 if self.dtype == "float32" else 2
 
     def outer(self, nbytes: int) -> int:
-        """How often the grid fits ``nbytes``; 0 if not evenly."""
+        """How many times the grid fits into ``nbytes``; 0 if not a whole number of times."""
         each = self.rows * self.groups * self.width * self.item_bytes
         return 0 if each <= 0 or self.width % 2 or nbytes % each else nbytes // each
 
 
 def packed_bytes(kind: Kind, grid: Grid, nbytes: int) -> tuple[int, int]:
-    """Bytes of the scales and of the codes of ``nbytes`` of elements."""
+    """Bytes of the scales and bytes of the codes for ``nbytes`` of elements."""
     elements = nbytes // grid.item_bytes
     return grid.outer(nbytes) * grid.groups * SCALE_BYTES[kind], elements if kind == "fp8" else elements // 2
 
 
 def pack(kind: Kind, grid: Grid, content: Bytes) -> Bytes | None:
-    """Scales and, behind them, codes of ``content``; None if it holds something that is not finite, or a group that
-    spans more than a float32 can say.
+    """Encode ``content`` as scales followed by codes.
+
+    Returns None if an element is not finite, or if the range of a group exceeds float32.
 
     Raises:
         ValueError: the grid does not fit the content.
@@ -97,7 +100,7 @@ def unpack(kind: Kind, grid: Grid, packed: Bytes, content: Bytes) -> None:
     """Decode into ``content``, which is contiguous.
 
     Raises:
-        ValueError: it is of another length, or its scales are none.
+        ValueError: ``packed`` has another length, or its scales are invalid.
     """
     outer = _fitting(grid, content.size)
     scale_bytes, code_bytes = packed_bytes(kind, grid, content.size)
@@ -121,7 +124,7 @@ def unpack(kind: Kind, grid: Grid, packed: Bytes, content: Bytes) -> None:
 
 
 def choose(level: int) -> int:
-    """The widest instruction set that this processor has, at most ``level`` (0: portable, 1: AVX2); for tests."""
+    """Select the widest instruction set of this processor, at most ``level`` (0: portable, 1: AVX2); for tests."""
     return int(_C.pdt_choose_quant(level)) if _C is not None else 0
 
 
@@ -154,14 +157,14 @@ if _C is not None:
 
 
 def to_floats(content: Bytes, dtype: DType) -> Floats:
-    """Elements as float32."""
+    """Elements converted to float32."""
     if dtype == "bfloat16":
         return (content.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     return content.view("<f2" if dtype == "float16" else "<f4").astype(np.float32)
 
 
 def to_bytes(values: Floats, dtype: DType) -> Bytes:
-    """float32 as elements: rounded to nearest, ties to even; beyond the largest number, that one."""
+    """float32 converted to elements: round to nearest, ties to even; saturates at the largest finite number."""
     values = np.clip(values, -LARGEST[dtype], LARGEST[dtype])
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
@@ -174,10 +177,10 @@ def _grid(grid: Grid, content: Bytes) -> Floats:
 
 
 def _e4m3(values: Floats) -> Bytes:
-    """Codes of values within e4m3's range, rounded to nearest, ties to even."""
+    """e4m3 codes of values within its range: round to nearest, ties to even."""
     bits = values.view(np.uint32) & np.uint32(0x7FFFFFFF)
     magnitude = bits.view(np.float32)
-    small = (magnitude + np.float32(16384.0)).view(np.uint32) & 0xF  # 2**14: its last bit is e4m3's least step
+    small = (magnitude + np.float32(16384.0)).view(np.uint32) & 0xF  # the last bit of 2**14 is e4m3's smallest step
     normal = ((bits + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) >> 20) - np.uint32(120 << 3)
     codes = np.where(magnitude < 2**-6, small, normal) | ((values.view(np.uint32) >> 24) & 0x80)
     return codes.astype(np.uint8)
@@ -202,7 +205,7 @@ def _pack_fp8(grid: Grid, content: Bytes) -> tuple[Bytes, Bytes] | None:
     largest = np.abs(values).max(axis=(1, 3))
     if not np.isfinite(largest).all():
         return None
-    mantissa, exponent = np.frexp(largest)  # largest = mantissa * 2**exponent, mantissa within 0.5 .. 1
+    mantissa, exponent = np.frexp(largest)  # largest = mantissa * 2**exponent, mantissa in [0.5, 1)
     exponents = np.where(mantissa > 0.875, 8 - exponent, 9 - exponent)
     exponents = np.where(largest == 0, 0, np.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT)).astype(np.int8)
     codes = _e4m3(values * _powers(exponents))
@@ -221,7 +224,7 @@ def _unpack_fp8(grid: Grid, scales: Bytes, codes: Bytes) -> Floats | None:
 def _pack_int4(grid: Grid, content: Bytes) -> tuple[Bytes, Bytes] | None:
     values = _grid(grid, content)
     bits = values.view(np.int32)
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats, -0 below 0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that order like the floats, -0 below 0
     least, most = order.min(axis=(1, 3)), order.max(axis=(1, 3))
     low, high = ((each ^ ((each >> 31) & 0x7FFFFFFF)).view(np.float32) for each in (least, most))
     with np.errstate(all="ignore"):

@@ -1,5 +1,6 @@
-"""The page kernels in numpy: the definition that ``csrc/pages.c`` is tested against, and what serves where no C
-compiler was at hand. Clear rather than fast. Same functions, arguments and errors as :mod:`pdtransport.kernels.pages`.
+"""The page kernels in numpy: defines what ``csrc/pages.c`` must do, and is the fallback without a C compiler.
+
+Clear rather than fast. Same functions, arguments and errors as :mod:`pdtransport.kernels.pages`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HALF = np.uint64(32)
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finalizer, a bijection of 64-bit words."""
+    """The finalizer of splitmix64, a bijection on 64-bit words."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -41,7 +42,7 @@ KEYS = _mix(_KEY_SEED + np.arange(1, LANES + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def memory(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """The ``nbytes`` bytes at ``address`` of this process as an array. The caller vouches for the address."""
+    """``nbytes`` bytes at ``address`` of this process as an array. The caller is responsible for the address."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
@@ -61,7 +62,7 @@ def block_checksum(block: npt.NDArray[np.uint8]) -> np.uint64:
 
 
 def finish(sums: Checksums, length: int) -> Checksums:
-    """Checksums of blocks of ``length`` bytes, from the sums of their stripes' values."""
+    """Checksums of blocks of ``length`` bytes, given the sums of their stripes' values."""
     return _mix(sums ^ _tail(length))
 
 
@@ -167,7 +168,7 @@ def _fitting(src: Runs, dst: Runs) -> tuple[Runs, Runs]:
 
 
 def _pairs(src: Runs, dst: Runs) -> Iterator[tuple[int, int, int]]:
-    """(source address, destination address, bytes) of the longest pieces that are contiguous on both sides."""
+    """Yields (source address, destination address, bytes) of the longest pieces that are contiguous on both sides."""
     sources, targets = iter(src.tolist()), iter(dst.tolist())
     a = b = a_left = b_left = 0
     for _ in range(len(src) + len(dst) + 1):
@@ -188,7 +189,7 @@ def _copy(src: Runs, dst: Runs) -> None:
 
 
 def _read_chunk(pid: int, remote: Runs, local: Runs) -> None:
-    """process_vm_readv until all is there; a run of ours has the layout of ``struct iovec``."""
+    """process_vm_readv until all bytes are read. A local run has the layout of ``struct iovec``."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.process_vm_readv.restype = ctypes.c_ssize_t
     total, have = stream_bytes(local), 0

@@ -1,4 +1,4 @@
-"""Lists of byte runs: a stream of bytes that lies scattered in memory.
+"""Run lists: a byte stream that is scattered in memory.
 
 A list is an array of shape (n, 2), dtype uint64: ``[address, nbytes]`` of each run, in stream order.
 """
@@ -14,11 +14,11 @@ import numpy.typing as npt
 Runs = npt.NDArray[np.uint64]
 
 MAX_RUN_BYTES = 1 << 40
-MAX_RUNS = 1 << 22  # with the line above: the length of a stream fits 64 bits, whatever a peer claims
+MAX_RUNS = 1 << 22  # with MAX_RUN_BYTES: a stream's length fits 64 bits, whatever a peer claims
 
 
 def as_runs(runs: npt.ArrayLike) -> Runs:
-    """``runs`` as a C-contiguous (n, 2) uint64 array.
+    """Validate ``runs`` and return them as a C-contiguous (n, 2) uint64 array.
 
     Raises:
         ValueError: another shape or dtype, more than ``MAX_RUNS`` runs, or a run longer than ``MAX_RUN_BYTES``.
@@ -39,12 +39,12 @@ def run(address: int, nbytes: int) -> Runs:
 
 
 def stream_bytes(runs: Runs) -> int:
-    """Bytes of the whole stream."""
+    """Length of the stream in bytes."""
     return int(runs[:, 1].sum())
 
 
 def merge_runs(runs: Runs) -> Runs:
-    """The same stream with runs joined where one ends at the next one's address; empty runs are dropped."""
+    """The same stream with adjacent runs joined and empty runs dropped."""
     kept = runs[runs[:, 1] > 0] if len(runs) and not runs[:, 1].all() else runs
     if len(kept) < 2:
         return kept
@@ -59,8 +59,10 @@ def merge_runs(runs: Runs) -> Runs:
 
 
 def cut_runs(runs: Runs, bounds: list[int]) -> list[Runs]:
-    """The pieces of the stream between neighbouring ``bounds`` (ascending stream offsets, the last at most the
-    stream's length): ``len(bounds) - 1`` lists."""
+    """Cut the stream at ``bounds``; returns ``len(bounds) - 1`` lists.
+
+    ``bounds`` are ascending stream offsets, the last at most the stream's length.
+    """
     ends = np.cumsum(runs[:, 1], dtype=np.uint64)
     starts = ends - runs[:, 1]
     pieces = []
@@ -87,19 +89,22 @@ def layout_runs(
     first: int = 0,
     count: int | None = None,
 ) -> Runs:
-    """Heads ``[first, first + count)`` of KV pages as one stream, in the order page, head, token, whichever of vLLM's
-    orders the pages have: copying the runs of one order into those of the other converts pages.
+    """Heads ``[first, first + count)`` of KV pages as one stream in the order page, head, token.
+
+    The stream order is the same for both of vLLM's page layouts, so copying the runs of one layout into those of the
+    other converts pages.
 
     Args:
-        pages: where each page starts, integers, shape (n,).
-        order: of a page's bytes: token, head, channels ("NHC"), or head, token, channels ("HNC").
-        tokens: of a page.
-        heads: of a page, all of them.
-        row_bytes: of one token's one head.
-        count: default: all from ``first`` on.
+        pages: address of each page, integers, shape (n,).
+        order: order of a page's bytes: token, head, channels ("NHC"), or head, token, channels ("HNC").
+        tokens: tokens per page.
+        heads: all heads of a page.
+        row_bytes: bytes of one head of one token.
+        first: first head to include.
+        count: number of heads; default: all from ``first`` on.
 
     Raises:
-        ValueError: heads that the pages do not have, or another order.
+        ValueError: heads that the pages do not have, or an unknown order.
     """
     count = heads - first if count is None else count
     if first < 0 or count < 0 or first + count > heads:

@@ -1,4 +1,4 @@
-"""Events that others record on a GPU, watched by a thread that sleeps until they have passed."""
+"""Wakes a sleeping thread when events recorded on a GPU have passed; also allocates memory that can be exported."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from contextlib import suppress
 from pdtransport.kernels._cuda import HIGH_PRIORITY, GpuError, cuda, driver, on
 from pdtransport.kernels.gpu import bell, reached, ring
 
-GRAIN = 2 << 20  # smaller allocations share their physical memory with others, and so would their mappings
+GRAIN = 2 << 20  # smaller allocations share physical memory with others, and CUDA IPC would map those too
 
 
 class DeviceMemory:
-    """GPU memory of our own, as its own allocation, which another process can map; freed with this object.
+    """GPU memory in an allocation of its own, which another process can map; freed with this object.
 
     Raises:
-        GpuError: there is none to be had.
+        GpuError: not enough memory.
     """
 
     def __init__(self, nbytes: int, device: int) -> None:
         self.nbytes, self.device = -(-nbytes // GRAIN) * GRAIN, device
         with on(device, f"allocating {self.nbytes} bytes on GPU {device}") as api:
-            self._memory = api.Memory(self.nbytes)  # cudaMalloc itself, no pool
+            self._memory = api.Memory(self.nbytes)  # cudaMalloc directly, not a pool
         self.address = int(self._memory.ptr)
 
 
 class EventWatch:
-    """Rings an eventfd whenever an event has passed. Used by one thread.
+    """Writes to an eventfd whenever an event has passed. Used by one thread.
 
     Args:
-        device: as CUDA numbers it in this process.
+        device: CUDA's number of the device in this process.
 
     Raises:
         GpuError: no cupy, or no such device.
@@ -38,12 +38,12 @@ class EventWatch:
     def __init__(self, device: int) -> None:
         self._device = device
         with on(device, f"opening GPU {device}") as api:
-            self._stream = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)  # it waits for no model's
+            self._stream = api.Stream(non_blocking=True, priority=HIGH_PRIORITY)  # independent of the model's streams
         self._bell = bell()
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def add(self, event_handle: int) -> None:
-        """Ring once the raw cudaEvent_t, which is recorded already, has passed and so have those added before."""
+        """Signal once the raw cudaEvent_t, which is already recorded, and all events added before it have passed."""
         with on(self._device, "waiting for an event") as api:
             api.runtime.streamWaitEvent(self._stream.ptr, event_handle)
             if self._bell:
@@ -52,10 +52,10 @@ class EventWatch:
                 self._stream.launch_host_func(ring, self._fd)
 
     def passed(self, event_handle: int) -> bool:
-        """Has the GPU reached the event?
+        """True if the GPU has reached the event.
 
         Raises:
-            GpuError: what it was recorded behind failed.
+            GpuError: work that the event was recorded behind failed.
         """
         with on(self._device, "looking at an event") as api:
             return reached(api, event_handle)
@@ -64,12 +64,12 @@ class EventWatch:
         return self._fd
 
     def clear(self) -> None:
-        """Stop ringing, until the next event."""
+        """Reset the eventfd until the next event."""
         with suppress(BlockingIOError):
             os.eventfd_read(self._fd)
 
     def close(self) -> None:
-        """Waits for the events that were added. Safe to call twice."""
+        """Waits for the events that were added. May be called twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with suppress(GpuError), cuda("closing a watch"):

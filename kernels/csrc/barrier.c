@@ -1,8 +1,9 @@
 /*
- * Words that streams of a GPU wait for (barrier.py), and a thread that opens those which nobody opened in time. It needs
- * no interpreter: whoever waits for the GPU may hold that, and those who would open the barrier wait for him.
+ * Words that GPU streams wait for (barrier.py), and a watchdog thread that opens barriers at their deadline. The
+ * watchdog needs no GIL: a thread that waits for the GPU may hold the GIL, and the threads that would open the barrier
+ * may wait for the GIL.
  *
- * A word holds the last ticket that was let through; tickets count up, modulo 2^32.
+ * A word holds the last ticket that was opened; tickets count up, modulo 2^32.
  */
 #include <pthread.h>
 #include <signal.h>
@@ -11,7 +12,7 @@
 #include <time.h>
 
 #define API __attribute__((visibility("default")))
-#define MOST 64 /* closed at a time */
+#define MOST 64 /* barriers closed at a time */
 
 typedef struct {
     uint32_t *word; /* 0: this entry is free */
@@ -31,7 +32,7 @@ static uint64_t now_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* The stream goes on, and with it what waits for earlier tickets of this word. The lock is held. */
+/* Opens the ticket, and with it all earlier tickets of this word. Call with the lock held. */
 static void let_through(uint32_t *word, uint32_t ticket) {
     for (int i = 0; i < MOST; i++)
         if (closed[i].word == word && (int32_t)(ticket - closed[i].ticket) >= 0) closed[i].word = 0;
@@ -60,7 +61,7 @@ static void *watch(void *unused) {
     return NULL;
 }
 
-/* A forked child has neither the thread nor the GPU. */
+/* A forked child has neither the watchdog thread nor the GPU. */
 static void forked(void) {
     pthread_mutex_init(&lock, NULL);
     memset(closed, 0, sizeof closed);
@@ -75,14 +76,14 @@ static void start(void) {
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&changed, &attributes);
     pthread_condattr_destroy(&attributes);
-    sigfillset(&all); /* signals are for the threads that expect them */
+    sigfillset(&all); /* this thread must not handle signals */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     watched = pthread_atfork(NULL, NULL, forked) == 0 && pthread_create(&thread, NULL, watch, NULL) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (watched) pthread_detach(thread);
 }
 
-/* Has the ticket let through in `ns` at the latest; -1: it can't be seen to. */
+/* Registers a ticket, to be opened after `ns` nanoseconds at the latest; -1: it can't be registered. */
 API int pdt_barrier_close(uint32_t *word, uint32_t ticket, uint64_t ns) {
     int found = -1;
     pthread_once(&once, start);
@@ -98,7 +99,7 @@ API int pdt_barrier_close(uint32_t *word, uint32_t ticket, uint64_t ns) {
     return found < 0 ? -1 : 0;
 }
 
-/* Lets the ticket through; 0: it was let through before. */
+/* Opens the ticket; 0: it was open already. */
 API int pdt_barrier_open(uint32_t *word, uint32_t ticket) {
     int first = 0;
     pthread_mutex_lock(&lock);
@@ -108,7 +109,7 @@ API int pdt_barrier_open(uint32_t *word, uint32_t ticket) {
     return first;
 }
 
-/* Lets all tickets of all words through. */
+/* Opens all tickets of all words. */
 API int pdt_barriers_let_go(void) {
     int count = 0;
     pthread_mutex_lock(&lock);

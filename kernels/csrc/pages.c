@@ -2,9 +2,9 @@
  * Page kernels for the CPU: copy between two lists of runs, checksum the byte stream that a list of runs
  * describes, and read another process' pages (mapped here, or through the kernel), each in one pass over the bytes.
  *
- * Called through ctypes (see pages.py), which lets go of the GIL. kernels/README.md defines the checksum;
- * reference.py says the same in numpy. Functions return 0 or a negative errno; -EINVAL and -EOVERFLOW mean that the
- * lists do not fit together.
+ * Called through ctypes (see pages.py), which releases the GIL. kernels/README.md defines the checksum; reference.py
+ * implements the same in numpy. Functions return 0 or a negative errno; -EINVAL and -EOVERFLOW mean that the lists do
+ * not match.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -31,8 +31,8 @@
 #define REMOTE_CHUNK (1 << 20)
 #define IOV_LIMIT 1024               /* Linux' IOV_MAX */
 #define MAX_THREADS 8
-#define STREAM_MIN (256 << 10)       /* streams that are worth going round the cache */
-#define MIN_PART (512 << 10)         /* bytes that are worth a thread: 50 us of copying, starting one takes 20 */
+#define STREAM_MIN (256 << 10)       /* streams from this size on bypass the cache */
+#define MIN_PART (512 << 10)         /* least bytes per thread: 50 us of copying; starting a thread takes 20 */
 #define THREAD_STACK (256 << 10)
 
 typedef struct {
@@ -42,19 +42,19 @@ typedef struct {
 
 /* ---- checksum ------------------------------------------------------------------------------------------------ */
 
-/* The widest that this processor has, at most `level` (0: portable, 1: AVX2, 2: AVX-512); returns the level chosen. */
+/* Selects the processor's widest instruction set, at most `level` (0: portable, 1: AVX2, 2: AVX-512); returns it. */
 API int pdt_choose(int level) {
     return choose_stripes(level);
 }
 
-/* A stream cut in equally long blocks, hashed as it goes by. */
+/* Hashes a stream of equally long blocks incrementally. */
 typedef struct {
-    uint64_t *out;         /* where the next block's checksum goes; NULL: nothing is hashed */
+    uint64_t *out;         /* address for the next block's checksum; NULL: no hashing */
     uint64_t block_bytes;
     uint64_t left;         /* bytes of this block still to come */
     uint64_t stripe;       /* number of the next stripe */
     uint64_t sum;
-    uint64_t filled;       /* bytes waiting in `partial` */
+    uint64_t filled;       /* bytes buffered in `partial` */
     unsigned char partial[STRIPE_BYTES] __attribute__((aligned(64)));
 } hasher_t;
 
@@ -170,7 +170,7 @@ API int pdt_checksum(const run_t *runs, uint64_t count, uint64_t blocks, uint64_
     return 0;
 }
 
-/* Copy stream to stream within this process; with blocks > 0, checksum what now stands at the destination. */
+/* Copy stream to stream within this process; with blocks > 0, checksum the bytes at the destination. */
 API int pdt_copy(const run_t *src, uint64_t nsrc, const run_t *dst, uint64_t ndst, uint64_t blocks, uint64_t *out) {
     hasher_t h;
     uint64_t total;
@@ -202,18 +202,18 @@ static uint64_t fill_iov(cursor_t c, uint64_t limit, struct iovec *iov, int *use
     return bytes;
 }
 
-/* A stretch of the stream, read by one thread. */
+/* The part of the stream that one thread reads. */
 typedef struct {
-    pid_t pid; /* whose memory `from` is; 0: mapped here */
-    int stream; /* a mapped copy goes round the cache */
+    pid_t pid; /* process that owns the memory of `from`; 0: mapped here */
+    int stream; /* a mapped copy bypasses the cache */
     cursor_t from, to;
     uint64_t bytes;
     hasher_t hasher;
     int error;
 } part_t;
 
-/* Round the cache where both sides allow it: whole stripes of a block to lines of the destination. Returns how many
- * bytes it moved; 0: none can be moved that way from here. */
+/* Copies past the cache where both sides allow it: whole stripes of a block to cache lines of the destination. Returns
+ * the number of bytes moved; 0: none can be moved this way from here. */
 static uint64_t stream_stretch(hasher_t *h, unsigned char *to, const unsigned char *from, uint64_t n,
                                const unsigned char *next) {
     if ((uintptr_t)to % LINE_BYTES || n < STRIPE_BYTES) return 0;
@@ -237,14 +237,14 @@ static void copy_part(part_t *p) {
         if (n > p->bytes) n = p->bytes;
         const unsigned char *source = cursor_at(&p->from);
         unsigned char *place = cursor_at(&p->to);
-        const unsigned char *next = source + n; /* what will be read after this stretch, to be fetched ahead */
+        const unsigned char *next = source + n; /* read after this stretch; prefetched */
         if (n == a && p->from.index + 1 < p->from.count)
             next = (const unsigned char *)(uintptr_t)p->from.runs[p->from.index + 1].address;
         uint64_t moved = p->stream ? stream_stretch(&p->hasher, place, source, n, next) : 0;
         if (!moved) {
             moved = n;
             if (p->hasher.out && moved > HASH_CHUNK) moved = HASH_CHUNK;
-            if (p->stream && (uintptr_t)place % LINE_BYTES == 0 && n > STRIPE_BYTES) /* up to where stripes begin */
+            if (p->stream && (uintptr_t)place % LINE_BYTES == 0 && n > STRIPE_BYTES) /* up to the next stripe */
                 moved = p->hasher.filled && STRIPE_BYTES - p->hasher.filled < n ? STRIPE_BYTES - p->hasher.filled : moved;
             memcpy(place, source, moved);
             if (p->hasher.out) hasher_feed(&p->hasher, place, moved);
@@ -288,7 +288,7 @@ static int read_parts(part_t *parts, int count) {
     pthread_attr_setstacksize(&small, THREAD_STACK);
     while (started < count - 1 && !pthread_create(&threads[started], &small, read_part, &parts[started])) started++;
     pthread_attr_destroy(&small);
-    for (int i = started; i < count; i++) read_part(&parts[i]); /* all of them where no thread is to be had */
+    for (int i = started; i < count; i++) read_part(&parts[i]); /* all parts if no thread can be started */
     for (int i = 0; i < started; i++) pthread_join(threads[i], NULL);
     for (int i = 0; i < count; i++)
         if (parts[i].error && !error) error = parts[i].error;
@@ -299,7 +299,7 @@ static int read_parts(part_t *parts, int count) {
 static int ticket_holds(pid_t pid, uint64_t address, uint64_t number) {
     uint64_t found = 0;
     if (!pid) {
-        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* neither before what was read, nor after what will be */
+        __atomic_thread_fence(__ATOMIC_SEQ_CST); /* order: after earlier reads, before later ones */
         found = __atomic_load_n((const uint64_t *)(uintptr_t)address, __ATOMIC_SEQ_CST);
         __atomic_thread_fence(__ATOMIC_SEQ_CST);
         return found == number ? 0 : -ESTALE;
@@ -310,8 +310,9 @@ static int ticket_holds(pid_t pid, uint64_t address, uint64_t number) {
 }
 
 /* Copy from `remote` runs of process `pid` (0: the peer's memory mapped here, at addresses of this process) into `local`
- * runs of this one, straight from page to page, by up to `threads` threads; with blocks > 0, checksum what arrived. With a ticket_at, -ESTALE if the word there did not hold
- * `ticket` the whole time: before nothing is read, afterwards nothing that was read counts. */
+ * runs of this process, directly from page to page, with up to `threads` threads; with blocks > 0, checksum the bytes
+ * that arrived. With a ticket_at, returns -ESTALE if the word there did not hold `ticket` before the copy (then nothing
+ * was read) and after it (then what was read must be discarded). */
 API int pdt_read_remote(int64_t pid, const run_t *remote, uint64_t nremote, const run_t *local, uint64_t nlocal,
                         uint64_t blocks, uint64_t *out, int threads, uint64_t ticket_at, uint64_t ticket) {
     part_t parts[MAX_THREADS];
@@ -340,16 +341,16 @@ API int pdt_read_remote(int64_t pid, const run_t *remote, uint64_t nremote, cons
     return error;
 }
 
-/* Addresses low .. high of a peer, mapped here `shift` bytes further up (modulo 2^64). */
+/* Addresses low .. high of a peer, mapped here at an offset of `shift` bytes (modulo 2^64). */
 typedef struct {
     uint64_t low, high, shift;
 } span_t;
 
-/* Where `runs` of a peer stand here, to `out`; -ENXIO if one does not lie within one of `spans`, which ascend. */
+/* Translates `runs` of a peer to addresses here, in `out`; -ENXIO if a run is not within one of `spans` (ascending). */
 API int pdt_translate(const run_t *runs, uint64_t count, const span_t *spans, uint64_t nspans, run_t *out) {
     for (uint64_t i = 0; i < count; i++) {
         uint64_t at = runs[i].address, low = 0, high = nspans;
-        while (low < high) { /* the first span that begins after it */
+        while (low < high) { /* the first span that begins after the run's address */
             uint64_t middle = (low + high) / 2;
             if (spans[middle].low <= at) low = middle + 1;
             else high = middle;
@@ -360,14 +361,14 @@ API int pdt_translate(const run_t *runs, uint64_t count, const span_t *spans, ui
     return 0;
 }
 
-/* For cuLaunchHostFunc: adds 1 to the eventfd whose number is the argument. Needs no GIL; a full counter wakes as well. */
+/* For cuLaunchHostFunc: adds 1 to the eventfd given as argument. Needs no GIL; a full counter wakes as well. */
 API void pdt_ring(void *eventfd) {
     uint64_t one = 1;
     ssize_t written = write((int)(intptr_t)eventfd, &one, sizeof one);
     (void)written;
 }
 
-/* ---- the module, which only serves to be found and loaded ------------------------------------------------------ */
+/* ---- the Python module: exists only so that pages.py can find and load the library ------------------------------ */
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_pages", "C page kernels; call them through pages.py", -1,
                                     NULL, NULL, NULL, NULL, NULL};

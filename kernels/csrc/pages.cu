@@ -1,31 +1,31 @@
 /*
- * Page kernels for the GPU: copy the byte stream of one list of pieces into another, and checksum it (alone, or what
- * is loaded for a copy). gpu.py compiles this with NVRTC at first use; pieces.py makes the tables; README.md beside
- * them defines the checksum, and reference.py says the same in numpy.
+ * Page kernels for the GPU: copy the byte stream of one list of pieces into another, checksum it while copying, or
+ * checksum it alone. gpu.py compiles this with NVRTC at first use; pieces.py makes the tables; README.md beside them
+ * defines the checksum, and reference.py implements the same in numpy.
  *
  * A warp works on tiles of four stripes (4 KiB): each lane has 128 bytes in flight before the first is stored. Warps
- * take turns of up to eight neighbouring tiles. There is no shared memory and no barrier between warps, so that
+ * process up to eight neighbouring tiles per turn. There is no shared memory and no barrier between warps, so that
  * tests/unit/warps.h can run this very source on a CPU.
  *
- * Addresses may lie on this device, on a peer's (CUDA IPC), or in mapped pinned host memory. Sources are loaded
- * through the read-only path: nobody may change them while the kernel runs, or they are void.
+ * Addresses may be on this device, on a peer's (CUDA IPC), or in mapped pinned host memory. Sources are loaded through
+ * the read-only path: if they change while the kernel runs, the result is invalid.
  */
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
 #define LANES 32u
-#define WARPS 8u /* a block; with at most 64 registers a thread, four blocks fit on an SM */
+#define WARPS 8u /* per thread block; with at most 64 registers a thread, four blocks fit on an SM */
 #define BLOCKS_PER_SM 4
 #define STRIPE 1024ull
-#define STRIPES 4u /* a tile */
+#define STRIPES 4u /* per tile */
 #define TILE (STRIPES * STRIPE)
-#define WORDS 4u /* of a stripe, in each lane */
+#define WORDS 4u /* of a stripe, per lane */
 #define GOLDEN 0x9e3779b97f4a7c15ull
 #define KEY_SEED 0x7064747061676573ull /* "pdtpages" */
 #define ALL 0xffffffffu
 
 #ifndef ON_HOST
-/* Each byte is used once: it should not push the model's data out of the caches. */
+/* Each byte is used once: bypass L1, so that the model's data is not evicted from the caches. */
 static __device__ __forceinline__ void load16(u64 at, u64 &a, u64 &b) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at));
 }
@@ -40,20 +40,21 @@ static __device__ __forceinline__ void store8(u64 at, u64 a) {
 }
 #endif
 
-/* How fine the pieces are cut. STRIPES_WHOLE: no stripe crosses from one piece to the next, and all is aligned to 16
- * bytes, so that one look into the table serves a stripe. PAIRS: the same is true of 16 bytes only. SINGLES: of 8. */
+/* The largest unit that no piece boundary cuts. STRIPES_WHOLE: no stripe crosses from one piece to the next, and all is
+ * aligned to 16 bytes, so that one table lookup serves a stripe. PAIRS: the same for units of 16 bytes. SINGLES: for 8
+ * bytes. */
 enum Grain { STRIPES_WHOLE, PAIRS, SINGLES };
 
 struct Work {
-    const u64 *src, *dst; /* addresses of the pieces; dst is not looked at by a checksum */
-    const u64 *starts;    /* where in the stream each piece starts; 0: all are `piece` bytes long */
+    const u64 *src, *dst; /* addresses of the pieces; a checksum alone ignores dst */
+    const u64 *starts;    /* stream offset of each piece; 0: all are `piece` bytes long */
     u64 count;            /* pieces in the tables */
     u64 piece;
-    u64 origin;      /* place in the stream of the first piece in the tables */
-    u64 block_bytes; /* the stream is cut into blocks of so many bytes, and each block into tiles */
+    u64 origin;      /* stream offset of the first piece in the tables */
+    u64 block_bytes; /* the stream is cut into blocks of this size, and each block into tiles */
     u64 first, end;  /* tiles of the stream to work on */
-    u64 span;        /* tiles a turn, 1 to 8 */
-    u64 *sums;       /* of the stripes' values, one a block; not looked at by a plain copy */
+    u64 span;        /* tiles per turn, 1 to 8 */
+    u64 *sums;       /* sums of the stripes' values, one per block; a plain copy ignores them */
 };
 
 static __device__ __forceinline__ u64 mix(u64 z) {
@@ -74,22 +75,22 @@ static __device__ __forceinline__ u64 last_at_most(const u64 *table, u64 low, u6
     return low;
 }
 
-/* The place in a stripe of a lane's word number w: what one load brings stands together. */
+/* Index in the stripe of a lane's word number w; the words of one load are adjacent. */
 template <Grain grain>
 static __device__ __forceinline__ u32 word_of(u32 lane, u32 w) {
     return grain == SINGLES ? 32u * w + lane : 64u * (w / 2) + 2u * lane + w % 2;
 }
 
-/* Halving exchange: of two values each lane gives one to its partner and keeps the sum of both lanes' other one. Half
- * the lanes (those with the bit) end with the sum of `upper`, the others with that of `lower`. */
+/* Halving exchange: each lane passes one of its two values to its partner, and adds the value that it gets to the one
+ * that it kept. Lanes with the bit set end with the pair's sum of `upper`, the others with the sum of `lower`. */
 static __device__ __forceinline__ u64 exchange(u64 lower, u64 upper, u32 bit, u32 lane) {
     bool high = lane & bit;
     u64 given = high ? lower : upper;
     return (high ? upper : lower) + __shfl_xor_sync(ALL, given, bit);
 }
 
-/* The value of one of a tile's stripes; which one, and whether this lane is to count it, follows from the lane (see
- * `counts`). `first` is the tile's first stripe's number in its block, `whole` how many stripes of the tile exist. */
+/* The value of one stripe of a tile. The lane determines which stripe, and whether this lane counts it (see `counts`).
+ * `first` is the number of the tile's first stripe in its block; `whole` is the number of stripes the tile has. */
 template <Grain grain>
 static __device__ __forceinline__ u64 tile_value(const u64 (&x)[STRIPES][WORDS], const u64 (&keys)[WORDS], u64 first,
                                                  u32 whole, u32 lane) {
@@ -120,12 +121,12 @@ static __device__ __forceinline__ void add_to_block(u64 *sums, u64 block, u64 su
     if (lane == 0) atomicAdd(sums + block, sum);
 }
 
-/* The place of an offset of the stream: its piece, and the bytes before it in that piece. */
+/* Location of a stream offset: its piece, and the offset within that piece. */
 struct Place {
     u64 index, inside;
 };
 
-/* Looks up the places within one tile. */
+/* Looks up locations within one tile. */
 struct Finder {
     u64 base, inside, low, high;
 
@@ -153,11 +154,11 @@ struct Finder {
     }
 };
 
-/* A tile whose pieces are finer than stripes: every load looks up its own place. */
+/* A tile whose pieces are finer than stripes: every load looks up its own location. */
 template <Grain grain, bool copies>
 static __device__ __forceinline__ void fine_tile(const Work &work, u64 offset, u64 bytes, u64 (&x)[STRIPES][WORDS],
                                                  u32 lane) {
-    const u32 step = grain == SINGLES ? 1 : 2; /* words a load */
+    const u32 step = grain == SINGLES ? 1 : 2; /* words per load */
     Finder finder(work, offset, bytes);
 #pragma unroll
     for (u32 s = 0; s < STRIPES; s++)
@@ -188,7 +189,7 @@ static __device__ __forceinline__ void fine_tile(const Work &work, u64 offset, u
     }
 }
 
-/* A tile of whole stripes, whose addresses the lanes from `slot` on hold; 0: there is no such stripe. */
+/* A tile of whole stripes; the lanes from `slot` on hold their addresses (0: the stripe does not exist). */
 template <bool copies>
 static __device__ __forceinline__ void whole_tile(u64 from, u64 to, u32 slot, u64 (&x)[STRIPES][WORDS], u32 lane) {
 #pragma unroll
@@ -216,7 +217,7 @@ template <Grain grain, bool copies, bool hashes>
 static __device__ __forceinline__ void work_on(const Work &work) {
     const u32 lane = threadIdx.x % LANES;
     const u64 warp = (u64)blockIdx.x * WARPS + threadIdx.x / LANES, warps = (u64)gridDim.x * WARPS;
-    const u64 tiles = (work.block_bytes + TILE - 1) / TILE; /* a block */
+    const u64 tiles = (work.block_bytes + TILE - 1) / TILE; /* per block */
     u64 keys[WORDS], sum = 0;
     if (hashes)
 #pragma unroll
@@ -226,7 +227,7 @@ static __device__ __forceinline__ void work_on(const Work &work) {
         const u32 span = (u32)(work.end - turn < work.span ? work.end - turn : work.span);
         u64 block = turn / tiles, tile = turn - block * tiles;
         u64 from = 0, to = 0;
-        if constexpr (grain == STRIPES_WHOLE) { /* lane l finds the place of the turn's stripe number l, all at once */
+        if constexpr (grain == STRIPES_WHOLE) { /* lane l looks up the turn's stripe number l */
             u64 my_tile = turn + lane / STRIPES, my_block = my_tile / tiles;
             u64 inside = (my_tile - my_block * tiles) * TILE + lane % STRIPES * STRIPE;
             if (lane / STRIPES < span && inside < work.block_bytes) {
@@ -248,7 +249,7 @@ static __device__ __forceinline__ void work_on(const Work &work) {
                 sum = 0, tile = 0, block++;
             }
         }
-        if (hashes && tile) { /* this warp's next turn is elsewhere */
+        if (hashes && tile) { /* this warp's next turn is not adjacent */
             add_to_block(work.sums, block, sum, lane);
             sum = 0;
         }

@@ -1,10 +1,10 @@
 /*
- * Lossy codecs for KV: fp8 (e4m3) and int4 with a scale of its own for each group of elements.
+ * Lossy codecs for KV: fp8 (e4m3) and int4, with one scale per group of elements.
  *
- * Elements lie as [outer, rows, groups, width]; (outer, group) shares a scale over its rows x width elements. Codes lie in
- * the same order, int4's two to a byte: the first half of a row of `width` in the low, the second in the high nibbles, so
- * that no shuffle is needed. kernels/quant.py says the same in numpy, bit for bit: nothing here may be contracted to a
- * fused multiplication (setup.py) or reordered.
+ * Elements are laid out as [outer, rows, groups, width]; the rows x width elements of one (outer, group) share a scale.
+ * Codes have the same order, int4 with two codes per byte: the first half of a row of `width` in the low nibbles, the
+ * second half in the high ones, so that no shuffle is needed. kernels/quant.py gives the same results in numpy, bit for
+ * bit: no operation here may be reordered or contracted to a fused multiply-add (setup.py).
  */
 #include <errno.h>
 #include <stdint.h>
@@ -18,8 +18,8 @@ enum { FP8, INT4 };
 
 #define INFINITE 0x7f800000
 #define E4M3_MAX 448.0f
-#define TINY_SCALE 1e-30f /* below it all elements of a group are taken to be alike */
-#define MAX_EXPONENT 120  /* of a scale: its inverse is a normal number, too */
+#define TINY_SCALE 1e-30f /* below it all elements of a group count as equal */
+#define MAX_EXPONENT 120  /* of a scale, so that its inverse is a normal number too */
 
 INLINE float as_float(uint32_t bits) {
     float value;
@@ -33,7 +33,7 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-/* Without a branch, which would keep the loops from being vectorised. */
+/* Branch-free, so that the loops can be vectorised. */
 INLINE uint32_t either(int condition, uint32_t yes, uint32_t no) {
     uint32_t mask = -(uint32_t)condition;
     return (yes & mask) | (no & ~mask);
@@ -52,7 +52,7 @@ INLINE float widened(uint32_t raw, int dtype) {
     uint32_t bits = (raw & 0x7fff) << 13, exponent = bits & (0x7c00u << 13), sign = (raw & 0x8000) << 16;
     bits += (127 - 15) << 23;
     bits += either(exponent == (0x7c00u << 13), (128 - 16) << 23, 0);
-    uint32_t small = as_bits(as_float(bits + (1 << 23)) - as_float(113 << 23)); /* subnormal: renormalised by a subtraction */
+    uint32_t small = as_bits(as_float(bits + (1 << 23)) - as_float(113 << 23)); /* subnormal: subtract to normalise */
     return as_float(either(exponent != 0, bits, small) | sign);
 }
 
@@ -60,7 +60,7 @@ INLINE float load(const unsigned char *from, uint64_t i, int dtype) {
     return widened(raw(from, i, dtype), dtype);
 }
 
-/* Rounded to nearest, ties to even; what would become infinite, to the largest number. */
+/* Round to nearest, ties to even; saturates at the largest finite number. */
 INLINE void store(unsigned char *to, uint64_t i, float value, int dtype) {
     uint32_t bits = as_bits(value), sign = bits & 0x80000000u, most = dtype == FLOAT32 ? 0x7f7fffff : dtype == BFLOAT16 ? 0x7f7f0000 : 0x477fe000;
     bits &= 0x7fffffff;
@@ -79,8 +79,8 @@ INLINE void store(unsigned char *to, uint64_t i, float value, int dtype) {
 
 /* ---- fp8 ------------------------------------------------------------------------------------------------------ */
 
-/* The power of two that brings `largest` just within e4m3's range. A power: codes decode without rounding, so what was
- * decoded encodes to the same again. */
+/* Exponent of the power of two that brings `largest` just within e4m3's range. With a power of two, decoding does not
+ * round, so encoding decoded values again gives the same codes. */
 INLINE int exponent_for(float largest) {
     uint32_t bits = as_bits(largest), mantissa = bits & 0x7fffff;
     int exponent = (int)(bits >> 23) - 127; /* largest = 1.mantissa * 2^exponent; subnormal ones are too small to matter */
@@ -112,7 +112,7 @@ INLINE int pack_fp8(const unsigned char *from, uint64_t outer, uint64_t rows, ui
     for (uint64_t o = 0; o < outer; o++)
         for (uint64_t g = 0; g < groups; g++) {
             uint64_t base = (o * rows * groups + g) * width, step = groups * width;
-            int32_t most = 0; /* of the bits without their sign, which are in the numbers' order */
+            int32_t most = 0; /* maximum of the bits without sign; they order like the magnitudes */
             for (uint64_t r = 0; r < rows; r++)
                 for (uint64_t i = 0; i < width; i++) {
                     int32_t bits = (int32_t)(raw(from, base + r * step + i, dtype) & (dtype == FLOAT32 ? 0x7fffffff : 0x7fff));
@@ -147,7 +147,7 @@ INLINE int unpack_fp8(unsigned char *to, uint64_t outer, uint64_t rows, uint64_t
 
 /* ---- int4 ----------------------------------------------------------------------------------------------------- */
 
-/* Integers in the order of the numbers whose bits they are, not-a-numbers beyond both infinities; and back. */
+/* Maps float bits to integers that order like the floats, NaNs beyond both infinities; its own inverse. */
 INLINE int32_t in_order(uint32_t bits, int dtype) {
     if (dtype == FLOAT32) return (int32_t)(bits ^ ((uint32_t)((int32_t)bits >> 31) >> 1));
     int16_t narrow = (int16_t)bits;
@@ -261,9 +261,9 @@ __attribute__((target("avx2"))) static int unpack_avx2(unsigned char *to, int ki
 #define WIDE 0
 #endif
 
-static int wide = -1; /* not yet looked; every thread that looks finds the same */
+static int wide = -1; /* -1: not determined yet; all threads determine the same value */
 
-/* The widest that this processor has, at most `level` (0: portable, 1: AVX2); returns the level chosen. */
+/* Selects the processor's widest instruction set, at most `level` (0: portable, 1: AVX2); returns it. */
 API int pdt_choose_quant(int level) {
     return wide = level > 0 && WIDE;
 }
@@ -272,13 +272,13 @@ static int chosen(void) {
     return wide < 0 ? pdt_choose_quant(1) : wide;
 }
 
-/* 0; -EDOM: an element is not finite, or a group spans too much. */
+/* 0, or -EDOM: an element is not finite, or the range of a group is too large. */
 API int pdt_pack(const unsigned char *from, int kind, int dtype, uint64_t outer, uint64_t rows, uint64_t groups,
                  uint64_t width, unsigned char *scales, unsigned char *codes) {
     return (chosen() ? pack_avx2 : pack_portable)(from, kind, dtype, outer, rows, groups, width, scales, codes);
 }
 
-/* 0; -EDOM: no such scale. */
+/* 0, or -EDOM: a scale is invalid. */
 API int pdt_unpack(unsigned char *to, int kind, int dtype, uint64_t outer, uint64_t rows, uint64_t groups,
                    uint64_t width, const unsigned char *scales, const unsigned char *codes) {
     return (chosen() ? unpack_avx2 : unpack_portable)(to, kind, dtype, outer, rows, groups, width, scales, codes);

@@ -1,9 +1,9 @@
 /*
- * What is done to a stripe of 1024 bytes, in each instruction set: hash it, copy it round the cache, or both at once.
- * kernels/README.md defines the checksum. Included by pages.c alone.
+ * Operations on a stripe of 1024 bytes, for each instruction set: hash it, copy it past the cache, or both at once.
+ * kernels/README.md defines the checksum. Only pages.c includes this file.
  *
- * Stores that go round the cache spare the read of each line that a plain store begins with, which is a third of a
- * copy's traffic where the pages do not fit the cache. A stripe is hashed from the very registers that are stored.
+ * Streaming stores bypass the cache and avoid the read of each cache line with which a plain store begins: a third of a
+ * copy's traffic if the pages do not fit the cache. A stripe is hashed from the very registers that are stored.
  */
 #ifndef PDT_STRIPES_H
 #define PDT_STRIPES_H
@@ -20,7 +20,7 @@
 
 #define LANES 128
 #define STRIPE_BYTES 1024 /* LANES 64-bit words */
-#define LINE_BYTES 64     /* destinations of streaming stores start at a multiple of it */
+#define LINE_BYTES 64     /* alignment of the destinations of streaming stores */
 #define GOLDEN 0x9e3779b97f4a7c15ull
 #define KEY_SEED 0x7064747061676573ull /* "pdtpages" */
 
@@ -38,16 +38,16 @@ static void make_keys(void) {
     for (int i = 0; i < LANES; i++) keys[i] = mix(KEY_SEED + (uint64_t)(i + 1) * GOLDEN);
 }
 
-/* What a stripe of sums `products` and `plain` counts for; `number` is its place in the block, from 1. */
+/* Value of a stripe with the sums `products` and `plain`; `number` is its number in the block, from 1. */
 static inline uint64_t stripe_value(uint64_t products, uint64_t plain, uint64_t number) {
     return mix(products + mix(plain + number * GOLDEN));
 }
 
 /* Sum of the values of `count` whole stripes, the first of which has number `first` (from 0) in its block. */
 typedef uint64_t hash_stripes_t(const void *bytes, uint64_t count, uint64_t first);
-/* Copies `count` stripes to `to`, a multiple of LINE_BYTES; fetches `next` ahead, where reading will go on. */
+/* Copies `count` stripes to `to`, a multiple of LINE_BYTES; prefetches `next`, where reading will continue. */
 typedef void stream_stripes_t(void *to, const void *bytes, uint64_t count, const void *next);
-/* Both; returns what hash_stripes would of the bytes that were stored. */
+/* Copies and hashes; returns the result of hash_stripes for the bytes that were stored. */
 typedef uint64_t stream_hash_stripes_t(void *to, const void *bytes, uint64_t count, uint64_t first, const void *next);
 
 static uint64_t hash_stripes_portable(const void *bytes, uint64_t count, uint64_t first) {
@@ -74,7 +74,7 @@ static uint64_t stream_hash_stripes_portable(void *to, const void *bytes, uint64
                                              const void *next) {
     uint64_t sum = 0;
     (void)next;
-    for (uint64_t s = 0; s < count; s++) { /* a stripe at a time: what is hashed is what stands at the destination */
+    for (uint64_t s = 0; s < count; s++) { /* one stripe at a time: the hash is of the bytes at the destination */
         unsigned char *place = (unsigned char *)to + s * STRIPE_BYTES;
         memcpy(place, (const unsigned char *)bytes + s * STRIPE_BYTES, STRIPE_BYTES);
         sum += hash_stripes_portable(place, 1, first + s);
@@ -83,13 +83,13 @@ static uint64_t stream_hash_stripes_portable(void *to, const void *bytes, uint64
 }
 
 #if X86
-/* Compilers don't see that the product above is one instruction a vector, and might load a word twice: once to hash
- * and once to store it. ONCE pins a loaded vector to its register, for the peer may write meanwhile. */
+/* Compilers don't see that the product above is one instruction per vector, and might load a word twice: once to hash
+ * it and once to store it. ONCE pins a loaded vector to its register, because the peer may write in between. */
 #define ONCE(v) __asm__ volatile("" : "+x"(v))
 
-/* Memory gives one core the most when several of its pages are read and written in turn: WEAVE stripes, WEAVE_APART
- * from each other, go side by side as long as there are so many. Their order does not matter, for their values are
- * added up. */
+/* One core gets the most memory bandwidth when it reads and writes several memory pages in turn: WEAVE stripes,
+ * WEAVE_APART stripes from each other, are processed together as long as there are that many. Their order does not
+ * matter, because their values are added up. */
 #define WEAVE 4
 #define WEAVE_APART 4 /* 4 KiB */
 #define WOVEN (WEAVE * WEAVE_APART)
@@ -107,8 +107,8 @@ static uint64_t stream_hash_stripes_portable(void *to, const void *bytes, uint64
         }                                                                                                              \
     } while (0)
 
-/* One loop for each vector width; the compiler drops what a caller's constants rule out. Where stripes go one by one,
- * two vectors a turn, with sums of their own, hide the latency of an addition. */
+/* One loop for each vector width; the compiler drops what a caller's constants rule out. When stripes are processed one
+ * by one, two vectors per turn with separate sums hide the latency of an addition. */
 #define STRIPES(NAME, TARGET, VECTOR, BYTES, ZERO, LOADU, LOAD, STREAM, XOR, ADD, MUL, SHIFT, SUM)                     \
     __attribute__((target(TARGET), always_inline)) static inline uint64_t NAME(                                        \
         unsigned char *to, const unsigned char *from, uint64_t count, uint64_t first, const unsigned char *next,       \
@@ -174,7 +174,7 @@ STRIPES(stripes_avx2, "avx2", __m256i, 32, _mm256_setzero_si256, _mm256_loadu_si
 KINDS(avx2, "avx2")
 
 __attribute__((target("avx512f"))) static inline uint64_t sum_lanes_avx512(__m512i v) {
-    /* Not _mm512_reduce_add_epi64: GCC's adds the last two lanes as signed numbers, which may not overflow. */
+    /* Not _mm512_reduce_add_epi64: GCC's adds the last two lanes as signed numbers, whose overflow is undefined. */
     return sum_lanes_avx2(_mm256_add_epi64(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1)));
 }
 STRIPES(stripes_avx512, "avx512f", __m512i, 64, _mm512_setzero_si512, _mm512_loadu_si512, _mm512_load_si512,
@@ -201,7 +201,7 @@ static int choose_stripes(int level) {
     return CHOOSE(portable), 0;
 }
 
-/* What was streamed is visible to all before anything that follows. */
+/* Makes streamed stores visible to all before anything that follows. */
 static inline void stream_fence(void) {
 #if X86
     _mm_sfence();

@@ -1,7 +1,7 @@
 /*
- * Lookups in the pool's index (pdtransport/pool/core/index.py, which says the same in numpy): a chained hash table of 32-byte
- * keys in flat arrays. Large ones fit no cache, and a key costs a miss in each array: so many keys are looked up together,
- * and what the next step reads is fetched for all of them before it is taken.
+ * Lookups in the pool's index (pdtransport/pool/core/index.py has the same in numpy): a chained hash table of 32-byte
+ * keys in flat arrays. A large table does not fit the cache, and a key costs a miss in each array. So many keys are
+ * looked up together, and each step prefetches for all of them what the next step reads.
  */
 #include <stdint.h>
 #include <string.h>
@@ -19,13 +19,13 @@
 typedef struct {
     const uint64_t *multipliers; /* WORDS */
     uint64_t shift;
-    const uint64_t *keys;  /* of each entry, WORDS */
-    const int32_t *heads;  /* of each bucket: its first entry, -1: none */
-    const int32_t *chain;  /* of each entry: the next one of its bucket */
-    const uint8_t *tiers;  /* of each entry */
+    const uint64_t *keys;  /* per entry, WORDS each */
+    const int32_t *heads;  /* per bucket: its first entry, -1: none */
+    const int32_t *chain;  /* per entry: the next entry of its bucket */
+    const uint8_t *tiers;  /* per entry */
 } table_t;
 
-/* The entry of each of `count` keys, -1 where there is none, to `out`. */
+/* Writes the entry of each of `count` keys to `out`, -1 if there is none. */
 API void pdt_find(const table_t *t, const uint64_t *keys, uint64_t count, int32_t *out) {
     uint64_t buckets[TOGETHER];
     for (uint64_t first = 0; first < count; first += TOGETHER) {
@@ -53,8 +53,8 @@ API void pdt_find(const table_t *t, const uint64_t *keys, uint64_t count, int32_
     }
 }
 
-/* How many of these entries, from the first on, are there in one of the tiers `reachable`; and how many of them in those
- * of `memory`, to `in_memory`. */
+/* Length of the prefix of `entries` that exists in one of the tiers `reachable`; writes to `in_memory` how many of
+ * these are in one of the tiers `memory`. */
 API uint64_t pdt_prefix(const table_t *t, const int32_t *entries, uint64_t count, uint8_t reachable, uint8_t memory,
                         uint64_t *in_memory) {
     uint64_t there = 0, held = 0;
