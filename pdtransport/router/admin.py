@@ -1,6 +1,6 @@
-"""/pd/* and /metrics: timelines, state and counters, for the people who run the router.
+"""/pd/* and /metrics: timelines, state and counters for the router's operators.
 
-No prompt, no answer and no key is in them.
+They contain no prompt, no answer and no key.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pdtransport.router.workers import worker_status
 from pdtransport.serving.errors import ApiError
 from pdtransport.serving.keys import ApiKeys
 
-MAX_LISTED = 1000  # traces in one answer of /pd/traces
+MAX_LISTED = 1000  # traces per answer of /pd/traces
 _DEFAULT_LISTED = 100
 _FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 
 
 def from_loopback(request: web.Request) -> bool:
-    """Whether the client itself is on this machine (and not behind a proxy that is)."""
+    """True if the client itself is on this machine (and not behind a proxy that is)."""
     if request.transport is None or any(name in request.headers for name in _FORWARDED):
         return False
     peer = request.transport.get_extra_info("peername")
@@ -77,7 +77,7 @@ class Admin:
             )  # fmt: skip
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """The router's counters and histograms, Prometheus text."""
+        """The router's counters and histograms, as Prometheus text."""
         self._check(request)
         return web.Response(text=self._metrics(), headers={"Content-Type": prom.CONTENT_TYPE})
 
@@ -91,7 +91,7 @@ class Admin:
         return web.json_response({"traces": [trace.as_json() for trace in traces]})
 
     async def one(self, request: web.Request) -> web.Response:
-        """One timeline, with what the workers of both servers know of the same transfer."""
+        """One timeline, with what the workers of both servers know about the same transfer."""
         self._check(request)
         transfer_id = request.match_info["transfer_id"]
         trace = self._traces.get(transfer_id)
@@ -121,7 +121,7 @@ class Admin:
         return dict(zip(endpoints, answers, strict=True))
 
     async def status(self, request: web.Request) -> web.Response:
-        """The router's state; ``?workers=1`` asks every worker whose control address is known for its own."""
+        """The router's state; ``?workers=1`` also asks every worker whose control address is known for its status."""
         self._check(request)
         workers = request.query.get("workers", "0")
         if workers not in {"0", "1"}:

@@ -1,4 +1,4 @@
-"""What the router takes in: so many requests, so many bytes of bodies, no slower than a deadline."""
+"""Admission limits of the router: requests, bytes of bodies, and time to receive a body."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdtransport.serving.errors import SERVER, ApiError
 
 
 class Admission:
-    """Counts requests and body bytes under way."""
+    """Counts requests and body bytes in flight."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
@@ -20,18 +20,19 @@ class Admission:
         self.buffered = 0
 
     def enter(self) -> Seat:
-        """A place for one request, to be taken when its body is in: a client that is slow to send holds up none.
+        """A seat for one request, counted only once its body is in, so that slow senders occupy no seat.
 
         Raises:
-            ApiError: 503, there are max_inflight already.
+            ApiError: 503, there are max_inflight requests already.
         """
         self.check()
         return Seat(self, self._settings)
 
     def check(self) -> None:
-        """
+        """Check that another request may begin.
+
         Raises:
-            ApiError: 503, there are max_inflight already.
+            ApiError: 503, there are max_inflight requests already.
         """
         if self.inflight >= self._settings.max_inflight:
             raise self._full(f"the router already serves max_inflight ({self._settings.max_inflight}) requests")
@@ -40,7 +41,7 @@ class Admission:
         """Account for ``nbytes`` of a body.
 
         Raises:
-            ApiError: 503, bodies under way hold max_buffered_bytes already.
+            ApiError: 503, bodies in flight would exceed max_buffered_bytes.
         """
         if self.buffered + nbytes > self._settings.max_buffered_bytes:
             raise self._full(f"the router already holds max_buffered_bytes ({self._settings.max_buffered_bytes})")
@@ -52,7 +53,7 @@ class Admission:
 
 
 class Seat:
-    """One request's place and bytes; given back when the ``with`` block ends."""
+    """Seat and body bytes of one request; given back when the ``with`` block ends."""
 
     def __init__(self, admission: Admission, settings: RouterSettings) -> None:
         self._admission = admission
@@ -64,10 +65,10 @@ class Seat:
         return self
 
     def take(self) -> None:
-        """The request is in, and under way from now on.
+        """The request's body is in: count the request as in flight.
 
         Raises:
-            ApiError: 503, there are max_inflight already.
+            ApiError: 503, there are max_inflight requests already.
         """
         self._admission.check()
         self._admission.inflight += 1
@@ -81,15 +82,15 @@ class Seat:
         self.release()
 
     def release(self) -> None:
-        """The body is not needed any more."""
+        """Give back the body's bytes; it is no longer needed."""
         self._admission.buffered -= self._bytes
         self._bytes = 0
 
     async def read(self, request: web.Request) -> bytes:
-        """The request's whole body.
+        """Read the request's whole body.
 
         Raises:
-            ApiError: 413 too large, 408 too slow, 400 cut short, 503 too many bytes under way.
+            ApiError: 413 too large, 408 too slow, 400 cut short, 503 too many bytes in flight.
         """
         bounds = self._settings
 

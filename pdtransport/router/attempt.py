@@ -1,4 +1,4 @@
-"""One dispatch of one request: the order in which prefill and decode get it, and what becomes of both."""
+"""One dispatch of one request: in which order prefill and decode get it, and how both end."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from pdtransport.router.upstream import Opened, PrefillAnswer, Upstream, Upstrea
 
 Order = Literal["concurrent", "serial", "alone", "continued"]
 _CLIENT_FAULTS = range(400, 500)
-# A decode that refuses what prefill refused needs about as long for it: so long is waited for its word, at most.
+# If prefill refuses a body, decode probably does too and needs about as long: wait as long as prefill took, but at most
+# this long.
 _VERDICT_S = 1.0
 
 
 class NoHandover(Exception):
-    """Prefill answered, and has no pages to hand over."""
+    """Prefill answered but has no pages to hand over."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Who gets a request, and in which order."""
+    """The servers that get a request, and in which order."""
 
     decode: Endpoint
     prefill: Endpoint | None
     order: Order
     why_order: str
-    first: FirstToken | None = None  # continued: the token that decode goes on from, which the client has
+    first: FirstToken | None = None  # order "continued": the token that decode continues from, which the client has
 
 
 def prefill_params(transfer_id: str) -> dict[str, Any]:
@@ -45,21 +46,21 @@ def prefill_params(transfer_id: str) -> dict[str, Any]:
 
 
 def continue_params(first: FirstToken) -> dict[str, Any]:
-    """kv_transfer_params for a decode that computes the prompt itself, and goes on from a token that was given out."""
+    """kv_transfer_params for a decode that computes the prompt itself and continues from a token already given out."""
     return {"do_remote_decode": False, "do_remote_prefill": False, "continue_from": first.token}
 
 
 class Attempt:
-    """Runs a :class:`Dispatch`. :meth:`open` once, then :meth:`close`, whatever happened.
+    """Runs a :class:`Dispatch`. Call :meth:`open` once, then always :meth:`close`.
 
-    Each attempt has its own ``transfer_id``, so that nothing late of a given-up one can reach another.
+    Each attempt has its own ``transfer_id``, so that late messages of an abandoned attempt can't reach another one.
 
     Attributes:
-        opened: decode's answer, once it began. With ``first`` set, :meth:`rest` waits for it.
-        first: the token that prefill gave out and decode goes on from. A streamed answer begins with it.
-        whole: the answer's whole body, where it is made of both servers' answers.
-        refusal: prefill's, of a body that decode has answered by itself.
-        hand_off: what becomes of the hand-off; None without one.
+        opened: decode's answer, once it began. If ``first`` is set, :meth:`rest` waits for it.
+        first: the token that prefill gave out and decode continues from. A streamed answer begins with it.
+        whole: the complete body, if it is joined from both servers' answers.
+        refusal: prefill's refusal of a body that decode answered by itself.
+        hand_off: the state of the hand-off; None without one.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Attempt:
         self.whole: bytes | None = None
         self.refusal: UpstreamError | None = None
         self.hand_off: HandOff | None = None
-        self._asks = False  # prefill for its first token
+        self._asks = False  # prefill is asked for its first token
         self._trace = trace
         self._upstream = upstream
         self._settings = settings
@@ -92,13 +93,12 @@ class Attempt:
         self._end_prefill = dispatch.prefill.begin(prompt_tokens) if dispatch.prefill else lambda: None
 
     async def open(self, call: Call, headers: list[tuple[str, str]]) -> None:
-        """Send the request and wait for the first bytes of decode's answer, or for a streamed answer's first token from
-        prefill.
+        """Send the request, then wait for decode's first bytes or, for a stream, for a first token from prefill.
 
         Raises:
             UpstreamError: a server failed, and nothing has reached the client.
-            NoHandover: prefill has nothing to hand over, so decode would wait for nothing.
-            first_token.Unusable: decode goes on from a token of prefill's whose text can't be told.
+            NoHandover: prefill has nothing to hand over, so decode would wait in vain.
+            first_token.Unusable: decode continues from prefill's token, but the token has no usable text.
         """
         self._began = asyncio.get_running_loop().time()
         params: dict[str, Any] | None = None
@@ -125,13 +125,13 @@ class Attempt:
             self.whole = await self._join(call, self.first, self.opened)
 
     def begin(self, call: Call, headers: list[tuple[str, str]]) -> None:
-        """Send decode a request that goes on from :attr:`first`; :meth:`rest` waits for the answer."""
+        """Send decode a request that continues from :attr:`first`; :meth:`rest` waits for the answer."""
         assert self.first is not None
         self._began = asyncio.get_running_loop().time()
         self._decode = self._start(self._run_decode(continue_params(self.first), call, headers))
 
     async def rest(self) -> Opened:
-        """The answer of a decode that goes on from the first token.
+        """Wait for the answer of a decode that continues from the first token.
 
         Raises:
             UpstreamError: decode failed before its first bytes.
@@ -145,26 +145,26 @@ class Attempt:
                 raise self._too_slow(self.dispatch.decode, name)
             self.opened = self._decode.result()
         status = self.opened.response.status
-        if status >= 300:  # it said yes to the same body when it promised, or another decode did
+        if status >= 300:  # it, or another decode server, accepted the same body before
             raise UpstreamError(self.dispatch.decode, "status", f"answers {status}", status)
         return self.opened
 
     def lost(self, why: str, how: Failure = "status") -> UpstreamError:
-        """What a decode did that did not go on from the first token."""
+        """The error for a decode that did not continue from the first token; it counts as a failure of that server."""
         error = UpstreamError(self.dispatch.decode, how, why, 500)
         self._blame(error)
         return error
 
     def _may_ask(self, call: Call) -> bool:
-        """Note in the trace why the first token is decode's, if prefill may not give it out."""
+        """True if prefill may be asked for the first token; otherwise the reason is noted in the trace."""
         why = "off" if self._settings.first_token == "off" else call.not_first
         if not why and self.dispatch.order != "concurrent":
-            why = "serial"  # decode grants too late for its promise to be in prefill's answer
+            why = "serial"  # decode grants too late: its promise can't be in prefill's answer
         self._trace.first_token("decode" if why else None, why)
         return not why
 
     async def _join(self, call: Call, first: FirstToken, opened: Opened) -> bytes | None:
-        """Prefill's first token and decode's rest as one body; None if decode answers with an error of the client's."""
+        """Prefill's first token and decode's rest as one body; None if decode answers with a client error."""
         if opened.response.status >= 300:
             return None
         try:
@@ -180,15 +180,15 @@ class Attempt:
             raise self.lost(f"answers {error}") from None
 
     def close(self) -> None:
-        """Give up whatever still runs: connections close, so that the servers abort. Never blocks, never raises."""
+        """Abandon all that still runs: connections close, so that the servers abort. Never blocks, never raises."""
         for task in (self._prefill, self._decode):
             if task is not None:
                 task.cancel()
         opened = self.opened
         if opened is None and self._decode is not None and self._decode.done() and not self._decode.cancelled():
             opened = None if self._decode.exception() else self._decode.result()
-        # What a task failed with knows the frames that it passed through, and they this attempt and the request's body:
-        # a circle that would stay until Python looks for such.
+        # Break a reference cycle: a task's exception holds stack frames, which hold this attempt and the request's
+        # body. It would stay alive until the garbage collector runs.
         self._prefill = self._decode = None
         if opened is not None:
             opened.response.close()
@@ -199,7 +199,7 @@ class Attempt:
 
     def _start(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # its failure was seen
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # marks its exception as retrieved
         return task
 
     async def _run_prefill(self, prefill: Endpoint, call: Call, headers: list[tuple[str, str]]) -> PrefillAnswer:
@@ -255,16 +255,18 @@ class Attempt:
         return params
 
     async def _race(self, decode: asyncio.Task[Opened], call: Call) -> Opened | None:
-        """Decode's first bytes, unless prefill fails before them (where both got the request at once). None: prefill
-        gave out the first token of a stream."""
+        """Wait for decode's first bytes, or for a failure of prefill before them (if both got the request at once).
+
+        None: prefill gave out the first token of a stream.
+        """
         prefill = self._prefill if self.dispatch.order == "concurrent" else None
         while True:
             name, until = self._next_deadline(prefill, call.stream)
             waiting: set[asyncio.Task[Any]] = {decode} if prefill is None else {decode, prefill}
             if prefill is not None and self._asks and decode.done() and decode.exception() is None:
                 if decode.result().response.status >= 300:
-                    return decode.result()  # an error begins with no token
-                waiting = {prefill}  # only its answer tells whether decode's begins with the first token
+                    return decode.result()  # an error does not begin with a token
+                waiting = {prefill}  # only prefill's answer tells whether decode's begins with the first token
             left = until - asyncio.get_running_loop().time()
             await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
             if decode in waiting and decode.done() and (prefill is None or not self._asks or decode.exception()):
@@ -284,11 +286,13 @@ class Attempt:
                 raise self._too_slow(late or self.dispatch.decode, name)
 
     async def _verdict(self, decode: asyncio.Task[Opened], refusal: UpstreamError) -> Opened:
-        """Decode's answer to a body that prefill refused, if it has one by now or is about to: an error that both
-        servers share costs no third request, and decode, which waits for pages that will not come, is soon given up.
+        """Decode's answer to a body that prefill refused, if it has one by now or soon.
+
+        An error that both servers share then costs no third request. A decode that waits for pages that will not come
+        is soon abandoned.
 
         Raises:
-            UpstreamError: ``refusal``.
+            UpstreamError: ``refusal``, if decode has no answer.
         """
         took = asyncio.get_running_loop().time() - self._began
         await asyncio.wait({decode}, timeout=min(took, _VERDICT_S))
@@ -298,10 +302,12 @@ class Attempt:
         return decode.result()
 
     def _check_replica(self, params: dict[str, Any]) -> None:
-        """Decode waits at the door of the replica that it was told, and would wait in vain at another's.
+        """Check that the data-parallel replica that decode was told to ask is the one that served prefill's request.
+
+        Decode would otherwise wait for pages that another replica holds.
 
         Raises:
-            UpstreamError: another one served the request.
+            UpstreamError: another replica served the request.
         """
         prefill, engine = self.dispatch.prefill, params.get("remote_engine_id")
         told = prefill.control if prefill is not None else None
@@ -321,7 +327,7 @@ class Attempt:
             self.dispatch.decode.goes_on = True
 
     def _next_deadline(self, prefill: asyncio.Task[Any] | None, stream: bool) -> tuple[str, float]:
-        """Name and loop time of the wait that ends first."""
+        """Setting name and loop time of the deadline that comes first."""
         timeouts = self._settings.timeouts
         now = asyncio.get_running_loop().time()
         deadlines = [("total_s", now + timeouts.total_s - self._trace.elapsed())]

@@ -1,8 +1,8 @@
-"""One client request: parsed once, never serialized again.
+"""Parses a client request, once; the body is never serialized again.
 
-The top level of the body is read member by member, and each member's place in the text is kept. Prefill's body is
-joined from those pieces of text, and decode's is the client's own bytes with one member put in front. A prompt of
-16,000 token ids is counted, and made into numbers by the servers alone.
+The top level of the body is read member by member, and each member's position in the text is kept. Prefill's body is
+joined from those pieces of text; decode's is the client's own bytes with one member inserted at the front. The token
+ids of a long prompt are only counted here; only the servers parse them into numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pdtransport.serving.errors import ApiError
 PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 _PROMPT_KEY: dict[Api, str] = {"completions": "prompt", "chat": "messages"}
 
-# Prefill computes one token and its answer's content is thrown away, so what only shapes content is left out.
+# Prefill computes one token and its answer's content is discarded, so members that only shape content are left out.
 _NOT_FOR_PREFILL = frozenset(
     {
         "best_of",
@@ -47,18 +47,20 @@ _FOR_PREFILL: dict[Api, bytes] = {
 
 _skip_space = re.compile(r"[ \t\n\r]*").match
 _value = json.JSONDecoder().raw_decode
-MAX_MEMBERS = 1024  # of a body's top level, where vLLM knows about a hundred: each is read in Python, while all wait
-# Of a body, strings included: lists and objects, and commas. Reading 16 MiB of [],[],... takes seconds, in the thread
-# that serves everybody; as many as may be take a tenth of a second (0.17 s of numbers). No context holds as many.
+# Members of a body's top level; vLLM knows about a hundred. Each is parsed in Python, which blocks the event loop.
+MAX_MEMBERS = 1024
+# Limits on "[" and "{", and on "," in a body, including those inside strings. Parsing 16 MiB of [],[],... would block
+# the event loop for seconds; at these limits it takes a tenth of a second (0.17 s for numbers). No context length needs
+# as many.
 MAX_LISTS, MAX_COMMAS = 1 << 18, 1 << 21
 _DIGEST_BYTES = 16
-_LONG_LIST = 1024  # characters; a shorter one is parsed as fast
-CHARS_PER_TOKEN = 4  # rough, for load estimates of prompts that are text
+_LONG_LIST = 1024  # characters; the JSON parser is as fast for shorter lists
+CHARS_PER_TOKEN = 4  # rough, for load estimates of text prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a request was not disaggregated: a code for metrics, a sentence for people."""
+    """Why a request was not disaggregated: a code for metrics and a sentence for people."""
 
     code: str
     text: str
@@ -66,38 +68,40 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a client asked for."""
+    """A parsed client request."""
 
     api: Api
     raw: bytes  # the client's body, with its tenant's cache_salt if it has one
     brace: int  # offset of the byte after the body's opening brace
-    prefill_head: bytes  # prefill's body but for kv_transfer_params and the closing brace
-    drop_null: bytes | None  # decode's body without the client's `"kv_transfer_params": null`, where it sent that
+    prefill_head: bytes  # prefill's body without kv_transfer_params and the closing brace
+    drop_null: bytes | None  # the body without the client's `"kv_transfer_params": null`, if it has one
     stream: bool
     model: str
     prompt_tokens: int  # exact for token ids, else an estimate
     prompt_bytes: int
     prefix_keys: tuple[bytes, ...]  # digest of the prompt's first 1, 2, ... chunks
-    alone: Reason | None  # set: the hand-off can't serve it
-    not_first: str  # why prefill must not give out the first token: a code, empty if it may
-    token_ids: bool  # the answer is to tell token ids
-    prompt_at: tuple[int, int]  # the prompt's place in the body's text
+    alone: Reason | None  # set if a hand-off can't serve the request: decode only
+    not_first: str  # code that says why prefill must not give out the first token; empty if it may
+    token_ids: bool  # the client wants token ids in the answer
+    prompt_at: tuple[int, int]  # start and end of the prompt in the body's text
     has_ids: bool  # the prompt is token ids
-    cache_salt: str | None  # "": none; None: it is no text
+    cache_salt: str | None  # "": none; None: not a string
 
     def for_prefill(self, params: dict[str, Any], token_ids: bool = False) -> bytes:
-        """Prefill's body: one token, not streamed, with ``params`` as its kv_transfer_params. ``token_ids``: have
-        it tell the prompt's."""
+        """Prefill's body: one token, not streamed, with ``params`` as its kv_transfer_params.
+
+        ``token_ids``: ask prefill to return the prompt's token ids.
+        """
         ids = b',"return_token_ids":true' if token_ids else b""
         return b"".join((self.prefill_head, ids, b',"kv_transfer_params":', _dumps(params), b"}"))
 
     def prompt_json(self) -> bytes:
-        """The prompt as it stands in the body."""
+        """The prompt's JSON text, as in the body."""
         first, end = self.prompt_at
         return self.raw[first:end] if self.raw.isascii() else self.raw.decode()[first:end].encode()
 
     def for_decode(self, params: dict[str, Any] | None) -> bytes:
-        """Decode's body: the client's bytes, with ``params`` as its kv_transfer_params."""
+        """Decode's body: the client's bytes with ``params`` as kv_transfer_params."""
         if params is None:
             return self.raw
         member = b'"kv_transfer_params":' + _dumps(params)
@@ -111,10 +115,15 @@ def _dumps(value: dict[str, Any]) -> bytes:
 
 
 def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter | None = None) -> Call:
-    """Parse a client's body. ``salter``: of the client's tenant, from its own cache_salt to that which servers get.
+    """Parse a client's body.
+
+    Args:
+        chunk_chars: characters per chunk of ``prefix_keys``.
+        chunks: maximum number of chunks.
+        salter: maps the client's cache_salt to the one that servers get; belongs to the client's tenant.
 
     Raises:
-        ApiError: 400, the body is not a JSON object, or carries what only the router may set.
+        ApiError: 400, the body is not a JSON object, or sets a member that only the router may set.
     """
     text, members = _split(raw)
     _check_reserved(members)
@@ -150,14 +159,14 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter
 
 @dataclass(frozen=True, slots=True)
 class _TokenIds:
-    """A prompt of so many token ids. The servers tell whether they know them."""
+    """A prompt of ``count`` token ids. The servers check whether the ids are valid."""
 
     count: int
-    in_list: bool = False  # it is the one prompt of a list
+    in_list: bool = False  # the only prompt of a list
 
 
 def _long_prompt(text: str, at: int) -> tuple[_TokenIds, int] | None:
-    """The long prompt of token ids that begins at ``at``, by itself or as the only one of a list, and where it ends."""
+    """The long prompt of token ids that begins at ``at``, and its end; the prompt may be the only item of a list."""
     inner = _after(text, at + 1)
     if text[at : at + 1] != "[" or text[inner : inner + 1] != "[":
         return _token_ids(text, at)
@@ -167,8 +176,10 @@ def _long_prompt(text: str, at: int) -> tuple[_TokenIds, int] | None:
 
 
 def _token_ids(text: str, at: int) -> tuple[_TokenIds, int] | None:
-    """The long list of digits that begins at ``at``, and where it ends; None for anything else, and where its commas
-    alone make it bad JSON."""
+    """The long list of token ids that begins at ``at``, and its end.
+
+    None for anything else, and for a list whose commas make it invalid JSON.
+    """
     end = text.find("]", at)
     if text[at : at + 1] != "[" or end - at < _LONG_LIST or not text[at:end].isascii():
         return None
@@ -187,7 +198,10 @@ class _Member:
 
 
 def _split(raw: bytes) -> tuple[str, dict[str, _Member]]:
-    """The body's text and its top-level members. A key given twice is refused: servers would differ on its value."""
+    """The body's text and its top-level members.
+
+    A duplicate key is refused, because servers could differ on its value.
+    """
     if raw.count(b"[") + raw.count(b"{") > MAX_LISTS or raw.count(b",") > MAX_COMMAS:
         told = f"more than {MAX_LISTS} lists and objects, or {MAX_COMMAS} commas"
         raise ApiError(400, f"the request body has {told}: no server is asked for so much", code="too_many_values")
@@ -195,7 +209,7 @@ def _split(raw: bytes) -> tuple[str, dict[str, _Member]]:
         text = raw.decode("utf-8")
         at = _after(text, 0)
         if text[at : at + 1] not in {"{", ""}:
-            _value(text, at)  # tells bad JSON from JSON that is no object
+            _value(text, at)  # raises for invalid JSON; otherwise it is not an object
             raise ApiError(400, "the request body must be a JSON object", code="not_an_object")
         return text, _members(text, at)
     except UnicodeDecodeError:
@@ -208,7 +222,7 @@ def _split(raw: bytes) -> tuple[str, dict[str, _Member]]:
         ) from None
     except RecursionError:
         raise ApiError(400, "the request body is nested too deeply", code="invalid_json") from None
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         raise ApiError(400, "the request body holds a number that is too long", code="invalid_json") from None
 
 
@@ -248,7 +262,7 @@ def _members(text: str, at: int) -> dict[str, _Member]:
 
 
 def _unwrapped(text: str, prompt: _Member) -> _Member:
-    """The one prompt of a list of one (client libraries send these); anything else as it is."""
+    """The prompt of a list with one prompt (client libraries send these); anything else unchanged."""
     value = prompt.value
     if isinstance(value, list) and len(value) == 1 and _is_prompt(value[0]):
         value = value[0]
@@ -286,7 +300,7 @@ def _check_reserved(members: dict[str, _Member]) -> None:
 
 
 def _salted(text: str, members: dict[str, _Member], salter: Salter) -> tuple[str, dict[str, _Member]]:
-    """The body with another cache_salt, and where its members are then."""
+    """The body with a new cache_salt, and the new positions of its members."""
     own = members["cache_salt"].value if "cache_salt" in members else None
     if own is not None and (not isinstance(own, str) or not own):
         raise ApiError(400, "cache_salt must be a string that is not empty", param="cache_salt", code="invalid_value")
@@ -309,7 +323,7 @@ def _joined(text: str, members: dict[str, _Member], without: frozenset[str] | se
 
 
 def _prefill_head(api: Api, text: str, members: dict[str, _Member], prompt: _Member | None) -> bytes:
-    """``prompt`` stands there by itself, also where the client sent it as a list of one."""
+    """Prefill's body up to kv_transfer_params. A prompt sent as a list of one is written without the list."""
     given = members.get("prompt")
     if prompt is None or given is None or api == "chat" or prompt.start == given.start:
         return b"".join((b"{", _joined(text, members, _NOT_FOR_PREFILL), b",", _FOR_PREFILL[api]))
@@ -319,7 +333,10 @@ def _prefill_head(api: Api, text: str, members: dict[str, _Member], prompt: _Mem
 
 
 def _why_alone(api: Api, members: dict[str, _Member], prompt: _Member | None) -> Reason | None:
-    """What the hand-off can't serve: it carries one prompt's pages to one sequence, and no prompt logprobs."""
+    """Why a hand-off can't serve the request; None if it can.
+
+    A hand-off carries one prompt's pages to one sequence, and no prompt logprobs.
+    """
 
     def given(key: str) -> Any:
         return members[key].value if key in members else None
@@ -357,12 +374,12 @@ def _count(prompt: Any, prompt_text: str) -> int:
 def _prefix_keys(
     api: Api, prompt_text: str, members: dict[str, _Member], chunk_chars: int, chunks: int
 ) -> tuple[bytes, ...]:
-    """Digests of the prompt's growing prefixes, whole chunks only, apart by model and cache salt."""
+    """Digests of the prompt's growing prefixes, in whole chunks; they differ by model and cache salt."""
     whole = min(len(prompt_text) // chunk_chars, chunks)
     if not whole:
         return ()
     given = (members[key].value if key in members else None for key in ("model", "cache_salt"))
-    seed = [api, *(value if isinstance(value, str) else None for value in given)]  # servers refuse what is no text
+    seed = [api, *(value if isinstance(value, str) else None for value in given)]  # servers refuse non-strings
     running = blake2b(json.dumps(seed).encode(), digest_size=_DIGEST_BYTES)
     keys = []
     for index in range(whole):

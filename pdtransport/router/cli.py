@@ -25,9 +25,9 @@ _NOT_OPTIONS = {
     "api_key",
     "admin_api_key",
     "upstream_api_key",
-}  # a command line is seen by everybody on the machine: use the files
+}  # every user of the machine can see a command line: use key files
 _MANY = {"prefill": "URL", "decode": "URL", "allowed_hosts": "NAME", "allowed_origins": "ORIGIN"}
-# Parts of the help, for settings outside a section of their own.
+# Sections of the help for top-level settings: name -> pattern.
 _GROUPS = {
     "servers and ports": "prefill|decode|(admin_)?(host|port)|allowed_.*|dispatch|first_token",
     "keys": ".*_key(s|_file)?|tenant_secret_file|share_prefixes|allow_plaintext",
@@ -66,14 +66,14 @@ def _metavar(field: FieldInfo) -> str | None:
 
 
 def _group(path: tuple[str, ...]) -> str:
-    """Which part of the help an option stands in."""
+    """The section of the help that lists an option."""
     if len(path) > 1:
         return path[0].replace("_", " ")
     return next(name for name, options in _GROUPS.items() if re.fullmatch(options, path[0]))
 
 
 def parser() -> argparse.ArgumentParser:
-    """One option for each setting; nested ones are joined by a dash: --timeouts-connect-s."""
+    """One option per setting; nested names are joined by dashes: --timeouts-connect-s."""
     made = CommandParser(
         prog="pdrouter",
         allow_abbrev=False,
@@ -112,7 +112,7 @@ def settings_from(arguments: argparse.Namespace) -> RouterSettings:
     """Settings of a parsed command line.
 
     Raises:
-        SettingsError: one line that names the setting and what is wrong.
+        SettingsError: one line that names the setting and says what is wrong.
     """
     raw: dict[str, Any] = {}
     for path, _ in _options(RouterSettings):
@@ -142,7 +142,7 @@ async def _run(settings: RouterSettings) -> None:
 
 
 def _on_signal(ended: asyncio.Event, number: int) -> None:
-    if ended.is_set():  # the second one: don't wait for requests under way
+    if ended.is_set():  # second signal: don't wait for requests in flight
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
     ended.set()

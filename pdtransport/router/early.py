@@ -1,6 +1,6 @@
-"""A stream that begins with prefill's first token, before decode has said anything.
+"""A stream that begins with prefill's first token, before decode has answered.
 
-From then on the client has a token that no other may replace: whatever happens to decode, the answer goes on from it or
+From then on the client has a token that can't be replaced: whatever happens to decode, the answer continues from it or
 ends with an error.
 """
 
@@ -22,10 +22,10 @@ from pdtransport.router.upstream import Opened, UpstreamError
 
 
 class EarlyRelay(Relay):
-    """Carries one such answer, and closes its attempts.
+    """Relays one such answer, and closes its attempts.
 
     Args:
-        decode_began: called once the request's body is needed no more.
+        decode_began: called once the request's body is no longer needed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class EarlyRelay(Relay):
         self._decode_began = decode_began
 
     async def run(self) -> web.StreamResponse:
-        """The first token at once, then decode's events; errors as :meth:`Relay.run`."""
+        """Send the first token at once, then decode's events; errors as :meth:`Relay.run`."""
         first = self._attempt.first
         assert first is not None
         response = web.StreamResponse()
@@ -71,7 +71,7 @@ class EarlyRelay(Relay):
 
     async def _follow(self, response: web.StreamResponse) -> None:
         tries = 0
-        while True:  # the ladder ends it
+        while True:  # the fallback policy ends the loop
             self._watch.stop()  # the attempt has its own timeouts until decode answers
             try:
                 await self._pass_rest(response, await self._attempt.rest())
@@ -90,7 +90,11 @@ class EarlyRelay(Relay):
                 tries += 1
 
     async def _pass_rest(self, response: web.StreamResponse, opened: Opened) -> None:
-        """Raises UpstreamError while nothing of decode's has reached the client."""
+        """Relay decode's events.
+
+        Raises:
+            UpstreamError: decode failed, and nothing of its answer has reached the client.
+        """
         self._upstream, splice, passed = opened.response, StreamSplice(self._call.api), False
         chunk: bytes | None = opened.first
         while chunk:

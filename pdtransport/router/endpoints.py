@@ -1,4 +1,4 @@
-"""The servers behind the router: whether they can serve, how much they have to do, and how prefill is reached."""
+"""The servers behind the router: their health, their load, and prefill's control address."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pdtransport.router.settings import EndpointSettings, RouterHealth, RouterSe
 log = logging.getLogger("pdtransport.router")
 
 Role = Literal["prefill", "decode"]
-# How a request to a server failed: nobody answered, the connection broke, too slow, an error status, nonsense.
+# How a request failed: no connection, connection broken, too slow, error status, invalid answer.
 Failure = Literal["connect", "disconnected", "timeout", "status", "protocol"]
 MAX_ERROR_CHARS = 300
 _REPLICA = re.compile(r"_dp\d+$")  # what vLLM appends to the engine id of each data-parallel replica
 
 
 def is_replica(engine_id: str) -> bool:
-    """Whether it names one of several data-parallel replicas."""
+    """True if the engine id is that of one of several data-parallel replicas."""
     return _REPLICA.search(engine_id) is not None
 
 
@@ -33,7 +33,7 @@ class Endpoint:
 
     role: Role
     settings: EndpointSettings
-    healthy: bool = True  # until a check or a request says otherwise
+    healthy: bool = True  # until a check or a request shows otherwise
     last_error: str = ""
     requests: int = 0
     failures: int = 0
@@ -41,14 +41,15 @@ class Endpoint:
     inflight: int = 0
     inflight_tokens: int = 0
     ejected_until: float = 0.0
-    picked: int = 0  # when it was last chosen, on the fleet's counter; breaks ties
-    engine_id: str = ""  # of all its data-parallel replicas
-    replicated: bool = False  # it has some: only an answer tells which one serves a request
+    picked: int = 0  # the fleet's counter when it was last chosen; breaks ties
+    engine_id: str = ""  # without the suffix of a data-parallel replica
+    replicated: bool = False  # it has data-parallel replicas: only an answer tells which one served a request
     restarts: int = 0
     learned: ControlAddress | None = None
-    facts: ServerFacts | None = None  # what its metrics say; None: they were not read since it was last lost
-    unfit: str = ""  # why no hand-off can succeed with it, as far as is known
-    goes_on: bool = False  # decode: its connector has promised to go on from a first token, since it was last lost
+    facts: ServerFacts | None = None  # read from its metrics; None: not read since it was last lost
+    unfit: str = ""  # why no hand-off can succeed with it, as far as known
+    # Decode: since it was last lost, its connector has promised to continue from a first token.
+    goes_on: bool = False
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -61,12 +62,12 @@ class Endpoint:
 
     @property
     def load(self) -> int:
-        """Prefill: prompt tokens under way. Decode: requests under way."""
+        """Load for placement. Prefill: prompt tokens in flight. Decode: requests in flight."""
         return self.inflight_tokens if self.role == "prefill" else self.inflight
 
     @property
     def control(self) -> ControlAddress | None:
-        """The configured address, with the learned number of ranks; else the learned address; else None."""
+        """The configured address with the learned number of ranks; else the learned address; else None."""
         host, port = self.settings.control_host, self.settings.control_port
         if host is None or port is None:
             return self.learned
@@ -78,14 +79,16 @@ class Endpoint:
 
     @property
     def watchable(self) -> tuple[ControlAddress, ...]:
-        """Where the workers of all its engines listen, as far as is known."""
+        """Control addresses of all its engines, as far as known."""
         if self._several:
             return tuple(engine.control for engine in self._several)
         return (self.control,) if self.control is not None else ()
 
     def tell(self, facts: ServerFacts, *, others_may: bool) -> None:
-        """Remember what its metrics say. ``others_may``: connectors other than ours hand over, too, and say nothing
-        there."""
+        """Remember what its metrics say.
+
+        ``others_may``: connectors other than ours can hand over too, and do not appear in the metrics.
+        """
         self.facts = facts
         unfit = "" if others_may and not facts.engines else facts.unfit_as(self.role)
         if unfit and unfit != self.unfit:
@@ -97,7 +100,7 @@ class Endpoint:
             self._note_address(facts.engines[0].control)
 
     def forget(self) -> None:
-        """Whoever answers next may be a new process."""
+        """Forget what is known of the process: the next answer may come from a new one."""
         self.learned = self.facts = None
 
     def begin(self, tokens: int) -> Callable[[], None]:
@@ -121,7 +124,7 @@ class Endpoint:
         if self.facts is not None and self.facts.engines:
             if not isinstance(engine, str) or any(engine == known.engine_id for known in self.facts.engines):
                 return
-            self.facts = None  # they are of a process that is gone
+            self.facts = None  # these facts belong to a process that is gone
         if isinstance(engine, str):
             self.replicated = is_replica(engine)
             self._identify(engine)
@@ -215,7 +218,7 @@ class Fleet:
 
 
 def usable(endpoints: Iterable[Endpoint], without: Iterable[Endpoint] = ()) -> list[Endpoint]:
-    """Healthy servers, those that were ejected for failing requests only if there is no other."""
+    """Healthy servers; ejected ones (too many failed requests in a row) only if there is no other."""
     now = time.monotonic()
     healthy = [endpoint for endpoint in endpoints if endpoint.healthy and endpoint not in without]
     return [endpoint for endpoint in healthy if endpoint.ejected_until <= now] or healthy

@@ -1,4 +1,4 @@
-"""What a server's own metrics say about its pdtransport: whether it has it, its role, and where its workers are."""
+"""What a server's metrics say about pdtransport: whether it runs there, its role, and its workers' addresses."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _CONSUMES = frozenset({"kv_consumer", "kv_both"})
 
 @dataclass(frozen=True, slots=True)
 class ControlAddress:
-    """Where rank 0's worker of an engine listens; rank r listens on ``port + r``."""
+    """Control address of rank 0's worker of an engine; rank r listens on ``port + r``."""
 
     host: str
     port: int
     tp_size: int
 
     def params(self, transfer_id: str) -> dict[str, Any]:
-        """kv_transfer_params for a decode server that is dispatched together with prefill, which is reached here."""
+        """kv_transfer_params for a decode server dispatched together with the prefill server at this address."""
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -42,7 +42,7 @@ class ControlAddress:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """One engine of a server (there are several with data parallelism)."""
+    """One engine of a server (with data parallelism there are several)."""
 
     engine_id: str
     role: str  # kv_role
@@ -51,13 +51,16 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """``vllm``: the metrics are vLLM's. Without, nothing is known: statistics may be switched off."""
+    """What is known of a server.
+
+    ``vllm``: the metrics are vLLM's. If False, nothing is known, because statistics may be switched off.
+    """
 
     vllm: bool = False
     engines: tuple[EngineFacts, ...] = ()
 
     def unfit_as(self, role: str) -> str:
-        """Why no hand-off can begin (``prefill``) or end (``decode``) at this server; empty where it may."""
+        """Why no hand-off can begin (``prefill``) or end (``decode``) at this server; empty if it can."""
         if not self.vllm:
             return ""
         roles = _PRODUCES if role == "prefill" else _CONSUMES
@@ -69,8 +72,10 @@ class ServerFacts:
 
 
 def read_facts(metrics: str, url: str) -> ServerFacts:
-    """Facts in the Prometheus text of the server at ``url``. An engine that listens on all addresses is reached at the
-    URL's host."""
+    """Parse the Prometheus text of the server at ``url``.
+
+    An engine that listens on all addresses gets the URL's host as its address.
+    """
     engines: list[EngineFacts] = []
     for line in _lines_of(metrics):
         engine = _engine(dict(_LABEL.findall(line)), urlsplit(url).hostname or "")
@@ -80,7 +85,7 @@ def read_facts(metrics: str, url: str) -> ServerFacts:
 
 
 async def ask_facts(session: ClientSession, url: str, headers: dict[str, str], timeout_s: float) -> ServerFacts | None:
-    """Read the server's ``/metrics``. None: it did not answer, so ask again."""
+    """Read the server's ``/metrics``. None: no answer, so ask again."""
     try:
         async with session.get(
             f"{url}/metrics", headers=headers, timeout=ClientTimeout(total=timeout_s), allow_redirects=False

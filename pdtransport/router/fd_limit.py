@@ -1,4 +1,4 @@
-"""How many client connections fit into the files that this process may open."""
+"""How many client connections fit into the number of files that this process may open."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from pdtransport.system.descriptors import raise_limit
 
 log = logging.getLogger("pdtransport.router")
 
-ADMIN_CONNECTIONS = 128  # of an admin port, which people and a metrics collector use
+ADMIN_CONNECTIONS = 128  # of the admin port, used by people and a metrics collector
 _SPARE = 256  # descriptors for everything but connections: files, probes, threads
 
 
 def room(settings: RouterSettings) -> int:
-    """How many client connections fit: ``max_connections``, or fewer where this process may not open so many files.
-    The soft limit is raised as far as the hard one allows.
+    """Number of client connections: ``max_connections``, or fewer if this process may not open as many files.
+
+    Raises the soft limit as far as the hard limit allows.
 
     Raises:
-        SettingsError: not even one fits.
+        SettingsError: not even one connection fits.
     """
     wanted = _descriptors(settings.max_connections, settings)
     soft = raise_limit(wanted)
@@ -43,8 +44,10 @@ def room(settings: RouterSettings) -> int:
 
 
 def _descriptors(connections: int, settings: RouterSettings) -> int:
-    """The most that so many client connections take: each, two for its servers where a request is under way, and those
-    that are accepted only to be closed."""
+    """The most descriptors that this many client connections need.
+
+    One per client, two for the servers of a request in flight, and those of connections accepted only to be closed.
+    """
     admin = 0 if settings.admin_port is None else 2 * min(ADMIN_CONNECTIONS, settings.max_connections)
     watched = 2 * min(MAX_WATCHED, sum(one.tp_size for one in settings.decode))
     return (

@@ -1,7 +1,7 @@
-"""The first token from prefill: which requests may have it, and what prefill's answer says of it.
+"""The first token from prefill: which requests may use it, and how to read it from prefill's answer.
 
-Prefill's engine samples a token after the prompt in any case. Where its answer names it (``kv_transfer_params``:
-``first_token``), decode's connector has promised to go on from it or to fail, so the client may have it at once.
+Prefill's engine samples a token after the prompt in any case. If its answer names that token (``kv_transfer_params``:
+``first_token``), decode's connector has promised to continue from it or to fail, so the client may get it at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 Api = Literal["completions", "chat"]
 
-# Members of a body that leave the second token and its text as they are, whatever they say.
+# Members of a body that do not change the second token or its text, whatever their value.
 _FREE = frozenset(
     {
         "add_generation_prompt", "add_special_tokens", "cache_salt", "chat_template", "chat_template_content_format",
@@ -23,7 +23,7 @@ _FREE = frozenset(
         "top_k", "top_p", "truncate_prompt_tokens", "user",
     }
 )  # fmt: skip
-# Members that must say nothing: the reason otherwise, and the values that say nothing beside null.
+# Members that must be neutral: the reason code otherwise, and the neutral values besides null.
 _NEUTRAL: dict[str, tuple[str, tuple[Any, ...]]] = {
     "allowed_token_ids": ("allowed_token_ids", ([],)),
     "bad_words": ("bad_words", ([],)),
@@ -33,7 +33,7 @@ _NEUTRAL: dict[str, tuple[str, tuple[Any, ...]]] = {
     "functions": ("tools", ([],)),
     "logit_bias": ("logit_bias", ({},)),
     "logprob_token_ids": ("logprobs", ([],)),
-    "logprobs": ("logprobs", ()),  # 0 asks for the sampled tokens' own; chat's false is looked at below
+    "logprobs": ("logprobs", ()),  # 0 asks for the sampled tokens' own; chat's false is handled below
     "min_tokens": ("min_tokens", (0,)),
     "n": ("n", (1,)),
     "presence_penalty": ("penalties", (0,)),
@@ -51,7 +51,7 @@ _NEUTRAL: dict[str, tuple[str, tuple[Any, ...]]] = {
     "use_beam_search": ("beam_search", (False,)),
     "vllm_xargs": ("extra_args", ({},)),
 }
-# Reasons that prefill's connector gives (pdtransport.vllm.first_token); others count as "declined".
+# Reasons from prefill's connector (pdtransport.vllm.first_token); others count as "declined".
 _DECLINED = frozenset(
     {
         "allowed_token_ids", "bad_words", "extra_args", "logit_bias", "logits_processors", "logprobs", "min_tokens",
@@ -62,10 +62,9 @@ _DECLINED = frozenset(
 
 
 def why_not(api: Api, given: Mapping[str, Any]) -> str:
-    """Why a body's first token must come from decode: a code, empty if nothing in it speaks against prefill's.
+    """Code that says why a body's first token must come from decode; empty if prefill may give it out.
 
-    A member that is not known to leave things as they are is a reason. The engines look again, at what they made of it
-    with their own defaults.
+    A member that is not known to be harmless is a reason. The engines check again after applying their own defaults.
     """
     for key, value in given.items():
         if value is None or key in _FREE or (key == "logprobs" and value is False):
@@ -88,12 +87,12 @@ def why_not(api: Api, given: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """What prefill sampled, as its answer tells it.
+    """The token that prefill sampled, as told by its answer.
 
     Args:
-        head: members that all of a stream's events have in common.
-        role: of a chat message.
-        prompt_ids: the prompt's token ids, where the client asked for them.
+        head: members that all events of a stream have in common.
+        role: role of a chat message.
+        prompt_ids: the prompt's token ids, if the client asked for them.
     """
 
     token: int
@@ -104,14 +103,14 @@ class FirstToken:
 
 
 class Unusable(Exception):
-    """Prefill gave a token out, decode goes on from it, and its text can't be told: neither answer is of use."""
+    """Prefill gave out a token and decode continues from it, but its text is not usable: neither answer can be used."""
 
 
 def read(api: Api, answer: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[FirstToken | None, str]:
-    """The first token that decode goes on from; or None, and a code that says why decode samples it.
+    """The first token that decode continues from; or None and a code that says why decode samples it.
 
     Raises:
-        Unusable: decode goes on from a token that this answer does not tell as text.
+        Unusable: decode continues from a token whose text this answer does not give.
     """
     token = params.get("first_token")
     if not isinstance(token, int) or isinstance(token, bool):

@@ -1,7 +1,7 @@
-"""What became of each hand-off: as decode's workers tell it, and what follows for a pair of servers.
+"""Outcome of each hand-off, as reported by decode's workers, and the health of each pair of servers.
 
-A worker's report leaves it before its engine's first step on the pages, so it is here before decode's first bytes: the
-answer's headers tell the truth at the price of a look into a dictionary.
+A worker sends its report before its engine's first step on the pages, so the report is here before decode's first
+bytes. The answer's headers can state the outcome at the price of a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pdtransport.router.traces import MAX_WHY_CHARS
 
 log = logging.getLogger("pdtransport.router")
 
-# failed: decode computes the prompt itself, or fails the request, as its kv_load_failure_policy says.
+# failed: decode computes the prompt itself or fails the request, depending on its kv_load_failure_policy.
 Became = Literal["handed_over", "held", "failed", "unknown"]
 
-MAX_PAIRS = 4096  # that are remembered; of more, those that were used longest ago are forgotten
+MAX_PAIRS = 4096  # remembered pairs; beyond that the least recently used are dropped
 WARN_EVERY_S = 60.0
-MISSES_IN_ROW = 8  # reports that did not come in time, before nobody waits for the next one
+MISSES_IN_ROW = 8  # late or missing reports in a row, after which requests no longer wait for one
 NO_HANDOVER = "no_handover"
 REFUSED = "prefill_refused"
 UNFIT = {"prefill": "prefill_not_a_producer", "decode": "decode_not_a_consumer"}
-_LEFT = frozenset({Code.CANCELLED.value, Code.PEER_CANCELLED.value})  # the client went: no fault of the pair
+_LEFT = frozenset({Code.CANCELLED.value, Code.PEER_CANCELLED.value})  # the client left: not the pair's fault
 _REMEDIES = {
     Code.REFUSED.value: "start both with what is named here set alike, or leave prefill out",
     REFUSED: "give prefill the flags, adapters and length that decode has",
@@ -44,31 +44,34 @@ _REMEDIES = {
 
 @dataclass(frozen=True, slots=True)
 class HandoffEnd:
-    """``link`` and the figures are those of a hand-off that went well; seconds are the slowest rank's."""
+    """How a hand-off ended.
+
+    ``link`` and the figures are set if it succeeded; seconds are those of the slowest rank.
+    """
 
     became: Became
     code: str = ""
     reason: str = ""
     link: str = ""
     nbytes: int = 0
-    exposed_s: float = 0.0  # from prefill's end to the last verified page
-    taken_s: float = 0.0  # from the first batch to it
+    exposed_s: float = 0.0  # from the end of prefill to the last verified page
+    taken_s: float = 0.0  # from the first batch to the last verified page
 
 
 @dataclass(eq=False, slots=True)
 class HandOff:
-    """One dispatch's."""
+    """The hand-off of one dispatch."""
 
     transfer_id: str
     prefill: str
     decode: Endpoint
-    noted: dict[str, Any]  # of the request's trace: what became of it is written here
+    noted: dict[str, Any]  # the dispatch's entry in the trace; the outcome is written here
     verdict: HandoffEnd | None = None
     _good: dict[int, Ended] = field(default_factory=dict)  # by rank
     _waiter: asyncio.Future[None] | None = None
 
     def hear(self, rank: int, ranks: int, ended: Ended) -> HandoffEnd | None:
-        """One rank's report; the verdict if it is the one that decides."""
+        """Take one rank's report; returns the verdict if this report decides it."""
         if ended.code is not None:
             return HandoffEnd("failed", ended.code.value, ended.reason)
         self._good[rank] = ended
@@ -86,7 +89,7 @@ class HandOff:
         )
 
     async def heard(self, timeout_s: float) -> bool:
-        """Wait for the verdict."""
+        """Wait for the verdict; True if there is one."""
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await asyncio.wait({self._waiter}, timeout=timeout_s)
@@ -114,23 +117,26 @@ class HandOff:
 
 @dataclass(slots=True)
 class _Pair:
-    """How hand-offs between two servers go."""
+    """Health of hand-offs between two servers."""
 
-    missed: int = 0  # in a row
+    missed: int = 0  # failed hand-offs in a row
     last: HandoffEnd | None = None
     warned_at: float | None = None
-    failing: bool = False  # it was said
+    failing: bool = False  # it was logged
 
 
 class HandOffs:
-    """Those under way, and how pairs do. ``why_not``: why a decode server's transfers are not heard of, or empty."""
+    """Hand-offs in flight, and the health of pairs.
+
+    ``why_not`` says why a decode server's transfers are not reported; empty if they are.
+    """
 
     def __init__(self, settings: RouterHandOff, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
         self._live: dict[str, HandOff] = {}
         self._pairs: OrderedDict[tuple[str, str], _Pair] = OrderedDict()
-        self._late: Counter[str] = Counter()  # by decode server: reports in a row that did not come in time
+        self._late: Counter[str] = Counter()  # by decode server: reports in a row that were late or missing
         self.why_not: Callable[[Endpoint], str] = lambda _: "nobody watches"
 
     def begin(self, transfer_id: str, prefill: Endpoint, decode: Endpoint, noted: dict[str, Any]) -> HandOff:
@@ -140,7 +146,10 @@ class HandOffs:
         return hand_off
 
     def hear(self, decode: Endpoint, rank: int, ranks: int, ended: Ended) -> None:
-        """A worker's report, of ``decode``. Other routers' transfers are none of ours, and others' none of its."""
+        """Take the report of a worker of ``decode``.
+
+        Reports of transfers that belong to another router, or to another decode server, are ignored.
+        """
         hand_off = self._live.get(ended.transfer)
         if hand_off is None or hand_off.verdict is not None or hand_off.decode is not decode:
             return
@@ -150,7 +159,7 @@ class HandOffs:
             hand_off.decide(verdict)
 
     async def wait(self, hand_off: HandOff) -> None:
-        """Decode's answer began: have the verdict, or find out that it does not come in time."""
+        """Wait for the verdict, once decode's answer began; if there is none in time, note why."""
         if hand_off.verdict is not None:
             return
         why = self.why_not(hand_off.decode)
@@ -162,22 +171,22 @@ class HandOffs:
         hand_off.noted["hand_off_reason"] = why or f"no report within hand_off.wait_s ({self._settings.wait_s:g} s)"
 
     def nothing(self, hand_off: HandOff, why: str) -> None:
-        """Prefill answered, and has nothing to hand over."""
+        """Prefill answered, but has nothing to hand over."""
         hand_off.decide(HandoffEnd("failed", NO_HANDOVER, why))
 
     def refused(self, hand_off: HandOff, why: str) -> None:
-        """Prefill refused a request that decode has answered. Its attempt may be over."""
+        """Prefill refused a request that decode has answered. The attempt may already be over."""
         hand_off.decide(HandoffEnd("failed", REFUSED, why))
         if hand_off.transfer_id not in self._live and hand_off.verdict is not None:
             self._count(hand_off, hand_off.verdict)
 
     def end(self, hand_off: HandOff, answered: bool) -> None:
-        """Its attempt is over; ``answered``: decode served the request."""
+        """The attempt is over; ``answered``: decode served the request."""
         if self._live.pop(hand_off.transfer_id, None) is None:
             return
         if hand_off.verdict is not None:
             self._count(hand_off, hand_off.verdict)
-        elif answered:  # else it was given up before anything could become of it
+        elif answered:  # else it was abandoned before it had an outcome
             self._count(hand_off, HandoffEnd("unknown"))
 
     def _count(self, hand_off: HandOff, verdict: HandoffEnd) -> None:
@@ -219,7 +228,7 @@ class HandOffs:
         )  # fmt: skip
 
     def disaggregates(self, fleet: Fleet) -> tuple[bool | None, Reason | None]:
-        """Whether prompts are handed over now, and if not, why not. None: nothing tells yet."""
+        """Whether prompts are handed over now, and if not, why. None: not known yet."""
         prefill = [one for one in fleet.prefill if one.healthy]
         decode = [one for one in fleet.decode if one.healthy]
         for role, servers in (("prefill", prefill), ("decode", decode)):
@@ -237,11 +246,11 @@ class HandOffs:
         return None, Reason("untried", "no prompt was handed over yet")
 
     def failing(self) -> Iterable[tuple[tuple[str, str], int]]:
-        """Pairs that hand nothing over, and how many requests in a row it were."""
+        """Pairs whose hand-offs fail, with the number of failed requests in a row."""
         return [(names, pair.missed) for names, pair in self._pairs.items() if pair.failing]
 
     def describe(self, limit: int) -> list[dict[str, Any]]:
-        """State of the pairs that were used last, as JSON."""
+        """State of the most recently used pairs, as JSON."""
         newest = list(reversed(self._pairs.items()))[:limit]
         return [
             {

@@ -1,5 +1,8 @@
-"""Periodic checks of every server: GET /health, which vLLM's HTTP process answers, and GET /pd/engine, for which
-pdtransport has that process ask the engine (``pdtransport/vllm/patches/engine_probe.py``)."""
+"""Periodic health checks of every server.
+
+GET /health is answered by vLLM's HTTP process alone. For GET /pd/engine, pdtransport makes that process ask the engine
+(``pdtransport/vllm/patches/engine_probe.py``).
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from pdtransport.router.upstream import reason
 from pdtransport.router.watches import Watches
 
 ENGINE_PATH = "/pd/engine"
-MAX_ASKED = 3  # times that a server's metrics did not come, before nothing is known of them
+MAX_ASKED = 3  # attempts to read a server's metrics before they count as unknown
 
 
 class Prober:
-    """Keeps ``Endpoint.healthy`` true to what the servers answer, and reads each one's metrics when it came up.
+    """Keeps ``Endpoint.healthy`` up to date, and reads each server's metrics after it came up.
 
     Args:
-        server_key: that the servers want; None: none.
+        server_key: key that the servers require; None: none.
         others_may: the servers may have connectors other than ours.
     """
 
@@ -41,9 +44,9 @@ class Prober:
         self._headers = {} if server_key is None else {"Authorization": f"Bearer {server_key}"}
         self._others_may = others_may
         self._unanswered: dict[Endpoint, int] = {}
-        self._mute: set[Endpoint] = set()  # can't be asked for their engines, since they came up
-        self._silent: set[Endpoint] = set()  # their engines did not answer when they were asked last
-        self._asked: dict[Endpoint, int] = {}  # in vain for metrics, since it came up
+        self._mute: set[Endpoint] = set()  # have no usable /pd/engine, since they came up
+        self._silent: set[Endpoint] = set()  # their engines did not answer the last check
+        self._asked: dict[Endpoint, int] = {}  # failed attempts to read metrics, since it came up
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -82,7 +85,7 @@ class Prober:
                 self._refused(endpoint, f"GET /health answers {status}")
 
     async def _silence(self, endpoint: Endpoint) -> str:
-        """Why its engine counts as stopped; empty if it answers, or nobody can ask it."""
+        """Why the server's engine counts as stopped; empty if it answers, or if it can't be asked."""
         seconds = self._settings.engine_s
         if not seconds or endpoint in self._mute:
             return ""
@@ -95,13 +98,13 @@ class Prober:
             ) as response:
                 if response.status == 200:
                     return ""
-                if response.status != 503:  # another version's, or another server
+                if response.status != 503:  # another version, or another kind of server
                     self._mute.add(endpoint)
                     return ""
         except asyncio.TimeoutError:
             pass
         except (ClientError, OSError):
-            return endpoint.last_error if was_silent else ""  # whether the server is there is for /health to say
+            return endpoint.last_error if was_silent else ""  # /health decides whether the server is up
         self._silent.add(endpoint)
         return (
             f"its engine did not answer within health.engine_s ({seconds:g} s): it is stopped, or its steps are longer"
@@ -114,7 +117,7 @@ class Prober:
         endpoint.set_healthy(False, why)
 
     async def _learn(self, endpoint: Endpoint) -> None:
-        """What it is and where its workers are, where that is not known since it came up."""
+        """Read the server's facts if they are not known since it came up, and watch a decode server's workers."""
         if endpoint.facts is None:
             facts = await ask_facts(self._session, endpoint.url, self._headers, self._settings.timeout_s)
             self._asked[endpoint] = 0 if facts is not None else self._asked.get(endpoint, 0) + 1
@@ -132,14 +135,14 @@ class Prober:
                 pause = self._settings.interval_s
                 await self._pause(endpoint, pause)
             else:
-                if endpoint in self._silent:  # its HTTP server is there: it waits for the engine with us
+                if endpoint in self._silent:  # its HTTP server is up and only its engine is silent: don't back off
                     pause = self._settings.interval_s
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, max(self._settings.backoff_max_s, self._settings.interval_s))
             await self.check(endpoint)
 
     async def _pause(self, endpoint: Endpoint, seconds: float) -> None:
-        """Sleep, but not on after a request failed there. Checks are at least a tenth of an interval apart."""
+        """Sleep, but wake early after a failed request there. Checks are at least a tenth of an interval apart."""
         endpoint.check_now.clear()
         waiter = asyncio.ensure_future(endpoint.check_now.wait())
         try:

@@ -1,7 +1,10 @@
-"""Tells the shared pool which prompts are on their way, so that it brings their chunks up from disk, Redis or object
-storage while prefill tokenizes the request, ends the step it is in, and has others to serve first.
+"""Sends the shared pool hints about prompts that will be needed soon.
 
-A hint is about time alone: no request waits for it, none fails with it, and what can't be sent soon is dropped.
+The pool then prefetches their chunks from disk, Redis or object storage while prefill tokenizes the request, finishes
+its current step and serves requests queued before it.
+
+A hint only affects timing: no request waits for it or fails because of it, and hints that can't be sent soon are
+dropped.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ from pdtransport.router.upstream import reason
 
 log = logging.getLogger("pdtransport.router")
 
-AT_ONCE = 4  # hints that are being sent
-MAX_QUEUED_BYTES = 16 << 20  # of prompts, all hints together
-MAX_ANSWER_BYTES = 64 << 10  # of the pool
-MAX_TOKENS_BYTES = 32 << 20  # of /tokenize
-SAY_S = 60.0  # between complaints in the log
+AT_ONCE = 4  # hints sent at a time
+MAX_QUEUED_BYTES = 16 << 20  # total size of the prompts of all hints
+MAX_ANSWER_BYTES = 64 << 10  # limit of the pool's answer
+MAX_TOKENS_BYTES = 32 << 20  # limit of an answer of /tokenize
+SAY_S = 60.0  # between two warnings in the log
 
 Headers = list[tuple[str, str]]
 
 
 class _Unsent(Exception):
-    """Why a hint did nothing: an outcome for metrics, and a line for people."""
+    """Why a hint had no effect: an outcome for metrics, and a line for people."""
 
     def __init__(self, outcome: str, why: str) -> None:
         super().__init__(why)
@@ -44,7 +47,8 @@ class Hinter:
     """Sends hints in the background.
 
     Args:
-        key, salt: of the pool's HTTP API; the engines' own (``pool.salt``), empty if there is none.
+        key: key of the pool's HTTP API.
+        salt: the engines' own salt (``pool.salt``), empty if there is none.
     """
 
     def __init__(
@@ -64,9 +68,12 @@ class Hinter:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def offer(self, call: Call, headers: Headers) -> None:
-        """A request has arrived. Returns at once, never raises; ``headers``: what servers get with it."""
+        """Queue a hint for a request that has arrived. Returns at once, never raises.
+
+        ``headers`` are those that servers get with the request.
+        """
         if call.alone is not None or call.cache_salt is None:
-            self._metrics.hints.add("unfit")  # no single prompt, or a salt that servers will refuse
+            self._metrics.hints.add("unfit")  # no single prompt, or a cache_salt that servers will refuse
             return
         if not call.has_ids and self._settings.text == "off":
             self._metrics.hints.add("text")
@@ -114,7 +121,7 @@ class Hinter:
         return "nothing" if not of else "begun" if done == of else "partly"
 
     async def _tokenized(self, body: bytes, headers: Headers) -> bytes:
-        """By the least busy prefill server: all have the same tokenizer."""
+        """Token ids from the least loaded prefill server; all have the same tokenizer."""
         servers = usable(self._fleet.prefill)
         if not servers:
             raise _Unsent("failed", "no prefill server is healthy to tokenize it")
@@ -144,7 +151,7 @@ class Hinter:
 
 
 def _message(raw: bytes) -> str:
-    """Of an error answer; nothing that a prompt could be in."""
+    """The message of an error answer, without anything that could contain prompt text."""
     try:
         text: Any = json.loads(raw)["error"]["message"]
     except (ValueError, RecursionError, KeyError, TypeError):

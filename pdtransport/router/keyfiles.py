@@ -1,4 +1,4 @@
-"""Where the router's keys come from: files and the environment, which other users of a machine can't see."""
+"""Reads the router's keys from files and the environment, which other users of the machine can't see."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pydantic import SecretStr
 from pdtransport.errors import SettingsError
 from pdtransport.serving.keyfiles import read_lines
 
-MAX_API_KEYS = 64  # every request is compared with each of them
+MAX_API_KEYS = 64  # every request is compared with each key
 MAX_TENANT = 64  # characters of a name
 
 
 class ClientKey(NamedTuple):
-    """A key, and the tenant that it belongs to ("": none)."""
+    """A key and its tenant ("": none)."""
 
     key: str
     tenant: str = ""
 
 
 def variable_of(setting: str) -> str:
-    """The environment variable that may hold a key: ``api_key`` is ``PDROUTER_API_KEY``."""
+    """The environment variable that may hold a key: for ``api_key`` it is ``PDROUTER_API_KEY``."""
     return f"PDROUTER_{setting.upper()}"
 
 
 def all_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[str, ...]:
-    """Lines with a key each: of the setting itself, of its variable, of its file.
+    """Lines with one key each, from the setting itself, its environment variable and its file.
 
     Raises:
-        SettingsError: the file can't be read or holds no key, or they are too many.
+        SettingsError: the file can't be read or holds no key, or there are too many keys.
     """
     lines = [one.get_secret_value()] if one else []
     if variable := os.environ.get(variable_of(setting), "").strip():
@@ -44,10 +44,10 @@ def all_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[st
 
 
 def client_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple[ClientKey, ...]:
-    """The same, where a line may name the key's tenant: ``KEY`` or ``KEY TENANT``.
+    """As :func:`all_keys`, but a line may name the key's tenant: ``KEY`` or ``KEY TENANT``.
 
     Raises:
-        SettingsError: as :func:`all_keys`; a line that is neither, or a key of two tenants.
+        SettingsError: as :func:`all_keys`; or a line has neither form, or a key has two tenants.
     """
     found: dict[str, ClientKey] = {}
     for number, line in enumerate(all_keys(one, file, setting), 1):

@@ -1,6 +1,6 @@
-"""What happens when a server fails before the client got a byte: another one, then decode alone, then an error.
+"""What to try when a server fails before the client got a byte: another server, then decode alone, then an error.
 
-Every step down is visible: in the answer's x-pd-path header, in the trace and in the metrics.
+Every fallback is visible in the answer's x-pd-path header, in the trace and in the metrics.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pdtransport.serving.errors import SERVER, ApiError, is_openai_error
 
 @dataclass
 class RetryState:
-    """How far down one request is."""
+    """How much of the fallback sequence one request has used up."""
 
     alone: Reason | None
     prefill_left: int
     decode_left: int
     avoid: set[Endpoint] = field(default_factory=set)
-    last: UpstreamError | None = None  # of decode
-    refused: HandOff | None = None  # by prefill
+    last: UpstreamError | None = None  # last failure of decode
+    refused: HandOff | None = None  # hand-off of an attempt that prefill refused
 
 
 class FallbackPolicy:
@@ -54,14 +54,14 @@ class FallbackPolicy:
         self._hand_offs = hand_offs
 
     async def open(self, call: Call, headers: list[tuple[str, str]], trace: Trace) -> Attempt:
-        """The attempt whose answer began; the caller relays it and closes the attempt.
+        """Returns the attempt whose answer began; the caller relays the answer and closes the attempt.
 
         Raises:
             ApiError: no server could serve the request.
         """
         settings = self._settings
         rungs = RetryState(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
-        while True:  # each failure uses up a retry or ends disaggregation, so this ends
+        while True:  # terminates: each failure uses up a retry or ends disaggregation
             dispatch = self._place(call, rungs)
             attempt = self._attempt(dispatch, call, trace)
             self._note(attempt, trace, rungs)
@@ -77,7 +77,7 @@ class FallbackPolicy:
                 why = "prefill gave out a first token whose text can't be told"
                 self._leave_prefill(Reason("first_token_unusable", why), rungs, trace)
             except UpstreamError as error:
-                error.with_traceback(None)  # it is kept, and would keep the request's body
+                error.with_traceback(None)  # the error is kept; its traceback would keep the request's body alive
                 attempt.close()
                 if error.refused:
                     rungs.refused = attempt.hand_off
@@ -102,11 +102,16 @@ class FallbackPolicy:
         error: UpstreamError,
         tries: int,
     ) -> Attempt:
-        """After ``failed``: another attempt at what follows the first token, which the client has. ``tries``: how many
-        there were. A decode server that is known to go on from a given token computes the prompt itself.
+        """Make another attempt after ``failed``, whose first token the client already has.
+
+        The attempt computes what follows that token. It goes to a decode server that is known to support continuing
+        from a given token and that computes the prompt itself.
+
+        Args:
+            tries: number of such attempts so far.
 
         Raises:
-            UpstreamError: ``error``, if there is none, or enough was tried.
+            UpstreamError: ``error``, if there is no such server, or ``tries`` reached the limit.
         """
         first = failed.first
         assert first is not None
@@ -195,11 +200,11 @@ class FallbackPolicy:
         self._metrics.retries.add(error.endpoint.role, error.how)
 
     def _after_prefill(self, error: UpstreamError, rungs: RetryState) -> None:
-        if error.refused:  # decode makes the answer, so whether the request is wrong is for decode to say
+        if error.refused:  # decode makes the answer, so it decides whether the request is wrong
             rungs.alone = Reason("prefill_refused", str(error))
             return
         rungs.avoid.add(error.endpoint)
-        # A broken connection may have been an idle one that the server closed: the same server is worth another try.
+        # A broken connection may have been an idle one that the server closed, so the same server is worth another try.
         others = usable(self._fleet.prefill, () if error.how == "disconnected" else rungs.avoid)
         if error.how == "timeout" or not rungs.prefill_left or not others:
             rungs.alone = Reason("prefill_failed", str(error))
@@ -212,8 +217,8 @@ class FallbackPolicy:
         again = others or usable(self._fleet.decode)
         said_no = error.how == "status"
         if said_no and dispatch.prefill is not None:
-            rungs.avoid.add(dispatch.prefill)  # its pages may not have come
-        last = not others or not rungs.decode_left  # of the disaggregated attempts
+            rungs.avoid.add(dispatch.prefill)  # perhaps its pages did not arrive
+        last = not others or not rungs.decode_left  # the last disaggregated attempt
         may = bool(rungs.decode_left) or (said_no and rungs.alone is None and self._settings.decode_retries > 0)
         if error.how == "timeout" or not again or not may or (said_no and last and rungs.alone):
             raise self._final(error)
@@ -222,7 +227,7 @@ class FallbackPolicy:
             rungs.alone = Reason("decode_failed", f"{error} to a disaggregated request")
 
     def _final(self, error: UpstreamError) -> ApiError:
-        """The error that the client gets: the server's own where it is in OpenAI's form."""
+        """The error for the client: the server's own if it is in OpenAI's format."""
         if error.status and is_openai_error(error.body):
             return ApiError(error.status, str(error), code="upstream_error", raw=error.body)
         status, code = (504, "upstream_timeout") if error.how == "timeout" else (502, "upstream_error")

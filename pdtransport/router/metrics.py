@@ -1,4 +1,4 @@
-"""The router's own counters and histograms, as Prometheus text. Every label takes values from a fixed set."""
+"""The router's counters and histograms as Prometheus text. Every label takes values from a fixed set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _escape(value: str) -> str:
 
 
 def sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
-    """One line of the exposition."""
+    """One line of the Prometheus text."""
     inside = ",".join(f'{key}="{_escape(text)}"' for key, text in labels)
     return f"{name}{{{inside}}} {value}" if inside else f"{name} {value}"
 
@@ -128,5 +128,5 @@ class Metrics:
 
 
 def gauge(name: str, text: str, rows: Iterable[tuple[Iterable[tuple[str, str]], float]]) -> list[str]:
-    """A gauge read at scrape time."""
+    """A gauge whose value is read at scrape time."""
     return _head(name, "gauge", text) + [sample(name, labels, value) for labels, value in rows]

@@ -1,4 +1,4 @@
-"""The router's own description, OpenAPI 3.1: paths, what they want, and every answer that they may give."""
+"""OpenAPI 3.1 description of the router: its paths, what they take, and every answer they may give."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEADERS = {name: {"description": _WHERE, "schema": {"type": "string"}} for name
 
 
 def describe(*, public: bool, admin: bool, keys: bool, admin_keys: bool) -> dict[str, Any]:
-    """The description of one listening socket, as JSON: ``public`` and ``admin`` paths, and which ask for keys."""
+    """The description of one listening socket, as JSON: ``public`` and ``admin`` paths, and which need keys."""
     paths: dict[str, Any] = {"/openapi.json": {"get": got("openapi", "This description.", as_json({"type": "object"}))}}
     if public:
         paths |= _public(wanting("clientKey") if keys else {})

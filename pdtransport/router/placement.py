@@ -1,7 +1,7 @@
-"""Which server a request goes to.
+"""Chooses the server for a request.
 
-The least loaded one, unless a server that recently had the same beginning of a prompt is at most a margin busier:
-it then finds those pages in its cache and computes (prefill) or fetches (decode) only the rest.
+The least loaded server, unless one that recently had the same prompt prefix is at most a margin busier. That server
+finds those pages in its prefix cache and computes (prefill) or fetches (decode) only the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pdtransport.router.settings import RouterPlacement
 
 
 class Affinity:
-    """Bounded map from prompt prefixes to the server that had them last; the least recently used go first."""
+    """Bounded map from prompt prefixes to the server that had them last; the least recently used are evicted first."""
 
     def __init__(self, entries: int) -> None:
         self._bound = entries
@@ -25,7 +25,7 @@ class Affinity:
         return len(self._last)
 
     def find(self, keys: Sequence[bytes], candidates: Sequence[Endpoint]) -> Endpoint | None:
-        """The candidate that had the longest prefix; ``keys`` go from short to long."""
+        """The candidate that had the longest prefix; ``keys`` are ordered from short to long."""
         for key in reversed(keys):
             endpoint = self._last.get(key)
             if endpoint is not None and endpoint in candidates:
@@ -58,7 +58,7 @@ class Placer:
         return len(self._affinity[role])
 
     def choose(self, role: Role, keys: Sequence[bytes], candidates: Sequence[Endpoint]) -> Endpoint | None:
-        """One of ``candidates``, or None if there are none. Equal loads are served in turn."""
+        """One of ``candidates``, or None if there are none. Servers with equal load take turns."""
         if not candidates:
             return None
         least = min(candidates, key=lambda endpoint: (endpoint.load, endpoint.picked))

@@ -1,4 +1,4 @@
-"""Decode's answer on its way to the client: the same bytes, as they come, at the client's pace."""
+"""Relays decode's answer to the client: the same bytes, as they arrive, at the client's pace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PD_HEADERS = ("x-pd-path", "x-pd-transfer-id", "x-pd-prefill", "x-pd-decode", "x
 
 
 class RelayTimer:
-    """One timer for an answer's waits: closes what is waited for too long. Costs nothing per chunk."""
+    """One timer for all waits of an answer: closes whatever is waited for too long. Costs nothing per chunk."""
 
     def __init__(self, total_left_s: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -28,10 +28,10 @@ class RelayTimer:
         self._setting = "total_s"
         self._close: Callable[[], None] = lambda: None
         self._timer: asyncio.TimerHandle | None = None
-        self.expired = ""  # name of the setting whose time is up
+        self.expired = ""  # name of the setting whose timeout expired
 
     def expect(self, setting: str, seconds: float, close: Callable[[], None]) -> None:
-        """From now on the wait is for something else: call ``close`` if it takes more than ``seconds``."""
+        """A new wait begins: call ``close`` if it takes longer than ``seconds``."""
         deadline = self._loop.time() + seconds
         self._deadline, self._setting = min((deadline, setting), (self._last, "total_s"))
         self._close = close
@@ -54,7 +54,7 @@ class RelayTimer:
 
 
 def pd_headers(trace: Trace) -> dict[str, str]:
-    """Which way a request went. Empty before its first dispatch."""
+    """The x-pd-* headers, which tell how a request was served. Empty before its first dispatch."""
     if not trace.dispatches:
         return {}
     last = trace.dispatches[-1]
@@ -81,7 +81,7 @@ def _plain(text: str) -> str:
 
 
 class Relay:
-    """Carries one opened answer."""
+    """Relays one opened answer."""
 
     def __init__(self, request: web.Request, attempt: Attempt, trace: Trace, timeouts: RouterTimeouts) -> None:
         self._request = request
@@ -97,14 +97,14 @@ class Relay:
             self._events = WholeEvents() if self._is_stream() else None
 
     async def run(self) -> web.StreamResponse:
-        """Pass the answer on to its end; the client's going away ends it with CancelledError or ConnectionError.
+        """Relay the answer to its end. If the client disconnects, this ends with CancelledError or ConnectionError.
 
         Raises:
             ValueError: the attempt has no answer yet.
         """
         if self._opened is None:
             raise ValueError("the attempt has no answer yet")
-        reason = self._upstream.reason or ""  # bytes that are no text are not passed on, as with headers
+        reason = self._upstream.reason or ""  # as with headers, bytes that are not printable text are not passed on
         response = web.StreamResponse(status=self._upstream.status, reason=reason if reason.isprintable() else None)
         for name, value in end_to_end(self._upstream.headers):
             if self._whole is None or name.lower() != "content-length":
@@ -128,7 +128,7 @@ class Relay:
 
     async def _pass_on(self, response: web.StreamResponse, first: bytes) -> None:
         chunk: bytes | None = first
-        if self._whole is not None:  # put together from two answers
+        if self._whole is not None:  # joined from two answers
             await self._write(response, self._whole)
             chunk = b""
         while chunk:
@@ -164,7 +164,7 @@ class Relay:
             self._request.transport.abort()
 
     async def _interrupted(self, response: web.StreamResponse, why: str = "") -> None:
-        """Decode failed in the middle of its answer: say so where the form allows it, else cut the connection."""
+        """Decode failed in the middle of its answer: send an error event if it is a stream, else cut the connection."""
         broke = f"timeouts.{self._watch.expired} passed" if self._watch.expired else "it broke the connection"
         why = why or broke
         message = f"decode server {self._decode} did not finish its answer: {why}"
@@ -172,7 +172,10 @@ class Relay:
         await self._end(response, message, "upstream_interrupted")
 
     async def _told_stopped(self, response: web.StreamResponse) -> bool:
-        """End an answer that has begun because the router ends. False: it has not begun, or the client went away."""
+        """End an answer that has begun because the router stops.
+
+        False: the answer has not begun, or the client disconnected.
+        """
         if not stopped() or not response.prepared:
             return False
         self._trace.outcome = "stopped"
@@ -183,7 +186,7 @@ class Relay:
     async def _end(self, response: web.StreamResponse, message: str, code: str) -> None:
         self._trace.note = message
         if not self._streams():
-            self._drop_client()  # a cut body is the only way to tell that it is incomplete
+            self._drop_client()  # only a cut body shows the client that it is incomplete
             return
         await self._write(response, b"data: " + error_body(message, SERVER, code) + b"\n\n")
         await response.write_eof()

@@ -1,4 +1,4 @@
-"""The router itself: its listening sockets, its routes, and the life of one request."""
+"""The router itself: its listening sockets, its routes, and the path of one request."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from pdtransport.system.hosts import is_loopback
 
 log = logging.getLogger("pdtransport.router")
 
-MAX_MODELS_BYTES = 4 << 20  # of a /v1/models answer
+MAX_MODELS_BYTES = 4 << 20  # limit of a /v1/models answer
 MAX_PAIRS_SHOWN = 256  # in /pd/status
-_PROBE_CONNECTIONS = 4  # to one server, beside those that carry requests
+_PROBE_CONNECTIONS = 4  # per server, in addition to those that carry requests
 
 
 class Router:
-    """The front door. ``start``, then requests come in at :attr:`url`; ``stop`` ends it.
+    """The router. After ``start``, it serves requests at :attr:`url`; ``stop`` ends it.
 
     Raises:
-        SettingsError: a key file can't be used, or a client's key is an administrator's too.
+        SettingsError: a key file can't be used, or a client key is also an admin key.
     """
 
     def __init__(self, settings: RouterSettings) -> None:
@@ -64,7 +64,7 @@ class Router:
         self._admin_keys = ApiKeys(admins, "admin key")
         self._server_key = settings.server_key()
         self._pool_secrets = settings.pool_secrets()
-        self._drop_authorization = bool(self._keys)  # it holds our key, which is none of the servers' business
+        self._drop_authorization = bool(self._keys)  # it holds a key of the router, which the servers must not see
         self.metrics = Metrics()
         self.fleet = Fleet(settings)
         self._placer = Placer(settings.placement)
@@ -82,7 +82,7 @@ class Router:
 
     @property
     def port(self) -> int:
-        """The port that it listens on (after start)."""
+        """The listening port (after start)."""
         return self._main.port if self._main else self.settings.port
 
     @property
@@ -91,14 +91,14 @@ class Router:
 
     @property
     def admin_url(self) -> str:
-        """Where /pd/* and /metrics are served."""
+        """Base URL of /pd/* and /metrics."""
         return url_of(self.settings.admin_host, self._admin.port) if self._admin else self.url
 
     async def start(self) -> None:
         """Check every server once, then listen.
 
         Raises:
-            SettingsError: an address can't be listened on.
+            SettingsError: the router can't listen on an address.
         """
         settings = self.settings
         try:
@@ -115,7 +115,7 @@ class Router:
             )
             self._stack.callback(self._watches.close)
             if settings.pool_hint.url is not None:
-                # Connections of its own: a health check must not wait behind a hint.
+                # Separate connections: a health check must not wait behind a hint.
                 hints = await self._stack.enter_async_context(session(settings, AT_ONCE))
                 self._hinter = Hinter(settings.pool_hint, *self._pool_secrets, self.fleet, hints, self.metrics)
                 self._stack.push_async_callback(self._hinter.stop)
@@ -129,8 +129,10 @@ class Router:
             raise
 
     async def stop(self) -> None:
-        """Stop listening, let requests end for ``timeouts.drain_s``, tell the clients of the rest and cancel it. May be
-        called twice."""
+        """Stop listening, give requests ``timeouts.drain_s`` to finish, then cancel the rest.
+
+        Clients of cancelled requests are told why. May be called twice.
+        """
         self._stopping = True
         await asyncio.gather(*(each.stop() for each in (self._main, self._admin) if each is not None))
         await self._stack.aclose()
@@ -260,7 +262,7 @@ class Router:
     async def _read(
         self, request: web.Request, api: Api, trace: Trace, seat: Seat, salter: Salter | None
     ) -> tuple[Call, list[tuple[str, str]]]:
-        """The request, and the headers that servers get with it."""
+        """Read and parse the request; returns it with the headers to send to servers."""
         raw = await seat.read(request)
         if self._main is not None:
             self._main.body_in(request)
@@ -273,14 +275,14 @@ class Router:
         trace.prompt_tokens, trace.prompt_bytes = call.prompt_tokens, call.prompt_bytes
         headers = request_headers(request.headers, self._server_key, self._drop_authorization)
         if self.settings.first_token == "auto" and "X-Request-Id" not in request.headers:
-            headers.append(("X-Request-Id", secrets.token_hex(16)))  # both servers name their answers after it
+            headers.append(("X-Request-Id", secrets.token_hex(16)))  # both servers derive their answers' ids from it
         return call, headers
 
     def _count(self, trace: Trace) -> None:
         trace.mark("done")
         events, path = trace.events, "recomputed" if trace.recomputed else trace.path or "none"
         self.metrics.requests.add(trace.api, path, trace.outcome)
-        wrong = trace.why_code == "prefill_refused" and trace.outcome == "client_error"  # decode refused it, too
+        wrong = trace.why_code == "prefill_refused" and trace.outcome == "client_error"  # decode refused it as well
         if trace.why_code and not wrong:
             self.metrics.alone.add(trace.why_code)
         if trace.first_token_from is not None:
@@ -320,7 +322,7 @@ class Router:
         }
         ready = bool(roles["decode"]["healthy"])
         does, why = self._hand_offs.disaggregates(self.fleet)
-        # Who asks need not show a key: the code tells no names.
+        # This path needs no key, so show only the code, which contains no names.
         state = {**roles, "disaggregates": does, "why_not": None if why is None else why.code}
         status = "unavailable" if not ready else "degraded" if does is False else "ok"
         return web.json_response({"status": status, **state}, status=200 if ready else 503)
@@ -350,5 +352,5 @@ class Router:
 
 
 def _with_slash(path: str) -> tuple[str, str]:
-    """vLLM takes a path with a slash behind it, too (it redirects)."""
+    """vLLM also accepts a path with a trailing slash (it redirects)."""
     return path, f"{path}/"

@@ -1,4 +1,4 @@
-"""What the router can be told: one model for ``pdrouter``, the ``router:`` section of ``topology.yaml`` and Python."""
+"""The router's settings: one model for ``pdrouter``, the ``router:`` section of ``topology.yaml`` and Python."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class EndpointSettings(_Section):
         parts = urlsplit(self.url)
         try:
             _ = parts.port
-        except ValueError:  # its text shows what stands there, which may be half of user:password@host
+        except ValueError:  # the error's text would show the value, which may be part of user:password@host
             raise ValueError("a server URL's port is a number, and it takes no user and no password") from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError(f"{self.url!r} is no server URL: give http://HOST:PORT")
@@ -73,7 +73,7 @@ class EndpointSettings(_Section):
         """Parse ``URL[@CONTROL_HOST:PORT[/TP_SIZE]]``.
 
         Raises:
-            ValueError: one line saying what is wrong.
+            ValueError: one line that says what is wrong.
         """
         url, at, control = text.partition("@")
         if not at:
@@ -93,7 +93,7 @@ _Endpoint = Annotated[EndpointSettings, BeforeValidator(_endpoint)]
 
 
 class RouterTimeouts(_Section):
-    """Every wait of the router."""
+    """All timeouts of the router."""
 
     connect_s: float = Field(5.0, gt=0, le=600, description="Opening a connection to a server.")
     prefill_s: float = Field(
@@ -153,7 +153,7 @@ class RouterHealth(_Section):
 
 
 class RouterHandOff(_Section):
-    """Knowing what becomes of hand-offs."""
+    """Reports on the outcome of hand-offs."""
 
     wait_s: float = Field(
         0.02,
@@ -196,7 +196,7 @@ class RouterPlacement(_Section):
 
 
 class RouterPoolHint(_Section):
-    """Telling the shared pool of prompts that are on their way."""
+    """Hints to the shared pool about prompts that will be needed soon."""
 
     url: str | None = Field(
         None, description="HTTP API of the pool (pdpool --http): http://HOST:PORT. Unset: the pool is told nothing."
@@ -231,7 +231,7 @@ class RouterPoolHint(_Section):
 
 
 class RouterSettings(_Section):
-    """Everything that the router can be told."""
+    """All settings of the router."""
 
     prefill: tuple[_Endpoint, ...] = Field(
         min_length=1,
@@ -381,7 +381,7 @@ class RouterSettings(_Section):
 
     @property
     def control(self) -> ControlSettings:
-        """How workers are watched, and asked for their status."""
+        """Settings for watching workers and asking for their status."""
         return ControlSettings(
             curve_public_key_file=self.curve_public_key_file,
             curve_secret_key_file=self.curve_secret_key_file,
@@ -394,7 +394,7 @@ class RouterSettings(_Section):
         """Validate ``raw``.
 
         Raises:
-            SettingsError: one line that names the key and what is wrong with it.
+            SettingsError: one line that names the key and says what is wrong with it.
         """
         try:
             return cls.model_validate(raw)
@@ -402,15 +402,15 @@ class RouterSettings(_Section):
             raise SettingsError(f"{where}: {one_line(error)}") from None
 
     def client_keys(self) -> tuple[ClientKey, ...]:
-        """Keys of which a client must show one; empty: none is asked for.
+        """Keys of which clients must send one; empty: no key is needed.
 
         Raises:
-            SettingsError: a key file can't be read, holds no key, or a line that is none.
+            SettingsError: a key file can't be read, holds no key, or has an invalid line.
         """
         return client_keys(self.api_key, self.api_key_file, "api_key")
 
     def tenant_secret(self) -> str | None:
-        """From which tenants' salts are derived, if it is set.
+        """The secret from which tenants' salts are derived, if it is set.
 
         Raises:
             SettingsError: its file can't be read or is empty.
@@ -419,7 +419,7 @@ class RouterSettings(_Section):
         return lines[0] if lines else None
 
     def admin_keys(self) -> tuple[str, ...]:
-        """Keys of which /pd/* and /metrics want one; empty: none is asked for.
+        """Keys of which /pd/* and /metrics need one; empty: no key is needed.
 
         Raises:
             SettingsError: a key file can't be read or holds no key.
@@ -427,7 +427,7 @@ class RouterSettings(_Section):
         return all_keys(self.admin_api_key, self.admin_api_key_file, "admin_api_key")
 
     def pool_secrets(self) -> tuple[str, str]:
-        """The key of the pool's HTTP API, and the engines' salt; empty where there is none.
+        """The key of the pool's HTTP API and the engines' salt; empty if there is none.
 
         Raises:
             SettingsError: a file can't be read or is empty.

@@ -1,4 +1,4 @@
-"""Two answers made one: the first token from prefill's, the rest from decode's, in the form of a plain server's."""
+"""Joins the first token of prefill's answer and the rest of decode's into the answer of a single server."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from pdtransport.router.events import WholeEvents
 from pdtransport.router.first_token import Api, FirstToken
 
-# stop_reason of a decode that could not keep its promise (pdtransport.vllm.first_token)
+# stop_reason of a decode that could not keep its promise (pdtransport.vllm.first_token).
 LOST = "pdtransport:first-token-lost"
 MAX_FIRST_EVENT_BYTES = 64 << 20
 _DATA, _END = b"data: ", b"\n\n"
 
 
 class Lost(Exception):
-    """Decode did not go on from the first token: nothing of its answer is to be used."""
+    """Decode did not continue from the first token: its answer must not be used."""
 
 
 def _event(value: dict[str, Any]) -> bytes:
@@ -25,12 +25,12 @@ def _event(value: dict[str, Any]) -> bytes:
 def _dumps(value: dict[str, Any]) -> bytes:
     try:
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which a server escaped: no UTF-8 but JSON has it
+    except UnicodeEncodeError:  # half a surrogate pair, escaped by a server: not encodable in UTF-8, but valid JSON
         return json.dumps(value, separators=(",", ":")).encode()
 
 
 def opening(api: Api, first: FirstToken, token_ids: bool) -> bytes:
-    """The events that a plain server sends up to its first token; ``token_ids``: the client asked for them."""
+    """The events that a single server sends up to its first token; ``token_ids``: the client asked for token ids."""
     ids = [first.token] if token_ids else None
     prompt = first.prompt_ids if token_ids else None
     plain = {"index": 0, "logprobs": None, "finish_reason": None}
@@ -46,19 +46,19 @@ def opening(api: Api, first: FirstToken, token_ids: bool) -> bytes:
 
 
 class StreamSplice:
-    """Decode's events as the rest of a stream that began with :func:`opening`."""
+    """Turns decode's events into the rest of a stream that began with :func:`opening`."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
         self._events = WholeEvents()
         self._held = b""
-        self._begun = False  # the event of decode's own first token has passed
+        self._begun = False  # decode's first own token has passed
 
     def feed(self, chunk: bytes) -> bytes:
-        """Whole events of what came so far.
+        """Returns the whole events received so far.
 
         Raises:
-            Lost: decode says that this is not the answer's rest.
+            Lost: decode reports that this is not the rest of the answer.
         """
         data = self._events.feed(chunk)
         if not self._begun:
@@ -72,7 +72,10 @@ class StreamSplice:
         return self._events.rest()
 
     def _whole(self, data: bytes) -> bytes:
-        """Even the longest event (a long prompt's ids) is looked at before anything of it passes."""
+        """Hold back decode's first event until it is complete, so that it is checked before any of it passes.
+
+        Even a very long event (with a long prompt's token ids) is held.
+        """
         data, self._held = self._held + data, b""
         if data and not data.endswith(_END):
             data, self._held = b"", data
@@ -81,7 +84,7 @@ class StreamSplice:
         return data
 
     def _change(self, event: bytes) -> bytes:
-        """An event of a plain server's form; what is none passes as it is."""
+        """Adapt an event to the form of a single server's stream; data that is not an event passes unchanged."""
         if self._begun and b'"usage":' not in event:
             return event
         try:
@@ -99,7 +102,7 @@ class StreamSplice:
                 break
             delta = choice.get("delta")
             if self._api == "chat" and isinstance(delta, dict) and "role" in delta:
-                return b""  # prefill's answer had it
+                return b""  # already sent from prefill's answer
             refuse_lost(choice)
             self._begun = True
             if choice.get("prompt_token_ids") is not None:
@@ -108,11 +111,11 @@ class StreamSplice:
 
 
 def joined(api: Api, first: FirstToken, raw: bytes) -> bytes:
-    """One whole answer of prefill's first token and decode's ``raw`` rest.
+    """One whole answer made of prefill's first token and decode's ``raw`` rest.
 
     Raises:
-        Lost: decode did not go on from the token.
-        ValueError: ``raw`` is no answer.
+        Lost: decode did not continue from the token.
+        ValueError: ``raw`` is not a valid answer.
     """
     try:
         answer = json.loads(raw)
@@ -129,7 +132,7 @@ def joined(api: Api, first: FirstToken, raw: bytes) -> bytes:
 
 
 def count_first(value: dict[str, Any]) -> bool:
-    """Decode's engine did not count the first token as one that it wrote. False if ``value`` tells no usage."""
+    """Add the first token to the usage, because decode's engine did not count it. False if ``value`` has no usage."""
     usage = value.get("usage")
     if not isinstance(usage, dict):
         return False

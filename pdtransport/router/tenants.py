@@ -1,8 +1,8 @@
-"""Tenants: prefixes that one of them cached are nobody else's, in the engines' caches and in the pool alike.
+"""Keeps tenants' prefixes apart, in the engines' prefix caches and in the pool.
 
-vLLM and pdtransport keep prefixes apart by a request's ``cache_salt``. The router derives it from a secret, the
-tenant's name and the client's own ``cache_salt``: no client can name another tenant's, or learn its own. A key that
-names no tenant is a tenant of its own, and its salt is derived from the key itself.
+vLLM and pdtransport separate prefixes by a request's ``cache_salt``. The router derives it from a secret, the tenant's
+name and the client's own ``cache_salt``, so that no client can use another tenant's salt or learn its own. A key
+without a tenant is a tenant of its own, with a salt derived from the key itself.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pdtransport.errors import SettingsError
 from pdtransport.router.keyfiles import ClientKey
 
 MIN_SECRET = 32  # characters
-Salter = Callable[[str], str]  # from a client's own cache_salt ("": none) to that which servers get
+Salter = Callable[[str], str]  # maps a client's own cache_salt ("": none) to the one that servers get
 
 
 class Tenants:
-    """Which tenant each key belongs to. Where there is only one tenant and it has no name, nothing is salted.
+    """Maps each key to its tenant. With a single, unnamed tenant nothing is salted.
 
     Args:
         share: keys without a tenant share what they cache, unsalted.
 
     Raises:
-        SettingsError: keys name tenants and there is no secret, or a short one.
+        SettingsError: keys name tenants and there is no secret, or the secret is too short.
     """
 
     def __init__(self, keys: Sequence[ClientKey], secret: str | None, *, share: bool = False) -> None:
@@ -49,7 +49,7 @@ class Tenants:
         ]
 
     def salter(self, place: int | None) -> Salter | None:
-        """For requests with the key at ``place``; None: their cache_salt is left as it is."""
+        """The salter for requests with the key at index ``place``; None: their cache_salt is left unchanged."""
         return None if place is None else self._salters[place]
 
 

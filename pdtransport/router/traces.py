@@ -6,18 +6,18 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-# Of one dispatch: a retry starts without them.
+# Events of one dispatch: a retry starts without them.
 _ANSWERED = ("dispatched", "decode_dispatched", "prefill_response", "decode_first_byte", "first_token")
 MAX_MODEL_CHARS = 128
 MAX_WHY_CHARS = 300
 
 
 class Trace:
-    """What happened to one request. Events are seconds since its arrival; those of a retry replace earlier ones."""
+    """Timeline of one request. Events are seconds since its arrival; events of a retry replace earlier ones."""
 
     def __init__(self, api: str) -> None:
         self._arrived = time.perf_counter()
-        self.at = time.time()  # unix seconds of the arrival, to lay beside the workers' events
+        self.at = time.time()  # arrival in unix seconds, to compare with the workers' events
         self.api = api
         self.model = ""
         self.stream = False
@@ -28,8 +28,8 @@ class Trace:
         self.path = ""
         self.why_alone: str | None = None
         self.why_code: str | None = None
-        self.first_token_from: str | None = None  # "prefill" or "decode", once that is known
-        self.why_first_token: str | None = None  # a code: why it is decode's
+        self.first_token_from: str | None = None  # "prefill" or "decode", once known
+        self.why_first_token: str | None = None  # code that says why it is decode's
         self.note: str | None = None
         self.outcome = "running"
         self.status: int | None = None
@@ -41,8 +41,10 @@ class Trace:
         self.events[event] = self.elapsed()
 
     def dispatch(self, transfer_id: str, order: str, why_order: str, prefill: str | None, decode: str) -> None:
-        """A new dispatch; its events are not known yet. One that goes on from the first token keeps those of the one
-        that gave it."""
+        """Begin a new dispatch; its events are not known yet.
+
+        A dispatch that continues from the first token keeps the events of the dispatch that gave it out.
+        """
         for event in _ANSWERED:
             if order != "continued":
                 self.events.pop(event, None)
@@ -65,12 +67,12 @@ class Trace:
         self.first_token(None)
 
     def first_token(self, server: str | None, why: str = "") -> None:
-        """Who samples this request's first token; ``why`` it is decode."""
+        """Set which server samples this request's first token; ``why`` says why it is decode."""
         self.first_token_from, self.why_first_token = server, why or None
 
     @property
     def recomputed(self) -> str:
-        """Why decode computed a prompt that prefill computed, too; empty where it did not, as far as is known."""
+        """Why decode recomputed a prompt that prefill had computed; empty if it did not, as far as known."""
         last = self.dispatches[-1] if self.dispatches else {}
         if self.path != "disaggregated" or last.get("hand_off") != "failed":
             return ""
@@ -116,7 +118,7 @@ class Trace:
 
 
 class Traces:
-    """The last ``bound`` requests that were dispatched, found by any of their transfer ids."""
+    """The last ``bound`` dispatched requests, found by any of their transfer ids."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
@@ -124,7 +126,7 @@ class Traces:
         self._by_transfer: dict[str, Trace] = {}
 
     def add(self, trace: Trace) -> None:
-        """Remember the trace's latest dispatch. Its number of dispatches is bounded by the retry settings."""
+        """Remember the trace's latest dispatch. The retry settings bound the number of dispatches per trace."""
         if self._bound == 0:
             return
         self._recent[id(trace)] = trace

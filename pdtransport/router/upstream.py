@@ -1,4 +1,4 @@
-"""One HTTP request to one server."""
+"""HTTP requests to one server."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from aiohttp import (
 from pdtransport.router.endpoints import Endpoint, Failure
 from pdtransport.router.settings import RouterSettings
 
-MAX_WHOLE_BYTES = 64 << 20  # of a decode's answer that prefill's first token is put into
-MAX_ERROR_BODY_BYTES = 64 << 10  # of a server's error answer; more is cut off
-_LARGE_BODY_BYTES = 1 << 20  # from here on aiohttp wants a file-like object, which it sends in pieces
+MAX_WHOLE_BYTES = 64 << 20  # limit of a decode answer that is joined with prefill's first token
+MAX_ERROR_BODY_BYTES = 64 << 10  # limit of a server's error answer; the rest is cut off
+_LARGE_BODY_BYTES = 1 << 20  # from this size on aiohttp needs a file-like object, which it sends in pieces
 _READ_BYTES = 64 << 10
 _SSE_ERROR = b'data: {"error"'
-_BUSY = frozenset({408, 425, 429})  # a 4xx that says nothing about the request: another server may take it
+_BUSY = frozenset({408, 425, 429})  # a 4xx that does not blame the request: another server may accept it
 
-# Of one connection, not of the message: never passed on (RFC 9110, 7.6.1).
+# Headers of one connection, not of the message: never passed on (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
     {
         "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
         "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
-# Of the client's body or of its connection to us: the request to a server has its own.
+# Headers of the client's body or of its connection to the router: a request to a server gets its own.
 _NOT_FORWARDED = frozenset(
     {"host", "origin", "content-length", "content-type", "content-encoding", "accept-encoding", "expect"}
 )
@@ -46,7 +46,7 @@ _CORS = "access-control-"
 
 
 class UpstreamError(Exception):
-    """A server did not serve a request. ``status`` and ``body`` are set if it said so itself."""
+    """A server did not serve a request. ``status`` and ``body`` are set if the server answered with an error."""
 
     def __init__(self, endpoint: Endpoint, how: Failure, why: str, status: int = 0, body: bytes = b"") -> None:
         super().__init__(f"{endpoint.role} server {endpoint.name} {why}")
@@ -57,31 +57,31 @@ class UpstreamError(Exception):
 
     @property
     def refused(self) -> bool:
-        """It is the request that this server does not take. (Another one may: it has other flags.)"""
+        """True if the server rejects the request itself. (Another server may accept it: its flags can differ.)"""
         return 400 <= self.status < 500 and self.status not in _BUSY
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillAnswer:
-    """Prefill's 2xx answer, of which only the hand-off counts. None: it has nothing to hand over."""
+    """Prefill's 2xx answer. ``params`` describes the hand-off; None: prefill has nothing to hand over."""
 
     params: dict[str, Any] | None
-    answer: dict[str, Any] = field(default_factory=dict)  # all of it
+    answer: dict[str, Any] = field(default_factory=dict)  # the whole answer
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Decode's answer, its first bytes in hand and the rest still to come."""
+    """Decode's answer: its first bytes, and the response to read the rest from."""
 
     response: ClientResponse
     first: bytes
 
 
 def session(settings: RouterSettings, connections: int) -> ClientSession:
-    """A client session whose connections, idle times and headers are bounded."""
+    """A client session with bounded connections, idle times and headers."""
     return ClientSession(
         connector=TCPConnector(limit=0, limit_per_host=connections, keepalive_timeout=settings.upstream_keep_alive_s),
-        cookie_jar=DummyCookieJar(),  # one client's cookies must not reach another's requests
+        cookie_jar=DummyCookieJar(),  # one client's cookies must not get into another's requests
         auto_decompress=False,
         trust_env=False,
         timeout=ClientTimeout(total=None, sock_connect=settings.timeouts.connect_s),
@@ -93,15 +93,17 @@ def session(settings: RouterSettings, connections: int) -> ClientSession:
 
 
 def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The headers that concern the message and not the connection or a browser's page (the router has its own
-    allowed_origins); bytes that are no text are not passed on."""
+    """Headers that belong to the message, without those of the connection and without CORS headers.
+
+    CORS is left out because the router has its own allowed_origins. Values that are not printable text are dropped.
+    """
     skip = _HOP_BY_HOP | {name.strip().lower() for name in headers.get("Connection", "").split(",")}
     kept = [(k, v) for k, v in headers.items() if k.lower() not in skip and v.isprintable()]
     return [(k, v) for k, v in kept if not k.lower().startswith(_CORS)]
 
 
 def request_headers(headers: Mapping[str, str], key: str | None, drop_authorization: bool) -> list[tuple[str, str]]:
-    """What servers get of a client's headers; ``key`` replaces its Authorization."""
+    """The client's headers to pass on to servers; ``key`` replaces its Authorization."""
     skip = _NOT_FORWARDED | ({"authorization"} if key is not None or drop_authorization else set())
     kept = [(k, v) for k, v in end_to_end(headers) if k.lower() not in skip]
     if key is not None:
@@ -110,7 +112,7 @@ def request_headers(headers: Mapping[str, str], key: str | None, drop_authorizat
 
 
 class Upstream:
-    """Sends requests to servers and says how they failed."""
+    """Sends requests to servers and classifies their failures."""
 
     def __init__(self, settings: RouterSettings, http: ClientSession) -> None:
         self._settings = settings
@@ -119,10 +121,10 @@ class Upstream:
     async def prefill(
         self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]], transfer_id: str
     ) -> PrefillAnswer:
-        """Have prefill compute the prompt.
+        """Let prefill compute the prompt.
 
         Raises:
-            UpstreamError: it failed or refused.
+            UpstreamError: prefill failed or refused.
         """
         response = await self._post(endpoint, path, body, headers)
         try:
@@ -137,10 +139,10 @@ class Upstream:
     async def decode(
         self, endpoint: Endpoint, path: str, body: bytes, headers: list[tuple[str, str]], mark: Any
     ) -> Opened:
-        """Open decode's answer: any 2xx or 4xx whose first bytes arrived. ``mark`` is told when its headers did.
+        """Open decode's answer: any 2xx or 4xx whose first bytes arrived. ``mark`` is called when its headers arrive.
 
         Raises:
-            UpstreamError: it failed before the first bytes of an answer.
+            UpstreamError: decode failed before the first bytes of an answer.
         """
         response = await self._post(endpoint, path, body, headers)
         try:
@@ -159,10 +161,10 @@ class Upstream:
         return Opened(response, first)
 
     async def whole(self, endpoint: Endpoint, opened: Opened) -> bytes:
-        """All of an opened answer.
+        """Read the rest of an opened answer; returns all of it.
 
         Raises:
-            UpstreamError: it broke off, or is longer than an answer of one choice should be.
+            UpstreamError: the connection broke, or the answer is longer than an answer of one choice should be.
         """
         return opened.first + await self._read(endpoint, opened.response, MAX_WHOLE_BYTES, cut=False, limit="bytes")
 
@@ -189,8 +191,10 @@ class Upstream:
     async def _read(
         self, endpoint: Endpoint, response: ClientResponse, bound: int, cut: bool, limit: str = ""
     ) -> bytes:
-        """The body, at most ``bound`` bytes; a longer one is cut off, or refused with the ``limit``'s name. Frees the
-        connection."""
+        """Read the body, at most ``bound`` bytes, and free the connection.
+
+        A longer body is cut off, or refused with an error that names ``limit``.
+        """
         parts, size = [], 0
         while part := await self._read_some(endpoint, response):
             parts.append(part)
@@ -204,10 +208,10 @@ class Upstream:
 
 
 def reason(error: BaseException) -> str:
-    """One line about a failed connection; never holds a header or a body."""
+    """One line about a failed connection, without any header or body."""
     if isinstance(error, ClientConnectorError):
         inner = error.os_error
-        if inner.errno is not None and inner.errno > 0:  # names that don't resolve have codes of their own, below 0
+        if inner.errno is not None and inner.errno > 0:  # name resolution errors have codes below 0
             return os.strerror(inner.errno)
         return inner.strerror or type(inner).__name__
     return type(error).__name__
@@ -229,7 +233,7 @@ def _handover(endpoint: Endpoint, raw: bytes, transfer_id: str) -> PrefillAnswer
 
 
 def _refuse_error_event(endpoint: Endpoint, first: bytes) -> None:
-    """A stream that begins with an error event of a server's own failure: nothing of it has to reach the client."""
+    """Raise if a stream begins with an error event of the server's own failure (5xx): the client need not see it."""
     event = first.split(b"\n\n", 1)[0].removeprefix(b"data: ").strip()
     try:
         code = json.loads(event)["error"]["code"]

@@ -1,4 +1,4 @@
-"""Watches over the workers of decode servers: each tells how every transfer ends, at the moment it does."""
+"""Subscribes to decode servers' workers, which report the end of every transfer at once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from pdtransport.settings import ControlSettings
 
 log = logging.getLogger("pdtransport.router")
 
-MAX_WATCHED = 512  # workers; of more, those of servers that come later are not watched
+MAX_WATCHED = 512  # workers; those of later servers are not watched
 FRAMES_A_TURN = 256
-SILENT_S = 3 * WATCH_AGAIN_S  # unanswered for this long, a watch does not stand
-FIRST_ANSWER_S = 2.0  # at start, the router waits so long at most for all first answers
+SILENT_S = 3 * WATCH_AGAIN_S  # a watch without an answer for this long counts as broken
+FIRST_ANSWER_S = 2.0  # longest wait for all first answers when the router starts
 
 
 class Subscription(Protocol):
-    """Who wants the reports. ``ranks``: of the engine of ``decode`` that took the transfer, and of which ``rank`` is
-    one."""
+    """Receiver of the reports.
+
+    ``ranks`` is the number of ranks of the engine of ``decode`` that took the transfer; ``rank`` is one of them.
+    """
 
     def hear(self, decode: Endpoint, rank: int, ranks: int, ended: Ended) -> None: ...
 
@@ -56,7 +58,7 @@ class _Engine:
 
 
 class Watches:
-    """Keeps one watch a worker, in the event loop: a socket's descriptor to read from, and one timer for all."""
+    """Keeps one watch per worker, in the event loop: a reader on each socket's descriptor, and one timer for all."""
 
     def __init__(self, settings: ControlSettings, listening: Subscription) -> None:
         self._settings = settings
@@ -68,7 +70,7 @@ class Watches:
         self._answered = asyncio.Event()
 
     def follow(self, decode: Endpoint) -> None:
-        """Watch the workers of this decode server where they are known to be now."""
+        """Watch the workers of this decode server at the addresses known now."""
         wanted = decode.watchable
         if not wanted or [engine.address for engine in self._engines.get(decode, ())] == list(wanted):
             return
@@ -79,11 +81,11 @@ class Watches:
             self._timer = asyncio.get_running_loop().call_later(WATCH_AGAIN_S, self._beat)
 
     def stands(self, decode: Endpoint) -> bool:
-        """Whether every worker of the server would have told."""
+        """True if every worker of the server would report."""
         return not self.why_not(decode)
 
     def why_not(self, decode: Endpoint) -> str:
-        """Why what becomes of this server's transfers is not known; empty if it is."""
+        """Why the outcome of this server's transfers is not known; empty if it is."""
         engines = self._engines.get(decode)
         if not engines:
             return "its control address is not known: its /metrics don't tell, and control_host is not set"
@@ -98,7 +100,7 @@ class Watches:
         return ""
 
     async def first_answers(self) -> None:
-        """Wait until all watches that were just opened stand, or a moment passed."""
+        """Wait until all watches that were just opened are answered, at most ``FIRST_ANSWER_S``."""
         try:
             async with asyncio.timeout(FIRST_ANSWER_S):
                 while self._awaits_any():
@@ -172,7 +174,7 @@ class Watches:
 
     def _readable(self, decode: Endpoint, engine: _Engine, one: _Rank) -> None:
         if engine.ranks.get(one.rank) is not one:
-            return  # closed meanwhile
+            return  # closed in the meantime
         messages, more = one.watch.read(FRAMES_A_TURN)
         for message in messages:
             if isinstance(message, Ended):

@@ -1,4 +1,4 @@
-"""What the workers know about a transfer, asked over their control channel. Nothing else depends on the answers."""
+"""Asks workers over their control channel what they know about a transfer. Used for display only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdtransport.settings import ControlSettings
 async def worker_status(
     endpoint: Endpoint, transfer: str, timeout_s: float, settings: ControlSettings
 ) -> dict[str, Any]:
-    """``{"ranks": [status or None, one a rank], "why": None or why there is none}``; never raises."""
+    """``{"ranks": [status or None per rank], "why": None or the reason for a missing status}``; never raises."""
     control = endpoint.control
     if control is None:
         return {"ranks": None, "why": "its control address is not known: configure it, or send it a request"}
