@@ -1,1 +1,1 @@
-"""HTTP servers with bounds: what the router and the pool's API have in common."""
+"""HTTP servers with limits on every resource: the common part of the router and the pool's HTTP API."""

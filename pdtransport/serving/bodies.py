@@ -1,4 +1,4 @@
-"""A request's body: JSON, as it is (not compressed), so many bytes, within so long."""
+"""Reads a request's body: uncompressed JSON, with a limit on its size and a deadline."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from aiohttp import hdrs, web
 
 from pdtransport.serving.errors import ApiError
 
-EXPECTS_CONTINUE = web.RequestKey("EXPECTS_CONTINUE", bool)  # the client waits to be told that its body is wanted
+EXPECTS_CONTINUE = web.RequestKey("EXPECTS_CONTINUE", bool)  # the client waits for 100 Continue to send its body
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_MARKS = (b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")  # byte-order marks, but for UTF-32's that begins with a zero
+_MARKS = (b"\xef\xbb\xbf", b"\xfe\xff", b"\xff\xfe")  # byte-order marks, except big-endian UTF-32's (it has zeros)
 
 
 def check_kind(request: web.BaseRequest) -> None:
-    """Look at what a body says that it is, before anything of it is read.
+    """Check the headers that describe the body, before any of it is read.
 
     Raises:
-        ApiError: 415, it is not JSON, or compressed; 501, it comes in a transfer coding that is not known.
+        ApiError: 415, the body is not JSON, or is compressed; 501, its transfer coding is not supported.
     """
     kind = request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        # A web page can send other types to any server that its visitor reaches, but this one only with its consent.
+        # A web page can send other types to any server that its visitor reaches, but this type only with the server's
+        # consent.
         raise ApiError(
             415, "the body must be application/json: say so in Content-Type", code="bad_content_type", close=True,
             headers={"Accept-Post": "application/json"},
@@ -39,8 +40,10 @@ def check_kind(request: web.BaseRequest) -> None:
 
 
 def as_utf8(raw: bytes) -> bytes:
-    """JSON in UTF-8: the same bytes, or those of a body in UTF-16, UTF-32 or with a byte-order mark. What is none of
-    these comes back as it is, for whoever parses it."""
+    """JSON text as UTF-8: converts UTF-16 and UTF-32, and removes a byte-order mark.
+
+    Anything that can't be decoded is returned unchanged; the JSON parser will reject it.
+    """
     if not raw.startswith(_MARKS) and b"\0" not in raw[:4]:
         return raw
     try:
@@ -55,11 +58,16 @@ async def read_body(
     seconds: tuple[float, str],
     reserve: Callable[[int], None] = lambda _nbytes: None,
 ) -> bytes:
-    """The request's whole body, in UTF-8. ``limit`` (bytes) and ``seconds`` come with the names that people know them
-    by; ``reserve`` is told of each part's bytes before it is kept, and may raise.
+    """Read the request's whole body, as UTF-8.
+
+    Args:
+        limit: maximum size in bytes, and the setting's name for error texts.
+        seconds: deadline, and the setting's name for error texts.
+        reserve: called with the length of each part before it is kept; may raise.
 
     Raises:
-        ApiError: 415 not JSON or compressed, 413 too large, 408 too slow, 400 cut short; what ``reserve`` raises.
+        ApiError: 415 not JSON or compressed, 413 too large, 408 too slow, 400 cut short; and whatever ``reserve``
+            raises.
     """
     check_kind(request)
     bound, bound_name = limit
@@ -68,7 +76,7 @@ async def read_body(
         raise too_large
     if request.get(EXPECTS_CONTINUE):
         await request.writer.write(_CONTINUE)
-        request.writer.output_size = 0  # the answer itself has not begun
+        request.writer.output_size = 0  # 100 Continue does not count as the beginning of the answer
     late = asyncio.TimeoutError()
     timer = asyncio.get_running_loop().call_later(seconds[0], request.content.set_exception, late)
     parts: list[bytes] = []

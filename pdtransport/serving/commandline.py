@@ -1,5 +1,7 @@
-"""What ``pdlaunch``, ``pdrouter`` and ``pdpool`` have in common: ``--version``, mistakes told in one line, and no
-traceback whatever becomes of the terminal."""
+"""Common parts of the commands ``pdlaunch``, ``pdrouter`` and ``pdpool``.
+
+``--version``, one-line error messages, and no traceback if the terminal or pipe fails.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from typing import Any, NoReturn, ParamSpec, TextIO
 
 from pdtransport import __version__
 
-USAGE = 2  # exit status where the command line is wrong
-UNWRITTEN = 74  # sysexits.h's EX_IOERR: its answer could not be written
+USAGE = 2  # exit status for a wrong command line
+UNWRITTEN = 74  # sysexits.h's EX_IOERR: the output could not be written
 INTERRUPTED, READER_LEFT = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 P = ParamSpec("P")
@@ -26,11 +28,11 @@ log = logging.getLogger("pdtransport.serving")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's, but a mistake is one line that says where the options are listed, not the whole usage before it."""
+    """argparse's parser, but an error is one line that points to --help, without the whole usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # Of the command, not of its subcommands.
+        # Only the command has --version, not its subcommands.
         if " " not in self.prog:
             self.add_argument(
                 "--version", action="version", version=f"{self.prog} {__version__}", help="tell it and end"
@@ -40,7 +42,7 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog.split()[0]}: {message} (options: {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse's own passes over help that can't be written."""
+        """argparse's own version ignores errors when it writes help to standard output; this one raises them."""
         if file is not None and file is sys.stdout:
             file.write(message)
         else:
@@ -48,12 +50,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def command(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """Decorates a command's entry point, which returns its exit status:
+    """Decorates a command's entry point, which returns its exit status.
 
-    * Ctrl-C ends it with 130, a reader that has left (``pdlaunch check | head -1``) with 141, as SIGPIPE would have;
-      neither says anything;
-    * output that can't be written, or another error of the system that nobody expected, is one line, and 74;
-    * characters that the terminal does not have are escapes.
+    * Ctrl-C ends it with 130. A reader that closed the pipe (``pdlaunch check | head -1``) ends it with 141, like
+      SIGPIPE. Neither prints anything.
+    * Output that can't be written, or another unexpected OSError, ends it with one line and status 74.
+    * Characters that the terminal does not support are printed as escapes.
     """
 
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
@@ -65,7 +67,7 @@ def command(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
             try:
                 try:
                     return main(*arguments, **named)
-                finally:  # also where argparse ends the process, with its help written
+                finally:  # also if argparse ends the process after it wrote its help
                     if sys.stdout is not None:
                         sys.stdout.flush()
                     complain("")
@@ -94,17 +96,17 @@ def _what(error: OSError) -> str:
 
 
 def tell(text: str) -> None:
-    """Print a line that a command can do without: if it can't be written, nothing more is said there."""
+    """Print an optional line: if standard output can't be written, later output to it is dropped."""
     _write(text, sys.stdout)
 
 
 def complain(text: str) -> None:
-    """The same on standard error."""
+    """As :func:`tell`, on standard error."""
     _write(text, sys.stderr)
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    if stream is None:  # it was closed when the process began
+    if stream is None:  # the stream was closed when the process began
         return
     try:
         print(text, file=stream, end="\n" if text else "", flush=True)
@@ -117,7 +119,7 @@ def _write(text: str, stream: TextIO | None) -> None:
 
 
 def silence(stream: TextIO | None) -> None:
-    """What is still to be written there goes nowhere: otherwise Python's own end would complain of it."""
+    """Redirect the stream to /dev/null, so that Python does not complain about unwritten output at exit."""
     if stream is None:
         return
     with suppress(OSError, ValueError):

@@ -1,8 +1,9 @@
-"""Web pages must not use a server that only its own machine reaches: whose ``Host`` and whose ``Origin`` are taken.
+"""Keeps foreign web pages from using a server: checks ``Host`` and ``Origin``.
 
-A page can have its visitor's browser send requests to 127.0.0.1. It can't read the answers, nor send JSON, without the
-server's consent (CORS), unless a name of the page's own site resolves to 127.0.0.1 (DNS rebinding): then page and
-server are one origin for the browser, and only ``Host`` tells. An address there is always taken: nobody rebinds those.
+A page can make its visitor's browser send requests to 127.0.0.1. Without the server's consent (CORS) it can't read the
+answers or send JSON. The exception is DNS rebinding: if a name of the page's own site resolves to 127.0.0.1, page and
+server have the same origin for the browser, and only ``Host`` tells the difference. An IP address in ``Host`` is always
+accepted, because addresses can't be rebound.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from pdtransport.settings import is_loopback
 
 _PREFLIGHT_AGE_S = "600"
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
-_MAX_HEADER_NAMES = 4096  # characters of a browser's list of headers
+_MAX_HEADER_NAMES = 4096  # characters of a browser's list of header names
 
 
 class HostRule:
-    """Which names a request over loopback may call this server by: ``allowed``, and those of this machine."""
+    """Names that a loopback request may have in ``Host``: ``allowed``, and the names of this machine."""
 
     def __init__(self, listening_on: str, allowed: Sequence[str] = ()) -> None:
         self._any = "*" in allowed
         self._names = {name.lower().rstrip(".") for name in (*allowed, listening_on, socket.gethostname(), "localhost")}
 
     def check(self, request: web.BaseRequest) -> None:
-        """Look at a request's ``Host``, if it came over loopback.
+        """Check ``Host`` of a request that came over loopback.
 
         Raises:
             ApiError: 403, it names another host.
         """
         if self._any or not _over_loopback(request):
             return
-        # Without one (HTTP/1.0) it is no browser.
+        # A request without Host (HTTP/1.0) is not from a browser.
         if not all(self._is_ours(host) for host in request.headers.getall(hdrs.HOST, ())):
             raise ApiError(
                 403, "Host is no name of this machine: call the server by its address or localhost, or add the name to "
@@ -51,16 +52,16 @@ class HostRule:
 
 
 class CorsRule:
-    """Which pages may use the paths that begin with ``prefix``."""
+    """Which web pages (origins) may use paths that begin with ``prefix``."""
 
     def __init__(self, origins: Sequence[str] = (), prefix: str = "/", shows: str = "") -> None:
         self._any = "*" in origins
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._prefix = prefix
-        self._shows = shows  # headers of answers that pages may read
+        self._shows = shows  # response headers that pages may read
 
     def preflight(self, request: web.BaseRequest) -> web.Response | None:
-        """The answer to a browser that asks what a page may do; None: it asks nothing, or the page may do nothing."""
+        """The answer to a CORS preflight request; None if it is not one, or the page is not allowed."""
         if request.method != hdrs.METH_OPTIONS or hdrs.ACCESS_CONTROL_REQUEST_METHOD not in request.headers:
             return None
         headers = self._headers(request)

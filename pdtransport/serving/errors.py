@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's clients read."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from aiohttp.typedefs import Handler, Middleware
 
 from pdtransport.serving.log_limits import LogLimiter
 
-CLIENT_LEFT = 499  # nginx's code for it
-STOPPING = "stopping"  # code of what ends because the server does
+CLIENT_LEFT = 499  # nginx's code for a client that disconnected
+STOPPING = "stopping"  # code of requests that end because the server stops
 _stopped: WeakSet[asyncio.Task[object]] = WeakSet()
 
 INVALID = "invalid_request_error"
@@ -26,7 +26,10 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 
 class ApiError(Exception):
-    """A request ends with this status and an error body. ``code`` also labels the metric of refused requests."""
+    """Ends a request with this status and an error body.
+
+    ``code`` is also the label in the metric of refused requests.
+    """
 
     def __init__(
         self,
@@ -47,8 +50,8 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.headers = headers or {}
-        self.close = close  # the request's body was not read to its end
-        self.raw = raw  # a server's own error body, passed on as it is
+        self.close = close  # close the connection: the request's body was not read to its end
+        self.raw = raw  # a server's own error body, passed on unchanged
 
     def body(self) -> bytes:
         if self.raw is not None:
@@ -65,7 +68,7 @@ class ApiError(Exception):
 
 
 def is_openai_error(body: bytes) -> bool:
-    """Whether a server's error body is already in OpenAI's form."""
+    """True if a server's error body is already in OpenAI's format."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -74,18 +77,21 @@ def is_openai_error(body: bytes) -> bool:
 
 
 def stop_request(task: asyncio.Task[object]) -> None:
-    """End a request because the server ends: its task is cancelled, and :func:`stopped` tells it why."""
+    """Cancel a request's task because the server stops; :func:`stopped` then tells the task why."""
     _stopped.add(task)
     task.cancel()
 
 
 def stopped() -> bool:
-    """Whether the current task, a request's, was cancelled because the server ends. Else its client went away."""
+    """True if the current task, a request, was cancelled because the server stops; False: its client disconnected."""
     return asyncio.current_task() in _stopped
 
 
 def json_errors(who: str, log: logging.Logger) -> Middleware:
-    """Every error of the server ``who`` leaves in OpenAI's form, and none with a traceback, in the log neither."""
+    """Middleware that returns every error of the server ``who`` in OpenAI's format, without tracebacks.
+
+    Tracebacks go to the log only at level debug.
+    """
     limiter = LogLimiter(log)
 
     @web.middleware
@@ -107,7 +113,7 @@ def json_errors(who: str, log: logging.Logger) -> Middleware:
             return ApiError(503, text, kind=SERVER, code=STOPPING, close=True).response()
         except ConnectionError:
             if request.transport is None or request.transport.is_closing():
-                return web.Response(status=CLIENT_LEFT)  # nobody reads it, and nobody logs it
+                return web.Response(status=CLIENT_LEFT)  # the client is gone, and the error is not logged
             raise
         except Exception as error:  # noqa: BLE001  # told in a line, and to the client
             limiter.failed(f"a request failed in the {who} itself", error)

@@ -1,4 +1,4 @@
-"""Files that hold secrets, one a line."""
+"""Reads files with one secret per line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_KEY_FILE = 1 << 20  # bytes
 
 
 def read_lines(path: Path, setting: str) -> list[str]:
-    """What a file of secrets holds, without blank lines.
+    """The non-blank lines of a file of secrets.
 
     Raises:
-        SettingsError: it can't be read or holds nothing; the text never shows what it holds.
+        SettingsError: the file can't be read or is empty; the text never shows its content.
     """
     try:
         with path.open("rb") as file:

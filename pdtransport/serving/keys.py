@@ -1,4 +1,4 @@
-"""API keys: who shows one that we know."""
+"""Checks API keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdtransport.serving.errors import ApiError
 
 
 class ApiKeys:
-    """Of which a request must show one; none: nothing is asked for."""
+    """The keys of which a request must send one; without keys every request is accepted."""
 
     def __init__(self, keys: Sequence[str], what: str) -> None:
         self._digests = tuple(_digest(key.encode()) for key in keys)
@@ -22,17 +22,16 @@ class ApiKeys:
         return bool(self._digests)
 
     def check(self, request: web.Request) -> int | None:
-        """The place of the key that the request shows among ours; None where we have none. The time that it takes tells
-        nothing about the keys.
+        """Index of the key that the request sends; None if there are no keys. Takes the same time for all keys.
 
         Raises:
-            ApiError: 401, the request shows no known key.
+            ApiError: 401, the request has no known key.
         """
         if not self._digests:
             return None
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = _digest(token.strip().encode("utf-8", "surrogateescape"))
-        known = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, always
+        known = [hmac.compare_digest(given, digest) for digest in self._digests]  # always compares all
         if scheme.lower() != "bearer" or not any(known):
             raise ApiError(
                 401, f"no valid {self._what}: send it as Authorization: Bearer KEY",
@@ -43,4 +42,4 @@ class ApiKeys:
 
 
 def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()  # all of one length: else the time taken would tell a key's
+    return hashlib.sha256(key).digest()  # equal lengths, so that timing does not reveal a key's length

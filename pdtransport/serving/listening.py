@@ -1,7 +1,7 @@
-"""A listening socket with bounds: connections, idle ones, header lines, time to say something, time to drain.
+"""A listening socket with limits: connections, idle connections, header lines, time to send a request, time to drain.
 
-aiohttp parses; what it would do with bodies by itself is switched off: it inflates none, and drains none that its
-application left unread (:mod:`pdtransport.serving.request_filter`).
+aiohttp does the parsing. Its own handling of bodies is switched off: bodies are not decompressed, and bodies that the
+application left unread are not drained (:mod:`pdtransport.serving.request_filter`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pdtransport.serving.log_limits import LogLimiter, where
 from pdtransport.serving.request_filter import RequestFilter
 from pdtransport.serving.shortage import ShortageLog
 
-BACKLOG = 1024  # as many may be accepted at a stroke before one of them is closed
-_SWEEP_S = 1.0  # between looks at who is late, at most
-_CUT_S = 1.0  # after drain_s: for requests under way to tell their clients why they end
-_CLOSE_S = 0.25  # then for the last bytes of those that did; twice at most
-_SEND_S = 30.0  # beyond keep_alive_s: for the rest of an answer that its client takes slowly
+BACKLOG = 1024  # up to this many may be accepted at once before one of them is closed
+_SWEEP_S = 1.0  # longest interval between checks for late connections
+_CUT_S = 1.0  # after drain_s: for cancelled requests to tell their clients why they end
+_CLOSE_S = 0.25  # then for the last bytes of their answers; at most twice
+_SEND_S = 30.0  # in addition to keep_alive_s: for the rest of an answer that its client reads slowly
 
 
 _http_log = logging.getLogger("pdtransport.serving.http")
@@ -33,8 +33,11 @@ _limiter = LogLimiter(_http_log)
 
 
 def _short(record: logging.LogRecord) -> bool:
-    """Whether aiohttp's word about a connection goes to the log; cut to one line. What is no HTTP gets a 400 and no
-    line: anybody could fill the disk, and the text quotes headers, which may hold a key."""
+    """Log filter: shortens aiohttp's messages about connections to one line; False drops the message.
+
+    Invalid HTTP gets a 400 and no log line: otherwise any client could fill the disk, and the message quotes headers,
+    which may hold a key.
+    """
     error = record.exc_info[1] if record.exc_info else None
     if record.levelno < logging.WARNING or error is None:
         return True
@@ -50,8 +53,11 @@ _http_log.addFilter(_short)
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a client may take: seconds for the head of a request and for its body, idle connections kept and for how
-    long, the length of a header line; and how long requests under way get at the end."""
+    """Limits for clients.
+
+    Seconds for a request's head and body, number and lifetime of idle connections, length of a header line; and how
+    long requests in flight get when the server stops.
+    """
 
     client_head_s: float
     client_body_s: float
@@ -62,7 +68,7 @@ class Bounds:
 
 
 class _Refuse(asyncio.Protocol):
-    """Closes a connection that is one too many."""
+    """Closes a connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if isinstance(transport, asyncio.Transport):
@@ -70,8 +76,11 @@ class _Refuse(asyncio.Protocol):
 
 
 class _Connection(asyncio.Protocol):
-    """One client connection in front of aiohttp's handler of it: *idle* until a request is in, head and body, and again
-    after the request. An idle one has a deadline, and gives way where there are too many."""
+    """One client connection, wrapped around aiohttp's handler.
+
+    It is *idle* until a request (head and body) is complete, and again after the request. An idle connection has a
+    deadline, and is closed first if there are too many.
+    """
 
     def __init__(self, listener: HttpListener, inner: asyncio.Protocol) -> None:
         self._listener = listener
@@ -79,7 +88,7 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.client = ""
         self.deadline = 0.0
-        self.waited_for = True  # it should be saying, or has begun to say, what it wants
+        self.waited_for = True  # a request is expected, or has begun to arrive
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -121,18 +130,18 @@ class HttpListener:
         self._hosts, self._cors = hosts, cors or CorsRule()
         self._max_connections = max_connections
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
-        self._accepted = 0  # open ones, and those about to be
+        self._accepted = 0  # open connections, and those about to open
         self._idle: OrderedDict[_Connection, None] = OrderedDict()  # longest idle first
-        self._idle_of: dict[str, OrderedDict[_Connection, None]] = {}  # the same by client address
+        self._idle_of: dict[str, OrderedDict[_Connection, None]] = {}  # the same, by client address
         self._sweeper: asyncio.TimerHandle | None = None
         self._under_way: set[asyncio.Task[object]] = set()
         self._stopped = False
-        app.on_response_prepare.append(self._cors.mark)  # of streams, whose headers leave before their handler returns
+        app.on_response_prepare.append(self._cors.mark)  # for streams: their headers leave before the handler returns
         self._runner = web.AppRunner(
             app,
             logger=_http_log,
-            access_log=None,  # a log line per request would name who asked what
-            handler_cancellation=True,  # a client's going away must reach the servers at once
+            access_log=None,  # a line per request would reveal which client asked what
+            handler_cancellation=True,  # a client's disconnect must reach the servers at once
             shutdown_timeout=_CLOSE_S,
             keepalive_timeout=bounds.keep_alive_s,
             max_line_size=bounds.max_header_bytes,
@@ -152,7 +161,7 @@ class HttpListener:
         """Listen.
 
         Raises:
-            OSError: the address is in use or not this machine's.
+            OSError: the address is in use or is not one of this machine.
         """
         await self._runner.setup()
         server = self._runner.server
@@ -178,16 +187,18 @@ class HttpListener:
         return _Connection(self, server())
 
     async def stop(self) -> None:
-        """Take no more requests, let those under way end for ``drain_s``, then cancel the rest, which have a moment to
-        tell their clients. May be called twice."""
+        """Accept no more requests, give those in flight ``drain_s`` to finish, then cancel the rest.
+
+        Cancelled requests have a moment to tell their clients. May be called twice.
+        """
         if self._stopped:
             return
         self._stopped = True
         if self._server is not None:
             self._server.close()
         if self._runner.server is not None:
-            await asyncio.sleep(0)  # what was accepted begins
-            self._runner.server.pre_shutdown()  # idle connections close at once, others after their answers
+            await asyncio.sleep(0)  # let accepted connections begin
+            self._runner.server.pre_shutdown()  # idle connections close now, others after their answers
             await self._ended(self._bounds.drain_s)
             for task in self._under_way:
                 stop_request(task)
@@ -197,7 +208,7 @@ class HttpListener:
             self._sweeper.cancel()
 
     async def _ended(self, seconds: float) -> None:
-        """Wait until no request is under way, so long at most."""
+        """Wait until no request is in flight, at most ``seconds``."""
         ends = asyncio.get_running_loop().time() + seconds
         while self._under_way and (left := ends - asyncio.get_running_loop().time()) > 0:
             await asyncio.wait(self._under_way, timeout=left)
@@ -210,12 +221,12 @@ class HttpListener:
         self._rest(connection, self._bounds.client_head_s, waited_for=True)
 
     def began(self, connection: _Connection) -> None:
-        """It says something. While it is idle, that is the beginning of a head."""
+        """The connection receives data. If it is idle, this is the beginning of a request's head."""
         if connection in self._idle:
             self._rest(connection, self._bounds.client_head_s, waited_for=True)
 
     def body_in(self, request: web.Request) -> None:
-        """All of a request has been read: from now on it is the client that waits."""
+        """All of a request has been read: from now on the client waits for the server."""
         if request.transport in self._open:
             self._work(self._open[request.transport])
 
@@ -225,7 +236,7 @@ class HttpListener:
         self._work(connection)
 
     def _rest(self, connection: _Connection, seconds: float, *, waited_for: bool) -> None:
-        """It is idle from now on, for so long at most."""
+        """Mark the connection as idle, with a deadline in ``seconds``."""
         connection.waited_for = waited_for
         connection.deadline = asyncio.get_running_loop().time() + seconds
         fellows = self._idle_of.setdefault(connection.client, OrderedDict())
@@ -236,7 +247,7 @@ class HttpListener:
             self.close(next(iter(fellows)))
 
     def _work(self, connection: _Connection) -> None:
-        """It is not idle any more."""
+        """Mark the connection as not idle."""
         self._idle.pop(connection, None)
         fellows = self._idle_of.get(connection.client)
         if fellows is not None:
@@ -245,7 +256,7 @@ class HttpListener:
                 del self._idle_of[connection.client]
 
     def close(self, connection: _Connection) -> None:
-        """At once, whatever it is at."""
+        """Close the connection at once, whatever its state."""
         self.lost(connection)
         if connection.transport is not None:
             connection.transport.abort()
@@ -257,8 +268,8 @@ class HttpListener:
         self._sweeper = loop.call_later(min(_SWEEP_S, self._bounds.client_head_s / 4), self._sweep)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """One request, while its connection's times are watched."""
-        assert isinstance(request, web.Request)  # so applications make them
+        """Handle one request while its connection's deadlines are watched."""
+        assert isinstance(request, web.Request)  # applications create requests of this class
         task = asyncio.current_task()
         assert task is not None
         self._under_way.add(task)
@@ -266,7 +277,7 @@ class HttpListener:
         connection = self._open.get(request.transport) if request.transport is not None else None
         if connection is None:
             return await self._filter(request)
-        if request.can_read_body:  # whoever reads it has a deadline of his own; this one is for bodies nobody reads
+        if request.can_read_body:  # reading the body has its own deadline; this one is for bodies that nobody reads
             self._rest(connection, self._bounds.client_body_s + _SEND_S, waited_for=True)
         else:
             self._work(connection)

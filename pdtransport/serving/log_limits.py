@@ -1,6 +1,7 @@
-"""Log lines that clients can cause: one short line of each kind a minute, however often it happens.
+"""Limits log lines that clients can cause: one short line per kind per minute.
 
-Anybody who reaches a port could fill a disk otherwise, and a traceback or an error's text may quote what a client sent.
+Otherwise any client that reaches a port could fill the disk, and a traceback or error text could quote what a client
+sent.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 
 EVERY_S = 60.0
-MAX_KINDS = 64  # that are told apart; all others count as one
+MAX_KINDS = 64  # distinct kinds; all further ones share one
 
 
 class LogLimiter:
-    """Writes to ``log``. What was left out is counted, and told with the next line of its kind."""
+    """Writes to ``log``. Suppressed lines are counted, and the count is added to the next line of their kind."""
 
     def __init__(
         self, log: logging.Logger, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic
@@ -28,7 +29,7 @@ class LogLimiter:
         self._left_out: dict[str, int] = {}
 
     def line(self, kind: str, text: str) -> str:
-        """The line to write for one more of ``kind``; empty: none, it is too soon."""
+        """The line to write for an event of ``kind``; empty if it is too soon for one."""
         if kind not in self._next and len(self._next) >= MAX_KINDS:
             kind = ""
         now = self._clock()
@@ -40,7 +41,7 @@ class LogLimiter:
         return f"{text} ({before} more since the last line)" if before else text
 
     def failed(self, text: str, error: BaseException) -> None:
-        """Say that ``text`` happened for ``error``: its type and place in one line, its traceback at level debug."""
+        """Log that ``text`` happened because of ``error``: type and place in one line, traceback at level debug."""
         place = where(error)
         if line := self.line(place, f"{text}: {place}"):
             self._log.error(line)
@@ -48,7 +49,7 @@ class LogLimiter:
 
 
 def where(error: BaseException) -> str:
-    """An error's type, and where it was raised."""
+    """An error's type, and the place where it was raised."""
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -1,4 +1,4 @@
-"""Pieces of OpenAPI 3.1 descriptions."""
+"""Building blocks of OpenAPI 3.1 descriptions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TEXT = {"type": ["string", "null"]}
 
 
 def document(title: str, summary: str, paths: dict[str, Any], schemes: dict[str, Any]) -> dict[str, Any]:
-    """The whole description."""
+    """The whole document."""
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "summary": summary},

@@ -1,6 +1,6 @@
-"""What every request passes before an application sees it, and the end of those whose body nobody wanted.
+"""Checks every request before the application sees it, and ends requests whose body was not read.
 
-A refused request's body is neither read nor drained, and nothing is ever inflated: the answer is sent, then the
+The body of a refused request is not read or drained, and nothing is ever decompressed: the answer is sent, then the
 connection is closed.
 """
 
@@ -17,15 +17,15 @@ from pdtransport.serving.bodies import EXPECTS_CONTINUE
 from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import ApiError
 
-LINGER_S = 1.0  # that a client has to read a refusal before its connection is reset
-MAX_LINGERING = 64  # connections at once that wait for that; more are closed right away
-_FIRST_LOOK_S = 0.01  # after that long, then twice as long, and so on
+LINGER_S = 1.0  # for a client to read a refusal before its connection is reset
+MAX_LINGERING = 64  # connections that wait for that at a time; others are closed right away
+_FIRST_LOOK_S = 0.01  # first check after this long, then after twice as long, and so on
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class RequestFilter:
-    """Stands before the application ``handle``."""
+    """Runs before the application ``handle``."""
 
     def __init__(self, handle: Handle, hosts: HostRule, cors: CorsRule) -> None:
         self._handle = handle
@@ -34,8 +34,8 @@ class RequestFilter:
         self._lingering = 0
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
-        if request._version.major != 1:  # not by `version`, which is remembered
-            request._version = HttpVersion11  # the answer's, too: aiohttp would say a version that nobody speaks here
+        if request._version.major != 1:  # not `version`, which is cached
+            request._version = HttpVersion11  # also the answer's version; aiohttp would answer with the unsupported one
         try:
             self._hosts.check(request)
             answer = self._cors.preflight(request)
@@ -49,19 +49,19 @@ class RequestFilter:
         return response
 
     async def _end(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Send the answer to a request whose body was not read to its end, and read nothing more."""
+        """Answer a request whose body was not read to its end, and read nothing more."""
         response.force_close()
-        request.protocol.close()  # what comes from now on is not parsed
+        request.protocol.close()  # later data is not parsed
         transport, arrived = request.transport, request.content.is_eof()
         _forget(request)
         if transport is None or arrived:
-            return  # nothing of the body is left in the socket
+            return  # no byte of the body is left in the socket
         transport.pause_reading()
         try:
             await response.prepare(request)
             await response.write_eof()
-            # Closing a socket that holds unread bytes resets the connection, which may overtake the answer: say that no
-            # more comes from here, and let the client close.
+            # Closing a socket with unread bytes resets the connection, and the reset may overtake the answer. So close
+            # only the sending side, and let the client close the connection.
             transport.write_eof()
         except OSError:  # the client is gone
             return
@@ -75,15 +75,15 @@ class RequestFilter:
 
 
 def _forget(request: web.Request) -> None:
-    """Drop what the parser holds of the body, which may else wait for the garbage collector with its connection."""
+    """Drop buffered parts of the body, which could otherwise stay in memory until garbage collection."""
     try:
         request.content.read_nowait()
     except (asyncio.TimeoutError, web.RequestPayloadError, OSError, RuntimeError):
-        pass  # it broke off, and whoever read it knows
+        pass  # the body broke off, and its reader has been told
 
 
 async def _until_closed(transport: asyncio.Transport) -> None:
-    """Wait until the client has closed its side, without reading from it; LINGER_S at most."""
+    """Wait until the client has closed its side, without reading from it; at most LINGER_S."""
     poll, waited, step = select.poll(), 0.0, _FIRST_LOOK_S
     poll.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
     while waited < LINGER_S and not transport.is_closing() and not poll.poll(0):
@@ -92,18 +92,20 @@ async def _until_closed(transport: asyncio.Transport) -> None:
 
 
 def _without_expect(request: web.Request) -> web.Request:
-    """The request as the application gets it: aiohttp would invite the body of whatever it is about to refuse. Whoever
-    reads the body does that (:func:`pdtransport.serving.bodies.read_body`).
+    """The request for the application, without its Expect header.
+
+    With the header, aiohttp would invite the body even of a request that is about to be refused.
+    :func:`pdtransport.serving.bodies.read_body` sends 100 Continue instead.
 
     Raises:
-        ApiError: 417, something else than 100-continue is expected.
+        ApiError: 417, the client expects something else than 100-continue.
     """
     expected = request.headers.get(hdrs.EXPECT)
     if expected is None or request.version < HttpVersion11:
         return request
     if expected.lower() != "100-continue":
         raise ApiError(417, "only 100-continue can be expected", code="bad_expect")
-    # Bytes that are no text make no header of ours or of a server's.
+    # Drop headers that are not valid text: they can't be passed on.
     kept = [(name, text) for name, text in request.headers.items() if name != hdrs.EXPECT and _is_text(text)]
     taken = request.clone(headers=CIMultiDict(kept))
     taken[EXPECTS_CONTINUE] = True

@@ -1,4 +1,4 @@
-"""A server that may open no more files says so in a line."""
+"""Logs one line when the process is out of file descriptors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import logging
 import time
 from typing import Any
 
-SAY_S = 60.0  # between two such lines
-OUT_OF_THEM = "socket.accept() out of system resource"  # asyncio's words for it
+SAY_S = 60.0  # between two lines
+OUT_OF_THEM = "socket.accept() out of system resource"  # asyncio's message
 
 
 class ShortageLog:
-    """An asyncio loop's exception handler: that no descriptor is left for a connection is a line a minute. asyncio
-    itself writes a traceback for each connection that its backlog may hold, every second."""
+    """Exception handler of an asyncio loop: logs a lack of file descriptors once a minute.
+
+    By default asyncio logs a traceback every second for each connection in the backlog.
+    """
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log

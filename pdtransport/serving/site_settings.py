@@ -1,4 +1,7 @@
-"""Settings of every HTTP server here about names and web pages; :mod:`pdtransport.serving.cross_site` says why."""
+"""Types and help texts of settings about host names and web pages.
+
+:mod:`pdtransport.serving.cross_site` explains what they protect against.
+"""
 
 from __future__ import annotations
 
