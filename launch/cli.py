@@ -1,18 +1,18 @@
-"""``pdlaunch TOPOLOGY``: brings a disaggregated service up on this machine, proves that it works, and holds it.
+"""``pdlaunch TOPOLOGY``: starts a disaggregated service on this machine, proves that it works, and keeps it running.
 
-`pdlaunch topology.yaml` is short for `pdlaunch up topology.yaml`. A file that is called as a verb is: `pdlaunch ./up`.
+`pdlaunch topology.yaml` is short for `pdlaunch up topology.yaml`. For a file with the name of a verb: `pdlaunch ./up`.
 
 Exit status:
   0    done; for `up`: stopped on request after it was up
-  1    `status`: nothing is up under that name, or a worker does not answer; `pool`: there is no such pool
+  1    `status`: no such run is up, or a worker does not answer; `pool`: there is no such pool
   2    the command line or the topology file is wrong
   3    preflight found a reason not to start
   4    a process did not start
   5    a process ended while serving
-  6    the proof failed: the service runs, but does not do what it should
-  74   its answer can't be written, or another file; one line says which
+  6    the proof failed: the service runs, but not as it should
+  74   its output, or another file, can't be written; one line says which
   130  interrupted while starting (143: terminated, 129: hung up)
-  141  nobody reads its answer any more
+  141  the reader of its output closed the pipe
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def spelt_out(argv: Sequence[str]) -> list[str]:
-    """``argv`` with the ``up`` that a topology by itself stands for.
+    """``argv`` with the verb ``up`` added if it names only a topology.
 
     Raises:
         UsageError: the first word is neither a verb nor a topology file.
@@ -129,11 +129,11 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         return _fail(error, USAGE)
     except (PlanError, RunError) as error:
         return _fail(error, PREFLIGHT)
-    except PDTransportError as error:  # a setting that only its use shows to be wrong
+    except PDTransportError as error:  # a setting that turns out wrong only in use
         return _fail(error, NOT_STARTED if arguments.verb == "up" else USAGE)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Interrupted as stop:  # before anything was started, or when all had been told to end
+    except Interrupted as stop:  # before anything was started, or after all were told to stop
         return 128 + stop.number
 
 
@@ -162,7 +162,7 @@ def _up(arguments: argparse.Namespace, command: Command) -> int:
 
 @contextmanager
 def _listed(topology: Topology, folder: RunFolder, say: Say) -> Iterator[None]:
-    """`pdlaunch status` finds the run by its name meanwhile."""
+    """Let `pdlaunch status` find the run by its name inside the ``with`` block."""
     try:
         runs.remember(topology.name, folder.path)
     except OSError as error:
@@ -204,7 +204,7 @@ def _run(
 
 
 def _preflight(topology: Topology, plan: Plan, file: YamlFile, say: Say, *, vllm: bool = True) -> bool:
-    """Tell the findings; whether none of them is an error."""
+    """Print the findings; True if none of them is an error."""
     findings = preflight.check(topology, plan, file, vllm=vllm)
     for finding in findings:
         if finding.error:
@@ -252,7 +252,7 @@ def _status(arguments: argparse.Namespace) -> int:
         return _fail(error, NOT_UP)
     except runs.NotUp as error:
         return _fail(f"{error}: start it with `pdlaunch up {arguments.topology}`", NOT_UP)
-    if found is None:  # it ended just now
+    if found is None:  # it has just ended
         return _fail(f"{topology.name} is not up any more", NOT_UP)
     print(json.dumps(found, indent=2) if arguments.json else status.as_text(found))
     return OK if found["healthy"] else NOT_UP
@@ -302,7 +302,7 @@ def _folder(arguments: argparse.Namespace, topology: Topology) -> Path:
 
 
 def _sayer(arguments: argparse.Namespace) -> Say:
-    """Progress goes to standard output, or out of the way of ``--json``."""
+    """Returns the function that prints progress: to standard output, or with ``--json`` to standard error."""
     return complain if arguments.json else tell
 
 

@@ -1,4 +1,4 @@
-"""Lists of CPU cores as users write them, and how they are shared out."""
+"""Parses, formats and distributes lists of CPU cores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def format_cores(cores: Sequence[int]) -> str:
 
 
 def share_out(cores: Sequence[int], workers: int) -> list[list[int]]:
-    """Cores in order, as evenly as they go; workers take turns on single cores where there are too few."""
+    """Split the cores over the workers, in order and as evenly as possible.
+
+    With fewer cores than workers, each worker gets one core, and cores are reused in turn.
+    """
     if len(cores) < workers:
         return [[cores[worker % len(cores)]] for worker in range(workers)]
     bounds = [len(cores) * worker // workers for worker in range(workers + 1)]

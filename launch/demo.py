@@ -1,6 +1,7 @@
-"""``python -m pdtransport.launch.demo TOPOLOGY``: brings a topology up, completes real prompts through its router,
-shows where each one's time went, and compares every token with those of a plain server. Exit status 0 only if all are
-equal.
+"""``python -m pdtransport.launch.demo TOPOLOGY``: runs a topology with real prompts and checks every token.
+
+Starts the topology, completes real prompts through its router, shows where the time of each went, and compares every
+token with those of a plain server. Exit status 0 only if all are equal.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class DemoPrompt:
 
 @dataclass(frozen=True)
 class Written:
-    """What came back for one prompt."""
+    """The answer to one prompt."""
 
     tokens: list[int]
     text: str
@@ -73,7 +74,7 @@ class Written:
 
 
 def prompts(model: str, chat: bool) -> list[DemoPrompt]:
-    """Real prompts: beginnings of Python source and prose, from shorter than a page to thousands of tokens."""
+    """Real prompts: beginnings of Python source and prose, from less than a page to thousands of tokens."""
     source = Path(argparse.__file__).read_text(encoding="utf-8")
     common = {"model": model, "temperature": 0, "max_tokens": 32, "return_token_ids": True}
 
@@ -144,7 +145,7 @@ def plain_server(instance: Instance) -> Instance:
 
 
 def has_chat(plan: Plan) -> bool:
-    """Whether the model's folder brings a chat template."""
+    """True if the model's folder has a chat template."""
     folder = Path(plan.model)
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -160,7 +161,7 @@ def differences(asked: Sequence[DemoPrompt], ours: Sequence[Written], plain: Seq
 
 
 def run(topology: Topology, plan: Plan, fleet: ProcessGroup, folder: RunFolder) -> int:
-    """The demo itself; the exit status."""
+    """The demo itself; returns the exit status."""
     started = time.monotonic()
     asked = prompts(plan.served_name, has_chat(plan))
     launch = Deployment(topology, plan, fleet, folder, _say)
@@ -187,7 +188,7 @@ def run(topology: Topology, plan: Plan, fleet: ProcessGroup, folder: RunFolder) 
 
 
 def what_next(topology: Path) -> str:
-    """For whoever has seen it work."""
+    """Hints for users after a successful demo."""
     pdlaunch = Path(sys.executable).with_name("pdlaunch")
     return (
         f"\nTo keep it up and ask it yourself: {pdlaunch} {topology}\n"

@@ -1,14 +1,14 @@
-"""Runs one command and sees to it that nothing of it outlives pdlaunch.
+"""Runs one command and makes sure that none of its processes outlives pdlaunch.
 
-pdlaunch starts this file as a script, once for each server: ``guard.py PARENT_PID GRACE_S COMMAND...``. The guard
+pdlaunch starts this file as a script, once per server: ``guard.py PARENT_PID GRACE_S COMMAND...``. The guard
 
-- is told by the kernel when pdlaunch dies, however that happens, and then stops the command;
-- adopts whatever the command's own children leave behind (a subreaper), so that engine cores and workers that moved to
-  sessions of their own are found as well;
-- exits only once no descendant is left: politely first (SIGTERM), by SIGKILL after ``GRACE_S`` seconds.
+- gets a signal from the kernel when pdlaunch dies for any reason, and then stops the command;
+- is a subreaper: it adopts orphans of the command's children, so that engine cores and workers in sessions of their own
+  are found as well;
+- exits only when no descendant is left: it sends SIGTERM first, and SIGKILL after ``GRACE_S`` seconds.
 
-It exits as the command did; 128 + n where signal n ended it. Standard library only, for it runs isolated from
-site-packages.
+It exits with the command's status, or 128 + n if signal n ended the command. It uses only the standard library, because
+it runs isolated from site-packages.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from types import FrameType
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.05
-KILL_ROUNDS_S = 10.0  # after SIGKILL only processes stuck in the kernel remain; they are reported, not awaited
+KILL_ROUNDS_S = 10.0  # after SIGKILL only processes stuck in the kernel remain; they are reported, not waited for
 
-_stop_at: float | None = None  # when the guard was told to stop, on the monotonic clock
+_stop_at: float | None = None  # monotonic time at which the guard was told to stop
 _hurry = False
 
 
@@ -39,21 +39,21 @@ def _told_to_stop(number: int, frame: FrameType | None) -> None:
 
 
 def set_parent_death_signal(number: int) -> None:
-    """The kernel sends ``number`` to this process when its parent dies."""
+    """Make the kernel send ``number`` to this process when its parent dies."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def become_subreaper() -> None:
-    """Orphans below this process become its children, instead of the machine's first process's."""
+    """Orphaned descendants become children of this process instead of the machine's init process."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def descendants(root: int) -> list[int]:
-    """Every live process below ``root``, itself not included."""
+    """All live processes below ``root``, without ``root`` itself."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
@@ -61,7 +61,7 @@ def descendants(root: int) -> list[int]:
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # it ended while we looked
+            continue  # the process ended meanwhile
         if fields[0] not in "ZX":
             children.setdefault(int(fields[1]), []).append(int(entry.name))
     found: list[int] = []
@@ -81,7 +81,7 @@ def _signal_all(pids: Iterable[int], number: int) -> None:
 
 
 def _reap(main: int, status: int | None) -> int | None:
-    """Collect ended children; the main child's exit status once it is known."""
+    """Reap ended children; returns the main child's exit status once it is known."""
     while True:
         try:
             pid, raw = os.waitpid(-1, os.WNOHANG)
@@ -94,12 +94,15 @@ def _reap(main: int, status: int | None) -> int | None:
 
 
 def _watch(main: int, grace_s: float) -> int:
-    """Wait for the command to end or for the order to stop; leave nothing behind. Its exit status."""
+    """Wait until the command ends or a stop is requested, then end all descendants.
+
+    Returns the command's exit status.
+    """
     status: int | None = None
     while status is None and _stop_at is None:
         time.sleep(POLL_S)
         status = _reap(main, status)
-    # The command's own shutdown first: it knows its children. What is left after it is told as well.
+    # Let the command shut down its own children first; signal those that are left after it.
     deadline = time.monotonic() + grace_s
     told: set[int] = set()
     while (left := descendants(os.getpid())) and time.monotonic() < deadline and not _hurry:
@@ -123,7 +126,7 @@ def _complain(text: str) -> None:
     try:
         print(f"pdlaunch guard: {text}", file=sys.stderr, flush=True)
     except OSError:
-        pass  # a full device; the exit status matters more
+        pass  # the device is full; the exit status matters more
 
 
 def main(argv: list[str]) -> int:
@@ -133,11 +136,11 @@ def main(argv: list[str]) -> int:
     set_parent_death_signal(signal.SIGTERM)
     become_subreaper()
     if os.getppid() != parent:
-        return 128 + signal.SIGTERM  # pdlaunch died before the kernel was asked to tell us
+        return 128 + signal.SIGTERM  # pdlaunch died before PR_SET_PDEATHSIG took effect
     me = os.getpid()
 
     def before_exec() -> None:
-        # Should the guard itself be killed, the command is told to stop.
+        # If the guard itself is killed, the command gets SIGTERM.
         set_parent_death_signal(signal.SIGTERM)
         if os.getppid() != me:
             os._exit(1)
@@ -148,7 +151,7 @@ def main(argv: list[str]) -> int:
         _complain(f"can't start {command[0]}: {error.strerror}")
         return 127
     status = _watch(child.pid, grace_s)
-    child.returncode = status  # reaped above; Popen must not wait for it again
+    child.returncode = status  # already reaped; Popen must not wait for it again
     return status if status >= 0 else 128 - status
 
 

@@ -1,4 +1,4 @@
-"""What a server's log says: how far its start has got, and why it failed."""
+"""Interprets a server's log: how far its start has got, and why it failed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 import signal
 from collections.abc import Sequence
 
-SIGNALLED = 128  # and the signal's number: the exit status of what a signal ended
-LAST_LINES = 20  # shown of a failed process
+SIGNALLED = 128  # plus the signal's number: exit status of a process that a signal ended
+LAST_LINES = 20  # log lines shown of a failed process
 MAX_LINE = 300  # characters of a shown log line
 
-# In the order in which a server passes them; the last that occurs in the log counts.
+# In the order in which a server passes them; the last one found in the log counts.
 _STAGES: tuple[tuple[str, str], ...] = (
     (r"non-default args|version \d+\.\d+", "reading the model's configuration"),
     (r"Initializing a V1 LLM engine", "starting the engine"),
@@ -66,7 +66,7 @@ def plain(line: str) -> str:
 
 
 def stage(lines: Sequence[str]) -> str:
-    """How far a start has got, by its log."""
+    """How far the start has got, according to the log."""
     for line in reversed(lines):
         for pattern, name in reversed(_STAGES):
             if re.search(pattern, line):
@@ -88,10 +88,10 @@ def ending(status: int) -> str:
 
 
 def likely_cause(lines: Sequence[str], status: int | None, out_of_memory: bool | None = None) -> str | None:
-    """One line saying why a process failed, if its log, its exit status or the kernel tells.
+    """One line that says why a process failed, if its log, its exit status or the kernel tells.
 
     Args:
-        out_of_memory: whether the kernel killed any process for want of memory meanwhile; None: it does not tell.
+        out_of_memory: True if the kernel killed any process for lack of memory meanwhile; None: unknown.
     """
     if status == SIGNALLED + signal.SIGKILL:
         if out_of_memory is None:
@@ -104,9 +104,9 @@ def likely_cause(lines: Sequence[str], status: int | None, out_of_memory: bool |
             match = re.search(pattern, line)
             if match:
                 return text.format(line=line[:MAX_LINE], found=match.groupdict().get("found") or "")
-    if out_of_memory:  # an engine's core that is killed leaves a server that ends with a status of its own
+    if out_of_memory:  # if an engine core is killed, its server ends with its own status
         return "the kernel has killed a process for want of memory meanwhile, most likely one of its (see dmesg)"
-    # vLLM wraps the first failure in others: the first exception line that is no wrapper is the root.
+    # vLLM wraps the first failure in others: the first exception line that is not a wrapper is the root cause.
     for line in map(plain, lines):
         if _EXCEPTION.search(line) and not any(wrapper in line for wrapper in _WRAPPERS):
             return line[:MAX_LINE]

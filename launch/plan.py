@@ -1,4 +1,4 @@
-"""From a topology to what will run: ports, command lines, environment. Starts nothing."""
+"""Turns a topology into a plan of what will run: ports, command lines, environment. Starts nothing."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from pdtransport.settings import PoolUse
 from pdtransport.system.hosts import is_loopback
 
 CURVE_KEYS = ("curve_public_key_file", "curve_secret_key_file", "curve_server_key")
-DIGEST_KEY = "pool.digest"  # in the topology's own folder: chunks that it signed outlive a run
-HOST = "127.0.0.1"  # where servers and control channels listen; the router alone may face outwards
-# Ports are picked below Linux's default range for outgoing connections, which could take one before a server binds it.
+DIGEST_KEY = "pool.digest"  # in the topology's default folder: chunks signed with it outlive a run
+HOST = "127.0.0.1"  # servers and control channels listen here; only the router may face outwards
+# Ports are picked below Linux's default range for outgoing connections, which could otherwise take a port before a
+# server binds it.
 PICK_PORTS = (20000, 32000)
 KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|_KEY$|APIKEY", re.IGNORECASE)
 
 
 class PlanError(PDTransportError):
-    """The topology is well-formed but can't be laid out on this machine."""
+    """The topology is valid but does not fit this machine."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Instance:
     tp: int
     port: int
     control_host: str
-    control_port: int  # of rank 0; rank r has control_port + r
+    control_port: int  # of rank 0; rank r listens on control_port + r
     engine_id: str
-    cores: tuple[tuple[int, ...], ...]  # one entry a worker; empty: a GPU instance
+    cores: tuple[tuple[int, ...], ...]  # one entry per worker; empty: a GPU instance
     gpus: tuple[int, ...]
     argv: tuple[str, ...]
-    env: Mapping[str, str]  # over the environment of pdlaunch
+    env: Mapping[str, str]  # in addition to pdlaunch's own environment
 
     @property
     def url(self) -> str:
@@ -59,7 +60,7 @@ class Instance:
 
     @property
     def place(self) -> str:
-        """Where it computes: ``CPU 0-3|4-7`` (one part a worker) or ``GPU 0,1``."""
+        """Where it runs: ``CPU 0-3|4-7`` (one part per worker) or ``GPU 0,1``."""
         if self.gpus:
             return "GPU " + ",".join(map(str, self.gpus))
         return "CPU " + "|".join(map(format_cores, self.cores))
@@ -79,7 +80,7 @@ class RouterPlan:
 
     @property
     def url(self) -> str:
-        """Where this machine reaches it."""
+        """The router's URL from this machine."""
         return _url(self.host, self.port)
 
     @property
@@ -92,18 +93,19 @@ class PoolPlan:
     name: str
     dir: Path
     memory_dir: Path
-    url: str  # of the HTTP API; empty: there is none
+    url: str  # URL of the HTTP API; empty: there is none
     argv: tuple[str, ...]
-    new_key: Path | None = None  # of the HTTP API, for the router: to be made at start
-    digest_key: Path | None = None  # of chunks' digests: to be made unless it is there
-    hint: Mapping[str, Any] = field(default_factory=dict)  # the router's pool_hint; empty: as the topology says
+    new_key: Path | None = None  # key file of the HTTP API for the router, made at start
+    digest_key: Path | None = None  # key file of the chunks' digests, made at start if missing
+    # The router's pool_hint; empty: as in the topology.
+    hint: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
     name: str
     model: str
-    served_names: tuple[str, ...]  # the first one is in answers
+    served_names: tuple[str, ...]  # answers contain the first one
     instances: tuple[Instance, ...]
     router: RouterPlan
     pool: PoolPlan | None = None
@@ -116,7 +118,7 @@ class Plan:
         return [instance for instance in self.instances if instance.role == role]
 
     def public(self) -> dict[str, Any]:
-        """As plain data for people and for ``--json``; secrets are masked."""
+        """Plain data for people and for ``--json``; secrets are masked."""
         return {
             "name": self.name,
             "model": self.model,
@@ -157,7 +159,7 @@ def masked(key: str, value: str) -> str:
 
 
 class Ports:
-    """Free TCP ports of this machine. Each port is handed out once; fixed ones are reserved first."""
+    """Free TCP ports of this machine. Each port is given out once; fixed ports are reserved first."""
 
     def __init__(self, low: int = PICK_PORTS[0], high: int = PICK_PORTS[1]) -> None:
         self._low, self._high = low, high
@@ -167,7 +169,7 @@ class Ports:
         self._taken.update(ports)
 
     def pick(self, count: int = 1, host: str = HOST) -> int:
-        """The first of ``count`` free ports in a row on ``host``.
+        """The first of ``count`` consecutive free ports on ``host``.
 
         Raises:
             PlanError: there are none.
@@ -184,7 +186,7 @@ class Ports:
 
 
 def first_busy(host: str, ports: Sequence[int]) -> int | None:
-    """The first of ``ports`` on which nothing can listen now."""
+    """The first of ``ports`` that can't be listened on now; None if all are free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with ExitStack() as stack:
         for port in ports:
@@ -202,8 +204,10 @@ Command = Callable[[Topology, Instance, str], Sequence[str]]
 
 
 def vllm_command(topology: Topology, instance: Instance, weights: str) -> list[str]:
-    """The server's command. As a module, for the `vllm` script needs a distribution of that name, and the CPU build has
-    another one."""
+    """The server's command line.
+
+    It runs vLLM as a module: the `vllm` script needs a distribution named vllm, and the CPU build has another name.
+    """
     model, role = topology.model, topology.by_role()[instance.role]
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", weights, "--served-model-name", *topology.served_names]
@@ -223,7 +227,7 @@ def vllm_command(topology: Topology, instance: Instance, weights: str) -> list[s
 def kv_transfer_config(topology: Topology, instance: Instance) -> dict[str, Any]:
     extra = topology.transport.model_dump(mode="json", exclude_unset=True)
     here = {"host": instance.control_host, "port": instance.control_port}
-    # All instances listen at the host that the topology names: pages are fetched from there and from nowhere else.
+    # All instances listen on the host in the topology, so pages may be fetched from that host only.
     extra["control"] = {"peers": [instance.control_host], **extra.get("control", {}), **here}
     return {
         "kv_connector": "PDTransportConnector",
@@ -254,11 +258,16 @@ def make_plan(
     ports: Ports | None = None,
     command: Command = vllm_command,
 ) -> Plan:
-    """Lay ``topology`` out on this machine; ``base`` is the folder that its paths are relative to, ``run_folder`` where
-    its logs are to lie.
+    """Lay ``topology`` out on this machine.
+
+    Args:
+        base: folder to which the topology's paths are relative.
+        run_folder: folder for the run's logs.
+        ports: source of free ports.
+        command: makes a server's command line.
 
     Raises:
-        PlanError: no free ports, or not enough of them.
+        PlanError: not enough free ports.
     """
     topology = resolved(topology, base)
     ports = ports or Ports()
@@ -308,7 +317,7 @@ def _fixed(role: Role) -> list[int]:
 
 
 def _cores(topology: Topology) -> dict[tuple[str, int], list[int]]:
-    """Cores of each worker of each CPU role. Roles that name none share what the others leave, evenly."""
+    """Cores of each worker of each CPU role. Roles without cores of their own share the remaining cores evenly."""
     shares: dict[tuple[str, int], list[int]] = {}
     loose: list[tuple[str, int]] = []
     free = sorted(os.sched_getaffinity(0))
@@ -329,7 +338,8 @@ def _cores(topology: Topology) -> dict[tuple[str, int], list[int]]:
 def _environment(topology: Topology, role: Role, instance: Instance, *, local: bool) -> dict[str, str]:
     env = {
         "VLLM_NO_USAGE_STATS": "1",
-        # Prefix hashes must not depend on the process; and a client's idle connection outlives vLLM's 5 seconds.
+        # Prefix hashes must not depend on the process. And clients' idle connections should live longer than vLLM's
+        # default of 5 seconds.
         "PYTHONHASHSEED": "0",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
         "PYTHONUNBUFFERED": "1",
@@ -350,9 +360,9 @@ def _router(
     port = chosen.port or ports.pick(host=chosen.host)
     admin_port = ports.pick(host=chosen.admin_host) if chosen.admin_port == 0 else chosen.admin_port
     if admin_port is None and not _serves_loopback(chosen.host):
-        # /pd/* on the main port answers loopback clients only, and pdlaunch could not be one.
+        # /pd/* on the main port answers only loopback clients, and pdlaunch could not reach this host over loopback.
         admin_port = ports.pick(host=chosen.admin_host)
-    # The router asks workers for their part of a trace, with the keys that the workers have.
+    # The router asks workers for their part of a trace, with the workers' own keys.
     control = topology.transport.control.model_dump(mode="json", exclude_none=True)
     options = {key: control[key] for key in CURVE_KEYS if key in control}
     if control["allow_plaintext"]:
@@ -376,7 +386,7 @@ def _pool(topology: Topology, ports: Ports, run_folder: Path) -> PoolPlan | None
         digest_key = default_folder(topology.name) / DIGEST_KEY
         settings = settings.model_copy(update={"digest_key_file": digest_key})
     hints = _wants_hints(topology, settings)
-    if hints and settings.http is None:  # the router speaks to the pool over HTTP
+    if hints and settings.http is None:  # the router sends its hints to the pool over HTTP
         new_key = run_folder / POOL_KEY
         settings = settings.model_copy(update={"http": HttpSettings(listen=f"{HOST}:0", key_file=new_key)})
     url, hint = "", {}
@@ -392,8 +402,10 @@ def _pool(topology: Topology, ports: Ports, run_folder: Path) -> PoolPlan | None
 
 
 def _wants_hints(topology: Topology, pool: PoolSettings) -> bool:
-    """Whether the router is to tell the pool of prompts: where chunks may lie below memory, unless the topology has a
-    word of its own about that."""
+    """True if the router shall send hints to the pool.
+
+    That is so if chunks may be in tiers below memory, unless the topology sets ``router.pool_hint`` itself.
+    """
     below = pool.disk or pool.redis or pool.s3 or pool.tiers
     use = _use(topology)
     return bool(below) and use.load and use.hint and "pool_hint" not in topology.router.model_fields_set
@@ -408,7 +420,7 @@ def _serves_loopback(host: str) -> bool:
 
 
 def _options(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
-    """Settings as options of `pdrouter`: nested ones are joined by a dash."""
+    """Settings as options of `pdrouter`; nested names are joined by a dash."""
     options: list[str] = []
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -420,13 +432,13 @@ def _options(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[st
 
 
 def _url(host: str, port: int) -> str:
-    """``http://host:port`` as this machine reaches what listens on ``host``."""
+    """``http://host:port`` of a server that listens on ``host``, as seen from this machine."""
     host = HOST if host in {"0.0.0.0", "::", ""} else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def resolved(topology: Topology, base: Path) -> Topology:
-    """Files that the settings name are relative to the topology file."""
+    """The topology with all paths in its settings made absolute; they are relative to the topology file."""
 
     def fixed(section: Any) -> Any:
         updates: dict[str, Any] = {}

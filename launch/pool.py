@@ -33,11 +33,11 @@ VERBS = {
 
 
 class PoolCommandError(PDTransportError):
-    """The command line names what can't be used; one line."""
+    """The command line names something that can't be used; one line."""
 
 
 def add_parser(verbs: Any) -> None:
-    """``pool`` and its verbs."""
+    """Add ``pool`` and its verbs."""
     pool = verbs.add_parser("pool", help="show and manage what a pool of KV chunks holds", description=__doc__)
     inner = pool.add_subparsers(dest="pool_verb", required=True, metavar="VERB")
     made: dict[str, argparse.ArgumentParser] = {}
@@ -72,11 +72,11 @@ def _add_choice(verb: argparse.ArgumentParser, *, only_prompt: bool) -> None:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Do it; what to print.
+    """Run the command; returns the text to print.
 
     Raises:
         PoolUnavailable: there is no such pool.
-        PDTransportError: what was asked can't be done; one line says why.
+        PDTransportError: the request can't be fulfilled; one line says why.
     """
     place = {"name": arguments.pool} | ({} if arguments.dir is None else {"dir": arguments.dir})
     PoolSettings.parse(place, where="")
@@ -186,10 +186,10 @@ def _tokens(arguments: argparse.Namespace, admin: PoolAdmin, prompt: PoolPrompt)
 
 
 def tokenize(text: str, where: str) -> list[int]:
-    """Token ids of a prompt as vLLM's /v1/completions makes them, with the tokenizer in ``where``.
+    """Token ids of a prompt as vLLM's /v1/completions produces them, with the tokenizer in ``where``.
 
     Raises:
-        PoolCommandError: there is none, or no transformers package.
+        PoolCommandError: there is no tokenizer, or no transformers package.
     """
     try:
         from transformers import AutoTokenizer

@@ -1,5 +1,8 @@
-"""Keeps a topology's pool up. Servers compute without one, so its death ends nothing: it is started again, after a
-pause that grows, and not for ever."""
+"""Restarts a topology's pool when it dies.
+
+Servers can compute without a pool, so its death ends nothing else. Pauses between restarts grow, and their number is
+limited.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,28 @@ from pdtransport.pool.core.shared_memory import remove_stale
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-MAX_DEATHS = 6  # in a row; then the servers go on without
-LASTED_S = 600.0  # a pool that was up for so long begins a new row
+MAX_DEATHS = 6  # in a row; after that the servers continue without a pool
+LASTED_S = 600.0  # a pool that was up this long starts a new row
 
 Say = Callable[[str], None]
 
 
 class PoolKeeper:
-    """The pool's process, whichever it is now. Call :meth:`look` often: it never waits."""
+    """The pool's current process. Call :meth:`look` often; it never blocks."""
 
     def __init__(self, plan: PoolPlan, fleet: ProcessGroup, say: Say) -> None:
         self._plan, self._fleet, self._say = plan, fleet, say
         self.process = fleet.start("pool", plan.argv)
         self._ready = False
         self._deaths = 0
-        self._again_at: float | None = None  # no process runs until then
+        self._again_at: float | None = None  # time of the next restart; until then no process runs
 
     def ready(self) -> str:
-        """What the pool says once it serves; empty until then."""
+        """The pool's message once it serves; empty until then."""
         return next((line.partition(": ")[2] for line in self.process.tail(8) if " serves " in line), "")
 
     def serves(self, told: str) -> None:
-        """It does, from now on: tell so."""
+        """The pool serves from now on: report it."""
         self._ready = True
         if not self._deaths:
             self._fleet.spare(self.process)
@@ -42,8 +45,10 @@ class PoolKeeper:
         self._say(f"  {'pool':<12} {self.process.seconds:4.0f} s  ready: {told}{at}")
 
     def look(self) -> None:
-        """See whether it lives, and do what has to be done if not. Only once it has served: a pool that can't start is
-        the launch's business."""
+        """Check the process and restart it if it died.
+
+        Does nothing before the pool has served once: a pool that can't start fails the launch.
+        """
         if not self._ready and not self._deaths:
             return
         if self._again_at is not None:
@@ -87,5 +92,5 @@ class PoolKeeper:
         self._say(f"pool {what}: started again in {pause:g} s; requests go on without it; its log: {self.process.log}")
 
     def free_memory(self) -> None:
-        """A pool that was killed leaves its memory behind: shared memory, which no process's end gives back."""
+        """Remove the shared memory of a pool that was killed: the kernel does not free it when the process ends."""
         remove_stale(self._plan.memory_dir, self._plan.name)

@@ -1,4 +1,4 @@
-"""What can be known before anything starts: the model, ports, cores, memory, GPUs and the installed vLLM."""
+"""Checks before anything starts: the model, ports, cores, memory, GPUs and the installed vLLM."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ TESTED_VLLM = ("0.32",)
 PLUGIN = "pdtransport"
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-INSTANCE_BYTES = (
-    1500 << 20
-)  # what the processes of one CPU server take beside weights and KV cache (2.4 GB of which most
-WORKER_BYTES = 600 << 20  # is shared libraries); each further worker
+# Memory of one CPU server's processes besides weights and KV cache (2.4 GB, of which most is shared libraries).
+INSTANCE_BYTES = 1500 << 20
+WORKER_BYTES = 600 << 20  # the same for each further worker
 GPU_SHARE = 0.92  # vLLM's default gpu-memory-utilization
 NVIDIA_SMI_S = 20.0
 GIB = float(1 << 30)
@@ -40,7 +39,7 @@ class Finding:
 
 
 def check(topology: Topology, plan: Plan, file: YamlFile, *, vllm: bool = True) -> list[Finding]:
-    """All findings; empty where nothing speaks against starting. ``vllm`` False leaves out the installed vLLM."""
+    """All findings; empty if nothing prevents the start. ``vllm`` False skips the checks of the installed vLLM."""
     findings = [Finding(text) for text in _model(topology, plan, file)]
     findings += [Finding(text) for text in _ports(topology, plan, file)]
     findings += list(_cores(topology, plan, file))
@@ -170,7 +169,7 @@ def _cache_bytes(topology: Topology, instance: Instance) -> int | None:
         space = instance.env.get("VLLM_CPU_KVCACHE_SPACE") or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
         return int(space) << 30 if space else None
     except (TypeError, ValueError):
-        return 0  # vLLM takes forms such as 1G as well; what they come to is its own business
+        return 0  # vLLM also accepts forms such as 1G, which are not parsed here
 
 
 def _weights_bytes(topology: Topology, file: YamlFile) -> int:
@@ -181,7 +180,7 @@ def _weights_bytes(topology: Topology, file: YamlFile) -> int:
 
 
 def _available_bytes() -> int | None:
-    """Memory that new processes can have: of the machine, and of this control group where it has a limit."""
+    """Memory available to new processes: of the machine, and of this cgroup if it has a limit."""
     try:
         meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
         available = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) << 10  # type: ignore[index]
@@ -191,7 +190,7 @@ def _available_bytes() -> int | None:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
         return min(available, max(limit, 0))
-    except (OSError, ValueError):  # no limit, or another kind of control group
+    except (OSError, ValueError):  # no limit, or another cgroup version
         return available
 
 
@@ -220,7 +219,7 @@ def _gpus(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
 
 
 def _gpu_share(flags: Mapping[str, Any]) -> float:
-    """Part of a GPU's memory that a server claims; 0 where it can't be told."""
+    """The share of a GPU's memory that a server claims; 0 if unknown."""
     share = flags.get("gpu-memory-utilization", GPU_SHARE)
     return float(share) if isinstance(share, (int, float)) and "kv-cache-memory-bytes" not in flags else 0.0
 

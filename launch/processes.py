@@ -13,13 +13,13 @@ from pathlib import Path
 from pdtransport.launch import guard
 from pdtransport.system.private_files import open_private
 
-GUARD_EXTRA_S = 12.0  # after its grace period a guard still kills and collects for up to this long
-TAIL_BYTES = 256 << 10  # of a log that is read back
+GUARD_EXTRA_S = 12.0  # after its grace period a guard may need this long to kill and reap
+TAIL_BYTES = 256 << 10  # bytes read from the end of a log
 POLL_S = 0.05
 
 
 class Process:
-    """One guarded process; its output is appended to ``log``, a file for its owner alone."""
+    """One guarded process; its output is appended to ``log``, accessible only to its owner."""
 
     def __init__(
         self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path | None, grace_s: float
@@ -32,7 +32,7 @@ class Process:
         command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(grace_s), *argv]
         with open(open_private(log, os.O_WRONLY | os.O_APPEND), "ab") as output:
             self._log_from = os.fstat(output.fileno()).st_size
-            # Its own session: a Ctrl-C at the terminal reaches pdlaunch, which stops things in order.
+            # A session of its own: Ctrl-C at the terminal reaches only pdlaunch, which stops processes in order.
             self._popen = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -45,7 +45,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Of the guard."""
+        """PID of the guard."""
         return self._popen.pid
 
     @property
@@ -58,13 +58,12 @@ class Process:
         return status if status is None or status >= 0 else 128 - status
 
     def out_of_memory(self) -> bool | None:
-        """Whether the kernel has killed any process of this machine for want of memory since this one started; None
-        where it does not tell."""
+        """True if the kernel killed any process of the machine for lack of memory since this start; None: unknown."""
         now, before = out_of_memory_kills(), self._out_of_memory_before
         return None if now is None or before is None else now > before
 
     def stop(self) -> None:
-        """Ask it to end; returns at once."""
+        """Ask the process to end; returns at once."""
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)
 
@@ -74,7 +73,7 @@ class Process:
             self._popen.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """The last resort, for a guard that does not answer: kill it and all below it."""
+        """Last resort, for a guard that does not react: kill it and all its descendants."""
         for pid in [*guard.descendants(self.pid), self.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -83,13 +82,12 @@ class Process:
         self._popen.wait(timeout=GUARD_EXTRA_S)
 
     def tail(self, lines: int) -> list[str]:
-        """The last ``lines`` lines of its log, but none of an earlier process of its name."""
+        """The last ``lines`` lines of its log, without those of an earlier process of the same name."""
         return read_tail(self.log, self._log_from)[-lines:]
 
 
 def out_of_memory_kills() -> int | None:
-    """Processes that the kernel has killed for want of memory since the machine started, in any control group; None
-    where it does not tell."""
+    """Number of processes killed for lack of memory since the machine started, in any cgroup; None: unknown."""
     try:
         with open("/proc/vmstat", encoding="ascii") as file:
             return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), None)
@@ -98,7 +96,7 @@ def out_of_memory_kills() -> int | None:
 
 
 def read_tail(path: Path, first: int = 0) -> list[str]:
-    """The lines in the last :data:`TAIL_BYTES` of a log, from byte ``first`` on; empty where there is none."""
+    """The lines in the last :data:`TAIL_BYTES` of a log, from byte ``first`` on; empty if there is no log."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -106,12 +104,12 @@ def read_tail(path: Path, first: int = 0) -> list[str]:
             text = file.read(TAIL_BYTES).decode("utf-8", "replace")
     except OSError:
         return []
-    # Progress bars write carriage returns: what counts is the text after the last one.
+    # Progress bars write carriage returns: keep only the text after the last one.
     return [line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()]
 
 
 def end_strays(root: int, timeout_s: float = GUARD_EXTRA_S) -> None:
-    """Kill every process below ``root`` and collect those that became its children."""
+    """Kill all processes below ``root`` and reap those that became its children."""
     deadline = time.monotonic() + timeout_s
     while (left := guard.descendants(root)) and time.monotonic() < deadline:
         for pid in left:
@@ -124,10 +122,10 @@ def end_strays(root: int, timeout_s: float = GUARD_EXTRA_S) -> None:
 
 
 class ProcessGroup:
-    """The processes of one run; leaving the ``with`` block ends every one of them.
+    """The processes of one run; leaving the ``with`` block ends all of them.
 
-    ``adopt``: this process is a subreaper and has no other children, so whatever is left below it at the end (of a
-    guard that was itself killed) is a stray and ends too.
+    ``adopt``: this process is a subreaper and has no other children. Processes left below it at the end (of a guard
+    that was itself killed) are strays and are ended too.
     """
 
     def __init__(self, folder: Path, *, grace_s: float = 20.0, adopt: bool = False) -> None:
@@ -147,10 +145,13 @@ class ProcessGroup:
         cwd: Path | None = None,
         again: bool = False,
     ) -> Process:
-        """Start a process. ``again``: one of this name ended; its log is gone on with.
+        """Start a process.
+
+        Args:
+            again: an earlier process of this name ended; append to its log.
 
         Raises:
-            OSError: its log can't be written, or no process can be made.
+            OSError: the log can't be written, or no process can be started.
         """
         log = self.folder / f"{name}.log"
         if not again:
@@ -160,20 +161,20 @@ class ProcessGroup:
         return process
 
     def dead(self) -> Process | None:
-        """A process that ended although nobody asked it to, and that the others can't do without."""
+        """A process that ended without being asked to and that the others need; None if there is none."""
         return next((one for one in self.processes if one not in self._spared and one.poll() is not None), None)
 
     def spare(self, process: Process) -> None:
-        """The others can do without this one: :meth:`dead` does not tell of it."""
+        """Mark a process as optional: :meth:`dead` does not report it."""
         self._spared.append(process)
 
     def forget(self, process: Process) -> None:
-        """It has ended, and somebody knows."""
+        """Remove a process whose end has been handled."""
         self.processes.remove(process)
         self._spared.remove(process)
 
     def stop(self) -> None:
-        """End all; returns once they are gone. A second Ctrl-C while it waits sets :attr:`hurried`."""
+        """End all processes; returns when they are gone. A second Ctrl-C meanwhile sets :attr:`hurried`."""
         for process in reversed(self.processes):
             process.stop()
         deadline = time.monotonic() + self._grace_s + GUARD_EXTRA_S

@@ -1,12 +1,12 @@
-"""Proves that a running topology is disaggregated and right: the same tokens as without, and pages that crossed.
+"""Proves that a running topology is disaggregated and correct: same tokens as without, and pages were transferred.
 
-Every golden prompt starts with a line of its own, so that no cache holds it; and the plain answer is asked for under a
-cache salt of its own, so that decode computes it instead of reusing the pages that it is to be compared with.
+Every golden prompt begins with a unique line, so that no cache holds it. The plain answer is requested with its own
+cache salt, so that decode computes it instead of reusing the pages under test.
 
-All tokens must be equal. One exception is shown where it happens: partial sums are rounded in another order where
-tensor-parallel sizes differ, or where the last prompt token is computed alone, and so the first token that differs may
-be one that the plain server itself holds for as good as equally likely. Such a tie is tried again with another prompt,
-and accepted only if log-probabilities agree up to it: pages that hold anything else move them by far more.
+All tokens must be equal, with one exception, which is reported. Partial sums are rounded in a different order if
+tensor-parallel sizes differ, or if the last prompt token is computed alone. So the first token that differs may be one
+that the plain server itself considers almost equally likely. Such a tie is tried again with another prompt. It is
+accepted only if log-probabilities agree up to that token: wrong page contents change them by far more.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pdtransport.launch import web, workers
 from pdtransport.launch.plan import Instance, Plan
 from pdtransport.launch.topology import Topology
 
-TIE_NATS = 0.25  # bfloat16 sums in another order move log-probabilities by less; one wrong page moves them by nats
-TIE_TRIES = 3  # prompts tried for one without a tie
-TOP = 5  # log-probabilities asked for at each token
-MAX_PROMPTS = 8  # where a topology has more instances, the proof does not visit each
+TIE_NATS = 0.25  # reordered bfloat16 sums move log-probabilities by less; a wrong page moves them by nats
+TIE_TRIES = 3  # prompts tried to get one without a tie
+TOP = 5  # log-probabilities requested per token
+MAX_PROMPTS = 8  # with more instances, the proof does not visit each
 GOLDEN_PROMPT = '''"""Word frequencies of text files."""
 
 import argparse
@@ -69,25 +69,26 @@ def main(argv=None):
 
 
 class ProofError(PDTransportError):
-    """The service answers, but not as a disaggregated one must; the text says in what it fails."""
+    """The service answers, but not as a disaggregated one must; the text says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """One golden prompt's way."""
+    """The result of one golden prompt."""
 
     transfer_id: str
     prefill: str
     decode: str
     prompt_tokens: int
-    tokens: int  # compared, and equal
-    tie: float | None  # then a tie of this many nats, whatever follows it; None: all tokens are equal
+    tokens: int  # number of equal tokens
+    # None: all tokens are equal. Otherwise the next token is a tie of this many nats, and what follows is not compared.
+    tie: float | None
     bytes: int
     pages: int
     seconds: float | None  # from decode's first batch to its last verified page
     link: str
     why: str
-    bandwidth_bytes_s: float | None  # of the link while bytes move, as decode's worker measures it
+    bandwidth_bytes_s: float | None  # of the link while bytes move, measured by decode's worker
 
     def line(self) -> str:
         tie = f" (then a tie: {self.tie:.2f} nats apart)" if self.tie is not None else ""
@@ -107,12 +108,12 @@ class Proof:
 
 
 def prove(topology: Topology, plan: Plan, say: Callable[[str], None], check: Callable[[], None]) -> Proof:
-    """Send golden prompts, enough for each instance to get one where requests go round.
+    """Send golden prompts, enough for each instance to get one if requests are distributed in turn.
 
     ``check`` is called between steps; it raises if a process died.
 
     Raises:
-        ProofError: tokens differ, or no page crossed.
+        ProofError: tokens differ, or no page was transferred.
     """
     crossings = []
     for _ in range(min(max(len(plan.of("prefill")), len(plan.of("decode"))), MAX_PROMPTS)):
@@ -121,7 +122,7 @@ def prove(topology: Topology, plan: Plan, say: Callable[[str], None], check: Cal
             try:
                 crossing = _one(topology, plan)
             except (web.WebError, workers.WorkerError) as error:
-                check()  # a dead process explains it better
+                check()  # if a process died, report that instead
                 raise ProofError(f"the golden prompt failed: {error}") from None
             if crossing.tie is None:
                 break
@@ -184,7 +185,7 @@ def _choice(answer: web.HttpAnswer, who: str) -> dict[str, Any]:
 
 
 def _named(instances: Iterable[Instance], name: str, role: str) -> Instance:
-    """The instance that the router calls ``name``: host and port of its URL."""
+    """The instance that the router calls ``name``: its own name, or host and port of its URL."""
     found = next((one for one in instances if name in {one.name, urlsplit(one.url).netloc}), None)
     if found is None:
         raise ProofError(f"the router's answer does not say which {role} server it came from: is it pdtransport's?")
@@ -194,7 +195,7 @@ def _named(instances: Iterable[Instance], name: str, role: str) -> Instance:
 def _crossing(
     plan: Plan, decode: Instance, answer: web.HttpAnswer, statuses: list[dict[str, Any]], received: tuple[int, int]
 ) -> Crossing:
-    """``received``: bytes and pages that the decode instance took meanwhile."""
+    """Build the result; ``received`` is the bytes and pages that the decode instance received meanwhile."""
     transfer_id = answer.headers.get("x-pd-transfer-id", "")
     records = [
         record
@@ -236,7 +237,7 @@ def _why_not(answer: web.HttpAnswer, records: list[dict[str, Any]]) -> str:
 
 
 def _seconds(records: list[dict[str, Any]]) -> float | None:
-    """The longest stretch from a worker's first batch to its last verified page."""
+    """The longest time from a worker's first batch to its last verified page."""
     spans = []
     for record in records:
         events = record.get("events", {})
@@ -247,10 +248,10 @@ def _seconds(records: list[dict[str, Any]]) -> float | None:
 
 
 def _compared(disaggregated: dict[str, Any], plain: dict[str, Any], crossing: Crossing) -> Crossing:
-    """``crossing`` with how many tokens are equal.
+    """``crossing`` with the number of equal tokens.
 
     Raises:
-        ProofError: the answers differ, and by more than a tie.
+        ProofError: the answers differ by more than a tie.
     """
     ours, theirs = disaggregated["token_ids"], plain["token_ids"]
     if not ours:
@@ -273,14 +274,14 @@ def _compared(disaggregated: dict[str, Any], plain: dict[str, Any], crossing: Cr
 
 
 def _gap(top: list[dict[str, float]], at: int, ours: int, theirs: int) -> float:
-    """How much likelier the plain server holds its own token than ours; infinite where ours is not among its best."""
+    """How much the plain server prefers its own token to ours, in nats; infinite if one is not in its top list."""
     likely = top[at] if at < len(top) else {}
     names = [f"token_id:{token}" for token in (ours, theirs)]
     return abs(likely[names[1]] - likely[names[0]]) if all(name in likely for name in names) else math.inf
 
 
 def _drift(ours: list[dict[str, float]], theirs: list[dict[str, float]], at: int) -> float:
-    """The largest difference of log-probability up to token ``at``, over the tokens that are likely on both sides."""
+    """The largest difference of log-probabilities up to token ``at``, over the tokens that are in both top lists."""
     if min(len(ours), len(theirs)) <= at:
         return math.inf
     pairs = zip(ours[: at + 1], theirs[: at + 1], strict=True)

@@ -1,4 +1,4 @@
-"""Reads a topology file; says where it is wrong: ``file:line:column: key.path: what is wrong, what is allowed``."""
+"""Reads a topology file and reports errors as ``file:line:column: key.path: what is wrong, what is allowed``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pydantic import BaseModel, ValidationError
 from pdtransport.launch.topology import API_VERSION, Topology
 from pdtransport.launch.yamlfile import TopologyError, YamlFile
 
-MAX_PROBLEMS = 20  # shown at once
+MAX_PROBLEMS = 20  # problems shown
 MAX_SHOWN = 60  # characters of a wrong value
-_HIDDEN_KEYS = ("prefill", "decode")  # of RouterSettings: pdlaunch sets them
+_HIDDEN_KEYS = ("prefill", "decode")  # fields of RouterSettings that pdlaunch sets
 
 
 def load(path: Path) -> tuple[Topology, YamlFile]:
     """Read and validate ``path``.
 
     Raises:
-        TopologyError: one line for each problem.
+        TopologyError: one line per problem.
     """
     file = YamlFile(path)
     if not isinstance(file.data, dict):
@@ -44,7 +44,7 @@ def _problems(file: YamlFile, error: ValidationError) -> list[str]:
     for detail in details:
         keys = _keys(detail)
         if detail["type"] == "missing" and keys in meant:
-            continue  # it is there, misspelt
+            continue  # the key is there, but misspelt
         if detail["type"] == "too_short" and any(_keys(other)[:-1] == keys for other in details):
             continue  # wrong items don't count as items
         lines.append((file.place(keys), file.problem(keys, _text(detail, keys))))
@@ -56,7 +56,7 @@ def _problems(file: YamlFile, error: ValidationError) -> list[str]:
 
 
 def _keys(detail: Any) -> tuple[str | int, ...]:
-    """The path in the file that an error is about."""
+    """The path in the file that an error refers to."""
     key = detail.get("ctx", {}).get("key")
     return (*detail["loc"], key) if isinstance(key, str) else tuple(detail["loc"])
 
@@ -91,7 +91,7 @@ def _unknown(keys: Sequence[str | int]) -> str:
 
 
 def _near(keys: Sequence[str | int]) -> str | None:
-    """The allowed key that an unknown one most likely stands for."""
+    """The allowed key that an unknown key most likely stands for."""
     allowed = _allowed(keys[:-1])
     if not keys or keys[-1] in allowed:
         return None

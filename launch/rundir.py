@@ -1,8 +1,8 @@
-"""The folder of a run: its logs, its lock, what `pdlaunch status` needs to find it, and what lives as long as the run.
+"""The folder of a run: its logs, its lock, the record for `pdlaunch status`, and files that live as long as the run.
 
-One folder a topology name: below ``$XDG_STATE_HOME/pdlaunch`` (``~/.local/state/pdlaunch``), or where ``--run-dir``
-says. All of it is for its owner alone. Nothing in it is written before the lock is held: a second `up` changes nothing
-of the first one's.
+There is one folder per topology name: below ``$XDG_STATE_HOME/pdlaunch`` (``~/.local/state/pdlaunch``), or at
+``--run-dir``. Only its owner can access it. Nothing in it is written before the lock is held, so a second `up` changes
+nothing of the first.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pdtransport.system.private_files import make_private_folder, open_private, 
 
 LOCK = "lock"
 RECORD = "run.json"
-POOL_KEY = "pool.key"  # of the pool's HTTP API, good for one run
-SOCKETS = "sockets"  # a link to the folder of the servers' sockets
+POOL_KEY = "pool.key"  # key of the pool's HTTP API, valid for one run
+SOCKETS = "sockets"  # link to the folder of the servers' sockets
 SOCKETS_PREFIX = "pdlaunch-"
 MAX_RECORD = 4 << 20
 
@@ -39,7 +39,7 @@ def default_folder(name: str) -> Path:
 
 
 class RunFolder:
-    """Holds the run's lock while it is open; the lock goes when the process ends, however it ends."""
+    """Holds the run's lock while it is open; the kernel releases the lock when the process ends for any reason."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class RunFolder:
         except OSError as error:
             self.close()
             raise RunError(f"{self.path}: {error.strerror}; set --run-dir to a folder that has room") from None
-        self._clear()  # of a run that was killed
+        self._clear()  # files of a run that was killed
         return self
 
     def __exit__(
@@ -82,7 +82,7 @@ class RunFolder:
             self._lock = None
 
     def record(self, data: dict[str, Any]) -> None:
-        """Publish ``data`` for `pdlaunch status`, in one step.
+        """Publish ``data`` for `pdlaunch status`, atomically.
 
         Raises:
             RunError: the folder can't be written.
@@ -90,7 +90,7 @@ class RunFolder:
         self._write(RECORD, json.dumps(data))
 
     def make_pool_key(self) -> None:
-        """Write a new key into :data:`POOL_KEY`.
+        """Write a new key to :data:`POOL_KEY`.
 
         Raises:
             RunError: the folder can't be written.
@@ -98,8 +98,9 @@ class RunFolder:
         self._write(POOL_KEY, secrets.token_urlsafe(32))
 
     def make_socket_folder(self) -> Path:
-        """A new folder for the sockets that vLLM's processes make and leave behind. It is not in this one, whose path
-        may be too long for a socket's. Goes with the run.
+        """Make a folder for sockets that vLLM's processes create and leave behind; it is removed with the run.
+
+        It is outside the run's folder, whose path may be too long for a socket.
 
         Raises:
             RunError: it can't be made.
@@ -126,7 +127,7 @@ class RunFolder:
             raise RunError(f"{self.path / name}: {error.strerror}; set --run-dir to a folder that has room") from None
 
     def _clear(self) -> None:
-        """Remove what lives only as long as a run."""
+        """Remove the files that live only as long as a run."""
         with suppress(OSError):
             link = self.path / SOCKETS
             made = Path(os.readlink(link))
@@ -139,7 +140,7 @@ class RunFolder:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What the run in ``folder`` published; None where none is up."""
+    """The record that the run in ``folder`` published; None if there is none."""
     try:
         with open(open_regular(folder / RECORD), "rb") as file:
             data = json.loads(file.read(MAX_RECORD))
@@ -149,7 +150,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_up(folder: Path) -> bool:
-    """Whether a pdlaunch holds the lock of ``folder``."""
+    """True if a pdlaunch holds the lock of ``folder``."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR)
     except OSError:

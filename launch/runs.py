@@ -1,8 +1,8 @@
-"""Which runs of a topology's name are up, and where: `pdlaunch status` finds one that has a `--run-dir` of its own.
+"""Finds the running runs of a topology's name, so that `pdlaunch status` also finds runs with their own `--run-dir`.
 
-The default folder of a name has a link for each such run (``elsewhere/``). A link says nothing by itself: a run is up
-while a pdlaunch holds the lock in its folder, and it is this user's if the lock file is. What a killed pdlaunch leaves
-behind is passed over, and goes with the next `up`.
+The default folder of a name has a link to each such run (``elsewhere/``). A link alone proves nothing: a run is up
+while a pdlaunch holds the lock in its folder, and belongs to the user who owns the lock file. Links left by a killed
+pdlaunch are ignored, and the next `up` removes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pdtransport.launch.rundir import LOCK, default_folder, is_up, read_record
 from pdtransport.system.private_files import make_private_folder
 
 ELSEWHERE = "elsewhere"
-MAX_LINKS = 64  # of one name; older ones are forgotten
+MAX_LINKS = 64  # per name; older ones are removed
 
 
 class NotUp(PDTransportError):
@@ -24,15 +24,15 @@ class NotUp(PDTransportError):
 
 
 class Starting(NotUp):
-    """It does not serve yet."""
+    """The run does not serve yet."""
 
 
 class Ambiguous(PDTransportError):
-    """More than one run could be meant, or another one is where it was said to be."""
+    """Several runs match, or ``--run-dir`` has a run of another name."""
 
 
 def remember(name: str, folder: Path) -> None:
-    """Let :func:`find` know of a run in ``folder``.
+    """Make a run in ``folder`` known to :func:`find`.
 
     Raises:
         OSError: the default folder can't be written.
@@ -60,11 +60,12 @@ def forget(name: str, folder: Path) -> None:
 
 
 def find(name: str, run_dir: Path | None) -> Path:
-    """The folder of the one run of ``name`` that is up; ``run_dir``: where to look, and nowhere else.
+    """The folder of the one run of ``name`` that is up; with ``run_dir``, only that folder is searched.
 
     Raises:
-        NotUp: there is none; says what is known of the last one. Starting: it does not serve yet.
-        Ambiguous: there are several, or ``run_dir`` has another one.
+        NotUp: there is none; the text says what is known of the last one.
+        Starting: it does not serve yet.
+        Ambiguous: there are several, or ``run_dir`` has a run of another name.
     """
     known = [run_dir.absolute()] if run_dir is not None else _known(name)
     up = [folder for folder in known if is_up(folder)]
@@ -81,7 +82,7 @@ def find(name: str, run_dir: Path | None) -> Path:
 
 
 def _last(known: list[Path]) -> str:
-    """What is to be said of a run that did not end in order: pdlaunch takes its record away when it does."""
+    """What is known of a run that was killed; a run that ends in order removes its record."""
     for folder in known:
         record = read_record(folder)
         if record is not None:
@@ -90,13 +91,13 @@ def _last(known: list[Path]) -> str:
 
 
 def _known(name: str) -> list[Path]:
-    """Where runs of ``name`` may be, of this user alone."""
+    """Folders of this user that may hold runs of ``name``."""
     folders = [default_folder(name), *(target for _, target in _links(name)[:MAX_LINKS])]
     return [folder for folder in dict.fromkeys(folders) if _is_ours(folder / LOCK)]
 
 
 def _links(name: str) -> list[tuple[Path, Path]]:
-    """Links and where they lead, newest first."""
+    """Links and their targets, newest first."""
     found = []
     try:
         for link in (default_folder(name) / ELSEWHERE).iterdir():

@@ -1,6 +1,6 @@
-"""``pdlaunch size``: what a model's KV cache weighs, and how long its pages take over links of given rates.
+"""``pdlaunch size``: the size of a model's KV cache, and how long its pages take over links of given rates.
 
-All of it follows from the model's ``config.json``; nothing is measured and no weights are read.
+Everything is computed from the model's ``config.json``; nothing is measured and no weights are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from pdtransport.errors import PDTransportError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}
-# GB/s in one direction, as their makers state them; what a link reaches on a machine is measured by benchmarks.links.
+# GB/s in one direction, as stated by the makers; benchmarks.links measures what a link reaches on a machine.
 NOMINAL_RATES = {
     "NVLink 4 (18 links)": 450.0,
     "PCIe 5.0 x16": 63.0,
@@ -24,11 +24,11 @@ NOMINAL_RATES = {
 }
 DEFAULT_TOKENS = (512, 2048, 8192, 32768)
 CHUNK_TOKENS = (64, 256, 1024)
-ATTENTION_FREE = ("mamba", "linear", "recurrent", "conv")  # parts of vLLM's and transformers' names of layer types
+ATTENTION_FREE = ("mamba", "linear", "recurrent", "conv")  # substrings of vLLM's and transformers' layer type names
 
 
 class SizeError(PDTransportError):
-    """The file can't be read, or does not say what is needed."""
+    """The file can't be read or lacks required information."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class KVSize:
     """KV cache of one model.
 
     Args:
-        layers: with a KV cache.
-        heads: KV heads of a layer; 1 for multi-head latent attention, whose one latent every rank holds.
+        layers: layers with a KV cache.
+        heads: KV heads per layer; 1 for multi-head latent attention, where every rank holds the one latent.
         token_layer_bytes: bytes of one token in one layer, all heads.
-        block_size: tokens a block.
+        block_size: tokens per block.
         tp: tensor-parallel ranks.
         latent: multi-head latent attention: ranks hold the same bytes instead of a share each.
-        window: tokens that sliding-window layers look back, 0 without such layers. They are counted in full.
+        window: tokens that sliding-window layers look back; 0 without such layers. These layers are counted in full.
     """
 
     layers: int
@@ -55,29 +55,29 @@ class KVSize:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token over all layers and heads, once."""
+        """Bytes of one token over all layers and heads, counted once."""
         return self.layers * self.token_layer_bytes
 
     @property
     def rank_token_bytes(self) -> int:
-        """Bytes of one token that one rank holds. Where there are more ranks than KV heads, several hold the same."""
+        """Bytes of one token on one rank. With more ranks than KV heads, several ranks hold the same head."""
         if self.latent:
             return self.token_bytes
         return self.token_bytes // self.heads * -(-self.heads // self.tp)
 
     def prompt_bytes(self, tokens: int) -> int:
-        """Bytes that cross for a prompt: whole blocks, all ranks of prefill together, each byte once."""
+        """Bytes transferred for a prompt: whole blocks, all prefill ranks together, each byte once."""
         return -(-tokens // self.block_size) * self.block_size * self.token_bytes
 
 
 def read_config(model: Path) -> dict[str, Any]:
-    """The part of ``config.json`` that tells of the language model.
+    """The part of ``config.json`` that describes the language model.
 
     Args:
         model: a model's folder, or the file itself.
 
     Raises:
-        SizeError: no such file, or it is not a JSON object.
+        SizeError: no such file, or not a JSON object.
     """
     file = model / "config.json" if model.is_dir() else model
     try:
@@ -95,13 +95,14 @@ def read_config(model: Path) -> dict[str, Any]:
 
 
 def kv_size(config: Mapping[str, Any], *, tp: int = 1, block_size: int = 16, dtype: str = "auto") -> KVSize:
-    """What a model with this configuration keeps per token.
+    """KV cache size of a model with this configuration.
 
     Args:
-        dtype: of the KV cache; ``auto``: the weights'.
+        dtype: data type of the KV cache; ``auto``: that of the weights.
 
     Raises:
-        SizeError: the configuration lacks a number, holds nonsense, or names layers of another kind than attention.
+        SizeError: the configuration lacks a number, has an invalid value, or names layers that keep a state instead of
+            KV pages.
     """
     if tp < 1 or block_size < 1:
         raise SizeError(f"tp {tp} and block size {block_size}: both must be 1 or more")
@@ -147,10 +148,10 @@ def _element_bytes(config: Mapping[str, Any], dtype: str) -> int:
 
 
 def parse_rate(text: str) -> tuple[str, float]:
-    """``NAME=GB/s`` as given to ``--rate``.
+    """Parse ``NAME=GB/s`` as given to ``--rate``.
 
     Raises:
-        SizeError: it is something else.
+        SizeError: another format.
     """
     name, _, number = text.rpartition("=")
     try:
@@ -163,7 +164,7 @@ def parse_rate(text: str) -> tuple[str, float]:
 
 
 def report(size: KVSize, tokens: Sequence[int], rates: Mapping[str, float]) -> dict[str, Any]:
-    """All figures as one JSON-ready object; bytes, and seconds at each rate."""
+    """All figures as one JSON-ready object: bytes, and seconds at each rate."""
     return {
         "bytes_per_token": size.token_bytes,
         "bytes_per_token_and_rank": size.rank_token_bytes,

@@ -1,4 +1,4 @@
-"""``pdlaunch status``: what a topology that is up does, as its workers and its router tell."""
+"""``pdlaunch status``: the state of a running topology, as reported by its workers and its router."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pdtransport.launch.topology import Topology
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.settings import ControlSettings
 
-POOL_S = 5.0  # for its answer
+POOL_S = 5.0  # timeout of the pool's answer
 
 
 def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, Any] | None:
-    """The run's state; None where none of that name is up."""
+    """The run's state; None if no such run is up."""
     record = read_record(folder) if is_up(folder) else None
     if record is None:
         return None

@@ -1,7 +1,7 @@
-"""What a ``topology.yaml`` may say (apiVersion ``pdtransport/v1``), and :func:`load`, which reads one.
+"""The model of a ``topology.yaml`` (apiVersion ``pdtransport/v1``). :mod:`pdtransport.launch.reading` loads one.
 
 ``transport:`` is :class:`pdtransport.settings.Settings` and ``router:`` is
-:class:`pdtransport.router.settings.RouterSettings`, less what pdlaunch itself sets for each instance.
+:class:`pdtransport.router.settings.RouterSettings`, without the fields that pdlaunch sets for each instance.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pdtransport.router.settings import RouterSettings
 from pdtransport.settings import Settings
 
 API_VERSION = "pdtransport/v1"
-MAX_INSTANCES = 64  # a role's instances on one machine
+MAX_INSTANCES = 64  # instances of a role on one machine
 MAX_FLAGS = 256
-MAX_NAMES = 64  # of the model
+MAX_NAMES = 64  # served names of the model
 
-# vLLM flags that pdlaunch sets itself, and where their value belongs in a topology.
+# vLLM flags that pdlaunch sets itself, and the topology key for their value.
 OWN_FLAGS: Mapping[str, str] = {
     "model": "model.id",
     "revision": "model.revision",
@@ -37,7 +37,7 @@ OWN_FLAGS: Mapping[str, str] = {
     "host": "no key: servers listen on 127.0.0.1, and clients reach them through the router (router.host)",
     "kv-transfer-config": "transport and kv_load_failure_policy",
 }
-# Flags whose value is secret, and the variable that vLLM reads instead.
+# Flags with a secret value, and the environment variable that vLLM reads instead.
 SECRET_FLAGS: Mapping[str, str] = {"api-key": "the variable VLLM_API_KEY", "hf-token": "the variable HF_TOKEN"}
 FLAG_ALIASES = {"tp": "tensor-parallel-size", "tensor-parallel": "tensor-parallel-size"}
 
@@ -58,7 +58,7 @@ Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-
 
 
 def wrong(text: str, key: str | None = None) -> PydanticCustomError:
-    """A validation error whose text is shown as it is; ``key``: at this key of the mapping."""
+    """A validation error whose text is shown unchanged; ``key``: it concerns this key of the mapping."""
     return PydanticCustomError("topology", "{text}", {"text": text, "key": key})
 
 
@@ -67,7 +67,7 @@ class _Section(BaseModel):
 
 
 def _flags(raw: Any) -> Any:
-    """vLLM flags by their long names, without dashes in front: ``max-num-seqs: 8``, ``enforce-eager: true``."""
+    """Check vLLM flags, given by long names without leading dashes: ``max-num-seqs: 8``, ``enforce-eager: true``."""
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -131,7 +131,7 @@ def _router(raw: Any) -> Any:
 
 
 def _pool(raw: Any) -> Any:
-    """Sizes may have units; what is no size is left for the model to refuse."""
+    """Convert sizes with units to bytes; values that are not sizes are left for the model to reject."""
     if not isinstance(raw, dict):
         return {} if raw is None else raw
 
@@ -161,7 +161,7 @@ Names = Annotated[
 
 
 class Model(_Section):
-    """The model; every instance serves the same one."""
+    """The model; all instances serve the same one."""
 
     id: str = Field(
         min_length=1,
@@ -183,7 +183,7 @@ class Model(_Section):
 
 
 class Host(_Section):
-    """A machine. This version starts processes on the machine that pdlaunch runs on, and on no other."""
+    """A machine. This version starts processes only on the machine on which pdlaunch runs."""
 
     via: str = Field("local", description="How pdlaunch starts processes there: local.")
 
@@ -196,7 +196,7 @@ class Host(_Section):
 
 
 class Defaults(_Section):
-    """What holds for all roles; a role's own value goes before."""
+    """Values for all roles; a role's own value takes precedence."""
 
     args: Flags = Field(default_factory=dict, description="vLLM flags. A role takes one out with null.")
     env: Environment = Field(default_factory=dict, description="Environment variables.")
@@ -254,7 +254,7 @@ class Roles(_Section):
 
 
 class Preflight(_Section):
-    """What `pdlaunch up` proves before it says that all is well."""
+    """What `pdlaunch up` proves before it reports success."""
 
     golden_prompt: bool = Field(
         True, description="Send a prompt through the router and directly to decode, and compare the tokens."
@@ -361,7 +361,7 @@ class Topology(_Section):
         return {"prefill": self.roles.prefill, "decode": self.roles.decode}
 
     def flags(self, role: Role) -> dict[str, Any]:
-        """The role's flags over the defaults'; null takes one out."""
+        """The role's flags merged over the defaults; null removes a flag."""
         merged = {**self.defaults.args, **role.args}
         return {name: value for name, value in merged.items() if value is not None}
 
@@ -373,7 +373,7 @@ class Topology(_Section):
         return self.model.served_name or (self.name,)
 
     def model_folder(self, base: Path) -> Path | None:
-        """The model's folder, ``base`` being the topology file's; None where ``model.id`` is a hub id."""
+        """The model's folder; None if ``model.id`` is a hub id. ``base`` is the folder of the topology file."""
         folder = Path(self.model.id).expanduser()
         folder = folder if folder.is_absolute() else base / folder
         if self.model.id.startswith((".", "/", "~")) or self.model.id.count("/") > 1 or folder.is_dir():

@@ -1,4 +1,4 @@
-"""Brings a topology up and holds it: start the servers, wait for them, start the router, watch, end everything."""
+"""Starts a topology (servers first, then the router), watches it, and stops everything at the end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pdtransport.launch.topology import Topology
 from pdtransport.pool.tiers.keyed_digest import keep_key
 
 POLL_S = 0.25
-PROGRESS_S = 15.0  # a role whose stage does not change is mentioned this often
+PROGRESS_S = 15.0  # report a process at least this often, even if its stage does not change
 ROUTER_START_S = 60.0
 
 Say = Callable[[str], None]
 
 
 class ProcessFailed(PDTransportError):
-    """A process ended, or was not up in time. The text is for people: why, then its last log lines."""
+    """A process ended or was not up in time. The text is for people: the reason, then the last log lines."""
 
     def __init__(self, process: Process, what: str) -> None:
         lines = process.tail(4096)
@@ -41,7 +41,7 @@ class ProcessFailed(PDTransportError):
 
 
 class Interrupted(BaseException):
-    """Told to stop by a signal. No Exception: nothing on the way may swallow it."""
+    """A signal asked to stop. Not an Exception, so that no handler on the way swallows it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -49,8 +49,10 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP raise :class:`Interrupted` once; after that, and while shielded, they only hurry
-    the fleet's end."""
+    """Turns the first SIGINT, SIGTERM or SIGHUP into :class:`Interrupted`.
+
+    After that, and while shielded, these signals only make the process group stop faster.
+    """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -94,8 +96,10 @@ class _Starting:
 
 
 def check(fleet: ProcessGroup) -> None:
-    """Raises:
-    ProcessFailed: a process ended.
+    """Check that no process has ended.
+
+    Raises:
+        ProcessFailed: a process ended.
     """
     dead = fleet.dead()
     if dead is not None:
@@ -105,11 +109,12 @@ def check(fleet: ProcessGroup) -> None:
 def await_health(
     check: Callable[[], None], starting: Sequence[tuple[Process, str]], timeout_s: float, say: Say
 ) -> None:
-    """Wait until each of ``starting`` (a process and its URL) answers; tell how far they are. ``check`` is called
-    again and again.
+    """Wait until each of ``starting`` (a process and its URL) answers, and report progress.
+
+    ``check`` is called repeatedly.
 
     Raises:
-        ProcessFailed: a process of the fleet ended, or one was not up in time.
+        ProcessFailed: a process of the group ended, or one was not up in time.
     """
     deadline = time.monotonic() + timeout_s
     waiting = [_Starting(process, url) for process, url in starting]
@@ -128,8 +133,10 @@ def await_health(
 
 
 class Deployment:
-    """One topology's processes. Everything it starts belongs to ``fleet``, which ends it; files that they share are in
-    ``folder``."""
+    """The processes of one topology.
+
+    All are started in ``fleet``, which stops them; files that they share are in ``folder``.
+    """
 
     def __init__(self, topology: Topology, plan: Plan, fleet: ProcessGroup, folder: RunFolder, say: Say) -> None:
         self.topology = topology
@@ -138,10 +145,10 @@ class Deployment:
         self._folder = folder
         self._say = say
         self._pool: PoolKeeper | None = None
-        self.environment: Mapping[str, str] = {}  # of all servers
+        self.environment: Mapping[str, str] = {}  # common to all servers
 
     def start(self) -> None:
-        """Start all and wait until each one answers.
+        """Start all processes and wait until each answers.
 
         Raises:
             ProcessFailed: one ended, or was not up within ``defaults.start_timeout_s``.
@@ -157,7 +164,7 @@ class Deployment:
         await_health(self.check, [(self._fleet.start("router", router.argv), router.url)], ROUTER_START_S, self._say)
 
     def _start_pool(self, pool: PoolPlan) -> None:
-        """Before the servers: it takes all of its memory, and they are told of it."""
+        """Start the pool before the servers: it takes all of its memory at once, and the servers need it."""
         self._say(f"starting pool {pool.name} in {pool.dir}")
         if pool.digest_key is not None:
             keep_key(pool.digest_key)
@@ -179,7 +186,7 @@ class Deployment:
         return self._fleet.start(instance.name, instance.argv, env={**self.environment, **instance.env})
 
     def check(self) -> None:
-        """See whether all live; start a pool again that does not.
+        """Check that all processes live; restart a pool that has died.
 
         Raises:
             ProcessFailed: another process ended.
@@ -189,11 +196,11 @@ class Deployment:
         check(self._fleet)
 
     def hold(self) -> None:
-        """Watch until a process ends or a signal comes.
+        """Watch until a process ends or a signal arrives.
 
         Raises:
             ProcessFailed: a process ended.
-            Interrupted: a signal came.
+            Interrupted: a signal arrived.
         """
         while True:
             self.check()
@@ -201,8 +208,10 @@ class Deployment:
 
 
 def waves(instances: Sequence[Instance]) -> list[list[Instance]]:
-    """Instances in groups that start together. Those that share a GPU start one after the other, for each measures
-    what memory is free when it starts."""
+    """Groups of instances that start together.
+
+    Instances that share a GPU start one after the other, because each measures the free memory when it starts.
+    """
     groups: list[list[Instance]] = []
     for instance in instances:
         for group in groups:

@@ -1,13 +1,13 @@
-"""Where one request's time went, from the router's trace and decode's workers: a few bars of text."""
+"""Shows where the time of one request went, as text bars, from the router's trace and decode's workers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WIDTH = 36  # columns of the bar
+WIDTH = 36  # width of a bar in columns
 
-# Milestones in their order, and what the stretch that ends in each is called.
+# Milestones in order, and the name of the interval that ends at each.
 _STRETCHES: tuple[tuple[str, str], ...] = (
     ("dispatched", "router chooses and dispatches"),
     ("first_batch", "prefill queues and computes its first pages"),
@@ -16,7 +16,7 @@ _STRETCHES: tuple[tuple[str, str], ...] = (
     ("first_token", "decode schedules and computes its first token"),
     ("done", "decode writes the rest"),
 )
-# The same where prefill's first token was the answer's.
+# The same if prefill gave out the first token.
 _EARLY: tuple[tuple[str, str], ...] = (
     ("dispatched", "router chooses and dispatches"),
     ("first_batch", "prefill queues and computes its first pages"),
@@ -27,9 +27,9 @@ _EARLY: tuple[tuple[str, str], ...] = (
 
 
 def milestones(trace: Mapping[str, Any], total_s: float) -> dict[str, float]:
-    """Seconds since the request's arrival at which each milestone was passed; those that it never passed are left out.
+    """Seconds from the request's arrival to each milestone; milestones that were not reached are left out.
 
-    ``total_s`` is the client's own measure of the whole.
+    ``total_s`` is the client's own measurement of the whole request.
     """
     events = trace.get("events", {})
     found = {"done": total_s}
@@ -40,28 +40,28 @@ def milestones(trace: Mapping[str, Any], total_s: float) -> dict[str, float]:
         for name in ("first_batch", "last_batch", "verified"):
             if name in record.get("events", {}):
                 since = record["events"][name] - trace["at"]
-                # Of several workers the first batch is the earliest, the others the latest.
+                # With several workers, take the earliest first batch, and the latest of the others.
                 pick = min if name == "first_batch" else max
                 found[name] = pick(found.get(name, since), since)
     return found
 
 
 def records(trace: Mapping[str, Any], role: str) -> list[dict[str, Any]]:
-    """What the workers of ``role`` remember of the transfer, one record a rank."""
+    """The workers' records of the transfer, for all ranks of ``role``."""
     ranks = (trace.get("workers", {}).get(role) or {}).get("ranks") or ()
     return [record for rank in ranks if rank for record in rank.get("transfers", ())]
 
 
 def bars(passed: Mapping[str, float]) -> list[str]:
-    """One line a stretch: its bar on the request's own scale, its length, its name."""
+    """One line per interval: a bar on the scale of the whole request, its duration, its name."""
     total = max(passed["done"], 1e-6)
     lines, at = [], 0.0
-    whole = "first_token" not in passed  # the router sees no single tokens in an answer that is not streamed
+    whole = "first_token" not in passed  # the router can't see the first token of an answer that is not streamed
     early = passed.get("first_token", total) < passed.get("verified", 0.0)
     for name, text in _EARLY if early else _STRETCHES:
         if name not in passed:
             continue
-        until = min(max(passed[name], at), total)  # clocks of two processes differ by a little
+        until = min(max(passed[name], at), total)  # the clocks of two processes differ slightly
         told = "decode writes the answer" if name == "done" and whole else text
         lines.append(f"|{_bar(at, until, total)}| {(until - at) * 1e3:8.1f} ms  {told}")
         at = until
@@ -75,7 +75,7 @@ def _bar(start: float, end: float, total: float) -> str:
 
 
 def moved(trace: Mapping[str, Any]) -> str:
-    """What crossed, or why nothing did."""
+    """What was transferred, or why nothing was."""
     found: Sequence[dict[str, Any]] = records(trace, "decode")
     total = sum(int(record.get("bytes", 0)) for record in found)
     if total:

@@ -1,4 +1,4 @@
-"""The little HTTP that pdlaunch speaks to its own servers: plain, on this machine, with deadlines."""
+"""Minimal HTTP client for pdlaunch's own servers: plain HTTP, on this machine, with deadlines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEALTH_S = 2.0
 
 
 class WebError(PDTransportError):
-    """A server did not answer as it should; the text says which and how."""
+    """A server did not answer as expected; the text names the server and what happened."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HttpAnswer:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether ``GET url/health`` answers 200."""
+    """True if ``GET url/health`` answers 200."""
     try:
         return _ask("GET", f"{url}/health", None, {}, HEALTH_S).status == 200
     except WebError:
@@ -43,7 +43,7 @@ def post(url: str, body: Mapping[str, Any], timeout_s: float, headers: Mapping[s
     """POST ``body`` as JSON.
 
     Raises:
-        WebError: no answer within ``timeout_s``, or a broken one. An HTTP error status is an answer.
+        WebError: no answer within ``timeout_s``, or a broken one. An HTTP error status counts as an answer.
     """
     return _ask("POST", url, json.dumps(body).encode(), headers or {}, timeout_s)
 
@@ -51,10 +51,10 @@ def post(url: str, body: Mapping[str, Any], timeout_s: float, headers: Mapping[s
 def stream(
     url: str, body: Mapping[str, Any], timeout_s: float, headers: Mapping[str, str] | None = None
 ) -> tuple[Mapping[str, str], Iterator[Any]]:
-    """POST ``body``; the answer's headers and its server-sent events, each parsed.
+    """POST ``body``; returns the answer's headers and an iterator over its parsed server-sent events.
 
     Raises:
-        WebError: no answer, or one that is no event stream.
+        WebError: no answer, or not an event stream.
     """
     connection, response = _open("POST", url, json.dumps(body).encode(), headers or {}, timeout_s)
     if response.status != 200:

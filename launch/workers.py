@@ -1,4 +1,4 @@
-"""What the workers of a topology say of themselves, over their control channels."""
+"""Asks the workers of a topology for their status over their control channels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Address = tuple[str, int]
 
 
 class WorkerError(PDTransportError):
-    """A worker did not tell its status."""
+    """A worker did not report its status."""
 
 
 def ask(address: Address, control: ControlSettings, transfer: str = "", timeout_s: float = ASK_S) -> dict[str, Any]:
-    """The status of the worker at ``address``; of one transfer only, where one is named.
+    """The status of the worker at ``address``; with ``transfer``, of that transfer only.
 
     Raises:
-        WorkerError: it did not answer; the text says which and why.
+        WorkerError: no answer; the text says which worker and why.
     """
     from pdtransport.control.client import fetch_status
 
@@ -34,14 +34,14 @@ def ask(address: Address, control: ControlSettings, transfer: str = "", timeout_
 
 
 def received(statuses: Iterable[dict[str, Any]]) -> tuple[int, int]:
-    """KV bytes and pages that these workers took from peers since they started."""
+    """KV bytes and pages that these workers received from peers since they started."""
     counters = [status.get("counters", {}) for status in statuses]
     total_bytes = sum(int(one.get("bytes_received", 0)) for one in counters)
     return total_bytes, sum(int(one.get("blocks_received", 0)) for one in counters)
 
 
 def rate(bytes_per_s: float | None) -> str:
-    """``3.2 GB/s``; ``rate not measured``."""
+    """``3.2 GB/s``, or ``rate not measured``."""
     if not bytes_per_s:
         return "rate not measured"
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.1f} MB/s"

@@ -1,7 +1,7 @@
-"""YAML with places: what a topology file says, and on which line it says it.
+"""Reads a YAML file and remembers the line and column of every value.
 
-Safe loader only. Duplicate keys, keys that are not text, tabs, recursive anchors and anchor bombs are refused, and so
-is what YAML 1.1 takes for something else than a reader does: ``21:00`` for 1260, ``no`` for false, ``010`` for 8.
+Uses the safe loader only. Refuses duplicate keys, keys that are not text, tabs, recursive anchors and anchor bombs.
+Also refuses values that YAML 1.1 reads differently than people do: ``21:00`` as 1260, ``no`` as false, ``010`` as 8.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import yaml
 
 from pdtransport.errors import SettingsError
 
-MAX_BYTES = 1 << 20  # a topology of thousands of instances stays below this
+MAX_BYTES = 1 << 20  # a topology with thousands of instances is smaller
 MAX_SHOWN = 60  # characters of a wrong value
-MAX_NODES = 100_000  # after expanding anchors: a file of 1 MB can otherwise expand to gigabytes
+MAX_NODES = 100_000  # after expanding anchors: otherwise a file of 1 MB can expand to gigabytes
 _CORE = "tag:yaml.org,2002:"
 MERGE_TAG = _CORE + "merge"
 TEXT_TAG = _CORE + "str"
-# How scalars that are no text are written, so that YAML 1.1, YAML 1.2 and people read the same.
+# Allowed spelling of each scalar type, such that YAML 1.1, YAML 1.2 and people read it the same way.
 PLAIN = {
     TEXT_TAG: "(?s:.*)",
     MERGE_TAG: "<<",
@@ -38,12 +38,12 @@ REMEDIES = {
     "int": "write the number in decimal digits, or ",
     "float": "write the number in decimal digits, or ",
 }
-# Types that the loader knows, and that have no place in a topology.
+# Types that the loader knows but that a topology does not need.
 OTHER_TYPES = ("timestamp", "value", "binary", "set", "omap", "pairs")
 
 
 class TopologyError(SettingsError):
-    """A topology file can't be used. One line a problem: ``file:line:column: key.path: what is wrong``."""
+    """A topology file can't be used. One line per problem: ``file:line:column: key.path: what is wrong``."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class YamlPosition:
 
 
 class YamlFile:
-    """A parsed YAML file. ``data`` is plain Python; :meth:`place` tells where a key path stands.
+    """A parsed YAML file. ``data`` is plain Python; :meth:`place` gives the position of a key path.
 
     Raises:
         TopologyError: unreadable, too large, or not well-formed; the text names the line.
@@ -64,7 +64,7 @@ class YamlFile:
         self._root, self.data = _load(path)
 
     def place(self, keys: Sequence[str | int]) -> YamlPosition:
-        """Where ``keys`` stands; where the file does not hold it, its nearest parent that it does hold."""
+        """Position of ``keys``, or of its nearest parent that is in the file."""
         node, mark = self._root, self._root.start_mark if self._root is not None else None
         for key in keys:
             found = _child(node, key)
@@ -91,7 +91,7 @@ def _load(path: Path) -> tuple[Any, Any]:
         raise TopologyError(f"{path}:{line}: not YAML text: {error.reason}") from None
     except RecursionError:
         raise TopologyError(f"{path}:1:1: nested too deeply to be a topology") from None
-    except (ValueError, OverflowError) as error:  # a scalar such as 2024-99-99 that its YAML type can't hold
+    except (ValueError, OverflowError) as error:  # a scalar such as 2024-99-99, which is invalid for its YAML type
         raise TopologyError(f"{path}: a value can't be read: {error}; quote it if it is meant as text") from None
 
 
@@ -101,7 +101,8 @@ def _compose(loader: yaml.SafeLoader, path: Path) -> tuple[Any, Any]:
         if root is None:
             return None, None
         _check(root, path, (), set(), {})
-        # Merge keys (<<) are resolved inside the nodes here, so that places are found through them as well.
+        # construct_document resolves merge keys (<<) inside the nodes, so that positions are found through them as
+        # well.
         return root, loader.construct_document(root)
     finally:
         loader.dispose()
@@ -135,8 +136,7 @@ def _syntax(path: Path, text: str, error: yaml.MarkedYAMLError) -> str:
 
 
 def _check(node: Any, path: Path, keys: tuple[str, ...], above: set[int], sizes: dict[int, int]) -> int:
-    """Refuse what would be silently lost, blow up later, or be taken for something else; returns the node's expanded
-    size."""
+    """Refuse content that would be lost silently, expand too far, or be misread; returns the node's expanded size."""
     if id(node) in above:
         raise TopologyError(_at(path, node, "an anchor that contains itself"))
     if id(node) in sizes:
@@ -158,7 +158,7 @@ def _check(node: Any, path: Path, keys: tuple[str, ...], above: set[int], sizes:
 
 
 def _check_type(node: Any, path: Path, keys: tuple[str, ...]) -> None:
-    """Refuse what YAML 1.1 and a reader take for different things. The loader refuses types that it does not know."""
+    """Refuse values that YAML 1.1 and people read differently. The loader itself refuses unknown types."""
     kind = node.tag.removeprefix(_CORE)
     if node.tag in COLLECTIONS or not (node.tag in PLAIN or kind in OTHER_TYPES):
         return
@@ -175,7 +175,7 @@ def _check_type(node: Any, path: Path, keys: tuple[str, ...]) -> None:
 
 
 def _taken_for(node: yaml.ScalarNode) -> str:
-    """What YAML 1.1 makes of a scalar, in a few words."""
+    """How YAML 1.1 reads a scalar, in a few words."""
     kind = node.tag.removeprefix(_CORE)
     if kind in ("bool", "int", "float"):
         with suppress(yaml.YAMLError, ValueError, OverflowError):
@@ -201,9 +201,9 @@ def _at(path: Path, node: Any, text: str) -> str:
 
 
 def _child(node: Any, key: str | int) -> tuple[Any, Any] | None:
-    """Mark of the key (or list item) and the value's node."""
+    """The position of the key (or list item), and the node of its value."""
     if isinstance(node, yaml.MappingNode):
-        # The last wins: merged keys were put before the mapping's own.
+        # The last one counts: merged keys are placed before the mapping's own.
         for name, value in reversed(node.value):
             if name.value == str(key):
                 return name.start_mark, value
