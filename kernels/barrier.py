@@ -73,10 +73,10 @@ class Barrier:
         return bool(self._c.pdt_barrier_open(self._words.ctypes.data, ticket))
 
     def try_beside(self, stream: int) -> None:
-        """Check that a closed barrier holds ``stream`` (a raw cudaStream_t) but no other stream.
+        """Check that a closed barrier holds ``stream`` (a raw cudaStream_t) while another stream continues.
 
-        Takes the GPU a moment. The other stream is like those of :class:`pdtransport.kernels.gpu.GpuPages`. Streams may
-        share a hardware queue, and then one would hold up the other.
+        The other stream is like those of :class:`pdtransport.kernels.gpu.GpuPages`. The two may share a hardware queue,
+        and then the barrier holds both. The check takes the GPU a moment.
 
         Raises:
             GpuError: the other stream waits too, ``stream`` does not wait, or CUDA refuses.

@@ -127,7 +127,7 @@ class CudaIpcLink(Link):
 
     def progress(self) -> bool:
         try:
-            os.eventfd_read(self._wake)  # before checking kernels: one that ends from now on rings again
+            os.eventfd_read(self._wake)  # before checking kernels: a kernel that ends later writes it again
         except BlockingIOError:
             pass
         self._channels = [channel for channel in self._channels if not channel.closed]

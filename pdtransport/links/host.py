@@ -32,7 +32,7 @@ def start_ticks(stat: bytes) -> int:
 
 
 class ProcessWatch:
-    """Tells whether process ``pid`` is still the one that started at ``started``; a recycled PID is another process.
+    """Checks whether process ``pid`` is still the one that started at ``started``; a recycled PID is another process.
 
     Raises:
         ProcessLookupError: there is no such process, or a later process has its PID.

@@ -70,8 +70,8 @@ class SharedMemory:
     """Memory that is shared for one link, until :meth:`close`.
 
     Args:
-        regions: host memory that nobody writes and no device has registered while this runs. It must stay valid until
-            :meth:`close`.
+        regions: host memory, valid until :meth:`close`. While this runs, nothing may write it, and no device may have
+            it registered.
         own_words: number of 64-bit words of new shared memory to allocate as :attr:`own`.
 
     Raises:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class ShmLink(CmaLink):
     """Link for host memory of one host; the receiver copies from mapped memory.
 
-    Opening it converts the regions into shared memory in place (:mod:`pdtransport.links.sharing`): nobody may write
+    Opening it converts the regions into shared memory in place (:mod:`pdtransport.links.sharing`); nothing may write
     them meanwhile. Regions that are added later are read as in `cma`.
 
     Args:

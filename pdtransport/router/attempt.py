@@ -97,7 +97,7 @@ class Attempt:
 
         Raises:
             UpstreamError: a server failed, and nothing has reached the client.
-            NoHandover: prefill has nothing to hand over, so decode would wait in vain.
+            NoHandover: prefill has nothing to hand over, so decode would wait for pages that never come.
             first_token.Unusable: decode continues from prefill's token, but the token has no usable text.
         """
         self._began = asyncio.get_running_loop().time()
@@ -302,7 +302,7 @@ class Attempt:
         return decode.result()
 
     def _check_replica(self, params: dict[str, Any]) -> None:
-        """Check that the data-parallel replica that decode was told to ask is the one that served prefill's request.
+        """Check that the data-parallel replica that decode asks for pages is the one that served prefill's request.
 
         Decode would otherwise wait for pages that another replica holds.
 

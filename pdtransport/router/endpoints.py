@@ -87,7 +87,7 @@ class Endpoint:
     def tell(self, facts: ServerFacts, *, others_may: bool) -> None:
         """Remember what its metrics say.
 
-        ``others_may``: connectors other than ours can hand over too, and do not appear in the metrics.
+        ``others_may``: connectors other than pdtransport's can hand over too, and do not appear in the metrics.
         """
         self.facts = facts
         unfit = "" if others_may and not facts.engines else facts.unfit_as(self.role)

@@ -159,7 +159,7 @@ class HandOffs:
             hand_off.decide(verdict)
 
     async def wait(self, hand_off: HandOff) -> None:
-        """Wait for the verdict, once decode's answer began; if there is none in time, note why."""
+        """Wait for the verdict once decode's answer has begun; if it does not come in time, note why."""
         if hand_off.verdict is not None:
             return
         why = self.why_not(hand_off.decode)

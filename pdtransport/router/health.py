@@ -25,7 +25,7 @@ class Prober:
 
     Args:
         server_key: key that the servers require; None: none.
-        others_may: the servers may have connectors other than ours.
+        others_may: the servers may have connectors other than pdtransport's.
     """
 
     def __init__(

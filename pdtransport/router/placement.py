@@ -1,7 +1,7 @@
 """Chooses the server for a request.
 
-The least loaded server, unless one that recently had the same prompt prefix is at most a margin busier. That server
-finds those pages in its prefix cache and computes (prefill) or fetches (decode) only the rest.
+The least loaded server is chosen, unless another server recently had the same prompt prefix and is at most a margin
+busier: that server finds those pages in its prefix cache and computes (prefill) or fetches (decode) only the rest.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ class HttpListener:
         connection = self._open.get(request.transport) if request.transport is not None else None
         if connection is None:
             return await self._filter(request)
-        if request.can_read_body:  # reading the body has its own deadline; this one is for bodies that nobody reads
+        if request.can_read_body:  # reading a body has its own deadline; this one covers bodies that are never read
             self._rest(connection, self._bounds.client_body_s + _SEND_S, waited_for=True)
         else:
             self._work(connection)

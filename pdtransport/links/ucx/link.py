@@ -1,8 +1,8 @@
 """``ucx``: shared memory or CUDA IPC within a host, TCP (or RDMA, if the UCX build has it) between hosts.
 
 The sender gathers fragmented pages into a slot of its staging ring and sends them as one large message. The receiver
-receives into a slot of its own ring and scatters verified bytes into its pages. The receiver *asks* for each batch once
-it has a free slot. Therefore
+receives into a slot of its own ring, verifies the bytes and scatters them into its pages; in GPU memory it verifies
+while it scatters. The receiver *asks* for each batch once it has a free slot. Therefore
 
 * nothing is in flight that was not asked for: the rings bound the memory on both sides, whatever is aborted;
 * the pages of a fenced batch are safe at once: only its slot waits for the message;
@@ -171,7 +171,7 @@ class UcxLink(Link):
     def progress(self) -> bool:
         """Advance messages and run due callbacks; True if anything happened."""
         if self._launches >= 0:
-            drain(self._launches)  # before checking kernels: one that ends from now on rings again
+            drain(self._launches)  # before checking kernels: a kernel that ends later writes it again
         worked = self.callbacks.run()
         self._lobby.progress()
         for channel in self._channels:
