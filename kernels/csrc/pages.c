@@ -305,8 +305,9 @@ static int ticket_holds(pid_t pid, uint64_t address, uint64_t number) {
         return found == number ? 0 : -ESTALE;
     }
     struct iovec to = {&found, sizeof found}, from = {(void *)(uintptr_t)address, sizeof found};
-    if (process_vm_readv(pid, &to, 1, &from, 1, 0) == sizeof found) return found == number ? 0 : -ESTALE;
-    return errno == EFAULT ? -ESTALE : -errno;
+    ssize_t got = process_vm_readv(pid, &to, 1, &from, 1, 0);
+    if (got < 0) return errno == EFAULT ? -ESTALE : -errno;
+    return got == sizeof found && found == number ? 0 : -ESTALE; /* less: the word ends in an unmapped page */
 }
 
 /* Copy from `remote` runs of process `pid` (0: the peer's memory mapped here, at addresses of this process) into `local`

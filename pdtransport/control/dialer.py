@@ -14,8 +14,8 @@ from pdtransport.control.events import Address, ConnectFailed, Event, MessageRec
 from pdtransport.control.limits import (
     FAILED_CURVE_HANDSHAKES,
     HELLO_AGAIN_S,
-    LOOK_AGAIN_S,
     LOST_OPENER_S,
+    NAME_POLL_S,
     RECONNECT_MAX_S,
     RECONNECT_S,
     REFUSAL_HOLDS_S,
@@ -118,7 +118,7 @@ class Dialer(Route):
         self.hang_up()
         verdict = shared.reach.ask(self.endpoint.host)
         if verdict is None:
-            self._dial_at = now + LOOK_AGAIN_S
+            self._dial_at = now + NAME_POLL_S
             return []
         self._dial_at, self._tried_at = None, now
         if verdict.problem:

@@ -74,6 +74,7 @@ class CmaLink(Link):
         try:
             _prove(peer["pid"], peer["at"], peer["cookie"])
             reader, why = self._reader(peer)
+            _prove(peer["pid"], peer["at"], peer["cookie"])  # a pid may be another process's since
         except LinkUnavailable:
             watch.close()
             raise

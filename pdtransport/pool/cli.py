@@ -135,6 +135,9 @@ def options(settings: PoolSettings) -> list[str]:
             continue
         for key, each in (value if isinstance(value, dict) else {"": value}).items():
             option = OWN.get(f"{name}.{key}", f"{name}-{key}" if key else name).replace("_", "-")
+            if isinstance(each, bool):
+                found += [f"--{option}"] if each else []
+                continue
             for one in each if isinstance(each, list) else [each]:
                 found += [f"--{option}", str(one)]
     return found

@@ -186,8 +186,8 @@ def _sizes(*sizes: int) -> bytes:
     return struct.pack(f"<{len(sizes)}I", *sizes)
 
 
-def _said(*messages: messages.Message) -> bytes:
-    return b"\x01" + SEPARATOR.join(messages.encode(each) for each in messages)
+def _said(*said: messages.Message) -> bytes:
+    return b"\x01" + SEPARATOR.join(messages.encode(each) for each in said)
 
 
 _KEYS, _NAME = key(1) + key(2), key(1).hex()

@@ -180,9 +180,9 @@ def forged_chunks_on_a_shared_disk(folder: Path) -> Effect:
             assert names(load(client, range(1000, 1004))) == ["MISS"] * 4
             evil = [number for first in range(0, FORGED, 8) for number in is_evil(client, range(first, first + 8))]
         counted = status(client)["counters"]
+        until(lambda: not any(on_disk(tier, number).exists() for number in range(FORGED)), "forged files are left")
     assert evil == [], f"chunks {evil} were served with the attacker's bytes"
     assert counted["disk_digest_missing"] == counted["disk_read_failed"] == FORGED + 4
-    assert not any(on_disk(tier, number).exists() for number in range(FORGED)), "forged files are left"
     return effect
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -234,6 +235,27 @@ def test_a_ticket_must_hold_before_and_after(kernels: ModuleType, read: str) -> 
     with pytest.raises(OSError) as caught:
         READS[read](kernels, source, into, (target.ctypes.data + 40, 77))
     assert caught.value.errno == errno.ESTALE
+
+
+def test_a_ticket_that_ends_in_an_unmapped_page_is_void() -> None:
+    """Half of it can be read: that is no error of the system call, and no word that holds."""
+    target, page = np.zeros(8192, dtype=np.uint8), mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    at = libc.mmap(None, 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert libc.munmap(at + page, page) == 0
+    try:
+        data = block()
+        with pytest.raises(OSError) as caught:
+            pages.read_remote(
+                os.getpid(), run(data.ctypes.data, 8192), run(target.ctypes.data, 8192), ticket=(at + page - 4, 77)
+            )
+        assert caught.value.errno == errno.ESTALE
+        assert not target.any()
+    finally:
+        libc.munmap(at, page)
 
 
 @settings(max_examples=100, deadline=None)

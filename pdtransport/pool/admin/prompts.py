@@ -29,7 +29,7 @@ class PoolPrompt:
     cache_salt: str = ""
 
     def __repr__(self) -> str:
-        return f"Prompt({len(self.tokens)} tokens)"  # keeps salts and token ids out of logs
+        return f"PoolPrompt({len(self.tokens)} tokens)"  # keeps salts and token ids out of logs
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,10 @@ class ChunkStore:
             False if the chunk is intact or the request does not hold it.
         """
         entry = request.held.get(number)
-        if entry is None or request.store or not self.index.tiers[entry] & MEMORY:
-            return entry is not None
+        if entry is None or request.store:
+            return False
+        if not self.index.tiers[entry] & MEMORY:
+            return True
         frames = self.frames_of[entry]
         assert frames is not None
         if self._verify(frames, self.index.nbytes[entry], self.index.checksum[entry]):
