@@ -10,7 +10,7 @@ ARGS ?=
 SOURCES := pdtransport kernels launch tests benchmarks examples scripts
 PRESENT := $(wildcard $(SOURCES))
 
-.PHONY: help env bench-env demo test test-fast test-long soak sanitize mutants fuzz model lint format types bench clean
+.PHONY: help env bench-env demo test test-fast test-more test-long soak sanitize mutants fuzz model lint format types bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,12 +24,17 @@ bench-env:  ## env, and what the benchmarks compare with
 demo: $(ENV)  ## bring examples/quickstart.yaml up, complete prompts, compare with a plain server
 	$(PYTHON) -m pdtransport.launch.demo examples/quickstart.yaml
 
-# Two at a time, a module's tests together, in the order that tests/conftest.py gives: tests/vllm, and beside it the others.
-test: $(ENV)  ## all tests but the long ones, those that start vLLM included
-	$(PYTHON) -m pytest -m "not long" -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 $(ARGS)
+# Three at a time (one often waits), a module's tests together, in the order that tests/conftest.py gives: tests/vllm, and
+# beside it the others.
+PARALLEL := -n 3 --dist loadgroup --no-loadscope-reorder --durations 15
+test: $(ENV)  ## unit tests, processes, and vLLM: what every change must pass
+	$(PYTHON) -m pytest -m "not more and not long" $(PARALLEL) $(ARGS)
+
+test-more: $(ENV)  ## the tests marked "more": continuous integration runs them after make test
+	$(PYTHON) -m pytest -m more -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 $(ARGS)
 
 test-fast: $(ENV)  ## unit tests and the simulator
-	$(PYTHON) -m pytest -m "not long" tests/unit tests/sim $(ARGS)
+	$(PYTHON) -m pytest -m "not more and not long" tests/unit tests/sim $(ARGS)
 
 test-long: $(ENV)  ## the tests that are marked long, and only those: minutes each
 	$(PYTHON) -m pytest -m long --durations 15 $(ARGS)
@@ -50,17 +55,19 @@ fuzz: $(ENV)  ## whatever arrives from outside, guided by coverage: SECONDS=30 o
 model: $(ENV)  ## every state of small hand-offs, all cases: minutes; make test explores a part
 	$(PYTHON) -m tests.model
 
-lint: $(ENV) types  ## ruff and mypy
+lint: $(ENV) types  ## ruff, mypy, and which room imports which
 	$(PYTHON) -m ruff check $(PRESENT)
 	$(PYTHON) -m ruff format --check $(PRESENT)
+	cd .mypy && PYTHONPATH=. $(FROM_MYPY) -c "from importlinter.cli import lint_imports_command as run; run()" \
+		--config ../pyproject.toml --no-cache
 
+FROM_MYPY = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 # kernels/ and launch/ lie at the top but are pdtransport.kernels and pdtransport.launch: mypy reads a tree of links that
 # has the installed shape.
 types: $(ENV)
 	@mkdir -p .mypy/pdtransport && echo '*' >.mypy/.gitignore && find .mypy/pdtransport -type l -delete
 	@ln -s $(abspath $(wildcard pdtransport/*) kernels launch) .mypy/pdtransport/
-	cd .mypy && $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m mypy \
-		--config-file ../pyproject.toml --cache-dir cache
+	cd .mypy && $(FROM_MYPY) -m mypy --config-file ../pyproject.toml --cache-dir cache
 
 format: $(ENV)  ## let ruff format and mend what it can
 	$(PYTHON) -m ruff check --fix $(PRESENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.settings import ControlSettings
 
 POOL_S = 5.0  # timeout of the pool's answer
+AT_ONCE = 64  # questions; each may have to wait for its timeout
 
 
 def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, Any] | None:
@@ -22,9 +24,19 @@ def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, An
     if record is None:
         return None
     control = resolved(topology, file_folder).transport.control
-    instances = [_instance(instance, control) for instance in record["instances"]]
-    router = {**record["router"], "healthy": web.is_healthy(record["router"]["url"])}
-    pool = _pool(record["pool"]) if record.get("pool") else None
+    with ThreadPoolExecutor(AT_ONCE) as executor:
+        ranks = [
+            [executor.submit(_rank, address, control) for address in instance["control"]]
+            for instance in record["instances"]
+        ]
+        urls = [record["router"]["url"], *(instance["url"] for instance in record["instances"])]
+        answers = dict(zip(urls, executor.map(web.is_healthy, urls), strict=True))
+        pool = _pool(record["pool"]) if record.get("pool") else None
+        instances = [
+            _instance(instance, answers[instance["url"]], [rank.result() for rank in asked])
+            for instance, asked in zip(record["instances"], ranks, strict=True)
+        ]
+    router = {**record["router"], "healthy": answers[record["router"]["url"]]}
     healthy = router["healthy"] and all(one["healthy"] for one in (*instances, *([pool] if pool else [])))
     return {
         "name": record["name"],
@@ -47,9 +59,7 @@ def _pool(planned: dict[str, Any]) -> dict[str, Any]:
         return {**known, "healthy": False, "error": str(error)}
 
 
-def _instance(instance: dict[str, Any], control: ControlSettings) -> dict[str, Any]:
-    ranks = [_rank(address, control) for address in instance["control"]]
-    answers = web.is_healthy(instance["url"])
+def _instance(instance: dict[str, Any], answers: bool, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": instance["name"],
         "role": instance["role"],

@@ -66,7 +66,7 @@ def cancelled(seed: int, harness: Harness) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("harness", [pytest.param("cma", marks=pytest.mark.long), "ucx"], indirect=True)
+@pytest.mark.parametrize("harness", [pytest.param("cma", marks=pytest.mark.more), "ucx"], indirect=True)
 def test_a_flipped_bit_in_a_thousand_batches_is_found_and_mended(harness: Harness) -> None:
     """Promise 1: damage that is rare is found, too, and costs a resend: every transfer has the right bytes."""
     plan = healthy(11, harness.link, harness.prefills)

@@ -281,6 +281,7 @@ def test_one_name_is_up_once(rig: Rig) -> None:
     assert rig.end()[0] == cli.OK
 
 
+@pytest.mark.more
 def test_status_finds_a_run_that_has_a_folder_of_its_own(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_pool_that_never_lasts_is_left_alone(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "pool.log").read_text().count("serves") == MAX_DEATHS  # the log tells of all of them
 
 
+@pytest.mark.more
 def test_files_of_a_run_are_private_and_sockets_go_with_it(rig: Rig, tmp_path: Path) -> None:
     """Logs, record, lock and folders are for their owner alone whatever the umask says: they name prompts, paths and
     ports. Sockets that vLLM's processes leave are gone after the run; those of a run whose pdlaunch was killed are gone

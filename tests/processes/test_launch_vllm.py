@@ -17,7 +17,7 @@ START_S = 400
 
 
 @pytest.mark.vllm
-@pytest.mark.long  # continuous integration runs it after `make test`
+@pytest.mark.more
 @pytest.mark.xdist_group("launch")
 @pytest.mark.timeout(1200)
 def test_the_demo_proves_compares_and_leaves_nothing(tmp_path: Path) -> None:

@@ -284,12 +284,13 @@ def test_a_store_while_memory_is_being_registered_waits_and_can_be_cancelled(
         assert names(second.result()) == ["WRITE"]
 
 
+@pytest.mark.more
 def test_the_pool_killed_in_the_middle_of_copies_serves_nothing_wrong(directory: Path) -> None:
     """Its memory stays mapped and registered until the kernels are through."""
     engine = Engine()
     numbers = list(range(16))
     with PoolClient(directory=directory, device=0, deadline_s=ANSWER_S) as client:
-        for _ in range(2):
+        for _ in range(3):
             service = Daemon(directory)
             try:
                 assert engine.store(client, numbers).result().prefix == 16

@@ -181,6 +181,7 @@ def test_workers_at_debug_level_tell_no_secret(kept: Secrets, tmp_path: Path) ->
         assert secret[-16:] not in done.stdout + done.stderr
 
 
+@pytest.mark.more
 def test_nothing_that_pdlaunch_starts_or_writes_shows_a_secret(
     rig: Rig, kept: Secrets, monkeypatch: pytest.MonkeyPatch
 ) -> None:

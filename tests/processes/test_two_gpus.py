@@ -341,6 +341,7 @@ def test_ranks_on_both_gpus(rig: Rig, device: Device, prefill: Places, decode: P
         instances.check()
 
 
+@pytest.mark.more
 def test_a_peer_killed_on_the_other_gpu(device: Device) -> None:
     """Peers on the second GPU die in the middle of batches; the survivor on the first, as prefill and as decode by
     turns, accepts no wrong byte, holds nothing for them and serves the next."""

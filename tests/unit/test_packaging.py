@@ -170,7 +170,8 @@ for name in ("kernels", "launch"):
 """
 
 
-@pytest.mark.parametrize("kind", [pytest.param("wheel", marks=pytest.mark.long), "editable"])
+@pytest.mark.more
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_installs_put_kernels_and_launch_inside_the_package(kind: str, wheel: tuple[Path, str], tmp_path: Path) -> None:
     """After either install, kernels and launch are pdtransport's, there is no module of those names, and the commands
     run."""

@@ -65,7 +65,7 @@ def test_lines_have_vllms_form_and_come_once(before: str) -> None:
     assert re.fullmatch(FORM.format("INFO", "of the package"), package), package
 
 
-@pytest.mark.long  # a process that imports vLLM each
+@pytest.mark.more  # a process that imports vLLM each
 def test_the_level_is_vllms() -> None:
     """``VLLM_LOGGING_LEVEL`` decides for both."""
     assert len(logged(VLLM_LOGGING_LEVEL="DEBUG")) == 4
@@ -73,7 +73,7 @@ def test_the_level_is_vllms() -> None:
     assert "peer is gone" in only
 
 
-@pytest.mark.long  # a process that imports vLLM each
+@pytest.mark.more  # a process that imports vLLM each
 def test_a_logger_that_a_user_configured_is_left_alone(tmp_path: Path) -> None:
     """In vLLM's own configuration file, or before vLLM was imported."""
     form = {"format": "mine %(levelname)s %(message)s"}
@@ -87,7 +87,7 @@ def test_a_logger_that_a_user_configured_is_left_alone(tmp_path: Path) -> None:
     assert [line.split(" ")[-1] for line in logged("logging.getLogger('pdtransport').setLevel('WARNING')")] == ["gone"]
 
 
-@pytest.mark.long  # a process that imports vLLM each
+@pytest.mark.more  # a process that imports vLLM each
 def test_a_configuration_file_for_vllm_counts_for_us(tmp_path: Path) -> None:
     """Its handlers and level, without a word about pdtransport; also once it is read anew."""
     form = {"format": "theirs %(levelname)s %(message)s"}
@@ -100,7 +100,7 @@ def test_a_configuration_file_for_vllm_counts_for_us(tmp_path: Path) -> None:
     assert logged(middle=anew, VLLM_LOGGING_CONFIG_PATH=str(file)) == ["theirs WARNING peer is gone"]
 
 
-@pytest.mark.long  # a process that imports vLLM each
+@pytest.mark.more  # a process that imports vLLM each
 def test_without_vllms_configuration_lines_go_where_a_users_root_logger_sends_them() -> None:
     """``VLLM_CONFIGURE_LOGGING=0``: whoever embeds vLLM configures logging."""
     root = "logging.basicConfig(level=logging.INFO, format='root %(message)s')"
@@ -108,6 +108,7 @@ def test_without_vllms_configuration_lines_go_where_a_users_root_logger_sends_th
     assert logged(root, VLLM_CONFIGURE_LOGGING="0") == expected
 
 
+@pytest.mark.more
 def test_importing_changes_no_logger() -> None:
     """Only being registered in a process of vLLM's does."""
     program = (

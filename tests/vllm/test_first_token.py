@@ -157,6 +157,7 @@ def flat_text(book: Book, index: int) -> str:
     return str(tokenizer().decode(list(book.assorted[index * 3].prompt[1:250])))
 
 
+@pytest.mark.more
 def test_a_hand_off_that_fails_after_the_first_token(
     servers: Servers, book: Book, with_client: Any, logs: Path
 ) -> None:
@@ -181,7 +182,7 @@ def test_a_hand_off_that_fails_after_the_first_token(
     with_client(scenario)
 
 
-@pytest.mark.long
+@pytest.mark.more
 def test_a_client_that_leaves_after_the_first_token(servers: Servers, book: Book, with_client: Any, logs: Path) -> None:
     """It has prefill's token and goes before decode said anything: both servers are free again."""
     case = max(book.long, key=lambda case: len(case.tokens))

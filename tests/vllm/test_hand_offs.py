@@ -25,6 +25,7 @@ PROMPT = list(range(20, 90))
 WAIT_S = 20.0
 
 
+@pytest.mark.more
 def test_prefill_without_the_connector_or_in_the_wrong_role_is_found_out(
     plain: Server, servers: Servers, with_client: Any, logs: Path
 ) -> None:

@@ -116,6 +116,7 @@ async def identity(server: Server) -> str:
     return str((await watch.status(server))[0]["fingerprint"]["weights"])
 
 
+@pytest.mark.more
 def test_reloaded_weights_are_others(pair: Changing, with_client: Any) -> None:
     """After one side reloads other weights every answer is decode's own, nothing is handed over (prefill's prefix cache
     included), and the reason names the weights. Once the other side has the same, all is handed over again, and answers
@@ -154,7 +155,7 @@ def test_reloaded_weights_are_others(pair: Changing, with_client: Any) -> None:
     with_client(scenario)
 
 
-@pytest.mark.long
+@pytest.mark.more
 def test_files_that_were_replaced_are_others(pair: Changing, with_client: Any) -> None:
     """The same name, path and size: a reload from a folder whose files were replaced makes other weights."""
 
@@ -179,7 +180,7 @@ def test_files_that_were_replaced_are_others(pair: Changing, with_client: Any) -
     with_client(scenario)
 
 
-@pytest.mark.long
+@pytest.mark.more
 def test_sleep_and_wake_keep_the_weights(pair: Changing, with_client: Any) -> None:
     """An engine that slept and woke with the weights it had hands over as before; with others it does not. (On a CPU
     vLLM does not free memory while it sleeps; what we do at its calls is the same.)"""
