@@ -6,15 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats, Prepared
-from pdtransport.links.calls import call
-from pdtransport.links.memory import SlotRing
+from pdtransport.links.calls import Callbacks, call
+from pdtransport.links.memory import Regions, SlotRing
 from pdtransport.links.ucx.binding import CLOSE_S, Bytes, UcxEndpoint, UcxRequest, UcxWorker
 from pdtransport.links.ucx.memory import Copy, PageMemory
 from pdtransport.links.ucx.wire import (
@@ -28,9 +27,6 @@ from pdtransport.links.ucx.wire import (
     sealed,
     unsealed,
 )
-
-if TYPE_CHECKING:
-    from pdtransport.links.ucx.link import UcxLink
 
 MAX_OFFERED = 4096  # batches offered and not released, per channel
 MAX_QUEUED = 4096  # batches waiting to be asked for, per channel
@@ -97,14 +93,24 @@ class UcxChannel(Channel):
     link = "ucx"
     one_sided = False
 
-    def __init__(self, link: UcxLink, worker: UcxWorker, memory: PageMemory, why: str) -> None:
+    def __init__(
+        self,
+        worker: UcxWorker,
+        memory: PageMemory,
+        why: str,
+        *,
+        regions: Regions,
+        callbacks: Callbacks,
+        forget: Callable[[UcxWorker], None],
+    ) -> None:
+        """``forget`` is called before the worker is closed; the others are the link's."""
         self.why = why
         self.stats = LinkStats()
         self.max_batch_bytes = memory.sending.slot_bytes
         self.closed = False
         self.ended = False  # closed, and UCX holds no resources of it any more
         self.worker = worker
-        self._link, self._memory = link, memory
+        self._memory, self._regions, self._callbacks, self._forget = memory, regions, callbacks, forget
         self._address = sealed(worker.address)
         self._endpoints: dict[bytes, UcxEndpoint] = {}  # by sealed address
         self._next_tag = INBOX_TAG + 1
@@ -160,7 +166,7 @@ class UcxChannel(Channel):
         nbytes = stream_bytes(runs)
         if nbytes <= END_BYTES:
             raise LinkError("an empty batch")
-        self._link.regions.check(runs)
+        self._regions.check(runs)
         stays = self._memory.in_place(runs, blocks) if len(runs) == 1 and blocks else None
         if stays is not None:
             data, checksums = stays
@@ -180,11 +186,11 @@ class UcxChannel(Channel):
             raise
         self._staged += 1
         self._offered[key] = _Offered(nbytes, data, slot, None)
-        self._link.callbacks.add(done, None)  # the pages have been read already
+        self._callbacks.add(done, None)  # the pages have been read already
         return checksums.astype("<u8").tobytes()
 
     def _too_long(self, nbytes: int) -> str:
-        setting = "links.batch_bytes" if self._link.regions.device < 0 else "links.gpu_slot_bytes"
+        setting = "links.batch_bytes" if self._regions.device < 0 else "links.gpu_slot_bytes"
         return f"a batch of {nbytes} bytes exceeds a staging slot: raise {setting} to {nbytes}"
 
     def _let_go(self, offered: _Offered, error: str | None) -> None:
@@ -195,7 +201,7 @@ class UcxChannel(Channel):
             offered.slot = None
         offered.data = None
         if offered.done is not None:
-            self._link.callbacks.add(offered.done, error)
+            self._callbacks.add(offered.done, error)
             offered.done = None
 
     def _answer(self, endpoint: UcxEndpoint, ask: ControlFrame) -> None:
@@ -229,7 +235,7 @@ class UcxChannel(Channel):
             runs = as_runs(runs)
         except ValueError as error:
             raise LinkError(str(error)) from None
-        self._link.regions.check(runs)
+        self._regions.check(runs)
         nbytes = stream_bytes(runs)
         offered, address = parsed_offer(offer)
         if offered != nbytes:
@@ -313,7 +319,7 @@ class UcxChannel(Channel):
         waiting = self._fences if done else []
         for fence in [fence for fence in waiting if not any(wanted in self._placing for wanted in fence[0])]:
             self._fences.remove(fence)
-            self._link.callbacks.add(fence[1])
+            self._callbacks.add(fence[1])
         return bool(done)
 
     def _report(self, wanted: _Wanted, error: str | None) -> None:
@@ -324,7 +330,7 @@ class UcxChannel(Channel):
         else:
             self.stats.errors += 1
         self._reporting.append(wanted)
-        self._link.callbacks.add(self._reported, wanted, error)
+        self._callbacks.add(self._reported, wanted, error)
 
     def _reported(self, wanted: _Wanted, error: str | None) -> None:
         self._reporting.remove(wanted)
@@ -443,7 +449,7 @@ class UcxChannel(Channel):
             self._fail_all()
         if self._endpoints or self._placing or ((self._posted or self._sent) and time.monotonic() < self._end_by):
             return
-        self._link.forget(self.worker)
+        self._forget(self.worker)
         self.worker.close()
         self.ended = True
         posted, sent = self._posted, self._sent

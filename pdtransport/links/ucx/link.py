@@ -142,7 +142,14 @@ class UcxLink(Link):
             )
             raise LinkUnavailable(f"UCX can't reach {peer_host}: {error}{hint}") from None
         self._wakeups.register(worker.fileno(), select.EPOLLIN)
-        channel = UcxChannel(self, worker, memory, f"ucx ({carrier(lanes, memory is self._memories.get(True))}{why})")
+        channel = UcxChannel(
+            worker,
+            memory,
+            f"ucx ({carrier(lanes, memory is self._memories.get(True))}{why})",
+            regions=self.regions,
+            callbacks=self.callbacks,
+            forget=self.forget,
+        )
         self._channels.append(channel)
         return channel
 

@@ -20,10 +20,10 @@ from pdtransport.pool.core.index import FILLING, MAX_REFS, MEMORY, READY, Entrie
 from pdtransport.pool.core.requests import Grants, KeyVerdict, PoolRequest
 
 if TYPE_CHECKING:
-    from pdtransport.pool.core.store import ChunkStore
+    from pdtransport.pool.core.table import ChunkTable
 
 
-def store(store: ChunkStore, request: PoolRequest, entries: Entries, keys: bytes, sizes: Sequence[int]) -> bool:
+def store(store: ChunkTable, request: PoolRequest, entries: Entries, keys: bytes, sizes: Sequence[int]) -> bool:
     """Grant the request to write all its chunks, if the index has none of them and there is room for all."""
     index, session, count, nbytes = store.index, request.session, len(sizes), sum(sizes)
     if (
@@ -52,7 +52,7 @@ def store(store: ChunkStore, request: PoolRequest, entries: Entries, keys: bytes
     return True
 
 
-def load(store: ChunkStore, request: PoolRequest, entries: Entries, sizes: Sequence[int]) -> bool:
+def load(store: ChunkTable, request: PoolRequest, entries: Entries, sizes: Sequence[int]) -> bool:
     """Grant the request to read all its chunks, if all are in memory."""
     index, session, count, nbytes = store.index, request.session, len(sizes), sum(sizes)
     if (
@@ -80,7 +80,7 @@ def load(store: ChunkStore, request: PoolRequest, entries: Entries, sizes: Seque
     return True
 
 
-def publish(store: ChunkStore, request: PoolRequest, written: Sequence[tuple[int, int]]) -> bool:
+def publish(store: ChunkTable, request: PoolRequest, written: Sequence[tuple[int, int]]) -> bool:
     """Make chunks (place, checksum) visible, if the request holds all of them and no request waits for any."""
     index, held = store.index, request.held
     numbers, checksums = zip(*written, strict=True)
@@ -106,31 +106,7 @@ def publish(store: ChunkStore, request: PoolRequest, written: Sequence[tuple[int
     return True
 
 
-def evicted(store: ChunkStore, entries: list[int]) -> None:
-    """Take chunks out of memory that the budget has evicted; none of them is referenced."""
-    index = store.index
-    store.counters["evicted_chunks"] += len(entries)
-    if len(entries) == 1 or len(store.room.groups) > 1:
-        for entry in entries:
-            store.left_memory(entry)
-        return
-    at = np.array(entries)
-    index.tier_column[at] &= ~MEMORY & 0xFF
-    for entry in entries:
-        store.room.forget_pin(entry)
-        store.hints.left(entry)
-    store.room.give_back(b"".join([store.frames_of[entry] or b"" for entry in entries]), int(index.group_column[at[0]]))
-    for entry in entries:
-        store.frames_of[entry] = None
-    if index.tier_column[at].any():
-        entries = at[index.tier_column[at] == 0].tolist()
-    if store.gone is not None:
-        store.gone += map(index.key, entries)
-    if entries:
-        index.remove_all(entries)
-
-
-def _frame_counts(store: ChunkStore, sizes: Sequence[int]) -> list[int]:
+def _frame_counts(store: ChunkTable, sizes: Sequence[int]) -> list[int]:
     if len(set(sizes)) == 1:
         return [frames_for(sizes[0], store.room.frame_bytes)] * len(sizes)
     return [frames_for(size, store.room.frame_bytes) for size in sizes]
