@@ -59,7 +59,7 @@ lint: $(ENV) types  ## ruff, mypy, and which room imports which
 	$(PYTHON) -m ruff check $(PRESENT)
 	$(PYTHON) -m ruff format --check $(PRESENT)
 	cd .mypy && PYTHONPATH=. $(FROM_MYPY) -c "from importlinter.cli import lint_imports_command as run; run()" \
-		--config ../pyproject.toml --no-cache
+		../pyproject.toml --no-cache
 
 FROM_MYPY = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 # kernels/ and launch/ lie at the top but are pdtransport.kernels and pdtransport.launch: mypy reads a tree of links that

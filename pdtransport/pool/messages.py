@@ -25,6 +25,10 @@ MAX_MANAGED = 512  # keys in one Manage message: handling it must not delay load
 MAX_PIN_S = 30 * 86400.0
 MAX_SPACE = 16 << 10  # characters of one key space's JSON text
 
+# Flags of a chunk in a Looked message: being filled, being written to a lower tier, used by a client, soft-pinned,
+# hard-pinned, held unpacked in a lower tier.
+COMING, WRITING, USED, SOFT_PIN, HARD_PIN, PLAIN = 1, 2, 4, 8, 16, 32
+
 TENANT = r"^[A-Za-z0-9._\-]{0,64}$"
 Tenant = Annotated[str, Field(pattern=TENANT)]
 

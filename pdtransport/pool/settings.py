@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.core.eviction import PolicyName
 from pdtransport.serving.site_settings import HOSTS_HELP, ORIGINS_HELP, HostName, Origin
 from pdtransport.settings import ControlSettings, Settings, one_line
 from pdtransport.system.hosts import CURVE_PEER, checked_peer
@@ -21,6 +20,7 @@ MAX_FOREIGN_TIERS = 4
 OWN_TIERS = ("memory", "disk", "redis", "s3")
 MAX_CHUNK_BYTES = 1 << 30
 STAGING_BYTES = 128 << 20  # staging memory of a client of a remote pool; its copies are cut to fit
+PolicyName = Literal["lru", "fifo", "mru", "lfu", "s3fifo"]
 CODEC_NAME = r"^[a-z0-9][a-z0-9._\-]{0,31}$"
 DESCRIPTORS = 4096  # soft limit of open files that pdpool asks for: one a client, API connection or remote connection
 MAX_SOCKET_PATH = 107  # bytes that Linux allows for the path of a Unix socket

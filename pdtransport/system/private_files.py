@@ -63,3 +63,19 @@ def open_regular(path: Path) -> int:
 def _refuse_other_than_files(fd: int, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise OSError(errno.EINVAL, "it is no file", str(path))
+
+
+def is_private(path: Path) -> bool:
+    """Whether ``path`` is a directory of this user that is closed to others, or does not exist yet."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return closed_to_others(found)
+
+
+def closed_to_others(found: os.stat_result) -> bool:
+    """Whether this is a directory of this user's that no other user can access."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077

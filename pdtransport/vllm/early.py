@@ -18,8 +18,8 @@ import time
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.vllm.late_caching import LateCaching
 from pdtransport.vllm.metadata import WorkerReport
-from pdtransport.vllm.patches.late_caching import LateCaching
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

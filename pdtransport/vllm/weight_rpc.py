@@ -10,20 +10,31 @@ import logging
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pdtransport.engine.weight_sums import LoadedWeights, changed_names, loaded_weights
 from pdtransport.vllm.checkpoint import NAMED
 
 if TYPE_CHECKING:
     from pdtransport.vllm.pool_space import Shard
-    from pdtransport.vllm.worker import WorkerSide
 
 logger = logging.getLogger(__name__)
 
 MAX_NAMED = 3  # changed tensors named in a log line
 
-sides: weakref.WeakSet[WorkerSide] = weakref.WeakSet()  # the connector's worker halves in this process
+
+class ConnectorSide(Protocol):
+    """What is asked of the connector's worker half (:class:`pdtransport.vllm.worker.WorkerSide`)."""
+
+    @property
+    def checkpoint(self) -> str: ...
+
+    def change_weights(self, identity: str, reason: str) -> tuple[int, Shard | None]: ...
+
+    def end_transfers(self, reason: str) -> None: ...
+
+
+sides: weakref.WeakSet[ConnectorSide] = weakref.WeakSet()  # the connector's worker halves in this process
 _last: dict[int, Mapping[str, str]] = {}  # by id() of a worker: last checksums of its tensors
 
 

@@ -15,6 +15,7 @@ from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import run
 from pdtransport.pool.server.key_space_file import spaces_path
+from pdtransport.pool.server.open_tiers import lower_tiers
 from pdtransport.pool.settings import DiskSettings, PoolSettings
 from pdtransport.pool.tiers.base import HEADER_BYTES, Tier, TierError, fill
 from pdtransport.pool.tiers.codecs import Codec
@@ -23,7 +24,6 @@ from pdtransport.pool.tiers.envelope import Opening, seal
 from pdtransport.pool.tiers.keyed_digest import Forged, Signer, keep_key, load_signer, wants_key
 from pdtransport.pool.tiers.mooncake import MooncakeTier
 from pdtransport.pool.tiers.redis import RedisTier
-from pdtransport.pool.tiers.registry import lower_tiers
 from pdtransport.pool.tiers.s3 import S3Tier
 from tests.unit.pool_rig import MemoryTier, key
 

@@ -21,7 +21,7 @@ from pdtransport.pool import messages
 from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.core.index import MEMORY
 from pdtransport.pool.core.key_spaces import Space, parse_spaces
-from pdtransport.pool.server.admin_requests import COMING, HARD_PIN, PLAIN, SOFT_PIN, USED, WRITING
+from pdtransport.pool.messages import COMING, HARD_PIN, PLAIN, SOFT_PIN, USED, WRITING
 
 STEP_S = 0.005  # between polls of work in progress
 STUCK_S = 60.0  # without progress for this long, a call is given up

@@ -21,10 +21,10 @@ from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.reference import Checksums
 from pdtransport.pool import messages
 from pdtransport.pool.client.copiers import Copier, UnderWay
-from pdtransport.pool.client.local_wire import ServiceSession
 from pdtransport.pool.core.chunks import Chunks, Codes, Granted, Heard, Numbers
 from pdtransport.pool.core.frames import frame_runs
 from pdtransport.pool.core.requests import KeyVerdict
+from pdtransport.pool.local_wire import ServiceSession
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.protocol.messages import Message
 

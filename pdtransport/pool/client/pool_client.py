@@ -27,10 +27,10 @@ from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages
 from pdtransport.pool.client.copiers import Copier, make_copier
 from pdtransport.pool.client.copying import WINDOWS, Copying, Operation
-from pdtransport.pool.client.local_wire import FOREVER_S, Asked, ServiceSession, Wire, now_plus
 from pdtransport.pool.core.budget import HARD, NO_PIN, SOFT
 from pdtransport.pool.core.chunks import Chunks, Codes, verdicts_of
 from pdtransport.pool.core.requests import KeyVerdict
+from pdtransport.pool.local_wire import FOREVER_S, Asked, ServiceSession, Wire, now_plus
 from pdtransport.pool.settings import STAGING_BYTES, PoolSettings
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.protocol.messages import Message

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
-PolicyName = Literal["lru", "fifo", "mru", "lfu", "s3fifo"]
+from pdtransport.pool.settings import PolicyName
+
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 Usable = Callable[[int], bool]

@@ -12,13 +12,12 @@ import errno
 import fcntl
 import os
 import secrets
-import stat
 import struct
 import weakref
 from pathlib import Path
 
 from pdtransport.errors import SettingsError
-from pdtransport.system.private_files import make_private_folder
+from pdtransport.system.private_files import closed_to_others, make_private_folder
 
 SERVICE_BYTE = 0
 MAX_BYTE = 1 << 62
@@ -96,22 +95,6 @@ def private_directory(path: Path) -> None:
     except OSError as error:
         raise SettingsError(f"pool.dir: {path} can't be made ({error.strerror}): choose another") from None
     check_private(path)
-
-
-def is_private(path: Path) -> bool:
-    """Whether ``path`` is a directory of this user that is closed to others, or does not exist yet."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return closed_to_others(found)
-
-
-def closed_to_others(found: os.stat_result) -> bool:
-    """Whether this is a directory of this user's that no other user can access."""
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def check_private(path: Path) -> None:

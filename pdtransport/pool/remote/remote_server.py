@@ -34,8 +34,8 @@ from pdtransport.errors import SettingsError
 from pdtransport.io.reactor import Reactor
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages
-from pdtransport.pool.client.local_wire import Wire
 from pdtransport.pool.core.shared_memory import Mapping
+from pdtransport.pool.local_wire import Wire
 from pdtransport.pool.remote.chunk_transport import open_transport
 from pdtransport.pool.remote.remote_messages import RemoteHello, RemotePing, RemotePong, RemoteWelcome, from_remote
 from pdtransport.pool.remote.session import Caller, RemoteClientSession

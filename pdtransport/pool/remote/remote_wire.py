@@ -32,10 +32,10 @@ from pdtransport.control.sockets import Inbox, open_socket, tcp_url, watch
 from pdtransport.errors import PDTransportError, SettingsError
 from pdtransport.kv.geometry import HOST
 from pdtransport.pool import messages
-from pdtransport.pool.client.local_wire import ServiceSession, Wire, reach_memory
 from pdtransport.pool.core.frames import Frames, frames_for
 from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.core.shared_memory import Mapping
+from pdtransport.pool.local_wire import ServiceSession, Wire, reach_memory
 from pdtransport.pool.remote.chunk_transport import open_transport
 from pdtransport.pool.remote.remote_messages import (
     RemoteAnswer,

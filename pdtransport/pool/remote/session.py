@@ -19,9 +19,9 @@ import numpy as np
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.fingerprint import plain
 from pdtransport.pool import messages
-from pdtransport.pool.client.local_wire import FOREVER_S, Asked, ServiceSession, Wire
 from pdtransport.pool.core.chunks import parts_of
 from pdtransport.pool.core.requests import KeyAnswer, KeyVerdict
+from pdtransport.pool.local_wire import FOREVER_S, Asked, ServiceSession, Wire
 from pdtransport.pool.remote.remote_messages import RemoteAnswer, RemotePublish, new_transfer, transfer_key
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.transfer.outcome import Outcome

@@ -21,15 +21,12 @@ from pdtransport.pool.core.budget import HARD, NO_PIN, SOFT
 from pdtransport.pool.core.index import FILLING, MEMORY, Entries
 from pdtransport.pool.core.store import ChunkStore
 from pdtransport.pool.core.tier_state import TierState
+from pdtransport.pool.messages import COMING, HARD_PIN, PLAIN, SOFT_PIN, USED, WRITING
 from pdtransport.pool.server.key_space_file import MAX_SPACES, SpaceFile
 from pdtransport.protocol.messages import WireError
 
 SWEPT = 1 << 18  # index entries that one answer covers: one or two milliseconds
 ROWS = 1024  # chunks in one answer of a sweep
-
-# Flags of a chunk in a Looked message: being filled, being written to a lower tier, used by a client, soft-pinned,
-# hard-pinned, held unpacked in a lower tier.
-COMING, WRITING, USED, SOFT_PIN, HARD_PIN, PLAIN = 1, 2, 4, 8, 16, 32
 
 
 class Control:

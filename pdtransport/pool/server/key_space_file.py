@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdtransport.pool.core.key_spaces import parse_spaces
-from pdtransport.pool.core.locks import is_private
 from pdtransport.pool.messages import MAX_SPACE
 from pdtransport.pool.settings import PoolSettings
-from pdtransport.system.private_files import open_private, open_regular
+from pdtransport.system.private_files import is_private, open_private, open_regular
 
 logger = logging.getLogger("pdtransport.pool")
 

@@ -33,10 +33,10 @@ from pdtransport.pool.core.shared_memory import Mapping, make_memory, map_memory
 from pdtransport.pool.core.store import ChunkStore
 from pdtransport.pool.server.admin_requests import Control
 from pdtransport.pool.server.key_space_file import SpaceFile, spaces_path
+from pdtransport.pool.server.open_tiers import lower_tiers
 from pdtransport.pool.server.tier_threads import Mover, checksum_of
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, PoolSettings
 from pdtransport.pool.tiers.codecs import Lossy
-from pdtransport.pool.tiers.registry import lower_tiers
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.settings import ControlSettings
 

@@ -29,7 +29,6 @@ from pdtransport.errors import SettingsError
 from pdtransport.kernels import pages
 from pdtransport.kernels.runs import Runs, cut_runs, run, stream_bytes
 from pdtransport.kv.keys import KEY_BYTES
-from pdtransport.pool.core.locks import closed_to_others
 from pdtransport.pool.settings import MAX_CHUNK_BYTES, DiskSettings
 from pdtransport.pool.tiers.base import (
     DIGEST_BYTES,
@@ -42,7 +41,7 @@ from pdtransport.pool.tiers.base import (
     check,
     runs_of,
 )
-from pdtransport.system.private_files import make_private_folder
+from pdtransport.system.private_files import closed_to_others, make_private_folder
 
 logger = logging.getLogger("pdtransport.pool")
 

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdtransport.errors import SettingsError
-from pdtransport.pool.core.locks import is_private
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import TierError
 from pdtransport.serving.keyfiles import read_lines
-from pdtransport.system.private_files import make_private_folder
+from pdtransport.system.private_files import is_private, make_private_folder
 
 ID_BYTES = 7
 UNSIGNED = bytes(ID_BYTES)  # key id of a chunk without a digest

@@ -7,7 +7,8 @@ done when the next step begins, and the report itself is dropped when it comes.
 
 vLLM has no hook for this; :class:`SchedulerHook` says what is patched. If vLLM is not as expected, requests wait for
 the report. The first step of a resumed request is kept short (:mod:`pdtransport.vllm.engine_loop`,
-:mod:`late_caching`), and if it can be undone it begins before the last pages arrive (:mod:`pdtransport.vllm.early`).
+:mod:`pdtransport.vllm.late_caching`), and if it can be undone it begins before the last pages arrive
+(:mod:`pdtransport.vllm.early`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from pdtransport.vllm.early import EarlyStep, can_hold_back, hold_back
 from pdtransport.vllm.engine_loop import EngineLoop
+from pdtransport.vllm.late_caching import LateCaching
 from pdtransport.vllm.metadata import WorkerReport
-from pdtransport.vllm.patches.late_caching import LateCaching
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager

@@ -118,7 +118,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.core.locks",
+        "pdtransport.system.private_files",
         "pool_bounds",
         (
             "pool_directory_of_another_user_is_used",
@@ -147,7 +147,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.pool.tiers.registry",
+        "pdtransport.pool.server.open_tiers",
         "pool_digest",
         (
             "tier_that_others_can_write_to_goes_without_digests",
