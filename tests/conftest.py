@@ -1,6 +1,6 @@
 """Which worker runs what where several run the tests (pytest-xdist, ``--dist loadgroup``): a module stays together,
-since they share fixtures, names and ports. ``tests/vllm`` is one group, and comes first: it takes longest, the other
-worker runs all others beside it, and who is done first helps."""
+since they share fixtures, names and ports. ``tests/vllm`` is one group, and comes first: it takes longest, the
+other workers run all others beside it, and who is done first helps."""
 
 from __future__ import annotations
 

@@ -294,7 +294,9 @@ def test_port_in_use_is_one_line_and_status_2() -> None:
 # -- one server ---------------------------------------------------------------------------------------------------
 
 
-async def _script(engine: Engine, workers: Workers, request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+async def _script(
+    engine: Engine, workers: Workers, resumed: asyncio.Event, request: web.Request, asked: dict[str, Any]
+) -> web.StreamResponse:
     engine.seen.clear()  # nobody looks at them in this process
     wish = asked.get("user")
     if engine.role == "prefill":
@@ -308,6 +310,8 @@ async def _script(engine: Engine, workers: Workers, request: web.Request, asked:
         workers.took(params["transfer_id"])
     if wish == "mute":
         await asyncio.sleep(PATIENCE_S)
+    if wish == "after-a-stop":
+        await resumed.wait()
     if wish not in {"slow", "hang", "flood"} or not asked.get("stream"):
         return await engine.answer(request, asked)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -329,8 +333,10 @@ async def _script(engine: Engine, workers: Workers, request: web.Request, asked:
 async def _serve(role: str, port: int) -> None:
     engine = Engine(role)
     engine.port = port
+    resumed = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, resumed.set)
     async with Workers(turn_s=0.005) as workers:
-        engine.script = lambda request, asked: _script(engine, workers, request, asked)
+        engine.script = lambda request, asked: _script(engine, workers, resumed, request, asked)
         if role == "decode":
             engine.metrics = info("kv_consumer", workers.port)
         await engine.start()

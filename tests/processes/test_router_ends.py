@@ -138,7 +138,7 @@ def test_decode_stopped_under_fifty_requests_costs_no_answer_once_it_goes_on(pai
 
         async def test(client: ClientSession) -> None:
             assert await path_of(client, url) == "disaggregated"
-            asked = fifty(client, url, "slow")
+            asked = fifty(client, url, "after-a-stop")
             await under_way(client, url, "decode")
             stopped.process.send_signal(signal.SIGSTOP)
             await until(lambda: says(client, url, 503))

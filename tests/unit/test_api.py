@@ -21,7 +21,7 @@ def test_dir_and_help_show_the_public_names() -> None:
     text = pydoc.plain(pydoc.render_doc(pdtransport))
     for name in pdtransport.__all__:
         assert name in text, name
-    assert "One worker's side of pdtransport." in text
+    assert "Sends and receives KV pages for one worker." in text
 
 
 def test_every_public_name_is_there_and_documented() -> None:
