@@ -19,14 +19,12 @@ from contextlib import nullcontext
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.kv.geometry import HOST
 from pdtransport.links.base import LinkBusy, Region
 from pdtransport.links.negotiate import open_links
-from pdtransport.links.probe import Probe, ProbeSource
 from pdtransport.links.ucx.gpu import CudaGpu
 from pdtransport.settings import LinkSettings
 from tests.rig import twin_gpu
@@ -204,8 +202,6 @@ class _Server:
         self.channel: Any = None
         self.ended: dict[Any, str | None] = {}
         self.still = False
-        self.probe: Any = None
-        self.source: ProbeSource | None = None
 
     def runs(self, spans: Spans) -> np.ndarray:
         runs = np.array(spans, dtype=np.uint64).reshape(-1, 2)
@@ -303,25 +299,6 @@ class _Server:
 
     def do_give_up(self) -> None:
         self.channel.give_up()
-
-    def do_probe_start(self, nbytes: int) -> list[bytes]:
-        gpu = self.opened.regions.device != HOST
-        batch = self.settings.gpu_slot_bytes if gpu else self.settings.batch_bytes
-        self.probe = Probe(self.channel, self.opened.regions, nbytes, batch, time.monotonic())
-        return self.probe.outbox()
-
-    def do_probe_call(self, body: bytes) -> list[bytes]:
-        """One LinkCall body from the peer; answers with what to say to it."""
-        call = msgpack.unpackb(body)
-        if call["op"] in ("probe?", "probe-end"):
-            self.source = self.source or ProbeSource(self.channel, self.opened.regions)
-            return self.source.on_call(call)
-        self.probe.on_call(call, time.monotonic())
-        return self.probe.outbox()
-
-    def do_probe_turn(self) -> tuple[list[bytes], bool, float | None, str]:
-        self.probe.tick(time.monotonic())
-        return self.probe.outbox(), self.probe.done, self.probe.rate, self.probe.why
 
     def do_regions(self) -> int:
         return len(self.opened.regions)

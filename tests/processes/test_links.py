@@ -571,47 +571,6 @@ def test_a_required_link_is_not_replaced(processes: dict[str, tuple[End, End]]) 
             one.ask("connect", ucx_only)
 
 
-# -- measuring ------------------------------------------------------------------------------------------------------
-
-
-def run_probe(sender: End, receiver: End, nbytes: int) -> tuple[float | None, str]:
-    """Carry the probe's words between both ends, as the transport does with LinkCall messages."""
-    bodies = receiver.ask("probe_start", nbytes)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        answers = [answer for body in bodies for answer in sender.ask("probe_call", body)]
-        replies = [reply for answer in answers for reply in receiver.ask("probe_call", answer)]
-        bodies, done, rate, why = receiver.ask("probe_turn")
-        bodies = replies + bodies
-        if done and not bodies:
-            return rate, why
-    raise TimeoutError("the probe did not end")
-
-
-@pytest.mark.parametrize("nbytes", [4096, 3 * BIG])
-def test_a_probe_measures_the_pair_and_leaves_nothing(ends: tuple[End, End], nbytes: int) -> None:
-    """Also after production batches; its scratch memory is unregistered afterwards."""
-    sender, receiver = ends
-    assert hand_over(sender, receiver, 1, shuffled(PAGES, PAGE, 1), [(0, BATCH)], BLOCKS) is None
-    rate, why = run_probe(sender, receiver, nbytes)
-    assert why == ""
-    assert rate is not None
-    assert rate > 0
-    assert receiver.ask("stats")["bytes_received"] == BATCH + nbytes
-    assert [one.ask("regions") for one in ends] == [1, 1]
-    for one in ends:
-        assert_all_free(one)
-
-
-def test_a_probe_whose_sender_is_busy_says_so(processes: dict[str, tuple[End, End]]) -> None:
-    sender, receiver = of_kind(processes, "ucx")
-    pair(sender, receiver)
-    for key in (1, 2):
-        sender.ask("send", key, shuffled(PAGES, PAGE, key), 0)
-    rate, why = run_probe(sender, receiver, 2 * BIG)
-    assert (rate, why) == (None, "the peer had no staging slot free")
-
-
 # -- two hosts ------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import pytest
 from pdtransport.errors import LinkError
 from pdtransport.links.base import LinkBusy
 from tests.processes.link_rig import End, Spans, pair, shuffled
-from tests.processes.test_links import assert_all_free, hand_over, run_probe
+from tests.processes.test_links import assert_all_free, hand_over
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(180)]
 
@@ -229,13 +229,3 @@ def test_the_other_end_survives(processes: dict[str, tuple[End, End]], way: str,
     spans = shuffled(MIB // PAGE, PAGE, 5)
     assert hand_over(other, survivor, 11, spans, [(0, MIB)], BLOCKS) is None
     assert survivor.ask("read", [(0, MIB)]) == other.ask("read", spans)
-
-
-def test_a_probe_measures_the_pair(ends: tuple[End, End], way: str) -> None:
-    """``pytest -s`` prints what it found."""
-    sender, receiver = ends
-    rate, why = run_probe(sender, receiver, 16 * SLOT)
-    assert why == ""
-    assert rate is not None
-    assert rate > 0
-    print(f"\nucx, {way}: {rate / 1e9:.1f} GB/s in batches of 16 MiB, asked for over pipes")
