@@ -292,9 +292,8 @@ class ProducerTable:
         if key not in self._early:
             if len(self._early) >= self.limits.max_transfers:
                 text = f"{len(self._early)} grants wait for their requests (max_transfers)"
-                self._add_tombstone(
-                    grant.transfer, Code.OVERLOADED, text
-                )  # a repeat of this grant must get the same answer
+                # A repeat of this grant must get the same answer.
+                self._add_tombstone(grant.transfer, Code.OVERLOADED, text)
                 return [self._abort(peer, grant, Code.OVERLOADED, text)]
             # The consumer gives up earlier; this bound is for one that never revokes its grant.
             until = now + 2 * self.limits.arrival_s

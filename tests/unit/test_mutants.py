@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from tests.mutants.__main__ import judged
+from tests.mutants.__main__ import from_file, judged
 from tests.mutants.listed import LISTED
 from tests.mutants.place import REPO, Mutant, Stale
 from tests.mutants.processes import Run
@@ -32,6 +32,12 @@ def test_a_bugs_place_exists_and_so_do_the_tests_that_find_it(mutant: Mutant) ->
     for test in mutant.tests:
         path, _, name = test.partition("::")
         assert name in names_in(path), f"{mutant.name}: {path} has no {name}"
+
+
+@pytest.mark.parametrize("mutant", from_file(REPO / "tests/mutants/unseen.json"), ids=lambda mutant: mutant.name)
+def test_bugs_of_somebody_who_has_not_seen_the_tests_have_a_place(mutant: Mutant) -> None:
+    """Their tests are all fast ones; their places must exist, too."""
+    assert mutant.source() != mutant.path.read_text()
 
 
 def test_a_bug_has_one_entry() -> None:
