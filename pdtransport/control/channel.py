@@ -292,7 +292,9 @@ class ControlChannel:
             self._dialled += dialer.socket is not None  # else its name is being looked up, or it must not be called
         except zmq.ZMQError as error:
             # Callers that wait get ConnectFailed at the dialer's deadline.
-            self._shared.complaints.say(f"no socket for {dialer.endpoint.host}:{dialer.endpoint.port}: {error}", now)
+            self._shared.complaints.warn(
+                f"no socket for {dialer.endpoint.host}:{dialer.endpoint.port}: {error}", "", now
+            )
         self._sockets_changed()
         return events
 
@@ -355,7 +357,7 @@ class ControlChannel:
         for event in self._directory.tick(now):
             events.append(event)
             if isinstance(event, NameShared):
-                self._shared.complaints.say(event.reason, now, "names")
+                self._shared.complaints.warn(event.reason, "names", now)
         if self._listener is not None:
             self._listener.tick(now)
         self._dialled = 0
@@ -404,7 +406,7 @@ class ControlChannel:
                 found = step(now)
             except Exception as error:  # noqa: BLE001 - whatever a frame provokes must not stop the others
                 self.counters["garbage"] += 1
-                self._shared.complaints.say(f"error while handling a frame: {error!r:.300}", now, "error")
+                self._shared.complaints.warn(f"error while handling a frame: {error!r:.300}", "error", now)
                 continue
             if found is None:
                 break
@@ -419,7 +421,7 @@ class ControlChannel:
             self.counters["refused"] += gatekeeper.denied
             gatekeeper.denied = 0
             text = "refused a connection: its key is not in control.curve_allowed_keys"
-            self._shared.complaints.say(text, now, "key")
+            self._shared.complaints.warn(text, "key", now)
         return []
 
     def _forgive_own_pause(self, now: float) -> None:

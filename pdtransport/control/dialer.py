@@ -251,7 +251,7 @@ class Dialer(Route):
         self._failure = ConnectFailed(*self.endpoint, reason, field, refused)
         self._failed_at = now
         if self._deadline is None:  # no caller waits: it was a background attempt
-            self._shared.complaints.say(reason, now, "attempt")
+            self._shared.complaints.warn(reason, "attempt", now)
             return []
         self._deadline = None
         return [self._failure]
@@ -422,7 +422,7 @@ class Dialer(Route):
         shared = self._shared
         where = f"{self.endpoint.host}:{self.endpoint.port}"
         if refused.field in {"frame", "status"}:  # concerns one frame, not the connection
-            shared.complaints.say(f"{where} could not use a frame of ours: {refused.reason!r}", now, "frame")
+            shared.complaints.warn(f"{where} could not use a frame of ours: {refused.reason!r}", "frame", now)
             return []
         if refused.field == NAME:
             shared.on_name(where, refused.reason, now)
@@ -443,5 +443,5 @@ class Dialer(Route):
     def _garbage(self, what: str, now: float) -> list[Event]:
         self._shared.counters["garbage"] += 1
         where = f"{self.endpoint.host}:{self.endpoint.port}"
-        self._shared.complaints.say(f"garbage from {where}: {plain(what, 200)}", now, "garbage")
+        self._shared.complaints.warn(f"garbage from {where}: {plain(what, 200)}", "garbage", now)
         return []

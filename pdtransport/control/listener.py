@@ -214,7 +214,7 @@ class ControlListener:
             if ours:  # a connection that was closed here, which was logged with its reason
                 return []
             text = "a connection failed in its handshake: no ZeroMQ, or a wrong CURVE key"
-            self._shared.complaints.say(text, now, "strangers")
+            self._shared.complaints.warn(text, "strangers", now)
             return []
         caller = self._door.of(int(report["value"]))
         if caller is None:
@@ -248,7 +248,7 @@ class ControlListener:
     def _count_cut(self, complaint: str, now: float) -> None:
         self._cut_at = now
         self._shared.counters["callers_cut"] += 1
-        self._shared.complaints.say(complaint, now, "strangers")
+        self._shared.complaints.warn(complaint, "strangers", now)
         self._reclaim.gone(now)
 
     def _probe(self, now: float) -> None:
@@ -320,7 +320,7 @@ class ControlListener:
             return False
         if complaint:
             self._shared.counters["callers_refused"] += 1
-            self._shared.complaints.say(f"refused {caller}: {complaint}", now, "users")
+            self._shared.complaints.warn(f"refused {caller}: {complaint}", "users", now)
             self._close_caller(caller, now)
         return not complaint
 
@@ -376,7 +376,7 @@ class ControlListener:
         if refusal is not None:
             shared.counters["refused"] += 1
             self.send(connection, encode(refusal))
-            shared.complaints.say(f"refused {connection.where}: {refusal.reason}", now, "refused")
+            shared.complaints.warn(f"refused {connection.where}: {refusal.reason}", "refused", now)
             return shared.directory.leave(connection, refusal.reason)  # it may have been a peer before it changed
         breaks = shared.directory.our_breaks(handshake.peer_of(hello))
         self.socket.get(zmq.EVENTS)  # makes libzmq process closed connections
@@ -456,7 +456,7 @@ class ControlListener:
         self._shared.counters["garbage"] += 1
         what = plain(what, 200)
         topic = "peers" if connection.peer is not None else "strangers"
-        self._shared.complaints.say(f"garbage from {connection}: {what}", now, topic)
+        self._shared.complaints.warn(f"garbage from {connection}: {what}", topic, now)
         if now >= connection.answer_at:
             connection.answer_at = now + ANSWER_GARBAGE_EVERY_S
             known = version is not None

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from pdtransport.serving.log_limits import LogLimiter
+from pdtransport.system.log_limits import LogLimiter
 
 CLIENT_LEFT = 499  # nginx's code for a client that disconnected
 STOPPING = "stopping"  # code of requests that end because the server stops

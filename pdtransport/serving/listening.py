@@ -10,16 +10,15 @@ import asyncio
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import stop_request
-from pdtransport.serving.log_limits import LogLimiter, where
 from pdtransport.serving.request_filter import RequestFilter
-from pdtransport.serving.shortage import ShortageLog
+from pdtransport.system.log_limits import LogLimiter, where
 
 BACKLOG = 1024  # up to this many may be accepted at once before one of them is closed
 _SWEEP_S = 1.0  # longest interval between checks for late connections
@@ -30,6 +29,20 @@ _SEND_S = 30.0  # in addition to keep_alive_s: for the rest of an answer that it
 
 _http_log = logging.getLogger("pdtransport.serving.http")
 _limiter = LogLimiter(_http_log)
+_NO_DESCRIPTORS = "socket.accept() out of system resource"  # asyncio's message
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Exception handler of the loop: logs a lack of file descriptors in one line a minute.
+
+    By default asyncio logs a traceback every second for each connection in the backlog.
+    """
+    if context.get("message") != _NO_DESCRIPTORS:
+        loop.default_exception_handler(context)
+        return
+    error = context.get("exception")
+    why = error.strerror if isinstance(error, OSError) else error
+    _limiter.warn(f"new connections wait: {why}; raise the limit of open files (ulimit -n)", "descriptors")
 
 
 def _short(record: logging.LogRecord) -> bool:
@@ -43,7 +56,7 @@ def _short(record: logging.LogRecord) -> bool:
         return True
     if isinstance(error, (HttpProcessingError, web.RequestPayloadError)):
         return False
-    line = _limiter.line(where(error), f"a connection failed: {where(error)}")
+    line = _limiter.line(f"a connection failed: {where(error)}", where(error))
     record.msg, record.args, record.exc_info, record.exc_text = line, (), None, None
     return bool(line)
 
@@ -168,7 +181,7 @@ class HttpListener:
         assert server is not None
         self._filter = RequestFilter(server.request_handler, self._hosts, self._cors)
         server.request_handler = self._handle
-        asyncio.get_running_loop().set_exception_handler(ShortageLog(_http_log))
+        asyncio.get_running_loop().set_exception_handler(_on_loop_error)
         self._server = await asyncio.get_running_loop().create_server(
             self._protocol, host, port, backlog=min(BACKLOG, self._max_connections), reuse_address=True
         )

@@ -17,7 +17,6 @@ from pdtransport.control.channel import ControlChannel, Identity, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
-from pdtransport.observe.seldom import Seldom
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.messages import (
@@ -32,6 +31,7 @@ from pdtransport.protocol.messages import (
     Ended,
     ProducerMessage,
 )
+from pdtransport.system.log_limits import LogLimiter
 from pdtransport.transfer.audit import Audit
 from pdtransport.transfer.outcome import OnExpected, OnOutcome, Outcome, tell
 from pdtransport.transfer.peers import Endpoint, Peers, TransferPeer
@@ -40,6 +40,7 @@ from pdtransport.transfer.timeline import Timeline, TransferRecord
 logger = logging.getLogger(__name__)
 
 NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})  # before the grant: no producer could be reached
+NOBODY_PAUSE_S = 10.0  # between two log lines about them
 SAME_S = 0.001  # an expected time that changed by less is not reported again
 
 
@@ -103,7 +104,7 @@ class ConsumerDriver:
         self._counters = counters
         self._audit = audit
         self._sinks: dict[str, IncomingTransfer] = {}
-        self.seldom = Seldom(logger)  # requests name the hosts to call, so a client could fill the log
+        self.limiter = LogLimiter(logger, NOBODY_PAUSE_S)  # clients name the hosts to call
 
     # -- calls of the engine -------------------------------------------------------------------------------------
 
@@ -418,7 +419,7 @@ class ConsumerDriver:
     def _log_failure(self, sink: IncomingTransfer, code: Code, reason: str) -> None:
         text = f"transfer {sink.wanted.transfer} failed ({code.value}): {reason}"
         if code in NOBODY_THERE and not sink.granted:
-            self.seldom.warn(text, time.monotonic())
+            self.limiter.warn(text)
         else:
             logger.log(logging.INFO if code in REQUEST_ENDED else logging.WARNING, "%s", text)
 

@@ -158,7 +158,7 @@ class TransferEngine:
             self.producer.peer_lost(event.peer, event.reason)
             self.consumer.peer_lost(event.peer, event.reason)
         elif isinstance(event, ConnectFailed):
-            self.consumer.seldom.warn(f"no connection to {event.host}:{event.port}: {event.reason}", now)
+            self.consumer.limiter.warn(f"no connection to {event.host}:{event.port}: {event.reason}", now=now)
             self._counters["connects_failed"] += 1
             self._peers.connect_failed((event.host, event.port), event.reason, event.refused)
         elif isinstance(event, StatusRequested):

@@ -18,9 +18,9 @@ from pdtransport.engine.request_batches import Batches
 from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.keys import request_key
-from pdtransport.observe.seldom import Seldom
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
+from pdtransport.system.log_limits import LogLimiter
 from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.beyond_window import CODE, WindowRule
 from pdtransport.vllm.callees import Callees
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from pdtransport.vllm.pool_space import Shard
 
 logger = logging.getLogger(__name__)
+
+COMPLAIN_S = 10.0  # between two log lines about what clients ask for
 
 BLIND_WAIT_S = 0.004  # longest sleep if new client requests can't be noticed during it
 REJECTED = "decode's server rejected the request, or its client left before the engine had it"
@@ -136,7 +138,7 @@ class SchedulerSide:
         self._clock = clock
         self._callees = Callees(settings.control, heads, strict=consumer, clock=clock)
         self._declining: list[tuple[ConsumeParams, Code, str]] = []  # to be sent once prefill's host is resolved
-        self._seldom = Seldom(logger)  # rate-limited, since clients choose their parameters
+        self._limiter = LogLimiter(logger, COMPLAIN_S, clock=clock)  # clients choose their parameters
         self._batches = Batches()
         self._producing: dict[str, _Producing] = {}
         self._consuming: dict[str, _Consuming] = {}
@@ -287,7 +289,7 @@ class SchedulerSide:
         if problem.startswith(CODE):  # the engine warned of it at start
             logger.debug("%s", text)
         else:
-            self._seldom.warn(text, self._clock())
+            self._limiter.warn(text)
 
     def _find(self, req_id: str, entry: _Consuming) -> bool:
         """Resolve the address of this request's prefill.

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from pdtransport.serving.log_limits import MAX_KINDS, LogLimiter
 from pdtransport.serving.request_filter import MAX_LINGERING
+from pdtransport.system.log_limits import MAX_KINDS, LogLimiter
 from tests.unit.router_rig import POST, Rig, ask, rigged, run
 
 BODY = json.dumps(ask()).encode()
@@ -274,10 +274,19 @@ def test_a_fault_of_our_own_is_one_line_whatever_a_client_sent(
 def test_repeated_lines_are_counted_and_kinds_are_bounded() -> None:
     """One line a kind and period; the next one tells how many were left out; endless kinds share one."""
     now = [0.0]
-    limiter = LogLimiter(logging.getLogger("test"), 60.0, lambda: now[0])
-    assert [limiter.line("a", "x") for _ in range(3)] == ["x", "", ""]
-    assert limiter.line("b", "y") == "y"
+    limiter = LogLimiter(logging.getLogger("test"), 60.0, clock=lambda: now[0])
+    assert [limiter.line("x", "a") for _ in range(3)] == ["x", "", ""]
+    assert limiter.line("y", "b") == "y"
     now[0] = 60.0
-    assert [limiter.line("a", "x"), limiter.line("a", "x")] == ["x (2 more since the last line)", ""]
-    lines = [limiter.line(str(n), "z") for n in range(10 * MAX_KINDS)]
+    assert [limiter.line("x", "a"), limiter.line("x", "a")] == ["x (and 2 more like it)", ""]
+    lines = [limiter.line("z", str(n)) for n in range(10 * MAX_KINDS)]
     assert sum(map(bool, lines)) <= MAX_KINDS
+
+
+def test_what_goes_on_is_logged_ever_more_seldom() -> None:
+    """Pauses double up to their longest; after silence they start anew."""
+    limiter = LogLimiter(logging.getLogger("test"), 10.0, 40.0)
+    written = [second for second in range(200) if limiter.line("x", now=float(second))]
+    assert written == [0, 10, 30, 70, 110, 150, 190]
+    assert limiter.line("x", now=1000.0)
+    assert limiter.line("x", now=1010.0)

@@ -13,12 +13,11 @@ pytest.importorskip("vllm")
 
 from pdtransport.control import names
 from pdtransport.errors import SettingsError
-from pdtransport.observe.seldom import EVERY_S
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import ControlSettings, Settings
 from pdtransport.vllm.callees import Callees
 from pdtransport.vllm.metadata import Command, Decline, SendClaim, StartReceive
-from pdtransport.vllm.scheduler import LEFT, REJECTED, SchedulerSide
+from pdtransport.vllm.scheduler import COMPLAIN_S, LEFT, REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, Clock, blocks, request, step
 
@@ -204,11 +203,11 @@ def test_what_clients_send_fills_no_log(caplog: pytest.LogCaptureFixture) -> Non
     side = made(clock)
     for number in range(1000):
         side.on_new_request(request({**CONSUME, "remote_host": "10.1.2.3"}, name=f"{'x' * 5000}\n{number}"))
-    clock.now = EVERY_S
+    clock.now = COMPLAIN_S
     side.on_new_request(request({**CONSUME, "remote_host": "10.1.2.3"}, name="last"))
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 2
-    assert "(and 999 more such lines since the last one)" in lines[1]
+    assert "(and 999 more like it)" in lines[1]
     assert max(map(len, lines)) < 500
     assert not any("\n" in line for line in lines)
 

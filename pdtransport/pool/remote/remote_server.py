@@ -27,7 +27,7 @@ from pdtransport.control.limits import (
 )
 from pdtransport.control.listener import bind, text_of
 from pdtransport.control.owners import descriptor_of, owners_for
-from pdtransport.control.shared import Complaints
+from pdtransport.control.shared import complaints_about_peers
 from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, watch
 from pdtransport.control.status import Allowance
 from pdtransport.errors import SettingsError
@@ -89,7 +89,7 @@ class RemoteServer:
             raise
         self._inbox = Inbox(self._socket, addressed=True)
         self._door = Door(settings.remote.port, owners)
-        self._complaints = Complaints()
+        self._complaints = complaints_about_peers()
         self._tick_at = self._look_until = 0.0
 
     # -- called by the reactor --------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class RemoteServer:
                 self._door.closed(caller)
 
     def _complain(self, text: str, now: float) -> None:
-        self._complaints.say(f"pool {self._settings.name}: {text}", now, "strangers")
+        self._complaints.warn(f"pool {self._settings.name}: {text}", "strangers", now)
 
     def _stranger(self, letter: Letter, now: float) -> _Stranger | None:
         """The connection of a sender that has not said Hello; None if its message must be ignored."""
@@ -241,7 +241,7 @@ class RemoteServer:
         except (WireError, RecursionError) as error:
             text = plain(str(error), 300)
             whose = "guests" if guest is not None else "strangers"
-            self._complaints.say(f"garbage from a remote client of pool {self._settings.name}: {text}", now, whose)
+            self._complaints.warn(f"garbage from a remote client of pool {self._settings.name}: {text}", whose, now)
             self._send(letter.sender, messages.PoolRefused(what="message", reason=text))
 
     def _on_hello(self, letter: Letter, hello: RemoteHello, now: float) -> None:

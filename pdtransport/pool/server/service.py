@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from pdtransport.control.limits import MAX_FRAMES_A_TURN
-from pdtransport.control.shared import Complaints
+from pdtransport.control.shared import complaints_about_peers
 from pdtransport.control.sockets import Inbox, Letter, Socket, open_socket
 from pdtransport.errors import SettingsError
 from pdtransport.io.reactor import Reactor
@@ -107,7 +107,7 @@ class PoolService:
             raise
         self._clients: dict[bytes, Client] = {}
         self._watchers: dict[bytes, int] = {}  # route -> number of its WatchForgotten request
-        self._complaints = Complaints()
+        self._complaints = complaints_about_peers()
         self._tick_at = 0.0
         self._paused = False
         self.counters: Counter[str] = Counter()
@@ -191,7 +191,7 @@ class PoolService:
         except (WireError, RecursionError) as error:
             self.counters["garbage"] += 1
             text = plain(str(error), 300)
-            self._complaints.say(f"garbage from a client of pool {self.settings.name}: {text}", now)
+            self._complaints.warn(f"garbage from a client of pool {self.settings.name}: {text}", "", now)
             self._send(letter.sender, messages.PoolRefused(what="message", reason=text))
 
     def _on_hello(self, route: bytes, hello: messages.PoolHello) -> None:
