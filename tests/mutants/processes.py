@@ -19,7 +19,7 @@ from tests.mutants.place import REPO, Mutant
 HANG_S = 120  # of one mutant's tests; a bug that makes them hang is found
 TEST_S = 60  # of one test
 SIM_SEEDS = "1500"  # of the simulator's 5,000: enough for the bugs that it finds, and within a test's time
-_OURS = ("pdtransport", "tests", "conftest")
+_OURS = ("pdtransport", "tests", "conftest", "benchmarks", "examples", "kernels", "launch", "scripts")
 
 
 @dataclass
@@ -121,9 +121,9 @@ def import_others(modules: Sequence[str]) -> None:
             if name not in sys.modules:
                 with contextlib.suppress(Exception):
                     __import__(name)
-    ours = [name for name in set(sys.modules) - known if name.startswith(_OURS)]
-    if ours:  # a child would see the module without its bug
-        raise RuntimeError(f"imported by packages of others: {', '.join(sorted(ours)[:5])}")
+                ours = [each for each in set(sys.modules) - known if each.startswith(_OURS)]
+                if ours:  # a child would see the module without its bug
+                    raise RuntimeError(f"{name}, a package of others, imports {', '.join(sorted(ours)[:5])}")
 
 
 @contextlib.contextmanager
