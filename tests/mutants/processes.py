@@ -19,7 +19,7 @@ from tests.mutants.place import REPO, Mutant
 HANG_S = 120  # of one mutant's tests; a bug that makes them hang is found
 TEST_S = 60  # of one test
 SIM_SEEDS = "1500"  # of the simulator's 5,000: enough for the bugs that it finds, and within a test's time
-_OURS = ("pdtransport", "tests", "conftest", "benchmarks", "examples", "kernels", "launch", "scripts")
+_OURS = ("pdtransport", "tests", "conftest", "benchmarks", "examples", "scripts")
 
 
 @dataclass
