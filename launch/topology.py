@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from pdtransport.errors import SettingsError
 from pdtransport.launch.cores import MAX_CORE, parse_cores
+from pdtransport.links.registry import check_links
 from pdtransport.pool.settings import PoolSettings, parse_size
 from pdtransport.router.settings import RouterSettings
 from pdtransport.settings import Settings
@@ -304,11 +306,15 @@ class Topology(_Section):
 
     @field_validator("transport")
     @classmethod
-    def _no_port(cls, transport: Settings) -> Settings:
+    def _for_all_instances(cls, transport: Settings) -> Settings:
         if transport.pool is not None and transport.pool.salt:
             raise wrong(f"{_NO_SECRETS}: put the salt into a file and name it in pool.salt_file")
         if "port" in transport.control.model_fields_set:
             raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
+        try:
+            check_links(transport)
+        except SettingsError as error:
+            raise wrong(str(error)) from None
         return transport
 
     @model_validator(mode="after")

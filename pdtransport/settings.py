@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pdtransport.errors import SettingsError
 from pdtransport.system.hosts import CURVE_PEER, checked_peer, is_loopback
 
-LinkName = Literal["cuda_ipc", "shm", "cma", "ucx"]
+LinkName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]  # which there are, links/registry.py knows
 
 # Default control port of rank 0 by kv_role, so that a prefill and a decode server on one host need no settings. Each
 # role has room for 100 workers (ranks times data-parallel replicas) before its ports reach those of the next role.
@@ -131,7 +131,7 @@ class LinkSettings(_Section):
         min_length=1,
         description="Links to try for a pair, best first; the first that both ends can use is taken. cuda_ipc is for "
         "KV in GPU memory, cma and shm (not tried unless named) for KV in host memory; each is passed over where KV "
-        "lies elsewhere.",
+        "lies elsewhere. Other packages add links by entry point.",
     )
     require: LinkName | None = Field(
         None, description="Refuse a peer that can't use this link, instead of taking a slower one."
@@ -424,15 +424,6 @@ class Settings(_Section):
         description="How long vLLM's processes spin for each other's next message before they sleep. Default: 0.001 on "
         "the CPU platform, where spinning takes cores from the model; elsewhere vLLM's own second is left as it is.",
     )
-
-    @model_validator(mode="after")
-    def _verified(self) -> Settings:
-        # A link that reads pages in place may see them change after a preemption: only a checksum notices that.
-        used = (self.links.require,) if self.links.require else self.links.order
-        in_place = " and ".join(name for name in dict.fromkeys(used) if name in ("cuda_ipc", "shm", "cma"))
-        if self.integrity.checksum == "off" and in_place:
-            raise ValueError(f"integrity.checksum: off needs links.order without {in_place}: pages are read in place")
-        return self
 
     def calling_anyone(self) -> Settings:
         """A copy without ``control.peers``, for a transport whose callers enforce it themselves."""

@@ -29,6 +29,7 @@ from pdtransport.io.reactor import Reactor
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
+from pdtransport.links.registry import check_links
 from pdtransport.observe.status import TransportStatus
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, Digest, FingerprintValue, TransferId
 from pdtransport.settings import Settings
@@ -222,7 +223,7 @@ class Transport:
             if that setting is unset. 0: any free port.
 
     Raises:
-        SettingsError: a setting can't be used here (a port in use, a bad key file).
+        SettingsError: a setting can't be used here (a port in use, a bad key file, a link that is not installed).
         LinkUnavailable: no link of ``settings.links.order`` works here, or the required one does not.
         InvalidCall: an argument is invalid.
     """
@@ -246,6 +247,7 @@ class Transport:
         if not 0 <= rank < world:
             raise InvalidCall(f"rank={rank} is not within 0..world-1 ({world - 1})")
         self.settings = settings or Settings()
+        check_links(self.settings)
         self.geometry = geometry
         self.engine = engine or f"pdt-{uuid.uuid4().hex[:12]}"
         self.rank = rank

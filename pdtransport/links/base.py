@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from pdtransport.settings import LinkSettings
 
 # shape (n, 2), dtype uint64: [address, nbytes] of each run, in stream order
 Runs = npt.NDArray[np.uint64]
+
+MemoryKind = Literal["host", "gpu"]
 
 # Called once when an operation ends, with None on success, else with one line that says why it failed.
 Done = Callable[["str | None"], None]
@@ -154,9 +157,17 @@ class Channel(ABC):
 
 
 class Link(ABC):
-    """One way to move bytes, for one process."""
+    """One way to move bytes, for one process.
 
-    name: str
+    Found by name (:mod:`pdtransport.links.registry`); what it can do, its class states.
+    """
+
+    name: ClassVar[str]  # as in `links.order`
+    memory: ClassVar[tuple[MemoryKind, ...]]  # where the pages may lie that it moves; elsewhere it is passed over
+    one_host: ClassVar[bool]  # True: both ends must be processes of one host
+    # True: a page that the engine overwrites while it moves arrives without an error, so that only its checksum tells.
+    # False: the link itself takes care that what arrives is what was there when `send` was called.
+    needs_checksums: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

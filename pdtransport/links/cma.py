@@ -38,6 +38,8 @@ class CmaLink(Link):
     """
 
     name = "cma"
+    memory = ("host",)
+    one_host = True
 
     def __init__(self, regions: Regions | Iterable[Region], own: npt.NDArray[np.uint64] | None = None) -> None:
         self.regions = regions if isinstance(regions, Regions) else Regions(regions)

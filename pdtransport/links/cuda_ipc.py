@@ -70,6 +70,8 @@ class CudaIpcLink(Link):
     """
 
     name = "cuda_ipc"
+    memory = ("gpu",)
+    one_host = True
 
     def __init__(self, regions: Regions) -> None:
         if regions.device == HOST:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pdtransport.errors import LinkUnavailable
 from pdtransport.kv.geometry import HOST
-from pdtransport.links.base import Channel, Link, Region
+from pdtransport.links.base import Channel, Link, MemoryKind, Region
 from pdtransport.links.memory import Regions
-from pdtransport.settings import LinkName, LinkSettings
+from pdtransport.links.registry import load, wanted
+from pdtransport.settings import LinkSettings
 
 logger = logging.getLogger(__name__)
 
-
-# Module and class of each link. Modules are imported on demand, so that a link's dependencies load only with it.
-_LINKS = {
-    "cuda_ipc": ("cuda_ipc", "CudaIpcLink"),
-    "shm": ("shm", "ShmLink"),
-    "cma": ("cma", "CmaLink"),
-    "ucx": ("ucx.link", "UcxLink"),
-}
-_HOST_ONLY = dict.fromkeys(("shm", "cma"), "KV lies in GPU memory")
-_GPU_ONLY = {"cuda_ipc": "KV lies in host memory"}
+_MEMORY: dict[MemoryKind, str] = {"host": "host memory", "gpu": "GPU memory"}
 
 
 @dataclass
@@ -37,44 +28,39 @@ class OpenedLinks:
     elsewhere: dict[str, str] = field(default_factory=dict)  # links for the other kind of memory (host, GPU), and why
 
 
-def open_links(settings: LinkSettings, regions: Iterable[Region], *, ucx: bool | None = None) -> OpenedLinks:
-    """Open the links that ``settings.order`` names.
+def open_links(settings: LinkSettings, regions: Iterable[Region]) -> OpenedLinks:
+    """Open the links that ``settings.order`` names, or the one that it requires.
 
     Args:
         settings: order, required link, sizes.
         regions: memory that links may read and write.
-        ucx: False leaves UCX out, True requires it, None uses it if it is installed.
 
     Raises:
+        SettingsError: a link is not known here, or can't be loaded.
         LinkUnavailable: no link works here, or the required one does not.
     """
     opened = OpenedLinks(Regions(regions))
-    elsewhere = _GPU_ONLY if opened.regions.device == HOST else _HOST_ONLY
-    for name in (settings.require,) if settings.require else dict.fromkeys(settings.order):
-        if name == "ucx" and ucx is False:
-            opened.unavailable[name] = "it was left out"
-            continue
-        if name in elsewhere:  # expected, so not logged; an error only if this link is required
-            opened.elsewhere[name] = elsewhere[name]
-            continue
-        try:
-            opened.links[name] = _open(name, opened.regions, settings)
-        except LinkUnavailable as error:
-            opened.unavailable[name] = str(error)
-            logger.info("link %s can't be used here: %s", name, error)
+    memory: MemoryKind = "host" if opened.regions.device == HOST else "gpu"
+    kinds = [load(name) for name in wanted(settings)]
     try:
-        if settings.require and settings.require not in opened.links:
-            why = {**opened.unavailable, **opened.elsewhere}[settings.require]
-            raise LinkUnavailable(_required(settings.require, why))
-        if ucx and "ucx" not in opened.links:
-            raise LinkUnavailable(f"ucx: {opened.unavailable.get('ucx', 'it is not in links.order')}")
-        if not opened.links:
-            why = _reasons({**opened.elsewhere, **opened.unavailable})
-            raise LinkUnavailable(f"no link of links.order can be used here: {why}")
-    except LinkUnavailable:
+        for kind in kinds:
+            if memory not in kind.memory:  # expected, so not logged; an error only if this link is required
+                opened.elsewhere[kind.name] = f"KV lies in {_MEMORY[memory]}"
+                continue
+            try:
+                opened.links[kind.name] = kind.open(opened.regions, settings)
+            except LinkUnavailable as error:
+                opened.unavailable[kind.name] = str(error)
+                logger.info("link %s can't be used here: %s", kind.name, error)
+    except BaseException:
         for link in opened.links.values():
             link.close()
         raise
+    if not opened.links:
+        why = {**opened.elsewhere, **opened.unavailable}
+        if settings.require:
+            raise LinkUnavailable(_required(settings.require, why[settings.require]))
+        raise LinkUnavailable(f"no link of links.order can be used here: {_reasons(why)}")
     return opened
 
 
@@ -118,12 +104,6 @@ def choose(
     if require:
         raise LinkUnavailable(_required(require, reasons[require]))
     raise LinkUnavailable(f"no link of links.order reaches {peer_host}: {_reasons(reasons)}")
-
-
-def _open(name: LinkName, regions: Regions, settings: LinkSettings) -> Link:
-    module, kind = _LINKS[name]
-    link: Link = getattr(importlib.import_module(f"pdtransport.links.{module}"), kind).open(regions, settings)
-    return link
 
 
 def _required(name: str, why: str) -> str:

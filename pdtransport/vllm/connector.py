@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from pdtransport.links.registry import check_links
 from pdtransport.settings import Settings
 from pdtransport.vllm.beyond_window import WindowRule
 from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
@@ -69,6 +70,7 @@ class PDTransportConnector(KVConnectorBase_V1):
         refuse_caches(kv_cache_config)
         config = self._kv_transfer_config
         settings = Settings.parse(config.kv_connector_extra_config)
+        check_links(settings)
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("pdtransport does not hand over pipeline-parallel shards yet: use tensor parallelism")

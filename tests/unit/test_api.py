@@ -44,7 +44,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: Settings(contrl={}), "contrl: unknown key"),  # type: ignore[call-arg]
     (lambda: ControlSettings(port=70000), "port: "),
     (lambda: ControlSettings(host="10.0.0.1"), "needs CURVE keys"),
-    (lambda: LinkSettings(order=("rdma",)), "order.0: "),  # type: ignore[arg-type]
+    (lambda: LinkSettings(order=("RDMA",)), "order.0: "),
     (lambda: Settings(control=ControlSettings(port=5), model_id=" "), "model_id"),
 ]
 

@@ -10,8 +10,10 @@ import pytest
 
 from pdtransport.errors import LinkUnavailable
 from pdtransport.kv.geometry import HOST, Region
-from pdtransport.links import mapping, negotiate
+from pdtransport.links import mapping
+from pdtransport.links.base import Link
 from pdtransport.links.negotiate import choose, open_links
+from pdtransport.links.registry import load, names
 from pdtransport.settings import LinkSettings
 
 
@@ -95,15 +97,19 @@ def region(device: int = HOST) -> Region:
 
 
 def opening(monkeypatch: pytest.MonkeyPatch, *broken: str) -> list[str]:
-    """Links open without their libraries; those of ``broken`` do not. Returns the names of those that were closed."""
+    """Links open without their libraries; those of ``broken`` do not, and "crash NAME" ends in an error of
+    another kind. Returns the names of those that were closed."""
     closed: list[str] = []
 
-    def open_one(name: str, regions: object, settings: object) -> Any:
-        if name in broken:
-            raise LinkUnavailable(f"{name} is broken")
-        return type("Opened", (), {"close": lambda self: closed.append(name)})()
+    def open_one(kind: type[Link], regions: object, settings: object) -> Any:
+        if kind.name in broken:
+            raise LinkUnavailable(f"{kind.name} is broken")
+        if f"crash {kind.name}" in broken:
+            raise RuntimeError("no luck")
+        return type("Opened", (), {"close": lambda self: closed.append(kind.name)})()
 
-    monkeypatch.setattr(negotiate, "_open", open_one)
+    for name in names():
+        monkeypatch.setattr(load(name), "open", classmethod(open_one))
     return closed
 
 
@@ -130,22 +136,19 @@ def test_a_required_link_is_the_only_one_that_is_opened(monkeypatch: pytest.Monk
     assert list(opened.links) == ["shm"]
 
 
-@pytest.mark.parametrize(("ucx", "opens"), [(False, ["cma"]), (None, ["cma", "ucx"]), (True, ["cma", "ucx"])])
-def test_ucx_can_be_left_out_or_insisted_on(
-    monkeypatch: pytest.MonkeyPatch, ucx: bool | None, opens: list[str]
-) -> None:
-    opening(monkeypatch)
-    opened = open_links(LinkSettings(order=("cma", "ucx")), [region()], ucx=ucx)
-    assert list(opened.links) == opens
-    assert opened.unavailable == ({"ucx": "it was left out"} if ucx is False else {})
-    closed = opening(monkeypatch, "ucx")
-    if ucx:
-        with pytest.raises(LinkUnavailable, match="ucx: ucx is broken"):
-            open_links(LinkSettings(order=("cma", "ucx")), [region()], ucx=ucx)
-        assert closed == ["cma"], "nothing is left open"
-    elif ucx is None:
-        opened = open_links(LinkSettings(order=("cma", "ucx")), [region()], ucx=ucx)
-        assert (list(opened.links), opened.unavailable) == (["cma"], {"ucx": "ucx is broken"})
+def test_a_link_that_does_not_work_here_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX that is not installed, say: the others serve, and each pair's `why` repeats the reason."""
+    opening(monkeypatch, "ucx")
+    opened = open_links(LinkSettings(order=("cma", "ucx")), [region()])
+    assert (list(opened.links), opened.unavailable) == (["cma"], {"ucx": "ucx is broken"})
+
+
+def test_a_link_that_crashes_leaves_no_other_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker does not start; what was opened before is given back."""
+    closed = opening(monkeypatch, "crash ucx")
+    with pytest.raises(RuntimeError, match="no luck"):
+        open_links(LinkSettings(order=("cma", "shm", "ucx")), [region()])
+    assert closed == ["cma", "shm"]
 
 
 def test_a_worker_that_no_link_serves_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

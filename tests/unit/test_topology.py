@@ -208,7 +208,7 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path: Path, old: str, new: st
         ("transport: {link: {}}", "t.yaml:7:13: transport.link: unknown key, did you mean 'links'? (allowed: control,"),
         (
             "transport: {links: {order: [tcp]}}",
-            "t.yaml:7:29: transport.links.order.0: must be 'cuda_ipc', 'shm', 'cma' or 'ucx'; found",
+            "t.yaml:7:1: transport: links.order.0: there is no link 'tcp' here, only cma, cuda_ipc, shm, ucx",
         ),
         ("transport: {control: {port: 1}}", "t.yaml:7:1: transport: control.port differs from instance to instance"),
         ("transport: {control: {host: 10.0.0.9}}", "t.yaml:7:13: transport.control: host '10.0.0.9' leaves this mach"),

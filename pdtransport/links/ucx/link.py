@@ -71,6 +71,9 @@ class UcxLink(Link):
     """
 
     name = "ucx"
+    memory = ("host", "gpu")
+    one_host = False
+    needs_checksums = False
 
     def __init__(
         self,

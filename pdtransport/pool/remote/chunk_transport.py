@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdtransport.kv.geometry import KVGeometry, LayerPages
+from pdtransport.links.registry import host_links
 from pdtransport.settings import ObserveSettings, Settings
 from pdtransport.transport import Transport
 
@@ -28,7 +29,7 @@ def open_transport(
         heads_first=True,
     )
     # An engine's requirements for its links concern its own pages, not the pool's.
-    order = tuple(link for link in settings.links.order if link != "cuda_ipc") or ("ucx",)
+    order = host_links(settings.links.order, checksums=settings.integrity.checksum == "full")
     changed = {"order": order, "require": None, "min_bandwidth_bytes_s": 0, "probe_bytes": 0}
     links = settings.links.model_copy(update=changed)
     # No control.peers: a client has the pool's address from its own settings, and the agent has checked the client's.

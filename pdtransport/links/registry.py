@@ -1,0 +1,92 @@
+"""Links by name: those that come with pdtransport, and other packages' by entry points.
+
+An entry point in the group ``pdtransport.links`` names a subclass of :class:`~pdtransport.links.base.Link`; settings
+refer to it by the entry point's name, which is the class's ``name`` too. It is loaded when it is first needed. What a
+link can do, its class says; nothing else names links. ``docs/adding/link.md`` is the guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import get_args
+
+from pdtransport.errors import SettingsError
+from pdtransport.links.base import Link, MemoryKind
+from pdtransport.settings import LinkSettings, Settings
+
+GROUP = "pdtransport.links"
+# Found without pip's metadata, in a checkout too; another package's link can't take one of these names.
+OURS = {
+    name: EntryPoint(name, f"pdtransport.links.{where}", GROUP)
+    for name, where in (
+        ("cuda_ipc", "cuda_ipc:CudaIpcLink"),
+        ("cma", "cma:CmaLink"),
+        ("shm", "shm:ShmLink"),
+        ("ucx", "ucx.link:UcxLink"),
+    )
+}
+
+
+def names() -> list[str]:
+    """Names of all links that are installed here."""
+    return sorted({*OURS, *(point.name for point in entry_points(group=GROUP))})
+
+
+def wanted(settings: LinkSettings) -> tuple[str, ...]:
+    """Names of the links that these settings let be used, best first."""
+    return (settings.require,) if settings.require else tuple(dict.fromkeys(settings.order))
+
+
+def load(name: str) -> type[Link]:
+    """The class of a link.
+
+    Raises:
+        SettingsError: there is no link of this name, it can't be loaded, or its class does not say what it must.
+    """
+    point = OURS.get(name) or next(iter(entry_points(group=GROUP, name=name)), None)
+    if point is None:
+        known = ", ".join(names())
+        raise SettingsError(f"there is no link {name!r} here, only {known}: correct the name or install its package")
+    try:
+        kind = point.load()
+    except Exception as error:
+        raise SettingsError(f"link {name}: {point.value} can't be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(kind, type) or not issubclass(kind, Link):
+        raise SettingsError(f"link {name}: {point.value} is no subclass of pdtransport.links.base.Link")
+    stated = [getattr(kind, field, None) for field in ("name", "memory", "one_host")]
+    if stated[0] != name or not isinstance(stated[2], bool) or not set(stated[1] or ("",)) <= {*get_args(MemoryKind)}:
+        raise SettingsError(
+            f"link {name}: {point.value} must state name = {name!r}, memory = a tuple of 'host' and 'gpu', and one_host"
+        )
+    return kind
+
+
+def check_links(settings: Settings) -> None:
+    """Check what ``settings`` say of links against the links that are installed here.
+
+    Raises:
+        SettingsError: one line that names the key, what is wrong and what is allowed.
+    """
+    links = settings.links
+    named = {f"order.{place}": name for place, name in enumerate(links.order)}
+    for key, name in {**named, **({"require": links.require} if links.require else {})}.items():
+        try:
+            load(name)
+        except SettingsError as error:
+            raise SettingsError(f"links.{key}: {error}") from None
+    if settings.integrity.checksum == "off":
+        unsafe = [name for name in wanted(links) if load(name).needs_checksums]
+        if unsafe:
+            raise SettingsError(
+                f"integrity.checksum: off needs links.order without {' and '.join(unsafe)}: only checksums notice "
+                "pages that change while they move"
+            )
+
+
+def host_links(order: Sequence[str], *, checksums: bool) -> tuple[str, ...]:
+    """Those of ``order`` that move host memory, with or without checksums; else defaults that reach any host."""
+    kinds = [kind for kind in map(load, order) if "host" in kind.memory and (checksums or not kind.needs_checksums)]
+    if not kinds:
+        kinds = [kind for kind in map(load, LinkSettings().order) if "host" in kind.memory and not kind.one_host]
+    return tuple(kind.name for kind in kinds)
