@@ -311,14 +311,11 @@ class _Server:
         """What is free of each bounded resource, and how much there is."""
         free: dict[str, tuple[int, int]] = {}
         for link in self.links:
-            if link.name == "cuda_ipc":
-                continue  # what it holds is bounded by its queues
-            if link.name in ("shm", "cma"):
-                free["tickets"] = (link.tickets.free, 4096)  # type: ignore[attr-defined]
-            else:
-                for memory in link.memories:  # type: ignore[attr-defined]
-                    for ring in ("sending", "receiving"):
-                        free[ring] = (getattr(memory, ring).free, getattr(memory, ring).count)
+            if hasattr(link, "tickets"):
+                free["tickets"] = (link.tickets.free, 4096)
+            for memory in getattr(link, "memories", ()):
+                for ring in ("sending", "receiving"):
+                    free[ring] = (getattr(memory, ring).free, getattr(memory, ring).count)
         return free
 
     def do_held(self) -> dict[str, int]:

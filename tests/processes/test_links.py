@@ -33,11 +33,12 @@ PAGE = 8192
 SEEN = 4 * BATCH  # what `fill` fills and tests compare
 PAGES = BATCH // PAGE
 BLOCKS = 8
-KINDS = ["shm", "cma", "ucx", "ucx-tcp", "ucx-twin"]  # the last: pages on the stand-in for a GPU
+OUTSIDE = os.environ.get("PDT_LINKS", "").split()  # links for host memory, of other packages
+KINDS = OUTSIDE or ["shm", "cma", "ucx", "ucx-tcp", "ucx-twin"]  # the last: pages on the stand-in for a GPU
 
 
 def end(kind: str, **settings: Any) -> End:
-    name = kind.split("-")[0]
+    name = kind if kind in OUTSIDE else kind.split("-")[0]
     environment = {"UCX_TLS": "tcp"} if kind.endswith("-tcp") else {}
     if kind.endswith("-twin"):
         settings = {"gpu": "twin", **settings}
@@ -242,6 +243,18 @@ def test_a_batch_taken_back_is_never_accepted(ends: tuple[End, End], blocks: int
     assert verdict.startswith("damaged: withdrawn")
     for one in ends:
         assert_all_free(one)
+
+
+def test_a_batch_that_takes_the_place_of_another_is_not_taken_for_it(ends: tuple[End, End]) -> None:
+    """What one was offered in (a slot, a ticket, a descriptor) is used again: without checksums too, late is late."""
+    sender, receiver = ends
+    sender.ask("fill", 1)
+    offer, _ = sender.ask("send", 1, shuffled(PAGES, PAGE, 2), 0)
+    sender.ask("release", 1)
+    sender.ask("send", 2, shuffled(PAGES, PAGE, 3), 0)
+    receiver.ask("receive", 1, offer, [(0, BATCH)], b"", 1)
+    assert str(receiver.wait_for(("receive", 1))).startswith("damaged: withdrawn")
+    sender.ask("release", 2)
 
 
 def test_wrong_checksums_are_reported_by_block(ends: tuple[End, End]) -> None:
