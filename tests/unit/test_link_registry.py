@@ -13,6 +13,7 @@ import pytest
 
 from pdtransport import KVGeometry, Settings, Transport
 from pdtransport.errors import SettingsError
+from pdtransport.links.base import Channel, Link
 from pdtransport.links.registry import check_links, host_links, load, names
 from pdtransport.settings import LinkSettings
 
@@ -135,3 +136,11 @@ def test_the_pools_chunks_take_links_for_host_memory(outside: None) -> None:
     assert host_links(("cuda_ipc", "fine", "cma", "ucx"), checksums=True) == ("fine", "cma", "ucx")
     assert host_links(("cuda_ipc", "cma", "ucx"), checksums=False) == ("ucx",)
     assert host_links(("cuda_ipc",), checksums=True) == ("ucx",)
+
+
+def test_the_guide_describes_the_whole_interface() -> None:
+    """docs/adding/link.md leaves out no method of a link or a channel, and nothing that a class states."""
+    guide = (Path(__file__).parents[2] / "docs" / "adding" / "link.md").read_text()
+    methods = [name for kind in (Link, Channel) for name in vars(kind) if callable(getattr(kind, name, 0))]
+    for name in [*methods, "name", "memory", "one_host", "needs_checksums"]:
+        assert name.startswith("_") or f"`{name}(" in guide or f"`{name}`" in guide, name
