@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdtransport.errors import SettingsError
 from pdtransport.launch.cores import format_cores
 from pdtransport.launch.plan import HOST, Instance, Plan, first_busy
 from pdtransport.launch.topology import Topology
 from pdtransport.launch.yamlfile import YamlFile
+from pdtransport.router.placement.registry import check_policy
 
 TESTED_VLLM = ("0.32",)
 PLUGIN = "pdtransport"
@@ -42,6 +44,7 @@ def check(topology: Topology, plan: Plan, file: YamlFile, *, vllm: bool = True) 
     """All findings; empty if nothing prevents the start. ``vllm`` False skips the checks of the installed vLLM."""
     findings = [Finding(text) for text in _model(topology, plan, file)]
     findings += [Finding(text) for text in _ports(topology, plan, file)]
+    findings += [Finding(text) for text in _policy(topology, file)]
     findings += list(_cores(topology, plan, file))
     findings += [Finding(text) for text in _memory(topology, plan, file)]
     findings += [Finding(text) for text in _gpus(topology, plan, file)]
@@ -107,6 +110,13 @@ def _ports(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
             yield file.problem(
                 ("router", key), f"port {port} is in use on {host}: stop what uses it, or set router.{key}: 0"
             )
+
+
+def _policy(topology: Topology, file: YamlFile) -> Iterator[str]:
+    try:
+        check_policy(topology.router.placement.policy)
+    except SettingsError as error:
+        yield file.problem(("router", "placement", "policy"), str(error))
 
 
 def _cores(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[Finding]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pdtransport.router.facts import ControlAddress, EngineFacts, ServerFacts
+from pdtransport.router.placement.base import Role, ServerView
 from pdtransport.router.settings import EndpointSettings, RouterHealth, RouterSettings
 
 log = logging.getLogger("pdtransport.router")
 
-Role = Literal["prefill", "decode"]
 # How a request failed: no connection, connection broken, too slow, error status, invalid answer.
 Failure = Literal["connect", "disconnected", "timeout", "status", "protocol"]
 MAX_ERROR_CHARS = 300
@@ -41,7 +41,6 @@ class Endpoint:
     inflight: int = 0
     inflight_tokens: int = 0
     ejected_until: float = 0.0
-    picked: int = 0  # the fleet's counter when it was last chosen; breaks ties
     engine_id: str = ""  # without the suffix of a data-parallel replica
     replicated: bool = False  # it has data-parallel replicas: only an answer tells which one served a request
     restarts: int = 0
@@ -51,6 +50,10 @@ class Endpoint:
     # Decode: since it was last lost, its connector has promised to continue from a first token.
     goes_on: bool = False
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
+    view: ServerView = field(init=False)  # what placement policies see of it
+
+    def __post_init__(self) -> None:
+        self._look()
 
     @property
     def name(self) -> str:
@@ -59,11 +62,6 @@ class Endpoint:
     @property
     def url(self) -> str:
         return self.settings.url
-
-    @property
-    def load(self) -> int:
-        """Load for placement. Prefill: prompt tokens in flight. Decode: requests in flight."""
-        return self.inflight_tokens if self.role == "prefill" else self.inflight
 
     @property
     def control(self) -> ControlAddress | None:
@@ -108,14 +106,20 @@ class Endpoint:
         self.requests += 1
         self.inflight += 1
         self.inflight_tokens += tokens
+        self._look()
         live = [tokens]
 
         def end() -> None:
             if live:
                 self.inflight -= 1
                 self.inflight_tokens -= live.pop()
+                self._look()
 
         return end
+
+    def _look(self) -> None:
+        requests, tokens = self.inflight, self.inflight_tokens
+        self.view = ServerView(self.name, self.url, requests, tokens, tokens if self.role == "prefill" else requests)
 
     def learn(self, params: dict[str, Any]) -> None:
         """Remember the control address and identity in a prefill answer's kv_transfer_params."""

@@ -125,7 +125,7 @@ class Hinter:
         servers = usable(self._fleet.prefill)
         if not servers:
             raise _Unsent("failed", "no prefill server is healthy to tokenize it")
-        url = f"{min(servers, key=lambda server: server.load).url}/tokenize"
+        url = f"{min(servers, key=lambda server: server.view.load).url}/tokenize"
         answer = json.loads(await self._post("prefill's /tokenize", url, body, headers, MAX_TOKENS_BYTES))
         return json.dumps(answer["tokens"]).encode()
 

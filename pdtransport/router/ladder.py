@@ -13,7 +13,7 @@ from pdtransport.router.endpoints import Endpoint, Fleet, usable
 from pdtransport.router.first_token import Unusable
 from pdtransport.router.handoffs import UNFIT, HandOff, HandOffs
 from pdtransport.router.metrics import Metrics
-from pdtransport.router.placement import Placer
+from pdtransport.router.placer import Placer
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.traces import Trace, Traces
 from pdtransport.router.upstream import Upstream, UpstreamError
@@ -62,7 +62,7 @@ class FallbackPolicy:
         settings = self._settings
         rungs = RetryState(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
         while True:  # terminates: each failure uses up a retry or ends disaggregation
-            dispatch = self._place(call, rungs)
+            dispatch = await self._place(call, rungs)
             attempt = self._attempt(dispatch, call, trace)
             self._note(attempt, trace, rungs)
             try:
@@ -119,7 +119,7 @@ class FallbackPolicy:
         trace.failure(str(error))
         self._metrics.retries.add(error.endpoint.role, error.how)
         known = [endpoint for endpoint in self._fleet.decode if endpoint.goes_on]
-        decode = self._placer.choose("decode", call.prefix_keys, usable(known))
+        decode = await self._placer.choose("decode", call, usable(known))
         if decode is None or tries >= max(self._settings.decode_retries, 1):
             raise error
         dispatch = Dispatch(decode, None, "continued", f"the client has the first token; {error}", first)
@@ -144,9 +144,9 @@ class FallbackPolicy:
             return Reason("short_prompt", f"the prompt has fewer than min_disagg_bytes ({size}) bytes")
         return None
 
-    def _place(self, call: Call, rungs: RetryState) -> Dispatch:
+    async def _place(self, call: Call, rungs: RetryState) -> Dispatch:
         candidates = usable(self._fleet.decode, rungs.avoid) or usable(self._fleet.decode)
-        decode = self._placer.choose("decode", call.prefix_keys, candidates)
+        decode = await self._placer.choose("decode", call, candidates)
         if decode is None:
             raise self._final(rungs.last) if rungs.last else self._unavailable()
         if rungs.alone is None and decode.unfit:
@@ -154,7 +154,7 @@ class FallbackPolicy:
         if rungs.alone is None:
             fit = [one for one in self._fleet.prefill if not one.unfit]
             candidates = usable(fit, rungs.avoid) or usable(fit)
-            prefill = self._placer.choose("prefill", call.prefix_keys, candidates)
+            prefill = await self._placer.choose("prefill", call, candidates, decode)
             if prefill is not None:
                 return self._ordered(decode, prefill)
             rungs.alone = self._no_prefill()

@@ -103,6 +103,11 @@ class Metrics:
             "pdrouter_pool_hints_total", "Hints to the shared pool, by what became of them.", "outcome"
         )
         self.refused = Counter("pdrouter_refused_total", "Requests that the router itself refused.", "reason")
+        self.placement_failures = Counter(
+            "pdrouter_placement_failures_total",
+            "Choices that least_loaded made because placement.policy failed to, by reason.",
+            "reason",
+        )
         self.routing = Histogram(
             "pdrouter_routing_seconds",
             "From a request's last body byte to its dispatch: the router's own work.",
@@ -121,8 +126,8 @@ class Metrics:
     def lines(self) -> list[str]:
         series = (
             self.requests, self.alone, self.retries, self.first_tokens, self.hand_offs, self.hand_off_links,
-            self.hand_off_bytes, self.hand_off_exposed, self.hints, self.refused, self.routing, self.prefill,
-            self.first_token, self.duration,
+            self.hand_off_bytes, self.hand_off_exposed, self.hints, self.refused,
+            self.placement_failures, self.routing, self.prefill, self.first_token, self.duration,
         )  # fmt: skip
         return [line for one in series for line in one.lines()]
 

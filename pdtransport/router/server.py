@@ -27,7 +27,7 @@ from pdtransport.router.health import Prober
 from pdtransport.router.hints import AT_ONCE, Hinter
 from pdtransport.router.ladder import FallbackPolicy
 from pdtransport.router.metrics import Metrics
-from pdtransport.router.placement import Placer
+from pdtransport.router.placer import Placer
 from pdtransport.router.relay import PD_HEADERS, Relay, pd_headers
 from pdtransport.router.settings import RouterSettings
 from pdtransport.router.tenants import Salter, Tenants
@@ -51,7 +51,7 @@ class Router:
     """The router. After ``start``, it serves requests at :attr:`url`; ``stop`` ends it.
 
     Raises:
-        SettingsError: a key file can't be used, or a client key is also an admin key.
+        SettingsError: a key file or the placement policy can't be used, or a client key is also an admin key.
     """
 
     def __init__(self, settings: RouterSettings) -> None:
@@ -67,7 +67,7 @@ class Router:
         self._drop_authorization = bool(self._keys)  # it holds a key of the router, which the servers must not see
         self.metrics = Metrics()
         self.fleet = Fleet(settings)
-        self._placer = Placer(settings.placement)
+        self._placer = Placer(settings.placement, self.metrics)
         self._traces = Traces(settings.traces)
         self._hand_offs = HandOffs(settings.hand_off, self.metrics)
         self._watches = Watches(settings.control, self._hand_offs)
@@ -114,6 +114,7 @@ class Router:
                 self._hand_offs,
             )
             self._stack.callback(self._watches.close)
+            self._stack.callback(self._placer.close)
             if settings.pool_hint.url is not None:
                 # Separate connections: a health check must not wait behind a hint.
                 hints = await self._stack.enter_async_context(session(settings, AT_ONCE))
@@ -197,6 +198,7 @@ class Router:
         return {
             "uptime_s": round(time.monotonic() - self._began, 3),
             "dispatch": self.settings.dispatch,
+            "placement": self.settings.placement.policy,
             "inflight": self._admission.inflight,
             "buffered_bytes": self._admission.buffered,
             "affinity_entries": {role: self._placer.entries(role) for role in ("prefill", "decode")},

@@ -173,6 +173,11 @@ class RouterHandOff(_Section):
 class RouterPlacement(_Section):
     """Which server gets a request."""
 
+    policy: str = Field(
+        "least_loaded",
+        description="Who chooses: least_loaded, or another package's entry point in the group "
+        "pdtransport.router.placement.",
+    )
     affinity_entries: int = Field(
         65536,
         ge=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -514,6 +515,14 @@ def test_preflight_counts_cores_heads_and_memory(folder: Path) -> None:
         (GOOD + "router: {port: 0}", "a CPU role needs args kv-cache-memory-bytes"),
     ):
         assert any(told in line for line in found(folder, broken)), told
+
+
+def test_preflight_knows_which_placement_policies_are_installed(folder: Path) -> None:
+    """A policy that is not there is found before engines start, with its line; those that are there pass."""
+    text = SOUND.replace("{port: 21349}", "{port: 21349, placement: {policy: POLICY}}")
+    [said] = [line for line in found(folder, text) if "POLICY" in line]
+    assert re.match(r"t\.yaml:\d+:\d+: router\.placement\.policy: there is no placement policy 'POLICY'", said)
+    assert not [line for line in found(folder, text.replace("POLICY", "least_loaded")) if "policy" in line]
 
 
 def test_check_prints_the_plan_and_says_if_it_could_start(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ entry point is loaded when it is first needed.
 from __future__ import annotations
 
 import functools
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from pdtransport import plugins
 from pdtransport.errors import SettingsError
 from pdtransport.pool.tiers.base import Tier, TierError
 from pdtransport.pool.tiers.codecs import FIRST_FOREIGN, LOSSY, Codec, Quantised, ShuffledZstd
@@ -58,7 +58,7 @@ def decoder(number: int) -> Codec:
         for name in LOSSY:
             if number == LOSSY[name]:
                 return _codec(name)
-        for name in _found(CODECS):
+        for name in plugins.installed(CODECS):
             codec = _codec(name)
             if codec.number == number:
                 return codec
@@ -73,13 +73,7 @@ def make_tier(name: str, options: dict[str, Any]) -> Tier:
     Raises:
         SettingsError: there is no tier of this name, it can't be loaded, or it refuses these options.
     """
-    made = _load(TIERS, name)
-    try:
-        tier = made(options)
-    except SettingsError:
-        raise
-    except Exception as error:
-        raise SettingsError(f"tier {name}: {type(error).__name__}: {error}") from error
+    tier = plugins.make("tier", TIERS, name, options)
     if not isinstance(tier, Tier):
         raise SettingsError(f"tier {name}: its entry point makes a {type(tier).__name__}, no Tier")
     tier.name = name
@@ -90,28 +84,7 @@ def make_tier(name: str, options: dict[str, Any]) -> Tier:
 def _codec(name: str) -> Codec:
     if name in LOSSY:
         return Quantised(name, LOSSY[name])  # type: ignore[arg-type]
-    made = _load(CODECS, name)
-    try:
-        codec = made()
-    except SettingsError:
-        raise
-    except Exception as error:
-        raise SettingsError(f"codec {name}: {type(error).__name__}: {error}") from error
+    codec = plugins.make("codec", CODECS, name)
     if not isinstance(codec, Codec) or not FIRST_FOREIGN <= codec.number <= 255:
         raise SettingsError(f"codec {name}: its entry point must make a Codec with a number of {FIRST_FOREIGN} to 255")
     return codec
-
-
-def _found(group: str) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=group)}
-
-
-def _load(group: str, name: str) -> Any:
-    point = _found(group).get(name)
-    if point is None:
-        known = ", ".join(sorted(_found(group))) or "none is installed"
-        raise SettingsError(f"there is no {name!r} among the entry points of {group} ({known}): install its package")
-    try:
-        return point.load()
-    except Exception as error:
-        raise SettingsError(f"{group} {name}: can't be loaded: {type(error).__name__}: {error}") from error

@@ -93,14 +93,43 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.router.placement",
+        "pdtransport.router.placement.least_loaded",
         "router_placement",
         (
             "margin_of_affinity_is_ignored",
-            "Placer.choose",
+            "LeastLoaded.choose",
             "had.load - least.load <= self._margin[role]",
             "True",
             "shared_prefix_returns_to_its_server_until_that_is_a_margin_busier",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.policy_thread",
+        "router_policies",
+        (
+            "every_request_waits_for_a_policy_that_hangs",
+            "PolicyThread.choose",
+            "self._late is not None and not self._late.answer.done()",
+            "False",
+            "a_late_policy_holds_up_one_request_and_is_asked_again_once_it_is_through",
+        ),
+        (
+            "questions_that_were_given_up_are_answered_all_the_same",
+            "PolicyThread._ask",
+            "question.given_up",
+            "False",
+            "a_late_policy_holds_up_one_request_and_is_asked_again_once_it_is_through",
+        ),
+    ),
+    *bugs(
+        "pdtransport.router.placer",
+        "router_policies",
+        (
+            "any_answer_of_a_policy_will_do",
+            "_named",
+            "endpoint.view.name == name",
+            "True",
+            "an_answer_that_names_no_candidate_is_not_followed",
         ),
     ),
     *bugs(
