@@ -126,7 +126,12 @@ def _admin(security: dict[str, Any], *, closed: bool) -> dict[str, Any]:
         {
             "type": "object",
             "required": ["uptime_s", "dispatch", "inflight", "buffered_bytes", "prefill", "decode"],
-            "properties": {"uptime_s": {"type": "number"}, "inflight": _COUNT, "buffered_bytes": _COUNT},
+            "properties": {
+                "uptime_s": {"type": "number"},
+                "placement": {"type": "string", "description": "The placement policy."},
+                "inflight": _COUNT,
+                "buffered_bytes": _COUNT,
+            },
         }
     )
     limit = query("limit", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "How many at most.")

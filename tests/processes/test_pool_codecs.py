@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pdtransport import plugins
 from pdtransport.errors import SettingsError
 from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
@@ -21,10 +24,12 @@ from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers import registry
+from pdtransport.pool.tiers.base import TierError
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.pool.tiers.disk import BLOCK, STRETCH
 from pdtransport.pool.tiers.keyed_digest import keep_key
 from tests.processes.pool_rig import CHUNK, Bytes, key, names, status, until
+from tests.rig.outside_package import install, install_documented
 
 GRID = Grid("bfloat16", 1, 2, 512)
 
@@ -148,67 +153,24 @@ def test_a_damaged_packed_chunk_is_a_miss(directory: Path) -> None:
 
 # -- third parties ------------------------------------------------------------------------------------------
 
-FOREIGN = """
-import zlib
-from pdtransport.pool.tiers.codecs import Codec
-from pdtransport.pool.tiers.base import Stored, Tier, TierError, fill
-
-class Deflate(Codec):
-    name, number = "deflate", 77
-    def encode(self, parts, grid):
-        return zlib.compress(b"".join(parts), 1)
-    def decode(self, payload, parts):
-        plain, first = zlib.decompress(payload), 0
-        for part in parts:
-            part[:] = plain[first : first + len(part)]
-            first += len(part)
-
-class Shelf(Tier):
-    name, overhead_bytes, threads = "elsewhere", 100, 1
-    held = {}
-    def __init__(self, options):
-        self.limit = options["limit"]
-    def scan(self):
-        for (key, tenant, nbytes), value in list(self.held.items()):
-            yield Stored(key, tenant, nbytes, len(value))
-    def write(self, key, tenant, nbytes, pieces):
-        value = self.held[key, tenant, nbytes] = b"".join(pieces)
-        return len(value)
-    def read(self, key, tenant, nbytes, place):
-        if (key, tenant, nbytes) not in self.held:
-            raise TierError("gone")
-        fill(self.held[key, tenant, nbytes], place)
-    def delete(self, key, tenant, nbytes):
-        self.held.pop((key, tenant, nbytes), None)
-
+BROKEN = """
 def broken():
     raise RuntimeError("no luck")
-"""
-POINTS = """[pdtransport.pool.codecs]
-deflate = pdt_foreign:Deflate
-broken = pdt_foreign:broken
-absent = pdt_foreign:Absent
-
-[pdtransport.pool.tiers]
-elsewhere = pdt_foreign:Shelf
 """
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An installed package of somebody else's."""
-    (tmp_path / "pdt_foreign.py").write_text(FOREIGN)
-    info = tmp_path / "pdt_foreign-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pdt-foreign\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(POINTS)
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package of docs/adding/tier.md, and one whose codecs can't be had."""
+    documented = install_documented(tmp_path, "tier.md")
+    points = {"broken": "pdt_broken:broken", "absent": "pdt_broken:Absent"}
+    install(tmp_path, "pdt_broken", BROKEN, {"pdtransport.pool.codecs": points})
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     _forget()
-    import pdt_foreign  # type: ignore[import-not-found]
-
-    yield pdt_foreign
-    sys.modules.pop("pdt_foreign")
+    yield
+    for module in (documented, "pdt_broken"):
+        sys.modules.pop(module, None)
     _forget()
 
 
@@ -217,31 +179,64 @@ def _forget() -> None:
     registry.decoder.cache_clear()
 
 
-def test_third_parties_add_codecs_and_tiers(directory: Path, foreign: Any, tmp_path: Path) -> None:
+def test_third_parties_add_codecs_and_tiers(directory: Path, foreign: None, tmp_path: Path) -> None:
     """Named by their entry points, both are used as if they were ours; what their codec packed is read back without
-    being named. Chunks there carry digests, of which the tier knows nothing."""
+    being named. Chunks there carry digests, of which the tier knows nothing; a damaged one is a miss."""
     keep_key(tmp_path / "key")
-    tiers = {"elsewhere": {"bytes": 64 << 20, "codec": "deflate", "options": {"limit": 5}}}
+    file = str(tmp_path / "chunks.db")
+    tiers = {"sqlite": {"bytes": 64 << 20, "codec": "deflate", "options": {"path": file}}}
     raw = {"dir": directory, "memory_bytes": 4 * CHUNK, "digest_key_file": tmp_path / "key", "tiers": tiers}
     zeros = np.zeros(CHUNK, dtype=np.uint8)
     with PoolClient(directory=directory) as client:
         with Pool(PoolSettings.parse(raw)):
             put(client, 1, zeros)
-            assert [len(value) < CHUNK // 4 for value in foreign.Shelf.held.values()] == [True]
+            ((stored,),) = ask(file, "SELECT length(value) FROM chunks")
+            assert stored < CHUNK // 4
             flood(client)
             assert np.array_equal(get(client, 1), zeros)
-            assert status(client)["tiers"]["elsewhere"]["chunks"] == 5
-        tiers["elsewhere"]["codec"] = "none"
+            assert status(client)["tiers"]["sqlite"]["chunks"] == 5
+        tiers["sqlite"]["codec"] = "none"
+        for number in (1001, 1002):
+            ask(file, "UPDATE chunks SET value = substr(value, 1, 999) WHERE key = ?", key(number))
+        ask(file, "UPDATE chunks SET value = zeroblob(length(value)) WHERE key = ?", key(1003))
         with Pool(PoolSettings.parse(raw)):
             until(lambda: client.lookup([key(1)]).result().there, "it was not found again")
             assert np.array_equal(get(client, 1), zeros)
+            assert [get(client, number) for number in (1001, 1002, 1003)] == [None] * 3
+            assert np.array_equal(get(client, 1004), kv(1004))
+
+
+def ask(file: str, statement: str, *values: bytes) -> list[tuple[Any, ...]]:
+    """What a statement finds in the documented tier's file."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as base:
+        return base.execute(statement, values).fetchall()
+
+
+def test_a_tier_that_refuses_its_options_is_said_at_start(directory: Path, foreign: None) -> None:
+    """Its own line is what the pool ends with."""
+    raw = {"dir": directory, "memory_bytes": 4 * CHUNK, "tiers": {"sqlite": {"bytes": 64 << 20}}}
+    with pytest.raises(SettingsError, match=r"^tiers\.sqlite\.options\.path is not set: name the database's file$"):
+        Pool(PoolSettings.parse(raw))
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_codec_that_can_not_be_loaded_is_in_no_other_ones_way(
+    foreign: None, monkeypatch: pytest.MonkeyPatch, last_first: bool
+) -> None:
+    """A chunk is unpacked by the package that packed it, whatever else is installed, and in whatever order; where it is
+    not found, the error says what could not be looked at."""
+    points = sorted(plugins.installed(registry.CODECS).values(), reverse=last_first)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    assert registry.decoder(77).name == "deflate"
+    with pytest.raises(TierError, match=r"codec number 78, which is not installed here.*no luck"):
+        registry.decoder(78)
 
 
 @pytest.mark.parametrize(
     ("codec", "says"),
     [("nobody", "deflate"), ("broken", "no luck"), ("absent", "can't be loaded"), ("fp8", "engines ask for it")],
 )
-def test_a_codec_that_can_not_be_had_is_said_at_start(directory: Path, foreign: Any, codec: str, says: str) -> None:
+def test_a_codec_that_can_not_be_had_is_said_at_start(directory: Path, foreign: None, codec: str, says: str) -> None:
     """One line with the cause; a lossy one is refused, for chunks of engines that want exact bytes would pass it."""
     with pytest.raises(SettingsError, match=says):
         pool(directory, codec=codec)

@@ -58,13 +58,18 @@ def decoder(number: int) -> Codec:
         for name in LOSSY:
             if number == LOSSY[name]:
                 return _codec(name)
-        for name in plugins.installed(CODECS):
-            codec = _codec(name)
-            if codec.number == number:
-                return codec
     except SettingsError as error:
         raise TierError(str(error)) from None
-    raise TierError(f"it was packed with codec number {number}, which is not installed here")
+    unusable = []
+    for name in plugins.installed(CODECS):
+        try:
+            codec = _codec(name)
+        except SettingsError as error:  # perhaps it is another one's
+            unusable.append(f" ({error})")
+            continue
+        if codec.number == number:
+            return codec
+    raise TierError(f"it was packed with codec number {number}, which is not installed here{''.join(unusable)}")
 
 
 def make_tier(name: str, options: dict[str, Any]) -> Tier:
