@@ -13,7 +13,7 @@ from pdtransport.router.placement.least_loaded import LeastLoaded
 from pdtransport.router.placement.registry import other_policy
 from pdtransport.router.policy_thread import NoChoice, PolicyThread
 from pdtransport.router.settings import RouterPlacement
-from pdtransport.serving.log_limits import LogLimiter
+from pdtransport.system.log_limits import LogLimiter
 
 log = logging.getLogger("pdtransport.router")
 
@@ -72,8 +72,8 @@ class Placer:
         text = (
             f"placement.policy {self._name} {error}; least_loaded chose instead: mend its package or set another policy"
         )
-        if line := self._lines.line(error.reason, text):
-            log.warning(line)
+        if line := self._lines.line(text, error.reason):
+            log.warning("%s", line)
         log.debug("placement.policy %s", self._name, exc_info=error)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from pdtransport.router.placement.base import PlacementPolicy, RequestView, ServerView
-from pdtransport.serving.log_limits import where
+from pdtransport.system.log_limits import where
 
 ANSWER_S = 0.1  # a request waits this long for the policy's choice
 
