@@ -119,7 +119,6 @@ class PullChannel(Channel):
         reader: reads the peer's memory; closed with the channel.
     """
 
-    one_sided = False
     in_place = True
 
     def __init__(

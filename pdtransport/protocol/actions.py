@@ -82,10 +82,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class OfferBatch:
-    """Producer: offer these blocks on the link; answer with ``pushed`` or ``push_failed``.
-
-    A one-sided link writes the consumer's ``pages``, and answers once every byte has landed.
-    """
+    """Producer: offer these blocks on the link; answer with ``pushed`` or ``push_failed``."""
 
     transfer: str
     peer: Peer
@@ -96,16 +93,13 @@ class OfferBatch:
     blocks: int
     head_lo: int
     head_hi: int
-    pages: bytes  # the consumer's page ids of these blocks (little-endian u32); empty if the grant names none
 
 
 @dataclass(frozen=True)
 class WithdrawBatch:
     """Producer: the link may forget this batch: the consumer has received it, or never will.
 
-    If its :class:`OfferBatch` is not answered yet, it needs no answer any more. Only one-sided links must still
-    answer: with ``push_failed`` if the write had not begun, else with ``pushed`` after it has landed. A posted write
-    can't be called back, and the next attempt must not start before it ended.
+    If its :class:`OfferBatch` is not answered yet, it needs no answer any more.
     """
 
     transfer: str

@@ -1,7 +1,7 @@
 """The consumer's (decode) side of one grant: a pure state machine. Messages, link results and time in, actions out.
 
 Invariants: a grant is READY only if every batch of the commit is verified and together they cover the grant exactly;
-it is FAILED, and its pages free, only once neither this side's link nor the producer can write them any more.
+it is FAILED, and its pages free, only once this side's link, which alone writes them, can't any more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
 )
 from pdtransport.protocol.states import CONSUMER_ENDS, ConsumerState, check_consumer_move
 
@@ -48,15 +47,13 @@ class ConsumerMachine:
         grant: the grant; its generation identifies this machine.
         peer: the producer.
         block_bytes: bytes of one block of this grant (all layers, the granted heads).
-        one_sided: the producer writes the granted pages itself, so freeing them after a failure needs its Revoked.
     """
 
-    def __init__(self, grant: Grant, peer: Peer, block_bytes: int, limits: Limits, one_sided: bool = False) -> None:
+    def __init__(self, grant: Grant, peer: Peer, block_bytes: int, limits: Limits) -> None:
         self.grant = grant
         self.peer = peer
         self.block_bytes = block_bytes
         self.limits = limits
-        self.one_sided = one_sided
         self.state = ConsumerState.GRANTING
         self.code: Code | None = None
         self.reason = ""
@@ -65,8 +62,6 @@ class ConsumerMachine:
         self._commit: Commit | None = None
         self._known = False
         self._tokens_done = 0
-        self._local_fence = False
-        self._remote_fence = False
         self._revoking = False
         self._deadline = 0.0  # of the current state
         self._resend_at = 0.0
@@ -84,9 +79,6 @@ class ConsumerMachine:
         if self.state in CONSUMER_ENDS:
             return self._answer_after_end(message)
         if self.state is ConsumerState.FENCING:
-            if isinstance(message, Revoked):
-                self._remote_fence = True
-                return self._finish_fence()
             return []
         if isinstance(message, Accept):
             return self._on_accept(message, now)
@@ -95,7 +87,6 @@ class ConsumerMachine:
         if isinstance(message, Commit):
             return self._on_commit(message, now)
         if isinstance(message, Abort):
-            self._remote_fence = True  # a producer sends Abort only after its own fence
             return self._give_up(message.code, message.reason, tell=False)
         return []
 
@@ -125,8 +116,9 @@ class ConsumerMachine:
         """This side's link will not write for this grant any more."""
         if self.state is not ConsumerState.FENCING:
             return []
-        self._local_fence = True
-        return self._finish_fence()
+        self._move(ConsumerState.FAILED)
+        assert self.code is not None
+        return [Failed(self.grant.transfer, self.code, self.reason)]
 
     def cancel(self, code: Code, reason: str) -> list[Action]:
         """Give up for a reason on this side: fence, and send Revoke."""
@@ -135,12 +127,9 @@ class ConsumerMachine:
         return self._give_up(code, reason)
 
     def peer_lost(self, reason: str, code: Code = Code.PEER_LOST) -> list[Action]:
-        """The producer is lost. Its link channel is closed already, so it can't write any more."""
-        if self.state in CONSUMER_ENDS:
+        """The producer is lost; its link channel is closed already."""
+        if self.state in CONSUMER_ENDS or self.state is ConsumerState.FENCING:
             return []
-        self._remote_fence = True
-        if self.state is ConsumerState.FENCING:
-            return self._finish_fence()
         return self._give_up(code, reason, tell=False)
 
     def tick(self, now: float) -> list[Action]:
@@ -272,20 +261,11 @@ class ConsumerMachine:
     def _give_up(self, code: Code, reason: str, tell: bool = True) -> list[Action]:
         self._move(ConsumerState.FENCING)
         self.code, self.reason = code, reason or code.value
-        # Pages that only this side writes are safe after the local fence; a one-sided producer must fence as well.
         self._revoking = tell
-        self._remote_fence = self._remote_fence or not self.one_sided
         actions: list[Action] = [Fence(self.grant.transfer, self.peer, self.grant.generation)]
         if tell:
             actions.append(Send(self.peer, self._revoke()))
         return actions
-
-    def _finish_fence(self) -> list[Action]:
-        if not (self._local_fence and self._remote_fence):
-            return []
-        self._move(ConsumerState.FAILED)
-        assert self.code is not None
-        return [Failed(self.grant.transfer, self.code, self.reason)]
 
     def _send_again(self, now: float) -> list[Action]:
         wait = self.limits.retry_s

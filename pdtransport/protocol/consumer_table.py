@@ -41,8 +41,7 @@ class TransferOver(Exception):
 class GrantedPart:
     """The part of a transfer that is granted to one producer.
 
-    ``block_bytes``: bytes of one block, all layers, for heads ``head_lo..head_hi``; ``pages``: this side's page ids
-    (little-endian u32), for one-sided links.
+    ``block_bytes``: bytes of one block, all layers, for heads ``head_lo..head_hi``.
     """
 
     peer: Peer
@@ -50,8 +49,6 @@ class GrantedPart:
     head_hi: int
     consumers: int
     block_bytes: int
-    pages: bytes = b""
-    one_sided: bool = False
 
 
 @dataclass
@@ -118,10 +115,9 @@ class ConsumerTable:
                 head_hi=part.head_hi,
                 consumers=part.consumers,
                 window_bytes=self.limits.window_bytes,
-                pages=part.pages,
                 first_token=first_token,
             )
-            machines[part.peer] = ConsumerMachine(grant, part.peer, part.block_bytes, self.limits, part.one_sided)
+            machines[part.peer] = ConsumerMachine(grant, part.peer, part.block_bytes, self.limits)
         if len(machines) != len(parts) or not machines:
             raise ValueError("a transfer needs at least one part, each from another peer")
         self._live[transfer] = _Transfer(machines)

@@ -90,10 +90,9 @@ class Grant(_Granted):
 
     ``digest`` is the content key of the request (tokens, salt, adapter): prefill aborts the transfer if its own
     request has another. ``head_lo .. head_hi`` are the KV heads wanted, numbered over all ranks. ``consumers`` is the
-    number of consumer workers that will grant to this producer worker. ``pages`` are the consumer's page ids
-    (little-endian u32), for one-sided links, on which the producer writes them. ``first_token`` is a promise: if the
-    commit names the first token that prefill sampled, decode continues from it or fails the request, and never samples
-    another one.
+    number of consumer workers that will grant to this producer worker. ``first_token`` is a promise:
+    if the commit names the first token that prefill sampled, decode continues from it or fails the request, and never
+    samples another one.
     """
 
     kind: Literal["grant"] = "grant"
@@ -105,7 +104,6 @@ class Grant(_Granted):
     head_hi: Annotated[int, Field(ge=1, le=1 << 16)]
     consumers: Annotated[int, Field(ge=1, le=4096)] = 1
     window_bytes: Annotated[int, Field(ge=1)]
-    pages: Annotated[bytes, Field(max_length=4 * MAX_BLOCKS)] = b""
     first_token: bool = False
 
 

@@ -39,7 +39,6 @@ class _Out:
     attempt: int = 0
     announced: Batch | None = None  # None while the link stages the batch, or until its pages are recomputed
     staging: bool = False
-    torn: bool = False  # one-sided: the pages were taken back while the link still writes from them
     said: bool = False  # at least one attempt was announced
     refused: int = 0  # attempts that arrived damaged
     received: bool = False
@@ -68,7 +67,6 @@ class ProducerMachine:
         # One batch may always go: a window smaller than a batch would block forever.
         self._window = max(min(limits.window_bytes, grant.window_bytes), self._batch_blocks * block_bytes)
         self._end = grant.first_block + grant.blocks
-        self._writes = bool(grant.pages)  # one-sided link: writes the consumer's pages, and can't call a write back
         self._next_block = grant.first_block
         self._ready = 0  # leading blocks of the request whose KV is final
         self._out: list[_Out] = []
@@ -109,15 +107,13 @@ class ProducerMachine:
         return self._maybe_commit(now)
 
     def pushed(self, seq: int, attempt: int, checksums: bytes, offer: bytes, now: float) -> list[Action]:
-        """The link has staged a batch (one-sided link: has written it): announce it."""
+        """The link has staged a batch: announce it."""
         out = self._find(seq)
         if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
             return []
         if out is None or not out.staging or out.attempt != attempt:
             return []
         out.staging = False
-        if out.torn:
-            return self._torn_landed(out)
         out.said = True
         out.announced = Batch(
             transfer=self.grant.transfer,
@@ -138,8 +134,6 @@ class ProducerMachine:
         out = self._find(seq)
         if out is None or not out.staging or out.attempt != attempt:
             return []
-        if out.torn and self.state not in PRODUCER_ENDS and self.state is not ProducerState.FENCING:
-            return self._torn_landed(out)
         return self.cancel(Code.LINK, error)
 
     def on_message(self, message: Message, now: float) -> list[Action]:
@@ -234,7 +228,6 @@ class ProducerMachine:
 
     def _push(self, out: _Out) -> OfferBatch:
         out.staging = True
-        lo = 4 * (out.first_block - self.grant.first_block)
         return OfferBatch(
             transfer=self.grant.transfer,
             peer=self.peer,
@@ -245,7 +238,6 @@ class ProducerMachine:
             blocks=out.blocks,
             head_lo=self.grant.head_lo,
             head_hi=self.grant.head_hi,
-            pages=self.grant.pages[lo : lo + 4 * out.blocks],
         )
 
     def _maybe_commit(self, now: float) -> list[Action]:
@@ -277,28 +269,11 @@ class ProducerMachine:
         Batches that the consumer has received are safe. The others are staged again once their pages are recomputed; a
         consumer that still reads the old pages finds a wrong checksum. Without checksums it could not tell, so an
         announced batch ends the transfer.
-
-        On a one-sided link, an announced batch has left these pages already, and the consumer may have verified it: it
-        is written again only if the consumer asks. A batch that is being written must land before its next attempt may
-        start.
         """
         lost = [out for out in self._out if not out.received and not self._has_pages(out)]
-        if self._writes:
-            torn = [out for out in lost if out.staging and not out.torn]
-            for out in torn:
-                out.torn = True
-            return [self._unstage(out) for out in torn]
         if not self.limits.checksums and any(out.announced is not None for out in lost):
             return self.cancel(Code.PREEMPTED, "prefill was preempted before its pages were delivered")
         return self._restage(lost, now)
-
-    def _torn_landed(self, out: _Out) -> list[Action]:
-        """A write whose pages were taken back has ended: drop its result, and start the next attempt."""
-        out.staging = out.torn = False
-        if out.attempt >= MAX_ATTEMPTS:
-            return self.cancel(Code.PREEMPTED, f"batch {out.seq} was taken back {out.attempt} times")
-        out.attempt += 1
-        return [self._push(out)] if self._has_pages(out) else []
 
     def _restage(self, lost: list[_Out], now: float) -> list[Action]:
         """Withdraw the batches ``lost``, and push each again as a new attempt once its pages are final."""
@@ -319,10 +294,8 @@ class ProducerMachine:
         actions: list[Action] = []
         for seq in message.seqs:
             out = self._find(seq)
-            if out is None or out.received:
-                continue
-            if not out.said or (self._writes and out.staging):
-                continue  # never announced, or being written again: the consumer can't have verified it
+            if out is None or out.received or not out.said:
+                continue  # never announced: the consumer can't have verified it
             out.received, out.staging = True, False
             self._in_flight -= out.blocks * self.block_bytes
             actions.append(self._unstage(out))

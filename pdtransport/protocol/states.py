@@ -17,7 +17,7 @@ class ConsumerState(str, Enum):
     RECEIVING = "receiving"  # batches are arriving
     VERIFYING = "verifying"  # committed; the last batches are being placed and verified
     READY = "ready"  # every page is here and verified: the pages belong to the engine
-    FENCING = "fencing"  # given up; waiting until nothing can write the pages any more
+    FENCING = "fencing"  # given up; waiting until this side's link writes the pages no more
     FAILED = "failed"  # given up; the pages are free
 
 
@@ -51,7 +51,7 @@ CONSUMER_MOVES: dict[ConsumerState, dict[ConsumerState, str]] = {
         ConsumerState.READY: "all verified / Ack",
         ConsumerState.FENCING: "Abort, damage, cancel, deadline, peer lost",
     },
-    ConsumerState.FENCING: {ConsumerState.FAILED: "link fenced, and (one-sided links) Revoked or peer dead"},
+    ConsumerState.FENCING: {ConsumerState.FAILED: "link fenced"},
     ConsumerState.READY: {},
     ConsumerState.FAILED: {},
 }

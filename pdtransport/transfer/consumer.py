@@ -237,8 +237,6 @@ class ConsumerDriver:
                     head_hi=source.head_hi,
                     consumers=len(takers),
                     block_bytes=g.block_bytes(source.head_lo, source.head_hi),
-                    pages=b"".join(page.to_bytes(4, "little") for page in wanted.pages) if channel.one_sided else b"",
-                    one_sided=channel.one_sided,
                 )
             )
             sink.heads[peer.id] = (source.head_lo, source.head_hi)

@@ -14,7 +14,7 @@ from tests.unit.test_protocol_messages import EXAMPLES
 __all__ = ["CONVERSATION", "FRAMES", "SEPARATOR"]
 
 _ABOUT = {"v": PROTOCOL_VERSION, "transfer": TRANSFER, "generation": GENERATION}
-_PLACE = {"head_lo": 0, "head_hi": 4, "window_bytes": 1 << 20, "pages": b"", "consumers": 1}
+_PLACE = {"head_lo": 0, "head_hi": 4, "window_bytes": 1 << 20, "consumers": 1}
 _TOKENS = BLOCKS * BLOCK_TOKENS
 _WORDS: list[dict[str, Any]] = [
     {"kind": "accept", "known": True, "tokens_done": 16},

@@ -20,12 +20,13 @@ from tests.model.cases import FULL, SHORT
 from tests.model.explore import Explorer, Found
 
 INVARIANTS = (
-    "a write meets only pages that are granted now, to its writer, under its generation, and not verified yet",
+    "a write meets only pages that are granted now, to the batch's sender, under its generation, and not verified yet",
     "Ready: every page was verified under this grant and holds what its producer's incarnation computed for it",
     "each transfer ends once on each side, and nothing is asked for or written after its end",
-    "Ack: only of what is complete; Release as delivered: only of what was acked, and never while the link reads",
+    "Ack: only of what is complete; Release as delivered: only of what was acked",
+    "no batch is offered for a grant that was revoked, even if the Revoke came first",
     "words about a grant that is not live, or said to a dead incarnation, change nothing",
-    "if nothing is heard from any state on, deadlines and the channel's verdict end everything and free all of it",
+    "if nothing is heard from any state on, deadlines end everything and free all of it",
     "no move that the tables do not list, no exception",
 )
 

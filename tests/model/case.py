@@ -1,4 +1,4 @@
-"""What a model holds: which transfers, links and faults, and how often; small enough to explore whole."""
+"""What a model holds: which transfers and faults, and how often; small enough to explore whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import Message
 
-READ, WRITE = "read", "write"  # the consumer fetches the bytes; the producer writes the consumer's pages
 HEADS = 2
 HEAD_BYTES = 8  # of a block
 
@@ -37,7 +36,6 @@ class Case:
     """Everything that bounds a model. Messages have no bound: each may be lost, copied, kept back and overtaken."""
 
     name: str
-    link: str
     wanted: tuple[Wanted, ...]
     producer_restarts: int = 0
     consumer_restarts: int = 0
@@ -84,7 +82,7 @@ class Letter:
         return name_of(self.to)
 
     def __str__(self) -> str:
-        hidden = {"kind", "digest", "checksums", "offer", "pages", "head_lo", "head_hi", "reason", "code"}
+        hidden = {"kind", "digest", "checksums", "offer", "head_lo", "head_hi", "reason", "code"}
         fields = {k: v for k, v in self.message.model_dump().items() if k not in hidden and v is not None}
         words = " ".join(f"{name}={value}" for name, value in fields.items())
         return f"{self.sender} -> {self.to} {type(self.message).__name__}({words})"

@@ -9,8 +9,7 @@ from typing import Any
 from pdtransport.protocol.actions import Action, Failed, Fence, ReadBatch, Ready, Send
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.messages import Ack, Batch, Code, Message
-from pdtransport.protocol.states import ConsumerState
-from tests.model.case import HEAD_BYTES, WRITE, Broken, Case, Letter, born, name_of
+from tests.model.case import HEAD_BYTES, Broken, Case, Letter, born, name_of
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
 from tests.model.producer import JUNK, checksum, digest_of
 
@@ -77,14 +76,11 @@ class Consumer:
     def _on_begin(self, transfer: str) -> None:
         wanted = self.case.of(transfer)
         self.left[transfer] -= 1
-        one_sided = self.case.link == WRITE
-        pages = b"".join(page.to_bytes(4, "little") for page in wanted.pages)
         parts = []
         for name in wanted.producers:
             peer = max(peer for peer in self.up if name_of(peer) == name)  # the newest process of that name
             lo, hi = wanted.heads(name)
-            size = (hi - lo) * HEAD_BYTES
-            parts.append(GrantedPart(peer, lo, hi, 1, size, pages if one_sided else b"", one_sided))
+            parts.append(GrantedPart(peer, lo, hi, 1, (hi - lo) * HEAD_BYTES))
         lease = self.leases[transfer] = Lease(verified={part.peer: set() for part in parts})
         blocks = len(wanted.pages)
         actions = self.book.begin(transfer, digest_of(transfer), blocks, 0, blocks, parts, 0.0)
@@ -123,14 +119,9 @@ class Consumer:
         self._run(actions)
 
     def _on_copy(self, at: int, tags: tuple[Any, ...]) -> None:
-        """A batch is placed and verified; ``tags``: what its sender's memory holds now (one-sided: what lies here)."""
+        """A batch is placed and verified; ``tags``: what its sender's memory holds now."""
         transfer, peer, batch = self.placing.pop(at)
-        lo, _ = self.case.of(transfer).heads(name_of(peer))
-        pages = self.case.of(transfer).pages[batch.first_block : batch.first_block + batch.blocks]
-        if self.case.link == WRITE:
-            tags = tuple(self.content.get((page, lo), JUNK) for page in pages)
-        else:
-            self.write(transfer, peer, batch.generation, batch.first_block, batch.blocks, tags)
+        self._write(transfer, peer, batch.generation, batch.first_block, batch.blocks, tags)
         error = None if b"".join(checksum(tag) for tag in tags) == batch.checksums else "damaged: wrong checksum"
         if error is None:
             lease = self.leases[transfer]
@@ -144,8 +135,8 @@ class Consumer:
         why = "link: the process is gone"
         self._run(self.book.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, why, 0.0))
 
-    def write(self, transfer: str, peer: str, generation: int, first: int, blocks: int, tags: Sequence[Any]) -> None:
-        """Every write into our pages, whoever makes it."""
+    def _write(self, transfer: str, peer: str, generation: int, first: int, blocks: int, tags: Sequence[Any]) -> None:
+        """Every write into our pages."""
         lease = self.leases.get(transfer)
         what = f"{peer} writes blocks {first}..{first + blocks} of {transfer} under generation {generation}"
         if lease is None or lease.ended:
@@ -160,8 +151,6 @@ class Consumer:
         lo, _ = wanted.heads(name_of(peer))
         for page, tag in zip(wanted.pages[first : first + blocks], tags, strict=True):
             self.content[page, lo] = tag
-
-    _on_write = write
 
     def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
         self.fences.remove((transfer, peer, generation))
@@ -234,15 +223,8 @@ class Consumer:
         """One step on the way to rest, with all peers silent from now on; False: there is none."""
         events = [event for event in self.events() if event[0] in ("use", "fence", "deadline")]
         if events:
-            before = freeze(self)
             self.do(events[0])
-            if freeze(self) != before:
-                return True
-        machines = [machine for transfer in self.leases for machine in self.book.machines(transfer)]
-        if not self.up or any(machine.state is not ConsumerState.FENCING for machine in machines):
-            return False
-        self._on_lose(min(self.up))  # only a fence waits for the control channel's verdict on who is silent
-        return True
+        return bool(events)
 
     def held(self) -> str:
         """What is left when everything is over."""

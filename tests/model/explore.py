@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tests.model.case import READ, WRITE, Broken, Case, Letter, name_of
+from tests.model.case import Broken, Case, Letter, name_of
 from tests.model.consumer import Consumer
 from tests.model.frozen import freeze, thaw
 from tests.model.producer import JUNK, Producer
@@ -53,7 +53,6 @@ class View:
     up: frozenset[str]
     events: list[Label]
     placing: list[Any] = field(default_factory=list)
-    writes: list[Any] = field(default_factory=list)
     blocks: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -99,15 +98,13 @@ class Explorer:
             if isinstance(process, Consumer):
                 view.placing = list(process.placing)
             else:
-                view.writes = [(*write, process.landing(*write)) for write in process.writes]
                 view.blocks = process.blocks
             self._views.append(view)
             self._check_rest(thaw(frozen))
         return number
 
     def _check_rest(self, process: Process) -> None:
-        """If nothing is heard from now on, deadlines and the channel's own verdict end everything, and all is given
-        back: nothing is held for ever."""
+        """If nothing is heard from now on, deadlines end everything and free all of it: nothing is held for ever."""
         for _ in range(MAX_DRAIN):
             if not process.drain():
                 break
@@ -186,42 +183,21 @@ class Explorer:
         return State(processes, state.letters | sent, state.faults)
 
     def _bytes(self, state: State) -> Iterator[tuple[Label, Callable[[], State]]]:
-        """Copies that the consumer makes, and writes that land."""
+        """Copies that the consumer makes."""
         consumer = self._views[state.processes[0]]
         for index, (transfer, peer, batch) in enumerate(consumer.placing):
             source = self._views[state.processes[self.names.index(name_of(peer))]]
             what = (transfer, peer, f"seq={batch.seq} attempt={batch.attempt}")
-            if self.case.link == READ and source.me != peer:
+            if source.me != peer:
                 yield ("c", "copy fails", *what), lambda index=index: self.after(state, 0, ("copy_failed", index))  # type: ignore[misc]
                 continue
             junk = (JUNK,) * batch.blocks
             there = tuple(source.blocks.get(transfer, ())[batch.first_block : batch.first_block + batch.blocks])
-            tags = () if self.case.link == WRITE else there if len(there) == batch.blocks else junk
+            tags = there if len(there) == batch.blocks else junk
             yield ("c", "copies", *what), lambda event=("copy", index, tags): self.after(state, 0, event)  # type: ignore[misc]
-            if state.faults.damages and self.case.link == READ:
+            if state.faults.damages:
                 hurt = state._replace(faults=state.faults.less("damages"))
                 yield ("c", "copies damaged", *what), lambda event=("copy", index, junk): self.after(hurt, 0, event)  # type: ignore[misc]  # noqa: B023
-        for at in range(1, len(self.names)):
-            for index, (push, _, tags) in enumerate(self._views[state.processes[at]].writes):
-                what = (push.transfer, f"generation={push.generation} attempt={push.attempt}")
-                land = (state, at, index, tags)
-                yield (self.names[at], "write lands", *what), lambda land=land: self._land(*land)  # type: ignore[misc]
-                if state.faults.damages:
-                    hurt = state._replace(faults=state.faults.less("damages"))
-                    land = (hurt, at, index, (JUNK,) * push.blocks)
-                    yield (self.names[at], "write lands damaged", *what), lambda land=land: self._land(*land)  # type: ignore[misc]
-
-    def _land(self, state: State, at: int, index: int, tags: tuple[Any, ...]) -> State:
-        writer, consumer = self._views[state.processes[at]], self._views[state.processes[0]]
-        push, _, _ = writer.writes[index]
-        # Once either side closed its channel, or the process is another one, what is under way bounces.
-        if self.reaches(writer, consumer, push.peer):
-            where = (push.transfer, writer.me, push.generation, push.first_block, push.blocks)
-            state = self.after(state, 0, ("write", *where, tags))
-        return self.after(state, at, ("landed", index))
-
-    def reaches(self, writer: View, consumer: View, target: str) -> bool:
-        return consumer.me == target and writer.me in consumer.up
 
     # -- who hears whom --------------------------------------------------------------------------------------------
 
@@ -250,15 +226,9 @@ class Explorer:
         return then._replace(faults=then.faults.less("losses"))
 
     def _meet(self, state: State, at: int) -> State:
-        """Both shake hands, whether or not the end of an older process of that name was noticed. Where links write, a
-        loss is mutual: who has not noticed it forgets the old session now, and nothing of that is heard any more."""
+        """Both shake hands, whether or not the end of an older process of that name was noticed. A loss that only one
+        of them noticed stays so: the other one goes on with what it has."""
         consumer, producer = (self._views[state.processes[each]] for each in (0, at))
-        pair = {consumer.me, producer.me}
-        for who, here, there in ((0, consumer, producer), (at, producer, consumer)):
-            if self.case.link == WRITE and there.me in here.up and here.me not in there.up:
-                state = self._without_letters(self.after(state, who, ("lose", there.me)), {there.me}, who)
-        if self.case.link == WRITE:
-            state = self._without_letters(self._without_letters(state, pair, 0), pair, at)
         return self.after(self.after(state, 0, ("meet", producer.me)), at, ("meet", consumer.me))
 
     def _without_letters(self, state: State, senders: set[str], at: int) -> State:

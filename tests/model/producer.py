@@ -8,9 +8,9 @@ from typing import Any
 
 from pdtransport.protocol.actions import Action, Fence, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
-from pdtransport.protocol.messages import Ack, Code
+from pdtransport.protocol.messages import Ack, Code, Revoke
 from pdtransport.protocol.producer_table import ProducerTable
-from tests.model.case import HEAD_BYTES, HEADS, WRITE, Broken, Case, Letter, born
+from tests.model.case import HEAD_BYTES, HEADS, Broken, Case, Letter, born
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
 
 JUNK = ("junk",)
@@ -43,9 +43,9 @@ class Producer:
         self.cancels = case.producer_cancels
         self.preemptions = case.preemptions
         self.queue: list[OfferBatch] = []
-        self.writes: list[tuple[OfferBatch, tuple[Any, ...]]] = []
         self.fences: list[tuple[str, str, int]] = []
         self.acked: set[tuple[str, str, int]] = set()
+        self.revoked: set[tuple[str, str, int]] = set()
         self.out: list[Letter] = []
 
     @property
@@ -68,8 +68,7 @@ class Producer:
         for at in range(len(self.queue)):
             yield ("stage", at)
         for fence in self.fences:
-            if not self._writing(fence):
-                yield ("fence", *fence)
+            yield ("fence", *fence)
         yield from self.waits()
 
     def waits(self) -> Iterator[tuple[Any, ...]]:
@@ -118,25 +117,8 @@ class Producer:
         tags = tuple(self.blocks[push.transfer][push.first_block : push.first_block + push.blocks])
         if len(tags) != push.blocks:
             raise Broken(f"{self.me} reads pages for {push}, which it does not hold")
-        if self.case.link == WRITE:
-            self.writes = sorted([*self.writes, (push, tags)], key=lambda write: _ident(write[0]))
-        else:
-            self._staged(push, tags)
-
-    def _on_landed(self, at: int) -> None:
-        """A write is through. What it carried lies on the other side, or bounced."""
-        push, tags = self.writes.pop(at)
-        self._staged(push, tags)
-
-    def landing(self, push: OfferBatch, tags: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a write carries: the card reads pages when it sends, not when they were summed up."""
-        now = self.blocks[push.transfer][push.first_block : push.first_block + push.blocks]
-        return tuple(now) if len(now) == push.blocks else (JUNK,) * push.blocks
-
-    def _staged(self, push: OfferBatch, tags: tuple[Any, ...]) -> None:
         sums = b"".join(checksum(tag) for tag in tags)
-        ident = (push.transfer, push.peer, push.generation, push.seq, push.attempt)
-        self._run(self.book.pushed(*ident, sums, bytes(8), 0.0))
+        self._run(self.book.pushed(*_ident(push), sums, bytes(8), 0.0))
 
     def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
         self.fences.remove((transfer, peer, generation))
@@ -154,6 +136,8 @@ class Producer:
         message: Any = letter.message
         if isinstance(message, Ack):
             self.acked.add((message.transfer, letter.sender, message.generation))
+        elif isinstance(message, Revoke) and not self.book._is_foreign(letter.sender, message.transfer):
+            self.revoked.add((message.transfer, letter.sender, message.generation))
         machines = {machine.peer: machine for machine in self.book.machines(message.transfer)}
         live = machines.get(letter.sender)
         if live is not None and live.grant.generation == message.generation and letter.to == self.me:
@@ -169,7 +153,6 @@ class Producer:
         """The channel to it is closed: nothing of ours is under way any more."""
         self.up.discard(peer)
         self.queue = [push for push in self.queue if push.peer != peer]
-        self.writes = [write for write in self.writes if write[0].peer != peer]
         self.fences = [fence for fence in self.fences if fence[1] != peer]
         self._run(self.book.peer_lost(peer, "it fell silent"))
 
@@ -195,27 +178,21 @@ class Producer:
                 raise Broken(f"a producer can't {action}")
 
     def _check_push(self, push: OfferBatch) -> None:
-        for other in [*self.queue, *(write[0] for write in self.writes)]:
+        if (push.transfer, push.peer, push.generation) in self.revoked:
+            raise Broken(f"{self.me} pushes batch {push.seq} of {push.transfer} after its grant was revoked")
+        for other in self.queue:
             same = (other.transfer, other.peer, other.generation, other.seq)
             if same == (push.transfer, push.peer, push.generation, push.seq):
                 raise Broken(f"{self.me} pushes batch {push.seq} of {push.transfer} while it is under way")
 
     def _unstage(self, action: WithdrawBatch) -> None:
         ident = (action.transfer, action.peer, action.generation, action.seq, action.attempt)
-        for push in [push for push in self.queue if _ident(push) == ident]:
-            self.queue.remove(push)
-            if self.case.link == WRITE:
-                self._run(self.book.push_failed(*ident, "withdrawn"))
-
-    def _writing(self, fence: tuple[str, str, int]) -> bool:
-        return any((push.transfer, push.peer, push.generation) == fence for push, _ in self.writes)
+        self.queue = [push for push in self.queue if _ident(push) != ident]
 
     def _release(self, release: Release) -> None:
         transfer = release.transfer
         if self.engine[transfer] != "finished":
             raise Broken(f"{self.me}: Release of {transfer}, whose engine is {self.engine[transfer]}")
-        if any(push.transfer == transfer for push, _ in self.writes):
-            raise Broken(f"{self.me}: Release of {transfer} while the link reads its pages")
         if release.code is None and not any(each[0] == transfer for each in self.acked):
             raise Broken(f"{self.me}: Release of {transfer} as delivered, and nobody acked it")
         if release.code is not None and not release.reason:
@@ -225,9 +202,6 @@ class Producer:
 
     def drain(self) -> bool:
         """One step on the way to rest, with all peers silent from now on; False: there is none."""
-        for at in range(len(self.writes)):
-            self._on_landed(at)
-            return True
         events = [event for event in self.events() if event[0] not in ("open", "cancel", "preempt", "retry")]
         if events:
             self.do(events[0])
@@ -236,7 +210,7 @@ class Producer:
     def held(self) -> str:
         book = self.book
         names = {"live transfers": book.live, "early grants": book.early, "claims": len(book._early_claims)}
-        names |= {"pushes": len(self.queue), "writes": len(self.writes), "fences": len(self.fences)}
+        names |= {"pushes": len(self.queue), "fences": len(self.fences)}
         names |= {"waits": len(book._timers._when), "pages": sum(map(len, self.blocks.values()))}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
 

@@ -1,5 +1,5 @@
-"""What ``tests/model`` takes the control channel to promise, against the real directory of peers: in every order of
-handshakes, words and partings of two workers, nothing is heard of a peer that was given up until it has given up, too.
+"""A loss is mutual, with the real directory of peers: in every order of handshakes, words and partings of two workers,
+nothing is heard of a peer that was given up until it has given up, too. The models of ``tests/model`` do without.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def explored() -> int:
 
 
 def test_a_peer_that_was_given_up_is_heard_once_it_has_let_go() -> None:
-    """On links whose sender writes our pages, a peer that we gave up must drop the grants of the old session before
-    anything of it is heard again, however often and in whatever order both shake hands and part."""
+    """A peer that we gave up, whose channel we closed, drops what it kept of the old session before anything of it is
+    heard again, however often and in whatever order both shake hands and part."""
     assert explored() > 1000
 
 

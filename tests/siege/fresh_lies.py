@@ -56,7 +56,6 @@ def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
             "head_hi": [65536, 1],
             "window_bytes": [1, U64],
             "consumers": [4096, 2],
-            "pages": [b"x", b"\xff" * (4 << 19)],
             "tokens": [1 << 26, 1],
             "first_token": [True],
             "digest": [b"\0" * 32],

@@ -52,11 +52,9 @@ class DecodeWorker(Worker):
         pages = [self.free.pop() for _ in range(blocks)]
         for page in pages:
             memory.scribble(page)
-        packed = b"".join(page.to_bytes(4, "little") for page in pages)
         parts = []
         for source in head_sources(memory.head_lo, memory.head_hi, tp, TOTAL_HEADS, self.id.rank):
             peer = producers[source.rank]
-            one_sided = self.world.link(peer, self.id) == "onesided"
             parts.append(
                 GrantedPart(
                     peer=peer,
@@ -64,8 +62,6 @@ class DecodeWorker(Worker):
                     head_hi=source.head_hi,
                     consumers=len(consumers_of(source.rank, tp, self.instance.tp, TOTAL_HEADS)),
                     block_bytes=(source.head_hi - source.head_lo) * HEAD_BYTES,
-                    pages=packed if one_sided else b"",
-                    one_sided=one_sided,
                 )
             )
         heads = {part.peer: (part.head_lo, part.head_hi) for part in parts}
@@ -101,7 +97,7 @@ class DecodeWorker(Worker):
         return self.receiving.peer_lost(peer, reason)
 
     def on_lost(self, peer: PeerId) -> None:
-        """The channel is closed: our copies from it stop, and its writes bounce."""
+        """The channel is closed: our copies from it stop."""
         for placing in [p for p in self.placing if p.peer == peer]:
             placing.stopped = True
             self.placing.remove(placing)
@@ -165,7 +161,7 @@ class DecodeWorker(Worker):
             self.world.at(delay, self, self._copy, placing, index)
 
     def _copy(self, placing: Placing, index: int) -> None:
-        """Fetch one block (or find what its sender wrote), and sum it up."""
+        """Fetch one block, and sum it up."""
         if placing.stopped:
             return
         batch, peer = placing.batch, placing.peer
@@ -175,13 +171,13 @@ class DecodeWorker(Worker):
         lo, hi = lease.heads[peer]
         block = batch.first_block + index
         page = lease.pages[block - lease.first_block]
-        if self.world.link(peer, self.id) != "onesided":
-            cells = self._fetch(placing, index, lo, hi)
-            if cells is None:
-                return
-            if self._fault("corrupt"):
-                cells[-1] ^= DAMAGE
-            self.write(peer, placing.transfer, batch.generation, block, page, lo, hi, cells)
+        cells = self._fetch(placing, index, lo, hi)
+        if cells is None:
+            return
+        if self._fault("corrupt"):
+            cells[-1] ^= DAMAGE
+        lease.may_write(peer, batch.generation, block, page, lo, hi)
+        self.memory.write(page, lo, cells)
         placing.sums[index] = checksum(self.memory.read(page, lo, hi))
         placing.left -= 1
         if placing.left == 0:
@@ -227,16 +223,6 @@ class DecodeWorker(Worker):
                 placing.transfer, placing.peer, batch.generation, batch.seq, batch.attempt, error, self.world.now
             )
         )
-
-    def write(
-        self, peer: PeerId, transfer: str, generation: int, block: int, page: int, lo: int, hi: int, cells: list[int]
-    ) -> None:
-        """All writes into our pages come through here, whoever makes them."""
-        lease = self.leases.get(transfer)
-        if lease is None:
-            raise Violation(f"{peer} writes into page {page} of {self.id} for {transfer}, which is over")
-        lease.may_write(peer, generation, block, page, lo, hi)
-        self.memory.write(page, lo, cells)
 
     def _on_fence(self, fence: Fence) -> None:
         if self.world.tracing:

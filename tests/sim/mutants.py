@@ -72,35 +72,10 @@ def _without(kind: type, condition: Callable[[Any], bool] = lambda _: True) -> C
 def free_on_revoke(patch: Patch) -> None:
     def give_up(self: ConsumerMachine, code: Code, reason: str, tell: bool = True) -> list[Action]:
         actions = original(self, code, reason, tell)
-        self._local_fence = self._remote_fence = True
-        return [a for a in actions if not isinstance(a, Fence)] + self._finish_fence()
+        return [a for a in actions if not isinstance(a, Fence)] + self.fenced()
 
     original = ConsumerMachine._give_up
     patch.setattr(ConsumerMachine, "_give_up", give_up)
-
-
-def no_word_of_the_writer(patch: Patch) -> None:
-    def change(self: ConsumerMachine, actions: list[Action], *_: Any) -> list[Action]:
-        self._remote_fence = True
-        return actions
-
-    _after(patch, ConsumerMachine, "_give_up", change)
-
-
-def revoked_before_fence(patch: Patch) -> None:
-    def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
-        if isinstance(self._last_words, Revoked):
-            actions = [Send(self.peer, self._last_words), *actions]
-        return actions
-
-    _after(patch, ProducerMachine, "_stop", change)
-
-
-def abort_before_fence(patch: Patch) -> None:
-    def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
-        return [Send(self.peer, self._last_words), *actions] if self._last_words is not None else actions
-
-    _after(patch, ProducerMachine, "_stop", change)
 
 
 def serve_a_grant_that_was_revoked(patch: Patch) -> None:
@@ -169,18 +144,6 @@ def ignore_preemption(patch: Patch) -> None:
     patch.setattr(ProducerMachine, "_rewind", lambda self, now: [])
 
 
-def write_again_while_writing(patch: Patch) -> None:
-    original = ProducerMachine._rewind
-
-    def rewind(self: ProducerMachine, now: float) -> list[Action]:
-        writes, self._writes = self._writes, False
-        actions = original(self, now)
-        self._writes = writes
-        return actions
-
-    patch.setattr(ProducerMachine, "_rewind", rewind)
-
-
 # -- generations ------------------------------------------------------------------------------------------------------
 
 
@@ -212,10 +175,6 @@ def producer_believes_any_generation(patch: Patch) -> None:
 
 def release_before_ack(patch: Patch) -> None:
     patch.setattr(producer_table, "PRODUCER_ENDS", producer_table.PRODUCER_ENDS | {ProducerState.COMMITTING})
-
-
-def release_while_fencing(patch: Patch) -> None:
-    patch.setattr(producer_table, "PRODUCER_ENDS", producer_table.PRODUCER_ENDS | {ProducerState.FENCING})
 
 
 def release_twice(patch: Patch) -> None:
@@ -425,9 +384,6 @@ MUTANTS = [
         Mutant(rule.__name__, rule)
         for rule in (
             free_on_revoke,
-            no_word_of_the_writer,
-            revoked_before_fence,
-            abort_before_fence,
             serve_a_grant_that_was_revoked,
             skip_checksum,
             ack_before_verify,
@@ -435,11 +391,9 @@ MUTANTS = [
             ready_with_one_part_of_two,
             another_prompt_will_do,
             ignore_preemption,
-            write_again_while_writing,
             consumer_believes_any_generation,
             producer_believes_any_generation,
             release_before_ack,
-            release_while_fencing,
             release_twice,
             never_release,
             claims_are_kept_for_ever,

@@ -12,7 +12,7 @@ HEAD_BYTES = 16  # bytes of one head of one block, all layers
 BLOCK_SIZE = 4  # tokens a block
 PAGES = 40  # of each worker, where they are not scarce
 
-LINK_KINDS = ("direct", "slots", "onesided")
+LINK_KINDS = ("direct", "slots")
 
 SIM_LIMITS = Limits(
     retry_s=0.25,
@@ -135,7 +135,7 @@ def plan_of(seed: int) -> Plan:
     calm = rng.random() < 0.2
     checksums = rng.random() < 0.93
     # Without checksums the user trusts the link; one that reads pages after they were given back can't be trusted.
-    kinds = LINK_KINDS if checksums else ("slots", "onesided")
+    kinds = LINK_KINDS if checksums else ("slots",)
     producers = {f"p{i}": rng.choice((1, 1, 2)) for i in range(rng.choice((1, 1, 2)))}
     consumers = {f"d{i}": rng.choice((1, 1, 2)) for i in range(rng.choice((1, 1, 2)))}
     links = {(p, d): rng.choice(kinds) for p in producers for d in consumers}

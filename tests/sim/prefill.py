@@ -11,7 +11,7 @@ from typing import Any
 from pdtransport.kv.geometry import head_range
 from pdtransport.protocol.actions import Action, Fence, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
-from pdtransport.protocol.messages import Ack, Code, Grant
+from pdtransport.protocol.messages import Ack, Code, Grant, Revoke
 from pdtransport.protocol.messages import Received as ReceivedMessage
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState
@@ -33,16 +33,6 @@ class Staged:
     copy: list[list[int]] | None  # in a slot; None: the receiver reads the pages themselves
 
 
-@dataclass(eq=False)
-class Write:
-    """A one-sided write under way."""
-
-    push: OfferBatch
-    pages: list[int]
-    left: int
-    sums: list[bytes] = field(default_factory=list)
-
-
 class PrefillWorker(Worker):
     def __init__(self, world: World, instance: Instance, rank: int) -> None:
         super().__init__(world, instance, rank)
@@ -55,13 +45,12 @@ class PrefillWorker(Worker):
         self.queue: list[OfferBatch] = []
         self.staged: dict[int, Staged] = {}  # key -> what it offers
         self.offered: dict[int, Staged] = {}  # the same, never forgotten: addresses that receivers know
-        self.writes: list[Write] = []
         self.opened: set[str] = set()
         self.released: dict[str, tuple[Code | None, str]] = {}
         self.in_flight: dict[tuple[str, PeerId, int], dict[int, int]] = defaultdict(dict)  # seq -> bytes
         self.grants: dict[tuple[str, PeerId], Grant] = {}
+        self.revoked: set[tuple[str, PeerId, int]] = set()  # transfer, peer, generation
         self._keys = itertools.count(1)
-        self._fences: list[Fence] = []
 
     def _block_bytes(self, lo: int, hi: int) -> int:
         if not self.memory.head_lo <= lo < hi <= self.memory.head_hi:
@@ -107,6 +96,8 @@ class PrefillWorker(Worker):
     def on_message(self, peer: PeerId, message: Any) -> list[Action]:
         if isinstance(message, Grant):
             self.grants.setdefault((message.transfer, peer), message)
+        elif isinstance(message, Revoke) and not self.sending._is_foreign(peer, message.transfer):
+            self.revoked.add((message.transfer, peer, message.generation))
         elif isinstance(message, ReceivedMessage):
             for seq in message.seqs:
                 self.in_flight[message.transfer, peer, message.generation].pop(seq, None)
@@ -118,11 +109,9 @@ class PrefillWorker(Worker):
         return self.sending.peer_lost(peer, reason)
 
     def on_lost(self, peer: PeerId) -> None:
-        """The channel to a lost peer is closed: nothing more is staged for it or written to it."""
+        """The channel to a lost peer is closed: nothing more is staged for it."""
         self.queue = [push for push in self.queue if push.peer != peer]
         self.staged = {key: staged for key, staged in self.staged.items() if staged.ident[1] != peer}
-        self.writes = [write for write in self.writes if write.push.peer != peer]
-        self._fences = [fence for fence in self._fences if fence.peer != peer]
 
     def tick(self) -> list[Action]:
         return self.sending.tick(self.world.now)
@@ -179,6 +168,8 @@ class PrefillWorker(Worker):
         grant = self.grants[key]
         if grant.generation != push.generation or (grant.head_lo, grant.head_hi) != (push.head_lo, push.head_hi):
             raise Violation(f"{push} was not granted")
+        if (push.transfer, push.peer, push.generation) in self.revoked:
+            raise Violation(f"{push} comes after its grant was revoked")
         end = grant.first_block + grant.blocks
         if not grant.first_block <= push.first_block < push.first_block + push.blocks <= end:
             raise Violation(f"{push} lies outside its grant")
@@ -201,47 +192,11 @@ class PrefillWorker(Worker):
         pages = self.pages_of[push.transfer][push.first_block : push.first_block + push.blocks]
         if len(pages) != push.blocks:
             raise Violation(f"{push} names blocks that the request has no pages for")
-        if kind == "onesided":
-            self._start_write(push, pages)
-            return
         copy = [self.memory.read(page, push.head_lo, push.head_hi) for page in pages]
         key = next(self._keys)
         staged = Staged(_ident(push), pages, push.head_lo, push.head_hi, copy if kind == "slots" else None)
         self.staged[key] = self.offered[key] = staged
         self._pushed(push, [checksum(cells) for cells in copy], key)
-
-    def _start_write(self, push: OfferBatch, pages: list[int]) -> None:
-        write = Write(push, pages, push.blocks)
-        write.sums = [checksum(self.memory.read(page, push.head_lo, push.head_hi)) for page in pages]
-        self.writes.append(write)
-        for index in range(push.blocks):
-            # The card writes, whether this process is stopped or dead: no owner.
-            self.world.at(self._link_delay("copy_delay"), None, self._land, write, index)
-
-    def _land(self, write: Write, index: int) -> None:
-        """One block of a one-sided write arrives."""
-        push = write.push
-        target: Any = self.world.worker(push.peer)
-        # Once either side closed its channel, what is still under way bounces.
-        if target is not None and self.id not in target.lost and write in self.writes:
-            cells = self.memory.read(write.pages[index], push.head_lo, push.head_hi)
-            if self._fault("corrupt"):
-                cells[0] ^= DAMAGE
-            page = int.from_bytes(push.pages[4 * index : 4 * index + 4], "little")
-            block = push.first_block + index
-            target.write(self.id, push.transfer, push.generation, block, page, push.head_lo, push.head_hi, cells)
-        write.left -= 1
-        if write.left == 0 and self.alive:
-            self.world.at(0.0, self, self._written, write)
-
-    def _written(self, write: Write) -> None:
-        if write not in self.writes:
-            return  # the channel was closed
-        self.writes.remove(write)
-        self._pushed(write.push, write.sums, next(self._keys))
-        for fence in [f for f in self._fences if not self._writing(f)]:
-            self._fences.remove(fence)
-            self.do(self.sending.fenced(fence.transfer, fence.peer, fence.generation))
 
     def _pushed(self, push: OfferBatch, sums: list[bytes], key: int) -> None:
         data = b"".join(sums) if self.world.plan.limits.checksums else b""
@@ -255,21 +210,11 @@ class PrefillWorker(Worker):
         ident = _ident(action)
         for push in [push for push in self.queue if _ident(push) == ident]:
             self.queue.remove(push)
-            if self.world.link(self.id, push.peer) == "onesided":
-                self.world.at(0.0, self, self._push_failed, push, "withdrawn")
         self.staged = {key: staged for key, staged in self.staged.items() if staged.ident != ident}
 
     def _on_fence(self, fence: Fence) -> None:
-        if fence.peer in self.lost:
-            return
-        if self._writing(fence):
-            self._fences.append(fence)  # what was posted can't be called back, only waited for
-        else:
+        if fence.peer not in self.lost:
             self.do(self.sending.fenced(fence.transfer, fence.peer, fence.generation))
-
-    def _writing(self, fence: Fence) -> bool:
-        wanted = (fence.transfer, fence.peer, fence.generation)
-        return any((w.push.transfer, w.push.peer, w.push.generation) == wanted for w in self.writes)
 
     def _on_release(self, release: Release) -> None:
         if self.world.tracing:
@@ -278,8 +223,6 @@ class PrefillWorker(Worker):
             raise Violation(f"{self.id}: Release of {release.transfer}, which is not owed")
         if release.code is not None and not release.reason:
             raise Violation(f"{self.id}: Release({release.code}) without a reason")
-        if any(write.push.transfer == release.transfer for write in self.writes):
-            raise Violation(f"{self.id}: Release of {release.transfer} while the link reads its pages")
         self._check_delivered(release)
         self.released[release.transfer] = (release.code, release.reason)
         self.world.counters[f"released {release.code.value if release.code else 'delivered'}"] += 1
@@ -313,7 +256,6 @@ class PrefillWorker(Worker):
             "agenda": sending.next_deadline() or 0,
             "queued pushes": len(self.queue),
             "staged batches": len(self.staged),
-            "writes": len(self.writes),
             "pages": len(self.pages_of),
         }
         return [f"{self.id}: {name} left: {count}" for name, count in found.items() if count]

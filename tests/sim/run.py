@@ -52,10 +52,6 @@ class SimWorld(World):
     def link(self, producer: PeerId, consumer: PeerId) -> str:
         return self.plan.links.get((producer.instance, consumer.instance), LINK_KINDS[0])
 
-    def strict_sessions(self, one: PeerId, other: PeerId) -> bool:
-        pair = (one, other) if one.instance in self.plan.producers else (other, one)
-        return self.link(*pair) == "onesided"
-
     def outcome(self, transfer: str, how: str) -> None:
         self.outcomes.setdefault(transfer, how)
         self.ended_at.setdefault(transfer, self.now)

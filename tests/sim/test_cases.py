@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.sim import cases
-from tests.sim.plan import Fault, Plan
+from tests.sim.plan import LINK_KINDS, Fault, Plan
 from tests.sim.run import run
 
 
@@ -23,7 +23,7 @@ def test_every_transfer_arrives_though_one_thing_goes_wrong(group: str) -> None:
 
 def test_lost_anywhere_reaches_past_the_last_message() -> None:
     """The sweep loses every message there is: the longest hand-off says fewer than it tries."""
-    for link in ("direct", "slots", "onesided"):
+    for link in LINK_KINDS:
         for tp in ((1, 1), (2, 1), (1, 2)):
             counters = run(cases.plain(link, tp=tp)).counters
             assert 0 < sum(counters[kind] for kind in cases.DELIVERY_KINDS) < cases.MAX_MESSAGES
@@ -51,7 +51,7 @@ def test_a_request_that_decode_rejects_is_let_go() -> None:
 
 def test_a_dead_prefill_server_is_not_waited_for() -> None:
     """After a crash of prefill decode fails with peer_lost, and its pages are free."""
-    for link in ("direct", "slots", "onesided"):
+    for link in LINK_KINDS:
         slow = cases.plain(link, must_be_ready=False, step_s=0.3, step_blocks=1)
         result = run(replace(slow, faults=(Fault(0.8, "crash", "p0", seconds=2.0),)))
         assert not result.violation

@@ -46,8 +46,8 @@ class Worker:
         if peer not in self.lost:
             self.world.transmit(self, peer, message)
 
-    def deliver(self, sender: PeerId, frame: bytes, session: int, forged: bool = False) -> None:
-        if sender in self.lost or session != self.world.sessions[frozenset((sender, self.id))]:
+    def deliver(self, sender: PeerId, frame: bytes, forged: bool = False) -> None:
+        if sender in self.lost:
             return  # the control channel dropped that connection
         try:
             message = decode(frame)
@@ -157,7 +157,6 @@ class World:
         self.instances: dict[str, Instance] = {}
         self.told: dict[str, int | None] = {}  # transfer -> the first token that prefill gave out, if it gave one
         self.cut: set[frozenset[str]] = set()
-        self.sessions: Counter[frozenset[PeerId]] = Counter()
         self._heap: list[tuple[float, int, Worker | None, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self._last_arrival: dict[tuple[PeerId, PeerId], float] = {}
@@ -245,7 +244,7 @@ class World:
             delay = arrival - self.now
         target = self.worker(to)
         if target is not None:
-            self.at(delay, target, target.deliver, sender, frame, self.sessions[frozenset((sender, to))])
+            self.at(delay, target, target.deliver, sender, frame)
 
     def _damage(self, sender: Worker, to: PeerId, frame: bytes) -> None:
         """Flip or cut bytes. TCP and CURVE keep such frames from us; one that gets through must not decode into
@@ -260,8 +259,7 @@ class World:
         except WireError:
             target = self.worker(to)
             if target is not None:
-                session = self.sessions[frozenset((sender.id, to))]
-                self.at(self.net.latency, target, target.deliver, sender.id, bytes(data), session)
+                self.at(self.net.latency, target, target.deliver, sender.id, bytes(data))
 
     def _forge(self, sender: PeerId, to: PeerId, message: Any) -> None:
         """The same words about a live transfer, under a generation older or newer than the live one."""
@@ -272,7 +270,7 @@ class World:
         older = live - self.rng.randint(1, 3)
         generation = older if older > 0 and self.rng.random() < 0.7 else live + self.rng.randint(1, 1000)
         frame = encode(message.model_copy(update={"generation": generation}))
-        target.deliver(sender, frame, self.sessions[frozenset((sender, to))], True)
+        target.deliver(sender, frame, forged=True)
         target.check()
         target.rearm()
 
@@ -323,23 +321,16 @@ class World:
             self.at(self.net.latency, other, self._reunite, worker, other)
 
     def _reunite(self, worker: Worker, other: Worker) -> None:
-        """``worker`` had lost ``other``, which may not have noticed. Where links write the other's memory, a loss must
-        be mutual: ``other`` may hold a grant for pages that ``worker`` has long given to somebody else."""
+        """``worker`` had lost ``other``, which may not have noticed, and then holds grants that ``worker`` dropped."""
         if not worker.alive or other.id not in worker.lost:
             return
-        if self.strict_sessions(worker.id, other.id):
-            other.lose(worker.id, "it came back in a new session")
-            self.sessions[frozenset((worker.id, other.id))] += 1
         worker.lost.discard(other.id)
         other.lost.discard(worker.id)
-
-    def strict_sessions(self, one: PeerId, other: PeerId) -> bool:
-        raise NotImplementedError
 
 
 def short(message: Message) -> str:
     """A message in a line of a trace."""
-    hidden = {"kind", "digest", "checksums", "offer", "pages", "transfer"}
+    hidden = {"kind", "digest", "checksums", "offer", "transfer"}
     fields = {k: v for k, v in message.model_dump().items() if k not in hidden}
     words = " ".join(f"{k}={getattr(v, 'value', v)}" for k, v in fields.items())
     return f"{type(message).__name__}({getattr(message, 'transfer', '')} {words})"

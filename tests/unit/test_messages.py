@@ -47,7 +47,6 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "head_hi": st.integers(1, 1 << 16),
         "consumers": st.integers(1, 4096),
         "window_bytes": st.integers(1, 1 << 62),
-        "pages": st.binary(max_size=99),
         "first_token": st.booleans(),
     },
     m.Accept: {**granted, "known": st.booleans(), "tokens_done": st.integers(0, 1 << 40)},

@@ -47,7 +47,6 @@ EXAMPLES: list[Message] = [
         head_hi=4,
         consumers=2,
         window_bytes=1 << 20,
-        pages=b"\x01\0\0\0",
     ),
     Accept(transfer=T, generation=G, known=True, tokens_done=12),
     BatchHint(transfer=T, generation=G, first_block=2, blocks=1, offer=b"\xff"),

@@ -16,7 +16,6 @@ from pdtransport.protocol.actions import (
     Ready,
     Release,
     Send,
-    WithdrawBatch,
 )
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.digest import commit_digest
@@ -53,16 +52,14 @@ def of(actions: list[Action], kind: type) -> list[Action]:
     return [a for a in actions if isinstance(a, kind)]
 
 
-def receiving(blocks: int = 4, *, one_sided: bool = False, limits: Limits = LIMITS, parts: int = 1) -> ConsumerTable:
+def receiving(blocks: int = 4, *, limits: Limits = LIMITS, parts: int = 1) -> ConsumerTable:
     book = ConsumerTable(limits, first_generation=100)
     peers = [P, "prefill2"][:parts]
-    book.begin(
-        T, DIGEST, 4 * blocks or 1, 0, blocks, [GrantedPart(p, 0, 1, 1, BLOCK, one_sided=one_sided) for p in peers], 0.0
-    )
+    book.begin(T, DIGEST, 4 * blocks or 1, 0, blocks, [GrantedPart(p, 0, 1, 1, BLOCK) for p in peers], 0.0)
     return book
 
 
-def grant(blocks: int = 4, generation: int = 100, pages: bytes = b"") -> Grant:
+def grant(blocks: int = 4, generation: int = 100) -> Grant:
     return Grant(
         transfer=T,
         generation=generation,
@@ -73,15 +70,14 @@ def grant(blocks: int = 4, generation: int = 100, pages: bytes = b"") -> Grant:
         head_lo=0,
         head_hi=1,
         window_bytes=4 * BLOCK,
-        pages=pages,
     )
 
 
-def sending(blocks: int = 4, *, granted: bool = True, pages: bytes = b"", limits: Limits = LIMITS) -> ProducerTable:
+def sending(blocks: int = 4, *, granted: bool = True, limits: Limits = LIMITS) -> ProducerTable:
     book = ProducerTable(limits, lambda lo, hi: (hi - lo) * BLOCK)
     book.open(T, DIGEST, 4 * blocks or 1, blocks, 0.0)
     if granted:
-        book.on_message(D, grant(blocks, pages=pages), 0.0)
+        book.on_message(D, grant(blocks), 0.0)
     return book
 
 
@@ -188,16 +184,6 @@ def test_a_failed_part_fails_all_parts_once_all_are_fenced() -> None:
     assert book.next_deadline() is None
 
 
-def test_one_sided_pages_wait_for_the_writers_word() -> None:
-    """Where prefill writes our pages, our own fence is not enough: Failed waits for Revoked, and Revoke is said again
-    until then."""
-    book = receiving(one_sided=True)
-    book.cancel(T, Code.CANCELLED, "gone")
-    assert not of(book.fenced(T, P, 100), Failed)
-    assert words(book.tick(50.0), Revoke)
-    assert of(book.on_message(P, Revoked(transfer=T, generation=100), 51.0), Failed)
-
-
 def test_a_transfer_id_is_used_once() -> None:
     """The same id again, live or over, is refused with a reason."""
     book = receiving()
@@ -289,36 +275,6 @@ def test_preemption_without_checksums_ends_the_transfer() -> None:
     pushed(book, 0)
     book.pages_ready(T, 0, 0, 0.0)
     assert book.machines(T)[0].code is Code.PREEMPTED
-
-
-def test_a_one_sided_write_lands_before_its_successor_starts() -> None:
-    """Pages taken back while the link writes from them: the write is waited for, dropped, and only then done again."""
-    book = sending(1, pages=bytes(4))
-    assert of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
-    assert of(book.pages_ready(T, 0, 0, 0.0), WithdrawBatch)
-    assert not of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
-    landed = pushed(book, 0)
-    assert not words(landed, Batch)
-    assert [push.attempt for push in of(landed, OfferBatch)] == [1]  # type: ignore[attr-defined]
-
-
-def test_a_one_sided_write_that_was_withdrawn_is_no_failure() -> None:
-    """A withdrawn write is reported as failed; that ends the attempt, not the transfer."""
-    book = sending(1, pages=bytes(4))
-    book.pages_ready(T, 1, 4, 0.0)
-    book.pages_ready(T, 0, 0, 0.0)
-    assert book.push_failed(T, D, 100, 0, 0, "withdrawn") == []
-    assert [push.attempt for push in of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)] == [1]  # type: ignore[attr-defined]
-
-
-def test_one_sided_batches_that_were_announced_are_not_written_again() -> None:
-    """Decode may have verified them, and given the pages to its engine."""
-    book = sending(1, pages=bytes(4))
-    book.pages_ready(T, 1, 4, 0.0)
-    pushed(book, 0)
-    assert book.pages_ready(T, 0, 0, 0.0) == []
-    assert not of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
-    assert [push.attempt for push in of(book.on_message(D, nack((0, 1)), 0.0), OfferBatch)] == [1]  # type: ignore[attr-defined]
 
 
 def test_a_revoke_that_overtakes_its_grant_holds() -> None:

@@ -91,7 +91,6 @@ class UcxChannel(Channel):
     """Channel of the ucx link; the exchange is described in :mod:`pdtransport.links.ucx.link`."""
 
     link = "ucx"
-    one_sided = False
 
     def __init__(
         self,
