@@ -50,7 +50,7 @@ class ReadBatch:
 
 @dataclass(frozen=True)
 class Fence:
-    """Stop all work on this grant; answer with ``fenced`` once no write of this grant is in flight."""
+    """Consumer: stop placing batches of this grant; answer with ``fenced`` once no write of it is in flight."""
 
     transfer: str
     peer: Peer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdtransport.protocol.actions import Action, Fence, Limits, OfferBatch, Peer, Send, WithdrawBatch
+from pdtransport.protocol.actions import Action, Limits, OfferBatch, Peer, Send, WithdrawBatch
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     MAX_ATTEMPTS,
@@ -76,7 +76,6 @@ class ProducerMachine:
         self._first_token: int | None = None
         self.cached_tokens: int | None = None  # prompt tokens that prefill found in its caches; goes into the commit
         self._tokens_done = 0
-        self._last_words: Message | None = None  # to send once fenced
         self._deadline = float("inf")
         self._resend_at = float("inf")
         self._retry = limits.retry_s
@@ -91,7 +90,7 @@ class ProducerMachine:
         self._tokens_done = tokens_done
         rewound = blocks < self._ready
         self._ready = blocks
-        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+        if self.state in PRODUCER_ENDS:
             return []
         if rewound:
             return self._rewind(now)
@@ -102,14 +101,14 @@ class ProducerMachine:
         self._finished = True
         if self.grant.first_token:
             self._first_token = first_token
-        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+        if self.state in PRODUCER_ENDS:
             return []
         return self._maybe_commit(now)
 
     def pushed(self, seq: int, attempt: int, checksums: bytes, offer: bytes, now: float) -> list[Action]:
         """The link has staged a batch: announce it."""
         out = self._find(seq)
-        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+        if self.state in PRODUCER_ENDS:
             return []
         if out is None or not out.staging or out.attempt != attempt:
             return []
@@ -140,10 +139,6 @@ class ProducerMachine:
         """Handle a message of this machine's generation. Late or repeated messages change nothing."""
         if self.state in PRODUCER_ENDS:
             return self._answer_after_end(message)
-        if self.state is ProducerState.FENCING:
-            if isinstance(message, Revoke):
-                self._last_words = self._revoked()
-            return []
         if isinstance(message, Grant):
             return [Send(self.peer, self._accept())]
         if isinstance(message, Received):
@@ -157,32 +152,20 @@ class ProducerMachine:
             return self._stop(code, message.reason, self._revoked())
         return []
 
-    def fenced(self) -> list[Action]:
-        """The link no longer reads or writes anything for this grant."""
-        if self.state is not ProducerState.FENCING:
-            return []
-        self._move(ProducerState.ENDED)
-        return [Send(self.peer, self._last_words)] if self._last_words is not None else []
-
     def cancel(self, code: Code, reason: str) -> list[Action]:
-        """Give up for a reason on this side: fence, then send Abort."""
-        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+        """Give up for a reason on this side: send Abort."""
+        if self.state in PRODUCER_ENDS:
             return []
         return self._stop(code, reason, self._abort(code, reason))
 
     def peer_lost(self, reason: str) -> list[Action]:
-        """The consumer is lost. Its link channel is closed already, so none of our writes is in flight."""
+        """The consumer is lost; its link channel is closed already."""
         if self.state in PRODUCER_ENDS:
             return []
-        if self.state is ProducerState.FENCING:
-            self._last_words = None
-            return self.fenced()
-        self.code, self.reason = Code.PEER_LOST, reason
-        self._move(ProducerState.ENDED)
-        return self._unstage_all()
+        return self._stop(Code.PEER_LOST, reason)
 
     def tick(self, now: float) -> list[Action]:
-        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+        if self.state in PRODUCER_ENDS:
             return []
         if now >= self._deadline:
             return self.cancel(Code.TIMEOUT, self._timeout_text())
@@ -191,7 +174,7 @@ class ProducerMachine:
         return self._send_again(now)
 
     def next_deadline(self) -> float | None:
-        if self.state in PRODUCER_ENDS or self.state is ProducerState.FENCING:
+        if self.state in PRODUCER_ENDS:
             return None
         soonest = min(self._deadline, self._resend_at)
         return None if soonest == float("inf") else soonest
@@ -332,11 +315,10 @@ class ProducerMachine:
 
     # -- ending --------------------------------------------------------------------------------------------------
 
-    def _stop(self, code: Code, reason: str, last_words: Message) -> list[Action]:
-        self._move(ProducerState.FENCING)
+    def _stop(self, code: Code, reason: str, last_words: Message | None = None) -> list[Action]:
+        self._move(ProducerState.ENDED)
         self.code, self.reason = code, reason or code.value
-        self._last_words = last_words
-        return [*self._unstage_all(), Fence(self.grant.transfer, self.peer, self.grant.generation)]
+        return [*self._unstage_all(), *([Send(self.peer, last_words)] if last_words is not None else [])]
 
     def _unstage_all(self) -> list[Action]:
         left = [out for out in self._out if (out.staging or out.announced is not None) and not out.received]

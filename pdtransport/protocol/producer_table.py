@@ -210,10 +210,6 @@ class ProducerTable:
         self.counters["pushes_failed"] += 1
         return self._run(machine, machine.push_failed(seq, attempt, error))
 
-    def fenced(self, transfer: TransferId, peer: Peer, generation: int) -> list[Action]:
-        machine = self._machine(transfer, peer, generation)
-        return [] if machine is None else self._run(machine, machine.fenced())
-
     def peer_lost(self, peer: Peer, reason: str) -> list[Action]:
         for key in [key for key in self._early if key[1] == peer]:
             del self._early[key]

@@ -27,8 +27,7 @@ class ProducerState(str, Enum):
     STREAMING = "streaming"  # announcing pages as prefill finishes them
     COMMITTING = "committing"  # all pages announced; waiting for the ack
     DONE = "done"  # acked
-    FENCING = "fencing"  # revoked or given up; waiting until this side has no write in flight
-    ENDED = "ended"  # revoked, aborted or the peer is lost; this side can't write any more
+    ENDED = "ended"  # revoked, aborted or the peer is lost
 
 
 CONSUMER_MOVES: dict[ConsumerState, dict[ConsumerState, str]] = {
@@ -59,15 +58,12 @@ CONSUMER_MOVES: dict[ConsumerState, dict[ConsumerState, str]] = {
 PRODUCER_MOVES: dict[ProducerState, dict[ProducerState, str]] = {
     ProducerState.STREAMING: {
         ProducerState.COMMITTING: "last batch announced / Commit",
-        ProducerState.FENCING: "Revoke, cancel, deadline",
-        ProducerState.ENDED: "peer lost",
+        ProducerState.ENDED: "Revoke, cancel, deadline, peer lost",
     },
     ProducerState.COMMITTING: {
         ProducerState.DONE: "Ack",
-        ProducerState.FENCING: "Revoke, cancel, deadline",
-        ProducerState.ENDED: "peer lost",
+        ProducerState.ENDED: "Revoke, cancel, deadline, peer lost",
     },
-    ProducerState.FENCING: {ProducerState.ENDED: "no write under way / Revoked"},
     ProducerState.DONE: {},
     ProducerState.ENDED: {},
 }

@@ -296,9 +296,7 @@ class ProducerDriver:
     # -- actions -------------------------------------------------------------------------------------------------
 
     def run(self, actions: Sequence[act.Action]) -> None:
-        todo = deque(actions)
-        while todo:
-            action = todo.popleft()
+        for action in actions:
             if isinstance(action, act.Send):
                 source = self._sources.get(getattr(action.message, "transfer", ""))
                 if source is not None and isinstance(action.message, Commit):
@@ -308,9 +306,6 @@ class ProducerDriver:
                 self._queue.append(action)
             elif isinstance(action, act.WithdrawBatch):
                 self._unstage(action)
-            elif isinstance(action, act.Fence):
-                # Nothing to wait for: all batches of this grant are withdrawn, and our links write no consumer's pages.
-                todo.extend(self.sending.fenced(action.transfer, action.peer, action.generation))
             elif isinstance(action, act.Release):
                 self._end(action)
 

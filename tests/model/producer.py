@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pdtransport.protocol.actions import Action, Fence, OfferBatch, Release, Send, WithdrawBatch
+from pdtransport.protocol.actions import Action, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code, Revoke
 from pdtransport.protocol.producer_table import ProducerTable
@@ -43,7 +43,6 @@ class Producer:
         self.cancels = case.producer_cancels
         self.preemptions = case.preemptions
         self.queue: list[OfferBatch] = []
-        self.fences: list[tuple[str, str, int]] = []
         self.acked: set[tuple[str, str, int]] = set()
         self.revoked: set[tuple[str, str, int]] = set()
         self.out: list[Letter] = []
@@ -67,8 +66,6 @@ class Producer:
                 yield ("cancel", transfer)
         for at in range(len(self.queue)):
             yield ("stage", at)
-        for fence in self.fences:
-            yield ("fence", *fence)
         yield from self.waits()
 
     def waits(self) -> Iterator[tuple[Any, ...]]:
@@ -120,10 +117,6 @@ class Producer:
         sums = b"".join(checksum(tag) for tag in tags)
         self._run(self.book.pushed(*_ident(push), sums, bytes(8), 0.0))
 
-    def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
-        self.fences.remove((transfer, peer, generation))
-        self._run(self.book.fenced(transfer, peer, generation))
-
     def _on_retry(self, *key: Any) -> None:
         wake(self.book._timers, key)
         self._run(self.book.tick(RETRY))
@@ -153,7 +146,6 @@ class Producer:
         """The channel to it is closed: nothing of ours is under way any more."""
         self.up.discard(peer)
         self.queue = [push for push in self.queue if push.peer != peer]
-        self.fences = [fence for fence in self.fences if fence[1] != peer]
         self._run(self.book.peer_lost(peer, "it fell silent"))
 
     def _on_meet(self, peer: str) -> None:
@@ -170,8 +162,6 @@ class Producer:
                 self.queue = sorted([*self.queue, action], key=_ident)
             elif isinstance(action, WithdrawBatch):
                 self._unstage(action)
-            elif isinstance(action, Fence):
-                self.fences = sorted([*self.fences, (action.transfer, action.peer, action.generation)])
             elif isinstance(action, Release):
                 self._release(action)
             else:
@@ -210,7 +200,7 @@ class Producer:
     def held(self) -> str:
         book = self.book
         names = {"live transfers": book.live, "early grants": book.early, "claims": len(book._early_claims)}
-        names |= {"pushes": len(self.queue), "fences": len(self.fences)}
+        names |= {"pushes": len(self.queue)}
         names |= {"waits": len(book._timers._when), "pages": sum(map(len, self.blocks.values()))}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
 

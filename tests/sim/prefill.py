@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdtransport.kv.geometry import head_range
-from pdtransport.protocol.actions import Action, Fence, OfferBatch, Release, Send, WithdrawBatch
+from pdtransport.protocol.actions import Action, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code, Grant, Revoke
 from pdtransport.protocol.messages import Received as ReceivedMessage
@@ -153,15 +153,10 @@ class PrefillWorker(Worker):
                 self._on_push(action)
             elif isinstance(action, WithdrawBatch):
                 self._on_unstage(action)
-            elif isinstance(action, Fence):
-                self.world.at(self._link_delay("fence_delay"), self, self._on_fence, action)
             elif isinstance(action, Release):
                 self._on_release(action)
             else:
                 raise Violation(f"a producer can't {action}")
-
-    def _link_delay(self, which: str) -> float:
-        return self.world.rng.uniform(0.0, float(getattr(self.world.plan.bytes, which)))
 
     def _on_push(self, push: OfferBatch) -> None:
         key = (push.transfer, push.peer)
@@ -211,10 +206,6 @@ class PrefillWorker(Worker):
         for push in [push for push in self.queue if _ident(push) == ident]:
             self.queue.remove(push)
         self.staged = {key: staged for key, staged in self.staged.items() if staged.ident != ident}
-
-    def _on_fence(self, fence: Fence) -> None:
-        if fence.peer not in self.lost:
-            self.do(self.sending.fenced(fence.transfer, fence.peer, fence.generation))
 
     def _on_release(self, release: Release) -> None:
         if self.world.tracing:

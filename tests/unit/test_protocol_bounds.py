@@ -122,9 +122,7 @@ def test_a_grant_that_ends_elsewhere_than_the_prompt_is_refused(first: int, bloc
     (machine,) = book.machines(T)
     assert machine.code is Code.MISMATCH
     assert "the prompt has 4" in machine.reason
-    assert [a.message.code for a in book.fenced(T, D, 100) if isinstance(a, Send) and isinstance(a.message, Abort)] == [
-        Code.MISMATCH
-    ]
+    assert [a.message.code for a in actions if isinstance(a, Send) and isinstance(a.message, Abort)] == [Code.MISMATCH]
     assert machine.state is ProducerState.ENDED
 
 
