@@ -182,18 +182,12 @@ class Ack(_Granted):
 
 
 class Revoke(_Granted):
-    """Consumer: the grant is void: stop, and answer Revoked once none of your writes can reach my pages. With a
-    generation that was never granted: there will be no grant, release the transfer."""
+    """Consumer: the grant is void, stop. With a generation that was never granted: there will be no grant, release the
+    transfer."""
 
     kind: Literal["revoke"] = "revoke"
     code: Code
     reason: Reason = ""
-
-
-class Revoked(_Granted):
-    """Producer: none of my writes can reach the pages of this generation any more."""
-
-    kind: Literal["revoked"] = "revoked"
 
 
 class Abort(_Granted):
@@ -205,7 +199,7 @@ class Abort(_Granted):
 
 
 ConsumerMessage = Claim | Grant | Received | Nack | Ack | Revoke
-ProducerMessage = Accept | Batch | Commit | Revoked | Abort
+ProducerMessage = Accept | Batch | Commit | Abort
 
 
 # -- between control channels, apart from any transfer --------------------------------------------------------

@@ -22,7 +22,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
 )
 from pdtransport.protocol.states import PRODUCER_ENDS, ProducerState, check_producer_move
 
@@ -149,14 +148,14 @@ class ProducerMachine:
             return self._on_ack()
         if isinstance(message, Revoke):
             code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
-            return self._stop(code, message.reason, self._revoked())
+            return self._stop(code, message.reason)
         return []
 
     def cancel(self, code: Code, reason: str) -> list[Action]:
         """Give up for a reason on this side: send Abort."""
         if self.state in PRODUCER_ENDS:
             return []
-        return self._stop(code, reason, self._abort(code, reason))
+        return [*self._stop(code, reason), Send(self.peer, self._abort(code, reason))]
 
     def peer_lost(self, reason: str) -> list[Action]:
         """The consumer is lost; its link channel is closed already."""
@@ -307,18 +306,16 @@ class ProducerMachine:
         return self._unstage_all()
 
     def _answer_after_end(self, message: Message) -> list[Action]:
-        if isinstance(message, Revoke):
-            return [Send(self.peer, self._revoked())]
         if self.state is ProducerState.ENDED and isinstance(message, (Grant, Nack, Received)):
             return [Send(self.peer, self._abort(self.code or Code.CANCELLED, self.reason))]
         return []
 
     # -- ending --------------------------------------------------------------------------------------------------
 
-    def _stop(self, code: Code, reason: str, last_words: Message | None = None) -> list[Action]:
+    def _stop(self, code: Code, reason: str) -> list[Action]:
         self._move(ProducerState.ENDED)
         self.code, self.reason = code, reason or code.value
-        return [*self._unstage_all(), *([Send(self.peer, last_words)] if last_words is not None else [])]
+        return self._unstage_all()
 
     def _unstage_all(self) -> list[Action]:
         left = [out for out in self._out if (out.staging or out.announced is not None) and not out.received]
@@ -386,6 +383,3 @@ class ProducerMachine:
             code=Code.PEER_CANCELLED if code is Code.CANCELLED else code,
             reason=reason[:200],
         )
-
-    def _revoked(self) -> Revoked:
-        return Revoked(transfer=self.grant.transfer, generation=self.grant.generation)

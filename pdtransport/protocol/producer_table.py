@@ -23,7 +23,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
     TransferId,
 )
 from pdtransport.protocol.producer import ProducerMachine
@@ -345,8 +344,7 @@ class ProducerTable:
     ) -> list[Action]:
         """Handle a Revoke of a grant that is not being served.
 
-        Answered at once: no write can reach the grant's pages, now or later, even if the grant itself arrives after
-        its Revoke.
+        The grant itself may arrive after its Revoke: it is not served then.
         """
         key = (message.transfer, peer)
         early = self._early.get(key)
@@ -357,7 +355,6 @@ class ProducerTable:
             self._timers.set((message.transfer, _Claimant(peer)), None)
         code = Code.PEER_CANCELLED if message.code is Code.CANCELLED else message.code
         reason = message.reason or "decode gave up before prefill began"
-        actions: list[Action] = [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
         if machine is None and self._is_foreign(peer, message.transfer):
             self.counters["foreign_messages"] += 1
         elif request is None:
@@ -365,8 +362,8 @@ class ProducerTable:
                 self._add_tombstone(message.transfer, code, reason)  # refuses the request if it arrives later
         elif machine is None:
             request.cancelled = request.cancelled or (code, reason)
-            actions += self._maybe_release(message.transfer, request)
-        return actions
+            return self._maybe_release(message.transfer, request)
+        return []
 
     def _on_claim(self, request: _Request | None, peer: Peer, message: Claim, now: float) -> list[Action]:
         if request is None:

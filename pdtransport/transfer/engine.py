@@ -47,7 +47,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
 )
 from pdtransport.settings import Settings
 from pdtransport.transfer.audit import Audit
@@ -167,7 +166,7 @@ class TransferEngine:
     def _on_message(self, peer: PeerId, message: Message, now: float) -> None:
         if isinstance(message, (Claim, Grant, Received, Nack, Ack, Revoke)):
             self.producer.on_message(peer, message, now)
-        elif isinstance(message, (Accept, Batch, Commit, Revoked, Abort)):
+        elif isinstance(message, (Accept, Batch, Commit, Abort)):
             self.consumer.on_message(peer, message, now)
         elif isinstance(message, BatchHint):
             self.consumer.coming(peer, message)

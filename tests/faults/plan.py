@@ -25,7 +25,7 @@ MAX_BLOCKS = 24
 
 FRAME_ACTIONS = ("drop", "delay", "duplicate", "reorder", "flip", "truncate", "stall", "replay", "foreign")
 DECODE_SAYS = ("grant", "received", "nack", "ack", "revoke")
-PREFILL_SAYS = ("accept", "batch", "commit", "revoked", "abort")
+PREFILL_SAYS = ("accept", "batch", "commit", "abort")
 SHAKES = ("hello", "welcome", "ping", "pong", "link")
 # What can happen to a batch on its link, and on which side.
 LINK_FAULTS = (
@@ -173,7 +173,7 @@ def frame_fault(chance: random.Random, plan: Plan) -> tuple[str, str]:
         sides = [chance.choice(("decode0", "prefill0"))]
     for side in sides:
         plan.rules.setdefault(side, []).append(rule)
-    if kind in ("revoke", "revoked", "abort"):  # said only where somebody gives up
+    if kind in ("revoke", "abort"):  # said only where somebody gives up
         for each in plan.transfers:
             cancel(chance, each)
             if kind != "abort":

@@ -16,7 +16,6 @@ from pdtransport.protocol.messages import (
     Batch,
     Commit,
     Message,
-    Revoked,
     TransferMessage,
     WireError,
     decode,
@@ -58,7 +57,7 @@ def _block_bytes(head_lo: int, head_hi: int) -> int:
 
 
 def _tell(receiving: ConsumerTable, sending: ProducerTable, message: Message, now: float) -> None:
-    if isinstance(message, Accept | Batch | Commit | Revoked | Abort):
+    if isinstance(message, Accept | Batch | Commit | Abort):
         actions = receiving.on_message("p", message, now) + receiving.tick(now)
         assert not any(isinstance(action, Ready) for action in actions), "ready without a verified byte"
     else:

@@ -125,7 +125,6 @@ def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
         "accept",
         lambda said: [{**_as(said, "abort"), "code": "damaged", "reason": "a\nb\x1b[2J" * 50}],
     )
-    found["revoked unasked"] = ("accept", lambda said: [said, _as(said, "revoked")])
     found["each word twice"] = ("", lambda said: [said, said])
     found["no acks"] = ("ack", lambda said: [])
     for name, frame in {

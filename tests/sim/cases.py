@@ -8,7 +8,7 @@ from dataclasses import replace
 from tests.sim.plan import LINK_KINDS, SIM_LIMITS, Bytes, Net, Plan, Request
 
 DELIVERY_KINDS = ("grant", "accept", "batch", "received", "commit", "ack")
-ENDING_KINDS = ("revoke", "revoked", "abort")
+ENDING_KINDS = ("revoke", "abort")
 MAX_MESSAGES = 60  # no plain hand-off of these cases says more
 
 REQUEST = Request(

@@ -18,7 +18,7 @@ from pdtransport.protocol import producer as producer_module
 from pdtransport.protocol.actions import Action, Failed, Fence, Ready, Release, Send
 from pdtransport.protocol.consumer import ConsumerMachine
 from pdtransport.protocol.consumer_table import ConsumerTable
-from pdtransport.protocol.messages import Batch, Code, Commit, Grant, Nack, Revoked
+from pdtransport.protocol.messages import Batch, Code, Commit, Grant, Nack
 from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
@@ -84,7 +84,7 @@ def serve_a_grant_that_was_revoked(patch: Patch) -> None:
         if early is not None and early[0].generation == message.generation:
             del self._early[message.transfer, peer]
             self._timers.set((message.transfer, peer), None)
-        return [Send(peer, Revoked(transfer=message.transfer, generation=message.generation))]
+        return []
 
     patch.setattr(ProducerTable, "_on_revoke", on_revoke)
 

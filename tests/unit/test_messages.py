@@ -83,7 +83,6 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
     },
     m.Ack: granted,
     m.Revoke: {**granted, "code": codes, "reason": reasons},
-    m.Revoked: granted,
     m.Abort: {**granted, "code": codes, "reason": reasons},
     m.Hello: facts,
     m.Welcome: facts,

@@ -21,7 +21,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
 )
 from pdtransport.protocol.producer_table import ProducerTable
 
@@ -41,7 +40,6 @@ def producer_words(generation: int) -> list[Any]:
         Accept(**about, known=True),
         batch(generation),
         Commit(**about, batches=1, tokens=TOKENS, digest=DIGEST),
-        Revoked(**about),
         Abort(**about, code=Code.CANCELLED),
     ]
 

@@ -26,7 +26,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
     WireError,
     decode,
     encode,
@@ -56,7 +55,6 @@ EXAMPLES: list[Message] = [
     Commit(transfer=T, generation=G, batches=5, tokens=97, digest=DIGEST),
     Ack(transfer=T, generation=G),
     Revoke(transfer=T, generation=G, code=Code.TIMEOUT, reason="late"),
-    Revoked(transfer=T, generation=G),
     Abort(transfer=T, generation=G, code=Code.PREEMPTED),
     Hello(
         protocol=1,

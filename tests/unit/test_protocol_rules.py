@@ -33,7 +33,6 @@ from pdtransport.protocol.messages import (
     Nack,
     Received,
     Revoke,
-    Revoked,
 )
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
@@ -281,7 +280,7 @@ def test_a_revoke_that_overtakes_its_grant_holds() -> None:
     """The Grant that comes in after its own Revoke is not served: decode gave the pages back long ago."""
     revoke = Revoke(transfer=T, generation=100, code=Code.CANCELLED)
     waiting = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
-    assert words(waiting.on_message(D, revoke, 0.0), Revoked)
+    assert waiting.on_message(D, revoke, 0.0) == []
     assert words(waiting.on_message(D, grant(), 0.1), Abort)
     with pytest.raises(TransferOver) as error:
         waiting.open(T, DIGEST, 16, 4, 0.2)
@@ -289,7 +288,7 @@ def test_a_revoke_that_overtakes_its_grant_holds() -> None:
 
     open_one = sending(granted=False)
     open_one.pages_ready(T, 4, 16, 0.0)
-    assert words(open_one.on_message(D, revoke, 0.0), Revoked)
+    assert open_one.on_message(D, revoke, 0.0) == []
     late = open_one.on_message(D, grant(), 0.1)
     assert not of(late, OfferBatch)
     assert words(late, Abort)

@@ -34,7 +34,7 @@ LIMITS = Limits(batch_bytes=BLOCK_BYTES)
 TRANSFER, KEY = "t", bytes(32)
 MAX_TURNS = 10_000
 _CONSUMER = ("claim", "grant", "received", "nack", "ack", "revoke")
-_PRODUCER = ("accept", "batch", "commit", "revoked", "abort")
+_PRODUCER = ("accept", "batch", "commit", "abort")
 
 
 class Mail:
