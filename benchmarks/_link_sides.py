@@ -137,7 +137,7 @@ class _Side:
             try:
                 while todo and in_flight < window:
                     key, runs = todo[0]
-                    self._peer.send((key, *self._channel.send(key, runs, blocks, _ignore)))
+                    self._peer.send((key, *self._channel.send(key, runs, blocks)))
                     todo.pop(0)
                     in_flight, worked = in_flight + 1, True
                     self._next_key = key + 1
@@ -189,7 +189,3 @@ class _Side:
         runs[:, 1] = case.page
         batches: list[Runs] = np.split(runs, case.nbytes // self._settings.batch_bytes)
         return batches
-
-
-def _ignore(_error: str | None) -> None:
-    pass

@@ -84,15 +84,13 @@ class Channel(ABC):
         return None
 
     @abstractmethod
-    def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
-    ) -> tuple[bytes, bytes]:
-        """Offer ``runs`` under ``key`` (unique per channel, < 2**56).
+    def send(self, key: int, runs: Runs, checksum_blocks: int, prepared: Prepared | None = None) -> tuple[bytes, bytes]:
+        """Offer ``runs`` under ``key`` (unique per channel, < 2**56). They may be read until :meth:`release`.
+
+        A read under way at the release may go on: checksums or tickets tell its receiver if the pages changed.
 
         Args:
             checksum_blocks: number of equally long blocks in the stream, one checksum each; 0: no checksums.
-            done: called once the link no longer reads the runs. Links that read them when the receiver asks call it on
-                :meth:`release`.
             prepared: result of :meth:`prepare` for this batch, if any.
 
         Returns:

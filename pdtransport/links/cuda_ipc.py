@@ -203,7 +203,7 @@ class CudaIpcChannel(Channel):
         self._broken = ""
         self._spans: Spans | None = None
         self._mapped: list[int] = []
-        self._offered: dict[int, Done] = {}
+        self._offered: set[int] = set()
         self._queue: deque[_Copy] = deque()
         self._under_way: deque[_Copy] = deque()
         self._fences: list[_FenceWait] = []
@@ -229,9 +229,7 @@ class CudaIpcChannel(Channel):
         waiting.append(prepared.launch)
         return prepared
 
-    def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
-    ) -> tuple[bytes, bytes]:
+    def send(self, key: int, runs: Runs, checksum_blocks: int, prepared: Prepared | None = None) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")
@@ -253,7 +251,7 @@ class CudaIpcChannel(Channel):
             checksums = b"" if launch is None else self._await(launch).astype("<u8").tobytes()
         except (ValueError, self._link.gpu.GpuError) as error:
             raise LinkError(str(error)) from None
-        self._offered[key] = done
+        self._offered.add(key)
         self.stats.bytes_sent += stream_bytes(runs)
         self.stats.batches_sent += 1
         return offer, checksums
@@ -267,9 +265,7 @@ class CudaIpcChannel(Channel):
         return launch.wait()
 
     def release(self, key: int) -> None:
-        done = self._offered.pop(key, None)
-        if done is not None:
-            call(done, None)
+        self._offered.discard(key)
 
     # -- receiver ----------------------------------------------------------------------------------------------------
 
@@ -449,8 +445,7 @@ class CudaIpcChannel(Channel):
             self._report(copy, f"link: {self._broken}")
         self._queue.clear()
         self._foreseen.clear()
-        for key in list(self._offered):
-            call(self._offered.pop(key), f"link: {self._broken}")
+        self._offered.clear()
         if not self._under_way:
             self._unmap()
         self._watch.close()

@@ -130,14 +130,12 @@ class PullChannel(Channel):
         self.reader = reader
         self._regions, self._tickets, self._watch = regions, tickets, watch
         self._broken = ""
-        self._offered: dict[int, tuple[int, Done]] = {}  # key -> ticket, done
+        self._offered: dict[int, int] = {}  # key -> ticket
         self._reads: deque[_Read] = deque()
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
-    def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
-    ) -> tuple[bytes, bytes]:
+    def send(self, key: int, runs: Runs, checksum_blocks: int, prepared: Prepared | None = None) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")
@@ -149,16 +147,15 @@ class PullChannel(Channel):
         except ValueError as error:
             raise LinkError(str(error)) from None
         ticket, address, number = self._tickets.issue()
-        self._offered[key] = (ticket, done)
+        self._offered[key] = ticket
         self.stats.bytes_sent += stream_bytes(runs)
         self.stats.batches_sent += 1
         return msgpack.packb((address, number, *packed)), checksums
 
     def release(self, key: int) -> None:
-        ticket, done = self._offered.pop(key, (-1, None))
-        if done is not None:
+        ticket = self._offered.pop(key, None)
+        if ticket is not None:
             self._tickets.revoke(ticket)
-            call(done, None)
 
     # -- receiver ----------------------------------------------------------------------------------------------------
 
@@ -279,10 +276,9 @@ class PullChannel(Channel):
             return
         self.closed = True
         self._broken = self._broken or "the channel is closed"
-        for key in list(self._offered):
-            ticket, done = self._offered.pop(key)
+        for ticket in self._offered.values():
             self._tickets.revoke(ticket)
-            call(done, f"link: {self._broken}")
+        self._offered.clear()
         while self._reads:
             call(self._reads.popleft().done, f"link: {self._broken}")
         self.reader.close()

@@ -124,7 +124,7 @@ class Answering:
         self.end()
         self._key += 1
         try:
-            offer, _ = self._channel.send(self._key, self._scratch.source(nbytes), 0, lambda error: None)
+            offer, _ = self._channel.send(self._key, self._scratch.source(nbytes), 0)
         except LinkBusy:
             raise LinkError("all staging slots are in use") from None
         self._offered = True

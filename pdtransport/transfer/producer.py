@@ -356,10 +356,10 @@ class ProducerDriver:
         early = source.prepared.pop((push.peer, push.first_block, push.blocks), None)
         if early is not None and early.pages == pages and early.channel is peer.outbound and not push.attempt:
             runs = early.runs
-            offer, checksums = peer.outbound.send(key, runs, blocks, _ignore, early.what)
+            offer, checksums = peer.outbound.send(key, runs, blocks, early.what)
         else:
             runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
-            offer, checksums = peer.outbound.send(key, runs, blocks, _ignore)
+            offer, checksums = peer.outbound.send(key, runs, blocks)
         self._staged[ident] = (peer.outbound, key)
         nbytes = int(runs[:, 1].sum())
         source.nbytes += nbytes
@@ -413,7 +413,3 @@ class ProducerDriver:
 
 def _ident(action: act.OfferBatch | act.WithdrawBatch) -> _Ident:
     return action.transfer, action.peer, action.generation, action.seq, action.attempt
-
-
-def _ignore(_error: str | None) -> None:
-    """The link no longer reads the source. Ignored: pages are released only once the consumer has received them."""

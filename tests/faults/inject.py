@@ -100,7 +100,7 @@ class _FaultyChannel:
         for name in ("send", "release", "receive", "fence", "close"):
             setattr(channel, name, getattr(self, name))
 
-    def send(self, key: int, runs: Runs, checksum_blocks: int, done: Done) -> tuple[bytes, bytes]:
+    def send(self, key: int, runs: Runs, checksum_blocks: int) -> tuple[bytes, bytes]:
         injector = self._injector
         states = injector.match("send", "any") if checksum_blocks else []  # probes go without checksums
         injector.strike(states, after=False)
@@ -111,7 +111,7 @@ class _FaultyChannel:
         if "error" in actions:
             injector.done["error"] += 1
             raise LinkError("injected")
-        offer, checksums = self._send(key, runs, checksum_blocks, done)
+        offer, checksums = self._send(key, runs, checksum_blocks)
         if "flip" in actions:
             self._flip(key, runs, actions["flip"].random.random())
         if "truncate" in actions:

@@ -251,7 +251,7 @@ class _Server:
         return b"".join(self.buffer.read(offset, nbytes) for offset, nbytes in spans)
 
     def do_send(self, key: int, spans: Spans, blocks: int) -> tuple[bytes, bytes]:
-        offered: tuple[bytes, bytes] = self.channel.send(key, self.runs(spans), blocks, self.end(("send", key)))
+        offered: tuple[bytes, bytes] = self.channel.send(key, self.runs(spans), blocks)
         return offered
 
     def do_release(self, key: int) -> None:

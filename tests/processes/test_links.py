@@ -118,7 +118,6 @@ def test_shuffled_pages_arrive_and_nothing_else_changes(ends: tuple[End, End], b
     assert hand_over(sender, receiver, 7, source, target, blocks) is None
     assert receiver.ask("read", target) == sender.ask("read", source)
     assert receiver.ask("read", outside) == before
-    assert sender.wait_for(("send", 7)) is None
     for one in ends:
         assert_all_free(one)
     stats = receiver.ask("stats")
@@ -215,13 +214,12 @@ def test_source_bytes_changed_after_the_checksum_are_reported(ends: tuple[End, E
 
 @pytest.mark.parametrize("kind", ["ucx", "ucx-twin"], indirect=True)
 def test_gathered_pages_may_be_reused_at_once(ends: tuple[End, End]) -> None:
-    """Once `done` was called, what happens to the pages does not reach the receiver."""
+    """Once they are sent, what happens to the pages does not reach the receiver."""
     sender, receiver = ends
     sender.ask("fill", 1)
     spans = shuffled(PAGES, PAGE, 2)
     honest = sender.ask("read", spans)
     offer, checksums = sender.ask("send", 1, spans, BLOCKS)
-    assert sender.wait_for(("send", 1)) is None
     sender.ask("fill", 99)
     receiver.ask("receive", 1, offer, [(0, BATCH)], checksums, BLOCKS)
     assert receiver.wait_for(("receive", 1)) is None
@@ -429,7 +427,7 @@ def test_the_other_end_survives(
         dead.signal(signal.Signals[blow])
         time.sleep(0.05)
         assert survivor.ask("close_channel") < 2.0
-        owed = [("receive", 1), ("receive", 2)] if survivor is receiver else [("send", 1), ("send", 2)]
+        owed = [("receive", 1), ("receive", 2)] if survivor is receiver else []
         verdicts = [survivor.wait_for(key) for key in owed]
         assert all(verdict is None or verdict.startswith(("link: ", "damaged: ")) for verdict in verdicts)
         assert_all_free(survivor)

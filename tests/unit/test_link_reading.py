@@ -55,7 +55,7 @@ def ends() -> Iterator[tuple[End, End]]:
 def test_what_was_offered_arrives(ends: tuple[End, End]) -> None:
     """The rig's own proof."""
     sender, receiver = ends
-    receiver.receive(*sender.channel.send(1, sender.runs, BLOCKS, sender.told.append))
+    receiver.receive(*sender.channel.send(1, sender.runs, BLOCKS))
     assert receiver.progress() == [None]
     assert (receiver.memory == sender.memory).all()
 
@@ -65,7 +65,7 @@ def test_what_was_offered_arrives(ends: tuple[End, End]) -> None:
 def test_a_checksum_that_differs_in_any_bit_is_damage(ends: tuple[End, End], block: int, bit: int) -> None:
     """All 64 bits of every block's checksum are compared, and the block is named."""
     sender, receiver = ends
-    offer, checksums = sender.channel.send(1, sender.runs, BLOCKS, sender.told.append)
+    offer, checksums = sender.channel.send(1, sender.runs, BLOCKS)
     words = np.frombuffer(checksums, dtype="<u8").copy()
     words[block] ^= np.uint64(1) << np.uint64(bit)
     receiver.receive(offer, words.tobytes())
@@ -77,7 +77,7 @@ def test_a_checksum_that_differs_in_any_bit_is_damage(ends: tuple[End, End], blo
 def test_an_offer_of_another_length_is_not_read(ends: tuple[End, End], nbytes: int) -> None:
     """Nobody vouches for what an offer says: a shorter one touches no page of ours."""
     sender, receiver = ends
-    offer, _ = sender.channel.send(1, run(sender.memory.ctypes.data, nbytes), 0, sender.told.append)
+    offer, _ = sender.channel.send(1, run(sender.memory.ctypes.data, nbytes), 0)
     receiver.receive(offer, b"")
     (error,) = receiver.progress()
     assert error == f"link: the offer is {nbytes} bytes long, {NBYTES} are expected"
@@ -88,12 +88,12 @@ def test_a_fenced_batch_is_never_written_and_others_are(ends: tuple[End, End]) -
     """After the fence its pages belong to somebody else: neither they change, nor is its callback called."""
     sender, receiver = ends
     for key in (1, 2):
-        receiver.receive(*sender.channel.send(key, sender.runs, BLOCKS, sender.told.append), key=key)
+        receiver.receive(*sender.channel.send(key, sender.runs, BLOCKS), key=key)
     fenced: list[str] = []
     receiver.channel.fence([1, 2], lambda: fenced.append("done"))
     assert (fenced, receiver.progress()) == (["done"], [])
     assert (receiver.memory == 255).all()
-    receiver.receive(*sender.channel.send(3, sender.runs, BLOCKS, sender.told.append), key=3)
+    receiver.receive(*sender.channel.send(3, sender.runs, BLOCKS), key=3)
     receiver.channel.fence([4], lambda: None)
     assert receiver.progress() == [None]
 
@@ -101,7 +101,7 @@ def test_a_fenced_batch_is_never_written_and_others_are(ends: tuple[End, End]) -
 def test_a_batch_that_was_taken_back_is_never_accepted(ends: tuple[End, End]) -> None:
     """Without checksums, too: the sender's ticket is looked at before and after."""
     sender, receiver = ends
-    offer, _ = sender.channel.send(1, sender.runs, 0, sender.told.append)
+    offer, _ = sender.channel.send(1, sender.runs, 0)
     sender.channel.release(1)
     receiver.receive(offer, b"")
     assert receiver.progress() == ["damaged: withdrawn by its sender before or while it was read"]
@@ -113,7 +113,7 @@ def test_memory_that_was_not_registered_is_neither_offered_nor_written(ends: tup
     other = np.zeros(NBYTES, dtype=np.uint8)
     outside = run(other.ctypes.data, NBYTES)
     with pytest.raises(LinkError, match="outside the registered memory"):
-        sender.channel.send(1, outside, BLOCKS, sender.told.append)
-    offer, checksums = sender.channel.send(2, sender.runs, BLOCKS, sender.told.append)
+        sender.channel.send(1, outside, BLOCKS)
+    offer, checksums = sender.channel.send(2, sender.runs, BLOCKS)
     with pytest.raises(LinkError, match="outside the registered memory"):
         receiver.channel.receive(2, offer, outside, checksums, BLOCKS, receiver.told.append)

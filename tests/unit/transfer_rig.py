@@ -172,10 +172,10 @@ class PreparingChannel(PullChannel):
     def prepare(self, runs: Runs, checksum_blocks: int, event_handle: int) -> Prepared:
         return Prepared(runs.tobytes())
 
-    def send(self, key: int, runs: Runs, blocks: int, done: Any, prepared: Prepared | None = None) -> Any:
+    def send(self, key: int, runs: Runs, blocks: int, prepared: Prepared | None = None) -> Any:
         assert prepared is None or prepared.offer == runs.tobytes(), "prepared for other memory"
         self.used.append(prepared)
-        return super().send(key, runs, blocks, done)
+        return super().send(key, runs, blocks)
 
     def prepare_read(self, offer: bytes, runs: Runs, blocks: int) -> None:
         self.foreseen.append((runs.tolist(), blocks))

@@ -12,7 +12,7 @@ import numpy as np
 from pdtransport.errors import LinkError
 from pdtransport.kernels.runs import Runs, as_runs, merge_runs, stream_bytes
 from pdtransport.links.base import Channel, Done, LinkBusy, LinkStats, Prepared
-from pdtransport.links.calls import Callbacks, call
+from pdtransport.links.calls import Callbacks
 from pdtransport.links.memory import Regions, SlotRing
 from pdtransport.links.ucx.binding import CLOSE_S, Bytes, UcxEndpoint, UcxRequest, UcxWorker
 from pdtransport.links.ucx.memory import Copy, PageMemory
@@ -46,7 +46,6 @@ class _Offered:
     nbytes: int
     data: Bytes | None
     slot: int | None
-    done: Done | None  # None once it was called
 
 
 @dataclass(eq=False)
@@ -134,9 +133,7 @@ class UcxChannel(Channel):
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
-    def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
-    ) -> tuple[bytes, bytes]:
+    def send(self, key: int, runs: Runs, checksum_blocks: int, prepared: Prepared | None = None) -> tuple[bytes, bytes]:
         self._check_open()
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")
@@ -144,7 +141,7 @@ class UcxChannel(Channel):
             raise LinkBusy(f"{MAX_OFFERED} batches are offered and not released")
         try:
             runs = merge_runs(as_runs(runs))
-            checksums = self._offer(key, runs, checksum_blocks, done)
+            checksums = self._offer(key, runs, checksum_blocks)
         except ValueError as error:
             raise LinkError(str(error)) from None
         nbytes = self._offered[key].nbytes
@@ -155,9 +152,9 @@ class UcxChannel(Channel):
     def release(self, key: int) -> None:
         offered = self._offered.pop(key, None)
         if offered is not None and not any(sent.offered is offered for sent in self._sent):
-            self._let_go(offered, None)
+            self._let_go(offered)
 
-    def _offer(self, key: int, runs: Runs, blocks: int, done: Done) -> bytes:
+    def _offer(self, key: int, runs: Runs, blocks: int) -> bytes:
         """Gather a batch into a slot; returns its checksums.
 
         A single contiguous run with checksums stays in its pages: the checksums would reveal a later change.
@@ -169,7 +166,7 @@ class UcxChannel(Channel):
         stays = self._memory.in_place(runs, blocks) if len(runs) == 1 and blocks else None
         if stays is not None:
             data, checksums = stays
-            self._offered[key] = _Offered(nbytes, data, None, done)
+            self._offered[key] = _Offered(nbytes, data, None)
             return checksums.astype("<u8").tobytes()
         ring = self._memory.sending
         if nbytes > ring.slot_bytes:
@@ -184,24 +181,20 @@ class UcxChannel(Channel):
             ring.give_back(slot)
             raise
         self._staged += 1
-        self._offered[key] = _Offered(nbytes, data, slot, None)
-        self._callbacks.add(done, None)  # the pages have been read already
+        self._offered[key] = _Offered(nbytes, data, slot)
         return checksums.astype("<u8").tobytes()
 
     def _too_long(self, nbytes: int) -> str:
         setting = "links.batch_bytes" if self._regions.device < 0 else "links.gpu_slot_bytes"
         return f"a batch of {nbytes} bytes exceeds a staging slot: raise {setting} to {nbytes}"
 
-    def _let_go(self, offered: _Offered, error: str | None) -> None:
+    def _let_go(self, offered: _Offered) -> None:
         """Release a batch that nothing reads any more."""
         if offered.slot is not None:
             self._memory.sending.give_back(offered.slot)
             self._staged -= 1
             offered.slot = None
         offered.data = None
-        if offered.done is not None:
-            self._callbacks.add(offered.done, error)
-            offered.done = None
 
     def _answer(self, endpoint: UcxEndpoint, ask: ControlFrame) -> None:
         """Send the batch that the peer asked for, or refuse."""
@@ -221,7 +214,7 @@ class UcxChannel(Channel):
             if error:
                 self._break(error)
             if sent.offered is not None:
-                self._let_go(sent.offered, f"link: {error}" if error else None)
+                self._let_go(sent.offered)
         return bool(done)
 
     # -- receiver ----------------------------------------------------------------------------------------------------
@@ -458,7 +451,7 @@ class UcxChannel(Channel):
             self._memory.receiving.give_back(wanted.slot)
         for message in sent:
             if message.offered is not None:
-                self._let_go(message.offered, f"link: {self._broken}")
+                self._let_go(message.offered)
 
     def _break(self, reason: str) -> None:
         if not self._broken:
@@ -473,14 +466,11 @@ class UcxChannel(Channel):
         owed = bool(self._offered or self._queue)
         for offered in self._offered.values():
             if id(offered) not in held:
-                self._let_go(offered, error)
-            elif offered.done is not None:
-                call(offered.done, error)
-                offered.done = None
+                self._let_go(offered)
         self._offered.clear()
         for sent in self._sent:
             if sent.request.completed and sent.offered is not None:
-                self._let_go(sent.offered, error)
+                self._let_go(sent.offered)
         self._sent = [sent for sent in self._sent if not sent.request.completed]
         for wanted in (*self._posted, *self._queue):
             if wanted.done is not None and wanted not in self._reporting:
