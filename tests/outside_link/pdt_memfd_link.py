@@ -103,9 +103,7 @@ class MemfdChannel(Channel):
 
     # -- sender ------------------------------------------------------------------------------------------------------
 
-    def send(
-        self, key: int, runs: Runs, checksum_blocks: int, done: Done, prepared: Prepared | None = None
-    ) -> tuple[bytes, bytes]:
+    def send(self, key: int, runs: Runs, checksum_blocks: int, prepared: Prepared | None = None) -> tuple[bytes, bytes]:
         self._check(runs)
         if key in self._offered:
             raise LinkError(f"key {key} is offered already")
@@ -133,7 +131,6 @@ class MemfdChannel(Channel):
             raise LinkError(f"a batch can't be copied: {error.strerror}") from None
         self.stats.bytes_sent += nbytes
         self.stats.batches_sent += 1
-        self._link.callbacks.add(done, None)  # in the next progress: the pages are not read any more
         return msgpack.packb((file, ticket, nbytes)), sums.astype("<u8").tobytes()
 
     def release(self, key: int) -> None:
