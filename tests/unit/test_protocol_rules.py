@@ -335,6 +335,18 @@ def test_a_claim_before_the_request_holds_its_pages() -> None:
     assert of(book.tick(1.0 + LIMITS.claim_s + 1), Release)
 
 
+def test_claims_hold_finished_pages_no_longer_than_the_first_one() -> None:
+    """Decode claims every few seconds while it has no room: prefill's pages go back claim_s after its first claim."""
+    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
+    book.open(T, DIGEST, 16, 4, 0.0)
+    book.pages_ready(T, 4, 16, 0.0)
+    book.finish(T, 0.0)
+    for now in range(0, int(LIMITS.claim_s), 2):
+        book.on_message(D, Claim(transfer=T), float(now))
+        assert not of(book.tick(float(now)), Release)
+    assert of(book.tick(LIMITS.claim_s + 1), Release)
+
+
 def test_a_claim_of_the_other_consumer_still_counts_after_one_granted() -> None:
     """With two decode workers, one granting does not cut the hold for the one that queues."""
     book = sending(granted=False)
