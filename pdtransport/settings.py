@@ -237,6 +237,44 @@ class ObserveSettings(_Section):
     )
 
 
+class PatchSettings(_Section):
+    """Hooks into vLLM's own code that no other setting switches. Where vLLM is not as one expects, that one is off."""
+
+    engine_probe: bool = Field(
+        True, description="Answer GET /pd/engine in vLLM's HTTP server: routers notice engines that hang."
+    )
+    late_caching: bool = Field(
+        True,
+        description="Enter a received request's blocks into the prefix cache during its first step, not before it. "
+        "Part of step_ahead; early_step needs it.",
+    )
+    hold_back: bool = Field(
+        True,
+        description="Look at a received request's first token before the next step is launched, where launching takes "
+        "as long as computing. Part of step_ahead; early_step needs it.",
+    )
+    engine_loop: bool = Field(
+        True, description="Let what clients ask for end the wait of an idle engine step, instead of 4 ms at most."
+    )
+    first_token: bool = Field(True, description="Let decode go on from the first token that prefill sampled.")
+    shortened_prompt: bool = Field(
+        True,
+        description="Reduce a prompt to its first token on prefill if decode must compute it anyway (beyond_window).",
+    )
+    cached_usage: bool = Field(
+        True, description="Count as cached prompt tokens what prefill found in its caches, not all that came."
+    )
+    adapter_generations: bool = Field(
+        True, description="Give each content of a replaced LoRA adapter its own part of the prefix cache."
+    )
+    early_digest: bool = Field(True, description="Begin the digest of the checkpoint before the model is loaded.")
+    packed_weights: bool = Field(
+        True,
+        description="Sum weights before CPU kernels pack them out of sight. Else they are not taken for equal once "
+        "something may have changed them.",
+    )
+
+
 MAX_SALT = 4096  # characters
 
 
@@ -424,6 +462,8 @@ class Settings(_Section):
         description="How long vLLM's processes spin for each other's next message before they sleep. Default: 0.001 on "
         "the CPU platform, where spinning takes cores from the model; elsewhere vLLM's own second is left as it is.",
     )
+
+    patches: PatchSettings = PatchSettings()
 
     def calling_anyone(self) -> Settings:
         """A copy without ``control.peers``, for a transport whose callers enforce it themselves."""

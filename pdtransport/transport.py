@@ -30,7 +30,7 @@ from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.links.registry import check_links
-from pdtransport.observe.status import TransportStatus
+from pdtransport.observe.status import PatchStatus, TransportStatus
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, Digest, FingerprintValue, TransferId
 from pdtransport.settings import Settings
 from pdtransport.transfer.consumer import ReceiveRequest
@@ -383,6 +383,10 @@ class Transport:
             TransportClosed: this transport is closed.
         """
         return self._reactor.ask(lambda: self._engine.status(transfer), timeout_s)
+
+    def show_patches(self, patches: Sequence[PatchStatus]) -> None:
+        """Show these hooks into the engine's code in the status from now on. For adapters of engines."""
+        self._engine.patches = list(patches)
 
     def change_fingerprint(self, facts: dict[str, FingerprintValue], reason: str, timeout_s: float) -> None:
         """Change ``facts`` of the fingerprint, for example after a reload of the model's weights.

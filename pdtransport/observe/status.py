@@ -46,11 +46,24 @@ class TransferStatus(TypedDict):
     events: dict[str, float]
 
 
+class PatchStatus(TypedDict):
+    """One hook of the engine's adapter into the engine's own code.
+
+    ``state``: active, off (by its setting), failed (the engine is not as expected), or unneeded. ``why``: empty if
+    active.
+    """
+
+    name: str
+    state: str
+    why: str
+
+
 class TransportStatus(TypedDict):
     """One worker.
 
     ``live`` counts what is in flight now, ``counters`` what happened since the start; ``fingerprint`` holds the facts
-    that peers must agree on; ``incarnation`` tells two runs of a worker apart.
+    that peers must agree on; ``incarnation`` tells two runs of a worker apart; ``patches`` is empty
+    where no engine's adapter opened the transport.
     """
 
     engine: str
@@ -65,3 +78,4 @@ class TransportStatus(TypedDict):
     peers: list[PeerStatus]
     shared_names: list[SharedName]
     transfers: list[TransferStatus]
+    patches: list[PatchStatus]

@@ -29,7 +29,7 @@ from pdtransport.control.handshake import told_incarnation
 from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.kv.geometry import HOST, KVGeometry
 from pdtransport.links.base import Link
-from pdtransport.observe.status import TransportStatus
+from pdtransport.observe.status import PatchStatus, TransportStatus
 from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import (
     Abort,
@@ -81,6 +81,7 @@ class TransferEngine:
         self._role = role
         self._links = links
         self._started_at = time.time()
+        self.patches: list[PatchStatus] = []  # for the status; replaced as a whole, by any thread
         self._counters: Counter[str] = Counter()
         self._timeline = Timeline(settings.observe.recent_transfers)
         self._control = ControlChannel(settings.control, me)
@@ -213,6 +214,7 @@ class TransferEngine:
                 {"engine": one.engine, "rank": one.rank, "at": where} for one, where in self._control.shared_names()
             ],
             "transfers": [record.as_dict() for record in self._timeline.records(transfer)[-MAX_STATUS_RECORDS:]],
+            "patches": self.patches,
         }
 
 

@@ -12,27 +12,21 @@ CONNECTOR = "PDTransportConnector"
 
 def register() -> None:
     """Register the connector with vLLM. Called by vLLM's plugin loader in every process, maybe more than once."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
     from pdtransport.vllm.logs import join_vllm_log
+    from pdtransport.vllm.patches import connector_loader
 
     join_vllm_log()
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, "pdtransport.vllm.connector", CONNECTOR)
-        # vLLM calls this loader only if the connector is configured. It does so in the API server first, from which it
-        # may fork the other processes: they inherit the hooks installed here.
-        load = KVConnectorFactory._registry[CONNECTOR]
-
-        def chosen() -> Any:
-            from pdtransport.vllm.patches.engine_probe import offer_probe
-
-            _watch_loading()
-            offer_probe()
-            return load()
-
-        KVConnectorFactory._registry[CONNECTOR] = chosen
+    connector_loader.register(CONNECTOR, "pdtransport.vllm.connector", _chosen)
     if "vllm.v1.worker.worker_base" in sys.modules:  # a worker process, before it creates its worker
         _watch_loading()
+
+
+def _chosen() -> None:
+    """The connector is configured in this process."""
+    from pdtransport.vllm.patches.engine_probe import offer_probe
+
+    _watch_loading()
+    offer_probe()
 
 
 def _watch_loading() -> None:

@@ -3,33 +3,28 @@
 vLLM's prefix cache knows an adapter by name and path, so after a replacement it still finds blocks computed with the
 old content. Workers never hand such blocks over (:mod:`pdtransport.vllm.adapted`), so decode would recompute those
 prompts for as long as the old blocks are found. Therefore each content gets its own part of the cache: a generation
-number is part of the block hashes. A new generation begins when an adapter is replaced in place, comes back under
-another id, or a worker reports that it loaded another content. Generation 0 hashes as vLLM does.
+number is part of the block hashes (:mod:`pdtransport.vllm.patches.adapter_generations`). A new generation begins when
+an adapter is replaced in place, comes back under another id, or a worker reports that it loaded another content.
+Generation 0 hashes as vLLM does.
 
 This only saves work; correctness does not depend on it.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pdtransport.settings import Settings
 from pdtransport.vllm.metadata import Wrote
+from pdtransport.vllm.patches.adapter_generations import Name, generations, separate_generations
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-logger = logging.getLogger(__name__)
-
 MAX_NAMES = 4096  # remembered adapters; beyond it all are forgotten, which costs cache hits
-
-_Name = tuple[str, str]  # name and path
-_generations: Counter[_Name] = Counter()  # per process, as is vLLM's hash function
 
 
 class AdapterRequests:
@@ -39,13 +34,13 @@ class AdapterRequests:
         block_size: tokens per scheduler block.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, settings: Settings) -> None:
         self._block_size = block_size
         self._live: dict[str, LoRARequest] = {}
         self._begun: set[str] = set()  # requests with at least one scheduled step
-        self._names: dict[int, _Name] = {}  # by adapter id
+        self._names: dict[int, Name] = {}  # by adapter id
         self._contents: dict[int, str] = {}  # digests by adapter id, as workers reported them
-        separate_generations()
+        separate_generations(settings)
 
     def arrive(self, request: Request) -> None:
         adapter = request.lora_request
@@ -61,7 +56,7 @@ class AdapterRequests:
         known = name in self._names.values()
         self._names[adapter.lora_int_id] = name
         if known:  # it was loaded under another id before; the content may differ
-            _generations[name] += 1
+            generations[name] += 1
             request.block_hashes.clear()
             request.update_block_hashes()
 
@@ -79,7 +74,7 @@ class AdapterRequests:
         for number, content in loaded.items():
             before = self._contents.get(number)
             if before not in (None, content) and number in self._names:
-                _generations[self._names[number]] += 1
+                generations[self._names[number]] += 1
             self._contents[number] = content
 
     def wrote(self, output: SchedulerOutput, computed: Mapping[str, int]) -> list[Wrote]:
@@ -106,32 +101,3 @@ class AdapterRequests:
         begun = req_id in self._begun
         self._begun.discard(req_id)
         return self._live.pop(req_id, None) is not None and not begun
-
-
-def separate_generations() -> None:
-    """Patch vLLM's adapter hash function and ``EngineCore.add_lora`` to use generations. Idempotent."""
-    try:
-        from vllm.v1.core import kv_cache_utils
-        from vllm.v1.engine.core import EngineCore
-
-        keys, add = kv_cache_utils._gen_lora_extra_hash_keys, EngineCore.add_lora
-    except (ImportError, AttributeError) as error:
-        logger.info("the prefix cache does not tell an adapter's contents apart: %s", error)
-        return
-    if getattr(keys, "pdtransport", False):
-        return
-
-    def with_generation(request: Request) -> list[Any]:
-        adapter, found = request.lora_request, list(keys(request))
-        generation = _generations[adapter.lora_name, adapter.lora_path] if adapter and _generations else 0
-        return [*found, ("lora_generation", generation)] if generation else found
-
-    @functools.wraps(add)  # vLLM reads argument types from the signature
-    def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
-        if lora_request.load_inplace:
-            _generations[lora_request.lora_name, lora_request.lora_path] += 1
-        return add(core, lora_request)
-
-    with_generation.pdtransport = True  # type: ignore[attr-defined]
-    kv_cache_utils._gen_lora_extra_hash_keys = with_generation
-    EngineCore.add_lora = add_lora  # type: ignore[method-assign]

@@ -1,65 +1,25 @@
-"""Identifies the LoRA adapters that a worker has loaded by a digest of their content, computed as they are loaded.
+"""The LoRA adapters that a worker has loaded, identified by a digest of their content.
 
 Name, id and path of an adapter don't identify its content: it can be replaced in place, and a worker keeps the old
-content or reloads at moments nobody else sees (first use, eviction, ``load_inplace``). So the digest is computed from
-the tensors that vLLM's loader has just read, not from the files, and attached to the object that vLLM builds from them:
-for whatever vLLM holds under an id, the digest is known. The tensors are copied first, because vLLM keeps a view of the
-memory-mapped file if the adapter has the model's dtype, and that view changes with the file.
-
-The digest does not depend on tensor-parallel size (adapters are split later), name, id or path. It covers the names,
-dtypes, shapes and bytes of all tensors, the fields of ``adapter_config.json`` that vLLM computes with (rank, alpha,
-patterns, rsLoRA, ...), the dtype it computes in, and the server flags that select the parts of the model it applies to.
+content or reloads at moments nobody else sees (first use, eviction, ``load_inplace``). So the digest is computed as
+they are loaded (:mod:`pdtransport.vllm.patches.adapter_digest`).
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import inspect
 import json
-import logging
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.vllm.patches.adapter_digest import MARK, PATCH, with_digest
+from pdtransport.vllm.patches.base import Unexpected
+
 if TYPE_CHECKING:
-    import torch
     from vllm.lora.request import LoRARequest
-
-logger = logging.getLogger(__name__)
-
-_MARK = "pdtransport_content"
-# Fields of an adapter's configuration that do not change the result: training and initialization, what the tensors'
-# names already say, and the engine's own settings.
-_IRRELEVANT = ("bias", "init_lora_weights", "target_modules", "vllm_max_position_embeddings")
 
 # Fields of vLLM's LoRAConfig that change what the same adapter computes.
 _FLAGS = ("target_modules", "enable_tower_connector_lora", "enable_moe_shared_loras")
-
-
-def content_digest(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], dtype: object = None) -> str:
-    """Content digest, 32 hex digits, of tensors as read from the files and a configuration of scalars, lists and
-    dicts."""
-    state = hashlib.sha256()
-    facts = {name: _plain(value) for name, value in config.items() if name not in _IRRELEVANT}
-    state.update(json.dumps([facts, str(dtype)], sort_keys=True, default=str).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        state.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        state.update(_bytes(tensor))
-    return state.hexdigest()[:32]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):  # patterns: order matters, since the first one that matches a module counts
-        return [[name, _plain(each)] for name, each in value.items()]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _applied(manager: Any) -> str:
@@ -91,21 +51,20 @@ class Adapters:
         self._told: dict[int, str] = {}
         self._applied = _applied(manager)
         if manager is not None:
-            manager._lora_model_cls = _with_digest(manager._lora_model_cls)
+            manager._lora_model_cls = with_digest(manager._lora_model_cls)
 
     @classmethod
     def of_this_worker(cls) -> Adapters:
         """Hook into this process's LoRA manager; call before any adapter is loaded."""
-        try:
-            from vllm.lora.worker_manager import WorkerLoRAManager
+        if PATCH.allowed():
+            try:
+                from vllm.lora.worker_manager import WorkerLoRAManager
 
-            (manager,) = (thing for thing in gc.get_objects() if issubclass(type(thing), WorkerLoRAManager))
-            return cls(manager)
-        except (ImportError, ValueError, AttributeError) as error:
-            logger.warning(
-                "prompts with a LoRA adapter are not handed over: this vLLM's adapters can't be looked at (%s)", error
-            )
-            return cls(None)
+                (manager,) = (thing for thing in gc.get_objects() if issubclass(type(thing), WorkerLoRAManager))
+                return cls(manager)
+            except (ValueError, AttributeError, Unexpected) as error:
+                PATCH.fail(str(error))
+        return cls(None)
 
     def held(self, number: int) -> str | None:
         """Digest of the adapter loaded under an id; None if none is.
@@ -117,7 +76,7 @@ class Adapters:
         model = manager._adapter_manager.list_adapters().get(number)
         if model is None:
             return None
-        digest = getattr(model, _MARK, "")
+        digest = getattr(model, MARK, "")
         if not digest:
             raise AdapterUnknown("it was loaded in parts, by experts, or before this connector")
         # vLLM reads this flag only if a server mixes 2D and 3D expert weights, and then interprets tensors differently.
@@ -168,33 +127,3 @@ class Adapters:
         if self._manager is None:
             raise AdapterUnknown("this vLLM's adapters can't be looked at")
         return self._manager
-
-
-def _with_digest(base: Any) -> Any:
-    """A subclass of vLLM's LoRA model class that attaches the digest of the loaded tensors to each object.
-
-    Raises:
-        AttributeError: the class of this vLLM version is not as expected.
-    """
-    needed = {"tensors", "peft_helper", "dtype"}
-    if not needed <= set(inspect.signature(base.from_lora_tensors).parameters):
-        raise AttributeError(f"{base.__name__}.from_lora_tensors has not the parameters {sorted(needed)}")
-
-    class DigestedLoRAModel(base):
-        @classmethod
-        def from_lora_tensors(cls, *, tensors: dict[str, torch.Tensor], peft_helper: Any, **more: Any) -> Any:
-            tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            digest = content_digest(tensors, asdict(peft_helper), more.get("dtype"))
-            model = super().from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **more)
-            setattr(model, _MARK, digest)
-            return model
-
-        @classmethod
-        def from_local_checkpoint(cls, *args: Any, **more: Any) -> Any:
-            model = super().from_local_checkpoint(*args, **more)
-            if more.get("moe_ep_spec") is not None:  # only this rank's experts were read
-                setattr(model, _MARK, "")
-            return model
-
-    DigestedLoRAModel.__name__ = base.__name__
-    return DigestedLoRAModel

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pdtransport.settings import Settings
+from pdtransport.vllm.patches.shortened_prompt import PATCH, shorten
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -23,9 +26,9 @@ class WindowRule:
         tokens: size of the window; None: the model has no window.
     """
 
-    def __init__(self, tokens: int | None) -> None:
+    def __init__(self, tokens: int | None, settings: Settings) -> None:
         self._tokens = tokens
-        self._shortens = tokens is not None and _works()
+        self._shortens = tokens is not None and PATCH.allowed(settings)
 
     def why_not(self, request: Request) -> str:
         """Decode: why it can't receive this prompt's pages, one line that begins with :data:`CODE`; empty if it can."""
@@ -59,30 +62,4 @@ class WindowRule:
             and not (params.prompt_logprobs or params.structured_outputs or request.mm_features or request.resumable)
             and request.prompt_embeds is None
         ):
-            _shorten(request)
-
-
-def _shorten(request: Request) -> None:
-    """Keep only the first prompt token; its KV is the same as in the whole prompt."""
-    assert request.prompt_token_ids is not None
-    request.prompt_token_ids = list(request.prompt_token_ids[:1])
-    del request._all_token_ids[1:]
-    request.num_prompt_tokens = 1
-    request.block_hashes.clear()
-    request.update_block_hashes()
-
-
-def _works() -> bool:
-    """Try :func:`_shorten` on a probe request of the installed vLLM."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.core.sched.output import NewRequestData
-    from vllm.v1.request import Request
-
-    try:
-        request = Request("window-probe", [1, 2, 3], SamplingParams(max_tokens=1), None)
-        _shorten(request)
-        new = NewRequestData.from_request(request, ([],))
-        same = request.prompt_token_ids == new.prompt_token_ids == list(request.all_token_ids) == [1]
-        return same and (request.num_tokens, request.num_prompt_tokens, request.num_output_tokens) == (1, 1, 0)
-    except Exception:  # noqa: BLE001 - whatever is missing: not a vLLM that this was made for
-        return False
+            shorten(request)

@@ -20,8 +20,10 @@ from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import attention_heads, control_port
 from pdtransport.vllm.logs import join_vllm_log
 from pdtransport.vllm.metadata import Commands, WorkerReport
+from pdtransport.vllm.patches.base import announce
 from pdtransport.vllm.patches.decode_stream import shorten_priming
 from pdtransport.vllm.patches.poll_backoff import shorten_spins
+from pdtransport.vllm.patches.weight_watch import PATCH as WEIGHT_WATCH
 from pdtransport.vllm.patches.weight_watch import watch_executor
 from pdtransport.vllm.scheduler import SchedulerSide
 from pdtransport.vllm.stats import PDTransportPromMetrics, PDTransportStats
@@ -102,13 +104,15 @@ class PDTransportConnector(KVConnectorBase_V1):
                 port=control_port(settings, vllm_config),
                 ranks=parallel.tensor_parallel_size,
                 heads=attention_heads(vllm_config),
-                first_tokens=FirstTokens(vllm_config),
+                first_tokens=FirstTokens(vllm_config, settings),
                 events=events,
-                window=WindowRule(window),
+                window=WindowRule(window, settings),
                 adapters=vllm_config.lora_config is not None,
             )
             if settings.watch_weights:
                 self._watch = watch_executor(vllm_config, self._scheduler.weights_changed)
+            else:
+                WEIGHT_WATCH.allowed(settings)
         else:
             self._worker = WorkerSide(settings, vllm_config, str(config.kv_role), kv_cache_config)
 
@@ -240,8 +244,8 @@ class PDTransportConnector(KVConnectorBase_V1):
     ) -> PDTransportPromMetrics:
         join_vllm_log()
         # The only hook that runs in the API server's process and has the settings.
-        if Settings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config).short_priming:
-            shorten_priming()
+        shorten_priming(Settings.parse(vllm_config.kv_transfer_config.kv_connector_extra_config))
+        announce()
         return PDTransportPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:

@@ -18,8 +18,9 @@ import time
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from pdtransport.vllm.late_caching import LateCaching
 from pdtransport.vllm.metadata import WorkerReport
+from pdtransport.vllm.patches.hold_back import can_hold_back
+from pdtransport.vllm.patches.late_caching import LateCaching
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -88,16 +89,6 @@ class Expectations:
             if len(by_rank) == self._ranks and self.lead.has_come(max(by_rank.values()), now):
                 return req_id
         return None
-
-
-def can_hold_back(scheduler: Scheduler, request: Request) -> bool:
-    """Whether :func:`hold_back` works with this vLLM."""
-    return hasattr(scheduler, "current_step") and hasattr(request, "next_decode_eligible_step")
-
-
-def hold_back(scheduler: Scheduler, request: Request) -> None:
-    """Let the step that begins do without this running request."""
-    request.next_decode_eligible_step = scheduler.current_step + 1
 
 
 class Kinds:

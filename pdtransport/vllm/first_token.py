@@ -1,23 +1,21 @@
 """Decode continues from the first token that prefill sampled, where the result is exactly the same.
 
 The token is appended to the prompt of decode's request before it is scheduled. vLLM then sees a request with one more
-prompt token, all but the last one computed, and its next step computes the second output token. When the engine starts,
-the changes to vLLM's ``Request`` are tried on a probe; if they do not behave as expected, the feature is off.
+prompt token, all but the last one computed, and its next step computes the second output token
+(:mod:`pdtransport.vllm.patches.appended_token`).
 """
 
 from __future__ import annotations
 
-import copy
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
+
+from pdtransport.settings import Settings
+from pdtransport.vllm.patches.appended_token import PATCH, append
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
-
-# stop_reason of a decode request whose promised first token did not arrive. The one token in its response must not be
-# used.
-LOST = "pdtransport:first-token-lost"
 
 # Sampling parameters that do not depend on the tokens sampled so far: with them, the second token is the same as if
 # decode had sampled the first token itself. A parameter that is in neither table must have its default value.
@@ -50,10 +48,10 @@ _TAIL_TOKENS = 8  # last tokens of a prompt to decode: more than the bytes of on
 class FirstTokens:
     """Decides for one engine which requests may continue on decode from prefill's first token."""
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, config: VllmConfig, settings: Settings) -> None:
         self._model = config.model_config
         self._tokenizer: Any = None
-        self.unsupported = _why_unsupported(config)  # reason code; empty if this engine supports it
+        self.unsupported = _why_unsupported(config, settings)  # reason code; empty if this engine supports it
 
     def why_not(self, request: Request) -> str:
         """Reason code why continuing from another engine's first token would not be exact; empty if it is."""
@@ -113,7 +111,7 @@ class FirstTokens:
         """
         if not 0 <= token < self._model.get_vocab_size():
             return False
-        _append(request, token)
+        append(request, token)
         return True
 
     def _get_tokenizer(self) -> Any:
@@ -123,31 +121,6 @@ class FirstTokens:
 
             self._tokenizer = cached_tokenizer_from_config(model_config=self._model)
         return self._tokenizer
-
-
-def give_up(request: Request) -> None:
-    """Let the request end with its next token; its stop reason :data:`LOST` says not to use the response."""
-    _limit(request, 1)
-    assert request.sampling_params is not None
-    request.sampling_params.stop_token_ids = None  # a stop token would overwrite stop_reason
-    request.stop_reason = LOST
-
-
-def _append(request: Request, token: int) -> None:
-    assert request.prompt_token_ids is not None
-    request.prompt_token_ids = [*request.prompt_token_ids, token]
-    request._all_token_ids.append(token)
-    request.num_prompt_tokens += 1
-    request.update_block_hashes()
-    _limit(request, request.max_tokens - 1)
-
-
-def _limit(request: Request, max_tokens: int) -> None:
-    """Set ``max_tokens`` on a copy of the sampling parameters: an in-process engine shares them with its client."""
-    request.max_tokens = max_tokens
-    request.sampling_params = copy.copy(request.sampling_params)
-    assert request.sampling_params is not None
-    request.sampling_params.max_tokens = max_tokens
 
 
 def _is_greedy(params: Any) -> bool:
@@ -171,7 +144,7 @@ def _stateful(params: Any) -> str:
     return ""
 
 
-def _why_unsupported(config: VllmConfig) -> str:
+def _why_unsupported(config: VllmConfig, settings: Settings) -> str:
     model = config.model_config
     if model.logits_processors or entry_points(group="vllm.logits_processors"):
         return "logits_processors"  # they may depend on the tokens sampled so far
@@ -180,24 +153,4 @@ def _why_unsupported(config: VllmConfig) -> str:
         return "reasoning"
     if model.is_encoder_decoder or model.skip_tokenizer_init:
         return "model"
-    return "" if _works() else "vllm_version"
-
-
-def _works() -> bool:
-    """Try the changes on a probe request of the installed vLLM."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.core.sched.output import NewRequestData
-    from vllm.v1.request import Request
-
-    try:
-        request = Request("first-token-probe", [1, 2], SamplingParams(max_tokens=4), None)
-        _append(request, 3)
-        new = NewRequestData.from_request(request, ([],))
-        assert new.sampling_params is not None
-        lengths = (request.num_tokens, request.num_prompt_tokens, request.max_tokens, new.sampling_params.max_tokens)
-        same = request.prompt_token_ids == new.prompt_token_ids == list(request.all_token_ids) == [1, 2, 3]
-        appended = same and lengths == (3, 3, 3, 3) and request.num_output_tokens == 0
-        give_up(request)
-        return appended and request.max_tokens == 1 and request.prompt_is_token_ids is None and not request.resumable
-    except Exception:  # noqa: BLE001 - whatever is missing: not a vLLM that this was made for
-        return False
+    return "" if PATCH.allowed(settings, config) else "vllm_version" if settings.patches.first_token else "declined"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from pdtransport.observe.status import PatchStatus
 from pdtransport.protocol.messages import Code
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ class Commands(KVConnectorMetadata):
         bell: name of the scheduler's :class:`~pdtransport.engine.wakeups.WakeupReceiver`.
         hold: requests whose pages must be there before the forward pass (:mod:`pdtransport.vllm.early`).
         ahead: the same kernels were launched before, for another request.
+        patches: states of hooks into vLLM in the scheduler's process that are new, for the status.
     """
 
     before: list[Command] = field(default_factory=list)
@@ -230,6 +232,7 @@ class Commands(KVConnectorMetadata):
     bell: str = ""
     hold: list[str] = field(default_factory=list)
     ahead: bool = False
+    patches: list[PatchStatus] = field(default_factory=list)
 
 
 @dataclass

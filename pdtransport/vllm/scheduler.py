@@ -24,9 +24,8 @@ from pdtransport.system.log_limits import LogLimiter
 from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.beyond_window import CODE, WindowRule
 from pdtransport.vllm.callees import Callees
-from pdtransport.vllm.early import Expectations
-from pdtransport.vllm.first_token import FirstTokens, give_up
-from pdtransport.vllm.generation import StaleBlocks
+from pdtransport.vllm.early import EarlyStep, Expectations
+from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.metadata import (
     CancelLoad,
     Command,
@@ -44,10 +43,13 @@ from pdtransport.vllm.metadata import (
     WorkerReport,
 )
 from pdtransport.vllm.params import ConsumeParams, asked_transfer, marked, parse
+from pdtransport.vllm.patches.appended_token import give_up
+from pdtransport.vllm.patches.base import announce, take_news
+from pdtransport.vllm.patches.cached_usage import CachedUsage
 from pdtransport.vllm.patches.scheduler_hook import Arrivals, SchedulerHook
-from pdtransport.vllm.received import Withheld
+from pdtransport.vllm.patches.stale_blocks import StaleBlocks
+from pdtransport.vllm.patches.withheld import Withheld
 from pdtransport.vllm.stats import PDTransportStats
-from pdtransport.vllm.usage import cached_tokens, nothing_came, set_cached
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
@@ -128,8 +130,8 @@ class SchedulerSide:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._window = window or WindowRule(None)
-        self._adapters = AdapterRequests(block_size) if adapters else None
+        self._window = window or WindowRule(None, settings)
+        self._adapters = AdapterRequests(block_size, settings) if adapters else None
         self._unneeded: set[str] = set()  # prefill requests longer than the model's window
         self._producer, self._consumer = producer, consumer
         self._block_size = block_size
@@ -158,6 +160,7 @@ class SchedulerSide:
         self._hold: list[str] = []  # who begins in this step before its last pages are there
         self._stale = StaleBlocks()
         self._withheld = Withheld(settings)
+        self._usage = CachedUsage(settings)
         self._stale_arrivals: set[str] = set()  # requests whose pages may come from replaced weights
         self._model_names: tuple[Sequence[str], str] = ((), "")
 
@@ -179,12 +182,10 @@ class SchedulerSide:
 
     def bind(self, connector: Any, manager: Any) -> None:
         """Hook into the engine's cache manager. ``connector``: the connector object that the scheduler holds."""
-        self._stale.bind(manager)
+        self._stale.bind(manager, self._settings)
         self._withheld.bind(manager)
-        if self._settings.step_ahead:
-            self._start = SchedulerHook.of(
-                connector, manager, self._begin, self._settings.early_step, self._hear_cached
-            )
+        self._start = SchedulerHook.of(connector, manager, self._begin, self._settings, EarlyStep, self._hear_cached)
+        announce()
 
     def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
         """Start using the pool.
@@ -209,7 +210,7 @@ class SchedulerSide:
         self._stale_arrivals = self._arrivals.void(self._awaited)
         for req_id in self._stale.void_arrivals():
             if (entry := self._consuming.get(req_id)) is not None:
-                nothing_came(entry.request)
+                self._usage.nothing_came(entry.request)
         if self._start is not None:
             self._start.forget()
         tainted = self._stale.change()
@@ -456,7 +457,7 @@ class SchedulerSide:
         failed = getattr(output, "failed_recving", ())
         for req_id in failed:
             if (entry := self._consuming.get(req_id)) is not None:
-                nothing_came(entry.request)
+                self._usage.nothing_came(entry.request)
         if self._pool is not None:
             for req_id in late & set(failed):  # it started before its pages arrived, and is recomputed
                 self._pool.ask(req_id)
@@ -485,7 +486,7 @@ class SchedulerSide:
         for req_id, tokens in news.cached.items():
             entry = self._consuming.get(req_id)
             if entry is not None:
-                set_cached(entry.request, tokens)
+                self._usage.set(entry.request, tokens)
 
     def _hear(self, promised: set[str]) -> None:
         for req_id in promised & self._producing.keys():
@@ -547,7 +548,7 @@ class SchedulerSide:
             self._look_again = 1
         elif not before and not after and self._waits_here():
             self._wait()
-        return Commands(before, after, self._bell.name, hold, ahead)
+        return Commands(before, after, self._bell.name, hold, ahead, take_news())
 
     def _make_room(self, output: SchedulerOutput) -> None:
         loads = any(self.from_pool(req_id) for req_id in self._producing)
@@ -594,7 +595,7 @@ class SchedulerSide:
             if ids is None:
                 continue
             tokens = min(before + output.num_scheduled_tokens[req_id], entry.tokens)
-            cached = None if entry.begun else cached_tokens(entry.request, before)
+            cached = None if entry.begun else self._usage.of(entry.request, before)
             entry.begun = True
             progress.append(Pages(req_id, list(ids[0][: -(-entry.tokens // self._block_size)]), tokens, before, cached))
         return progress

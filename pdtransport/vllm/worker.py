@@ -48,6 +48,9 @@ from pdtransport.vllm.metadata import (
     WorkerReport,
 )
 from pdtransport.vllm.model_stream import model_stream
+from pdtransport.vllm.patches.base import announce
+from pdtransport.vllm.patches.listed import PatchStates
+from pdtransport.vllm.patches.model_loading import report_loading
 from pdtransport.vllm.patches.poll_backoff import shorten_spins
 from pdtransport.vllm.stats import PDTransportStats
 from pdtransport.vllm.step_times import Chunk, Step, StepTimes
@@ -91,6 +94,7 @@ class WorkerSide:
         self._forward: torch.cuda.Event | None = None  # recorded behind the forward pass just launched
         self._lock = threading.Lock()
         self._rope = WakeupSender()
+        self._patches = PatchStates(settings, config)
         self._pool: PoolWorker | None = None
         self._adapters: Adapters | None = None
         self._adapted: Adapted | None = None
@@ -153,6 +157,9 @@ class WorkerSide:
                 self._settings.deadlines.arrival_s,
             )
         sides.add(self)
+        report_loading(self._settings, self._config)
+        announce()
+        self._transport.show_patches(self._patches.all())
 
     def _open_pool(self, described: Described) -> None:
         use = self._settings.pool
@@ -231,6 +238,10 @@ class WorkerSide:
     def before_forward(self, commands: Commands) -> None:
         """Run the ``before`` commands. Idempotent: vLLM's two model runners call it from different hooks."""
         self._rope.name = commands.bell
+        if commands.patches and self._transport is not None:
+            self._patches.hear(commands.patches)
+            commands.patches = []
+            self._transport.show_patches(self._patches.all())
         todo, commands.before = commands.before, []
         # Kernels of earlier steps may still use the pages to be filled, for requests that have ended since.
         earlier = self._mark() if any(isinstance(command, (StartReceive, LoadChunks)) for command in todo) else None

@@ -21,9 +21,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from pdtransport.kv.keys import adapted_key, request_key
+from pdtransport.settings import Settings
 from pdtransport.vllm.adapted import Adapted, BlockOrigins
 from pdtransport.vllm.adapter_requests import AdapterRequests
-from pdtransport.vllm.adapters import Adapters, AdapterUnknown, _with_digest, content_digest
+from pdtransport.vllm.adapters import Adapters, AdapterUnknown
 from pdtransport.vllm.metadata import (
     CancelLoad,
     Command,
@@ -35,6 +36,8 @@ from pdtransport.vllm.metadata import (
     WorkerReport,
     Wrote,
 )
+from pdtransport.vllm.patches.adapter_digest import content_digest, with_digest
+from pdtransport.vllm.patches.base import Unexpected
 from tests.rig.adapters import OUT, write_adapter
 
 BLOCK = 16
@@ -165,8 +168,8 @@ def test_a_class_of_another_vllm_is_not_taken_hold_of() -> None:
         @classmethod
         def from_lora_tensors(cls, tensors: Any) -> None: ...
 
-    with pytest.raises(AttributeError):
-        _with_digest(Other)
+    with pytest.raises(Unexpected):
+        with_digest(Other)
 
 
 def test_what_was_loaded_is_told_once(adapters: Adapters, tmp_path: Path) -> None:
@@ -399,7 +402,7 @@ def hashes(wanted: Request) -> list[Any]:
 
 
 def test_each_content_has_a_part_of_the_prefix_cache_for_itself() -> None:
-    side = AdapterRequests(BLOCK)
+    side = AdapterRequests(BLOCK, Settings())
     first = request("a", 1, "/separate")
     side.arrive(first)
     plain = hashes(first)
@@ -419,7 +422,7 @@ def test_replacing_an_adapter_in_place_begins_a_part_before_anybody_computes() -
     from vllm.v1.engine.core import EngineCore
 
     plain = inspect.signature(EngineCore.add_lora)
-    AdapterRequests(BLOCK)
+    AdapterRequests(BLOCK, Settings())
     assert inspect.signature(EngineCore.add_lora) == plain  # by which vLLM reads what comes over its socket
     before = hashes(request("a", 1, "/inplace"))
     core: Any = SimpleNamespace(model_executor=SimpleNamespace(add_lora=lambda _: True))
@@ -430,7 +433,7 @@ def test_replacing_an_adapter_in_place_begins_a_part_before_anybody_computes() -
 
 
 def test_the_scheduler_knows_a_content_when_workers_told_and_agree() -> None:
-    side = AdapterRequests(BLOCK)
+    side = AdapterRequests(BLOCK, Settings())
     side.hear({1: "one", 2: ""})
     assert side.content(request("a", 1)) == "one"
     assert side.content(request("b", 2)) is None
@@ -439,7 +442,7 @@ def test_the_scheduler_knows_a_content_when_workers_told_and_agree() -> None:
 
 
 def test_workers_hear_of_every_block_that_a_step_writes() -> None:
-    side = AdapterRequests(BLOCK)
+    side = AdapterRequests(BLOCK, Settings())
     side.arrive(request("a", 1))
     output: Any = SimpleNamespace(
         kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: ([5, 6, 7, 8],)),

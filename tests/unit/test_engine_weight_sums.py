@@ -139,11 +139,12 @@ def test_the_kernel_of_vllm_on_cpus_is_noted() -> None:
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    from pdtransport.vllm.patches.model_loading import _see_packed_weights
+    from pdtransport.settings import Settings
+    from pdtransport.vllm.patches.packed_weights import see_packed_weights
 
     if not getattr(ops, "_supports_onednn", False):
         pytest.skip("this build of vLLM has no oneDNN")
-    _see_packed_weights()
+    see_packed_weights(Settings())
     seen = []
     for value in (1.0, 1.0, 1.5):
         layer = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)

@@ -97,7 +97,14 @@ def request(tokens: int, params: dict[str, Any], **sampling: Any) -> Request:
 @pytest.fixture
 def side() -> SchedulerSide:
     return SchedulerSide(
-        Settings(), producer=True, consumer=True, block_size=16, engine="e", port=7, ranks=1, window=WindowRule(64)
+        Settings(),
+        producer=True,
+        consumer=True,
+        block_size=16,
+        engine="e",
+        port=7,
+        ranks=1,
+        window=WindowRule(64, Settings()),
     )
 
 
@@ -162,6 +169,6 @@ def test_prefill_that_would_move_its_window_past_the_prompt_hands_nothing_over(s
 
 
 def test_models_without_a_window_know_no_bound() -> None:
-    window = WindowRule(None)
+    window = WindowRule(None, Settings())
     long = request(100_000, PRODUCE)
     assert window.why_not(long) == window.why_not_held(long) == ""

@@ -178,7 +178,13 @@ def test_it_begins_before_the_model_loads(model: Path, monkeypatch: pytest.Monke
     begun: list[Any] = []
     monkeypatch.setattr(CheckpointDigest, "begin", classmethod(lambda _, config, wait_s: begun.append(config)))
     done: list[Any] = []
-    monkeypatch.setattr(WorkerWrapperBase, "init_device", lambda self: done.append(self))
+
+    def init_device(self: Any) -> None:
+        assert self.vllm_config
+        self.worker.init_device()
+        done.append(self)
+
+    monkeypatch.setattr(WorkerWrapperBase, "init_device", init_device)
     watch_loading()
     watch_loading()
     ours = {"kv_connector": "PDTransportConnector", "kv_connector_extra_config": {}}
@@ -188,6 +194,7 @@ def test_it_begins_before_the_model_loads(model: Path, monkeypatch: pytest.Monke
     for transfer in (ours, several, named, other, None):
         made = config(model)
         made.kv_transfer_config = SimpleNamespace(**transfer) if transfer else None
-        WorkerWrapperBase.init_device(SimpleNamespace(vllm_config=made))
+        worker = SimpleNamespace(init_device=lambda: None)
+        WorkerWrapperBase.init_device(SimpleNamespace(vllm_config=made, worker=worker))
     assert len(begun) == 2
     assert len(done) == 5

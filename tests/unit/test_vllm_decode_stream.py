@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import detokenizer as theirs
 
+from pdtransport.settings import Settings
 from pdtransport.vllm.patches.decode_stream import KEPT, shorten_priming
 from tests.rig.servers import TINY_LM
 
@@ -56,8 +57,8 @@ def text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ski
 @pytest.fixture
 def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theirs.FastIncrementalDetokenizer, "__init__", PLAIN)
-    assert shorten_priming()
-    assert shorten_priming(), "a second call is as good as the first"
+    assert shorten_priming(Settings())
+    assert shorten_priming(Settings()), "a second call is as good as the first"
 
 
 @pytest.mark.parametrize("skip_special", [True, False])
@@ -73,7 +74,7 @@ def test_the_same_text_token_by_token(make: Any, skip_special: bool, monkeypatch
     ]
     plain = [text(tokenizer, prompt, answer, skip_special) for prompt, answer in cases]
     monkeypatch.setattr(theirs.FastIncrementalDetokenizer, "__init__", PLAIN)
-    shorten_priming()
+    shorten_priming(Settings())
     assert [text(tokenizer, prompt, answer, skip_special) for prompt, answer in cases] == plain
 
 

@@ -26,8 +26,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
-from pdtransport.vllm.engine_loop import EngineLoop
-from pdtransport.vllm.late_caching import LateCaching
+from pdtransport.vllm.patches.engine_loop import EngineLoop
+from pdtransport.vllm.patches.late_caching import LateCaching
 
 BLOCK = 16
 

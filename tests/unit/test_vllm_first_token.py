@@ -17,9 +17,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
-from pdtransport.vllm import first_token as first_token_module
-from pdtransport.vllm.first_token import LOST, FirstTokens, give_up
+from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.metadata import Commands, Finish, StartReceive, WorkerReport
+from pdtransport.vllm.patches.appended_token import LOST, append, give_up
 from pdtransport.vllm.scheduler import SchedulerSide
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-lm"
@@ -58,7 +58,7 @@ def config() -> Any:
 
 @pytest.fixture(scope="module")
 def firsts(config: Any) -> FirstTokens:
-    return FirstTokens(config)
+    return FirstTokens(config, Settings())
 
 
 def request(kv: Any = None, prompt: list[int] | None = None, hasher: Any = None, **sampling: Any) -> Request:
@@ -116,13 +116,13 @@ def test_engines_that_look_at_earlier_tokens_take_no_part(config: Any, change: A
     other.model_config = copy.copy(config.model_config)
     other.structured_outputs_config = copy.copy(config.structured_outputs_config)
     change(other)
-    assert FirstTokens(other).unsupported == code
+    assert FirstTokens(other, Settings()).unsupported == code
 
 
 def test_another_vllm_takes_no_part(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its Request is not what this was made for."""
     monkeypatch.delattr(Request, "update_block_hashes")
-    assert FirstTokens(config).unsupported == "vllm_version"
+    assert FirstTokens(config, Settings()).unsupported == "vllm_version"
 
 
 @pytest.mark.parametrize("text", ["é", "日", "🙂"])
@@ -406,7 +406,7 @@ def test_the_clients_parameters_stay_its_own() -> None:
     assert (own.max_tokens, own.stop_token_ids) == (8, [5])
     r = request()
     prompt, own = r.prompt_token_ids, r.sampling_params
-    first_token_module._append(r, TOKEN)
+    append(r, TOKEN)
     assert prompt == PROMPT
     assert own is not None
     assert own.max_tokens == 8

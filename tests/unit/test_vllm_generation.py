@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from pdtransport.vllm.generation import StaleBlocks
+from pdtransport.settings import Settings
+from pdtransport.vllm.patches.stale_blocks import StaleBlocks
 
 
 class Manager:
@@ -31,7 +32,7 @@ def manager() -> Manager:
 @pytest.fixture
 def stale(manager: Manager) -> StaleBlocks:
     made = StaleBlocks()
-    made.bind(manager)
+    made.bind(manager, Settings())
     return made
 
 

@@ -19,7 +19,8 @@ from vllm.v1.request import RequestStatus
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
 from pdtransport.vllm.metadata import LoadChunks, StoreChunks
-from pdtransport.vllm.received import Producers, Withheld
+from pdtransport.vllm.patches.withheld import Withheld
+from pdtransport.vllm.received import Producers
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_early import GOOD, PROMPT, Engine
 from tests.unit.test_vllm_pool import Half, ended, speak

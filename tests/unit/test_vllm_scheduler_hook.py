@@ -178,9 +178,9 @@ def test_another_scheduler_leaves_requests_to_their_reports(engine: Engine) -> N
     """A scheduler class of somebody's own, or a vLLM that changed."""
     manager = SimpleNamespace(new_step_starts=lambda: None)
     starts = manager.new_step_starts
-    assert SchedulerHook.of(object(), manager, lambda step: None) is None
+    assert SchedulerHook.of(object(), manager, lambda step: None, Settings()) is None
     del engine.scheduler.waiting
-    assert SchedulerHook.of(engine.connector, manager, lambda step: None) is None
+    assert SchedulerHook.of(engine.connector, manager, lambda step: None, Settings()) is None
     assert manager.new_step_starts is starts
 
 

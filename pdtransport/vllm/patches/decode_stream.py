@@ -2,7 +2,8 @@
 
 ``DecodeStream`` decodes all the ids it is primed with when the first token arrives, twice: 13 ms for a prompt of 16,000
 tokens, during which the server forwards no tokens of other requests either. The stream needs the prompt only to
-separate new text from the end of the old one, for which the last tokens suffice.
+separate new text from the end of the old one, for which the last tokens suffice. Without this hook the first token of a
+long prompt's answer comes that much later.
 """
 
 from __future__ import annotations
@@ -11,25 +12,47 @@ import functools
 import logging
 from typing import Any
 
+from pdtransport.settings import Settings
+from pdtransport.vllm.patches.base import Patch, expect
+
 logger = logging.getLogger(__name__)
 
 KEPT = 64  # tokens. A character spans a few at most, and decoders look at no more than a word around a token
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-def shorten_priming() -> bool:
+def _check() -> None:
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+
+    expect(
+        FastIncrementalDetokenizer.__init__,
+        takes=["self", "tokenizer", "request"],
+        uses=["DecodeStream", "ids", "prompt_token_ids", "stream", "skip_special_tokens", "tokenizer"],
+    )
+    expect(FastIncrementalDetokenizer.decode_next, takes=["self", "next_token_id"])
+
+
+PATCH = Patch(
+    "short_priming",
+    _check,
+    setting="short_priming",
+    costs="the first token of an answer to 16,000 tokens leaves up to 13 ms later",
+)
+
+
+def shorten_priming(settings: Settings) -> bool:
     """Prime this process's detokenizers with only the last :data:`KEPT` tokens of a prompt.
 
     Output text does not change: if the last tokens decode to nothing or end within a character, the whole prompt is
     used.
 
     Returns:
-        False if vLLM is not as expected and nothing was patched.
+        False if it is switched off or vLLM is not as expected, and nothing was patched.
     """
-    try:
-        from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
-    except ImportError:
+    if not PATCH.allowed(settings):
         return False
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+
     original = FastIncrementalDetokenizer.__init__
     if getattr(original, "shortens_priming", False):
         return True

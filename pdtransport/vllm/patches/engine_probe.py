@@ -2,18 +2,22 @@
 
 vLLM's ``/health`` is answered by the HTTP process alone and returns 200 even if the engine core's process is stopped or
 hangs. This path sends a request to the core, which answers between two steps, or at once if idle; it costs no step. The
-router uses it (``pdtransport/router/health.py``).
+router uses it (``pdtransport/router/health.py``). Without this hook the path returns 404, and routers go by
+``/health``.
+
+The path must be added before vLLM creates its application, when the settings are not known yet. So the switch is looked
+at when somebody asks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from pdtransport.vllm.patches.base import Patch, Unexpected, expect
+from pdtransport.vllm.patches.model_loading import our_settings
 
 PATH = "/pd/engine"
 ANSWER_S = 10.0  # then respond 503; the request to the core stays pending, and no other is sent meanwhile
@@ -44,28 +48,47 @@ class EngineProbe:
         return asked.done()
 
 
+def _check() -> None:
+    from vllm.entrypoints.serve.instrumentator.health import engine_client, router
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    expect(engine_client, takes=["request"], uses=["app", "state", "engine_client"])
+    expect(AsyncLLM.is_paused, takes=["self"], uses=["engine_core"])  # what it asks is answered by the core
+    expect(AsyncLLM.__init__, uses=["vllm_config"])
+    if not asyncio.iscoroutinefunction(AsyncLLM.is_paused):
+        raise Unexpected("AsyncLLM.is_paused is no coroutine")
+    expect(router.add_route, accepts=["path", "endpoint", "methods", "include_in_schema"])
+    _ = router.routes
+
+
+PATCH = Patch(
+    "engine_probe",
+    _check,
+    setting="patches.engine_probe",
+    costs=f"{PATH} returns 404: routers don't notice an engine that hangs behind a server that answers",
+)
+
+
 def offer_probe() -> None:
     """Add the path to vLLM's HTTP server, before it creates its application.
 
     In other processes, and if vLLM is not as expected, nothing is added: the path then returns 404.
     """
-    if _HTTP_PROCESS not in sys.modules:
+    if _HTTP_PROCESS not in sys.modules or not PATCH.allowed():
         return
-    try:
-        from starlette.responses import JSONResponse, Response
-        from vllm.entrypoints.serve.instrumentator.health import engine_client, router
-        from vllm.v1.engine.async_llm import AsyncLLM
+    from starlette.responses import JSONResponse, Response
+    from vllm.entrypoints.serve.instrumentator.health import engine_client, router
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-        assert callable(AsyncLLM.is_paused)
-    except (ImportError, AttributeError, AssertionError) as error:
-        logger.info("%s is not offered, since vLLM's HTTP server is another: %s", PATH, error)
-        return
     probe = EngineProbe()
 
     async def answer(request: Any) -> Response:
         client = engine_client(request)
         if not isinstance(client, AsyncLLM):
             return JSONResponse({"engine": "can't be asked"}, 404)
+        settings = our_settings(client.vllm_config)
+        if settings is None or not settings.patches.engine_probe:
+            return JSONResponse({"engine": "is not asked: patches.engine_probe is false"}, 404)
         does = await probe.answers(client.is_paused)
         return JSONResponse({"engine": "answers" if does else "does not answer"}, 200 if does else 503)
 

@@ -1,38 +1,49 @@
-"""Two hooks that run in a worker's process before and while its model is loaded.
+"""Runs in a worker's process before its model is loaded: begins the digest of the checkpoint.
 
-vLLM creates the connector's worker half only after the model is loaded, which is too late for two things. The digest of
-the checkpoint should start earlier (hook on ``WorkerWrapperBase.init_device``). Weights that CPU kernels pack out of
-sight must be checksummed while they are still visible (hook on ``vllm._custom_ops.create_onednn_mm`` and
-``create_onednn_scaled_mm``). If vLLM is not as expected, the digest starts later, and weights that can't be read are
-never taken for equal.
+vLLM creates the connector's worker half only after the model is loaded. Without this hook (on
+``WorkerWrapperBase.init_device``) the digest begins then, and the start waits for it; and weights that CPU kernels pack
+out of sight (:mod:`packed_weights`) are not seen. It is put in place before the settings are known, so its switch is
+looked at when a worker starts.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
+from pdtransport.vllm.patches import packed_weights
+from pdtransport.vllm.patches.base import Patch, expect
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger(__name__)
-
 _HOOKED = "_pdtransport_hooked"
+
+
+def _check() -> None:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    expect(WorkerWrapperBase.init_device, takes=["self"], uses=["vllm_config", "worker", "init_device"])
+
+
+PATCH = Patch(
+    "early_digest",
+    _check,
+    setting="patches.early_digest",
+    costs="the digest of the checkpoint begins after the model is loaded, and packed weights are not seen",
+    unneeded=lambda settings, config: "" if settings.model_id is None else "model_id names the weights",
+)
 
 
 def watch_loading() -> None:
     """Hook the start of workers in this process and in processes forked from it. Idempotent; starts nothing."""
-    try:
-        from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-        init_device = WorkerWrapperBase.init_device
-    except (ImportError, AttributeError) as error:
-        logger.info("pdtransport: the weights' digest begins after they are loaded: %s", error)
+    if PATCH.check():  # the worker half logs it, once the settings are known
         return
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    init_device = WorkerWrapperBase.init_device
     if getattr(init_device, _HOOKED, False):
         return
 
@@ -43,6 +54,13 @@ def watch_loading() -> None:
 
     setattr(begun, _HOOKED, True)
     WorkerWrapperBase.init_device = begun  # type: ignore[method-assign]
+
+
+def report_loading(settings: Settings, config: VllmConfig) -> None:
+    """Note what became of both hooks in this worker, whose model is loaded by now."""
+    for patch in (PATCH, packed_weights.PATCH):
+        if not patch.noted and patch.allowed(settings, config):
+            patch.fail("nothing of pdtransport was called before the model was loaded")
 
 
 def our_settings(config: VllmConfig | None) -> Settings | None:
@@ -68,35 +86,8 @@ def _before_loading(config: VllmConfig | None) -> None:
         return  # the connector itself reports this error
     if settings is None or config is None:
         return
-    _see_packed_weights()
-    if settings.model_id is None:
+    packed_weights.see_packed_weights(settings)
+    if PATCH.allowed(settings, config):
         from pdtransport.vllm.checkpoint import CheckpointDigest
 
         CheckpointDigest.begin(config, settings.weights_digest_s)
-
-
-def _see_packed_weights() -> None:
-    """Attach to each oneDNN handle the checksum of the weights it is made from, which Python can't read afterwards."""
-    from pdtransport.engine.weight_sums import MARK, tensor_sum
-
-    try:
-        from vllm import _custom_ops as ops
-
-        if not getattr(ops, "_supports_onednn", False):
-            return
-        makers = {name: getattr(ops, name) for name in ("create_onednn_mm", "create_onednn_scaled_mm")}
-    except (ImportError, AttributeError):
-        return
-    for name, make in makers.items():
-        if getattr(make, _HOOKED, False):
-            continue
-
-        @functools.wraps(make)
-        def made(weight: Any, *args: Any, _make: Any = make, **kwargs: Any) -> Any:
-            value = tensor_sum(weight)
-            handle = _make(weight, *args, **kwargs)
-            setattr(handle, MARK, value)
-            return handle
-
-        setattr(made, _HOOKED, True)
-        setattr(ops, name, made)

@@ -2,7 +2,7 @@
 
 A vLLM engine and its workers exchange messages through shared memory, and a reader spins for a second before it sleeps.
 On a GPU host that saves microseconds on cores that are idle anyway. On a CPU host the models need these cores: a decode
-server that only waits for its pages burns a core that prefill could use.
+server that only waits for its pages burns a core that prefill could use. Without this hook it does.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdtransport.settings import Settings
+from pdtransport.vllm.patches.base import Patch, expect
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,28 @@ class PollBackoff:
         return self._poller.poll(interval if timeout is None else min(timeout, interval))
 
 
+def _check() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    expect(SpinCondition.__init__, uses=["is_reader", "busy_loop_s", "last_read", "poller"])
+    expect(SpinCondition.wait, order=["last_read", "busy_loop_s", "poller", "poll", "timeout"])
+    expect(SpinCondition.record_read, uses=["last_read"])
+
+
+def _unneeded(settings: Settings, config: VllmConfig | None) -> str:
+    return "" if _spin_s(settings) is not None else "this is no CPU platform, and spin_s is unset"
+
+
+def _spin_s(settings: Settings) -> float | None:
+    """How long readers may spin; None: as long as vLLM lets them."""
+    from vllm.platforms import current_platform
+
+    return CPU_SPIN_S if settings.spin_s is None and current_platform.is_cpu() else settings.spin_s
+
+
+PATCH = Patch("spin_s", _check, costs="vLLM's processes spin for a second each before they sleep", unneeded=_unneeded)
+
+
 def shorten_spins(settings: Settings) -> int:
     """Limit the spinning of this process's message readers to ``settings.spin_s``; return how many were found.
 
@@ -45,17 +71,11 @@ def shorten_spins(settings: Settings) -> int:
     setting for this, so the reader objects are found through the garbage collector; if their class is not as expected,
     nothing is changed.
     """
-    from vllm.platforms import current_platform
-
-    seconds = settings.spin_s
-    if seconds is None:
-        if not current_platform.is_cpu():
-            return 0
-        seconds = CPU_SPIN_S
-    try:
-        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-    except ImportError:
+    seconds = _spin_s(settings)
+    if not PATCH.allowed(settings) or seconds is None:
         return 0
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
     readers = [
         spin
         for spin in gc.get_objects()

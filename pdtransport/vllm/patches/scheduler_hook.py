@@ -6,30 +6,80 @@ one. The workers' wakeup messages (:mod:`pdtransport.engine.wakeups`) arrive ear
 done when the next step begins, and the report itself is dropped when it comes.
 
 vLLM has no hook for this; :class:`SchedulerHook` says what is patched. If vLLM is not as expected, requests wait for
-the report. The first step of a resumed request is kept short (:mod:`pdtransport.vllm.engine_loop`,
-:mod:`pdtransport.vllm.late_caching`), and if it can be undone it begins before the last pages arrive
-(:mod:`pdtransport.vllm.early`).
+the report. The first step of a resumed request is kept short (:mod:`engine_loop`, :mod:`hold_back`,
+:mod:`late_caching`), and if it can be undone it begins before the last pages arrive (:mod:`pdtransport.vllm.early`).
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pdtransport.vllm.early import EarlyStep, can_hold_back, hold_back
-from pdtransport.vllm.engine_loop import EngineLoop
-from pdtransport.vllm.late_caching import LateCaching
+from pdtransport.settings import Settings
 from pdtransport.vllm.metadata import WorkerReport
+from pdtransport.vllm.patches import early_step, engine_loop, late_caching
+from pdtransport.vllm.patches import hold_back as holding_back
+from pdtransport.vllm.patches.base import Patch, expect
+from pdtransport.vllm.patches.engine_loop import EngineLoop
+from pdtransport.vllm.patches.hold_back import can_hold_back, hold_back
+from pdtransport.vllm.patches.late_caching import LateCaching
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
-logger = logging.getLogger(__name__)
+
+def _check() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import RequestStatus
+
+    expect(KVCacheManager.new_step_starts, takes=["self"])
+    expect(Scheduler.__init__, uses=["connector", "requests", "running", "waiting", "finished_recving_kv_req_ids"])
+    expect(Scheduler.schedule, order=["new_step_starts", "running", "waiting"])
+    expect(
+        Scheduler.update_from_output,
+        takes=["self", "scheduler_output", "model_runner_output"],
+        uses=["kv_connector_output", "_update_from_kv_xfer_finished"],
+    )
+    expect(
+        Scheduler._update_from_kv_xfer_finished,
+        takes=["self", "kv_connector_output"],
+        uses=["update_connector_output", "finished_recving", "finished_recving_kv_req_ids"],
+    )
+    expect(KVConnectorOutput, accepts=["finished_recving"])
+    _ = RequestStatus.WAITING_FOR_REMOTE_KVS
+
+
+PATCH = Patch(
+    "step_ahead",
+    _check,
+    setting="step_ahead",
+    costs="a request goes on two steps after its pages arrived, not in the next one; no step begins early",
+)
+
+
+class Early(Protocol):
+    """What :class:`pdtransport.vllm.early.EarlyStep` does for this hook and its user."""
+
+    known: bool
+
+    @property
+    def doubtful(self) -> set[str]: ...
+
+    def may(self, request: Request) -> bool: ...
+
+    def begin(self, req_id: str) -> None: ...
+
+    def arrived(self) -> None: ...
+
+
+MakeEarly = Callable[["Scheduler", LateCaching], Early]
 
 
 class Arrivals:
@@ -89,7 +139,8 @@ class SchedulerHook:
         scheduler: Scheduler,
         manager: KVCacheManager,
         begins: Callable[[SchedulerHook], None],
-        early: bool,
+        settings: Settings,
+        early: MakeEarly | None,
         hears: Callable[[WorkerReport], None],
     ) -> None:
         from vllm.v1.outputs import KVConnectorOutput
@@ -101,12 +152,19 @@ class SchedulerHook:
         self._looked = False
         self._first: set[str] = set()  # requests kept out of the next step, so that their first one is processed first
         self._caching: LateCaching | None = None
-        self.early: EarlyStep | None = None
+        self.early: Early | None = None
+        engine_loop.PATCH.allowed(settings)
+        holding_back.PATCH.allowed(settings)
         try:
-            self._caching = LateCaching(manager)
-            self.early = EarlyStep(scheduler, self._caching) if early else None
+            if late_caching.PATCH.allowed(settings):
+                self._caching = LateCaching(manager)
         except AttributeError as error:
-            logger.info("a request's first step waits for more than it must: %s", error)
+            late_caching.PATCH.fail(str(error))
+        try:
+            if early is not None and early_step.PATCH.allowed(settings) and self._caching is not None:
+                self.early = early(scheduler, self._caching)
+        except AttributeError as error:
+            early_step.PATCH.fail(str(error))
         starts, update = manager.new_step_starts, scheduler.update_from_output
 
         def looked_at(output: SchedulerOutput, result: ModelRunnerOutput) -> Any:
@@ -132,14 +190,17 @@ class SchedulerHook:
         connector: Any,
         manager: Any,
         begins: Callable[[SchedulerHook], None],
-        early: bool = True,
+        settings: Settings,
+        early: MakeEarly | None = None,
         hears: Callable[[WorkerReport], None] = lambda news: None,
     ) -> SchedulerHook | None:
-        """Hook the scheduler that owns ``connector``; None if this vLLM version is not as expected.
+        """Hook the scheduler that owns ``connector``; None if it is switched off or vLLM is not as expected.
 
         Args:
-            early: steps may begin before their request's pages arrived.
+            early: lets steps begin before their request's pages arrived, if ``settings`` allow it.
         """
+        if not PATCH.allowed(settings):
+            return None
         try:
             from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -151,15 +212,17 @@ class SchedulerHook:
             for needed in ("requests", "running", "waiting", "finished_recving_kv_req_ids", "update_from_output"):
                 getattr(owner, needed)
             if callable(owner._update_from_kv_xfer_finished) and callable(manager.new_step_starts):
-                return cls(owner, manager, begins, early, hears)
+                return cls(owner, manager, begins, settings, early, hears)
+            PATCH.fail("its scheduler has other methods")
         except (ImportError, StopIteration, AttributeError) as error:
-            logger.info("requests go on by vLLM's own report: %s", error or "its scheduler was not found")
+            PATCH.fail(str(error) or "its scheduler was not found")
         return None
 
     def _catch_up(self) -> None:
         """Do the work that the last step delayed."""
         if not self._looked:
-            self._loop, self._looked = EngineLoop.of(self._scheduler), True
+            self._looked = True
+            self._loop = EngineLoop.of(self._scheduler) if engine_loop.PATCH.active else None
         if self._caching is not None:
             self._caching.catch_up()
 

@@ -7,13 +7,15 @@ transfers and announce a new identity, and the scheduler drops KV of the old wei
 lookup of the method's name.
 
 Not detected: changes made without the executor, by another thread or process.
+
+Without this hook KV of old weights could be taken for that of new ones. So if its check fails the start is refused; the
+switch ``watch_weights: false`` says that the weights never change.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import secrets
@@ -22,7 +24,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.errors import SettingsError
-from pdtransport.vllm.generation import VOIDED
+from pdtransport.vllm.patches.base import Patch, Unexpected, expect
+from pdtransport.vllm.patches.stale_blocks import check_recompute
 from pdtransport.vllm.weight_rpc import WeightReport, adopt_weights, sum_weights, take_pages_away
 
 if TYPE_CHECKING:
@@ -72,6 +75,22 @@ TAKES_MEMORY = frozenset({"sleep", "discard"})
 WAKES = "wake_up"
 
 _HOOKED = "_pdtransport_watched"
+
+
+def _check() -> None:
+    from vllm.v1.executor.abstract import Executor
+
+    expect(Executor.__init__, uses=["vllm_config"])
+    _check_rpc(Executor)
+    check_recompute()
+
+
+def _check_rpc(kind: Any) -> None:
+    expect(kind.collective_rpc, takes=["self", "method", "timeout", "args", "kwargs"])
+
+
+PATCH = Patch("watch_weights", _check, setting="watch_weights", costs="this engine does not start")
+
 OnChange = Callable[["dict[int, Shard]", str], None]
 
 
@@ -217,16 +236,15 @@ def watch_executor(config: Any, on_change: OnChange) -> WeightWatch:
         SettingsError: vLLM's executor or scheduler is not as expected.
     """
     try:
-        from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.executor.abstract import Executor
 
-        if VOIDED not in Scheduler.__init__.__code__.co_names:  # see StaleBlocks.void_arrivals
-            raise AttributeError(f"its scheduler has no {VOIDED}")
+        if not PATCH.allowed():
+            raise Unexpected(PATCH.state()["why"])
         kind = Executor.get_class(config)
         rpc = kind.collective_rpc
-        if list(inspect.signature(rpc).parameters)[:5] != ["self", "method", "timeout", "args", "kwargs"]:
-            raise AttributeError(f"{kind.__name__}.collective_rpc takes other arguments")
-    except (ImportError, AttributeError, ValueError) as error:
+        _check_rpc(kind)
+    except (ImportError, AttributeError, ValueError, Unexpected) as error:
+        PATCH.fail(str(error))
         raise SettingsError(
             f"whether weights change can't be watched in this vLLM ({error}): set watch_weights: false if they never "
             "change while this engine runs, or use another version"

@@ -35,7 +35,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.vllm.received",
+        "pdtransport.vllm.patches.withheld",
         "vllm_received",
         (
             "blocks_of_an_untrusted_producer_are_cached",
@@ -44,6 +44,10 @@ BUGS: list[Mutant] = [
             "enter(request, *how, **more)",
             "blocks_of_untrusted_producers_never_enter_the_prefix_cache",
         ),
+    ),
+    *bugs(
+        "pdtransport.vllm.received",
+        "vllm_received",
         (
             "one_rank_of_a_trusted_producer_is_enough",
             "Producers.cover",

@@ -2,20 +2,39 @@
 
 vLLM does not tell a connector whether new client requests are queued, or how the engine launches its steps.
 :meth:`EngineLoop.of` finds out from the call stack. If the engine is not as expected, it returns None and steps run as
-in plain vLLM.
+in plain vLLM, and an idle one looks after its clients every few milliseconds.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import TYPE_CHECKING
+
+from pdtransport.vllm.patches.base import Patch, expect
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCoreProc
 
-logger = logging.getLogger(__name__)
+
+def _check() -> None:
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    expect(EngineCore.__init__, uses=["scheduler", "model_executor", "batch_queue", "vllm_config"])
+    expect(EngineCoreProc.__init__, uses=["input_queue"])
+    for step in (EngineCore.step, EngineCore.step_with_batch_queue):
+        expect(step, takes=["self"], uses=["scheduler", "schedule"])
+    expect(UniProcExecutor.execute_model, takes=["self", "scheduler_output"])
+
+
+PATCH = Patch(
+    "engine_loop",
+    _check,
+    setting="patches.engine_loop",
+    needs=["step_ahead"],
+    costs="an idle step sleeps 4 ms at most while pages are awaited; launches count as fast, and no step begins early",
+)
 
 
 class EngineLoop:
@@ -49,7 +68,7 @@ class EngineLoop:
                 if isinstance(core, EngineCoreProc) and core.scheduler is scheduler:
                     return cls(core)
         except (ImportError, AttributeError) as error:
-            logger.info("the engine's loop is left alone: %s", error)
+            PATCH.fail(str(error))
         return None
 
     def clients_wait(self) -> bool:

@@ -4,6 +4,10 @@ vLLM keeps both when its weights change. A later prompt would then build on KV o
 be handed over and stored as KV of the new ones. So all blocks are evicted from the prefix cache at the change. A
 request that was computed before it (or that began on blocks of such a request) continues here, as vLLM does by itself,
 but it is neither handed over nor stored, and its blocks are evicted when it ends.
+
+Answers depend on this hook, so it has no switch of its own (``watch_weights: false`` says that weights never change).
+If its scheduler can't recompute such requests, :mod:`weight_watch` refuses the start; if its prefix cache can't be
+emptied, prompts that are found there after a change are neither handed over nor stored.
 """
 
 from __future__ import annotations
@@ -13,9 +17,42 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from pdtransport.settings import Settings
+from pdtransport.vllm.patches.base import FAILED, Patch, expect
+
 logger = logging.getLogger(__name__)
 
 VOIDED = "failed_recving_kv_req_ids"  # attribute of vLLM's scheduler: requests whose pages count as not received
+
+
+def check_recompute() -> None:
+    """Whether vLLM's scheduler can be told to recompute requests whose pages arrived.
+
+    Raises:
+        Unexpected, ImportError, AttributeError: it can't.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    expect(Scheduler.__init__, uses=[VOIDED, "requests", "kv_cache_manager"])
+    expect(Scheduler._update_waiting_for_remote_kv, takes=["self", "request"], uses=[VOIDED, "num_computed_tokens"])
+
+
+def _check() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    check_recompute()
+    expect(KVCacheManager.__init__, uses=["block_pool"])
+    expect(KVCacheManager.evict_blocks, takes=["self", "block_ids"], uses=["block_pool"])
+    expect(BlockPool.__init__, uses=["blocks"])
+
+
+PATCH = Patch(
+    "stale_blocks",
+    _check,
+    costs="once the weights change, prompts that are found in the prefix cache are not handed over any more",
+    unneeded=lambda settings, config: "" if settings.watch_weights else "watch_weights: false",
+)
 
 
 class StaleBlocks:
@@ -27,9 +64,10 @@ class StaleBlocks:
         self._tainted: set[str] = set()  # requests with KV of old weights
         self._lasting = False  # the prefix cache can't be emptied with this vLLM version
 
-    def bind(self, manager: Any) -> None:
+    def bind(self, manager: Any, settings: Settings) -> None:
         """Use this cache manager of the engine."""
         self._manager = manager
+        PATCH.allowed(settings)
 
     def began(self, req_ids: Iterable[str]) -> None:
         """These requests are scheduled for the first time."""
@@ -88,6 +126,8 @@ class StaleBlocks:
         if self._manager is None:
             return
         try:
+            if (status := PATCH.state())["state"] == FAILED:
+                raise LookupError(status["why"])
             if blocks is None:
                 blocks = set(range(len(self._manager.block_pool.blocks)))
             self._manager.evict_blocks(blocks)
