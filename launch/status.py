@@ -110,4 +110,7 @@ def _rank_lines(rank: dict[str, Any]) -> list[str]:
             f"sent {workers.size(int(peer.get('bytes_sent', 0)))}, "
             f"received {workers.size(int(peer.get('bytes_received', 0)))}"
         )
+    for patch in status.get("patches", ()):
+        if patch.get("state") not in ("active", "unneeded"):
+            lines.append(f"hook {patch.get('name')} into vLLM is not active: {patch.get('state')}, {patch.get('why')}")
     return lines

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from pdtransport.kv.geometry import KVGeometry, LayerPages, Region
     from pdtransport.kv.keys import request_key
-    from pdtransport.observe.status import PeerStatus, TransferStatus, TransportStatus
+    from pdtransport.observe.status import PatchStatus, PeerStatus, TransferStatus, TransportStatus
     from pdtransport.settings import Settings
     from pdtransport.transfer.outcome import Outcome
     from pdtransport.transport import Offer, Receipt, Transport
@@ -37,6 +37,7 @@ _HOME = {
     "Outcome": "pdtransport.transfer.outcome",
     "PDTransportError": "pdtransport.errors",
     "PeerRefused": "pdtransport.errors",
+    "PatchStatus": "pdtransport.observe.status",
     "PeerStatus": "pdtransport.observe.status",
     "Receipt": "pdtransport.transport",
     "Region": "pdtransport.kv.geometry",
@@ -60,6 +61,7 @@ __all__ = [
     "Offer",
     "Outcome",
     "PDTransportError",
+    "PatchStatus",
     "PeerRefused",
     "PeerStatus",
     "Receipt",

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("vllm")
+
+from pdtransport.vllm.patches.listed import PATCHES
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
 from tests.rig.client import Client, Order
@@ -47,6 +50,22 @@ def test_tokens_and_pages_equal(order: Order, every: int, servers: Servers, book
         print(f"decode computed {own} prompt tokens, {external} came")
         assert own <= len(handed), "decode computed more than each prompt's last token"
         assert external >= tokens - len(handed), f"of {tokens} prompt tokens only {external} came from prefill"
+
+    with_client(scenario)
+
+
+def test_every_hook_into_vllm_is_active(servers: Servers, book: Book, with_client: Any) -> None:
+    """The workers' status lists them all, those of other processes too, before and after the scheduler told of its own.
+    None is off by mistake in a real server."""
+
+    async def scenario(client: Client) -> None:
+        for _ in range(2):
+            for server in servers.all:
+                for reply in await watch.status(server):
+                    assert {patch["name"] for patch in reply["patches"]} == set(PATCHES)
+                    off = [patch for patch in reply["patches"] if patch["state"] not in ("active", "unneeded")]
+                    assert not off, off
+            await handed_over(client, book.assorted[:4], lambda _: servers.prefill, servers.decode, "concurrent")
 
     with_client(scenario)
 

@@ -24,6 +24,42 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
+        "pdtransport.vllm.patches.base",
+        "vllm_patches",
+        (
+            "hook_takes_hold_of_whatever_is_there",
+            "Patch._examine",
+            "why = self.check()",
+            'why = ""',
+            "another_function_is_not_taken_hold_of",
+        ),
+        (
+            "hook_can_not_be_switched_off",
+            "Patch._examine",
+            "is False",
+            "is None",
+            "each_switch_switches_its_hook_off",
+        ),
+        (
+            "calls_may_come_in_any_order",
+            "expect",
+            "places != sorted(places)",
+            "False",
+            "a_check_minds_what_the_hook_relies_on_alone",
+        ),
+    ),
+    *bugs(
+        "pdtransport.vllm.patches.stale_blocks",
+        "vllm_patches",
+        (
+            "cache_that_may_not_be_emptied_is_trusted",
+            "StaleBlocks._evict",
+            '(status := PATCH.state())["state"] == FAILED',
+            "False",
+            "without_stale_blocks_what_the_cache_holds_after_a_change_is_nobodys",
+        ),
+    ),
+    *bugs(
         "pdtransport.vllm.patches.engine_probe",
         "vllm_engine_probe",
         (
