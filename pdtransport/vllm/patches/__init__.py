@@ -1,1 +1,1 @@
-"""Hooks into vLLM's own code, one per file. Each says what it patches and what happens if vLLM is not as expected."""
+"""Hooks into vLLM's own code, one per file, each with a switch and a check (:mod:`base`); :mod:`listed` has all."""

@@ -12,7 +12,7 @@ import inspect
 import logging
 import textwrap
 from collections.abc import Callable, Collection, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 from pdtransport.observe.status import PatchStatus
@@ -38,8 +38,8 @@ class Patch:
 
     Args:
         name: for status and log.
-        check: raises :class:`Unexpected`, ImportError or AttributeError if vLLM is not as the hook expects. It must
-            also pass once the hook is in place, so wrappers are made with ``functools.wraps``.
+        check: raises :class:`Unexpected` if vLLM is not as the hook expects, or whatever its missing names raise. It
+            must also pass once the hook is in place, so wrappers are made with ``functools.wraps``.
         costs: what is lost without the hook, for the log.
         setting: path of the setting that switches it off if false; empty: there is none, and the module says why.
         needs: names of hooks that this one is off without.
@@ -69,6 +69,8 @@ class Patch:
             self._check()
         except (Unexpected, ImportError, AttributeError) as error:
             return str(error) or type(error).__name__
+        except Exception as error:  # noqa: BLE001 - another vLLM may fail in any way, which must not end the start
+            return f"its check failed: {error!r}"
         return ""
 
     def state(self, settings: Settings | None = None, config: VllmConfig | None = None) -> PatchStatus:
@@ -184,7 +186,7 @@ def expect(
         _expect_parameters(name, function, takes or (), accepts)
     if not uses and not order:
         return
-    found = names_in(function)
+    found = names_in(inspect.unwrap(function))
     missing = [each for each in (*uses, *order) if each not in found]
     if missing:
         raise Unexpected(f"{name} does not use {', '.join(missing)}")
@@ -206,14 +208,15 @@ def _expect_parameters(name: str, function: Any, takes: Sequence[str], accepts: 
         raise Unexpected(f"{name} has no parameter {', '.join(missing)}")
 
 
-def names_in(function: Any) -> list[str]:
+@lru_cache(maxsize=128)  # parsing a scheduler takes 20 ms, and several hooks look at it
+def names_in(function: Any) -> tuple[str, ...]:
     """Names in a function's source, in the order in which they stand there, without comments and strings.
 
     Raises:
         Unexpected: its source can't be read.
     """
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
         raise Unexpected(f"the source of {getattr(function, '__qualname__', function)!s} can't be read") from None
     found: list[tuple[int, int, str]] = []
@@ -224,7 +227,7 @@ def names_in(function: Any) -> list[str]:
             found.append((node.end_lineno or 0, node.end_col_offset or 0, node.id))
         elif isinstance(node, ast.keyword) and node.arg is not None:
             found.append((node.lineno, node.col_offset, node.arg))
-    return [name for _, _, name in sorted(found)]
+    return tuple(name for _, _, name in sorted(found))
 
 
 def expect_fields(kind: type, *names: str) -> None:
