@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from pdtransport.vllm.patches.engine_probe import PATH
 from pdtransport.vllm.patches.listed import PATCHES
 from tests.rig import watch
 from tests.rig.cases import BLOCK, Case, handed_over, plainly
@@ -65,6 +66,7 @@ def test_every_hook_into_vllm_is_active(servers: Servers, book: Book, with_clien
                     assert {patch["name"] for patch in reply["patches"]} == set(PATCHES)
                     off = [patch for patch in reply["patches"] if patch["state"] not in ("active", "unneeded")]
                     assert not off, off
+                assert '"answers"' in await client.get_text(f"{server.url}{PATH}")
             await handed_over(client, book.assorted[:4], lambda _: servers.prefill, servers.decode, "concurrent")
 
     with_client(scenario)
