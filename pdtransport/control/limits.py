@@ -38,8 +38,6 @@ CUT_SHOWS_S = 1.0  # libzmq reports a connection that we closed in its handshake
 MAX_FRAMES_A_TURN = 256
 FRAMES_BEFORE_ANSWERS = 32  # frames read before the first is answered: about 5 ms of a peer that never pauses
 MAX_REPORTS_A_TURN = 1024  # of opened or closed connections: cheap to read, and excess connections must be closed soon
-ENDS_BEFORE_TRIM = 64  # after this many closed strangers, return the memory that the C library keeps, ...
-TRIM_AFTER_S = 1.0  # ... this long after the last one
 
 MAX_DIALS_A_TURN = 4  # further ones wait for the next turn: opening a socket takes 1 ms, and peers wait meanwhile
 RECONNECT_S = 0.1  # first pause before TCP connects again; a random half to whole of it is used ...

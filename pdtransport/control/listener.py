@@ -42,7 +42,6 @@ from pdtransport.control.limits import (
     WATCH_GRAIN_S,
 )
 from pdtransport.control.owners import descriptor_of
-from pdtransport.control.reclaim import Reclaim
 from pdtransport.control.shared import ChannelContext
 from pdtransport.control.sockets import Inbox, Letter, Socket, close_watched, open_socket, tcp_url, watch
 from pdtransport.control.status import Allowance, status_frame
@@ -69,6 +68,7 @@ from pdtransport.protocol.messages import (
     peek,
 )
 from pdtransport.settings import ControlSettings
+from pdtransport.system.reclaim import Reclaim
 
 WATCHED = (
     zmq.EVENT_ACCEPTED
@@ -221,7 +221,7 @@ class ControlListener:
             return []
         self._door.closed(caller)
         if not caller.known:
-            self._reclaim.gone(now)
+            self._reclaim.freed(now)
         gone = [each for each in self._bound.values() if each.caller is caller]
         for connection in gone[: MAX_PROBES - len(self._probes)]:
             self._probes.extend((now + delay, connection) for delay in PROBE_AFTER_S)
@@ -249,7 +249,7 @@ class ControlListener:
         self._cut_at = now
         self._shared.counters["callers_cut"] += 1
         self._shared.complaints.warn(complaint, "strangers", now)
-        self._reclaim.gone(now)
+        self._reclaim.freed(now)
 
     def _probe(self, now: float) -> None:
         """Check connections that may be closed, by sending a Pong: if it can't be sent, the connection is closed.

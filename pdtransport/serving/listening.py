@@ -19,6 +19,7 @@ from pdtransport.serving.cross_site import CorsRule, HostRule
 from pdtransport.serving.errors import stop_request
 from pdtransport.serving.request_filter import RequestFilter
 from pdtransport.system.log_limits import LogLimiter, where
+from pdtransport.system.reclaim import Reclaim
 
 BACKLOG = 1024  # up to this many may be accepted at once before one of them is closed
 _SWEEP_S = 1.0  # longest interval between checks for late connections
@@ -147,6 +148,7 @@ class HttpListener:
         self._idle: OrderedDict[_Connection, None] = OrderedDict()  # longest idle first
         self._idle_of: dict[str, OrderedDict[_Connection, None]] = {}  # the same, by client address
         self._sweeper: asyncio.TimerHandle | None = None
+        self._reclaim = Reclaim()
         self._under_way: set[asyncio.Task[object]] = set()
         self._stopped = False
         app.on_response_prepare.append(self._cors.mark)  # for streams: their headers leave before the handler returns
@@ -246,6 +248,7 @@ class HttpListener:
     def lost(self, connection: _Connection) -> None:
         if connection.transport is not None and self._open.pop(connection.transport, None) is not None:
             self._accepted -= 1
+            self._reclaim.freed(asyncio.get_running_loop().time())
         self._work(connection)
 
     def _rest(self, connection: _Connection, seconds: float, *, waited_for: bool) -> None:
@@ -278,6 +281,7 @@ class HttpListener:
         loop = asyncio.get_running_loop()
         for connection in [one for one in self._idle if one.deadline <= loop.time()]:
             self.close(connection)
+        self._reclaim.tick(loop.time())
         self._sweeper = loop.call_later(min(_SWEEP_S, self._bounds.client_head_s / 4), self._sweep)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -297,6 +301,8 @@ class HttpListener:
         try:
             return await self._filter(request)
         finally:
+            if large := request.content.total_bytes >> 16:
+                self._reclaim.freed(asyncio.get_running_loop().time(), large)
             if connection.transport in self._open:
                 self._rest(connection, self._bounds.keep_alive_s + _SEND_S, waited_for=False)
 
