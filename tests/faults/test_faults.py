@@ -76,7 +76,7 @@ def test_a_flipped_bit_in_a_thousand_batches_is_found_and_mended(harness: Harnes
         at = 0.04 * number
         steps = [(at + 0.002 * step, 4 * BLOCK_SIZE * (step + 1)) for step in range(6)]
         plan.transfers.append(Transfer(1000 + number, 24 * BLOCK_SIZE, 0, at, at, steps, at + 0.012))
-    flips = random.Random(7).sample(range(1000), 2)
+    flips = random.Random(7).sample(range(400), 2)  # a busy machine announces what is there in fewer batches
     plan.rules["prefill0"] = [Rule("send", "any", "flip", first=first, seed=first) for first in flips]
     result = harness.run(plan)
     assert result.problems == []

@@ -33,7 +33,8 @@ def test_prefill_without_the_connector_or_in_the_wrong_role_is_found_out(
 
     async def scenario(client: Client) -> None:
         for prefill, why in ((plain, "without PDTransportConnector"), (servers.decode, "has kv_role kv_consumer")):
-            with routed([prefill], [servers.decode], logs, "concurrent", told=False) as router:
+            more = ("--hand-off-wait-s", "5")  # decode's word may be late on a busy machine
+            with routed([prefill], [servers.decode], logs, "concurrent", *more, told=False) as router:
                 answer = await client.complete(router.url, PROMPT, 2)
                 path = answer.headers["x-pd-path"]
                 assert path.startswith("decode-only; prefill server "), path
