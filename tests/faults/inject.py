@@ -111,7 +111,12 @@ class _FaultyChannel:
         if "error" in actions:
             injector.done["error"] += 1
             raise LinkError("injected")
-        offer, checksums = self._send(key, runs, checksum_blocks)
+        try:
+            offer, checksums = self._send(key, runs, checksum_blocks)
+        except LinkBusy:  # nothing was sent: it is tried again, and a rule must not spend itself on this
+            if checksum_blocks:
+                injector.uncount("send", "any")
+            raise
         if "flip" in actions:
             self._flip(key, runs, actions["flip"].random.random())
         if "truncate" in actions:

@@ -94,6 +94,12 @@ class Injector:
                 state.seen += 1
         return hits
 
+    def uncount(self, point: str, kind: str) -> None:
+        """Take the last occurrence back: it came to nothing."""
+        for state in self._states:
+            if state.rule.point == point and state.rule.kind in (kind, "any"):
+                state.seen -= 1
+
     # -- time ----------------------------------------------------------------------------------------------------
 
     def later(self, seconds: float, call: Callable[[], object]) -> None:
