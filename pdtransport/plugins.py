@@ -13,6 +13,18 @@ def installed(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
+def load(point: EntryPoint, what: str) -> Any:
+    """What an entry point names; ``what`` begins an error's text.
+
+    Raises:
+        SettingsError: it can't be loaded.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        raise SettingsError(f"{what} can't be loaded: {type(error).__name__}: {error}") from error
+
+
 def make(what: str, group: str, name: str, *arguments: Any) -> Any:
     """Load an entry point and call it with ``arguments``.
 
@@ -26,10 +38,7 @@ def make(what: str, group: str, name: str, *arguments: Any) -> Any:
     if name not in points:
         known = ", ".join(sorted(points)) or "none is installed"
         raise SettingsError(f"there is no {name!r} among the entry points of {group} ({known}): install its package")
-    try:
-        made = points[name].load()
-    except Exception as error:
-        raise SettingsError(f"{group} {name}: can't be loaded: {type(error).__name__}: {error}") from error
+    made = load(points[name], f"{group} {name}:")
     try:
         return made(*arguments)
     except SettingsError:

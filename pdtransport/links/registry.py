@@ -8,9 +8,10 @@ link can do, its class says; nothing else names links. ``docs/adding/link.md`` i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import get_args
 
+from pdtransport import plugins
 from pdtransport.errors import SettingsError
 from pdtransport.links.base import Link, MemoryKind
 from pdtransport.settings import LinkSettings, Settings
@@ -30,7 +31,7 @@ OURS = {
 
 def names() -> list[str]:
     """Names of all links that are installed here."""
-    return sorted({*OURS, *(point.name for point in entry_points(group=GROUP))})
+    return sorted({*OURS, *plugins.installed(GROUP)})
 
 
 def wanted(settings: LinkSettings) -> tuple[str, ...]:
@@ -44,14 +45,11 @@ def load(name: str) -> type[Link]:
     Raises:
         SettingsError: there is no link of this name, it can't be loaded, or its class does not say what it must.
     """
-    point = OURS.get(name) or next(iter(entry_points(group=GROUP, name=name)), None)
+    point = OURS.get(name) or plugins.installed(GROUP).get(name)
     if point is None:
         known = ", ".join(names())
         raise SettingsError(f"there is no link {name!r} here, only {known}: correct the name or install its package")
-    try:
-        kind = point.load()
-    except Exception as error:
-        raise SettingsError(f"link {name}: {point.value} can't be loaded: {type(error).__name__}: {error}") from error
+    kind = plugins.load(point, f"link {name}: {point.value}")
     if not isinstance(kind, type) or not issubclass(kind, Link):
         raise SettingsError(f"link {name}: {point.value} is no subclass of pdtransport.links.base.Link")
     stated = [getattr(kind, field, None) for field in ("name", "memory", "one_host")]

@@ -65,7 +65,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_our_links_are_found_without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a checkout on PYTHONPATH, where no metadata says that anything is installed."""
-    monkeypatch.setattr("pdtransport.links.registry.entry_points", lambda **_: ())
+    monkeypatch.setattr("pdtransport.plugins.entry_points", lambda **_: ())
     assert names() == ["cma", "cuda_ipc", "shm", "ucx"]
     stated = {name: (load(name).memory, load(name).one_host, load(name).needs_checksums) for name in names()}
     assert stated == {
