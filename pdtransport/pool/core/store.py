@@ -14,17 +14,15 @@ service (:mod:`pdtransport.pool.server.service`) drives the store and empties bo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool.core import batches
-from pdtransport.pool.core.eviction import Ghosts
 from pdtransport.pool.core.index import EMPTY, FILLING, MAX_REFS, MEMORY, READY, key_rows
 from pdtransport.pool.core.requests import KeyAnswer, KeyVerdict, PoolRequest
 from pdtransport.pool.core.table import ChunkTable
 from pdtransport.pool.core.tier_state import Delete, Promote, TierState, WriteBack
-from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import Stored
 
 MAX_GHOSTS = 1 << 20  # keys that admission "twice" remembers, about 100 bytes each
@@ -33,16 +31,6 @@ INDEX_TRIES = 64  # chunks dropped, at most, to free one entry of a full index
 
 class ChunkStore(ChunkTable):
     """All chunks of one pool, and what its clients ask of them."""
-
-    def __init__(
-        self,
-        settings: PoolSettings,
-        frames: int,
-        verify: Callable[[bytes, int, int], bool],
-        lower: Sequence[TierState] = (),
-    ) -> None:
-        super().__init__(settings, frames, verify, lower)
-        self._seen = Ghosts()
 
     # -- client requests --------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pdtransport.pool.core.budget import MemoryBudget
+from pdtransport.pool.core.eviction import Ghosts
 from pdtransport.pool.core.frames import Frames
 from pdtransport.pool.core.index import FILLING, MEMORY, READY, Index, key_rows
 from pdtransport.pool.core.prefetched import SHARE, Hints
@@ -56,6 +57,7 @@ class ChunkTable:
         self.frames_of: list[bytes | None] = [None] * settings.max_chunks  # by entry, if in memory or being filled
         # Requests that wait for an entry, by entry. Has a key for each entry that is being filled, and for no other.
         self.waiters: dict[int, deque[tuple[PoolRequest, int]] | None] = {}
+        self._seen = Ghosts()  # keys that admission "twice" has seen once
         self.being_written: Counter[int] = Counter()  # by entry: writes to lower tiers, queued or in flight
         self.writeback_bytes = 0  # queued or in flight to lower tiers, all tiers together
 
