@@ -13,14 +13,14 @@ from tests.siege import attacks_control as attacks
 from tests.siege.attacks_control import Siege, besiege, worker_with_a_log
 from tests.siege.bystander import Effect, in_the_suite
 
-Besieged = Callable[..., tuple[Siege, dict[str, int]]]
+Besieged = Callable[..., Siege]
 
 
 @pytest.fixture
 def besieged(tmp_path: Path) -> Besieged:
-    """Attacks a worker, and tells of its counters."""
+    """Attacks a new worker."""
 
-    def run(attack: Callable[[int], object], until: tuple[str, int]) -> tuple[Siege, dict[str, int]]:
+    def run(attack: Callable[[int], object], until: tuple[str, int]) -> Siege:
         sieges: list[Siege] = []
 
         def tried(folder: Path) -> Effect:
@@ -29,15 +29,15 @@ def besieged(tmp_path: Path) -> Besieged:
             return sieges[-1].effect
 
         in_the_suite(tried, tmp_path)
-        return sieges[-1], sieges[-1].counters
+        return sieges[-1]
 
     return run
 
 
 def test_hellos_in_a_live_peers_name(besieged: Besieged) -> None:
     """Whoever takes the name of a worker that lives changes nothing for it; the one line names both and the remedy."""
-    siege, counters = besieged(attacks._say_hello_in_a_live_peers_name, ("names_shared", 1))
-    assert counters["names_shared"] == 1
+    siege = besieged(attacks._say_hello_in_a_live_peers_name, ("names_shared", 1))
+    assert siege.counters["names_shared"] == 1
     (line,) = siege.effect.lines
     assert "live processes call themselves bystander rank 0: 127.0.0.1:" in line
     assert "its own engine_id" in line
@@ -50,26 +50,28 @@ def test_hellos_with_what_the_status_tells(besieged: Besieged) -> None:
 
 def test_large_frames_before_hello(besieged: Besieged) -> None:
     """What is just under the bound is decoded no further than a Hello goes, and a few of it end the connection."""
-    _, counters = besieged(attacks._flood_with_large_frames, ("callers_cut", attacks.AT_ONCE))
+    siege = besieged(attacks._flood_with_large_frames, ("callers_cut", attacks.AT_ONCE))
     largest = limits.STRANGER_BYTES // limits.MAX_STRANGER_FRAME
-    assert counters["garbage"] <= (counters["callers_cut"] + attacks.AT_ONCE) * (largest + limits.LISTEN_QUEUE_FRAMES)
+    assert siege.counters["garbage"] <= (siege.counters["callers_cut"] + attacks.AT_ONCE) * (
+        largest + limits.LISTEN_QUEUE_FRAMES
+    )
 
 
 def test_messages_without_an_end(besieged: Besieged) -> None:
     """Their bytes are counted where nobody sees a frame."""
-    _, counters = besieged(attacks._send_messages_without_an_end, ("callers_cut", attacks.AT_ONCE))
-    assert counters["garbage"] == 0
+    siege = besieged(attacks._send_messages_without_an_end, ("callers_cut", attacks.AT_ONCE))
+    assert siege.counters["garbage"] == 0
 
 
 def test_status_and_watches_without_a_pause(besieged: Besieged) -> None:
     """Askers have a budget of frames, too."""
-    _, counters = besieged(attacks._ask_for_the_status_without_a_pause, ("callers_cut", attacks.AT_ONCE))
-    assert counters["status_limited"] > 0
+    siege = besieged(attacks._ask_for_the_status_without_a_pause, ("callers_cut", attacks.AT_ONCE))
+    assert siege.counters["status_limited"] > 0
 
 
 def test_idle_connections(besieged: Besieged) -> None:
     """Two thousand of them take up a bounded part of a worker's descriptors, and a newcomer finds its place."""
-    siege, _ = besieged(attacks._hold_idle_connections, ("callers_cut", attacks.IDLE - limits.MAX_STRANGERS))
+    siege = besieged(attacks._hold_idle_connections, ("callers_cut", attacks.IDLE - limits.MAX_STRANGERS))
     assert siege.descriptors < attacks.IDLE
 
 
@@ -81,8 +83,8 @@ def test_connections_that_come_and_go(besieged: Besieged) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user(besieged: Besieged) -> None:
     """Without keys a connection of another user's is closed at its first frame, which nobody decodes."""
-    siege, counters = besieged(attacks.come_as_another_user, ("callers_refused", attacks.AT_ONCE))
-    assert counters["garbage"] == counters["refused"] == 0
+    siege = besieged(attacks.come_as_another_user, ("callers_refused", attacks.AT_ONCE))
+    assert siege.counters["garbage"] == siege.counters["refused"] == 0
     (line,) = siege.effect.lines
     assert f"it is of user {attacks.NOBODY}, this process of user 0" in line
     assert "pdlaunch keys" in line
