@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tests.rig.servers import Server
 KV_ELEMENTS_PER_TOKEN = 2048  # tiny-lm: 8 layers x (key, value) x 4 heads x 32
 KV_HEADS = 4
 ACK_S = 10.0  # prefill hears of the last page's arrival a moment after the client got its answer
+END_S = 10.0  # where decode had every page itself, its answer does not wait for the transfer's end
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ async def crossed(
     Raises:
         AssertionError: one was not handed over completely: decode must have computed some of it again.
     """
-    sinks = await _records([decode], "consumer")
+    sinks = await _ended([decode], "consumer", {done.transfer for done in handed})
     found = []
     for case, done in zip(case_list, handed, strict=True):
         records = sinks.get(done.transfer, [])
@@ -86,9 +89,20 @@ async def _records(servers: Sequence[Server], role: str) -> dict[str, list[dict[
     return known
 
 
+async def _ended(servers: Sequence[Server], role: str, transfers: Set[str]) -> dict[str, list[dict[str, Any]]]:
+    """``_records`` once none of ``transfers`` is open, or as they are after ``END_S``."""
+    deadline = time.monotonic() + END_S
+    while True:
+        known = await _records(servers, role)
+        is_open = any(record["state"] == "open" for transfer in transfers for record in known.get(transfer, ()))
+        if not is_open or time.monotonic() > deadline:
+            return known
+        await asyncio.sleep(0.05)
+
+
 async def record_of(server: Server, transfer: str, role: str) -> dict[str, Any]:
-    """Rank 0's record of a transfer; {} if it has none."""
-    records = (await _records([server], role)).get(transfer, [])
+    """Rank 0's record of a transfer, once it has ended or after ``END_S``; {} if it has none."""
+    records = (await _ended([server], role, {transfer})).get(transfer, [])
     return records[0] if records else {}
 
 
