@@ -32,6 +32,10 @@ ENOUGH = 4  # tokens of an answer to compare
 LONGEST = 8000  # tokens of a prompt
 
 
+class WrongAnswer(AssertionError):
+    """What was answered, or arrived, is not what a plain server answers or prefill had: never tried again."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A prompt and the tokens that must follow it: as many as the plain server was sure of."""
@@ -120,9 +124,11 @@ async def handed_over(
 
 
 def assert_equal(wanted: Sequence[Case], got: Sequence[Handed | Answer]) -> None:
-    """Raises AssertionError naming the first prompts whose tokens differ from the plain server's."""
+    """Raises WrongAnswer naming the first prompts whose tokens differ from the plain server's."""
     wrong = []
     for case, answer in zip(wanted, got, strict=True):
         if tuple(answer.tokens) != case.tokens:
             wrong.append(f"{len(case.prompt)} tokens: {list(case.tokens)} expected, {answer.tokens} came")
-    assert not wrong, f"{len(wrong)} of {len(wanted)} answers differ from the plain server's: " + "; ".join(wrong[:5])
+    if wrong:
+        differ = f"{len(wrong)} of {len(wanted)} answers differ from the plain server's: "
+        raise WrongAnswer(differ + "; ".join(wrong[:5]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig import audit, watch
-from tests.rig.cases import Case
+from tests.rig.cases import Case, WrongAnswer
 from tests.rig.client import Client, Handed
 from tests.rig.device import DTYPES
 from tests.rig.servers import Server
@@ -107,10 +107,15 @@ async def record_of(server: Server, transfer: str, role: str) -> dict[str, Any]:
 
 
 def bytes_equal(crossings: Sequence[Crossing], directory: Path) -> int:
-    """Assert that every page arrived with the bytes that prefill had; returns how many blocks were compared."""
+    """How many blocks were compared: every page arrived with the bytes that prefill had.
+
+    Raises:
+        WrongAnswer: one did not.
+    """
     expected = {c.handed.transfer: audit.Expected(c.skipped, c.case.blocks, KV_HEADS) for c in crossings}
     found = audit.problems(directory, expected)
-    assert not found, f"{len(found)} problems with the pages' bytes: {found[:5]}"
+    if found:
+        raise WrongAnswer(f"{len(found)} problems with the pages' bytes: {found[:5]}")
     return sum(c.blocks for c in crossings)
 
 
