@@ -38,7 +38,8 @@ class RequestFailed(Exception):
 @dataclass
 class Answer:
     """What a server said. Times are ``time.time`` seconds; ``margins`` holds, for each token, how far its log
-    probability lies above the runner-up's (only where log probabilities were asked for)."""
+    probability lies above the runner-up's (only where log probabilities were asked for). ``arrivals``: when each event
+    of a stream that brought a token was here."""
 
     tokens: list[int]
     finish: str | None
@@ -48,6 +49,7 @@ class Answer:
     done: float
     margins: list[float] = field(default_factory=list)
     headers: Mapping[str, str] = field(default_factory=dict)
+    arrivals: list[float] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:
@@ -220,8 +222,9 @@ async def _read_stream(response: aiohttp.ClientResponse, sent: float) -> Answer:
             raise RequestFailed(200, json.dumps(data["error"]))
         for choice in data.get("choices", ()):
             fresh = choice.get("token_ids") or []
-            if not answer.first_token and (fresh or "token_ids" not in choice or choice["token_ids"] is None):
-                answer.first_token = time.time()  # vLLM sends no event without a token
+            if fresh or "token_ids" not in choice or choice["token_ids"] is None:
+                answer.arrivals.append(time.time())  # vLLM sends no event without a token
+                answer.first_token = answer.arrivals[0]
             answer.tokens += fresh
             answer.finish = choice.get("finish_reason") or answer.finish
             if answer.finish == "error":
