@@ -63,6 +63,16 @@ def key_of(seed: int) -> bytes:
     return request_key(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
 
 
+def token_of(seed: int) -> int:
+    """The first token that prefill samples for a request."""
+    return seed % 50_000
+
+
+def promises(seed: int) -> bool:
+    """Whether decode promises to go on from prefill's first token: every other request."""
+    return seed % 2 == 1
+
+
 @dataclass
 class Held:
     """Pages of one transfer here."""
@@ -183,7 +193,8 @@ class Worker:
 
     def do_finish(self, transfer: str) -> None:
         if transfer in self.held:
-            self.held[transfer].handle.finish()
+            held = self.held[transfer]
+            held.handle.finish(token_of(held.seed))
 
     def do_cancel(self, transfer: str) -> None:
         if transfer in self.held:
@@ -209,6 +220,7 @@ class Worker:
             port=port,
             ranks=ranks,
             first_block=first,
+            first_token=promises(seed),
             on_end=self.note,
         )
 
@@ -223,6 +235,9 @@ class Worker:
                 if wrong.any():
                     blocks = np.flatnonzero(wrong.any(axis=(0, 2, 3, 4))) + held.first
                     verdict = f"reported ok, but {wrong.sum()} bytes are wrong, in blocks {blocks.tolist()}"
+                token = token_of(held.seed) if promises(held.seed) else None
+                if outcome.first_token != token:
+                    verdict = f"goes on from the first token {outcome.first_token}, not from {token}"
             self.kv[:, held.pages] = self.fill
             self.free += held.pages
         self.pipe.send(("ended", transfer, outcome.ok, outcome.code, outcome.reason, verdict, at))
