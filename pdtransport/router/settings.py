@@ -273,7 +273,7 @@ class RouterSettings(_Section):
         description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",
     )
     first_token: Literal["auto", "off"] = Field(
-        "off",
+        "auto",
         description="auto: where that is exact, a stream begins with the token that prefill sampled, and decode goes "
         "on from it. off: decode samples it.",
     )

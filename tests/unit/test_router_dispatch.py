@@ -30,14 +30,15 @@ def test_concurrent_dispatch_sends_both_before_either_answers() -> None:
             assert reply.status == 200
             transfer = reply.headers["x-pd-transfer-id"]
             assert re.fullmatch(r"[0-9a-f]{32}", transfer)
-            assert p.params == {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer}
+            both_params = {"transfer_id": transfer, "first_token": True}
+            assert p.params == {"do_remote_decode": True, "do_remote_prefill": False, **both_params}
             assert d.params == {
                 "do_remote_prefill": True,
                 "do_remote_decode": False,
-                "transfer_id": transfer,
                 "remote_host": "127.0.0.1",
                 "remote_port": 7670,
                 "tp_size": 1,
+                **both_params,
             }
             assert reply.headers["x-pd-path"] == "disaggregated"
             assert reply.headers["x-pd-prefill"] == rig.p.name

@@ -299,6 +299,35 @@ def test_decodes_answer_waits_for_prefills_word() -> None:
     run(test)
 
 
+def test_decodes_answer_of_a_prefill_that_failed_is_not_believed() -> None:
+    """Prefill fails after decode began: whether decode promised, and so left the first token out, nobody knows. The
+    request is computed again."""
+
+    async def test() -> None:
+        async with rigged() as rig:
+            await rig.learn()
+            answered = asyncio.Event()
+
+            async def fails(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                await answered.wait()
+                return web.json_response({"error": {"message": "no"}}, status=500)
+
+            async def whole_if_alone(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                pieces = ["llo"] if body.get("kv_transfer_params") else ["he", "llo"]
+                return await stream(request, [event(chunk(piece)) for piece in pieces] + [DONE])
+
+            rig.p.script, rig.d.script = fails, whole_if_alone
+            asked = asyncio.create_task(rig.ask(ask(stream=True)))
+            await rig.d.wait_for(1)
+            await asyncio.wait_for(rig.d.seen[0].ended.wait(), 5)
+            answered.set()
+            reply = await asked
+            assert text_of(reply) == "hello"
+            assert reply.headers["x-pd-path"].startswith("decode-only; prefill server ")
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     ("settings", "more", "declined", "reason"),
     [
