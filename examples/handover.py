@@ -9,11 +9,11 @@ import secrets
 
 import numpy as np
 
-from pdtransport import KVGeometry, Transport, request_key
+from pdtransport import KVGeometry, Transport, prompt_digest
 
 LAYERS, BLOCKS, HEADS, BLOCK_SIZE, SLOT = 8, 64, 4, 16, 128  # bytes of K and V of one head of one token
 PROMPT = list(range(1000))  # token ids
-KEY = request_key(PROMPT)
+DIGEST = prompt_digest(PROMPT)
 
 
 def kv_cache() -> np.ndarray:
@@ -25,7 +25,7 @@ def prefill(transfer: str, ports: mp.Queue, expected: mp.Queue) -> None:
     pages = list(range(63))
     with Transport(KVGeometry.of_array(kv), port=0) as transport:
         ports.put(transport.port)
-        offer = transport.offer(transfer, KEY, tokens=len(PROMPT))
+        offer = transport.offer(transfer, DIGEST, tokens=len(PROMPT))
         for done in range(0, len(PROMPT), 256):  # "computes" 256 tokens a step
             first, last = done // BLOCK_SIZE, min(done + 256, len(PROMPT) + BLOCK_SIZE - 1) // BLOCK_SIZE
             kv[:, first:last] = np.random.default_rng(done).integers(0, 256, kv[:, first:last].shape, dtype=np.uint8)
@@ -39,7 +39,7 @@ def decode(transfer: str, port: int, expected: mp.Queue) -> None:
     kv = kv_cache()
     pages = list(reversed(range(63)))  # its own pages, in its own order
     with Transport(KVGeometry.of_array(kv), port=0) as transport:
-        receipt = transport.receive(transfer, KEY, len(PROMPT), pages, host="127.0.0.1", port=port)
+        receipt = transport.receive(transfer, DIGEST, len(PROMPT), pages, host="127.0.0.1", port=port)
         print("decode: ", receipt.result(timeout_s=30))
         print("same bytes:", kv[:, pages].tobytes() == expected.get(timeout=30))
         print("link:", transport.status()["peers"][0]["why"])

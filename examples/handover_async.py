@@ -8,7 +8,7 @@ import secrets
 
 import numpy as np
 
-from pdtransport import KVGeometry, Transport, request_key
+from pdtransport import KVGeometry, Transport, prompt_digest
 
 PROMPT = list(range(1000))  # token ids
 PAGES = list(range(63))  # of 16 tokens each
@@ -18,13 +18,13 @@ async def main() -> None:
     # [layers, blocks, heads, tokens, bytes of K and V]: numpy's, torch's, or any with DLPack, on the host or a GPU
     computed = np.random.default_rng(0).integers(0, 256, (8, 64, 4, 16, 128), dtype=np.uint8)
     received = np.zeros_like(computed)
-    transfer, key = secrets.token_hex(16), request_key(PROMPT)
+    transfer, digest = secrets.token_hex(16), prompt_digest(PROMPT)
     async with (
         Transport(KVGeometry.of_array(computed), port=0) as prefill,
         Transport(KVGeometry.of_array(received), port=0) as decode,
     ):
-        receipt = decode.receive(transfer, key, len(PROMPT), PAGES, host=prefill.host, port=prefill.port)
-        offer = prefill.offer(transfer, key, len(PROMPT))
+        receipt = decode.receive(transfer, digest, len(PROMPT), PAGES, host=prefill.host, port=prefill.port)
+        offer = prefill.offer(transfer, digest, len(PROMPT))
         offer.ready(PAGES[:16], tokens=256)  # pages leave as they are computed
         offer.ready(PAGES, tokens=1000)
         offer.finish()

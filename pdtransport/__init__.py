@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TransportClosed,
     )
     from pdtransport.kv.geometry import KVGeometry, LayerPages, Region
-    from pdtransport.kv.keys import request_key
+    from pdtransport.kv.keys import prompt_digest
     from pdtransport.observe.status import PatchStatus, PeerStatus, TransferStatus, TransportStatus
     from pdtransport.settings import Settings
     from pdtransport.transfer.outcome import Outcome
@@ -49,7 +49,7 @@ _HOME = {
     "Transport": "pdtransport.transport",
     "TransportClosed": "pdtransport.errors",
     "TransportStatus": "pdtransport.observe.status",
-    "request_key": "pdtransport.kv.keys",
+    "prompt_digest": "pdtransport.kv.keys",
 }
 
 __all__ = [
@@ -74,7 +74,7 @@ __all__ = [
     "Transport",
     "TransportClosed",
     "TransportStatus",
-    "request_key",
+    "prompt_digest",
 ]
 __version__ = "0.1.0"
 

@@ -283,7 +283,7 @@ class Transport:
     def offer(
         self,
         transfer: str,
-        key: bytes,
+        prompt_digest: bytes,
         tokens: int,
         on_end: OnOutcome | None = None,
         on_promise: OnPromise | None = None,
@@ -292,22 +292,22 @@ class Transport:
         """Announce a request of ``tokens`` prompt tokens whose pages will be handed over as ``transfer``.
 
         Args:
-            key: content key of the prompt (:func:`pdtransport.kv.keys.request_key`); decode must pass the same.
+            prompt_digest: made of the prompt by :func:`pdtransport.prompt_digest`; decode must pass the same.
             on_end: called in the I/O thread with the outcome. Must not block.
             on_promise: called in the I/O thread, at most once, when decode promises to continue from the first token
                 that :meth:`Offer.finish` names. Must not block.
-            adapter: display name, for error messages, of the adapter whose content ``key`` covers.
+            adapter: display name, for error messages, of the adapter whose content ``prompt_digest`` covers.
 
         Raises:
             InvalidCall: ``transfer`` was offered here before, or an argument is invalid.
             TransportClosed: this transport is closed.
         """
-        blocks = self._checked_prompt(transfer, key, tokens)
+        blocks = self._checked_prompt(transfer, prompt_digest, tokens)
         self._note_offer(transfer)
         offer = Offer(self, transfer, tokens, blocks, on_end)
 
         def opened(transfer_engine: TransferEngine) -> None:
-            transfer_engine.producer.open(offer, transfer, key, tokens, offer._ended, on_promise, adapter)
+            transfer_engine.producer.open(offer, transfer, prompt_digest, tokens, offer._ended, on_promise, adapter)
 
         self._call(opened)
         return offer
@@ -317,7 +317,7 @@ class Transport:
     def receive(
         self,
         transfer: str,
-        key: bytes,
+        prompt_digest: bytes,
         tokens: int,
         pages: Sequence[int],
         *,
@@ -335,7 +335,7 @@ class Transport:
         A transfer id that was used before ends at once, with the code ``reused``.
 
         Args:
-            key: content key of the prompt, as in :meth:`offer`.
+            prompt_digest: as in :meth:`offer`.
             pages: pages to fill, in order of the blocks. Empty: decode holds everything already, and prefill need not
                 keep its pages.
             host: host of the prefill workers, which listen at ``port``, ``port + 1``, ...
@@ -353,12 +353,14 @@ class Transport:
                 argument.
             TransportClosed: this transport is closed.
         """
-        blocks = self._checked_prompt(transfer, key, tokens)
+        blocks = self._checked_prompt(transfer, prompt_digest, tokens)
         if not 0 <= first_block <= blocks:
             raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {blocks} blocks")
         ids = self._checked_pages(pages, blocks - first_block)
         receipt = Receipt(self, transfer, blocks, on_end)
-        wanted = ReceiveRequest(transfer, host, port, ranks, key, tokens, first_block, ids, first_token, on_expected)
+        wanted = ReceiveRequest(
+            transfer, host, port, ranks, prompt_digest, tokens, first_block, ids, first_token, on_expected
+        )
         receipt._in_turn(after, lambda transfer_engine: transfer_engine.consumer.fetch(receipt, wanted, receipt._ended))
         return receipt
 
@@ -427,7 +429,7 @@ class Transport:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def _checked_prompt(self, transfer: str, key: bytes, tokens: int) -> int:
+    def _checked_prompt(self, transfer: str, prompt_digest: bytes, tokens: int) -> int:
         """Check a prompt's arguments and return its number of blocks.
 
         Raises:
@@ -438,9 +440,11 @@ class Transport:
         except ValidationError:
             raise InvalidCall(f"transfer={transfer!r}: 1 to 128 letters, digits, or any of . _ : -") from None
         try:
-            _digest.validate_python(key, strict=True)
+            _digest.validate_python(prompt_digest, strict=True)
         except ValidationError:
-            raise InvalidCall("key: expected the bytes that pdtransport.request_key makes of a prompt") from None
+            raise InvalidCall(
+                "prompt_digest: expected the bytes that pdtransport.prompt_digest makes of a prompt"
+            ) from None
         if tokens < 1:
             raise InvalidCall(f"tokens={tokens}: a prompt has one token or more")
         return -(-tokens // self.geometry.block_size)

@@ -23,12 +23,12 @@ _CHUNK = b"pdt-chunk-1"
 _ADAPTER = b"pdt-adapter-1"
 
 
-def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] = ()) -> bytes:
-    """Key of a whole prompt, 32 bytes.
+def prompt_digest(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] = ()) -> bytes:
+    """Digest of a whole prompt, 32 bytes.
 
     Args:
         tokens: token ids, each within 0 .. 2**32 - 1; any integer sequence or one-dimensional integer array.
-        salt: separates tenants; the same tokens under another salt have another key.
+        salt: separates tenants; the same tokens under another salt have another digest.
         extra: anything else that the KV depends on (adapters, images), in order.
 
     Raises:
@@ -41,18 +41,17 @@ def request_key(tokens: Sequence[int], *, salt: str = "", extra: Sequence[str] =
     return state.digest()
 
 
-def adapted_key(key: bytes, adapter: str) -> bytes:
-    """Key of a prompt that is computed with an adapter, 32 bytes.
+def with_adapter(prompt_digest: bytes, adapter: str) -> bytes:
+    """Digest of a prompt that is computed with an adapter, 32 bytes.
 
-    The first half comes from the prompt, the second from the adapter: a comparison of two keys shows which one differs.
+    The first half comes from the prompt, the second from the adapter: a comparison shows which one differs.
 
     Args:
-        key: :func:`request_key` of the prompt.
+        prompt_digest: :func:`prompt_digest` of the prompt, without the adapter.
         adapter: the adapter's content digest.
     """
-    return (
-        key[: KEY_BYTES // 2] + hashlib.blake2b(adapter.encode(), digest_size=KEY_BYTES // 2, person=_ADAPTER).digest()
-    )
+    half = KEY_BYTES // 2
+    return prompt_digest[:half] + hashlib.blake2b(adapter.encode(), digest_size=half, person=_ADAPTER).digest()
 
 
 def block_keys(tokens: Sequence[int], block_size: int, *, salt: str = "", extra: Sequence[str] = ()) -> list[bytes]:

@@ -229,7 +229,7 @@ class ConsumerMachine:
         if covered != self.grant.blocks:
             return self._give_up(Code.MISMATCH, f"{covered} of {self.grant.blocks} granted blocks were committed")
         places = ((batch.seq, *self._shape(batch)) for batch in batches)
-        if commit_digest(self.grant.digest, places, commit.first_token) != commit.digest:
+        if commit_digest(self.grant.prompt_digest, places, commit.first_token) != commit.digest:
             return self._give_up(Code.MISMATCH, "the commit's digest is not that of the batches received")
         self._move(ConsumerState.READY)
         return [Send(self.peer, self._ack()), Ready(self.grant.transfer, commit.first_token, commit.cached_tokens)]

@@ -82,7 +82,7 @@ class ConsumerTable:
     def begin(
         self,
         transfer: TransferId,
-        digest: bytes,
+        prompt_digest: bytes,
         tokens: int,
         first_block: int,
         blocks: int,
@@ -110,7 +110,7 @@ class ConsumerTable:
                 first_block=first_block,
                 blocks=blocks,
                 tokens=tokens,
-                digest=digest,
+                prompt_digest=prompt_digest,
                 head_lo=part.head_lo,
                 head_hi=part.head_hi,
                 consumers=part.consumers,

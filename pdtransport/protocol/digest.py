@@ -1,4 +1,4 @@
-"""The digest in a Commit: over the request's content key, the place of every batch, and the first token.
+"""The digest in a Commit: over the prompt's digest, the place of every batch, and the first token.
 
 Checksums are not part of it: each batch is verified against its own, and a batch that prefill recomputed after a
 preemption may legitimately differ in its last bits.
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 
 def commit_digest(
-    request_digest: bytes, batches: Iterable[tuple[int, int, int, int]], first_token: int | None = None
+    prompt_digest: bytes, batches: Iterable[tuple[int, int, int, int]], first_token: int | None = None
 ) -> bytes:
     """Digest of a commit, 16 bytes.
 
-    Covers the request's content key, ``(seq, first_block, blocks, nbytes)`` of each batch in order, and the first
+    Covers the prompt's digest, ``(seq, first_block, blocks, nbytes)`` of each batch in order, and the first
     token if the commit names it.
     """
-    state = hashlib.blake2b(request_digest, digest_size=16, person=b"pdt-commit")
+    state = hashlib.blake2b(prompt_digest, digest_size=16, person=b"pdt-commit")
     for batch in batches:
         for number in batch:
             state.update(number.to_bytes(8, "little"))

@@ -88,18 +88,17 @@ class Claim(_Scoped):
 class Grant(_Granted):
     """Consumer: you may send me blocks ``first_block .. first_block + blocks``, ``window_bytes`` in flight at most.
 
-    ``digest`` is the content key of the request (tokens, salt, adapter): prefill aborts the transfer if its own
-    request has another. ``head_lo .. head_hi`` are the KV heads wanted, numbered over all ranks. ``consumers`` is the
-    number of consumer workers that will grant to this producer worker. ``first_token`` is a promise:
-    if the commit names the first token that prefill sampled, decode continues from it or fails the request, and never
-    samples another one.
+    ``prompt_digest`` covers tokens, salt and adapter: prefill aborts the transfer if its own request has another.
+    ``head_lo .. head_hi`` are the KV heads wanted, numbered over all ranks. ``consumers`` is the number of consumer
+    workers that will grant to this producer worker. ``first_token`` is a promise: if the commit names the
+    first token that prefill sampled, decode continues from it or fails the request, and never samples another one.
     """
 
     kind: Literal["grant"] = "grant"
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
     tokens: Annotated[int, Field(ge=1, le=MAX_BLOCKS * 64)]
-    digest: Digest
+    prompt_digest: Digest
     head_lo: Annotated[int, Field(ge=0, le=1 << 16)]
     head_hi: Annotated[int, Field(ge=1, le=1 << 16)]
     consumers: Annotated[int, Field(ge=1, le=4096)] = 1
@@ -163,7 +162,7 @@ class Nack(_Granted):
 
 class Commit(_Granted):
     """Producer: everything is announced: ``batches`` batches, ``tokens`` prompt tokens. ``digest`` covers the prompt's
-    content key, the places of the batches and the first token (:mod:`pdtransport.protocol.digest`). ``first_token`` is
+    digest, the places of the batches and the first token (:mod:`pdtransport.protocol.digest`). ``first_token`` is
     the one that prefill sampled, named only to a consumer that promised to continue from it; None: sample it yourself.
     ``cached_tokens`` counts the prompt tokens that prefill found in its caches, for usage reports; None: unknown."""
 

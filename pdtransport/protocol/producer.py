@@ -235,7 +235,7 @@ class ProducerMachine:
             generation=self.grant.generation,
             batches=len(places),
             tokens=self.tokens,
-            digest=commit_digest(self.grant.digest, places, self._first_token),
+            digest=commit_digest(self.grant.prompt_digest, places, self._first_token),
             first_token=self._first_token,
             cached_tokens=self.cached_tokens,
         )

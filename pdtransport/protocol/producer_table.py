@@ -42,7 +42,7 @@ class _Claimant(NamedTuple):
 class _Request:
     """One request whose pages this worker computes or holds."""
 
-    digest: bytes
+    prompt_digest: bytes
     tokens: int
     blocks: int
     ready: int = 0
@@ -86,11 +86,11 @@ class ProducerTable:
     # -- calls of the engine -------------------------------------------------------------------------------------
 
     def open(
-        self, transfer: TransferId, digest: bytes, tokens: int, blocks: int, now: float, adapter: str = ""
+        self, transfer: TransferId, prompt_digest: bytes, tokens: int, blocks: int, now: float, adapter: str = ""
     ) -> list[Action]:
         """A request to hand over has arrived: ``tokens`` prompt tokens in ``blocks`` blocks.
 
-        ``adapter`` is the display name, for error messages, of the adapter whose content ``digest`` covers.
+        ``adapter`` is the display name, for error messages, of the adapter whose content ``prompt_digest`` covers.
 
         Raises:
             TransferOver: the id is live or over (used before, or given up by decode before the request arrived), or
@@ -103,7 +103,7 @@ class ProducerTable:
             raise TransferOver(code or Code.REUSED, reason or "this transfer id was used before; mint one per dispatch")
         if len(self._requests) >= self.limits.max_transfers:
             raise TransferOver(Code.OVERLOADED, f"{len(self._requests)} transfers are live (max_transfers)")
-        request = _Request(digest, tokens, blocks, adapter=adapter)
+        request = _Request(prompt_digest, tokens, blocks, adapter=adapter)
         self._requests[transfer] = request
         actions: list[Action] = []
         for key in [key for key in self._early_claims if key[0] == transfer]:
@@ -323,8 +323,8 @@ class ProducerTable:
     def _problem_with(self, request: _Request, grant: Grant) -> str:
         if grant.tokens != request.tokens:
             return f"prefill has {request.tokens} prompt tokens, decode expects {grant.tokens}"
-        if grant.digest != request.digest:
-            if grant.digest[:16] == request.digest[:16]:  # see kv.keys.adapted_key
+        if grant.prompt_digest != request.prompt_digest:
+            if grant.prompt_digest[:16] == request.prompt_digest[:16]:  # see kv.keys.with_adapter
                 if request.adapter:
                     return f"prefill's {request.adapter} has not the content of decode's adapter, or decode has none"
                 return "prefill computes without an adapter, decode with one"

@@ -55,7 +55,7 @@ class ReceiveRequest:
     host: str
     port: int
     ranks: int
-    digest: bytes
+    prompt_digest: bytes
     tokens: int
     first_block: int
     pages: Sequence[int]
@@ -245,7 +245,7 @@ class ConsumerDriver:
         try:
             actions = self.receiving.begin(
                 wanted.transfer,
-                wanted.digest,
+                wanted.prompt_digest,
                 wanted.tokens,
                 wanted.first_block,
                 len(wanted.pages),

@@ -109,7 +109,7 @@ class ProducerDriver:
         self,
         owner: object,
         transfer: str,
-        digest: bytes,
+        prompt_digest: bytes,
         tokens: int,
         on_end: OnOutcome,
         on_promise: OnPromise | None = None,
@@ -117,7 +117,7 @@ class ProducerDriver:
     ) -> None:
         blocks = -(-tokens // self._geometry.block_size)
         try:
-            actions = self.sending.open(transfer, digest, tokens, blocks, time.monotonic(), adapter)
+            actions = self.sending.open(transfer, prompt_digest, tokens, blocks, time.monotonic(), adapter)
         except TransferOver as over:
             self._counters[f"opens_refused_{over.code.value}"] += 1
             tell(on_end, Outcome(transfer, False, over.code.value, over.reason))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pdtransport.kv.keys import adapted_key
+from pdtransport.kv.keys import with_adapter
 from pdtransport.vllm.adapters import Adapters, AdapterUnknown, named
 from pdtransport.vllm.metadata import (
     CancelLoad,
@@ -192,7 +192,7 @@ class Adapted:
             self._offered[command.req_id] = command.adapter, digest
         elif command.pages:
             self._take(command, digest)
-        return replace(command, key=adapted_key(command.key, digest))
+        return replace(command, prompt_digest=with_adapter(command.prompt_digest, digest))
 
     def _take(self, command: StartReceive | LoadChunks, digest: str) -> None:
         assert command.adapter is not None

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class Open:
     """Prefill: offer this request's pages as ``transfer``.
 
-    ``key`` is the prompt's digest; a worker adds the content of ``adapter`` to it (:mod:`pdtransport.vllm.adapted`).
+    A worker adds the content of ``adapter`` to ``prompt_digest`` (:mod:`pdtransport.vllm.adapted`).
     """
 
     req_id: str
     transfer: str
-    key: bytes
+    prompt_digest: bytes
     tokens: int
     adapter: LoRARequest | None = None
 
@@ -107,14 +107,14 @@ class SendClaim:
 class StartReceive:
     """Decode: receive blocks ``first_block ..`` of the prompt into ``pages``.
 
-    ``key`` is the prompt's digest, to which a worker adds the adapter's content, as on prefill. ``first_token``:
+    A worker adds the adapter's content to ``prompt_digest``, as on prefill. ``first_token``:
     promise to continue from the first token that prefill returns. With empty ``pages`` (decode already has the prompt's
     blocks) prefill learns that it may free its pages, and nothing is reported to the scheduler.
     """
 
     req_id: str
     transfer: str
-    key: bytes
+    prompt_digest: bytes
     tokens: int
     first_block: int
     pages: list[int]

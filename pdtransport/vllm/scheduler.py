@@ -17,7 +17,7 @@ from pdtransport.engine.crowding import REASON, Crowding
 from pdtransport.engine.request_batches import Batches
 from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.kv.fingerprint import plain
-from pdtransport.kv.keys import request_key
+from pdtransport.kv.keys import prompt_digest
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.system.log_limits import LogLimiter
@@ -84,7 +84,7 @@ class _Producing:
 @dataclass
 class _Consuming:
     params: ConsumeParams
-    key: bytes
+    prompt_digest: bytes
     tokens: int
     request: Request
     first_token: bool = False  # continue from prefill's first token; decode promises that when it starts loading
@@ -271,11 +271,13 @@ class SchedulerSide:
         if wanted.produce is not None:
             tokens = request.num_prompt_tokens
             self._producing[request.request_id] = _Producing(transfer, request, tokens, wanted.produce.first_token)
-            self._before.append(Open(request.request_id, transfer, content_key(request), tokens, request.lora_request))
+            self._before.append(
+                Open(request.request_id, transfer, prompt_digest_of(request), tokens, request.lora_request)
+            )
         elif wanted.consume is not None:
             self._consuming[request.request_id] = _Consuming(
                 wanted.consume.model_copy(update={"transfer_id": transfer}),
-                content_key(request),
+                prompt_digest_of(request),
                 request.num_prompt_tokens,
                 request,
                 first_token=wanted.consume.first_token and self._may_go_on(request),
@@ -415,7 +417,7 @@ class SchedulerSide:
             StartReceive(
                 req_id,
                 p.transfer_id,
-                entry.key,
+                entry.prompt_digest,
                 entry.tokens,
                 first_block,
                 list(pages),
@@ -738,7 +740,7 @@ def _of_embeddings(request: Request) -> bool:
     return request.prompt_token_ids is None or any(each is not None for each in embedded)
 
 
-def content_key(request: Request) -> bytes:
+def prompt_digest_of(request: Request) -> bytes:
     """Digest of what identifies the request's KV: tokens, multimodal inputs and the tenant's salt.
 
     The model is compared separately. Workers add the LoRA adapter's content, which only they know.
@@ -747,4 +749,4 @@ def content_key(request: Request) -> bytes:
     extra: list[str] = []
     for feature in request.mm_features or ():
         extra.append(f"mm:{feature.identifier}:{feature.mm_position.offset}:{feature.mm_position.length}")
-    return request_key(request.prompt_token_ids, salt=request.cache_salt or "", extra=extra)
+    return prompt_digest(request.prompt_token_ids, salt=request.cache_salt or "", extra=extra)

@@ -375,7 +375,7 @@ class WorkerSide:
             self._held.use(command.req_id)
         adapter = named(command.adapter) if command.adapter is not None else ""
         try:
-            offer = transport.offer(command.transfer, command.key, command.tokens, ended, promised, adapter)
+            offer = transport.offer(command.transfer, command.prompt_digest, command.tokens, ended, promised, adapter)
         except InvalidCall as error:  # a router reused its transfer id
             logger.warning("request %s is not handed over: %s", command.req_id, error)
             ended(Outcome(command.transfer, False, Code.REUSED.value, str(error)))
@@ -460,7 +460,7 @@ class WorkerSide:
 
         receipt = transport.receive(
             take.transfer,
-            take.key,
+            take.prompt_digest,
             take.tokens,
             pages,
             host=take.host,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pdtransport import KVGeometry, Settings, Transport, request_key
+from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from pdtransport.links.base import Link
 from pdtransport.transfer.outcome import Outcome
 from tests.faults.inject import install
@@ -59,8 +59,8 @@ def pattern(seed: int, blocks: int) -> np.ndarray:
     return whole.view(np.uint8).reshape(LAYERS, blocks, HEADS, BLOCK_SIZE, SLOT)
 
 
-def key_of(seed: int) -> bytes:
-    return request_key(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
+def digest_of(seed: int) -> bytes:
+    return prompt_digest(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
 
 
 def token_of(seed: int) -> int:
@@ -182,7 +182,7 @@ class Worker:
     def do_offer(self, transfer: str, seed: int, tokens: int) -> None:
         held = self.hold(transfer, seed, -(-tokens // BLOCK_SIZE))
         if held is not None:
-            held.handle = self.transport.offer(transfer, key_of(seed), tokens, self.note)
+            held.handle = self.transport.offer(transfer, digest_of(seed), tokens, self.note)
 
     def do_ready(self, transfer: str, tokens: int) -> None:
         held = self.held.get(transfer)
@@ -213,7 +213,7 @@ class Worker:
             return
         held.handle = self.transport.receive(
             transfer,
-            key_of(seed),
+            digest_of(seed),
             tokens,
             held.pages,
             host=host,

@@ -22,7 +22,7 @@ _WORDS: list[dict[str, Any]] = [
     | {"nbytes": BLOCKS * BLOCK_BYTES, "checksums": bytes(8 * BLOCKS), "offer": bytes(9)},
     {"kind": "commit", "batches": 1, "tokens": _TOKENS, "digest": DIGEST},
     {"kind": "abort", "code": "timeout", "reason": ""},
-    {"kind": "grant", "first_block": 0, "blocks": BLOCKS, "tokens": _TOKENS, "digest": DIGEST} | _PLACE,
+    {"kind": "grant", "first_block": 0, "blocks": BLOCKS, "tokens": _TOKENS, "prompt_digest": DIGEST} | _PLACE,
     {"kind": "received", "seqs": [0]},
     {"kind": "nack", "wants": [[0, 1]], "reason": ""},
     {"kind": "ack"},

@@ -82,7 +82,7 @@ class Letter:
         return name_of(self.to)
 
     def __str__(self) -> str:
-        hidden = {"kind", "digest", "checksums", "offer", "head_lo", "head_hi", "reason", "code"}
+        hidden = {"kind", "digest", "prompt_digest", "checksums", "offer", "head_lo", "head_hi", "reason", "code"}
         fields = {k: v for k, v in self.message.model_dump().items() if k not in hidden and v is not None}
         words = " ".join(f"{name}={value}" for name, value in fields.items())
         return f"{self.sender} -> {self.to} {type(self.message).__name__}({words})"

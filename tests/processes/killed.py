@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pdtransport import KVGeometry, Settings, Transport, request_key
+from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from pdtransport.control.limits import RETRY_FOR_S
 from pdtransport.kv.geometry import Region
 from pdtransport.transfer.outcome import Outcome
@@ -112,8 +112,8 @@ class Job:
     port: int = 0  # of prefill's control channel
 
     @property
-    def key(self) -> bytes:
-        return request_key([self.seed, *range(3)])
+    def digest(self) -> bytes:
+        return prompt_digest([self.seed, *range(3)])
 
     @property
     def tokens(self) -> int:
@@ -145,7 +145,7 @@ class Worker:
     def give(self, job: Job) -> Any:
         """Prefill's part: the pages become final in a few steps."""
         self.memory.fill(job.source, job.seed)
-        offer = self.transport.offer(job.transfer, job.key, job.tokens)
+        offer = self.transport.offer(job.transfer, job.digest, job.tokens)
         for chunk in range(1, CHUNKS + 1):
             offer.ready(job.source, job.tokens * chunk // CHUNKS)
         offer.finish()
@@ -153,7 +153,7 @@ class Worker:
 
     def take(self, job: Job) -> Any:
         """Decode's part."""
-        return self.transport.receive(job.transfer, job.key, job.tokens, job.target, host=HOST, port=job.port)
+        return self.transport.receive(job.transfer, job.digest, job.tokens, job.target, host=HOST, port=job.port)
 
     def live(self) -> int:
         return sum(self.transport.status()["live"].values())

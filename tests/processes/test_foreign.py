@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pdtransport import Settings, request_key
+from pdtransport import Settings, prompt_digest
 from pdtransport.control.events import Identity, MessageReceived, PeerUp
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Abort, Batch, Code, Commit, Grant, Revoke
@@ -53,10 +53,10 @@ def test_a_known_peer_changes_nothing_of_anothers_transfer(pair: Cluster, right:
     """It may know id, generation, prompt and all: no byte of decode's memory, no page of prefill's, no end is its to
     say. Both sides count each word, and the transfer ends as if it had been silent."""
     p, d = pair.prefill[0].transport, pair.decode[0].transport
-    transfer, key = secrets.token_hex(16), request_key(list(range(TOKENS)))
+    transfer, digest = secrets.token_hex(16), prompt_digest(list(range(TOKENS)))
     whole = fill_pages(pair, PAGES, seed=1)
-    offer = p.offer(transfer, key, TOKENS)
-    (receipt,) = receive_all(pair, transfer, key, TOKENS, PAGES)
+    offer = p.offer(transfer, digest, TOKENS)
+    (receipt,) = receive_all(pair, transfer, digest, TOKENS, PAGES)
     offer.ready(PAGES[:SENT], SENT * BLOCK_SIZE)
     wait_for("the first pages cross", lambda: (gathered(pair, PAGES[:SENT]) == whole[:, :SENT]).all())
     consumer = d._engine.consumer.receiving
@@ -75,11 +75,11 @@ def test_a_known_peer_changes_nothing_of_anothers_transfer(pair: Cluster, right:
         places = [(0, 0, len(PAGES), 1 << 16)]
         said = {
             "decode": [word.model_copy(update={"transfer": transfer}) for word in producer_words(generation)]
-            + [Commit(**about, batches=1, tokens=TOKENS, digest=commit_digest(key, places))]
+            + [Commit(**about, batches=1, tokens=TOKENS, digest=commit_digest(digest, places))]
             + [Batch(**about, seq=SENT, first_block=SENT, blocks=1, nbytes=64, checksums=bytes(8), offer=b"")],
             "prefill": [word.model_copy(update={"transfer": transfer}) for word in consumer_words(generation)]
-            + [Grant(**about, first_block=0, blocks=len(PAGES), tokens=TOKENS, digest=key, head_lo=0, head_hi=4,
-                     window_bytes=1 << 30)],
+            + [Grant(**about, first_block=0, blocks=len(PAGES), tokens=TOKENS, prompt_digest=digest, head_lo=0,
+                     head_hi=4, window_bytes=1 << 30)],
         }  # fmt: skip
         before = counted(pair)
         for engine, words in said.items():

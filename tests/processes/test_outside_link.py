@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdtransport import KVGeometry, Settings, Transport, request_key
+from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from pdtransport.errors import LinkUnavailable
 from pdtransport.links.registry import check_links, load, names
 from tests.processes.link_rig import End, pair, shuffled
@@ -69,7 +69,7 @@ def prefill(pipe: Connection, transfer: str) -> None:
     kv[:, PAGES] = np.random.default_rng(7).integers(0, 256, kv[:, PAGES].shape, dtype=np.uint8)
     with Transport(KVGeometry.of_array(kv), Settings.parse({"links": LINKS}), port=0) as transport:
         pipe.send(transport.port)
-        offer = transport.offer(transfer, request_key(list(range(TOKENS))), TOKENS)
+        offer = transport.offer(transfer, prompt_digest(list(range(TOKENS))), TOKENS)
         offer.ready(PAGES, tokens=TOKENS // 2)
         offer.ready(PAGES, tokens=TOKENS)
         offer.finish()
@@ -88,8 +88,8 @@ def test_pages_of_another_process_arrive_over_it_verified() -> None:
         assert pipe.poll(WAIT_S)
         with Transport(KVGeometry.of_array(kv), Settings.parse({"links": LINKS}), port=0) as transport:
             pages = list(reversed(PAGES))  # pages of its own, in its own order
-            key = request_key(list(range(TOKENS)))
-            receipt = transport.receive(transfer, key, TOKENS, pages, host="127.0.0.1", port=pipe.recv())
+            digest = prompt_digest(list(range(TOKENS)))
+            receipt = transport.receive(transfer, digest, TOKENS, pages, host="127.0.0.1", port=pipe.recv())
             assert receipt.result(timeout_s=WAIT_S).ok
             (peer,) = transport.status()["peers"]
             assert (peer["link"], peer["why"]) == ("memfd", "memfd: same host; a copy in a file in memory")

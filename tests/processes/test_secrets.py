@@ -143,7 +143,7 @@ WORKERS = """
 import json, logging, secrets, sys
 logging.basicConfig(level="DEBUG")
 import numpy as np
-from pdtransport import KVGeometry, Settings, Transport, TransferFailed, request_key
+from pdtransport import KVGeometry, Settings, Transport, TransferFailed, prompt_digest
 
 def transport(name, keys):
     control = {"port": 0, "connect_s": 2.0, "curve_public_key_file": keys[0], "curve_secret_key_file": keys[1]}
@@ -152,14 +152,14 @@ def transport(name, keys):
     return Transport(KVGeometry.of_array(np.zeros((1, 8, 2, 16, 64), np.uint8)), settings, engine=name, port=0)
 
 good, bad = json.loads(sys.argv[1])
-key = request_key([1, 2])
+digest = prompt_digest([1, 2])
 with transport("p", good) as p, transport("d", good) as d, transport("m", bad) as m:
     for taker in (d, m):
         transfer = secrets.token_hex(16)
-        offer = p.offer(transfer, key, 2)
+        offer = p.offer(transfer, digest, 2)
         offer.ready([0], 2)
         offer.finish()
-        receipt = taker.receive(transfer, key, 2, [1], host="127.0.0.1", port=p.port)
+        receipt = taker.receive(transfer, digest, 2, [1], host="127.0.0.1", port=p.port)
         try:
             print("ended:", receipt.result(30).ok)
         except TransferFailed as error:

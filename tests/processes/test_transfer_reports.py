@@ -12,7 +12,7 @@ import zmq
 
 from pdtransport.control.watching import WorkerWatch
 from pdtransport.errors import TransferFailed
-from pdtransport.kv.keys import request_key
+from pdtransport.kv.keys import prompt_digest
 from pdtransport.protocol.messages import Code, Ended, Watching
 from pdtransport.settings import ControlSettings, Settings
 from tests.processes.test_transport import BLOCK_SIZE, WAIT_S, Cluster, fill_pages, free_ports, receive_all, worker
@@ -60,13 +60,13 @@ class Watcher:
 def test_each_rank_says_what_it_took_and_how_long_that_took(stack: ExitStack) -> None:
     c = made(stack, ranks=2)
     watchers = [Watcher(stack, c, rank) for rank in range(2)]
-    key, transfer = request_key([1, 2]), secrets.token_hex(16)
+    digest, transfer = prompt_digest([1, 2]), secrets.token_hex(16)
     fill_pages(c, [0], 1)
     for one in c.prefill:
-        offer = one.transport.offer(transfer, key, 2)
+        offer = one.transport.offer(transfer, digest, 2)
         offer.ready([0], 2)
         offer.finish()
-    outcomes = [receipt.result(WAIT_S) for receipt in receive_all(c, transfer, key, 2, [0])]
+    outcomes = [receipt.result(WAIT_S) for receipt in receive_all(c, transfer, digest, 2, [0])]
     for watcher, outcome in zip(watchers, outcomes, strict=True):
         (said,) = watcher.until(1)
         assert (said.transfer, said.code, said.blocks, said.link) == (transfer, None, 1, "cma")
@@ -78,14 +78,14 @@ def test_a_prompt_that_decode_holds_is_told_before_prefill_is_through(stack: Exi
     """Nobody waits for the end of a transfer of nothing, so it is told at its beginning, and once."""
     c = made(stack)
     watcher = Watcher(stack, c)
-    key, transfer = request_key([1, 2, 3]), secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, key, 3)
-    (receipt,) = receive_all(c, transfer, key, 3, [], first=1)
+    digest, transfer = prompt_digest([1, 2, 3]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, digest, 3)
+    (receipt,) = receive_all(c, transfer, digest, 3, [], first=1)
     assert watcher.until(1) == [Ended(transfer=transfer)]
     offer.ready([0], 3)
     offer.finish()
     assert receipt.result(WAIT_S).ok
-    receive_all(c, transfer, key, 3, [0])  # the id was used: told, too, and so the next report
+    receive_all(c, transfer, digest, 3, [0])  # the id was used: told, too, and so the next report
     assert [said.code for said in watcher.until(2)] == [None, Code.REUSED]
 
 
@@ -94,7 +94,7 @@ def test_a_refusal_is_told_with_its_reason(stack: ExitStack) -> None:
     c = made(stack, decode_block=2 * BLOCK_SIZE)
     watcher = Watcher(stack, c)
     transfer = secrets.token_hex(16)
-    (receipt,) = receive_all(c, transfer, request_key([1]), 1, [0])
+    (receipt,) = receive_all(c, transfer, prompt_digest([1]), 1, [0])
     with pytest.raises(TransferFailed):
         receipt.result(WAIT_S)
     (said,) = watcher.until(1)

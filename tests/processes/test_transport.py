@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from pdtransport import InvalidCall, KVGeometry, Receipt, Settings, TransferFailed, Transport, request_key
+from pdtransport import InvalidCall, KVGeometry, Receipt, Settings, TransferFailed, Transport, prompt_digest
 from pdtransport.protocol.messages import Code
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
@@ -121,11 +121,11 @@ def gathered(cluster: Cluster, pages: list[int]) -> np.ndarray:
     return np.concatenate([one.kv[:, pages] for one in cluster.decode], axis=2)
 
 
-def receive_all(cluster: Cluster, transfer: str, key: bytes, tokens: int, pages: list[int], first: int = 0) -> list:
+def receive_all(cluster: Cluster, transfer: str, digest: bytes, tokens: int, pages: list[int], first: int = 0) -> list:
     return [
         one.transport.receive(
             transfer,
-            key,
+            digest,
             tokens,
             pages,
             host="127.0.0.1",
@@ -140,10 +140,10 @@ def receive_all(cluster: Cluster, transfer: str, key: bytes, tokens: int, pages:
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (1, 4)])
 def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: MakeCluster, p: int, d: int) -> None:
     c = cluster(p, d)
-    tokens, key, transfer = 10 * BLOCK_SIZE - 3, request_key(range(157)), secrets.token_hex(16)
+    tokens, digest, transfer = 10 * BLOCK_SIZE - 3, prompt_digest(range(157)), secrets.token_hex(16)
     source, target = [3, 9, 1, 30, 31, 2, 8, 5, 20, 4], [7, 6, 5, 4, 3, 2, 1, 0, 39, 38]
-    receipts = receive_all(c, transfer, key, tokens, target)
-    offers = [one.transport.offer(transfer, key, tokens) for one in c.prefill]
+    receipts = receive_all(c, transfer, digest, tokens, target)
+    offers = [one.transport.offer(transfer, digest, tokens) for one in c.prefill]
     whole = fill_pages(c, source, seed=p * 10 + d)
     for done in (40, 100, tokens):  # chunked prefill
         for offer in offers:
@@ -159,15 +159,15 @@ def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: 
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
 def test_decode_is_told_when_to_expect_the_last_pages(cluster: MakeCluster, p: int, d: int) -> None:
     """No later than they are there, once all prefill workers have said so, and not for those before them."""
-    pair, pages, key = cluster(p, d), [3, 4, 5, 6], request_key(range(64))
+    pair, pages, digest = cluster(p, d), [3, 4, 5, 6], prompt_digest(range(64))
     fill_pages(pair, pages, 1)
     told: list[list[float]] = [[] for _ in pair.decode]
     told_at_end: list[int] = []
-    offers = [one.transport.offer("t", key, 64) for one in pair.prefill]
+    offers = [one.transport.offer("t", digest, 64) for one in pair.prefill]
     receipts = [
         one.transport.receive(
             "t",
-            key,
+            digest,
             64,
             [7, 8, 9, 10],
             host="127.0.0.1",
@@ -200,14 +200,14 @@ def test_decode_is_told_when_to_expect_the_last_pages(cluster: MakeCluster, p: i
 @pytest.mark.parametrize("early", [True, False], ids=["before the grant", "after it"])
 def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) -> None:
     """Of the last pages, before they are computed, whether decode asked by then or not; over links within a host."""
-    pair, key, told = cluster(), request_key(range(64)), queue.Queue[float]()
+    pair, digest, told = cluster(), prompt_digest(range(64)), queue.Queue[float]()
     fill_pages(pair, [3, 4, 5, 6], 1)
     (prefill,), (decode,) = pair.prefill, pair.decode
-    offer, due = prefill.transport.offer("t", key, 64), time.monotonic() + 2.0
+    offer, due = prefill.transport.offer("t", digest, 64), time.monotonic() + 2.0
 
     def ask() -> Receipt:
         return decode.transport.receive(
-            "t", key, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
+            "t", digest, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
         )
 
     if early:
@@ -233,12 +233,12 @@ def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) 
 
 def test_decode_expects_nothing_any_more_of_a_prefill_that_was_preempted(cluster: MakeCluster) -> None:
     """It would begin, and stand still until the prompt's next turn has come."""
-    pair, key, told = cluster(), request_key(range(64)), queue.Queue[float]()
+    pair, digest, told = cluster(), prompt_digest(range(64)), queue.Queue[float]()
     fill_pages(pair, [3, 4, 5, 6], 1)
     (prefill,), (decode,) = pair.prefill, pair.decode
-    offer = prefill.transport.offer("t", key, 64)
+    offer = prefill.transport.offer("t", digest, 64)
     receipt = decode.transport.receive(
-        "t", key, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
+        "t", digest, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
     )
     offer.ready([3, 4, 5, 6], 16)
     until = time.monotonic() + WAIT_S
@@ -261,14 +261,15 @@ def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
 ) -> None:
     """Prefill hears of the promise before it is finished, and nothing is handed over before; each of decode's workers
     then learns what prefill named, or that it named nothing."""
-    pair, pages, key = cluster(p, d), [3, 4], request_key(range(32))
+    pair, pages, digest = cluster(p, d), [3, 4], prompt_digest(range(32))
     whole = fill_pages(pair, pages, 1)
     heard = [threading.Event() for _ in pair.prefill]
     offers = [
-        one.transport.offer("t", key, 32, on_promise=event.set) for one, event in zip(pair.prefill, heard, strict=True)
+        one.transport.offer("t", digest, 32, on_promise=event.set)
+        for one, event in zip(pair.prefill, heard, strict=True)
     ]
     receipts = [
-        one.transport.receive("t", key, 32, [7, 8], host="127.0.0.1", port=pair.port, ranks=p, first_token=True)
+        one.transport.receive("t", digest, 32, [7, 8], host="127.0.0.1", port=pair.port, ranks=p, first_token=True)
         for one in pair.decode
     ]
     for offer in offers:
@@ -287,10 +288,10 @@ def test_decode_learns_the_first_token_that_it_promised_to_go_on_from(
 def test_prefill_lets_go_only_of_what_decode_has_not_granted(cluster: MakeCluster) -> None:
     """What was granted is delivered all the same; what was not is free at once, and a grant that comes later fails."""
     c = cluster()
-    tokens, key = 2 * BLOCK_SIZE, request_key(range(32))
+    tokens, digest = 2 * BLOCK_SIZE, prompt_digest(range(32))
     whole = fill_pages(c, [3, 4], 1)
-    (granted,) = receive_all(c, "granted", key, tokens, [7, 8])
-    offer = c.prefill[0].transport.offer("granted", key, tokens)
+    (granted,) = receive_all(c, "granted", digest, tokens, [7, 8])
+    offer = c.prefill[0].transport.offer("granted", digest, tokens)
     offer.ready([3, 4], BLOCK_SIZE)
     ends = time.monotonic() + WAIT_S
     while c.decode[0].transport.status()["counters"].get("blocks_received", 0) < 1:
@@ -303,7 +304,7 @@ def test_prefill_lets_go_only_of_what_decode_has_not_granted(cluster: MakeCluste
     assert offer.result(WAIT_S).ok
     assert np.array_equal(gathered(c, [7, 8]), whole)
 
-    waiting = c.prefill[0].transport.offer("waiting", key, tokens)
+    waiting = c.prefill[0].transport.offer("waiting", digest, tokens)
     waiting.ready([3, 4], tokens)
     waiting.finish()
     waiting.let_go("kept elsewhere")
@@ -311,19 +312,19 @@ def test_prefill_lets_go_only_of_what_decode_has_not_granted(cluster: MakeCluste
     assert (ended.code, ended.reason) == ("cancelled", "kept elsewhere")
     (record,) = [r for r in c.prefill[0].transport.status()["transfers"] if r["transfer"] == "waiting"]
     assert (record["role"], record["reason"]) == ("producer", "kept elsewhere")
-    (late,) = receive_all(c, "waiting", key, tokens, [7, 8])
+    (late,) = receive_all(c, "waiting", digest, tokens, [7, 8])
     assert not late.future.result(WAIT_S).ok
 
 
 def test_blocks_that_decode_holds_are_not_sent(cluster: MakeCluster) -> None:
     c = cluster()
-    tokens, key, transfer = 8 * BLOCK_SIZE, request_key(range(128)), secrets.token_hex(16)
+    tokens, digest, transfer = 8 * BLOCK_SIZE, prompt_digest(range(128)), secrets.token_hex(16)
     source, target = list(range(8)), [20, 21, 22]
     whole = fill_pages(c, source, seed=1)
-    offer = c.prefill[0].transport.offer(transfer, key, tokens)
+    offer = c.prefill[0].transport.offer(transfer, digest, tokens)
     offer.ready(source, tokens)
     offer.finish()
-    (receipt,) = receive_all(c, transfer, key, tokens, target, first=5)
+    (receipt,) = receive_all(c, transfer, digest, tokens, target, first=5)
     outcome = receipt.result(WAIT_S)
     assert np.array_equal(gathered(c, target), whole[:, 5:])
     assert outcome.nbytes == whole[:, 5:].nbytes == offer.result(WAIT_S).nbytes
@@ -331,11 +332,11 @@ def test_blocks_that_decode_holds_are_not_sent(cluster: MakeCluster) -> None:
 
 def test_a_grant_of_nothing_frees_prefill_at_once(cluster: MakeCluster) -> None:
     c = cluster()
-    key, transfer = request_key([1, 2, 3]), secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, key, 3)
+    digest, transfer = prompt_digest([1, 2, 3]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, digest, 3)
     offer.ready([0], 3)
     offer.finish()
-    (receipt,) = receive_all(c, transfer, key, 3, [], first=1)
+    (receipt,) = receive_all(c, transfer, digest, 3, [], first=1)
     assert receipt.result(WAIT_S).nbytes == 0
     assert offer.result(WAIT_S).ok
 
@@ -344,8 +345,8 @@ def test_another_prompt_under_the_same_transfer_is_refused(cluster: MakeCluster)
     """Promise 1: the wrong prompt's KV is never taken, even if a router mixes ids up."""
     c = cluster()
     transfer = secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, request_key([1, 2, 3]), 3)
-    (receipt,) = receive_all(c, transfer, request_key([1, 2, 4]), 3, [0])
+    offer = c.prefill[0].transport.offer(transfer, prompt_digest([1, 2, 3]), 3)
+    (receipt,) = receive_all(c, transfer, prompt_digest([1, 2, 4]), 3, [0])
     with pytest.raises(TransferFailed, match="different prompts"):
         receipt.result(WAIT_S)
     offer.finish()
@@ -356,23 +357,23 @@ def test_another_prompt_under_the_same_transfer_is_refused(cluster: MakeCluster)
 
 def test_an_unknown_transfer_ends_with_a_reason(cluster: MakeCluster) -> None:
     c = cluster(deadlines={"arrival_s": 0.5})
-    (receipt,) = receive_all(c, secrets.token_hex(16), request_key([1]), 20, [0, 1])
+    (receipt,) = receive_all(c, secrets.token_hex(16), prompt_digest([1]), 20, [0, 1])
     with pytest.raises(TransferFailed, match="did not reach prefill"):
         receipt.result(WAIT_S)
 
 
 def test_a_transfer_id_used_twice_is_refused_on_both_sides(cluster: MakeCluster) -> None:
     c = cluster()
-    key, transfer = request_key([1, 2]), secrets.token_hex(16)
+    digest, transfer = prompt_digest([1, 2]), secrets.token_hex(16)
     for attempt in range(2):
         if attempt:
             with pytest.raises(InvalidCall, match="offered before"):
-                c.prefill[0].transport.offer(transfer, key, 2)
+                c.prefill[0].transport.offer(transfer, digest, 2)
             c.prefill[0].transport._offered.clear()  # nor is it forgotten further down
-        offer = c.prefill[0].transport.offer(transfer, key, 2)
+        offer = c.prefill[0].transport.offer(transfer, digest, 2)
         offer.ready([0], 2)
         offer.finish()
-        (receipt,) = receive_all(c, transfer, key, 2, [0])
+        (receipt,) = receive_all(c, transfer, digest, 2, [0])
         if attempt == 0:
             assert receipt.result(WAIT_S).ok
             assert offer.result(WAIT_S).ok
@@ -385,13 +386,13 @@ def test_a_transfer_id_used_twice_is_refused_on_both_sides(cluster: MakeCluster)
 def test_a_second_offer_under_a_live_transfer_id_can_not_touch_the_first(cluster: MakeCluster) -> None:
     """Promise 1: two requests with one transfer id: only the first one's pages are sent, and it alone may end it."""
     c = cluster()
-    key, transfer = request_key([5]), secrets.token_hex(16)
+    digest, transfer = prompt_digest([5]), secrets.token_hex(16)
     whole = fill_pages(c, [3], seed=3)
-    first = c.prefill[0].transport.offer(transfer, key, 4)
+    first = c.prefill[0].transport.offer(transfer, digest, 4)
     with pytest.raises(InvalidCall, match="offered before"):
-        c.prefill[0].transport.offer(transfer, key, 4)
+        c.prefill[0].transport.offer(transfer, digest, 4)
     c.prefill[0].transport._offered.clear()  # the state machines hold of themselves
-    second = c.prefill[0].transport.offer(transfer, key, 4)
+    second = c.prefill[0].transport.offer(transfer, digest, 4)
     with pytest.raises(TransferFailed, match=r"in use|used before"):
         second.result(WAIT_S)
     second.ready([4], 4)
@@ -399,8 +400,8 @@ def test_a_second_offer_under_a_live_transfer_id_can_not_touch_the_first(cluster
     second.cancel()
     first.ready([3], 4)
     first.finish()
-    (receipt,) = receive_all(c, transfer, key, 4, [0])
-    (again,) = receive_all(c, transfer, key, 4, [1])
+    (receipt,) = receive_all(c, transfer, digest, 4, [0])
+    (again,) = receive_all(c, transfer, digest, 4, [1])
     with pytest.raises(TransferFailed):
         again.result(WAIT_S)
     again.cancel()
@@ -413,10 +414,10 @@ def test_a_second_offer_under_a_live_transfer_id_can_not_touch_the_first(cluster
 def test_an_abort_after_everything_was_acked_is_a_delivery(cluster: MakeCluster) -> None:
     """A router may drop its connection to prefill once decode has answered: nothing was lost."""
     c = cluster()
-    key, transfer = request_key([5]), secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, key, 4)
+    digest, transfer = prompt_digest([5]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, digest, 4)
     offer.ready([3], 4)
-    (receipt,) = receive_all(c, transfer, key, 4, [0])
+    (receipt,) = receive_all(c, transfer, digest, 4, [0])
     assert receipt.result(WAIT_S).ok
     deadline = time.monotonic() + WAIT_S
     while not c.prefill[0].transport.status(transfer)["transfers"][0]["events"].get("acked"):
@@ -428,7 +429,7 @@ def test_an_abort_after_everything_was_acked_is_a_delivery(cluster: MakeCluster)
 
 def test_pages_nobody_takes_are_given_back(cluster: MakeCluster) -> None:
     c = cluster(deadlines={"hold_s": 0.3})
-    offer = c.prefill[0].transport.offer(secrets.token_hex(16), request_key([1]), 5)
+    offer = c.prefill[0].transport.offer(secrets.token_hex(16), prompt_digest([1]), 5)
     offer.ready([0], 5)
     offer.finish()
     with pytest.raises(TransferFailed, match="hold_s"):
@@ -439,8 +440,8 @@ def test_pages_nobody_takes_are_given_back(cluster: MakeCluster) -> None:
 def test_pages_that_decode_declines_are_given_back_at_once(cluster: MakeCluster, p: int, d: int) -> None:
     """Its request is gone before it granted: no deadline has to pass, on either side, and what is booked is why."""
     c = cluster(p, d)
-    key, transfer = request_key([1]), secrets.token_hex(16)
-    offers = [one.transport.offer(transfer, key, 5) for one in c.prefill]
+    digest, transfer = prompt_digest([1]), secrets.token_hex(16)
+    offers = [one.transport.offer(transfer, digest, 5) for one in c.prefill]
     for offer in offers:
         offer.ready([0], 5)
         offer.finish()
@@ -461,9 +462,9 @@ def test_decode_learns_what_prefill_found_in_its_caches(cluster: MakeCluster, p:
     """With the outcome that brings the pages; a prefill that does not say leaves it open."""
     c = cluster(p, d)
     for cached in (0, 16, None):
-        key, transfer = request_key([1]), secrets.token_hex(16)
-        offers = [one.transport.offer(transfer, key, 20) for one in c.prefill]
-        receipts = receive_all(c, transfer, key, 20, [0, 1])
+        digest, transfer = prompt_digest([1]), secrets.token_hex(16)
+        offers = [one.transport.offer(transfer, digest, 20) for one in c.prefill]
+        receipts = receive_all(c, transfer, digest, 20, [0, 1])
         for offer in offers:
             if cached is not None:
                 offer.cached(cached)
@@ -474,23 +475,23 @@ def test_decode_learns_what_prefill_found_in_its_caches(cluster: MakeCluster, p:
 
 def test_a_claim_keeps_pages_longer_than_the_hold(cluster: MakeCluster) -> None:
     c = cluster(deadlines={"hold_s": 0.3})
-    key, transfer = request_key([1]), secrets.token_hex(16)
+    digest, transfer = prompt_digest([1]), secrets.token_hex(16)
     c.decode[0].transport.claim(transfer, host="127.0.0.1", port=c.port)
-    offer = c.prefill[0].transport.offer(transfer, key, 5)
+    offer = c.prefill[0].transport.offer(transfer, digest, 5)
     offer.ready([0], 5)
     time.sleep(0.2)
     offer.finish()
     time.sleep(0.6)
-    (receipt,) = receive_all(c, transfer, key, 5, [0])
+    (receipt,) = receive_all(c, transfer, digest, 5, [0])
     assert receipt.result(WAIT_S).ok
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_an_abort_on_one_side_ends_the_other(cluster: MakeCluster, side: str) -> None:
     c = cluster()
-    key, transfer = request_key(range(64)), secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, key, 64)
-    (receipt,) = receive_all(c, transfer, key, 64, [0, 1, 2, 3])
+    digest, transfer = prompt_digest(range(64)), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, digest, 64)
+    (receipt,) = receive_all(c, transfer, digest, 64, [0, 1, 2, 3])
     offer.ready([0, 1, 2, 3], 32)
     deadline = time.monotonic() + WAIT_S
     while c.decode[0].transport.status()["counters"].get("blocks_received", 0) < 2:
@@ -508,14 +509,14 @@ def test_an_abort_on_one_side_ends_the_other(cluster: MakeCluster, side: str) ->
 
 def test_a_preempted_prefill_sends_what_it_computes_again(cluster: MakeCluster) -> None:
     c = cluster()
-    tokens, key, transfer = 6 * BLOCK_SIZE, request_key(range(96)), secrets.token_hex(16)
+    tokens, digest, transfer = 6 * BLOCK_SIZE, prompt_digest(range(96)), secrets.token_hex(16)
     prefill = c.prefill[0]
-    offer = prefill.transport.offer(transfer, key, tokens)
+    offer = prefill.transport.offer(transfer, digest, tokens)
     fill_pages(c, [0, 1, 2], seed=1)
     offer.ready([0, 1, 2], 3 * BLOCK_SIZE)
     offer.withdraw(WAIT_S)
     prefill.kv[:] = 77  # the engine gave the pages to somebody else
-    (receipt,) = receive_all(c, transfer, key, tokens, [9, 8, 7, 6, 5, 4])
+    (receipt,) = receive_all(c, transfer, digest, tokens, [9, 8, 7, 6, 5, 4])
     source = [30, 31, 32, 33, 34, 35]
     whole = fill_pages(c, source, seed=2)
     offer.ready(source, tokens)
@@ -526,7 +527,7 @@ def test_a_preempted_prefill_sends_what_it_computes_again(cluster: MakeCluster) 
 
 def test_peers_of_another_block_size_are_refused_by_the_name_of_the_field(cluster: MakeCluster) -> None:
     c = cluster(decode_block=BLOCK_SIZE * 2)
-    (receipt,) = receive_all(c, secrets.token_hex(16), request_key([1]), 20, [0])
+    (receipt,) = receive_all(c, secrets.token_hex(16), prompt_digest([1]), 20, [0])
     with pytest.raises(TransferFailed, match="block_size") as caught:
         receipt.result(WAIT_S)
     assert caught.value.code == "refused"
@@ -537,7 +538,7 @@ def test_a_prefill_that_is_not_there_ends_with_a_reason() -> None:
     one = worker(0, 1, settings, 0, 0, "decode", BLOCK_SIZE)
     with one.transport as transport:
         receipt = transport.receive(
-            secrets.token_hex(16), request_key([1]), 20, [0], host="127.0.0.1", port=free_ports(1)
+            secrets.token_hex(16), prompt_digest([1]), 20, [0], host="127.0.0.1", port=free_ports(1)
         )
         with pytest.raises(TransferFailed) as caught:
             receipt.result(WAIT_S)
@@ -549,11 +550,11 @@ def test_many_transfers_at_once_do_not_mix(cluster: MakeCluster) -> None:
     jobs = []
     for i in range(12):
         source, target = [i, 20 + i], [i + 20, i]
-        key, transfer = request_key([i] * 32), secrets.token_hex(16)
-        jobs.append((fill_pages(c, source, seed=i), target, transfer, key, source))
-    receipts = [receive_all(c, t, key, 32, target)[0] for _, target, t, key, _ in jobs]
-    for _, _, transfer, key, source in jobs:
-        offer = c.prefill[0].transport.offer(transfer, key, 32)
+        digest, transfer = prompt_digest([i] * 32), secrets.token_hex(16)
+        jobs.append((fill_pages(c, source, seed=i), target, transfer, digest, source))
+    receipts = [receive_all(c, t, digest, 32, target)[0] for _, target, t, digest, _ in jobs]
+    for _, _, transfer, digest, source in jobs:
+        offer = c.prefill[0].transport.offer(transfer, digest, 32)
         offer.ready(source, 32)
         offer.finish()
     for receipt, (whole, target, *_) in zip(receipts, jobs, strict=True):
@@ -563,13 +564,13 @@ def test_many_transfers_at_once_do_not_mix(cluster: MakeCluster) -> None:
 
 def test_a_handle_can_be_awaited(cluster: MakeCluster) -> None:
     c = cluster()
-    key, transfer = request_key([7]), secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, key, 1)
+    digest, transfer = prompt_digest([7]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, digest, 1)
     offer.ready([0], 1)
     offer.finish()
 
     async def wait() -> bool:
-        (receipt,) = receive_all(c, transfer, key, 1, [0])
+        (receipt,) = receive_all(c, transfer, digest, 1, [0])
         return (await asyncio.wait_for(receipt, WAIT_S)).ok
 
     assert asyncio.run(wait())
@@ -578,7 +579,7 @@ def test_a_handle_can_be_awaited(cluster: MakeCluster) -> None:
 def test_closing_a_transport_ends_its_transfers() -> None:
     settings = Settings.parse({"links": {"order": ["cma"]}})
     one = worker(0, 1, settings, 0, 0, "prefill", BLOCK_SIZE)
-    offer = one.transport.offer(secrets.token_hex(16), request_key([1]), 1)
+    offer = one.transport.offer(secrets.token_hex(16), prompt_digest([1]), 1)
     one.transport.close()
     with pytest.raises(TransferFailed, match="closed"):
         offer.result(WAIT_S)
@@ -587,11 +588,11 @@ def test_closing_a_transport_ends_its_transfers() -> None:
 def test_a_pair_is_measured_once_and_says_what_it_found(cluster: MakeCluster) -> None:
     """Promise 5: which link carries a pair, why, and how fast."""
     c = cluster()
-    key, transfer = request_key([7]), secrets.token_hex(16)
-    offer = c.prefill[0].transport.offer(transfer, key, 1)
+    digest, transfer = prompt_digest([7]), secrets.token_hex(16)
+    offer = c.prefill[0].transport.offer(transfer, digest, 1)
     offer.ready([0], 1)
     offer.finish()
-    (receipt,) = receive_all(c, transfer, key, 1, [0])
+    (receipt,) = receive_all(c, transfer, digest, 1, [0])
     assert receipt.result(WAIT_S).ok
     (peer,) = c.decode[0].transport.status()["peers"]
     assert peer["link"] in peer["why"]
@@ -605,7 +606,7 @@ def test_a_link_below_the_wanted_bandwidth_is_refused_not_taken_in_silence() -> 
     target = worker(0, 1, settings, 0, 0, "decode", BLOCK_SIZE)
     with source.transport, target.transport as transport:
         receipt = transport.receive(
-            secrets.token_hex(16), request_key([1]), 20, [0], host="127.0.0.1", port=source.transport.port
+            secrets.token_hex(16), prompt_digest([1]), 20, [0], host="127.0.0.1", port=source.transport.port
         )
         with pytest.raises(TransferFailed, match="min_bandwidth_bytes_s") as caught:
             receipt.result(WAIT_S)
@@ -622,10 +623,10 @@ def test_pages_on_a_gpu_leave_when_their_event_has_passed() -> None:
         for one in (prefill, decode):
             stack.enter_context(one.transport)
         c = Cluster([prefill], [decode])
-        tokens, key, transfer = 8 * BLOCK_SIZE, request_key(range(128)), secrets.token_hex(16)
+        tokens, digest, transfer = 8 * BLOCK_SIZE, prompt_digest(range(128)), secrets.token_hex(16)
         source, moved, target = list(range(8)), list(range(8, 16)), list(range(20, 28))
-        offer = prefill.transport.offer(transfer, key, tokens)
-        (receipt,) = receive_all(c, transfer, key, tokens, target)
+        offer = prefill.transport.offer(transfer, digest, tokens)
+        (receipt,) = receive_all(c, transfer, digest, tokens, target)
         granted_by = time.monotonic() + WAIT_S
         while not any(record["events"].get("granted") for record in prefill.transport.status()["transfers"]):
             assert time.monotonic() < granted_by

@@ -23,12 +23,12 @@ from pdtransport import (
     Transport,
     TransportClosed,
     TransportStatus,
-    request_key,
+    prompt_digest,
 )
 
 SHAPE = (2, 8, 2, 4, 16)  # layers, blocks, heads, tokens, slot
 TOKENS, PAGES = 10, [1, 2, 3]  # the last of three pages is not full
-KEY = request_key(range(TOKENS))
+DIGEST = prompt_digest(range(TOKENS))
 WAIT_S = 20.0
 
 
@@ -51,32 +51,32 @@ def one_line(caught: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 WRONG: dict[str, tuple[Callable[[Transport, Offer], Any], str]] = {
-    "offered twice": (lambda t, o: t.offer("t", KEY, TOKENS), "t was offered before"),
-    "no id": (lambda t, o: t.offer("", KEY, TOKENS), "transfer=''"),
-    "odd id": (lambda t, o: t.offer("a b\n", KEY, TOKENS), "transfer='a b"),
-    "id of another type": (lambda t, o: t.offer(7, KEY, TOKENS), "transfer=7"),  # type: ignore[arg-type]
-    "no key": (lambda t, o: t.offer("u", b"", TOKENS), "request_key"),
-    "text key": (lambda t, o: t.offer("u", "0" * 32, TOKENS), "request_key"),  # type: ignore[arg-type]
-    "no tokens": (lambda t, o: t.offer("u", KEY, 0), "tokens=0"),
+    "offered twice": (lambda t, o: t.offer("t", DIGEST, TOKENS), "t was offered before"),
+    "no id": (lambda t, o: t.offer("", DIGEST, TOKENS), "transfer=''"),
+    "odd id": (lambda t, o: t.offer("a b\n", DIGEST, TOKENS), "transfer='a b"),
+    "id of another type": (lambda t, o: t.offer(7, DIGEST, TOKENS), "transfer=7"),  # type: ignore[arg-type]
+    "no digest": (lambda t, o: t.offer("u", b"", TOKENS), "prompt_digest"),
+    "text digest": (lambda t, o: t.offer("u", "0" * 32, TOKENS), "prompt_digest"),  # type: ignore[arg-type]
+    "no tokens": (lambda t, o: t.offer("u", DIGEST, 0), "tokens=0"),
     "more pages ready": (lambda t, o: o.ready([1, 2, 3, 4], TOKENS), "4 pages: the prompt has 3"),
     "more tokens ready": (lambda t, o: o.ready(PAGES, TOKENS + 1), "a prompt of 10 tokens"),
     "negative tokens": (lambda t, o: o.ready(PAGES, -1), "tokens=-1"),
     "page that is not there": (lambda t, o: o.ready([1, 2, 8], TOKENS), "the geometry has 0..7"),
     "negative page": (lambda t, o: o.ready([-1, 2], TOKENS), "the geometry has 0..7"),
     "more pages received": (
-        lambda t, o: t.receive("u", KEY, TOKENS, [1, 2, 3, 4], host="127.0.0.1", port=1),
+        lambda t, o: t.receive("u", DIGEST, TOKENS, [1, 2, 3, 4], host="127.0.0.1", port=1),
         "4 pages: the prompt has 3",
     ),
     "more from a later block": (
-        lambda t, o: t.receive("u", KEY, TOKENS, [1, 2], first_block=2, host="127.0.0.1", port=1),
+        lambda t, o: t.receive("u", DIGEST, TOKENS, [1, 2], first_block=2, host="127.0.0.1", port=1),
         "2 pages: the prompt has 1",
     ),
     "block beyond the prompt": (
-        lambda t, o: t.receive("u", KEY, TOKENS, [], first_block=4, host="127.0.0.1", port=1),
+        lambda t, o: t.receive("u", DIGEST, TOKENS, [], first_block=4, host="127.0.0.1", port=1),
         "first_block=4",
     ),
     "received into nowhere": (
-        lambda t, o: t.receive("u", KEY, TOKENS, [1, 2, 99], host="127.0.0.1", port=1),
+        lambda t, o: t.receive("u", DIGEST, TOKENS, [1, 2, 99], host="127.0.0.1", port=1),
         "the geometry has 0..7",
     ),
     "no geometry": (lambda t, o: Transport(np.zeros(SHAPE)), "not ndarray"),  # type: ignore[arg-type]
@@ -88,12 +88,12 @@ WRONG: dict[str, tuple[Callable[[Transport, Offer], Any], str]] = {
 def test_what_cannot_be_raises_at_the_call(what: str, transport: Transport) -> None:
     """And changes nothing: the offer that was there before is handed over."""
     call, says = WRONG[what]
-    offer = transport.offer("t", KEY, TOKENS)
+    offer = transport.offer("t", DIGEST, TOKENS)
     with pytest.raises(InvalidCall) as caught:
         call(transport, offer)
     assert says in one_line(caught)
     with opened() as other:
-        receipt = other.receive("t", KEY, TOKENS, PAGES, host="127.0.0.1", port=transport.port)
+        receipt = other.receive("t", DIGEST, TOKENS, PAGES, host="127.0.0.1", port=transport.port)
         offer.ready(PAGES, TOKENS)
         offer.finish()
         assert receipt.result(WAIT_S).ok
@@ -107,7 +107,7 @@ def test_one_of_many_threads_offers_a_transfer(transport: Transport) -> None:
     def offer(_: int) -> bool:
         at_once.wait(WAIT_S)
         try:
-            transport.offer("t", KEY, TOKENS)
+            transport.offer("t", DIGEST, TOKENS)
         except InvalidCall:
             return False
         return True
@@ -118,12 +118,12 @@ def test_one_of_many_threads_offers_a_transfer(transport: Transport) -> None:
 
 def test_everything_after_close_says_that_it_is_closed() -> None:
     with opened() as transport:
-        offer = transport.offer("t", KEY, TOKENS)
-        receipt = transport.receive("u", KEY, TOKENS, PAGES, host="127.0.0.1", port=1)
+        offer = transport.offer("t", DIGEST, TOKENS)
+        receipt = transport.receive("u", DIGEST, TOKENS, PAGES, host="127.0.0.1", port=1)
     transport.close()  # twice is once
     calls: list[Callable[[], Any]] = [
-        lambda: transport.offer("v", KEY, TOKENS),
-        lambda: transport.receive("v", KEY, TOKENS, PAGES, host="127.0.0.1", port=1),
+        lambda: transport.offer("v", DIGEST, TOKENS),
+        lambda: transport.receive("v", DIGEST, TOKENS, PAGES, host="127.0.0.1", port=1),
         lambda: transport.claim("v", host="127.0.0.1", port=1),
         transport.status,
         lambda: offer.ready(PAGES, TOKENS),
@@ -145,7 +145,7 @@ def test_everything_after_close_says_that_it_is_closed() -> None:
 
 
 def test_waits_that_end_too_early_say_how_long_and_for_what(transport: Transport) -> None:
-    offer = transport.offer("t", KEY, TOKENS)
+    offer = transport.offer("t", DIGEST, TOKENS)
     with pytest.raises(TimedOut, match=r"transfer t has not ended within 0\.01 s") as caught:
         offer.result(0.01)
     one_line(caught)
@@ -172,8 +172,8 @@ def test_asyncio_all_the_way() -> None:
 
     async def main() -> tuple[Outcome, Outcome]:
         async with opened() as prefill, opened() as decode:
-            offer = prefill.offer("t", KEY, TOKENS)
-            receipt = decode.receive("t", KEY, TOKENS, PAGES, host=prefill.host, port=prefill.port)
+            offer = prefill.offer("t", DIGEST, TOKENS)
+            receipt = decode.receive("t", DIGEST, TOKENS, PAGES, host=prefill.host, port=prefill.port)
             offer.ready(PAGES[:1], 4)
 
             async def wait() -> Outcome:
@@ -211,8 +211,8 @@ def test_tensors_of_the_host_are_handed_over_and_outlive_their_names(kind: str) 
     sent, got = geometry(1.5), geometry(0)
     gc.collect()
     with Transport(sent, port=0) as prefill, Transport(got, port=0) as decode:
-        offer = prefill.offer("t", KEY, TOKENS)
-        receipt = decode.receive("t", KEY, TOKENS, [4, 5, 6], host=prefill.host, port=prefill.port)
+        offer = prefill.offer("t", DIGEST, TOKENS)
+        receipt = decode.receive("t", DIGEST, TOKENS, [4, 5, 6], host=prefill.host, port=prefill.port)
         offer.ready(PAGES, TOKENS)
         offer.finish()
         assert receipt.result(WAIT_S).blocks == 3
@@ -224,8 +224,8 @@ def test_tensors_of_the_host_are_handed_over_and_outlive_their_names(kind: str) 
 def test_status_is_what_its_type_says(transport: Transport) -> None:
     """The keys of :class:`TransportStatus`, no more and no less, of peers and transfers too."""
     with opened() as decode:
-        offer = transport.offer("t", KEY, TOKENS)
-        receipt = decode.receive("t", KEY, TOKENS, PAGES, host=transport.host, port=transport.port)
+        offer = transport.offer("t", DIGEST, TOKENS)
+        receipt = decode.receive("t", DIGEST, TOKENS, PAGES, host=transport.host, port=transport.port)
         offer.ready(PAGES, TOKENS)
         offer.finish()
         receipt.result(WAIT_S)

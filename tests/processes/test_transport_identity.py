@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 
-from pdtransport import Settings, Transport, request_key
+from pdtransport import Settings, Transport, prompt_digest
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.transfer.outcome import Outcome
 from pdtransport.transport import Handle
@@ -39,9 +39,9 @@ class Pair:
 
     def start(self) -> tuple[Handle, Handle]:
         """A transfer of which prefill has only half its pages: ``(its offer, decode's receipt)``."""
-        transfer, key = secrets.token_hex(8), request_key(range(TOKENS))
-        receipt = self.decode.receive(transfer, key, TOKENS, PAGES, host="127.0.0.1", port=self.prefill.port)
-        offer = self.prefill.offer(transfer, key, TOKENS)
+        transfer, digest = secrets.token_hex(8), prompt_digest(range(TOKENS))
+        receipt = self.decode.receive(transfer, digest, TOKENS, PAGES, host="127.0.0.1", port=self.prefill.port)
+        offer = self.prefill.offer(transfer, digest, TOKENS)
         offer.ready(PAGES, TOKENS // 2)
         deadline = time.monotonic() + WAIT_S
         while not self.memory[1][:, PAGES[0]].any() or (self.memory[1][:, PAGES[0]] == 255).all():
@@ -51,9 +51,9 @@ class Pair:
 
     def hand_over(self) -> tuple[Outcome, Outcome]:
         """How a whole transfer ended on both sides."""
-        transfer, key = secrets.token_hex(8), request_key(range(TOKENS))
-        receipt = self.decode.receive(transfer, key, TOKENS, PAGES, host="127.0.0.1", port=self.prefill.port)
-        offer = self.prefill.offer(transfer, key, TOKENS)
+        transfer, digest = secrets.token_hex(8), prompt_digest(range(TOKENS))
+        receipt = self.decode.receive(transfer, digest, TOKENS, PAGES, host="127.0.0.1", port=self.prefill.port)
+        offer = self.prefill.offer(transfer, digest, TOKENS)
         offer.ready(PAGES, TOKENS)
         offer.finish()
         got = receipt.future.result(WAIT_S)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from pdtransport import KVGeometry, Settings, Transport, request_key
+from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from pdtransport.kv.geometry import LayerPages, Region, head_range
 from pdtransport.transfer.outcome import Outcome
 from tests.processes.killed import SIDES, Survivor
@@ -143,7 +143,7 @@ class Worker:
         """Prefill's part: the pages become final in a few steps."""
         self._memory.fill(pages, seed)
         tokens = len(pages) * BLOCK_SIZE
-        self._ended[transfer] = offer = self._transport.offer(transfer, request_key([seed]), tokens)
+        self._ended[transfer] = offer = self._transport.offer(transfer, prompt_digest([seed]), tokens)
         for chunk in range(1, CHUNKS + 1):
             offer.ready(pages, tokens * chunk // CHUNKS)
         offer.finish()
@@ -153,7 +153,7 @@ class Worker:
         self._memory.wipe()
         tokens = len(pages) * BLOCK_SIZE
         self._ended[transfer] = self._transport.receive(
-            transfer, request_key([seed]), tokens, pages, host=HOST, port=port, ranks=ranks
+            transfer, prompt_digest([seed]), tokens, pages, host=HOST, port=port, ranks=ranks
         )
 
     def outcome(self, transfer: str) -> Outcome:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pdtransport import KVGeometry, Settings, Transport, request_key
+from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from tests.siege.bystander import Effect, idle, processor_s, resident, settled, watched
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ REQUESTS_PER_S = 500
 NOBODY = 65534
 PROMPT, BLOCK = 256, 32
 PAGES = list(range(PROMPT // BLOCK))
-KEY = request_key(list(range(PROMPT)))
+DIGEST = prompt_digest(list(range(PROMPT)))
 _FLOOD = f"""
 import os, socket, sys, time
 if sys.argv[2] == "other":
@@ -113,8 +113,8 @@ def _requests(attack: str, targets: list[tuple[str, int, int]]) -> tuple[Effect,
 
         def hand_over() -> None:
             transfer = secrets.token_hex(16)
-            receipt = decode.receive(transfer, KEY, PROMPT, PAGES, host=prefill.host, port=prefill.port)
-            offer = prefill.offer(transfer, KEY, PROMPT)
+            receipt = decode.receive(transfer, DIGEST, PROMPT, PAGES, host=prefill.host, port=prefill.port)
+            offer = prefill.offer(transfer, DIGEST, PROMPT)
             offer.ready(PAGES, PROMPT)
             offer.finish()
             receipt.result(30.0)
@@ -198,7 +198,7 @@ def _do(decode: Transport, command: Command) -> None:
 
     if isinstance(command, StartReceive):
         where: dict[str, Any] = {"host": command.host, "port": command.port, "ranks": command.ranks}
-        decode.receive(command.transfer, command.key, command.tokens, command.pages, **where)
+        decode.receive(command.transfer, command.prompt_digest, command.tokens, command.pages, **where)
     elif isinstance(command, SendClaim):
         decode.claim(command.transfer, host=command.host, port=command.port, ranks=command.ranks)
     elif isinstance(command, Decline):

@@ -58,7 +58,7 @@ def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
             "consumers": [4096, 2],
             "tokens": [1 << 26, 1],
             "first_token": [True],
-            "digest": [b"\0" * 32],
+            "prompt_digest": [b"\0" * 32],
         },
         "received": {"seqs": [[], list(range(65536)), [0] * 65536, [(1 << 31) - 1]]},
         "hello": {
@@ -162,7 +162,7 @@ def made_up_grant(transfer: str, generation: int, **more: Any) -> messages.Grant
         "first_block": 0,
         "blocks": 16,
         "tokens": 256,
-        "digest": b"\0" * 32,
+        "prompt_digest": b"\0" * 32,
         "head_lo": 0,
         "head_hi": 2,
         "window_bytes": 1 << 20,

@@ -21,7 +21,7 @@ import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import zmq
 
-from pdtransport import KVGeometry, Settings, Transport, request_key
+from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from pdtransport.errors import PDTransportError
 from pdtransport.protocol import messages
 
@@ -29,7 +29,7 @@ PATIENCE_S = 60.0
 BLOCKS, TAKEN, TOKENS = 256, 16, 16
 SHAPE = (2, BLOCKS, 2, TOKENS, 64)
 PROMPT = list(range(TAKEN * TOKENS))
-KEY = request_key(PROMPT)
+DIGEST = prompt_digest(PROMPT)
 DEADLINES = {
     "answer_s": 1.0,
     "arrival_s": 2.0,
@@ -229,7 +229,7 @@ def _serve() -> None:
     with Transport(KVGeometry.of_array(memory), settings, engine=f"engine-{os.getpid()}", port=0) as transport:
 
         def offer(transfer: str) -> str:
-            offered = transport.offer(transfer, KEY, tokens=len(PROMPT))
+            offered = transport.offer(transfer, DIGEST, tokens=len(PROMPT))
             for done in range(64, len(PROMPT) + 1, 64):
                 offered.ready(list(range(TAKEN)), tokens=done)
             offered.finish()
@@ -244,7 +244,9 @@ def _serve() -> None:
             pages = list(range(place * TAKEN, (place + 1) * TAKEN))
             memory[:, pages] = 0
             try:
-                transport.receive(transfer, KEY, len(PROMPT), pages, host="127.0.0.1", port=port).result(timeout_s=30)
+                transport.receive(transfer, DIGEST, len(PROMPT), pages, host="127.0.0.1", port=port).result(
+                    timeout_s=30
+                )
             except PDTransportError as error:
                 kept = memory[:, pages].copy()
                 time.sleep(0.2)

@@ -346,8 +346,8 @@ def rogue_swap(patch: Patch) -> None:
     """Prefill commits its first batch only, and calls that everything."""
     original = producer_module.commit_digest
 
-    def digest(request_digest: bytes, places: Any, first_token: int | None) -> bytes:
-        return original(request_digest, list(places)[:1], first_token)
+    def digest(prompt_digest: bytes, places: Any, first_token: int | None) -> bytes:
+        return original(prompt_digest, list(places)[:1], first_token)
 
     patch.setattr(producer_module, "commit_digest", digest)
     commit = ProducerMachine._maybe_commit

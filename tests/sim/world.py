@@ -330,7 +330,7 @@ class World:
 
 def short(message: Message) -> str:
     """A message in a line of a trace."""
-    hidden = {"kind", "digest", "checksums", "offer", "transfer"}
+    hidden = {"kind", "digest", "prompt_digest", "checksums", "offer", "transfer"}
     fields = {k: v for k, v in message.model_dump().items() if k not in hidden}
     words = " ".join(f"{k}={getattr(v, 'value', v)}" for k, v in fields.items())
     return f"{type(message).__name__}({getattr(message, 'transfer', '')} {words})"

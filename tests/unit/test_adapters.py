@@ -20,7 +20,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from pdtransport.kv.keys import adapted_key, request_key
+from pdtransport.kv.keys import prompt_digest, with_adapter
 from pdtransport.settings import Settings
 from pdtransport.vllm.adapted import Adapted, BlockOrigins
 from pdtransport.vllm.adapter_requests import AdapterRequests
@@ -181,12 +181,12 @@ def test_what_was_loaded_is_told_once(adapters: Adapters, tmp_path: Path) -> Non
 
 
 def test_a_key_says_which_half_differs() -> None:
-    prompt = request_key([1, 2, 3])
-    one, other = adapted_key(prompt, "a"), adapted_key(prompt, "b")
+    prompt = prompt_digest([1, 2, 3])
+    one, other = with_adapter(prompt, "a"), with_adapter(prompt, "b")
     assert len(one) == 32
     assert one != other
     assert one[:16] == other[:16] == prompt[:16]
-    assert adapted_key(request_key([1, 2]), "a")[16:] == one[16:]
+    assert with_adapter(prompt_digest([1, 2]), "a")[16:] == one[16:]
 
 
 # -- a worker's requests ---------------------------------------------------------------------------------------------
@@ -219,11 +219,11 @@ def worker(adapters: Adapters) -> Worker:
 
 
 def opened(adapter: LoRARequest, req_id: str = "r") -> Open:
-    return Open(req_id, "t", request_key([1]), 40, adapter)
+    return Open(req_id, "t", prompt_digest([1]), 40, adapter)
 
 
 def taken(adapter: LoRARequest, pages: list[int], req_id: str = "r") -> StartReceive:
-    return StartReceive(req_id, "t", request_key([1]), 40, 0, pages, "h", 1, 1, adapter=adapter)
+    return StartReceive(req_id, "t", prompt_digest([1]), 40, 0, pages, "h", 1, 1, adapter=adapter)
 
 
 def pages(*blocks: int, tokens: int = 40, req_id: str = "r") -> Pages:
@@ -239,8 +239,8 @@ def test_keys_wait_for_the_adapter_and_are_of_its_content(worker: Worker, adapte
     one, other = worker.adapted.load()
     assert isinstance(one, Open)
     assert isinstance(other, StartReceive)
-    assert one.key == other.key == adapted_key(request_key([1]), str(adapters.held(1)))
-    assert worker(opened(here, "next")).key == one.key  # at once
+    assert one.prompt_digest == other.prompt_digest == with_adapter(prompt_digest([1]), str(adapters.held(1)))
+    assert worker(opened(here, "next")).prompt_digest == one.prompt_digest  # at once
     assert not worker.refused
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdtransport.kv.keys import KEY_BYTES, MAX_TOKEN, block_keys, request_key
+from pdtransport.kv.keys import KEY_BYTES, MAX_TOKEN, block_keys, prompt_digest
 
 # a busy machine is no fault of the code
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -32,9 +32,9 @@ GOLDEN_BLOCKS = [
 
 
 @pytest.mark.parametrize(("given_", "wanted"), GOLDEN)
-def test_golden_request_keys(given_: tuple[list[int], str, tuple[str, ...]], wanted: str) -> None:
+def test_golden_prompt_digests(given_: tuple[list[int], str, tuple[str, ...]], wanted: str) -> None:
     tokens, salt, extra = given_
-    assert request_key(tokens, salt=salt, extra=extra).hex() == wanted
+    assert prompt_digest(tokens, salt=salt, extra=extra).hex() == wanted
 
 
 def test_golden_block_keys() -> None:
@@ -43,7 +43,7 @@ def test_golden_block_keys() -> None:
 
 
 def test_keys_do_not_depend_on_the_hash_seed() -> None:
-    script = "from pdtransport.kv.keys import *; print(request_key([1, 2], salt='s', extra=('x',)).hex())"
+    script = "from pdtransport.kv.keys import *; print(prompt_digest([1, 2], salt='s', extra=('x',)).hex())"
     found = {
         subprocess.run(
             [sys.executable, "-c", script],
@@ -54,7 +54,7 @@ def test_keys_do_not_depend_on_the_hash_seed() -> None:
         ).stdout
         for seed in ("0", "1")
     }
-    assert found == {request_key([1, 2], salt="s", extra=("x",)).hex() + "\n"}
+    assert found == {prompt_digest([1, 2], salt="s", extra=("x",)).hex() + "\n"}
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_keys_do_not_depend_on_the_hash_seed() -> None:
 )
 def test_the_container_does_not_matter(kind: type) -> None:
     tokens = [5, 0, 31999, 128000]
-    assert request_key(kind(tokens)) == request_key(tokens)
+    assert prompt_digest(kind(tokens)) == prompt_digest(tokens)
     assert block_keys(kind(tokens), 2) == block_keys(tokens, 2)
 
 
 def test_a_strided_array_is_hashed_by_its_values() -> None:
-    assert request_key(np.arange(20)[::2]) == request_key(range(0, 20, 2))
+    assert prompt_digest(np.arange(20)[::2]) == prompt_digest(range(0, 20, 2))
 
 
 @PATIENT
 @given(tokens_, tokens_, st.text(max_size=4), st.text(max_size=4))
 def test_whatever_differs_has_another_key(a: list[int], b: list[int], salt: str, other: str) -> None:
-    assert (request_key(a, salt=salt) == request_key(b, salt=other)) == ((a, salt) == (b, other))
-    assert len(request_key(a)) == KEY_BYTES
+    assert (prompt_digest(a, salt=salt) == prompt_digest(b, salt=other)) == ((a, salt) == (b, other))
+    assert len(prompt_digest(a)) == KEY_BYTES
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_whatever_differs_has_another_key(a: list[int], b: list[int], salt: str,
     ],
 )
 def test_parts_can_not_be_mistaken_for_one_another(one: dict, other: dict) -> None:
-    assert request_key([1], **one) != request_key([1], **other)
+    assert prompt_digest([1], **one) != prompt_digest([1], **other)
     assert block_keys([1], 1, **one) != block_keys([1], 1, **other)
 
 
@@ -105,8 +105,8 @@ def test_prompts_share_the_block_keys_of_their_common_prefix_only(
         assert (left == right) == ((prefix + a)[:end] == (prefix + b)[:end])
 
 
-def test_a_block_key_is_no_request_key_and_depends_on_the_block_size() -> None:
-    assert block_keys([1], 1)[0] != request_key([1])
+def test_a_block_key_is_no_prompt_digest_and_depends_on_the_block_size() -> None:
+    assert block_keys([1], 1)[0] != prompt_digest([1])
     assert block_keys([1, 2], 1)[-1] != block_keys([1, 2], 2)[-1]
     assert block_keys([1, 2], 2, salt="a") != block_keys([1, 2], 2, salt="b")
 
@@ -127,7 +127,7 @@ def test_a_block_key_is_no_request_key_and_depends_on_the_block_size() -> None:
 )
 def test_what_is_no_token_is_an_error(tokens: list) -> None:
     with pytest.raises(ValueError, match="token ids must be"):
-        request_key(tokens)
+        prompt_digest(tokens)
     with pytest.raises(ValueError, match="token ids must be"):
         block_keys(tokens, 1)
 
@@ -138,4 +138,4 @@ def test_a_block_of_no_tokens_is_an_error() -> None:
 
 
 def test_the_largest_token_is_a_token() -> None:
-    assert request_key([MAX_TOKEN]) == request_key(np.array([MAX_TOKEN], dtype=np.uint64))
+    assert prompt_digest([MAX_TOKEN]) == prompt_digest(np.array([MAX_TOKEN], dtype=np.uint64))

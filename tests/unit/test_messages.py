@@ -42,7 +42,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "first_block": st.integers(0, m.MAX_BLOCKS),
         "blocks": st.integers(0, m.MAX_BLOCKS),
         "tokens": st.integers(1, m.MAX_BLOCKS * 64),
-        "digest": digests,
+        "prompt_digest": digests,
         "head_lo": st.integers(0, 1 << 16),
         "head_hi": st.integers(1, 1 << 16),
         "consumers": st.integers(1, 4096),

@@ -52,14 +52,14 @@ def consumer_words(generation: int) -> list[Any]:
         Ack(**about),
         Revoke(**about, code=Code.CANCELLED),
         Grant(**grant_fields(generation), window_bytes=1 << 20),
-        Grant(**{**grant_fields(generation), "digest": bytes(15) + b"x", "consumers": 3}, window_bytes=1),
+        Grant(**{**grant_fields(generation), "prompt_digest": bytes(15) + b"x", "consumers": 3}, window_bytes=1),
     ]
 
 
 def grant_fields(generation: int) -> dict[str, Any]:
     return {
         "transfer": TRANSFER, "generation": generation, "first_block": 0, "blocks": BLOCKS, "tokens": TOKENS,
-        "digest": DIGEST, "head_lo": 0, "head_hi": 4,
+        "prompt_digest": DIGEST, "head_lo": 0, "head_hi": 4,
     }  # fmt: skip
 
 

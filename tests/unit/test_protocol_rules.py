@@ -65,7 +65,7 @@ def grant(blocks: int = 4, generation: int = 100) -> Grant:
         first_block=0,
         blocks=blocks,
         tokens=4 * blocks or 1,
-        digest=DIGEST,
+        prompt_digest=DIGEST,
         head_lo=0,
         head_hi=1,
         window_bytes=4 * BLOCK,

@@ -13,7 +13,7 @@ from pdtransport.protocol.messages import MAX_DUE_US, Accept, Batch, BatchHint, 
 from pdtransport.protocol.producer_table import ProducerTable
 from tests.unit.transfer_rig import (
     BLOCK_BYTES,
-    KEY,
+    DIGEST,
     LIMITS,
     TOKENS,
     TRANSFER,
@@ -155,7 +155,7 @@ def test_prefill_hears_once_of_a_promise_and_its_token_reaches_decode(early: boo
         if early:
             d.fetch(TOKENS, [0], first_token=asks)
             carry(p, d)
-        p.producer.open(p, TRANSFER, KEY, TOKENS, p.outcomes.append, lambda: promises.append("said"))
+        p.producer.open(p, TRANSFER, DIGEST, TOKENS, p.outcomes.append, lambda: promises.append("said"))
         if not early:
             d.fetch(TOKENS, [0], first_token=asks)
         carry(p, d)
@@ -178,7 +178,7 @@ def test_only_its_owner_says_more_of_a_transfer() -> None:
     with pair() as (p, d):
         d.fetch(TOKENS, [0])
         p.open(TOKENS)
-        p.producer.open(other, TRANSFER, KEY, TOKENS, second.append)
+        p.producer.open(other, TRANSFER, DIGEST, TOKENS, second.append)
         assert [outcome.code for outcome in second] == [Code.REUSED.value]
         carry(p, d)
         p.producer.pages_ready(other, TRANSFER, [1], TOKENS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pdtransport import KVGeometry, Settings, TransferFailed, Transport, request_key
+from pdtransport import KVGeometry, Settings, TransferFailed, Transport, prompt_digest
 from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.kv.fingerprint import compare
 from pdtransport.kv.geometry import LayerPages
@@ -54,7 +54,7 @@ def test_a_failed_transfer_raises_however_it_is_waited_for() -> None:
     kv = np.zeros((1, 4, 2, 16, 64), dtype=np.uint8)
     settings = Settings.parse({"control": {"port": 0}, "links": {"order": ["cma"], "probe_bytes": 0}})
     with Transport(KVGeometry.of_array(kv), settings, engine="d") as transport:
-        receipt = transport.receive("t", request_key([1]), 1, [0], host="127.0.0.1", port=1)
+        receipt = transport.receive("t", prompt_digest([1]), 1, [0], host="127.0.0.1", port=1)
         receipt.cancel("enough")
         with pytest.raises(TransferFailed, match=r"t: enough \(cancelled\)"):
             receipt.result(20.0)

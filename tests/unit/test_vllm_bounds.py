@@ -25,7 +25,7 @@ def side(**settings: Any) -> SchedulerSide:
 
 
 def key_of(**facts: Any) -> bytes:
-    """The content key that prefill and decode name for this request: one and the same."""
+    """The prompt's digest that prefill and decode name for this request: one and the same."""
     prefill, decode = side(), side()
     prefill.on_new_request(request(PRODUCE, **facts))
     (opened,) = step(prefill).before
@@ -34,8 +34,8 @@ def key_of(**facts: Any) -> bytes:
     (taken,) = take(decode, made, 0, 1, 2, 3, 4)
     assert isinstance(opened, Open)
     assert isinstance(taken, StartReceive)
-    assert opened.key == taken.key
-    return opened.key
+    assert opened.prompt_digest == taken.prompt_digest
+    return opened.prompt_digest
 
 
 def test_a_tenants_salt_is_part_of_what_a_prompt_is() -> None:

@@ -31,7 +31,7 @@ from pdtransport.transfer.timeline import Timeline
 LAYERS, PAGES, HEADS, TOKENS, SLOT = 2, 40, 2, 16, 64  # tokens of a page, bytes of a head's slot
 BLOCK_BYTES = LAYERS * HEADS * TOKENS * SLOT
 LIMITS = Limits(batch_bytes=BLOCK_BYTES)
-TRANSFER, KEY = "t", bytes(32)
+TRANSFER, DIGEST = "t", bytes(32)
 MAX_TURNS = 10_000
 _CONSUMER = ("claim", "grant", "received", "nack", "ack", "revoke")
 _PRODUCER = ("accept", "batch", "commit", "abort")
@@ -109,11 +109,13 @@ class Worker:
         return found
 
     def open(self, tokens: int, transfer: str = TRANSFER) -> None:
-        self.producer.open(self, transfer, KEY, tokens, self.outcomes.append)
+        self.producer.open(self, transfer, DIGEST, tokens, self.outcomes.append)
 
     def fetch(self, tokens: int, pages: Sequence[int], *, port: int = 1, transfer: str = TRANSFER, **more: Any) -> None:
         facts = {"ranks": 1, "first_block": 0, **more}
-        wanted = ReceiveRequest(transfer, "127.0.0.1", port, digest=KEY, tokens=tokens, pages=list(pages), **facts)
+        wanted = ReceiveRequest(
+            transfer, "127.0.0.1", port, prompt_digest=DIGEST, tokens=tokens, pages=list(pages), **facts
+        )
         self.consumer.fetch(self, wanted, self.outcomes.append)
 
     def ready(self, pages: Sequence[int], tokens: int, transfer: str = TRANSFER) -> None:

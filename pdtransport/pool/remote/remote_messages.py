@@ -107,6 +107,6 @@ def new_transfer() -> str:
     return secrets.token_hex(16)
 
 
-def transfer_key(transfer: str) -> bytes:
-    """The content key of a transfer. A formality: each chunk in it has its own key and checksum."""
+def transfer_digest(transfer: str) -> bytes:
+    """The prompt digest of a transfer of chunks. A formality: each chunk in it has its own key and checksum."""
     return hashlib.blake2b(transfer.encode(), digest_size=32).digest()

@@ -46,7 +46,7 @@ from pdtransport.pool.remote.remote_messages import (
     RemoteWelcome,
     new_transfer,
     to_remote,
-    transfer_key,
+    transfer_digest,
 )
 from pdtransport.protocol.messages import Message
 from pdtransport.settings import Settings
@@ -423,7 +423,7 @@ class RemoteWire(Wire):
         pages = np.frombuffer(frames, dtype=np.uint32).tolist()
         session.transport.receive(
             granted.transfer,
-            transfer_key(granted.transfer),
+            transfer_digest(granted.transfer),
             len(pages),
             pages,
             host=self._host,
@@ -487,7 +487,7 @@ class RemoteWire(Wire):
             return
         assert session.transport is not None
         transfer, pages = new_transfer(), np.frombuffer(frames, dtype=np.uint32).tolist()
-        offer = session.transport.offer(transfer, transfer_key(transfer), len(pages), on_end)
+        offer = session.transport.offer(transfer, transfer_digest(transfer), len(pages), on_end)
         offer.ready(pages, len(pages))
         offer.finish()
         super()._send(

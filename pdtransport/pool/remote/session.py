@@ -22,7 +22,7 @@ from pdtransport.pool import messages
 from pdtransport.pool.core.chunks import parts_of
 from pdtransport.pool.core.requests import KeyAnswer, KeyVerdict
 from pdtransport.pool.local_wire import FOREVER_S, Asked, ServiceSession, Wire
-from pdtransport.pool.remote.remote_messages import RemoteAnswer, RemotePublish, new_transfer, transfer_key
+from pdtransport.pool.remote.remote_messages import RemoteAnswer, RemotePublish, new_transfer, transfer_digest
 from pdtransport.protocol.messages import Message, WireError
 from pdtransport.transfer.outcome import Outcome
 from pdtransport.transport import Offer, Receipt, Transport
@@ -279,7 +279,9 @@ class RemoteClientSession:
         pages = np.frombuffer(frames, dtype="<u4").tolist()
         if not self._enter(errand, move, session):
             return
-        offer = self._transport.offer(transfer, transfer_key(transfer), len(pages), self._on_end(errand, move, session))
+        offer = self._transport.offer(
+            transfer, transfer_digest(transfer), len(pages), self._on_end(errand, move, session)
+        )
         move.handle = offer
         offer.ready(pages, len(pages))
         offer.finish()
@@ -315,7 +317,7 @@ class RemoteClientSession:
 
         move.handle = self._transport.receive(
             message.transfer,
-            transfer_key(message.transfer),
+            transfer_digest(message.transfer),
             len(pages),
             pages,
             host=host,

@@ -135,7 +135,7 @@ BUGS: list[Mutant] = [
         "vllm_bounds",
         (
             "content_key_is_without_salt",
-            "content_key",
+            "prompt_digest_of",
             "request.cache_salt",
             "None",
             "a_tenants_salt_is_part_of_what_a_prompt_is",
@@ -194,10 +194,10 @@ BUGS: list[Mutant] = [
         "pdtransport.vllm.adapted",
         "adapters",
         (
-            "content_key_is_without_adapter",
+            "prompt_digest_is_without_adapter",
             "Adapted._complete",
-            "adapted_key(command.key, digest)",
-            "command.key",
+            "with_adapter(command.prompt_digest, digest)",
+            "command.prompt_digest",
             "keys_wait_for_the_adapter_and_are_of_its_content",
         ),
     ),
