@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdtransport.protocol.messages import Batch, Code, Message
 
 Peer = Any  # identifies one run of one worker process: any hashable value, opaque to the protocol
+
+
+class BatchId(NamedTuple):
+    """One attempt at one batch of a grant."""
+
+    transfer: str
+    peer: Peer
+    generation: int
+    seq: int
+    attempt: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,7 @@ class Send:
 class ReadBatch:
     """Consumer: read ``batch`` into the granted pages and verify it; answer with ``placed``."""
 
-    transfer: str
-    peer: Peer
+    id: BatchId
     batch: Batch
 
 
@@ -84,11 +93,7 @@ class Failed:
 class OfferBatch:
     """Producer: offer these blocks on the link; answer with ``pushed`` or ``push_failed``."""
 
-    transfer: str
-    peer: Peer
-    generation: int
-    seq: int
-    attempt: int
+    id: BatchId
     first_block: int
     blocks: int
     head_lo: int
@@ -102,11 +107,7 @@ class WithdrawBatch:
     If its :class:`OfferBatch` is not answered yet, it needs no answer any more.
     """
 
-    transfer: str
-    peer: Peer
-    generation: int
-    seq: int
-    attempt: int
+    id: BatchId
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from pdtransport.protocol.actions import Action, Failed, Fence, Limits, Peer, ReadBatch, Ready, Send
+from pdtransport.protocol.actions import Action, BatchId, Failed, Fence, Limits, Peer, ReadBatch, Ready, Send
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     Abort,
@@ -184,7 +184,7 @@ class ConsumerMachine:
         if self.state in (ConsumerState.GRANTING, ConsumerState.WAITING):
             self._move(ConsumerState.RECEIVING)
         self._extend(now)
-        return [ReadBatch(self.grant.transfer, self.peer, batch)]
+        return [ReadBatch(BatchId(batch.transfer, self.peer, batch.generation, batch.seq, batch.attempt), batch)]
 
     def _on_commit(self, commit: Commit, now: float) -> list[Action]:
         if self._commit is not None:

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pdtransport.protocol.actions import Action, Failed, Limits, Peer, Ready, Send
+from pdtransport.protocol.actions import Action, BatchId, Failed, Limits, Peer, Ready, Send
 from pdtransport.protocol.consumer import ConsumerMachine
 from pdtransport.protocol.messages import (
     Ack,
@@ -159,15 +159,13 @@ class ConsumerTable:
             return []
         return self._run(machine, machine.on_message(message, now))
 
-    def placed(
-        self, transfer: TransferId, peer: Peer, generation: int, seq: int, attempt: int, error: str | None, now: float
-    ) -> list[Action]:
-        machine = self._machine(transfer, peer)
-        if machine is None or machine.grant.generation != generation:
+    def placed(self, batch: BatchId, error: str | None, now: float) -> list[Action]:
+        machine = self._machine(batch.transfer, batch.peer)
+        if machine is None or machine.grant.generation != batch.generation:
             return []
         if error is not None:
             self.counters["batches_damaged" if error.startswith("damaged") else "batches_failed"] += 1
-        return self._run(machine, machine.placed(seq, attempt, error, now))
+        return self._run(machine, machine.placed(batch.seq, batch.attempt, error, now))
 
     def fenced(self, transfer: TransferId, peer: Peer, generation: int) -> list[Action]:
         machine = self._machine(transfer, peer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdtransport.protocol.actions import Action, Limits, OfferBatch, Peer, Send, WithdrawBatch
+from pdtransport.protocol.actions import Action, BatchId, Limits, OfferBatch, Peer, Send, WithdrawBatch
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import (
     MAX_ATTEMPTS,
@@ -211,11 +211,7 @@ class ProducerMachine:
     def _push(self, out: _Out) -> OfferBatch:
         out.staging = True
         return OfferBatch(
-            transfer=self.grant.transfer,
-            peer=self.peer,
-            generation=self.grant.generation,
-            seq=out.seq,
-            attempt=out.attempt,
+            id=self._id(out),
             first_block=out.first_block,
             blocks=out.blocks,
             head_lo=self.grant.head_lo,
@@ -322,7 +318,10 @@ class ProducerMachine:
         return [self._unstage(out) for out in left]
 
     def _unstage(self, out: _Out) -> WithdrawBatch:
-        return WithdrawBatch(self.grant.transfer, self.peer, self.grant.generation, out.seq, out.attempt)
+        return WithdrawBatch(self._id(out))
+
+    def _id(self, out: _Out) -> BatchId:
+        return BatchId(self.grant.transfer, self.peer, self.grant.generation, out.seq, out.attempt)
 
     def _send_again(self, now: float) -> list[Action]:
         self._retry = min(self._retry * 2, MAX_RETRY_FACTOR * self.limits.retry_s)

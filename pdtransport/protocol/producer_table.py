@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from pdtransport.protocol.actions import Action, Limits, Peer, Release, Send
+from pdtransport.protocol.actions import Action, BatchId, Limits, Peer, Release, Send
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import (
     Abort,
@@ -184,30 +184,18 @@ class ProducerTable:
         self.counters["stale_messages"] += 1
         return []
 
-    def pushed(
-        self,
-        transfer: TransferId,
-        peer: Peer,
-        generation: int,
-        seq: int,
-        attempt: int,
-        checksums: bytes,
-        offer: bytes,
-        now: float,
-    ) -> list[Action]:
-        machine = self._machine(transfer, peer, generation)
+    def pushed(self, batch: BatchId, checksums: bytes, offer: bytes, now: float) -> list[Action]:
+        machine = self._machine(batch)
         if machine is None:
             return []
-        return self._run(machine, machine.pushed(seq, attempt, checksums, offer, now))
+        return self._run(machine, machine.pushed(batch.seq, batch.attempt, checksums, offer, now))
 
-    def push_failed(
-        self, transfer: TransferId, peer: Peer, generation: int, seq: int, attempt: int, error: str
-    ) -> list[Action]:
-        machine = self._machine(transfer, peer, generation)
+    def push_failed(self, batch: BatchId, error: str) -> list[Action]:
+        machine = self._machine(batch)
         if machine is None:
             return []
         self.counters["pushes_failed"] += 1
-        return self._run(machine, machine.push_failed(seq, attempt, error))
+        return self._run(machine, machine.push_failed(batch.seq, batch.attempt, error))
 
     def peer_lost(self, peer: Peer, reason: str) -> list[Action]:
         for key in [key for key in self._early if key[1] == peer]:
@@ -437,10 +425,10 @@ class ProducerTable:
             grants, known = list(early.values()), peer in early
         return not known and bool(grants) and len(grants) >= grants[0].consumers
 
-    def _machine(self, transfer: TransferId, peer: Peer, generation: int) -> ProducerMachine | None:
-        request = self._requests.get(transfer)
-        machine = request.grants.get(peer) if request else None
-        return machine if machine is not None and machine.grant.generation == generation else None
+    def _machine(self, batch: BatchId) -> ProducerMachine | None:
+        request = self._requests.get(batch.transfer)
+        machine = request.grants.get(batch.peer) if request else None
+        return machine if machine is not None and machine.grant.generation == batch.generation else None
 
     def _each(
         self, transfer: TransferId, request: _Request, event: Callable[[ProducerMachine], list[Action]]

@@ -339,9 +339,9 @@ class ConsumerDriver:
                 self._end(action.transfer, action.code, action.reason)
 
     def _place(self, action: act.ReadBatch) -> None:
-        batch, peer = action.batch, self._peers.get(action.peer)
-        sink = self._sinks[action.transfer]
-        done = partial(self._placed, action.transfer, action.peer, batch)
+        batch, peer = action.batch, self._peers.get(action.id.peer)
+        sink = self._sinks[action.id.transfer]
+        done = partial(self._placed, action)
         if peer is None or peer.inbound is None:
             done("link: the peer's link is gone")
             return
@@ -349,26 +349,25 @@ class ConsumerDriver:
             done("link: the batch came without an offer")
             return
         first = batch.first_block - sink.wanted.first_block
-        runs = self._geometry.runs(sink.wanted.pages[first : first + batch.blocks], *sink.heads[action.peer])
+        runs = self._geometry.runs(sink.wanted.pages[first : first + batch.blocks], *sink.heads[action.id.peer])
         key = _key(batch)
-        sink.placing[action.peer].add(key)
+        sink.placing[action.id.peer].add(key)
         try:
             peer.inbound.receive(key, batch.offer[8:], runs, batch.checksums, batch.blocks, done)
         except LinkError as error:
             done(f"link: {error}")
 
-    def _placed(self, transfer: str, peer: PeerId, batch: Batch, error: str | None) -> None:
-        sink = self._sinks.get(transfer)
+    def _placed(self, action: act.ReadBatch, error: str | None) -> None:
+        batch, sink = action.batch, self._sinks.get(action.id.transfer)
         if sink is not None:
-            sink.placing[peer].discard(_key(batch))
+            sink.placing[action.id.peer].discard(_key(batch))
             if error is None:
                 sink.nbytes += batch.nbytes
                 self._counters["bytes_received"] += batch.nbytes
                 self._counters["blocks_received"] += batch.blocks
             else:
-                logger.warning("transfer %s, batch %d: %s", transfer, batch.seq, error)
-        now = time.monotonic()
-        self.run(self.receiving.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, error, now))
+                logger.warning("transfer %s, batch %d: %s", batch.transfer, batch.seq, error)
+        self.run(self.receiving.placed(action.id, error, time.monotonic()))
 
     def _fence(self, action: act.Fence) -> None:
         sink, peer = self._sinks.get(action.transfer), self._peers.get(action.peer)

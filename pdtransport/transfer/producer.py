@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PUSHES_A_TURN = 8  # staging a batch takes about 1 ms: handle control messages in between
 
-_Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, attempt
-
 
 @dataclass(frozen=True)
 class _PreparedBatch:
@@ -95,7 +93,7 @@ class ProducerDriver:
         self._counters = counters
         self._audit = audit
         self._sources: dict[str, OutgoingTransfer] = {}
-        self._staged: dict[_Ident, tuple[Channel, int]] = {}
+        self._staged: dict[act.BatchId, tuple[Channel, int]] = {}
         self._queue: deque[act.OfferBatch] = deque()
         self._next_key = 1
 
@@ -271,9 +269,9 @@ class ProducerDriver:
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """Forget what was offered to ``peer``. The caller has closed its channels."""
-        for ident in [ident for ident in self._staged if ident[1] == peer]:
-            del self._staged[ident]
-        self._queue = deque(push for push in self._queue if push.peer != peer)
+        for batch in [batch for batch in self._staged if batch.peer == peer]:
+            del self._staged[batch]
+        self._queue = deque(push for push in self._queue if push.id.peer != peer)
         self.run(self.sending.peer_lost(peer, reason))
 
     def tick(self, now: float) -> None:
@@ -319,26 +317,25 @@ class ProducerDriver:
         answers: list[Callable[[], list[act.Action]]] = []
         while self._queue and len(answers) < MAX_PUSHES_A_TURN:
             push = self._queue.popleft()
-            ident = _ident(push)
-            if push.peer in busy:
+            if push.id.peer in busy:
                 waiting.append(push)
                 continue
             try:
-                offer, checksums = self._push(push, ident)
+                offer, checksums = self._push(push)
             except LinkBusy:
-                busy.add(push.peer)
+                busy.add(push.id.peer)
                 waiting.append(push)
             except LinkError as error:
-                answers.append(partial(self.sending.push_failed, *ident, f"link: {error}"))
+                answers.append(partial(self.sending.push_failed, push.id, f"link: {error}"))
             else:
-                answers.append(partial(self.sending.pushed, *ident, checksums, offer, time.monotonic()))
+                answers.append(partial(self.sending.pushed, push.id, checksums, offer, time.monotonic()))
         more = bool(self._queue)
         self._queue.extendleft(reversed(waiting))
         for answer in answers:  # after the queue is restored: their actions may withdraw batches from it
             self.run(answer())
         return more
 
-    def _push(self, push: act.OfferBatch, ident: _Ident) -> tuple[bytes, bytes]:
+    def _push(self, push: act.OfferBatch) -> tuple[bytes, bytes]:
         """Offer a batch on its peer's link and return ``(offer, checksums)`` for its announcement.
 
         The offer begins with the batch's link key (8 bytes, little-endian).
@@ -347,20 +344,20 @@ class ProducerDriver:
             LinkBusy: no staging slot is free.
             LinkError: the peer has no link, or it is broken.
         """
-        source, peer = self._sources.get(push.transfer), self._peers.get(push.peer)
+        source, peer = self._sources.get(push.id.transfer), self._peers.get(push.id.peer)
         if source is None or peer is None or peer.outbound is None:
             raise LinkError("the decode worker agreed on no link")
         pages = source.pages[push.first_block : push.first_block + push.blocks]
         key, self._next_key = self._next_key, self._next_key + 1
         blocks = push.blocks if self._checksums else 0
-        early = source.prepared.pop((push.peer, push.first_block, push.blocks), None)
-        if early is not None and early.pages == pages and early.channel is peer.outbound and not push.attempt:
+        early = source.prepared.pop((push.id.peer, push.first_block, push.blocks), None)
+        if early is not None and early.pages == pages and early.channel is peer.outbound and not push.id.attempt:
             runs = early.runs
             offer, checksums = peer.outbound.send(key, runs, blocks, early.what)
         else:
             runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
             offer, checksums = peer.outbound.send(key, runs, blocks)
-        self._staged[ident] = (peer.outbound, key)
+        self._staged[push.id] = (peer.outbound, key)
         nbytes = int(runs[:, 1].sum())
         source.nbytes += nbytes
         source.record.link = peer.outbound.link
@@ -371,17 +368,16 @@ class ProducerDriver:
         if self._audit is not None:
             for block, page in enumerate(pages, push.first_block):
                 who = peer.id.engine, peer.id.rank
-                self._audit.block(push.transfer, "producer", *who, block, page, push.head_lo, push.head_hi)
+                self._audit.block(push.id.transfer, "producer", *who, block, page, push.head_lo, push.head_hi)
         return key.to_bytes(8, "little") + offer, checksums
 
     def _unstage(self, action: act.WithdrawBatch) -> None:
-        ident = _ident(action)
-        staged = self._staged.pop(ident, None)
+        staged = self._staged.pop(action.id, None)
         if staged is not None:
             channel, key = staged
             channel.release(key)
         else:
-            self._queue = deque(push for push in self._queue if _ident(push) != ident)
+            self._queue = deque(push for push in self._queue if push.id != action.id)
 
     def _end(self, action: act.Release) -> None:
         source = self._sources.pop(action.transfer, None)
@@ -409,7 +405,3 @@ class ProducerDriver:
                 events=dict(record.events),
             ),
         )
-
-
-def _ident(action: act.OfferBatch | act.WithdrawBatch) -> _Ident:
-    return action.transfer, action.peer, action.generation, action.seq, action.attempt

@@ -39,8 +39,8 @@ def damage_is_fine() -> None:
     """A batch that arrived damaged counts as placed."""
     placed = ConsumerDriver._placed
 
-    def patched(self: ConsumerDriver, transfer: str, peer: Any, batch: Any, error: str | None) -> None:
-        placed(self, transfer, peer, batch, None if error and error.startswith("damaged") else error)
+    def patched(self: ConsumerDriver, action: Any, error: str | None) -> None:
+        placed(self, action, None if error and error.startswith("damaged") else error)
 
     ConsumerDriver._placed = patched  # type: ignore[method-assign]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pdtransport.protocol.actions import Action, Failed, Fence, ReadBatch, Ready, Send
+from pdtransport.protocol.actions import Action, BatchId, Failed, Fence, ReadBatch, Ready, Send
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.messages import Ack, Batch, Code, Message
 from tests.model.case import HEAD_BYTES, Broken, Case, Letter, born, name_of
@@ -37,7 +37,7 @@ class Consumer:
         self.used: set[int] = before.used if before else set()  # generations, of all incarnations
         self.leases: dict[str, Lease] = {}
         self.content: dict[tuple[int, int], Any] = {}  # (page, first head) -> what lies there; absent: junk
-        self.placing: list[tuple[str, str, Batch]] = []
+        self.placing: list[tuple[BatchId, Batch]] = []
         self.fences: list[tuple[str, str, int]] = []
         self.complete: set[tuple[str, int]] = set()  # (peer, generation) that may be acked
         self.out: list[Letter] = []
@@ -120,20 +120,20 @@ class Consumer:
 
     def _on_copy(self, at: int, tags: tuple[Any, ...]) -> None:
         """A batch is placed and verified; ``tags``: what its sender's memory holds now."""
-        transfer, peer, batch = self.placing.pop(at)
-        self._write(transfer, peer, batch.generation, batch.first_block, batch.blocks, tags)
+        batch_id, batch = self.placing.pop(at)
+        transfer, peer, generation = batch_id[:3]
+        self._write(transfer, peer, generation, batch.first_block, batch.blocks, tags)
         error = None if b"".join(checksum(tag) for tag in tags) == batch.checksums else "damaged: wrong checksum"
         if error is None:
             lease = self.leases[transfer]
             lease.verified[peer] |= set(range(batch.first_block, batch.first_block + batch.blocks))
             if lease.verified[peer] >= set(range(len(self.case.of(transfer).pages))):
-                self.complete.add((peer, batch.generation))
-        self._run(self.book.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, error, 0.0))
+                self.complete.add((peer, generation))
+        self._run(self.book.placed(batch_id, error, 0.0))
 
     def _on_copy_failed(self, at: int) -> None:
-        transfer, peer, batch = self.placing.pop(at)
-        why = "link: the process is gone"
-        self._run(self.book.placed(transfer, peer, batch.generation, batch.seq, batch.attempt, why, 0.0))
+        batch_id, _ = self.placing.pop(at)
+        self._run(self.book.placed(batch_id, "link: the process is gone", 0.0))
 
     def _write(self, transfer: str, peer: str, generation: int, first: int, blocks: int, tags: Sequence[Any]) -> None:
         """Every write into our pages."""
@@ -154,13 +154,13 @@ class Consumer:
 
     def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
         self.fences.remove((transfer, peer, generation))
-        self.placing = [each for each in self.placing if each[:2] != (transfer, peer)]
+        self.placing = [each for each in self.placing if each[0][:2] != (transfer, peer)]
         self._run(self.book.fenced(transfer, peer, generation))
 
     def _on_lose(self, peer: str) -> None:
         """The channel to it is closed: nothing crosses any more."""
         self.up.discard(peer)
-        self.placing = [each for each in self.placing if each[1] != peer]
+        self.placing = [each for each in self.placing if each[0].peer != peer]
         self._run(self.book.peer_lost(peer, "it fell silent"))
 
     def _on_meet(self, peer: str) -> None:
@@ -174,10 +174,10 @@ class Consumer:
                 self._check_said(action.peer, action.message)
                 self.out.append(Letter(self.me, action.peer, plain(action.message)))
             elif isinstance(action, ReadBatch):
-                lease = self.leases.get(action.transfer)
-                if lease is None or lease.generations.get(action.peer) != action.batch.generation:
+                lease = self.leases.get(action.id.transfer)
+                if lease is None or lease.generations.get(action.id.peer) != action.id.generation:
                     raise Broken(f"{self.me} places {action.batch}, which is not granted now")
-                self.placing = sorted([*self.placing, (action.transfer, action.peer, action.batch)], key=_place)
+                self.placing = sorted([*self.placing, (action.id, action.batch)], key=lambda each: each[0])
             elif isinstance(action, Fence):
                 self.fences = sorted([*self.fences, (action.transfer, action.peer, action.generation)])
             elif isinstance(action, Ready):
@@ -195,7 +195,9 @@ class Consumer:
         lease = self.leases.get(transfer)
         if lease is None or lease.ended:
             raise Broken(f"{self.me}: {transfer} ends ({how}) and had ended before")
-        if any(each[0] == transfer for each in self.placing) or any(each[0] == transfer for each in self.fences):
+        if any(each[0].transfer == transfer for each in self.placing) or any(
+            each[0] == transfer for each in self.fences
+        ):
             raise Broken(f"{self.me}: {transfer} ends ({how}) while its pages are still written")
         lease.ended = how
         return lease
@@ -231,8 +233,3 @@ class Consumer:
         names = {"live transfers": self.book.live, "leases": len(self.leases), "copies": len(self.placing)}
         names |= {"fences": len(self.fences), "waits": len(self.book._timers._when)}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
-
-
-def _place(placing: tuple[str, str, Batch]) -> tuple[Any, ...]:
-    transfer, peer, batch = placing
-    return transfer, peer, batch.generation, batch.seq, batch.attempt

@@ -185,9 +185,9 @@ class Explorer:
     def _bytes(self, state: State) -> Iterator[tuple[Label, Callable[[], State]]]:
         """Copies that the consumer makes."""
         consumer = self._views[state.processes[0]]
-        for index, (transfer, peer, batch) in enumerate(consumer.placing):
+        for index, ((transfer, peer, _, seq, attempt), batch) in enumerate(consumer.placing):
             source = self._views[state.processes[self.names.index(name_of(peer))]]
-            what = (transfer, peer, f"seq={batch.seq} attempt={batch.attempt}")
+            what = (transfer, peer, f"seq={seq} attempt={attempt}")
             if source.me != peer:
                 yield ("c", "copy fails", *what), lambda index=index: self.after(state, 0, ("copy_failed", index))  # type: ignore[misc]
                 continue

@@ -111,11 +111,11 @@ class Producer:
 
     def _on_stage(self, at: int) -> None:
         push = self.queue.pop(at)
-        tags = tuple(self.blocks[push.transfer][push.first_block : push.first_block + push.blocks])
+        tags = tuple(self.blocks[push.id.transfer][push.first_block : push.first_block + push.blocks])
         if len(tags) != push.blocks:
             raise Broken(f"{self.me} reads pages for {push}, which it does not hold")
         sums = b"".join(checksum(tag) for tag in tags)
-        self._run(self.book.pushed(*_ident(push), sums, bytes(8), 0.0))
+        self._run(self.book.pushed(push.id, sums, bytes(8), 0.0))
 
     def _on_retry(self, *key: Any) -> None:
         wake(self.book._timers, key)
@@ -145,7 +145,7 @@ class Producer:
     def _on_lose(self, peer: str) -> None:
         """The channel to it is closed: nothing of ours is under way any more."""
         self.up.discard(peer)
-        self.queue = [push for push in self.queue if push.peer != peer]
+        self.queue = [push for push in self.queue if push.id.peer != peer]
         self._run(self.book.peer_lost(peer, "it fell silent"))
 
     def _on_meet(self, peer: str) -> None:
@@ -159,7 +159,7 @@ class Producer:
                 self.out.append(Letter(self.me, action.peer, plain(action.message)))
             elif isinstance(action, OfferBatch):
                 self._check_push(action)
-                self.queue = sorted([*self.queue, action], key=_ident)
+                self.queue = sorted([*self.queue, action], key=lambda push: push.id)
             elif isinstance(action, WithdrawBatch):
                 self._unstage(action)
             elif isinstance(action, Release):
@@ -168,16 +168,13 @@ class Producer:
                 raise Broken(f"a producer can't {action}")
 
     def _check_push(self, push: OfferBatch) -> None:
-        if (push.transfer, push.peer, push.generation) in self.revoked:
-            raise Broken(f"{self.me} pushes batch {push.seq} of {push.transfer} after its grant was revoked")
-        for other in self.queue:
-            same = (other.transfer, other.peer, other.generation, other.seq)
-            if same == (push.transfer, push.peer, push.generation, push.seq):
-                raise Broken(f"{self.me} pushes batch {push.seq} of {push.transfer} while it is under way")
+        if push.id[:3] in self.revoked:
+            raise Broken(f"{self.me} pushes batch {push.id.seq} of {push.id.transfer} after its grant was revoked")
+        if any(other.id[:4] == push.id[:4] for other in self.queue):
+            raise Broken(f"{self.me} pushes batch {push.id.seq} of {push.id.transfer} while it is under way")
 
     def _unstage(self, action: WithdrawBatch) -> None:
-        ident = (action.transfer, action.peer, action.generation, action.seq, action.attempt)
-        self.queue = [push for push in self.queue if _ident(push) != ident]
+        self.queue = [push for push in self.queue if push.id != action.id]
 
     def _release(self, release: Release) -> None:
         transfer = release.transfer
@@ -203,7 +200,3 @@ class Producer:
         names |= {"pushes": len(self.queue)}
         names |= {"waits": len(book._timers._when), "pages": sum(map(len, self.blocks.values()))}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
-
-
-def _ident(push: OfferBatch) -> tuple[str, str, int, int, int]:
-    return push.transfer, push.peer, push.generation, push.seq, push.attempt

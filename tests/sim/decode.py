@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdtransport.kv.geometry import consumers_of, head_range, head_sources
-from pdtransport.protocol.actions import Action, Failed, Fence, ReadBatch, Ready, Send
+from pdtransport.protocol.actions import Action, BatchId, Failed, Fence, ReadBatch, Ready, Send
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.messages import Ack, Batch, Claim, Code, Grant
 from pdtransport.protocol.states import CONSUMER_ENDS
@@ -24,8 +24,7 @@ USE_S = 0.3  # how long the engine reads pages that arrived
 class Placing:
     """A batch on its way into our pages."""
 
-    transfer: str
-    peer: PeerId
+    id: BatchId
     batch: Batch
     left: int
     stopped: bool = False
@@ -98,7 +97,7 @@ class DecodeWorker(Worker):
 
     def on_lost(self, peer: PeerId) -> None:
         """The channel is closed: our copies from it stop."""
-        for placing in [p for p in self.placing if p.peer == peer]:
+        for placing in [p for p in self.placing if p.id.peer == peer]:
             placing.stopped = True
             self.placing.remove(placing)
 
@@ -147,14 +146,13 @@ class DecodeWorker(Worker):
                 raise Violation(f"a consumer can't {action}")
 
     def _on_place(self, action: ReadBatch) -> None:
-        peer, batch = action.peer, action.batch
-        lease = self.leases[action.transfer]
-        if lease.generations.get(peer) != batch.generation:  # type: ignore[call-overload]
+        batch, lease = action.batch, self.leases[action.id.transfer]
+        if lease.generations.get(action.id.peer) != batch.generation:
             raise Violation(f"{self.id} places {batch} of another generation")
         first = batch.first_block - lease.first_block
         if not 0 <= first < first + batch.blocks <= len(lease.pages):
             raise Violation(f"{self.id} places {batch}, which was not granted")
-        placing = Placing(action.transfer, peer, batch, batch.blocks)  # type: ignore[arg-type]
+        placing = Placing(action.id, batch, batch.blocks)
         self.placing.append(placing)
         for index in range(batch.blocks):
             delay = self.world.rng.uniform(0.0, self.world.plan.bytes.copy_delay)
@@ -164,10 +162,10 @@ class DecodeWorker(Worker):
         """Fetch one block, and sum it up."""
         if placing.stopped:
             return
-        batch, peer = placing.batch, placing.peer
-        lease = self.leases.get(placing.transfer)
+        batch, peer = placing.batch, placing.id.peer
+        lease = self.leases.get(placing.id.transfer)
         if lease is None:
-            raise Violation(f"{self.id} still copies into pages of {placing.transfer}, which were given back")
+            raise Violation(f"{self.id} still copies into pages of {placing.id.transfer}, which were given back")
         lo, hi = lease.heads[peer]
         block = batch.first_block + index
         page = lease.pages[block - lease.first_block]
@@ -185,7 +183,7 @@ class DecodeWorker(Worker):
 
     def _fetch(self, placing: Placing, index: int, lo: int, hi: int) -> list[int] | None:
         """What the sender has there right now; None: this ended the placing."""
-        source = self.world.worker(placing.peer)
+        source = self.world.worker(placing.id.peer)
         if not isinstance(source, PrefillWorker):
             self._end(placing, "link: the process is gone")
             return None
@@ -193,7 +191,7 @@ class DecodeWorker(Worker):
             self._end(placing, "link: the copy failed")
             return None
         key = int.from_bytes(placing.batch.offer, "little")
-        if self.world.link(placing.peer, self.id) == "direct":
+        if self.world.link(placing.id.peer, self.id) == "direct":
             staged = source.offered[key]
             return source.memory.read(staged.pages[index], staged.lo, staged.hi)
         slot = source.staged.get(key)
@@ -208,8 +206,8 @@ class DecodeWorker(Worker):
         if self.world.plan.limits.checksums and data != batch.checksums:
             self._end(placing, "damaged: wrong checksum")
             return
-        lease = self.leases[placing.transfer]
-        lease.verified[placing.peer].update(range(batch.first_block, batch.first_block + batch.blocks))
+        lease = self.leases[placing.id.transfer]
+        lease.verified[placing.id.peer].update(range(batch.first_block, batch.first_block + batch.blocks))
         self._end(placing, None)
 
     def _end(self, placing: Placing, error: str | None) -> None:
@@ -217,17 +215,13 @@ class DecodeWorker(Worker):
         self.placing.remove(placing)
         batch = placing.batch
         if self.world.tracing:
-            self.world.say(f"{self.id} placed {placing.transfer} seq={batch.seq}.{batch.attempt}: {error or 'good'}")
-        self.do(
-            self.receiving.placed(
-                placing.transfer, placing.peer, batch.generation, batch.seq, batch.attempt, error, self.world.now
-            )
-        )
+            self.world.say(f"{self.id} placed {placing.id.transfer} seq={batch.seq}.{batch.attempt}: {error or 'good'}")
+        self.do(self.receiving.placed(placing.id, error, self.world.now))
 
     def _on_fence(self, fence: Fence) -> None:
         if self.world.tracing:
             self.world.say(f"{self.id} fenced {fence.transfer} {fence.peer}")
-        for placing in [p for p in self.placing if (p.transfer, p.peer) == (fence.transfer, fence.peer)]:
+        for placing in [p for p in self.placing if p.id[:2] == (fence.transfer, fence.peer)]:
             placing.stopped = True
             self.placing.remove(placing)
         self.do(self.receiving.fenced(fence.transfer, fence.peer, fence.generation))

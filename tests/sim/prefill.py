@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdtransport.kv.geometry import head_range
-from pdtransport.protocol.actions import Action, OfferBatch, Release, Send, WithdrawBatch
+from pdtransport.protocol.actions import Action, BatchId, OfferBatch, Release, Send, WithdrawBatch
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code, Grant, Revoke
 from pdtransport.protocol.messages import Received as ReceivedMessage
@@ -19,14 +19,12 @@ from tests.sim.memory import DAMAGE, JUNK, Memory, cell, checksum
 from tests.sim.plan import BLOCK_SIZE, HEAD_BYTES, TOTAL_HEADS, Request
 from tests.sim.world import Instance, PeerId, Violation, Worker, World
 
-Ident = tuple[str, PeerId, int, int, int]  # transfer, peer, generation, seq, attempt
-
 
 @dataclass
 class Staged:
     """What a receiver may still fetch."""
 
-    ident: Ident
+    id: BatchId
     pages: list[int]
     lo: int
     hi: int
@@ -110,8 +108,8 @@ class PrefillWorker(Worker):
 
     def on_lost(self, peer: PeerId) -> None:
         """The channel to a lost peer is closed: nothing more is staged for it."""
-        self.queue = [push for push in self.queue if push.peer != peer]
-        self.staged = {key: staged for key, staged in self.staged.items() if staged.ident[1] != peer}
+        self.queue = [push for push in self.queue if push.id.peer != peer]
+        self.staged = {key: staged for key, staged in self.staged.items() if staged.id.peer != peer}
 
     def tick(self) -> list[Action]:
         return self.sending.tick(self.world.now)
@@ -159,24 +157,23 @@ class PrefillWorker(Worker):
                 raise Violation(f"a producer can't {action}")
 
     def _on_push(self, push: OfferBatch) -> None:
-        key = (push.transfer, push.peer)
-        grant = self.grants[key]
-        if grant.generation != push.generation or (grant.head_lo, grant.head_hi) != (push.head_lo, push.head_hi):
+        transfer, peer, generation = grant_id = push.id[:3]
+        grant = self.grants[transfer, peer]
+        if grant.generation != generation or (grant.head_lo, grant.head_hi) != (push.head_lo, push.head_hi):
             raise Violation(f"{push} was not granted")
-        if (push.transfer, push.peer, push.generation) in self.revoked:
+        if grant_id in self.revoked:
             raise Violation(f"{push} comes after its grant was revoked")
         end = grant.first_block + grant.blocks
         if not grant.first_block <= push.first_block < push.first_block + push.blocks <= end:
             raise Violation(f"{push} lies outside its grant")
-        flying = self.in_flight[push.transfer, push.peer, push.generation]  # type: ignore[index]
-        flying[push.seq] = push.blocks * self._block_bytes(push.head_lo, push.head_hi)
+        self.in_flight[grant_id][push.id.seq] = push.blocks * self._block_bytes(push.head_lo, push.head_hi)
         self.queue.append(push)
         self.world.at(self.world.rng.uniform(0.0, 0.01), self, self._stage, push)
 
     def _stage(self, push: OfferBatch) -> None:
         if push not in self.queue:
             return  # withdrawn meanwhile
-        kind = self.world.link(self.id, push.peer)
+        kind = self.world.link(self.id, push.id.peer)
         if kind == "slots" and sum(s.copy is not None for s in self.staged.values()) >= self.world.plan.bytes.slots:
             self.world.at(0.02, self, self._stage, push)  # all slots are busy
             return
@@ -184,28 +181,27 @@ class PrefillWorker(Worker):
         if self._fault("error"):
             self._push_failed(push, "link: the send failed")
             return
-        pages = self.pages_of[push.transfer][push.first_block : push.first_block + push.blocks]
+        pages = self.pages_of[push.id.transfer][push.first_block : push.first_block + push.blocks]
         if len(pages) != push.blocks:
             raise Violation(f"{push} names blocks that the request has no pages for")
         copy = [self.memory.read(page, push.head_lo, push.head_hi) for page in pages]
         key = next(self._keys)
-        staged = Staged(_ident(push), pages, push.head_lo, push.head_hi, copy if kind == "slots" else None)
+        staged = Staged(push.id, pages, push.head_lo, push.head_hi, copy if kind == "slots" else None)
         self.staged[key] = self.offered[key] = staged
         self._pushed(push, [checksum(cells) for cells in copy], key)
 
     def _pushed(self, push: OfferBatch, sums: list[bytes], key: int) -> None:
         data = b"".join(sums) if self.world.plan.limits.checksums else b""
         offer = key.to_bytes(8, "little")
-        self.do(self.sending.pushed(*_ident(push), data, offer, self.world.now))
+        self.do(self.sending.pushed(push.id, data, offer, self.world.now))
 
     def _push_failed(self, push: OfferBatch, error: str) -> None:
-        self.do(self.sending.push_failed(*_ident(push), error))
+        self.do(self.sending.push_failed(push.id, error))
 
     def _on_unstage(self, action: WithdrawBatch) -> None:
-        ident = _ident(action)
-        for push in [push for push in self.queue if _ident(push) == ident]:
+        for push in [push for push in self.queue if push.id == action.id]:
             self.queue.remove(push)
-        self.staged = {key: staged for key, staged in self.staged.items() if staged.ident != ident}
+        self.staged = {key: staged for key, staged in self.staged.items() if staged.id != action.id}
 
     def _on_release(self, release: Release) -> None:
         if self.world.tracing:
@@ -404,7 +400,3 @@ def first_token_of(request: Request) -> int:
 
 def is_junk(value: int) -> bool:
     return bool(value & (JUNK | DAMAGE))
-
-
-def _ident(action: OfferBatch | WithdrawBatch) -> Ident:
-    return action.transfer, action.peer, action.generation, action.seq, action.attempt  # type: ignore[return-value]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pdtransport.protocol.actions import Failed, Fence, OfferBatch, ReadBatch, Send
+from pdtransport.protocol.actions import BatchId, Failed, Fence, OfferBatch, ReadBatch, Send
 from pdtransport.protocol.messages import Abort, Accept, Batch, Claim, Code, Grant, Nack
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
@@ -63,7 +63,7 @@ def test_a_commit_of_another_length_is_refused(tokens: int) -> None:
     book = receiving()
     for seq in range(4):
         book.on_message(P, batch(seq), 0.0)
-        book.placed(T, P, 100, seq, 0, None, 0.0)
+        book.placed(BatchId(T, P, 100, seq), None, 0.0)
     actions = book.on_message(P, commit(4, tokens=tokens), 0.0)
     assert of(actions, Fence)
     (failed,) = of(book.fenced(T, P, 100), Failed)
@@ -83,7 +83,7 @@ def test_the_next_attempt_at_a_batch_is_of_the_same_blocks() -> None:
     """A batch that was checked as blocks 0 to 1 can't come back as others: they may belong to another batch."""
     book = receiving()
     book.on_message(P, batch(0), 0.0)
-    book.placed(T, P, 100, 0, 0, "damaged: a bit", 0.0)
+    book.placed(BatchId(T, P, 100, 0), "damaged: a bit", 0.0)
     again = batch(0, attempt=1)
     assert not of(book.on_message(P, again.model_copy(update={"first_block": 1}), 0.1), ReadBatch)
     assert book.machines(T)[0].code is Code.MISMATCH
@@ -96,7 +96,7 @@ def test_a_damaged_batch_is_sent_again_as_often_as_is_set(resends: int) -> None:
     for attempt in range(resends + 1):
         assert book.machines(T)[0].code is None
         book.on_message(P, batch(0, attempt), 0.0)
-        actions = book.placed(T, P, 100, 0, attempt, "damaged: a bit", 0.0)
+        actions = book.placed(BatchId(T, P, 100, 0, attempt), "damaged: a bit", 0.0)
         assert bool(words(actions, Nack)) == (attempt < resends)
     assert book.machines(T)[0].code is Code.DAMAGED
 

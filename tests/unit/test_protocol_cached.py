@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdtransport.protocol.actions import Action, Limits, Ready, Send
+from pdtransport.protocol.actions import Action, BatchId, Limits, Ready, Send
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Batch, Code, Commit, Grant
@@ -39,7 +39,7 @@ def test_the_commit_says_what_prefill_found(cached: int | None, late: bool) -> N
     book.pages_ready(T, 4, 16, 0.0)
     if late:
         book.on_message(D, grant, 0.0)
-    (commit,) = commits(book.pushed(T, D, 100, 0, 0, bytes(32), b"", 0.0))
+    (commit,) = commits(book.pushed(BatchId(T, D, 100, 0), bytes(32), b"", 0.0))
     assert commit.cached_tokens == cached
 
 
@@ -48,7 +48,7 @@ def committed(book: ConsumerTable, cached: int | None, peer: str = P, generation
         transfer=T, generation=generation, seq=0, first_block=0, blocks=4, nbytes=4 * BLOCK, checksums=bytes(32)
     )
     book.on_message(peer, batch, 0.0)
-    book.placed(T, peer, generation, 0, 0, None, 0.0)
+    book.placed(BatchId(T, peer, generation, 0), None, 0.0)
     digest = commit_digest(DIGEST, [(0, 0, 4, 4 * BLOCK)], None)
     commit = Commit(transfer=T, generation=generation, batches=1, tokens=16, digest=digest, cached_tokens=cached)
     return book.on_message(peer, commit, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdtransport.protocol.actions import Action, Failed, Limits, ReadBatch, Ready, Send
+from pdtransport.protocol.actions import Action, BatchId, Failed, Limits, ReadBatch, Ready, Send
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Ack, Batch, Code, Commit, Grant
@@ -37,7 +37,7 @@ def commits(actions: list[Action]) -> list[int | None]:
 
 def all_pushed(book: ProducerTable) -> list[Action]:
     book.pages_ready(T, 4, 16, 0.0)
-    return book.pushed(T, D, 100, 0, 0, bytes(32), b"", 0.0)
+    return book.pushed(BatchId(T, D, 100, 0), bytes(32), b"", 0.0)
 
 
 @pytest.mark.parametrize(("promised", "told"), [(True, TOKEN), (True, None), (False, TOKEN), (False, None)])
@@ -60,7 +60,7 @@ def test_a_promise_that_comes_after_the_end_gets_what_the_router_got() -> None:
     assert not book.promised(T)
     book.finish(T, 0.0, None)
     book.on_message(D, grant_of(True), 1.0)
-    assert commits(book.pushed(T, D, 100, 0, 0, bytes(32), b"", 1.0)) == [None]
+    assert commits(book.pushed(BatchId(T, D, 100, 0), bytes(32), b"", 1.0)) == [None]
 
 
 def commit(token: int | None, named: int | None) -> Commit:
@@ -73,7 +73,7 @@ def took_all(book: ConsumerTable, peer: str = P, generation: int = 100) -> None:
         transfer=T, generation=generation, seq=0, first_block=0, blocks=4, nbytes=4 * BLOCK, checksums=bytes(32)
     )
     assert any(isinstance(a, ReadBatch) for a in book.on_message(peer, batch, 0.0))
-    book.placed(T, peer, generation, 0, 0, None, 0.0)
+    book.placed(BatchId(T, peer, generation, 0), None, 0.0)
 
 
 @pytest.mark.parametrize("token", [None, 0, TOKEN])

@@ -8,6 +8,7 @@ import pytest
 
 from pdtransport.protocol.actions import (
     Action,
+    BatchId,
     Failed,
     Fence,
     Limits,
@@ -99,7 +100,7 @@ def commit(batches: int, tokens: int = 16) -> Commit:
 
 
 def pushed(book: ProducerTable, seq: int, attempt: int = 0, now: float = 0.0) -> list[Action]:
-    return book.pushed(T, D, 100, seq, attempt, bytes(8), b"", now)
+    return book.pushed(BatchId(T, D, 100, seq, attempt), bytes(8), b"", now)
 
 
 def received(*seqs: int) -> Received:
@@ -166,7 +167,7 @@ def test_decode_is_ready_only_after_every_part() -> None:
         said = book.on_message(peer, batch(0, generation=generation), 0.0)
         assert of(said, ReadBatch)
         book.on_message(peer, commit(1, tokens=4).model_copy(update={"generation": generation}), 0.0)
-        said = book.placed(T, peer, generation, 0, 0, None, 0.0)
+        said = book.placed(BatchId(T, peer, generation, 0), None, 0.0)
         assert words(said, Ack)
         assert bool(of(said, Ready)) == (peer == "prefill2")
 
@@ -201,7 +202,7 @@ def test_late_words_of_an_ended_grant_are_answered() -> None:
     book = receiving(blocks=1)
     book.on_message(P, batch(0), 0.0)
     book.on_message(P, commit(1, tokens=4), 0.0)
-    assert of(book.placed(T, P, 100, 0, 0, None, 0.0), Ready)
+    assert of(book.placed(BatchId(T, P, 100, 0), None, 0.0), Ready)
     assert words(book.on_message(P, commit(1, tokens=4), 1.0), Ack)
     assert not words(book.on_message(P, commit(1, tokens=4).model_copy(update={"generation": 7}), 1.0), Ack)
     over = receiving()

@@ -18,7 +18,7 @@ BUGS: list[Mutant] = [
         (
             "withdrawn_batch_stays_in_the_queue",
             "ProducerDriver._unstage",
-            "_ident(push) != ident",
+            "push.id != action.id",
             "True",
             "a_batch_that_was_taken_back_before_its_turn_is_never_staged",
         ),
@@ -125,7 +125,7 @@ BUGS: list[Mutant] = [
         (
             "busy_peer_holds_up_all",
             "ProducerDriver.push_some",
-            "push.peer in busy",
+            "push.id.peer in busy",
             "busy",
             "a_batch_that_finds_no_slot_waits_and_holds_up_no_other_peer",
         ),
