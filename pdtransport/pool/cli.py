@@ -162,8 +162,8 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
         if value is None or path in ("status", "log_level", "tiers", "tier_options"):
             continue
         tier, dot, name = path.partition(".")
-        room = raw.setdefault(tier, {}) if dot else raw
-        room[name or path] = dict(value) if path == "quotas" else value
+        settings = raw.setdefault(tier, {}) if dot else raw
+        settings[name or path] = dict(value) if path == "quotas" else value
     for name, nbytes in arguments.tiers or ():
         raw.setdefault("tiers", {})[name] = {"bytes": nbytes, "options": {}}
     for name, option, text in arguments.tier_options or ():

@@ -77,7 +77,7 @@ class Pool:
             told.append(sorted((part.place, part.verdict, part.checksum, len(part.frames)) for part in parts))
         jobs = [(type(job), job.key) for job in self.chunk_store.jobs]
         there = [self.chunk_store.lookup(keys(number)) for number in range(10)]
-        held = [(asker.session.held_bytes, self.chunk_store.room.frames.free) for asker in self.askers]
+        held = [(asker.session.held_bytes, self.chunk_store.budget.frames.free) for asker in self.askers]
         return (
             told,
             jobs,

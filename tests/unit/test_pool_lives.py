@@ -187,10 +187,10 @@ class Lives(RuleBasedStateMachine):
     def accounts_balance(self) -> None:
         """Frames used are those of entries; limits hold; pinned and referenced chunks are where they should be."""
         kept = [frames for frames in self.chunk_store.frames_of if frames is not None]
-        assert sum(len(frames) // 4 for frames in kept) == 6 - self.chunk_store.room.frames.free
+        assert sum(len(frames) // 4 for frames in kept) == 6 - self.chunk_store.budget.frames.free
         assert len(set(b"".join(kept))) or not kept
-        assert sum(group.used for group in self.chunk_store.room.groups) == 6 - self.chunk_store.room.frames.free
-        assert self.chunk_store.room.groups[1].used <= 3
+        assert sum(group.used for group in self.chunk_store.budget.groups) == 6 - self.chunk_store.budget.frames.free
+        assert self.chunk_store.budget.groups[1].used <= 3
         assert self.chunk_store.lower[0].used <= 5 * FRAME
         for entry, frames in enumerate(self.chunk_store.frames_of):
             if self.chunk_store.index.tiers[entry] & MEMORY:
@@ -207,9 +207,9 @@ class Lives(RuleBasedStateMachine):
         self.chunk_store.drop(keys(*range(12)))
         self.tier_works(fail=False)
         assert len(self.chunk_store.index) == 0
-        assert self.chunk_store.room.frames.free == 6
+        assert self.chunk_store.budget.frames.free == 6
         assert self.chunk_store.lower[0].used == 0
-        assert self.chunk_store.room.hard_frames == 0
+        assert self.chunk_store.budget.hard_frames == 0
         assert not self.tier.held
         assert not self.chunk_store.being_written
         assert all(asker.session.held_bytes == 0 for asker in self.askers)

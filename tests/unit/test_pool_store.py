@@ -49,7 +49,7 @@ def test_a_failed_store_never_becomes_visible_and_the_next_in_line_takes_over() 
     assert reader.told(reading) == []
     on.cancel(other)
     assert reader.told(reading) == [KeyVerdict.MISS]
-    assert (len(on.index), on.room.frames.free) == (0, 4)
+    assert (len(on.index), on.budget.frames.free) == (0, 4)
 
 
 def test_one_request_may_name_a_key_twice() -> None:
@@ -148,7 +148,7 @@ def test_pins() -> None:
     assert asker.put(7) == [KeyVerdict.WRITE]
     assert on.lookup(keys(2)) == (0, 0)
     on.cancel(reading)
-    on.room.tick(10.0)
+    on.budget.tick(10.0)
     asker.put(8, 9, 10, 11)
     assert on.lookup(keys(1)) == (0, 0)
 
@@ -159,22 +159,22 @@ def test_hard_pins_can_not_take_all_memory() -> None:
     Asker(on).put(1, 2, 3, 4)
     assert on.pin(keys(1, 2, 3, 4), HARD, until=None) == 2
     assert on.pin(keys(1, 2), NO_PIN, until=None) == 2
-    assert on.room.hard_frames == 0
+    assert on.budget.hard_frames == 0
 
 
 def test_a_tenant_never_exceeds_its_quota_and_recycles_its_own() -> None:
     """One tenant's flood costs that tenant alone."""
     on = chunk_store(frames=8, quotas={"a": 2 * FRAME})
-    flood, other = Asker(on, on.room.group_of("a")), Asker(on, on.room.group_of("b"))
+    flood, other = Asker(on, on.budget.group_of("a")), Asker(on, on.budget.group_of("b"))
     other.put(1, 2)
     for number in range(10, 30):
         assert flood.put(number) == [KeyVerdict.WRITE]
     assert on.lookup(keys(1, 2)) == (2, 2)
-    assert on.room.groups[1].used == 2
+    assert on.budget.groups[1].used == 2
     assert on.lookup(keys(28, 29)) == (2, 2)
     assert flood.put(99, nbytes=3 * FRAME) == [KeyVerdict.FULL]
     other.put(*range(40, 48))
-    assert on.room.groups[1].used <= 2
+    assert on.budget.groups[1].used <= 2
 
 
 def test_admission_twice_stores_what_comes_again() -> None:
@@ -277,7 +277,7 @@ def test_a_chunk_dropped_on_its_way_down_stays_dropped() -> None:
     on.written_back(job, FRAME)
     assert on.lookup(keys(1)) == (0, 0)
     assert [type(each) for each in on.jobs] == [Delete]
-    assert (tier.used, len(on.index), on.room.frames.free) == (0, 0, 4)
+    assert (tier.used, len(on.index), on.budget.frames.free) == (0, 0, 4)
 
 
 def test_a_chunk_dropped_on_its_way_up_stays_dropped() -> None:
@@ -294,7 +294,7 @@ def test_a_chunk_dropped_on_its_way_up_stays_dropped() -> None:
     on.promoted(job, 7)
     assert asker.told(reading) == [KeyVerdict.MISS]
     assert on.lookup(keys(1)) == (0, 0)
-    assert on.room.frames.free == 1
+    assert on.budget.frames.free == 1
 
 
 def test_a_tier_never_exceeds_its_limit_writes_under_way_included() -> None:

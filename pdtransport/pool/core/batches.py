@@ -35,7 +35,7 @@ def store(store: ChunkTable, request: PoolRequest, entries: Entries, keys: bytes
     ):
         return False
     counts = _frame_counts(store, sizes)
-    frames = store.room.take_all(counts, request.group)
+    frames = store.budget.take_all(counts, request.group)
     if frames is None:
         return False
     added = index.add_all(key_rows(keys))
@@ -68,7 +68,7 @@ def load(store: ChunkTable, request: PoolRequest, entries: Entries, sizes: Seque
         index.refs[entry] += 1
     request.held.update(enumerate(listed))
     session.held_bytes += nbytes
-    store.room.touch_all(listed)
+    store.budget.touch_all(listed)
     if store.hints.nbytes:
         for entry in listed:
             store.hints.loaded(entry)
@@ -97,7 +97,7 @@ def publish(store: ChunkTable, request: PoolRequest, written: Sequence[tuple[int
     index.checksum_column[at] = np.array(checksums, dtype=np.uint64)
     index.state_column[at] = READY
     index.tier_column[at] |= MEMORY
-    store.room.enter_all(entries)
+    store.budget.enter_all(entries)
     store.counters["stored_chunks"] += len(entries)
     store.counters["stored_bytes"] += nbytes
     if store.lower:
@@ -108,5 +108,5 @@ def publish(store: ChunkTable, request: PoolRequest, written: Sequence[tuple[int
 
 def _frame_counts(store: ChunkTable, sizes: Sequence[int]) -> list[int]:
     if len(set(sizes)) == 1:
-        return [frames_for(sizes[0], store.room.frame_bytes)] * len(sizes)
-    return [frames_for(size, store.room.frame_bytes) for size in sizes]
+        return [frames_for(sizes[0], store.budget.frame_bytes)] * len(sizes)
+    return [frames_for(size, store.budget.frame_bytes) for size in sizes]

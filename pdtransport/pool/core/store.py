@@ -168,7 +168,7 @@ class ChunkStore(ChunkTable):
         """
         done = 0
         for entry in self.entries(keys):
-            done += entry >= 0 and bool(self.index.tiers[entry] & MEMORY) and self.room.pin(entry, pin, until)
+            done += entry >= 0 and bool(self.index.tiers[entry] & MEMORY) and self.budget.pin(entry, pin, until)
         return done
 
     def drop(self, keys: bytes) -> int:
@@ -264,7 +264,7 @@ class ChunkStore(ChunkTable):
         if entry < 0:
             entry = index.add(found.key)
             index.nbytes[entry], index.state[entry] = found.nbytes, READY
-            index.group[entry] = self.room.group_of(found.tenant)
+            index.group[entry] = self.budget.group_of(found.tenant)
         index.tiers[entry] |= tier.bit
         tier.enter(entry, found.stored)
         return True
@@ -281,7 +281,7 @@ class ChunkStore(ChunkTable):
         elif request.session.held_bytes + nbytes > self.settings.client_bytes:
             refusal = KeyVerdict.BUSY
         elif self._place_in_index():
-            frames = self.room.take(nbytes, request.group)
+            frames = self.budget.take(nbytes, request.group)
         if frames is None:
             self._answer(request, KeyAnswer(number, refusal))
             return -1
@@ -301,7 +301,7 @@ class ChunkStore(ChunkTable):
             victim = next((tier for tier in reversed(self.lower) if len(tier)), None)
             if victim is not None:
                 self._drop_coldest(victim)
-            elif not self.room.evict_one():
+            elif not self.budget.evict_one():
                 return False
         return len(self.index) < self.index.capacity
 
@@ -321,7 +321,7 @@ class ChunkStore(ChunkTable):
         self.index.refs[entry] += 1
         request.held[number] = entry
         request.session.held_bytes += nbytes
-        self.room.touch(entry)
+        self.budget.touch(entry)
         self.hints.loaded(entry)
         self.counters["loaded_chunks"] += 1
         self.counters["loaded_bytes"] += nbytes
@@ -346,7 +346,7 @@ class ChunkStore(ChunkTable):
         """Make a chunk visible whose bytes are complete and verified, and answer the requests that wait for it."""
         self.index.state[entry] = READY
         self.index.tiers[entry] |= MEMORY
-        self.room.enter(entry)
+        self.budget.enter(entry)
         self.serve(entry, self.waiters.pop(entry))
 
     def serve(self, entry: int, waiting: Iterable[tuple[PoolRequest, int]] | None) -> None:

@@ -41,7 +41,7 @@ class ChunkTable:
         self.settings = settings
         self.index = Index(settings.max_chunks)
         quotas = {name: limit // settings.frame_bytes for name, limit in settings.quotas.items()}
-        self.room = MemoryBudget(
+        self.budget = MemoryBudget(
             self.index, Frames(frames), settings.frame_bytes, settings.policy, quotas, self._evicted
         )
         self.lower = list(lower)
@@ -76,16 +76,16 @@ class ChunkTable:
         """Take chunks out of memory that the budget has evicted; none of them is referenced."""
         index = self.index
         self.counters["evicted_chunks"] += len(entries)
-        if len(entries) == 1 or len(self.room.groups) > 1:
+        if len(entries) == 1 or len(self.budget.groups) > 1:
             for entry in entries:
                 self.left_memory(entry)
             return
         at = np.array(entries)
         index.tier_column[at] &= ~MEMORY & 0xFF
         for entry in entries:
-            self.room.forget_pin(entry)
+            self.budget.forget_pin(entry)
             self.hints.left(entry)
-        self.room.give_back(
+        self.budget.give_back(
             b"".join([self.frames_of[entry] or b"" for entry in entries]), int(index.group_column[at[0]])
         )
         for entry in entries:
@@ -99,12 +99,12 @@ class ChunkTable:
 
     def leave_memory(self, entry: int) -> None:
         """Make the chunk invisible in memory at once; its frames are freed when the last reader releases them."""
-        self.room.leave(entry)
+        self.budget.leave(entry)
         self.left_memory(entry)
 
     def left_memory(self, entry: int) -> None:
         self.index.tiers[entry] &= ~MEMORY & 0xFF
-        self.room.forget_pin(entry)
+        self.budget.forget_pin(entry)
         self.hints.left(entry)
         if self.index.refs[entry] == 0:
             self._free_frames(entry)
@@ -113,7 +113,7 @@ class ChunkTable:
     def _free_frames(self, entry: int) -> None:
         frames, self.frames_of[entry] = self.frames_of[entry], None
         assert frames is not None
-        self.room.give_back(frames, self.index.group[entry])
+        self.budget.give_back(frames, self.index.group[entry])
 
     def _forget_if_gone(self, entry: int) -> None:
         if not self.index.tiers[entry] and self.index.state[entry] == READY and self.frames_of[entry] is None:
@@ -124,7 +124,7 @@ class ChunkTable:
     # -- lower tiers ------------------------------------------------------------------------------------------------
 
     def _tenant(self, entry: int) -> str:
-        return self.room.groups[self.index.group[entry]].name
+        return self.budget.groups[self.index.group[entry]].name
 
     def _holder(self, entry: int) -> TierState | None:
         """The fastest reachable lower tier that has the chunk."""
@@ -137,7 +137,7 @@ class ChunkTable:
         """
         tier, nbytes = self._holder(entry), self.index.nbytes[entry]
         busy = self.index.refs[entry]  # it was dropped from memory while a reader still holds its frames
-        frames = None if busy or tier is None else self.room.take(nbytes, self.index.group[entry])
+        frames = None if busy or tier is None else self.budget.take(nbytes, self.index.group[entry])
         if frames is None or tier is None:
             return False
         self.frames_of[entry] = frames

@@ -67,7 +67,7 @@ class RemoteServer:
         self._context: zmq.Context[Socket] = zmq.Context(1)
         self._silence_s = settings.remote.liveness_s
         control = settings.remote.control(0).model_copy(update={"max_frame_bytes": messages.MAX_FRAME_BYTES})
-        self._guests: dict[bytes, RemoteClientSession] = {}
+        self._sessions: dict[bytes, RemoteClientSession] = {}
         self._strangers: OrderedDict[bytes, _Stranger] = OrderedDict()  # by route; includes clients after their Hello
         self._leaving: list[RemoteClientSession] = []
         self._gatekeeper: curve.Gatekeeper | None = None
@@ -96,7 +96,10 @@ class RemoteServer:
 
     def sockets(self) -> list[Socket]:
         own = [self._socket, self._monitor, self._gatekeeper.socket if self._gatekeeper is not None else None]
-        return [*(each for each in own if each is not None), *(s for guest in self._all for s in guest.wire.sockets())]
+        return [
+            *(each for each in own if each is not None),
+            *(s for session in self._all for s in session.wire.sockets()),
+        ]
 
     def descriptors(self) -> list[int]:
         return []
@@ -105,7 +108,7 @@ class RemoteServer:
         return not any(int(each.get(zmq.EVENTS)) & zmq.POLLIN for each in self.sockets())
 
     def next_deadline(self) -> float | None:
-        times = [guest.wire.next_deadline() for guest in self._all]
+        times = [session.wire.next_deadline() for session in self._all]
         return min([self._tick_at, *(at for at in times if at is not None)])
 
     def turn(self, now: float) -> bool:
@@ -114,28 +117,28 @@ class RemoteServer:
                 break
         self._read_monitor(now)
         more = self._read(now)
-        for guest in self._all:
-            more = guest.wire.turn(now) or more
+        for session in self._all:
+            more = session.wire.turn(now) or more
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
             for caller in self._door.look(now):
                 self._complain(f"cut off {caller}: it sent too much before Hello", now)
                 self._door.cut(caller)
-            for guest in [guest for guest in self._guests.values() if now - guest.heard_at > self._silence_s]:
-                logger.info("client %s of pool %s is silent", guest.name, self._settings.name)
-                self._part(guest)
+            for session in [session for session in self._sessions.values() if now - session.heard_at > self._silence_s]:
+                logger.info("client %s of pool %s is silent", session.name, self._settings.name)
+                self._part(session)
             if now < self._look_until:  # a connection has ended: sending to its client fails, which drops the client
-                for route in list(self._guests):
+                for route in list(self._sessions):
                     self._send(route, RemotePong())
-        for guest in [guest for guest in self._leaving if guest.gone]:
-            self._leaving.remove(guest)
-            guest.wire.close()
+        for session in [session for session in self._leaving if session.gone]:
+            self._leaving.remove(session)
+            session.wire.close()
         return more
 
     def close(self) -> None:
         """Close all connections. The transport must be closed already, so that nothing touches frames any more."""
-        for guest in self._all:
-            guest.wire.close()
+        for session in self._all:
+            session.wire.close()
         close_watched(self._socket, self._monitor)
         if self._gatekeeper is not None:
             self._gatekeeper.close()
@@ -143,7 +146,7 @@ class RemoteServer:
 
     @property
     def _all(self) -> list[RemoteClientSession]:
-        return [*self._guests.values(), *self._leaving]
+        return [*self._sessions.values(), *self._leaving]
 
     # -- incoming messages ------------------------------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ class RemoteServer:
                     self._door.cut(caller)
                 return None
             stranger = self._strangers[letter.sender] = _Stranger(caller)
-            while len(self._strangers) > 2 * MAX_STRANGERS + len(self._guests):
+            while len(self._strangers) > 2 * MAX_STRANGERS + len(self._sessions):
                 self._strangers.popitem(last=False)
         if stranger.cut or stranger.allowance.take(now):
             return None if stranger.cut else stranger
@@ -218,36 +221,36 @@ class RemoteServer:
         return from_remote(body.bytes)
 
     def _on_letter(self, letter: Letter, now: float) -> None:
-        guest = self._guests.get(letter.sender)
-        if guest is None and self._stranger(letter, now) is None:
+        session = self._sessions.get(letter.sender)
+        if session is None and self._stranger(letter, now) is None:
             return
         try:
             if letter.body is None:
                 raise WireError("a message of several parts")
-            message = self._from_stranger(letter.body) if guest is None else from_remote(letter.body.bytes)
+            message = self._from_stranger(letter.body) if session is None else from_remote(letter.body.bytes)
             if isinstance(message, RemoteHello):
                 self._on_hello(letter, message, now)
-            elif guest is None:
+            elif session is None:
                 number = getattr(message, "request", 0)
                 self._send(letter.sender, messages.PoolRefused(request=number, what="hello", reason="say Hello first"))
             elif isinstance(message, RemotePing):
-                guest.heard_at = now
+                session.heard_at = now
                 self._send(letter.sender, RemotePong())
             elif isinstance(message, messages.Bye):
-                self._part(guest)
+                self._part(session)
             else:
-                guest.heard_at = now
-                guest.on_message(message, now)
+                session.heard_at = now
+                session.on_message(message, now)
         except (WireError, RecursionError) as error:
             text = plain(str(error), 300)
-            whose = "guests" if guest is not None else "strangers"
+            whose = "clients" if session is not None else "strangers"
             self._complaints.warn(f"garbage from a remote client of pool {self._settings.name}: {text}", whose, now)
             self._send(letter.sender, messages.PoolRefused(what="message", reason=text))
 
     def _on_hello(self, letter: Letter, hello: RemoteHello, now: float) -> None:
         route, remote, settings = letter.sender, self._settings.remote, self._settings
         assert remote is not None
-        reason = "Hello was said already on this connection" if route in self._guests else ""
+        reason = "Hello was said already on this connection" if route in self._sessions else ""
         if len(self._all) >= remote.max_clients:
             reason = f"{remote.max_clients} clients of other hosts are connected (remote.max_clients)"
         if reason:
@@ -256,7 +259,7 @@ class RemoteServer:
         self._door.know(self._strangers[route].caller)
         name = plain(hello.name, 100)
         wire = Wire(settings.dir, settings.name, f"{name} (remote)", hello.tenant, context=self._context)
-        self._guests[route] = RemoteClientSession(
+        self._sessions[route] = RemoteClientSession(
             name,
             wire,
             self._transport,
@@ -281,20 +284,20 @@ class RemoteServer:
         try:
             self._socket.send_multipart([route, messages.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # the client is gone, or does not read (EAGAIN); returns False only if it is gone
-            guest = self._guests.get(route)
-            if guest is not None:
-                self._part(guest)
+            session = self._sessions.get(route)
+            if session is not None:
+                self._part(session)
             return error.errno == zmq.EAGAIN
         return True
 
-    def _part(self, guest: RemoteClientSession) -> None:
+    def _part(self, session: RemoteClientSession) -> None:
         """Drop a client; what it holds is released once none of its transfers is in flight."""
-        for route in [route for route, each in self._guests.items() if each is guest]:
-            del self._guests[route]
+        for route in [route for route, each in self._sessions.items() if each is session]:
+            del self._sessions[route]
             if (known := self._strangers.get(route)) is not None:
                 self._door.forget(known.caller, time.monotonic())
-        self._leaving.append(guest)
-        guest.leave()
+        self._leaving.append(session)
+        session.leave()
 
 
 class Agent:

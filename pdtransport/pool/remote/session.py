@@ -120,18 +120,18 @@ class RemoteClientSession:
         self.name, self.wire, self.heard_at = name, wire, now
         self._transport, self._caller, self._batch_frames = transport, caller, batch_frames
         self._send, self._post = send, post
-        self._errands: dict[int, RemoteRequest] = {}
+        self._requests: dict[int, RemoteRequest] = {}
         self._left = False
 
     @property
     def gone(self) -> bool:
         """Whether the client has left and none of its transfers is in flight."""
-        return self._left and not self._errands
+        return self._left and not self._requests
 
     def leave(self) -> None:
         self._left = True
-        for errand in list(self._errands.values()):
-            self._cancel(errand)
+        for request in list(self._requests.values()):
+            self._cancel(request)
 
     # -- messages from the client -----------------------------------------------------------------------------------
 
@@ -145,19 +145,19 @@ class RemoteClientSession:
             self._begin(message, now)
             return
         number: int = getattr(message, "request", 0)
-        errand = self._errands.get(number)
+        request = self._requests.get(number)
         if isinstance(message, RemotePublish):
-            if errand is not None:
-                self._fetch(errand, message)
+            if request is not None:
+                self._fetch(request, message)
         elif isinstance(message, messages.ReleaseChunks):
-            if errand is not None:
-                self._release(errand, set(_numbers(message.indices)))
+            if request is not None:
+                self._release(request, set(_numbers(message.indices)))
         elif isinstance(message, messages.CancelRequest):
-            if errand is not None:
-                self._cancel(errand)
+            if request is not None:
+                self._cancel(request)
         elif isinstance(message, messages.ChunkDamaged):
-            if errand is not None and errand.session is not None:
-                self.wire.tell(errand.session, message)
+            if request is not None and request.session is not None:
+                self.wire.tell(request.session, message)
         elif number and not isinstance(message, messages.Publish):
             deadline = now + (FOREVER_S if isinstance(message, messages.WatchForgotten) else ASK_S)
             self.wire.ask(Asked(message, number, deadline, lambda _session, answer: self._answered(number, answer)))
@@ -173,86 +173,86 @@ class RemoteClientSession:
         return not isinstance(answer, messages.Gone)
 
     def _begin(self, message: messages.Store | messages.Load, now: float) -> None:
-        if message.request in self._errands:
+        if message.request in self._requests:
             raise WireError(f"request {message.request} is under way already")
         storing = isinstance(message, messages.Store)
-        errand = RemoteRequest(message.request, storing, _numbers(message.sizes), set(range(message.count)))
-        self._errands[message.request] = errand
-        self.wire.ask(Asked(message, message.request, now + ASK_S, partial(self._heard, errand)))
+        request = RemoteRequest(message.request, storing, _numbers(message.sizes), set(range(message.count)))
+        self._requests[message.request] = request
+        self.wire.ask(Asked(message, message.request, now + ASK_S, partial(self._heard, request)))
 
-    def _release(self, errand: RemoteRequest, places: set[int]) -> None:
-        places &= errand.open
-        for move in errand.moves:
+    def _release(self, request: RemoteRequest, places: set[int]) -> None:
+        places &= request.open
+        for move in request.moves:
             mine = places & set(move.places)
             move.released |= mine
             places -= mine
             if move.handle is not None and move.released >= set(move.places):
                 move.handle.cancel("the client does not want it any more")
-        self._give_back(errand, places)
+        self._give_back(request, places)
 
-    def _give_back(self, errand: RemoteRequest, places: set[int]) -> None:
-        if places and errand.session is not None and not errand.cancelled:
+    def _give_back(self, request: RemoteRequest, places: set[int]) -> None:
+        if places and request.session is not None and not request.cancelled:
             self.wire.tell(
-                errand.session, messages.ReleaseChunks(request=errand.number, indices=_words(sorted(places)))
+                request.session, messages.ReleaseChunks(request=request.number, indices=_words(sorted(places)))
             )
-        errand.open -= places
+        request.open -= places
         for place in places:
-            errand.frames.pop(place, None)
-        self._settle(errand)
+            request.frames.pop(place, None)
+        self._settle(request)
 
-    def _cancel(self, errand: RemoteRequest) -> None:
-        errand.cancelled = True
-        errand.publications.clear()
-        for move in errand.moves:
+    def _cancel(self, request: RemoteRequest) -> None:
+        request.cancelled = True
+        request.publications.clear()
+        for move in request.moves:
             if move.handle is not None:
                 move.handle.cancel("the client cancelled")
-        self._settle(errand)
+        self._settle(request)
 
-    def _settle(self, errand: RemoteRequest) -> None:
+    def _settle(self, request: RemoteRequest) -> None:
         """End a request that has no transfer in flight, and is cancelled or has no open chunk."""
-        if errand.moves or not (errand.cancelled or not errand.open):
+        if request.moves or not (request.cancelled or not request.open):
             return
-        if self._errands.pop(errand.number, None) is not None:
-            self.wire.forget(errand.number, cancel=errand.cancelled)
+        if self._requests.pop(request.number, None) is not None:
+            self.wire.forget(request.number, cancel=request.cancelled)
 
     # -- answers from the service -----------------------------------------------------------------------------------
 
     def _heard(
-        self, errand: RemoteRequest, session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable
+        self, request: RemoteRequest, session: ServiceSession | None, answer: messages.FromPool | PoolUnavailable
     ) -> bool:
         if isinstance(answer, PoolUnavailable):
-            if not errand.cancelled:
-                self._send(messages.PoolRefused(request=errand.number, what="wish", reason=str(answer)[:500]))
-            self._cancel(errand)
+            if not request.cancelled:
+                self._send(messages.PoolRefused(request=request.number, what="wish", reason=str(answer)[:500]))
+            self._cancel(request)
             return True
-        if errand.cancelled or session is None:
+        if request.cancelled or session is None:
             return False
-        errand.session = session
+        request.session = session
         if isinstance(answer, messages.KeyAnswers):
             try:
-                self._grant(errand, list(parts_of(answer, errand.sizes, session.frame_bytes)), session)
+                self._grant(request, list(parts_of(answer, request.sizes, session.frame_bytes)), session)
             except PoolUnavailable as error:
-                self._send(messages.PoolRefused(request=errand.number, what="wish", reason=str(error)[:500]))
-                self._cancel(errand)
+                self._send(messages.PoolRefused(request=request.number, what="wish", reason=str(error)[:500]))
+                self._cancel(request)
         elif isinstance(answer, messages.Done):
-            if errand.told:
-                errand.open -= set(errand.told.popleft())
+            if request.told:
+                request.open -= set(request.told.popleft())
             self._send(answer)
-            self._settle(errand)
+            self._settle(request)
         return False
 
-    def _grant(self, errand: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
+    def _grant(self, request: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
         plain = [part for part in parts if part.verdict is not KeyVerdict.READ]
         for part in plain:
             if part.verdict is KeyVerdict.WRITE:
-                errand.frames[part.place] = part.frames
+                request.frames[part.place] = part.frames
             else:
-                errand.open.discard(part.place)
+                request.open.discard(part.place)
         if plain:
-            self._send(_answer(errand, plain, None))
+            self._send(_answer(request, plain, None))
         for batch in self._batches([part for part in parts if part.verdict is KeyVerdict.READ]):
-            self._hand_over(errand, batch, session)
-        self._settle(errand)
+            self._hand_over(request, batch, session)
+        self._settle(request)
 
     def _batches(self, parts: list[KeyAnswer]) -> Iterator[list[KeyAnswer]]:
         batch: list[KeyAnswer] = []
@@ -269,47 +269,47 @@ class RemoteClientSession:
 
     # -- transfers --------------------------------------------------------------------------------------------------
 
-    def _hand_over(self, errand: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
+    def _hand_over(self, request: RemoteRequest, parts: list[KeyAnswer], session: ServiceSession) -> None:
         """Load: offer these chunks in a transfer that the client fetches."""
         transfer = new_transfer()
         move = ChunkMove([part.place for part in parts])
         frames = b"".join(part.frames for part in parts)
         for part in parts:
-            _blank_tail(session, part.frames, errand.sizes[part.place])
+            _blank_tail(session, part.frames, request.sizes[part.place])
         pages = np.frombuffer(frames, dtype="<u4").tolist()
-        if not self._enter(errand, move, session):
+        if not self._enter(request, move, session):
             return
         offer = self._transport.offer(
-            transfer, transfer_digest(transfer), len(pages), self._on_end(errand, move, session)
+            transfer, transfer_digest(transfer), len(pages), self._on_end(request, move, session)
         )
         move.handle = offer
         offer.ready(pages, len(pages))
         offer.finish()
-        self._send(_answer(errand, parts, transfer))
+        self._send(_answer(request, parts, transfer))
 
-    def _fetch(self, errand: RemoteRequest, message: RemotePublish) -> None:
+    def _fetch(self, request: RemoteRequest, message: RemotePublish) -> None:
         """Store: fetch these chunks from the client.
 
         Raises:
             WireError: a chunk was not granted for writing, or occurs twice.
         """
         places = _numbers(message.indices)
-        session = errand.session
-        if session is None or errand.cancelled:
+        session = request.session
+        if session is None or request.cancelled:
             return
-        if not places or len(set(places)) < len(places) or not all(place in errand.frames for place in places):
+        if not places or len(set(places)) < len(places) or not all(place in request.frames for place in places):
             raise WireError("chunks that were not granted, or twice")
         host = self._caller.where(message.host)
         if not host:
             self._complain(message.host)
-            self._give_back(errand, set(places))
-            self._send(messages.Done(request=errand.number, count=0))
+            self._give_back(request, set(places))
+            self._send(messages.Done(request=request.number, count=0))
             return
-        pages = np.frombuffer(b"".join(errand.frames.pop(place) for place in places), dtype="<u4").tolist()
+        pages = np.frombuffer(b"".join(request.frames.pop(place) for place in places), dtype="<u4").tolist()
         publication = Publication(places, message.checksums)
-        errand.publications.append(publication)
+        request.publications.append(publication)
         move = ChunkMove(places)
-        if not self._enter(errand, move, session):
+        if not self._enter(request, move, session):
             return
 
         def ended(outcome: Outcome) -> None:
@@ -322,7 +322,7 @@ class RemoteClientSession:
             pages,
             host=host,
             port=message.port,
-            on_end=self._on_end(errand, move, session, ended),
+            on_end=self._on_end(request, move, session, ended),
         )
 
     def _complain(self, host: str) -> None:
@@ -336,21 +336,21 @@ class RemoteClientSession:
                 self._caller.at,
             )
 
-    def _enter(self, errand: RemoteRequest, move: ChunkMove, session: ServiceSession) -> bool:
+    def _enter(self, request: RemoteRequest, move: ChunkMove, session: ServiceSession) -> bool:
         """Keep the session's mapping and lock until the transfer ends.
 
         Returns:
             False if the session has ended. Then the request is cancelled.
         """
         if not session.enter():
-            self._cancel(errand)
+            self._cancel(request)
             return False
-        errand.moves.append(move)
+        request.moves.append(move)
         return True
 
     def _on_end(
         self,
-        errand: RemoteRequest,
+        request: RemoteRequest,
         move: ChunkMove,
         session: ServiceSession,
         ended: Callable[[Outcome], None] | None = None,
@@ -359,11 +359,11 @@ class RemoteClientSession:
             if ended is not None:
                 ended(outcome)
             session.leave()
-            errand.moves.remove(move)
-            self._publish(errand)
+            request.moves.remove(move)
+            self._publish(request)
             if move.released:
-                self._give_back(errand, move.released)
-            self._settle(errand)
+                self._give_back(request, move.released)
+            self._settle(request)
 
         def on_end(outcome: Outcome) -> None:
             with contextlib.suppress(RuntimeError):  # the agent is closing, which releases everything
@@ -371,24 +371,24 @@ class RemoteClientSession:
 
         return on_end
 
-    def _publish(self, errand: RemoteRequest) -> None:
-        while errand.publications and errand.publications[0].fetched is not None:
-            done = errand.publications.popleft()
-            assert errand.session is not None
+    def _publish(self, request: RemoteRequest) -> None:
+        while request.publications and request.publications[0].fetched is not None:
+            done = request.publications.popleft()
+            assert request.session is not None
             if done.fetched:
-                errand.told.append(done.places)
+                request.told.append(done.places)
                 indices = _words(done.places)
                 self.wire.tell(
-                    errand.session, messages.Publish(request=errand.number, indices=indices, checksums=done.checksums)
+                    request.session, messages.Publish(request=request.number, indices=indices, checksums=done.checksums)
                 )
             else:
-                self._give_back(errand, set(done.places))
-                self._send(messages.Done(request=errand.number, count=0))
+                self._give_back(request, set(done.places))
+                self._send(messages.Done(request=request.number, count=0))
 
 
-def _answer(errand: RemoteRequest, parts: list[KeyAnswer], transfer: str | None) -> RemoteAnswer:
+def _answer(request: RemoteRequest, parts: list[KeyAnswer], transfer: str | None) -> RemoteAnswer:
     return RemoteAnswer(
-        request=errand.number,
+        request=request.number,
         indices=_words([part.place for part in parts]),
         verdicts=bytes(part.verdict for part in parts),
         checksums=np.array([part.checksum for part in parts], dtype="<u8").tobytes(),

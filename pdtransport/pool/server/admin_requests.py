@@ -76,7 +76,7 @@ class Control:
         return (found + first).astype(np.int32), end if end < index.fresh else -1
 
     def _group(self, tenant: str) -> int:
-        group = self._store.room.group_of(tenant)
+        group = self._store.budget.group_of(tenant)
         if tenant and not group:
             raise WireError(f"tenant {tenant!r} has no quota here: the pool tells only such tenants' chunks apart")
         return group
@@ -105,7 +105,7 @@ class Control:
         store, index, first = self._store, self._store.index, asked.first
         end = min(first + SWEPT, index.fresh)
         tiers, groups = index.tier_column[first:end], np.asarray(index.group)[first:end]
-        names, held = [group.name for group in store.room.groups], []
+        names, held = [group.name for group in store.budget.groups], []
         sizes = [("memory", MEMORY, np.asarray(index.nbytes)), *((t.name, t.bit, t.stored) for t in store.lower)]
         for name, bit, nbytes in sizes:
             there = np.flatnonzero(tiers & bit)

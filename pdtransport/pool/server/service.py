@@ -131,7 +131,7 @@ class PoolService:
         if now >= self._tick_at:
             self._tick_at = now + TICK_S
             self._bury_the_dead()
-            self.store.room.tick(now)
+            self.store.budget.tick(now)
             self.store.hints.tick(now)
         for _ in range(MAX_FRAMES_A_TURN):
             letter = self._inbox.read()
@@ -206,7 +206,7 @@ class PoolService:
             self._send(route, messages.PoolRefused(what="client", reason=reason))
             return
         session = ClientSession(plain(hello.name, 128), route)
-        self._clients[route] = Client(session, hello.lock, self.store.room.group_of(hello.tenant))
+        self._clients[route] = Client(session, hello.lock, self.store.budget.group_of(hello.tenant))
         assert self._memory is not None
         self._send(
             route,
@@ -442,7 +442,7 @@ class Pool:
 
 def _contents(store: ChunkStore) -> dict[str, Any]:
     """Sizes and counters, for the status page and metrics."""
-    frame_bytes, frames = store.settings.frame_bytes, store.room.frames
+    frame_bytes, frames = store.settings.frame_bytes, store.budget.frames
     return {
         "chunks": len(store.index),
         "max_chunks": store.index.capacity,
@@ -450,8 +450,8 @@ def _contents(store: ChunkStore) -> dict[str, Any]:
         "memory": {
             "bytes": frames.count * frame_bytes,
             "used_bytes": (frames.count - frames.free) * frame_bytes,
-            "hard_pinned_bytes": store.room.hard_frames * frame_bytes,
-            "by_tenant": {group.name: group.used * frame_bytes for group in store.room.groups if group.used},
+            "hard_pinned_bytes": store.budget.hard_frames * frame_bytes,
+            "by_tenant": {group.name: group.used * frame_bytes for group in store.budget.groups if group.used},
         },
         "tiers": {
             tier.name: {
