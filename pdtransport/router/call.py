@@ -80,7 +80,7 @@ class Call:
     prompt_tokens: int  # exact for token ids, else an estimate
     prompt_bytes: int
     prefix_keys: tuple[bytes, ...]  # digest of the prompt's first 1, 2, ... chunks
-    alone: Reason | None  # set if a hand-off can't serve the request: decode only
+    decode_only_reason: Reason | None  # why a hand-off can't serve the request; None if it can
     not_first: str  # code that says why prefill must not give out the first token; empty if it may
     token_ids: bool  # the client wants token ids in the answer
     prompt_at: tuple[int, int]  # start and end of the prompt in the body's text
@@ -134,25 +134,25 @@ def parse(raw: bytes, api: Api, *, chunk_chars: int, chunks: int, salter: Salter
     if prompt and api == "completions":
         prompt = _unwrapped(text, prompt)
     prompt_text = text[prompt.start : prompt.end] if prompt else ""
-    alone = _why_alone(api, members, prompt)
+    reason = _decode_only_reason(api, members, prompt)
     model = members["model"].value if "model" in members else None
     cache_salt = members["cache_salt"].value if "cache_salt" in members else None
     return Call(
         api=api,
         raw=raw,
         brace=raw.index(b"{") + 1,
-        prefill_head=b"" if alone else _prefill_head(api, text, members, prompt),
+        prefill_head=b"" if reason else _prefill_head(api, text, members, prompt),
         drop_null=_joined(text, members, {"kv_transfer_params"}) if "kv_transfer_params" in members else None,
         stream="stream" in members and bool(members["stream"].value),
         model=model if isinstance(model, str) else "",
         prompt_tokens=_count(prompt.value if prompt else None, prompt_text),
         prompt_bytes=len(prompt_text) if prompt_text.isascii() else len(prompt_text.encode()),
         prefix_keys=_prefix_keys(api, prompt_text, members, chunk_chars, chunks),
-        alone=alone,
+        decode_only_reason=reason,
         not_first=why_not(api, {key: member.value for key, member in members.items()}),
         token_ids="return_token_ids" in members and bool(members["return_token_ids"].value),
         prompt_at=(prompt.start, prompt.end) if prompt else (0, 0),
-        has_ids=prompt is not None and alone is None and isinstance(prompt.value, (list, _TokenIds)) and api != "chat",
+        has_ids=prompt is not None and reason is None and isinstance(prompt.value, (list, _TokenIds)) and api != "chat",
         cache_salt=cache_salt or "" if cache_salt is None or isinstance(cache_salt, str) else None,
     )
 
@@ -328,11 +328,11 @@ def _prefill_head(api: Api, text: str, members: dict[str, _Member], prompt: _Mem
     if prompt is None or given is None or api == "chat" or prompt.start == given.start:
         return b"".join((b"{", _joined(text, members, _NOT_FOR_PREFILL), b",", _FOR_PREFILL[api]))
     others = _joined(text, members, _NOT_FOR_PREFILL | {"prompt"})
-    alone = text[prompt.start : prompt.end].encode()
-    return b"".join((b"{", others, b"," if others else b"", b'"prompt":', alone, b",", _FOR_PREFILL[api]))
+    single = text[prompt.start : prompt.end].encode()
+    return b"".join((b"{", others, b"," if others else b"", b'"prompt":', single, b",", _FOR_PREFILL[api]))
 
 
-def _why_alone(api: Api, members: dict[str, _Member], prompt: _Member | None) -> Reason | None:
+def _decode_only_reason(api: Api, members: dict[str, _Member], prompt: _Member | None) -> Reason | None:
     """Why a hand-off can't serve the request; None if it can.
 
     A hand-off carries one prompt's pages to one sequence, and no prompt logprobs.
@@ -352,10 +352,10 @@ def _why_alone(api: Api, members: dict[str, _Member], prompt: _Member | None) ->
         return Reason("prompt_logprobs", "prompt_logprobs need the whole prompt computed where the answer is made")
     if given("prompt_embeds") is not None:
         return Reason("prompt_embeds", "prompt_embeds carry no tokens to match pages by")
-    return _why_prompt_alone(api, prompt.value if prompt else None)
+    return _prompt_reason(api, prompt.value if prompt else None)
 
 
-def _why_prompt_alone(api: Api, prompt: Any) -> Reason | None:
+def _prompt_reason(api: Api, prompt: Any) -> Reason | None:
     if isinstance(prompt, list) and bool(prompt) if api == "chat" else _is_prompt(prompt):
         return None
     if api == "completions" and isinstance(prompt, list) and len(prompt) > 1:

@@ -72,7 +72,7 @@ class Hinter:
 
         ``headers`` are those that servers get with the request.
         """
-        if call.alone is not None or call.cache_salt is None:
+        if call.decode_only_reason is not None or call.cache_salt is None:
             self._metrics.hints.add("unfit")  # no single prompt, or a cache_salt that servers will refuse
             return
         if not call.has_ids and self._settings.text == "off":

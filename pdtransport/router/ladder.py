@@ -24,7 +24,7 @@ from pdtransport.serving.errors import SERVER, ApiError, is_openai_error
 class RetryState:
     """How much of the fallback sequence one request has used up."""
 
-    alone: Reason | None
+    decode_only_reason: Reason | None
     prefill_left: int
     decode_left: int
     avoid: set[Endpoint] = field(default_factory=set)
@@ -60,7 +60,7 @@ class FallbackPolicy:
             ApiError: no server could serve the request.
         """
         settings = self._settings
-        rungs = RetryState(self._why_alone(call), settings.prefill_retries, settings.decode_retries)
+        rungs = RetryState(self._decode_only_reason(call), settings.prefill_retries, settings.decode_retries)
         while True:  # terminates: each failure uses up a retry or ends disaggregation
             dispatch = await self._place(call, rungs)
             attempt = self._attempt(dispatch, call, trace)
@@ -88,9 +88,10 @@ class FallbackPolicy:
             else:
                 if attempt.refusal is not None:
                     rungs.refused = attempt.hand_off
-                    trace.decode_only("prefill_refused", str(attempt.refusal))
+                    trace.decode_only(Reason("prefill_refused", str(attempt.refusal)))
                 if rungs.refused is not None and attempt.opened and attempt.opened.response.status < 300:
-                    self._hand_offs.refused(rungs.refused, trace.why_alone or "")
+                    reason = trace.decode_only_reason
+                    self._hand_offs.refused(rungs.refused, reason.text if reason else "")
                 return attempt
 
     async def go_on(
@@ -134,9 +135,9 @@ class FallbackPolicy:
             dispatch, call.prompt_tokens, trace, self._upstream, self._settings, self._metrics, self._hand_offs
         )
 
-    def _why_alone(self, call: Call) -> Reason | None:
-        if call.alone is not None:
-            return call.alone
+    def _decode_only_reason(self, call: Call) -> Reason | None:
+        if call.decode_only_reason is not None:
+            return call.decode_only_reason
         tokens, size = self._settings.min_disagg_tokens, self._settings.min_disagg_bytes
         if call.prompt_tokens < tokens:
             return Reason("short_prompt", f"the prompt has fewer than min_disagg_tokens ({tokens}) tokens")
@@ -149,16 +150,16 @@ class FallbackPolicy:
         decode = await self._placer.choose("decode", call, candidates)
         if decode is None:
             raise self._final(rungs.last) if rungs.last else self._unavailable()
-        if rungs.alone is None and decode.unfit:
-            rungs.alone = Reason(UNFIT["decode"], f"decode server {decode.name} {decode.unfit}")
-        if rungs.alone is None:
+        if rungs.decode_only_reason is None and decode.unfit:
+            rungs.decode_only_reason = Reason(UNFIT["decode"], f"decode server {decode.name} {decode.unfit}")
+        if rungs.decode_only_reason is None:
             fit = [one for one in self._fleet.prefill if not one.unfit]
             candidates = usable(fit, rungs.avoid) or usable(fit)
             prefill = await self._placer.choose("prefill", call, candidates, decode)
             if prefill is not None:
                 return self._ordered(decode, prefill)
-            rungs.alone = self._no_prefill()
-        return Dispatch(decode, None, "alone", rungs.alone.code)
+            rungs.decode_only_reason = self._no_prefill()
+        return Dispatch(decode, None, "alone", rungs.decode_only_reason.code)
 
     def _no_prefill(self) -> Reason:
         for one in usable(self._fleet.prefill):
@@ -178,14 +179,13 @@ class FallbackPolicy:
         dispatch = attempt.dispatch
         prefill = dispatch.prefill.name if dispatch.prefill else None
         trace.path = "disaggregated" if prefill else "decode-only"
-        trace.why_alone = rungs.alone.text if rungs.alone else None
-        trace.why_code = rungs.alone.code if rungs.alone else None
+        trace.decode_only_reason = rungs.decode_only_reason
         trace.first_token(None)
         trace.dispatch(attempt.transfer_id, dispatch.order, dispatch.why_order, prefill, dispatch.decode.name)
         self._traces.add(trace)
 
     def _leave_prefill(self, reason: Reason, rungs: RetryState, trace: Trace) -> None:
-        rungs.alone = reason
+        rungs.decode_only_reason = reason
         trace.failure(reason.text)
         self._metrics.retries.add("prefill", reason.code)
 
@@ -201,13 +201,13 @@ class FallbackPolicy:
 
     def _after_prefill(self, error: UpstreamError, rungs: RetryState) -> None:
         if error.refused:  # decode makes the answer, so it decides whether the request is wrong
-            rungs.alone = Reason("prefill_refused", str(error))
+            rungs.decode_only_reason = Reason("prefill_refused", str(error))
             return
         rungs.avoid.add(error.endpoint)
         # A broken connection may have been an idle one that the server closed, so the same server is worth another try.
         others = usable(self._fleet.prefill, () if error.how == "disconnected" else rungs.avoid)
         if error.how == "timeout" or not rungs.prefill_left or not others:
-            rungs.alone = Reason("prefill_failed", str(error))
+            rungs.decode_only_reason = Reason("prefill_failed", str(error))
             return
         rungs.prefill_left -= 1
 
@@ -219,12 +219,14 @@ class FallbackPolicy:
         if said_no and dispatch.prefill is not None:
             rungs.avoid.add(dispatch.prefill)  # perhaps its pages did not arrive
         last = not others or not rungs.decode_left  # the last disaggregated attempt
-        may = bool(rungs.decode_left) or (said_no and rungs.alone is None and self._settings.decode_retries > 0)
-        if error.how == "timeout" or not again or not may or (said_no and last and rungs.alone):
+        may = bool(rungs.decode_left) or (
+            said_no and not rungs.decode_only_reason and self._settings.decode_retries > 0
+        )
+        if error.how == "timeout" or not again or not may or (said_no and last and rungs.decode_only_reason):
             raise self._final(error)
         rungs.decode_left = max(0, rungs.decode_left - 1)
         if said_no and last:
-            rungs.alone = Reason("decode_failed", f"{error} to a disaggregated request")
+            rungs.decode_only_reason = Reason("decode_failed", f"{error} to a disaggregated request")
 
     def _final(self, error: UpstreamError) -> ApiError:
         """The error for the client: the server's own if it is in OpenAI's format."""

@@ -72,7 +72,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests = Counter("pdrouter_requests_total", "Requests that ended, by outcome.", "api", "path", "outcome")
-        self.alone = Counter(
+        self.decode_only = Counter(
             "pdrouter_not_disaggregated_total", "Requests that decode served alone, by reason.", "reason"
         )
         self.retries = Counter(
@@ -125,7 +125,7 @@ class Metrics:
 
     def lines(self) -> list[str]:
         series = (
-            self.requests, self.alone, self.retries, self.first_tokens, self.hand_offs, self.hand_off_links,
+            self.requests, self.decode_only, self.retries, self.first_tokens, self.hand_offs, self.hand_off_links,
             self.hand_off_bytes, self.hand_off_exposed, self.hints, self.refused,
             self.placement_failures, self.routing, self.prefill, self.first_token, self.duration,
         )  # fmt: skip

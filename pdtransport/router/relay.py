@@ -58,7 +58,8 @@ def pd_headers(trace: Trace) -> dict[str, str]:
     if not trace.dispatches:
         return {}
     last = trace.dispatches[-1]
-    path = trace.path if trace.why_alone is None else f"{trace.path}; {trace.why_alone}"
+    reason = trace.decode_only_reason
+    path = trace.path if reason is None else f"{trace.path}; {reason.text}"
     if trace.recomputed:
         path = f"recomputed; {trace.recomputed}"
     headers = {

@@ -284,9 +284,10 @@ class Router:
         trace.mark("done")
         events, path = trace.events, "recomputed" if trace.recomputed else trace.path or "none"
         self.metrics.requests.add(trace.api, path, trace.outcome)
-        wrong = trace.why_code == "prefill_refused" and trace.outcome == "client_error"  # decode refused it as well
-        if trace.why_code and not wrong:
-            self.metrics.alone.add(trace.why_code)
+        reason = trace.decode_only_reason.code if trace.decode_only_reason else ""
+        wrong = reason == "prefill_refused" and trace.outcome == "client_error"  # decode refused it as well
+        if reason and not wrong:
+            self.metrics.decode_only.add(reason)
         if trace.first_token_from is not None:
             self.metrics.first_tokens.add(trace.first_token_from, trace.why_first_token or "")
         if "dispatched" in events and len(trace.dispatches) == 1:

@@ -6,6 +6,8 @@ import time
 from collections import OrderedDict
 from typing import Any
 
+from pdtransport.router.call import Reason
+
 # Events of one dispatch: a retry starts without them.
 _ANSWERED = ("dispatched", "decode_dispatched", "prefill_response", "decode_first_byte", "first_token")
 MAX_MODEL_CHARS = 128
@@ -26,8 +28,7 @@ class Trace:
         self.events: dict[str, float] = {}
         self.dispatches: list[dict[str, Any]] = []
         self.path = ""
-        self.why_alone: str | None = None
-        self.why_code: str | None = None
+        self.decode_only_reason: Reason | None = None
         self.first_token_from: str | None = None  # "prefill" or "decode", once known
         self.why_first_token: str | None = None  # code that says why it is decode's
         self.note: str | None = None
@@ -61,9 +62,9 @@ class Trace:
             }
         )
 
-    def decode_only(self, code: str, why: str) -> None:
-        """Decode answered by itself after all, because of ``why``."""
-        self.path, self.why_code, self.why_alone = "decode-only", code, why
+    def decode_only(self, reason: Reason) -> None:
+        """Decode answered by itself after all."""
+        self.path, self.decode_only_reason = "decode-only", reason
         self.first_token(None)
 
     def first_token(self, server: str | None, why: str = "") -> None:
@@ -83,7 +84,7 @@ class Trace:
         self.dispatches[-1]["failure"] = why[:MAX_WHY_CHARS]
 
     def as_json(self) -> dict[str, Any]:
-        last = self.dispatches[-1] if self.dispatches else {}
+        last, reason = self.dispatches[-1] if self.dispatches else {}, self.decode_only_reason
         return {
             "transfer_id": last.get("transfer_id"),
             "at": self.at,
@@ -93,8 +94,8 @@ class Trace:
             "prompt_tokens_estimate": self.prompt_tokens,
             "prompt_bytes": self.prompt_bytes,
             "path": self.path,
-            "why_not_disaggregated": self.why_alone,
-            "why_code": self.why_code,
+            "why_not_disaggregated": reason.text if reason else None,
+            "why_code": reason.code if reason else None,
             "first_token_from": self.first_token_from,
             "why_first_token_from_decode": self.why_first_token,
             "dispatch": last.get("order"),

@@ -47,7 +47,7 @@ def test_both_servers_get_exactly_the_members_they_should(
     except UnicodeEncodeError:  # a lone surrogate can't be sent unescaped
         raw = json.dumps(body).encode()
     call = parsed(raw)
-    assert call.alone is None
+    assert call.decode_only_reason is None
     assert json.loads(call.for_decode(None)) == body
     assert json.loads(call.for_decode(PARAMS)) == {**body, "kv_transfer_params": PARAMS}
     kept = {key: value for key, value in body.items() if key not in _DROPPED}
@@ -137,7 +137,7 @@ def test_long_prompts_of_ids_are_counted_and_reach_the_servers_as_they_came() ->
     """What makes no list of numbers is refused as ever; what numbers the servers take is theirs to say."""
     for body in (b'{"prompt":[%s]}' % b",".join([b"5"] * 2000), b'{"prompt" : [ %s ] }' % b" , ".join([b"5"] * 2000)):
         call = parsed(body)
-        assert (call.prompt_tokens, call.alone, call.raw) == (2000, None, body)
+        assert (call.prompt_tokens, call.decode_only_reason, call.raw) == (2000, None, body)
         assert json.loads(call.for_prefill({}))["prompt"] == [5] * 2000
         assert call.has_ids
         assert json.loads(call.prompt_json()) == [5] * 2000, "as the pool is told of it"
@@ -159,7 +159,7 @@ def test_a_list_of_one_prompt_is_that_prompt(prompt: str, space: str, where: str
     wrapped = f"[{space}{prompt}{space}]"
     before, after = {"first": ("", ',"model":"m"'), "last": ('"model":"m",', ""), "alone": ("", "")}[where]
     one, plain = (parsed(f'{{{before}"prompt":{given}{after}}}'.encode()) for given in (wrapped, prompt))
-    assert one.alone is None
+    assert one.decode_only_reason is None
     assert one.raw == f'{{{before}"prompt":{wrapped}{after}}}'.encode()
     assert json.loads(one.for_decode(PARAMS))["prompt"] == [json.loads(prompt)]
     assert json.loads(one.for_prefill(PARAMS)) == json.loads(plain.for_prefill(PARAMS))
@@ -203,8 +203,8 @@ GOOD = ",".join(["5"] * 2000)
 def test_other_lists_go_to_decode_alone_for_the_right_reason(prompt: str, code: str) -> None:
     """Whether they are prompts at all is for decode to say."""
     call = parsed(f'{{"prompt":{prompt}}}'.encode())
-    assert call.alone is not None
-    assert call.alone.code == code
+    assert call.decode_only_reason is not None
+    assert call.decode_only_reason.code == code
     assert call.for_decode(None) == f'{{"prompt":{prompt}}}'.encode()
 
 
