@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, field_validator, model_validator
+from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pdtransport.errors import SettingsError
@@ -19,7 +19,7 @@ from pdtransport.launch.cores import MAX_CORE, parse_cores
 from pdtransport.links.registry import check_links
 from pdtransport.pool.settings import PoolSettings, parse_size
 from pdtransport.router.settings import RouterSettings
-from pdtransport.settings import Settings
+from pdtransport.settings import Section, Settings
 
 API_VERSION = "pdtransport/v1"
 MAX_INSTANCES = 64  # instances of a role on one machine
@@ -62,10 +62,6 @@ Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-
 def wrong(text: str, key: str | None = None) -> PydanticCustomError:
     """A validation error whose text is shown unchanged; ``key``: it concerns this key of the mapping."""
     return PydanticCustomError("topology", "{text}", {"text": text, "key": key})
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _flags(raw: Any) -> Any:
@@ -162,7 +158,7 @@ Names = Annotated[
 ]
 
 
-class Model(_Section):
+class Model(Section):
     """The model; all instances serve the same one."""
 
     id: str = Field(
@@ -184,7 +180,7 @@ class Model(_Section):
     )
 
 
-class Host(_Section):
+class Host(Section):
     """A machine. This version starts processes only on the machine on which pdlaunch runs."""
 
     via: str = Field("local", description="How pdlaunch starts processes there: local.")
@@ -197,7 +193,7 @@ class Host(_Section):
         return value
 
 
-class Defaults(_Section):
+class Defaults(Section):
     """Values for all roles; a role's own value takes precedence."""
 
     args: Flags = Field(default_factory=dict, description="vLLM flags. A role takes one out with null.")
@@ -210,7 +206,7 @@ class Defaults(_Section):
     )
 
 
-class Role(_Section):
+class Role(Section):
     """The instances of one role."""
 
     count: Annotated[int, Strict()] = Field(1, ge=1, le=MAX_INSTANCES, description="Instances.")
@@ -250,12 +246,12 @@ class Role(_Section):
         return self
 
 
-class Roles(_Section):
+class Roles(Section):
     prefill: Role = Field(description="Instances that compute prompts and push their KV pages.")
     decode: Role = Field(description="Instances that receive pages and write answers.")
 
 
-class Preflight(_Section):
+class Preflight(Section):
     """What `pdlaunch up` proves before it reports success."""
 
     golden_prompt: bool = Field(
@@ -277,7 +273,7 @@ def _version(value: Any) -> Any:
     return value
 
 
-class Topology(_Section):
+class Topology(Section):
     """One disaggregated service."""
 
     apiVersion: Annotated[str, BeforeValidator(_version)] = Field(description=f"Always {API_VERSION}.")

@@ -22,8 +22,14 @@ LinkName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]  # which there a
 DEFAULT_PORTS = {"kv_both": 7570, "kv_producer": 7670, "kv_consumer": 7770}
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of any settings: frozen, without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class _Checked(Section):
+    """A part of :class:`Settings`, whose parts can also be made one by one, in Python."""
 
     if not TYPE_CHECKING:  # type checkers derive the parameters from the fields
 
@@ -38,7 +44,7 @@ class _Section(BaseModel):
         __init__.__pydantic_base_init__ = True
 
 
-class ControlSettings(_Section):
+class ControlSettings(_Checked):
     """The ZeroMQ control channel."""
 
     host: str = Field("127.0.0.1", description="Address that this instance binds and that peers reach it at.")
@@ -123,7 +129,7 @@ class ControlSettings(_Section):
         return self.curve_secret_key_file is None and not self.allow_plaintext and not is_loopback(host)
 
 
-class LinkSettings(_Section):
+class LinkSettings(_Checked):
     """The links that move pages between two workers."""
 
     order: tuple[LinkName, ...] = Field(
@@ -185,7 +191,7 @@ class LinkSettings(_Section):
     )
 
 
-class DeadlineSettings(_Section):
+class DeadlineSettings(_Checked):
     """Deadlines of all waits. Each starts when the event that is waited for becomes possible."""
 
     retry_s: float = Field(0.25, gt=0, le=60, description="A message that needs an answer is sent again after this.")
@@ -221,13 +227,13 @@ class DeadlineSettings(_Section):
     )
 
 
-class IntegritySettings(_Section):
+class IntegritySettings(_Checked):
     checksum: Literal["full", "off"] = Field(
         "full", description="Checksum every page at its source and verify it at its destination, or trust the link."
     )
 
 
-class ObserveSettings(_Section):
+class ObserveSettings(_Checked):
     recent_transfers: int = Field(
         512, ge=0, le=65536, description="Finished transfers whose timeline a worker remembers."
     )
@@ -237,7 +243,7 @@ class ObserveSettings(_Section):
     )
 
 
-class PatchSettings(_Section):
+class PatchSettings(_Checked):
     """Hooks into vLLM's own code that no other setting switches. Where vLLM is not as one expects, that one is off."""
 
     engine_probe: bool = Field(
@@ -278,7 +284,7 @@ class PatchSettings(_Section):
 MAX_SALT = 4096  # characters
 
 
-class PoolUse(_Section):
+class PoolUse(_Checked):
     """How an engine uses the shared pool of stored prefixes (``pdpool``)."""
 
     name: str = Field("default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool on this host.")
@@ -380,7 +386,7 @@ class PoolUse(_Section):
         return self.model_copy(update={"salt": salt, "salt_file": None})
 
 
-class Settings(_Section):
+class Settings(_Checked):
     """All settings of one instance of pdtransport."""
 
     control: ControlSettings = ControlSettings()

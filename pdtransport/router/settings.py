@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -21,16 +19,12 @@ from pdtransport.errors import SettingsError
 from pdtransport.router.keyfiles import ClientKey, all_keys, client_keys
 from pdtransport.serving.keyfiles import read_lines
 from pdtransport.serving.site_settings import HOSTS_HELP, ORIGINS_HELP, HostName, Origin
-from pdtransport.settings import ControlSettings, one_line
+from pdtransport.settings import ControlSettings, Section, one_line
 
 MAX_ENDPOINTS = 256  # per role; each has a probe task and its own metric series
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class EndpointSettings(_Section):
+class EndpointSettings(Section):
     """One vLLM server."""
 
     url: str = Field(description="Base URL of the server, without /v1: http://127.0.0.1:8100")
@@ -92,7 +86,7 @@ def _endpoint(value: Any) -> Any:
 _Endpoint = Annotated[EndpointSettings, BeforeValidator(_endpoint)]
 
 
-class RouterTimeouts(_Section):
+class RouterTimeouts(Section):
     """All timeouts of the router."""
 
     connect_s: float = Field(5.0, gt=0, le=600, description="Opening a connection to a server.")
@@ -122,7 +116,7 @@ class RouterTimeouts(_Section):
     worker_status_s: float = Field(1.0, gt=0, le=60, description="Asking workers for their part of a trace.")
 
 
-class RouterHealth(_Section):
+class RouterHealth(Section):
     """When a server counts as healthy."""
 
     interval_s: float = Field(2.0, gt=0, le=3600, description="Interval between GET /health of each server.")
@@ -152,7 +146,7 @@ class RouterHealth(_Section):
     eject_s: float = Field(10.0, gt=0, le=3600, description="How long such a server is spared.")
 
 
-class RouterHandOff(_Section):
+class RouterHandOff(Section):
     """Reports on the outcome of hand-offs."""
 
     wait_s: float = Field(
@@ -170,7 +164,7 @@ class RouterHandOff(_Section):
     )
 
 
-class RouterPlacement(_Section):
+class RouterPlacement(Section):
     """Which server gets a request."""
 
     policy: str = Field(
@@ -200,7 +194,7 @@ class RouterPlacement(_Section):
     )
 
 
-class RouterPoolHint(_Section):
+class RouterPoolHint(Section):
     """Hints to the shared pool about prompts that will be needed soon."""
 
     url: str | None = Field(
@@ -235,7 +229,7 @@ class RouterPoolHint(_Section):
         return self
 
 
-class RouterSettings(_Section):
+class RouterSettings(Section):
     """All settings of the router."""
 
     prefill: tuple[_Endpoint, ...] = Field(
