@@ -4,9 +4,9 @@ While requests wait for pages and nothing is computed, vLLM steps its workers on
 while it waits for the other. The scheduler half waits for a wakeup between such empty steps instead. A false or lost
 wakeup only costs a little time, since the workers' next step reports what ended in any case.
 
-Workers also send three kinds of messages: a request's pages arrived; its last pages are expected at some time; decode
-promised to continue from a request's first token. Step outputs carry the first and the third, too, but one or two steps
-later. For a promise that is too late, since most prompts take one step. A lost promise counts as none; a lost arrival
+Workers also send three kinds of messages: a request's pages arrived, and with them the first token that decode has to
+continue from; its last pages are expected at some time; decode promised to continue from a request's first token. Step
+outputs carry the first and the third, too, but one or two steps later. For a promise that is too late, since most prompts take one step. A lost promise counts as none; a lost arrival
 is learned from the step output.
 """
 
@@ -37,6 +37,8 @@ _WORDS = "-words"  # suffix of the message socket. Separate, since wakeups alone
 _DUES = "-dues"  # suffix of the socket for expected times. Separate, since frequent updates would crowd out messages
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
 _PROMISED, _ARRIVED, _EXPECTED = b"p", b"a", b"e"
+_TOKEN = struct.Struct("<q")  # before the id of a request whose pages arrived: its first token, or _NO_TOKEN
+_NO_TOKEN = -1
 _WHEN = struct.Struct("<d")  # before the id of a request whose pages are expected: time.monotonic() seconds
 
 
@@ -52,7 +54,7 @@ class WakeupReceiver:
         self.name = str(folder / "bell")
         self._socket, self._words, self._dues = (_datagrams(self.name + suffix) for suffix in ("", _WORDS, _DUES))
         self._promised: set[str] = set()
-        self._arrived: set[tuple[str, int]] = set()
+        self._arrived: dict[tuple[str, int], int | None] = {}
         self._expected: dict[tuple[str, int], float] = {}
 
     def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
@@ -81,10 +83,13 @@ class WakeupReceiver:
         promised, self._promised = self._promised, set()
         return promised
 
-    def arrivals(self) -> set[tuple[str, int]]:
-        """Request ids and worker ranks whose pages arrived, since the last call."""
+    def arrivals(self) -> dict[tuple[str, int], int | None]:
+        """Request ids and worker ranks whose pages arrived, since the last call, and the first token to continue from.
+
+        None: this worker heard of none.
+        """
         self._listen()
-        arrived, self._arrived = self._arrived, set()
+        arrived, self._arrived = self._arrived, {}
         return arrived
 
     def expected(self) -> dict[tuple[str, int], float]:
@@ -108,8 +113,9 @@ class WakeupReceiver:
             rest = word[_WORD.size :]
             if kind == _PROMISED and len(self._promised) < MAX_EXPECTED:
                 self._promised.add(_text(rest))
-            elif kind == _ARRIVED and len(self._arrived) < MAX_EXPECTED:
-                self._arrived.add((_text(rest), rank))
+            elif kind == _ARRIVED and len(rest) > _TOKEN.size and len(self._arrived) < MAX_EXPECTED:
+                token = _TOKEN.unpack_from(rest)[0]
+                self._arrived[_text(rest[_TOKEN.size :]), rank] = None if token == _NO_TOKEN else token
 
     def close(self) -> None:
         self._socket.close()
@@ -185,9 +191,10 @@ class WakeupSender:
         """Decode promised to continue from this request's first token."""
         self._tell(_PROMISED, 0, req_id.encode())
 
-    def arrived(self, req_id: str, rank: int) -> None:
-        """This request's pages are in this rank's memory and verified."""
-        self._tell(_ARRIVED, rank, req_id.encode())
+    def arrived(self, req_id: str, rank: int, first_token: int | None = None) -> None:
+        """This request's pages are in this rank's memory and verified; ``first_token``: continue from it."""
+        token = _NO_TOKEN if first_token is None else first_token
+        self._tell(_ARRIVED, rank, _TOKEN.pack(token) + req_id.encode())
 
     def expected(self, req_id: str, rank: int, when: float) -> None:
         """The last of this request's pages are expected at ``time.monotonic`` second ``when``."""

@@ -149,7 +149,9 @@ class SchedulerSide:
         self._rope = WakeupSender()
         self._rope.name = self._bell.name
         self._pool = self._make_pool(events)
-        self._tokens: dict[str, int] = {}  # first tokens received before all workers had their pages
+        self._tokens: dict[
+            str, int
+        ] = {}  # first tokens of requests that do not go on yet: not all workers have their pages
         self._look_again = 0  # empty steps that must not sleep
         self._arrivals = Arrivals(ranks)
         self._start: SchedulerHook | None = None
@@ -448,6 +450,8 @@ class SchedulerSide:
         if isinstance(news, WorkerReport):
             self._hear_cached(news)
             self._tokens.update(news.first_tokens)
+            for req_id in late:  # it went on from its token already
+                self._tokens.pop(req_id, None)
             for seconds in news.held.values():
                 self._expectations.lead.learn(seconds, self._clock())
             self._hear(news.promised)
@@ -501,7 +505,11 @@ class SchedulerSide:
         if self._awaited and not self.has_pending_work() and step.idle():
             self._wait()
         begun = step.doubtful
-        ready = self._arrivals.hear(self._bell.arrivals(), self._awaited | begun)
+        arrived = self._bell.arrivals()
+        ready = self._arrivals.hear(arrived, self._awaited | begun)
+        for (req_id, _), token in arrived.items():
+            if token is not None and req_id in self._awaited:
+                self._tokens[req_id] = token
         if step.early is not None and ready & begun:
             step.early.arrived()
             ready -= begun

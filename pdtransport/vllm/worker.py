@@ -533,10 +533,8 @@ class WorkerSide:
             if not outcome.ok:
                 self._failed.add(req_id)
                 self._forget_adapter(req_id)
-        # A request with a first token must not resume before the step's output, which carries the token. The same goes
-        # for a request whose step is void.
-        if outcome.ok and in_time and outcome.first_token is None:
-            self._rope.arrived(req_id, self._rank)
+        if outcome.ok and in_time:  # else its first step is void, which the step's output tells
+            self._rope.arrived(req_id, self._rank, outcome.first_token)
         self._rope.pull()
 
     def _forget_adapter(self, req_id: str) -> None:

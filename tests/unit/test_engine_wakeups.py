@@ -63,7 +63,7 @@ def test_the_kernel_lets_no_other_user_of_the_host_say_a_word(ends: tuple[Wakeup
     assert set(said) <= {"PermissionError", "ConnectionRefusedError"}
     assert not bell.wait(0.05)
     rope.promised("true")
-    assert (bell.promises(), bell.arrivals(), bell.expected()) == ({"true"}, set(), {})
+    assert (bell.promises(), bell.arrivals(), bell.expected()) == ({"true"}, {}, {})
 
 
 def test_the_folder_is_its_users_alone_and_goes_with_the_bell(ends: tuple[WakeupReceiver, WakeupSender]) -> None:

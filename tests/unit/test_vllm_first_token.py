@@ -312,6 +312,26 @@ def test_decodes_next_step_computes_the_second_token(engine: Engine) -> None:
     engine.step()
 
 
+def test_an_arrival_with_the_first_token_goes_on_in_the_step_that_begins_next(engine: Engine) -> None:
+    """It does not wait for the report, two steps later, which is then no news."""
+    r, _ = taken(engine, max_tokens=3)
+    side, rope = engine.scheduler.connector.scheduler, WakeupSender()
+    rope.name = side._bell.name
+    rope.arrived(r.request_id, 0, TOKEN)
+    rope.close()
+    (out,) = engine.step(sampled=401)
+    (new,) = engine.scheduled.scheduled_new_reqs
+    assert new.prompt_token_ids == [*PROMPT, TOKEN]
+    assert engine.scheduled.num_scheduled_tokens == {r.request_id: 1}
+    assert out.new_token_ids == [401]
+    report = WorkerReport(first_tokens={r.request_id: TOKEN})
+    (last,) = engine.step(sampled=402, finished_recving={r.request_id}, kv_connector_worker_meta=report)
+    assert str(last.finish_reason) == "length"
+    assert list(r.output_token_ids) == [401, 402]
+    assert not side._tokens, "the report's token is kept for nobody"
+    engine.step()
+
+
 def test_the_first_token_may_fill_a_block(engine: Engine) -> None:
     """Its block's hash is of the prompt and the token, as in a server that computed both."""
     r = request(CONSUME, prompt=PROMPT[: 3 * BLOCK - 1], hasher=engine.hasher)

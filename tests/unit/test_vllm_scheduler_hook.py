@@ -111,6 +111,22 @@ def test_all_ranks_must_have_their_pages() -> None:
     engine.close()
 
 
+def test_the_first_token_that_one_rank_told_is_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is told none must not let decode sample another one."""
+    engine = Engine(ranks=2)
+    engine.load()
+    told: list[int | None] = []
+    monkeypatch.setattr(engine.side, "_go_on", lambda request, token: told.append(token))
+    engine.ropes[0].arrived("r", 0, 7)
+    engine.ropes[0].arrived("stranger", 0, 8)
+    assert engine.begin() == set()
+    engine.ropes[1].arrived("r", 1)
+    assert engine.begin() == {"r"}
+    assert told == [7]
+    assert not engine.side._tokens
+    engine.close()
+
+
 @pytest.mark.parametrize("word", [("stranger", 0), ("r", 9), ("", 0), ("r\udcff".encode(errors="replace").decode(), 0)])
 def test_words_of_what_nobody_awaits_change_nothing(engine: Engine, word: tuple[str, int]) -> None:
     engine.load()
