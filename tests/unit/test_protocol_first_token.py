@@ -100,13 +100,14 @@ def test_a_token_that_was_not_asked_for_or_not_meant_is_refused(
     assert (machine.state, machine.code) == (ConsumerState.FENCING, Code.MISMATCH)
 
 
-def test_workers_that_name_different_tokens_hand_nothing_over() -> None:
-    """All parts of a transfer must go on from one token."""
+@pytest.mark.parametrize("other_token", [TOKEN + 1, None])
+def test_workers_that_name_different_tokens_hand_nothing_over(other_token: int | None) -> None:
+    """All parts of a transfer must go on from one token, or all from none."""
     book = receiving(True, (P, "prefill2"))
     took_all(book, P, 100)
     took_all(book, "prefill2", 101)
     book.on_message(P, commit(TOKEN, TOKEN), 0.0)
-    other = commit(TOKEN + 1, TOKEN + 1).model_copy(update={"generation": 101})
+    other = commit(other_token, other_token).model_copy(update={"generation": 101})
     failed = [a for a in book.on_message("prefill2", other, 0.0) if isinstance(a, (Ready, Failed))]
     assert [type(a) for a in failed] == [Failed]
     assert failed[0].code is Code.MISMATCH  # type: ignore[union-attr]

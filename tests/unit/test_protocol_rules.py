@@ -150,6 +150,35 @@ def test_the_wait_in_prefills_queue_starts_when_the_request_arrives() -> None:
     assert book.machines(T)[0].state is ConsumerState.WAITING
 
 
+def test_word_of_no_progress_does_not_extend_the_wait_for_the_next_batch() -> None:
+    """Prefill's engine hangs while its I/O thread answers each Grant: decode gives up after stall_s."""
+    book = receiving()
+    accept = Accept(transfer=T, generation=100, known=True, tokens_done=4)
+    book.on_message(P, accept, 0.0)
+    book.on_message(P, batch(0), 0.0)
+    (machine,) = book.machines(T)
+    for second in range(1, int(LIMITS.stall_s)):
+        book.on_message(P, accept, float(second))
+    book.tick(LIMITS.stall_s - 0.1)
+    assert machine.state is ConsumerState.RECEIVING
+    more = accept.model_copy(update={"tokens_done": 8})
+    book.on_message(P, more, LIMITS.stall_s - 0.1)
+    book.tick(LIMITS.stall_s + 0.1)
+    assert machine.state is ConsumerState.RECEIVING, "more tokens are progress"
+    book.tick(2 * LIMITS.stall_s)
+    assert machine.code is Code.TIMEOUT
+
+
+def test_a_copy_of_a_damaged_batch_is_not_read_again() -> None:
+    """Only a new attempt is: a copy that the network or prefill's own retry brings counts as no further damage."""
+    book = receiving()
+    book.on_message(P, batch(0), 0.0)
+    assert words(book.placed(BatchId(T, P, 100, 0), "damaged: a bit", 0.0), Nack)
+    for _ in range(LIMITS.resends + 1):
+        assert not of(book.on_message(P, batch(0), 0.1), ReadBatch)
+    assert of(book.on_message(P, batch(0, attempt=1), 0.2), ReadBatch)
+
+
 def test_a_failure_without_words_still_has_a_reason() -> None:
     """A peer's Abort with an empty reason does not make a silent failure."""
     book = receiving()

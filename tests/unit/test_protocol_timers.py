@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +52,18 @@ def test_agenda_stays_small(settings: list[tuple[int, float]]) -> None:
         timers.set(key, when)
         assert len(timers._heap) <= 64 + 4 * len(timers._when) + 1
         assert timers.next() == min(timers._when.values())
+
+
+def test_forgetting_what_is_outdated_delays_nobody() -> None:
+    """After thousands of changed deadlines, each key still wakes at its own, the soonest first."""
+    for seed in range(20):
+        chance = random.Random(seed)
+        timers: TimerQueue[int] = TimerQueue()
+        for _ in range(400):
+            timers.set(chance.randrange(16), chance.random())
+            assert timers.next() == min(timers._when.values())
+        when = dict(timers._when)
+        assert list(timers.due(1.0)) == sorted(when, key=lambda key: when[key])
 
 
 def test_keys_may_be_set_again_while_what_is_due_comes_out() -> None:

@@ -120,6 +120,25 @@ def test_two_that_connect_to_each_other_share_one_channel() -> None:
             assert len(one.peer(other).channels()) == 1
 
 
+@pytest.mark.parametrize("how", ["no", "silence"])
+def test_a_link_that_fails_in_one_direction_goes_on_in_the_other(how: str) -> None:
+    """Prefill sends over the channel already, and offers it for what decode would send: decode does not use it."""
+    with pair() as (p, d):
+        channel: Any = p.peer(d).outbound
+        p.meet(d, dialled=True)
+        p.mail.letters.clear()
+        assert p.peer(d).offered is channel
+        if how == "no":
+            d.peers._say(d.peer(p), "cma", "no", "not this way")
+            carry(p, d)
+        else:
+            p.peers.tick(p.peers.next_deadline() or 0.0)
+        assert "cma" in p.peer(d).excluded
+        assert p.peer(d).offered is None
+        assert not channel.closed
+        assert p.peer(d).outbound is channel
+
+
 def test_a_link_that_is_asked_for_again_is_not_opened_again() -> None:
     """The answer got lost, say: the same channel goes on, with what was offered over it."""
     with pair() as (p, d):
