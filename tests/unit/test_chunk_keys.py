@@ -102,6 +102,16 @@ def test_a_picture_changes_the_chunks_from_where_it_begins() -> None:
         assert len({keys[index] for keys in (plain, one, other, moved)}) == 4
 
 
+@pytest.mark.parametrize("place", range(12))
+def test_a_picture_counts_from_the_chunk_on_in_which_it_begins(place: int) -> None:
+    """Prompts with one beginning share what lies before the picture, up to the very token in front of it."""
+    plain = chunk_keys(SPACE, range(12))
+    keys = chunk_keys(SPACE, range(12), media=[Media(place, "cat")])
+    before = place // SPACE.chunk_tokens
+    assert keys[:before] == plain[:before]
+    assert not set(keys[before:]) & set(plain)
+
+
 @pytest.mark.parametrize("first", [0, 4, 8])
 def test_keys_go_on_from_the_chunk_before(first: int) -> None:
     """An answer's chunks have the keys that the next turn's prompt will have."""
