@@ -6,8 +6,8 @@ wakeup only costs a little time, since the workers' next step reports what ended
 
 Workers also send three kinds of messages: a request's pages arrived, and with them the first token that decode has to
 continue from; its last pages are expected at some time; decode promised to continue from a request's first token. Step
-outputs carry the first and the third, too, but one or two steps later. For a promise that is too late, since most prompts take one step. A lost promise counts as none; a lost arrival
-is learned from the step output.
+outputs carry the first and the third, too, but one or two steps later. For a promise that is too late, since most
+prompts take one step. A lost promise counts as none; a lost arrival is learned from the step output.
 """
 
 from __future__ import annotations
