@@ -196,7 +196,11 @@ class Host(Section):
 class Defaults(Section):
     """Values for all roles; a role's own value takes precedence."""
 
-    args: Flags = Field(default_factory=dict, description="vLLM flags. A role takes one out with null.")
+    args: Flags = Field(
+        default_factory=dict,
+        description="vLLM flags by their long names, such as `max-num-seqs: 8` or `enforce-eager: true`. A role takes "
+        "one out with null.",
+    )
     env: Environment = Field(default_factory=dict, description="Environment variables.")
     start_timeout_s: float = Field(
         900.0, gt=0, le=86400, description="A server that is not up after this long ends the launch."
@@ -216,7 +220,9 @@ class Role(Section):
         0, description="Control port of instance 0's rank 0; each instance takes tp of them in a row. 0: picked."
     )
     cpu: Ids | None = Field(
-        None, description="CPU cores, shared out over the role's workers in this order. Default: an even share."
+        None,
+        description="CPU cores, `0-7` or `[0, 1]`, shared out over the role's workers in this order. Default: an "
+        "even share.",
     )
     gpus: Ids | None = Field(None, description="GPUs, tp for each instance in this order. Unset: a CPU role.")
     args: Flags = Field(default_factory=dict, description="vLLM flags, over those of defaults.")
@@ -247,6 +253,8 @@ class Role(Section):
 
 
 class Roles(Section):
+    """The two roles, a section each."""
+
     prefill: Role = Field(description="Instances that compute prompts and push their KV pages.")
     decode: Role = Field(description="Instances that receive pages and write answers.")
 
@@ -261,7 +269,8 @@ class Preflight(Section):
         None,
         min_length=1,
         max_length=100_000,
-        description="Its text, a few KV pages long; a line that makes it new to every cache is put in front.",
+        description="Its text, a few KV pages long; a line that makes it new to every cache is put in front. Unset: a "
+        "program's source.",
     )
     max_tokens: Annotated[int, Strict()] = Field(16, ge=1, le=4096, description="Tokens to compare.")
     timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one answer.")
@@ -282,12 +291,20 @@ class Topology(Section):
     hosts: dict[str, Host] = Field(default_factory=dict, description="Machines. Only {local: {via: local}} for now.")
     defaults: Defaults = Defaults()
     roles: Roles
-    transport: Settings = Field(Settings(), description="How pages move; the same for all instances.")
+    transport: Settings = Field(
+        Settings(),
+        description="How pages move; the same for all instances. control.peers is filled in with the instances' own "
+        "host (control.host) unless it is set.",
+    )
     router: Router = Field(
         default_factory=lambda: RouterSettings.model_validate(_PLACEHOLDERS),
-        description="RouterSettings, but for prefill and decode.",
+        description="The router's settings, but for prefill and decode, which pdlaunch fills in.",
     )
-    pool: Pool | None = Field(None, description="Start a pool for all instances: PoolSettings, sizes such as 64GiB.")
+    pool: Pool | None = Field(
+        None,
+        description="Start a pool for all instances, which ends with them; sizes such as 64GiB. How instances use it "
+        "is in transport.pool, which need not be there.",
+    )
     kv_load_failure_policy: Literal["recompute", "fail"] = Field(
         "recompute", description="What decode does with a request whose pages did not arrive: compute them, or fail it."
     )

@@ -47,13 +47,18 @@ class _Checked(Section):
 class ControlSettings(_Checked):
     """The ZeroMQ control channel."""
 
-    host: str = Field("127.0.0.1", description="Address that this instance binds and that peers reach it at.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address that this instance binds and that peers reach it at. Where the "
+        "setting is missing, also from the variable PDTRANSPORT_CONTROL_HOST.",
+    )
     port: int | None = Field(
         None,
         ge=0,
         le=65535,
         description="Port of rank 0; rank r binds port + r, replicas follow. Unset: 7670 for kv_producer, "
-        "7770 for kv_consumer, 7570 for kv_both and the Python API. 0 lets the system choose (Python API only).",
+        "7770 for kv_consumer, 7570 for kv_both and the Python API. 0 lets the system choose (Python API only). Where "
+        "the setting is missing, also from the variable PDTRANSPORT_CONTROL_PORT.",
     )
     heartbeat_s: float = Field(0.5, gt=0, le=60, description="Interval between heartbeats on an open connection.")
     liveness_s: float = Field(
@@ -167,13 +172,15 @@ class LinkSettings(_Checked):
         16 << 20,
         ge=64 << 10,
         le=256 << 20,
-        description="Size of the ucx link's staging slots for GPU memory, and so its largest batch of it.",
+        description="Size of the ucx link's staging slots for GPU memory, and so its largest batch of it; the same on "
+        "both ends.",
     )
     gpu_staging_bytes: int = Field(
         64 << 20,
         ge=512 << 10,
         description="Size of each of the ucx link's two rings of such slots, of which a prefill worker uses one and a "
-        "decode worker the other: GPU memory beside the model where UCX sends it directly, else pinned host memory.",
+        "decode worker the other, made when first used: GPU memory beside the model where UCX sends it directly, else "
+        "pinned host memory.",
     )
     ucx_gpu_memory: Literal["auto", "direct", "staged"] = Field(
         "auto",
@@ -228,12 +235,16 @@ class DeadlineSettings(_Checked):
 
 
 class IntegritySettings(_Checked):
+    """Whether pages are verified."""
+
     checksum: Literal["full", "off"] = Field(
         "full", description="Checksum every page at its source and verify it at its destination, or trust the link."
     )
 
 
 class ObserveSettings(_Checked):
+    """What a worker remembers, and writes down, about finished transfers."""
+
     recent_transfers: int = Field(
         512, ge=0, le=65536, description="Finished transfers whose timeline a worker remembers."
     )
@@ -342,7 +353,10 @@ class PoolUse(_Checked):
         "engines with the same setting share chunks. none: loaded bytes are those stored.",
     )
     lookup_s: float = Field(
-        0.1, gt=0, le=60, description="A request waits so long to hear what the pool holds of it; then it goes without."
+        0.1,
+        gt=0,
+        le=60,
+        description="How long a request waits to hear what the pool holds of its prompt; then it goes on without.",
     )
     load_s: float = Field(5.0, gt=0, le=600, description="A load that took so long has failed: vLLM recomputes.")
     store_s: float = Field(

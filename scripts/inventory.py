@@ -1,4 +1,4 @@
-"""Everything that somebody outside may rely on, one line each: ``python scripts/inventory.py >FILE``.
+"""Everything that somebody outside may rely on, one line each: ``python -m scripts.inventory >FILE``.
 
 Take one before a change that is meant to change no behaviour and one after it: ``diff`` of both is what was renamed or
 lost. Lines begin with their kind: ``api`` (names, signatures), ``setting`` (with default), ``option`` and ``exit`` (of
@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+
+from pdtransport.pool.messages import POOL_VERSION
+from pdtransport.protocol.messages import PROTOCOL_VERSION
+from scripts.reference import TREES, WIRES, message_lines, sections
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pdtransport", "kernels", "launch")
@@ -31,13 +34,6 @@ COMMANDS = {
     "pdpool": "pdtransport.pool.cli",
     "pdrouter": "pdtransport.router.cli",
 }
-SETTINGS = {
-    "pdtransport": ("pdtransport.settings", "Settings"),
-    "pdpool": ("pdtransport.pool.settings", "PoolSettings"),
-    "pdrouter": ("pdtransport.router.settings", "RouterSettings"),
-    "topology": ("pdtransport.launch.topology", "Topology"),
-}
-MESSAGES = ("pdtransport.protocol.messages", "pdtransport.pool.messages")
 HEADER = re.compile(r"x-pd-[a-z-]+", re.IGNORECASE)
 METRIC = re.compile(r"(?:vllm:)?pd(?:transport|router|pool)_[a-z0-9_]+")
 VARIABLE = re.compile(r"(?:PD[A-Z]*|VLLM|UCX|XDG|CUDA)_[A-Z0-9_]+")
@@ -62,25 +58,11 @@ def _signature(thing: Any) -> str:
 
 
 def settings() -> Iterator[str]:
-    for name, (module, model) in SETTINGS.items():
-        yield from _fields(name, getattr(importlib.import_module(module), model), set())
-
-
-def _fields(path: str, model: type[BaseModel], above: set[type[BaseModel]]) -> Iterator[str]:
-    for name, field in sorted(model.model_fields.items()):
-        nested = [each for each in _models(field.annotation) if each not in above]
-        for each in nested:
-            yield from _fields(f"{path}.{name}", each, above | {model})
-        if not nested:
-            default = field.get_default(call_default_factory=not field.default_factory_takes_validated_data)
-            shown = "(required)" if default is PydanticUndefined else repr(default)
-            yield f"setting {path}.{name} = {shown}"
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]
+    """The tables of docs/reference/settings.md: what moves a setting, or changes its type or default, shows here."""
+    for tree in TREES:
+        for _, lines in sections(tree):
+            for row in (line.split(" | ") for line in lines if line.startswith("| `")):
+                yield f"setting {tree.title}: {' | '.join(row[:3]).removeprefix('| ')}"
 
 
 def options() -> Iterator[str]:
@@ -120,18 +102,14 @@ def words() -> Iterator[str]:
 
 
 def messages() -> Iterator[str]:
-    for module in MESSAGES:
-        names = importlib.import_module(module)
-        room = module.split(".")[1]
-        yield from (f"message {room} {key} = {value}" for key, value in vars(names).items() if key.endswith("_VERSION"))
-        for name, message in vars(names).items():
-            if inspect.isclass(message) and issubclass(message, BaseModel) and message.__module__ == module:
-                fields = ", ".join(f"{field}: {_kind(info.annotation)}" for field, info in message.model_fields.items())
-                yield f"message {room} {name}({fields})"
-
-
-def _kind(annotation: Any) -> str:
-    return getattr(annotation, "__name__", str(annotation)) if inspect.isclass(annotation) else str(annotation)
+    yield f"message control version {PROTOCOL_VERSION}"
+    yield f"message pool version {POOL_VERSION}"
+    for wire in WIRES:
+        for message in wire.messages:
+            yield f"message {message.__name__} = {message.model_fields['kind'].default}"
+            for line in message_lines(message):
+                if line.startswith("| `"):
+                    yield f"message {message.__name__}: {line.strip('| ')}"
 
 
 def errors() -> Iterator[str]:
@@ -148,7 +126,7 @@ def tests() -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python scripts/inventory.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.inventory", description=__doc__)
     parser.add_argument("--tests", action="store_true", help="ids of all tests, too")
     args = parser.parse_args()
     found = {*api(), *settings(), *options(), *words(), *messages(), *errors()}

@@ -1,4 +1,4 @@
-"""Draws the protocol from its source: Mermaid diagrams of the state tables, and tables of the messages and codes.
+"""Draws the protocol from its source: Mermaid diagrams of the state tables, and tables of states and codes.
 
 ``python -m pdtransport.protocol.diagram --write docs/protocol.md`` redraws everything between the markers
 ``<!-- drawn: NAME -->`` and ``<!-- end -->`` of that file; ``--check`` reports whether that would change anything.
@@ -10,11 +10,10 @@ import argparse
 import inspect
 import re
 import sys
-import types
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pdtransport.protocol import messages, states
 
@@ -47,41 +46,9 @@ def state_table(enum: type[Enum]) -> str:
     return "\n".join(["| state | meaning |", "|---|---|", *rows])
 
 
-def message_table(union: Any) -> str:
-    """A table of the messages of ``union``: name, meaning, fields."""
-    rows = [_message_row(message) for message in get_args(union)]
-    return "\n".join(["| message | meaning | fields |", "|---|---|---|", *rows])
-
-
 def code_table() -> str:
     """A table of the codes and their meanings."""
     return state_table(messages.Code).replace("| state |", "| code |", 1)
-
-
-def _message_row(message: type[messages.Message]) -> str:
-    meaning = " ".join(inspect.cleandoc(message.__doc__ or "").split())
-    meaning = re.sub(r"^(Consumer|Producer): ", "", meaning)
-    meaning = re.sub(r":\w+:(`[^`]+`)", r"\1", meaning).replace("``", "`").replace("|", "\\|")
-    if not meaning:
-        raise DiagramError(f"{message.__name__} has no docstring")
-    fields = ", ".join(
-        f"`{name}: {_type_name(field.annotation)}`" for name, field in message.model_fields.items() if name != "kind"
-    )
-    return f"| **{message.__name__}** | {meaning} | {fields} |"
-
-
-def _type_name(annotation: Any) -> str:
-    if annotation is Ellipsis:
-        return "..."
-    if get_origin(annotation) is Annotated:
-        return _type_name(get_args(annotation)[0])
-    arguments = get_args(annotation)
-    name: str = getattr(annotation, "__name__", str(annotation))
-    if not arguments:
-        return name
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(_type_name(argument) for argument in arguments)
-    return f"{name}[{', '.join(_type_name(argument) for argument in arguments)}]"
 
 
 DRAWINGS: dict[str, Callable[[], str]] = {
@@ -89,9 +56,6 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "decode table": lambda: state_table(states.ConsumerState),
     "prefill states": lambda: state_diagram(states.PRODUCER_MOVES, "a grant meets its request / Accept"),
     "prefill table": lambda: state_table(states.ProducerState),
-    "decode messages": lambda: message_table(messages.ConsumerMessage),
-    "prefill messages": lambda: message_table(messages.ProducerMessage | messages.BatchHint),
-    "control messages": lambda: message_table(messages.ControlMessage),
     "codes": code_table,
 }
 

@@ -3,6 +3,8 @@
 A *transfer* is the hand-off of one request; the router mints a new transfer id for each dispatch. A *generation*
 identifies one grant of one consumer worker; a message with an old generation changes nothing. A *block* is numbered in
 the request's own order (block 0 holds its first ``block_size`` tokens); page ids never identify anything.
+
+Each docstring begins with the sender.
 """
 
 from __future__ import annotations
@@ -207,7 +209,7 @@ FingerprintValue = str | int | bool
 
 
 class Hello(Message):
-    """First message on a connection, from the side that opened it."""
+    """Either side: first message on a connection, from the side that opened it."""
 
     kind: Literal["hello"] = "hello"
     protocol: int
@@ -220,7 +222,7 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """Answer to Hello: we are compatible. The same facts about the answering side."""
+    """Either side: answer to Hello: we are compatible. The same facts about the answering side."""
 
     kind: Literal["welcome"] = "welcome"
     protocol: int
@@ -233,8 +235,8 @@ class Welcome(Message):
 
 
 class Refused(Message):
-    """Refuses a Hello, or a frame that can't be handled: ``field`` names what differs or is wrong. ``hello`` asks for a
-    new Hello; ``name`` is only a warning that another live process uses the receiver's name."""
+    """Either side: refuses a Hello, or a frame that can't be handled: ``field`` names what differs or is wrong.
+    ``hello`` asks for a new Hello; ``name`` is only a warning that another live process uses the receiver's name."""
 
     kind: Literal["refused"] = "refused"
     field: Annotated[str, Field(max_length=128)]
@@ -244,21 +246,21 @@ class Refused(Message):
 
 
 class Ping(Message):
-    """Heartbeat: are you still there?"""
+    """Either side: heartbeat: are you still there?"""
 
     kind: Literal["ping"] = "ping"
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class Pong(Message):
-    """Answer to Ping: yes, and still the same process."""
+    """Either side: answer to Ping: yes, and still the same process."""
 
     kind: Literal["pong"] = "pong"
     incarnation: Annotated[int, Field(ge=1, lt=1 << 63)]
 
 
 class LinkCall(Message):
-    """Link-specific setup message: choosing a link for a pair of workers, and measuring it."""
+    """Either side: link-specific setup message: choosing a link for a pair of workers, and measuring it."""
 
     kind: Literal["link"] = "link"
     link: Annotated[str, Field(max_length=32)]
@@ -266,28 +268,28 @@ class LinkCall(Message):
 
 
 class StatusRequest(Message):
-    """From any client that may connect: what is your status? ``transfer`` limits the timelines to one transfer."""
+    """Client: what is your status? ``transfer`` limits the timelines to one transfer. Any client that may connect."""
 
     kind: Literal["status?"] = "status?"
     transfer: Annotated[str, Field(max_length=128)] = ""
 
 
 class StatusReply(Message):
-    """Answer to StatusRequest: ``status`` is JSON text (see :mod:`pdtransport.observe.status`)."""
+    """Worker: answer to StatusRequest: ``status`` is JSON text (see :mod:`pdtransport.observe.status`)."""
 
     kind: Literal["status"] = "status"
     status: str
 
 
 class Watch(Message):
-    """From any client that may connect: report to me how the transfers end that this worker receives. The subscription
-    lapses unless the watcher repeats this message: it is its heartbeat."""
+    """Client: report to me how the transfers end that this worker receives. Any client that may connect. The
+    subscription lapses unless the watcher repeats this message: it is its heartbeat."""
 
     kind: Literal["watch"] = "watch"
 
 
 class Watching(Message):
-    """Answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Names the worker;
+    """Worker: answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Names the worker;
     ``incarnation`` tells two runs of it apart, but is not the secret one of its Hello."""
 
     kind: Literal["watching"] = "watching"
@@ -298,9 +300,9 @@ class Watching(Message):
 
 
 class Ended(_Scoped):
-    """Consumer, to its watchers: this transfer has ended here. Without ``code`` it succeeded: ``blocks`` blocks were
-    received and verified (0 if the consumer held all of them already). Microseconds until the last page was verified:
-    ``exposed_us`` since the commit, ``taken_us`` since the first batch."""
+    """Worker: tells its watchers that this transfer has ended here. Without ``code`` it succeeded: ``blocks`` blocks
+    were received and verified (0 if the consumer held all of them already). Microseconds until the last page was
+    verified: ``exposed_us`` since the commit, ``taken_us`` since the first batch."""
 
     kind: Literal["ended"] = "ended"
     code: Code | None = None
