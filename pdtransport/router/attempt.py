@@ -169,10 +169,9 @@ class Attempt:
             return None
         try:
             left = self._settings.timeouts.total_s - self._trace.elapsed()
-            async with asyncio.timeout(max(left, 0)):
-                raw = await self._upstream.whole(self.dispatch.decode, opened)
+            raw = await asyncio.wait_for(self._upstream.whole(self.dispatch.decode, opened), max(left, 0))
             return joined(call.api, first, raw)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise self._too_slow(self.dispatch.decode, "total_s") from None
         except Lost:
             raise self.lost("did not go on from the first token") from None

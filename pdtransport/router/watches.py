@@ -101,13 +101,13 @@ class Watches:
 
     async def first_answers(self) -> None:
         """Wait until all watches that were just opened are answered, at most ``FIRST_ANSWER_S``."""
-        try:
-            async with asyncio.timeout(FIRST_ANSWER_S):
-                while self._awaits_any():
-                    self._answered.clear()
-                    await self._answered.wait()
-        except asyncio.TimeoutError:
-            pass
+        until = asyncio.get_running_loop().time() + FIRST_ANSWER_S
+        while self._awaits_any():
+            self._answered.clear()
+            try:
+                await asyncio.wait_for(self._answered.wait(), until - asyncio.get_running_loop().time())
+            except asyncio.TimeoutError:
+                return
 
     def _awaits_any(self) -> bool:
         return any(
