@@ -7,13 +7,13 @@ ENV := env
 endif
 # More to say to pytest: make test ARGS="-k launch -x"
 ARGS ?=
-SOURCES := pdtransport kernels launch tests benchmarks examples scripts
+SOURCES := pdtransport kernels launch tests benchmarks examples scripts noxfile.py
 PRESENT := $(wildcard $(SOURCES))
 
-.PHONY: help env bench-env demo test test-fast test-more test-long soak sanitize mutants fuzz model lint format types bench clean
+.PHONY: help env bench-env demo test test-fast test-pythons coverage test-more test-long soak sanitize mutants fuzz model lint format types bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env:  ## make .venv with vLLM, UCX and pdtransport; a second run does only what changed
 	@scripts/setup_env.sh $(VENV)
@@ -35,6 +35,13 @@ test-more: $(ENV)  ## the tests marked "more": continuous integration runs them 
 
 test-fast: $(ENV)  ## unit tests and the simulator
 	$(PYTHON) -m pytest -m "not more and not long" tests/unit tests/sim $(ARGS)
+
+test-pythons: $(ENV)  ## test-fast on each Python from 3.10 to 3.13 that is found, in environments of their own (.nox)
+	$(PYTHON) -m nox -- $(ARGS)
+
+coverage: $(ENV)  ## test-fast with coverage, subprocesses included: lines and branches by room
+	$(PYTHON) -m pytest -m "not more and not long" tests/unit tests/sim --cov --cov-report= $(PARALLEL) $(ARGS)
+	$(PYTHON) -m scripts.covered
 
 test-long: $(ENV)  ## the tests that are marked long, and only those: minutes each
 	$(PYTHON) -m pytest -m long --durations 15 $(ARGS)
@@ -78,5 +85,5 @@ bench: $(if $(ENV),bench-env)  ## the hand-off beside NIXL's, and the links
 	$(PYTHON) -m benchmarks.links
 
 clean:  ## remove what was built and cached, but not .venv
-	rm -rf build dist .mypy .mypy_cache .pytest_cache .ruff_cache .hypothesis .demo *.egg-info
+	rm -rf build dist .coverage .nox .mypy .mypy_cache .pytest_cache .ruff_cache .hypothesis .demo *.egg-info
 	find $(PRESENT) -name __pycache__ -prune -exec rm -rf {} +

@@ -228,6 +228,20 @@ def test_an_answer_has_the_version_that_is_spoken_here() -> None:
     run(test)
 
 
+def _nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+def _unreadable() -> int:
+    """How deep a value is that this Python's json does not read: 1,000 lists on 3.11, more from 3.12 on."""
+    for depth in range(900, 200_000, 5):
+        try:
+            json.loads(_nested(depth))
+        except RecursionError:
+            return depth
+    raise AssertionError("json reads whatever it is given")
+
+
 @pytest.mark.parametrize("member", ["model", "cache_salt", "n", "other"])
 def test_no_depth_of_a_body_makes_the_router_fail(member: str) -> None:
     """What is nested as deep as it can be read is passed on, and deeper a 400: nothing later fails on it."""
@@ -235,9 +249,9 @@ def test_no_depth_of_a_body_makes_the_router_fail(member: str) -> None:
     async def test() -> None:
         async with rigged() as rig:
             answers = set()
-            for depth in (500, *range(900, 1010, 5)):
-                value = "[" * depth + "]" * depth
-                reply = await rig.ask(f'{{"{member}": {value}, "prompt": "{"x" * 2000}"}}'.encode())
+            deepest = _unreadable()
+            for depth in (500, *range(deepest - 100, deepest + 10, 5)):
+                reply = await rig.ask(f'{{"{member}": {_nested(depth)}, "prompt": "{"x" * 2000}"}}'.encode())
                 answers.add((reply.status, reply.error["code"] if reply.status != 200 else None))
             assert answers == {(200, None), (400, "invalid_json")}
 
