@@ -117,3 +117,18 @@ def test_memory_that_was_not_registered_is_neither_offered_nor_written(ends: tup
     offer, checksums = sender.channel.send(2, sender.runs, BLOCKS)
     with pytest.raises(LinkError, match="outside the registered memory"):
         receiver.channel.receive(2, offer, outside, checksums, BLOCKS, receiver.told.append)
+
+
+def test_the_end_of_a_peer_gives_back_all_that_was_offered_to_it(ends: tuple[End, End]) -> None:
+    """A table's tickets are few: peers that die with offers outstanding must not use them up. And what reads such an
+    offer late is told that it is void."""
+    sender, receiver = ends
+    before = sender.link.tickets.free
+    offered = [sender.channel.send(key, sender.runs, BLOCKS) for key in range(3)]
+    assert sender.link.tickets.free == before - 3
+    sender.channel.close()
+    assert sender.link.tickets.free == before
+    for offer, checksums in offered:
+        receiver.receive(offer, checksums)
+    assert all(error is not None and error.startswith("damaged") for error in receiver.progress())
+    assert (receiver.memory == 255).all()
