@@ -9,7 +9,8 @@ from pdtransport.pool.core.requests import KeyVerdict, PoolRequest
 from pdtransport.pool.core.store import ChunkStore
 from pdtransport.pool.core.tier_state import Delete, Promote, TierState, WriteBack
 from pdtransport.pool.settings import PoolSettings
-from tests.unit.pool_rig import FRAME, Asker, MemoryTier, chunk_store, keys
+from pdtransport.pool.tiers.base import Stored
+from tests.unit.pool_rig import FRAME, Asker, MemoryTier, chunk_store, key, keys
 
 
 def test_a_chunk_is_invisible_until_it_is_published() -> None:
@@ -175,6 +176,19 @@ def test_a_tenant_never_exceeds_its_quota_and_recycles_its_own() -> None:
     assert flood.put(99, nbytes=3 * FRAME) == [KeyVerdict.FULL]
     other.put(*range(40, 48))
     assert on.budget.groups[1].used <= 2
+
+
+def test_what_a_scan_finds_is_its_tenants_again() -> None:
+    """After a restart a tenant's chunks are read from its own place and count to its quota."""
+    tier = TierState(MemoryTier(), 2, 8 * FRAME, "lru")
+    on = chunk_store(8, [tier], quotas={"a": 2 * FRAME})
+    for number, tenant in ((1, "a"), (2, "a"), (3, "a"), (4, "")):
+        assert on.adopt(tier, Stored(key(number), tenant, FRAME, FRAME))
+    asker = Asker(on)
+    asker.load(1, 2, 4)
+    read = {job.key: job.tenant for job in on.jobs if isinstance(job, Promote)}
+    assert read == {key(1): "a", key(2): "a", key(4): ""}
+    assert on.budget.groups[1].used == 2
 
 
 def test_admission_twice_stores_what_comes_again() -> None:
