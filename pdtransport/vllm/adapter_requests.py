@@ -1,7 +1,7 @@
 """The engine's live requests with a LoRA adapter, as seen by the scheduler half.
 
 vLLM's prefix cache knows an adapter by name and path, so after a replacement it still finds blocks computed with the
-old content. Workers never hand such blocks over (:mod:`pdtransport.vllm.adapted`), so decode would recompute those
+old content. Workers never hand such blocks over (:mod:`pdtransport.engine.adapted`), so decode would recompute those
 prompts for as long as the old blocks are found. Therefore each content gets its own part of the cache: a generation
 number is part of the block hashes (:mod:`pdtransport.vllm.patches.adapter_generations`). A new generation begins when
 an adapter is replaced in place, comes back under another id, or a worker reports that it loaded another content.
@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pdtransport.engine.commands import Wrote
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Wrote
 from pdtransport.vllm.patches.adapter_generations import Name, generations, separate_generations
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.engine.adapted import AdapterUnknown
 from pdtransport.vllm.patches.adapter_digest import MARK, PATCH, with_digest
 from pdtransport.vllm.patches.base import Unexpected
 
@@ -30,17 +31,8 @@ def _applied(manager: Any) -> str:
     return f":{json.dumps(told, sort_keys=True)}" if told else ""
 
 
-def named(request: LoRARequest) -> str:
-    """An adapter's name for logs and error messages."""
-    return f"LoRA adapter {request.lora_name!r}"
-
-
-class AdapterUnknown(Exception):
-    """The content that this worker has loaded under an adapter's id can't be identified; the message says why."""
-
-
 class Adapters:
-    """The adapters that this worker has loaded. Used by the worker's thread.
+    """A worker's :class:`~pdtransport.engine.adapted.LoadedAdapters`.
 
     Args:
         manager: vLLM's LoRA manager; None: it was not found or is not supported, and every adapter is unknown.
@@ -83,7 +75,7 @@ class Adapters:
         form = ":3d" if getattr(model, "is_3d_lora_weight", False) else ""
         return f"{digest}{form}{self._applied}"
 
-    def load(self, request: LoRARequest, used: Collection[int] = ()) -> str | None:
+    def load(self, adapter: LoRARequest, used: Collection[int] = ()) -> str | None:
         """Load an adapter, as vLLM does at its first use.
 
         Not to be called while a step is being prepared, since it may evict another adapter.
@@ -99,15 +91,15 @@ class Adapters:
         """
         manager = self._look()
         held = set(manager.list_adapters())
-        if request.lora_int_id in held:
-            return self.held(request.lora_int_id)
+        if adapter.lora_int_id in held:
+            return self.held(adapter.lora_int_id)
         if len(held) >= manager._adapter_manager.capacity and held <= set(used):
             return None
         try:
-            manager.add_adapter(request)
+            manager.add_adapter(adapter)
         except Exception as error:  # whatever vLLM finds wrong with the files
             raise AdapterUnknown(f"it can't be loaded: {error}") from error
-        return self.held(request.lora_int_id)
+        return self.held(adapter.lora_int_id)
 
     def take_news(self) -> dict[int, str]:
         """Digests by id of the adapters loaded since the last call."""

@@ -10,8 +10,15 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
 
+from pdtransport.engine.commands import Commands, WorkerReport
+from pdtransport.engine.stats import TransferStats
 from pdtransport.links.registry import check_links
 from pdtransport.settings import Settings
 from pdtransport.vllm.beyond_window import WindowRule
@@ -19,7 +26,6 @@ from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import attention_heads, control_port
 from pdtransport.vllm.logs import join_vllm_log
-from pdtransport.vllm.metadata import Commands, WorkerReport
 from pdtransport.vllm.patches.base import announce
 from pdtransport.vllm.patches.decode_stream import shorten_priming
 from pdtransport.vllm.patches.poll_backoff import shorten_spins
@@ -54,6 +60,10 @@ if TYPE_CHECKING:
     from pdtransport.vllm.pool_space import Shard
 
 logger = logging.getLogger(__name__)
+
+# What vLLM passes between the two halves are its own classes; the messages of `engine/` know no vLLM, and are as good.
+KVConnectorMetadata.register(Commands)
+KVConnectorWorkerMetadata.register(WorkerReport)
 
 
 class PDTransportConnector(KVConnectorBase_V1):
@@ -226,7 +236,7 @@ class PDTransportConnector(KVConnectorBase_V1):
     def build_connector_worker_meta(self) -> WorkerReport | None:
         return self._worker.take_news() if self._worker is not None else None
 
-    def get_kv_connector_stats(self) -> PDTransportStats | None:
+    def get_kv_connector_stats(self) -> TransferStats | None:
         side = self._worker or self._scheduler
         return side.take_stats() if side is not None else None
 

@@ -3,9 +3,9 @@
 What vLLM does between an arrival and a forward pass (schedule the request, make its state and its inputs) takes 5 ms on
 an H100's host, and launching that 2 more, or 26 without CUDA graphs, for which the first token would wait. It is done
 while the last pages are on their way; the worker holds the step, or its GPU, until they are verified
-(:mod:`pdtransport.vllm.holding`). If they fail to come, what was computed from them is thrown away before anybody looks
-at it, and the request is computed anew, or fails, as ``kv_load_failure_policy`` says. If they come after that, it is
-thrown away as well, and they are in the prefix cache when the request is taken up again.
+(:mod:`pdtransport.engine.holding`). If they fail to come, what was computed from them is thrown away before anybody
+looks at it, and the request is computed anew, or fails, as ``kv_load_failure_policy`` says. If they come after that, it
+is thrown away as well, and they are in the prefix cache when the request is taken up again.
 
 Nothing else moves meanwhile, so it is done for a request that is alone in its engine, and no earlier than it must be
 (:class:`Lead`).
@@ -18,7 +18,7 @@ import time
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-from pdtransport.vllm.metadata import WorkerReport
+from pdtransport.engine.commands import WorkerReport
 from pdtransport.vllm.patches.hold_back import can_hold_back
 from pdtransport.vllm.patches.late_caching import LateCaching
 

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class GpuStream:
-    """A :class:`pdtransport.vllm.holding.ModelStream` of one GPU.
+    """A :class:`pdtransport.engine.holding.ModelStream` of one GPU.
 
     Args:
         device: as CUDA numbers it in this process.

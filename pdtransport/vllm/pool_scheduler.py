@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pdtransport.engine.commands import LoadChunks, StoreChunks
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kv.keys import KeySpace, chunk_keys
 from pdtransport.pool.client.pool_client import Pending, PoolClient, PrefixFound
 from pdtransport.pool.messages import MAX_KEYS, MAX_MANAGED, MAX_SPACE
 from pdtransport.settings import PoolUse, Settings
-from pdtransport.vllm.metadata import LoadChunks, StoreChunks
 from pdtransport.vllm.pool_events import PoolEvents
 from pdtransport.vllm.pool_space import Shard, introduction, salt_of, why_unkeyable
 

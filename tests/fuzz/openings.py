@@ -6,13 +6,13 @@ import json
 import struct
 from typing import Any
 
+from pdtransport.engine.params import marked
 from pdtransport.kv.keys import KEY_BYTES
 from pdtransport.pool import messages
 from pdtransport.pool.tiers.base import DIGEST_BYTES
 from pdtransport.pool.tiers.codecs import LOSSY
 from pdtransport.pool.tiers.envelope import Envelope
 from pdtransport.pool.tiers.keyed_digest import UNSIGNED
-from pdtransport.vllm.params import marked
 from tests.fuzz.split import SEPARATOR
 from tests.unit.pool_rig import key
 

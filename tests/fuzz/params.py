@@ -17,14 +17,14 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.request import Request, RequestStatus
 
+from pdtransport.engine.commands import Command, Decline, Open, SendClaim, StartReceive
+from pdtransport.engine.params import asked_transfer, parse
 from pdtransport.protocol.messages import Code
 from pdtransport.router.endpoints import Endpoint
 from pdtransport.router.first_token import Unusable, read
 from pdtransport.router.settings import EndpointSettings
 from pdtransport.router.upstream import UpstreamError, _handover
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Command, Decline, Open, SendClaim, StartReceive
-from pdtransport.vllm.params import asked_transfer, parse
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.fuzz.faults import Faults
 

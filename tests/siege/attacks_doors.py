@@ -19,7 +19,7 @@ from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from tests.siege.bystander import Effect, idle, processor_s, resident, settled, watched
 
 if TYPE_CHECKING:
-    from pdtransport.vllm.metadata import Command
+    from pdtransport.engine.commands import Command
     from pdtransport.vllm.scheduler import SchedulerSide
 
 FLOOD_S = 1.5
@@ -194,7 +194,7 @@ def _ask(side: SchedulerSide, number: int, host: str, port: int, ranks: int) -> 
 
 def _do(decode: Transport, command: Command) -> None:
     """As a worker does it."""
-    from pdtransport.vllm.metadata import Decline, SendClaim, StartReceive
+    from pdtransport.engine.commands import Decline, SendClaim, StartReceive
 
     if isinstance(command, StartReceive):
         where: dict[str, Any] = {"host": command.host, "port": command.port, "ranks": command.ranks}

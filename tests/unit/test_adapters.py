@@ -20,12 +20,8 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from pdtransport.kv.keys import prompt_digest, with_adapter
-from pdtransport.settings import Settings
-from pdtransport.vllm.adapted import Adapted, BlockOrigins
-from pdtransport.vllm.adapter_requests import AdapterRequests
-from pdtransport.vllm.adapters import Adapters, AdapterUnknown
-from pdtransport.vllm.metadata import (
+from pdtransport.engine.adapted import Adapted, BlockOrigins
+from pdtransport.engine.commands import (
     CancelLoad,
     Command,
     LoadChunks,
@@ -36,6 +32,10 @@ from pdtransport.vllm.metadata import (
     WorkerReport,
     Wrote,
 )
+from pdtransport.kv.keys import prompt_digest, with_adapter
+from pdtransport.settings import Settings
+from pdtransport.vllm.adapter_requests import AdapterRequests
+from pdtransport.vllm.adapters import Adapters, AdapterUnknown
 from pdtransport.vllm.patches.adapter_digest import content_digest, with_digest
 from pdtransport.vllm.patches.base import Unexpected
 from tests.rig.adapters import OUT, write_adapter

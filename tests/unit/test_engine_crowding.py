@@ -13,9 +13,9 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
+from pdtransport.engine.commands import ReleaseIfPooled
 from pdtransport.engine.crowding import NEXT_S, STILL_S
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import ReleaseIfPooled
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, PRODUCE, Clock, request, step
 

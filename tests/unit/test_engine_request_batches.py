@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.engine import request_batches as batches
+from pdtransport.engine.commands import Open
 from pdtransport.engine.request_batches import Batches
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Open
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import CONSUME, PRODUCE, request
 
@@ -79,12 +79,12 @@ def test_both_sides_name_the_transfers_of_a_batch_alike() -> None:
         decode.on_new_request(request(CONSUME, name=f"cmpl-other-{index}-1a1b2c3{index}"))
     opened = [command.transfer for command in prefill._before if isinstance(command, Open)]
     assert opened == ["t", "t.1", "t.2"]
-    assert [entry.params.transfer_id for entry in decode._consuming.values()] == opened
+    assert [entry.params.transfer_id for entry in decode._consuming._requests.values()] == opened
 
 
 def test_further_sequences_are_computed_here_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     both = side(producer=True, consumer=True)
     for params in (PRODUCE, CONSUME):
         both.on_new_request(request(params, name="1_cmpl-x-0-0a1b2c3d"))
-    assert (both._producing, both._consuming, both._before) == ({}, {}, [])
+    assert (len(both._producing), len(both._consuming), both._before) == (0, 0, [])
     assert "1_cmpl-x-0-0a1b2c3d is not handed over: of several sequences (n)" in caplog.text

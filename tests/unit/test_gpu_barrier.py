@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pdtransport.engine import holding
+from pdtransport.engine.holding import Holding
 from pdtransport.kernels import gpu
 from pdtransport.kernels.barrier import Barrier
-from pdtransport.vllm import holding
-from pdtransport.vllm.holding import Holding
 
 pytestmark = pytest.mark.gpu
 NBYTES = 1 << 20

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pdtransport.engine.params import parse
 from pdtransport.router.attempt import Attempt
-from pdtransport.vllm.params import parse
 
 IDS, BITS = 1000, 128
 

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
+from pdtransport.engine.commands import Drop, Finish, Open, StartReceive, StoreChunks
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Drop, Finish, Open, StartReceive, StoreChunks
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_pool import PROMPT, Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
@@ -102,7 +102,7 @@ def test_transfers_that_were_taken_are_remembered_within_a_bound() -> None:
         decode.on_new_request(made)
         take(decode, made, 0, 1, 2, 3, 4)
         decode.finished(made, [])
-    assert list(decode._taken) == [f"t{number}" for number in range(34, 50)]
+    assert list(decode._consuming._taken) == [f"t{number}" for number in range(34, 50)]
 
 
 def test_what_was_computed_from_pages_that_may_fail_to_come_is_not_stored(half: Half) -> None:  # noqa: F811

@@ -15,12 +15,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1 import kv_cache_interface as specs
 from vllm.v1.request import Request
 
+from pdtransport.engine.commands import Open, StartReceive
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
 from pdtransport.vllm.beyond_window import CODE, WindowRule
 from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
 from pdtransport.vllm.connector import PDTransportConnector
-from pdtransport.vllm.metadata import Open, StartReceive
 from pdtransport.vllm.scheduler import SchedulerSide
 
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}

@@ -12,12 +12,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.control import names
+from pdtransport.engine.callees import Callees
+from pdtransport.engine.commands import Command, Decline, SendClaim, StartReceive
+from pdtransport.engine.consuming import LEFT
 from pdtransport.errors import SettingsError
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import ControlSettings, Settings
-from pdtransport.vllm.callees import Callees
-from pdtransport.vllm.metadata import Command, Decline, SendClaim, StartReceive
-from pdtransport.vllm.scheduler import COMPLAIN_S, LEFT, REJECTED, SchedulerSide
+from pdtransport.vllm.request_reader import COMPLAIN_S
+from pdtransport.vllm.scheduler import REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, Clock, blocks, request, step
 
@@ -112,7 +114,7 @@ def test_a_prompt_that_may_not_be_fetched_is_looked_up_in_the_pool(
     assert len(half.pool.asked) == 1
     resolver["evil"] = "169.254.169.254"
     rule = ControlSettings(allow_plaintext=True, peers=["10.1.0.0/16"])
-    half.side._callees = Callees(rule, 0, strict=True)
+    half.side._consuming.callees = Callees(rule, 0, strict=True)
     later = half.arrive({**CONSUME, "transfer_id": "u", "remote_host": "evil"}, name="later")
     deadline = time.monotonic() + 20
     while len(half.pool.asked) == 1:

@@ -40,9 +40,9 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from pdtransport.engine.commands import WorkerReport
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.vllm.early import FIRST_LEAD_S, HELD_S, LEAST_LEAD_S, LONG_S, MOST_LEAD_S, REST_S, Lead
-from pdtransport.vllm.metadata import WorkerReport
 
 MODEL = Path(__file__).parents[2] / "examples/models/tiny-lm"
 BLOCK = 32

@@ -15,10 +15,10 @@ pytest.importorskip("vllm")
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.request import Request, RequestStatus
 
+from pdtransport.engine.commands import Commands, Finish, StartReceive, WorkerReport
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
 from pdtransport.vllm.first_token import FirstTokens
-from pdtransport.vllm.metadata import Commands, Finish, StartReceive, WorkerReport
 from pdtransport.vllm.patches.appended_token import LOST, append, give_up
 from pdtransport.vllm.scheduler import SchedulerSide
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+from pdtransport.engine import holding
+from pdtransport.engine.commands import Commands, StartReceive
+from pdtransport.engine.holding import MOST_STUCK, Arrival, Holding
 from pdtransport.settings import Settings
 from pdtransport.transfer.outcome import Outcome
-from pdtransport.vllm import holding
-from pdtransport.vllm.holding import MOST_STUCK, Arrival, Holding
-from pdtransport.vllm.metadata import Commands, StartReceive
 from pdtransport.vllm.worker import WorkerSide
 
 WAIT_S = 30.0
@@ -287,12 +287,12 @@ def side() -> Iterator[Any]:
     made: Any = WorkerSide(Settings(), SimpleNamespace(), "kv_consumer")  # type: ignore[arg-type]
     made._transport = Carrier()
     made.rung = []
-    made._rope = SimpleNamespace(
+    made._results.rope = SimpleNamespace(
         name="",
         pull=lambda: None,
         close=lambda: None,
         expected=lambda *_: None,
-        arrived=lambda name, rank: made.rung.append(name),
+        arrived=lambda name, rank, first_token: made.rung.append(name),
     )
     yield made
     made.close()

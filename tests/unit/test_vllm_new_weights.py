@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from pdtransport.engine.commands import Drop, Open, StartReceive, StoreChunks
 from pdtransport.kv.keys import KeySpace
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import Drop, Open, StartReceive, StoreChunks
 from pdtransport.vllm.pool_space import Shard
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_generation import Manager

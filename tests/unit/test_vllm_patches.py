@@ -20,6 +20,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from pdtransport.engine.commands import Open
 from pdtransport.errors import SettingsError
 from pdtransport.launch.status import _rank_lines
 from pdtransport.settings import Settings
@@ -27,7 +28,6 @@ from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.adapters import Adapters, AdapterUnknown
 from pdtransport.vllm.beyond_window import WindowRule
 from pdtransport.vllm.first_token import FirstTokens
-from pdtransport.vllm.metadata import Open
 from pdtransport.vllm.patches import base, connector_loader, decode_stream, engine_probe, model_loading, packed_weights
 from pdtransport.vllm.patches.base import PATCHES, Patch, Unexpected, announce, expect
 from pdtransport.vllm.patches.cached_usage import CachedUsage

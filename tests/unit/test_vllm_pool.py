@@ -20,6 +20,17 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.engine.block_refs import BlockRefCounts
+from pdtransport.engine.commands import (
+    CancelLoad,
+    Drop,
+    FinishStores,
+    LoadChunks,
+    ReleaseIfPooled,
+    Rewind,
+    StoreChunks,
+    WorkerReport,
+)
+from pdtransport.engine.pool_worker import PoolWorker
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
@@ -31,19 +42,8 @@ from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.geometry import Described
-from pdtransport.vllm.metadata import (
-    CancelLoad,
-    Drop,
-    FinishStores,
-    LoadChunks,
-    ReleaseIfPooled,
-    Rewind,
-    StoreChunks,
-    WorkerReport,
-)
 from pdtransport.vllm.pool_scheduler import PoolScheduler
 from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of
-from pdtransport.vllm.pool_worker import PoolWorker
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.rig import twin_gpu
 from tests.rig.ports import Ports

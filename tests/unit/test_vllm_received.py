@@ -16,11 +16,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
+from pdtransport.engine.commands import LoadChunks, StoreChunks
+from pdtransport.engine.trusted_producers import Producers
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import LoadChunks, StoreChunks
 from pdtransport.vllm.patches.withheld import Withheld
-from pdtransport.vllm.received import Producers
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_early import GOOD, PROMPT, Engine
 from tests.unit.test_vllm_pool import Half, ended, speak

@@ -14,10 +14,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
-from pdtransport.protocol.messages import Code
-from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import (
+from pdtransport.engine.commands import (
     CancelLoad,
     Decline,
     Drop,
@@ -29,8 +26,12 @@ from pdtransport.vllm.metadata import (
     StartReceive,
     WorkerReport,
 )
-from pdtransport.vllm.params import parse
-from pdtransport.vllm.scheduler import BLIND_WAIT_S, CLAIM_EVERY_S, LEFT, REJECTED, SchedulerSide
+from pdtransport.engine.consuming import CLAIM_EVERY_S, LEFT
+from pdtransport.engine.params import parse
+from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
+from pdtransport.protocol.messages import Code
+from pdtransport.settings import Settings
+from pdtransport.vllm.scheduler import BLIND_WAIT_S, REJECTED, SchedulerSide
 
 BLOCK = 32
 CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 2}

@@ -13,9 +13,9 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
+from pdtransport.engine.commands import WorkerReport
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import WorkerReport
 from pdtransport.vllm.patches.scheduler_hook import Arrivals, SchedulerHook
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, blocks, request, step
@@ -116,7 +116,7 @@ def test_the_first_token_that_one_rank_told_is_gone_on_from(monkeypatch: pytest.
     engine = Engine(ranks=2)
     engine.load()
     told: list[int | None] = []
-    monkeypatch.setattr(engine.side, "_go_on", lambda request, token: told.append(token))
+    monkeypatch.setattr(engine.side._reader, "go_on", lambda request, token: told.append(token))
     engine.ropes[0].arrived("r", 0, 7)
     engine.ropes[0].arrived("stranger", 0, 8)
     assert engine.begin() == set()

@@ -16,8 +16,8 @@ import gc
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pdtransport.engine.commands import WorkerReport
 from pdtransport.settings import Settings
-from pdtransport.vllm.metadata import WorkerReport
 from pdtransport.vllm.patches import early_step, engine_loop, late_caching
 from pdtransport.vllm.patches import hold_back as holding_back
 from pdtransport.vllm.patches.base import Patch, expect

@@ -15,10 +15,10 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.engine.trusted_producers import Producers
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
 from pdtransport.vllm.patches.base import Patch, expect
-from pdtransport.vllm.received import Producers
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -82,7 +82,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.vllm.received",
+        "pdtransport.engine.trusted_producers",
         "vllm_received",
         (
             "one_rank_of_a_trusted_producer_is_enough",
@@ -104,23 +104,23 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.vllm.params",
-        "vllm_params",
+        "pdtransport.engine.params",
+        "engine_params",
         ("last_rank_has_no_port", "ConsumeParams._has_ports", "last > MAX_PORT", "False", "all_ranks_have_a_port"),
     ),
     *bugs(
-        "pdtransport.vllm.scheduler",
+        "pdtransport.engine.consuming",
         "vllm_callees",
         (
             "who_leaves_has_anybody_told",
-            "SchedulerSide._tell_declined",
+            "ConsumingRequests._tell_declined",
             "found.remote_host, found.remote_port",
             "params.remote_host, found.remote_port",
             "prefill_that_is_named_hears_of_a_request_that_is_gone",
         ),
     ),
     *bugs(
-        "pdtransport.vllm.callees",
+        "pdtransport.engine.callees",
         "vllm_callees",
         (
             "heads_need_not_divide",
@@ -131,7 +131,7 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
-        "pdtransport.vllm.scheduler",
+        "pdtransport.vllm.request_reader",
         "vllm_bounds",
         (
             "content_key_is_without_salt",
@@ -141,39 +141,11 @@ BUGS: list[Mutant] = [
             "a_tenants_salt_is_part_of_what_a_prompt_is",
         ),
         (
-            "prefills_key_is_without_adapter",
-            "SchedulerSide._read_wishes",
-            "tokens, request.lora_request)",
-            "tokens, None)",
+            "keys_are_without_adapter",
+            "RequestReader.read",
+            "request.num_prompt_tokens, request.lora_request",
+            "request.num_prompt_tokens, None",
             "an_adapter_goes_with_what_asks_for_a_key",
-        ),
-        (
-            "decodes_key_is_without_adapter",
-            "SchedulerSide._take",
-            "entry.request.lora_request",
-            "None",
-            "an_adapter_goes_with_what_asks_for_a_key",
-        ),
-        (
-            "last_token_need_not_be_computed",
-            "_delivered",
-            "request.num_computed_tokens >= tokens",
-            "request.num_computed_tokens >= tokens - 1",
-            "only_a_prompt_that_was_computed_to_its_last_token_is_handed_over",
-        ),
-        (
-            "taken_transfers_are_remembered_for_ever",
-            "SchedulerSide._note_taken",
-            "len(self._taken) > self._settings.tombstones",
-            "False",
-            "transfers_that_were_taken_are_remembered_within_a_bound",
-        ),
-        (
-            "doubtful_pages_are_stored",
-            "SchedulerSide.build",
-            "if r not in doubtful",
-            "if True",
-            "what_was_computed_from_pages_that_may_fail_to_come_is_not_stored",
         ),
         (
             "embeddings_are_handed_over",
@@ -184,14 +156,61 @@ BUGS: list[Mutant] = [
         ),
         (
             "request_of_one_token_goes_on_from_prefills",
-            "SchedulerSide._may_go_on",
+            "RequestReader._may_go_on",
             "request.max_tokens > 1",
             "True",
             "a_request_of_one_token_computes_it_itself",
         ),
     ),
     *bugs(
-        "pdtransport.vllm.adapted",
+        "pdtransport.engine.producing",
+        "vllm_bounds",
+        (
+            "prefills_key_is_without_adapter",
+            "ProducingRequests.add",
+            "tokens, adapter)",
+            "tokens, None)",
+            "an_adapter_goes_with_what_asks_for_a_key",
+        ),
+    ),
+    *bugs(
+        "pdtransport.engine.consuming",
+        "vllm_bounds",
+        (
+            "decodes_key_is_without_adapter",
+            "ConsumingRequests._take",
+            "entry.adapter",
+            "None",
+            "an_adapter_goes_with_what_asks_for_a_key",
+        ),
+        (
+            "taken_transfers_are_remembered_for_ever",
+            "ConsumingRequests._note_taken",
+            "len(self._taken) > self._tombstones",
+            "False",
+            "transfers_that_were_taken_are_remembered_within_a_bound",
+        ),
+    ),
+    *bugs(
+        "pdtransport.vllm.scheduler",
+        "vllm_bounds",
+        (
+            "last_token_need_not_be_computed",
+            "_delivered",
+            "request.num_computed_tokens >= tokens",
+            "request.num_computed_tokens >= tokens - 1",
+            "only_a_prompt_that_was_computed_to_its_last_token_is_handed_over",
+        ),
+        (
+            "doubtful_pages_are_stored",
+            "SchedulerSide.build",
+            "if r not in doubtful",
+            "if True",
+            "what_was_computed_from_pages_that_may_fail_to_come_is_not_stored",
+        ),
+    ),
+    *bugs(
+        "pdtransport.engine.adapted",
         "adapters",
         (
             "prompt_digest_is_without_adapter",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pdtransport.engine.commands import LoadChunks, StoreChunks
 from pdtransport.errors import PoolUnavailable
 from pdtransport.kernels.runs import Runs, run
 from pdtransport.kv.geometry import HOST, KVGeometry
@@ -24,7 +25,6 @@ from pdtransport.pool.client.pool_client import Copied, Pending, PoolClient
 from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
-from pdtransport.vllm.metadata import LoadChunks, StoreChunks
 
 if TYPE_CHECKING:
     from pdtransport.kernels.watch import DeviceMemory
@@ -57,6 +57,7 @@ class PoolWorker:
         on_stored: called with the chunks whose parts of this worker are all in the pool, each named by the key of its
             first part; None: not needed.
         settings: of the engine, for a pool on another host.
+        who: what the engine is, for the pool's lists of clients.
 
     Raises:
         PoolUnavailable: the GPU has no memory left for the scratch buffer.
@@ -76,6 +77,7 @@ class PoolWorker:
         lossy: Lossy | None = None,
         on_stored: Callable[[list[bytes]], None] | None = None,
         settings: Settings | None = None,
+        who: str = "engine",
     ) -> None:
         self._lossy = lossy
         settings = settings or Settings()
@@ -89,7 +91,7 @@ class PoolWorker:
         self._loads: dict[str, Pending[Copied]] = {}
         self._aside = Aside(geometry, parts, (use.chunk_blocks - 1) * ratio)
         # Loads have their own client, so that they never queue behind stores: requests wait for loads only.
-        who = f"vllm-{os.getpid()}"
+        who = f"{who}-{os.getpid()}"
         self._loader, self._storer = (
             PoolClient.of(
                 settings, use, tenant=use.tenant, threads=threads, who=f"{who}-{what}", device=geometry.device

@@ -9,21 +9,20 @@ path, so it may give a request blocks that were written with an older content un
 decode or stored in the pool only if all their blocks were written with the content that their key names.
 
 On decode, pages are received under the key of the content loaded here, and the same content must still be loaded when
-the request's first step is computed. If the adapter was replaced in between, the blocks are reported to vLLM as
-invalid, which recomputes them or fails the request, as ``kv_load_failure_policy`` says.
+the request's first step is computed. If the adapter was replaced in between, the blocks are reported to the engine as
+invalid, which recomputes them or fails the request.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from pdtransport.kv.keys import with_adapter
-from pdtransport.vllm.adapters import Adapters, AdapterUnknown, named
-from pdtransport.vllm.metadata import (
+from pdtransport.engine.commands import (
+    Adapter,
     CancelLoad,
     Command,
     Drop,
@@ -34,13 +33,45 @@ from pdtransport.vllm.metadata import (
     StoreChunks,
     Wrote,
 )
-
-if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
+from pdtransport.kv.keys import with_adapter
 
 logger = logging.getLogger(__name__)
 
 Refuse = Callable[[Open | StartReceive | LoadChunks, str], None]
+
+
+class AdapterUnknown(Exception):
+    """The content that this worker has loaded under an adapter's id can't be identified; the message says why."""
+
+
+class LoadedAdapters(Protocol):
+    """The adapters that a worker has loaded, as its engine knows them. Used by the worker's thread."""
+
+    def held(self, number: int) -> str | None:
+        """Digest of the adapter loaded under an id; None if none is.
+
+        Raises:
+            AdapterUnknown: its content can't be identified.
+        """
+
+    def load(self, adapter: Adapter, used: Collection[int] = ()) -> str | None:
+        """Load an adapter between two steps, without evicting those whose ids are in ``used``.
+
+        Returns:
+            Its digest; None if there is no room for it now.
+
+        Raises:
+            AdapterUnknown: it can't be loaded or identified.
+        """
+
+    def take_news(self) -> dict[int, str]:
+        """Digests by id of the adapters loaded since the last call."""
+
+
+def named(adapter: Adapter) -> str:
+    """An adapter's name for logs and error messages."""
+    return f"LoRA adapter {adapter.name!r}"
+
 
 _MIXED = ""  # in place of a digest: several contents, or an unknown one
 
@@ -73,7 +104,7 @@ class BlockOrigins:
 class _Taken:
     """Pages received or loaded with an adapter, kept until the first step that uses them."""
 
-    adapter: LoRARequest
+    adapter: Adapter
     digest: str
     blocks: list[int]
 
@@ -89,7 +120,7 @@ class Adapted:
 
     def __init__(
         self,
-        adapters: Adapters,
+        adapters: LoadedAdapters,
         refuse: Refuse,
         block_size: int,
         wait_s: float,
@@ -102,7 +133,7 @@ class Adapted:
         # Commands that wait for their adapter to be loaded, with a deadline. It does not apply to Open, which waits as
         # long as its request.
         self._waiting: dict[str, tuple[Open | StartReceive | LoadChunks, float]] = {}
-        self._offered: dict[str, tuple[LoRARequest, str]] = {}
+        self._offered: dict[str, tuple[Adapter, str]] = {}
         self._taken: dict[str, _Taken] = {}
         self._invalid: set[int] = set()
 
@@ -174,7 +205,7 @@ class Adapted:
     def _complete(self, command: Open | StartReceive | LoadChunks) -> Open | StartReceive | LoadChunks | None:
         assert command.adapter is not None
         try:
-            digest = self._adapters.held(command.adapter.lora_int_id)
+            digest = self._adapters.held(command.adapter.adapter_id)
         except AdapterUnknown as error:
             self._end(command, str(error))
             return None

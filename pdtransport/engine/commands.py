@@ -1,36 +1,41 @@
-"""Messages between the connector's two halves: ordered commands to the workers each step, and the workers' report.
+"""Messages between an engine's scheduler and its workers: ordered commands each step, and the workers' report.
 
-Commands name requests by vLLM's request id, not by transfer id: two requests may arrive with the same transfer id, and
-only the first one gets it.
+Commands name requests by the engine's request id, not by transfer id: two requests may arrive with the same transfer
+id, and only the first one gets it. Both messages are plain data and can be pickled.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from typing import Protocol
 
 from pdtransport.observe.status import PatchStatus
 from pdtransport.protocol.messages import Code
 
-if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
+
+class Adapter(Protocol):
+    """The engine's own handle of a LoRA adapter."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def adapter_id(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Open:
     """Prefill: offer this request's pages as ``transfer``.
 
-    A worker adds the content of ``adapter`` to ``prompt_digest`` (:mod:`pdtransport.vllm.adapted`).
+    A worker adds the content of ``adapter`` to ``prompt_digest`` (:mod:`pdtransport.engine.adapted`).
     """
 
     req_id: str
     transfer: str
     prompt_digest: bytes
     tokens: int
-    adapter: LoRARequest | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class StartReceive:
     port: int
     ranks: int
     first_token: bool = False
-    adapter: LoRARequest | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class LoadChunks:
     keys: list[list[bytes]]
     held: int
     pages: list[int]
-    adapter: LoRARequest | None = None
+    adapter: Adapter | None = None
     content: str | None = None
 
 
@@ -215,16 +220,16 @@ Command = (
 
 
 @dataclass
-class Commands(KVConnectorMetadata):
+class Commands:
     """The commands of one step.
 
     Attributes:
         before: run before the step's forward pass may touch a page.
         after: run once the forward pass is launched; they take effect when it is computed.
         bell: name of the scheduler's :class:`~pdtransport.engine.wakeups.WakeupReceiver`.
-        hold: requests whose pages must be there before the forward pass (:mod:`pdtransport.vllm.early`).
+        hold: requests whose pages must be there before the forward pass (:mod:`pdtransport.engine.holding`).
         ahead: the same kernels were launched before, for another request.
-        patches: states of hooks into vLLM in the scheduler's process that are new, for the status.
+        patches: states of hooks into the engine's code in the scheduler's process that are new, for the status.
     """
 
     before: list[Command] = field(default_factory=list)
@@ -236,8 +241,8 @@ class Commands(KVConnectorMetadata):
 
 
 @dataclass
-class WorkerReport(KVConnectorWorkerMetadata):
-    """What the workers report to the scheduler half, merged over all ranks.
+class WorkerReport:
+    """What the workers report to the scheduler's half, merged over all ranks.
 
     Attributes:
         promised: prefill's requests whose decode promised to continue from their first token.
@@ -261,8 +266,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
     void: set[str] = field(default_factory=set)
     adapters: dict[int, str] = field(default_factory=dict)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
-        assert isinstance(other, WorkerReport)
+    def aggregate(self, other: WorkerReport) -> WorkerReport:
         return WorkerReport(
             self.promised | other.promised,
             {**self.first_tokens, **other.first_tokens},

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from pdtransport.control.reach import Reach
+from pdtransport.engine.params import ConsumeParams
 from pdtransport.settings import ControlSettings
-from pdtransport.vllm.params import ConsumeParams
 
 
 class Callees:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm")
+from pdtransport.engine import worker
+from pdtransport.engine.commands import Commands, Pages
+from pdtransport.engine.worker import EngineWorker
 from pdtransport.settings import Settings
-from pdtransport.vllm import worker
-from pdtransport.vllm.metadata import Commands, Pages
-from pdtransport.vllm.worker import WorkerSide
 
 
 class Offer:
@@ -31,7 +30,7 @@ class Offer:
 
 @pytest.fixture
 def side(monkeypatch: pytest.MonkeyPatch) -> Any:
-    made: Any = WorkerSide(Settings(), SimpleNamespace(), "kv_producer")  # type: ignore[arg-type]
+    made: Any = EngineWorker(Settings())
     made._transport = SimpleNamespace(geometry=SimpleNamespace(device=0), close=lambda: None)
     monkeypatch.setattr(made, "_mark", lambda: "event")
     made._offers["r"] = Offer()

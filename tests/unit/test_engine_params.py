@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm")
-
-from pdtransport.vllm.params import MAX_RANKS, asked_transfer, parse
+from pdtransport.engine.params import MAX_RANKS, asked_transfer, parse
 
 CONSUME = {"do_remote_prefill": True, "transfer_id": "t", "remote_host": "127.0.0.1", "remote_port": 1, "tp_size": 1}
 DEEP: Any = json.loads("[" * 500 + "]" * 500)

@@ -1,4 +1,7 @@
-"""The prefill workers whose KV other requests may find: see :mod:`pdtransport.vllm.patches.withheld`."""
+"""The prefill workers whose KV other requests may find (settings ``share_received`` and ``trusted_producers``).
+
+Keeping the rest out of a prefix cache is the engine's adapter's: for vLLM's, ``vllm/patches/withheld.py``.
+"""
 
 from __future__ import annotations
 

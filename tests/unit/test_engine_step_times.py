@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("vllm")
-from pdtransport.vllm.step_times import ENOUGH, Chunk, StepTimes
+from pdtransport.engine.step_times import ENOUGH, Chunk, StepTimes
 
 
 def seconds(chunk: Chunk) -> float:

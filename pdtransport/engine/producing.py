@@ -1,0 +1,171 @@
+"""The scheduler's half of hand-offs on prefill: which requests are handed over, and the commands that do it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdtransport.engine.commands import Adapter, Command, Drop, Finish, Open, Pages, ReleaseIfPooled
+from pdtransport.engine.crowding import REASON, Crowding
+from pdtransport.engine.params import marked
+from pdtransport.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Producing:
+    """A request that is handed over.
+
+    Attributes:
+        request: the engine's own object for it.
+        tokens: of the prompt.
+        first_token: the router asked prefill to return its first token.
+        promised: decode promised to continue from that token.
+        begun: its first step was scheduled.
+    """
+
+    transfer: str
+    request: Any
+    tokens: int
+    first_token: bool = False
+    promised: bool = False
+    begun: bool = False
+
+
+class ProducingRequests:
+    """Requests that an engine hands over, from their arrival until they finish. Used by the scheduler's thread.
+
+    Args:
+        queue: where commands for the workers go, in order; they belong before the forward pass of the next step.
+        block_size: tokens per scheduler block.
+        engine: name of the engine, for routers.
+        port: control port of its rank-0 worker; decode is told to call it at ``control.host``.
+        ranks: number of its workers.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        queue: list[Command],
+        settings: Settings,
+        *,
+        block_size: int,
+        engine: str,
+        port: int,
+        ranks: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._queue = queue
+        self._block_size = block_size
+        self._engine, self._host, self._port, self._ranks = engine, settings.control.host, port, ranks
+        self._requests: dict[str, Producing] = {}
+        self._crowding = Crowding(clock, settings.pool.lookup_s if settings.pool is not None else 0.0)
+
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._requests)
+
+    def get(self, req_id: str) -> Producing | None:
+        return self._requests.get(req_id)
+
+    def add(
+        self,
+        req_id: str,
+        transfer: str,
+        prompt_digest: bytes,
+        tokens: int,
+        *,
+        request: Any = None,
+        adapter: Adapter | None = None,
+        first_token: bool = False,
+    ) -> None:
+        """Hand over this request as ``transfer``; its pages follow by :meth:`progress`.
+
+        Args:
+            prompt_digest: workers add the content of ``adapter`` to it.
+            tokens: of the prompt.
+        """
+        self._requests[req_id] = Producing(transfer, request, tokens, first_token)
+        self._queue.append(Open(req_id, transfer, prompt_digest, tokens, adapter))
+
+    def promised(self, req_ids: Iterable[str]) -> None:
+        """Decode promised to continue from these requests' first tokens."""
+        for req_id in req_ids:
+            if req_id in self._requests:
+                self._requests[req_id].promised = True
+
+    def progress(
+        self, req_id: str, blocks: Sequence[int], before: int, after: int, cached: int | None = None
+    ) -> Pages | None:
+        """The command that belongs behind the forward pass of this step; None: there is nothing to hand over.
+
+        Args:
+            blocks: the request's, in order.
+            before: tokens that were computed before this step.
+            after: tokens that will be computed after it.
+            cached: prompt tokens that were found in the engine's caches; read in the request's first step.
+        """
+        entry = self._requests.get(req_id)
+        if entry is None or before >= entry.tokens:
+            return None
+        cached, entry.begun = None if entry.begun else cached, True
+        held = list(blocks[: -(-entry.tokens // self._block_size)])
+        return Pages(req_id, held, min(after, entry.tokens), before, cached)
+
+    def finish(self, req_id: str, blocks: Sequence[int], first_token: int | None = None) -> dict[str, Any]:
+        """The request is computed to its end. Its blocks must stay until the workers have reported it as sent.
+
+        Args:
+            first_token: the token that decode promised to continue from.
+
+        Returns:
+            The ``kv_transfer_params`` of its response, which lead decode to the pages.
+        """
+        entry = self._requests.pop(req_id)
+        self._queue.append(Finish(req_id, first_token))
+        self._crowding.keep(req_id)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "transfer_id": entry.transfer,
+            "remote_engine_id": self._engine,
+            "remote_request_id": marked(entry.transfer),
+            "remote_block_ids": [list(blocks)],
+            "remote_host": self._host,
+            "remote_port": self._port,
+            "tp_size": self._ranks,
+        }
+
+    def drop(self, req_id: str, *, report: bool = True, reason: str = Drop.reason) -> bool:
+        """Hand over this request no longer; False if it was not.
+
+        With ``report`` its blocks must stay until the workers have reported it as sent; without, something else does
+        that, or the request goes on.
+        """
+        if self._requests.pop(req_id, None) is None:
+            return False
+        self._queue.append(Drop(req_id, report, reason))
+        return True
+
+    def freed(self, req_ids: Iterable[str]) -> None:
+        """The pages of these requests were freed."""
+        self._crowding.freed(req_ids)
+
+    def make_room(self, still: bool) -> None:
+        """Once a step: release a finished prompt if its pages keep others from being computed.
+
+        Args:
+            still: prompts wait for room, and this step computes nothing.
+        """
+        if (req_id := self._crowding.let_go(still and bool(self._requests))) is not None:
+            logger.warning("request %s is not handed over: %s", req_id, REASON)
+            self._queue.append(ReleaseIfPooled(req_id, REASON))
