@@ -5,11 +5,9 @@ The package is ``tests/outside_link``; ``docs/adding/link.md`` leads through it.
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing as mp
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from pdtransport import KVGeometry, Settings, Transport, prompt_digest
 from pdtransport.errors import LinkUnavailable
 from pdtransport.links.registry import check_links, load, names
 from tests.processes.link_rig import End, pair, shuffled
+from tests.rig import outside_package
 from tests.unit.test_topology import GOOD, loaded
 
 pytestmark = pytest.mark.timeout(240)
@@ -39,15 +38,8 @@ WAIT_S = 30.0
 @pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that the package is installed in, where this process and those that it starts look for packages."""
-    source, target = tmp_path_factory.mktemp("source") / "package", tmp_path_factory.mktemp("site")
-    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True, timeout=100)
-    sys.path.insert(0, str(target))
-    importlib.invalidate_caches()
-    yield target
-    sys.path.remove(str(target))
-    sys.modules.pop("pdt_memfd_link", None)
+    with outside_package.installed(PACKAGE, tmp_path_factory.mktemp("link")) as folder:
+        yield folder
 
 
 def test_it_is_known_by_its_entry_point(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Mapping
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.rig.documents import blocks
@@ -11,6 +16,24 @@ from tests.rig.documents import blocks
 ADDING = Path(__file__).resolve().parents[2] / "docs" / "adding"
 _GROUP = re.compile(r'\[project\.entry-points\."(.+)"\]')
 _POINT = re.compile(r'(\w+) = "(\w+:\w+)"')
+
+
+@contextmanager
+def installed(package: Path, scratch: Path) -> Iterator[Path]:
+    """Install ``package`` with pip, for this process and those that it starts; yields the folder that it is in."""
+    source, target = scratch / "source", scratch / "site"
+    shutil.copytree(package, source, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True, timeout=100)
+    sys.path.insert(0, str(target))
+    importlib.invalidate_caches()
+    try:
+        yield target
+    finally:
+        sys.path.remove(str(target))
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(str(target)):
+                del sys.modules[name]
 
 
 def install(folder: Path, module: str, source: str, points: Mapping[str, Mapping[str, str]]) -> None:
