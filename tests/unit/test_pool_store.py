@@ -154,6 +154,17 @@ def test_pins() -> None:
     assert on.lookup(keys(1)) == (0, 0)
 
 
+@pytest.mark.parametrize(("until", "stays"), [(None, True), (60.0, True), (20.0, False)])
+def test_the_last_word_about_a_pin_counts(until: float | None, stays: bool) -> None:
+    """A pin that is renewed, for longer or for good, does not run out with the first one."""
+    on = chunk_store()
+    Asker(on).put(1)
+    on.pin(keys(1), HARD, until=10.0)
+    on.pin(keys(1), HARD, until=until)
+    on.budget.tick(30.0)
+    assert bool(on.budget.hard_frames) == stays
+
+
 def test_hard_pins_can_not_take_all_memory() -> None:
     """Half of the memory stays for stores."""
     on = chunk_store(frames=4)
