@@ -200,6 +200,9 @@ def test_a_loaded_chunk_is_good_only_if_all_of_its_checksum_is(bit: int) -> None
     assert copying.verdicts.tolist() == [READ, MISS, READ]
     assert [message.index for message in told if isinstance(message, messages.ChunkDamaged)] == [1]
     assert copying.damaged == 1
+    kinds = [type(message) for message in told]
+    released = kinds.index(messages.ReleaseChunks)
+    assert kinds.index(messages.ChunkDamaged) < released, "the pool looks only at what the reader still holds"
 
 
 def test_many_are_answered_together_up_to_the_bound_itself() -> None:

@@ -273,6 +273,22 @@ def test_a_chunk_goes_down_and_comes_up_again() -> None:
     assert asker.told(one) == other.told(two) == [KeyVerdict.READ]
 
 
+def test_chunks_that_left_memory_together_can_be_dropped_and_stored_again() -> None:
+    """One store that evicts several chunks, which a lower tier still has: once they are dropped there, too, nothing of
+    them is left in the index."""
+    on, _ = with_tier(frames=4)
+    asker = Asker(on)
+    asker.put(1, 2, 3)
+    written(on)
+    asker.put(4, 5, 6)
+    written(on)
+    assert on.lookup(keys(1, 2)) == (2, 0), "evicted together"
+    assert on.drop(keys(1, 2)) == 2
+    written(on)
+    assert on.lookup(keys(1)) == (0, 0)
+    assert asker.put(1, 2) == [KeyVerdict.WRITE, KeyVerdict.WRITE]
+
+
 def test_a_chunk_that_can_not_be_read_below_is_a_miss_and_can_be_stored() -> None:
     """A failed promotion drops the chunk there, and a storer who waits takes over."""
     on, _ = with_tier(frames=1)
