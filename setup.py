@@ -8,7 +8,6 @@ setup(
             "pdtransport.kernels._pages",
             sources=[
                 "kernels/csrc/pages.c",
-                "kernels/csrc/barrier.c",
                 "kernels/csrc/quant.c",
                 "kernels/csrc/table.c",
             ],

@@ -2,10 +2,10 @@
 
 Shuffled pages go from one process' memory into another's (CUDA IPC), without and with checksums; checksums alone; to
 and from pinned host memory with few blocks of threads; beside them CUDA's own copies. Each figure is a median over
-runs, by CUDA events; GB/s count a byte that is read and written once. Up to 256 MiB the GPU is held until all is
-launched, for an idle one waits between event and kernel for as long as the host takes to launch it, 10 to 20 us. "call"
-is what the host spends on the launch, "wall" the time from there to its end, of launches to an idle GPU. After every
-copy the other process sums what arrived: a mismatch ends the run.
+runs, by CUDA events; GB/s count a byte that is read and written once. Each time has 10 to 20 us of the host's, for an
+idle GPU waits between event and kernel for as long as the host takes to launch it. "call" is what the host spends on
+the launch, "wall" the time from there to its end. After every copy the other process sums what arrived: a mismatch ends
+the run.
 
 With ``--devices A,B`` the other process' memory lies on GPU A, and kernels on GPU B pull pages out of it into memory of
 their own, as the cuda_ipc link does; the limit beside them is ``cudaMemcpyPeer`` of as many bytes in one piece. The
@@ -17,13 +17,12 @@ Needs numpy, cupy and a GPU with 6 GiB free, or two.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -34,7 +33,6 @@ import numpy as np
 from benchmarks._figures import keep, measuring
 from benchmarks._needs import CUPY, LACKING, gpus, package, tell_lacking
 from pdtransport.kernels import gpu
-from pdtransport.kernels.barrier import Barrier
 from pdtransport.kernels.runs import Runs
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -46,8 +44,6 @@ HOST_BLOCKS = (16, 64)
 BLOCK_BYTES = 2 * MIB  # that get a checksum: 16 tokens of a model with 128 KiB of KV each
 CHILD_S = 60.0
 WARM_UPS = 2
-HELD_S = 2.0
-HELD_MIB = 256  # beyond it launching takes no share of the time, and tables would fill their ring
 TO_DEVICE, TO_HOST, ON_DEVICE, BY_ADDRESS = 1, 2, 3, 4  # cudaMemcpyKind
 FEWER_BLOCKS = (32, 132, 264)  # than the link's COPY_BLOCKS: what is left to the model's kernels meanwhile
 FEWER_KIB = 32  # pages with which these, and pushing, are measured
@@ -218,7 +214,6 @@ class Case:
     def timed(self, what: str, src: Runs, dst: Runs | None, *, sums: bool = False, target: float = 0.0) -> Figure:
         blocks = self.blocks if sums else 0
         gpu_s, call_s, wall_s = [], [], []
-        barrier = Barrier(self.pages.device)
         for _ in range(self.runs + WARM_UPS):
             begun = time.perf_counter()
             launch = self._launch(src, dst, blocks)
@@ -226,31 +221,12 @@ class Case:
             self.sums = launch.wait().tolist()
             wall_s.append(time.perf_counter() - begun)
             call_s.append(called - begun)
-            if self.mib <= HELD_MIB:
-                with held(barrier, self.pages.stream):
-                    launch = self._launch(src, dst, blocks)
-                if launch.wait().tolist() != self.sums:
-                    raise gpu.GpuError(f"two launches of one kind bring different checksums ({what})")
             gpu_s.append(launch.seconds)
         warm = slice(WARM_UPS, None)
         return figure(what, self.mib, self.kib, median(gpu_s[warm]), median(call_s[warm]), median(wall_s[warm]), target)
 
     def _launch(self, src: Runs, dst: Runs | None, blocks: int) -> gpu.Launch:
         return self.pages.checksum(src, blocks) if dst is None else self.pages.copy_runs(src, dst, blocks)
-
-
-@contextmanager
-def held(barrier: Barrier, stream: int) -> Iterator[None]:
-    """What is launched on the stream meanwhile begins when all of it is there."""
-    gc.disable()  # to free pinned memory waits for the GPU
-    ticket = barrier.close(stream, HELD_S)
-    try:
-        yield
-    finally:
-        in_time = barrier.open(ticket)
-        gc.enable()
-    if not in_time:
-        raise gpu.GpuError(f"launching took over {HELD_S:g} s")
 
 
 def plain_copy(what: str, mib: int, source: int, target: int, kind: int, runs: int, device: int = 0) -> Figure:
@@ -276,12 +252,11 @@ def timed_copy(what: str, mib: int, device: int, runs: int, copy: Callable[[int]
 
     cupy.cuda.Device(device).use()
     stream, begun, ended = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Event(), cupy.cuda.Event()
-    barrier, seconds = Barrier(device), []
-    for run in range(runs + WARM_UPS):
-        with held(barrier, stream.ptr) if run and mib <= HELD_MIB else nullcontext():  # CUDA loads a kernel first
-            begun.record(stream)
-            copy(stream.ptr)
-            ended.record(stream)
+    seconds = []
+    for _ in range(runs + WARM_UPS):
+        begun.record(stream)
+        copy(stream.ptr)
+        ended.record(stream)
         ended.synchronize()
         seconds.append(cupy.cuda.get_elapsed_time(begun, ended) / 1e3)
     return figure(what, mib, 0, median(seconds[WARM_UPS:]), 0.0, 0.0, 0.0)

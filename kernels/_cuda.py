@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pdtransport.kernels import pages
-
 IPC_HANDLE_BYTES = 64
 HOST_ALLOC_PORTABLE_MAPPED = 1 | 2
 HOST_REGISTER_PORTABLE_MAPPED = 1 | 2
@@ -76,7 +74,6 @@ def _driver() -> ctypes.CDLL:
         "cuMemGetAddressRange_v2": (pointer, pointer, ctypes.c_uint64),
         "cuPointerGetAttribute": (pointer, ctypes.c_int, ctypes.c_uint64),
         "cuLaunchHostFunc": (pointer, pointer, pointer),
-        "cuStreamWaitValue32_v2": (pointer, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint),
         "cuIpcCloseMemHandle": (ctypes.c_uint64,),
         "cuThreadExchangeStreamCaptureMode": (pointer,),
         "cuInit": (ctypes.c_uint,),
@@ -174,15 +171,8 @@ def unregister_host(address: int, device: int) -> None:
     Raises:
         GpuError: it is not registered, or the GPU has failed.
     """
-    let_go()
     with on(device, f"letting go of host memory at {address:#x}") as api, _beside_captures():
         api.runtime.hostUnregister(address)
-
-
-def let_go() -> None:
-    """Open all barriers (:mod:`pdtransport.kernels.barrier`). Call before anything that waits for the GPU's streams."""
-    if pages._C is not None:
-        pages._C.pdt_barriers_let_go()
 
 
 @contextmanager
@@ -301,7 +291,6 @@ def ipc_close(address: int, device: int) -> None:
         GpuError: it is not mapped, or the GPU has failed.
     """
     doing = f"unmapping another process' memory at {address:#x}"
-    let_go()
     with on(device, doing):
         driver(doing, "cuIpcCloseMemHandle", address)  # waits for the GPU; cupy's function would hold the GIL
 

@@ -39,7 +39,6 @@ from pdtransport.kernels._cuda import (
     ipc_close,
     ipc_handle,
     ipc_open,
-    let_go,
     on,
     pinned,
     reach,
@@ -281,7 +280,6 @@ class GpuPages:
         """Wait for the launches in flight and free everything. May be called again."""
         if self._broken == CLOSED:
             return
-        let_go()
         with suppress(GpuError):
             while self._running:
                 self._running.popleft().wait()

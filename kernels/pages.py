@@ -40,9 +40,6 @@ def _load() -> ctypes.CDLL | None:
         "pdt_choose": (ctypes.c_int,),
         "pdt_copy": (pointer, count, pointer, count, count, pointer),
         "pdt_translate": (pointer, count, pointer, count, pointer),
-        "pdt_barrier_close": (pointer, ctypes.c_uint32, count),
-        "pdt_barrier_open": (pointer, ctypes.c_uint32),
-        "pdt_barriers_let_go": (),
         "pdt_read_remote": (ctypes.c_int64, pointer, count, pointer, count, count, pointer, ctypes.c_int, count, count),
     }.items():
         function = getattr(library, name)

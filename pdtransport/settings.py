@@ -263,12 +263,12 @@ class PatchSettings(_Checked):
     late_caching: bool = Field(
         True,
         description="Enter a received request's blocks into the prefix cache during its first step, not before it. "
-        "Part of step_ahead; early_step needs it.",
+        "Part of step_ahead.",
     )
     hold_back: bool = Field(
         True,
         description="Look at a received request's first token before the next step is launched, where launching takes "
-        "as long as computing. Part of step_ahead; early_step needs it.",
+        "as long as computing. Part of step_ahead.",
     )
     engine_loop: bool = Field(
         True, description="Let what clients ask for end the wait of an idle engine step, instead of 4 ms at most."
@@ -462,12 +462,6 @@ class Settings(_Checked):
         True,
         description="Let a request go on in the first engine step after its pages arrived, not two steps later. Where "
         "vLLM's scheduler is not as expected this changes nothing.",
-    )
-    early_step: bool = Field(
-        True,
-        description="Begin a request's first engine step some milliseconds before its last pages are expected, if "
-        "nothing else is in the engine, and hold it, or the GPU, before its forward pass until they are verified: what "
-        "vLLM prepares takes 5 ms, to launch it up to 30. Where vLLM's engine is not as expected this changes nothing.",
     )
     short_priming: bool = Field(
         True,

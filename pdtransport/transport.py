@@ -36,7 +36,7 @@ from pdtransport.settings import Settings
 from pdtransport.transfer.consumer import ReceiveRequest
 from pdtransport.transfer.engine import TransferEngine, limits_of
 from pdtransport.transfer.link_setup import Scratch
-from pdtransport.transfer.outcome import OnExpected, OnOutcome, OnPromise, Outcome
+from pdtransport.transfer.outcome import OnOutcome, OnPromise, Outcome
 
 _transfer_id: TypeAdapter[str] = TypeAdapter(TransferId)
 _digest: TypeAdapter[bytes] = TypeAdapter(Digest)
@@ -101,13 +101,6 @@ class Offer(Handle):
         super().__init__(transport, transfer, blocks, on_end)
         self.tokens = tokens
 
-    def expect(self, tokens: int, due: float) -> None:
-        """The first ``tokens`` prompt tokens are expected to be computed at ``time.monotonic`` second ``due``.
-
-        Passed on to decode only if these are all the prompt's tokens.
-        """
-        self._transport._call(lambda transfer_engine: transfer_engine.producer.expect(self, self.transfer, tokens, due))
-
     def cached(self, tokens: int) -> None:
         """``tokens`` prompt tokens were found in the engine's caches, not computed; decode reports them as usage.
 
@@ -119,13 +112,7 @@ class Offer(Handle):
         self._check_tokens(tokens)
         self._transport._call(lambda transfer_engine: transfer_engine.producer.cached(self, self.transfer, tokens))
 
-    def ready(
-        self,
-        pages: Sequence[int],
-        tokens: int,
-        after: Any | None = None,
-        passed: Callable[[float], None] | None = None,
-    ) -> None:
+    def ready(self, pages: Sequence[int], tokens: int, after: Any | None = None) -> None:
         """The first ``tokens`` prompt tokens are computed.
 
         A block is final once all its tokens are computed, the last one once the whole prompt is. Fewer tokens than
@@ -135,8 +122,6 @@ class Offer(Handle):
             pages: ``pages[i]`` is the page of block i.
             after: on a GPU, an event (torch's or cupy's) recorded behind the kernels that compute the pages. They are
                 final once it has passed; later calls on this offer wait for it too.
-            passed: called in the I/O thread with the ``time.monotonic`` second at which the pages became final. Must
-                not block.
 
         Raises:
             InvalidCall: more tokens or pages than the prompt has, or a page that the geometry does not have.
@@ -146,12 +131,7 @@ class Offer(Handle):
 
         def said(transfer_engine: TransferEngine) -> None:
             producer = transfer_engine.producer
-
-            def final() -> None:
-                if passed is not None:
-                    passed(time.monotonic())
-                producer.pages_ready(self, self.transfer, pages, tokens)
-
+            final = partial(producer.pages_ready, self, self.transfer, pages, tokens)
             event = transfer_engine.cuda_events.call(self, after, final)
             if event:
                 producer.prepare(self, self.transfer, pages, tokens, event)
@@ -327,7 +307,6 @@ class Transport:
         first_block: int = 0,
         first_token: bool = False,
         on_end: OnOutcome | None = None,
-        on_expected: OnExpected | None = None,
         after: Any | None = None,
     ) -> Receipt:
         """Receive blocks ``first_block ..`` of ``transfer`` into ``pages``.
@@ -342,9 +321,6 @@ class Transport:
             ranks: number of the prefill workers.
             first_token: promise to continue from the outcome's first token, if it has one, and from no other.
             on_end: called in the I/O thread with the outcome. Must not block.
-            on_expected: called in the I/O thread with the ``time.monotonic`` second at which the last pages are
-                expected: when prefill estimates it, and when prefill has announced all. Must not block. Never called
-                for links that don't read pages in place (``ucx``).
             after: on a GPU, an event recorded behind kernels that still use the pages for their former owner. Nothing
                 is written before it has passed.
 
@@ -358,9 +334,7 @@ class Transport:
             raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {blocks} blocks")
         ids = self._checked_pages(pages, blocks - first_block)
         receipt = Receipt(self, transfer, blocks, on_end)
-        wanted = ReceiveRequest(
-            transfer, host, port, ranks, prompt_digest, tokens, first_block, ids, first_token, on_expected
-        )
+        wanted = ReceiveRequest(transfer, host, port, ranks, prompt_digest, tokens, first_block, ids, first_token)
         receipt._in_turn(after, lambda transfer_engine: transfer_engine.consumer.fetch(receipt, wanted, receipt._ended))
         return receipt
 

@@ -19,7 +19,7 @@ from tests.rig.extension import VARIABLE, build
 REPO = Path(__file__).resolve().parents[1]
 TESTS = [
     f"tests/unit/test_{name}.py"
-    for name in ("kernels", "quant", "pool_index", "barrier_words", "link_memory", "link_reading", "geometry")
+    for name in ("kernels", "quant", "pool_index", "link_memory", "link_reading", "geometry")
 ]
 FLAGS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 OPTIONS = {

@@ -56,14 +56,12 @@ class Wrote:
 class Pages:
     """Prefill: after this step, the KV of the first ``tokens`` prompt tokens is in ``pages``.
 
-    ``before``: prompt tokens computed before this step. ``cached``: prompt tokens found in the engine's caches; set in
-    the request's first step only.
+    ``cached``: prompt tokens found in the engine's caches; set in the request's first step only.
     """
 
     req_id: str
     pages: list[int]
     tokens: int
-    before: int = 0
     cached: int | None = None
 
 
@@ -227,16 +225,12 @@ class Commands:
         before: run before the step's forward pass may touch a page.
         after: run once the forward pass is launched; they take effect when it is computed.
         bell: name of the scheduler's :class:`~pdtransport.engine.wakeups.WakeupReceiver`.
-        hold: requests whose pages must be there before the forward pass (:mod:`pdtransport.engine.holding`).
-        ahead: the same kernels were launched before, for another request.
         patches: states of hooks into the engine's code in the scheduler's process that are new, for the status.
     """
 
     before: list[Command] = field(default_factory=list)
     after: list[Command] = field(default_factory=list)
     bell: str = ""
-    hold: list[str] = field(default_factory=list)
-    ahead: bool = False
     patches: list[PatchStatus] = field(default_factory=list)
 
 
@@ -251,9 +245,6 @@ class WorkerReport:
         kept: number of :class:`StoreChunks` of each request that no longer read its pages.
         in_pool: number of workers whose parts of a chunk are in the pool, by the key of the chunk's first part; only
             with KV events on.
-        held: seconds that a step waited for its pages; negative: the pages arrived that long before. The minimum over
-            workers.
-        void: requests whose step was computed before their pages came, whether or not these came later.
         adapters: digests of the adapters that were loaded, by id; empty where workers differ.
     """
 
@@ -262,8 +253,6 @@ class WorkerReport:
     cached: dict[str, int] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     in_pool: Counter[bytes] = field(default_factory=Counter)
-    held: dict[str, float] = field(default_factory=dict)
-    void: set[str] = field(default_factory=set)
     adapters: dict[int, str] = field(default_factory=dict)
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
@@ -273,8 +262,6 @@ class WorkerReport:
             {**self.cached, **other.cached},
             self.kept + other.kept,
             self.in_pool + other.in_pool,
-            {**self.held, **{name: min(value, self.held.get(name, value)) for name, value in other.held.items()}},
-            self.void | other.void,
             _agreed(self.adapters, other.adapters),
         )
 

@@ -119,7 +119,7 @@ class ProducingRequests:
             return None
         cached, entry.begun = None if entry.begun else cached, True
         held = list(blocks[: -(-entry.tokens // self._block_size)])
-        return Pages(req_id, held, min(after, entry.tokens), before, cached)
+        return Pages(req_id, held, min(after, entry.tokens), cached)
 
     def finish(self, req_id: str, blocks: Sequence[int], first_token: int | None = None) -> dict[str, Any]:
         """The request is computed to its end. Its blocks must stay until the workers have reported it as sent.

@@ -80,8 +80,7 @@ class Results:
         with self._lock:
             self._stats.record("consumer", outcome)
 
-    def receipt_ended(self, req_id: str, outcome: Outcome, in_time: bool) -> None:
-        """``in_time``: no step ran before the pages were there."""
+    def receipt_ended(self, req_id: str, outcome: Outcome) -> None:
         with self._lock:
             self._stats.record("consumer", outcome)
             self._received.add(req_id)
@@ -92,7 +91,7 @@ class Results:
             if not outcome.ok:
                 self._failed.add(req_id)
                 self._on_failed(req_id)
-        if outcome.ok and in_time:  # else its first step is void, which the step's output tells
+        if outcome.ok:
             self.rope.arrived(req_id, self.rank, outcome.first_token)
         self.rope.pull()
 
@@ -114,16 +113,6 @@ class Results:
     def count_chunks(self, role: str, tally: Counter[str], nbytes: int) -> None:
         with self._lock:
             self._stats.count_chunks(tally, role, nbytes)
-
-    def held(self, req_id: str, seconds: float, *, void: bool, usual: bool) -> None:
-        """A step waited for its pages, as :class:`pdtransport.engine.holding.Owner` is told."""
-        with self._lock:
-            if seconds > 0:
-                self._stats.held(seconds)
-            if usual:
-                self._news.held[req_id] = seconds
-            if void:
-                self._news.void.add(req_id)
 
     # -- for the scheduler's half ----------------------------------------------------------------------------------
 

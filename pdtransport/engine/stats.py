@@ -20,7 +20,6 @@ class TransferStats:
         ended: number of transfers by ``role/outcome``.
         bytes: bytes by role.
         exposed_s: seconds between commit and the last verified page (what a request waited for beyond prefill).
-        held_s: seconds for which steps that began before their request's last pages were held.
         chunks: number of pool chunks by outcome; each part of a chunk counts separately.
     """
 
@@ -31,7 +30,7 @@ class TransferStats:
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": [], "held_s": [], "chunks": {}}
+        self.data: dict[str, Any] = {"ended": {}, "bytes": {}, "exposed_s": [], "chunks": {}}
 
     def record(self, role: str, outcome: Outcome) -> None:
         key = f"{role}/{'ok' if outcome.ok else outcome.code}"
@@ -39,11 +38,7 @@ class TransferStats:
         self.data["bytes"][role] = self.data["bytes"].get(role, 0) + outcome.nbytes
         times = outcome.events
         if role == "consumer" and "verified" in times and "committed" in times:
-            self._observe("exposed_s", [max(0.0, times["verified"] - times["committed"])])
-
-    def held(self, seconds: float) -> None:
-        """A step was held for its request's last pages."""
-        self._observe("held_s", [seconds])
+            self._observe([max(0.0, times["verified"] - times["committed"])])
 
     def count_chunks(self, counts: Mapping[str, int], role: str = "", nbytes: int = 0) -> None:
         """Add counts of chunks by outcome, and the bytes copied."""
@@ -53,26 +48,24 @@ class TransferStats:
         if nbytes:
             self.data["bytes"][role] = self.data["bytes"].get(role, 0) + nbytes
 
-    def _observe(self, what: str, seconds: list[float]) -> None:
-        room = MAX_OBSERVATIONS - len(self.data[what])
-        self.data[what] += seconds[:room]
+    def _observe(self, exposed_s: list[float]) -> None:
+        room = MAX_OBSERVATIONS - len(self.data["exposed_s"])
+        self.data["exposed_s"] += exposed_s[:room]
 
     def aggregate(self, other: TransferStats) -> TransferStats:
         for name in ("ended", "bytes", "chunks"):
             self.data[name] = dict(Counter(self.data[name]) + Counter(other.data[name]))
-        for name in ("exposed_s", "held_s"):
-            self._observe(name, other.data[name])
+        self._observe(other.data["exposed_s"])
         return self
 
     def reduce(self) -> dict[str, int | float]:
         values: dict[str, int | float] = {f"transfers {key}": count for key, count in self.data["ended"].items()}
         values.update({f"pool chunks {what}": count for what, count in self.data["chunks"].items()})
         values.update({f"MB {role}": round(count / 1e6, 1) for role, count in self.data["bytes"].items()})
-        for name in ("exposed", "held"):
-            seconds = sorted(self.data[f"{name}_s"])
-            if seconds:
-                values[f"{name} ms, median"] = round(1000 * seconds[len(seconds) // 2], 2)
+        seconds = sorted(self.data["exposed_s"])
+        if seconds:
+            values["exposed ms, median"] = round(1000 * seconds[len(seconds) // 2], 2)
         return values
 
     def is_empty(self) -> bool:
-        return not self.data["ended"] and not self.data["chunks"] and not self.data["held_s"]
+        return not self.data["ended"] and not self.data["chunks"]

@@ -4,10 +4,10 @@ While requests wait for pages and nothing is computed, vLLM steps its workers on
 while it waits for the other. The scheduler half waits for a wakeup between such empty steps instead. A false or lost
 wakeup only costs a little time, since the workers' next step reports what ended in any case.
 
-Workers also send three kinds of messages: a request's pages arrived, and with them the first token that decode has to
-continue from; its last pages are expected at some time; decode promised to continue from a request's first token. Step
-outputs carry the first and the third, too, but one or two steps later. For a promise that is too late, since most
-prompts take one step. A lost promise counts as none; a lost arrival is learned from the step output.
+Workers also send two kinds of messages: a request's pages arrived, and with them the first token that decode has to
+continue from; decode promised to continue from a request's first token. Step outputs carry both, too, but one or two
+steps later. For a promise that is too late, since most prompts take one step. A lost promise counts as none; a lost
+arrival is learned from the step output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 MAX_REQUEST_ID_BYTES = 1 << 16
-MAX_EXPECTED = 4096  # unread entries of each kind of message
+MAX_UNREAD = 4096  # unread entries of each kind of message
 MAX_HEARD = 1024  # datagrams that one call reads at most: twice what the kernel queues
 MAX_PATH = 107  # bytes of a Unix socket's address
 LOOK_S = 0.001  # interval at which wait() checks `unless`
@@ -34,12 +34,10 @@ _FOLDER = "pdtransport-bell-"
 _LEFT_S = 60.0  # minimum age of a folder without a listener before it is removed as left behind
 _MAX_LEFT = 1000  # folders checked
 _WORDS = "-words"  # suffix of the message socket. Separate, since wakeups alone can fill a queue of only ten datagrams
-_DUES = "-dues"  # suffix of the socket for expected times. Separate, since frequent updates would crowd out messages
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
-_PROMISED, _ARRIVED, _EXPECTED = b"p", b"a", b"e"
+_PROMISED, _ARRIVED = b"p", b"a"
 _TOKEN = struct.Struct("<q")  # before the id of a request whose pages arrived: its first token, or _NO_TOKEN
 _NO_TOKEN = -1
-_WHEN = struct.Struct("<d")  # before the id of a request whose pages are expected: time.monotonic() seconds
 
 
 class WakeupReceiver:
@@ -52,29 +50,24 @@ class WakeupReceiver:
         folder = _make_folder()
         self._remove = weakref.finalize(self, _remove, folder, os.getpid())
         self.name = str(folder / "bell")
-        self._socket, self._words, self._dues = (_datagrams(self.name + suffix) for suffix in ("", _WORDS, _DUES))
+        self._socket, self._words = (_datagrams(self.name + suffix) for suffix in ("", _WORDS))
         self._promised: set[str] = set()
         self._arrived: dict[tuple[str, int], int | None] = {}
-        self._expected: dict[tuple[str, int], float] = {}
 
     def wait(self, seconds: float, unless: Callable[[], bool] | None = None) -> bool:
         """Wait for a wakeup, at most ``seconds``; True if one came.
 
         Args:
-            unless: ends the wait when it returns True; checked every millisecond and at each expected-time message.
+            unless: ends the wait when it returns True; checked every millisecond.
         """
         poll = select.poll()  # select() takes no descriptors above 1023, which an engine may have
         poll.register(self._socket, select.POLLIN)
-        if unless is not None:
-            poll.register(self._dues, select.POLLIN)
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0 and not (unless is not None and unless()):
-            for descriptor, _ in poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
-                if descriptor == self._socket.fileno():
-                    for _ in _heard(self._socket, 16):
-                        pass
-                    return True
-                self._hear_dues()
+            if poll.poll(1000 * (left if unless is None else min(left, LOOK_S))):
+                for _ in _heard(self._socket, 16):
+                    pass
+                return True
         return False
 
     def promises(self) -> set[str]:
@@ -92,35 +85,21 @@ class WakeupReceiver:
         arrived, self._arrived = self._arrived, {}
         return arrived
 
-    def expected(self) -> dict[tuple[str, int], float]:
-        """When the last pages are expected, by request id and worker rank, as ``time.monotonic`` seconds; since the
-        last call."""
-        self._hear_dues()
-        expected, self._expected = self._expected, {}
-        return expected
-
-    def _hear_dues(self) -> None:
-        for word in _heard(self._dues, _WORD.size + MAX_REQUEST_ID_BYTES):
-            if len(word) > _WORD.size + _WHEN.size and len(self._expected) < MAX_EXPECTED:
-                when = _WHEN.unpack_from(word, _WORD.size)[0]
-                self._expected[_text(word[_WORD.size + _WHEN.size :]), _WORD.unpack_from(word)[1]] = when
-
     def _listen(self) -> None:
         for word in _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES):
             if len(word) <= _WORD.size:
                 continue
             kind, rank = _WORD.unpack_from(word)
             rest = word[_WORD.size :]
-            if kind == _PROMISED and len(self._promised) < MAX_EXPECTED:
+            if kind == _PROMISED and len(self._promised) < MAX_UNREAD:
                 self._promised.add(_text(rest))
-            elif kind == _ARRIVED and len(rest) > _TOKEN.size and len(self._arrived) < MAX_EXPECTED:
+            elif kind == _ARRIVED and len(rest) > _TOKEN.size and len(self._arrived) < MAX_UNREAD:
                 token = _TOKEN.unpack_from(rest)[0]
                 self._arrived[_text(rest[_TOKEN.size :]), rank] = None if token == _NO_TOKEN else token
 
     def close(self) -> None:
         self._socket.close()
         self._words.close()
-        self._dues.close()
         self._remove()
 
 
@@ -196,14 +175,10 @@ class WakeupSender:
         token = _NO_TOKEN if first_token is None else first_token
         self._tell(_ARRIVED, rank, _TOKEN.pack(token) + req_id.encode())
 
-    def expected(self, req_id: str, rank: int, when: float) -> None:
-        """The last of this request's pages are expected at ``time.monotonic`` second ``when``."""
-        self._tell(_EXPECTED, rank, _WHEN.pack(when) + req_id.encode(), _DUES)
-
-    def _tell(self, kind: bytes, rank: int, what: bytes, where: str = _WORDS) -> None:
+    def _tell(self, kind: bytes, rank: int, what: bytes) -> None:
         if self.name:
             with contextlib.suppress(OSError):
-                self._socket.sendto(_WORD.pack(kind, rank) + what, self.name + where)
+                self._socket.sendto(_WORD.pack(kind, rank) + what, self.name + _WORDS)
 
     def close(self) -> None:
         self._socket.close()

@@ -7,7 +7,6 @@ The worker's thread runs the commands; callbacks from the I/O thread and the poo
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -32,10 +31,8 @@ from pdtransport.engine.commands import (
     StoreChunks,
     WorkerReport,
 )
-from pdtransport.engine.holding import REWIND_S, Holding
 from pdtransport.engine.results import Results
 from pdtransport.engine.stats import TransferStats
-from pdtransport.engine.step_times import Chunk, Step, StepTimes
 from pdtransport.errors import InvalidCall
 from pdtransport.kv.geometry import HOST
 from pdtransport.pool.tiers.codecs import Lossy
@@ -51,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
 CHANGE_S = 10.0  # on a change of weights, links must release the pages of the ended transfers within this time
 
 
@@ -72,9 +70,6 @@ class EngineWorker:
         self._offers: dict[str, Offer] = {}
         self._finished: dict[str, Offer] = {}  # offers of finished requests, until decode has their pages
         self._receipts: dict[str, Receipt] = {}
-        self._holding = Holding(self)
-        self._times = StepTimes()
-        self._step: Step | None = None  # that is being launched
         self._forward: torch.cuda.Event | None = None  # recorded behind the forward pass just launched
         self._results = Results(stats, self._forget_adapter)
         self._pool: PoolWorker | None = None
@@ -159,7 +154,6 @@ class EngineWorker:
             self._pool.end_all(CHANGE_S)
 
     def close(self) -> None:
-        self._holding.close()
         if self._pool is not None:
             self._pool.close()
         if self._transport is not None:
@@ -176,25 +170,6 @@ class EngineWorker:
         earlier = self._mark() if any(isinstance(command, (StartReceive, LoadChunks)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
-        if self._step is None and commands.after:
-            self._step = self._foretell(commands.after)
-
-    def hold(self, commands: Commands) -> None:
-        """Until the pages that this step's forward pass reads have arrived, or failed to, or only the GPU until then:
-        which one it was, the step's own output says.
-
-        Raises:
-            RuntimeError: the I/O thread does not let go of the pages.
-        """
-        self._holding.before_forward(commands.hold, commands.ahead)
-
-    def give_up(self, req_id: str, reason: str) -> None:
-        receipt = self._receipts.get(req_id)
-        if receipt is not None:
-            receipt.cancel(reason)
-
-    def held(self, req_id: str, seconds: float, *, void: bool, usual: bool) -> None:
-        self._results.held(req_id, seconds, void=void, usual=usual)
 
     def launched(self, commands: Commands) -> None:
         """Record an event behind the forward pass; called before sampling is launched.
@@ -208,27 +183,12 @@ class EngineWorker:
         """Run the ``after`` commands, once all kernels of the step are launched. Idempotent."""
         todo, commands.after = commands.after, []
         forward, self._forward = self._forward, None
-        step, self._step = self._step, None
         if self._adapted is not None:
             for waited in self._adapted.load(todo):
-                self._do_now(waited, self._mark(), None)
+                self._do_now(waited, self._mark())
         computed = (forward or self._mark()) if todo else None
         for command in todo:
-            self._do(command, computed, step)
-        self._holding.after_launch()
-
-    def _foretell(self, commands: Sequence[Command]) -> Step | None:
-        """When the step that is about to be launched is expected to end: decode hears of it now, to be ready then."""
-        if self._transport is None or self._transport.geometry.device == HOST:
-            return None  # the step is over when it was launched
-        said = [each for each in commands if isinstance(each, Pages) and each.req_id in self._offers]
-        if not said:
-            return None
-        step = self._times.begin([Chunk(each.before, each.tokens - each.before) for each in said], time.monotonic())
-        if step.due is not None:
-            for each in said:
-                self._offers[each.req_id].expect(each.tokens, step.due)
-        return step
+            self._do(command, computed)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Record an event behind everything launched on this thread's stream; None if KV is in host memory."""
@@ -241,12 +201,12 @@ class EngineWorker:
         event.record(torch.cuda.current_stream(self._transport.geometry.device))
         return event
 
-    def _do(self, command: Command, after: torch.cuda.Event | None, step: Step | None = None) -> None:
+    def _do(self, command: Command, after: torch.cuda.Event | None) -> None:
         ready: Command | None = command if self._adapted is None else self._adapted.ready(command)
         if ready is not None:
-            self._do_now(ready, after, step)
+            self._do_now(ready, after)
 
-    def _do_now(self, command: Command, after: torch.cuda.Event | None, step: Step | None) -> None:
+    def _do_now(self, command: Command, after: torch.cuda.Event | None) -> None:
         transport = self._transport
         assert transport is not None, "commands before register_kv_caches"
         if isinstance(command, Open):
@@ -259,9 +219,8 @@ class EngineWorker:
             elif offer is not None:
                 if command.cached is not None:
                     offer.cached(command.cached)
-                passed = step.ended if step is not None else None
                 pages = self._kernel_pages(command.pages)[: offer.blocks]
-                offer.ready(pages, command.tokens, after, passed)
+                offer.ready(pages, command.tokens, after)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
             if offer is not None:
@@ -314,7 +273,7 @@ class EngineWorker:
             if self._pool is not None:
                 self._pool.refuse(command)
             return
-        self._do_now(command, None, None)
+        self._do_now(command, None)
         if isinstance(command, Open):
             offer = self._offers.get(command.req_id)
             if offer is not None:
@@ -360,17 +319,10 @@ class EngineWorker:
         first = min(take.first_block * self._ratio, kernel_blocks)
         pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
 
-        arrival = self._holding.coming(take.req_id)
-        early = bool(take.pages) and self._settings.early_step and not take.first_token
-
         def ended(outcome: Outcome) -> None:
-            try:
-                in_time = self._holding.ended(arrival)
-                self._receipts.pop(take.req_id, None)
-                if take.pages:
-                    self._results.receipt_ended(take.req_id, outcome, in_time)
-            finally:
-                self._holding.noted(take.req_id, arrival)
+            self._receipts.pop(take.req_id, None)
+            if take.pages:
+                self._results.receipt_ended(take.req_id, outcome)
 
         receipt = transport.receive(
             take.transfer,
@@ -383,7 +335,6 @@ class EngineWorker:
             first_block=first,
             first_token=take.first_token,
             on_end=ended,
-            on_expected=partial(self._results.rope.expected, take.req_id, self._rank) if early else None,
             after=after,
         )
         self._receipts[take.req_id] = receipt

@@ -70,7 +70,6 @@ class Channel(ABC):
 
     link: str
     why: str  # one line: why this link was chosen for the pair, and better ones were not
-    in_place: bool = False  # True: the receiver reads pages in place at memory speed; a batch takes milliseconds
     max_batch_bytes: int = 1 << 40  # largest batch that `send` accepts
     stats: LinkStats
 

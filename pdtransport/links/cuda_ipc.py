@@ -188,7 +188,6 @@ class CudaIpcChannel(Channel):
     """Copies from one peer process, and lets that peer copy from this process."""
 
     link = "cuda_ipc"
-    in_place = True
 
     def __init__(self, link: CudaIpcLink, watch: ProcessWatch, peer: dict[str, Any]) -> None:
         self._same_gpu = peer["gpu"] == link.gpu.device_uuid(link.device)

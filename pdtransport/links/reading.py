@@ -119,8 +119,6 @@ class PullChannel(Channel):
         reader: reads the peer's memory; closed with the channel.
     """
 
-    in_place = True
-
     def __init__(
         self, link: str, why: str, regions: Regions, tickets: Tickets, watch: ProcessWatch, reader: Reader
     ) -> None:

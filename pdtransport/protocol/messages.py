@@ -25,7 +25,6 @@ MAX_FACTS = 64  # in a fingerprint
 MAX_MAPS = 3  # in one message: the message itself, the fingerprint, the links
 PEEK_BYTES = 128  # enough for version and kind, which come first
 MAX_TRANSFER_ID = 128
-MAX_DUE_US = 60_000_000  # no engine step takes a minute
 MAX_ATTEMPTS = 1000  # per batch; an engine that is preempted more often has worse problems
 
 TransferId = Annotated[str, Field(min_length=1, max_length=MAX_TRANSFER_ID, pattern=r"^[A-Za-z0-9._:\-]+$")]
@@ -135,15 +134,13 @@ class Batch(_Granted):
 
 
 class BatchHint(_Granted):
-    """Producer: a hint that lets the consumer prepare: these blocks are expected to be computed in ``due_us``
-    microseconds, or will be announced as a batch with this ``offer``. No state depends on it, and nothing may be read
-    before the Batch itself."""
+    """Producer: a hint that lets the consumer prepare: these blocks will be announced as a batch with this ``offer``.
+    No state depends on it, and nothing may be read before the Batch itself."""
 
     kind: Literal["hint"] = "hint"
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
-    offer: Annotated[bytes, Field(max_length=1 << 20)] = b""
-    due_us: Annotated[int, Field(ge=0, le=MAX_DUE_US)] | None = None
+    offer: Annotated[bytes, Field(max_length=1 << 20)]
 
 
 class Received(_Granted):

@@ -30,7 +30,7 @@ class Audit:
             return (ctypes.c_char * nbytes).from_address(address)
         from pdtransport.kernels.gpu import to_host
 
-        return to_host(address, nbytes, self._geometry.device, beside=True)  # a model's stream may be waiting for us
+        return to_host(address, nbytes, self._geometry.device, beside=True)  # the model's stream is busy
 
     def block(
         self, transfer: str, role: str, peer: str, peer_rank: int, block: int, page: int, head_lo: int, head_hi: int

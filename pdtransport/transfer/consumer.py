@@ -33,7 +33,7 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.system.log_limits import LogLimiter
 from pdtransport.transfer.audit import Audit
-from pdtransport.transfer.outcome import OnExpected, OnOutcome, Outcome, tell
+from pdtransport.transfer.outcome import OnOutcome, Outcome, tell
 from pdtransport.transfer.peers import Endpoint, Peers, TransferPeer
 from pdtransport.transfer.timeline import Timeline, TransferRecord
 
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})  # before the grant: no producer could be reached
 NOBODY_PAUSE_S = 10.0  # between two log lines about them
-SAME_S = 0.001  # an expected time that changed by less is not reported again
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ class ReceiveRequest:
     first_block: int
     pages: Sequence[int]
     first_token: bool = False  # promise to continue from the first token, if prefill names it
-    on_expected: OnExpected | None = None
 
 
 @dataclass
@@ -74,7 +72,6 @@ class IncomingTransfer:
     record: TransferRecord
     heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)  # KV heads from each producer: [lo, hi)
     placing: dict[PeerId, set[int]] = field(default_factory=dict)  # keys of batches that the link may still write
-    expected: dict[PeerId, float] = field(default_factory=dict)  # time.monotonic() second of its last pages
     nbytes: int = 0
     granted: bool = False
 
@@ -271,14 +268,10 @@ class ConsumerDriver:
                 sink.record.mark("last_batch", latest=True)
             elif isinstance(message, Commit):
                 sink.record.mark("committed")
-                self._expect(sink, peer, now)
         self.run(self.receiving.on_message(peer, message, now))
 
     def coming(self, peer_id: PeerId, message: BatchHint) -> None:
-        """Handle a hint about blocks that are not computed yet: plan their read, and note when they are expected.
-
-        Hints that don't fit the transfer are ignored.
-        """
+        """Plan the read of a batch that is not computed yet. Hints that don't fit the transfer are ignored."""
         sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
         if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
             return
@@ -286,26 +279,9 @@ class ConsumerDriver:
         pages = sink.wanted.pages[first : first + message.blocks] if first >= 0 else ()
         if len(pages) != message.blocks:
             return
-        if message.offer:
-            runs = self._geometry.runs(pages, *sink.heads[peer_id])
-            self._counters["batches_foreseen"] += 1
-            peer.inbound.prepare_read(message.offer, runs, message.blocks if self._checksums else 0)
-        if message.due_us is not None and first + message.blocks == len(sink.wanted.pages):
-            self._expect(sink, peer_id, time.monotonic() + 1e-6 * message.due_us)
-
-    def _expect(self, sink: IncomingTransfer, peer_id: PeerId, when: float) -> None:
-        """The last pages from ``peer_id`` are expected at ``time.monotonic`` second ``when``.
-
-        Reports the latest time to the engine once it is known for all producers. Only for links that read pages in
-        place: how long pages take over the others is unknown.
-        """
-        on_expected, peer = sink.wanted.on_expected, self._peers.get(peer_id)
-        if on_expected is None or peer is None or peer.inbound is None or not peer.inbound.in_place:
-            return
-        if peer_id in sink.heads and abs(sink.expected.get(peer_id, 0.0) - when) > SAME_S:
-            sink.expected[peer_id] = when
-            if len(sink.expected) == len(sink.heads):
-                on_expected(max(sink.expected.values()))
+        runs = self._geometry.runs(pages, *sink.heads[peer_id])
+        self._counters["batches_foreseen"] += 1
+        peer.inbound.prepare_read(message.offer, runs, message.blocks if self._checksums else 0)
 
     def peer_lost(self, peer: PeerId, reason: str) -> None:
         """End what ``peer`` was sending. The caller has closed its channels."""

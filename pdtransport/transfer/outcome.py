@@ -27,7 +27,6 @@ class Outcome:
 
 OnOutcome = Callable[[Outcome], None]
 OnPromise = Callable[[], None]  # decode promised to continue from prefill's first token
-OnExpected = Callable[[float], None]  # time.monotonic() second at which the last pages are expected
 
 
 def tell(on_end: OnOutcome, outcome: Outcome) -> None:

@@ -20,7 +20,6 @@ from pdtransport.links.base import Channel, LinkBusy, Prepared, Runs
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import (
-    MAX_DUE_US,
     REQUEST_ENDED,
     Ack,
     BatchHint,
@@ -30,7 +29,6 @@ from pdtransport.protocol.messages import (
     Grant,
 )
 from pdtransport.protocol.producer_table import ProducerTable
-from pdtransport.protocol.states import ProducerState
 from pdtransport.transfer.audit import Audit
 from pdtransport.transfer.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.transfer.peers import Peers
@@ -64,7 +62,6 @@ class OutgoingTransfer:
     nbytes: int = 0
     final: int = 0  # leading blocks that are final
     foreseen: int = 0  # leading blocks that prepare() has seen
-    due: float | None = None  # time.monotonic() second at which the last block is expected to be final
     prepared: dict[tuple[PeerId, int, int], _PreparedBatch] = field(default_factory=dict)  # peer, first block, blocks
 
 
@@ -142,9 +139,6 @@ class ProducerDriver:
         if blocks < source.final or not pages:  # preempted
             source.foreseen = blocks
             source.prepared.clear()
-            if source.due is not None:  # the old estimate no longer holds, and there is no new one
-                source.due = None
-                self._say_due(transfer, time.monotonic() + 1e-6 * MAX_DUE_US)
         source.final = blocks
         self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
         self.push_some()
@@ -152,33 +146,6 @@ class ProducerDriver:
     def cached(self, owner: object, transfer: str, tokens: int) -> None:
         if self._owned(owner, transfer) is not None:
             self.sending.cached(transfer, tokens)
-
-    def expect(self, owner: object, transfer: str, tokens_done: int, due: float) -> None:
-        """``tokens_done`` tokens are expected to be final at ``time.monotonic`` second ``due``.
-
-        Passed on to the consumers only if these are all the prompt's tokens.
-        """
-        source = self._owned(owner, transfer)
-        if source is not None and tokens_done >= source.tokens:
-            source.due = due
-            self._say_due(transfer, due)
-
-    def _say_due(self, transfer: str, due: float, only: PeerId | None = None) -> None:
-        """Tell all consumers that granted, or ``only`` one of them, when the last block is expected."""
-        due_us = min(MAX_DUE_US, max(0, int(1e6 * (due - time.monotonic()))))
-        for machine in self.sending.machines(transfer):
-            grant = machine.grant
-            if grant.blocks and machine.state is ProducerState.STREAMING and only in (None, machine.peer):
-                self._control.send(
-                    machine.peer,
-                    BatchHint(
-                        transfer=grant.transfer,
-                        generation=grant.generation,
-                        first_block=grant.first_block,
-                        blocks=grant.blocks,
-                        due_us=due_us,
-                    ),
-                )
 
     def prepare(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
         """Plan the batches that :meth:`pages_ready` will send once ``event``, a raw ``cudaEvent_t``, has passed.
@@ -257,8 +224,6 @@ class ProducerDriver:
         actions = self.sending.on_message(peer, message, now)
         if isinstance(message, Grant):
             self._see_promise(message.transfer)
-            if source is not None and source.due is not None:
-                self._say_due(message.transfer, source.due, peer)
         self.run(actions)
 
     def _see_promise(self, transfer: str) -> None:

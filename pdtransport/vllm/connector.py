@@ -199,7 +199,6 @@ class PDTransportConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: Commands) -> None:
         super().bind_connector_metadata(connector_metadata)
         self.worker.before_forward(connector_metadata)
-        self.worker.hold(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """No-op: loads start when the step's metadata is bound."""

@@ -27,7 +27,6 @@ from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.beyond_window import WindowRule
-from pdtransport.vllm.early import EarlyStep, Expectations
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.patches.base import announce, take_news
 from pdtransport.vllm.patches.cached_usage import CachedUsage
@@ -126,8 +125,6 @@ class SchedulerSide:
         self._arrivals = Arrivals(ranks)
         self._start: SchedulerHook | None = None
         self._awaited: set[str] = set()  # requests that vLLM holds until the workers report the end of their transfer
-        self._expectations = Expectations(ranks)
-        self._hold: list[str] = []  # who begins in this step before its last pages are there
         self._stale = StaleBlocks()
         self._withheld = Withheld(settings)
         self._usage = CachedUsage(settings)
@@ -154,7 +151,7 @@ class SchedulerSide:
         """Hook into the engine's cache manager. ``connector``: the connector object that the scheduler holds."""
         self._stale.bind(manager, self._settings)
         self._withheld.bind(manager)
-        self._start = SchedulerHook.of(connector, manager, self._begin, self._settings, EarlyStep, self._hear_cached)
+        self._start = SchedulerHook.of(connector, manager, self._begin, self._settings, self._hear_cached)
         announce()
 
     def start_pool(self, shards: dict[int, Shard], served: Sequence[str] = (), tokenizer: str = "") -> None:
@@ -272,8 +269,6 @@ class SchedulerSide:
             self._tokens.update(news.first_tokens)
             for req_id in late:  # it went on from its token already
                 self._tokens.pop(req_id, None)
-            for seconds in news.held.values():
-                self._expectations.lead.learn(seconds, self._clock())
             self._producing.promised(news.promised)
             if self._adapters is not None:
                 self._adapters.hear(news.adapters)
@@ -284,11 +279,7 @@ class SchedulerSide:
         for req_id in failed:
             if (entry := self._consuming.get(req_id)) is not None:
                 self._usage.nothing_came(entry.request)
-        if self._pool is not None:
-            for req_id in late & set(failed):  # it started before its pages arrived, and is recomputed
-                self._pool.ask(req_id)
         for req_id in output.finished_recving or ():
-            self._expectations.forget(req_id)
             from_pool = self.from_pool(req_id)
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
@@ -319,30 +310,13 @@ class SchedulerSide:
         """Called when a step begins: let requests whose pages arrived resume in this very step."""
         if self._awaited and not self.has_pending_work() and step.idle():
             self._wait()
-        begun = step.doubtful
         arrived = self._bell.arrivals()
-        ready = self._arrivals.hear(arrived, self._awaited | begun)
+        ready = self._arrivals.hear(arrived, self._awaited)
         for (req_id, _), token in arrived.items():
             if token is not None and req_id in self._awaited:
                 self._tokens[req_id] = token
-        if step.early is not None and ready & begun:
-            step.early.arrived()
-            ready -= begun
         if ready:
             self._arrivals.went_on(step.go_on(ready))
-        elif (almost := self._almost_there(step)) is not None and step.go_on_early(almost):
-            self._arrivals.went_on({almost})
-            self._hold.append(almost)
-
-    def _almost_there(self, step: SchedulerHook) -> str | None:
-        """A request that can begin: its last pages are expected by the time its first step could use them."""
-        for (req_id, rank), when in self._bell.expected().items():
-            entry = self._consuming.get(req_id)
-            # A promised first token comes with a step's output.
-            if entry is not None and entry.state == "loading" and not entry.first_token:
-                self._expectations.hear(req_id, rank, when)
-        almost = self._expectations.almost_there(self._clock())
-        return almost if almost is not None and step.may_go_on_early(almost) else None
 
     def build(self, output: SchedulerOutput) -> Commands:
         after: list[Command] = []
@@ -358,9 +332,7 @@ class SchedulerSide:
                 after += self._adapters.wrote(output, computed)
             after += self._progress(output, computed)
             if self._pool is not None:
-                # What was computed from pages that may yet fail to come is nobody's to keep.
-                doubtful = self._start.doubtful if self._start is not None else set()
-                after += self._pool.progress(output, {r: n for r, n in computed.items() if r not in doubtful})
+                after += self._pool.progress(output, computed)
                 self._pool.hint()
                 self._before += [ReleaseIfPooled(req_id) for req_id in self._pool.handed_over()]
         loads = any(self.from_pool(req_id) for req_id in self._producing)
@@ -368,13 +340,11 @@ class SchedulerSide:
         self._consuming.step()
         before = self._before.copy()
         self._before.clear()
-        hold, self._hold = self._hold, []
-        ahead = bool(hold) and self._start is not None and self._start.early is not None and self._start.early.known
         if output.total_num_scheduled_tokens:
             self._look_again = 1
         elif not before and not after and self._waits_here():
             self._wait()
-        return Commands(before, after, self._bell.name, hold, ahead, take_news())
+        return Commands(before, after, self._bell.name, take_news())
 
     def _waits_here(self) -> bool:
         asking = self._pool is not None and self._pool.asking
@@ -395,13 +365,8 @@ class SchedulerSide:
     def _how_long(self) -> tuple[float, Callable[[], bool] | None]:
         """Longest time to wait for a wakeup, and a condition that ends the wait early (None: no such condition)."""
         wait_s = self._settings.idle_wait_s
-        step = self._start
-        asked = step.clients_wait if step is not None else None
-        if step is None or asked is None:
-            return min(wait_s, BLIND_WAIT_S), None
-        if step.early is None:
-            return wait_s, asked
-        return wait_s, lambda: asked() or self._almost_there(step) is not None
+        asked = self._start.clients_wait if self._start is not None else None
+        return (wait_s, asked) if asked is not None else (min(wait_s, BLIND_WAIT_S), None)
 
     def _progress(self, output: SchedulerOutput, computed: dict[str, int]) -> list[Command]:
         progress: list[Command] = []
@@ -457,7 +422,6 @@ class SchedulerSide:
             response (None if there are none).
         """
         req_id = request.request_id
-        self._expectations.forget(req_id)
         self._stale.ended(req_id, block_ids)
         consuming = self._consuming.finished(req_id)
         if self._adapters is not None and self._adapters.finished(req_id) and (consuming is not None or self._pool):

@@ -60,13 +60,6 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
             buckets=SECONDS,
             labelnames=labelnames,
         )
-        self._held = self._histogram_cls(
-            name="vllm:pdtransport_held_seconds",
-            documentation="How long steps that began before their request's last pages were held for these.",
-            buckets=SECONDS,
-            labelnames=labelnames,
-        )
-
         self._tell_engines(vllm_config)
 
     def _tell_engines(self, config: VllmConfig) -> None:
@@ -103,5 +96,3 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
             self._chunks.labels(*labels, what).inc(count)
         for seconds in transfer_stats_data["exposed_s"]:
             self._exposed.labels(*labels).observe(seconds)
-        for seconds in transfer_stats_data["held_s"]:
-            self._held.labels(*labels).observe(seconds)

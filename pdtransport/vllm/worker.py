@@ -18,7 +18,6 @@ from pdtransport.transport import Transport
 from pdtransport.vllm.adapters import Adapters
 from pdtransport.vllm.checkpoint import checkpoint_identity
 from pdtransport.vllm.geometry import Described, KVCaches, describe
-from pdtransport.vllm.model_stream import model_stream
 from pdtransport.vllm.patches.base import announce
 from pdtransport.vllm.patches.listed import PatchStates
 from pdtransport.vllm.patches.model_loading import report_loading
@@ -87,10 +86,6 @@ class WorkerSide(EngineWorker):
             transport.host,
             transport.port,
         )
-        if self._settings.early_step and self._role != "kv_producer":
-            stream = model_stream(described.geometry.device)
-            if stream is not None:
-                self._holding.use(stream)
         self._use_pool(described)
         if self._config.lora_config is not None:
             self.use_adapters(Adapters.of_this_worker(), self._config.cache_config.block_size)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import mmap
-import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from pdtransport import InvalidCall, KVGeometry, Receipt, Settings, TransferFailed, Transport, prompt_digest
+from pdtransport import InvalidCall, KVGeometry, Settings, TransferFailed, Transport, prompt_digest
 from pdtransport.protocol.messages import Code
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
@@ -154,104 +153,6 @@ def test_pages_arrive_byte_for_byte_whatever_the_tensor_parallel_sizes(cluster: 
     assert np.array_equal(gathered(c, target), whole)
     untouched = [page for page in range(BLOCKS) if page not in target]
     assert (gathered(c, untouched) == 255).all(), "a page that was not granted was written"
-
-
-@pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])
-def test_decode_is_told_when_to_expect_the_last_pages(cluster: MakeCluster, p: int, d: int) -> None:
-    """No later than they are there, once all prefill workers have said so, and not for those before them."""
-    pair, pages, digest = cluster(p, d), [3, 4, 5, 6], prompt_digest(range(64))
-    fill_pages(pair, pages, 1)
-    told: list[list[float]] = [[] for _ in pair.decode]
-    told_at_end: list[int] = []
-    offers = [one.transport.offer("t", digest, 64) for one in pair.prefill]
-    receipts = [
-        one.transport.receive(
-            "t",
-            digest,
-            64,
-            [7, 8, 9, 10],
-            host="127.0.0.1",
-            port=pair.port,
-            ranks=p,
-            on_expected=whens.append,
-            on_end=lambda _, whens=whens: told_at_end.append(len(whens)),
-        )
-        for one, whens in zip(pair.decode, told, strict=True)
-    ]
-    for offer in offers:
-        offer.ready(pages, 48)
-    for offer in offers[1:]:
-        offer.ready(pages, 64)
-        offer.finish()
-    with pytest.raises(TimeoutError):
-        receipts[0].result(0.3)
-    assert not any(told)
-    began = time.monotonic()
-    offers[0].ready(pages, 64)
-    offers[0].finish()
-    assert all(handle.result(WAIT_S).ok for handle in [*receipts, *offers])
-    if receipts[0].result(WAIT_S).link == "ucx":  # how long pages take to cross, nobody knows
-        assert told_at_end == [0] * d
-        return
-    assert min(told_at_end) >= 1
-    assert all(began <= when <= time.monotonic() for whens in told for when in whens)
-
-
-@pytest.mark.parametrize("early", [True, False], ids=["before the grant", "after it"])
-def test_decode_is_told_what_prefill_expects(cluster: MakeCluster, early: bool) -> None:
-    """Of the last pages, before they are computed, whether decode asked by then or not; over links within a host."""
-    pair, digest, told = cluster(), prompt_digest(range(64)), queue.Queue[float]()
-    fill_pages(pair, [3, 4, 5, 6], 1)
-    (prefill,), (decode,) = pair.prefill, pair.decode
-    offer, due = prefill.transport.offer("t", digest, 64), time.monotonic() + 2.0
-
-    def ask() -> Receipt:
-        return decode.transport.receive(
-            "t", digest, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
-        )
-
-    if early:
-        offer.expect(64, due)
-    receipt = ask()
-    if not early:
-        offer.ready([3, 4, 5, 6], 16)
-        offer.expect(32, due - 1.5)  # not the last ones
-        offer.expect(64, due)
-    foretold = None
-    with suppress(queue.Empty):
-        foretold = told.get(timeout=due - time.monotonic())
-    offer.ready([3, 4, 5, 6], 64)
-    offer.finish()
-    outcome = receipt.result(WAIT_S)
-    if outcome.link == "ucx":  # how long pages take to cross, nobody knows
-        assert foretold is None
-        assert told.empty()
-    else:
-        assert foretold == pytest.approx(due, abs=1.0)
-        assert told.get(timeout=WAIT_S) <= time.monotonic(), "and then they came"
-
-
-def test_decode_expects_nothing_any_more_of_a_prefill_that_was_preempted(cluster: MakeCluster) -> None:
-    """It would begin, and stand still until the prompt's next turn has come."""
-    pair, digest, told = cluster(), prompt_digest(range(64)), queue.Queue[float]()
-    fill_pages(pair, [3, 4, 5, 6], 1)
-    (prefill,), (decode,) = pair.prefill, pair.decode
-    offer = prefill.transport.offer("t", digest, 64)
-    receipt = decode.transport.receive(
-        "t", digest, 64, [7, 8, 9, 10], host="127.0.0.1", port=pair.port, on_expected=told.put
-    )
-    offer.ready([3, 4, 5, 6], 16)
-    until = time.monotonic() + WAIT_S
-    while "granted" not in prefill.transport.status("t")["transfers"][-1]["events"]:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    offer.expect(64, time.monotonic() + 0.1)
-    offer.withdraw(WAIT_S)
-    offer.ready([3, 4, 5, 6], 64)
-    offer.finish()
-    outcome = receipt.result(WAIT_S)
-    said = [told.get_nowait() for _ in range(told.qsize())]
-    assert outcome.link == "ucx" or max(said) > time.monotonic() + 30
 
 
 @pytest.mark.parametrize(("p", "d"), [(1, 1), (2, 1), (1, 2)])

@@ -48,7 +48,7 @@ def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
             "cached_tokens": [U64],
         },
         "accept": {"tokens_done": [U64], "known": [False], "generation": [1, I64]},
-        "hint": {"due_us": [60_000_000], "blocks": [1 << 20], "first_block": [1 << 20], "offer": [DEEP, WIDE, b"x"]},
+        "hint": {"blocks": [1 << 20], "first_block": [1 << 20], "offer": [DEEP, WIDE, b"x"]},
         "grant": {
             "blocks": [0, 1 << 20],
             "first_block": [1 << 20, 1],

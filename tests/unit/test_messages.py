@@ -55,7 +55,6 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         "first_block": st.integers(0, m.MAX_BLOCKS),
         "blocks": blocks,
         "offer": st.binary(max_size=99),
-        "due_us": st.none() | st.integers(0, m.MAX_DUE_US),
     },
     m.Batch: {
         **granted,

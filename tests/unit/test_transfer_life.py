@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pdtransport.links.base import LinkBusy
-from pdtransport.protocol.messages import MAX_DUE_US, Accept, Batch, BatchHint, Claim, Code, Commit, Grant
+from pdtransport.protocol.messages import Accept, Batch, BatchHint, Claim, Code, Grant
 from pdtransport.protocol.producer_table import ProducerTable
 from tests.unit.transfer_rig import (
     BLOCK_BYTES,
@@ -24,8 +23,6 @@ from tests.unit.transfer_rig import (
     pair,
 )
 
-SOON_S = 30.0  # of a hint: the test is through long before
-
 
 def hints(said: list[Any]) -> list[BatchHint]:
     return [message for message in said if isinstance(message, BatchHint)]
@@ -33,69 +30,6 @@ def hints(said: list[Any]) -> list[BatchHint]:
 
 def preparing() -> tuple[Worker, Worker]:
     return Worker("p", link=PreparingLink), Worker("d", port=2, link=PreparingLink)
-
-
-# -- when pages will come ---------------------------------------------------------------------------------------------
-
-
-def test_decode_hears_when_the_whole_prompt_is_expected_and_when_that_is_void() -> None:
-    """Only of the whole prompt, to those that granted, whoever comes first; a preemption takes the word back."""
-    expected: list[float] = []
-    with pair() as (p, d):
-        p.open(2 * TOKENS)
-        due = time.monotonic() + SOON_S
-        p.producer.expect(p, TRANSFER, TOKENS, due)
-        d.fetch(2 * TOKENS, [0, 1], on_expected=expected.append)
-        assert hints(carry(p, d)) == []
-        p.producer.expect(p, TRANSFER, 2 * TOKENS, due)
-        (hint,) = hints(carry(p, d))
-        assert (hint.first_block, hint.blocks) == (0, 2)
-        assert hint.due_us is not None
-        assert 0 < hint.due_us <= 1e6 * SOON_S
-        assert len(expected) == 1
-        assert abs(expected[0] - due) < SOON_S / 2
-        p.ready([], 0)
-        (void,) = hints(carry(p, d))
-        assert void.due_us is not None
-        assert void.due_us > 1e6 * SOON_S
-        assert void.due_us <= MAX_DUE_US
-        assert len(expected) == 2
-        p.ready([], 0)
-        assert hints(carry(p, d)) == [], "it is said once"
-
-
-def test_a_decode_that_grants_late_hears_what_is_expected() -> None:
-    with pair() as (p, d):
-        p.open(TOKENS)
-        p.producer.expect(p, TRANSFER, TOKENS, time.monotonic() + SOON_S)
-        assert hints(carry(p, d)) == []
-        d.fetch(TOKENS, [0])
-        assert len(hints(carry(p, d))) == 1
-
-
-def test_a_decode_that_holds_everything_or_is_through_hears_no_hint() -> None:
-    with pair() as (p, d):
-        p.open(TOKENS)
-        d.fetch(TOKENS, [], first_block=1)
-        said = carry(p, d)
-        assert any(isinstance(message, Commit) for message in said)
-        p.producer.expect(p, TRANSFER, TOKENS, time.monotonic() + SOON_S)
-        assert hints(carry(p, d)) == []
-        assert [outcome.ok for outcome in d.outcomes] == [True]
-
-
-def test_the_same_expectation_is_no_news() -> None:
-    """Who schedules by it is woken once."""
-    expected: list[float] = []
-    with pair() as (p, d):
-        p.open(TOKENS)
-        d.fetch(TOKENS, [0], on_expected=expected.append)
-        carry(p, d)
-        due = time.monotonic() + SOON_S
-        sink = d.consumer._sinks[TRANSFER]
-        for moved in (0.0, 0.0005, 0.5):
-            d.consumer._expect(sink, p.id, due + moved)
-        assert expected == [due, due + 0.5]
 
 
 # -- what is prepared -------------------------------------------------------------------------------------------------
@@ -182,7 +116,6 @@ def test_only_its_owner_says_more_of_a_transfer() -> None:
         assert [outcome.code for outcome in second] == [Code.REUSED.value]
         carry(p, d)
         p.producer.pages_ready(other, TRANSFER, [1], TOKENS)
-        p.producer.expect(other, TRANSFER, TOKENS, 0.0)
         p.producer.cancel(other, TRANSFER, Code.CANCELLED, "mine")
         p.producer.let_go(other, TRANSFER, "mine")
         p.producer.finish(other, TRANSFER)

@@ -11,10 +11,9 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from pdtransport.engine.commands import Drop, Finish, Open, StartReceive, StoreChunks
+from pdtransport.engine.commands import Drop, Finish, Open, StartReceive
 from pdtransport.settings import Settings
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_pool import PROMPT, Half, half  # noqa: F401 - a fixture
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
 
 
@@ -103,18 +102,6 @@ def test_transfers_that_were_taken_are_remembered_within_a_bound() -> None:
         take(decode, made, 0, 1, 2, 3, 4)
         decode.finished(made, [])
     assert list(decode._consuming._taken) == [f"t{number}" for number in range(34, 50)]
-
-
-def test_what_was_computed_from_pages_that_may_fail_to_come_is_not_stored(half: Half) -> None:  # noqa: F811
-    """Such a request's chunks would be wrong for everyone who loads them; those of others in the same step are kept."""
-    for name in ("r", "s"):
-        made = half.arrive(name=name)
-        half.admit(made, 0)
-    half.side._start = SimpleNamespace(doubtful={"r"}, early=None, clients_wait=None)  # type: ignore[assignment]
-    kept = [
-        each for each in step(half.side, {"r": (0, PROMPT), "s": (0, PROMPT)}).after if isinstance(each, StoreChunks)
-    ]
-    assert [each.req_id for each in kept] == ["s"]
 
 
 @pytest.mark.parametrize(("max_tokens", "goes_on"), [(1, False), (2, True)])

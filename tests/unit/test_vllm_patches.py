@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
 from vllm.v1.metrics.stats import PrefillStats
-from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from pdtransport.engine.commands import Open
@@ -35,10 +35,10 @@ from pdtransport.vllm.patches.listed import PatchStates
 from pdtransport.vllm.patches.poll_backoff import shorten_spins
 from pdtransport.vllm.patches.stale_blocks import StaleBlocks
 from pdtransport.vllm.patches.weight_watch import watch_executor
+from tests.unit.engine_rig import TOKEN, Engine
 from tests.unit.test_adapters import Worker, hashes, lora
 from tests.unit.test_adapters import request as adapter_request
 from tests.unit.test_vllm_decode_stream import text, tiny_lm
-from tests.unit.test_vllm_early import GOOD, Engine
 from tests.unit.test_vllm_first_token import engine_config
 from tests.unit.test_vllm_poll_backoff import queue, receive  # noqa: F401 - a fixture
 
@@ -49,7 +49,6 @@ HELD = {
     "cached_usage": "vllm.v1.metrics.stats:PrefillStats.set",
     "connector_loader": "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.get_connector_class",
     "early_digest": "vllm.v1.worker.worker_base:WorkerWrapperBase.init_device",
-    "early_step": "vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
     "engine_loop": "vllm.v1.engine.core:EngineCoreProc.__init__",
     "engine_probe": "vllm.entrypoints.serve.instrumentator.health:engine_client",
     "first_token": "vllm.v1.request:Request.update_block_hashes",
@@ -185,12 +184,12 @@ def test_each_switch_switches_its_hook_off(name: str) -> None:
 
 def test_a_hook_is_off_without_those_that_it_needs() -> None:
     """Also if it was active, and another one is found to be impossible only when vLLM is taken hold of."""
-    early, ahead = PATCHES["early_step"], PATCHES["step_ahead"]
-    assert early.state(Settings(step_ahead=False))["why"] == "it needs step_ahead"
-    assert early.allowed(Settings())
-    assert early.active
+    late, ahead = PATCHES["late_caching"], PATCHES["step_ahead"]
+    assert late.state(Settings(step_ahead=False))["why"] == "it needs step_ahead"
+    assert late.allowed(Settings())
+    assert late.active
     ahead.fail("its scheduler was not found")
-    assert not early.active
+    assert not late.active
 
 
 def test_a_check_minds_what_the_hook_relies_on_alone() -> None:
@@ -280,12 +279,10 @@ def serve(**settings: Any) -> Engine:
     """An engine that answered a request whose pages came."""
     engine = Engine(**settings)
     made = engine.waiting()
-    engine.expect()
-    engine.step()
-    engine.answers[len(engine.launched)] = KVConnectorOutput(finished_recving={"r"})
+    engine.arrives()
     engine.step(20)
     assert made.is_finished()
-    assert engine.tokens_of("r") == [GOOD] * 8
+    assert engine.tokens_of("r") == [TOKEN] * 8
     engine.close()
     return engine
 
@@ -294,7 +291,6 @@ def test_without_step_ahead_requests_go_on_by_vllms_report(change: Change) -> No
     change("step_ahead")
     engine = serve()
     assert engine.side._start is None
-    assert not any(engine.held)
     assert engine.launched.count({}) > 0, "vLLM's own way takes empty steps"
     assert "new_step_starts" not in vars(engine.scheduler.kv_cache_manager)
 
@@ -304,24 +300,13 @@ def test_without_late_caching_blocks_are_cached_as_vllm_does(change: Change) -> 
     start = serve().side._start
     assert start is not None
     assert start._caching is None
-    assert start.early is None, "an early step's blocks could not be kept out of the cache"
 
 
-def test_without_hold_back_no_step_begins_early(change: Change) -> None:
+def test_without_hold_back_no_launch_waits_for_a_first_token(change: Change) -> None:
     change("hold_back")
-    engine = serve()
+    engine = serve(graphs=CUDAGraphMode.NONE)
     assert engine.side._start is not None
-    assert engine.side._start.early is None
-    assert not any(engine.held)
-
-
-def test_without_early_step_a_step_begins_when_all_pages_are_there(change: Change) -> None:
-    change("early_step")
-    engine = serve()
-    assert engine.side._start is not None
-    assert engine.side._start.early is None
-    assert engine.side._start._caching is not None, "the others stay"
-    assert not any(engine.held)
+    assert engine.launched[1:3] == [{"r": 1}, {"r": 1}]
 
 
 def test_without_engine_loop_idle_steps_wait_for_milliseconds(change: Change) -> None:
@@ -329,16 +314,16 @@ def test_without_engine_loop_idle_steps_wait_for_milliseconds(change: Change) ->
     engine = serve()
     assert engine.side._start is not None
     assert engine.side._start.clients_wait is None
-    assert not any(engine.held)
 
 
 def test_all_hooks_of_a_scheduler_hold_each_other() -> None:
-    """Else the tests above would show nothing: here the step begins early."""
-    engine = serve()
+    """Else the tests above would show nothing: here the request goes on at once, and its first token is looked at
+    before the next launch."""
+    engine = serve(graphs=CUDAGraphMode.NONE)
     assert engine.side._start is not None
-    assert engine.side._start.early is not None
+    assert engine.side._start._caching is not None
     assert engine.side._start.clients_wait is not None
-    assert any(engine.held)
+    assert engine.launched[1:3] == [{"r": 1}, {}]
 
 
 def test_without_cached_usage_vllms_own_number_stands(change: Change) -> None:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
 from pdtransport.engine.commands import LoadChunks, StoreChunks
@@ -22,7 +21,7 @@ from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
 from pdtransport.vllm.patches.withheld import Withheld
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_early import GOOD, PROMPT, Engine
+from tests.unit.engine_rig import PROMPT, TOKEN, Engine
 from tests.unit.test_vllm_pool import Half, ended, speak
 from tests.unit.test_vllm_scheduler import CONSUME, step
 
@@ -111,46 +110,39 @@ def kind(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def served(engine: Engine, name: str = "r", early: bool = False) -> Any:
+def served(engine: Engine, name: str = "r") -> Any:
     """A request whose pages come, and that ends."""
     made = engine.waiting(name)
-    if early:
-        engine.expect(name)
-        engine.comes(name)
-    else:
-        engine.answers[len(engine.launched)] = KVConnectorOutput(finished_recving={name})
+    engine.reports(name)
     engine.step(20)
     assert made.is_finished()
-    assert engine.tokens_of(name) == [GOOD] * 8
+    assert engine.tokens_of(name) == [TOKEN] * 8
     return made
 
 
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize(
     ("settings", "shared"),
     [({}, True), ({"share_received": "none"}, False), (TRUSTED, True), (OTHERS, False)],
 )
 @pytest.mark.parametrize("ahead", [False, True])
 def test_blocks_of_untrusted_producers_never_enter_the_prefix_cache(
-    kind: Any, settings: dict[str, Any], shared: bool, early: bool, ahead: bool
+    kind: Any, settings: dict[str, Any], shared: bool, told: bool, ahead: bool
 ) -> None:
     """Nor do those that were computed on top of them, however the request's first step began. The request is answered
     as ever, and all its blocks are free in the end."""
-    if early and not ahead:
-        pytest.skip("no step begins early without the other")
     engine = Engine(kind, step_ahead=ahead, **settings)
     found: list[int] = []
     made = engine.waiting()
-    if early:
-        engine.expect()
-        engine.comes()
+    if told:
+        engine.arrives()
     else:
-        engine.answers[len(engine.launched)] = KVConnectorOutput(finished_recving={"r"})
+        engine.reports()
     while not made.is_finished():
         engine.step()
         found.append(engine.cached())
     engine.step(3)
-    assert engine.tokens_of("r") == [GOOD] * 8
+    assert engine.tokens_of("r") == [TOKEN] * 8
     if shared:
         assert engine.cached() == PROMPT
     else:
@@ -167,7 +159,7 @@ def test_what_this_engine_computes_itself_is_shared(kind: Any) -> None:
     engine.step(6)
     assert engine.cached() == PROMPT
     made = engine.waiting("r", more=70)
-    engine.answers[len(engine.launched)] = KVConnectorOutput(finished_recving={"r"})
+    engine.reports()
     engine.step(20)
     assert made.is_finished()
     assert engine.cached() == PROMPT
@@ -178,7 +170,7 @@ def test_a_preempted_request_stays_apart(kind: Any) -> None:
     """Its pages are computed anew here, and still nobody finds them: it is not worth the risk."""
     engine = Engine(kind, share_received="none")
     made = engine.waiting(max_tokens=30)
-    engine.answers[len(engine.launched)] = KVConnectorOutput(finished_recving={"r"})
+    engine.reports()
     engine.step(6)
     assert made.status is RequestStatus.RUNNING
     engine.scheduler.reset_prefix_cache(reset_running_requests=True)

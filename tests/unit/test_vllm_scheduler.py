@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import resource
 import socket
-import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,7 +244,7 @@ def test_prefill_names_pages_step_by_step_and_hands_over_at_the_end(side: Schedu
     first = step(side, {"r": (0, 64)})
     assert isinstance(first.before[0], Open)
     assert first.after == [Pages("r", [10, 11, 12, 13], 64, cached=0)]
-    assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100, 64)]
+    assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100)]
     assert step(side, {"r": (100, 1)}).after == [], "the prompt is complete: decode steps are not announced"
     r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 100
     keep, params = side.finished(r, [10, 11, 12, 13])
@@ -373,29 +371,24 @@ def test_the_bell_rings_from_another_process_end() -> None:
 def test_words_are_heard_once_and_as_they_were_said() -> None:
     bell, rope = WakeupReceiver(), WakeupSender()
     rope.name = bell.name
-    rope.expected("r", 3, 12.5)
-    rope.expected("r", 3, 12.75)
-    rope.expected("\N{SNOWMAN}", 0, -1.0)
-    rope.arrived("s", 1)
-    rope._socket.sendto(b"e\0\0short", bell.name + "-dues")
-    assert bell.expected() == {("r", 3): 12.75, ("\N{SNOWMAN}", 0): -1.0}
-    assert bell.arrivals() == {("s", 1): None}
-    assert (bell.expected(), bell.arrivals()) == ({}, {})
+    rope.arrived("r", 3, 7)
+    rope.arrived("\N{SNOWMAN}", 0)
+    rope.promised("s")
+    rope._socket.sendto(b"a\0\0short", bell.name + "-words")
+    assert bell.arrivals() == {("r", 3): 7, ("\N{SNOWMAN}", 0): None}
+    assert bell.promises() == {"s"}
+    assert (bell.promises(), bell.arrivals()) == (set(), {})
     bell.close()
     rope.close()
 
 
-def test_a_word_ends_a_wait_for_the_bell_only_for_who_listens() -> None:
-    """What is expected is looked at as soon as it is said, and is no ring."""
+def test_a_word_is_no_ring() -> None:
+    """It is not lost either: whoever asks for it hears it, and what an engine waits for is the bell."""
     bell, rope = WakeupReceiver(), WakeupSender()
     rope.name = bell.name
-    rope.expected("r", 0, 1.0)
+    rope.arrived("r", 0)
     assert not bell.wait(0.01)
-    assert bell.expected() == {("r", 0): 1.0}, "it is not lost"
-    threading.Timer(0.05, rope.expected, ["r", 0, 2.0]).start()
-    began = time.monotonic()
-    assert not bell.wait(60.0, lambda: bool(bell.expected()))
-    assert time.monotonic() - began < 30
+    assert bell.arrivals() == {("r", 0): None}
     bell.close()
     rope.close()
 

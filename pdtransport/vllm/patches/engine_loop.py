@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 def _check() -> None:
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    expect(EngineCore.__init__, uses=["scheduler", "model_executor", "batch_queue", "vllm_config"])
+    expect(EngineCore.__init__, uses=["scheduler", "batch_queue", "vllm_config"])
     expect(EngineCoreProc.__init__, uses=["input_queue"])
     for step in (EngineCore.step, EngineCore.step_with_batch_queue):
         expect(step, takes=["self"], uses=["scheduler", "schedule"])
-    expect(UniProcExecutor.execute_model, takes=["self", "scheduler_output"])
 
 
 PATCH = Patch(
@@ -33,7 +31,7 @@ PATCH = Patch(
     _check,
     setting="patches.engine_loop",
     needs=["step_ahead"],
-    costs="an idle step sleeps 4 ms at most while pages are awaited; launches count as fast, and no step begins early",
+    costs="an idle step sleeps 4 ms at most while pages are awaited; launches count as fast",
 )
 
 
@@ -43,17 +41,12 @@ class EngineLoop:
     Attributes:
         slow_launches: launching a step may take as long as computing it. (With CUDA graphs a launch is shorter than
             the step before it, which hides it.)
-        waits_for_workers: no step begins before the worker has launched the previous one.
     """
 
     def __init__(self, core: EngineCoreProc) -> None:
-        from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
         self._words = core.input_queue
         graphs = core.vllm_config.compilation_config.cudagraph_mode
-        ahead = core.batch_queue is not None
-        self.slow_launches = ahead and (graphs is None or graphs.name == "NONE")
-        self.waits_for_workers = not ahead or isinstance(core.model_executor, UniProcExecutor)
+        self.slow_launches = core.batch_queue is not None and (graphs is None or graphs.name == "NONE")
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> EngineLoop | None:

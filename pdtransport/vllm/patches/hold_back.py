@@ -1,8 +1,8 @@
 """Keeps a running request out of the step that begins.
 
-For a request whose first step must be processed before another one is launched: its outcome would be read a step later,
-or may be void. vLLM has a field for it, ``Request.next_decode_eligible_step``. Without this hook such requests are
-launched again at once, and no step begins before its request's pages arrived (:mod:`pdtransport.vllm.early`).
+For a request whose first step must be processed before another one is launched: its outcome would be read a step later.
+vLLM has a field for it, ``Request.next_decode_eligible_step``. Without this hook such requests are launched again at
+once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATCH = Patch(
     _check,
     setting="patches.hold_back",
     needs=["step_ahead"],
-    costs="where launching is slow, a received request's first token waits for the next launch; no step begins early",
+    costs="where launching is slow, a received request's first token waits for the next launch",
 )
 
 

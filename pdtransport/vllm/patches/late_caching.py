@@ -2,9 +2,8 @@
 
 vLLM enters them before that step: 1.7 us per block, 1.7 ms for 16,000 tokens, which delays the first token. Here they
 are entered when the next step begins or before they are freed, whichever comes first. So no later step can miss them,
-and nothing is entered that vLLM would not have entered. Blocks whose pages may still fail to arrive
-(:mod:`pdtransport.vllm.early`) are entered once they have arrived, or never. Without this hook they are entered before
-the step, as vLLM does.
+and nothing is entered that vLLM would not have entered. Without this hook they are entered before the step, as vLLM
+does.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ PATCH = Patch(
     _check,
     setting="patches.late_caching",
     needs=["step_ahead"],
-    costs="blocks are cached before a received request's first step, 1.7 ms for 16,000 tokens; no step begins early",
+    costs="blocks are cached before a received request's first step, 1.7 ms for 16,000 tokens",
 )
 
 
@@ -51,7 +50,6 @@ class LateCaching:
         coordinator = manager.coordinator
         self._cache, free, pop = coordinator.cache_blocks, coordinator.free, coordinator.pop_blocks_for_free
         self._late: dict[str, tuple[Request, int] | None] = {}
-        self._doubtful: set[str] = set()
 
         def cache_blocks(request: Request, tokens: int) -> None:
             if request.request_id in self._late:
@@ -87,33 +85,16 @@ class LateCaching:
         """Delay caching the blocks of these requests until the next step begins."""
         self._late.update(dict.fromkeys(req_ids))
 
-    def doubt(self, req_id: str) -> None:
-        """Enter this request's delayed blocks only after :meth:`trust`."""
-        self._doubtful.add(req_id)
-
-    def trust(self, req_id: str, tokens: int | None = None) -> None:
-        """The KV of the request's first ``tokens`` tokens is valid; None: of all."""
-        self._doubtful.discard(req_id)
-        late = self._late.get(req_id)
-        if tokens is not None and late is not None:
-            self._late[req_id] = late[0], min(late[1], tokens)
-
     def catch_up(self) -> None:
         """Enter the delayed blocks; called when a step begins."""
-        for req_id in self._late.keys() - self._doubtful:
+        for req_id in list(self._late):
             self._enter(req_id)
 
     def forget(self) -> None:
         """Never enter the delayed blocks: their KV is invalid since the weights changed."""
-        for req_id, late in list(self._late.items()):
-            if req_id not in self._doubtful:
-                del self._late[req_id]
-            elif late is not None:
-                self._late[req_id] = late[0], 0
+        self._late.clear()
 
     def _enter(self, req_id: str) -> None:
         late = self._late.pop(req_id, None)
-        if req_id in self._doubtful:
-            self._doubtful.discard(req_id)
-        elif late is not None:
+        if late is not None:
             self._cache(*late)

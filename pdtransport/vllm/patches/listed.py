@@ -13,7 +13,6 @@ from pdtransport.vllm.patches import (  # noqa: F401
     cached_usage,
     connector_loader,
     decode_stream,
-    early_step,
     engine_loop,
     engine_probe,
     hold_back,

@@ -7,18 +7,18 @@ done when the next step begins, and the report itself is dropped when it comes.
 
 vLLM has no hook for this; :class:`SchedulerHook` says what is patched. If vLLM is not as expected, requests wait for
 the report. The first step of a resumed request is kept short (:mod:`engine_loop`, :mod:`hold_back`,
-:mod:`late_caching`), and if it can be undone it begins before the last pages arrive (:mod:`pdtransport.vllm.early`).
+:mod:`late_caching`).
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pdtransport.engine.commands import WorkerReport
 from pdtransport.settings import Settings
-from pdtransport.vllm.patches import early_step, engine_loop, late_caching
+from pdtransport.vllm.patches import engine_loop, late_caching
 from pdtransport.vllm.patches import hold_back as holding_back
 from pdtransport.vllm.patches.base import Patch, expect
 from pdtransport.vllm.patches.engine_loop import EngineLoop
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request
 
 
 def _check() -> None:
@@ -60,26 +59,8 @@ PATCH = Patch(
     "step_ahead",
     _check,
     setting="step_ahead",
-    costs="a request goes on two steps after its pages arrived, not in the next one; no step begins early",
+    costs="a request goes on two steps after its pages arrived, not in the next one",
 )
-
-
-class Early(Protocol):
-    """What :class:`pdtransport.vllm.early.EarlyStep` does for this hook and its user."""
-
-    known: bool
-
-    @property
-    def doubtful(self) -> set[str]: ...
-
-    def may(self, request: Request) -> bool: ...
-
-    def begin(self, req_id: str) -> None: ...
-
-    def arrived(self) -> None: ...
-
-
-MakeEarly = Callable[["Scheduler", LateCaching], Early]
 
 
 class Arrivals:
@@ -140,7 +121,6 @@ class SchedulerHook:
         manager: KVCacheManager,
         begins: Callable[[SchedulerHook], None],
         settings: Settings,
-        early: MakeEarly | None,
         hears: Callable[[WorkerReport], None],
     ) -> None:
         from vllm.v1.outputs import KVConnectorOutput
@@ -152,7 +132,6 @@ class SchedulerHook:
         self._looked = False
         self._first: set[str] = set()  # requests kept out of the next step, so that their first one is processed first
         self._caching: LateCaching | None = None
-        self.early: Early | None = None
         engine_loop.PATCH.allowed(settings)
         holding_back.PATCH.allowed(settings)
         try:
@@ -160,11 +139,6 @@ class SchedulerHook:
                 self._caching = LateCaching(manager)
         except AttributeError as error:
             late_caching.PATCH.fail(str(error))
-        try:
-            if early is not None and early_step.PATCH.allowed(settings) and self._caching is not None:
-                self.early = early(scheduler, self._caching)
-        except AttributeError as error:
-            early_step.PATCH.fail(str(error))
         starts, update = manager.new_step_starts, scheduler.update_from_output
 
         def looked_at(output: SchedulerOutput, result: ModelRunnerOutput) -> Any:
@@ -191,14 +165,9 @@ class SchedulerHook:
         manager: Any,
         begins: Callable[[SchedulerHook], None],
         settings: Settings,
-        early: MakeEarly | None = None,
         hears: Callable[[WorkerReport], None] = lambda news: None,
     ) -> SchedulerHook | None:
-        """Hook the scheduler that owns ``connector``; None if it is switched off or vLLM is not as expected.
-
-        Args:
-            early: lets steps begin before their request's pages arrived, if ``settings`` allow it.
-        """
+        """Hook the scheduler that owns ``connector``; None if it is switched off or vLLM is not as expected."""
         if not PATCH.allowed(settings):
             return None
         try:
@@ -212,7 +181,7 @@ class SchedulerHook:
             for needed in ("requests", "running", "waiting", "finished_recving_kv_req_ids", "update_from_output"):
                 getattr(owner, needed)
             if callable(owner._update_from_kv_xfer_finished) and callable(manager.new_step_starts):
-                return cls(owner, manager, begins, settings, early, hears)
+                return cls(owner, manager, begins, settings, hears)
             PATCH.fail("its scheduler has other methods")
         except (ImportError, StopIteration, AttributeError) as error:
             PATCH.fail(str(error) or "its scheduler was not found")
@@ -234,10 +203,8 @@ class SchedulerHook:
     def _hold_back(self, first: set[str]) -> None:
         """Keep requests out of this step whose first step must be processed before another one is launched.
 
-        If launches are slow, the first token would wait until the next step is launched; and a step that began before
-        its pages may have to be undone.
+        If launches are slow, the first token would wait until the next step is launched.
         """
-        first |= self.doubtful
         for request in self._scheduler.running if first else ():
             if request.request_id in first and can_hold_back(self._scheduler, request):
                 hold_back(self._scheduler, request)
@@ -268,29 +235,6 @@ class SchedulerHook:
             self._scheduler._update_from_kv_xfer_finished(self._output(finished_recving=set(ours)))
             self._hurry(ours)
         return ours
-
-    @property
-    def doubtful(self) -> set[str]:
-        """Requests whose first step is under way, and whose pages may yet fail to come."""
-        return self.early.doubtful if self.early is not None else set()
-
-    def may_go_on_early(self, req_id: str) -> bool:
-        """Whether this request can begin before its pages are there, and keeps nobody waiting with that."""
-        return (
-            self.early is not None
-            and self._loop is not None
-            and self._loop.waits_for_workers
-            and not self._scheduler.running
-            and [each.request_id for each in self._waiting_requests()] == [req_id]
-            and self.early.may(self._scheduler.requests[req_id])
-        )
-
-    def go_on_early(self, req_id: str) -> bool:
-        """Begin before this request's pages are there: the step that begins must be held until they are."""
-        if self.early is None or self.go_on({req_id}) != {req_id}:
-            return False
-        self.early.begin(req_id)
-        return True
 
     def _hurry(self, req_ids: set[str]) -> None:
         """Keep the first step of these requests short."""

@@ -109,13 +109,6 @@ BUGS: list[Mutant] = [
             "a_preemption_forgets_what_was_prepared",
         ),
         (
-            "expectation_outlives_a_preemption",
-            "ProducerDriver.pages_ready",
-            "source.due = None",
-            "pass",
-            "decode_hears_when_the_whole_prompt_is_expected_and_when_that_is_void",
-        ),
-        (
             "what_decode_waits_for_is_let_go",
             "ProducerDriver.let_go",
             '"granted" not in source.record.events',

@@ -201,13 +201,6 @@ BUGS: list[Mutant] = [
             "request.num_computed_tokens >= tokens - 1",
             "only_a_prompt_that_was_computed_to_its_last_token_is_handed_over",
         ),
-        (
-            "doubtful_pages_are_stored",
-            "SchedulerSide.build",
-            "if r not in doubtful",
-            "if True",
-            "what_was_computed_from_pages_that_may_fail_to_come_is_not_stored",
-        ),
     ),
     *bugs(
         "pdtransport.engine.adapted",
