@@ -50,7 +50,7 @@ print(said, flush=True)
 
 
 def another_user_floods_the_wake_up_socket(folder: Path) -> Effect:
-    """Rings, reports of pages and expected times, as fast as two processes of another user can send them."""
+    """Rings and reports of pages, as fast as two processes of another user can send them."""
     return _flood("another user floods the scheduler's wake-up socket", "other" if os.getuid() == 0 else "same")
 
 
@@ -68,7 +68,6 @@ def _flood(attack: str, who: str) -> Effect:
         bell.wait(0.001)
         bell.promises()
         bell.arrivals()
-        bell.expected()
 
     try:
         idle(effect, look)
