@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdtransport.control.channel import Identity
+from pdtransport.control.channel import ControlChannel, Identity
 from pdtransport.errors import InvalidCall, TimedOut, TransferFailed
 from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.io.reactor import Reactor
@@ -246,8 +246,10 @@ class Transport:
                 links={name: link.export() for name, link in opened.links.items()},
             )
             cuda_events = CudaEventQueue(geometry.device)
+            control = ControlChannel(self.settings.control, me)
+            self.port = int(control.bind(port).rsplit(":", 1)[1])
             self._engine = TransferEngine(
-                self.settings, me, geometry, opened.links, opened.unavailable, role, scratch, cuda_events, port
+                self.settings, me, geometry, control, opened.links, opened.unavailable, role, scratch, cuda_events
             )
             return self._engine
 
@@ -256,7 +258,6 @@ class Transport:
         self._reactor = Reactor(make, name=f"pdtransport-{rank}")
         self._reactor.start()
         self.host = self.settings.control.host
-        self.port = int(self._engine.endpoint.rsplit(":", 1)[1])
 
     # -- prefill -------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pdtransport.control.channel import ControlChannel, Identity, PeerId
+from pdtransport.control.channel import Identity, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
@@ -33,6 +33,7 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.system.log_limits import LogLimiter
 from pdtransport.transfer.audit import Audit
+from pdtransport.transfer.control import Control
 from pdtransport.transfer.outcome import OnOutcome, Outcome, tell
 from pdtransport.transfer.peers import Endpoint, Peers, TransferPeer
 from pdtransport.transfer.timeline import Timeline, TransferRecord
@@ -84,11 +85,12 @@ class ConsumerDriver:
         limits: act.Limits,
         geometry: KVGeometry,
         me: Identity,
-        control: ControlChannel,
+        control: Control,
         peers: Peers,
         timeline: Timeline,
         counters: Counter[str],
         audit: Audit | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Incarnations never share a generation: 31 bits of the incarnation, then a 31-bit counter.
         self.receiving = ConsumerTable(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
@@ -100,8 +102,9 @@ class ConsumerDriver:
         self._timeline = timeline
         self._counters = counters
         self._audit = audit
+        self._clock = clock
         self._sinks: dict[str, IncomingTransfer] = {}
-        self.limiter = LogLimiter(logger, NOBODY_PAUSE_S)  # clients name the hosts to call
+        self.limiter = LogLimiter(logger, NOBODY_PAUSE_S, clock=clock)  # clients name the hosts to call
 
     # -- calls of the engine -------------------------------------------------------------------------------------
 
@@ -247,7 +250,7 @@ class ConsumerDriver:
                 wanted.first_block,
                 len(wanted.pages),
                 parts,
-                time.monotonic(),
+                self._clock(),
                 wanted.first_token,
             )
         except TransferOver as over:
@@ -343,7 +346,7 @@ class ConsumerDriver:
                 self._counters["blocks_received"] += batch.blocks
             else:
                 logger.warning("transfer %s, batch %d: %s", batch.transfer, batch.seq, error)
-        self.run(self.receiving.placed(action.id, error, time.monotonic()))
+        self.run(self.receiving.placed(action.id, error, self._clock()))
 
     def _fence(self, action: act.Fence) -> None:
         sink, peer = self._sinks.get(action.transfer), self._peers.get(action.peer)

@@ -10,13 +10,12 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import zmq
 
 from pdtransport.control.channel import (
     ConnectFailed,
-    ControlChannel,
     Event,
     Identity,
     MessageReceived,
@@ -51,6 +50,7 @@ from pdtransport.protocol.messages import (
 from pdtransport.settings import Settings
 from pdtransport.transfer.audit import Audit
 from pdtransport.transfer.consumer import ConsumerDriver
+from pdtransport.transfer.control import Control
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.peers import Peers
 from pdtransport.transfer.producer import ProducerDriver
@@ -62,35 +62,42 @@ MAX_STATUS_RECORDS = 256  # transfers in one status reply: it must fit a control
 
 
 class TransferEngine:
-    """The work of a transport's I/O thread. Implements :class:`pdtransport.io.reactor.Work`."""
+    """The work of a transport's I/O thread. Implements :class:`pdtransport.io.reactor.Work`.
+
+    Args:
+        clock: monotonic seconds, the same as ``now`` in :meth:`turn`.
+        wall: wall-clock seconds, for the timelines.
+    """
 
     def __init__(
         self,
         settings: Settings,
         me: Identity,
         geometry: KVGeometry,
+        control: Control,
         links: dict[str, Link],
         unavailable: dict[str, str],
         role: str,
         scratch: Scratch,
         cuda_events: CudaEventQueue,
-        port: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._me = me
         self.cuda_events = cuda_events
         self._role = role
         self._links = links
-        self._started_at = time.time()
+        self._clock = clock
+        self._started_at = clock()
         self.patches: list[PatchStatus] = []  # for the status; replaced as a whole, by any thread
         self._counters: Counter[str] = Counter()
-        self._timeline = Timeline(settings.observe.recent_transfers)
-        self._control = ControlChannel(settings.control, me)
-        self.endpoint = self._control.bind(port)
-        self._peers = Peers(self._control, links, unavailable, settings.links, scratch)
+        self._timeline = Timeline(settings.observe.recent_transfers, wall)
+        self._control = control
+        self._peers = Peers(control, links, unavailable, settings.links, scratch, clock)
         audit_dir = settings.observe.audit_dir
         self._audit = Audit(audit_dir, me.engine, me.rank, geometry) if audit_dir else None
         limits = limits_of(settings, geometry.device)
-        common = (self._control, self._peers, self._timeline, self._counters, self._audit)
+        common = (control, self._peers, self._timeline, self._counters, self._audit, clock)
         self.producer = ProducerDriver(limits, geometry, *common)
         self.consumer = ConsumerDriver(limits, geometry, me, *common)
 
@@ -184,7 +191,7 @@ class TransferEngine:
         self.cuda_events.run()
         ending = self.producer.cancel_all(Code.REFUSED, reason) | self.consumer.cancel_all(Code.REFUSED, reason)
         for event in self._control.change_fingerprint(facts, reason):
-            self._on_event(event, time.monotonic())
+            self._on_event(event, self._clock())
         return self.live_of(ending)
 
     def live_of(self, transfers: set[str]) -> set[str]:
@@ -205,7 +212,7 @@ class TransferEngine:
             "world": self._me.world,
             "role": self._role,
             "incarnation": told_incarnation(self._me.incarnation),
-            "uptime_s": time.time() - self._started_at,
+            "uptime_s": self._clock() - self._started_at,
             "counters": dict(counters),
             "live": {**self.producer.live(), **self.consumer.live(), "waiting_for_gpu": self.cuda_events.waiting},
             "fingerprint": dict(self._control.fingerprint),

@@ -59,6 +59,7 @@ class Asking:
         scratch: Scratch,
         ask: Callable[[int], None],
         done: Callable[[float | None, str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``ask(nbytes)`` requests a round. The end is reported by ``done(bytes_per_s, "")`` or ``done(None, why)``."""
         self._channel = channel
@@ -66,6 +67,7 @@ class Asking:
         self._nbytes = min(scratch.nbytes, channel.max_batch_bytes)
         self._ask = ask
         self._done = done
+        self._clock = clock
         self._rounds = 0
         self._best = 0.0
         self._waiting = False  # for the answer to a request
@@ -85,7 +87,7 @@ class Asking:
         if error:
             self._done(None, error)
             return
-        begun, before = time.perf_counter(), self._channel.stats.seconds_moving
+        begun, before = self._clock(), self._channel.stats.seconds_moving
 
         def placed(problem: str | None) -> None:
             if problem is not None:
@@ -93,7 +95,7 @@ class Asking:
                 return
             # Prefer the link's own timing, if it has any: on a GPU, waiting takes longer than the copy itself.
             moving = self._channel.stats.seconds_moving - before
-            self._best = max(self._best, self._nbytes / (moving or time.perf_counter() - begun))
+            self._best = max(self._best, self._nbytes / (moving or self._clock() - begun))
             self._rounds += 1
             if self._rounds < ROUNDS:
                 self._request()

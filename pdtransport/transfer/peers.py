@@ -7,6 +7,7 @@ each. The receiver measures a confirmed link (:mod:`link_setup`) before it takes
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field
 
-from pdtransport.control.channel import ControlChannel, PeerId, PeerUp
+from pdtransport.control.channel import PeerId, PeerUp
 from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.links.base import Channel, Link
 from pdtransport.links.negotiate import choose
 from pdtransport.observe.status import PeerStatus
 from pdtransport.protocol.messages import Code, LinkCall
 from pdtransport.settings import LinkSettings
+from pdtransport.transfer.control import Control
 from pdtransport.transfer.link_setup import Answering, Asking, Scratch
 
 logger = logging.getLogger(__name__)
@@ -101,17 +103,19 @@ class Peers:
 
     def __init__(
         self,
-        control: ControlChannel,
+        control: Control,
         links: dict[str, Link],
         unavailable: dict[str, str],
         settings: LinkSettings,
         scratch: Scratch,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._control = control
         self._links = links
         self._unavailable = unavailable
         self._settings = settings
         self._scratch = scratch
+        self._clock = clock
         self._peers: dict[PeerId, TransferPeer] = {}
         self._by_endpoint: dict[Endpoint, PeerId] = {}
         self._waiting: dict[Endpoint, list[OnPeer]] = {}
@@ -295,7 +299,7 @@ class Peers:
                 self._say(peer, channel.link, "probed")
                 self._open(peer, channel, rate, why)
 
-        peer.asking = Asking(channel, self._scratch, ask, done)
+        peer.asking = Asking(channel, self._scratch, ask, done, self._clock)
         peer.asking.start()
 
     def _open(self, peer: TransferPeer, channel: Channel, rate: float | None, why: str) -> None:

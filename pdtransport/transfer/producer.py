@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from pdtransport.control.channel import ControlChannel, PeerId
+from pdtransport.control.channel import PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.geometry import KVGeometry
 from pdtransport.links.base import Channel, LinkBusy, Prepared, Runs
@@ -30,6 +30,7 @@ from pdtransport.protocol.messages import (
 )
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.transfer.audit import Audit
+from pdtransport.transfer.control import Control
 from pdtransport.transfer.outcome import OnOutcome, OnPromise, Outcome, tell
 from pdtransport.transfer.peers import Peers
 from pdtransport.transfer.timeline import Timeline, TransferRecord
@@ -75,11 +76,12 @@ class ProducerDriver:
         self,
         limits: act.Limits,
         geometry: KVGeometry,
-        control: ControlChannel,
+        control: Control,
         peers: Peers,
         timeline: Timeline,
         counters: Counter[str],
         audit: Audit | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sending = ProducerTable(limits, geometry.checked_block_bytes, self._batch_bytes)
         self._checksums = limits.checksums
@@ -89,6 +91,7 @@ class ProducerDriver:
         self._timeline = timeline
         self._counters = counters
         self._audit = audit
+        self._clock = clock
         self._sources: dict[str, OutgoingTransfer] = {}
         self._staged: dict[act.BatchId, tuple[Channel, int]] = {}
         self._queue: deque[act.OfferBatch] = deque()
@@ -112,7 +115,7 @@ class ProducerDriver:
     ) -> None:
         blocks = -(-tokens // self._geometry.block_size)
         try:
-            actions = self.sending.open(transfer, prompt_digest, tokens, blocks, time.monotonic(), adapter)
+            actions = self.sending.open(transfer, prompt_digest, tokens, blocks, self._clock(), adapter)
         except TransferOver as over:
             self._counters[f"opens_refused_{over.code.value}"] += 1
             tell(on_end, Outcome(transfer, False, over.code.value, over.reason))
@@ -140,7 +143,7 @@ class ProducerDriver:
             source.foreseen = blocks
             source.prepared.clear()
         source.final = blocks
-        self.run(self.sending.pages_ready(transfer, blocks, tokens_done, time.monotonic()))
+        self.run(self.sending.pages_ready(transfer, blocks, tokens_done, self._clock()))
         self.push_some()
 
     def cached(self, owner: object, transfer: str, tokens: int) -> None:
@@ -187,7 +190,7 @@ class ProducerDriver:
         source = self._owned(owner, transfer)
         if source is not None:
             source.record.mark("finished")
-            self.run(self.sending.finish(transfer, time.monotonic(), first_token))
+            self.run(self.sending.finish(transfer, self._clock(), first_token))
 
     def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
         if self._owned(owner, transfer) is not None:
@@ -293,7 +296,7 @@ class ProducerDriver:
             except LinkError as error:
                 answers.append(partial(self.sending.push_failed, push.id, f"link: {error}"))
             else:
-                answers.append(partial(self.sending.pushed, push.id, checksums, offer, time.monotonic()))
+                answers.append(partial(self.sending.pushed, push.id, checksums, offer, self._clock()))
         more = bool(self._queue)
         self._queue.extendleft(reversed(waiting))
         for answer in answers:  # after the queue is restored: their actions may withdraw batches from it

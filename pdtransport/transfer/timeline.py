@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pdtransport.observe.status import TransferStatus
@@ -24,11 +25,12 @@ class TransferRecord:
     bytes: int = 0
     link: str = ""
     events: dict[str, float] = field(default_factory=dict)
+    clock: Callable[[], float] = field(default=time.time, repr=False)
 
     def mark(self, event: str, latest: bool = False) -> None:
         """Record that ``event`` happens now. The first call per event counts; with ``latest``, the last one."""
         if latest or event not in self.events:
-            self.events[event] = time.time()
+            self.events[event] = self.clock()
 
     def as_dict(self) -> TransferStatus:
         return {
@@ -47,14 +49,15 @@ class TransferRecord:
 
 
 class Timeline:
-    """The last ``limit`` transfers of this worker, oldest first."""
+    """The last ``limit`` transfers of this worker, oldest first. ``clock``: wall-clock seconds."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, clock: Callable[[], float] = time.time) -> None:
         self._limit = limit
+        self._clock = clock
         self._records: OrderedDict[tuple[str, str], TransferRecord] = OrderedDict()
 
     def open(self, transfer: str, role: str) -> TransferRecord:
-        record = self._records[transfer, role] = TransferRecord(transfer, role)
+        record = self._records[transfer, role] = TransferRecord(transfer, role, clock=self._clock)
         while len(self._records) > self._limit:
             self._records.popitem(last=False)
         return record
