@@ -156,7 +156,7 @@ class TransferEngine:
         if isinstance(event, MessageReceived):
             self._on_message(event.peer, event.message, now)
         elif isinstance(event, PeerUp):
-            self._peers.up(event, now)
+            self._peers.up(event)
         elif isinstance(event, PeerDown):
             level = logging.WARNING if self._peers.linked(event.peer) else logging.INFO
             logger.log(level, "peer %s is gone: %s", event.peer, event.reason)

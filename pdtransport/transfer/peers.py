@@ -119,7 +119,6 @@ class Peers:
         self._peers: dict[PeerId, TransferPeer] = {}
         self._by_endpoint: dict[Endpoint, PeerId] = {}
         self._waiting: dict[Endpoint, list[OnPeer]] = {}
-        self._now = 0.0
 
     def __iter__(self) -> Any:
         return iter(self._peers.values())
@@ -137,7 +136,7 @@ class Peers:
         peer = self._peers.get(self._by_endpoint.get(endpoint, PeerId("", -1, 0)))
         if peer is not None and peer.inbound is not None:
             on_peer(peer, None)
-        elif peer is not None and peer.refused is not None and self._now < peer.refused_until:
+        elif peer is not None and peer.refused is not None and self._clock() < peer.refused_until:
             on_peer(None, peer.refused)
         else:
             waiting = self._waiting.setdefault(endpoint, [])
@@ -153,8 +152,7 @@ class Peers:
 
     # -- events of the control channel ---------------------------------------------------------------------------
 
-    def up(self, event: PeerUp, now: float) -> None:
-        self._now = now
+    def up(self, event: PeerUp) -> None:
         peer = self._peers.get(event.peer)
         if peer is None:
             peer = TransferPeer(event.peer, event.host, event.hello.world, dict(event.hello.links))
@@ -203,7 +201,7 @@ class Peers:
             self._end_answering(peer)
         elif peer.offered is None or peer.offered.link != call.link:
             return  # about a link that is no longer offered
-        elif words.op == "ok":
+        elif words.op == "ok" and peer.asking is None:  # else it is being measured already
             self._measure(peer, peer.offered)
         elif words.op == "no":
             self._exclude(peer, call.link, f"the sender can't use it: {words.why}")
@@ -212,7 +210,6 @@ class Peers:
             peer.asking.offered(words.key, words.offer, words.why)
 
     def tick(self, now: float) -> None:
-        self._now = now
         for peer in [p for p in self._peers.values() if p.offered is not None and now >= p.answer_by]:
             assert peer.offered is not None
             self._exclude(peer, peer.offered.link, f"the sender did not answer for {ANSWER_S} s")
@@ -255,11 +252,11 @@ class Peers:
                     peer.host,
                 )
             except LinkUnavailable as error:
-                peer.refused, peer.refused_until = (Code.REFUSED, str(error)), self._now + REFUSED_S
+                peer.refused, peer.refused_until = (Code.REFUSED, str(error)), self._clock() + REFUSED_S
                 logger.error("no link to %s rank %d: %s", peer.id.engine, peer.id.rank, error)
                 self._settle(peer)
                 return
-        peer.offered, peer.answer_by = channel, self._now + ANSWER_S
+        peer.offered, peer.answer_by = channel, self._clock() + ANSWER_S
         self._say(peer, channel.link, "use")
 
     def _confirm(self, peer: TransferPeer, name: str) -> None:
@@ -272,6 +269,7 @@ class Peers:
             self._say(peer, name, "no", self._unavailable.get(name, "it is not in links.order here"))
             return
         existing = next((c for c in (peer.inbound, peer.offered) if c is not None and c.link == name), None)
+        self._end_answering(peer)  # a measurement of the link before this one
         try:
             peer.outbound = existing or link.connect(peer.exports.get(name, b""), peer.host)
         except LinkUnavailable as error:
@@ -284,14 +282,14 @@ class Peers:
 
     def _measure(self, peer: TransferPeer, channel: Channel) -> None:
         """As the receiver: time a few scratch batches before the first page."""
-        if self._scratch.nbytes == 0 or peer.asking is not None:
+        if self._scratch.nbytes == 0:
             self._open(peer, channel, None, "links.probe_bytes is 0")
             return
 
         def ask(nbytes: int) -> None:
             if peer.offered is not channel:
                 return  # given up meanwhile
-            peer.answer_by = self._now + ANSWER_S
+            peer.answer_by = self._clock() + ANSWER_S
             self._say(peer, channel.link, "probe", nbytes=nbytes)
 
         def done(rate: float | None, why: str) -> None:
@@ -324,7 +322,7 @@ class Peers:
             return
         if peer.answering is None:
             peer.answering = Answering(peer.outbound, self._scratch)
-        peer.answering_until = self._now + ANSWER_S
+        peer.answering_until = self._clock() + ANSWER_S
         try:
             key, offer = peer.answering.offer(nbytes)
         except LinkError as error:

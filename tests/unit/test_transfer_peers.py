@@ -35,15 +35,17 @@ def test_a_sender_that_does_not_answer_is_given_up_in_time() -> None:
 
 
 def test_a_refused_peer_is_asked_again_after_a_while_and_not_before() -> None:
+    """By the clock, whether the I/O thread had a turn since or not."""
     p, d = Worker("p"), Worker("d", port=2)
     d.fetch(TOKENS, [0])
     d.meet(p, dialled=True)
-    d.peers.tick(peers_module.ANSWER_S)
+    d.now = peers_module.ANSWER_S
+    d.peers.tick(d.now)
     d.mail.letters.clear()
-    d.peers.tick(peers_module.ANSWER_S + peers_module.REFUSED_S - 0.1)
+    d.now += peers_module.REFUSED_S - 0.1
     d.fetch(TOKENS, [0], transfer="u")
     assert [outcome.transfer for outcome in d.outcomes] == [TRANSFER, "u"]
-    d.peers.tick(peers_module.ANSWER_S + peers_module.REFUSED_S)
+    d.now += 0.1
     d.fetch(TOKENS, [0], transfer="v")
     assert len(d.outcomes) == 2
     assert len(calls(d)) == 1
@@ -97,6 +99,34 @@ def test_a_receiver_that_forgets_its_probe_holds_no_scratch() -> None:
         p.peers.tick(due)
         outbound: Any = p.peer(d).outbound
         assert (p.peer(d).answering, outbound._offered) == (None, {})
+
+
+def test_a_link_that_is_measured_already_is_not_taken_at_a_second_word() -> None:
+    """A sender that was asked twice, after it had kept silent for long, agrees twice."""
+    floor = LinkSettings(order=("cma",), min_bandwidth_bytes_s=1.0)
+    p, d = Worker("p", scratch=1 << 16), Worker("d", port=2, scratch=1 << 16, links=floor)
+    d.meet(p, dialled=True)
+    p.meet(d, dialled=False)
+    (use,) = calls(d)
+    p.peers.link_call(d.id, use)
+    carry(p, d)
+    assert d.peer(p).measured > 0
+
+
+def test_a_measurement_goes_over_the_link_that_it_is_of() -> None:
+    """The receiver gave up another link in the middle of its measurement, and its word about that got lost."""
+    p, d = Worker("p", scratch=1 << 16), Worker("d", port=2, scratch=1 << 16)
+    with pair(p, d):
+        p.peers._answer_probe(p.peer(d), "cma", 1 << 12)
+        before: Any = p.peer(d).outbound
+        p.peers._links["other"] = p.link
+        p.peer(d).exports["other"] = d.me.links["cma"]
+        p.peers._confirm(p.peer(d), "other")
+        after: Any = p.peer(d).outbound
+        after.link = "other"
+        p.peers._answer_probe(p.peer(d), "other", 1 << 12)
+        assert after is not before
+        assert (len(before._offered), len(after._offered)) == (0, 1)
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", b"\x81\xa2op\xa3use", b"\x81\xa2op\x01", bytes(100)])

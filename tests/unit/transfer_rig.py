@@ -81,17 +81,21 @@ class Worker:
         self.id = PeerId(engine, rank, 1)
         self.endpoint = ("127.0.0.1", port)
         self.mail: Any = Mail()
+        self.now = 0.0  # of the peers
         self.counters: Counter[str] = Counter()
-        self.peers = Peers(self.mail, {"cma": self.link}, {}, links or LinkSettings(order=("cma",)), probe)
+        self.peers = Peers(self.mail, {"cma": self.link}, {}, links or LinkSettings(order=("cma",)), probe, self.clock)
         common = (self.mail, self.peers, Timeline(64), self.counters, None)
         self.producer = ProducerDriver(limits, geometry, *common)
         self.consumer = ConsumerDriver(limits, geometry, self.me, *common)
         self.outcomes: list[Outcome] = []
 
+    def clock(self) -> float:
+        return self.now
+
     def meet(self, other: Worker, *, dialled: bool) -> None:
         """``other`` is up; ``dialled``: because we connected to it."""
         endpoint = other.endpoint if dialled else None
-        self.peers.up(PeerUp(other.id, "127.0.0.1", facts(Hello, other.me, 0), endpoint), 0.0)
+        self.peers.up(PeerUp(other.id, "127.0.0.1", facts(Hello, other.me, 0), endpoint))
 
     def hear(self, sender: PeerId, message: Message) -> None:
         if message.kind in _CONSUMER:

@@ -186,7 +186,7 @@ BUGS: list[Mutant] = [
         (
             "refused_peer_is_asked_at_once",
             "Peers.want",
-            "self._now < peer.refused_until",
+            "self._clock() < peer.refused_until",
             "False",
             "a_refused_peer_is_asked_again_after_a_while_and_not_before",
         ),
@@ -210,6 +210,20 @@ BUGS: list[Mutant] = [
             "nbytes > self._scratch.nbytes",
             "False",
             "a_probe_of_more_than_the_senders_scratch_is_refused",
+        ),
+        (
+            "link_is_taken_at_a_second_word",
+            "Peers.link_call",
+            'words.op == "ok" and peer.asking is None',
+            'words.op == "ok"',
+            "a_link_that_is_measured_already_is_not_taken_at_a_second_word",
+        ),
+        (
+            "measurement_goes_over_another_link",
+            "Peers._confirm",
+            "self._end_answering(peer)",
+            "pass",
+            "a_measurement_goes_over_the_link_that_it_is_of",
         ),
         (
             "answer_about_another_link_is_taken",
