@@ -1,0 +1,113 @@
+"""Hand-made plans: one thing goes wrong, at every place where it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tests.newsim.plan import BLOCK_BYTES, BLOCK_SIZE, LINK_KINDS, SIM_LIMITS, Bytes, Net, Plan, Request
+
+DELIVERY_KINDS = ("grant", "accept", "batch", "received", "commit", "ack")
+ENDING_KINDS = ("revoke", "abort")
+MAX_MESSAGES = 60  # no plain hand-off of these cases says more
+
+REQUEST = Request(
+    transfer="t",
+    prompt=7,
+    blocks=6,
+    producer="p0",
+    consumer="d0",
+    open_at=0.1,
+    begin_at=0.0,
+    must_be_ready=True,
+    within_s=4.0,
+)
+
+
+def plain(link: str = "direct", *, tp: tuple[int, int] = (1, 1), window: int = 2 * BLOCK_BYTES, **changes: object) -> Plan:
+    """One request, one batch a block, nothing wrong. ``changes`` go into the request."""
+    return Plan(
+        seed=1,
+        producers={"p0": tp[0]},
+        consumers={"d0": tp[1]},
+        links={("p0", "d0"): link},
+        limits=replace(SIM_LIMITS, batch_bytes=BLOCK_BYTES, window_bytes=window),
+        requests=(replace(REQUEST, **changes),),  # type: ignore[arg-type]
+    )
+
+
+def lost_once() -> Iterator[tuple[str, Plan]]:
+    """The first message of each kind is lost; the transfer must arrive all the same."""
+    for link in LINK_KINDS:
+        for kind in DELIVERY_KINDS:
+            for window in (BLOCK_BYTES, 2 * BLOCK_BYTES):  # one batch at a time, two at a time
+                yield f"{kind} lost, {link}, window {window}", replace(plain(link, window=window), drop_once=kind)
+        damaged = replace(plain(link), bytes=Bytes(corrupt=0.12), seed=3)
+        yield f"nack lost, {link}", replace(damaged, drop_once="nack")
+
+
+def lost_anywhere() -> Iterator[tuple[str, Plan]]:
+    """One message is lost: each one of a hand-off in turn."""
+    for link in LINK_KINDS:
+        for tp in ((1, 1), (2, 1), (1, 2)):
+            for nth in range(MAX_MESSAGES):
+                yield f"message {nth} lost, {link}, tp {tp}", replace(plain(link, tp=tp), drop_nth=nth)
+
+
+def copied() -> Iterator[tuple[str, Plan]]:
+    """Everything is said two or three times, in any order."""
+    for link in LINK_KINDS:
+        for jitter in (0.0, 0.3):
+            net = Net(jitter=jitter, fifo=False, duplicate=1.0, replay=0.5)
+            yield f"copies, {link}, jitter {jitter}", replace(plain(link), net=net)
+
+
+def windows() -> Iterator[tuple[str, Plan]]:
+    """A window smaller than a batch, than a block, and of odd sizes."""
+    for link in LINK_KINDS:
+        for window in (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2000):
+            yield f"window {window}, {link}", plain(link, window=window)
+
+
+def shapes() -> Iterator[tuple[str, Plan]]:
+    """What decode holds already, both orders of dispatch, preemptions: everything must arrive."""
+    for link in LINK_KINDS:
+        for held in (0, 1, 5, 6):
+            yield f"held {held}, {link}", plain(link, held=held)
+            yield f"held {held}, {link}, serial", plain(link, held=held, begin_at=2.0)
+        yield f"late prefill, {link}", plain(link, open_at=3.0, begin_at=0.0)
+        for at in (0.01, 0.06, 0.11, 0.16, 0.17, 0.18, 0.2):
+            slow = replace(plain(link, preempt_at=(at,), lazy_finish_s=0.3), bytes=Bytes(copy_delay=0.1))
+            yield f"preempted after {at}, {link}", slow
+
+
+def overtaken() -> Iterator[tuple[str, Plan]]:
+    """Decode gives up soon, and its words overtake each other: its pages must be safe."""
+    for link in LINK_KINDS:
+        for seed in range(15):
+            hasty = plain(link, must_be_ready=False, begin_at=0.2, consumer_abort_at=0.05 * (seed % 5))
+            net = Net(jitter=0.8, fifo=False, duplicate=0.5)
+            yield f"overtaken {seed}, {link}", replace(hasty, seed=seed, net=net, bytes=Bytes(copy_delay=0.5))
+
+
+def declined() -> Iterator[tuple[str, Plan, str]]:
+    """Decode rejects the request while prefill has it, or had it: ``(name, plan, code of prefill's release)``."""
+    for tp in ((1, 1), (2, 1), (1, 2)):
+        for begin_at in (0.2, 3.0):
+            plan = plain(tp=tp, must_be_ready=False, declines=True, begin_at=begin_at)
+            yield f"declined at {begin_at}, tp {tp}", plan, "rejected"
+    yield "word of it lost", replace(plan, drop_once="revoke", consumers={"d0": 1}), "timeout"
+
+
+def endings() -> Iterator[tuple[str, Plan, str]]:
+    """Aborts on either side, the words about it lost: ``(name, plan, counter of the code that decode reports)``."""
+    for link in LINK_KINDS:
+        for kind in ("", *ENDING_KINDS):
+            for after in (0.0, 0.05, 0.12, 0.2, 0.4):
+                quiet = {"must_be_ready": False, "step_s": 0.1, "step_tokens": BLOCK_SIZE}
+                slow = Bytes(copy_delay=0.2)
+                mine = replace(plain(link, consumer_abort_at=after, **quiet), bytes=slow)
+                theirs = replace(plain(link, producer_abort_at=after, **quiet), bytes=slow)
+                name = f"after {after}, {kind or 'nothing'} lost, {link}"
+                yield f"decode aborts {name}", replace(mine, drop_once=kind), "failed cancelled"
+                yield f"prefill aborts {name}", replace(theirs, drop_once=kind), "failed peer_cancelled"
