@@ -195,7 +195,7 @@ class Inbound(End):
 
 
 class Watched(list[Event]):
-    """Events that the worker's checks see each just before the engine does."""
+    """Events that the worker's checks see each just before the engine handles it, and right after."""
 
     worker: Worker
 
@@ -203,6 +203,7 @@ class Watched(list[Event]):
         for event in super().__iter__():
             self.worker.sees(event)
             yield event
+            self.worker.saw(event)
 
 
 class SimControl:

@@ -154,7 +154,6 @@ class SimChannel(Channel):
             self._link.offers.append(Offered(key, where, None if self.in_place else cells))
         self.offered[key] = self._link.offers[number]
         self.stats.batches_sent += 1
-        self._worker.offers(self, key, where)
         sums = b"".join(checksum(each) for each in cells) if checksum_blocks else b""
         return number.to_bytes(8, "little"), sums
 
@@ -172,6 +171,8 @@ class SimChannel(Channel):
         reading = Reading(key, int.from_bytes(offer, "little"), where, checksums, done, len(where), self._world.now)
         self._worker.reads(self.peer, key, where)
         self.readings.append(reading)
+        if not where:
+            self._world.at(LEAST_S, self._worker, self._end, reading, "link: the offer is longer than what is expected")
         for index, run in enumerate(where):
             delay = self._world.rng.uniform(0.0, self._world.plan.bytes.copy_delay)
             if self._slow:
@@ -218,6 +219,8 @@ class SimChannel(Channel):
         return list(offered.copy[index]), ""
 
     def _end(self, reading: Reading, error: str | None) -> None:
+        if reading.over:
+            return
         reading.over = True
         if error is None:
             self.stats.batches_received += 1

@@ -1,4 +1,4 @@
-"""Rules of the protocol, each broken on purpose: what the simulator must find.
+"""Rules of the protocol and of its drivers, each broken on purpose: what the simulator must find.
 
 A mutant patches one rule of the real code. *Rogue* ones pair a peer that misbehaves with the rule that should have
 stopped it; the rogue alone must not break a promise of its victim.
@@ -6,7 +6,10 @@ stopped it; the rogue alone must not break a promise of its victim.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +25,10 @@ from pdtransport.protocol.messages import Batch, Code, Commit, Grant, Nack
 from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
+from pdtransport.transfer.consumer import ConsumerDriver
+from pdtransport.transfer.engine import TransferEngine
+from pdtransport.transfer.peers import Peers
+from pdtransport.transfer.producer import ProducerDriver
 from tests.newsim import cases
 from tests.newsim.plan import Plan, plan_of
 
@@ -38,7 +45,16 @@ class Mutant:
 
 def plans() -> Iterator[Plan]:
     """Hand-made cases first, then seeds."""
-    for group in (cases.lost_once, cases.windows, cases.shapes, cases.copied, cases.overtaken):
+    for group in (
+        cases.lost_once,
+        cases.windows,
+        cases.shapes,
+        cases.foretold,
+        cases.set_up,
+        cases.gone,
+        cases.copied,
+        cases.overtaken,
+    ):
         for _, plan in group():
             yield plan
     for _, plan, _ in cases.endings():
@@ -64,6 +80,21 @@ def _without(kind: type, condition: Callable[[Any], bool] = lambda _: True) -> C
         return [a for a in actions if not (isinstance(a, Send) and isinstance(a.message, kind) and condition(self))]
 
     return change
+
+
+def _rewritten(owner: type, name: str, old: str, new: str) -> Callable[[Patch], None]:
+    """Let ``new`` stand where ``old`` stands in a method's source."""
+
+    def apply(patch: Patch) -> None:
+        source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+        if source.count(old) != 1:
+            raise ValueError(f"{owner.__name__}.{name} holds {old!r} {source.count(old)} times, not once")
+        found: dict[str, Any] = {}
+        code = "from __future__ import annotations\n" + source.replace(old, new)
+        exec(code, vars(sys.modules[owner.__module__]), found)
+        patch.setattr(owner, name, found[name])
+
+    return apply
 
 
 # -- giving pages back ------------------------------------------------------------------------------------------------
@@ -321,18 +352,22 @@ def skip_overlap_check(patch: Patch) -> None:
 
 
 def rogue_outside(patch: Patch) -> None:
-    """Prefill announces blocks that were not granted."""
+    """Prefill announces blocks that were not granted: before the first one, or behind the last."""
 
     def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
-        shift = self.grant.first_block + self.grant.blocks
         return [
-            Send(a.peer, a.message.model_copy(update={"first_block": a.message.first_block + shift}))
+            Send(a.peer, a.message.model_copy(update={"first_block": _outside(self.grant, a.message)}))
             if isinstance(a, Send) and isinstance(a.message, Batch) and a.message.seq == 0
             else a
             for a in actions
         ]
 
     _after(patch, ProducerMachine, "pushed", change)
+
+
+def _outside(grant: Grant, batch: Batch) -> int:
+    before = batch.first_block - batch.blocks - 1
+    return before if before >= 0 else batch.first_block + grant.blocks
 
 
 def skip_grant_check(patch: Patch) -> None:
@@ -379,6 +414,75 @@ def _naive_complete(self: ConsumerMachine) -> list[Action]:
     return [Send(self.peer, self._ack()), Ready(self.grant.transfer, self._commit.first_token)]
 
 
+# In the drivers: name, method, what stands there, what stands there instead.
+_DRIVERS: list[tuple[str, type, str, str, str]] = [
+    (
+        "half_computed_block_is_final",
+        ProducerDriver,
+        "_final_blocks",
+        "tokens_done // block_size",
+        "-(-tokens_done // block_size)",
+    ),
+    ("prepared_for_other_pages", ProducerDriver, "_push", "early.pages == pages", "True"),
+    (
+        "pages_of_before_a_preemption",
+        ProducerDriver,
+        "pages_ready",
+        "source.pages = list(pages)",
+        "source.pages += pages[len(source.pages) :]",
+    ),
+    ("withdrawn_batch_stays_in_the_queue", ProducerDriver, "_unstage", "push.id != action.id", "True"),
+    (
+        "batch_without_a_slot_is_forgotten",
+        ProducerDriver,
+        "push_some",
+        "busy.add(push.id.peer)\n            waiting.append(push)",
+        "pass",
+    ),
+    ("offer_is_never_withdrawn", ProducerDriver, "_unstage", "channel.release(key)", "pass"),
+    ("key_is_used_twice", ProducerDriver, "_push", "self._next_key + 1", "self._next_key"),
+    ("anyone_speaks_of_a_transfer", ProducerDriver, "_owned", "source.owner is owner", "True"),
+    ("anyone_cancels_a_transfer", ConsumerDriver, "cancel", "sink.owner is owner", "True"),
+    ("fence_forgets_what_the_link_places", ConsumerDriver, "_fence", "if sink else []", "if False else []"),
+    (
+        "pages_are_counted_from_block_0",
+        ConsumerDriver,
+        "_place",
+        "batch.first_block - sink.wanted.first_block",
+        "batch.first_block",
+    ),
+    (
+        "heads_of_all_prefill_workers",
+        ConsumerDriver,
+        "_place",
+        "*sink.heads[action.id.peer]",
+        "self._geometry.head_lo, self._geometry.head_hi",
+    ),
+    ("token_stays_in_the_driver", ConsumerDriver, "_end", "ready.first_token if ready else None", "None"),
+    ("granted_before_all_are_there", ConsumerDriver, "fetch", "len(found) == len(producers)", "True"),
+    ("peer_that_went_is_granted_pages", ConsumerDriver, "_grant", "channel is None", "False"),
+    ("end_of_a_request_is_not_reported", ConsumerDriver, "_end", "if sink.wanted.pages:", "if False:"),
+    (
+        "loss_is_kept_from_decode",
+        TransferEngine,
+        "_on_event",
+        "self.consumer.peer_lost(event.peer, event.reason)",
+        "pass",
+    ),
+    (
+        "loss_is_kept_from_prefill",
+        TransferEngine,
+        "_on_event",
+        "self.producer.peer_lost(event.peer, event.reason)",
+        "pass",
+    ),
+    ("sender_is_waited_for_for_ever", Peers, "tick", "now >= p.answer_by", "False"),
+    ("scratch_is_never_given_back", Peers, "tick", "now >= p.answering_until", "False"),
+    ("refusal_is_for_ever", Peers, "want", "self._clock() < peer.refused_until", "True"),
+    ("measurement_goes_over_another_link", Peers, "_confirm", "self._end_answering(peer)", "pass"),
+    ("waiters_of_a_lost_peer_wait_on", Peers, "down", "self._fail_waiters(endpoint, (Code.PEER_LOST, reason))", "pass"),
+]
+
 MUTANTS = [
     *(
         Mutant(rule.__name__, rule)
@@ -416,4 +520,5 @@ MUTANTS = [
     Mutant("skip_overlap_check", skip_overlap_check, rogue_overlap),
     Mutant("skip_grant_check", skip_grant_check, rogue_outside),
     Mutant("skip_completeness_check", skip_completeness_check, rogue_swap),
+    *(Mutant(name, _rewritten(*where)) for name, *where in _DRIVERS),
 ]

@@ -73,7 +73,7 @@ class SimWorld(World):
     def settle(self) -> None:
         """After the run: everything ended, nothing is left anywhere, and what had to arrive did."""
         self.run(END_S)
-        left = [text for instance in self.instances.values() for text in instance.leftovers()]  # type: ignore[attr-defined]
+        left = [text for instance in self.instances.values() if instance.alive for text in instance.leftovers()]  # type: ignore[attr-defined]
         if left:
             raise Violation("; ".join(left))
         if not self.idle:
@@ -101,7 +101,8 @@ def run(plan: Plan, tracing: bool = False) -> Result:
     violation = ""
     try:
         world.settle()
-    except Exception as error:  # noqa: BLE001 - whatever the drivers raise is a finding
+    except Exception as raised:  # noqa: BLE001 - whatever the drivers raise is a finding
+        error = world.broken or raised
         violation = f"{type(error).__name__}: {error}"
         if tracing:
             import traceback

@@ -4,21 +4,23 @@ the checks that see all that it does."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pdtransport.control.channel import Event, Identity, MessageReceived, PeerId
+from pdtransport.control.channel import Event, Identity, MessageReceived, PeerDown, PeerId
 from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.kv.geometry import HOST, head_range
+from pdtransport.protocol import actions as act
 from pdtransport.protocol.messages import Ack, Batch, Code, Ended, Grant, Message, Received, Revoke
-from pdtransport.protocol.states import CONSUMER_ENDS, PRODUCER_ENDS
+from pdtransport.protocol.states import CONSUMER_ENDS, PRODUCER_ENDS, ConsumerState
 from pdtransport.settings import Settings
 from pdtransport.transfer.engine import TransferEngine
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.outcome import OnOutcome, Outcome
 from pdtransport.transport import fingerprint_of
 from tests.newsim.control import SimControl
-from tests.newsim.link import SimChannel, SimLink
+from tests.newsim.link import SimLink
 from tests.newsim.memory import Lease, Memory, Violation, cell
 from tests.newsim.plan import BLOCK_SIZE, HEAD_BYTES, LINK_KINDS, TOTAL_HEADS, Plan
 from tests.newsim.world import Process
@@ -68,6 +70,7 @@ class Worker(Process):
         exports = {name: link.export() for name, link in self.links.items()}
         me = Identity(instance.name, rank, instance.tp, instance.incarnation, dict(fingerprint), exports)
         self.control = SimControl(self, me)
+        self._over: set[tuple[type, str]] = set()  # kinds of machines and transfers that have ended there
         scratch = Scratch(min(world.plan.probe_bytes, world.plan.limits.batch_bytes))
         self.engine = TransferEngine(
             world.settings,
@@ -82,6 +85,8 @@ class Worker(Process):
             world.clock,
             world.clock,
         )
+        for half in (self.engine.producer, self.engine.consumer):
+            half.run = partial(self._does, half.run)  # type: ignore[method-assign]
         self._wakes_at = float("inf")
         self._ends = 0
         # The producer's side, as the wire and the links show it:
@@ -89,12 +94,11 @@ class Worker(Process):
         self.released: dict[str, Outcome] = {}
         self._revoked: set[tuple[str, PeerId, int]] = set()
         self._in_flight: dict[tuple[str, PeerId, int], dict[int, int]] = defaultdict(dict)  # seq -> bytes
-        self._offered: dict[tuple[PeerId, int], list[tuple[int, int]]] = {}  # receiver, key -> runs
         # The consumer's:
         self.leases: dict[str, Lease] = {}
         self.lent: dict[int, Lease] = {}  # page -> its lease
         self.free = list(range(world.plan.pages))
-        self.complete: dict[str, set[tuple[PeerId, int]]] = defaultdict(set)  # transfer -> what was verified: generations
+        self.complete: dict[str, set[tuple[PeerId, int]]] = defaultdict(set)  # transfer -> verified generations
         self.owed: list[tuple[str, Code | None]] = []  # reports to watchers
         self._announced: dict[tuple[PeerId, int], Batch] = {}  # sender, key
 
@@ -186,6 +190,16 @@ class Worker(Process):
         elif isinstance(message, Batch):
             self._announced.setdefault((peer, int.from_bytes(message.offer[:8], "little")), message)
 
+    def saw(self, event: Event) -> None:
+        """The engine has handled this: what went to or came from a peer that is lost is over."""
+        if not isinstance(event, PeerDown):
+            return
+        over = {*PRODUCER_ENDS, *CONSUMER_ENDS, ConsumerState.FENCING}
+        halves = (self.engine.producer.sending._requests, self.engine.consumer.receiving._live)
+        for transfer in [transfer for half in halves for transfer in half]:
+            if any(m.peer == event.peer and m.state not in over for m in self._machines(transfer)):
+                raise Violation(f"{self} goes on with {transfer}, though {event.peer} is lost")
+
     def says(self, peer: PeerId, message: Message) -> None:
         """The drivers send this."""
         if isinstance(message, Grant):
@@ -201,14 +215,6 @@ class Worker(Process):
             raise Violation(f"{self} announces {batch}, which was not granted")
         if (batch.transfer, peer, batch.generation) in self._revoked:
             raise Violation(f"{self} announces {batch} after its grant was revoked")
-        end = grant.first_block + grant.blocks
-        if not grant.first_block <= batch.first_block < batch.first_block + batch.blocks <= end:
-            raise Violation(f"{self} announces {batch}, outside its grant")
-        runs = self._offered.get((peer, int.from_bytes(batch.offer[:8], "little")), [])
-        found = [self.memory.where(run) for run in runs]
-        if len(runs) != batch.blocks or any(f is None or f[1:] != (grant.head_lo, grant.head_hi) for f in found):
-            raise Violation(f"{self} announces {batch}, but offered {found}")
-        self._in_flight[batch.transfer, peer, batch.generation].setdefault(batch.seq, batch.nbytes)
 
     def _says_grant(self, peer: PeerId, grant: Grant) -> None:
         lease = self.leases.get(grant.transfer)
@@ -239,14 +245,38 @@ class Worker(Process):
             raise Violation(f"{self} reports {report} without a reason")
         self.owed.remove((report.transfer, report.code))
 
-    # -- what the links show -------------------------------------------------------------------------------------
+    # -- what the machines ask for -------------------------------------------------------------------------------
 
-    def offers(self, channel: SimChannel, key: int, runs: list[tuple[int, int]]) -> None:
-        self._offered[channel.peer, key] = runs
+    def _does(self, run: Callable[[Sequence[act.Action]], None], actions: Sequence[act.Action]) -> None:
+        """The drivers are about to carry these out; a second end they would overlook."""
+        for action in actions:
+            if isinstance(action, act.OfferBatch):
+                self._pushes(action)
+            elif isinstance(action, act.Release | act.Ready | act.Failed):
+                end = act.Release if isinstance(action, act.Release) else act.Ready, action.transfer
+                if end in self._over:
+                    raise Violation(f"{self}: {action}, a second end")
+                self._over.add(end)
+        run(actions)
+
+    def _pushes(self, push: act.OfferBatch) -> None:
+        key = push.id.transfer, push.id.peer
+        grant = self.grants[key]
+        if (grant.generation, grant.head_lo, grant.head_hi) != (push.id.generation, push.head_lo, push.head_hi):
+            raise Violation(f"{push} was not granted")
+        if (*key, push.id.generation) in self._revoked:
+            raise Violation(f"{push} comes after its grant was revoked")
+        end = grant.first_block + grant.blocks
+        if not grant.first_block <= push.first_block < push.first_block + push.blocks <= end:
+            raise Violation(f"{push} lies outside its grant")
+        nbytes = push.blocks * (push.head_hi - push.head_lo) * HEAD_BYTES
+        self._in_flight[(*key, push.id.generation)][push.id.seq] = nbytes
+
+    # -- what the links show -------------------------------------------------------------------------------------
 
     def reads(self, peer: PeerId, key: int, runs: list[tuple[int, int]]) -> None:
         """A link begins to place a batch."""
-        if all(self.memory.where(run) is None for run in runs):
+        if runs and self.memory.where(runs[0]) is None:
             return  # scratch memory
         batch = self._announced.get((peer, key))
         if batch is None:

@@ -11,7 +11,7 @@ from typing import Any
 from pdtransport.control.channel import PeerId
 from tests.newsim.memory import Violation
 from tests.newsim.network import Network
-from tests.newsim.plan import Fault, Plan
+from tests.newsim.plan import FOR_GOOD, Fault, Plan
 
 MAX_EVENTS = 60_000  # a run beyond this is a livelock
 
@@ -138,6 +138,5 @@ class World:
             dead = list(instance.workers)
             instance.crash()
             self.network.ended(dead)
-            self.at(fault.seconds, None, instance.restart)
-
-
+            if fault.seconds != FOR_GOOD:
+                self.at(fault.seconds, None, instance.restart)
