@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tests.sim.plan import LINK_KINDS, SIM_LIMITS, Bytes, Net, Plan, Request
+from tests.sim.plan import (
+    BLOCK_BYTES,
+    BLOCK_SIZE,
+    FLOOR_BYTES_S,
+    FOR_GOOD,
+    LINK_KINDS,
+    SIM_LIMITS,
+    Bytes,
+    Fault,
+    Net,
+    Plan,
+    Request,
+)
 
 DELIVERY_KINDS = ("grant", "accept", "batch", "received", "commit", "ack")
 ENDING_KINDS = ("revoke", "abort")
 MAX_MESSAGES = 60  # no plain hand-off of these cases says more
+MAX_CALLS = 20  # nor more to set its links up
 
 REQUEST = Request(
     transfer="t",
@@ -24,14 +37,16 @@ REQUEST = Request(
 )
 
 
-def plain(link: str = "direct", *, tp: tuple[int, int] = (1, 1), window: int = 128, **changes: object) -> Plan:
+def plain(
+    link: str = "direct", *, tp: tuple[int, int] = (1, 1), window: int = 2 * BLOCK_BYTES, **changes: object
+) -> Plan:
     """One request, one batch a block, nothing wrong. ``changes`` go into the request."""
     return Plan(
         seed=1,
         producers={"p0": tp[0]},
         consumers={"d0": tp[1]},
         links={("p0", "d0"): link},
-        limits=replace(SIM_LIMITS, batch_bytes=64, window_bytes=window),
+        limits=replace(SIM_LIMITS, batch_bytes=BLOCK_BYTES, window_bytes=window),
         requests=(replace(REQUEST, **changes),),  # type: ignore[arg-type]
     )
 
@@ -40,7 +55,7 @@ def lost_once() -> Iterator[tuple[str, Plan]]:
     """The first message of each kind is lost; the transfer must arrive all the same."""
     for link in LINK_KINDS:
         for kind in DELIVERY_KINDS:
-            for window in (64, 128):  # one batch at a time, two at a time
+            for window in (BLOCK_BYTES, 2 * BLOCK_BYTES):  # one batch at a time, two at a time
                 yield f"{kind} lost, {link}, window {window}", replace(plain(link, window=window), drop_once=kind)
         damaged = replace(plain(link), bytes=Bytes(corrupt=0.12), seed=3)
         yield f"nack lost, {link}", replace(damaged, drop_once="nack")
@@ -65,7 +80,7 @@ def copied() -> Iterator[tuple[str, Plan]]:
 def windows() -> Iterator[tuple[str, Plan]]:
     """A window smaller than a batch, than a block, and of odd sizes."""
     for link in LINK_KINDS:
-        for window in (1, 63, 64, 65, 1000):
+        for window in (1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2000):
             yield f"window {window}, {link}", plain(link, window=window)
 
 
@@ -79,6 +94,56 @@ def shapes() -> Iterator[tuple[str, Plan]]:
         for at in (0.01, 0.06, 0.11, 0.16, 0.17, 0.18, 0.2):
             slow = replace(plain(link, preempt_at=(at,), lazy_finish_s=0.3), bytes=Bytes(copy_delay=0.1))
             yield f"preempted after {at}, {link}", slow
+
+
+def foretold() -> Iterator[tuple[str, Plan]]:
+    """Prefill says before each step what it will compute, and is preempted in the middle of one: what it said is void.
+    Its steps end within blocks."""
+    for link in LINK_KINDS:
+        for tokens in (BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE - 1):
+            for seed in range(12):
+                at = 0.01 + 0.02 * seed
+                told = plain(link, foretold=True, step_tokens=tokens, preempt_at=(at, at + 0.3))
+                yield f"foretold, {link}, {tokens} a step, preempted after {at:.2f}", replace(told, seed=seed)
+
+
+def set_up() -> Iterator[tuple[str, Plan]]:
+    """Decode finds its link though the better one is refused, too slow, or one word about it is lost."""
+    for kind in ("half", "slow"):
+        plan = plain(within_s=8.0)
+        floor = FLOOR_BYTES_S if kind == "slow" else 0.0
+        yield kind, replace(plan, links={("p0", "d0"): kind}, floor_bytes_s=floor)
+    for tp in ((1, 1), (2, 1), (1, 2)):
+        for nth in range(MAX_CALLS):
+            yield f"word {nth} about a link is lost, tp {tp}", replace(plain(tp=tp, within_s=16.0), drop_call=nth)
+
+
+def claimed() -> Iterator[tuple[str, Plan]]:
+    """Decode has no pages for a second request until the first one is over: longer than prefill holds pages of which
+    nobody spoke. The second one's prefill comes; or it never does, and does not hear that decode gave up."""
+    deaf = Fault(14.9, "partition", "p1", "d0", seconds=0.3)
+    for link in LINK_KINDS:
+        first = plain(link, open_at=5.5, step_s=0.5, step_tokens=BLOCK_SIZE, within_s=6.0)
+        for open_at in (0.3, None):
+            second = replace(REQUEST, transfer="u", producer="p1", open_at=open_at, begin_at=0.2, within_s=9.0)
+            second = replace(second, must_be_ready=open_at is not None)
+            plan = replace(first, producers={"p0": 1, "p1": 1}, requests=(*first.requests, second), pages=8)
+            yield f"claimed, opened at {open_at}, {link}", replace(plan, faults=() if open_at else (deaf,))
+
+
+def gone() -> Iterator[tuple[str, Plan]]:
+    """One side dies for good, or is silent just long enough for one of two workers to be given up: everything ends."""
+    quiet = {"must_be_ready": False, "step_s": 0.1, "step_tokens": BLOCK_SIZE}
+    for link in LINK_KINDS:
+        for who in ("p0", "d0"):
+            for at in (0.001, 0.005, 0.02, 0.035, 0.15, 0.3, 0.5):
+                fault = Fault(at, "crash", who, seconds=FOR_GOOD)
+                yield f"{who} dies at {at}, {link}", replace(plain(link, **quiet), faults=(fault,))
+    for tp in ((2, 1), (1, 2)):
+        for seed in range(20):
+            silence = Fault(0.5, "partition", "p0", "d0", seconds=1.3)
+            plan = replace(plain(tp=tp, **quiet), seed=seed, drop_call=seed % 5, faults=(silence,))
+            yield f"silent for {silence.seconds} s, tp {tp}, seed {seed}", plan
 
 
 def overtaken() -> Iterator[tuple[str, Plan]]:
@@ -104,7 +169,7 @@ def endings() -> Iterator[tuple[str, Plan, str]]:
     for link in LINK_KINDS:
         for kind in ("", *ENDING_KINDS):
             for after in (0.0, 0.05, 0.12, 0.2, 0.4):
-                quiet = {"must_be_ready": False, "step_s": 0.1, "step_blocks": 1}
+                quiet = {"must_be_ready": False, "step_s": 0.1, "step_tokens": BLOCK_SIZE}
                 slow = Bytes(copy_delay=0.2)
                 mine = replace(plain(link, consumer_abort_at=after, **quiet), bytes=slow)
                 theirs = replace(plain(link, producer_abort_at=after, **quiet), bytes=slow)

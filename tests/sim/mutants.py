@@ -1,4 +1,4 @@
-"""Rules of the protocol, each broken on purpose: what the simulator must find.
+"""Rules of the protocol, each broken on purpose, and bugs in its drivers: what the simulator must find.
 
 A mutant patches one rule of the real code. *Rogue* ones pair a peer that misbehaves with the rule that should have
 stopped it; the rogue alone must not break a promise of its victim.
@@ -23,6 +23,7 @@ from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.sim import cases
+from tests.sim.driver_bugs import DRIVER_BUGS
 from tests.sim.plan import Plan, plan_of
 
 Patch = pytest.MonkeyPatch
@@ -38,7 +39,17 @@ class Mutant:
 
 def plans() -> Iterator[Plan]:
     """Hand-made cases first, then seeds."""
-    for group in (cases.lost_once, cases.windows, cases.shapes, cases.copied, cases.overtaken):
+    for group in (
+        cases.lost_once,
+        cases.windows,
+        cases.shapes,
+        cases.foretold,
+        cases.set_up,
+        cases.claimed,
+        cases.gone,
+        cases.copied,
+        cases.overtaken,
+    ):
         for _, plan in group():
             yield plan
     for _, plan, _ in cases.endings():
@@ -321,18 +332,22 @@ def skip_overlap_check(patch: Patch) -> None:
 
 
 def rogue_outside(patch: Patch) -> None:
-    """Prefill announces blocks that were not granted."""
+    """Prefill announces blocks that were not granted: before the first one, or behind the last."""
 
     def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
-        shift = self.grant.first_block + self.grant.blocks
         return [
-            Send(a.peer, a.message.model_copy(update={"first_block": a.message.first_block + shift}))
+            Send(a.peer, a.message.model_copy(update={"first_block": _outside(self.grant, a.message)}))
             if isinstance(a, Send) and isinstance(a.message, Batch) and a.message.seq == 0
             else a
             for a in actions
         ]
 
     _after(patch, ProducerMachine, "pushed", change)
+
+
+def _outside(grant: Grant, batch: Batch) -> int:
+    before = batch.first_block - batch.blocks - 1
+    return before if before >= 0 else batch.first_block + grant.blocks
 
 
 def skip_grant_check(patch: Patch) -> None:
@@ -416,4 +431,5 @@ MUTANTS = [
     Mutant("skip_overlap_check", skip_overlap_check, rogue_overlap),
     Mutant("skip_grant_check", skip_grant_check, rogue_outside),
     Mutant("skip_completeness_check", skip_completeness_check, rogue_swap),
+    *(Mutant(name, apply) for name, apply in DRIVER_BUGS.items()),
 ]

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field, replace
 from pdtransport.protocol.actions import Limits
 
 TOTAL_HEADS = 4
-HEAD_BYTES = 16  # bytes of one head of one block, all layers
 BLOCK_SIZE = 4  # tokens a block
+SLOT_BYTES = 8  # of one head of one token
+HEAD_BYTES = BLOCK_SIZE * SLOT_BYTES  # of one head of one block, all layers
+BLOCK_BYTES = TOTAL_HEADS * HEAD_BYTES
+FLOOR_BYTES_S, SLOW_BYTES_S = 1000.0, 500.0  # what may be asked of links, and what a slow one does
 PAGES = 40  # of each worker, where they are not scarce
 
-LINK_KINDS = ("direct", "slots")
+LINK_KINDS = ("direct", "slots")  # best first
+# How a pair of instances reaches each other: "direct" by either; "slots" by that one only; "half": prefill finds that
+# it can't use the other one; "slow": the other one is slower than what is asked for.
 
 SIM_LIMITS = Limits(
     retry_s=0.25,
@@ -25,11 +30,14 @@ SIM_LIMITS = Limits(
     claim_s=12.0,
     ack_s=8.0,
     resends=2,
-    batch_bytes=64,
-    window_bytes=256,
+    batch_bytes=BLOCK_BYTES,
+    window_bytes=4 * BLOCK_BYTES,
     max_transfers=64,
     tombstones=64,
 )
+
+
+FOR_GOOD = float("inf")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Net:
     jitter: float = 0.0
     fifo: bool = True
     drop: float = 0.0
+    setup_drop: float = 0.0  # of the words that set a link up
     duplicate: float = 0.0
     replay: float = 0.0  # the same frame once more, seconds later
     forge: float = 0.0  # the same frame once more, under a generation that is not the live one
@@ -55,10 +64,13 @@ class Bytes:
     error: float = 0.0  # a batch
     fence_delay: float = 0.02
     slots: int = 2
+    slot_bytes: int = 16 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
 class Fault:
+    """A server that crashes is back after ``seconds``, with new incarnations, unless these are ``FOR_GOOD``."""
+
     at: float
     kind: str  # crash | stall | partition
     who: str
@@ -80,7 +92,8 @@ class Request:
     held: int = 0  # leading blocks that decode has already
     producer_prompt: int | None = None  # another prompt than decode's
     step_s: float = 0.05
-    step_blocks: int = 2
+    step_tokens: int = 2 * BLOCK_SIZE
+    foretold: bool = False  # prefill says what it is about to compute
     preempt_at: tuple[float, ...] = ()  # seconds after open
     resume_s: float = 0.2
     lazy_finish_s: float = 0.0
@@ -121,7 +134,10 @@ class Plan:
     pages: int = PAGES
     faults_end: float = 8.0  # from here on the network is whole and nobody stops
     drop_once: str = ""  # the first message of this kind is lost
-    drop_nth: int = -1  # this message of the run is lost, whatever it is
+    drop_nth: int = -1  # this message about a transfer is lost, whatever it is
+    drop_call: int = -1  # this message about a link is lost
+    probe_bytes: int = BLOCK_BYTES  # 0: links are not measured
+    floor_bytes_s: float = 0.0  # links that are slower are not used
 
     @property
     def calm(self) -> bool:
@@ -135,25 +151,28 @@ def plan_of(seed: int) -> Plan:
     calm = rng.random() < 0.2
     checksums = rng.random() < 0.93
     # Without checksums the user trusts the link; one that reads pages after they were given back can't be trusted.
-    kinds = LINK_KINDS if checksums else ("slots",)
+    copy_delay = rng.choice((0.002, 0.02, 0.15, 0.6))
+    kinds = ("direct", "direct", "slots", "half", *(("slow",) if copy_delay < 0.1 else ())) if checksums else ("slots",)
     producers = {f"p{i}": rng.choice((1, 1, 2)) for i in range(rng.choice((1, 1, 2)))}
     consumers = {f"d{i}": rng.choice((1, 1, 2)) for i in range(rng.choice((1, 1, 2)))}
     links = {(p, d): rng.choice(kinds) for p in producers for d in consumers}
+    slow = "slow" in links.values()
     limits = replace(
         SIM_LIMITS,
-        batch_bytes=rng.choice((16, 64, 128, 256)),
-        window_bytes=rng.choice((8, 64, 128, 1024)),
+        batch_bytes=rng.choice((HEAD_BYTES, BLOCK_BYTES, 2 * BLOCK_BYTES, 4 * BLOCK_BYTES)),
+        window_bytes=rng.choice((8, BLOCK_BYTES, 2 * BLOCK_BYTES, 16 * BLOCK_BYTES)),
         max_transfers=rng.choice((2, 64, 64)),
         tombstones=rng.choice((16, 64)),
         checksums=checksums,
     )
     net = _net(rng, calm)
     data = Bytes(
-        copy_delay=rng.choice((0.002, 0.02, 0.15, 0.6)),
+        copy_delay=copy_delay,
         corrupt=0.0 if calm or not checksums else rng.choice((0.0, 0.0, 0.02, 0.2)),
         error=0.0 if calm else rng.choice((0.0, 0.0, 0.0, 0.02)),
         fence_delay=rng.choice((0.0, 0.02, 0.3)),
-        slots=rng.choice((1, 2, 4)),
+        slots=64 if slow else rng.choice((1, 2, 4)),  # none free: not measured, so not used where a floor is asked for
+        slot_bytes=rng.choice((BLOCK_BYTES, 16 * BLOCK_BYTES)),
     )
     scarce = rng.random() < 0.25
     names = [*producers, *consumers]
@@ -166,7 +185,20 @@ def plan_of(seed: int) -> Plan:
     late = scarce or limits.max_transfers < 4
     probe = _probe(rng, list(producers), list(consumers), at=70.0 if late else 16.0)
     pages = rng.randint(8, 12) if scarce else PAGES
-    return Plan(seed, producers, consumers, links, limits, net, data, faults, (*requests, probe), pages)
+    return Plan(
+        seed,
+        producers,
+        consumers,
+        links,
+        limits,
+        net,
+        data,
+        faults,
+        (*requests, probe),
+        pages,
+        probe_bytes=BLOCK_BYTES if slow else rng.choice((0, BLOCK_BYTES)),
+        floor_bytes_s=FLOOR_BYTES_S if slow else 0.0,
+    )
 
 
 def _net(rng: random.Random, calm: bool) -> Net:
@@ -179,6 +211,7 @@ def _net(rng: random.Random, calm: bool) -> Net:
         jitter=rng.choice((jitter, 0.8)),
         fifo=fifo,
         drop=rng.choice((0.0, 0.05, 0.2, 0.4)),
+        setup_drop=rng.choice((0.0, 0.0, 0.0, 0.1)),
         duplicate=rng.choice((0.0, 0.1, 0.4)),
         replay=rng.choice((0.0, 0.05, 0.2)),
         forge=rng.choice((0.0, 0.1)),
@@ -190,7 +223,7 @@ def _fault(rng: random.Random, names: list[str]) -> Fault:
     kind = rng.choice(("crash", "stall", "partition"))
     who = rng.choice(names)
     other = rng.choice([n for n in names if n[0] != who[0]])
-    return Fault(round(rng.uniform(0.0, 4.0), 3), kind, who, other, rng.choice((0.2, 1.0, 3.0)))
+    return Fault(round(rng.uniform(0.0, 4.0), 3), kind, who, other, rng.choice((0.2, 1.0, 1.3, 3.0)))
 
 
 def _request(
@@ -213,10 +246,11 @@ def _request(
         begin_at=begin_at,
         held=held,
         step_s=rng.choice((0.0, 0.03, 0.2)),
-        step_blocks=rng.randint(1, 4),
+        step_tokens=rng.randint(1, 4 * BLOCK_SIZE),
         preempt_at=preempts,
         resume_s=rng.choice((0.05, 0.6)),
         lazy_finish_s=rng.choice((0.0, 0.0, 0.5)),
+        foretold=rng.random() < 0.5,
     )
     if limits.max_transfers < 4:
         return request

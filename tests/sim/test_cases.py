@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 from tests.sim import cases
-from tests.sim.plan import LINK_KINDS, Fault, Plan
+from tests.sim.plan import BLOCK_SIZE, LINK_KINDS, Fault, Plan
 from tests.sim.run import run
 
 
-@pytest.mark.parametrize("group", ["lost_once", "lost_anywhere", "copied", "windows", "shapes", "overtaken"])
+@pytest.mark.parametrize(
+    "group", ["lost_once", "lost_anywhere", "copied", "windows", "shapes", "foretold", "set_up", "claimed", "overtaken"]
+)
 def test_every_transfer_arrives_though_one_thing_goes_wrong(group: str) -> None:
     """One lost message of any kind at any place, copies, small windows, held prefixes, preemptions: still Ready, in
     seconds, and prefill hears that it was delivered."""
@@ -49,10 +51,16 @@ def test_a_request_that_decode_rejects_is_let_go() -> None:
         assert (result.violation, released) == ("", {f"released {code}": workers}), name
 
 
+def test_everything_ends_where_one_side_is_gone() -> None:
+    """Whoever dies for good, or is taken for dead, at whatever moment: the other side ends what it had with it."""
+    bad = {name: violation for name, plan in cases.gone() if (violation := run(plan).violation)}
+    assert not bad
+
+
 def test_a_dead_prefill_server_is_not_waited_for() -> None:
     """After a crash of prefill decode fails with peer_lost, and its pages are free."""
     for link in LINK_KINDS:
-        slow = cases.plain(link, must_be_ready=False, step_s=0.3, step_blocks=1)
+        slow = cases.plain(link, must_be_ready=False, step_s=0.3, step_tokens=BLOCK_SIZE)
         result = run(replace(slow, faults=(Fault(0.8, "crash", "p0", seconds=2.0),)))
         assert not result.violation
         assert result.counters["failed peer_lost"] == 1

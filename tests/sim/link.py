@@ -18,11 +18,11 @@ from pdtransport.errors import LinkError, LinkUnavailable
 from pdtransport.links.base import Channel, Done, Link, LinkBusy, LinkStats, Prepared, Runs
 from pdtransport.links.memory import Regions
 from pdtransport.settings import LinkSettings
-from tests.newsim.memory import DAMAGE, Violation, checksum
-from tests.newsim.plan import HEAD_BYTES, SLOW_BYTES_S
+from tests.sim.memory import DAMAGE, Violation, checksum
+from tests.sim.plan import HEAD_BYTES, SLOW_BYTES_S
 
 if TYPE_CHECKING:
-    from tests.newsim.worker import Worker
+    from tests.sim.worker import Worker
 
 LEAST_S = 1e-4  # no copy takes less
 

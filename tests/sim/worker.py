@@ -19,15 +19,15 @@ from pdtransport.transfer.engine import TransferEngine
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.outcome import OnOutcome, Outcome
 from pdtransport.transport import fingerprint_of
-from tests.newsim.control import SimControl
-from tests.newsim.link import SimLink
-from tests.newsim.memory import Lease, Memory, Violation, cell
-from tests.newsim.plan import BLOCK_SIZE, HEAD_BYTES, LINK_KINDS, TOTAL_HEADS, Plan
-from tests.newsim.world import Process
+from tests.sim.control import SimControl
+from tests.sim.link import SimLink
+from tests.sim.memory import Lease, Memory, Violation, cell
+from tests.sim.plan import BLOCK_SIZE, HEAD_BYTES, LINK_KINDS, TOTAL_HEADS, Plan
+from tests.sim.world import Process
 
 if TYPE_CHECKING:
-    from tests.newsim.run import SimWorld
-    from tests.newsim.world import Instance
+    from tests.sim.run import SimWorld
+    from tests.sim.world import Instance
 
 MAX_TURNS = 1000  # in a row, without a pause: an I/O thread that does not rest
 MAX_SLEEP_S = 1.0  # as that of pdtransport.io.reactor

@@ -10,11 +10,11 @@ import msgpack
 from pdtransport.control.directory import Route, Sent
 from pdtransport.control.events import Address
 from pdtransport.protocol.messages import LinkCall, Message, WireError, decode, encode
-from tests.newsim.plan import Net
+from tests.sim.plan import Net
 
 if TYPE_CHECKING:
-    from tests.newsim.control import SimControl
-    from tests.newsim.world import World
+    from tests.sim.control import SimControl
+    from tests.sim.world import World
 
 LIVENESS_S = 1.2  # silence after which the control channel gives a peer up
 FIRST_PORT = 7570

@@ -34,10 +34,10 @@ from pdtransport.protocol.messages import (
     decode,
     encode,
 )
-from tests.newsim.network import FOREVER, LIVENESS_S, End, Pipe, told
+from tests.sim.network import FOREVER, LIVENESS_S, End, Pipe, told
 
 if TYPE_CHECKING:
-    from tests.newsim.worker import Worker
+    from tests.sim.worker import Worker
 
 CONNECT_S = 2.0
 FRAMES_A_TURN = 32
