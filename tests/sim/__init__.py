@@ -1,1 +1,2 @@
-"""Deterministic simulation of the hand-off: seeded schedules of engines and faults, checked after every event."""
+"""Deterministic simulation of the hand-off: the real engines, drivers and peers of transfers, under seeded schedules of
+servers and faults, checked after every event."""
