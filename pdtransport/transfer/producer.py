@@ -123,6 +123,9 @@ class ProducerDriver:
         record = self._timeline.open(transfer, "producer")
         record.mark("opened")
         self._sources[transfer] = OutgoingTransfer(owner, [], tokens, on_end, record, on_promise)
+        for machine in self.sending.machines(transfer):  # granted before the request arrived here
+            record.mark("granted")
+            record.peer = machine.peer.engine
         self._see_promise(transfer)
         self.run(actions)
 

@@ -149,12 +149,16 @@ def test_prefill_that_gives_up_tells_decode_and_holds_nothing() -> None:
         assert not any({**p.producer.live(), **d.consumer.live()}.values())
 
 
-@pytest.mark.parametrize("granted", [False, True])
-def test_prefill_lets_go_only_of_what_nobody_granted_room_for(granted: bool) -> None:
-    """The pool has it, and decode may have it from there: but not once decode waits for prefill."""
+@pytest.mark.parametrize("granted", ["", "before", "after"])
+def test_prefill_lets_go_only_of_what_nobody_granted_room_for(granted: str) -> None:
+    """The pool has it, and decode may have it from there: but not once decode waits for prefill, whichever had the
+    request first."""
     with pair() as (p, d):
+        if granted == "before":
+            d.fetch(TOKENS, [0])
+            carry(p, d)
         p.open(TOKENS)
-        if granted:
+        if granted == "after":
             d.fetch(TOKENS, [0])
             carry(p, d)
         p.ready([0], TOKENS)

@@ -116,6 +116,13 @@ BUGS: list[Mutant] = [
             "prefill_lets_go_only_of_what_nobody_granted_room_for",
         ),
         (
+            "early_grant_is_no_grant",
+            "ProducerDriver.open",
+            'record.mark("granted")',
+            "pass",
+            "prefill_lets_go_only_of_what_nobody_granted_room_for",
+        ),
+        (
             "busy_peer_holds_up_all",
             "ProducerDriver.push_some",
             "push.id.peer in busy",
