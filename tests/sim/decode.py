@@ -133,6 +133,10 @@ class DecodeEngine(Instance):
         for worker, lease in zip(self.workers, attempt.leases, strict=True):
             worker.call(partial(_cancel, lease, code, why))
 
+    def reload(self) -> None:
+        for worker in self.workers:
+            worker.reload()
+
     # -- ends ----------------------------------------------------------------------------------------------------
 
     def _on_end(self, attempt: Attempt, worker: Worker, lease: Lease, outcome: Outcome) -> None:

@@ -80,6 +80,17 @@ _BUGS: list[tuple[str, type, str, str, str]] = [
     ("token_stays_in_the_driver", ConsumerDriver, "_end", "ready.first_token if ready else None", "None"),
     ("granted_before_all_are_there", ConsumerDriver, "fetch", "len(found) == len(producers)", "True"),
     ("peer_that_went_is_granted_pages", ConsumerDriver, "_grant", "channel is None", "False"),
+    ("what_decode_waits_for_is_let_go", ProducerDriver, "let_go", '"granted" not in source.record.events', "True"),
+    ("what_decode_waited_for_before_is_let_go", ProducerDriver, "open", 'record.mark("granted")', "pass"),
+    ("refused_peer_keeps_its_exclusions", Peers, "want", "peer.excluded.clear()", "pass"),
+    ("closed_in_silence", ConsumerDriver, "end_all", "tell(sink.on_end,", "(lambda *_: None)(sink.on_end,"),
+    (
+        "pages_of_other_weights_are_kept",
+        TransferEngine,
+        "change_fingerprint",
+        "self.producer.cancel_all(Code.REFUSED, reason) | ",
+        "",
+    ),
     ("end_of_a_request_is_not_reported", ConsumerDriver, "_end", "if sink.wanted.pages:", "if False:"),
     (
         "loss_is_kept_from_decode",

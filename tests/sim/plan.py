@@ -69,10 +69,11 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Fault:
-    """A server that crashes is back after ``seconds``, with new incarnations, unless these are ``FOR_GOOD``."""
+    """A server that crashes or shuts down is back after ``seconds``, with new incarnations, unless these are
+    ``FOR_GOOD``. One that reloads its weights takes its pages away from all transfers."""
 
     at: float
-    kind: str  # crash | stall | partition
+    kind: str  # crash | shutdown | stall | partition | reload
     who: str
     other: str = ""
     seconds: float = 1.0
@@ -99,6 +100,7 @@ class Request:
     lazy_finish_s: float = 0.0
     producer_abort_at: float | None = None  # seconds after open
     consumer_abort_at: float | None = None  # seconds after begin
+    let_go_at: float | None = None  # seconds after open: prefill ends the transfer if nobody has granted room for it
     open_twice: bool = False
     begin_twice: bool = False
     declines: bool = False  # decode rejects the request instead of beginning
@@ -220,7 +222,7 @@ def _net(rng: random.Random, calm: bool) -> Net:
 
 
 def _fault(rng: random.Random, names: list[str]) -> Fault:
-    kind = rng.choice(("crash", "stall", "partition"))
+    kind = rng.choice(("crash", "crash", "stall", "partition", "shutdown", "reload"))
     who = rng.choice(names)
     other = rng.choice([n for n in names if n[0] != who[0]])
     return Fault(round(rng.uniform(0.0, 4.0), 3), kind, who, other, rng.choice((0.2, 1.0, 1.3, 3.0)))
@@ -266,6 +268,8 @@ def _trouble(rng: random.Random, request: Request) -> Request:
         changes["producer_abort_at"] = rng.uniform(0.0, 1.5)
     if rng.random() < 0.3:
         changes["consumer_abort_at"] = rng.uniform(0.0, 1.5)
+    if rng.random() < 0.1:
+        changes["let_go_at"] = rng.uniform(0.0, 3.0)
     kind = rng.random()
     if kind < 0.06:
         changes["open_at"] = None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tests.sim.run import SimWorld
 
 STRANGER = "a stranger took it back"
+LET_GO = "nobody asked for it"
 AGAIN_S = 0.05  # pause before a step that finds no pages is tried again
 
 
@@ -34,6 +35,7 @@ class Job:
     steps: int = 0  # how often a step was begun or undone
     resumes_at: float = 0.0
     promised: bool = False
+    let_go: bool = False  # unless decode waits for it
     over: bool = False  # finished or aborted
 
     @property
@@ -89,6 +91,8 @@ class PrefillEngine(Instance):
             self._later(after, self._preempt, job)
         if request.producer_abort_at is not None:
             self._later(request.producer_abort_at, self.abort, job)
+        if request.let_go_at is not None:
+            self._later(request.let_go_at, self._let_go, job)
 
     def _open(self, job: Job, worker: Worker, engine: TransferEngine) -> None:
         def promised() -> None:
@@ -113,7 +117,10 @@ class PrefillEngine(Instance):
             if outcome.ok:
                 raise Violation(f"{worker}: {transfer} was delivered before it was opened")
             return  # refused at once
-        if not job.over:
+        granted = worker.grants.keys() - worker.lost_grants
+        if outcome.reason == LET_GO and any(name == transfer for name, _ in granted):
+            raise Violation(f"{worker} lets go of {transfer}, for which decode has granted room")
+        if not job.over and not job.let_go:
             raise Violation(f"{worker}: Release of {transfer} while the engine still computes it")
         if outcome.ok:
             worker.check_delivered(transfer)
@@ -121,6 +128,7 @@ class PrefillEngine(Instance):
         worker.released[transfer] = outcome
         self.world.counters[f"released {outcome.code or 'delivered'}"] += 1
         if not job.owing:
+            job.over = True
             del self.jobs[transfer]
             self._give_back(job.pages)
 
@@ -204,6 +212,25 @@ class PrefillEngine(Instance):
             self.world.say(f"{self.name} aborts {transfer}")
         job.over = True
         self._each(lambda engine: engine.producer.cancel(job, transfer, Code.CANCELLED, "the client left"))
+
+    def _let_go(self, job: Job) -> None:
+        job.let_go = True
+        self._each(lambda engine: engine.producer.let_go(job, job.request.transfer, LET_GO))
+
+    def reload(self) -> None:
+        self._stop_all()
+        for worker in self.workers:
+            worker.reload()
+
+    def shut_down(self) -> None:
+        self._stop_all()
+        super().shut_down()
+        if self.jobs:
+            raise Violation(f"{self.name} is closed, and goes on with {list(self.jobs)}")
+
+    def _stop_all(self) -> None:
+        for job in self.jobs.values():
+            job.over = True
 
     def _give_back(self, pages: list[int]) -> None:
         for page in pages:

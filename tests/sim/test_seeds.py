@@ -19,7 +19,19 @@ def test_no_seed_breaks_a_promise() -> None:
     # The schedules reach what they are for: all ends, all faults and all words came up.
     for name in ("cancelled", "damaged", "link", "mismatch", "overloaded", "peer_lost", "timeout"):
         assert counters[f"failed {name}"] > 0, name
-    for name in ("crash", "stall", "partition", "lost", "undecodable", "claim", "nack", "abort", "revoke"):
+    for name in (
+        "crash",
+        "shutdown",
+        "stall",
+        "partition",
+        "reload",
+        "lost",
+        "undecodable",
+        "claim",
+        "nack",
+        "abort",
+        "revoke",
+    ):
         assert counters[name] > 0, name
     assert counters["outcome ready"] > SEEDS
 

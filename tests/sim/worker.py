@@ -91,6 +91,7 @@ class Worker(Process):
         self._ends = 0
         # The producer's side, as the wire and the links show it:
         self.grants: dict[tuple[str, PeerId], Grant] = {}
+        self.lost_grants: set[tuple[str, PeerId]] = set()  # of peers that were lost since
         self.released: dict[str, Outcome] = {}
         self._revoked: set[tuple[str, PeerId, int]] = set()
         self._in_flight: dict[tuple[str, PeerId, int], dict[int, int]] = defaultdict(dict)  # seq -> bytes
@@ -135,6 +136,26 @@ class Worker(Process):
             self.wake(due)
         if self.engine.producer.live()["queued_pushes"]:
             self.wake(self.world.now + MAX_SLEEP_S)
+
+    def reload(self) -> None:
+        ending: set[str] = set()
+        self.call(lambda engine: ending.update(engine.change_fingerprint({}, "other weights")))
+        self._check_let_go(ending)
+
+    def _check_let_go(self, ending: set[str]) -> None:
+        """Once the engine is told that none of ``ending`` uses pages, none does."""
+        ending = self.engine.live_of(ending)
+        if ending:
+            self.world.at(0.01, self, self._check_let_go, ending)
+        elif offers := [key for link in self.links.values() for channel in link.channels for key in channel.offered]:
+            raise Violation(f"{self} was told that its pages are not used, but offers {offers}")
+
+    def shut_down(self) -> None:
+        self.engine.close()
+        going_on = [transfer for transfer, lease in self.leases.items() if not lease.ended]
+        going_on += [f"key {r.key}" for link in self.links.values() for c in link.channels for r in c.readings]
+        if going_on:
+            raise Violation(f"{self} is closed, and goes on with {going_on}")
 
     # -- forged words --------------------------------------------------------------------------------------------
 
@@ -194,6 +215,7 @@ class Worker(Process):
         """The engine has handled this: what went to or came from a peer that is lost is over."""
         if not isinstance(event, PeerDown):
             return
+        self.lost_grants.update(key for key in self.grants if key[1] == event.peer)
         over = {*PRODUCER_ENDS, *CONSUMER_ENDS, ConsumerState.FENCING}
         halves = (self.engine.producer.sending._requests, self.engine.consumer.receiving._live)
         for transfer in [transfer for half in halves for transfer in half]:

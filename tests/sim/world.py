@@ -41,6 +41,15 @@ class Instance:
         self._make = make
         self.workers: list[Any] = [make(world, self, rank) for rank in range(tp)]
 
+    def reload(self) -> None:
+        """Load weights anew: the pages hold nothing of use, and peers must shake hands again."""
+        raise NotImplementedError
+
+    def shut_down(self) -> None:
+        """End all transfers, before the processes end."""
+        for worker in self.workers:
+            worker.shut_down()
+
     def crash(self) -> None:
         self.alive = False
         for worker in self.workers:
@@ -134,7 +143,11 @@ class World:
             self.network.cut.add(pair)
             self.at(fault.seconds, None, self.network.cut.discard, pair)
             self.network.silence(lambda here, there: {here, there} == pair, fault.seconds)
+        elif fault.kind == "reload":
+            self.at(0.0, instance.workers[0], instance.reload)
         elif instance.alive:
+            if fault.kind == "shutdown":
+                instance.shut_down()
             dead = list(instance.workers)
             instance.crash()
             self.network.ended(dead)
