@@ -149,8 +149,10 @@ def gone() -> Iterator[tuple[str, Plan]]:
 def overtaken() -> Iterator[tuple[str, Plan]]:
     """Decode gives up soon, and its words overtake each other: its pages must be safe."""
     for link in LINK_KINDS:
-        for seed in range(15):
-            hasty = plain(link, must_be_ready=False, begin_at=0.2, consumer_abort_at=0.05 * (seed % 5))
+        for seed in range(30):
+            open_at, begin_at = (0.1, 0.2) if seed % 2 else (2.0, 0.0)
+            abort_at = 0.05 * (seed % 5) if seed % 2 else 0.1 * seed
+            hasty = plain(link, must_be_ready=False, open_at=open_at, begin_at=begin_at, consumer_abort_at=abort_at)
             net = Net(jitter=0.8, fifo=False, duplicate=0.5)
             yield f"overtaken {seed}, {link}", replace(hasty, seed=seed, net=net, bytes=Bytes(copy_delay=0.5))
 

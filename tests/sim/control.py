@@ -143,6 +143,8 @@ class Dialer(End):
                 return []
             self.deadline = self.hello_due = None
             self._pause = RECONNECT_S
+            if self.pipe is not None:
+                self.control.world.at(BEAT_S, self.control.worker, self.beat, self.pipe)
             return directory.admit(message, self.endpoint.host, self, self.endpoint, now)
         if isinstance(message, Refused) and message.field == "hello":
             events = directory.leave(self, f"it had given us up: {message.reason}")
@@ -156,7 +158,7 @@ class Dialer(End):
         return []
 
     def beat(self, pipe: Pipe) -> None:
-        """The other side has given us up: a heartbeat shows it to us."""
+        """A heartbeat, if it would show us that the other side has given us up."""
         if self.pipe is pipe and self.peer is not None and pipe.ends[1].peer is None:
             self.say(Ping(incarnation=self.control.me.incarnation))
             self.control.world.at(BEAT_S, self.control.worker, self.beat, pipe)
