@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LIVENESS_S = 1.2  # silence after which the control channel gives a peer up
 FIRST_PORT = 7570
 FOREVER = float("inf")
+SETUP_JITTER = (
+    0.1  # of the words that set links up, in parts of that of others: else little of a run is left for transfers
+)
 
 
 class End(Route):
@@ -175,7 +178,8 @@ class Network:
         far = pipe.far(end)
         if self.is_cut(end.control.me.engine, far.control.me.engine):
             return
-        when = self.world.now + net.latency + (self.world.rng.uniform(0.0, net.jitter) if net.jitter else 0.0)
+        jitter = net.jitter * (SETUP_JITTER if sure else 1.0)
+        when = self.world.now + net.latency + (self.world.rng.uniform(0.0, jitter) if jitter else 0.0)
         if late:
             when = self.world.now + late
         elif net.fifo or sure:
