@@ -88,11 +88,6 @@ class DecodeEngine(Instance):
         if not known:
             worker.leases[lease.transfer] = lease
 
-        def expected(when: float) -> None:
-            if lease.ended or when < self.world.now - 1e-6:
-                raise Violation(f"{worker} expects {lease} at {when}")
-            self.world.counters["expected"] += 1
-
         def ended(outcome: Outcome) -> None:
             if known != (outcome.code == Code.REUSED.value and not lease.generations):
                 raise Violation(f"{worker}: {outcome}, though its id was {'' if known else 'not '}used before")
@@ -108,7 +103,6 @@ class DecodeEngine(Instance):
             lease.first_block,
             lease.pages,
             lease.first_token,
-            expected,
         )
         engine.consumer.fetch(lease, wanted, worker.hears(ended))
         if known:  # whoever was refused may not speak of the other one's transfer

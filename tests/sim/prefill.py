@@ -146,10 +146,9 @@ class PrefillEngine(Instance):
         tokens = min(request.tokens, job.tokens + request.step_tokens)
         job.steps += 1
         if request.foretold:
-            transfer, due = request.transfer, self.world.now + request.step_s
+            transfer = request.transfer
             pages = job.pages_for(tokens)
             self._each(lambda engine: engine.producer.prepare(job, transfer, pages, tokens, event=1))
-            self._each(lambda engine: engine.producer.expect(job, transfer, tokens, due))
         self._later(request.step_s, self._end_step, job, job.steps, tokens)
 
     def _end_step(self, job: Job, step: int, tokens: int) -> None:
