@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _gpu_handoff, gpu_kernels, handoff, interference, pool
+from benchmarks import _gpu_handoff, gpu_kernels, handoff, interference, load, pool
 from benchmarks._decode_streams import Gap, within
 from benchmarks._gpu_handoff import Sample, runs_per_100, summarise, table
 from benchmarks._gpu_scale import FULL, REHEARSAL
@@ -270,6 +270,45 @@ def test_interference_windows_take_turns() -> None:
     assert interference.schedule(2) == ["quiet", *loads, *reversed(loads), "quiet"]
     loads = interference.schedule(5)
     assert loads.count("computing") == loads.count("pushing") == 5
+
+
+def test_load_tells_the_second_token_from_later_ones() -> None:
+    """A first token from prefill moves time in front of the second: it counts in no other column. Requests that failed
+    are counted and in no percentile."""
+    good = load.Sample("router", 4.0, 0, 100, ttft_s=0.2, gaps_s=[0.05, 0.01, 0.01], exposed_s=0.001)
+    slow = load.Sample("router", 4.0, 1, 100, ttft_s=2.0, gaps_s=[0.07, 0.01, 0.01], first_token_from="prefill")
+    lost = load.Sample("router", 4.0, 1, 100, failed="HTTP 500")
+    (row,) = load.summarise([good, slow, lost], ttft_ms=1000, itl_ms=30)
+    assert (row["requests"], row["failed"], row["from prefill"]) == (3, 1, 1)
+    assert row["good"] == pytest.approx(1 / 3)
+    assert row["TTFT p50"] == pytest.approx(1100)
+    assert row["2nd max"] == pytest.approx(70)
+    assert row["ITL max"] == pytest.approx(10)
+    assert row["exposed p50"] == pytest.approx(1)
+    assert "| 4 " in load.table([row])
+
+
+def test_load_sends_all_systems_the_same_arrivals() -> None:
+    """What differs between two rows of a round is the system, not the luck of its arrivals; rounds differ."""
+    options = load.parse(["--rehearse", "--rates", "2", "--window", "20"])
+    once, again, other = (load.Window(options, REHEARSAL, 2.0, number) for number in (0, 0, 1))
+    assert once._arrivals == again._arrivals != other._arrivals
+    assert 20 < len(once._arrivals) < 60
+    assert all(64 <= length <= 512 and at < 20 for at, length in once._arrivals)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["--rehearse", "--gpu"], ["--rehearse", "--graphs"], ["--rehearse", "--rates", "0"],
+        ["--rehearse", "--lens", "64"], ["--rehearse", "--lens", "64,5000"], ["--rehearse", "--systems", "mooncake"],
+        ["--rehearse", "--tokens", "2"], ["--rehearse", "--rates", "many"], ["--gpu", "--cards", "1"],
+    ],
+)  # fmt: skip
+def test_load_refuses_what_it_can_not_measure(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load.parse(argv)
+    assert "error: " in capsys.readouterr().err
 
 
 def test_gaps_count_for_the_window_that_holds_them() -> None:
