@@ -43,6 +43,14 @@ def test_every_message_is_listed_once() -> None:
     assert sorted(re.findall(r"^### (\w+)$", reference.messages_page(), re.MULTILINE)) == ours
 
 
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("ack_s", "s"), ("tries_per_s", "per s"), ("rate_bytes_s", "bytes/s"), ("batch_bytes", "bytes"), ("world", "")],
+)
+def test_a_names_end_is_its_unit(name: str, unit: str) -> None:
+    assert reference.unit_of(name) == unit
+
+
 def test_every_setting_is_listed_once() -> None:
     """All paths that a model accepts have one row each."""
     listed = re.findall(r"^\| `([^`]+)` \|", reference.settings_page(), re.MULTILINE)
