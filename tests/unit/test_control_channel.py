@@ -7,11 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import zmq
 
 from pdtransport.control import handshake
 from pdtransport.control.channel import MessageReceived, PeerDown, PeerId, PeerUp
 from pdtransport.control.events import Identity
-from pdtransport.control.limits import MAX_STRANGER_FRAME, STRANGER_FRAMES
+from pdtransport.control.limits import (
+    MAX_STRANGER_FRAME,
+    MAX_WATCHERS,
+    STRANGER_FRAMES,
+    WATCH_AGAIN_S,
+    WATCH_LEASE_S,
+)
+from pdtransport.control.sockets import Inbox, Letter, Socket
+from pdtransport.control.watchers import Watchers
 from pdtransport.errors import SettingsError
 from pdtransport.protocol.messages import (
     PROTOCOL_VERSION,
@@ -174,3 +183,35 @@ def test_what_a_peer_had_said_when_it_was_given_up_does_not_cost_it_its_connecti
     assert node.counters["callers_cut"] == 0
     assert node.of(MessageReceived) == []
     assert ["the weights changed" in down.reason for down in other.of(PeerDown)] == [True]
+
+
+def test_a_watcher_that_asks_again_keeps_its_place_in_a_full_house() -> None:
+    """Only those who come anew are refused: all who watch renew their leases, however many they are."""
+    held: Watchers[int] = Watchers()
+    for asked_at in (0.0, WATCH_AGAIN_S, WATCH_LEASE_S, 2 * WATCH_LEASE_S - 1):
+        for number in range(MAX_WATCHERS):
+            assert held.admit(b"%d" % number, number, asked_at)
+        assert not held.admit(b"more", -1, asked_at)
+    assert held.all(2 * WATCH_LEASE_S) == [*range(MAX_WATCHERS)]
+
+
+def test_no_part_of_a_message_of_several_parts_names_its_sender() -> None:
+    """Such a message is thrown away whole: a stranger whose second part is another connection's name, and whose third
+    is a valid frame, has said nothing in that connection's name."""
+    context: zmq.Context[Socket] = zmq.Context()
+    try:
+        router = context.socket(zmq.ROUTER)
+        router.bind("inproc://inbox")
+        stranger = context.socket(zmq.DEALER)
+        stranger.routing_id = b"stranger"
+        stranger.connect("inproc://inbox")
+        inbox = Inbox(router, addressed=True)
+        for parts in ([b"x", b"victim", b"forged"], [b"y", b"victim"], [b"whole"]):
+            stranger.send_multipart(parts)
+        letters = []
+        while read := inbox.read():
+            if isinstance(read, Letter):
+                letters.append((read.sender, read.body.bytes if read.body is not None else None))
+        assert letters == [(b"stranger", None), (b"stranger", None), (b"stranger", b"whole")]
+    finally:
+        context.destroy(0)

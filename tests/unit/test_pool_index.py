@@ -70,6 +70,22 @@ def test_the_index_is_a_dictionary(steps: list[tuple[bool, int]]) -> None:
         assert index.nbytes[entry] == number + 1
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_entry_that_is_used_again_knows_nothing_of_the_key_before(at_once: bool) -> None:
+    """No chunk inherits another one's codec, pins or tenant: who stores exact bytes never gets lossy ones."""
+    index = Index(1)
+    columns = (index.tiers, index.nbytes, index.checksum, index.refs, index.state, index.pin, index.form, index.group)
+    entry = index.add(key(1))
+    for column in columns:
+        column[entry] = 1
+    if at_once:
+        index.remove_all([entry])
+    else:
+        index.remove(entry)
+    assert index.add(key(2)) == entry
+    assert [column[entry] for column in columns] == [0] * len(columns)
+
+
 def test_keys_that_share_words_are_told_apart() -> None:
     """All 32 bytes count: keys that agree in their first 24 are different keys."""
     index = Index(64)
