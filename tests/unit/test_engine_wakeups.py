@@ -16,7 +16,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from pdtransport.engine import wakeups as module
+from pdtransport.engine.results import Results
+from pdtransport.engine.stats import TransferStats
 from pdtransport.engine.wakeups import MAX_HEARD, MAX_UNREAD, WakeupReceiver, WakeupSender
+from pdtransport.transfer.outcome import Outcome
 
 NOBODY = 65534
 # Every way in, as another user: the two sockets by their path, the names that they had in the abstract namespace,
@@ -50,6 +53,20 @@ def ends() -> Iterator[tuple[WakeupReceiver, WakeupSender]]:
     yield bell, rope
     bell.close()
     rope.close()
+
+
+@pytest.mark.parametrize("token", [None, 0, 7])
+def test_an_arrival_names_the_token_that_decode_goes_on_from(
+    ends: tuple[WakeupReceiver, WakeupSender], token: int | None
+) -> None:
+    """The bell starts the request at once, before the step's output comes: it must bring the promised first token
+    along, or decode would sample another one than the client has."""
+    bell, rope = ends
+    results = Results(TransferStats, lambda _req_id: None)
+    results.rope.close()
+    results.rope, results.rank = rope, 3
+    results.receipt_ended("r", Outcome("t", ok=True, first_token=token))
+    assert bell.arrivals() == {("r", 3): token}
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can speak as another user")
