@@ -443,6 +443,22 @@ def test_another_decode_goes_on_if_it_is_known_to() -> None:
     run(lambda: test(False))
 
 
+def test_another_decode_is_asked_once_even_without_retries() -> None:
+    """Once the client has the first token, there is at least one more try, also with decode_retries = 0."""
+
+    async def test() -> None:
+        async with rigged(first_token="auto", decode_retries=0) as rig:
+            await rig.learn()
+            gives_out(rig.p)
+            first = asyncio.Event()
+            fails_once(rig, "status", first)
+            reply = await early(rig, first)
+            assert text_of(reply) == "hello"
+            assert len(rig.d.seen) == 2
+
+    run(test)
+
+
 def test_a_decode_that_never_goes_on_ends_in_an_error() -> None:
     """The tries are bounded by decode_retries."""
 

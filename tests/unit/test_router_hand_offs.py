@@ -16,7 +16,7 @@ from pdtransport.control.curve import make_keys
 from pdtransport.protocol.messages import Code, Ended
 from pdtransport.router import handoffs, watches
 from pdtransport.router.endpoints import Endpoint
-from pdtransport.router.handoffs import HandOffs
+from pdtransport.router.handoffs import HandOff, HandOffs
 from pdtransport.router.health import MAX_ASKED
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import EndpointSettings, RouterHandOff
@@ -107,6 +107,19 @@ def test_one_rank_that_failed_is_a_hand_off_that_failed() -> None:
             assert (await rig.ask()).headers["x-pd-path"] == "recomputed; damaged: checksum"
 
     run(test)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("last", [None, Code.DAMAGED])
+def test_a_verdict_waits_for_all_ranks_in_whatever_order_they_report(order: tuple[int, int], last: Code | None) -> None:
+    """One rank's success decides nothing: only all ranks together hand over, all bytes count, and a failure that
+    comes last is heard."""
+    hand_off = HandOff("t", "p", Endpoint("decode", EndpointSettings(url="http://d:1")), {})
+    good = Ended(transfer="t", blocks=2, nbytes=1000, link="cma", exposed_us=500, taken_us=2000)
+    assert hand_off.hear(order[0], 2, good) is None
+    verdict = hand_off.hear(order[1], 2, good.model_copy(update={"code": last}))
+    assert verdict is not None
+    assert (verdict.became, verdict.nbytes) == (("handed_over", 2000) if last is None else ("failed", 0))
 
 
 def test_a_prompt_that_decode_held_was_not_handed_over_and_not_computed_twice() -> None:

@@ -380,6 +380,26 @@ def test_prefill_lets_go_of_pages_that_the_pool_has(there: int | None, ends: lis
     half.side.close()
 
 
+@pytest.mark.parametrize(
+    ("there", "ends"), [((5, 5), [ReleaseIfPooled("r")]), ((5, 4), []), ((4, 5), []), ((5, None), [])]
+)
+def test_prefill_keeps_pages_of_which_the_pool_lacks_a_part(there: tuple[int | None, ...], ends: list[Any]) -> None:
+    """With two ranks a chunk has two parts: prefill lets go only once the pool has both parts of all chunks."""
+    half = Half(ranks=2, hand_off_s=2.0)
+    made = half.arrive(PRODUCE)
+    half.admit(made, there=5)
+    half.side.update_output(ended())
+    through(half, made)
+    step(half.side)
+    half.clock.now += 3
+    step(half.side)
+    assert [len(keys) for keys, _ in half.pool.asked] == [5, 5]
+    for answer in there:
+        half.pool.answer(answer)
+    assert step(half.side).before == ends
+    half.side.close()
+
+
 def test_pages_that_decode_took_are_not_asked_for() -> None:
     half = Half(hand_off_s=2.0)
     made = half.arrive(PRODUCE)
