@@ -171,7 +171,7 @@ def unregister_host(address: int, device: int) -> None:
     Raises:
         GpuError: it is not registered, or the GPU has failed.
     """
-    with on(device, f"letting go of host memory at {address:#x}") as api, _beside_captures():
+    with on(device, f"unregistering host memory at {address:#x}") as api, _beside_captures():
         api.runtime.hostUnregister(address)
 
 
@@ -179,11 +179,11 @@ def unregister_host(address: int, device: int) -> None:
 def _beside_captures() -> Iterator[None]:
     """Calls of this thread do not break the capture of a CUDA graph in another thread."""
     mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
-    driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    driver("setting the CUDA graph capture mode", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
     try:
         yield
     finally:
-        driver("looking after CUDA graphs", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        driver("setting the CUDA graph capture mode", "cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
 def to_host(address: int, nbytes: int, device: int | None = None, *, beside: bool = False) -> bytes:

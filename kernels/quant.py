@@ -131,7 +131,7 @@ def choose(level: int) -> int:
 def _fitting(grid: Grid, nbytes: int) -> int:
     outer = grid.outer(nbytes)
     if not outer or grid.dtype not in DTYPES:
-        raise ValueError(f"{nbytes} bytes are no grid of {grid}")
+        raise ValueError(f"{nbytes} bytes do not fit the grid {grid}")
     return outer
 
 

@@ -4,7 +4,7 @@
 
 Exit status:
   0    done; for `up`: stopped on request after it was up
-  1    `status`: no such run is up, or a worker does not answer; `pool`: there is no such pool
+  1    `status`: no such run is up, or a worker does not answer; `pool`: no such pool exists
   2    the command line or the topology file is wrong
   3    preflight found a reason not to start
   4    a process did not start
@@ -51,9 +51,9 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(prog="pdlaunch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text in (
-        ("up", "start a topology, prove it, hold it until Ctrl-C"),
+        ("up", "start a topology, prove that it works, and run it until Ctrl-C"),
         ("check", "validate a topology and show what would run; starts nothing"),
-        ("status", "ask the workers of a topology that is up how they are"),
+        ("status", "show the status of a running topology's workers"),
     ):
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("topology", type=Path, metavar="TOPOLOGY", help="a topology file, such as topology.yaml")
@@ -63,15 +63,19 @@ def parser() -> argparse.ArgumentParser:
         )
     verbs.choices["up"].add_argument("--no-proof", action="store_true", help="skip the golden prompt")
     keys = verbs.add_parser("keys", help="make a CURVE key pair for the control channel")
-    keys.add_argument("folder", type=Path, metavar="DIR", help="folder to write the pair into; made if it is not there")
-    sizes = verbs.add_parser("size", help="what a model's KV cache weighs, and how long its pages take over a link")
+    keys.add_argument("folder", type=Path, metavar="DIR", help="folder to write the pair to; created if missing")
+    sizes = verbs.add_parser(
+        "size", help="show the size of a model's KV cache, and how long its pages take over a link"
+    )
     sizes.add_argument("model", type=Path, metavar="MODEL", help="a model's folder, or its config.json")
     sizes.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
-    sizes.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens a block (16)")
-    sizes.add_argument("--dtype", default="auto", help="of the KV cache, such as fp8 (auto: the weights')")
-    sizes.add_argument("--tokens", type=int, nargs="+", metavar="N", help="prompt lengths to tell of")
+    sizes.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens per block (16)")
     sizes.add_argument(
-        "--rate", action="append", default=[], metavar="NAME=GB/s", help="a link's rate; may be given again"
+        "--dtype", default="auto", help="data type of the KV cache, such as fp8 (auto: that of the weights)"
+    )
+    sizes.add_argument("--tokens", type=int, nargs="+", metavar="N", help="prompt lengths to report")
+    sizes.add_argument(
+        "--rate", action="append", default=[], metavar="NAME=GB/s", help="a link's rate; may be repeated"
     )
     sizes.add_argument("--json", action="store_true", help="answer with one JSON object")
     pool.add_parser(verbs)
@@ -83,12 +87,12 @@ def spelt_out(argv: Sequence[str]) -> list[str]:
     """``argv`` with the verb ``up`` added if it names only a topology.
 
     Raises:
-        UsageError: the first word is neither a verb nor a topology file.
+        UsageError: the first argument is neither a verb nor a topology file.
     """
     words = list(argv)
     verbs = ", ".join(VERBS)
     if not words:
-        raise UsageError(f"nothing to do: name a topology file, or one of {verbs} (options: pdlaunch --help)")
+        raise UsageError(f"nothing to do: give a topology file, or one of {verbs} (options: pdlaunch --help)")
     first = words[0]
     if first in VERBS:
         return words
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None, *, command: Command = vllm_command) 
         return _fail(error, NOT_STARTED if arguments.verb == "up" else USAGE)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except Interrupted as stop:  # before anything was started, or after all were told to stop
+    except Interrupted as stop:  # before anything was started, or after all were asked to stop
         return 128 + stop.number
 
 
@@ -231,7 +235,7 @@ def _show(plan: Plan, topology: Topology) -> None:
     public = plan.public()
     print(f"{plan.name}: {plan.model} as {', '.join(map(repr, plan.served_names))}")
     for instance, shown in zip(plan.instances, public["instances"], strict=True):
-        picked = "" if topology.by_role()[instance.role].port else " (picked anew by `up`)"
+        picked = "" if topology.by_role()[instance.role].port else " (`up` picks a new one)"
         print(f"\n{instance.name}: {instance.url}{picked}, control {' '.join(shown['control'])}, {instance.place}")
         for key, value in shown["environment"].items():
             print(f"  {key}={shlex.quote(value)}")
@@ -253,7 +257,7 @@ def _status(arguments: argparse.Namespace) -> int:
     except runs.NotUp as error:
         return _fail(f"{error}: start it with `pdlaunch up {arguments.topology}`", NOT_UP)
     if found is None:  # it has just ended
-        return _fail(f"{topology.name} is not up any more", NOT_UP)
+        return _fail(f"{topology.name} is no longer up", NOT_UP)
     print(json.dumps(found, indent=2) if arguments.json else status.as_text(found))
     return OK if found["healthy"] else NOT_UP
 
@@ -266,7 +270,7 @@ def _keys(arguments: argparse.Namespace) -> int:
     except PDTransportError as error:
         return _fail(error, USAGE)
     print(
-        "# a new key pair; name it in the topology of every instance that shall talk to each other:\n"
+        "# a new key pair; set it in the topology of all instances that exchange pages:\n"
         f"transport:\n  control:\n    curve_public_key_file: {public}\n    curve_secret_key_file: {secret}"
     )
     return OK
@@ -278,7 +282,7 @@ def _size(arguments: argparse.Namespace) -> int:
     )
     tokens = arguments.tokens or size.DEFAULT_TOKENS
     if min(tokens) < 1:
-        raise size.SizeError(f"--tokens {min(tokens)}: a prompt has 1 token or more")
+        raise size.SizeError(f"--tokens {min(tokens)}: a prompt has at least 1 token")
     rates = dict(map(size.parse_rate, arguments.rate)) or size.NOMINAL_RATES
     told = size.report(found, tokens, rates)
     print(json.dumps(told, indent=2) if arguments.json else size.as_text(found, tokens, rates))
@@ -323,7 +327,7 @@ def _pool_line(plan: Plan) -> str:
         return ""
     where = f" and at {plan.pool.url}" if plan.pool.url else ""
     command = shlex.join(["pdlaunch", "pool", "status", "--pool", plan.pool.name, "--dir", str(plan.pool.dir)])
-    return f"Its pool can be seen with `{command}`{where}.\n"
+    return f"Show its pool with `{command}`{where}.\n"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def parse_cores(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high or high > MAX_CORE:
-            raise ValueError(f"{text!r} is no list of cores; write 0-3,8 or [0, 1, 2, 3, 8]")
+            raise ValueError(f"{text!r} is not a list of cores; write 0-3,8 or [0, 1, 2, 3, 8]")
         cores.extend(range(low, high + 1))
     return cores
 

@@ -83,12 +83,12 @@ def prompts(model: str, chat: bool) -> list[DemoPrompt]:
 
     made = [
         completion("a few tokens, far less than a page", SHORT),
-        completion("a class to go on with, streamed", CODE, stream=True),
+        completion("a class to continue, streamed", CODE, stream=True),
         completion("prose", PROSE),
         completion("4,000 characters of argparse.py", source[:4000]),
-        completion("9,000 characters of argparse.py: its beginning is held already", source[:9000], stream=True),
+        completion("9,000 characters of argparse.py, whose beginning is cached", source[:9000], stream=True),
         completion("20,000 characters from its middle, streamed", source[20000:40000], stream=True),
-        completion("the same again: held already but for its end", source[20000:40000]),
+        completion("the same again: all cached except its end", source[20000:40000]),
     ]
     if chat:
         asked = [{"role": "user", "content": PROSE}, {"role": "user", "content": CODE}]
@@ -191,8 +191,8 @@ def what_next(topology: Path) -> str:
     """Hints for users after a successful demo."""
     pdlaunch = Path(sys.executable).with_name("pdlaunch")
     return (
-        f"\nTo keep it up and ask it yourself: {pdlaunch} {topology}\n"
-        "For a model and machines of your own: README.md, docs/pdlaunch.md"
+        f"\nTo keep it running and send requests yourself: {pdlaunch} {topology}\nFor a model and machines of your "
+        "own: README.md, docs/pdlaunch.md"
     )
 
 
@@ -202,7 +202,7 @@ def _say(text: str) -> None:
 
 @command("demo")
 def main(argv: Sequence[str] | None = None) -> int:
-    options = argparse.ArgumentParser(description="Show a topology at work; see the module's text.")
+    options = argparse.ArgumentParser(description="Run a topology with real prompts; see the module's docstring.")
     options.add_argument("topology", type=Path)
     options.add_argument("--run-dir", type=Path, default=RUN_DIR, help="folder of the logs (default: .demo)")
     chosen = options.parse_args(argv)

@@ -28,7 +28,7 @@ PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.05
 KILL_ROUNDS_S = 10.0  # after SIGKILL only processes stuck in the kernel remain; they are reported, not waited for
 
-_stop_at: float | None = None  # monotonic time at which the guard was told to stop
+_stop_at: float | None = None  # monotonic time at which the guard was asked to stop
 _hurry = False
 
 

@@ -24,14 +24,17 @@ _STAGES: tuple[tuple[str, str], ...] = (
 )
 
 _CAUSES: tuple[tuple[str, str], ...] = (
-    (r"[Aa]ddress already in use|errno 98", "a port is in use: {line}. Stop what uses it, or set the role's port to 0"),
+    (
+        r"[Aa]ddress already in use|errno 98",
+        "a port is in use: {line}. Stop the process that uses it, or set the role's port to 0",
+    ),
     (
         r"CUDA out of memory|OutOfMemoryError",
         "the GPU has too little memory: lower gpu-memory-utilization or raise tp",
     ),
     (
         r"Free memory on device .* is less than desired",
-        "the GPU is shared with something: lower gpu-memory-utilization in roles.<role>.args",
+        "another process uses the GPU's memory: lower gpu-memory-utilization in roles.<role>.args",
     ),
     (
         r"No available memory for the cache blocks|larger than the available KV cache memory",
@@ -41,13 +44,13 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     (
         r"is not a (?:local folder|valid model identifier)|RepositoryNotFound|LocalEntryNotFound|"
         r"Repo id must|outgoing traffic has been disabled|couldn't connect to|Invalid repository ID",
-        "the model was not found: set model.id to a folder that is there (./name), or to a hub id that can be reached",
+        "the model was not found: set model.id to an existing folder (./name), or to a hub id that can be reached",
     ),
     (r"unrecognized arguments?: (?P<found>.*)", "vLLM does not know the flag {found}: see roles.<role>.args"),
     (r"error: argument (?P<found>.*)", "vLLM refused a flag: {found}"),
     (
         r"Unsupported connector type: (?P<found>\S+)",
-        "vLLM did not load pdtransport's plugin: is pdtransport installed here?",
+        "vLLM did not load pdtransport's plugin: install pdtransport in this environment",
     ),
     (r"max_model_len.*greater than", "model.max_model_len is longer than the model allows"),
     (r"(?P<found>(?:PeerRefused|SettingsError|LinkUnavailable): .*)", "{found}"),
@@ -88,24 +91,24 @@ def ending(status: int) -> str:
 
 
 def likely_cause(lines: Sequence[str], status: int | None, out_of_memory: bool | None = None) -> str | None:
-    """One line that says why a process failed, if its log, its exit status or the kernel tells.
+    """One line that says why a process failed, if its log, its exit status or the kernel shows it.
 
     Args:
         out_of_memory: True if the kernel killed any process for lack of memory meanwhile; None: unknown.
     """
     if status == SIGNALLED + signal.SIGKILL:
         if out_of_memory is None:
-            return "somebody killed it, or the kernel for want of memory: the kernel's log (dmesg) tells which"
+            return "it was killed by another process, or by the kernel for lack of memory: see the kernel's log (dmesg)"
         if out_of_memory:
-            return "the kernel has killed a process for want of memory meanwhile, most likely this one (see dmesg)"
-        return "somebody killed it: the kernel has killed no process for want of memory meanwhile"
+            return "the kernel killed a process for lack of memory meanwhile, most likely this one (see dmesg)"
+        return "it was killed by another process: the kernel killed no process for lack of memory meanwhile"
     for line in map(plain, lines):
         for pattern, text in _CAUSES:
             match = re.search(pattern, line)
             if match:
                 return text.format(line=line[:MAX_LINE], found=match.groupdict().get("found") or "")
     if out_of_memory:  # if an engine core is killed, its server ends with its own status
-        return "the kernel has killed a process for want of memory meanwhile, most likely one of its (see dmesg)"
+        return "the kernel killed a process for lack of memory meanwhile, most likely one of this server's (see dmesg)"
     # vLLM wraps the first failure in others: the first exception line that is not a wrapper is the root cause.
     for line in map(plain, lines):
         if _EXCEPTION.search(line) and not any(wrapper in line for wrapper in _WRAPPERS):

@@ -182,7 +182,9 @@ class Ports:
             if self._taken.isdisjoint(wanted) and first_busy(host, wanted) is None:
                 self.reserve(wanted)
                 return first
-        raise PlanError(f"no {count} free ports in a row between {self._low} and {self._high}: set them by hand")
+        raise PlanError(
+            f"no {count} consecutive free ports between {self._low} and {self._high}: set the ports in the topology"
+        )
 
 
 def first_busy(host: str, ports: Sequence[int]) -> int | None:
@@ -402,9 +404,9 @@ def _pool(topology: Topology, ports: Ports, run_folder: Path) -> PoolPlan | None
 
 
 def _wants_hints(topology: Topology, pool: PoolSettings) -> bool:
-    """True if the router shall send hints to the pool.
+    """True if the router should send hints to the pool.
 
-    That is so if chunks may be in tiers below memory, unless the topology sets ``router.pool_hint`` itself.
+    It should if chunks may be in tiers below memory, unless the topology sets ``router.pool_hint`` itself.
     """
     below = pool.disk or pool.redis or pool.s3 or pool.tiers
     use = _use(topology)

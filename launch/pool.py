@@ -1,4 +1,4 @@
-"""``pdlaunch pool``: shows and manages what a pool on this machine holds."""
+"""``pdlaunch pool``: shows and manages the contents of a pool on this machine."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ MAX_PROMPT_FILE = 64 << 20  # bytes
 
 VERBS = {
     "status": "sizes, contents and hit rates by tier and tenant",
-    "lookup": "how many chunks of a prompt are there, and in which tier",
+    "lookup": "how many chunks of a prompt the pool holds, and in which tiers",
     "spaces": "which engines' keys the pool knows, so that prompts can be looked up",
-    "pin": "keep chunks in memory",
-    "unpin": "keep them there no longer",
-    "prefetch": "bring chunks up into memory",
-    "move": "have chunks in another tier and not in memory",
-    "clear": "forget chunks in all tiers",
-    "compress": "write chunks again to tiers that got a codec since",
+    "pin": "pin chunks in memory",
+    "unpin": "unpin chunks",
+    "prefetch": "read chunks into memory",
+    "move": "move chunks to another tier, out of memory",
+    "clear": "remove chunks from all tiers",
+    "compress": "rewrite chunks in tiers that have been given a codec since",
 }
 
 
 class PoolCommandError(PDTransportError):
-    """The command line names something that can't be used; one line."""
+    """An argument can't be used; the text is one line."""
 
 
 def add_parser(verbs: Any) -> None:
     """Add ``pool`` and its verbs."""
-    pool = verbs.add_parser("pool", help="show and manage what a pool of KV chunks holds", description=__doc__)
+    pool = verbs.add_parser("pool", help="show and manage the contents of a pool of KV chunks", description=__doc__)
     inner = pool.add_subparsers(dest="pool_verb", required=True, metavar="VERB")
     made: dict[str, argparse.ArgumentParser] = {}
     for name, text in VERBS.items():
@@ -48,10 +48,12 @@ def add_parser(verbs: Any) -> None:
         verb.add_argument("--json", action="store_true", help="answer with one JSON object")
         if name not in ("status", "spaces"):
             _add_choice(verb, only_prompt=name == "lookup")
-    made["pin"].add_argument("--soft", action="store_true", help="only as long as anything else can go")
-    made["pin"].add_argument("--for", dest="for_s", type=float, metavar="SECONDS", help="the pin ends then by itself")
+    made["pin"].add_argument("--soft", action="store_true", help="evict them only when no unpinned chunk can be")
+    made["pin"].add_argument(
+        "--for", dest="for_s", type=float, metavar="SECONDS", help="the pin expires after this many seconds"
+    )
     made["move"].add_argument(
-        "--to", required=True, metavar="TIER", help="memory, disk, ..., or below: any that has it"
+        "--to", required=True, metavar="TIER", help="memory, disk, ..., or below: any lower tier that has the chunk"
     )
 
 
@@ -64,9 +66,11 @@ def _add_choice(verb: argparse.ArgumentParser, *, only_prompt: bool) -> None:
     if not only_prompt:
         choice.add_argument("--key", nargs="+", metavar="HEX", help="chunks with these keys")
         choice.add_argument("--all", action="store_true", help="all chunks")
-        choice.add_argument("--tenant", metavar="NAME", help="all of this tenant, which has a quota")
-    verb.add_argument("--model", metavar="NAME", help="whose keys, where engines of several models use the pool")
-    verb.add_argument("--tokenizer", metavar="PATH", help="folder or hub id (default: what the engine said)")
+        choice.add_argument("--tenant", metavar="NAME", help="all chunks of this tenant, which must have a quota")
+    verb.add_argument(
+        "--model", metavar="NAME", help="model whose keys to use, if engines of several models use the pool"
+    )
+    verb.add_argument("--tokenizer", metavar="PATH", help="folder or hub id (default: as reported by the engine)")
     verb.add_argument("--salt-file", type=Path, metavar="FILE", help="the engines' pool.salt_file")
     verb.add_argument("--cache-salt-file", type=Path, metavar="FILE", help="file with the requests' cache_salt")
 
@@ -112,9 +116,9 @@ def _act(verb: str, arguments: argparse.Namespace, admin: PoolAdmin) -> tuple[Ad
         where = (
             "in memory"
             if arguments.to == "memory"
-            else "below, and not in memory"
+            else "in lower tiers, out of memory"
             if arguments.to == BELOW
-            else f"in tier {arguments.to}, and not in memory"
+            else f"in tier {arguments.to}, out of memory"
         )
         return outcome, f"{outcome.done} of {outcome.of} chunks are {where}"
     verbs: dict[str, tuple[Callable[[Chosen], AdminOutcome], str]] = {
@@ -176,7 +180,7 @@ def _tokens(arguments: argparse.Namespace, admin: PoolAdmin, prompt: PoolPrompt)
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, list) or not all(type(token) is int for token in found):
-            raise PoolCommandError(f"--tokens-file: {arguments.tokens_file} is no JSON list of token ids")
+            raise PoolCommandError(f"--tokens-file: {arguments.tokens_file} is not a JSON list of token ids")
         return found
     text = arguments.prompt
     if text is None:
@@ -200,9 +204,7 @@ def tokenize(text: str, where: str) -> list[int]:
         return list(map(int, made.encode(text)))
     except Exception as error:  # noqa: BLE001 - transformers raises whatever its files make it raise
         why = " ".join(str(error).split())[:200]
-        raise PoolCommandError(
-            f"no tokenizer in {where!r} ({why}): name one with --tokenizer, or use --tokens"
-        ) from None
+        raise PoolCommandError(f"no tokenizer in {where!r} ({why}): set --tokenizer, or use --tokens") from None
 
 
 def _read(path: Path, option: str, limit: int) -> str:
@@ -265,7 +267,7 @@ def _found_text(found: PromptFound) -> str:
 
 def _spaces_text(spaces: list[dict[str, Any]]) -> str:
     if not spaces:
-        return "no engine has told this pool of its keys"
+        return "no engine has reported its key space to this pool"
     rows: list[tuple[str, ...]] = [("MODEL", "DTYPE", "CHUNK", "PARTS", "SALT", "SERVED AS")]
     for space in spaces:
         salt, served = "yes" if space["salted"] else "no", ", ".join(space["served"])

@@ -83,13 +83,13 @@ class PoolKeeper:
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
             self._say(
-                f"pool {what}, for the {self._deaths}th time in a row: it is not started again, and requests go on "
+                f"pool {what}, for the {self._deaths}th time in a row: it is not restarted, and requests are served "
                 f"without it; its log: {self.process.log}"
             )
             return
         pause = min(FIRST_PAUSE_S * 2 ** (self._deaths - 1), LONGEST_PAUSE_S)
         self._again_at = time.monotonic() + pause
-        self._say(f"pool {what}: started again in {pause:g} s; requests go on without it; its log: {self.process.log}")
+        self._say(f"pool {what}: restarted in {pause:g} s; requests are served without it; its log: {self.process.log}")
 
     def free_memory(self) -> None:
         """Remove the shared memory of a pool that was killed: the kernel does not free it when the process ends."""

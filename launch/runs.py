@@ -20,11 +20,11 @@ MAX_LINKS = 64  # per name; older ones are removed
 
 
 class NotUp(PDTransportError):
-    """No run of that name serves."""
+    """No run of that name is up."""
 
 
 class Starting(NotUp):
-    """The run does not serve yet."""
+    """The run is still starting."""
 
 
 class Ambiguous(PDTransportError):
@@ -77,7 +77,9 @@ def find(name: str, run_dir: Path | None) -> Path:
     if record is None:
         raise Starting(f"{name} is starting (logs in {up[0]})")
     if record.get("name") != name:
-        raise Ambiguous(f"{up[0]} has the run of {record.get('name')!r}, not of {name!r}: give its own --run-dir")
+        raise Ambiguous(
+            f"{up[0]} holds the run of {record.get('name')!r}, not of {name!r}: give the other run's --run-dir"
+        )
     return up[0]
 
 

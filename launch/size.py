@@ -87,7 +87,7 @@ def read_config(model: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SizeError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise SizeError(f"{file} holds no JSON object")
+        raise SizeError(f"{file} is not a JSON object")
     text = config.get("text_config")
     if isinstance(text, dict):
         return {**{key: config[key] for key in ("dtype", "torch_dtype") if key in config}, **text}
@@ -109,7 +109,9 @@ def kv_size(config: Mapping[str, Any], *, tp: int = 1, block_size: int = 16, dty
     kinds = config.get("layer_types")
     kinds = [str(kind) for kind in kinds] if isinstance(kinds, list) else []
     if other := sorted({kind for kind in kinds if any(part in kind for part in ATTENTION_FREE)}):
-        raise SizeError(f"layers of type {', '.join(other)} keep a state, not pages: the connector refuses such models")
+        raise SizeError(
+            f"layers of type {', '.join(other)} keep a state instead of pages: the connector refuses such models"
+        )
     element = _element_bytes(config, dtype)
     layers = _number(config, "num_hidden_layers")
     window = config.get("sliding_window")
@@ -125,7 +127,7 @@ def kv_size(config: Mapping[str, Any], *, tp: int = 1, block_size: int = 16, dty
     else:
         dim = _number(config, "head_dim")
     if max(heads, tp) % min(heads, tp):
-        raise SizeError(f"{heads} KV heads do not split over tp {tp}: one must be a multiple of the other")
+        raise SizeError(f"{heads} KV heads can't be split over tp {tp}: one must be a multiple of the other")
     return KVSize(layers, heads, 2 * heads * dim * element, block_size, tp, window=window)
 
 
@@ -135,7 +137,7 @@ def _number(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     if value is None:
         raise SizeError(f"config.json has no {key!r}")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        raise SizeError(f"config.json: {key!r} is {value!r}, not a whole number above 0")
+        raise SizeError(f"config.json: {key!r} is {value!r}, not a positive integer")
     return value
 
 
@@ -143,7 +145,7 @@ def _element_bytes(config: Mapping[str, Any], dtype: str) -> int:
     if dtype == "auto":
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if dtype not in DTYPE_BYTES:
-        raise SizeError(f"KV data type {dtype!r}: one of {', '.join(DTYPE_BYTES)} is needed")
+        raise SizeError(f"KV data type {dtype!r}: must be one of {', '.join(DTYPE_BYTES)}")
     return DTYPE_BYTES[dtype]
 
 
@@ -159,7 +161,7 @@ def parse_rate(text: str) -> tuple[str, float]:
     except ValueError:
         rate = 0.0
     if not name or not 0 < rate < float("inf"):
-        raise SizeError(f"--rate {text!r}: NAME=GB/s is needed, such as --rate 'our NIC=22.5'")
+        raise SizeError(f"--rate {text!r}: give NAME=GB/s, such as --rate 'our NIC=22.5'")
     return name, rate
 
 
@@ -198,7 +200,7 @@ def as_text(size: KVSize, tokens: Sequence[int], rates: Mapping[str, float]) -> 
     if size.window:
         lines.append(f"sliding-window layers are counted in full; vLLM keeps {size.window} tokens of them")
     width = max(len(name) for name in rates) + 12
-    lines += ["", "a prompt crosses in".ljust(width) + "".join(f"{count:>12,}" for count in tokens) + "  tokens"]
+    lines += ["", "transfer time of a prompt".ljust(width) + "".join(f"{count:>12,}" for count in tokens) + "  tokens"]
     lines.append("".ljust(width) + "".join(f"{_bytes(size.prompt_bytes(count)):>12}" for count in tokens))
     for name, rate in rates.items():
         times = "".join(f"{_time(size.prompt_bytes(count) / (rate * 1e9)):>12}" for count in tokens)

@@ -15,7 +15,7 @@ from pdtransport.pool.client.pool_client import PoolClient
 from pdtransport.settings import ControlSettings
 
 POOL_S = 5.0  # timeout of the pool's answer
-AT_ONCE = 64  # questions; each may have to wait for its timeout
+AT_ONCE = 64  # concurrent status requests; each may have to wait for its timeout
 
 
 def collect(topology: Topology, folder: Path, file_folder: Path) -> dict[str, Any] | None:
@@ -101,8 +101,8 @@ def _rank_lines(rank: dict[str, Any]) -> list[str]:
     status = rank["status"]
     live = status.get("live", {})
     counters = ", ".join(f"{name} {value}" for name, value in sorted(status.get("counters", {}).items()) if value)
-    lines = [f"up {status.get('uptime_s', 0):.0f} s, sending {live.get('producing', 0)}, "
-             f"receiving {live.get('consuming', 0)}; {counters or 'nothing moved yet'}"]  # fmt: skip
+    lines = [f"up {status.get('uptime_s', 0):.0f} s, sending {live.get('producing', 0)}, receiving "
+             f"{live.get('consuming', 0)}; {counters or 'nothing transferred yet'}"]  # fmt: skip
     for peer in status.get("peers", ()):
         lines.append(
             f"peer {peer.get('engine')}/{peer.get('rank')} over {peer.get('link') or 'no link'}, "

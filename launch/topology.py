@@ -76,13 +76,16 @@ def _flags(raw: Any) -> Any:
     for key, value in raw.items():
         name = key.replace("_", "-")
         if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9.-]*", name):
-            raise wrong("no vLLM flag; write its long name without dashes in front, such as max-num-seqs", key)
+            raise wrong("not a vLLM flag; write its long name without leading dashes, such as max-num-seqs", key)
         canonical = FLAG_ALIASES.get(name, name)
         own = canonical.removeprefix("no-")
         if own in OWN_FLAGS:
             raise wrong(f"pdlaunch sets --{own} itself, from {OWN_FLAGS[own]}", key)
         if canonical in SECRET_FLAGS:
-            text = f"everybody on a machine sees its command lines: set {SECRET_FLAGS[canonical]} for pdlaunch instead"
+            text = (
+                f"command lines are visible to all users of a machine: set {SECRET_FLAGS[canonical]} for pdlaunch "
+                "instead"
+            )
             raise wrong(text, key)
         if name in flags:
             raise wrong("given twice, once with - and once with _", key)
@@ -98,7 +101,7 @@ def _environment(raw: Any) -> Any:
     env: dict[str, str] = {}
     for key, value in raw.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            raise wrong("no name of an environment variable", key)
+            raise wrong("not a name of an environment variable", key)
         if key in OWN_ENV:
             raise wrong(f"pdlaunch sets it itself, from {OWN_ENV[key]}", key)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or "\0" in str(value):
@@ -121,10 +124,10 @@ def _router(raw: Any) -> Any:
         return _PLACEHOLDERS if raw is None else raw
     for key in _PLACEHOLDERS:
         if key in raw:
-            raise wrong("pdlaunch fills in the servers itself; take it out", key)
+            raise wrong("pdlaunch fills in the servers itself; remove it", key)
     for key in ("api_key", "admin_api_key", "upstream_api_key"):
         if raw.get(key) is not None:
-            raise wrong(f"{_NO_SECRETS}: put the key into a file and name it in {key}_file", key)
+            raise wrong(f"{_NO_SECRETS}: put the key into a file and set {key}_file to its path", key)
     return {**raw, **_PLACEHOLDERS}
 
 
@@ -164,16 +167,17 @@ class Model(Section):
     id: str = Field(
         min_length=1,
         max_length=1024,
-        description="Folder (relative to the topology file) or hub id. Starts with ./ ../ / or ~: always a folder.",
+        description="Folder (relative to the topology file) or hub id. A value that starts with ./ ../ / or ~ is a "
+        "folder.",
     )
     revision: str | None = Field(None, description="Revision of a hub id; one for all instances.")
     served_name: Names | None = Field(
-        None, description="Name that clients use, or a list of names, the first of which is in answers. Default: the "
-        "topology's."
+        None, description="Name that clients use, or a list of names, of which answers contain the first. Default: "
+                          "the topology's name."
     )  # fmt: skip
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Data type of the weights.")
     block_size: Annotated[int, Strict()] | None = Field(
-        None, ge=1, le=1024, description="Tokens in a KV page; equal on all instances. Default: vLLM's own choice."
+        None, ge=1, le=1024, description="Tokens per KV page, equal on all instances. Default: vLLM's own choice."
     )
     max_model_len: Annotated[int, Strict()] | None = Field(
         None, ge=1, description="Longest prompt and answer together, in tokens. Default: the model's own."
@@ -189,7 +193,7 @@ class Host(Section):
     @classmethod
     def _only_local(cls, value: str) -> str:
         if value != "local":
-            raise wrong(f"{value!r} is not possible: this version launches on one machine; allowed: local")
+            raise wrong(f"{value!r} is not supported: this version launches on one machine; allowed: local")
         return value
 
 
@@ -198,15 +202,15 @@ class Defaults(Section):
 
     args: Flags = Field(
         default_factory=dict,
-        description="vLLM flags by their long names, such as `max-num-seqs: 8` or `enforce-eager: true`. A role takes "
-        "one out with null.",
+        description="vLLM flags by their long names, such as `max-num-seqs: 8` or `enforce-eager: true`. A role "
+        "removes a flag with null.",
     )
     env: Environment = Field(default_factory=dict, description="Environment variables.")
     start_timeout_s: float = Field(
-        900.0, gt=0, le=86400, description="A server that is not up after this long ends the launch."
+        900.0, gt=0, le=86400, description="The launch fails if a server is not up after this long."
     )
     stop_timeout_s: float = Field(
-        20.0, gt=0, le=600, description="Processes get this long to end by themselves before they are killed."
+        20.0, gt=0, le=600, description="Time for processes to end by themselves before they are killed."
     )
 
 
@@ -215,18 +219,22 @@ class Role(Section):
 
     count: Annotated[int, Strict()] = Field(1, ge=1, le=MAX_INSTANCES, description="Instances.")
     tp: Annotated[int, Strict()] = Field(1, ge=1, le=64, description="Tensor-parallel workers in each instance.")
-    port: Port = Field(0, description="HTTP port of instance 0; instance i takes port + i. 0: free ones are picked.")
+    port: Port = Field(0, description="HTTP port of instance 0; instance i uses port + i. 0: free ports are picked.")
     control_port: Port = Field(
-        0, description="Control port of instance 0's rank 0; each instance takes tp of them in a row. 0: picked."
+        0,
+        description="Control port of instance 0's rank 0; each instance uses tp consecutive ports. 0: free ports "
+        "are picked.",
     )
     cpu: Ids | None = Field(
         None,
-        description="CPU cores, `0-7` or `[0, 1]`, shared out over the role's workers in this order. Default: an "
+        description="CPU cores, `0-7` or `[0, 1]`, distributed over the role's workers in this order. Default: an "
         "even share.",
     )
-    gpus: Ids | None = Field(None, description="GPUs, tp for each instance in this order. Unset: a CPU role.")
-    args: Flags = Field(default_factory=dict, description="vLLM flags, over those of defaults.")
-    env: Environment = Field(default_factory=dict, description="Environment variables, over those of defaults.")
+    gpus: Ids | None = Field(None, description="GPUs, tp per instance in this order. Unset: a CPU role.")
+    args: Flags = Field(default_factory=dict, description="vLLM flags, which override those of defaults.")
+    env: Environment = Field(
+        default_factory=dict, description="Environment variables, which override those of defaults."
+    )
 
     @model_validator(mode="after")
     def _devices(self) -> Role:
@@ -235,10 +243,11 @@ class Role(Section):
             raise wrong("cpu and gpus exclude each other: a role runs on one kind of device")
         if self.cpu is not None:
             if len(set(self.cpu)) != len(self.cpu):
-                raise wrong("cpu names a core twice")
+                raise wrong("cpu lists a core twice")
             if len(self.cpu) % workers:
                 raise wrong(
-                    f"cpu lists {len(self.cpu)} cores for {workers} workers (count x tp); give each equally many"
+                    f"cpu lists {len(self.cpu)} cores for {workers} workers (count x tp); give each worker the same "
+                    "number"
                 )
         if self.gpus is not None:
             if len(self.gpus) != workers:
@@ -248,12 +257,12 @@ class Role(Section):
                     raise wrong(f"instance {start // self.tp} would get one GPU twice; its tp workers need one each")
         for key, ports in (("port", self.count), ("control_port", workers)):
             if getattr(self, key) and getattr(self, key) + ports - 1 > 65535:
-                raise wrong(f"{key} + {ports - 1} lies beyond 65535")
+                raise wrong(f"{key} + {ports - 1} is above 65535")
         return self
 
 
 class Roles(Section):
-    """The two roles, a section each."""
+    """The two roles, one section each."""
 
     prefill: Role = Field(description="Instances that compute prompts and push their KV pages.")
     decode: Role = Field(description="Instances that receive pages and write answers.")
@@ -269,16 +278,16 @@ class Preflight(Section):
         None,
         min_length=1,
         max_length=100_000,
-        description="Its text, a few KV pages long; a line that makes it new to every cache is put in front. Unset: a "
-        "program's source.",
+        description="Text of the prompt, a few KV pages long; a unique line is put in front, so that no cache has "
+        "it. Unset: the source of a program.",
     )
     max_tokens: Annotated[int, Strict()] = Field(16, ge=1, le=4096, description="Tokens to compare.")
-    timeout_s: float = Field(120.0, gt=0, le=3600, description="Longest wait for one answer.")
+    timeout_s: float = Field(120.0, gt=0, le=3600, description="Timeout of one answer.")
 
 
 def _version(value: Any) -> Any:
     if value != API_VERSION:
-        raise wrong(f"{value!r} is not a version that this pdlaunch knows; allowed: {API_VERSION}")
+        raise wrong(f"{value!r} is not supported by this pdlaunch; allowed: {API_VERSION}")
     return value
 
 
@@ -298,15 +307,17 @@ class Topology(Section):
     )
     router: Router = Field(
         default_factory=lambda: RouterSettings.model_validate(_PLACEHOLDERS),
-        description="The router's settings, but for prefill and decode, which pdlaunch fills in.",
+        description="The router's settings, without prefill and decode, which pdlaunch fills in.",
     )
     pool: Pool | None = Field(
         None,
-        description="Start a pool for all instances, which ends with them; sizes such as 64GiB. How instances use it "
-        "is in transport.pool, which need not be there.",
+        description="Start a pool for all instances, which ends with them; sizes such as 64GiB. transport.pool "
+        "(optional) sets how instances use it.",
     )
     kv_load_failure_policy: Literal["recompute", "fail"] = Field(
-        "recompute", description="What decode does with a request whose pages did not arrive: compute them, or fail it."
+        "recompute",
+        description="What decode does with a request whose pages did not arrive: compute the prompt, or "
+        "fail the request.",
     )
     preflight: Preflight = Preflight()
 
@@ -321,9 +332,11 @@ class Topology(Section):
     @classmethod
     def _for_all_instances(cls, transport: Settings) -> Settings:
         if transport.pool is not None and transport.pool.salt:
-            raise wrong(f"{_NO_SECRETS}: put the salt into a file and name it in pool.salt_file")
+            raise wrong(f"{_NO_SECRETS}: put the salt into a file and set pool.salt_file to its path")
         if "port" in transport.control.model_fields_set:
-            raise wrong("control.port differs from instance to instance: set roles.<role>.control_port, or leave it")
+            raise wrong(
+                "control.port differs between instances: set roles.<role>.control_port instead, or leave it unset"
+            )
         try:
             check_links(transport)
         except SettingsError as error:
@@ -337,9 +350,7 @@ class Topology(Section):
             return self
         for key in ("name", "dir"):
             if use is not None and key in use.model_fields_set and getattr(use, key) != getattr(self.pool, key):
-                raise wrong(
-                    f"transport.pool.{key} is another pool's than the one of pool: take one of them out", "pool"
-                )
+                raise wrong(f"transport.pool.{key} differs from that of the section pool: remove one of them", "pool")
         if self.kv_load_failure_policy != "recompute" and (use is None or use.load):
             raise wrong("instances that load from a pool recompute what they can't load", "kv_load_failure_policy")
         return self
@@ -350,8 +361,8 @@ class Topology(Section):
         for name in SHARED_FLAGS:
             if prefill.get(name) != decode.get(name):
                 raise wrong(
-                    f"args {name} is {prefill.get(name)!r} in prefill and {decode.get(name)!r} in decode, and pages "
-                    "would not fit: set it in defaults.args",
+                    f"args {name} is {prefill.get(name)!r} in prefill and {decode.get(name)!r} in decode, which makes "
+                    "their pages incompatible: set it in defaults.args",
                     "roles",
                 )
         return self
@@ -361,7 +372,7 @@ class Topology(Section):
         taken: dict[int, str] = {}
         for key, port in self._fixed_ports():
             if port in taken:
-                raise wrong(f"port {port} is wanted by {taken[port]} and by {key}; give each its own, or 0")
+                raise wrong(f"port {port} is set for {taken[port]} and for {key}; give each its own port, or 0")
             taken[port] = key
         return self
 

@@ -186,7 +186,7 @@ class Deployment:
         return self._fleet.start(instance.name, instance.argv, env={**self.environment, **instance.env})
 
     def check(self) -> None:
-        """Check that all processes live; restart a pool that has died.
+        """Check that all processes are running; restart a pool that has died.
 
         Raises:
             ProcessFailed: another process ended.

@@ -11,7 +11,7 @@ WIDTH = 36  # width of a bar in columns
 _STRETCHES: tuple[tuple[str, str], ...] = (
     ("dispatched", "router chooses and dispatches"),
     ("first_batch", "prefill queues and computes its first pages"),
-    ("last_batch", "pages cross while prefill computes the rest"),
+    ("last_batch", "pages are transferred while prefill computes the rest"),
     ("verified", "commit, and decode verifies"),
     ("first_token", "decode schedules and computes its first token"),
     ("done", "decode writes the rest"),
@@ -22,7 +22,7 @@ _EARLY: tuple[tuple[str, str], ...] = (
     ("first_batch", "prefill queues and computes its first pages"),
     ("first_token", "prefill computes the rest and answers with the first token"),
     ("verified", "commit, and decode verifies"),
-    ("done", "decode goes on from the first token"),
+    ("done", "decode continues from the first token"),
 )
 
 
@@ -81,8 +81,11 @@ def moved(trace: Mapping[str, Any]) -> str:
     if total:
         pages = sum(int(record.get("blocks", 0)) for record in found)
         held = sum(int(record.get("skipped_blocks", 0)) for record in found)
-        skipped = f", {held} it held already" if held else ""
+        skipped = f", {held} already cached" if held else ""
         return f"{pages} pages, {total / 1e6:.2f} MB over {found[0].get('link') or 'an unnamed link'}{skipped}"
     reasons = [record["reason"] for record in found if record.get("reason")]
     why = reasons[0] if reasons else trace.get("why_not_disaggregated")
-    return f"no page crossed: {why or 'decode asked for none (the prompt is shorter than a page, or held already)'}"
+    return (
+        "no page was transferred: "
+        f"{why or 'decode asked for none (the prompt is shorter than a page, or already cached)'}"
+    )

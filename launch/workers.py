@@ -29,7 +29,7 @@ def ask(address: Address, control: ControlSettings, transfer: str = "", timeout_
     try:
         status: dict[str, Any] = fetch_status(host, port, transfer=transfer, timeout_s=timeout_s, settings=control)
     except (PDTransportError, OSError, ValueError) as error:
-        raise WorkerError(f"the worker at {host}:{port} does not tell its status: {error}") from None
+        raise WorkerError(f"the worker at {host}:{port} did not report its status: {error}") from None
     return status
 
 

@@ -92,7 +92,7 @@ def _load(path: Path) -> tuple[Any, Any]:
     except RecursionError:
         raise TopologyError(f"{path}:1:1: nested too deeply to be a topology") from None
     except (ValueError, OverflowError) as error:  # a scalar such as 2024-99-99, which is invalid for its YAML type
-        raise TopologyError(f"{path}: a value can't be read: {error}; quote it if it is meant as text") from None
+        raise TopologyError(f"{path}: a value can't be read: {error}; quote it if it is text") from None
 
 
 def _compose(loader: yaml.SafeLoader, path: Path) -> tuple[Any, Any]:
@@ -115,7 +115,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise TopologyError(f"{path}: {error.strerror or error}") from None
     if len(raw) > MAX_BYTES:
-        raise TopologyError(f"{path}: larger than {MAX_BYTES} bytes, so it is no topology file")
+        raise TopologyError(f"{path}: larger than {MAX_BYTES} bytes, so it is not a topology file")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -136,7 +136,7 @@ def _syntax(path: Path, text: str, error: yaml.MarkedYAMLError) -> str:
 
 
 def _check(node: Any, path: Path, keys: tuple[str, ...], above: set[int], sizes: dict[int, int]) -> int:
-    """Refuse content that would be lost silently, expand too far, or be misread; returns the node's expanded size."""
+    """Refuse content that would be lost silently, expand too far, or be misread; return the node's expanded size."""
     if id(node) in above:
         raise TopologyError(_at(path, node, "an anchor that contains itself"))
     if id(node) in sizes:
@@ -163,7 +163,7 @@ def _check_type(node: Any, path: Path, keys: tuple[str, ...]) -> None:
     if node.tag in COLLECTIONS or not (node.tag in PLAIN or kind in OTHER_TYPES):
         return
     if not isinstance(node, yaml.ScalarNode):
-        text = f"!!{kind} has no place here: write a plain list or mapping"
+        text = f"!!{kind} is not allowed here: write a plain list or mapping"
     elif node.tag in PLAIN and re.fullmatch(PLAIN[node.tag], node.value):
         return
     else:
@@ -190,9 +190,9 @@ def _check_keys(node: yaml.MappingNode, path: Path) -> None:
             continue
         if not isinstance(key, yaml.ScalarNode) or key.tag != TEXT_TAG:
             shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            raise TopologyError(_at(path, key, f"{shown}: keys are text; write it in quotes"))
+            raise TopologyError(_at(path, key, f"{shown}: keys must be text; write it in quotes"))
         if key.value in first:
-            raise TopologyError(_at(path, key, f"{key.value}: this key stands already on line {first[key.value]}"))
+            raise TopologyError(_at(path, key, f"{key.value}: this key is already on line {first[key.value]}"))
         first[key.value] = key.start_mark.line + 1
 
 

@@ -22,7 +22,7 @@ class TransportClosed(PDTransportError):
 
 
 class TimedOut(PDTransportError, concurrent.futures.TimeoutError):
-    """The caller's timeout expired. The operation that it waited for goes on."""
+    """The caller's timeout expired. The operation itself continues."""
 
 
 class LinkUnavailable(PDTransportError):
@@ -42,7 +42,7 @@ class PeerRefused(PDTransportError):
 
 
 class PoolUnavailable(PDTransportError):
-    """The pool did not answer: it is not running, has ended, or a deadline passed. Callers go on without it."""
+    """The pool did not answer: it is not running, has ended, or a deadline passed. Callers continue without it."""
 
 
 class PoolRefusal(PoolUnavailable):

@@ -1,4 +1,4 @@
-"""What other packages add, by entry points: loaded when a setting names it."""
+"""Extensions of other packages, found by entry points and loaded when a setting names them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def installed(group: str) -> dict[str, EntryPoint]:
 
 
 def load(point: EntryPoint, what: str) -> Any:
-    """What an entry point names; ``what`` begins an error's text.
+    """Load an entry point's object; ``what`` begins the text of an error.
 
     Raises:
         SettingsError: it can't be loaded.
@@ -29,10 +29,10 @@ def make(what: str, group: str, name: str, *arguments: Any) -> Any:
     """Load an entry point and call it with ``arguments``.
 
     Args:
-        what: what it makes, for an error's text.
+        what: kind of object that it creates, for the text of an error.
 
     Raises:
-        SettingsError: there is none of this name, it can't be loaded, or it refuses the arguments.
+        SettingsError: no entry point has this name, it can't be loaded, or it refuses the arguments.
     """
     points = installed(group)
     if name not in points:

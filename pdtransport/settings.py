@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pdtransport.errors import SettingsError
 from pdtransport.system.hosts import CURVE_PEER, checked_peer, is_loopback
 
-LinkName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]  # which there are, links/registry.py knows
+LinkName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]  # links/registry.py knows which links exist
 
 # Default control port of rank 0 by kv_role, so that a prefill and a decode server on one host need no settings. Each
 # role has room for 100 workers (ranks times data-parallel replicas) before its ports reach those of the next role.
@@ -23,13 +23,13 @@ DEFAULT_PORTS = {"kv_both": 7570, "kv_producer": 7670, "kv_consumer": 7770}
 
 
 class Section(BaseModel):
-    """A part of any settings: frozen, without unknown keys."""
+    """Base of every settings section: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class _Checked(Section):
-    """A part of :class:`Settings`, whose parts can also be made one by one, in Python."""
+    """A section of :class:`Settings`, which Python code can also construct by itself."""
 
     if not TYPE_CHECKING:  # type checkers derive the parameters from the fields
 
@@ -49,38 +49,41 @@ class ControlSettings(_Checked):
 
     host: str = Field(
         "127.0.0.1",
-        description="Address that this instance binds and that peers reach it at. Where the "
-        "setting is missing, also from the variable PDTRANSPORT_CONTROL_HOST.",
+        description="Address that this instance binds and at which peers reach it. If unset, read from the variable "
+        "PDTRANSPORT_CONTROL_HOST.",
     )
     port: int | None = Field(
         None,
         ge=0,
         le=65535,
-        description="Port of rank 0; rank r binds port + r, replicas follow. Unset: 7670 for kv_producer, "
-        "7770 for kv_consumer, 7570 for kv_both and the Python API. 0 lets the system choose (Python API only). Where "
-        "the setting is missing, also from the variable PDTRANSPORT_CONTROL_PORT.",
+        description="Port of rank 0; rank r binds port + r, replicas follow. Unset: 7670 for kv_producer, 7770 for "
+        "kv_consumer, 7570 for kv_both and the Python API. 0 lets the system choose (Python API only). "
+        "If unset, read from the variable PDTRANSPORT_CONTROL_PORT.",
     )
     heartbeat_s: float = Field(0.5, gt=0, le=60, description="Interval between heartbeats on an open connection.")
     liveness_s: float = Field(
         2.0,
         gt=0,
         le=600,
-        description="A peer that was silent for this long is dead; its transfers end. (A process that ends, or a host "
-        "that closes its connections, is noticed within a second.)",
+        description="A peer that was silent for this long counts as dead, and its transfers end. (The end of a "
+        "process, or closed connections, are noticed within a second.)",
     )
     connect_s: float = Field(
         2.0,
         gt=0,
         le=600,
-        description="A peer that did not answer Hello for this long is not there: its transfers fail.",
+        description="A peer that did not answer Hello for this long counts as unreachable, and its transfers fail.",
     )
     max_frame_bytes: int = Field(
-        4 << 20, ge=4096, le=64 << 20, description="Larger control frames are refused before they are read."
+        4 << 20,
+        ge=4096,
+        le=64 << 20,
+        description="Maximum size of a control frame; larger ones are refused before they are read.",
     )
     curve_public_key_file: Path | None = Field(
         None, description="CURVE key pair of this instance; made with `pdlaunch keys`. Unset: no encryption."
     )
-    curve_secret_key_file: Path | None = Field(None, description="Secret half of this instance's CURVE key pair.")
+    curve_secret_key_file: Path | None = Field(None, description="Secret key of this instance's CURVE key pair.")
     curve_server_key: str | None = Field(
         None,
         description="Z85 public key that peers we connect to must hold. Default: our own public key (one shared pair).",
@@ -90,15 +93,15 @@ class ControlSettings(_Checked):
     )
     allow_plaintext: bool = Field(
         False,
-        description="Permit hosts other than loopback, our own and those of peers, without CURVE (a trusted, isolated "
-        "network).",
+        description="Allow addresses other than loopback without CURVE, for this instance and its peers, on a "
+        "trusted, isolated network.",
     )
     peers: tuple[str, ...] | None = Field(
         None,
         max_length=4096,
-        description="Hosts that requests may have their pages fetched from: addresses, networks (10.1.0.0/16), names, "
-        "or curve:KEY for whoever proves that key, wherever it is. Unset: this machine alone, by a loopback address; "
-        "callers of the Python API are not restricted. pdlaunch fills it in.",
+        description="Hosts from which pages may be fetched when a request names them: addresses, networks "
+        "(10.1.0.0/16), names, or curve:KEY for any host that proves that key. Unset: only loopback "
+        "addresses of this machine; callers of the Python API are not restricted. pdlaunch fills it in.",
     )
 
     @field_validator("peers")
@@ -112,13 +115,13 @@ class ControlSettings(_Checked):
             raise ValueError("curve_public_key_file and curve_secret_key_file must be set together")
         if self.curve_secret_key_file is None and any(peer.startswith(CURVE_PEER) for peer in self.peers or ()):
             raise ValueError(
-                "peers: who names a CURVE key needs a pair: set curve_public_key_file and curve_secret_key_file"
+                "peers: a curve:KEY entry needs a key pair: set curve_public_key_file and curve_secret_key_file"
             )
         if self.needs_keys(self.host):
             raise ValueError(
-                f"host {self.host!r} leaves this machine, so the control channel needs CURVE keys: make a pair with "
-                "`pdlaunch keys DIR` and set curve_public_key_file and curve_secret_key_file, or allow_plaintext: true "
-                "on a trusted network"
+                f"host {self.host!r} is not loopback, so the control channel needs CURVE keys: make a pair with "
+                "`pdlaunch keys DIR` and set curve_public_key_file and curve_secret_key_file, or allow_plaintext: "
+                "true on a trusted network"
             )
         return self
 
@@ -140,47 +143,51 @@ class LinkSettings(_Checked):
     order: tuple[LinkName, ...] = Field(
         ("cuda_ipc", "cma", "ucx"),
         min_length=1,
-        description="Links to try for a pair, best first; the first that both ends can use is taken. cuda_ipc is for "
-        "KV in GPU memory, cma and shm (not tried unless named) for KV in host memory; each is passed over where KV "
-        "lies elsewhere. Other packages add links by entry point.",
+        description="Links to try for a pair, best first; the first that both ends can use is used. cuda_ipc is for "
+        "KV in GPU memory, cma and shm (only tried if listed) for KV in host memory; links for the other "
+        "kind of memory are skipped. Other packages add links by entry point.",
     )
     require: LinkName | None = Field(
-        None, description="Refuse a peer that can't use this link, instead of taking a slower one."
+        None, description="Refuse a peer that can't use this link, instead of using a slower one."
     )
     batch_bytes: int = Field(
         4 << 20, ge=64 << 10, le=256 << 20, description="Largest batch of host memory: pages gathered into one send."
     )
     window_bytes: int = Field(
-        64 << 20, ge=256 << 10, description="Bytes that one transfer may have announced and not yet received by decode."
+        64 << 20,
+        ge=256 << 10,
+        description="Maximum bytes of one transfer that are announced but not yet received by decode.",
     )
     gpu_batch_bytes: int = Field(
         1 << 30,
         ge=64 << 10,
         le=4 << 30,
-        description="Largest batch of GPU memory: pages that one kernel copies. Smaller ones overlap a little more, "
-        "and make a GPU that prefill and decode share change between the two more often.",
+        description="Largest batch of GPU memory, copied by one kernel. Smaller batches overlap slightly more, but "
+        "make a GPU shared by prefill and decode switch between the two more often.",
     )
     gpu_window_bytes: int = Field(
-        4 << 30, ge=256 << 10, description="window_bytes of transfers from GPU memory, which need no memory in between."
+        4 << 30,
+        ge=256 << 10,
+        description="window_bytes for transfers from GPU memory, which need no intermediate memory.",
     )
     staging_bytes: int = Field(
         32 << 20,
         ge=512 << 10,
-        description="Size of the ring of staging slots that the ucx link gathers into and receives into, each.",
+        description="Size of each of the ucx link's two rings of staging slots, one for sending and one for receiving.",
     )
     gpu_slot_bytes: int = Field(
         16 << 20,
         ge=64 << 10,
         le=256 << 20,
-        description="Size of the ucx link's staging slots for GPU memory, and so its largest batch of it; the same on "
-        "both ends.",
+        description="Size of the ucx link's staging slots for GPU memory, which is also its largest batch; must be "
+        "equal on both ends.",
     )
     gpu_staging_bytes: int = Field(
         64 << 20,
         ge=512 << 10,
-        description="Size of each of the ucx link's two rings of such slots, of which a prefill worker uses one and a "
-        "decode worker the other, made when first used: GPU memory beside the model where UCX sends it directly, else "
-        "pinned host memory.",
+        description="Size of each of the ucx link's two rings of these slots, allocated at first use; a prefill "
+        "worker uses one, a decode worker the other. In GPU memory, in addition to the model, if UCX "
+        "sends it directly; else in pinned host memory.",
     )
     ucx_gpu_memory: Literal["auto", "direct", "staged"] = Field(
         "auto",
@@ -188,26 +195,31 @@ class LinkSettings(_Checked):
         "refused; staged: through pinned host memory; auto: direct where UCX can, else staged.",
     )
     min_bandwidth_bytes_s: float = Field(
-        0, ge=0, description="Refuse a pair whose measured bandwidth lies below this. 0: measure and report only."
+        0, ge=0, description="Refuse a pair whose measured bandwidth is below this. 0: only measure and report."
     )
     probe_bytes: int = Field(
         4 << 20,
         ge=0,
         le=256 << 20,
-        description="Bytes of scratch memory moved a few times per pair to measure it, at most one batch. 0: don't.",
+        description="Bytes of scratch memory that are moved a few times to measure each pair, at most one batch. 0: "
+        "no measurement.",
     )
 
 
 class DeadlineSettings(_Checked):
-    """Deadlines of all waits. Each starts when the event that is waited for becomes possible."""
+    """Deadlines of all waits. Each starts when the awaited event becomes possible."""
 
-    retry_s: float = Field(0.25, gt=0, le=60, description="A message that needs an answer is sent again after this.")
-    answer_s: float = Field(5.0, gt=0, le=600, description="A live peer that answers nothing for this long has failed.")
+    retry_s: float = Field(
+        0.25, gt=0, le=60, description="How long to wait for an answer before a message is sent again."
+    )
+    answer_s: float = Field(
+        5.0, gt=0, le=600, description="How long a live peer may leave messages unanswered before the transfer fails."
+    )
     arrival_s: float = Field(
         15.0,
         gt=0,
         le=3600,
-        description="How long a granted transfer may stay unknown to prefill (its request got lost).",
+        description="How long to wait for prefill to learn of a granted transfer's request (which may be lost).",
     )
     queue_s: float = Field(
         600.0,
@@ -224,13 +236,13 @@ class DeadlineSettings(_Checked):
         300.0,
         gt=0,
         le=86400,
-        description="How long prefill keeps pages for a decode instance that claimed them and is queueing.",
+        description="How long prefill keeps pages that a decode instance has claimed while its request is queued.",
     )
     ack_s: float = Field(
         30.0, gt=0, le=3600, description="From commit until decode's ack; then prefill frees its pages."
     )
     resends: int = Field(
-        2, ge=0, le=100, description="Times that a batch which arrived damaged is sent again before the transfer fails."
+        2, ge=0, le=100, description="How often a damaged batch is sent again before the transfer fails."
     )
 
 
@@ -238,24 +250,25 @@ class IntegritySettings(_Checked):
     """Whether pages are verified."""
 
     checksum: Literal["full", "off"] = Field(
-        "full", description="Checksum every page at its source and verify it at its destination, or trust the link."
+        "full",
+        description="on: checksum every page at its source and verify it at its destination. off: trust the link.",
     )
 
 
 class ObserveSettings(_Checked):
-    """What a worker remembers, and writes down, about finished transfers."""
+    """What a worker records about finished transfers."""
 
     recent_transfers: int = Field(
-        512, ge=0, le=65536, description="Finished transfers whose timeline a worker remembers."
+        512, ge=0, le=65536, description="Number of finished transfers whose timeline a worker keeps."
     )
     audit_dir: Path | None = Field(
         None,
-        description="Write the SHA-256 of each sent and received block here, a JSON line each (for tests; slow).",
+        description="Directory for a JSON line with the SHA-256 of each sent and received block (for tests; slow).",
     )
 
 
 class PatchSettings(_Checked):
-    """Hooks into vLLM's own code that no other setting switches. Where vLLM is not as one expects, that one is off."""
+    """Hooks into vLLM's own code that have no other setting. A hook whose check of vLLM's code fails is off."""
 
     engine_probe: bool = Field(
         True, description="Answer GET /pd/engine in vLLM's HTTP server: routers notice engines that hang."
@@ -267,28 +280,31 @@ class PatchSettings(_Checked):
     )
     hold_back: bool = Field(
         True,
-        description="Look at a received request's first token before the next step is launched, where launching takes "
+        description="Process a received request's first token before the next step is launched, if launching takes "
         "as long as computing. Part of step_ahead.",
     )
     engine_loop: bool = Field(
-        True, description="Let what clients ask for end the wait of an idle engine step, instead of 4 ms at most."
+        True,
+        description="End the wait of an idle engine step when a client request arrives, instead of waiting at "
+        "most 4 ms.",
     )
-    first_token: bool = Field(True, description="Let decode go on from the first token that prefill sampled.")
+    first_token: bool = Field(True, description="Let decode continue from the first token that prefill sampled.")
     shortened_prompt: bool = Field(
         True,
         description="Reduce a prompt to its first token on prefill if decode must compute it anyway (beyond_window).",
     )
     cached_usage: bool = Field(
-        True, description="Count as cached prompt tokens what prefill found in its caches, not all that came."
+        True,
+        description="Report as cached the prompt tokens that prefill found in its caches, not all transferred tokens.",
     )
     adapter_generations: bool = Field(
-        True, description="Give each content of a replaced LoRA adapter its own part of the prefix cache."
+        True, description="Keep separate prefix-cache entries for each content of a replaced LoRA adapter."
     )
-    early_digest: bool = Field(True, description="Begin the digest of the checkpoint before the model is loaded.")
+    early_digest: bool = Field(True, description="Start the digest of the checkpoint before the model is loaded.")
     packed_weights: bool = Field(
         True,
-        description="Sum weights before CPU kernels pack them out of sight. Else they are not taken for equal once "
-        "something may have changed them.",
+        description="Checksum weights before CPU kernels pack them, after which they can't be read. Without this, "
+        "weights that may have changed count as different.",
     )
 
 
@@ -299,7 +315,7 @@ class PoolUse(_Checked):
     """How an engine uses the shared pool of stored prefixes (``pdpool``)."""
 
     name: str = Field("default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool on this host.")
-    dir: Path | None = Field(None, description="Directory of the pool. Default: as that of pdpool.")
+    dir: Path | None = Field(None, description="Directory of the pool. Default: that of pdpool.")
     address: str | None = Field(
         None,
         max_length=300,
@@ -307,71 +323,84 @@ class PoolUse(_Checked):
         "keys and links of this instance, and must be able to reach control.host.",
     )
     staging_bytes: int = Field(
-        128 << 20, ge=1 << 20, le=64 << 30, description="Memory of each of a worker's two clients of such a pool."
+        128 << 20,
+        ge=1 << 20,
+        le=64 << 30,
+        description="Staging memory of each of a worker's two clients of such a pool.",
     )
     load: bool = Field(
-        True, description="Load prompts' chunks from the pool. Needs kv_load_failure_policy: recompute of the engine."
+        True,
+        description="Load chunks of prompts from the pool. Requires the engine's kv_load_failure_policy: recompute.",
     )
     hint: bool = Field(
         True,
-        description="While a request waits for its turn, the pool brings its chunks up from tiers below memory.",
+        description="Send hints, so that the pool reads the chunks of queued requests from lower tiers into memory.",
     )
     store: bool = Field(True, description="Store the chunks of computed prompts in the pool.")
     generated: bool = Field(
-        True, description="Store the chunks that answers complete, too: they are part of the next turn's prompt."
+        True, description="Also store the chunks that answers complete: they are part of the next turn's prompt."
     )
     salt: str = Field(
         "",
         max_length=MAX_SALT,
         repr=False,
-        description="Chunks are found only by engines with the same salt; each request's cache_salt comes on top. A "
-        "secret one belongs into salt_file: everybody on a machine sees its command lines, and vLLM logs them.",
+        description="Only engines with the same salt find each other's chunks; each request's cache_salt is added. "
+        "Put a secret salt into salt_file: command lines are visible to all users of a machine, and vLLM "
+        "logs them.",
     )
     salt_file: Path | None = Field(None, description="File with the salt, instead of salt.")
     tenant: str = Field(
         "",
         pattern=r"^([A-Za-z0-9._\-]{1,64})?$",
-        description="Whose quota of the pool the stored chunks count against.",
+        description="Tenant whose quota the stored chunks count against.",
     )
     chunk_blocks: int = Field(
         1,
         ge=1,
         le=4096,
-        description="vLLM blocks in a chunk, which is stored and found whole. Engines that share chunks need the same.",
+        description="vLLM blocks per chunk, the unit of storing and loading. Must be equal for engines that share "
+        "chunks.",
     )
     shards: int | None = Field(
         None,
         ge=1,
         le=1024,
-        description="Parts by KV heads that a chunk is stored in. Engines of other tensor-parallel sizes share chunks "
-        "if all of them are told the largest of their sizes. Default: the engine's own size.",
+        description="Number of parts, by KV heads, in which a chunk is stored. Engines of different tensor-parallel "
+        "sizes share chunks if all set the largest of their sizes. Default: the engine's own size.",
     )
     codec: str = Field(
         "none",
         pattern=r"^[a-z0-9][a-z0-9._\-]{0,31}$",
-        description="fp8 or int4: tiers below the pool's memory may hold the chunks with loss, by a scale a head. Only "
-        "engines with the same setting share chunks. none: loaded bytes are those stored.",
+        description="fp8 or int4: tiers below the pool's memory may store the chunks lossily, with one scale per "
+        "head. Only engines with the same setting share chunks. none: loaded bytes equal the stored "
+        "bytes.",
     )
     lookup_s: float = Field(
         0.1,
         gt=0,
         le=60,
-        description="How long a request waits to hear what the pool holds of its prompt; then it goes on without.",
+        description="Lookup timeout; on expiry the request does not use the pool.",
     )
-    load_s: float = Field(5.0, gt=0, le=600, description="A load that took so long has failed: vLLM recomputes.")
+    load_s: float = Field(5.0, gt=0, le=600, description="Load timeout; on expiry vLLM recomputes.")
     store_s: float = Field(
-        5.0, gt=0, le=600, description="A store that took so long, waiting included, is given up; its pages are free."
+        5.0,
+        gt=0,
+        le=600,
+        description="Store timeout, queueing included; on expiry the store is abandoned and its pages are freed.",
     )
     hand_off_s: float | None = Field(
         None,
         ge=0,
         le=3600,
-        description="Prefill lets go of a finished prompt's pages that decode has not granted room for within this "
-        "time, if the pool has all its whole chunks: decode then loads them from there, where it uses the pool. Unset: "
-        "it holds them until deadlines.hold_s.",
+        description="Prefill frees a finished prompt's pages if decode has not granted room for them within this "
+        "time and the pool has all whole chunks; decode then loads these from the pool, if it uses it. "
+        "Unset: prefill holds them until deadlines.hold_s.",
     )
     max_queued_chunks: int = Field(
-        1024, ge=1, le=1 << 20, description="Chunks that a worker is about to store; what comes on top is not stored."
+        1024,
+        ge=1,
+        le=1 << 20,
+        description="Maximum number of chunks queued for storing in a worker; further ones are not stored.",
     )
 
     @model_validator(mode="after")
@@ -413,18 +442,18 @@ class Settings(_Checked):
         4096,
         ge=1,
         le=1 << 20,
-        description="Live transfers, and early grants, that an instance holds; more are refused.",
+        description="Maximum number of live transfers, and of early grants, of an instance; further ones are refused.",
     )
     tombstones: int = Field(
         16384,
         ge=16,
         le=1 << 22,
-        description="Ended transfers that an instance remembers, to answer late messages about them.",
+        description="Number of ended transfers that an instance remembers, to answer late messages about them.",
     )
     model_id: str | None = Field(
         None,
-        description="Name of the model and its weights as they are loaded, in place of a digest over every byte of the "
-        "checkpoint: for those who know that engines with the same name have the same weights.",
+        description="Name that identifies the loaded weights, instead of a digest over every byte of the checkpoint. "
+        "Set it only if engines with the same name certainly have the same weights.",
     )
     weights_digest_s: float = Field(
         1800.0,
@@ -435,8 +464,8 @@ class Settings(_Checked):
     )
     share_received: Literal["all", "trusted", "none"] = Field(
         "all",
-        description="Whose KV, handed over to this vLLM instance, may enter its prefix cache and the pool, where other "
-        "requests find it: everybody's, that of trusted_producers, or nobody's. The request itself always uses it.",
+        description="Which received KV may enter this vLLM instance's prefix cache and the pool, where other "
+        "requests find it: all, that of trusted_producers, or none. The request itself always uses it.",
     )
     trusted_producers: tuple[Annotated[str, Field(min_length=1, max_length=300)], ...] = Field(
         (),
@@ -446,35 +475,38 @@ class Settings(_Checked):
     )
     watch_weights: bool = Field(
         True,
-        description="Sum the weights as loaded at the start, and again after whatever may change them (reload_weights, "
-        "wake_up, update_weights, any collective_rpc that is not known to be harmless): weights that changed are not "
-        "taken for the old ones. False: they never change while this engine runs.",
+        description="Checksum the loaded weights at start, and again after anything that may change them "
+        "(reload_weights, wake_up, update_weights, any collective_rpc not known to be harmless), so that "
+        "changed weights get another identity. False: asserts that they never change while this engine "
+        "runs.",
     )
     idle_wait_s: float = Field(
         0.05,
         ge=0,
         le=0.1,
-        description="How long an engine step with nothing to compute waits for a transfer to end, instead of polling. "
-        "What clients ask for ends it; where vLLM's engine is not as expected, and hides that, it is 4 ms at most.",
+        description="How long an engine step with nothing to compute waits for a transfer to end, instead of "
+        "polling. Client requests end the wait; if vLLM's engine is not as expected and they can't be "
+        "detected, it is at most 4 ms.",
     )
 
     step_ahead: bool = Field(
         True,
-        description="Let a request go on in the first engine step after its pages arrived, not two steps later. Where "
-        "vLLM's scheduler is not as expected this changes nothing.",
+        description="Resume a request in the first engine step after its pages arrived, not two steps later. No "
+        "effect if vLLM's scheduler is not as expected.",
     )
     short_priming: bool = Field(
         True,
-        description="Prime vLLM's detokenizer with a long prompt's last tokens instead of all of them: the answer's "
-        "first token leaves up to 13 ms sooner for 16,000 tokens. Needs vLLM's statistics switched on.",
+        description="Prime vLLM's detokenizer with a long prompt's last tokens only: the answer's first token is "
+        "sent up to 13 ms sooner for 16,000 tokens. Requires vLLM's statistics to be on.",
     )
 
     spin_s: float | None = Field(
         None,
         ge=0,
         le=60,
-        description="How long vLLM's processes spin for each other's next message before they sleep. Default: 0.001 on "
-        "the CPU platform, where spinning takes cores from the model; elsewhere vLLM's own second is left as it is.",
+        description="How long vLLM's processes spin for each other's next message before they sleep. Default: 0.001 "
+        "on the CPU platform, where spinning takes cores from the model; elsewhere vLLM's own value of 1 "
+        "s.",
     )
 
     patches: PatchSettings = PatchSettings()

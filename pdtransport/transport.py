@@ -143,7 +143,7 @@ class Offer(Handle):
             raise InvalidCall(f"tokens={tokens}: transfer {self.transfer} has a prompt of {self.tokens} tokens")
 
     def withdraw(self, timeout_s: float) -> None:
-        """The engine takes the pages back (preemption). Once this returns, no link reads them any more.
+        """The engine takes the pages back (preemption). Once this returns, no link reads them.
 
         Blocks that decode has not received are sent again once they are recomputed.
 
@@ -192,7 +192,7 @@ class Transport:
     A context manager, also for ``async with``. Opening it blocks for milliseconds to seconds.
 
     Args:
-        geometry: where this worker's KV lies. Its memory must stay valid until :meth:`close` (a geometry from
+        geometry: where this worker's KV is. Its memory must stay valid until :meth:`close` (a geometry from
             :meth:`KVGeometry.of_array` keeps it valid), and must not be written while this opens: the `shm` link
             turns it into shared memory in place.
         settings: see :mod:`pdtransport.settings`.
@@ -344,7 +344,7 @@ class Transport:
         self._call(lambda transfer_engine: transfer_engine.consumer.claim(transfer, host, port, ranks))
 
     def decline(self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1) -> None:
-        """``transfer`` will not be received here: tell watchers and, with ``host``, prefill.
+        """``transfer`` will not be received here: notify watchers and, with ``host``, prefill.
 
         Prefill then need not keep its pages. Best effort; ignored for a transfer that is being received or was.
         """
@@ -421,7 +421,7 @@ class Transport:
                 "prompt_digest: expected the bytes that pdtransport.prompt_digest makes of a prompt"
             ) from None
         if tokens < 1:
-            raise InvalidCall(f"tokens={tokens}: a prompt has one token or more")
+            raise InvalidCall(f"tokens={tokens}: a prompt has at least one token")
         return -(-tokens // self.geometry.block_size)
 
     def _checked_pages(self, pages: Sequence[int], most: int) -> list[int]:
@@ -432,7 +432,7 @@ class Transport:
         ids = list(pages)
         if len(ids) > most:
             raise InvalidCall(
-                f"{len(ids)} pages: the prompt has {most} for them ({self.geometry.block_size} tokens each)"
+                f"{len(ids)} pages: the prompt has room for {most} ({self.geometry.block_size} tokens each)"
             )
         if ids and not 0 <= min(ids) <= max(ids) < self.geometry.num_blocks:
             raise InvalidCall(f"pages {min(ids)}..{max(ids)}: the geometry has 0..{self.geometry.num_blocks - 1}")
@@ -445,7 +445,9 @@ class Transport:
         """
         with self._offered_lock:
             if transfer in self._offered:
-                raise InvalidCall(f"transfer {transfer} was offered before: mint one for each request, and each retry")
+                raise InvalidCall(
+                    f"transfer {transfer} was offered before: use a new id for each request and each retry"
+                )
             self._offered[transfer] = None
             while len(self._offered) > self.settings.tombstones + self.settings.max_transfers:
                 self._offered.popitem(last=False)

@@ -107,7 +107,9 @@ SENDERS = ("Consumer", "Producer", "Either side", "Worker", "Client", "Service",
 
 # -- types and values ----------------------------------------------------------------------------------------------
 
-_UNITS = (("_bytes_s", "bytes/s"), ("bytes", "bytes"), ("_per_s", "per s"), ("_s", "s"), ("_us", "µs"), ("_tokens", "tokens"))
+_UNITS = (
+    ("_bytes_s", "bytes/s"), ("bytes", "bytes"), ("_per_s", "per s"), ("_s", "s"), ("_us", "µs"), ("_tokens", "tokens"),
+)  # fmt: skip
 _SIZES = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
 _PLAIN = {"integer": "integer", "number": "number", "boolean": "boolean", "string": "text"}
 _FORMATS = {"path": "path", "password": "secret", "binary": "bytes", "base64url": "bytes"}

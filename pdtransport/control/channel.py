@@ -153,7 +153,9 @@ class ControlChannel:
             return
         endpoint, now = Address(host, port), self._shared.clock()
         if not self._attentive:
-            self._last_tick = now  # nothing was timed until now: a long gap since the last tick is no pause of ours
+            self._last_tick = (
+                now  # nothing was timed until now: a long gap since the last tick is not a pause of this process
+            )
         dialer = self._dialers.get(endpoint)
         if dialer is None:
             problem = self._obstacle(endpoint, now)
@@ -223,7 +225,7 @@ class ControlChannel:
         return list(self._steps)
 
     def close(self) -> None:
-        """Close everything at once. Peers are not told, but find out by themselves. Safe to call twice."""
+        """Close everything at once. Peers get no message, but notice the closed connections. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -245,7 +247,7 @@ class ControlChannel:
         """Why ``endpoint``, which has no dialer yet, can't be dialled; None if it can."""
         host, port = endpoint
         if not _HOST.fullmatch(host) or len(host) > 255:
-            return ConnectFailed(host, port, f"{plain(host, 80)!r} is no host name or address", "host", refused=True)
+            return ConnectFailed(host, port, f"{plain(host, 80)!r} is not a host name or address", "host", refused=True)
         if self._shared.settings.needs_keys(host):
             text = (
                 f"{host} is not this machine, and this side has no CURVE keys: make a pair with `pdlaunch keys DIR` "
@@ -256,11 +258,11 @@ class ControlChannel:
             return ConnectFailed(host, port, f"port {port} is not within 1..65535", "port", refused=True)
         if endpoint not in self._proven:
             if not self._new.take(now):
-                text = f"more than {NEW_PER_S:g} new endpoints a second are asked for, {host}:{port} is one too many"
+                text = f"{host}:{port} exceeds the limit of {NEW_PER_S:g} new endpoints per second"
                 return ConnectFailed(host, port, text, "peers", refused=True)
             self._replace_tried()
         if len(self._dialers) >= MAX_CONNECTIONS and not self._make_room():
-            text = f"{MAX_CONNECTIONS} endpoints are connected already, {host}:{port} is one too many"
+            text = f"{host}:{port} exceeds the limit of {MAX_CONNECTIONS} connected endpoints"
             return ConnectFailed(host, port, text, "peers", refused=True)
         return None
 
@@ -274,7 +276,7 @@ class ControlChannel:
             return
         oldest = min(tried, key=Dialer.wanted_since)
         if oldest.waiting:
-            text = f"nobody answered at {{}}:{{}}, and {MAX_TRIED} other endpoints were asked for since"
+            text = f"no answer from {{}}:{{}}, and {MAX_TRIED} other endpoints were requested since"
             self._pending.append(ConnectFailed(*oldest.endpoint, text.format(*oldest.endpoint), "peers"))
         self._drop(oldest)
 

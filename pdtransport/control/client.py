@@ -43,8 +43,8 @@ def fetch_status(
             encryption, 4 MiB; another machine without encryption only with ``allow_plaintext``.
 
     Raises:
-        StatusUnavailable: no answer in time, a refusal, or an answer that is no status; one line.
-        SettingsError: a CURVE key file can't be used, or this kernel can't tell whose a local connection is.
+        StatusUnavailable: no answer in time, a refusal, or an invalid answer; one line.
+        SettingsError: a CURVE key file can't be used, or this kernel can't report the owner of a local connection.
     """
     settings = settings or ControlSettings()
     keys = curve.load_keys(settings)
@@ -120,7 +120,7 @@ class _Asking:
                 return status
             time.sleep(max(0.0, min(ASK_AGAIN_S, self._deadline - time.monotonic())))
             self._socket.send(self._question, zmq.NOBLOCK)
-        raise StatusUnavailable(f"no status from {self._where}: it answers, but with something else")
+        raise StatusUnavailable(f"no status from {self._where}: it sent something other than a status")
 
     def _wait(self, poller: zmq.Poller) -> None:
         while (left := self._deadline - time.monotonic()) > 0:
@@ -129,7 +129,7 @@ class _Asking:
             with contextlib.suppress(zmq.Again):
                 self._socket.send(self._question, zmq.NOBLOCK)
         why = (
-            "it hangs up: no control channel, or its CURVE keys don't fit ours"
+            "it closes the connection: no control channel listens there, or its CURVE keys don't match ours"
             if self._hung_up
             else "check the address, and that the worker runs"
         )
@@ -145,11 +145,11 @@ class _Asking:
                 raise StatusUnavailable(f"no status from {self._where}: it refuses our CURVE key")
             if report["event"] == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 raise StatusUnavailable(
-                    f"no status from {self._where}: no ZeroMQ, or CURVE is on at one side only (control.curve_*)"
+                    f"no status from {self._where}: not a ZeroMQ port, or only one side uses CURVE (control.curve_*)"
                 )
 
     def _read(self, frame: bytes) -> dict[str, Any] | None:
-        """The status in ``frame``; None if the worker wants the request later."""
+        """The status in ``frame``; None if the request must be sent again later."""
         try:
             message = decode(frame)
         except (WireError, RecursionError) as error:
@@ -167,5 +167,5 @@ class _Asking:
         except (ValueError, RecursionError):
             status = None
         if not isinstance(status, dict):
-            raise StatusUnavailable(f"no status from {self._where}: its answer is no JSON object")
+            raise StatusUnavailable(f"no status from {self._where}: its answer is not a JSON object")
         return status

@@ -51,7 +51,7 @@ def make_keys(directory: str | Path) -> tuple[Path, Path]:
     public, secret = folder / PUBLIC_FILE, folder / SECRET_FILE
     for path in (public, secret):
         if path.exists():
-            raise SettingsError(f"{path} is there already: keys are never overwritten, remove it first")
+            raise SettingsError(f"{path} exists: keys are never overwritten, remove it first")
     public_key, secret_key = zmq.curve_keypair()
     made: list[Path] = []
     try:
@@ -79,8 +79,8 @@ def load_keys(settings: ControlSettings) -> CurveKeys | None:
     secret = _read("control.curve_secret_key_file", settings.curve_secret_key_file, secret=True)
     if zmq.curve_public(secret) != public:
         raise SettingsError(
-            "control.curve_public_key_file and control.curve_secret_key_file are not halves of one pair: "
-            "make a new pair with `pdlaunch keys`"
+            "control.curve_public_key_file and control.curve_secret_key_file are not from one pair: make a new pair "
+            "with `pdlaunch keys`"
         )
     server = settings.curve_server_key
     allowed = settings.curve_allowed_keys
@@ -171,4 +171,6 @@ def _checked(where: str, key: bytes) -> bytes:
         with contextlib.suppress(zmq.ZMQError):
             zmq.curve_public(key)  # libzmq's own check that this is Z85 of 32 bytes
             return key
-    raise SettingsError(f"{where} holds no CURVE key of {Z85_CHARS} characters (Z85); make keys with `pdlaunch keys`")
+    raise SettingsError(
+        f"{where} does not contain a CURVE key of {Z85_CHARS} characters (Z85); make keys with `pdlaunch keys`"
+    )

@@ -199,7 +199,7 @@ class Dialer(Route):
         return self._proven or self._last_peer is not None
 
     def retired(self, now: float) -> bool:
-        """Whether no peer is there, and no caller has asked for the endpoint for ``RETRY_FOR_S``."""
+        """Whether the endpoint has no peer, and no caller has asked for it for ``RETRY_FOR_S``."""
         return self.peer is None and not self.waiting and now >= self._wanted_at + RETRY_FOR_S
 
     def forgive(self, gap: float) -> None:
@@ -236,16 +236,18 @@ class Dialer(Route):
         host, port = self.endpoint
         within = f"within {self._shared.settings.connect_s:g} s (control.connect_s)"
         if self._session:
-            return f"{host}:{port} took the connection but did not answer Hello {within}: it hangs, or is overloaded"
+            return (
+                f"{host}:{port} accepted the connection but did not answer Hello {within}: it hangs, or is overloaded"
+            )
         if self._failed_handshakes:
             side = "ours are on" if self._shared.keys else "ours are off"
             return (
-                f"{host}:{port} hangs up on us, and did so {within}: either no control channel listens there, or its "
-                f"CURVE keys don't fit ({side})"
+                f"{host}:{port} kept closing the connection {within}: either no control channel listens there, or its "
+                f"CURVE keys don't match ({side})"
             )
         if self._reached_tcp:
-            return f"{host}:{port} took the connection but did not speak ZeroMQ {within}: check the port"
-        return f"nobody answers at {host}:{port} {within}: check the address, and that the peer runs"
+            return f"{host}:{port} accepted the connection but did not speak ZeroMQ {within}: check the port"
+        return f"no answer from {host}:{port} {within}: check the address, and that the peer runs"
 
     def _fail(self, now: float, reason: str, field: str = "", *, refused: bool = False) -> list[Event]:
         self._failure = ConnectFailed(*self.endpoint, reason, field, refused)
@@ -284,7 +286,7 @@ class Dialer(Route):
         return []
 
     def _try_later(self, now: float) -> None:
-        """No peer is there: close the sockets and dial after a pause. libzmq would retry at its own pace."""
+        """The endpoint has no peer: close the sockets and dial after a pause. libzmq would retry at its own pace."""
         self.hang_up()
         self._dial_at = now + self._pauses.take(RECONNECT_MAX_S if self.waiting else RETRY_MAX_S)
 
@@ -329,7 +331,7 @@ class Dialer(Route):
             text = f"{where} refuses our CURVE key; add it to control.curve_allowed_keys there"
         elif value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             side = "on here and off" if self._shared.keys else "off here and on"
-            text = f"CURVE is {side} at {where}: give both sides keys, or none (control.curve_*_key_file)"
+            text = f"CURVE is {side} at {where}: set keys on both sides, or on neither (control.curve_*_key_file)"
         elif self._shared.keys is not None:
             text = f"CURVE handshake with {where} failed: check control.curve_server_key"
         else:
@@ -392,7 +394,7 @@ class Dialer(Route):
             return []
         if not isinstance(message, TransferMessage | LinkCall):
             return self._garbage(f"an unexpected {message.kind}", now)
-        if self.peer is None or self.broken_until is not None:  # the new listener has not said Welcome yet
+        if self.peer is None or self.broken_until is not None:  # the new listener has not sent Welcome yet
             self._shared.counters["dropped_unknown_peer"] += 1
             return []
         return [MessageReceived(self.peer, message)]
@@ -410,7 +412,7 @@ class Dialer(Route):
             ]
         self._last_peer = handshake.peer_of(welcome)
         if shared.directory.our_breaks(self._last_peer) > self._said_breaks:
-            self._say_hello(now)  # the Welcome shows that this is a peer we gave up: tell it so
+            self._say_hello(now)  # the Welcome shows that this is a peer we gave up: notify it
             return []
         events = shared.directory.admit(welcome, self.endpoint.host, self, self.endpoint, now)
         self._deadline = self._hello_due = self._failure = None
@@ -443,5 +445,5 @@ class Dialer(Route):
     def _garbage(self, what: str, now: float) -> list[Event]:
         self._shared.counters["garbage"] += 1
         where = f"{self.endpoint.host}:{self.endpoint.port}"
-        self._shared.complaints.warn(f"garbage from {where}: {plain(what, 200)}", "garbage", now)
+        self._shared.complaints.warn(f"invalid frame from {where}: {plain(what, 200)}", "garbage", now)
         return []

@@ -83,7 +83,7 @@ class _Shared:
 
     since: float
     again_at: float = 0.0  # no further warning before this
-    lives: tuple[PeerId, ...] = ()  # peers of this name heard some time after `since`, so alive
+    lives: tuple[PeerId, ...] = ()  # peers of this name that sent something a while after `since`, so they are alive
 
 
 @dataclass
@@ -116,9 +116,9 @@ class Directory:
         name = handshake.shown(peer_id.engine, peer_id.rank)
         peer = self._peers.get(peer_id)
         if peer is not None and any(route.key != key for route in peer.routes):
-            return handshake.refusal("incarnation", reason=f"the process that is {name} came with another CURVE key")
+            return handshake.refusal("incarnation", reason=f"{name} connected with a different CURVE key than before")
         if peer is None and len(self._peers) >= MAX_PEERS and not self._broken_of(peer_id):
-            return handshake.refusal("peers", reason=f"{MAX_PEERS} peers are up here already, {name} is one too many")
+            return handshake.refusal("peers", reason=f"{name} exceeds the maximum of {MAX_PEERS} peers")
         return None
 
     def our_breaks(self, peer_id: PeerId | None) -> int:
@@ -173,7 +173,7 @@ class Directory:
         if theirs <= known.theirs:
             return []
         known.theirs = theirs
-        return self._down(peer_id, "it had given us up, and starts afresh", ended=False)
+        return self._down(peer_id, "it had given us up, and starts a new session", ended=False)
 
     def _breaks_with(self, peer_id: PeerId) -> _Breaks:
         known = self._breaks.setdefault(peer_id, _Breaks())
@@ -249,8 +249,8 @@ class Directory:
     def _look_at_names(self, now: float) -> list[Event]:
         """Find names that several live peers use, and warn about each now and then.
 
-        A peer that is heard ``SHARED_NAME_AFTER_S`` after another one took its name is not the remains of a restart:
-        both are alive.
+        A peer that sends something ``SHARED_NAME_AFTER_S`` after another one took its name is not left over from a
+        restart: both are alive.
         """
         events: list[Event] = []
         for name, shared in list(self._shared.items()):
@@ -275,7 +275,7 @@ class Directory:
         first = lives[0].id
         reason = plain(
             f"{len(lives)} live processes call themselves {handshake.shown(first.engine, first.rank)}: "
-            f"{', '.join(each.where for each in lives[:4])}; all are served, give each instance its own engine_id",
+            f"{', '.join(each.where for each in lives[:4])}; all are served; give each instance its own engine_id",
             MAX_REASON,
         )
         frame = encode(handshake.refusal(NAME, reason=reason))
@@ -301,7 +301,7 @@ class Directory:
         route.unbind(silent=silent)
 
     def _give_up(self, peer_id: PeerId, reason: str, *, ended: bool = True) -> list[Event]:
-        """Take a peer down on our own decision, and count that: the next handshake tells the peer."""
+        """Take a peer down on our own decision, and count that: the next handshake informs the peer."""
         self._breaks_with(peer_id).ours += 1
         return self._down(peer_id, reason, ended=ended)
 

@@ -83,7 +83,7 @@ class Door:
             return ""
         oldest = next(each for each in self._strangers.values() if each not in staying)  # the new one, if need be
         self.cut(oldest)
-        return f"closed {oldest}, the oldest of {len(self._strangers) + 1} that have not said who they are"
+        return f"closed {oldest}, the oldest of {len(self._strangers) + 1} that have not identified themselves"
 
     def identify(self, caller: Accepted) -> str:
         """Check which user owns a connection, before any of its frames is read.

@@ -85,7 +85,7 @@ class NameShared:
 class ConnectFailed:
     """A connection failed: ``refused`` (``field`` names why) or unanswered.
 
-    At most one per call of ``connect``; the channel goes on trying in the background for a while.
+    At most one per call of ``connect``; the channel keeps trying in the background for a while.
     """
 
     host: str

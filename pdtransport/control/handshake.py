@@ -83,11 +83,11 @@ def check(me: Identity, theirs: Hello | Welcome) -> Refused | None:
             f"{us} connected to itself: prefill and decode of a request must be two instances, check remote_host "
             "and remote_port"
             if myself
-            else f"both ends call themselves {us}: give each instance its own engine_id"
+            else f"both ends are named {us}: give each instance its own engine_id"
         )
         return refusal("engine", us, them, text)
     if theirs.rank >= theirs.world:
-        return refusal("rank", str(me.rank), str(theirs.rank), f"{them} says that it is one of {theirs.world} ranks")
+        return refusal("rank", str(me.rank), str(theirs.rank), f"{them} reports {theirs.world} ranks")
     mismatch = compare(me.fingerprint, theirs.fingerprint)
     if mismatch is not None:
         return refusal(mismatch.field, mismatch.ours, mismatch.yours, mismatch.text(us, them))
@@ -111,8 +111,8 @@ def refusal(field: str, ours: str = "", yours: str = "", reason: str = "") -> Re
 
 def version_refusal(version: int, us: str = "this side", them: str = "the peer") -> Refused:
     text = (
-        f"protocol_version differs: {us} speaks {PROTOCOL_VERSION}, {them} {version}; run the same pdtransport "
-        "version on both"
+        f"protocol_version differs: {us} uses {PROTOCOL_VERSION}, {them} {version}; run the same pdtransport version "
+        "on both"
     )
     return refusal("protocol_version", str(PROTOCOL_VERSION), str(version), text)
 

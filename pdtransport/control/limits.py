@@ -51,7 +51,7 @@ RETRY_FOR_S = 60.0  # background attempts (about fifteen) at an endpoint that no
 REFUSAL_HOLDS_S = 1.0  # an endpoint that refused us is not asked again before this
 PROBE_AFTER_S = (0.02, 0.3)  # when to check, after a reported disconnect, which connection it was
 ANSWER_GARBAGE_EVERY_S = 1.0  # per connection
-SHARED_NAME_AFTER_S = 0.5  # a peer heard this long after another process took its name is alive as well
+SHARED_NAME_AFTER_S = 0.5  # a peer that sends something this long after another process took its name is alive as well
 SHARED_NAME_AGAIN_S = 60.0  # interval between warnings about the same name
 FAILED_CURVE_HANDSHAKES = 3  # in a row, before an endpoint that silently hangs up counts as refusing us
 

@@ -213,7 +213,7 @@ class ControlListener:
             ours = report["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and now < self._cut_at + CUT_SHOWS_S
             if ours:  # a connection that was closed here, which was logged with its reason
                 return []
-            text = "a connection failed in its handshake: no ZeroMQ, or a wrong CURVE key"
+            text = "a connection failed in its handshake: not ZeroMQ, or a wrong CURVE key"
             self._shared.complaints.warn(text, "strangers", now)
             return []
         caller = self._door.of(int(report["value"]))
@@ -441,7 +441,7 @@ class ControlListener:
         connection.watch_at = now + WATCH_GRAIN_S
         if not self._watchers.admit(connection.name, connection, now):
             self._shared.counters["watchers_refused"] += 1
-            reason = f"{MAX_WATCHERS} watch this worker's transfers already: stop routers that nobody needs"
+            reason = f"{MAX_WATCHERS} clients already watch this worker's transfers: stop routers that are not needed"
             self.send(connection, encode(handshake.refusal("watch", reason=reason)))
             return
         me = self._shared.me
@@ -456,7 +456,7 @@ class ControlListener:
         self._shared.counters["garbage"] += 1
         what = plain(what, 200)
         topic = "peers" if connection.peer is not None else "strangers"
-        self._shared.complaints.warn(f"garbage from {connection}: {what}", topic, now)
+        self._shared.complaints.warn(f"invalid frame from {connection}: {what}", topic, now)
         if now >= connection.answer_at:
             connection.answer_at = now + ANSWER_GARBAGE_EVERY_S
             known = version is not None
@@ -481,21 +481,21 @@ def bind(socket: Socket, settings: ControlSettings, port: int, rank: int) -> Non
             socket.set(zmq.IPV6, 1)
         if settings.needs_keys(str(address[0])):  # even `localhost` may resolve to anything
             raise SettingsError(
-                f"control.host: {host!r} is {address[0]}, which leaves this machine, so CURVE keys are needed: make a "
-                "pair with `pdlaunch keys DIR` and set control.curve_public_key_file and control.curve_secret_key_file"
+                f"control.host: {host!r} is {address[0]}, which is not loopback, so CURVE keys are needed: make a pair "
+                "with `pdlaunch keys DIR` and set control.curve_public_key_file and control.curve_secret_key_file"
             )
         socket.bind(tcp_url(str(address[0]), port or "*"))
     except (OSError, zmq.ZMQError) as error:
         where = f"control.port: port {port} of {host} (rank {rank} uses control.port + {rank})"
         if error.errno == errno.EADDRINUSE:
             raise SettingsError(
-                f"{where} is in use, maybe by another instance of this role: give this one a control.port of its own "
+                f"{where} is in use, maybe by another instance of this role: give this one its own control.port "
                 '("kv_connector_extra_config": {"control": {"port": N}}, or PDTRANSPORT_CONTROL_PORT=N)'
             ) from None
         if error.errno == errno.EACCES:
             raise SettingsError(f"{where} needs privileges: choose a control.port above 1023") from None
         raise SettingsError(
-            f"control.host: {host!r} is no address of this machine ({error.strerror}): set control.host to one"
+            f"control.host: {host!r} is not an address of this machine ({error.strerror}): set control.host to one"
         ) from None
 
 

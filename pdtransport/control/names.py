@@ -50,10 +50,10 @@ class Names:
             if asked is not None:
                 late = now >= asked + self._limit_s
                 return (
-                    Resolved((), f"{name} has no answer from the resolver within {self._limit_s:g} s") if late else None
+                    Resolved((), f"the resolver did not answer for {name} within {self._limit_s:g} s") if late else None
                 )
             if len(self._asked) >= MAX_QUEUED:
-                return Resolved((), f"{MAX_QUEUED} names of hosts are being looked up, {name[:80]} is one too many")
+                return Resolved((), f"{name[:80]} exceeds the limit of {MAX_QUEUED} queued name lookups")
             self._asked[name] = now
             self._queue.put(name)
             if self._thread is None:
@@ -80,6 +80,6 @@ def _resolve(name: str) -> Resolved:
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        return Resolved((), f"{name} is no host that is known here ({getattr(error, 'strerror', None) or error})")
+        return Resolved((), f"{name} can't be resolved ({getattr(error, 'strerror', None) or error})")
     addresses = tuple(dict.fromkeys(str(answer[4][0]) for answer in answers))
     return Resolved(addresses) if addresses else Resolved((), f"{name} has no address")

@@ -48,8 +48,8 @@ class Owners:
             self._ask(socket.AF_INET, ("127.0.0.1", 0), ("127.0.0.1", 0))
         except (AttributeError, OSError) as error:
             raise SettingsError(
-                f"control: this kernel does not tell whose a local connection is (sock_diag: {error}): set "
-                "control.curve_*_key_file (`pdlaunch keys DIR`), or control.allow_plaintext where every user is trusted"
+                f"control: this kernel does not report the owners of local connections (sock_diag: {error}): set "
+                "control.curve_*_key_file (`pdlaunch keys DIR`), or control.allow_plaintext if every user is trusted"
             ) from None
 
     def complaint(self, connection: socket.socket) -> str:
@@ -65,8 +65,8 @@ class Owners:
         if owner in (self._user, ROOT):
             return ""
         return (
-            f"it is of user {owner}, this process of user {self._user}: without CURVE keys peers, routers and who asks "
-            "for the status must be of one user; set control.curve_*_key_file on all sides (`pdlaunch keys DIR`)"
+            f"it belongs to user {owner}, this process to user {self._user}: without CURVE keys, peers, routers and "
+            "status clients must run as one user; set control.curve_*_key_file on all sides (`pdlaunch keys DIR`)"
         )
 
     def _ask(self, family: int, one: tuple[str, int], other: tuple[str, int]) -> int | None:

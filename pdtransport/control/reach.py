@@ -49,7 +49,7 @@ class Reach:
         if self._peers is None and strict and not is_loopback(settings.host):
             raise SettingsError(
                 f"control.peers is not set, and control.host {settings.host!r} is not loopback: list the prefill hosts "
-                "that requests may fetch their pages from, as addresses, networks, names or curve:KEY ([]: none)"
+                "from which pages may be fetched, as addresses, networks, names or curve:KEY ([]: none)"
             )
         peers = [peer for peer in self._peers or () if not peer.startswith(CURVE_PEER)]
         self._networks = [ipaddress.ip_network(peer) for peer in peers if "/" in peer]
@@ -69,8 +69,8 @@ class Reach:
         keys = curve.load_keys(settings)
         if keys is None or keys.server.decode() not in named:
             raise SettingsError(
-                "control.peers: none of its CURVE keys is the one that those we call must prove "
-                "(control.curve_server_key, or our own public key where that is not set)"
+                "control.peers: none of its CURVE keys is the key that called peers must prove "
+                "(control.curve_server_key, or our own public key if that is unset)"
             )
         return True
 
@@ -128,8 +128,5 @@ class Reach:
     def _refusal(self, host: str) -> str:
         shown = plain(host, MAX_SHOWN)
         if self._peers is None:
-            return (
-                f"pages are fetched from this machine alone, by a loopback address, since control.peers is not set: "
-                f"{shown} is elsewhere"
-            )
-        return f"{shown} is not among control.peers, the hosts that pages may be fetched from"
+            return f"control.peers is not set, so pages are fetched only from loopback addresses: {shown} is not one"
+        return f"{shown} is not in control.peers, the hosts from which pages may be fetched"

@@ -40,7 +40,7 @@ COUNTERS = (
 
 
 def complaints_about_peers() -> LogLimiter:
-    """Warnings about bad input: a kind that goes on is logged ever more seldom."""
+    """Warnings about bad input; a kind that persists is logged less and less often."""
     return LogLimiter(logger, 60.0, 600.0)
 
 
@@ -60,7 +60,7 @@ class ChannelContext:
     def on_name(self, where: str, reason: str, now: float) -> None:
         """A peer warns us that another live process uses our name."""
         self.counters["names_shared"] += 1
-        self.complaints.warn(f"{where} says: {plain(reason, 512)}", "names", now)
+        self.complaints.warn(f"warning from {where}: {plain(reason, 512)}", "names", now)
 
     @property
     def beat_s(self) -> float:

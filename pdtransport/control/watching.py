@@ -28,7 +28,7 @@ class WorkerWatch:
 
     Raises:
         CannotWatch: the worker is on another machine and there are no CURVE keys, the address is malformed, or this
-            kernel can't tell whose a local connection is.
+        kernel can't report the owner of a local connection.
     """
 
     def __init__(

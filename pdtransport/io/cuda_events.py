@@ -62,7 +62,7 @@ class CudaEventQueue:
             call()
             return 0
         if len(self._entries) >= MAX_WAITING:
-            raise RuntimeError(f"{MAX_WAITING} calls wait for the GPU, which does not get on")
+            raise RuntimeError(f"{MAX_WAITING} calls wait for the GPU, which makes no progress")
         if handle:
             assert self._watch is not None
             self._watch.add(handle)

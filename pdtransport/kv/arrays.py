@@ -63,7 +63,7 @@ def layout_of(array: Any) -> Layout:
 def _of_interface(array: Any, interface: dict[str, Any], device: int) -> Layout:
     address, read_only = interface["data"]
     if read_only:
-        raise InvalidCall("the array is read-only: pages are written in place, so pass memory that can be written")
+        raise InvalidCall("the array is read-only: pages are written in place, so pass writable memory")
     shape, item_bytes = tuple(interface["shape"]), int(interface["typestr"][2:])
     strides = interface.get("strides")
     return Layout(
@@ -121,12 +121,12 @@ def _of_dlpack(array: Any) -> Layout:
     kind, number = array.__dlpack_device__()
     if int(kind) not in (_CPU, _CUDA, _CUDA_HOST):
         raise InvalidCall(
-            f"the array lies on a device of DLPack type {int(kind)}: only host memory and CUDA's are read"
+            f"the array lies on a device of DLPack type {int(kind)}: only host and CUDA memory are supported"
         )
     capsule = _exported(array, {"stream": _NO_WAIT} if int(kind) == _CUDA else {})
     tensor, flags = _read(capsule)
     if flags & _READ_ONLY:
-        raise InvalidCall("the array is read-only: pages are written in place, so pass memory that can be written")
+        raise InvalidCall("the array is read-only: pages are written in place, so pass writable memory")
     if tensor.bits * tensor.lanes % 8:
         raise InvalidCall(f"the array's elements of {tensor.bits * tensor.lanes} bits are not whole bytes")
     item_bytes = tensor.bits * tensor.lanes // 8

@@ -72,9 +72,9 @@ def safetensors_header(file: Path) -> list[StoredTensor]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
-        raise _damaged(file, "its header is no JSON") from None
+        raise _damaged(file, "its header is not JSON") from None
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise _damaged(file, "its header is no table of tensors")
+        raise _damaged(file, "its header is not a table of tensors")
     base = 8 + length
     return [_tensor(file, str(name), entry, base, size) for name, entry in header.items() if name != "__metadata__"]
 
@@ -94,12 +94,14 @@ def _tensor(file: Path, name: str, entry: Any, base: int, size: int) -> StoredTe
     except (TypeError, KeyError, ValueError):
         good = False
     if not good:
-        raise _damaged(file, f"its header's entry of tensor {name[:80]!r} is none")
+        raise _damaged(file, f"its header's entry for {name[:80]!r} does not describe a tensor")
     return StoredTensor(name, dtype, tuple(shape), base + begin, end - begin)
 
 
 def _damaged(file: Path, why: str) -> SettingsError:
-    return SettingsError(f"{str(file)[:300]!r} is no sound safetensors file: {why}; get it again, or set model_id")
+    return SettingsError(
+        f"{str(file)[:300]!r} is not a valid safetensors file: {why}; download it again, or set model_id"
+    )
 
 
 def digest_tensors(
@@ -126,7 +128,7 @@ def digest_tensors(
         if lines.setdefault(tensor.name, line) != line:
             raise SettingsError(
                 f"tensor {tensor.name[:80]!r} is in {str(files[number])[:300]!r} and, with another content, in another "
-                "weight file beside it: remove the one that is not meant, or set model_id to name these weights"
+                "weight file of the same model: remove the wrong one, or set model_id to name these weights"
             )
     return _identity(TENSORS, list(lines.values()))
 

@@ -78,7 +78,7 @@ class DigestCache:
         name = hashlib.sha256(key.encode()).hexdigest()[:IDENTITY_DIGITS]
         problem = self._prepare()
         if problem:
-            logger.warning("digests of weights are not remembered: %s", problem)
+            logger.warning("digests of weights are not cached: %s", problem)
             return self._computed(facts, files, compute)
         entry = self._directory / f"{name}.json"
         known = self._read(entry, facts)
@@ -96,20 +96,20 @@ class DigestCache:
     def _computed(facts: list[FileFacts], files: Sequence[Path], compute: Callable[[], str]) -> str:
         identity = compute()
         if facts_of(files) != facts:
-            raise SettingsError("weight files changed while they were read: start again once they stand still")
+            raise SettingsError("weight files changed while they were read: restart once they no longer change")
         return identity
 
     def _prepare(self) -> str:
         """Create and check the folder. Returns why it can't be used, or an empty string."""
         if not self._directory.is_absolute():
-            return "this user has no home folder; set XDG_CACHE_HOME to a folder that can be written"
+            return "this user has no home folder; set XDG_CACHE_HOME to a writable folder"
         try:
             make_private_folder(self._directory)
             found = self._directory.lstat()
         except OSError as error:
-            return f"{self._directory}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
+            return f"{self._directory}: {error.strerror}; set XDG_CACHE_HOME to a writable folder"
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            return f"{self._directory} is not ours alone to write (owner and mode 0700): remove it"
+            return f"{self._directory} is writable by other users (needs this user as owner, and mode 0700): remove it"
         return ""
 
     def _read(self, entry: Path, facts: list[FileFacts]) -> str:
@@ -124,7 +124,7 @@ class DigestCache:
         with os.fdopen(descriptor, "rb") as stream:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-                return self._ignored(entry, "it is not ours alone to write")
+                return self._ignored(entry, "it is writable by other users")
             if found.st_size > MAX_ENTRY_BYTES:
                 return self._ignored(entry, "it is too large")
             raw = stream.read(MAX_ENTRY_BYTES)
@@ -139,7 +139,7 @@ class DigestCache:
 
     @staticmethod
     def _ignored(entry: Path, why: str) -> str:
-        logger.warning("remembered digest %s is ignored: %s", entry, why)
+        logger.warning("cached digest %s is ignored: %s", entry, why)
         return ""
 
     def _write(self, entry: Path, facts: list[FileFacts], identity: str) -> None:
@@ -152,7 +152,7 @@ class DigestCache:
             os.replace(made, entry)
             self._forget_oldest()
         except OSError as error:
-            logger.warning("a digest of weights is not remembered: %s: %s", entry, error.strerror)
+            logger.warning("a digest of weights is not cached: %s: %s", entry, error.strerror)
             if made:
                 with suppress(OSError):
                     os.unlink(made)
@@ -185,7 +185,9 @@ class DigestCache:
                     if time.monotonic() < deadline:
                         time.sleep(POLL_S)
                         continue
-                    logger.warning("another process has not told the weights' digest for %.0f s: computed here", wait_s)
+                    logger.warning(
+                        "waited %.0f s for another process to compute the weights' digest: computing it here", wait_s
+                    )
                 break
             yield known()
         finally:

@@ -21,20 +21,20 @@ MAX_FIELD = 128  # likewise, of a field's name
 # What to do about a mismatch, by field. Root causes first: a different model explains many other differences.
 REMEDIES = {
     "protocol_version": "run the same pdtransport version on both",
-    "weights": "serve the same weight files on both; after a reload, reload the same on the other, of the same "
-    "tensor-parallel size, or start it again",
+    "weights": "serve the same weight files on both; after a reload, reload the same weights on the other side (of "
+    "the same tensor-parallel size), or restart it",
     "model": "serve the same model on both, or set model_id where only its name differs",
     "revision": "start both with the same --revision",
     "model_config": "the model's config.json (or --hf-overrides) differs: use the same on both",
     "quantization": "start both with the same --quantization",
     "long_rope": "start both with a --max-model-len on the same side of the model's original length",
     "sliding_window": "start both with, or both without, --disable-sliding-window",
-    "remote_code": "the Python files beside the model differ (--trust-remote-code): serve the same folder on both",
+    "remote_code": "the Python files in the model's folder differ (--trust-remote-code): serve the same folder on both",
     "media": "start both with the same --mm-processor-kwargs and --video-pruning-rate, and the same "
-    "preprocessor_config.json beside the model",
+    "preprocessor_config.json in the model's folder",
     "dtype": "start both with the same --dtype",
     "kv_cache_dtype": "start both with the same --kv-cache-dtype and --kv-cache-dtype-skip-layers",
-    "page_format": "run vLLM versions on both whose KV pages are known to be the same",
+    "page_format": "run vLLM versions with the same KV page format on both",
     "block_size": "start both with the same --block-size",
     "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT, or leave it unset on both",
     "attention_backend": "start both with the same --attention-backend, on CPUs of the same instruction set",

@@ -108,9 +108,7 @@ class KVGeometry:
                 f"expected an array of shape [layers, blocks, heads, tokens, slot], not {list(found.shape)}"
             )
         if not found.dense:
-            raise InvalidCall(
-                f"expected a C-contiguous array; this one of shape {list(found.shape)} is a view of another"
-            )
+            raise InvalidCall(f"expected a C-contiguous array; this one of shape {list(found.shape)} is a strided view")
         address, strides = found.address, dense_strides(found.shape, found.item_bytes)
         layers, blocks, heads, tokens, _ = found.shape
         return cls(

@@ -8,8 +8,9 @@ configuration came from, how to train, what Hugging Face's own code returns or c
 look similar but are read by some model in vLLM are not listed: token ids (some models embed or mask by them), the
 ``dtype``, initial values, the router's jitter.
 
-A field that only one side knows, and that has the default value of that side's library, is no difference: libraries add
-fields whose defaults change nothing, and a field set in the configuration reaches both sides. If both sides know a
+A field that only one side knows, and that has the default value of that side's library, does not count as a difference:
+libraries add fields whose defaults change nothing, and a field set in the configuration reaches both sides. If both
+sides know a
 field, the values must be equal, whether set or default: this catches a default that changed between two versions. A
 null where the library has a default value (Gemma 2 without soft caps) counts as a value that was set.
 

@@ -86,7 +86,7 @@ class Channel(ABC):
     def send(self, key: int, runs: Runs, checksum_blocks: int, prepared: Prepared | None = None) -> tuple[bytes, bytes]:
         """Offer ``runs`` under ``key`` (unique per channel, < 2**56). They may be read until :meth:`release`.
 
-        A read under way at the release may go on: checksums or tickets tell its receiver if the pages changed.
+        A read in progress at the release may continue: its receiver detects changed pages by checksums or tickets.
 
         Args:
             checksum_blocks: number of equally long blocks in the stream, one checksum each; 0: no checksums.
@@ -103,7 +103,7 @@ class Channel(ABC):
 
     @abstractmethod
     def release(self, key: int) -> None:
-        """Forget ``key``: the receiver has the batch or will never want it. Unknown keys are ignored."""
+        """Forget ``key``: the receiver has the batch or will never request it. Unknown keys are ignored."""
 
     def attach(self) -> None:  # noqa: B027 - most links need nothing
         """Acquire what receiving needs of the peer, such as a mapping of its memory.
@@ -155,14 +155,14 @@ class Channel(ABC):
 class Link(ABC):
     """One way to move bytes, for one process.
 
-    Found by name (:mod:`pdtransport.links.registry`); what it can do, its class states.
+    Found by name (:mod:`pdtransport.links.registry`). Class attributes state its capabilities.
     """
 
     name: ClassVar[str]  # as in `links.order`
-    memory: ClassVar[tuple[MemoryKind, ...]]  # where the pages may lie that it moves; elsewhere it is passed over
+    memory: ClassVar[tuple[MemoryKind, ...]]  # kinds of memory that it can move pages of; it is skipped for any other
     one_host: ClassVar[bool]  # True: both ends must be processes of one host
-    # True: a page that the engine overwrites while it moves arrives without an error, so that only its checksum tells.
-    # False: the link itself takes care that what arrives is what was there when `send` was called.
+    # True: a page that the engine overwrites while it moves arrives without an error, and only its checksum shows it.
+    # False: the link itself ensures that the bytes that arrive are those present when `send` was called.
     needs_checksums: ClassVar[bool] = True
 
     @classmethod

@@ -76,7 +76,7 @@ class CmaLink(Link):
         try:
             _prove(peer["pid"], peer["at"], peer["cookie"])
             reader, why = self._reader(peer)
-            _prove(peer["pid"], peer["at"], peer["cookie"])  # a pid may be another process's since
+            _prove(peer["pid"], peer["at"], peer["cookie"])  # the pid may belong to another process by now
         except LinkUnavailable:
             watch.close()
             raise

@@ -75,7 +75,7 @@ class CudaIpcLink(Link):
 
     def __init__(self, regions: Regions) -> None:
         if regions.device == HOST:
-            raise LinkUnavailable("KV lies in host memory")
+            raise LinkUnavailable("KV is in host memory")
         from pdtransport.kernels import gpu
         from pdtransport.kernels.watch import DeviceMemory
 

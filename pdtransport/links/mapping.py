@@ -49,7 +49,7 @@ class PeerMemory:
                 if number not in files:
                     files[number] = _open(pid, number)
                 if os.fstat(files[number]).st_size < offset + nbytes:
-                    raise LinkUnavailable(f"file {number} of process {pid} is shorter than it says")
+                    raise LinkUnavailable(f"file {number} of process {pid} is shorter than announced")
                 place = vm.map_file(None, nbytes, files[number], offset, write=False, shared=True)
                 self._mapped.append((place, nbytes))
         except OSError as error:
@@ -150,7 +150,7 @@ def _open(pid: int, number: int) -> int:
     handle = os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise LinkUnavailable(f"descriptor {number} of process {pid} is no memory")
+            raise LinkUnavailable(f"descriptor {number} of process {pid} is not memory")
         fd = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(handle)
@@ -160,5 +160,5 @@ def _open(pid: int, number: int) -> int:
         sealed = 0
     if not sealed:
         os.close(fd)
-        raise LinkUnavailable(f"descriptor {number} of process {pid} is no sealed memory")
+        raise LinkUnavailable(f"descriptor {number} of process {pid} is not sealed memory")
     return fd

@@ -45,7 +45,7 @@ def open_links(settings: LinkSettings, regions: Iterable[Region]) -> OpenedLinks
     try:
         for kind in kinds:
             if memory not in kind.memory:  # expected, so not logged; an error only if this link is required
-                opened.elsewhere[kind.name] = f"KV lies in {_MEMORY[memory]}"
+                opened.elsewhere[kind.name] = f"KV is in {_MEMORY[memory]}"
                 continue
             try:
                 opened.links[kind.name] = kind.open(opened.regions, settings)

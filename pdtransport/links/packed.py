@@ -39,7 +39,7 @@ def unpack(packed: bytes, nbytes: int) -> Runs:
         ValueError: not a run list, or one of another length. Memory is allocated only after the length was checked.
     """
     if len(packed) % _PROGRESSION.itemsize:
-        raise ValueError(f"{len(packed)} bytes are no list of runs")
+        raise ValueError(f"{len(packed)} bytes are not a list of runs")
     items = np.frombuffer(packed, dtype=_PROGRESSION)
     counts, lengths = items["count"].astype(np.uint64), items["nbytes"].astype(np.uint64)
     total = int(counts.sum())  # no uint64 overflow: counts are below 2**32, the message is bounded

@@ -1,8 +1,8 @@
 """Links by name: those that come with pdtransport, and other packages' by entry points.
 
 An entry point in the group ``pdtransport.links`` names a subclass of :class:`~pdtransport.links.base.Link`; settings
-refer to it by the entry point's name, which is the class's ``name`` too. It is loaded when it is first needed. What a
-link can do, its class says; nothing else names links. ``docs/adding/link.md`` is the guide.
+refer to it by the entry point's name, which is the class's ``name`` too. It is loaded when it is first needed. A link's
+class states its capabilities; no other module names links. ``docs/adding/link.md`` is the guide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pdtransport.links.base import Link, MemoryKind
 from pdtransport.settings import LinkSettings, Settings
 
 GROUP = "pdtransport.links"
-# Found without pip's metadata, in a checkout too; another package's link can't take one of these names.
+# Found without pip's metadata, so also in a checkout; another package's link can't use one of these names.
 OURS = {
     name: EntryPoint(name, f"pdtransport.links.{where}", GROUP)
     for name, where in (
@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 
 def wanted(settings: LinkSettings) -> tuple[str, ...]:
-    """Names of the links that these settings let be used, best first."""
+    """Names of the links that these settings allow, best first."""
     return (settings.require,) if settings.require else tuple(dict.fromkeys(settings.order))
 
 
@@ -43,15 +43,15 @@ def load(name: str) -> type[Link]:
     """The class of a link.
 
     Raises:
-        SettingsError: there is no link of this name, it can't be loaded, or its class does not say what it must.
+        SettingsError: there is no link of this name, it can't be loaded, or its class lacks a required attribute.
     """
     point = OURS.get(name) or plugins.installed(GROUP).get(name)
     if point is None:
         known = ", ".join(names())
-        raise SettingsError(f"there is no link {name!r} here, only {known}: correct the name or install its package")
+        raise SettingsError(f"there is no link {name!r}, only {known}: correct the name or install its package")
     kind = plugins.load(point, f"link {name}: {point.value}")
     if not isinstance(kind, type) or not issubclass(kind, Link):
-        raise SettingsError(f"link {name}: {point.value} is no subclass of pdtransport.links.base.Link")
+        raise SettingsError(f"link {name}: {point.value} is not a subclass of pdtransport.links.base.Link")
     stated = [getattr(kind, field, None) for field in ("name", "memory", "one_host")]
     if stated[0] != name or not isinstance(stated[2], bool) or not set(stated[1] or ("",)) <= {*get_args(MemoryKind)}:
         raise SettingsError(
@@ -61,7 +61,7 @@ def load(name: str) -> type[Link]:
 
 
 def check_links(settings: Settings) -> None:
-    """Check what ``settings`` say of links against the links that are installed here.
+    """Check the links in ``settings`` against the installed links.
 
     Raises:
         SettingsError: one line that names the key, what is wrong and what is allowed.
@@ -77,7 +77,7 @@ def check_links(settings: Settings) -> None:
         unsafe = [name for name in wanted(links) if load(name).needs_checksums]
         if unsafe:
             raise SettingsError(
-                f"integrity.checksum: off needs links.order without {' and '.join(unsafe)}: only checksums notice "
+                f"integrity.checksum: off needs links.order without {' and '.join(unsafe)}: only checksums detect "
                 "pages that change while they move"
             )
 

@@ -31,7 +31,7 @@ from pdtransport.links.base import Region
 from pdtransport.links.memory import PAGE
 
 SLICE_BYTES = 4 << 20  # converted at a time, and held twice meanwhile
-MIN_BYTES = 64 << 10  # smaller regions are not worth a mapping, and mostly lie in the heap
+MIN_BYTES = 64 << 10  # smaller regions are not worth a mapping, and are mostly in the heap
 MAX_SPANS = 1024  # per process; the rest stays private
 HUGE = 2 << 20  # offset in the file == address modulo this, so that huge pages fit
 NAME = "pdtransport"

@@ -65,7 +65,7 @@ def _parse(lines: Iterator[str]) -> Iterator[Area]:
 def touched(low: int, high: int) -> list[tuple[int, int]]:
     """Pages of ``low .. high`` that hold anything (present or swapped out), as stretches (address, nbytes).
 
-    The whole range if the kernel does not tell.
+    The whole range if the kernel does not report them.
     """
     first, count = low // PAGE, (high - low) // PAGE
     try:

@@ -62,8 +62,8 @@ class TransportStatus(TypedDict):
     """One worker.
 
     ``live`` counts what is in flight now, ``counters`` what happened since the start; ``fingerprint`` holds the facts
-    that peers must agree on; ``incarnation`` tells two runs of a worker apart; ``patches`` is empty
-    where no engine's adapter opened the transport.
+    that peers must agree on; ``incarnation`` tells two runs of a worker apart; ``patches`` is empty if no engine's
+    adapter opened the transport.
     """
 
     engine: str

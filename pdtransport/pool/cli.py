@@ -47,11 +47,11 @@ def size(text: str) -> int:
     """Parse a size in bytes, given as a number or with a unit: 64GiB.
 
     Raises:
-        ArgumentTypeError: the text is no size.
+        ArgumentTypeError: the text is not a size.
     """
     found = parse_size(text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: bytes, or a number with KiB, MiB, GiB or TiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: give bytes, or a number with KiB, MiB, GiB or TiB")
     return found
 
 
@@ -63,7 +63,7 @@ def quota(text: str) -> tuple[str, int]:
     """
     tenant, equals, limit = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SIZE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=SIZE")
     return tenant, size(limit)
 
 
@@ -75,7 +75,7 @@ def tier_option(text: str) -> tuple[str, str, str]:
     """
     parts = re.fullmatch(r"([^.=]+)\.([^=]+)=(.*)", text)
     if parts is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no option of a tier: NAME.OPTION=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME.OPTION=VALUE")
     return parts[1], parts[2], parts[3]
 
 
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=SIZE",
         type=quota,
         action="append",
-        help="A tier of another package below all others, by the name of its entry point.",
+        help="Add another package's tier below all others; NAME is its entry point.",
     )
     made.add_argument(
         "--tier-option",
@@ -116,9 +116,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME.OPTION=VALUE",
         type=tier_option,
         action="append",
-        help="What such a tier is told; NAME.codec: as --disk-codec.",
+        help="Set an option of such a tier; NAME.codec: as --disk-codec.",
     )
-    made.add_argument("--status", action="store_true", help="Print the status of the pool that runs, as JSON, and end.")
+    made.add_argument("--status", action="store_true", help="Print the status of the running pool as JSON, and exit.")
     made.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
     return made
 
@@ -169,7 +169,7 @@ def settings_from(arguments: argparse.Namespace) -> PoolSettings:
     for name, option, text in arguments.tier_options or ():
         tier = raw.get("tiers", {}).get(name)
         if tier is None:
-            raise SettingsError(f"--tier-option {name}.{option}: there is no --tier {name}=SIZE")
+            raise SettingsError(f"--tier-option {name}.{option}: add --tier {name}=SIZE")
         (tier if option == "codec" else tier["options"])[option] = text
     return PoolSettings.parse(raw, where="")
 

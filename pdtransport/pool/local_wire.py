@@ -78,7 +78,7 @@ class ServiceSession:
             self._close_if_idle()
 
     def end(self) -> None:
-        """End the session. Copies in flight go on to their end; no new copy begins."""
+        """End the session. Copies in flight run to completion; no new copy begins."""
         with self._guard:
             self.broken = True
             self._close_if_idle()
@@ -142,7 +142,7 @@ class Wire:
     def ask(self, asked: Asked) -> None:
         """Send a request as soon as there is a session. ``heard`` is called until the last answer or the deadline."""
         if len(self._asked) >= MAX_ASKED:
-            asked.heard(None, PoolUnavailable(f"{MAX_ASKED} questions to pool {self._pool} are under way"))
+            asked.heard(None, PoolUnavailable(f"{MAX_ASKED} requests to pool {self._pool} are in progress"))
             return
         self._asked[asked.number] = asked
         if self.session is None or self.session.mapping is None:
@@ -176,7 +176,7 @@ class Wire:
         try:
             self._socket.send(messages.encode(message), zmq.NOBLOCK)
         except zmq.ZMQError:  # the queue is full: the service hangs; or it is gone, as the monitor reports too
-            self._hang_up("it does not read what is sent to it")
+            self._hang_up("it does not read its messages")
 
     # -- called by the reactor --------------------------------------------------------------------------------------
 

@@ -191,7 +191,7 @@ class Manage(_Keyed):
 class Look(_Keyed):
     """Client: asks about the chunks of these keys, or with ``sweep`` about all. Answered by :class:`Looked`.
 
-    ``first``: index entry from which a sweep goes on; ``tenant``: limits it to one tenant.
+    ``first``: index entry from which a sweep continues; ``tenant``: limits it to one tenant.
     """
 
     kind: Literal["look"] = "look"
@@ -204,7 +204,7 @@ class Looked(_Numbered):
     """Service: describes chunks, one row each.
 
     ``sizes``: uint32; ``tiers`` and ``flags``: bit masks of one byte each. ``next``: index entry from which the sweep
-    goes on, -1 at its end. ``backlog``: jobs queued for lower tiers.
+    continues, -1 at its end. ``backlog``: jobs queued for lower tiers.
     """
 
     kind: Literal["looked"] = "looked"

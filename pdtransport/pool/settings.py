@@ -44,11 +44,10 @@ class AnyTierSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bytes: int = Field(ge=1 << 20, description="Size of all its chunks together that is never exceeded.")
+    bytes: int = Field(ge=1 << 20, description="Maximum total size of its chunks.")
     codec: CodecName = Field(
         "none",
-        description="Codec without loss: none, zstd (byte-shuffled; needs the zstandard package), or one that another "
-        "package adds.",
+        description="Lossless codec: none, zstd (byte-shuffled; needs the zstandard package), or another package's.",
     )
     item_bytes: Literal[1, 2, 4] = Field(
         2, description="Bytes of one element of the KV cache, which zstd's byte shuffle sorts by: 2 for bfloat16."
@@ -64,16 +63,16 @@ class TierSettings(AnyTierSettings):
 class ForeignTierSettings(AnyTierSettings):
     """Settings of a tier that another package adds, see :mod:`pdtransport.pool.tiers.registry`."""
 
-    options: dict[str, str | int | float | bool] = Field({}, description="What the tier itself wants to know.")
+    options: dict[str, str | int | float | bool] = Field({}, description="Options passed to the tier.")
 
 
 class DiskSettings(TierSettings):
     """Settings of the disk tier: one checksummed file a chunk."""
 
-    path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
+    path: Path = Field(description="Directory for chunk files, used by this pool alone; created if missing.")
     threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
     direct: Literal["auto", "off"] = Field(
-        "auto", description="auto: round the page cache where the file system does that; off: through it."
+        "auto", description="auto: bypass the page cache where the file system supports it; off: use it."
     )
 
 
@@ -84,8 +83,8 @@ class RedisSettings(TierSettings):
         pattern=r"^(redis|rediss|unix)://[^@]*$",
         description="redis://host:port/0, rediss:// for TLS, or unix://path. No password in it: password_file.",
     )
-    password_file: Path | None = Field(None, description="File with the password, if the server wants one.")
-    timeout_s: float = Field(2.0, gt=0, le=60, description="For one answer of the server; then it counts as down.")
+    password_file: Path | None = Field(None, description="File with the password, if the server requires one.")
+    timeout_s: float = Field(2.0, gt=0, le=60, description="Timeout of a request; on expiry the server counts as down.")
     rescan_s: float = Field(
         30.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
     )
@@ -98,11 +97,11 @@ class HttpSettings(BaseModel):
 
     listen: str = Field(
         pattern=r"^(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):\d{1,5}$",
-        description="HOST:PORT to serve the HTTP API on; port 0: any that is free.",
+        description="HOST:PORT to serve the HTTP API on; port 0: any free port.",
     )
     key_file: Path = Field(
-        description="File with keys, one a line; requests show one as Authorization: Bearer KEY. Needed on loopback, "
-        "too, which every user of the machine reaches."
+        description="File with keys, one a line; requests show one as Authorization: Bearer KEY. Required on loopback "
+        "too, because every user of the machine can reach it."
     )
     max_body_bytes: int = Field(4 << 20, ge=1 << 10, le=64 << 20, description="Longest request body.")
     allowed_hosts: tuple[HostName, ...] = Field((), max_length=64, description=HOSTS_HELP)
@@ -111,7 +110,7 @@ class HttpSettings(BaseModel):
     @model_validator(mode="after")
     def _port(self) -> HttpSettings:
         if self.address[1] > 65535:
-            raise ValueError(f"port {self.address[1]} is beyond 65535")
+            raise ValueError(f"port {self.address[1]} is above 65535")
         return self
 
     @property
@@ -126,30 +125,33 @@ class RemoteSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     listen: str = Field(
-        description="HOST:PORT that clients on other hosts reach this pool at; pages use the next port too. Off this "
-        "machine it needs CURVE keys."
+        description="HOST:PORT at which clients on other hosts reach this pool; pages use the next port as well. An "
+        "address other than loopback needs CURVE keys."
     )
     curve_public_key_file: Path | None = Field(
         None, description="CURVE key pair that this pool and its clients share; made with `pdlaunch keys`."
     )
-    curve_secret_key_file: Path | None = Field(None, description="Secret half of it.")
-    allow_plaintext: bool = Field(False, description="Do without keys on a trusted, isolated network.")
+    curve_secret_key_file: Path | None = Field(None, description="Secret key of that pair.")
+    allow_plaintext: bool = Field(False, description="Allow connections without keys, on a trusted, isolated network.")
     peers: tuple[str, ...] = Field(
         (),
         max_length=4096,
-        description="Addresses and networks (10.1.0.0/16) that clients' pages are fetched from, beside the address "
-        "that a client's connection comes from: for clients with a control.host on another interface.",
+        description="Further addresses and networks (10.1.0.0/16) from which clients' pages may be fetched, besides "
+        "the address that a client connects from: for clients with a control.host on another interface.",
     )
     liveness_s: float = Field(
-        10.0, gt=0, le=600, description="A client that said nothing for so long is given up, and what it holds."
+        10.0,
+        gt=0,
+        le=600,
+        description="A client that was silent for this long is disconnected, and all that it holds is released.",
     )
-    max_clients: int = Field(64, ge=1, le=1024, description="Clients on other hosts that may be connected at once.")
+    max_clients: int = Field(64, ge=1, le=1024, description="Maximum number of connected clients on other hosts.")
 
     @model_validator(mode="after")
     def _can_be(self) -> RemoteSettings:
         host, colon, port = self.listen.rpartition(":")
         if not host or not colon or not port.isdecimal() or not 1 <= int(port) <= 65534:
-            raise ValueError(f"listen is {self.listen!r}: HOST:PORT, with a port of 1 to 65534, is needed")
+            raise ValueError(f"listen is {self.listen!r}: give HOST:PORT, with a port of 1 to 65534")
         self.control(0)
         return self
 
@@ -159,7 +161,7 @@ class RemoteSettings(BaseModel):
         checked = tuple(checked_peer(peer) for peer in peers)
         for peer in checked:
             if "/" not in peer or peer.startswith(CURVE_PEER):
-                raise ValueError(f"{peer[:80]!r} is no address and no network: write 10.1.2.3, or 10.1.0.0/16")
+                raise ValueError(f"{peer[:80]!r} is neither an address nor a network: write 10.1.2.3, or 10.1.0.0/16")
         return checked
 
     @property
@@ -202,7 +204,7 @@ class RemoteSettings(BaseModel):
 class S3Settings(TierSettings):
     """Settings of the tier in S3-compatible object storage."""
 
-    bucket: str = Field(pattern=r"^[A-Za-z0-9._\-]{3,255}$", description="Bucket of the chunks; it must be there.")
+    bucket: str = Field(pattern=r"^[A-Za-z0-9._\-]{3,255}$", description="Bucket for the chunks; it must exist.")
     endpoint: str | None = Field(
         None, pattern=r"^https?://[^@\s]+$", description="http(s)://host:port of the server. Default: AWS."
     )
@@ -210,7 +212,10 @@ class S3Settings(TierSettings):
         "us-east-1", pattern=r"^[A-Za-z0-9\-]{1,64}$", description="Region that requests are signed for."
     )
     prefix: str = Field(
-        "pdtkv", pattern=r"^[A-Za-z0-9._\-]+(/[A-Za-z0-9._\-]+)*$", max_length=512, description="Of objects' names."
+        "pdtkv",
+        pattern=r"^[A-Za-z0-9._\-]+(/[A-Za-z0-9._\-]+)*$",
+        max_length=512,
+        description="Prefix of object names.",
     )
     credentials_file: Path | None = Field(
         None,
@@ -219,11 +224,16 @@ class S3Settings(TierSettings):
     )
     profile: str | None = Field(None, max_length=64, description="Profile in the credentials file. Default: default.")
     addressing: Literal["auto", "path", "virtual"] = Field(
-        "auto", description="Where the bucket's name goes: the path, or the host's name. auto: path with an endpoint."
+        "auto",
+        description="Where the bucket name goes: in the path, or in the host name. auto: in the path if "
+        "endpoint is set.",
     )
     threads: int = Field(8, ge=1, le=64, description="Chunks that are read or written at once.")
     timeout_s: float = Field(
-        5.0, gt=0, le=60, description="For a connection, and for each wait for data; then the server counts as down."
+        5.0,
+        gt=0,
+        le=60,
+        description="Timeout of connecting, and of each wait for data; on expiry the server counts as down.",
     )
     rescan_s: float = Field(
         300.0, ge=0, le=86400, description="How often to look for chunks that other pools wrote. 0: at start only."
@@ -236,21 +246,22 @@ class PoolSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     name: str = Field(
-        "default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool; clients find it by this."
+        "default", pattern=r"^[A-Za-z0-9._\-]{1,32}$", description="Name of the pool, by which clients find it."
     )
     dir: Path = Field(
         Path(f"/dev/shm/pdtransport-{os.getuid()}"),
         description="Directory of the pool's socket and lock file, and of its memory; open to its owner alone.",
     )
     memory_dir: Path | None = Field(
-        None, description="Where the memory lies instead: a hugetlbfs mount, for huge pages. Default: dir."
+        None, description="Directory of the memory file, such as a hugetlbfs mount for huge pages. Default: dir."
     )
-    memory_bytes: int = Field(1 << 30, ge=1 << 20, description="Memory for chunks, taken at start and never exceeded.")
+    memory_bytes: int = Field(1 << 30, ge=1 << 20, description="Memory for chunks, allocated at start.")
     frame_bytes: int = Field(
         64 << 10,
         ge=4096,
         le=16 << 20,
-        description="Memory is handed out in frames of this size, a multiple of 4096; a chunk wastes less than one.",
+        description="Memory is allocated in frames of this size, a multiple of 4096; a chunk wastes less than one "
+        "frame.",
     )
     max_chunks: int = Field(
         1 << 20, ge=16, le=1 << 27, description="Chunks that the index can hold, those in tiers below memory included."
@@ -258,19 +269,20 @@ class PoolSettings(BaseModel):
     client_bytes: int = Field(
         512 << 20,
         ge=1 << 20,
-        description="Chunks that one client may hold for reading and writing at one time; more has to wait for it.",
+        description="Bytes of chunks that one client may hold for reading and writing at a time; further requests "
+        "wait.",
     )
-    policy: PolicyName = Field("lru", description="Which chunk goes when room is needed.")
+    policy: PolicyName = Field("lru", description="Eviction policy.")
     admission: Literal["all", "twice"] = Field(
-        "all", description="twice: a chunk is stored the second time that somebody wants to store it."
+        "all", description="twice: a chunk is stored at the second attempt to store it."
     )
     quotas: dict[TenantName, Annotated[int, Field(ge=1)]] = Field(
-        {}, max_length=MAX_TENANTS, description="Bytes of memory that a tenant never exceeds, by its name."
+        {}, max_length=MAX_TENANTS, description="Maximum bytes of memory of each tenant, by name."
     )
     disk: DiskSettings | None = Field(None, description="A tier on disk below the memory.")
     redis: RedisSettings | None = Field(None, description="A tier in Redis or Valkey, below the disk if there is one.")
-    http: HttpSettings | None = Field(None, description="An HTTP API to see and manage what the pool holds.")
-    remote: RemoteSettings | None = Field(None, description="A door for clients on other hosts.")
+    http: HttpSettings | None = Field(None, description="HTTP API that shows and manages the pool's contents.")
+    remote: RemoteSettings | None = Field(None, description="Listener for clients on other hosts.")
     s3: S3Settings | None = Field(None, description="A tier in S3-compatible object storage, below disk and Redis.")
     tiers: dict[TierName, ForeignTierSettings] = Field(
         {}, max_length=MAX_FOREIGN_TIERS, description="Tiers of other packages by their names, below all others."
@@ -287,7 +299,10 @@ class PoolSettings(BaseModel):
         "can write there is trusted.",
     )
     writeback_bytes: int = Field(
-        256 << 20, ge=0, description="Chunks that may wait to be written to tiers below; more stay in memory alone."
+        256 << 20,
+        ge=0,
+        description="Bytes of chunks that may be queued for writing to lower tiers; further chunks "
+        "stay in memory only.",
     )
 
     @model_validator(mode="after")
@@ -295,9 +310,9 @@ class PoolSettings(BaseModel):
         if self.frame_bytes % 4096:
             raise ValueError(f"frame_bytes is {self.frame_bytes}, it must be a multiple of 4096")
         if self.memory_bytes < self.frame_bytes:
-            raise ValueError("memory_bytes does not hold a single frame")
+            raise ValueError("memory_bytes is smaller than one frame")
         for name in set(self.tiers) & set(OWN_TIERS):
-            raise ValueError(f"tiers: {name} is the name of one that comes with pdtransport")
+            raise ValueError(f"tiers: {name} is the name of a built-in tier: choose another name")
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise ValueError(f"dir is too long: the socket's path may have {MAX_SOCKET_PATH} bytes")
         return self

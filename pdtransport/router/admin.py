@@ -86,7 +86,7 @@ class Admin:
         self._check(request)
         text = request.query.get("limit", str(_DEFAULT_LISTED))
         if not (text.isascii() and text.isdecimal()) or len(text) > 9:
-            raise ApiError(400, "limit must be a whole number", param="limit", code="bad_limit")
+            raise ApiError(400, "limit must be an integer", param="limit", code="bad_limit")
         traces = self._traces.newest(min(int(text), MAX_LISTED))
         return web.json_response({"traces": [trace.as_json() for trace in traces]})
 
@@ -97,7 +97,7 @@ class Admin:
         trace = self._traces.get(transfer_id)
         if trace is None:
             raise ApiError(
-                404, "no such transfer_id among the last requests (setting: traces)", code="unknown_transfer"
+                404, "no recent request has this transfer_id; raise traces to remember more", code="unknown_transfer"
             )
         answer = trace.as_json()
         answer["workers"] = await self._workers(trace, transfer_id)

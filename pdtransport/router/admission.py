@@ -20,7 +20,7 @@ class Admission:
         self.buffered = 0
 
     def enter(self) -> Seat:
-        """A seat for one request, counted only once its body is in, so that slow senders occupy no seat.
+        """Admit one request. It is counted only once its body has arrived, so that slow senders occupy no seat.
 
         Raises:
             ApiError: 503, there are max_inflight requests already.
@@ -53,7 +53,7 @@ class Admission:
 
 
 class Seat:
-    """Seat and body bytes of one request; given back when the ``with`` block ends."""
+    """Seat and body bytes of one request; released when the ``with`` block ends."""
 
     def __init__(self, admission: Admission, settings: RouterSettings) -> None:
         self._admission = admission
@@ -65,7 +65,7 @@ class Seat:
         return self
 
     def take(self) -> None:
-        """The request's body is in: count the request as in flight.
+        """The request's body has arrived: count the request as in flight.
 
         Raises:
             ApiError: 503, there are max_inflight requests already.
@@ -82,7 +82,7 @@ class Seat:
         self.release()
 
     def release(self) -> None:
-        """Give back the body's bytes; it is no longer needed."""
+        """Release the body's bytes; it is no longer needed."""
         self._admission.buffered -= self._bytes
         self._bytes = 0
 

@@ -174,7 +174,7 @@ class Attempt:
         except asyncio.TimeoutError:
             raise self._too_slow(self.dispatch.decode, "total_s") from None
         except Lost:
-            raise self.lost("did not go on from the first token") from None
+            raise self.lost("did not continue from the first token") from None
         except ValueError as error:
             raise self.lost(f"answers {error}") from None
 
@@ -265,7 +265,7 @@ class Attempt:
             if prefill is not None and self._asks and decode.done() and decode.exception() is None:
                 if decode.result().response.status >= 300:
                     return decode.result()  # an error does not begin with a token
-                waiting = {prefill}  # only prefill's answer tells whether decode's begins with the first token
+                waiting = {prefill}  # only prefill's answer shows whether decode's begins with the first token
             left = until - asyncio.get_running_loop().time()
             await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
             if decode in waiting and decode.done() and (prefill is None or not self._asks or decode.exception()):

@@ -60,7 +60,7 @@ CHARS_PER_TOKEN = 4  # rough, for load estimates of text prompts
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a request was not disaggregated: a code for metrics and a sentence for people."""
+    """Why a request was not disaggregated: a code for metrics and a sentence for users."""
 
     code: str
     text: str
@@ -204,7 +204,7 @@ def _split(raw: bytes) -> tuple[str, dict[str, _Member]]:
     """
     if raw.count(b"[") + raw.count(b"{") > MAX_LISTS or raw.count(b",") > MAX_COMMAS:
         told = f"more than {MAX_LISTS} lists and objects, or {MAX_COMMAS} commas"
-        raise ApiError(400, f"the request body has {told}: no server is asked for so much", code="too_many_values")
+        raise ApiError(400, f"the request body has {told}, which the router does not accept", code="too_many_values")
     try:
         text = raw.decode("utf-8")
         at = _after(text, 0)
@@ -303,7 +303,7 @@ def _salted(text: str, members: dict[str, _Member], salter: Salter) -> tuple[str
     """The body with a new cache_salt, and the new positions of its members."""
     own = members["cache_salt"].value if "cache_salt" in members else None
     if own is not None and (not isinstance(own, str) or not own):
-        raise ApiError(400, "cache_salt must be a string that is not empty", param="cache_salt", code="invalid_value")
+        raise ApiError(400, "cache_salt must be a non-empty string", param="cache_salt", code="invalid_value")
     salt = salter(own or "")
     pieces = [f'"cache_salt":"{salt}"']
     at = 1 + len(pieces[0])
@@ -345,11 +345,11 @@ def _decode_only_reason(api: Api, members: dict[str, _Member], prompt: _Member |
         if given(key) not in (None, 1):
             return Reason(key, f"{key} asks for several sequences and a hand-off serves one")
     if given("use_beam_search"):
-        return Reason("beam_search", "beam search branches and a hand-off serves one sequence")
+        return Reason("beam_search", "beam search needs several sequences and a hand-off serves one")
     if given("echo"):
         return Reason("echo", "echo returns the prompt, which decode must compute")
     if given("prompt_logprobs") is not None:
-        return Reason("prompt_logprobs", "prompt_logprobs need the whole prompt computed where the answer is made")
+        return Reason("prompt_logprobs", "prompt_logprobs require decode to compute the whole prompt")
     if given("prompt_embeds") is not None:
         return Reason("prompt_embeds", "prompt_embeds carry no tokens to match pages by")
     return _prompt_reason(api, prompt.value if prompt else None)
@@ -359,7 +359,7 @@ def _prompt_reason(api: Api, prompt: Any) -> Reason | None:
     if isinstance(prompt, list) and bool(prompt) if api == "chat" else _is_prompt(prompt):
         return None
     if api == "completions" and isinstance(prompt, list) and len(prompt) > 1:
-        return Reason("batch", f"a batch of {len(prompt)} prompts shares one body and a hand-off serves one prompt")
+        return Reason("batch", f"the body has a batch of {len(prompt)} prompts and a hand-off serves one")
     return Reason("no_prompt", f"the body has no usable {_PROMPT_KEY[api]}")
 
 

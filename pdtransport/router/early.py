@@ -101,7 +101,7 @@ class EarlyRelay(Relay):
             try:
                 data = splice.feed(chunk)
             except Lost:
-                raise self._attempt.lost("did not go on from the first token") from None
+                raise self._attempt.lost("did not continue from the first token") from None
             if data and not passed:
                 passed = True
                 self._decode_began()

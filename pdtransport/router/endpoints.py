@@ -42,7 +42,7 @@ class Endpoint:
     inflight_tokens: int = 0
     ejected_until: float = 0.0
     engine_id: str = ""  # without the suffix of a data-parallel replica
-    replicated: bool = False  # it has data-parallel replicas: only an answer tells which one served a request
+    replicated: bool = False  # it has data-parallel replicas: only an answer shows which one served a request
     restarts: int = 0
     learned: ControlAddress | None = None
     facts: ServerFacts | None = None  # read from its metrics; None: not read since it was last lost
@@ -50,7 +50,7 @@ class Endpoint:
     # Decode: since it was last lost, its connector has promised to continue from a first token.
     goes_on: bool = False
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
-    view: ServerView = field(init=False)  # what placement policies see of it
+    view: ServerView = field(init=False)  # the view that placement policies get
 
     def __post_init__(self) -> None:
         self._look()
@@ -153,8 +153,8 @@ class Endpoint:
         control, learned = self.control, self.learned
         if control and learned and (control.host, control.port) != (learned.host, learned.port):
             log.warning(
-                "%s server %s says its control channel is %s:%d, the configured %s:%d is used: "
-                "check control_host and control_port",
+                "%s server %s reports its control channel at %s:%d, but the configured %s:%d is used: check "
+                "control_host and control_port",
                 self.role, self.name, learned.host, learned.port, control.host, control.port,
             )  # fmt: skip
 
@@ -163,7 +163,7 @@ class Endpoint:
         self.ejected_until = 0.0
 
     def failed(self, why: str, how: Failure, health: RouterHealth) -> None:
-        """Count a failed request, and have the server checked soon."""
+        """Count a failed request, and schedule a check of the server."""
         self.failures += 1
         self.failures_in_row += 1
         if self.failures_in_row >= health.eject_after:

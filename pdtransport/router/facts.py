@@ -85,7 +85,7 @@ def read_facts(metrics: str, url: str) -> ServerFacts:
 
 
 async def ask_facts(session: ClientSession, url: str, headers: dict[str, str], timeout_s: float) -> ServerFacts | None:
-    """Read the server's ``/metrics``. None: no answer, so ask again."""
+    """Read the server's ``/metrics``. None: no answer; retry later."""
     try:
         async with session.get(
             f"{url}/metrics", headers=headers, timeout=ClientTimeout(total=timeout_s), allow_redirects=False

@@ -87,7 +87,7 @@ def why_not(api: Api, given: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """The token that prefill sampled, as told by its answer.
+    """The token that prefill sampled, from its answer.
 
     Args:
         head: members that all events of a stream have in common.

@@ -33,12 +33,12 @@ REFUSED = "prefill_refused"
 UNFIT = {"prefill": "prefill_not_a_producer", "decode": "decode_not_a_consumer"}
 _LEFT = frozenset({Code.CANCELLED.value, Code.PEER_CANCELLED.value})  # the client left: not the pair's fault
 _REMEDIES = {
-    Code.REFUSED.value: "start both with what is named here set alike, or leave prefill out",
-    REFUSED: "give prefill the flags, adapters and length that decode has",
-    NO_HANDOVER: "start prefill with PDTransportConnector and kv_role kv_producer, or leave it out",
-    Code.PEER_LOST.value: "decode must reach prefill's control.host and control.port",
-    Code.LINK.value: "see links in the workers' status (/pd/status?workers=1)",
-    Code.UNKNOWN.value: "prefill's request failed, or went to another engine: see its log",
+    Code.REFUSED.value: "make the named property equal on both, or remove the prefill server",
+    REFUSED: "start prefill with the same flags, adapters and length as decode",
+    NO_HANDOVER: "start prefill with PDTransportConnector and kv_role kv_producer, or remove it",
+    Code.PEER_LOST.value: "check that decode can reach prefill's control.host and control.port",
+    Code.LINK.value: "check the links in the workers' status (/pd/status?workers=1)",
+    Code.UNKNOWN.value: "prefill's request failed or went to another engine: check its log",
 }
 
 
@@ -210,7 +210,7 @@ class HandOffs:
         pair.last = verdict
         if verdict.became == "handed_over":
             if pair.failing:
-                log.warning("prefill server %s and decode server %s hand over again", *names)
+                log.warning("hand-offs from prefill server %s to decode server %s work again", *names)
             pair.missed, pair.failing, pair.warned_at = 0, False, None
             return
         pair.missed += 1
@@ -243,7 +243,7 @@ class HandOffs:
         for pair in known:
             if pair.failing and pair.last is not None:
                 return False, Reason(pair.last.code, f"{pair.last.code}: {pair.last.reason}")
-        return None, Reason("untried", "no prompt was handed over yet")
+        return None, Reason("untried", "no prompt has been handed over yet")
 
     def failing(self) -> Iterable[tuple[tuple[str, str], int]]:
         """Pairs whose hand-offs fail, with the number of failed requests in a row."""

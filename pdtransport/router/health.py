@@ -107,7 +107,7 @@ class Prober:
             return endpoint.last_error if was_silent else ""  # /health decides whether the server is up
         self._silent.add(endpoint)
         return (
-            f"its engine did not answer within health.engine_s ({seconds:g} s): it is stopped, or its steps are longer"
+            f"its engine did not answer within health.engine_s ({seconds:g} s): it is stopped, or its steps take longer"
         )
 
     def _refused(self, endpoint: Endpoint, why: str) -> None:

@@ -36,7 +36,7 @@ Headers = list[tuple[str, str]]
 
 
 class _Unsent(Exception):
-    """Why a hint had no effect: an outcome for metrics, and a line for people."""
+    """Why a hint had no effect: an outcome for metrics, and a line for the log."""
 
     def __init__(self, outcome: str, why: str) -> None:
         super().__init__(why)
@@ -108,7 +108,7 @@ class Hinter:
             TypeError,
         ) as error:
             outcome = "failed"
-            self._say(f"nothing of use was answered within pool_hint.timeout_s: {reason(error)}")
+            self._say(f"no usable answer within pool_hint.timeout_s: {reason(error)}")
         self._metrics.hints.add(outcome)
 
     async def _send(self, body: bytes, names: dict[str, str], tokenize: Headers | None) -> str:
@@ -136,18 +136,20 @@ class Hinter:
                 parts.append(part)
                 size += len(part)
                 if size > bound:
-                    raise _Unsent("failed", f"{who} answers more than {bound} bytes")
+                    raise _Unsent("failed", f"{who} answered with more than {bound} bytes")
             raw = b"".join(parts)
             if answer.status >= 300:
                 outcome = "failed" if answer.status >= 500 else "refused"
-                raise _Unsent(outcome, f"{who} answers {answer.status}: {_message(raw)}")
+                raise _Unsent(outcome, f"{who} answered {answer.status}: {_message(raw)}")
             return raw
 
     def _say(self, why: str) -> None:
         now = time.monotonic()
         if now >= self._say_at:
             self._say_at = now + SAY_S
-            log.warning("a hint to the pool did nothing (requests go on): %s", why[:300].replace("\n", " "))
+            log.warning(
+                "a hint to the pool had no effect (requests are served without it): %s", why[:300].replace("\n", " ")
+            )
 
 
 def _message(raw: bytes) -> str:

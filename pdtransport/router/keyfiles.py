@@ -59,5 +59,7 @@ def client_keys(one: SecretStr | None, file: Path | None, setting: str) -> tuple
             )
         made = ClientKey(key, *rest)
         if found.setdefault(key, made) != made:
-            raise SettingsError(f"{setting}_file: key {number} is there before, with another tenant: give each its own")
+            raise SettingsError(
+                f"{setting}_file: key {number} is already assigned to another tenant: give each tenant its own key"
+            )
     return tuple(found.values())

@@ -74,7 +74,7 @@ class FallbackPolicy:
                 self._leave_prefill(Reason("no_handover", why), rungs, trace)
             except Unusable:
                 attempt.close()
-                why = "prefill gave out a first token whose text can't be told"
+                why = "prefill gave out a first token whose text is not usable"
                 self._leave_prefill(Reason("first_token_unusable", why), rungs, trace)
             except UpstreamError as error:
                 error.with_traceback(None)  # the error is kept; its traceback would keep the request's body alive
@@ -170,7 +170,12 @@ class FallbackPolicy:
         if self._settings.dispatch == "serial":
             return Dispatch(decode, prefill, "serial", "dispatch is set to serial")
         if prefill.replicated:
-            return Dispatch(decode, prefill, "serial", "prefill has data-parallel replicas, and its answer tells which")
+            return Dispatch(
+                decode,
+                prefill,
+                "serial",
+                "prefill has data-parallel replicas, and only its answer says which one is used",
+            )
         if prefill.control is None:
             return Dispatch(decode, prefill, "serial", "prefill's control address is not known yet")
         return Dispatch(decode, prefill, "concurrent", "dispatch is set to concurrent")
@@ -238,7 +243,7 @@ class FallbackPolicy:
     def _unavailable(self) -> ApiError:
         return ApiError(
             503,
-            "no decode server is healthy: see /health of the router and the decode servers' logs",
+            "no decode server is healthy: check /health of the router and the decode servers' logs",
             kind=SERVER,
             code="no_decode_server",
             headers={"Retry-After": str(self._settings.retry_after_s)},

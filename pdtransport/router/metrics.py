@@ -76,7 +76,7 @@ class Metrics:
             "pdrouter_not_disaggregated_total", "Requests that decode served alone, by reason.", "reason"
         )
         self.retries = Counter(
-            "pdrouter_retries_total", "Dispatches given up, by who failed and how.", "role", "failure"
+            "pdrouter_retries_total", "Abandoned dispatches, by which server failed and how.", "role", "failure"
         )
         self.first_tokens = Counter(
             "pdrouter_first_tokens_total",
@@ -86,8 +86,8 @@ class Metrics:
         )
         self.hand_offs = Counter(
             "pdrouter_hand_offs_total",
-            "Hand-offs by what became of them: handed_over, held (decode had the prompt), failed (and the code why), "
-            "unknown (its workers did not tell).",
+            "Hand-offs by outcome: handed_over, held (decode had the prompt), failed (with its code), unknown "
+            "(decode's workers did not report).",
             "outcome",
             "code",
         )
@@ -99,9 +99,7 @@ class Metrics:
             _FAST_S,
             "link",
         )
-        self.hints = Counter(
-            "pdrouter_pool_hints_total", "Hints to the shared pool, by what became of them.", "outcome"
-        )
+        self.hints = Counter("pdrouter_pool_hints_total", "Hints to the shared pool, by outcome.", "outcome")
         self.refused = Counter("pdrouter_refused_total", "Requests that the router itself refused.", "reason")
         self.placement_failures = Counter(
             "pdrouter_placement_failures_total",

@@ -1,4 +1,4 @@
-"""OpenAPI 3.1 description of the router: its paths, what they take, and every answer they may give."""
+"""OpenAPI 3.1 description of the router: its paths, their parameters and bodies, and all their answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pdtransport.router.relay import PD_HEADERS
 from pdtransport.serving.openapi import as_json, document, got, key_scheme, query, refused, wanting
 
 _COUNT = {"type": "integer", "minimum": 0}
-_JUDGED = "; the servers judge it"
-_WHERE = "Which way the request went; absent where it was refused before it was sent to a server."
+_JUDGED = "; validated by the servers"
+_WHERE = "How the request was served; absent if it was refused before it was sent to a server."
 _HEADERS = {name: {"description": _WHERE, "schema": {"type": "string"}} for name in PD_HEADERS}
 
 
@@ -36,7 +36,7 @@ def describe(*, public: bool, admin: bool, keys: bool, admin_keys: bool) -> dict
 
 def _public(security: dict[str, Any]) -> dict[str, Any]:
     prompts = {
-        "completions": ("A completion.", "prompt", "text, token ids, or a list of such"),
+        "completions": ("A completion.", "prompt", "text, token ids, or a list of these"),
         "chat": ("A chat completion.", "messages", "the conversation"),
     }
     paths: dict[str, Any] = {}
@@ -53,14 +53,14 @@ def _public(security: dict[str, Any]) -> dict[str, Any]:
                 "decode": _role(),
                 "disaggregates": {
                     "type": ["boolean", "null"],
-                    "description": "Whether prompts are handed over; null: nothing tells yet.",
+                    "description": "Whether prompts are handed over; null: not known yet.",
                 },
                 "why_not": {"type": ["string", "null"]},
             },
         }
     )
     unavailable = {**health, "description": "No decode server is healthy, so no completion can be answered."}
-    models = as_json({}, "A decode server's own list.")
+    models = as_json({}, "The list of a decode server.")
     paths["/v1/models"] = {"get": {**got("models", "The models.", models), **security}}
     paths["/v1/models"]["get"]["responses"] |= {"4XX": refused(), "5XX": refused()}
     paths["/health"] = {"get": got("health", "Readiness: whether completions can be answered.", health)}
@@ -72,7 +72,8 @@ def _public(security: dict[str, Any]) -> dict[str, Any]:
 def _generate(api: str, summary: str, prompt: dict[str, Any], security: dict[str, Any]) -> dict[str, Any]:
     body = {
         "type": "object",
-        "description": "As vLLM takes it: the router reads little of it and passes on all of it. No member twice.",
+        "description": "As vLLM accepts it: the router reads a few members and passes on all of them. Duplicate "
+        "members are refused.",
         "properties": {
             **prompt,
             "model": {"description": "one of /v1/models" + _JUDGED},
@@ -82,7 +83,7 @@ def _generate(api: str, summary: str, prompt: dict[str, Any], security: dict[str
         },
     }
     served = {
-        "description": "Decode's answer, as it came.",
+        "description": "Decode's answer, unchanged.",
         "headers": _HEADERS,
         "content": {
             "application/json": {"schema": {"type": "object"}},
@@ -98,19 +99,19 @@ def _generate(api: str, summary: str, prompt: dict[str, Any], security: dict[str
             "400": refused("The body can't be read, or a server says that it is wrong."),
             "408": refused("The body did not arrive in time."),
             "413": refused("The body is larger than max_body_bytes."),
-            "415": refused("The body is compressed, or is not said to be application/json."),
-            "503": refused("The router is full, or no decode server is healthy.", retry=True),
+            "415": refused("The body is compressed, or its Content-Type is not application/json."),
+            "503": refused("The router is at its limit, or no decode server is healthy.", retry=True),
             "4XX": refused(),
-            "5XX": refused("Servers failed, and what was left to try failed too."),
+            "5XX": refused("Servers failed, and so did all retries."),
         },
         **security,
     }
 
 
 def _admin(security: dict[str, Any], *, closed: bool) -> dict[str, Any]:
-    refusals: dict[str, Any] = {"4XX": refused("No key, or no such thing.")}
+    refusals: dict[str, Any] = {"4XX": refused("No valid key, or not found.")}
     if closed:
-        refusals["403"] = refused("Only clients on the router's own machine may ask.")
+        refusals["403"] = refused("Only clients on the router's own machine may use this.")
     text = {
         "description": "Prometheus text.",
         "content": {"text/plain": {"schema": {"type": "string"}}},
@@ -134,12 +135,12 @@ def _admin(security: dict[str, Any], *, closed: bool) -> dict[str, Any]:
             },
         }
     )
-    limit = query("limit", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "How many at most.")
-    workers = query("workers", {"enum": ["0", "1"]}, "1: with the status of every worker.")
+    limit = query("limit", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "Maximum number of traces.")
+    workers = query("workers", {"enum": ["0", "1"]}, "1: include the status of every worker.")
     transfer = {"name": "transfer_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     operations = {
         "/metrics": (got("metrics", "Counters and histograms.", text), []),
-        "/pd/status": (got("status", "Servers and work under way.", state), [workers]),
+        "/pd/status": (got("status", "Servers, and requests in progress.", state), [workers]),
         "/pd/traces": (got("traces", "Timelines of the newest requests.", listed), [limit]),
         "/pd/trace/{transfer_id}": (got("trace", "One timeline.", as_json({"type": "object"})), [transfer]),
     }

@@ -19,7 +19,7 @@ log = logging.getLogger("pdtransport.router")
 
 
 class Placer:
-    """Asks the policy; where another package's fails, is late or names no candidate, ``least_loaded`` chooses.
+    """Asks the policy; if another package's policy fails, is late or names no candidate, ``least_loaded`` chooses.
 
     Raises:
         SettingsError: there is no such policy, or it can't be made.
@@ -46,7 +46,7 @@ class Placer:
         """One of ``candidates``, or None if there are none.
 
         Args:
-            decode: the decode server that was chosen, where ``role`` is prefill.
+            decode: the chosen decode server, if ``role`` is prefill.
         """
         if not candidates:
             return None
@@ -70,7 +70,7 @@ class Placer:
     def _failed(self, error: NoChoice) -> None:
         self._failures.add(error.reason)
         text = (
-            f"placement.policy {self._name} {error}; least_loaded chose instead: mend its package or set another policy"
+            f"placement.policy {self._name} {error}; least_loaded chose instead: fix its package or set another policy"
         )
         if line := self._lines.line(text, error.reason):
             log.warning("%s", line)
@@ -83,4 +83,4 @@ def _named(name: object, candidates: Sequence[Endpoint]) -> Endpoint:
             if endpoint.view.name == name:
                 return endpoint
     what = repr(name[:100]) if isinstance(name, str) else f"a {type(name).__name__}"
-    raise NoChoice("unknown_server", f"answered {what}, which names no server that it was given")
+    raise NoChoice("unknown_server", f"returned {what}, which is not the name of a candidate server")

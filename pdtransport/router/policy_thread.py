@@ -1,4 +1,4 @@
-"""Asks another package's placement policy, in a thread of its own, so that a slow one holds up nobody for long."""
+"""Runs another package's placement policy in a separate thread, so that a slow policy delays requests only briefly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANSWER_S = 0.1  # a request waits this long for the policy's choice
 
 
 class NoChoice(Exception):
-    """Why the policy chose no server: a reason for metrics, and a line for people."""
+    """Why the policy chose no server: a reason for metrics, and a line for the log."""
 
     def __init__(self, reason: str, why: str) -> None:
         super().__init__(why)
@@ -28,18 +28,19 @@ class _Question:
     request: RequestView
     servers: Sequence[ServerView]
     given_up: bool = False
-    # The choice, or what the policy raised: not as the future's exception, which asyncio does not take of every kind.
+    # The choice, or what the policy raised. It is not set as the future's exception, because asyncio refuses some
+    # kinds.
     answer: Future[str | BaseException] = field(default_factory=Future)
 
 
 class PolicyThread:
-    """Starts its thread with the first question; a daemon, so that a policy which hangs keeps no process alive."""
+    """Starts a daemon thread at the first call, so that a hanging policy does not keep the process alive."""
 
     def __init__(self, policy: PlacementPolicy) -> None:
         self._policy = policy
         self._questions: SimpleQueue[_Question | None] = SimpleQueue()
         self._started = False
-        self._late: _Question | None = None  # the last one that was not answered in time
+        self._late: _Question | None = None  # the last call that was not answered in time
 
     async def choose(self, request: RequestView, servers: Sequence[ServerView]) -> str:
         """The policy's choice.

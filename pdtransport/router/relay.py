@@ -54,7 +54,7 @@ class RelayTimer:
 
 
 def pd_headers(trace: Trace) -> dict[str, str]:
-    """The x-pd-* headers, which tell how a request was served. Empty before its first dispatch."""
+    """The x-pd-* headers, which show how a request was served. Empty before its first dispatch."""
     if not trace.dispatches:
         return {}
     last = trace.dispatches[-1]
@@ -173,7 +173,7 @@ class Relay:
         await self._end(response, message, "upstream_interrupted")
 
     async def _told_stopped(self, response: web.StreamResponse) -> bool:
-        """End an answer that has begun because the router stops.
+        """Because the router stops, end an answer that has begun.
 
         False: the answer has not begun, or the client disconnected.
         """

@@ -132,7 +132,7 @@ class Router:
     async def stop(self) -> None:
         """Stop listening, give requests ``timeouts.drain_s`` to finish, then cancel the rest.
 
-        Clients of cancelled requests are told why. May be called twice.
+        Clients of cancelled requests get the reason. May be called twice.
         """
         self._stopping = True
         await asyncio.gather(*(each.stop() for each in (self._main, self._admin) if each is not None))
@@ -158,9 +158,9 @@ class Router:
             self._admin = await self._open(*where, inside, min(size, ADMIN_CONNECTIONS))
         self._main = await self._open(settings.host, settings.port, "port", routes, size)
         if not self._keys and not is_loopback(settings.host):
-            log.warning("the router listens on %s and asks for no key: set api_key_file", settings.host)
+            log.warning("the router listens on %s without requiring a key: set api_key_file", settings.host)
         if settings.admin_port is not None and not self._admin_keys and not is_loopback(settings.admin_host):
-            log.warning("/pd/* is served on %s and asks for no key: set admin_api_key_file", settings.admin_host)
+            log.warning("/pd/* is served on %s without requiring a key: set admin_api_key_file", settings.admin_host)
 
     async def _open(self, host: str, port: int, setting: str, routes: list[web.RouteDef], size: int) -> HttpListener:
         app = web.Application(middlewares=[json_errors("router", log)])
@@ -336,20 +336,22 @@ class Router:
     def _metrics_text(self) -> str:
         labels = {one: (("role", one.role), ("server", one.name)) for one in self.fleet.all}
         lines = self.metrics.lines()
-        lines += prom.gauge("pdrouter_inflight", "Requests under way.", [((), self._admission.inflight)])
-        lines += prom.gauge("pdrouter_buffered_bytes", "Bytes of bodies held.", [((), self._admission.buffered)])
+        lines += prom.gauge("pdrouter_inflight", "Requests in progress.", [((), self._admission.inflight)])
+        lines += prom.gauge(
+            "pdrouter_buffered_bytes", "Bytes of request bodies held.", [((), self._admission.buffered)]
+        )
         for name, text, attribute in (
             ("pdrouter_server_healthy", "1 if the server's last check succeeded.", "healthy"),
-            ("pdrouter_server_inflight", "Requests under way at the server.", "inflight"),
-            ("pdrouter_server_inflight_tokens", "Prompt tokens under way at the server.", "inflight_tokens"),
+            ("pdrouter_server_inflight", "Requests in progress at the server.", "inflight"),
+            ("pdrouter_server_inflight_tokens", "Prompt tokens in progress at the server.", "inflight_tokens"),
             ("pdrouter_server_restarts", "Times that a prefill server's engine id changed.", "restarts"),
         ):
             lines += prom.gauge(name, text, [(labels[one], int(getattr(one, attribute))) for one in self.fleet.all])
         watched = [(labels[one], int(self._watches.stands(one))) for one in self.fleet.decode]
-        lines += prom.gauge("pdrouter_server_watched", "1 if the server's workers tell how transfers end.", watched)
+        lines += prom.gauge("pdrouter_server_watched", "1 if the server's workers report how transfers end.", watched)
         failing = [((("prefill", p), ("decode", d)), n) for (p, d), n in self._hand_offs.failing()]
         lines += prom.gauge(
-            "pdrouter_pair_failing", "Requests in a row of which a pair of servers handed none over.", failing
+            "pdrouter_pair_failing", "Consecutive requests that a pair of servers failed to hand over.", failing
         )
         return "\n".join(lines) + "\n"
 

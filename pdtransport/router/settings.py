@@ -35,7 +35,9 @@ class EndpointSettings(Section):
         "first answer.",
     )
     control_port: int | None = Field(None, ge=1, le=65535, description="Port of rank 0's control channel.")
-    tp_size: int = Field(1, ge=1, le=1024, description="Tensor-parallel ranks; used until an answer tells.")
+    tp_size: int = Field(
+        1, ge=1, le=1024, description="Tensor-parallel ranks; used until an answer gives their number."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -51,13 +53,13 @@ class EndpointSettings(Section):
         try:
             _ = parts.port
         except ValueError:  # the error's text would show the value, which may be part of user:password@host
-            raise ValueError("a server URL's port is a number, and it takes no user and no password") from None
+            raise ValueError("a server URL must have a numeric port, and no user or password") from None
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError(f"{self.url!r} is no server URL: give http://HOST:PORT")
+            raise ValueError(f"{self.url!r} is not a server URL: give http://HOST:PORT")
         if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError("a server URL takes no user, password, query or fragment")
+            raise ValueError("a server URL must not have a user, password, query or fragment")
         if not self.name.isprintable() or len(self.name) > 128:
-            raise ValueError("a name has at most 128 printable characters")
+            raise ValueError("a name must have at most 128 printable characters")
         if (self.control_host is None) != (self.control_port is None):
             raise ValueError("control_host and control_port must be set together")
         return self
@@ -75,7 +77,7 @@ class EndpointSettings(Section):
         address, _, ranks = control.partition("/")
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdecimal() or (ranks and not ranks.isdecimal()):
-            raise ValueError(f"{control!r} is no control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE")
+            raise ValueError(f"{control!r} is not a control address: give URL@HOST:PORT or URL@HOST:PORT/TP_SIZE")
         return cls(url=url, control_host=host.strip("[]"), control_port=int(port), tp_size=int(ranks or 1))
 
 
@@ -94,39 +96,43 @@ class RouterTimeouts(Section):
         600.0,
         gt=0,
         le=86400,
-        description="Prefill's whole answer, its queue included; then decode serves alone.",
+        description="Prefill's whole answer, queueing included; on expiry decode serves alone.",
     )
     first_byte_s: float = Field(
-        900.0, gt=0, le=86400, description="A streamed answer's first bytes from decode, its queue included."
+        900.0, gt=0, le=86400, description="The first bytes of a streamed answer from decode, queueing included."
     )
-    stall_s: float = Field(300.0, gt=0, le=86400, description="Longest silence of decode within an answer.")
+    stall_s: float = Field(300.0, gt=0, le=86400, description="Longest pause of decode within an answer.")
     client_stall_s: float = Field(
-        120.0, gt=0, le=86400, description="A client that takes nothing for this long is disconnected."
+        120.0, gt=0, le=86400, description="A client that reads nothing for this long is disconnected."
     )
     client_head_s: float = Field(
         20.0,
         gt=0,
         le=3600,
-        description="Receiving a request's line and headers, from the opening of a connection or from their first byte "
-        "on one that served before; then it is closed.",
+        description="Receiving a request line and headers, from the opening of a new connection or from the first "
+        "byte on a reused one; on expiry it is closed.",
     )
     client_body_s: float = Field(60.0, gt=0, le=3600, description="Receiving a client's whole request body.")
     total_s: float = Field(3600.0, gt=0, le=604800, description="One request, from its arrival to its last byte.")
-    drain_s: float = Field(10.0, ge=0, le=3600, description="Requests under way get this long when the router stops.")
-    worker_status_s: float = Field(1.0, gt=0, le=60, description="Asking workers for their part of a trace.")
+    drain_s: float = Field(
+        10.0, ge=0, le=3600, description="Time for requests in progress to finish when the router stops."
+    )
+    worker_status_s: float = Field(1.0, gt=0, le=60, description="Fetching the workers' part of a trace.")
 
 
 class RouterHealth(Section):
     """When a server counts as healthy."""
 
-    interval_s: float = Field(2.0, gt=0, le=3600, description="Interval between GET /health of each server.")
+    interval_s: float = Field(
+        2.0, gt=0, le=3600, description="Interval between health checks (GET /health) of each server."
+    )
     timeout_s: float = Field(5.0, gt=0, le=600, description="A health check unanswered for this long has failed.")
     engine_s: float = Field(
         5.0,
         ge=0,
         le=600,
-        description="A server whose engine takes longer than this to answer between two steps is unhealthy until it "
-        "does: its /health answers even if the engine is stopped. 0: engines are not asked.",
+        description="A server is unhealthy while its engine takes longer than this to answer between two steps; its "
+        "/health answers even if the engine is stopped. 0: engines are not probed.",
     )
     backoff_max_s: float = Field(
         30.0, gt=0, le=3600, description="An unhealthy server is checked at intervals that double up to this."
@@ -135,15 +141,15 @@ class RouterHealth(Section):
         2,
         ge=1,
         le=100,
-        description="Unanswered checks in a row that make a server unhealthy (a refused one does at once).",
+        description="Consecutive unanswered checks that make a server unhealthy (one refused connection is enough).",
     )
     eject_after: int = Field(
         3,
         ge=1,
         le=1000,
-        description="Failed requests in a row after which a server is spared, if another can serve.",
+        description="Consecutive failed requests after which a server is ejected, if another can serve.",
     )
-    eject_s: float = Field(10.0, gt=0, le=3600, description="How long such a server is spared.")
+    eject_s: float = Field(10.0, gt=0, le=3600, description="How long a server stays ejected.")
 
 
 class RouterHandOff(Section):
@@ -153,14 +159,14 @@ class RouterHandOff(Section):
         0.02,
         ge=0,
         le=5,
-        description="How long decode's first bytes may wait for its workers' word on the hand-off, which is there "
-        "before them but for mishaps. 0: not at all.",
+        description="How long decode's first bytes may be held back for its workers' report on the hand-off, which "
+        "normally arrives first. 0: not at all.",
     )
     warn_after: int = Field(
         10,
         ge=1,
         le=1_000_000,
-        description="Requests in a row of which a pair of servers handed none over, before the log says so.",
+        description="Consecutive requests that a pair of servers fails to hand over before a warning is logged.",
     )
 
 
@@ -169,7 +175,7 @@ class RouterPlacement(Section):
 
     policy: str = Field(
         "least_loaded",
-        description="Who chooses: least_loaded, or another package's entry point in the group "
+        description="Placement policy: least_loaded, or another package's entry point in the group "
         "pdtransport.router.placement.",
     )
     affinity_entries: int = Field(
@@ -181,16 +187,18 @@ class RouterPlacement(Section):
     affinity_chunk_chars: int = Field(
         1024, ge=64, le=1 << 20, description="Characters of the prompt's JSON text in one chunk."
     )
-    affinity_chunks: int = Field(64, ge=1, le=4096, description="Chunks of one prompt that are looked at.")
+    affinity_chunks: int = Field(64, ge=1, le=4096, description="Maximum number of chunks of one prompt to match.")
     affinity_margin_tokens: int = Field(
         16384,
         ge=0,
-        description="A prefill server keeps its prefixes while it queues at most this many more prompt tokens.",
+        description="A prefill server that had the prefix is chosen while it has at most this many more prompt "
+        "tokens in progress than the least loaded.",
     )
     affinity_margin_requests: int = Field(
         8,
         ge=0,
-        description="A decode server keeps its prefixes while it runs at most this many more requests.",
+        description="A decode server that had the prefix is chosen while it has at most this many more requests in "
+        "progress than the least loaded.",
     )
 
 
@@ -198,19 +206,23 @@ class RouterPoolHint(Section):
     """Hints to the shared pool about prompts that will be needed soon."""
 
     url: str | None = Field(
-        None, description="HTTP API of the pool (pdpool --http): http://HOST:PORT. Unset: the pool is told nothing."
+        None, description="HTTP API of the pool (pdpool --http): http://HOST:PORT. Unset: no hints are sent."
     )
     key_file: Path | None = Field(None, description="File with a key of that API (pdpool --http-key-file).")
     salt_file: Path | None = Field(
-        None, description="The engines' pool.salt_file, where they have a salt: without it the pool finds no keys."
+        None,
+        description="The engines' pool.salt_file; required if they have a salt, because the pool needs it to "
+        "compute keys.",
     )
     text: Literal["off", "tokenize"] = Field(
         "off",
-        description="Prompts that are text. tokenize: a prefill server is asked for their token ids first, which costs "
-        "it the tokenizing twice. off: engines tell the pool of them, once they wait.",
+        description="Text prompts. tokenize: get their token ids from a prefill server first, which then tokenizes "
+        "them twice. off: leave hints to the engines, which send them once a request waits.",
     )
-    timeout_s: float = Field(2.0, gt=0, le=60, description="A hint that took so long is given up.")
-    max_queued: int = Field(64, ge=1, le=4096, description="Hints under way; more are dropped.")
+    timeout_s: float = Field(2.0, gt=0, le=60, description="A hint that takes longer is abandoned.")
+    max_queued: int = Field(
+        64, ge=1, le=4096, description="Maximum number of hints in progress; further ones are dropped."
+    )
 
     @field_validator("url", mode="before")
     @classmethod
@@ -223,7 +235,7 @@ class RouterPoolHint(Section):
             return self
         parts = urlsplit(self.url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in self.url or parts.path.strip("/"):
-            raise ValueError("url is the pool's HTTP API: http://HOST:PORT, without user and path")
+            raise ValueError("url must be http://HOST:PORT of the pool's HTTP API, without user and path")
         if self.key_file is None:
             raise ValueError("url needs key_file, a file with a key of the pool's HTTP API")
         return self
@@ -249,13 +261,13 @@ class RouterSettings(Section):
         None,
         ge=0,
         le=65535,
-        description="Serve /pd/* and /metrics here and nowhere else. Unset: on the main port, for loopback clients "
-        "only, or for holders of an admin key if there is one.",
+        description="Serve /pd/* and /metrics on this port only. Unset: on the main port, for loopback clients only, "
+        "or with an admin key for its holders.",
     )
     admin_api_key: SecretStr | None = Field(
         None,
-        description="Key that /pd/* and /metrics want as Authorization: Bearer KEY, from everybody. Also from the "
-        "variable PDROUTER_ADMIN_API_KEY.",
+        description="Key that /pd/* and /metrics require from every client as Authorization: Bearer KEY. Also read "
+        "from the variable PDROUTER_ADMIN_API_KEY.",
     )
     admin_api_key_file: Path | None = Field(None, description="File with such keys, one a line; read at start.")
     allowed_hosts: tuple[HostName, ...] = Field((), max_length=64, description=HOSTS_HELP)
@@ -268,98 +280,112 @@ class RouterSettings(Section):
     )
     first_token: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: where that is exact, a stream begins with the token that prefill sampled, and decode goes "
-        "on from it. off: decode samples it.",
+        description="auto: a stream begins with the token that prefill sampled and decode continues from it, where "
+        "the result is exact. off: decode samples it.",
     )
     api_key: SecretStr | None = Field(
         None,
-        description="Key that clients must send as Authorization: Bearer KEY. Also from the variable PDROUTER_API_KEY.",
+        description="Key that clients must send as Authorization: Bearer KEY. Also read from the variable "
+        "PDROUTER_API_KEY.",
     )
     api_key_file: Path | None = Field(
         None,
-        description="File with such keys, one a line; read at start. A line KEY TENANT keeps the prefixes that the "
-        "tenant's requests cache apart from all others'; of several keys, one without a tenant is one of its own.",
+        description="File with such keys, one a line; read at start. A line KEY TENANT separates the prefixes cached "
+        "by this tenant's requests from all others'; if there are several keys, a key without a tenant "
+        "is its own tenant.",
     )
     share_prefixes: bool = Field(
         False,
-        description="Requests with keys that name no tenant share the prefixes that they cache: such clients can find "
-        "out by timing what others asked.",
+        description="Requests with keys without a tenant share cached prefixes: such clients can learn by timing "
+        "what others sent.",
     )
     tenant_secret_file: Path | None = Field(
         None,
-        description="File with the secret (32 characters or more) from which each tenant's cache_salt is derived: the "
-        "same for all routers, and kept, or what is cached is lost. Also from the variable PDROUTER_TENANT_SECRET.",
+        description="File with the secret (32 characters or more) from which each tenant's cache_salt is derived: "
+        "the same for all routers; if it changes, cached prefixes are no longer found. Also read from "
+        "the variable PDROUTER_TENANT_SECRET.",
     )
     upstream_api_key: SecretStr | None = Field(
         None,
-        description="Key that the servers want. Also from the variable PDROUTER_UPSTREAM_API_KEY. Unset: a client's "
-        "Authorization header passes through, unless the router has keys of its own.",
+        description="Key that the servers require. Also read from the variable PDROUTER_UPSTREAM_API_KEY. Unset: a "
+        "client's Authorization header is passed on, unless the router has client keys.",
     )
-    upstream_api_key_file: Path | None = Field(None, description="File with the key that the servers want.")
-    max_body_bytes: int = Field(16 << 20, ge=1024, le=1 << 30, description="Larger request bodies are refused (413).")
-    max_inflight: int = Field(1024, ge=1, le=1 << 20, description="More requests at once are refused (503).")
+    upstream_api_key_file: Path | None = Field(None, description="File with the key that the servers require.")
+    max_body_bytes: int = Field(
+        16 << 20, ge=1024, le=1 << 30, description="Maximum size of a request body; larger ones are refused (413)."
+    )
+    max_inflight: int = Field(
+        1024, ge=1, le=1 << 20, description="Maximum number of requests in progress; further ones are refused (503)."
+    )
     max_buffered_bytes: int = Field(
         512 << 20,
         ge=1024,
-        description="Request bodies held at once; more are refused (503). Memory is up to 5 times this.",
+        description="Maximum total size of request bodies held; further requests are refused (503). Memory use is up "
+        "to 5 times this.",
     )
     max_connections: int = Field(
         4096,
         ge=1,
         le=1 << 20,
-        description="Client connections. For one more the longest idle one is closed, or the new one if none is idle.",
+        description="Maximum number of client connections. A further one replaces the longest idle one, or is closed "
+        "if none is idle.",
     )
     max_idle_per_client: int = Field(
         1024,
         ge=1,
         le=1 << 20,
-        description="Connections of one client address without a request under way; for one more its longest idle one "
-        "is closed.",
+        description="Maximum number of idle connections of one client address; a further one replaces its longest "
+        "idle one.",
     )
     max_header_bytes: int = Field(
         16384, ge=1024, le=1 << 20, description="Longest header line of a client or a server."
     )
     max_prefill_response_bytes: int = Field(
-        8 << 20, ge=4096, le=1 << 30, description="A larger answer of prefill counts as failed."
+        8 << 20, ge=4096, le=1 << 30, description="Maximum size of prefill's answer; a larger one counts as failed."
     )
     stream_buffer_bytes: int = Field(
         65536,
         ge=1024,
         le=16 << 20,
-        description="Bytes of an answer that are read ahead of a slow client (up to twice).",
+        description="Bytes of an answer that are buffered for a slow client (up to twice as many).",
     )
     upstream_connections: int = Field(
-        1024, ge=1, le=1 << 20, description="Connections to one server; more requests wait for one."
+        1024,
+        ge=1,
+        le=1 << 20,
+        description="Maximum number of connections to one server; further requests wait for one.",
     )
-    keep_alive_s: float = Field(75.0, gt=0, le=3600, description="An idle client connection is kept this long.")
+    keep_alive_s: float = Field(75.0, gt=0, le=3600, description="How long an idle client connection is kept.")
     upstream_keep_alive_s: float = Field(
         4.0,
         ge=0.1,
         le=3600,
-        description="An idle server connection is kept this long (vLLM closes its own after 5).",
+        description="How long an idle server connection is kept (vLLM closes its own after 5 s).",
     )
     min_disagg_tokens: int = Field(
         0,
         ge=0,
-        description="Prompts of fewer tokens (characters / 4 where only text is known) go to decode alone.",
+        description="Prompts of fewer tokens (estimated as characters / 4 for text) go to decode alone.",
     )
     min_disagg_bytes: int = Field(0, ge=0, description="Prompts of fewer bytes of JSON go to decode alone.")
-    prefill_retries: int = Field(1, ge=0, le=10, description="Other prefill servers tried before decode serves alone.")
-    decode_retries: int = Field(1, ge=0, le=10, description="Times that a failed decode is tried again.")
-    retry_after_s: int = Field(1, ge=0, le=3600, description="Retry-After of a 503.")
-    traces: int = Field(1024, ge=0, le=1 << 20, description="Requests whose timeline is remembered.")
+    prefill_retries: int = Field(
+        1, ge=0, le=10, description="Number of other prefill servers to try before decode serves alone."
+    )
+    decode_retries: int = Field(1, ge=0, le=10, description="Number of retries after decode fails.")
+    retry_after_s: int = Field(1, ge=0, le=3600, description="Retry-After header of a 503.")
+    traces: int = Field(1024, ge=0, le=1 << 20, description="Number of requests whose timeline is kept.")
     curve_public_key_file: Path | None = Field(
         None,
-        description="CURVE key pair with which workers are watched, and asked for their status, where they want one.",
+        description="CURVE key pair for watching workers and fetching their status, if they require CURVE.",
     )
-    curve_secret_key_file: Path | None = Field(None, description="Secret half of that pair.")
+    curve_secret_key_file: Path | None = Field(None, description="Secret key of that pair.")
     curve_server_key: str | None = Field(
         None, description="Z85 public key that workers must hold. Default: our own public key (one shared pair)."
     )
     allow_plaintext: bool = Field(
         False,
-        description="Watch workers on other machines, and ask for their status, without CURVE (a trusted, isolated "
-        "network).",
+        description="Watch workers on other machines and fetch their status without CURVE, on a trusted, isolated "
+        "network.",
     )
     timeouts: RouterTimeouts = RouterTimeouts()
     health: RouterHealth = RouterHealth()
@@ -380,7 +406,7 @@ class RouterSettings(Section):
 
     @property
     def control(self) -> ControlSettings:
-        """Settings for watching workers and asking for their status."""
+        """Settings for watching workers and fetching their status."""
         return ControlSettings(
             curve_public_key_file=self.curve_public_key_file,
             curve_secret_key_file=self.curve_secret_key_file,

@@ -30,7 +30,7 @@ class Trace:
         self.path = ""
         self.decode_only_reason: Reason | None = None
         self.first_token_from: str | None = None  # "prefill" or "decode", once known
-        self.why_first_token: str | None = None  # code that says why it is decode's
+        self.why_first_token: str | None = None  # code that says why decode samples it
         self.note: str | None = None
         self.outcome = "running"
         self.status: int | None = None

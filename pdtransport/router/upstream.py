@@ -149,10 +149,10 @@ class Upstream:
             mark("decode_first_byte")
             await self._refuse_error(endpoint, response, from_status=500)
             if 300 <= response.status < 400:
-                raise UpstreamError(endpoint, "protocol", f"answers with a redirect ({response.status})")
+                raise UpstreamError(endpoint, "protocol", f"answered with a redirect ({response.status})")
             first = await self._read_some(endpoint, response)
             if not first and response.status < 300:
-                raise UpstreamError(endpoint, "disconnected", "ended its answer before the first byte of it")
+                raise UpstreamError(endpoint, "disconnected", "ended its answer before its first byte")
             if first.startswith(_SSE_ERROR):
                 _refuse_error_event(endpoint, first)
         except BaseException:
@@ -202,7 +202,7 @@ class Upstream:
             if size > bound:
                 response.close()
                 if not cut:
-                    raise UpstreamError(endpoint, "protocol", f"answers more than {limit} ({bound})")
+                    raise UpstreamError(endpoint, "protocol", f"answered with more than {limit} ({bound})")
                 break
         return b"".join(parts)[:bound]
 
@@ -221,14 +221,14 @@ def _handover(endpoint: Endpoint, raw: bytes, transfer_id: str) -> PrefillAnswer
     try:
         answer = json.loads(raw)
     except (ValueError, RecursionError):
-        raise UpstreamError(endpoint, "protocol", "answers no JSON") from None
+        raise UpstreamError(endpoint, "protocol", "answered with something other than JSON") from None
     params = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
     if params is None:
         return PrefillAnswer(None)
     if not isinstance(params, dict):
-        raise UpstreamError(endpoint, "protocol", "answers kv_transfer_params that are no object")
+        raise UpstreamError(endpoint, "protocol", "answered with kv_transfer_params that are not an object")
     if params.get("transfer_id", transfer_id) != transfer_id:
-        raise UpstreamError(endpoint, "protocol", "answers about another transfer_id")
+        raise UpstreamError(endpoint, "protocol", "answered with another transfer_id")
     return PrefillAnswer(params or None, answer)
 
 
@@ -240,4 +240,4 @@ def _refuse_error_event(endpoint: Endpoint, first: bytes) -> None:
     except (ValueError, RecursionError, KeyError, TypeError):
         return
     if isinstance(code, int) and 500 <= code < 600:
-        raise UpstreamError(endpoint, "status", f"ends its stream at once with error {code}", code, event)
+        raise UpstreamError(endpoint, "status", f"ended its stream at once with error {code}", code, event)

@@ -88,7 +88,7 @@ class Watches:
         """Why the outcome of this server's transfers is not known; empty if it is."""
         engines = self._engines.get(decode)
         if not engines:
-            return "its control address is not known: its /metrics don't tell, and control_host is not set"
+            return "its control address is unknown: its /metrics lack it, and control_host is not set"
         now = asyncio.get_running_loop().time()
         for engine in engines:
             if engine.problem:
@@ -166,9 +166,7 @@ class Watches:
     def _give_up(self, decode: Endpoint, engine: _Engine, why: str) -> None:
         if not engine.problem:
             engine.problem = why
-            log.warning(
-                "what becomes of hand-offs to decode server %s is not known before its answer: %s", decode.name, why
-            )
+            log.warning("outcomes of hand-offs to decode server %s are unknown: %s", decode.name, why)
 
     # -- what arrives, and time ------------------------------------------------------------------------------------
 
@@ -214,11 +212,11 @@ class Watches:
         one.complained = True
         version = one.watch.foreign
         why = (
-            f"it speaks protocol version {version}, the router {PROTOCOL_VERSION}: run the same pdtransport on both"
+            f"it uses protocol version {version}, the router {PROTOCOL_VERSION}: run the same pdtransport on both"
             if version is not None
             else "it does not answer: check control.host and control.port of the server, and curve_*_key_file here"
         )
         log.warning(
-            "what becomes of hand-offs to decode server %s is not known before its answer: its worker at %s can't be "
-            "watched: %s", decode.name, one.where, why,
+            "outcomes of hand-offs to decode server %s are unknown: its worker at %s "
+            "can't be watched: %s", decode.name, one.where, why,
         )  # fmt: skip

@@ -15,11 +15,14 @@ async def worker_status(
     """``{"ranks": [status or None per rank], "why": None or the reason for a missing status}``; never raises."""
     control = endpoint.control
     if control is None:
-        return {"ranks": None, "why": "its control address is not known: configure it, or send it a request"}
+        return {
+            "ranks": None,
+            "why": "its control address is unknown: set control_host and control_port, or send it a request",
+        }
     try:
         from pdtransport.control.client import afetch_status
     except ImportError as error:
-        return {"ranks": None, "why": f"this installation has no control client: {error}"}
+        return {"ranks": None, "why": f"the control client can't be imported: {error}"}
     asked = [
         afetch_status(control.host, control.port + rank, transfer=transfer, timeout_s=timeout_s, settings=settings)
         for rank in range(control.tp_size)

@@ -32,7 +32,7 @@ def check_kind(request: web.BaseRequest) -> None:
     encodings = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).lower().split(",")
     if any(encoding.strip() not in {"", "identity"} for encoding in encodings):
         raise ApiError(
-            415, "the body must not be compressed: send it without Content-Encoding (vLLM takes none either)",
+            415, "the body must not be compressed: send it without Content-Encoding (vLLM does not support it either)",
             code="bad_content_encoding", close=True, headers={hdrs.ACCEPT_ENCODING: "identity"},
         )  # fmt: skip
     if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").strip().lower() != "chunked":

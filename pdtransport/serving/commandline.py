@@ -35,7 +35,7 @@ class CommandParser(argparse.ArgumentParser):
         # Only the command has --version, not its subcommands.
         if " " not in self.prog:
             self.add_argument(
-                "--version", action="version", version=f"{self.prog} {__version__}", help="tell it and end"
+                "--version", action="version", version=f"{self.prog} {__version__}", help="print the version and exit"
             )
 
     def error(self, message: str) -> NoReturn:
@@ -115,7 +115,7 @@ def _write(text: str, stream: TextIO | None) -> None:
     except OSError as error:
         silence(stream)
         if stream is not sys.stderr:
-            complain(f"standard output can't be written, so nothing more is said there: {error.strerror}")
+            complain(f"standard output can't be written, so no more is written to it: {error.strerror}")
 
 
 def silence(stream: TextIO | None) -> None:

@@ -2,7 +2,7 @@
 
 A page can make its visitor's browser send requests to 127.0.0.1. Without the server's consent (CORS) it can't read the
 answers or send JSON. The exception is DNS rebinding: if a name of the page's own site resolves to 127.0.0.1, page and
-server have the same origin for the browser, and only ``Host`` tells the difference. An IP address in ``Host`` is always
+server have the same origin for the browser, and only ``Host`` differs. An IP address in ``Host`` is always
 accepted, because addresses can't be rebound.
 """
 
@@ -41,8 +41,8 @@ class HostRule:
         # A request without Host (HTTP/1.0) is not from a browser.
         if not all(self._is_ours(host) for host in request.headers.getall(hdrs.HOST, ())):
             raise ApiError(
-                403, "Host is no name of this machine: call the server by its address or localhost, or add the name to "
-                "allowed_hosts",
+                403, "Host is not a name of this machine: use the server's address or localhost, or add the name to "
+                     "allowed_hosts",
                 kind="permission_error", code="host_not_allowed",
             )  # fmt: skip
 

@@ -77,7 +77,7 @@ def is_openai_error(body: bytes) -> bool:
 
 
 def stop_request(task: asyncio.Task[object]) -> None:
-    """Cancel a request's task because the server stops; :func:`stopped` then tells the task why."""
+    """Cancel a request's task because the server stops; :func:`stopped` then reports the reason to the task."""
     _stopped.add(task)
     task.cancel()
 
@@ -102,7 +102,9 @@ def json_errors(who: str, log: logging.Logger) -> Middleware:
             return error.response()
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))
-            refusal = ApiError(405, f"this path takes {allowed}", code="method_not_allowed", headers={"Allow": allowed})
+            refusal = ApiError(
+                405, f"this path accepts only {allowed}", code="method_not_allowed", headers={"Allow": allowed}
+            )
             return refusal.response()
         except web.HTTPException as error:
             return ApiError(error.status, f"{error.reason}: the {who} has no such path", code="not_found").response()

@@ -29,10 +29,10 @@ def read_lines(path: Path, setting: str) -> list[str]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(f"{setting}: can't read {path}: {reason}") from None
     if len(raw) > MAX_KEY_FILE:
-        raise SettingsError(f"{setting}: {path} is larger than {MAX_KEY_FILE} bytes: is it the right file?")
+        raise SettingsError(f"{setting}: {path} is larger than {MAX_KEY_FILE} bytes: check that it is the right file")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise SettingsError(f"{setting}: {path} holds no key: write one a line, or leave the setting out")
+        raise SettingsError(f"{setting}: {path} has no key: write one per line, or remove the setting")
     if mode & stat.S_IRWXO:
-        log.warning("%s: all users of this machine can read or change %s; chmod 600 it", setting, path)
+        log.warning("%s: other users of this machine can read or change %s; chmod 600 it", setting, path)
     return lines

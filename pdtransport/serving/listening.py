@@ -23,7 +23,7 @@ from pdtransport.system.reclaim import Reclaim
 
 BACKLOG = 1024  # up to this many may be accepted at once before one of them is closed
 _SWEEP_S = 1.0  # longest interval between checks for late connections
-_CUT_S = 1.0  # after drain_s: for cancelled requests to tell their clients why they end
+_CUT_S = 1.0  # after drain_s: for cancelled requests to send their clients the reason
 _CLOSE_S = 0.25  # then for the last bytes of their answers; at most twice
 _SEND_S = 30.0  # in addition to keep_alive_s: for the rest of an answer that its client reads slowly
 
@@ -204,7 +204,7 @@ class HttpListener:
     async def stop(self) -> None:
         """Accept no more requests, give those in flight ``drain_s`` to finish, then cancel the rest.
 
-        Cancelled requests have a moment to tell their clients. May be called twice.
+        Cancelled requests get a moment to answer their clients. May be called twice.
         """
         if self._stopped:
             return

@@ -79,7 +79,7 @@ def _forget(request: web.Request) -> None:
     try:
         request.content.read_nowait()
     except (asyncio.TimeoutError, web.RequestPayloadError, OSError, RuntimeError):
-        pass  # the body broke off, and its reader has been told
+        pass  # the body broke off, and its reader got the error
 
 
 async def _until_closed(transport: asyncio.Transport) -> None:

@@ -13,9 +13,9 @@ HostName = Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9_.-]{1,253})$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[A-Za-z0-9_.:\[\]-]{1,300})$")]
 
 HOSTS_HELP = (
-    "Names by which clients on this machine (a local proxy, say) reach the server, beside addresses, localhost and the "
-    "machine's own name: other names in Host are refused on loopback, since a web page may have made them point here. "
-    "*: any."
+    "Further host names by which clients on this machine (such as a local proxy) reach the server, besides addresses, "
+    "localhost and the machine's own name. Requests over loopback with other names in Host are refused, since a web "
+    "page may have made such a name resolve to this machine. *: any name."
 )
 ORIGINS_HELP = (
     "Web pages that may use {paths} from a browser (CORS), each as https://HOST[:PORT], or * for all. Default: none."

@@ -33,14 +33,16 @@ def checked_peer(text: str) -> str:
     shown = f"{text[:80]!r}"
     if text.startswith(CURVE_PEER):
         if not _CURVE_KEY.fullmatch(text.removeprefix(CURVE_PEER)):
-            raise ValueError(f"{CURVE_PEER} goes before a CURVE public key of 40 characters (Z85): see `pdlaunch keys`")
+            raise ValueError(
+                f"{CURVE_PEER} must be followed by a CURVE public key of 40 characters (Z85): see `pdlaunch keys`"
+            )
         return text
     try:
         return str(ipaddress.ip_network(text))
     except ValueError as error:
         if "host bits" in str(error):
             network = ipaddress.ip_network(text, strict=False)
-            raise ValueError(f"{shown} is an address within a network: write {network}, or the address alone") from None
+            raise ValueError(f"{shown} is an address within a network: write {network}, or only the address") from None
     if _NAME.fullmatch(text):
         return text.rstrip(".").lower()
     hint = ""
@@ -48,4 +50,4 @@ def checked_peer(text: str) -> str:
         hint = f"; a CURVE public key is written {CURVE_PEER}KEY"
     elif "*" in text:
         hint = "; there are no wildcards: 0.0.0.0/0 and ::/0 are all addresses"
-    raise ValueError(f"{shown} is no address, network (10.1.0.0/16) or name of a host{hint}")
+    raise ValueError(f"{shown} is not an address, network (10.1.0.0/16) or host name{hint}")

@@ -29,8 +29,8 @@ class LogLimiter:
 
     Args:
         pause_s: seconds between two lines of a kind.
-        longest_s: the pause doubles up to this while a kind goes on; it starts anew once the kind was silent for a
-            pause. None: it stays as it is.
+        longest_s: the pause doubles up to this while a kind persists, and is reset once the kind was silent for a
+        pause. None: it does not grow.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ def open_regular(path: Path) -> int:
 
 def _refuse_other_than_files(fd: int, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def is_private(path: Path) -> bool:

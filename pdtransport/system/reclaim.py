@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 
-ENOUGH = 64  # ended connections, or the like, that leave memory worth a trim
-AFTER_S = 1.0  # after the last of them: a trim takes a few milliseconds
-LATEST_S = 10.0  # after the first of them, if they do not cease
+ENOUGH = 64  # ended connections, or request bodies, after which a trim is worthwhile
+AFTER_S = 1.0  # seconds after the last of them: a trim takes a few milliseconds
+LATEST_S = 10.0  # seconds after the first of them, if they keep coming
 
 
 class Reclaim:
-    """Calls ``malloc_trim`` once ``ENOUGH`` things have ended, when that has ceased or ``LATEST_S`` have passed."""
+    """Calls ``malloc_trim`` when ``ENOUGH`` connections or bodies have ended: once no more end, or at ``LATEST_S``."""
 
     def __init__(self) -> None:
         self._ended, self._due, self._latest = 0, 0.0, 0.0

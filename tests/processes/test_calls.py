@@ -142,7 +142,7 @@ def test_endpoints_that_lead_nowhere_take_each_others_place_and_no_peers(
         node.channel.connect(HOST, late.port)
         rig.until(lambda: len(node.of(PeerUp)) == 2)
     assert len(node.of(ConnectFailed)) == 23
-    assert "8 other endpoints were asked for since" in node.of(ConnectFailed)[0].reason
+    assert "8 other endpoints were requested since" in node.of(ConnectFailed)[0].reason
 
 
 def test_new_endpoints_are_called_so_often_a_second(rig: Bench) -> None:
@@ -155,7 +155,7 @@ def test_new_endpoints_are_called_so_often_a_second(rig: Bench) -> None:
         node.channel.connect("127.0.2.1", 1000 + number)
     may = limits.NEW_PER_S * (1 + time.monotonic() - began)
     rig.until(lambda: len(node.of(ConnectFailed)) >= 1000 - limits.MAX_TRIED)
-    refused = [failed for failed in node.of(ConnectFailed) if "new endpoints a second" in failed.reason]
+    refused = [failed for failed in node.of(ConnectFailed) if "new endpoints per second" in failed.reason]
     assert limits.NEW_PER_S - 2 <= 1000 - len(refused) <= may
     assert all(failed.refused for failed in refused)
     assert len(node.channel._dialers) <= limits.MAX_TRIED + 1

@@ -433,7 +433,7 @@ def test_a_status_that_can_not_be_shortened_is_refused_in_one_line(rig: Bench, r
 @pytest.mark.parametrize("reply", ["[1, 2]", "not json", ""])
 def test_an_answer_that_is_no_status_is_an_error(rig: Bench, reply: str) -> None:
     error, _ = ask(rig, rig.node("p"), reply)
-    assert "no JSON object" in str(error)
+    assert "not a JSON object" in str(error)
 
 
 def test_nobody_to_ask_is_an_error_in_time(rig: Bench) -> None:

@@ -179,7 +179,7 @@ def test_garbage_is_answered_once_and_logged_once_and_its_sender_cut_off(
     assert limits.STRANGER_FRAMES <= node.counters["garbage"] <= 2 * limits.STRANGER_FRAMES
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    assert lines[0].startswith(f"garbage from {HOST}:")
+    assert lines[0].startswith(f"invalid frame from {HOST}:")
     still_serves(rig, node)
 
 
@@ -529,12 +529,12 @@ def test_key_files_that_can_not_be_used_are_one_line_that_names_the_setting(
     cases: list[tuple[dict[str, Any], str]] = [
         ({"curve_secret_key_file": tmp_path / "missing"}, "curve_secret_key_file.*No such file.*pdlaunch keys"),
         ({"curve_public_key_file": tmp_path / "missing"}, "curve_public_key_file.*No such file"),
-        ({"curve_secret_key_file": empty}, "curve_secret_key_file.*no CURVE key"),
-        ({"curve_secret_key_file": text}, "curve_secret_key_file.*no CURVE key"),
+        ({"curve_secret_key_file": empty}, "curve_secret_key_file.*CURVE key"),
+        ({"curve_secret_key_file": text}, "curve_secret_key_file.*CURVE key"),
         ({"curve_secret_key_file": folder}, "curve_secret_key_file.*can't be read"),
-        ({"curve_secret_key_file": other["curve_secret_key_file"]}, "not halves of one pair"),
-        ({"curve_server_key": "short"}, "curve_server_key.*no CURVE key"),
-        ({"curve_allowed_keys": ("\xe9" * 20,)}, "curve_allowed_keys.*no CURVE key"),
+        ({"curve_secret_key_file": other["curve_secret_key_file"]}, "not from one pair"),
+        ({"curve_server_key": "short"}, "curve_server_key.*CURVE key"),
+        ({"curve_allowed_keys": ("\xe9" * 20,)}, "curve_allowed_keys.*CURVE key"),
     ]
     for change, pattern in cases:
         with pytest.raises(SettingsError, match=pattern) as caught:

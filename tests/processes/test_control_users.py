@@ -108,7 +108,7 @@ def test_nothing_that_another_user_says_is_looked_at(rig: Bench, caplog: pytest.
     assert node.events == []
     assert not node.channel.watched
     (line,) = [record.getMessage() for record in caplog.records]
-    assert f"it is of user {NOBODY}, this process of user 0" in line
+    assert f"it belongs to user {NOBODY}, this process to user 0" in line
     assert "pdlaunch keys" in line
 
 
@@ -120,9 +120,9 @@ def test_a_worker_of_another_user_is_not_believed(rig: Bench, foreign_port: int)
     rig.until(lambda: node.of(ConnectFailed))
     (failed,) = node.of(ConnectFailed)
     assert (failed.field, failed.refused) == ("user", True)
-    assert f"{HOST}:{foreign_port}: it is of user {NOBODY}" in failed.reason
+    assert f"{HOST}:{foreign_port}: it belongs to user {NOBODY}" in failed.reason
     assert not node.of(PeerUp)
-    with pytest.raises(StatusUnavailable, match=f"it is of user {NOBODY}.*pdlaunch keys"):
+    with pytest.raises(StatusUnavailable, match=f"it belongs to user {NOBODY}.*pdlaunch keys"):
         fetch_status(HOST, foreign_port, timeout_s=WAIT_S)
     with zmq.Context() as context:
         watch = WorkerWatch(context, HOST, foreign_port, ControlSettings(), None)
@@ -137,7 +137,7 @@ def test_a_worker_of_another_user_is_not_believed(rig: Bench, foreign_port: int)
 
 @needs_root
 def test_a_pool_of_another_user_is_not_believed(foreign_port: int) -> None:
-    with at(foreign_port) as far, pytest.raises(PoolUnavailable, match=f"it is of user {NOBODY}"):
+    with at(foreign_port) as far, pytest.raises(PoolUnavailable, match=f"it belongs to user {NOBODY}"):
         far.lookup([key(1)]).result()
 
 
@@ -173,7 +173,7 @@ def test_an_open_connection_has_an_owner_and_a_closed_one_has_none(
             assert asked.complaint(same) == ""
         monkeypatch.setattr(asked, "_user", NOBODY - 1)
         monkeypatch.setattr(owners, "ROOT", -1)
-        assert f"it is of user {os.geteuid()}, this process of user {NOBODY - 1}" in asked.complaint(there)
+        assert f"it belongs to user {os.geteuid()}, this process to user {NOBODY - 1}" in asked.complaint(there)
         here.close()
         with pytest.raises(OSError):
             asked.complaint(there)
@@ -183,7 +183,7 @@ def test_an_open_connection_has_an_owner_and_a_closed_one_has_none(
 def test_a_kernel_that_does_not_tell_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Closed where it can't be known: with the settings that open it."""
     monkeypatch.setattr(owners, "_SOCK_DIAG", 31)  # no such protocol
-    with pytest.raises(SettingsError, match=r"whose a local connection is.*curve_\*_key_file.*allow_plaintext"):
+    with pytest.raises(SettingsError, match=r"the owners of local connections.*curve_\*_key_file.*allow_plaintext"):
         ControlChannel(ControlSettings(**FAST), identity("a"))
     ControlChannel(ControlSettings(**FAST, allow_plaintext=True), identity("a")).close()
 

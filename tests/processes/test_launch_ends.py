@@ -61,8 +61,8 @@ def test_a_killed_pool_is_started_again_and_requests_go_on(rig: Rig, directory: 
         assert len(list(directory.glob("*.memory"))) == 1
     output = stop(rig)
     [said] = [line for line in output.splitlines() if "was ended by SIGKILL" in line]
-    assert said.startswith("pool was ended by SIGKILL (somebody killed it")
-    assert "requests go on without it" in said
+    assert said.startswith("pool was ended by SIGKILL (it was killed by another process")
+    assert "requests are served without it" in said
     assert (rig.run_dir / "pool.log").read_text().count(" serves 16 MiB at ") == 2
     assert [path.name for path in directory.iterdir()] == ["default.lock"]
 
@@ -79,16 +79,16 @@ def test_a_pool_that_never_lasts_is_left_alone(tmp_path: Path, monkeypatch: pyte
         def given_up() -> bool:
             keeper.look()
             assert fleet.dead() is None
-            return "not started again" in said[-1]
+            return "not restarted" in said[-1]
 
         wait_for(given_up)
         keeper.look()
         assert fleet.processes == []
-    pauses = [line for line in said if "started again in" in line]
+    pauses = [line for line in said if "restarted in" in line]
     assert len(pauses) == MAX_DEATHS - 1
     assert all("ended with status 3" in line for line in pauses)
-    assert pauses[0].partition("again in ")[2].startswith("0.01 s")
-    assert pauses[-1].partition("again in ")[2].startswith("0.16 s")
+    assert pauses[0].partition("restarted in ")[2].startswith("0.01 s")
+    assert pauses[-1].partition("restarted in ")[2].startswith("0.16 s")
     assert (tmp_path / "pool.log").read_text().count("serves") == MAX_DEATHS  # the log tells of all of them
 
 
@@ -163,7 +163,7 @@ def test_a_key_that_cannot_be_kept_is_one_line(rig: Rig, tmp_path: Path, directo
     assert status == cli.NOT_STARTED, output
     assert "Traceback" not in output
     [said] = [line for line in output.splitlines() if line.startswith("pdlaunch: ")]
-    assert said.startswith("pdlaunch: pool.digest_key_file: no key can be kept in ")
+    assert said.startswith("pdlaunch: pool.digest_key_file: no key can be created at ")
     assert list(rig.pids.iterdir()) == []
 
 
@@ -180,7 +180,7 @@ def test_progress_that_nobody_reads_ends_nothing(rig: Rig) -> None:
         _, errors = rig.process.communicate(timeout=UP_S)
     assert rig.process.returncode == cli.OK
     assert errors.splitlines() == [
-        "standard output can't be written, so nothing more is said there: No space left on device"
+        "standard output can't be written, so no more is written to it: No space left on device"
     ]
 
 

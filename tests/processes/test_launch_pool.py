@@ -145,7 +145,7 @@ def test_the_status_is_a_table_or_json(client: PoolClient, command: Command) -> 
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (("status", "--pool", "other"), 1, "is the pool running"),
+        (("status", "--pool", "other"), 1, "check that the pool is running"),
         (("status", "--pool", "a/b"), 2, "name"),
         (("pin", "--key", "12"), 2, "64 hexadecimal digits"),
         (("pin", "--all", "--for", "0"), 2, "more than 0"),
@@ -157,9 +157,9 @@ def test_the_status_is_a_table_or_json(client: PoolClient, command: Command) -> 
         (("lookup", "--tokens", "1", "--model", "big"), 2, "choose one: tiny-lm"),
         (("lookup", "--prompt", "x", "--tokenizer", "/nowhere"), 2, "--tokenizer"),
         (("lookup", "--prompt-file", "/nowhere"), 2, "/nowhere"),
-        (("lookup", "--tokens-file", __file__), 2, "no JSON list"),
+        (("lookup", "--tokens-file", __file__), 2, "not a JSON list"),
         (("lookup", "--tokens", "1", "--salt-file", "/dev/null"), 2, "empty"),
-        (("pin", "--tokens", "1"), 2, "no whole chunk"),
+        (("pin", "--tokens", "1"), 2, "shorter than a chunk"),
     ],
 )
 def test_mistakes_are_one_line(

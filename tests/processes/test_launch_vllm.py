@@ -38,8 +38,8 @@ def test_the_demo_proves_compares_and_leaves_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "proved: prefill-0 -> decode-0: 16 tokens equal" in done.stdout
     assert "9 of 9 answers" in done.stdout
-    assert "pages cross while prefill computes the rest" in done.stdout
-    assert "no page crossed" not in done.stdout
+    assert "pages are transferred while prefill computes the rest" in done.stdout
+    assert "no page was transferred" not in done.stdout
     assert set(guard.descendants(os.getpid())) <= before
     assert not [pid for pid in everyone_with(str(tmp_path)) if pid != os.getpid()]
 

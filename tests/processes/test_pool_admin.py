@@ -54,7 +54,7 @@ def test_chunks_move_between_memory_and_disk(directory: Path, tmp_path: Path) ->
             admin.move(Chosen(), "redis")
         with pytest.raises(AdminError, match="--disk-codec"):
             admin.compress(Chosen())
-        with pytest.raises(PoolUnavailable, match="no tier 'tape' below memory; there are: disk"):
+        with pytest.raises(PoolUnavailable, match="no tier 'tape' below memory: choose one of disk"):
             client.manage([key(1)], "write", tier="tape").result()
         assert client.lookup([key(1)]).result().there == 1, "a refused wish ends nothing"
         assert admin.clear() == AdminOutcome(8, 8)

@@ -191,9 +191,9 @@ def test_it_does_not_start_open(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for options, says in [
         (["--http", "127.0.0.1:0"], "http.key_file"),
         (["--http", "0.0.0.0:0"], "http.key_file"),
-        (["--http", "127.0.0.1:0", "--http-key-file", str(tmp_path / "empty")], "holds no key"),
+        (["--http", "127.0.0.1:0", "--http-key-file", str(tmp_path / "empty")], "has no key"),
         (["--http", "127.0.0.1", "--http-key-file", str(tmp_path / "keys")], "http.listen"),
-        (["--http", "127.0.0.1:70000", "--http-key-file", str(tmp_path / "keys")], "beyond 65535"),
+        (["--http", "127.0.0.1:70000", "--http-key-file", str(tmp_path / "keys")], "above 65535"),
         (["--http", "no.such.host.invalid:0", "--http-key-file", str(tmp_path / "keys")], "http.listen"),
         (["--http", f"127.0.0.1:{port}", "--http-key-file", str(tmp_path / "keys")], "choose another address"),
     ]:

@@ -234,7 +234,12 @@ def test_a_codec_that_can_not_be_loaded_is_in_no_other_ones_way(
 
 @pytest.mark.parametrize(
     ("codec", "says"),
-    [("nobody", "deflate"), ("broken", "no luck"), ("absent", "can't be loaded"), ("fp8", "engines ask for it")],
+    [
+        ("nobody", "deflate"),
+        ("broken", "no luck"),
+        ("absent", "can't be loaded"),
+        ("fp8", "only engines can select it"),
+    ],
 )
 def test_a_codec_that_can_not_be_had_is_said_at_start(directory: Path, foreign: None, codec: str, says: str) -> None:
     """One line with the cause; a lossy one is refused, for chunks of engines that want exact bytes would pass it."""

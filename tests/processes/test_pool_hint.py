@@ -130,7 +130,7 @@ def test_what_goes_wrong_with_a_hint_is_counted_and_costs_no_request(
         with pool(directory, folder) as url:
             async with rigged(**hinting(url, folder)) as rig:
                 await asks(rig, "refused")
-                assert "no engine has told this pool of its keys" in caplog.text
+                assert "no engine has reported its key space" in caplog.text
                 assert (await rig.ask(ask(prompt="text"))).status == 200
                 assert (await rig.ask(ask(prompt=[TOKENS, TOKENS]))).status == 200
                 assert (await hints(rig, "text"), await hints(rig, "unfit")) == (1, 1)

@@ -317,7 +317,7 @@ def test_garbage_and_lies_harm_their_sender_only(pool: Pool, directory: Path, po
             ([messages.encode(messages.Load(request=1, keys=key(1), sizes=np.uint32(CHUNK).tobytes()))], ""),
             (
                 [messages.encode(messages.Load(request=1, keys=key(1), sizes=np.uint32(CHUNK).tobytes()))],
-                "under way already",
+                "already in progress",
             ),
             ([messages.encode(publish)], "not granted"),
         ):

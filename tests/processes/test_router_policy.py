@@ -147,6 +147,6 @@ def test_a_policy_that_nobody_has_is_one_line_and_status_2(servers: tuple[str, .
     assert child.process.returncode == 2
     assert output == (
         "pdrouter: there is no placement policy 'nobody' (least_loaded, hangs, last, raises): install its package, "
-        "which has an entry point in the group pdtransport.router.placement, or set placement.policy to one that is "
-        "there\n"
+        "which has an entry point in the group pdtransport.router.placement, or set placement.policy to an "
+        "installed one\n"
     )

@@ -86,5 +86,5 @@ def test_another_user(besieged: Besieged) -> None:
     siege = besieged(attacks.come_as_another_user, ("callers_refused", attacks.AT_ONCE))
     assert siege.counters["garbage"] == siege.counters["refused"] == 0
     (line,) = siege.effect.lines
-    assert f"it is of user {attacks.NOBODY}, this process of user 0" in line
+    assert f"it belongs to user {attacks.NOBODY}, this process to user 0" in line
     assert "pdlaunch keys" in line

@@ -56,7 +56,7 @@ def test_a_rank_is_one_of_its_world(rank: int, world: int, welcome: bool) -> Non
     assert (refusal is None) == welcome
     if refusal is not None:
         assert (refusal.field, refusal.yours) == ("rank", str(rank))
-        assert f"says that it is one of {world} ranks" in refusal.reason
+        assert f"reports {world} ranks" in refusal.reason
 
 
 def test_a_hello_of_another_protocol_version_or_of_our_own_name_is_refused() -> None:

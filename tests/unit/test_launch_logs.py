@@ -33,18 +33,18 @@ def test_only_the_kernel_says_that_memory_ran_out() -> None:
     """SIGKILL alone tells nothing: whether the kernel has killed anything for want of memory meanwhile does."""
     lines = ["torch.OutOfMemoryError: CUDA out of memory", "all is well"]
     nobody, yes, unknown = (logs.likely_cause(lines, 137, told) for told in (False, True, None))
-    assert nobody == "somebody killed it: the kernel has killed no process for want of memory meanwhile"
+    assert nobody == "it was killed by another process: the kernel killed no process for lack of memory meanwhile"
     assert yes is not None
-    assert yes.startswith("the kernel has killed a process for want of memory meanwhile, most likely this one")
+    assert yes.startswith("the kernel killed a process for lack of memory meanwhile, most likely this one")
     assert unknown is not None
-    assert unknown.startswith("somebody killed it, or the kernel for want of memory")
+    assert unknown.startswith("it was killed by another process, or by the kernel for lack of memory")
 
 
 def test_a_killed_core_is_told_by_the_kernels_count() -> None:
     """A server whose engine core the kernel killed ends with a status of its own, and its log does not say why."""
     lines = ["EngineDeadError: EngineCore encountered an issue"]
     assert logs.likely_cause(lines, 1, False) == "EngineDeadError: EngineCore encountered an issue"
-    assert "for want of memory" in str(logs.likely_cause(lines, 1, True))
+    assert "for lack of memory" in str(logs.likely_cause(lines, 1, True))
     assert "port is in use" in str(logs.likely_cause(["Address already in use"], 1, True))
 
 

@@ -81,9 +81,9 @@ def test_only_memory_that_can_not_shrink_is_mapped() -> None:
     reading, writing = os.pipe()
     try:
         os.ftruncate(fd, 4096)
-        with pytest.raises(LinkUnavailable, match="no sealed memory"):
+        with pytest.raises(LinkUnavailable, match="is not sealed memory"):
             mapping._open(os.getpid(), fd)
-        with pytest.raises(LinkUnavailable, match="is no memory"):
+        with pytest.raises(LinkUnavailable, match="is not memory"):
             mapping._open(os.getpid(), reading)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, mapping.F_SEAL_SHRINK)
         os.close(mapping._open(os.getpid(), fd))
@@ -126,7 +126,7 @@ def test_links_for_memory_of_the_other_kind_are_passed_over(
     opened = open_links(settings, [region(device)])
     assert (list(opened.links), list(opened.elsewhere), opened.unavailable) == (opens, elsewhere, {})
     for name in elsewhere:
-        with pytest.raises(LinkUnavailable, match=rf"links.require is '{name}', but it can't be used: KV lies in"):
+        with pytest.raises(LinkUnavailable, match=rf"links.require is '{name}', but it can't be used: KV is in"):
             open_links(settings.model_copy(update={"require": name}), [region(device)])
 
 
@@ -154,7 +154,7 @@ def test_a_link_that_crashes_leaves_no_other_open(monkeypatch: pytest.MonkeyPatc
 def test_a_worker_that_no_link_serves_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says why, of each; a required one that is broken names the setting."""
     opening(monkeypatch, "cma", "ucx")
-    why = "cuda_ipc unavailable: KV lies in host memory; cma unavailable: cma is broken"
+    why = "cuda_ipc unavailable: KV is in host memory; cma unavailable: cma is broken"
     with pytest.raises(LinkUnavailable, match=why):
         open_links(LinkSettings(order=("cuda_ipc", "cma", "ucx")), [region()])
     with pytest.raises(LinkUnavailable, match=r"links.require is 'cma', but it can't be used: cma is broken"):

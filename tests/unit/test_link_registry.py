@@ -92,8 +92,8 @@ def test_links_of_other_packages_stand_beside_ours(outside: None) -> None:
 @pytest.mark.parametrize(
     ("links", "says"),
     [
-        ({"order": ["cma", "rdma"]}, r"^links\.order\.1: there is no link 'rdma' here, only .*cuda_ipc, fine, "),
-        ({"require": "rdma"}, r"^links\.require: there is no link 'rdma' here, only .*: correct the name or install"),
+        ({"order": ["cma", "rdma"]}, r"^links\.order\.1: there is no link 'rdma', only .*cuda_ipc, fine, "),
+        ({"require": "rdma"}, r"^links\.require: there is no link 'rdma', only .*: correct the name or install"),
     ],
 )
 def test_an_unknown_link_is_named_with_those_there_are(outside: None, links: dict[str, Any], says: str) -> None:
@@ -111,7 +111,7 @@ def test_an_unknown_link_is_named_with_those_there_are(outside: None, links: dic
         ("vague", "memory = a tuple of 'host' and 'gpu'"),
         ("wrong", "memory = a tuple of 'host' and 'gpu'"),
         ("undecided", "and one_host"),
-        ("function", "is no subclass of pdtransport.links.base.Link"),
+        ("function", "is not a subclass of pdtransport.links.base.Link"),
         ("absent", "can't be loaded: AttributeError"),
     ],
 )

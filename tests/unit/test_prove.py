@@ -182,7 +182,7 @@ def test_what_is_no_tie_fails_at_once(case: Case, topology: tuple[Topology, Plan
             "link: cma: no permission",
         ),
         ({"record": {}}, "decode asked for no pages"),
-        ({"record": {}, "path": ""}, "is this port another router's?"),
+        ({"record": {}, "path": ""}, "check that this port is pdrouter's"),
     ],
 )
 def test_equal_tokens_without_pages_fail_the_proof(
@@ -192,7 +192,9 @@ def test_equal_tokens_without_pages_fail_the_proof(
     case.crossed = 0
     for name, value in change.items():
         setattr(case, name, value)
-    with pytest.raises(prove.ProofError, match="0 pages crossed: requests are not disaggregated because") as caught:
+    with pytest.raises(
+        prove.ProofError, match="no page was transferred: requests are not disaggregated because"
+    ) as caught:
         proved(topology)
     assert why in str(caught.value)
 
@@ -243,13 +245,13 @@ def test_a_waterfall_accounts_for_all_of_the_time() -> None:
     assert {name: round(passed[name], 6) for name in expected} == expected
     lengths = [float(line.rpartition("|")[2].split()[0]) for line in waterfall.bars(passed)]
     assert lengths == [2.0, 18.0, 30.0, 20.0, 20.0, 10.0]
-    assert waterfall.moved(TRACE) == "2 pages, 0.01 MB over ucx, 2 it held already"
+    assert waterfall.moved(TRACE) == "2 pages, 0.01 MB over ucx, 2 already cached"
 
 
 def test_a_waterfall_of_a_request_that_was_not_disaggregated() -> None:
     """Without a transfer the reason is told, and the bars still add up."""
     trace = {"at": 1.0, "events": {}, "why_not_disaggregated": "echo returns the prompt", "workers": {}}
-    assert waterfall.moved(trace) == "no page crossed: echo returns the prompt"
+    assert waterfall.moved(trace) == "no page was transferred: echo returns the prompt"
     [line] = waterfall.bars(waterfall.milestones(trace, 0.25))
     assert " 250.0 ms" in line
 
@@ -260,4 +262,4 @@ def test_a_waterfall_of_an_early_first_token() -> None:
     lines = waterfall.bars(waterfall.milestones(trace, 0.1))
     assert [float(line.rpartition("|")[2].split()[0]) for line in lines] == [2.0, 18.0, 40.0, 10.0, 30.0]
     assert lines[2].endswith("prefill computes the rest and answers with the first token")
-    assert lines[4].endswith("decode goes on from the first token")
+    assert lines[4].endswith("decode continues from the first token")

@@ -515,7 +515,7 @@ def test_an_unusable_first_token_leaves_everything_to_decode() -> None:
             reply = await rig.ask(ask(stream=True))
             assert text_of(reply) == "alone"
             assert rig.d.seen[-1].params is None
-            assert "text can't be told" in reply.headers["x-pd-path"]
+            assert "text is not usable" in reply.headers["x-pd-path"]
 
     run(test)
 

@@ -492,7 +492,7 @@ def test_trace_says_why_it_has_no_word_from_the_workers() -> None:
         async with rigged(timeouts={"worker_status_s": 0.2}) as rig:
             trace = await rig.trace(await rig.ask())
             assert trace["workers"]["decode"]["ranks"] is None
-            assert "not known" in trace["workers"]["decode"]["why"]
+            assert "is unknown" in trace["workers"]["decode"]["why"]
             assert trace["workers"]["prefill"]["why"]  # nobody listens on the control port of this rig
             state = (await rig.get("/pd/status?workers=1")).json()
             assert len(state["workers"]) == 2

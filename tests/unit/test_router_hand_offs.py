@@ -173,7 +173,7 @@ def test_decode_that_nobody_can_watch_costs_no_wait_and_says_so() -> None:
         async with rigged(hand_off={"wait_s": 5}) as rig:
             for _ in range(2):  # serial, then concurrent
                 reply = await rig.ask()
-                assert reply.headers["x-pd-hand-off"].startswith("unknown; its control address is not known")
+                assert reply.headers["x-pd-hand-off"].startswith("unknown; its control address is unknown")
             assert await rig.metric(f'pdrouter_server_watched{{role="decode",server="{rig.d.name}"}}') == 0
             assert "control address" in (await rig.get("/pd/status")).json()["decode"][0]["not_watched"]
 
@@ -286,7 +286,7 @@ def test_a_pair_that_hands_nothing_over_is_named_once_and_when_it_works_again(
             for _ in range(5):
                 await rig.ask()
             (line,) = [r.message for r in caplog.records if "handed over" in r.message]
-            for part in (rig.p.name, rig.d.name, "last 3 requests", WHY, "refused", "set alike"):
+            for part in (rig.p.name, rig.d.name, "last 3 requests", WHY, "refused", "equal on both"):
                 assert part in line
             health = await rig.get("/health")
             assert health.status == 200
@@ -303,7 +303,7 @@ def test_a_pair_that_hands_nothing_over_is_named_once_and_when_it_works_again(
             assert len([r for r in caplog.records if "last 8 requests" in r.message]) == 1
             tells(rig.d, workers.took)
             await rig.ask()
-            assert len([r for r in caplog.records if "hand over again" in r.message]) == 1
+            assert len([r for r in caplog.records if "work again" in r.message]) == 1
             assert (await rig.get("/health")).json()["disaggregates"] is True
             assert (await rig.get("/pd/status")).json()["pairs"][0]["link"] == "cma"
 

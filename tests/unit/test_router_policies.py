@@ -240,7 +240,7 @@ class Refuses(Scripted):
         ("absent", "can't be loaded: AttributeError"),
         ("refuses", "placement.policy refuses: ValueError: no luck"),
         ("half", "placement.policy half: TypeError: Can't instantiate abstract class"),
-        ("other", "placement.policy other: its entry point makes a NoPolicy, no PlacementPolicy"),
+        ("other", "placement.policy other: its entry point returned a NoPolicy, not a PlacementPolicy"),
     ],
 )
 def test_a_policy_that_can_not_be_had_is_said_at_start(monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:

@@ -29,12 +29,12 @@ def test_endpoint_text_names_url_control_address_and_ranks() -> None:
     ("raw", "says"),
     [
         ({"prefill": []}, "router: prefill: "),
-        ({"decode": ["127.0.0.1:8200"]}, "is no server URL: give http://HOST:PORT"),
-        ({"decode": ["ftp://h"]}, "is no server URL"),
-        ({"prefill": [f"{P}@h"]}, "is no control address"),
+        ({"decode": ["127.0.0.1:8200"]}, "is not a server URL: give http://HOST:PORT"),
+        ({"decode": ["ftp://h"]}, "is not a server URL"),
+        ({"prefill": [f"{P}@h"]}, "is not a control address"),
         ({"prefill": [f"{P}@h:99999"]}, "router: prefill.0"),
-        ({"prefill": [f"{P}@h:1/x"]}, "is no control address"),
-        ({"prefill": [{"url": "http://user:pass@h:1"}]}, "takes no user"),
+        ({"prefill": [f"{P}@h:1/x"]}, "is not a control address"),
+        ({"prefill": [{"url": "http://user:pass@h:1"}]}, "must not have a user"),
         ({"prefill": [{"url": P, "control_host": "h"}]}, "must be set together"),
         ({"prefill": [P, P]}, "two prefill servers are called '127.0.0.1:8100'"),
         ({"dispatch": "both"}, "router: dispatch: "),
@@ -74,7 +74,7 @@ def test_keys_do_not_show_when_settings_are_printed() -> None:
 def test_key_file_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\n")
-    for path, says in ((tmp_path / "none", "No such file"), (empty, "holds no key")):
+    for path, says in ((tmp_path / "none", "No such file"), (empty, "has no key")):
         with pytest.raises(SettingsError, match=says):
             Router(build(api_key_file=str(path)))
         with pytest.raises(SettingsError, match="upstream_api_key_file"):
@@ -103,5 +103,5 @@ def test_keys_are_no_command_line_options(capsys: pytest.CaptureFixture[str]) ->
 def test_command_says_in_one_line_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--prefill", "nonsense", "--decode", D]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("pdrouter: settings: prefill.0: 'nonsense' is no server URL")
+    assert error.startswith("pdrouter: settings: prefill.0: 'nonsense' is not a server URL")
     assert error.count("\n") == 1

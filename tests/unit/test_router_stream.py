@@ -310,7 +310,7 @@ def test_a_stream_that_ends_without_an_event_is_no_success() -> None:
             rig.decode[0].script = rig.decode[1].script = streams([b""])
             reply = await rig.ask(ask(stream=True))
             assert (reply.status, reply.error["code"]) == (502, "upstream_error")
-            assert "ended its answer before the first byte" in reply.error["message"]
+            assert "ended its answer before its first byte" in reply.error["message"]
             assert {len(engine.seen) > 0 for engine in rig.decode} == {True}
             rig.decode[0].script = None
             assert (await rig.ask(ask(stream=True))).status == 200

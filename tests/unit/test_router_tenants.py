@@ -164,8 +164,8 @@ def test_clients_that_trust_each_other_share_on_request(tmp_path: Path) -> None:
         ("hush acme", "short", "at least 32 are needed"),
         ("hush acme ltd", SECRET, "key 1 is neither KEY nor KEY TENANT"),
         ("hush " + "a" * 65, SECRET, "key 1 is neither KEY nor KEY TENANT"),
-        ("hush acme\nhush rival", SECRET, "key 2 is there before, with another tenant"),
-        ("", SECRET, "holds no key"),
+        ("hush acme\nhush rival", SECRET, "key 2 is already assigned to another tenant"),
+        ("", SECRET, "has no key"),
     ],
 )
 def test_key_files_that_can_not_be_used_are_one_line_without_a_key(

@@ -84,7 +84,7 @@ def test_a_run_that_starts_or_has_another_name_is_said(state: Path) -> None:
         with pytest.raises(runs.Starting, match=r"x is starting \(logs in .*/d\)"):
             runs.find("x", None)
         start(stack, state / "e", "other")
-        with pytest.raises(runs.Ambiguous, match="has the run of 'other', not of 'x'"):
+        with pytest.raises(runs.Ambiguous, match="holds the run of 'other', not of 'x'"):
             runs.find("x", state / "e")
 
 

@@ -73,10 +73,10 @@ def test_every_example_is_valid() -> None:
         ("name: [\n", "t.yaml:2:1: malformed YAML: while parsing a flow node expected the node content, but found"),
         ("a: b: c\n", "t.yaml:1:5: malformed YAML: mapping values are not allowed here"),
         ("model:\n\tid: x\n", "t.yaml:2:1: malformed YAML: a tab: YAML indents with spaces"),
-        ("name: a\nmodel: {}\nname: b\n", "t.yaml:3:1: name: this key stands already on line 1"),
-        ("roles:\n  decode: {count: 1, tp: 1, count: 2}\n", "t.yaml:2:29: count: this key stands already on line 2"),
-        ("true: 1\n", "t.yaml:1:1: true: keys are text; write it in quotes"),
-        ("[a]: 1\n", "t.yaml:1:1: a list or mapping: keys are text"),
+        ("name: a\nmodel: {}\nname: b\n", "t.yaml:3:1: name: this key is already on line 1"),
+        ("roles:\n  decode: {count: 1, tp: 1, count: 2}\n", "t.yaml:2:29: count: this key is already on line 2"),
+        ("true: 1\n", "t.yaml:1:1: true: keys must be text; write it in quotes"),
+        ("[a]: 1\n", "t.yaml:1:1: a list or mapping: keys must be text"),
         ("a: &a [*a]\n", "t.yaml:1:4: an anchor that contains itself"),
         ("name: !!python/object/apply:os.system ['true']\n", "t.yaml:1:7: malformed YAML: could not determine a"),
         ("a: 1\n---\nb: 1\n", "t.yaml:2:1: malformed YAML: expected a single document"),
@@ -135,7 +135,7 @@ def test_files_that_are_not_text_or_too_large_are_refused(tmp_path: Path) -> Non
         ),
         ("{id: ./model}", "{id: =}", "3:13: model.id: = is of the type !!value"),
         ("{id: ./model}", "{id: !!binary bW9kZWw=}", "3:13: model.id: bW9kZWw= is of the type !!binary"),
-        ("prefill: {}", "prefill: !!set {count}", "5:12: roles.prefill: !!set has no place here"),
+        ("prefill: {}", "prefill: !!set {count}", "5:12: roles.prefill: !!set is not allowed here"),
     ],
 )
 def test_what_yaml_takes_for_something_else_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -163,28 +163,32 @@ def test_what_yaml_and_readers_take_for_the_same_is_taken(tmp_path: Path) -> Non
     [
         ("name: chat", "nmae: chat", "t.yaml:2:1: nmae: unknown key, did you mean 'name'? (allowed: apiVersion, name,"),
         ("name: chat", "name: My Chat", "t.yaml:2:1: name: letters a-z, digits and dashes; found 'My Chat'"),
-        ("pdtransport/v1", "pdtransport/v2", "t.yaml:1:1: apiVersion: 'pdtransport/v2' is not a version that this"),
+        ("pdtransport/v1", "pdtransport/v2", "t.yaml:1:1: apiVersion: 'pdtransport/v2' is not supported by this"),
         ("{id: ./model}", "{}", "t.yaml:3:1: model.id: missing; Folder (relative to the topology file) or hub id."),
-        ("{id: ./model}", "x", "t.yaml:3:1: model: a mapping is wanted here (allowed: id, revision,"),
+        ("{id: ./model}", "x", "t.yaml:3:1: model: expected a mapping (allowed: id, revision,"),
         ("{id: ./model}", "{id: m, dtype: int8}", "t.yaml:3:16: model.dtype: must be 'auto', 'bfloat16', 'float16' or"),
         ("{id: ./model}", "{id: m, block_size: 16.5}", "t.yaml:3:16: model.block_size: must be an integer; found 16.5"),
         ("prefill: {}", "prefil: {}", "t.yaml:5:3: roles.prefil: unknown key, did you mean 'prefill'? (allowed: pref"),
         ("prefill: {}", "prefill: {count: 0}", "t.yaml:5:13: roles.prefill.count: must be greater than or equal to 1"),
         ("prefill: {}", "prefill: {count: true}", "t.yaml:5:13: roles.prefill.count: must be an integer; found True"),
         ("prefill: {}", "prefill: {port: 70000}", "t.yaml:5:13: roles.prefill.port: must be less than or equal to"),
-        ("prefill: {}", "prefill: {cpu: 0-x}", "t.yaml:5:13: roles.prefill.cpu: '0-x' is no list of cores; write"),
-        ("prefill: {}", "prefill: {cpu: [0, 0]}", "t.yaml:5:3: roles.prefill: cpu names a core twice"),
+        ("prefill: {}", "prefill: {cpu: 0-x}", "t.yaml:5:13: roles.prefill.cpu: '0-x' is not a list of cores; write"),
+        ("prefill: {}", "prefill: {cpu: [0, 0]}", "t.yaml:5:3: roles.prefill: cpu lists a core twice"),
         ("prefill: {}", "prefill: {cpu: 0-2, tp: 2}", "t.yaml:5:3: roles.prefill: cpu lists 3 cores for 2 workers"),
         ("prefill: {}", "prefill: {cpu: [0], gpus: [0]}", "t.yaml:5:3: roles.prefill: cpu and gpus exclude each other"),
         ("prefill: {}", "prefill: {gpus: [0], tp: 2}", "t.yaml:5:3: roles.prefill: gpus lists 1 for 2 workers"),
         ("prefill: {}", "prefill: {gpus: [1, 1], tp: 2}", "t.yaml:5:3: roles.prefill: instance 0 would get one GPU"),
-        ("prefill: {}", "prefill: {port: 65535, count: 2}", "t.yaml:5:3: roles.prefill: port + 1 lies beyond 65535"),
+        ("prefill: {}", "prefill: {port: 65535, count: 2}", "t.yaml:5:3: roles.prefill: port + 1 is above 65535"),
         ("prefill: {}", "prefill: {args: {port: 1}}", "t.yaml:5:20: roles.prefill.args.port: pdlaunch sets --port its"),
         ("prefill: {}", "prefill: {args: {tp: 2}}", "t.yaml:5:20: roles.prefill.args.tp: pdlaunch sets --tensor-par"),
-        ("prefill: {}", "prefill: {args: {--seed: 2}}", "t.yaml:5:20: roles.prefill.args.--seed: no vLLM flag; write"),
+        (
+            "prefill: {}",
+            "prefill: {args: {--seed: 2}}",
+            "t.yaml:5:20: roles.prefill.args.--seed: not a vLLM flag; write",
+        ),
         ("prefill: {}", "prefill: {args: {a_b: 1, a-b: 2}}", "t.yaml:5:28: roles.prefill.args.a-b: given twice, once"),
         ("prefill: {}", "prefill: {env: {A: true}}", "t.yaml:5:19: roles.prefill.env.A: must be text or a number; wr"),
-        ("prefill: {}", "prefill: {env: {A-B: 1}}", "t.yaml:5:19: roles.prefill.env.A-B: no name of an environment"),
+        ("prefill: {}", "prefill: {env: {A-B: 1}}", "t.yaml:5:19: roles.prefill.env.A-B: not a name of an environment"),
         (
             "prefill: {}",
             "prefill: {env: {CUDA_VISIBLE_DEVICES: 1}}",
@@ -203,18 +207,18 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path: Path, old: str, new: st
     [
         (
             "hosts: {a: {via: ssh}}",
-            "t.yaml:7:13: hosts.a.via: 'ssh' is not possible: this version launches on one mach",
+            "t.yaml:7:13: hosts.a.via: 'ssh' is not supported: this version launches on one mach",
         ),
         ("hosts: {a: {}, b: {}}", "t.yaml:7:1: hosts: 2 hosts (a, b): this version launches on one machine; keep one"),
         ("transport: {link: {}}", "t.yaml:7:13: transport.link: unknown key, did you mean 'links'? (allowed: control,"),
         (
             "transport: {links: {order: [tcp]}}",
-            "t.yaml:7:1: transport: links.order.0: there is no link 'tcp' here, only cma, cuda_ipc, shm, ucx",
+            "t.yaml:7:1: transport: links.order.0: there is no link 'tcp', only cma, cuda_ipc, shm, ucx",
         ),
-        ("transport: {control: {port: 1}}", "t.yaml:7:1: transport: control.port differs from instance to instance"),
-        ("transport: {control: {host: 10.0.0.9}}", "t.yaml:7:13: transport.control: host '10.0.0.9' leaves this mach"),
+        ("transport: {control: {port: 1}}", "t.yaml:7:1: transport: control.port differs between instances"),
+        ("transport: {control: {host: 10.0.0.9}}", "t.yaml:7:13: transport.control: host '10.0.0.9' is not loopback"),
         ("transport: {deadlines: {ack_s: -1}}", "t.yaml:7:25: transport.deadlines.ack_s: must be greater than 0; fou"),
-        ("router: {prefill: []}", "t.yaml:7:10: router.prefill: pdlaunch fills in the servers itself; take it out"),
+        ("router: {prefill: []}", "t.yaml:7:10: router.prefill: pdlaunch fills in the servers itself; remove it"),
         ("router: {prot: 1}", "t.yaml:7:10: router.prot: unknown key, did you mean 'port'? (allowed: host, port, adm"),
         ("router: {api_key: x}", "t.yaml:7:10: router.api_key: a topology holds no secrets: put the key into a file"),
         ("router: {dispatch: both}", "t.yaml:7:10: router.dispatch: must be 'concurrent' or 'serial'; found 'both'"),
@@ -250,9 +254,9 @@ def test_fixed_ports_must_not_meet(tmp_path: Path) -> None:
     """Ranges of fixed ports that overlap are refused, the default router port included."""
     text = GOOD.replace("prefill: {}", "prefill: {port: 9000, count: 2}").replace("decode: {}", "decode: {port: 9001}")
     [said] = refusal(tmp_path, text)
-    assert "port 9001 is wanted by roles.prefill.port and by roles.decode.port" in said
+    assert "port 9001 is set for roles.prefill.port and for roles.decode.port" in said
     [said] = refusal(tmp_path, GOOD.replace("prefill: {}", "prefill: {control_port: 7999, tp: 2}"))
-    assert "port 8000 is wanted by roles.prefill.control_port and by router.port" in said
+    assert "port 8000 is set for roles.prefill.control_port and for router.port" in said
 
 
 def test_merged_keys_are_found_at_their_place(tmp_path: Path) -> None:
@@ -411,7 +415,7 @@ def test_core_lists_go_back_and_forth(text: str, cores: list[int]) -> None:
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "0-99999", "1,,2", "-1"])
 def test_bad_core_lists_are_refused(text: str) -> None:
     """What is no list of cores raises."""
-    with pytest.raises(ValueError, match="no list of cores"):
+    with pytest.raises(ValueError, match="not a list of cores"):
         parse_cores(text)
 
 
@@ -441,7 +445,7 @@ def test_picked_ports_are_free_and_apart() -> None:
         first = ports.pick(3)
         assert first == 21353
         assert {ports.pick(), ports.pick()} == {21350, 21351}
-        with pytest.raises(PlanError, match="set them by hand"):
+        with pytest.raises(PlanError, match="set the ports in the topology"):
             ports.pick()
 
 
@@ -483,10 +487,13 @@ def test_preflight_of_a_sound_topology_finds_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "line"),
     [
-        (lambda m: m.rename(m.with_name("gone")), "t.yaml:3:9: model.id: no folder model: correct the path"),
+        (
+            lambda m: m.rename(m.with_name("gone")),
+            "t.yaml:3:9: model.id: folder model does not exist: correct the path",
+        ),
         (lambda m: (m / "config.json").unlink(), "t.yaml:3:9: model.id: model/config.json: No such file"),
         (lambda m: (m / "config.json").write_text("{"), "t.yaml:3:9: model.id: model/config.json is not JSON"),
-        (lambda m: (m / "model.safetensors").unlink(), "t.yaml:3:9: model.id: model holds no weights"),
+        (lambda m: (m / "model.safetensors").unlink(), "t.yaml:3:9: model.id: model has no weights"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(folder: Path, break_it: Any, line: str) -> None:
@@ -510,7 +517,7 @@ def test_preflight_counts_cores_heads_and_memory(folder: Path) -> None:
             "roles.prefill.cpu: cores 4000 are not available",
         ),
         (SOUND.replace("{}", f"{{count: {many}}}", 1), f"{many + 1} CPU workers on"),
-        (SOUND.replace("{}", "{tp: 3}", 1), "8 attention heads do not divide by 3"),
+        (SOUND.replace("{}", "{tp: 3}", 1), "8 attention heads are not divisible by 3"),
         (SOUND.replace("1048576", str(1 << 50)), "GiB are available"),
         (GOOD + "router: {port: 0}", "a CPU role needs args kv-cache-memory-bytes"),
     ):
@@ -663,9 +670,9 @@ def test_a_pool_with_a_tier_that_others_can_write_to_has_a_key_that_outlives_the
         ("pool: {redis: {url: 'redis://me:secret@h', bytes: 1GiB}}", "t.yaml:7:16: pool.redis.url: "),
         ("pool: {http: {listen: '127.0.0.1:1'}}", "pool.http.key_file: missing; "),
         ("pool: {frame_bytes: 5000}", "pool: frame_bytes is 5000, it must be a multiple of 4096"),
-        ("pool: {}\ntransport: {pool: {name: other}}", "t.yaml:7:1: pool: transport.pool.name is another pool's"),
+        ("pool: {}\ntransport: {pool: {name: other}}", "t.yaml:7:1: pool: transport.pool.name differs from that"),
         ("pool: {}\nkv_load_failure_policy: fail", "t.yaml:8:1: kv_load_failure_policy: "),
-        ("pool: {http: {listen: '127.0.0.1:9', key_file: k}}\nrouter: {port: 9}", "port 9 is wanted by"),
+        ("pool: {http: {listen: '127.0.0.1:9', key_file: k}}\nrouter: {port: 9}", "port 9 is set for"),
     ],
 )
 def test_mistakes_in_a_pool_are_named_with_line_and_key(tmp_path: Path, text: str, says: str) -> None:

@@ -489,7 +489,7 @@ def test_loading_needs_an_engine_that_recomputes() -> None:
         check_use(PoolUse(), "fail")
     assert "\n" not in str(caught.value)
     check_use(PoolUse(load=False), "fail")
-    with pytest.raises(SettingsError, match=r"pool\.address: 'far:1' is no tcp://HOST:PORT"):
+    with pytest.raises(SettingsError, match=r"pool\.address: 'far:1' is not tcp://HOST:PORT"):
         check_use(PoolUse(address="far:1"), "recompute")
     with pytest.raises(SettingsError, match="address and dir are both set"):
         PoolUse(address="tcp://far:1", dir=Path("/x"))

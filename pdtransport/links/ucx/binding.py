@@ -50,7 +50,7 @@ class UcxEndpoint(Protocol):
         ...
 
     def lanes(self) -> list[str]:
-        """Names of the transports that carry the connection; empty if the library can't tell."""
+        """Names of the transports that carry the connection; empty if unknown."""
         ...
 
     def close(self) -> None: ...
@@ -92,7 +92,7 @@ class Context(Protocol):
     def domains_of(self, address: int, nbytes: int) -> list[str]:
         """Names of the UCX memory domains (``cuda_ipc``, ``mlx5_0``, ...) through which a peer can read this memory.
 
-        Empty if UCX can't tell.
+        Empty if unknown.
         """
         ...
 
@@ -250,7 +250,7 @@ class _UcxxContext:
         return _UcxxWorker(self._post, self._api, self._context)
 
     def takes_gpu_memory(self) -> bool:
-        # Not UCXContext.cuda_support, which tells how UCX was built and configured, with a GPU or without.
+        # Not UCXContext.cuda_support, which only shows how UCX was built and configured, even without a GPU.
         return query.takes_cuda_memory(int(self._context.handle))
 
     def domains_of(self, address: int, nbytes: int) -> list[str]:

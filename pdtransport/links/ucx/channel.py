@@ -387,7 +387,7 @@ class UcxChannel(Channel):
         if endpoint is not None:
             return endpoint
         if len(self._endpoints) >= MAX_ENDPOINTS:
-            raise LinkError(f"the peer names more than {MAX_ENDPOINTS} channels of its own")
+            raise LinkError(f"the peer uses more than {MAX_ENDPOINTS} channels")
         try:
             endpoint = self.worker.connect(unsealed(address))
         except Exception as error:  # noqa: BLE001 - each binding has its own exceptions

@@ -128,7 +128,7 @@ class GpuMemory:
     def place(self, slot: int, nbytes: int, runs: Runs, blocks: int, checksums: bytes) -> Copy:
         """Copies and verifies in one pass.
 
-        Damaged bytes may reach pages granted to this batch; they are reported, and nobody reads the pages until the
+        Damaged bytes may reach pages granted to this batch; they are reported, and the pages are not read until the
         batch arrived undamaged.
         """
         try:

@@ -43,7 +43,7 @@ def packed(word: ControlFrame) -> npt.NDArray[np.uint8]:
 
 
 def parsed(message: npt.NDArray[np.uint8]) -> ControlFrame:
-    """Never fails; the reader ignores frames that make no sense."""
+    """Never fails; the reader ignores invalid frames."""
     say, key, tag, nbytes, length, address = _WORD.unpack(message.tobytes())
     return ControlFrame(say, key, tag, nbytes, address[:length])
 

@@ -44,7 +44,7 @@ class ApiLookup(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     tokens: Tokens = Field(description="The prompt's token ids.")
-    model: Text = Field("", description="By any of its names, where engines of several models use the pool.")
+    model: Text = Field("", description="Any name of the model; needed if engines of several models use the pool.")
     salt: Text = Field("", description="The engines' pool.salt.")
     cache_salt: Text = Field("", description="The request's.")
 
@@ -61,7 +61,7 @@ class ApiRequest(ApiLookup):
     )
     all: Literal[True] = Field(_NO_TOKENS, description="All chunks.")
     tenant: Annotated[str, Field(pattern=TENANT)] = Field(
-        _NO_TOKENS, description='All of this tenant, which has a quota; "": of all others.'
+        _NO_TOKENS, description='All chunks of this tenant, which must have a quota; "": of all tenants without one.'
     )
 
     def chosen(self) -> Chosen | None:
@@ -74,24 +74,26 @@ class ApiRequest(ApiLookup):
 
 
 class PinWish(ApiRequest):
-    pin: Literal["hard", "soft"] = Field("hard", description="soft: only as long as anything else can go.")
-    for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] = Field(_NO_NUMBER, description="The pin ends then by itself.")
+    pin: Literal["hard", "soft"] = Field("hard", description="soft: evicted only when no unpinned chunk can be.")
+    for_s: Annotated[float, Field(gt=0, le=MAX_PIN_S)] = Field(
+        _NO_NUMBER, description="The pin expires after this many seconds."
+    )
 
 
 class MoveWish(ApiRequest):
     to: Annotated[str, Field(pattern="^[a-z0-9]{1,64}$")] = Field(
-        description="A tier; below: drop from memory what any tier below it has."
+        description="A tier's name; below: drop chunks from memory that a lower tier has."
     )
 
 
 ONE_OF = ("tokens", "keys", "all", "tenant")
 ACTIONS: dict[str, tuple[type[ApiRequest], str]] = {
-    "pin": (PinWish, "Keep chunks in memory."),
-    "unpin": (ApiRequest, "Keep chunks in memory no longer."),
-    "prefetch": (ApiRequest, "Bring chunks up into memory."),
-    "move": (MoveWish, "Have chunks in another tier, and not in memory."),
-    "clear": (ApiRequest, "Forget chunks in all tiers."),
-    "compress": (ApiRequest, "Write chunks again to tiers that got a codec since."),
+    "pin": (PinWish, "Pin chunks in memory."),
+    "unpin": (ApiRequest, "Unpin chunks."),
+    "prefetch": (ApiRequest, "Read chunks into memory."),
+    "move": (MoveWish, "Move chunks to another tier, out of memory."),
+    "clear": (ApiRequest, "Remove chunks from all tiers."),
+    "compress": (ApiRequest, "Rewrite chunks in tiers that have been given a codec since."),
 }
 
 AnyWish = TypeVar("AnyWish", bound=ApiLookup)
@@ -101,14 +103,14 @@ def parse(raw: bytes, kind: type[AnyWish]) -> AnyWish:
     """Parse a request body.
 
     Raises:
-        ApiError: 400, the body is no JSON or does not fit the model; one line says where.
+        ApiError: 400, the body is not JSON or does not fit the model; one line says where.
     """
     try:
         wish = kind.model_validate_json(raw)
     except ValidationError as error:
         raise ApiError(400, one_line(error), code="bad_wish") from None
     if issubclass(kind, ApiRequest) and sum(name in wish.model_fields_set for name in ONE_OF) != 1:
-        raise ApiError(400, f"exactly one of {', '.join(ONE_OF)} says which chunks", code="bad_wish")
+        raise ApiError(400, f"choose chunks by exactly one of {', '.join(ONE_OF)}", code="bad_wish")
     return wish
 
 
@@ -118,7 +120,7 @@ def describe() -> dict[str, Any]:
     refusals = {
         "401": refused("No key."),
         "4XX": refused(),
-        "503": refused("Too much is under way, or the pool does not answer.", retry=True),
+        "503": refused("Too many requests are in progress, or the pool does not answer.", retry=True),
         "5XX": refused(),
     }
     rows: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
@@ -136,15 +138,27 @@ def describe() -> dict[str, Any]:
         "/pool/spaces": {"get": got("spaces", "Which engines' keys the pool knows.", spaces)},
         "/pool/chunks": {"get": got("chunks", "Chunks, a slice at a time.", chunks)},
         "/pool/lookup": {
-            "post": _posted("lookup", "How many chunks of a prompt are there, and where.", found, ApiLookup)
+            "post": _posted(
+                "lookup", "How many chunks of a prompt the pool holds, and in which tiers.", found, ApiLookup
+            )
         },
         "/pool/hint": {
-            "post": _posted("hint", "A request comes: begin to bring its chunks up, and don't wait.", done, ApiLookup)
+            "post": _posted(
+                "hint", "A request is coming: start to read its chunks into memory, without waiting.", done, ApiLookup
+            )
         },
     }
     paths["/pool/chunks"]["get"]["parameters"] = [
-        query("first", {"type": "integer", "minimum": 0, "maximum": 999_999_999}, "Where to go on: next of the last."),
-        query("tenant", {"type": "string", "pattern": TENANT}, 'Only of this tenant; "": of those without a quota.'),
+        query(
+            "first",
+            {"type": "integer", "minimum": 0, "maximum": 999_999_999},
+            "Where to continue: `next` of the previous answer.",
+        ),
+        query(
+            "tenant",
+            {"type": "string", "pattern": TENANT},
+            'Only chunks of this tenant; "": of tenants without a quota.',
+        ),
     ]
     for name, (kind, text) in ACTIONS.items():
         paths[f"/pool/{name}"] = {"post": _posted(name, text, done, kind)}
@@ -153,7 +167,7 @@ def describe() -> dict[str, Any]:
             operation["responses"] |= refusals if path.startswith("/pool/") else {"503": refused()}
             operation |= key if path.startswith("/pool/") else {}
     schemes = {"key": key_scheme("A key of the file that --http-key-file names.")}
-    return document("pdpool", "What a pool of KV chunks holds, and where it keeps it.", paths, schemes)
+    return document("pdpool", "The contents of a pool of KV chunks, by tier.", paths, schemes)
 
 
 def _posted(name: str, text: str, answer: dict[str, Any], kind: type[ApiLookup]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class PoolApi:
         self._keys.check(request)
         text, tenant = request.query.get("first", "0"), request.query.get("tenant")
         if not (text.isascii() and text.isdecimal()) or len(text) > 9:
-            raise ApiError(400, "first must be a whole number", param="first", code="bad_first")
+            raise ApiError(400, "first must be an integer", param="first", code="bad_first")
         if tenant is not None and not re.fullmatch(TENANT, tenant):
             raise ApiError(400, "tenant must be a tenant's name", param="tenant", code="bad_tenant")
 
@@ -182,7 +182,7 @@ class PoolApi:
     async def _read(self, request: web.Request) -> bytes:
         self._keys.check(request)
         limit = (self._http.max_body_bytes, "http-max-body-bytes")
-        raw = await read_body(request, limit, (BOUNDS.client_body_s, "the time for it"))
+        raw = await read_body(request, limit, (BOUNDS.client_body_s, "the time limit"))
         self._listener.body_in(request)
         return raw
 
@@ -195,7 +195,9 @@ class PoolApi:
         self._keys.check(request)
         if self._under_way >= AT_ONCE + WAITING:
             retry = {"Retry-After": str(RETRY_AFTER_S)}
-            raise ApiError(503, "too much is under way: try again", kind=SERVER, code="overloaded", headers=retry)
+            raise ApiError(
+                503, "too many requests are in progress: try again later", kind=SERVER, code="overloaded", headers=retry
+            )
         stop = threading.Event()
         self._under_way += 1
         try:

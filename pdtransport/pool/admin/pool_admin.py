@@ -133,10 +133,10 @@ class PoolAdmin:
         """Iterate over all chunks, or one tenant's, in slices. Chunks stored during the sweep may be missing.
 
         Raises:
-            AdminError: ``tenant`` is no valid name.
+            AdminError: ``tenant`` is not a valid name.
         """
         if tenant is not None and not re.fullmatch(messages.TENANT, tenant):
-            raise AdminError(f"{tenant[:80]!r} is no name of a tenant")
+            raise AdminError(f"{tenant[:80]!r} is not a valid tenant name")
         first = 0
         while first >= 0:
             self._go_on()
@@ -227,7 +227,7 @@ class PoolAdmin:
         if to == "memory":
             return self.prefetch(chosen)
         if to != BELOW and to not in self._tiers():
-            raise AdminError(f"no tier {to!r} in this pool; there are: {', '.join([*self.tier_names, BELOW])}")
+            raise AdminError(f"this pool has no tier {to!r}: choose one of {', '.join([*self.tier_names, BELOW])}")
         return self._in_windows(chosen, lambda places: self._push_down(places, to))
 
     def compress(self, chosen: Chosen) -> AdminOutcome:
@@ -335,7 +335,9 @@ class PoolAdmin:
             if under_way != last:
                 last, since = under_way, time.monotonic()
             elif time.monotonic() - since > STUCK_S:
-                raise AdminError(f"{under_way} chunks are on their way for {STUCK_S:g} s: does a tier hang?")
+                raise AdminError(
+                    f"{under_way} chunks have been in flight for {STUCK_S:g} s without progress: a tier may hang"
+                )
             self._pause()
 
     def _pause(self) -> None:

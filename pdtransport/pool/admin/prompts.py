@@ -73,18 +73,24 @@ def spaces_for(admin: PoolAdmin, prompt: PoolPrompt) -> list[Space]:
     """
     known = admin.spaces()
     if not known:
-        raise AdminError("no engine has told this pool of its keys: start one that uses it, or name chunks by key")
+        raise AdminError(
+            "no engine has reported its key space to this pool: start one that uses it, or choose chunks by key"
+        )
     names = {space.model for space in known}
     found = [space for space in known if prompt.model in (None, space.model, *space.served)]
     if not found or (prompt.model is None and len(names) > 1):
-        wrong = f"no engine of model {prompt.model!r} told of its keys" if prompt.model else "there are several models"
+        wrong = (
+            (f"no engine of model {prompt.model!r} has reported its key space")
+            if prompt.model
+            else "there are several models"
+        )
         raise AdminError(f"{wrong}; choose one: {', '.join(sorted(names))}")
     fitting = [space for space in found if space.salted == bool(prompt.salt)]
     if not fitting:
         raise AdminError(
             "no engine of this model has a salt: leave the salt out"
             if prompt.salt
-            else "this model's chunks have a salt: it is in the file that the engines' pool.salt_file names"
+            else "this model's chunks have a salt: pass the salt of the engines' pool.salt_file"
         )
     return fitting
 
@@ -152,6 +158,6 @@ def chunks_of(admin: PoolAdmin, prompt: PoolPrompt) -> Chosen:
     keys = [key for space in spaces for chunk in _parts(space, prompt) for key in chunk]
     if not keys:
         raise AdminError(
-            f"the prompt has {len(prompt.tokens)} tokens and a chunk {spaces[0].chunk_tokens}: it has no whole chunk"
+            f"the prompt of {len(prompt.tokens)} tokens is shorter than a chunk ({spaces[0].chunk_tokens} tokens)"
         )
     return Chosen(tuple(dict.fromkeys(keys)))

@@ -262,7 +262,7 @@ class Copying:
             return  # the answer to ChunkDamaged
         places = window.published.popleft()
         if done.count != len(places):
-            raise PoolUnavailable("the pool did not take what was written")
+            raise PoolUnavailable("the pool refused the written chunks")
         self.verdicts[window.first + places] = KeyVerdict.WRITE
 
     def _take(self, window: CopyWindow, chunks: Granted, session: ServiceSession, checksums: Checksums) -> None:

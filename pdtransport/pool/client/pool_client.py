@@ -59,19 +59,19 @@ class Pending(Generic[T]):
         """Wait for the answer, which comes by the deadline, or when a copy in flight at the deadline has ended.
 
         Raises:
-            PoolUnavailable: the pool did not answer. Stores and loads do not raise it: their verdicts tell.
+            PoolUnavailable: the pool did not answer. Stores and loads do not raise it; check their verdicts.
         """
         return self.future.result(self._deadline_s + GRACE_S)
 
     def cancel(self) -> None:
-        """Cancel a store or load, which then ends soon. The caller may reuse its memory once the result is there."""
+        """Cancel a store or load, which then ends soon. The caller may reuse its memory once there is a result."""
         if self._cancel is not None:
             self._cancel()
 
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio
 
-        # Shielded: cancelling the awaiting task must not mark `future` as done while the copy goes on.
+        # Shielded: cancelling the awaiting task must not mark `future` as done while the copy continues.
         return (yield from asyncio.shield(asyncio.wrap_future(self.future)).__await__())
 
 
@@ -206,7 +206,7 @@ class PoolClient:
         """Copy chunks from the caller's memory into the pool.
 
         Chunks that the pool has are not copied again. If another client is storing a chunk, this call waits for it.
-        The memory must not change until the result is there.
+        The memory must not change until the result is available.
 
         Args:
             runs: memory of each chunk: (n, 2) uint64, address and bytes. ``runs[i]`` is stored under ``keys[i]``.
@@ -340,7 +340,7 @@ class PoolClient:
         )
 
     def close(self) -> None:
-        """Cancel stores and loads in flight and give everything back. Safe to call twice."""
+        """Cancel stores and loads in flight and release all resources. Safe to call twice."""
         with self._guard:
             self._closing = True
             active = list(self._active.values())

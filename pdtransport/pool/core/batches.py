@@ -1,6 +1,6 @@
 """Batch operations of the chunk store: fast paths for requests whose chunks are all in the same state.
 
-They take a few array operations in place of a few dozen steps a chunk, so that the service keeps up with GPUs.
+They use a few array operations instead of a few dozen steps per chunk, so that the service keeps up with GPUs.
 
 :func:`store`, :func:`load` and :func:`publish` either do the whole batch, or return False and do nothing (although
 :func:`store` may have evicted chunks). Then the chunk store handles the chunks one by one, with the same result.

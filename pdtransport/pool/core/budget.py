@@ -32,7 +32,7 @@ class MemoryBudget:
     Args:
         quotas: frames by tenant. Tenants without a quota form one group, which may use all frames; under pressure its
             weight is what the quotas leave.
-        evicted: called with evicted entries, which have left their order already; it must give their frames back.
+        evicted: called with evicted entries, which have already left their order; it must free their frames.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class Chunks:
         bad = (self.sizes % 8 != 0) | (self.sizes <= 0) | (self.sizes > MAX_CHUNK_BYTES)
         if bad.any():
             nbytes = int(self.sizes[bad.argmax()])
-            raise ValueError(f"a chunk of {nbytes} bytes; 8 to {MAX_CHUNK_BYTES}, a multiple of 8, are possible")
+            raise ValueError(f"a chunk of {nbytes} bytes: it must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -129,7 +129,7 @@ class Heard:
             if not len(places) == len(codes) == len(checksums):
                 raise ValueError(f"{len(places)} places, {len(codes)} verdicts, {len(checksums)} checksums")
             if len(codes) and int(codes.max()) >= len(_VERDICTS):
-                raise ValueError(f"{int(codes.max())} is no verdict")
+                raise ValueError(f"{int(codes.max())} is not a verdict")
             may = (codes == KeyVerdict.WRITE) | (codes == KeyVerdict.READ)
             nbytes = sizes[places[may]]
             if len(places) and int(places.max()) >= len(sizes):
@@ -138,7 +138,7 @@ class Heard:
             if 4 * int(counts.sum()) != len(answer.frames):
                 raise ValueError(f"{len(answer.frames)} bytes of frames for {int(counts.sum())}")
         except (ValueError, IndexError) as error:
-            raise PoolUnavailable(f"the pool's answer makes no sense: {error}") from None
+            raise PoolUnavailable(f"the pool's answer is malformed: {error}") from None
         return cls(places, codes, Granted(places[may], nbytes, checksums[may], counts, answer.frames))
 
 

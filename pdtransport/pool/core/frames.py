@@ -36,11 +36,11 @@ class Frames:
         """Free frames that have no reader and no writer.
 
         Raises:
-            ValueError: more frames would be free than there are.
+            ValueError: more frames would be free than exist.
         """
         ids = np.frombuffer(frames, dtype=np.uint32)
         if self.free + len(ids) > self.count:
-            raise ValueError("more frames came back than there are")
+            raise ValueError("more frames were freed than exist")
         self._stack[self.free : self.free + len(ids)] = ids[::-1]
         self.free += len(ids)
 

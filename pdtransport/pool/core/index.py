@@ -60,7 +60,7 @@ class Index:
 
     def __init__(self, capacity: int) -> None:
         if not 1 <= capacity <= MAX_ENTRIES:
-            raise ValueError(f"an index of {capacity} entries; 1 to {MAX_ENTRIES} are possible")
+            raise ValueError(f"an index of {capacity} entries; 1 to {MAX_ENTRIES} are allowed")
         self.capacity = capacity
         bits = max(4, capacity.bit_length())  # keys per bucket when the table is full: 0.5 to 1
         # A random odd multiplier for each word of a key: clients can't choose keys that all hash to one chain.

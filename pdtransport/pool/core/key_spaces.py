@@ -28,16 +28,16 @@ class Space(BaseModel):
 
     key: dict[str, str | int | list[str]] = Field(description="Fields of a KeySpace, but for shard and salt.")
     shards: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_SHARDS)]
-    salted: bool = Field(False, description="Whether the engine has a salt of its own; who has not, can't find keys.")
+    salted: bool = Field(False, description="Whether the engine has a salt, without which its keys can't be computed.")
     served: tuple[_Text, ...] = Field((), description="Names that clients use for the model.")
-    tokenizer: _Text = Field("", description="Where the engine has its tokenizer from.")
+    tokenizer: _Text = Field("", description="The tokenizer that the engine loaded.")
 
     @model_validator(mode="after")
     def _is_one(self) -> Space:
         try:
             self._space(self.shards[0], "")
         except TypeError as error:
-            raise ValueError(f"no key space: {error}") from None
+            raise ValueError(f"not a key space: {error}") from None
         return self
 
     @classmethod

@@ -40,7 +40,7 @@ class LockFile:
             self._fd = os.open(path, flags, 0o600)
         except OSError as error:
             remedy = (
-                "is the pool running, and its dir the same here?" if error.errno == errno.ENOENT else "set pool.dir"
+                "check that the pool is running with this pool.dir" if error.errno == errno.ENOENT else "set pool.dir"
             )
             raise SettingsError(f"the pool's lock file {path} can't be opened ({error.strerror}): {remedy}") from None
         _open.add(self)
@@ -93,7 +93,7 @@ def private_directory(path: Path) -> None:
     try:
         make_private_folder(path)
     except OSError as error:
-        raise SettingsError(f"pool.dir: {path} can't be made ({error.strerror}): choose another") from None
+        raise SettingsError(f"pool.dir: {path} can't be created ({error.strerror}): choose another") from None
     check_private(path)
 
 
@@ -109,8 +109,10 @@ def check_private(path: Path) -> None:
     try:
         found = path.lstat()
     except OSError as error:
-        raise SettingsError(f"pool.dir: {path} can't be used ({error.strerror}): is the pool running?") from None
+        raise SettingsError(
+            f"pool.dir: {path} can't be used ({error.strerror}): check that the pool is running"
+        ) from None
     if not closed_to_others(found):
         raise SettingsError(
-            f"pool.dir: {path} must be a directory of user {os.getuid()} with mode 0700: mend it or choose another"
+            f"pool.dir: {path} must be a directory of user {os.getuid()} with mode 0700: fix it or choose another"
         )

@@ -136,8 +136,8 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
         os.posix_fallocate(fd, 0, nbytes)
         if not in_memory(fd):
             logger.warning(
-                "the pool's memory lies in %s, on a disk's file system: GPUs can't use it, and the kernel writes it to "
-                "the disk now and then; set pool.%s to a directory in /dev/shm or on a hugetlbfs",
+                "the pool's memory is in %s, on a disk's file system: GPUs can't use it, and the kernel writes it "
+                "back to the disk; set pool.%s to a directory in /dev/shm or on a hugetlbfs",
                 folder, "memory_dir" if settings.memory_dir else "dir",
             )  # fmt: skip
     except OSError as error:
@@ -146,9 +146,9 @@ def make_memory(settings: PoolSettings) -> tuple[Path, int, int]:
             path.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.ENOMEM):
             raise SettingsError(
-                f"pool.memory_bytes: {folder} does not have {settings.memory_bytes} bytes: set less, or give it more"
+                f"pool.memory_bytes: {folder} does not have {settings.memory_bytes} bytes free: set less, or make room"
             ) from None
-        raise SettingsError(f"the pool's memory can't be made in {folder}: {error.strerror}; set pool.dir") from None
+        raise SettingsError(f"the pool's memory can't be created in {folder}: {error.strerror}; set pool.dir") from None
     return path, fd, nbytes
 
 
@@ -167,7 +167,7 @@ def _new_file(folder: Path, name: str) -> tuple[Path, int]:
 
 
 def in_memory(fd: int) -> bool:
-    """Whether a file's file system keeps it in memory alone; True if the system does not tell."""
+    """Whether a file's file system keeps it in memory alone; True if unknown."""
     found = (ctypes.c_long * 64)()  # longer than any struct statfs, which begins with the type
     if ctypes.CDLL(None).fstatfs(fd, ctypes.byref(found)):
         return True
@@ -184,7 +184,7 @@ def map_memory(path: Path, nbytes: int) -> Mapping:
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise OSError(errno.EACCES, "it is no file of this user alone")
+            raise OSError(errno.EACCES, "it is not private to this user")
         if found.st_size < nbytes:
             raise OSError(errno.EINVAL, f"it is shorter than {nbytes} bytes")
         with _guard:

@@ -5,7 +5,7 @@ Invariants:
 * A chunk is *invisible* while its writer fills it, and *visible* once it is published in some tier.
 * A chunk's frames are reused only when no reader and no writer holds them.
 * Everything that a client holds belongs to one of its requests. Cancelling the request, or the death of its client,
-  gives all of it back. Grants have no timeout.
+releases all of it. Grants have no timeout.
 
 Answers to clients collect in :attr:`ChunkStore.outbox`, jobs for the tiers below memory in :attr:`ChunkStore.jobs`. The
 service (:mod:`pdtransport.pool.server.service`) drives the store and empties both.
@@ -120,7 +120,7 @@ class ChunkStore(ChunkTable):
         return done
 
     def release(self, request: PoolRequest, numbers: Iterable[int]) -> None:
-        """Give chunks back: a reader has copied them or no longer wants them; a writer will not fill them."""
+        """Release chunks: a reader has copied them or no longer needs them; a writer will not fill them."""
         for number in numbers:
             if number in request.waits:
                 self._waiting(request.waits.pop(number)).remove((request, number))

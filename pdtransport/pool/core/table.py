@@ -23,7 +23,7 @@ from pdtransport.pool.tiers.codecs import Forms
 
 
 class ChunkTable:
-    """The chunks of one pool and their places.
+    """The chunks of one pool and where they are stored.
 
     Args:
         frames: number of frames in the pool's memory.

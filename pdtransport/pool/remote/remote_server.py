@@ -50,7 +50,7 @@ LOOK_S = 1.0  # how long after a disconnect clients are probed, to find the one 
 
 
 class _Stranger:
-    """A connection that has sent a message; also of clients that have said Hello."""
+    """A connection that has sent a message, with or without Hello."""
 
     def __init__(self, caller: Accepted) -> None:
         self.caller = caller
@@ -201,7 +201,7 @@ class RemoteServer:
         stranger.cut = True
         self._complain(f"cut off {stranger.caller}: more than {STRANGER_FRAMES} frames before Hello", now)
         assert self._socket is not None
-        self._socket.get(zmq.EVENTS)  # lets libzmq tell this socket whose connections have ended
+        self._socket.get(zmq.EVENTS)  # makes libzmq report to this socket which connections have ended
         if self._send(
             letter.sender, messages.PoolRefused(what="client", reason="cut off: too many frames before Hello")
         ):
@@ -250,7 +250,7 @@ class RemoteServer:
     def _on_hello(self, letter: Letter, hello: RemoteHello, now: float) -> None:
         route, remote, settings = letter.sender, self._settings.remote, self._settings
         assert remote is not None
-        reason = "Hello was said already on this connection" if route in self._sessions else ""
+        reason = "Hello was already sent on this connection" if route in self._sessions else ""
         if len(self._all) >= remote.max_clients:
             reason = f"{remote.max_clients} clients of other hosts are connected (remote.max_clients)"
         if reason:

@@ -1,6 +1,6 @@
 """A client's connection to a pool on another host, through the pool's agent.
 
-It has the interface of the connection to a local pool: granted chunks lie in frames of mapped memory. Here these are
+It has the interface of the connection to a local pool: granted chunks are in frames of mapped memory. Here these are
 *staging* frames, in the client's own memory.
 
 * Load: a transport fetches the chunk into staging frames and verifies it. Then the load gets its READ grant and copies
@@ -71,7 +71,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     """
     parts = _ADDRESS.fullmatch(address)
     if parts is None or not 1 <= int(parts[2]) <= 65535:
-        raise SettingsError(f"pool.address: {address!r} is no tcp://HOST:PORT (what pdpool --listen names)")
+        raise SettingsError(f"pool.address: {address!r} is not tcp://HOST:PORT (the address of pdpool --listen)")
     return parts[1].strip("[]"), int(parts[2])
 
 
@@ -114,7 +114,7 @@ class RemoteSession(ServiceSession):
                 try:
                     self._open()
                 except Exception as error:  # a link's library may raise anything
-                    logger.exception("no way to move the pool's chunks")
+                    logger.exception("the pool's chunks can't be moved")
                     self.problem = f"chunks can't be moved: {error!r}"
                 finally:
                     self.leave()
@@ -248,11 +248,11 @@ class RemoteWire(Wire):
     def _on_monitored(self, event: int) -> None:
         if event == zmq.EVENT_DISCONNECTED:
             self._read()  # messages that it sent before it ended
-            self._hang_up("it ended, or hung up")
+            self._hang_up("it ended, or closed the connection")
         elif event == zmq.EVENT_CONNECT_RETRIED:
-            self._hang_up("it can't be reached: does pdpool --listen run there?")
+            self._hang_up("it can't be reached: check that pdpool --listen runs there")
         else:
-            self._hang_up("it refuses our CURVE key, or CURVE is on at one side only (control.curve_*)")
+            self._hang_up("it refuses our CURVE key, or only one side uses CURVE (control.curve_*)")
 
     # -- time -------------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class RemoteWire(Wire):
         if self.session is not None and now >= self._beat_at:
             self._beat_at = now + self._beat_s
             if now - self._heard_at > self._silence_s:
-                self._hang_up(f"it said nothing for {self._silence_s:g} s")
+                self._hang_up(f"it was silent for {self._silence_s:g} s")
             elif self.session.mapping is not None:
                 super()._send(RemotePing())
         return more
@@ -325,7 +325,7 @@ class RemoteWire(Wire):
             if not len(places) == len(verdicts) == len(checksums):
                 raise ValueError("arrays of different lengths")
         except (ValueError, IndexError) as error:
-            self._hang_up(f"its answer makes no sense: {error}")
+            self._hang_up(f"its answer is malformed: {error}")
             return
         if answer.transfer is not None:
             self._waiting.append(_StagedChunks(answer.request, places, sum(frames), answer.checksums, answer.transfer))

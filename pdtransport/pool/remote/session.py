@@ -162,7 +162,7 @@ class RemoteClientSession:
             deadline = now + (FOREVER_S if isinstance(message, messages.WatchForgotten) else ASK_S)
             self.wire.ask(Asked(message, number, deadline, lambda _session, answer: self._answered(number, answer)))
         else:
-            raise WireError(f"a remote client says no {getattr(message, 'kind', '?')}")
+            raise WireError(f"a remote client may not send {getattr(message, 'kind', '?')}")
 
     def _answered(self, number: int, answer: messages.FromPool | PoolUnavailable) -> bool:
         self._send(
@@ -174,7 +174,7 @@ class RemoteClientSession:
 
     def _begin(self, message: messages.Store | messages.Load, now: float) -> None:
         if message.request in self._requests:
-            raise WireError(f"request {message.request} is under way already")
+            raise WireError(f"request {message.request} is already in progress")
         storing = isinstance(message, messages.Store)
         request = RemoteRequest(message.request, storing, _numbers(message.sizes), set(range(message.count)))
         self._requests[message.request] = request
@@ -187,7 +187,7 @@ class RemoteClientSession:
             move.released |= mine
             places -= mine
             if move.handle is not None and move.released >= set(move.places):
-                move.handle.cancel("the client does not want it any more")
+                move.handle.cancel("the client no longer needs it")
         self._give_back(request, places)
 
     def _give_back(self, request: RemoteRequest, places: set[int]) -> None:
@@ -329,8 +329,8 @@ class RemoteClientSession:
         if not self._caller.complained:
             self._caller.complained = True
             logger.warning(
-                "client %s of another host stores nothing: it says that its pages are at %s (its control.host), but "
-                "calls from %s; add its network to remote.peers if that is right",
+                "client %s on another host can't store: its control.host is %s, but it connects from %s; add its "
+                "network to remote.peers if that is intended",
                 self.name,
                 plain(host, 80),
                 self._caller.at,
@@ -410,7 +410,7 @@ def _blank_tail(session: ServiceSession, frames: bytes, nbytes: int) -> None:
 
 def _numbers(packed: bytes) -> list[int]:
     if len(packed) % 4:
-        raise WireError("numbers are cut off")
+        raise WireError("an array of numbers is truncated")
     return np.frombuffer(packed, dtype="<u4").tolist()  # type: ignore[no-any-return]
 
 

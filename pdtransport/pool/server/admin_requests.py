@@ -64,7 +64,7 @@ class Control:
         )
 
     def _sweep(self, first: int, tenant: str | None) -> tuple[Entries, int]:
-        """Entries of visible chunks from entry ``first`` on, and the entry to go on from (-1: the sweep has ended)."""
+        """Entries of visible chunks from entry ``first`` on, and the entry to continue from (-1: end of the sweep)."""
         index = self._store.index
         end = min(first + SWEPT, index.fresh)
         chosen = index.tier_column[first:end] != 0
@@ -78,7 +78,7 @@ class Control:
     def _group(self, tenant: str) -> int:
         group = self._store.budget.group_of(tenant)
         if tenant and not group:
-            raise WireError(f"tenant {tenant!r} has no quota here: the pool tells only such tenants' chunks apart")
+            raise WireError(f"tenant {tenant!r} has no quota in this pool, which can select only tenants with one")
         return group
 
     def _flags(self, entries: Entries) -> npt.NDArray[np.uint8]:
@@ -192,7 +192,7 @@ class Control:
         tier = next((tier for tier in self._store.lower if tier.name == name), None)
         if tier is None:
             known = ", ".join(tier.name for tier in self._store.lower) or "none"
-            raise WireError(f"no tier {name!r} below memory; there are: {known}")
+            raise WireError(f"no tier {name!r} below memory: choose one of {known}")
         return tier
 
     # -- key spaces -------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class SpaceFile:
         except (OSError, ValueError, RecursionError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is damaged"
             logger.warning(
-                "%s: key spaces of an earlier run can't be read (%s): engines tell them again", self._path, why
+                "%s: key spaces of an earlier run can't be read (%s): engines will report them again", self._path, why
             )
             return []
         return _sound(texts if isinstance(texts, list) else ())[-MAX_SPACES:]

@@ -87,7 +87,9 @@ class PoolService:
         self._spaces = SpaceFile(spaces_path(settings))
         try:
             if not self._lock.take(SERVICE_BYTE):
-                raise SettingsError(f"pool.name: a pool {settings.name!r} runs in {settings.dir}: choose another name")
+                raise SettingsError(
+                    f"pool.name: a pool {settings.name!r} already runs in {settings.dir}: choose another name"
+                )
             self._memory_path, self._memory_fd, nbytes = make_memory(settings)
             self._memory = memory = Mapping(self._memory_fd, nbytes)
             frame_bytes = settings.frame_bytes
@@ -197,11 +199,13 @@ class PoolService:
     def _on_hello(self, route: bytes, hello: messages.PoolHello) -> None:
         reason = ""
         if route in self._clients:
-            reason = "Hello was said already on this connection"
+            reason = "Hello was already sent on this connection"
         elif len(self._clients) >= MAX_CLIENTS:
-            reason = f"{MAX_CLIENTS} clients are connected, as many as a pool serves"
+            reason = f"{MAX_CLIENTS} clients are connected, the maximum"
         elif any(client.lock == hello.lock for client in self._clients.values()) or not self._lock.held(hello.lock):
-            reason = f"byte {hello.lock} of the lock file is not this client's: is its directory the pool's own?"
+            reason = (
+                f"this client does not hold byte {hello.lock} of the lock file: it must use the pool's own directory"
+            )
         if reason:
             self._send(route, messages.PoolRefused(what="client", reason=reason))
             return
@@ -283,7 +287,7 @@ class PoolService:
     def _on_request(self, client: Client, message: messages.Store | messages.Load) -> None:
         requests, sizes = client.session.requests, _numbers(message.sizes, "<u4")
         if message.request in requests or len(requests) >= MAX_REQUESTS:
-            raise WireError(f"request {message.request} is under way already, or {MAX_REQUESTS} are")
+            raise WireError(f"request {message.request} is already in progress, or {MAX_REQUESTS} others are")
         if any(size % 8 or not 0 < size <= MAX_CHUNK_BYTES for size in set(sizes)):
             raise WireError(f"a chunk must have 8 to {MAX_CHUNK_BYTES} bytes, a multiple of 8")
         storing = isinstance(message, messages.Store)
@@ -473,7 +477,7 @@ def _contents(store: ChunkStore) -> dict[str, Any]:
 
 def _numbers(packed: bytes, kind: str) -> list[int]:
     if len(packed) % int(kind[-1]):
-        raise WireError("numbers are cut off")
+        raise WireError("an array of numbers is truncated")
     return np.frombuffer(packed, dtype=kind).tolist()  # type: ignore[no-any-return]
 
 

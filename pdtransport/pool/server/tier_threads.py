@@ -163,7 +163,7 @@ class Mover:
                 if not tier.up:
                     tier.tier.probe()
                     self._post(lambda: setattr(tier, "up", True))
-                    logger.warning("pool tier %s is there again", tier.name)
+                    logger.warning("pool tier %s is reachable again", tier.name)
                     scan_at = 0.0  # its content may have changed
                 if time.monotonic() >= scan_at:
                     self._scan(tier)
@@ -205,7 +205,7 @@ class Mover:
     def _complain(self, tier: TierState, what: str, error: Exception) -> None:
         """Log a failure, at most one line of a kind every ``COMPLAIN_EVERY_S``.
 
-        Else others who write to a shared tier could fill the log.
+        Otherwise others who write to a shared tier could fill the log.
         """
         now = time.monotonic()
         with self._complaining:

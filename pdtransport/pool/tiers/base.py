@@ -117,7 +117,7 @@ class Tier(ABC):
 
     @abstractmethod
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
-        """Remove a chunk; a missing chunk is no error.
+        """Remove a chunk; a missing chunk is not an error.
 
         Raises:
             TierError, OSError: the chunk may still be there.

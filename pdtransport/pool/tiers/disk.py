@@ -86,7 +86,8 @@ class DiskTier(Tier):
             return ""
         mode = stat.S_IMODE(found.st_mode)
         return (
-            f"{self._root} (owner {found.st_uid}, mode {mode:04o}) is no directory of user {os.getuid()} with mode 0700"
+            f"{self._root} (owner {found.st_uid}, mode {mode:04o}) is not a directory of user {os.getuid()} with mode "
+            "0700"
         )
 
     def _probe_direct(self) -> bool:
@@ -142,7 +143,7 @@ class DiskTier(Tier):
     def _ours(self, file: os.stat_result) -> bool:
         """Whether this file may be read: it must be regular, and in a private directory it must be this user's.
 
-        The directory may have been open to others earlier, so a file of another user may lie in it.
+        The directory may have been open to others earlier, so it may contain a file of another user.
         """
         return stat.S_ISREG(file.st_mode) and (bool(self.exposed) or file.st_uid == os.getuid())
 
@@ -308,7 +309,7 @@ def _name(key: bytes, nbytes: int) -> str:
 
 @contextlib.contextmanager
 def _listed(name: str, within: int) -> Iterator[tuple[Iterator[os.DirEntry[str]], int]]:
-    """Open a directory; yields its entries and its descriptor. No entries if it is no directory or can't be read."""
+    """Open a directory; yields its entries and its descriptor. No entries if it is not a directory or can't be read."""
     try:
         fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=within)
     except OSError:

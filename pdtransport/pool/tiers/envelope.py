@@ -135,11 +135,11 @@ class Opening:
 def _unsealed(header: bytes, key: bytes, nbytes: int) -> Envelope:
     short = key.hex()[:16]
     if len(header) != HEADER_BYTES or _CRC.unpack(header[_FIELDS.size :])[0] != zlib.crc32(header[: _FIELDS.size]):
-        raise TierError(f"chunk {short} is damaged: its header is")
+        raise TierError(f"chunk {short} is damaged: its header is invalid")
     magic, *fields = _FIELDS.unpack(header[: _FIELDS.size])
     found = Envelope(*fields)
     if magic != _MAGIC or found.key != key or found.nbytes != nbytes:
-        raise TierError(f"chunk {short} is another one, or of another version")
+        raise TierError(f"the header is not that of chunk {short}, or has another version")
     if found.payload > nbytes or (found.codec == PLAIN and found.payload != nbytes):
         raise TierError(f"chunk {short} is damaged: {found.payload} bytes instead of {nbytes}")
     return found

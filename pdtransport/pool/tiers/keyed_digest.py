@@ -1,4 +1,4 @@
-"""Keyed digests of chunks in tiers that others can write to: without the key, nobody can forge a chunk.
+"""Keyed digests of chunks in tiers that others can write to: chunks can't be forged without the key.
 
 A digest is HMAC-SHA256 over a chunk's header, which holds the chunk's key, and over its bytes as stored. On CPUs with
 SHA instructions that is twice as fast as keyed BLAKE2b. The header has an id of the HMAC key, so that keys can be
@@ -60,7 +60,7 @@ class Signer:
             Forged: the digest is wrong.
         """
         if not hmac.compare_digest(self._digest(self._keys[key_id], header, pieces), bytes(digest)):
-            raise Forged("wrong", "a chunk's digest is not that of its bytes: it was forged, or is damaged")
+            raise Forged("wrong", "a chunk's digest does not match its bytes: the chunk was forged or is damaged")
 
     def check_key(self, key_id: bytes) -> None:
         """Check the key id in a header.
@@ -70,13 +70,13 @@ class Signer:
         """
         if key_id == UNSIGNED:
             raise Forged(
-                "missing", "a chunk carries no digest: somebody else put it there, or it is older than the key"
+                "missing", "a chunk carries no digest: it was written without the key, or before there was one"
             )
         if key_id not in self._keys:
             raise Forged(
                 "unknown_key",
-                "a chunk's digest is by a key that pool.digest_key_file does not hold: give all pools that share this "
-                "tier the same file",
+                "a chunk's digest was made with a key that pool.digest_key_file lacks: give all pools that share "
+                "this tier the same file",
             )
 
     @staticmethod
@@ -108,8 +108,8 @@ def load_signer(path: Path) -> Signer:
     for number, key in enumerate(keys, 1):
         if len(key) < MIN_KEY:
             raise SettingsError(
-                f"{setting}: key {number} of {path} has {len(key)} characters, at least {MIN_KEY} are needed: make one "
-                "with openssl rand -hex 32"
+                f"{setting}: key {number} of {path} has {len(key)} characters, at least {MIN_KEY} are needed: create "
+                "one with openssl rand -hex 32"
             )
     return Signer(keys)
 
@@ -132,7 +132,8 @@ def keep_key(path: Path) -> None:
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise SettingsError(
-            f"pool.digest_key_file: no key can be kept in {path} ({error.strerror}): make one elsewhere and name it"
+            f"pool.digest_key_file: no key can be created at {path} ({error.strerror}): create one elsewhere and set "
+            "the option to its path"
         ) from None
 
 

@@ -42,14 +42,18 @@ class MooncakeOptions(BaseModel):
         "runs and other pools are not found."
     )  # fmt: skip
     host: Annotated[str, Field(pattern=r"^[^\s/]+$")] = Field(
-        "127.0.0.1", description="This host, as Mooncake's other clients reach it (HOST or HOST:PORT)."
+        "127.0.0.1", description="Address of this host for Mooncake's other clients (HOST or HOST:PORT)."
     )
     metadata: str = Field("P2PHANDSHAKE", description="Mooncake's metadata server, if it uses one.")
-    protocol: Literal["tcp", "rdma"] = Field("tcp", description="What bytes cross by. rdma is unmeasured.")
+    protocol: Literal["tcp", "rdma"] = Field("tcp", description="Protocol that moves the bytes. rdma is unmeasured.")
     devices: str = Field("", description="RDMA devices.")
-    buffer_bytes: int = Field(64 << 20, ge=1 << 20, description="Memory through which chunks pass; holds several.")
+    buffer_bytes: int = Field(
+        64 << 20,
+        ge=1 << 20,
+        description="Bytes of the buffer through which chunks pass; it must hold one chunk per thread.",
+    )
     threads: int = Field(4, ge=1, le=64, description="Chunks that are read or written at once.")
-    rescan_s: float = Field(30.0, ge=0, le=86400, description="How often to look for other pools' chunks.")
+    rescan_s: float = Field(30.0, ge=0, le=86400, description="Interval between scans for other pools' chunks.")
 
 
 class MooncakeTier(Tier):
@@ -96,7 +100,7 @@ class MooncakeTier(Tier):
         made = self._make()
         code = made.setup(its.host, its.metadata, 0, its.buffer_bytes, its.protocol, its.devices, its.master)
         if code:
-            raise TierDown(f"the master at {its.master} takes no client at {its.host} (Mooncake's code {code})")
+            raise TierDown(f"the master at {its.master} refuses a client at {its.host} (Mooncake's code {code})")
         return made
 
     def probe(self) -> None:
@@ -111,7 +115,7 @@ class MooncakeTier(Tier):
             with urllib.request.urlopen(f"{names}/get_all_keys", timeout=LIST_S) as answer:
                 listed = answer.read(MAX_LIST_BYTES).decode("ascii", "replace")
         except (OSError, ValueError) as error:
-            raise TierDown(f"the master's list of names can't be had: {error}") from None
+            raise TierDown(f"the master's list of names can't be fetched: {error}") from None
         for line in listed.splitlines():
             match = _NAME.fullmatch(line)
             if match is None or not 0 < int(match[3]) <= MAX_CHUNK_BYTES:
@@ -135,7 +139,9 @@ class MooncakeTier(Tier):
             code = int(self._store.get_size(name))
             if code < 0:
                 raise self._trouble(code)
-            raise TierError(f"chunk {key.hex()[:16]} finds no room in mooncake.buffer_bytes: set more, or less threads")
+            raise TierError(
+                f"chunk {key.hex()[:16]} does not fit into mooncake.buffer_bytes: raise it, or lower mooncake.threads"
+            )
         fill(memoryview(found).cast("B"), place)
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:
@@ -146,9 +152,9 @@ class MooncakeTier(Tier):
 
     def _trouble(self, code: int) -> TierError:
         if code == NOT_THERE:
-            return TierError("the object is not there any more")
+            return TierError("the object no longer exists")
         kind = TierDown if code <= CLIENTS_OWN else TierError
-        return kind(f"the store says no (Mooncake's code {code})")
+        return kind(f"the store refused (Mooncake's code {code})")
 
 
 def _name(key: bytes, tenant: str, nbytes: int) -> str:

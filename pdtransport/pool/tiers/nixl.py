@@ -31,9 +31,9 @@ class NixlOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: Path = Field(description="Directory of the chunks' files, of this pool alone; made if it is missing.")
+    path: Path = Field(description="Directory for chunk files, used by this pool alone; created if missing.")
     plugin: Annotated[str, Field(pattern=r"^[A-Z0-9_]{1,32}$")] = Field(
-        "POSIX", description="NIXL's plugin. Others than POSIX (GDS, GDS_MT, HF3FS) are unmeasured."
+        "POSIX", description="NIXL's plugin. Plugins other than POSIX (GDS, GDS_MT, HF3FS) are unmeasured."
     )
     threads: int = Field(4, ge=1, le=64, description="Chunks that are read or written at once.")
 
@@ -73,11 +73,13 @@ class NixlTier(DiskTier):
             fits = {"DRAM_SEG", "FILE_SEG"} <= set(agent.get_backend_mem_types(self._plugin))
         except Exception as error:  # noqa: BLE001 - the bindings' own
             raise SettingsError(
-                f"tier nixl: plugin {self._plugin} does not start ({error}; there are: {known}): choose another one "
+                f"tier nixl: plugin {self._plugin} does not start ({error}; available: {known}): choose another one "
                 "with nixl.plugin, or install the libraries that it needs"
             ) from None
         if not fits:
-            raise SettingsError(f"tier nixl: plugin {self._plugin} knows no files: choose another one with nixl.plugin")
+            raise SettingsError(
+                f"tier nixl: plugin {self._plugin} does not support files: choose another one with nixl.plugin"
+            )
         return agent
 
     def _to_file(self, fd: int, nbytes: int, offset: int) -> None:
@@ -93,7 +95,7 @@ class NixlTier(DiskTier):
             TierError: the transfer failed.
         """
         if len(self._lost) >= MAX_LOST:
-            raise TierError(f"{MAX_LOST} transfers did not end: start the pool again")
+            raise TierError(f"{MAX_LOST} transfers did not end: restart the pool")
         mine: tuple[Any, Any] | None = getattr(self._local, "agent", None)
         buffer = self._buffer()
         if mine is None:
@@ -134,7 +136,7 @@ class NixlTier(DiskTier):
         except Exception as error:  # noqa: BLE001
             self._local.agent = self._local.buffer = None
             self._lost.append((mine, handle, buffer))
-            raise TierError(f"NIXL's plugin {self._plugin} does not let go of a transfer: {error}") from None
+            raise TierError(f"NIXL's plugin {self._plugin} did not release a transfer: {error}") from None
 
 
 def _api() -> Any:

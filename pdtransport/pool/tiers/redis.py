@@ -30,7 +30,7 @@ class RedisTier(Tier):
     name = "redis"
     shared = True
     overhead_bytes = HEADER_BYTES
-    exposed = "whoever reaches the server may write to it"
+    exposed = "anyone who reaches the server may write to it"
 
     def __init__(self, settings: RedisSettings) -> None:
         try:
@@ -82,7 +82,7 @@ class RedisTier(Tier):
         most = HEADER_BYTES + nbytes + DIGEST_BYTES  # GETRANGE includes byte `most`: a longer value is noticed
         value = self._ask(self._client.getrange, _name(key, tenant, nbytes), 0, most)
         if not value:
-            raise TierError(f"chunk {key.hex()[:16]} is not there any more")
+            raise TierError(f"chunk {key.hex()[:16]} no longer exists")
         fill(value, place)
 
     def delete(self, key: bytes, tenant: str, nbytes: int) -> None:

@@ -30,8 +30,8 @@ def tier_codec(name: str, item_bytes: int) -> Codec | None:
     codec = ShuffledZstd(item_bytes) if name == "zstd" else _codec(name)
     if codec.lossy:
         raise SettingsError(
-            f"codec {name} loses bits: engines ask for it, under keys that say so (pool.codec of the connector's "
-            "settings); set the tier's codec to none or zstd"
+            f"codec {name} is lossy: only engines can select it (pool.codec of the connector's settings); set the "
+            "tier's codec to none or zstd"
         )
     return codec
 
@@ -80,7 +80,7 @@ def make_tier(name: str, options: dict[str, Any]) -> Tier:
     """
     tier = plugins.make("tier", TIERS, name, options)
     if not isinstance(tier, Tier):
-        raise SettingsError(f"tier {name}: its entry point makes a {type(tier).__name__}, no Tier")
+        raise SettingsError(f"tier {name}: its entry point returned a {type(tier).__name__}, not a Tier")
     tier.name = name
     return tier
 
@@ -91,5 +91,7 @@ def _codec(name: str) -> Codec:
         return Quantised(name, LOSSY[name])  # type: ignore[arg-type]
     codec = plugins.make("codec", CODECS, name)
     if not isinstance(codec, Codec) or not FIRST_FOREIGN <= codec.number <= 255:
-        raise SettingsError(f"codec {name}: its entry point must make a Codec with a number of {FIRST_FOREIGN} to 255")
+        raise SettingsError(
+            f"codec {name}: its entry point must return a Codec with a number of {FIRST_FOREIGN} to 255"
+        )
     return codec

@@ -33,7 +33,7 @@ class S3Tier(Tier):
     name = "s3"
     shared = True
     overhead_bytes = HEADER_BYTES
-    exposed = "whoever has rights to the bucket may write to it"
+    exposed = "anyone with rights to the bucket may write to it"
 
     def __init__(self, settings: S3Settings) -> None:
         try:
@@ -78,7 +78,7 @@ class S3Tier(Tier):
     def probe(self) -> None:
         now = time.monotonic()
         if now < self._probe_at:
-            raise TierDown("the server is asked again soon")
+            raise TierDown("the server is unreachable and will be probed again")
         self._probe_at = now + PROBE_S
         self._ask("list_objects_v2", Prefix=f"{self._prefix}/", MaxKeys=1)
 
@@ -111,7 +111,7 @@ class S3Tier(Tier):
                     raise TierError(f"chunk {key.hex()[:16]} is damaged: its object has another length")
                 self._fill(parts, body)
             except (self._error, OSError) as error:  # botocore wraps urllib3's errors
-                raise TierDown(f"the server broke off: {_line(error)}") from None
+                raise TierDown(f"the server ended the answer early: {_line(error)}") from None
 
     def _fill(self, parts: Sequence[memoryview], body: Any) -> None:
         ends = time.monotonic() + self._slow_s
@@ -135,7 +135,7 @@ class S3Tier(Tier):
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
             code = error.response.get("Error", {}).get("Code", "")
             if code in ("NoSuchKey", "404"):
-                raise TierError("the object is not there any more") from None
+                raise TierError("the object no longer exists") from None
             if status >= 500 or status in (401, 403, 429) or code == "NoSuchBucket":  # would fail for every chunk
                 raise TierDown(f"the server refuses: {_line(error)}") from None
             raise TierError(f"the server refused: {_line(error)}") from None

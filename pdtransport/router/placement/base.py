@@ -1,7 +1,7 @@
-"""The interface of a placement policy: what it is told of a request and of the servers, and what it answers.
+"""The interface of a placement policy: its inputs, a request and the candidate servers, and its result.
 
-A policy is given immutable values, never the router's own objects. It chooses only among servers that can serve the
-request now, and once more for each retry. See docs/adding/policy.md.
+A policy gets immutable values, never the router's own objects. It chooses among the servers that can serve the request
+now, and again for each retry. See docs/adding/policy.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RequestView(NamedTuple):
 
 
 class ServerView(NamedTuple):
-    """A server that can serve the request, with the work that this router has under way there."""
+    """A server that can serve the request, with the work in progress there that this router sent."""
 
     name: str  # unique within its role
     url: str
@@ -42,7 +42,7 @@ class PlacementPolicy(ABC):
     """Chooses servers. The router calls it from one thread, one call at a time.
 
     Raises:
-        SettingsError: it can't work with these settings, or lacks something else; the router does not start then.
+        SettingsError: the settings are unusable, or something is missing; the router then does not start.
     """
 
     def __init__(self, settings: RouterPlacement) -> None:
@@ -50,8 +50,7 @@ class PlacementPolicy(ABC):
 
     @abstractmethod
     def choose(self, request: RequestView, servers: Sequence[ServerView]) -> str:
-        """Returns the name of one of ``servers``, of which there is at least one.
+        """Return the name of one of ``servers``, which is not empty.
 
-        Whatever it raises is counted, and ``least_loaded`` chooses instead; the same where the answer comes too late
-        or names no server of these.
+        If this raises, answers too late or names no candidate, the failure is counted and ``least_loaded`` chooses.
         """

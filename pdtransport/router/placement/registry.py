@@ -2,7 +2,7 @@
 
 Entry points in the group ``pdtransport.router.placement`` are callables that take the router's ``placement`` settings
 and return a :class:`~pdtransport.router.placement.base.PlacementPolicy`. The setting ``placement.policy`` refers to
-them by the entry point's name. Only the one that it names is loaded.
+them by the entry point's name. Only the named policy is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_policy(name: str) -> None:
     if name not in known:
         raise SettingsError(
             f"there is no placement policy {name!r} ({', '.join(known)}): install its package, which has an entry "
-            f"point in the group {GROUP}, or set placement.policy to one that is there"
+            f"point in the group {GROUP}, or set placement.policy to an installed one"
         )
 
 
@@ -43,5 +43,5 @@ def other_policy(settings: RouterPlacement) -> PlacementPolicy | None:
     policy = plugins.make("placement.policy", GROUP, name, settings)
     if not isinstance(policy, PlacementPolicy):
         kind = type(policy).__name__
-        raise SettingsError(f"placement.policy {name}: its entry point makes a {kind}, no PlacementPolicy")
+        raise SettingsError(f"placement.policy {name}: its entry point returned a {kind}, not a PlacementPolicy")
     return policy
