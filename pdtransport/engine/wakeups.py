@@ -86,7 +86,7 @@ class WakeupReceiver:
         return arrived
 
     def _listen(self) -> None:
-        for word in _heard(self._words, _WORD.size + MAX_REQUEST_ID_BYTES):
+        for word in _heard(self._words, _WORD.size + _TOKEN.size + MAX_REQUEST_ID_BYTES):
             if len(word) <= _WORD.size:
                 continue
             kind, rank = _WORD.unpack_from(word)

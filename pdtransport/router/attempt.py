@@ -260,12 +260,13 @@ class Attempt:
         """
         prefill = self._prefill if self.dispatch.order == "concurrent" else None
         while True:
-            name, until = self._next_deadline(prefill, call.stream)
             waiting: set[asyncio.Task[Any]] = {decode} if prefill is None else {decode, prefill}
-            if prefill is not None and self._asks and decode.done() and decode.exception() is None:
+            answered = prefill is not None and self._asks and decode.done() and decode.exception() is None
+            if answered and prefill is not None:
                 if decode.result().response.status >= 300:
                     return decode.result()  # an error does not begin with a token
                 waiting = {prefill}  # only prefill's answer shows whether decode's begins with the first token
+            name, until = self._next_deadline(prefill, call.stream and not answered)
             left = until - asyncio.get_running_loop().time()
             await asyncio.wait(waiting, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
             if decode in waiting and decode.done() and (prefill is None or not self._asks or decode.exception()):
@@ -281,7 +282,7 @@ class Attempt:
                         return None
                 prefill = None
             elif asyncio.get_running_loop().time() >= until:
-                late = self.dispatch.prefill if name == "prefill_s" else None
+                late = self.dispatch.prefill if name == "prefill_s" or answered else None
                 raise self._too_slow(late or self.dispatch.decode, name)
 
     async def _verdict(self, decode: asyncio.Task[Opened], refusal: UpstreamError) -> Opened:

@@ -118,9 +118,8 @@ class SchedulerSide:
         self._rope = WakeupSender()
         self._rope.name = self._bell.name
         self._pool = self._make_pool(events)
-        self._tokens: dict[
-            str, int
-        ] = {}  # first tokens of requests that do not go on yet: not all workers have their pages
+        # First tokens of requests that have not resumed yet, because not all workers have their pages.
+        self._tokens: dict[str, int] = {}
         self._look_again = 0  # empty steps that must not sleep
         self._arrivals = Arrivals(ranks)
         self._start: SchedulerHook | None = None
@@ -267,14 +266,14 @@ class SchedulerSide:
         if isinstance(news, WorkerReport):
             self._hear_cached(news)
             self._tokens.update(news.first_tokens)
-            for req_id in late:  # it went on from its token already
-                self._tokens.pop(req_id, None)
             self._producing.promised(news.promised)
             if self._adapters is not None:
                 self._adapters.hear(news.adapters)
             if self._pool is not None:
                 self._pool.kept(news.kept)
                 self._pool.stored(news.in_pool)
+        for req_id in late:  # resumed from its token already, which an earlier report may have brought again
+            self._tokens.pop(req_id, None)
         failed = getattr(output, "failed_recving", ())
         for req_id in failed:
             if (entry := self._consuming.get(req_id)) is not None:

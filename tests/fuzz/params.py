@@ -103,7 +103,7 @@ def _in_requests(conversation: list[Any]) -> None:
     assert not here._producing, "requests that are over are kept"
     assert not here._consuming, "requests that are over are kept"
     here._awaited.clear()  # workers would have reported their ends
-    here._taken.clear()
+    here._consuming._taken.clear()
 
 
 def _step(here: SchedulerSide, requests: list[Any]) -> list[Command]:

@@ -299,6 +299,25 @@ def test_decodes_answer_waits_for_prefills_word() -> None:
     run(test)
 
 
+def test_an_answer_of_decode_that_waits_for_prefills_word_is_not_late() -> None:
+    """first_byte_s is decode's, and decode has answered: only prefill_s and total_s bound what prefill still takes."""
+
+    async def test() -> None:
+        async with rigged(timeouts={"first_byte_s": 2.0, "prefill_s": 60.0}) as rig:
+            await rig.learn()
+            hold = asyncio.Event()
+            gives_out(rig.p, hold)
+            goes_on(rig.d, "llo")
+            asked = asyncio.create_task(rig.ask(ask(stream=True)))
+            await rig.d.wait_for(1)
+            await asyncio.wait_for(rig.d.seen[0].ended.wait(), 5)
+            await asyncio.sleep(2.2)
+            hold.set()
+            assert text_of(await asked) == "hello"
+
+    run(test)
+
+
 def test_decodes_answer_of_a_prefill_that_failed_is_not_believed() -> None:
     """Prefill fails after decode began: whether decode promised, and so left the first token out, nobody knows. The
     request is computed again."""

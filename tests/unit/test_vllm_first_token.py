@@ -332,6 +332,20 @@ def test_an_arrival_with_the_first_token_goes_on_in_the_step_that_begins_next(en
     engine.step()
 
 
+def test_a_token_that_is_told_before_its_request_is_reported_is_kept_for_nobody(engine: Engine) -> None:
+    """A worker collects what ended, then the news: what ends between the two is in two reports, the second without
+    news. The request resumed by the wake-up."""
+    r, _ = taken(engine, max_tokens=3)
+    side, rope = engine.scheduler.connector.scheduler, WakeupSender()
+    rope.name = side._bell.name
+    rope.arrived(r.request_id, 0, TOKEN)
+    rope.close()
+    engine.step(sampled=401, kv_connector_worker_meta=WorkerReport(first_tokens={r.request_id: TOKEN}))
+    engine.step(sampled=402, finished_recving={r.request_id})
+    assert not side._tokens
+    engine.step()
+
+
 def test_the_first_token_may_fill_a_block(engine: Engine) -> None:
     """Its block's hash is of the prompt and the token, as in a server that computed both."""
     r = request(CONSUME, prompt=PROMPT[: 3 * BLOCK - 1], hasher=engine.hasher)
