@@ -279,7 +279,7 @@ class RouterSettings(Section):
         description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",
     )
     first_token: Literal["auto", "off"] = Field(
-        "auto",
+        "off",
         description="auto: a stream begins with the token that prefill sampled and decode continues from it, where "
         "the result is exact. off: decode samples it.",
     )

@@ -165,7 +165,7 @@ def test_a_live_workers_name_can_not_be_taken(rig: Bench, first: str, caplog: py
     assert "d rank 0" in said
     assert all(address in said for address in where)
     assert "own engine_id" in said
-    told = [line for line in lines if line.startswith(f"{HOST}:{node.port} says: ")]
+    told = [line for line in lines if line.startswith(f"warning from {HOST}:{node.port}: ")]
     assert len(told) == 2
     assert all(said in line for line in told)
     for number, each in enumerate((one, other)):

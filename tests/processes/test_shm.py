@@ -116,7 +116,7 @@ def test_a_peer_that_is_gone_is_not_connected() -> None:
         ([[4096, 4096, 0]], "damaged"),
         ([[4096, 4096, "3", 0]], "damaged"),
         ([[4096, 4096, 10_000, 0]], "can't be mapped"),
-        ([[4096, 4096, 0, 0]], "is no "),
+        ([[4096, 4096, 0, 0]], "is not "),
     ],
 )
 def test_exports_that_lie_about_memory_are_refused(spans: Any, why: str) -> None:

@@ -58,18 +58,18 @@ WRONG: dict[str, tuple[Callable[[Transport, Offer], Any], str]] = {
     "no digest": (lambda t, o: t.offer("u", b"", TOKENS), "prompt_digest"),
     "text digest": (lambda t, o: t.offer("u", "0" * 32, TOKENS), "prompt_digest"),  # type: ignore[arg-type]
     "no tokens": (lambda t, o: t.offer("u", DIGEST, 0), "tokens=0"),
-    "more pages ready": (lambda t, o: o.ready([1, 2, 3, 4], TOKENS), "4 pages: the prompt has 3"),
+    "more pages ready": (lambda t, o: o.ready([1, 2, 3, 4], TOKENS), "4 pages: the prompt has room for 3"),
     "more tokens ready": (lambda t, o: o.ready(PAGES, TOKENS + 1), "a prompt of 10 tokens"),
     "negative tokens": (lambda t, o: o.ready(PAGES, -1), "tokens=-1"),
     "page that is not there": (lambda t, o: o.ready([1, 2, 8], TOKENS), "the geometry has 0..7"),
     "negative page": (lambda t, o: o.ready([-1, 2], TOKENS), "the geometry has 0..7"),
     "more pages received": (
         lambda t, o: t.receive("u", DIGEST, TOKENS, [1, 2, 3, 4], host="127.0.0.1", port=1),
-        "4 pages: the prompt has 3",
+        "4 pages: the prompt has room for 3",
     ),
     "more from a later block": (
         lambda t, o: t.receive("u", DIGEST, TOKENS, [1, 2], first_block=2, host="127.0.0.1", port=1),
-        "2 pages: the prompt has 1",
+        "2 pages: the prompt has room for 1",
     ),
     "block beyond the prompt": (
         lambda t, o: t.receive("u", DIGEST, TOKENS, [], first_block=4, host="127.0.0.1", port=1),
@@ -127,7 +127,6 @@ def test_everything_after_close_says_that_it_is_closed() -> None:
         lambda: transport.claim("v", host="127.0.0.1", port=1),
         transport.status,
         lambda: offer.ready(PAGES, TOKENS),
-        lambda: offer.expect(TOKENS, 1.0),
         offer.finish,
         offer.cancel,
         lambda: offer.let_go("no"),

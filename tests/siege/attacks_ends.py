@@ -151,7 +151,7 @@ def second_launch_of_a_pool(folder: Path) -> Effect:
             other.up()
             status, said = other.end()
         assert status == NOT_STARTED, said
-        assert f"a pool 'default' runs in {place}" in said
+        assert f"a pool 'default' already runs in {place}" in said
         assert list(other.pids.iterdir()) == []  # it has started no server
         effect.kept = bool(kept) and {path: path.read_bytes() for path in kept} == kept
 

@@ -144,7 +144,7 @@ def test_a_list_of_one_prompt_crosses_through_the_router(
             prompts, longest = [list(case.prompt) for case in some], max(len(case.tokens) for case in some)
             data, told = await ask(client, router.url, prompts, longest)
             assert_equal(some, as_answers(data, some))
-            assert told["x-pd-path"].startswith("decode-only; a batch of 3 prompts")
+            assert told["x-pd-path"].startswith("decode-only; the body has a batch of 3 prompts")
             for wrong in ([], [[]], [["a"]], [[1], "a"], [None], {"a": 1}):
                 plain = await refusal(client, servers.decode, wrong)
                 assert await refusal(client, router.url, wrong) == plain, wrong
