@@ -7,6 +7,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aiohttp import ClientError
+
 from pdtransport.router import first_token
 from pdtransport.router.call import PATHS, Call
 from pdtransport.router.endpoints import Endpoint, Failure, is_replica
@@ -14,7 +16,7 @@ from pdtransport.router.first_token import FirstToken
 from pdtransport.router.handoffs import HandOff, HandOffs
 from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import RouterSettings
-from pdtransport.router.splice import Lost, joined
+from pdtransport.router.splice import Lost, VoidCheck, joined
 from pdtransport.router.traces import Trace
 from pdtransport.router.upstream import Opened, PrefillAnswer, Upstream, UpstreamError
 
@@ -98,7 +100,8 @@ class Attempt:
         Raises:
             UpstreamError: a server failed, and nothing has reached the client.
             NoHandover: prefill has nothing to hand over, so decode would wait for pages that never come.
-            first_token.Unusable: decode continues from prefill's token, but the token has no usable text.
+            first_token.Unusable: decode continues from prefill's token, but the token has no usable text; or decode
+                promised to continue from a token that prefill gave to nobody, and the hand-off failed.
         """
         self._began = asyncio.get_running_loop().time()
         params: dict[str, Any] | None = None
@@ -118,6 +121,8 @@ class Attempt:
         self._decode = self._start(self._run_decode(params, call, headers))
         self._trace.mark("decode_dispatched" if prefill is not None else "dispatched")
         self.opened = await self._race(self._decode, call)
+        if self._asks and self.first is None and self.opened is not None and self.opened.response.status < 300:
+            self.opened = await self._not_void(self.opened)
         if self.first is None:
             if call.stream:
                 self._trace.mark("first_token")
@@ -177,6 +182,34 @@ class Attempt:
             raise self.lost("did not continue from the first token") from None
         except ValueError as error:
             raise self.lost(f"answers {error}") from None
+
+    async def _not_void(self, opened: Opened) -> Opened:
+        """Decode's answer, read up to its first token.
+
+        Raises:
+            first_token.Unusable: it is void.
+            UpstreamError: the token did not come in time.
+        """
+        streams = opened.response.headers.get("Content-Type", "").lower().startswith("text/event-stream")
+        seen = VoidCheck(streams)
+
+        async def look() -> None:
+            more = opened.first
+            while more and not seen.feed(more):
+                more = await opened.response.content.readany()
+
+        name, until = self._next_deadline(None, streams)
+        try:
+            await asyncio.wait_for(look(), max(until - asyncio.get_running_loop().time(), 0))
+        except Lost:
+            opened.response.close()
+            raise first_token.Unusable("decode lost a first token that prefill gave to nobody") from None
+        except asyncio.TimeoutError:
+            opened.response.close()
+            raise self._too_slow(self.dispatch.decode, name) from None
+        except (ClientError, OSError):
+            pass  # it broke: whoever passes it on sees that
+        return Opened(opened.response, seen.data)
 
     def close(self) -> None:
         """Abandon all that still runs: connections close, so that the servers abort. Never blocks, never raises."""

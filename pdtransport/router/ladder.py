@@ -72,9 +72,9 @@ class FallbackPolicy:
                 name = dispatch.prefill.name if dispatch.prefill else ""
                 why = f"prefill server {name} had nothing to hand over"
                 self._leave_prefill(Reason("no_handover", why), rungs, trace)
-            except Unusable:
+            except Unusable as unusable:
                 attempt.close()
-                why = "prefill gave out a first token whose text is not usable"
+                why = str(unusable) or "prefill gave out a first token whose text is not usable"
                 self._leave_prefill(Reason("first_token_unusable", why), rungs, trace)
             except UpstreamError as error:
                 error.with_traceback(None)  # the error is kept; its traceback would keep the request's body alive

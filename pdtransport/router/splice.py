@@ -110,6 +110,50 @@ class StreamSplice:
         return _event(value) if changed else event
 
 
+class VoidCheck:
+    """Looks at decode's answer that nobody continues, up to its first token: is it void?
+
+    Decode promised to continue from a first token that prefill then gave to nobody, and the hand-off failed.
+    """
+
+    def __init__(self, streams: bool) -> None:
+        self._streams = streams
+        self.data = b""  # all bytes so far
+
+    def feed(self, chunk: bytes) -> bool:
+        """Take in more of the answer; True once its first token was seen, or nothing more can be learned.
+
+        Raises:
+            Lost: the answer must not be used.
+        """
+        self.data += chunk
+        if self._streams:
+            parts = self.data.split(_END)[:-1]
+        else:
+            parts = [self.data] if self.data.rstrip().endswith(b"}") else []
+        return any(_has_token(part) for part in parts) or len(self.data) > MAX_FIRST_EVENT_BYTES
+
+
+def _has_token(event: bytes) -> bool:
+    """Whether an event, or a whole answer, has a token or says that there will be none.
+
+    Raises:
+        Lost: the token must not be used.
+    """
+    try:
+        value = json.loads(event.removeprefix(_DATA))
+    except (ValueError, RecursionError):
+        return event == b"data: [DONE]"
+    choices = value.get("choices") if isinstance(value, dict) else None
+    found = not isinstance(value, dict) or "error" in value
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict):
+            refuse_lost(choice)
+            delta = choice.get("delta")
+            found = found or not (isinstance(delta, dict) and "role" in delta)
+    return found
+
+
 def joined(api: Api, first: FirstToken, raw: bytes) -> bytes:
     """One whole answer made of prefill's first token and decode's ``raw`` rest.
 

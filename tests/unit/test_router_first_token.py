@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from pdtransport.router.first_token import FirstToken, Unusable, read, why_not
-from pdtransport.router.splice import LOST, Lost, StreamSplice, joined, opening
+from pdtransport.router.splice import LOST, Lost, StreamSplice, VoidCheck, joined, opening
 from tests.unit.router_rig import Engine, Reply, Rig, ask, event, rigged, run, soon, stream
 
 TOKEN = 77
@@ -189,6 +189,24 @@ def test_whole_answers_are_joined() -> None:
             joined("completions", FIRST, bad)
 
 
+def test_a_chat_is_looked_at_up_to_its_first_token() -> None:
+    """The role comes first and says nothing; an error or the end of the stream means that no token will come."""
+
+    def said(delta: dict[str, Any], **more: Any) -> bytes:
+        return event({"choices": [{"index": 0, "delta": delta, "stop_reason": None, **more}]})
+
+    check = VoidCheck(streams=True)
+    assert not check.feed(said({"role": "assistant", "content": ""}))
+    assert not check.feed(said({"content": "a"})[:-1])
+    assert check.feed(b"\n")
+    assert check.data.count(b"\n\n") == 2
+    check = VoidCheck(streams=True)
+    with pytest.raises(Lost):
+        check.feed(said({"role": "assistant", "content": ""}) + said({"content": "x"}, stop_reason=LOST))
+    for over in (DONE, event({"error": {"message": "no"}})):
+        assert VoidCheck(streams=True).feed(over)
+
+
 # -- through the router -----------------------------------------------------------------------------------------------
 
 
@@ -318,8 +336,8 @@ def test_an_answer_of_decode_that_waits_for_prefills_word_is_not_late() -> None:
     run(test)
 
 
-@pytest.mark.xfail(strict=True, reason="decode promised, prefill never heard of it, and the hand-off failed")
-def test_an_answer_that_lost_a_token_which_nobody_gave_out_is_asked_for_anew() -> None:
+@pytest.mark.parametrize("how", ["stream", "whole", "pieces"])
+def test_an_answer_that_lost_a_token_which_nobody_gave_out_is_asked_for_anew(how: str) -> None:
     """Decode can't know whether the client has the token that it promised to go on from, so its answer is void. Prefill
     says that it gave none out: the router asks again, and the client gets a whole answer."""
 
@@ -329,12 +347,18 @@ def test_an_answer_that_lost_a_token_which_nobody_gave_out_is_asked_for_anew() -
 
             async def void_unless_alone(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
                 params = body.get("kv_transfer_params") or {}
-                if params.get("do_remote_prefill"):
-                    return await stream(request, [event(chunk("x", finish_reason="stop", stop_reason=LOST)), DONE])
-                return await stream(request, [event(chunk("he")), event(chunk("llo")), DONE])
+                void = chunk("x", finish_reason="length", stop_reason=LOST)
+                answer = [void] if params.get("do_remote_prefill") else [chunk("he"), chunk("llo")]
+                if how == "whole":
+                    return web.json_response(answer[0] if len(answer) == 1 else chunk("hello"))
+                events = b"".join(map(event, answer)) + DONE
+                half = len(events) // 3 if how == "pieces" else len(events)
+                return await stream(request, [events[:half], events[half:]])
 
             rig.d.script = void_unless_alone
-            assert text_of(await rig.ask(ask(stream=True))) == "hello"
+            reply = await rig.ask(ask(stream=how != "whole"))
+            assert (reply.json()["choices"][0]["text"] if how == "whole" else text_of(reply)) == "hello"
+            assert reply.headers["x-pd-path"].startswith("decode-only; decode lost a first token")
 
     run(test)
 
