@@ -190,22 +190,19 @@ class Attempt:
             first_token.Unusable: it is void.
             UpstreamError: the token did not come in time.
         """
-        streams = opened.response.headers.get("Content-Type", "").lower().startswith("text/event-stream")
-        seen = VoidCheck(streams)
+        seen = VoidCheck(opened.streams)
 
         async def look() -> None:
             more = opened.first
             while more and not seen.feed(more):
                 more = await opened.response.content.readany()
 
-        name, until = self._next_deadline(None, streams)
+        name, until = self._next_deadline(None, opened.streams)
         try:
             await asyncio.wait_for(look(), max(until - asyncio.get_running_loop().time(), 0))
         except Lost:
-            opened.response.close()
             raise first_token.Unusable("decode lost a first token that prefill gave to nobody") from None
         except asyncio.TimeoutError:
-            opened.response.close()
             raise self._too_slow(self.dispatch.decode, name) from None
         except (ClientError, OSError):
             pass  # it broke: whoever passes it on sees that

@@ -95,7 +95,7 @@ class Relay:
         self._events: WholeEvents | None = None
         if attempt.opened is not None:
             self._upstream = attempt.opened.response
-            self._events = WholeEvents() if self._is_stream() else None
+            self._events = WholeEvents() if attempt.opened.streams else None
 
     async def run(self) -> web.StreamResponse:
         """Relay the answer to its end. If the client disconnects, this ends with CancelledError or ConnectionError.
@@ -123,9 +123,6 @@ class Relay:
 
     def _streams(self) -> bool:
         return self._events is not None
-
-    def _is_stream(self) -> bool:
-        return self._upstream.headers.get("Content-Type", "").lower().startswith("text/event-stream")
 
     async def _pass_on(self, response: web.StreamResponse, first: bytes) -> None:
         chunk: bytes | None = first

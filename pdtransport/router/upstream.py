@@ -76,6 +76,11 @@ class Opened:
     response: ClientResponse
     first: bytes
 
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream of server-sent events."""
+        return self.response.headers.get("Content-Type", "").lower().startswith("text/event-stream")
+
 
 def session(settings: RouterSettings, connections: int) -> ClientSession:
     """A client session with bounded connections, idle times and headers."""
