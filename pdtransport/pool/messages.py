@@ -171,7 +171,7 @@ class LookupReply(_Numbered):
 class Manage(_Keyed):
     """Client: applies an action to chunks. Answered by :class:`Done`.
 
-    See :meth:`pdtransport.pool.server.admin_requests.Control.manage`.
+    See :meth:`pdtransport.pool.server.admin_requests.AdminRequests.manage`.
     """
 
     kind: Literal["manage"] = "manage"

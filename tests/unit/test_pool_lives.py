@@ -14,7 +14,7 @@ from pdtransport.pool.core.index import MEMORY, READY
 from pdtransport.pool.core.requests import KeyVerdict, PoolRequest
 from pdtransport.pool.core.store import ChunkStore
 from pdtransport.pool.core.tier_state import Delete, Job, Promote, TierState, WriteBack
-from pdtransport.pool.server.admin_requests import Control
+from pdtransport.pool.server.admin_requests import AdminRequests
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import Stored
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, key, keys
@@ -32,7 +32,7 @@ class Lives(RuleBasedStateMachine):
         )  # fmt: skip
         self.memory: dict[int, tuple[bytes, int]] = {}  # frame -> whose content it has
         self.chunk_store = ChunkStore(made, 6, self._whole, [TierState(self.tier, 2, 5 * FRAME, "lru")])
-        self.control = Control(self.chunk_store)
+        self.control = AdminRequests(self.chunk_store)
         self.askers = [Asker(self.chunk_store), Asker(self.chunk_store), Asker(self.chunk_store, 1)]
         self.asked: list[tuple[PoolRequest, list[int]]] = []
         self.granted: dict[tuple[PoolRequest, int], tuple[bytes, bytes, KeyVerdict]] = {}  # -> key, frames, verdict

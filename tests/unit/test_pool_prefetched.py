@@ -9,7 +9,7 @@ from pdtransport.pool.core.prefetched import FORGOTTEN_S
 from pdtransport.pool.core.requests import KeyVerdict
 from pdtransport.pool.core.store import MEMORY, ChunkStore
 from pdtransport.pool.core.tier_state import Promote, TierState
-from pdtransport.pool.server.admin_requests import Control
+from pdtransport.pool.server.admin_requests import AdminRequests
 from pdtransport.pool.settings import PoolSettings
 from pdtransport.pool.tiers.base import Stored
 from tests.unit.pool_rig import FRAME, Asker, MemoryTier, key, keys
@@ -28,7 +28,7 @@ class Below:
         self.chunk_store = ChunkStore(settings, 8, lambda *_: True, [tier])
         for number in range(16):
             assert self.chunk_store.adopt(tier, Stored(key(number), "", FRAME, FRAME))
-        self.control, self.asker, self.now = Control(self.chunk_store), Asker(self.chunk_store), 0.0
+        self.control, self.asker, self.now = AdminRequests(self.chunk_store), Asker(self.chunk_store), 0.0
 
     def hint(self, *numbers: int) -> int:
         return self.control.manage(messages.Manage(request=1, keys=keys(*numbers), action="hint"), self.now)

@@ -256,7 +256,7 @@ class PoolClient:
         again: bool = False,
         deadline_s: float | None = None,
     ) -> Pending[int]:
-        """Apply an action to up to 512 chunks (see :meth:`pdtransport.pool.server.admin_requests.Control.manage`).
+        """Apply an action to up to 512 chunks; see :meth:`pdtransport.pool.server.admin_requests.AdminRequests.manage`.
 
         The answer is the number of chunks that it was applied to.
         """

@@ -29,7 +29,7 @@ SWEPT = 1 << 18  # index entries that one answer covers: one or two milliseconds
 ROWS = 1024  # chunks in one answer of a sweep
 
 
-class Control:
+class AdminRequests:
     """Answers administrative requests about a chunk store, in the thread that drives the store.
 
     Args:

@@ -31,7 +31,7 @@ from pdtransport.pool.core.locks import SERVICE_BYTE, LockFile, private_director
 from pdtransport.pool.core.requests import ClientSession, Grants, KeyAnswer, PoolRequest
 from pdtransport.pool.core.shared_memory import Mapping, make_memory, map_memory
 from pdtransport.pool.core.store import ChunkStore
-from pdtransport.pool.server.admin_requests import Control
+from pdtransport.pool.server.admin_requests import AdminRequests
 from pdtransport.pool.server.key_space_file import SpaceFile, spaces_path
 from pdtransport.pool.server.open_tiers import lower_tiers
 from pdtransport.pool.server.tier_threads import Mover, checksum_of
@@ -98,7 +98,7 @@ class PoolService:
                 return checksum_of(memory, frames, nbytes, frame_bytes) == checksum
 
             self.store = ChunkStore(settings, nbytes // frame_bytes, verify, lower_tiers(settings, MEMORY << 1))
-            self._control = Control(self.store, self._spaces)
+            self._control = AdminRequests(self.store, self._spaces)
             self._socket = open_socket(self._context, zmq.ROUTER, CONTROL, ipv6=False)
             self._socket.bind(f"ipc://{settings.socket_path}")
             settings.socket_path.chmod(0o600)  # in addition to the directory, which is closed to other users
