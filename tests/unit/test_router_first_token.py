@@ -298,18 +298,24 @@ def test_the_first_token_does_not_wait_for_decode() -> None:
     run(test)
 
 
+async def decode_answers_first(rig: Rig) -> tuple[asyncio.Task[Reply], asyncio.Event]:
+    """A request that decode has answered; prefill answers once the event is set."""
+    await rig.learn()
+    hold = asyncio.Event()
+    gives_out(rig.p, hold)
+    goes_on(rig.d, "llo")
+    asked = asyncio.create_task(rig.ask(ask(stream=True)))
+    await rig.d.wait_for(1)
+    await asyncio.wait_for(rig.d.seen[0].ended.wait(), 5)
+    return asked, hold
+
+
 def test_decodes_answer_waits_for_prefills_word() -> None:
     """Without it nobody knows whether decode's answer begins with the first token or with the second."""
 
     async def test() -> None:
         async with rigged(first_token="auto") as rig:
-            await rig.learn()
-            hold = asyncio.Event()
-            gives_out(rig.p, hold)
-            goes_on(rig.d, "llo")
-            asked = asyncio.create_task(rig.ask(ask(stream=True)))
-            await rig.d.wait_for(1)
-            await asyncio.wait_for(rig.d.seen[0].ended.wait(), 5)
+            asked, hold = await decode_answers_first(rig)
             assert not asked.done()
             hold.set()
             assert text_of(await asked) == "hello"
@@ -322,13 +328,7 @@ def test_an_answer_of_decode_that_waits_for_prefills_word_is_not_late() -> None:
 
     async def test() -> None:
         async with rigged(first_token="auto", timeouts={"first_byte_s": 2.0, "prefill_s": 60.0}) as rig:
-            await rig.learn()
-            hold = asyncio.Event()
-            gives_out(rig.p, hold)
-            goes_on(rig.d, "llo")
-            asked = asyncio.create_task(rig.ask(ask(stream=True)))
-            await rig.d.wait_for(1)
-            await asyncio.wait_for(rig.d.seen[0].ended.wait(), 5)
+            asked, hold = await decode_answers_first(rig)
             await asyncio.sleep(2.2)
             hold.set()
             assert text_of(await asked) == "hello"
