@@ -48,8 +48,9 @@ from tests.rig.servers import die_with_parent
 HERE = Path(__file__).resolve().parents[1]
 SEEN = "PDT_BUILDS_SEEN"  # file in which processes note where pdtransport came from
 TREE_S = 180.0
-LAST_LINES = 6  # of a run without figures
+LAST_LINES, KEPT_LINES = 3, 200  # of the output of a run without figures: told, and kept in the JSON
 BUILDS = ("old", "new")
+ROOMS = ("pdtransport", "kernels", "launch")  # of a checkout, which its package is made of; DIR may lie in this one
 
 Driver = Literal["this", "own"]
 
@@ -110,7 +111,7 @@ class Build:
         )
         if done.returncode:
             raise NoBuild(f"{script} ended with status {done.returncode}: {done.stderr.strip()}")
-        roots = (f"{root}{os.sep}", f"{tree.resolve()}{os.sep}")
+        roots = tuple(f"{path}{os.sep}" for path in (*(root / room for room in ROOMS), tree.resolve()))
         with (tree / "sitecustomize.py").open("a", encoding="utf-8") as file:
             file.write(GUARD.format(roots=roots, root=str(root), seen=SEEN))
         return cls(name, root, tree)
@@ -128,7 +129,7 @@ class Build:
 @dataclass
 class Run:
     """One run of the benchmark. ``document``: its JSON; empty if it left none. ``seen``: processes that imported
-    pdtransport; ``compiled``: those of them that loaded its C kernels. ``failed``: why it does not count."""
+    pdtransport; ``compiled``: those of them that loaded its C kernels. ``failed``: why it does not count; ``log``: its output then."""
 
     build: str
     pair: int
@@ -137,13 +138,15 @@ class Run:
     seen: int = 0
     compiled: int = 0
     failed: str = ""
+    log: list[str] = field(default_factory=list)
 
 
 def run_once(build: Build, pair: int, driver: Path, command: Sequence[str], timeout_s: float) -> Run:
     """Run ``command``, a module of ``benchmarks`` in ``driver`` and its options, with ``build``'s product."""
     with tempfile.TemporaryDirectory(prefix="pdtransport-builds-") as folder:
         out, seen, log = (Path(folder, name) for name in ("found.json", "seen", "log"))
-        environment = {**os.environ, "PYTHONPATH": f"{build.tree}{os.pathsep}{driver}", SEEN: str(seen)}
+        path = [str(build.tree), str(driver), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), SEEN: str(seen)}
         module, *options = command
         argv = [sys.executable, "-m", f"benchmarks.{module}", *options, "--json", str(out)]
         with log.open("wb") as output:
@@ -167,8 +170,8 @@ def run_once(build: Build, pair: int, driver: Path, command: Sequence[str], time
         if out.exists():
             run.document = json.loads(out.read_text(encoding="utf-8"))
         if not run.failed and not figures_of(run.document)[0]:
-            last = " | ".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-            run.failed = f"status {run.status}, no figures: {last}"
+            run.log = log.read_text(errors="replace").splitlines()[-KEPT_LINES:]
+            run.failed = f"status {run.status}, no figures: {' | '.join(run.log[-LAST_LINES:])}"
         elif not run.failed and not run.seen:
             run.failed = "no process imported pdtransport, so nothing shows which build this was"
     return run
