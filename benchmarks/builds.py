@@ -128,8 +128,15 @@ class Build:
 
 @dataclass
 class Run:
-    """One run of the benchmark. ``document``: its JSON; empty if it left none. ``seen``: processes that imported
-    pdtransport; ``compiled``: those of them that loaded its C kernels. ``failed``: why it does not count; ``log``: its output then."""
+    """One run of the benchmark.
+
+    Args:
+        document: its JSON; empty if it left none.
+        seen: processes that imported pdtransport.
+        compiled: those of them that loaded its C kernels.
+        failed: why the run does not count.
+        log: the end of its output, if it left no figures.
+    """
 
     build: str
     pair: int
@@ -244,7 +251,7 @@ class Comparison:
         for name, build in self._builds.items():
             runs = [run for run in self.runs if run.build == name and not run.failed]
             print(
-                f"{name}: commit {build.commit()}, {len(runs)} runs; pdtransport imported by "
+                f"{name}: commit {build.commit()}, runs: {len(runs)}; pdtransport imported by "
                 f"{sum(run.seen for run in runs)} processes, C kernels by {sum(run.compiled for run in runs)}, "
                 "all of this build"
             )
