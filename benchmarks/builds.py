@@ -117,7 +117,9 @@ class Build:
         return cls(name, root, tree)
 
     def commit(self) -> str:
-        """As git tells it; "?" where the checkout came without git."""
+        """As git tells it; "?" where the checkout came without git, perhaps into the folder of another one."""
+        if not (self.root / ".git").exists():
+            return "?"
         told = ["git", "-C", str(self.root), "describe", "--always", "--dirty", "--abbrev=9"]
         try:
             found = subprocess.run(told, capture_output=True, text=True, timeout=10)
