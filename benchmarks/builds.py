@@ -191,6 +191,7 @@ class Comparison:
 
     def __init__(self, builds: dict[str, Build], options: argparse.Namespace, runs: Sequence[Run] = ()) -> None:
         self._builds, self._options = builds, options
+        self._commits = {name: build.commit() for name, build in builds.items()}  # when the trees were laid
         self.runs = list(runs)
         self.driver: Driver = options.driver or "this"
         self.why = ""  # the driver was chosen
@@ -238,7 +239,7 @@ class Comparison:
     def document(self) -> str:
         shown = {
             "command": self._options.command,
-            "builds": {name: build.commit() for name, build in self._builds.items()},
+            "builds": self._commits,
             "driver": self.driver,
             "why": self.why,
             "runs": [asdict(run) for run in self.runs],
@@ -250,10 +251,10 @@ class Comparison:
         measured_by = {"this": "this checkout's for both builds", "own": "each build's own"}[self.driver]
         print(f"benchmarks.{' '.join(self._options.command)}")
         print(f"driver: {measured_by}{f' ({self.why})' if self.why else ''}")
-        for name, build in self._builds.items():
+        for name, commit in self._commits.items():
             runs = [run for run in self.runs if run.build == name and not run.failed]
             print(
-                f"{name}: commit {build.commit()}, runs: {len(runs)}; pdtransport imported by "
+                f"{name}: commit {commit}, runs: {len(runs)}; pdtransport imported by "
                 f"{sum(run.seen for run in runs)} processes, C kernels by {sum(run.compiled for run in runs)}, "
                 "all of this build"
             )
