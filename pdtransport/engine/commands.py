@@ -241,6 +241,8 @@ class WorkerReport:
     Attributes:
         promised: prefill's requests whose decode promised to continue from their first token.
         first_tokens: decode's requests, and the token that each continues from.
+        never_granted: number of workers that sent no grant for a request of decode's, whose transfer failed; such a
+            worker's promise counts for nothing.
         cached: decode's requests, and how many prompt tokens prefill found in its caches.
         kept: number of :class:`StoreChunks` of each request that no longer read its pages.
         in_pool: number of workers whose parts of a chunk are in the pool, by the key of the chunk's first part; only
@@ -250,6 +252,7 @@ class WorkerReport:
 
     promised: set[str] = field(default_factory=set)
     first_tokens: dict[str, int] = field(default_factory=dict)
+    never_granted: Counter[str] = field(default_factory=Counter)
     cached: dict[str, int] = field(default_factory=dict)
     kept: Counter[str] = field(default_factory=Counter)
     in_pool: Counter[bytes] = field(default_factory=Counter)
@@ -259,6 +262,7 @@ class WorkerReport:
         return WorkerReport(
             self.promised | other.promised,
             {**self.first_tokens, **other.first_tokens},
+            self.never_granted + other.never_granted,
             {**self.cached, **other.cached},
             self.kept + other.kept,
             self.in_pool + other.in_pool,

@@ -88,6 +88,8 @@ class Results:
                 self._news.cached[req_id] = outcome.cached_tokens
             if outcome.first_token is not None:
                 self._news.first_tokens[req_id] = outcome.first_token
+            if outcome.never_granted:
+                self._news.never_granted[req_id] += 1
             if not outcome.ok:
                 self._failed.add(req_id)
                 self._on_failed(req_id)

@@ -74,7 +74,7 @@ class IncomingTransfer:
     heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)  # KV heads from each producer: [lo, hi)
     placing: dict[PeerId, set[int]] = field(default_factory=dict)  # keys of batches that the link may still write
     nbytes: int = 0
-    granted: bool = False
+    granted: bool = False  # a grant may have left
 
 
 class ConsumerDriver:
@@ -222,7 +222,6 @@ class ConsumerDriver:
 
     def _grant(self, sink: IncomingTransfer, producers: list[tuple[TransferPeer, HeadSource]]) -> None:
         g, wanted = self._geometry, sink.wanted
-        sink.granted = True
         parts = []
         for peer, source in producers:
             channel = peer.inbound
@@ -256,6 +255,7 @@ class ConsumerDriver:
         except TransferOver as over:
             self._end(wanted.transfer, over.code, over.reason)
             return
+        sink.granted = True
         sink.record.mark("granted")
         self.run(actions)
 
@@ -297,7 +297,7 @@ class ConsumerDriver:
         """Report all transfers as ended with ``code``: the transport closes, and the links are closed already."""
         sinks, self._sinks = self._sinks, {}
         for transfer, sink in sinks.items():
-            tell(sink.on_end, Outcome(transfer, False, code.value, reason))
+            tell(sink.on_end, Outcome(transfer, False, code.value, reason, never_granted=not sink.granted))
 
     def live(self) -> dict[str, int]:
         return {"consuming": len(self._sinks)}
@@ -385,6 +385,7 @@ class ConsumerDriver:
                 nbytes=sink.nbytes,
                 link=record.link,
                 first_token=ready.first_token if ready else None,
+                never_granted=not sink.granted,
                 cached_tokens=ready.cached_tokens if ready else None,
                 events=dict(record.events),
             ),

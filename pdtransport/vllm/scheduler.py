@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,8 @@ class SchedulerSide:
         self._pool = self._make_pool(events)
         # First tokens of requests that have not resumed yet, because not all workers have their pages.
         self._tokens: dict[str, int] = {}
+        # Workers that sent no grant for a request, until all have reported its end.
+        self._never_granted: Counter[str] = Counter()
         self._look_again = 0  # empty steps that must not sleep
         self._arrivals = Arrivals(ranks)
         self._start: SchedulerHook | None = None
@@ -266,6 +269,7 @@ class SchedulerSide:
         if isinstance(news, WorkerReport):
             self._hear_cached(news)
             self._tokens.update(news.first_tokens)
+            self._never_granted.update(news.never_granted)
             self._producing.promised(news.promised)
             if self._adapters is not None:
                 self._adapters.hear(news.adapters)
@@ -283,10 +287,12 @@ class SchedulerSide:
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
             token = self._tokens.pop(req_id, None)
+            # What all workers kept to themselves, prefill did not hear: nothing was promised.
+            promised = self._never_granted.pop(req_id, 0) < self._ranks
             entry = self._consuming.received(req_id) if not from_pool else None
             if entry is None:
                 continue
-            if entry.first_token and req_id in failed:
+            if entry.first_token and promised and req_id in failed:
                 self._reader.go_on(entry.request, None)
             elif token is not None:
                 self._reader.go_on(entry.request, token)

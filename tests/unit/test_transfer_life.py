@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.unit.transfer_rig import (
     PreparingLink,
     Worker,
     carry,
+    meet,
     pair,
 )
 
@@ -99,6 +101,43 @@ def test_prefill_hears_once_of_a_promise_and_its_token_reaches_decode(early: boo
         carry(p, d)
         assert promises == ["said"] * asks
         assert [(outcome.ok, outcome.first_token) for outcome in d.outcomes] == [(True, 77 if asks else None)]
+
+
+@pytest.mark.parametrize("ends", ["refused", "cancelled", "overloaded", "closed"])
+def test_an_end_before_the_grant_says_that_nothing_was_promised(ends: str) -> None:
+    """Decode may then sample the first token itself: no prefill worker can have heard of the promise."""
+    d = Worker("d", port=2)
+    d.fetch(TOKENS, [0], first_token=True)
+    if ends == "refused":
+        d.peers.connect_failed(("127.0.0.1", 1), "block_size differs", True)
+    elif ends == "cancelled":
+        d.consumer.cancel(d, TRANSFER, Code.CANCELLED, "the client left")
+    elif ends == "overloaded":
+        d.consumer.receiving.limits = replace(LIMITS, max_transfers=0)
+        meet(Worker("p"), d)
+    else:
+        d.consumer.end_all(Code.CANCELLED, "closed")
+    assert [(outcome.ok, outcome.never_granted) for outcome in d.outcomes] == [(False, True)]
+    assert d.mail.letters == []
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "lost", "closed", "reused"])
+def test_a_promise_stands_once_its_grant_may_have_left(ends: str) -> None:
+    """Nobody knows whether a letter arrived. Also for a second request with the id of one that granted."""
+    with pair() as (p, d):
+        d.fetch(TOKENS, [0], first_token=True)
+        p.open(TOKENS)
+        if ends == "cancelled":
+            d.consumer.cancel(d, TRANSFER, Code.CANCELLED, "the client left")
+        elif ends == "lost":
+            d.mail.letters.clear()
+            d.peers.down(p.id, "killed")
+            d.consumer.peer_lost(p.id, "killed")
+        elif ends == "closed":
+            d.consumer.end_all(Code.CANCELLED, "closed")
+        else:
+            d.fetch(TOKENS, [1], first_token=True)
+        assert [(outcome.ok, outcome.never_granted) for outcome in d.outcomes] == [(False, False)]
 
 
 # -- owners -----------------------------------------------------------------------------------------------------------

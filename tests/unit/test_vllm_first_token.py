@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from pdtransport.engine.commands import Commands, Finish, StartReceive, WorkerReport
+from pdtransport.engine.results import Results
+from pdtransport.engine.stats import TransferStats
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
+from pdtransport.transfer.outcome import Outcome
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.patches.appended_token import LOST, append, give_up
 from pdtransport.vllm.scheduler import SchedulerSide
@@ -153,8 +158,6 @@ def side(firsts: FirstTokens) -> SchedulerSide:
 
 
 def news(**more: Any) -> Any:
-    from vllm.v1.outputs import KVConnectorOutput
-
     return KVConnectorOutput(kv_connector_worker_meta=WorkerReport(**more))
 
 
@@ -229,7 +232,7 @@ class Engine:
     def step(self, sampled: int | None = None, meanwhile: Any = None, **connector: Any) -> list[Any]:
         """Schedule, and report ``sampled`` for the one request if it ran; the outputs that clients get. ``meanwhile``
         is called while workers would compute."""
-        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+        from vllm.v1.outputs import ModelRunnerOutput
 
         self.scheduled = scheduled = self.scheduler.schedule()
         if meanwhile is not None:
@@ -383,6 +386,57 @@ def test_a_failed_transfer_never_passes_for_an_answer(engine: Engine) -> None:
     else:
         assert [str(out.finish_reason) for out in outs] == ["error"]
     engine.step()
+
+
+def test_a_promise_that_nobody_can_have_heard_binds_nobody(engine: Engine) -> None:
+    """No worker sent a grant, so prefill names no token: the failed transfer is the engine's own matter, as without a
+    promise."""
+    r, take = taken(engine)
+    assert take.first_token
+    unsent = WorkerReport(never_granted=Counter({r.request_id: 1}))
+    outs = engine.step(finished_recving={r.request_id}, failed_recving={r.request_id}, kv_connector_worker_meta=unsent)
+    if not outs:
+        (out,) = engine.step(sampled=400)
+        assert engine.scheduled.num_scheduled_tokens == {r.request_id: len(PROMPT)}
+        assert (out.new_token_ids, out.finish_reason, out.stop_reason, r.max_tokens) == ([400], None, None, 8)
+        engine.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    else:
+        assert [str(out.finish_reason) for out in outs] == ["error"]
+    assert not engine.scheduler.connector.scheduler._never_granted
+    engine.step()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_promise_counts_if_one_worker_may_have_sent_it(
+    firsts: FirstTokens, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Of two workers one granted: prefill may have heard. Whether their reports come in one step or in two."""
+    side = SchedulerSide(
+        Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=2, first_tokens=firsts
+    )
+    given_up: list[str] = []
+    monkeypatch.setattr(side._reader, "go_on", lambda request, token: given_up.append(request.request_id))
+    for name, sent in (("none", [False, False]), ("one", [False, True])):
+        r = request({**CONSUME, "transfer_id": name})
+        r.request_id = name
+        side.on_new_request(r)
+        reports = [said_by_a_worker(name, never_granted=not granted) for granted in sent]
+        if together:
+            reports = [reports[0].aggregate(reports[1])]
+        *before, last = [KVConnectorOutput(kv_connector_worker_meta=report) for report in reports]
+        last.finished_recving = last.failed_recving = {name}
+        for output in (*before, last):
+            side.update_output(output)
+    assert given_up == ["one"]
+    assert not side._never_granted
+    side.close()
+
+
+def said_by_a_worker(req_id: str, never_granted: bool) -> WorkerReport:
+    results = Results(TransferStats, lambda _req_id: None)
+    results.receipt_ended(req_id, Outcome("t", ok=False, code="refused", never_granted=never_granted))
+    results.rope.close()
+    return results.take_news()
 
 
 def test_a_request_that_must_not_promise_does_not(engine: Engine) -> None:

@@ -134,6 +134,20 @@ BUGS: list[Mutant] = [
         "pdtransport.transfer.consumer",
         "transfer_life",
         (
+            "grant_that_left_promised_nothing",
+            "ConsumerDriver._grant",
+            "sink.granted = True",
+            "pass",
+            "a_promise_stands_once_its_grant_may_have_left",
+        ),
+        (
+            "grant_that_never_left_promised",
+            "ConsumerDriver._end",
+            "never_granted=not sink.granted",
+            "never_granted=False",
+            "an_end_before_the_grant_says_that_nothing_was_promised",
+        ),
+        (
             "anyone_cancels_a_transfer",
             "ConsumerDriver.cancel",
             "sink.owner is owner",

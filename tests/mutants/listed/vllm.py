@@ -203,6 +203,24 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
+        "pdtransport.vllm.scheduler",
+        "vllm_first_token",
+        (
+            "promise_that_nobody_heard_binds",
+            "SchedulerSide.update_output",
+            "entry.first_token and promised and",
+            "entry.first_token and",
+            "a_promise_that_nobody_can_have_heard_binds_nobody",
+        ),
+        (
+            "one_worker_without_a_grant_unbinds_all",
+            "SchedulerSide.update_output",
+            "< self._ranks",
+            "< 1",
+            "a_promise_counts_if_one_worker_may_have_sent_it",
+        ),
+    ),
+    *bugs(
         "pdtransport.engine.adapted",
         "adapters",
         (
