@@ -295,6 +295,9 @@ class Attempt:
             if answered and prefill is not None:
                 if decode.result().response.status >= 300:
                     return decode.result()  # an error does not begin with a token
+                if self.hand_off is not None and self.hand_off.held:
+                    self._trace.first_token("decode", "no_promise")
+                    return decode.result()
                 waiting = {prefill}  # only prefill's answer shows whether decode's begins with the first token
             name, until = self._next_deadline(prefill, call.stream and not answered)
             left = until - asyncio.get_running_loop().time()

@@ -88,6 +88,11 @@ class HandOff:
             taken_s=max(part.taken_us for part in parts) / 1e6,
         )
 
+    @property
+    def held(self) -> bool:
+        """Decode had the whole prompt: it asked for no pages, and promised nothing."""
+        return self.verdict is not None and self.verdict.became == "held"
+
     async def heard(self, timeout_s: float) -> bool:
         """Wait for the verdict; True if there is one."""
         self._waiter = asyncio.get_running_loop().create_future()

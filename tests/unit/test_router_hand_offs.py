@@ -22,7 +22,7 @@ from pdtransport.router.metrics import Metrics
 from pdtransport.router.settings import EndpointSettings, RouterHandOff
 from tests.unit.router_rig import Rig, ask, rigged, run, soon
 from tests.unit.router_workers import PLAIN, Workers, info, tells
-from tests.unit.test_router_first_token import gives_out, goes_on
+from tests.unit.test_router_first_token import gives_out, goes_on, text_of
 
 WHY = "block_size differs: 32 here, 64 there"
 
@@ -131,6 +131,33 @@ def test_a_prompt_that_decode_held_was_not_handed_over_and_not_computed_twice() 
             assert (await rig.trace(reply))["handed_over"] is None
             assert await became(rig, "held") == 1
             assert (await rig.get("/health")).json()["disaggregates"] is None
+
+    run(test)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_prompt_that_decode_holds_does_not_wait_for_prefills_word(streaming: bool) -> None:
+    """With ``first_token``, too: a decode that asks for no pages has promised nothing, so its answer is whole."""
+
+    async def test() -> None:
+        async with watched(first_token="auto") as (rig, workers):
+            never = asyncio.Event()
+            gives_out(rig.p, never)
+            goes_on(rig.d, "hel", "lo")
+            answers = rig.d.script
+            assert answers is not None
+
+            async def script(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+                transfer = body["kv_transfer_params"]["transfer_id"]
+                workers.end(transfer)
+                await soon(lambda: rig.router._hand_offs._live[transfer].verdict is not None)
+                return await answers(request, body)
+
+            rig.d.script = script
+            reply = await asyncio.wait_for(rig.ask(ask(stream=streaming)), 5)
+            assert (text_of(reply) if streaming else reply.json()["choices"][0]["text"]) == "hello"
+            assert (reply.headers["x-pd-hand-off"], reply.headers["x-pd-first-token"]) == ("held", "decode; no_promise")
+            assert (await rig.trace(reply))["why_first_token_from_decode"] == "no_promise"
 
     run(test)
 
