@@ -279,9 +279,9 @@ class RouterSettings(Section):
         description="concurrent: prefill and decode get a request at once. serial: decode after prefill's answer.",
     )
     first_token: Literal["auto", "off"] = Field(
-        "off",
+        "auto",
         description="auto: a stream begins with the token that prefill sampled and decode continues from it, where "
-        "the result is exact. off: decode samples it.",
+        "the result is exact: the first token comes earlier, the gap to the second is longer. off: decode samples it.",
     )
     api_key: SecretStr | None = Field(
         None,

@@ -30,7 +30,7 @@ def test_concurrent_dispatch_sends_both_before_either_answers() -> None:
             assert reply.status == 200
             transfer = reply.headers["x-pd-transfer-id"]
             assert re.fullmatch(r"[0-9a-f]{32}", transfer)
-            both_params = {"transfer_id": transfer}
+            both_params = {"transfer_id": transfer, "first_token": True}
             assert p.params == {"do_remote_decode": True, "do_remote_prefill": False, **both_params}
             assert d.params == {
                 "do_remote_prefill": True,

@@ -370,7 +370,7 @@ def test_total_timeout_bounds_an_unstreamed_request() -> None:
 
 def test_prefill_failing_after_decode_began_changes_nothing_for_the_client() -> None:
     async def test() -> None:
-        async with rigged() as rig:
+        async with rigged(first_token="off") as rig:
             await learned(rig)
             began, more = asyncio.Event(), asyncio.Event()
             rest_of_it = event(completion("b")) + b"data: [DONE]\n\n"

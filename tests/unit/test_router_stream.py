@@ -111,7 +111,7 @@ def test_client_that_leaves_before_an_answer_ends_both_requests(streaming: bool,
 
 def test_client_that_leaves_in_the_middle_of_a_stream_ends_both_requests() -> None:
     async def test() -> None:
-        async with rigged() as rig:
+        async with rigged(first_token="off") as rig:
             await rig.learn()
             never = asyncio.Event()
 

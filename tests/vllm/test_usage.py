@@ -22,7 +22,7 @@ SHARED = 4 * BLOCK + 5  # tokens that the second prompt of a pair begins with, t
 CACHED = "vllm:prompt_tokens_cached_total"
 ORDERS = {
     "serial": ("serial",),
-    "concurrent": ("concurrent",),
+    "concurrent": ("concurrent", "--first-token", "off"),
     "first token from prefill": ("concurrent", "--first-token", "auto"),
 }
 LINK = re.compile(r"\(\w+ pid=\d+\) INFO \d\d-\d\d [\d:]+ \[peers\.py:\d+\] pages (from|to) .* (come|go) over \w+")
