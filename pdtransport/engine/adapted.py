@@ -1,12 +1,12 @@
 """Tracks in a worker which LoRA adapter content each block's KV was computed with.
 
-The scheduler half knows an adapter by id, name and path only. Its content is known to the worker, and only once the
-adapter is loaded. So commands that need a key wait until then, and get the key of the loaded content. (The adapter is
-loaded right away: the request's first step would load it anyway.)
+The scheduler half knows only an adapter's id, name and path. The worker knows its content, once the adapter is loaded.
+Commands whose key covers that content therefore wait until the adapter is loaded. The worker loads it right away, since
+the request's first step would load it anyway.
 
-From then on the content that wrote each block is recorded, across requests. The engine's prefix cache goes by name and
-path, so it may give a request blocks that were written with an older content under the same name. Pages are sent to
-decode or stored in the pool only if all their blocks were written with the content that their key names.
+From then on the worker records, across requests, which content each block's KV was computed with. The engine's prefix
+cache identifies an adapter by name and path, so a request may get blocks computed with older content of the same name.
+Pages are sent to decode or stored in the pool only if all their blocks were computed with the content in their key.
 
 On decode, pages are received under the key of the content loaded here, and the same content must still be loaded when
 the request's first step is computed. If the adapter was replaced in between, the blocks are reported to the engine as
@@ -41,7 +41,7 @@ Refuse = Callable[[Open | StartReceive | LoadChunks, str], None]
 
 
 class AdapterUnknown(Exception):
-    """The content that this worker has loaded under an adapter's id can't be identified; the message says why."""
+    """The adapter content that a worker has loaded under an id can't be identified; the message says why."""
 
 
 class LoadedAdapters(Protocol):
@@ -130,8 +130,8 @@ class Adapted:
         self._block_size = block_size
         self._wait_s, self._clock = wait_s, clock
         self._origins = BlockOrigins()
-        # Commands that wait for their adapter to be loaded, with a deadline. It does not apply to Open, which waits as
-        # long as its request.
+        # Commands that wait for their adapter, each with a deadline. Open ignores the deadline: it waits until its
+        # request ends.
         self._waiting: dict[str, tuple[Open | StartReceive | LoadChunks, float]] = {}
         self._offered: dict[str, tuple[Adapter, str]] = {}
         self._taken: dict[str, _Taken] = {}
@@ -159,7 +159,7 @@ class Adapted:
     def load(self, step: Sequence[Command] = ()) -> list[Open | StartReceive | LoadChunks]:
         """Load the adapters that commands wait for; call between two steps.
 
-        Adapters that the requests of ``step`` use are not evicted for it.
+        Never evicts an adapter that a request of ``step`` uses.
 
         Returns:
             Commands that can run now.
@@ -175,7 +175,7 @@ class Adapted:
                 continue
             if loaded is None:
                 if self._clock() >= until and not isinstance(command, Open):
-                    self._end(command, "running requests' adapters leave no room for it (--max-cpu-loras)")
+                    self._end(command, "adapters of running requests leave no room for it: raise --max-cpu-loras")
                 continue
             complete = self._complete(command)
             if complete is not None:
@@ -191,14 +191,14 @@ class Adapted:
         if self._origins.all_of(blocks, digest):
             return ""
         del self._offered[pages.req_id]
-        return f"{named(adapter)} was replaced on prefill: some of the prompt's KV was computed with another content"
+        return f"{named(adapter)} was replaced on prefill: some of the prompt's KV was computed with other content"
 
     def finished(self, req_id: str) -> None:
         self._offered.pop(req_id, None)
 
     def take_invalid(self) -> set[int]:
-        """Received or loaded blocks whose adapter was replaced before their request's first step, since the last
-        call."""
+        """Blocks found invalid since the last call: received or loaded, but their adapter was replaced before their
+        request's first step."""
         invalid, self._invalid = self._invalid, set()
         return invalid
 
@@ -215,7 +215,7 @@ class Adapted:
         self._waiting.pop(command.req_id, None)
         if isinstance(command, LoadChunks):
             if command.content != digest:
-                self._end(command, "it is not the content that the pool was asked for")
+                self._end(command, "its content changed after the lookup in the pool")
                 return None
             self._take(command, digest)
             return command
@@ -243,7 +243,7 @@ class Adapted:
         taken = self._taken.pop(wrote.req_id, None)
         if taken is not None and taken.digest != digest:
             logger.warning(
-                "request %s: %s was replaced after its pages were taken: they are computed anew",
+                "request %s: %s was replaced after the request's pages were received: they are recomputed",
                 wrote.req_id,
                 named(taken.adapter),
             )

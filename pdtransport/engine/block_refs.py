@@ -9,7 +9,7 @@ from collections import Counter
 
 
 class BlockRefCounts:
-    """Reference counts by request. Whichever call finds a finished request without users returns True, only once.
+    """Reference counts by request. The first call that finds a finished request without users returns True.
 
     Not thread-safe: callers hold a lock.
     """

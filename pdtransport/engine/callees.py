@@ -20,7 +20,7 @@ class Callees:
         clock: monotonic seconds.
 
     Raises:
-        SettingsError: ``strict`` without a rule although ``control.host`` is not loopback, or the rule can't be used.
+        SettingsError: ``strict`` without a rule while ``control.host`` is not loopback, or the rule is invalid.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Callees:
         """Resolve the host in these parameters.
 
         Returns:
-            The parameters with the host replaced by its address; or the reason why it must not be connected to; or None
-            while its name is being looked up: ask again.
+            The parameters with the host replaced by its address; or the reason why the host must not be connected to;
+            or None while the host's name is being looked up: ask again.
         """
         if self._heads and self._heads % params.tp_size:
             return f"tp_size: a model of {self._heads} attention heads is not split over {params.tp_size} workers"

@@ -98,7 +98,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class SendClaim:
-    """Decode: ask prefill to keep the pages of this transfer; its request here has no blocks yet."""
+    """Decode: ask prefill to keep the pages of this transfer; decode's own request has no blocks yet."""
 
     transfer: str
     host: str
@@ -110,9 +110,9 @@ class SendClaim:
 class StartReceive:
     """Decode: receive blocks ``first_block ..`` of the prompt into ``pages``.
 
-    A worker adds the adapter's content to ``prompt_digest``, as on prefill. ``first_token``:
-    promise to continue from the first token that prefill returns. With empty ``pages`` (decode already has the prompt's
-    blocks) prefill learns that it may free its pages, and nothing is reported to the scheduler.
+    A worker adds the adapter's content to ``prompt_digest``, as on prefill. ``first_token``: promise to continue from
+    the first token that prefill returns. If ``pages`` is empty (decode already has the prompt's blocks), the worker
+    tells prefill that it may free its pages, and reports nothing to the scheduler.
     """
 
     req_id: str
@@ -132,7 +132,7 @@ class StartReceive:
 class Decline:
     """Decode: this transfer will not be received.
 
-    Watchers of the transfer are told why, and prefill at ``host`` (if not empty) that it may free its pages.
+    Tells the transfer's watchers why, and tells prefill at ``host`` (if not empty) that it may free its pages.
     """
 
     transfer: str
@@ -223,9 +223,9 @@ class Commands:
 
     Attributes:
         before: run before the step's forward pass may touch a page.
-        after: run once the forward pass is launched; they take effect when it is computed.
+        after: run once the forward pass is launched; they take effect when the pass is computed.
         bell: name of the scheduler's :class:`~pdtransport.engine.wakeups.WakeupReceiver`.
-        patches: states of hooks into the engine's code in the scheduler's process that are new, for the status.
+        patches: new states of the hooks into the engine's code in the scheduler's process, for the status.
     """
 
     before: list[Command] = field(default_factory=list)
@@ -239,15 +239,15 @@ class WorkerReport:
     """What the workers report to the scheduler's half, merged over all ranks.
 
     Attributes:
-        promised: prefill's requests whose decode promised to continue from their first token.
-        first_tokens: decode's requests, and the token that each continues from.
-        never_granted: number of workers that sent no grant for a request of decode's, whose transfer failed; such a
-            worker's promise counts for nothing.
-        cached: decode's requests, and how many prompt tokens prefill found in its caches.
+        promised: on prefill, requests from whose first token decode promised to continue.
+        first_tokens: on decode, the token that each request continues from.
+        never_granted: on decode, the number of workers that sent no grant for a request whose transfer failed; the
+            promise of such a worker does not bind.
+        cached: on decode, the number of prompt tokens that prefill found in its caches, by request.
         kept: number of :class:`StoreChunks` of each request that no longer read its pages.
         in_pool: number of workers whose parts of a chunk are in the pool, by the key of the chunk's first part; only
             with KV events on.
-        adapters: digests of the adapters that were loaded, by id; empty where workers differ.
+        adapters: digest of each newly loaded adapter, by id; empty if workers report different digests.
     """
 
     promised: set[str] = field(default_factory=set)

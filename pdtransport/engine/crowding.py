@@ -15,9 +15,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 STILL_S = 2.0  # time stuck (prompts wait, no step computes) before the first release; added to the pool's lookup time
-NEXT_S = 0.5  # between releases, for workers to free the pages and the engine to schedule again
+NEXT_S = 0.5  # between two releases: workers free the pages and the engine schedules again
 
-REASON = "prefill had no room left for other prompts (both caches are full of what the other side waits for)"
+REASON = "prefill's KV cache had no room for other prompts, and decode had none for this one"
 
 
 class Crowding:

@@ -75,7 +75,7 @@ class Wanted:
     consume: ConsumeParams | None = None
     continue_from: int | None = None
     problem: str = ""
-    lost: bool = False  # with a problem: the client already has the first token, so the request can't start over
+    lost: bool = False  # beside a problem: the client already has the first token, so the request can't start over
 
 
 def parse(params: Any, *, producer: bool, consumer: bool) -> Wanted:

@@ -1,7 +1,7 @@
 """Worker half of pool use: stores chunks of KV pages in the shared pool and loads them, in the pool client's threads.
 
-On a GPU the copies are kernels on the pool client's own streams. They run after the event ``after``, which is recorded
-behind all earlier use of the pages.
+On a GPU the copies are kernels on the pool client's own streams. They wait for the CUDA event ``after``, which the
+caller records after all earlier uses of the pages.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class PoolWorker:
     """Worker half of pool use, one per worker. Methods are called by the worker's thread, callbacks by any thread.
 
     Args:
-        parts: ranges of KV heads; each is a chunk of its own in the pool.
+        parts: ranges of KV heads; the pool stores each as a chunk of its own.
         ratio: attention kernel blocks per scheduler block.
         on_loaded: called with a request id and whether all its chunks were loaded and verified.
         on_kept: called with a request id when one :class:`StoreChunks` no longer reads its pages.
         count: called with "store" or "load", counts of chunks by outcome, and bytes copied.
-        lossy: how tiers of the pool may compress its chunks with loss; None: not at all.
-        on_stored: called with the chunks whose parts of this worker are all in the pool, each named by the key of its
+        lossy: how the pool's tiers may compress these chunks with loss; None: not at all.
+        on_stored: called with the chunks of which all this worker's parts are in the pool, each named by the key of its
             first part; None: not needed.
-        settings: of the engine, for a pool on another host.
-        who: what the engine is, for the pool's lists of clients.
+        settings: the engine's, needed for a pool on another host.
+        who: the engine's name in the pool's lists of clients.
 
     Raises:
         PoolUnavailable: the GPU has no memory left for the scratch buffer.
@@ -86,11 +86,11 @@ class PoolWorker:
         self._on_loaded, self._on_kept, self._count = on_loaded, on_kept, count
         self._on_stored = on_stored
         self._lock = threading.Lock()
-        self._queued = 0  # chunks
+        self._queued = 0  # chunks to be stored
         self._stores: dict[str, list[Pending[Copied]]] = {}
         self._loads: dict[str, Pending[Copied]] = {}
         self._aside = Aside(geometry, parts, (use.chunk_blocks - 1) * ratio)
-        # Loads have their own client, so that they never queue behind stores: requests wait for loads only.
+        # Loads have their own client, so that they never queue behind stores: requests wait for loads, not for stores.
         who = f"{who}-{os.getpid()}"
         self._loader, self._storer = (
             PoolClient.of(
@@ -100,7 +100,7 @@ class PoolWorker:
         )
 
     def close(self) -> None:
-        """End all stores and loads: nothing touches the pages any more."""
+        """End all stores and loads; nothing touches the pages afterwards."""
         for client in (self._loader, self._storer):
             client.close()
 
@@ -171,7 +171,7 @@ class PoolWorker:
         for each in running:
             each.cancel()
         if futures.wait([each.future for each in running], timeout_s).not_done:
-            raise TimeoutError(f"a store of request {req_id} did not let go of its pages within {timeout_s} s")
+            raise TimeoutError(f"a store of request {req_id} still reads its pages after {timeout_s} s")
 
     # -- load ----------------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class PoolWorker:
         self._on_loaded(req_id, good == chunks)
 
     def end_loads(self) -> None:
-        """Cancel all loads: they fail."""
+        """Cancel all loads, as :meth:`cancel` does."""
         with self._lock:
             loading = list(self._loads)
         for req_id in loading:
@@ -233,10 +233,10 @@ class PoolWorker:
         for req_id in storing:
             self.rewind(req_id, timeout_s)
         if futures.wait(left, timeout_s).not_done:
-            raise TimeoutError(f"loads from the pool did not let go of their pages within {timeout_s} s")
+            raise TimeoutError(f"loads from the pool still write their pages after {timeout_s} s")
 
     def cancel(self, req_id: str) -> None:
-        """Cancel this request's load; its end is reported once nothing writes the pages."""
+        """Cancel this request's load; the load's end is reported once nothing writes the pages."""
         with self._lock:
             pending = self._loads.get(req_id)
         if pending is not None and not pending.future.cancel():

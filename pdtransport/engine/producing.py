@@ -22,7 +22,7 @@ class Producing:
 
     Attributes:
         request: the engine's own object for it.
-        tokens: of the prompt.
+        tokens: number of prompt tokens.
         first_token: the router asked prefill to return its first token.
         promised: decode promised to continue from that token.
         begun: its first step was scheduled.
@@ -40,10 +40,10 @@ class ProducingRequests:
     """Requests that an engine hands over, from their arrival until they finish. Used by the scheduler's thread.
 
     Args:
-        queue: where commands for the workers go, in order; they belong before the forward pass of the next step.
+        queue: commands for the workers are appended here; workers run them before the next step's forward pass.
         block_size: tokens per scheduler block.
         engine: name of the engine, for routers.
-        port: control port of its rank-0 worker; decode is told to call it at ``control.host``.
+        port: control port of its rank-0 worker; decode connects to it at ``control.host``.
         ranks: number of its workers.
         clock: monotonic seconds.
     """
@@ -88,11 +88,11 @@ class ProducingRequests:
         adapter: Adapter | None = None,
         first_token: bool = False,
     ) -> None:
-        """Hand over this request as ``transfer``; its pages follow by :meth:`progress`.
+        """Hand over this request as ``transfer``; :meth:`progress` hands over its pages.
 
         Args:
             prompt_digest: workers add the content of ``adapter`` to it.
-            tokens: of the prompt.
+            tokens: number of prompt tokens.
         """
         self._requests[req_id] = Producing(transfer, request, tokens, first_token)
         self._queue.append(Open(req_id, transfer, prompt_digest, tokens, adapter))
@@ -106,13 +106,13 @@ class ProducingRequests:
     def progress(
         self, req_id: str, blocks: Sequence[int], before: int, after: int, cached: int | None = None
     ) -> Pages | None:
-        """The command that belongs behind the forward pass of this step; None: there is nothing to hand over.
+        """The command to run after this step's forward pass; None if there is nothing to hand over.
 
         Args:
-            blocks: the request's, in order.
-            before: tokens that were computed before this step.
-            after: tokens that will be computed after it.
-            cached: prompt tokens that were found in the engine's caches; read in the request's first step.
+            blocks: the request's blocks, in order.
+            before: number of tokens computed before this step.
+            after: number of tokens computed after this step.
+            cached: prompt tokens found in the engine's caches; used in the request's first step only.
         """
         entry = self._requests.get(req_id)
         if entry is None or before >= entry.tokens:
@@ -122,13 +122,13 @@ class ProducingRequests:
         return Pages(req_id, held, min(after, entry.tokens), cached)
 
     def finish(self, req_id: str, blocks: Sequence[int], first_token: int | None = None) -> dict[str, Any]:
-        """The request is computed to its end. Its blocks must stay until the workers have reported it as sent.
+        """The request finished. The engine must keep its blocks until the workers report it as sent.
 
         Args:
             first_token: the token that decode promised to continue from.
 
         Returns:
-            The ``kv_transfer_params`` of its response, which lead decode to the pages.
+            The ``kv_transfer_params`` of its response, which tell decode where the pages are.
         """
         entry = self._requests.pop(req_id)
         self._queue.append(Finish(req_id, first_token))
@@ -146,10 +146,10 @@ class ProducingRequests:
         }
 
     def drop(self, req_id: str, *, report: bool = True, reason: str = Drop.reason) -> bool:
-        """Hand over this request no longer; False if it was not.
+        """Stop handing over this request; False if it was not being handed over.
 
-        With ``report`` its blocks must stay until the workers have reported it as sent; without, something else does
-        that, or the request goes on.
+        With ``report`` the engine must keep its blocks until the workers report it as sent. Without, something else
+        makes that report, or the request goes on.
         """
         if self._requests.pop(req_id, None) is None:
             return False
@@ -161,7 +161,7 @@ class ProducingRequests:
         self._crowding.freed(req_ids)
 
     def make_room(self, still: bool) -> None:
-        """Once a step: release a finished prompt if its pages keep others from being computed.
+        """Release a finished prompt if its pages keep other prompts from being computed; called once a step.
 
         Args:
             still: prompts wait for room, and this step computes nothing.

@@ -14,7 +14,7 @@ from collections import OrderedDict
 
 from pdtransport.protocol.messages import MAX_TRANSFER_ID
 
-MAX_MINTED = 4096  # remembered bodies
+MAX_MINTED = 4096  # bodies without a transfer id that are remembered
 _PLACE = re.compile(r"(?P<body>cmpl-.*)-(?P<prompt>[0-9]{1,5})(-[0-9a-f]{8})?", re.DOTALL)
 _SEQUENCE = re.compile(r"(?P<sequence>[0-9]{1,5})_(chat)?cmpl-.*", re.DOTALL)
 
@@ -38,7 +38,7 @@ class Batches:
         """
         sequence, place = _SEQUENCE.fullmatch(request_id), _PLACE.fullmatch(request_id)
         if sequence is not None and int(sequence["sequence"]):
-            return "", "of several sequences (n) the first is, the others are computed here"
+            return "", "of several sequences (n) only the first is handed over, the others are computed here"
         if place is None:
             return transfer, ""
         prompt = int(place["prompt"])

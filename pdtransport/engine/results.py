@@ -1,4 +1,4 @@
-"""What became of a worker's transfers, stores and loads, until it is told to the scheduler's half.
+"""Holds the results of a worker's transfers, stores and loads until they are reported to the scheduler's half.
 
 Written by the worker's thread and by callbacks in the I/O thread and the pool client's threads; no method blocks.
 """
@@ -21,11 +21,11 @@ class Results:
 
     Args:
         stats: makes the statistics of one reporting interval.
-        on_failed: called with a request whose pages did not come.
+        on_failed: called with the id of a request whose pages did not arrive.
 
     Attributes:
         rope: wakes the scheduler.
-        rank: the worker's.
+        rank: the worker's rank.
     """
 
     def __init__(self, stats: Callable[[], TransferStats], on_failed: Callable[[str], None]) -> None:

@@ -1,6 +1,6 @@
-"""The prefill workers whose KV other requests may find (settings ``share_received`` and ``trusted_producers``).
+"""The prefill workers whose KV other requests may reuse (settings ``share_received`` and ``trusted_producers``).
 
-Keeping the rest out of a prefix cache is the engine's adapter's: for vLLM's, ``vllm/patches/withheld.py``.
+Each engine's adapter keeps all other KV out of the prefix cache; vLLM's does so in ``vllm/patches/withheld.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _HOST = re.compile(r"[A-Za-z0-9_.\-]+")
 
 
 class Producers:
-    """A set of trusted prefill workers, given by the address at which this instance connects to them.
+    """A set of trusted prefill workers, identified by the address at which this instance connects to them.
 
-    This instance opens the connection itself, so no other host can claim such an address; the engine names that
-    workers send are only their own claims.
+    This instance opens the connection itself, so no other host can claim such an address. A worker's engine name proves
+    nothing: the worker sends it itself.
 
     Args:
         entries: HOST, ADDRESS, NETWORK (10.0.0.0/24), HOST:PORT or HOST:FIRST-LAST.
@@ -50,7 +50,7 @@ class Producers:
         """Whether all ``ranks`` workers listening at ``port``, ``port + 1``, ... are in the set.
 
         Args:
-            hosts: the host as the request named it, and the address to be connected to.
+            hosts: the host as the request named it, and the address to connect to.
         """
         ports: list[range] = []
         for host in map(_plain, hosts):

@@ -1,13 +1,13 @@
 """Wakeups from an engine's workers to its scheduler: "a transfer ended".
 
 While requests wait for pages and nothing is computed, vLLM steps its workers once a millisecond, and each side spins
-while it waits for the other. The scheduler half waits for a wakeup between such empty steps instead. A false or lost
+while it waits for the other. Instead, the scheduler half waits for a wakeup between such empty steps. A false or lost
 wakeup only costs a little time, since the workers' next step reports what ended in any case.
 
-Workers also send two kinds of messages: a request's pages arrived, and with them the first token that decode has to
-continue from; decode promised to continue from a request's first token. Step outputs carry both, too, but one or two
-steps later. For a promise that is too late, since most prompts take one step. A lost promise counts as none; a lost
-arrival is learned from the step output.
+Workers also send two kinds of messages. An *arrival* says that a request's pages arrived, and which first token decode
+continues from, if any. A *promise* says that decode will continue from a request's first token. Step outputs carry both
+one or two steps later, which is too late for a promise, since most prompts take one step. A lost promise counts as no
+promise; the step output makes up for a lost arrival.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOOK_S = 0.001  # interval at which wait() checks `unless`
 _FOLDER = "pdtransport-bell-"
 _LEFT_S = 60.0  # minimum age of a folder without a listener before it is removed as left behind
 _MAX_LEFT = 1000  # folders checked
-_WORDS = "-words"  # suffix of the message socket. Separate, since wakeups alone can fill a queue of only ten datagrams
+_WORDS = "-words"  # suffix of the message socket, which is separate: wakeups can fill a queue of only ten datagrams
 _WORD = struct.Struct("<cH")  # kind and rank, before the request's id
 _PROMISED, _ARRIVED = b"p", b"a"
 _TOKEN = struct.Struct("<q")  # before the id of a request whose pages arrived: its first token, or _NO_TOKEN
@@ -71,15 +71,15 @@ class WakeupReceiver:
         return False
 
     def promises(self) -> set[str]:
-        """Ids of requests whose decode promised to continue from their first token, since the last call."""
+        """Ids of the requests that decode promised, since the last call, to continue from their first token."""
         self._listen()
         promised, self._promised = self._promised, set()
         return promised
 
     def arrivals(self) -> dict[tuple[str, int], int | None]:
-        """Request ids and worker ranks whose pages arrived, since the last call, and the first token to continue from.
+        """Arrivals since the last call: the first token to continue from, by request id and worker rank.
 
-        None: this worker heard of none.
+        The token is None if this worker received none.
         """
         self._listen()
         arrived, self._arrived = self._arrived, {}
@@ -171,7 +171,7 @@ class WakeupSender:
         self._tell(_PROMISED, 0, req_id.encode())
 
     def arrived(self, req_id: str, rank: int, first_token: int | None = None) -> None:
-        """This request's pages are in this rank's memory and verified; ``first_token``: continue from it."""
+        """This request's pages are in this rank's memory and verified; decode continues from ``first_token``."""
         token = _NO_TOKEN if first_token is None else first_token
         self._tell(_ARRIVED, rank, _TOKEN.pack(token) + req_id.encode())
 

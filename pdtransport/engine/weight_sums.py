@@ -1,7 +1,7 @@
 """Checksums over a worker's loaded weights: parameters, buffers, and tensors that kernels packed from them.
 
 They show whether weights changed under a running engine, and whether two workers of the same shard hold the same bytes.
-The page kernels compute them in place: 15 GB/s per CPU core, on a GPU at memory bandwidth.
+The page kernels compute the checksums in place: 15 GB/s per CPU core, memory bandwidth on a GPU.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _look(name: str, module: torch.nn.Module, found: _Found) -> None:
 
 
 def _take(name: str, tensor: Any, found: _Found) -> bool:
-    """Collect one tensor; True if it is empty, so that its content may have moved elsewhere."""
+    """Collect one tensor; True if it is empty, in which case its content may have moved elsewhere."""
     partitions = getattr(tensor, "partitions", None)  # vLLM's SharedWeightParameter
     if isinstance(partitions, Mapping):
         for index, each in partitions.items():
@@ -174,7 +174,7 @@ def _sums_on_gpu(memory: Sequence[torch.Tensor]) -> list[str]:
     try:
         own = GpuPages(int(memory[0].device.index or 0))
     except GpuError as error:  # without cupy
-        logger.info("pdtransport: weights are summed on the host: %s", error)
+        logger.info("pdtransport: checksums of the weights are computed on the host: %s", error)
         return _sums_by_way_of_the_host(memory)
     try:
         return _sums_by_kernel(memory, lambda runs, blocks: own.checksum(runs, blocks, timed=False).wait())

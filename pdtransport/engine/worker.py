@@ -1,5 +1,5 @@
 """The worker's half of an engine's adapter: passes the scheduler's commands to the transport and the pool, and collects
-what became of them.
+the results.
 
 The worker's thread runs the commands; callbacks from the I/O thread and the pool client's threads record what ended.
 """
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REWIND_S = 10.0  # the I/O thread must let go of pages within this, or the engine may not overwrite them
+REWIND_S = 10.0  # the I/O thread must release pages within this time; otherwise the engine must not overwrite them
 CHANGE_S = 10.0  # on a change of weights, links must release the pages of the ended transfers within this time
 
 
 class EngineWorker:
-    """Worker's half, one per tensor-parallel rank. It needs :meth:`open` before the first command.
+    """Worker's half, one per tensor-parallel rank. Call :meth:`open` before the first command.
 
-    A step's commands are run by :meth:`before_forward` and :meth:`after_forward`, around the launch of its forward
-    pass. What ended since is in :meth:`collect`, to be told to the scheduler's half after each step.
+    :meth:`before_forward` and :meth:`after_forward` run a step's commands before and after the launch of its forward
+    pass. After each step :meth:`collect` returns what ended, for the scheduler's half.
 
     Args:
         stats: makes the statistics of one reporting interval.
@@ -70,17 +70,17 @@ class EngineWorker:
         self._offers: dict[str, Offer] = {}
         self._finished: dict[str, Offer] = {}  # offers of finished requests, until decode has their pages
         self._receipts: dict[str, Receipt] = {}
-        self._forward: torch.cuda.Event | None = None  # recorded behind the forward pass just launched
+        self._forward: torch.cuda.Event | None = None  # recorded after the forward pass that was launched last
         self._results = Results(stats, self._forget_adapter)
         self._pool: PoolWorker | None = None
         self._adapters: LoadedAdapters | None = None
         self._adapted: Adapted | None = None
 
     def open(self, transport: Transport, *, ratio: int = 1) -> None:
-        """Hand over by ``transport`` from now on, which :meth:`close` closes.
+        """Use ``transport`` for hand-offs from now on; :meth:`close` closes it.
 
         Args:
-            ratio: pages of the transport's geometry per block of the scheduler, whose ids lie next to one another.
+            ratio: pages of the transport's geometry per scheduler block; the pages of a block have consecutive ids.
         """
         self._transport, self._ratio = transport, ratio
         self._rank = self._results.rank = transport.rank
@@ -94,12 +94,12 @@ class EngineWorker:
         lossy: Lossy | None = None,
         tell_stored: bool = False,
     ) -> None:
-        """Use a pool from now on; after :meth:`open`.
+        """Use a pool from now on; call after :meth:`open`.
 
         Args:
-            parts: ranges of KV heads; each is a chunk of its own in the pool.
-            who: what the engine is, for the pool's lists of clients.
-            lossy: how tiers of the pool may compress its chunks with loss; None: not at all.
+            parts: ranges of KV heads; the pool stores each as a chunk of its own.
+            who: the engine's name in the pool's lists of clients.
+            lossy: how the pool's tiers may compress these chunks with loss; None: not at all.
             tell_stored: report which chunks are in the pool.
 
         Raises:
@@ -124,7 +124,7 @@ class EngineWorker:
         )
 
     def use_adapters(self, adapters: LoadedAdapters, block_size: int) -> None:
-        """Requests may use LoRA adapters.
+        """Allow requests to use LoRA adapters.
 
         Args:
             block_size: tokens per scheduler block.
@@ -137,13 +137,13 @@ class EngineWorker:
         if self._transport is not None:
             try:
                 self._transport.change_fingerprint({"weights": identity}, reason, CHANGE_S)
-            except FutureTimeout as error:  # the requests concerned go on waiting until nothing uses their pages
+            except FutureTimeout as error:  # these requests wait until nothing uses their pages
                 logger.error("pdtransport: %s", error)
         if self._pool is not None:
             self._pool.end_loads()
 
     def end_transfers(self, reason: str) -> None:
-        """End everything that uses KV pages, whose memory is about to be freed.
+        """End everything that uses KV pages: their memory is about to be freed.
 
         Raises:
             TimeoutError: a link or the pool still uses pages after ``CHANGE_S``.
@@ -166,13 +166,13 @@ class EngineWorker:
         """Run the ``before`` commands. Idempotent."""
         self._results.rope.name = commands.bell
         todo, commands.before = commands.before, []
-        # Kernels of earlier steps may still use the pages to be filled, for requests that have ended since.
+        # Kernels of earlier steps may still use the pages to be filled, on behalf of requests that have ended since.
         earlier = self._mark() if any(isinstance(command, (StartReceive, LoadChunks)) for command in todo) else None
         for command in todo:
             self._do(command, earlier)
 
     def launched(self, commands: Commands) -> None:
-        """Record an event behind the forward pass; called before sampling is launched.
+        """Record a CUDA event after the forward pass; called before sampling is launched.
 
         The ``after`` commands themselves run later, in :meth:`after_forward`: the I/O thread would compete for the GIL
         with this thread's launches.
@@ -191,7 +191,7 @@ class EngineWorker:
             self._do(command, computed)
 
     def _mark(self) -> torch.cuda.Event | None:
-        """Record an event behind everything launched on this thread's stream; None if KV is in host memory."""
+        """Record an event after everything launched on this thread's stream; None if KV is in host memory."""
         assert self._transport is not None
         if self._transport.geometry.device == HOST:
             return None
@@ -360,8 +360,8 @@ class EngineWorker:
     def collect(self) -> tuple[set[str], set[str], set[str]]:
         """``(finished sending, finished receiving, failed receiving)`` since the last call.
 
-        The engine may free the pages of what was sent, and run what was received; it computes itself what failed. Each
-        request is reported once. Failed requests are also in ``finished receiving``.
+        The engine may free the pages of sent requests and run received ones; it recomputes failed ones. Each request is
+        reported once. Failed requests are also in ``finished receiving``.
         """
         return self._results.take_ended()
 
