@@ -22,7 +22,7 @@ def register() -> None:
 
 
 def _chosen() -> None:
-    """The connector is configured in this process."""
+    """Called when vLLM loads the connector in this process."""
     from pdtransport.vllm.patches.engine_probe import offer_probe
 
     _watch_loading()

@@ -4,8 +4,8 @@ vLLM's prefix cache knows an adapter by name and path, so after a replacement it
 old content. Workers never hand such blocks over (:mod:`pdtransport.engine.adapted`), so decode would recompute those
 prompts for as long as the old blocks are found. Therefore each content gets its own part of the cache: a generation
 number is part of the block hashes (:mod:`pdtransport.vllm.patches.adapter_generations`). A new generation begins when
-an adapter is replaced in place, comes back under another id, or a worker reports that it loaded another content.
-Generation 0 hashes as vLLM does.
+an adapter is replaced in place, comes back under another id, or a worker reports that it loaded other content. In
+generation 0 the hashes are vLLM's own.
 
 This only saves work; correctness does not depend on it.
 """
@@ -70,7 +70,7 @@ class AdapterRequests:
         return self._contents.get(request.lora_request.lora_int_id) or None
 
     def hear(self, loaded: Mapping[int, str]) -> None:
-        """Take in digests of adapters that workers loaded, by id."""
+        """Record digests of adapters that workers loaded, by id."""
         for number, content in loaded.items():
             before = self._contents.get(number)
             if before not in (None, content) and number in self._names:
@@ -97,7 +97,7 @@ class AdapterRequests:
         return found
 
     def finished(self, req_id: str) -> bool:
-        """Forget the request; True if it has an adapter and was never scheduled, so workers may hold state for it."""
+        """Forget the request; True if it has an adapter and was never scheduled: workers may hold state for it."""
         begun = req_id in self._begun
         self._begun.discard(req_id)
         return self._live.pop(req_id, None) is not None and not begun

@@ -1,8 +1,8 @@
 """The LoRA adapters that a worker has loaded, identified by a digest of their content.
 
-Name, id and path of an adapter don't identify its content: it can be replaced in place, and a worker keeps the old
-content or reloads at moments nobody else sees (first use, eviction, ``load_inplace``). So the digest is computed as
-they are loaded (:mod:`pdtransport.vllm.patches.adapter_digest`).
+An adapter's name, id and path don't identify its content: the files can be replaced in place, and only the worker
+knows when it reloads them (at first use, after an eviction, with ``load_inplace``). So the digest is computed while an
+adapter is loaded (:mod:`pdtransport.vllm.patches.adapter_digest`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Adapters:
             return None
         digest = getattr(model, MARK, "")
         if not digest:
-            raise AdapterUnknown("it was loaded in parts, by experts, or before this connector")
+            raise AdapterUnknown("only this rank's experts of it were loaded, or it was loaded before this connector")
         # vLLM reads this flag only if a server mixes 2D and 3D expert weights, and then interprets tensors differently.
         form = ":3d" if getattr(model, "is_3d_lora_weight", False) else ""
         return f"{digest}{form}{self._applied}"
@@ -78,7 +78,7 @@ class Adapters:
     def load(self, adapter: LoRARequest, used: Collection[int] = ()) -> str | None:
         """Load an adapter, as vLLM does at its first use.
 
-        Not to be called while a step is being prepared, since it may evict another adapter.
+        Must not be called while a step is being prepared, since the load may evict another adapter.
 
         Args:
             used: ids of adapters that running requests use and that must stay loaded.
@@ -117,5 +117,5 @@ class Adapters:
 
     def _look(self) -> Any:
         if self._manager is None:
-            raise AdapterUnknown("this vLLM's adapters can't be looked at")
+            raise AdapterUnknown("the adapters that this vLLM version loads can't be inspected")
         return self._manager

@@ -49,7 +49,8 @@ class CheckpointDigest:
 
     @classmethod
     def begin(cls, config: VllmConfig, wait_s: float) -> CheckpointDigest:
-        """Start the digest of this configuration's checkpoint, unless its files are not here yet; once per checkpoint.
+        """Start the digest of this configuration's checkpoint, unless its files are not on this host yet; once per
+        checkpoint.
 
         Args:
             wait_s: how long to wait for another process that computes the same digest.
@@ -67,7 +68,7 @@ class CheckpointDigest:
         """Wait for the identity; empty if the weights do not come from files on this host.
 
         Raises:
-            SettingsError: files are damaged or changed meanwhile, or the digest took longer than ``wait_s``.
+            SettingsError: files are damaged or changed in the meantime, or the digest took longer than ``wait_s``.
         """
         began = time.monotonic()
         self._start(wait_s)  # a model from the hub may not have been downloaded when the digest began
@@ -79,12 +80,12 @@ class CheckpointDigest:
                     "model_id to name these weights"
                 )
         if self._error is not None:
-            raise SettingsError(f"the weights have no identity: {self._error}") from None
+            raise SettingsError(f"the digest of the weights failed: {self._error}") from None
         if self._thread is not None and not self._stood_still():
-            raise SettingsError("weight files changed while the model was loaded: start again once they stand still")
+            raise SettingsError("weight files changed while the model was loaded: start again when they are final")
         waited = time.monotonic() - began
         if waited > SLOW_S:
-            logger.info("pdtransport: waited %.1f s for the weights' digest, which is remembered from now on", waited)
+            logger.info("pdtransport: waited %.1f s for the weights' digest, which is cached from now on", waited)
         return self._identity
 
     def _stood_still(self) -> bool:
@@ -103,7 +104,7 @@ class CheckpointDigest:
             kind, self._files = weight_files(self._config)
             self._facts = facts_of(self._files)
         except NoFiles as why:
-            logger.info("pdtransport: the weights are known by their parameters as loaded: %s", why)
+            logger.info("pdtransport: the weights are identified by checksums of the loaded parameters: %s", why)
             return
         except Exception as error:  # noqa: BLE001 - told by whoever waits for the result
             self._error = error
@@ -137,8 +138,8 @@ def checkpoint_identity(config: VllmConfig, settings: Settings) -> str:
     identity = CheckpointDigest.begin(config, wait_s).result(wait_s)
     if not identity and not settings.watch_weights:
         raise SettingsError(
-            f"load format {config.load_config.load_format} leaves no weight files to tell these weights by, and "
-            "watch_weights is false: set model_id to name them, or watch_weights: true"
+            f"load format {config.load_config.load_format} leaves no weight files to identify these weights by, and "
+            "watch_weights is false: set model_id to name the weights, or watch_weights: true"
         )
     return identity
 

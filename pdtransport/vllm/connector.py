@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What vLLM passes between the two halves are its own classes; the messages of `engine/` know no vLLM, and are as good.
+# vLLM wants its own metadata class between the two halves. `engine/` must not import vLLM, so Commands is registered.
 KVConnectorMetadata.register(Commands)
 KVConnectorWorkerMetadata.register(WorkerReport)
 
@@ -77,7 +77,7 @@ class PDTransportConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        join_vllm_log()  # loaded through kv_connector_module_path, register() may not have run
+        join_vllm_log()  # register() may not have run if this was loaded through kv_connector_module_path
         refuse_model(vllm_config)
         refuse_caches(kv_cache_config)
         config = self._kv_transfer_config
@@ -101,8 +101,8 @@ class PDTransportConnector(KVConnectorBase_V1):
             if window is not None:
                 logger.warning(
                     "prompts of more than %d tokens are not handed over but computed by decode alone (beyond_window): "
-                    "all layers of this model attend to so many tokens, and vLLM gives the blocks behind them back "
-                    "while a prompt is computed",
+                    "all layers of this model have a sliding window of that size, and vLLM frees the blocks that leave "
+                    "the window while it computes a prompt",
                     window,
                 )
             self._scheduler = SchedulerSide(

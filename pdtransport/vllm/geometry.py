@@ -108,7 +108,7 @@ def _geometry(caches: KVCaches, config: VllmConfig, rank: int, ranks: int) -> KV
     heads_first = heads == 1 or first.stride(1) > first.stride(2)
     for name, cache in caches.items():
         inner = (tokens * content, content, 1) if heads_first else (content, heads * content, 1)
-        # The stride of a dimension of one means nothing.
+        # The stride of a dimension of size 1 is meaningless.
         dense = all(
             size == 1 or stride == wanted
             for size, stride, wanted in zip(cache.shape[1:], cache.stride()[1:], inner, strict=True)
@@ -196,5 +196,5 @@ def _cpu_isa(config: VllmConfig, backend: str) -> str:
     model = config.model_config
     try:
         return str(choose(model.dtype, config.cache_config.block_size, model.get_head_size()))
-    except TypeError:  # its arguments changed; without the ISA, hosts that differ in it are not told apart here
+    except TypeError:  # vLLM changed its arguments: hosts that differ only in the ISA then count as equal here
         return ""

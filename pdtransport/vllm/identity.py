@@ -1,7 +1,7 @@
 """Facts besides weights, tokens and adapters that an engine's KV depends on, read from vLLM's configuration.
 
-Each fact is compared with the peer's and is part of the pool's keys. Left out is what does not change the K and V
-values: paths and names (if the weights have a digest), library versions, parallel sizes that only split the KV,
+Each fact is compared with the peer's and is part of the pool's keys. Whatever does not change the K and V values is
+left out: paths and names (if the weights have a digest), library versions, parallel sizes that only split the KV,
 compilation, CUDA graphs, and kernels that compute the same in another order.
 """
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
 
-# vLLM versions whose KV pages are the same if all facts (attention backend, shape, layout, dtype) are: K and V of a
-# head packed, one view of [blocks, heads, tokens, content] per layer. Any other version counts as its own format.
+# Page format of these vLLM versions: K and V of a head packed, one view of [blocks, heads, tokens, content] per layer.
+# Pages of any two of them are the same if all facts (attention backend, shape, layout, dtype) are. Any other version
+# counts as a format of its own.
 PAGE_FORMAT = "packed-kv-1"
 KNOWN_VERSIONS = ("0.30", "0.31", "0.32")
 
@@ -79,7 +80,7 @@ def model_facts(model: ModelConfig) -> ModelFacts:
 def _defaults(config: Any) -> Mapping[str, Any]:
     try:
         defaults: Mapping[str, Any] = type(config)().to_dict()
-    except Exception:  # noqa: BLE001 - classes of remote code may want arguments; then no field counts as a default
+    except Exception:  # noqa: BLE001 - classes of remote code may need arguments; then no field counts as a default
         return {}
     return defaults
 
@@ -120,7 +121,7 @@ def page_format() -> str:
 def long_rope(model: ModelConfig) -> bool:
     """Whether LongRoPE's long factors are used from the first token on.
 
-    vLLM does so if its maximum model length is beyond the model's original one.
+    vLLM does so if ``max_model_len`` exceeds the model's original maximum length.
     """
     config = model.hf_text_config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -133,9 +134,9 @@ def long_rope(model: ModelConfig) -> bool:
 
 
 def _built_for_long_texts() -> bool | None:
-    """What this process's model decided when it was built; None if it has no such embedding.
+    """Whether this process built its model with the long factors; None if the model has no LongRoPE embedding.
 
-    ``max_model_len`` does not tell: ``--max-model-len -1`` is reduced later, to what fits into the cache.
+    ``max_model_len`` can't answer that: ``--max-model-len -1`` is lowered later to what fits into the cache.
     """
     try:
         from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
@@ -148,8 +149,8 @@ def _built_for_long_texts() -> bool | None:
 def media(model: ModelConfig) -> str:
     """Flags and processor files that change the embedding of images and audio.
 
-    Empty if all have their defaults or the model is not multimodal. Options in a request are covered by the hash of its
-    media.
+    Empty if all have their defaults or the model is not multimodal. The hash of a request's media covers the options in
+    the request.
     """
     config = model.multimodal_config
     if config is None:
@@ -171,8 +172,8 @@ def media(model: ModelConfig) -> str:
 def remote_code(config: VllmConfig) -> str:
     """Digest of the model's remote code; empty if none runs.
 
-    Covers the bytes of the Python files beside the model, and for code of other repositories its names and
-    ``--code-revision``.
+    Covers the bytes of the Python files beside the model. Code of other repositories is covered only by the names in
+    ``auto_map`` and by ``--code-revision``.
     """
     model = config.model_config
     named = getattr(model.hf_config, "auto_map", None)

@@ -1,7 +1,7 @@
 """Forwards pdtransport's log records to vLLM's logger.
 
-vLLM configures only the logger ``vllm``: INFO records of other loggers are lost, and their warnings come without time,
-level and process. Records of ``pdtransport`` therefore use the level, handlers and format of vLLM's logger, however
+vLLM configures only the logger ``vllm``: INFO records of other loggers are lost, and their warnings lack time, level
+and process. Records of ``pdtransport`` therefore use the level, handlers and format of vLLM's logger, however
 these were set (``VLLM_LOGGING_LEVEL``, ``VLLM_LOGGING_CONFIG_PATH``, ``VLLM_CONFIGURE_LOGGING``,
 ``--log-config-file``). If a user configured the logger ``pdtransport``, it is left alone.
 """
@@ -32,7 +32,7 @@ def join_vllm_log() -> None:
         ours.setLevel(logging.DEBUG)  # vLLM's logger filters by its own level
         ours.propagate = False
     # Reading a logging configuration file disables all existing loggers except those that it names and their children.
-    # vLLM's own stay enabled; enable pdtransport's again, too.
+    # vLLM's own stay enabled; pdtransport's must be enabled again.
     for name, logger in logging.Logger.manager.loggerDict.items():
         if name.startswith(OURS) and isinstance(logger, logging.Logger):
             logger.disabled = False

@@ -1,8 +1,8 @@
 """vLLM KV events for the shared pool, so that routers can place prompts by the blocks it holds.
 
 Blocks are named by vLLM's own hashes. An engine publishes ``BlockStored`` for chunks that it stored or found in the
-pool, and ``BlockRemoved`` once the pool reports them gone. If it is not sure that a chunk is there, it publishes
-nothing, or ``BlockRemoved`` if it had published the chunk before.
+pool, and ``BlockRemoved`` once the pool reports them gone. If the engine is not sure that a chunk is still there, it
+publishes nothing, or ``BlockRemoved`` if it has published the chunk before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OWNER = "pdpool"  # `ownership` of the blocks in an event
 MAX_KNOWN = 1 << 18  # published chunks; beyond it the oldest are published as removed
 MAX_STORING = 1 << 14  # chunks being stored
 MAX_GONE = 1 << 16  # remembered keys that the pool dropped lately
-WATCH_S = 1.0  # between attempts to watch a pool that is not reachable
+WATCH_S = 1.0  # between two attempts to watch a pool that is not reachable
 REMOVED_AT_ONCE = 1024  # blocks in one BlockRemoved event
 
 
@@ -31,8 +31,8 @@ REMOVED_AT_ONCE = 1024  # blocks in one BlockRemoved event
 class _Chunk:
     """A chunk to publish.
 
-    ``hashes``: of its blocks. ``keys``: of all its parts. ``since``: value of ``PoolEvents.now`` at which it was known
-    to be in the pool, or its store began; removals up to then don't matter.
+    ``hashes``: hashes of its blocks. ``keys``: keys of all its parts. ``since``: value of ``PoolEvents.now`` when the
+    chunk was known to be in the pool, or when its store began; earlier removals don't matter.
     """
 
     hashes: list[Any]
@@ -74,8 +74,8 @@ class PoolEvents:
     def found(self, request: Request, chunks: Sequence[tuple[bytes, ...]], since: int) -> None:
         """Publish the request's first chunks: the pool held them at ``since``.
 
-        They are published every time: a subscriber may have joined later, or this engine may have published that all
-        its blocks were cleared.
+        They are published again each time they are found: a subscriber may have joined later, or this engine may have
+        published that all its blocks were cleared.
 
         Args:
             chunks: for each chunk, the keys of all its parts.
@@ -96,7 +96,7 @@ class PoolEvents:
             self._storing.popitem(last=False)
 
     def stored(self, reports: Mapping[bytes, int]) -> None:
-        """Take in how many workers have stored their parts of a chunk, by the key of its first part.
+        """Record how many more workers stored their parts of a chunk, by the key of the chunk's first part.
 
         A chunk is published once all workers have stored their parts.
         """

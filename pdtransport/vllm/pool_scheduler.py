@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How long a lookup may stay unanswered after its request gave up on it. Until it ends, other requests do not wait for
-# the pool either, since it does not answer.
+# How long a lookup may stay unanswered after its request stopped waiting for it. Until that lookup ends, no request
+# waits for the pool, since the pool does not answer.
 ANSWER_S = 10.0
 
 
@@ -42,8 +42,8 @@ class _Prompt:
 
     request: Request
     shards: list[list[KeySpace]]  # by rank: key spaces of its parts, with the salt
-    keys: dict[KeySpace, list[bytes]]  # of each whole chunk
-    tokens: int  # of the prompt
+    keys: dict[KeySpace, list[bytes]]  # one key for each whole chunk
+    tokens: int  # number of prompt tokens
     content: str | None  # digest of its adapter, if it has one
     sought: int = 0  # chunks that were looked up
     lookups: Collection[Pending[PrefixFound]] = ()
@@ -91,8 +91,8 @@ class PoolScheduler:
         clock: monotonic seconds.
         ring: wakes the scheduler when a lookup is answered; called from any thread.
         events: publish the pool's chunks in vLLM's KV events.
-        client: for tests.
-        settings: of the engine, for a pool on another host.
+        client: a client of the pool to use instead of a new one, for tests.
+        settings: the engine's, needed for a pool on another host.
         adapters: adapters of the engine's requests; None: LoRA is off.
 
     Raises:
@@ -136,7 +136,7 @@ class PoolScheduler:
 
         Args:
             shards: key spaces of each worker's chunks, by rank.
-            served: the model's names for clients.
+            served: names under which clients ask for the model.
             tokenizer: name of the model's tokenizer.
         """
         if sorted(shards) != list(range(self._ranks)):
@@ -267,9 +267,9 @@ class PoolScheduler:
             self._unhinted.append(prompt.request.request_id)
 
     def hint(self) -> None:
-        """After a step is scheduled: send hints for requests that were looked up and still wait in the queue.
+        """Send hints for requests that were looked up and still wait in the queue; call after a step is scheduled.
 
-        The pool can use that time to bring their chunks from lower tiers into memory.
+        While they wait, the pool can bring their chunks from lower tiers into memory.
         """
         unanswered = []
         for req_id in self._unhinted:
@@ -283,7 +283,7 @@ class PoolScheduler:
         self._unhinted = unanswered
 
     def _bring_up(self, prompt: _Prompt) -> None:
-        """Hint the chunks that the pool holds outside memory and the engine lacks. Best effort."""
+        """Send hints for chunks that the engine lacks and the pool holds outside memory. Best effort."""
         if self._client is None or any(lookup.future.exception() for lookup in prompt.lookups):
             return
         found = [lookup.future.result() for lookup in prompt.lookups]
@@ -404,8 +404,8 @@ class PoolScheduler:
     def _lengthen(self, prompt: _Prompt, computed: int) -> int:
         """Add keys for the output's whole chunks, and return the number of whole chunks that can be stored.
 
-        Only chunks computed before this step whose tokens are all final count: the scheduler's ``computed`` also
-        includes draft tokens and tokens that are still being sampled.
+        A chunk can be stored if it was computed before this step and all its tokens are final: the scheduler's
+        ``computed`` also includes draft tokens and tokens that are still being sampled.
         """
         end, known = min(computed, prompt.request.num_tokens - 1) // self._chunk, prompt.whole
         if end > known:
@@ -415,7 +415,7 @@ class PoolScheduler:
         return end
 
     def stored(self, reports: Mapping[bytes, int]) -> None:
-        """Take in how many workers have stored their parts of a chunk, by the key of the chunk's first part."""
+        """Record how many more workers stored their parts of a chunk, by the key of the chunk's first part."""
         if self._events is not None:
             self._events.stored(reports)
 
@@ -427,7 +427,7 @@ class PoolScheduler:
         return self._events.take()
 
     def kept(self, reports: Mapping[str, int]) -> None:
-        """Take in how many stores of each request no longer read its pages."""
+        """Record how many more stores of each request no longer read its pages."""
         for req_id, count in reports.items():
             of = self._prompts.get(req_id) or self._hand_offs.get(req_id)
             if of is not None:

@@ -53,17 +53,17 @@ def check_use(use: PoolUse, load_failure_policy: str) -> None:
     if use.load and load_failure_policy != "recompute":
         raise SettingsError(
             f"pool.load needs kv_load_failure_policy: recompute in --kv-transfer-config, not {load_failure_policy}: a "
-            "chunk may be gone when it is to be loaded. Set it, or pool.load: false"
+            "chunk may be gone when it is to be loaded. Set that policy, or pool.load: false"
         )
     if use.codec != "none" and lossy_codec(use.codec) is None:
         raise SettingsError(
-            f"pool.codec {use.codec} is no lossy codec that is installed here: none, fp8 and int4 always are; lossless "
-            "ones are set for a tier of the pool (pdpool --disk-codec)"
+            f"pool.codec {use.codec} is no lossy codec that is installed here: none, fp8 and int4 always are; set a "
+            "lossless codec for a tier of the pool instead (pdpool --disk-codec)"
         )
 
 
 def head_parts(geometry: KVGeometry, shards: int) -> list[tuple[int, int]]:
-    """Ranges of KV heads that this worker stores as separate chunks, if the model's heads make ``shards`` parts.
+    """Ranges of KV heads that this worker stores as separate chunks if the model's heads are split into ``shards``.
 
     Raises:
         SettingsError: this worker's heads can't be divided into such parts.
@@ -124,7 +124,7 @@ def introduction(shards: Sequence[Shard], use: PoolUse, served: Sequence[str], t
 def loss_of(described: Described, use: PoolUse) -> Lossy | None:
     """How tiers may compress this worker's chunks with loss; None: not at all.
 
-    In each block, the keys and the values of each head have their own scales. If they lie elsewhere in a page than
+    In each block, the keys and the values of each head have their own scales. If a page's layout differs from what is
     assumed here, the scales fit worse, but nothing else goes wrong.
     """
     geometry = described.geometry
@@ -169,7 +169,7 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
         return f"only full attention in one group of layers can be stored, not {names}"
     speculation = config.speculative_config
     if speculation is not None and speculation.use_eagle():
-        return "a draft model's KV of a chunk depends on the token behind it, which its key does not say"
+        return "a draft model's KV of a chunk depends on the token after the chunk, which the key does not cover"
     parallel = config.parallel_config
     if max(getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")) > 1:
         return "context-parallel shards can't be stored"
@@ -183,9 +183,9 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
         return str(error)
     nbytes = use.chunk_blocks * described.kernel_blocks_per_block * geometry.block_bytes(*parts[0])
     if nbytes > MAX_CHUNK_BYTES:
-        return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, {MAX_CHUNK_BYTES} are possible"
+        return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, above {MAX_CHUNK_BYTES}: lower it"
     if use.address is not None and nbytes > use.staging_bytes:
-        return f"pool.staging_bytes {use.staging_bytes} do not hold a chunk of {nbytes} bytes: set more"
+        return f"pool.staging_bytes {use.staging_bytes} can't hold a chunk of {nbytes} bytes: raise it"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Reads what new requests ask of the connector (``kv_transfer_params``), and enters them where they belong."""
+"""Reads what new requests ask of the connector (``kv_transfer_params``) and registers those to be handed over."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RequestReader:
     """Reads requests for one engine.
 
     Args:
-        queue: where commands for the workers go.
+        queue: commands for the workers are appended here.
         producing: requests that are handed over.
         consuming: requests whose pages come from prefill.
         roles: whether this engine sends KV pages, and whether it receives them.
@@ -61,7 +61,7 @@ class RequestReader:
         return parse(request.kv_transfer_params, producer=self._sends, consumer=self._receives)
 
     def read(self, request: Request) -> None:
-        """Enter the request where it belongs, or say why it is served without a hand-off."""
+        """Register the request for a hand-off, or log why it is served without one."""
         wanted = self.parse(request)
         problem = wanted.problem
         if (wanted.produce or wanted.consume) and _of_embeddings(request):
@@ -80,7 +80,7 @@ class RequestReader:
                 self._window.shorten(request)
         if problem:
             self.complain(request, problem)
-            # A request without a transfer of its own must not decline the one in its body: another request owns that.
+            # A request without a transfer of its own must not decline the one in its body, which another request owns.
             asked = asked_transfer(request.kv_transfer_params)
             declined = "" if without or not asked else transfer or asked
             if declined:
@@ -116,7 +116,7 @@ class RequestReader:
     def go_on(self, request: Request, token: int | None) -> None:
         """Continue from ``token``, or end the request: the client may already have received that token."""
         if token is None or self._first_tokens is None or not self._first_tokens.append(request, token):
-            logger.warning("request %s can't go on from the first token that prefill gave out", request.request_id)
+            logger.warning("request %s can't continue from the first token that prefill returned", request.request_id)
             give_up(request)
 
     def not_handed_over(self, req_id: str) -> dict[str, Any] | None:
@@ -139,9 +139,9 @@ class RequestReader:
 
 
 def _of_embeddings(request: Request) -> bool:
-    """Whether any part of the prompt is embeddings, where its token ids (if any) do not identify the KV.
+    """Whether any part of the prompt is given as embeddings, whose KV token ids do not identify.
 
-    Parts of a chat can be embeddings.
+    Parts of a chat can be embeddings, too.
     """
     embedded = getattr(request, "prompt_embeds", None), getattr(request, "prompt_is_token_ids", None)
     return request.prompt_token_ids is None or any(each is not None for each in embedded)

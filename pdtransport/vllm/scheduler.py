@@ -160,8 +160,8 @@ class SchedulerSide:
         """Start using the pool.
 
         Args:
-            shards: by rank, the chunks of the pool that each worker stores and loads.
-            served: the model's names for clients.
+            shards: key spaces of each worker's chunks, by rank.
+            served: names under which clients ask for the model.
             tokenizer: name of the model's tokenizer.
         """
         self._model_names = served, tokenizer
@@ -184,13 +184,13 @@ class SchedulerSide:
             self._start.forget()
         tainted = self._stale.change()
         if tainted:
-            logger.info("%d requests hold KV of the old weights, and are nobody else's: %s", len(tainted), reason)
+            logger.info("%d requests with KV of old weights are not handed over or stored: %s", len(tainted), reason)
         if self._pool is not None:
             self._pool.restart(shards, *self._model_names)
 
     def _set_apart(self, req_id: str) -> None:
         """Neither hand over nor store this request: it builds on blocks of replaced weights."""
-        self._producing.drop(req_id, report=False, reason="weights: its prefix was computed by others")
+        self._producing.drop(req_id, report=False, reason="weights: its prefix was computed by old ones")
         if self._pool is not None:
             self._pool.set_apart(req_id)
 
@@ -201,7 +201,7 @@ class SchedulerSide:
             # vLLM's stub for a request that its server rejected: a one-token prompt, aborted right after this call.
             params = self._reader.parse(request).consume
             if params is not None:
-                # It also arrives for requests that failed after they had started: their transfer has ended already.
+                # vLLM also sends it for requests that failed after they had started: their transfer has ended already.
                 self._consuming.decline(params, Code.REJECTED, REJECTED)
             return
         if self._adapters is not None:
@@ -253,8 +253,8 @@ class SchedulerSide:
     def update_output(self, output: KVConnectorOutput) -> None:
         """Process the workers' report, and remove from it the requests that resumed ahead of it."""
         stale = self._stale_arrivals.intersection(output.finished_recving or ())
-        # vLLM recomputes these already (see weights_changed). It has read `failed_recving` before this call, so adding
-        # them here informs only the code below.
+        # vLLM already recomputes these requests (see weights_changed). It reads `failed_recving` before this call, so
+        # adding them affects only the code below.
         if stale:
             self._stale_arrivals -= stale
             output.failed_recving = {*(output.failed_recving or ()), *stale}
@@ -276,7 +276,7 @@ class SchedulerSide:
             if self._pool is not None:
                 self._pool.kept(news.kept)
                 self._pool.stored(news.in_pool)
-        for req_id in late:  # resumed from its token already, which an earlier report may have brought again
+        for req_id in late:  # already resumed from its token; an earlier report may have brought the token again
             self._tokens.pop(req_id, None)
         failed = getattr(output, "failed_recving", ())
         for req_id in failed:
@@ -302,7 +302,7 @@ class SchedulerSide:
     def _hear_cached(self, news: WorkerReport) -> None:
         """Record how many tokens prefill had cached.
 
-        Also called before :meth:`update_output`: vLLM calls that too late for the outputs of the same step.
+        Also called before :meth:`update_output`, which vLLM calls too late for the outputs of the same step.
         """
         for req_id, tokens in news.cached.items():
             entry = self._consuming.get(req_id)
@@ -312,7 +312,7 @@ class SchedulerSide:
     # -- each step -----------------------------------------------------------------------------------------------
 
     def _begin(self, step: SchedulerHook) -> None:
-        """Called when a step begins: let requests whose pages arrived resume in this very step."""
+        """Let requests whose pages arrived resume in this very step; called when a step begins."""
         if self._awaited and not self.has_pending_work() and step.idle():
             self._wait()
         arrived = self._bell.arrivals()
@@ -359,8 +359,8 @@ class SchedulerSide:
         """Sleep until a wakeup or a client request comes, instead of letting the engine spin through empty steps.
 
         Called when the engine only waits for transfers or for a lookup in the pool. With asynchronous scheduling the
-        engine reads a step's output one step later, so after a step that computed something, and after a wakeup, the
-        next steps must not sleep.
+        engine reads a step's output one step later. So the steps that follow a wakeup, or a step that computed
+        something, must not sleep.
         """
         if self._look_again:
             self._look_again -= 1

@@ -21,7 +21,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 @dataclass
 class PDTransportStats(TransferStats, KVConnectorStats):
-    """The same statistics, as vLLM passes them on."""
+    """:class:`TransferStats` in the form that vLLM passes on."""
 
 
 class PDTransportPromMetrics(KVConnectorPromMetrics):
@@ -37,20 +37,20 @@ class PDTransportPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._transfers = self._counter_cls(
             name="vllm:pdtransport_transfers",
-            documentation="Transfers that ended, by role and outcome: ok, or why not (cancelled, peer_cancelled: the "
-            "request was aborted here, or over there; rejected: decode's server turned it away; others are failures).",
+            documentation="Transfers that ended, by role and outcome: ok, or why not (cancelled: the request was "
+            "aborted here; peer_cancelled: by the peer; rejected: by decode's server; all others are failures).",
             labelnames=[*labelnames, "role", "outcome"],
         )
         self._bytes = self._counter_cls(
             name="vllm:pdtransport_bytes",
-            documentation="Bytes of KV pages handed over (producer) or taken and verified (consumer), loaded from the "
-            "shared pool and verified (load), or stored there (store).",
+            documentation="Bytes of KV pages handed over (producer) or received and verified (consumer), loaded from "
+            "the shared pool and verified (load), or stored there (store).",
             labelnames=[*labelnames, "role"],
         )
         self._chunks = self._counter_cls(
             name="vllm:pdtransport_pool_chunks",
-            documentation="Chunks of the shared pool, by parts: loaded (hit), not there (miss), stored, there "
-            "when they were to be stored (present), not stored for want of room (skipped), not looked up, loaded or "
+            documentation="Chunks of the shared pool, each part counted: loaded (hit), not in the pool (miss), "
+            "stored, already in the pool (present), not stored for lack of room (skipped), or not looked up, loaded or "
             "stored for another reason (failed).",
             labelnames=[*labelnames, "outcome"],
         )

@@ -24,7 +24,7 @@ MAX_NAMED = 3  # changed tensors named in a log line
 
 
 class ConnectorSide(Protocol):
-    """What is asked of the connector's worker half (:class:`pdtransport.vllm.worker.WorkerSide`)."""
+    """What this module needs of the connector's worker half (:class:`pdtransport.vllm.worker.WorkerSide`)."""
 
     @property
     def checkpoint(self) -> str: ...
@@ -65,19 +65,19 @@ def sum_weights(worker: Any) -> WeightReport:
             checkpoint = ""
         found = loaded_weights(models)
     except Exception as error:  # a model that can't be read must not end its engine
-        logger.exception("pdtransport: the weights can't be summed")
+        logger.exception("pdtransport: the weights' checksum can't be computed")
         found = LoadedWeights({}, [f"{type(error).__name__}: {error}"[:200]])
     before = _last.get(id(worker))
     if before is not None and (names := changed_names(before, found.sums)):
         some = ", ".join(names[:MAX_NAMED])
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        logger.warning("pdtransport: rank %d's weights changed since they were last looked at: %s%s", rank, some, more)
+        logger.warning("pdtransport: rank %d's weights changed since the last check: %s%s", rank, some, more)
     _last[id(worker)] = found.sums
     return WeightReport(rank, found.checksum, checkpoint, found.unseen[0] if found.unseen else "")
 
 
 def _loads_more(model: Any) -> bool:
-    """Whether vLLM also loads files outside the model's checkpoint for it.
+    """Whether vLLM loads more files for this model than those of its checkpoint.
 
     These may be a text model or encoder from another repository (Ultravox), a part from another folder, or files that
     match the model's own pattern.

@@ -1,6 +1,6 @@
 """Worker half of the connector: opens the transport and the pool over vLLM's KV cache.
 
-What it does with commands from then on is :class:`pdtransport.engine.worker.EngineWorker`'s.
+From then on :class:`pdtransport.engine.worker.EngineWorker` runs the scheduler's commands.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# vLLM's threads spin through short waits, and a thread that wants the GIL from a spinning one waits a switch interval
-# each time. The default of 5 ms would be most of a hand-off. On a GPU host the worker runs in the engine's own process,
-# and a hand-off takes the GIL about ten times.
+# vLLM's threads spin through short waits, and a thread that needs the GIL from a spinning one waits a switch interval
+# each time. At the default of 5 ms these waits would be most of a hand-off's time: on a GPU host the worker runs in the
+# engine's own process, and a hand-off takes the GIL about ten times.
 SWITCH_INTERVAL_S = 0.00002
 
 
@@ -60,8 +60,8 @@ class WorkerSide(EngineWorker):
         """
         described = self._described = describe(kv_caches, self._config, self._settings)
         self.checkpoint = checkpoint_identity(self._config, self._settings)
-        # Without weight files, the identity comes from checksums over all workers' weights, before the first request.
-        # Until then the weights match no peer's.
+        # Without weight files, the identity is computed from checksums over all workers' weights before the first
+        # request. Until then the weights match no peer's.
         described.fingerprint["weights"] = self.checkpoint or f"unknown:{secrets.token_hex(16)}"
         shorten_spins(self._settings)
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))

@@ -1,8 +1,8 @@
 """Computes a digest of a LoRA adapter's content as a worker loads it.
 
-The digest is computed from the tensors that vLLM's loader has just read, not from the files, and attached to the object
-that vLLM builds from them: for whatever vLLM holds under an id, the digest is known. The hook is a subclass in the
-place of ``WorkerLoRAManager._lora_model_cls``. The tensors are copied first, because vLLM keeps a view of the
+The digest is computed from the tensors that vLLM's loader has just read, not from the files. It is attached to the
+object that vLLM builds from these tensors, so it is always the digest of what vLLM holds under an id. The hook replaces
+``WorkerLoRAManager._lora_model_cls`` with a subclass. The tensors are copied first, because vLLM keeps a view of the
 memory-mapped file if the adapter has the model's dtype, and that view changes with the file.
 
 The digest does not depend on tensor-parallel size (adapters are split later), name, id or path. It covers the names,

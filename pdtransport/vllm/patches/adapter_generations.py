@@ -1,9 +1,8 @@
-"""Gives each content of a LoRA adapter its own part of vLLM's prefix cache, which goes by name and path.
+"""Gives each content of a LoRA adapter its own part of vLLM's prefix cache, which uses name and path.
 
-A generation number becomes part of the block hashes of requests with an adapter; generation 0 hashes as vLLM does. The
-hook is on ``kv_cache_utils._gen_lora_extra_hash_keys`` and ``EngineCore.add_lora``. It saves work, and correctness does
-not depend on it: without it prompts that find blocks of an adapter's older content are computed on both sides instead
-of handed over.
+A generation number becomes part of the block hashes of requests with an adapter; in generation 0 the hashes are vLLM's
+own. The hook is on ``kv_cache_utils._gen_lora_extra_hash_keys`` and ``EngineCore.add_lora``. It only saves work:
+without it prompts that find blocks of an adapter's older content are computed on both sides instead of handed over.
 """
 
 from __future__ import annotations

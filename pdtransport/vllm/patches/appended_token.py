@@ -1,7 +1,7 @@
-"""Appends a token to the prompt of a vLLM request before it is scheduled, or lets the request end with its next one.
+"""Appends a token to the prompt of a vLLM request before it is scheduled, or makes the request end with its next token.
 
-Decode so goes on from the first token that prefill sampled (:mod:`pdtransport.vllm.first_token`). Without this hook
-decode does not promise to, and samples the first token itself.
+With this hook decode continues from the first token that prefill sampled (:mod:`pdtransport.vllm.first_token`). Without
+it decode makes no such promise and samples the first token itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOST = "pdtransport:first-token-lost"
 
 
 def _check() -> None:
-    """Beside what the requests must have, the changes are tried on one."""
+    """Check what the hook relies on, and try both changes on a request."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.request import Request
@@ -37,10 +37,10 @@ def _check() -> None:
         works = works and lengths == (3, 3, 3, 3) and request.num_output_tokens == 0
         give_up(request)
         works = works and request.max_tokens == 1 and request.prompt_is_token_ids is None and not request.resumable
-    except Exception as error:  # whatever is missing: not a vLLM that this was made for
+    except Exception as error:  # whatever is missing: an unknown vLLM version
         raise Unexpected(f"a request whose prompt is changed fails: {error!r}") from error
     if not works:
-        raise Unexpected("a request does not become what one with the longer prompt is")
+        raise Unexpected("a request with an appended token differs from one made with the longer prompt")
 
 
 PATCH = Patch(
@@ -52,7 +52,7 @@ PATCH = Patch(
 
 
 def give_up(request: Request) -> None:
-    """Let the request end with its next token; its stop reason :data:`LOST` says not to use the response."""
+    """Make the request end with its next token; stop reason :data:`LOST` says that its response must not be used."""
     _limit(request, 1)
     assert request.sampling_params is not None
     request.sampling_params.stop_token_ids = None  # a stop token would overwrite stop_reason

@@ -1,8 +1,8 @@
 """What all hooks into vLLM's own code have in common: a name, a switch, a check at start, and a state that is shown.
 
-A check compares what the hook relies on (parameters, and names that must occur in a function's body) with the vLLM that
-is installed. It knows no version numbers and no hashes: changes that do not concern the hook leave it active. A hook
-whose check fails is off, with one warning that says what is lost; its module says what goes on without it.
+A check compares the installed vLLM with what the hook relies on (parameters, and names that must occur in a function's
+body). It uses neither version numbers nor hashes, so changes that do not concern the hook leave it active. A hook whose
+check fails is off: one warning says what is lost, and the hook's module says what happens without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ACTIVE, OFF, FAILED, UNNEEDED = "active", "off", "failed", "unneeded"
-SHOWN = {ACTIVE: "active", OFF: "off"}  # in the line at start; who failed has a warning of its own
+SHOWN = {ACTIVE: "active", OFF: "off"}  # in the log line at start; each hook that failed has a warning of its own
 
 PATCHES: dict[str, Patch] = {}  # all hooks, by name
 
@@ -38,11 +38,12 @@ class Patch:
 
     Args:
         name: for status and log.
-        check: raises :class:`Unexpected` if vLLM is not as the hook expects, or whatever its missing names raise. It
-            must also pass once the hook is in place, so wrappers are made with ``functools.wraps``.
+        check: raises :class:`Unexpected`, or any error that a missing name causes, if vLLM is not as the hook expects.
+            It must also pass once the hook is in place, so wrappers are made with ``functools.wraps``.
         costs: what is lost without the hook, for the log.
-        setting: path of the setting that switches it off if false; empty: there is none, and the module says why.
-        needs: names of hooks that this one is off without.
+        setting: path of the setting that switches the hook off if false; empty: there is none, for the reason given in
+            the hook's module.
+        needs: names of other hooks; without them this one is off.
         unneeded: why this engine does not need the hook; empty if it does.
     """
 
@@ -69,17 +70,17 @@ class Patch:
             self._check()
         except (Unexpected, ImportError, AttributeError) as error:
             return str(error) or type(error).__name__
-        except Exception as error:  # noqa: BLE001 - another vLLM may fail in any way, which must not end the start
+        except Exception as error:  # noqa: BLE001 - another vLLM may fail in any way; the start must go on
             return f"its check failed: {error!r}"
         return ""
 
     def state(self, settings: Settings | None = None, config: VllmConfig | None = None) -> PatchStatus:
-        """The state in this process or, if the hook's process is another one, what that process must find.
+        """The hook's state in this process; if the hook belongs to another process, the state that it must have there.
 
-        All processes of an engine have the same vLLM, so they come to the same result.
+        All processes of an engine have the same vLLM, so their checks have the same result.
 
         Args:
-            settings: None: not known yet, and the hook's switch is looked at later.
+            settings: None if they are not known yet; the hook's switch is then checked later.
         """
         status = self._noted if self._noted is not None else self._examine(settings, config)
         if status["state"] == ACTIVE:
@@ -101,22 +102,22 @@ class Patch:
         return {"name": self.name, "state": state, "why": why}
 
     def allowed(self, settings: Settings | None = None, config: VllmConfig | None = None) -> bool:
-        """Whether to take hold of vLLM in this process: the hook is switched on, needed, and its check passes."""
+        """Whether to install the hook in this process: it is switched on and needed, and its check passes."""
         self._note(self._examine(settings, config))
         return self.active
 
     @property
     def active(self) -> bool:
-        """Whether :meth:`allowed` said so, and nothing was in the way afterwards."""
+        """Whether :meth:`allowed` returned True and the hook did not :meth:`fail` afterwards."""
         return self._noted is not None and self.state()["state"] == ACTIVE
 
     @property
     def noted(self) -> bool:
-        """Whether this process has a state of this hook of its own."""
+        """Whether this process has determined a state of the hook itself."""
         return self._noted is not None
 
     def fail(self, why: str) -> None:
-        """What the check could not see is not as expected: the hook is off."""
+        """Switch the hook off: something that the check could not see is not as expected."""
         self._note(self._status(FAILED, why))
 
     def _note(self, status: PatchStatus) -> None:
@@ -124,7 +125,7 @@ class Patch:
         if status["state"] == FAILED and status != self._told:
             self._told = status
             logger.warning(
-                "pdtransport: hook %s is off, vLLM is not as expected: %s. Without it: %s",
+                "pdtransport: hook %s is off because vLLM is not as expected: %s. Without the hook: %s",
                 self.name,
                 status["why"],
                 self.costs,
@@ -134,7 +135,7 @@ class Patch:
 def announce() -> None:
     """Log this process's hooks in one line: those that are active, and those that are off by a setting.
 
-    Each is logged once; those that failed their check were logged by then.
+    Each is logged once; those whose check failed have their own warnings.
     """
     lists: dict[str, list[str]] = {state: [] for state in SHOWN}
     for patch in PATCHES.values():
@@ -170,11 +171,11 @@ def expect(
     uses: Collection[str] = (),
     order: Sequence[str] = (),
 ) -> None:
-    """Compare a function of vLLM's with what a hook relies on, behind wrappers made with ``functools.wraps``.
+    """Compare a function of vLLM's with what a hook relies on; looks through wrappers made with ``functools.wraps``.
 
     Args:
         takes: names of its first parameters.
-        accepts: names of parameters at any place; one that takes any keyword has them all.
+        accepts: names of parameters at any position; a function with ``**kwargs`` accepts them all.
         uses: names that its body must read, write or call: of variables, attributes and keyword arguments.
         order: such names whose first occurrences must be in this order.
 
@@ -234,7 +235,7 @@ def expect_fields(kind: type, *names: str) -> None:
     """``kind``, a dataclass or msgspec struct, must have these fields.
 
     Raises:
-        Unexpected: it has not.
+        Unexpected: a field is missing.
     """
     fields: Collection[str] = getattr(kind, "__struct_fields__", ()) or getattr(kind, "__dataclass_fields__", ())
     missing = [name for name in names if name not in fields]

@@ -2,8 +2,8 @@
 
 vLLM counts all tokens from a connector as cached, so a handed-over prompt would always count as fully cached. The right
 number is what prefill found in its caches, the pool included: that is what an undivided server would have found. If the
-router asks prefill first, vLLM's own parameter ``remote_prefill_cached_tokens`` carries it to decode; if it asks both
-at once, prefill's commit does. Without this hook vLLM's own number stands.
+router asks prefill first, vLLM's own parameter ``remote_prefill_cached_tokens`` carries the number to decode; if the
+router asks both at once, prefill's commit does. Without this hook vLLM's own number stands.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CachedUsage:
         """Prefill: cached prompt tokens, as its own response reports them. Call in the request's first step.
 
         Args:
-            computed: tokens that were there before that step.
+            computed: number of tokens computed before that step.
         """
         stats = getattr(request, "prefill_stats", None)
         return computed if stats is None or not self._on else int(stats.num_cached_tokens)
@@ -58,7 +58,7 @@ class CachedUsage:
             stats.num_cached_tokens = min(tokens, stats.num_prompt_tokens)
 
     def nothing_came(self, request: Request) -> None:
-        """Decode: the transfer failed; count only tokens in this engine's own cache: the others are computed here."""
+        """Decode: the transfer failed; count only tokens in this engine's own cache, since it computes the others."""
         stats = getattr(request, "prefill_stats", None)
         if stats is not None and self._on:
             stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, 0)

@@ -1,9 +1,10 @@
 """Calls back when vLLM loads our connector's class, which it does only if the connector is configured.
 
-vLLM does so in the API server first, from which it may fork the other processes: these inherit what is installed then
-(:mod:`engine_probe`, :mod:`model_loading`). The hook is on the loader in ``KVConnectorFactory._registry``. Without it
-the connector is registered all the same; ``GET /pd/engine`` returns 404, and the digest of the checkpoint begins late
-where workers are forked. It is put in place before the settings are known, and has no switch: what it calls has.
+vLLM loads the class in the API server first and may fork the other processes from there; these inherit what is
+installed by then (:mod:`engine_probe`, :mod:`model_loading`). The hook is on the loader in
+``KVConnectorFactory._registry``. Without it the connector is still registered, but ``GET /pd/engine`` returns 404, and
+the digest of the checkpoint begins late where workers are forked. The hook is installed before the settings are known,
+so it has no switch of its own; the hooks that it calls have theirs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def register(name: str, module_path: str, before: Callable[[], None]) -> None:
         try:
             KVConnectorFactory.register_connector(name, module_path, name)
         except ValueError:
-            pass  # it is registered already
+            pass  # already registered
         return
     if name in KVConnectorFactory._registry:
         return

@@ -2,8 +2,8 @@
 
 ``DecodeStream`` decodes all the ids it is primed with when the first token arrives, twice: 13 ms for a prompt of 16,000
 tokens, during which the server forwards no tokens of other requests either. The stream needs the prompt only to
-separate new text from the end of the old one, for which the last tokens suffice. Without this hook the first token of a
-long prompt's answer comes that much later.
+separate new text from the end of the prompt's text, and the last tokens suffice for that. Without this hook the first
+token of an answer to a long prompt comes that much later.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def shorten_priming(settings: Settings) -> bool:
     used.
 
     Returns:
-        False if it is switched off or vLLM is not as expected, and nothing was patched.
+        False if nothing was patched: the hook is switched off, or vLLM is not as expected.
     """
     if not PATCH.allowed(settings):
         return False

@@ -1,8 +1,8 @@
 """Finds the engine that runs a scheduler, from within one of its steps.
 
 vLLM does not tell a connector whether new client requests are queued, or how the engine launches its steps.
-:meth:`EngineLoop.of` finds out from the call stack. If the engine is not as expected, it returns None and steps run as
-in plain vLLM, and an idle one looks after its clients every few milliseconds.
+:meth:`EngineLoop.of` finds out from the call stack. It returns None if the engine is not as expected: steps then run
+as in plain vLLM, and an idle engine looks for client requests every few milliseconds.
 """
 
 from __future__ import annotations

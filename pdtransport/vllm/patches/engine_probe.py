@@ -2,11 +2,10 @@
 
 vLLM's ``/health`` is answered by the HTTP process alone and returns 200 even if the engine core's process is stopped or
 hangs. This path sends a request to the core, which answers between two steps, or at once if idle; it costs no step. The
-router uses it (``pdtransport/router/health.py``). Without this hook the path returns 404, and routers go by
-``/health``.
+router uses it (``pdtransport/router/health.py``). Without this hook the path returns 404, and routers use ``/health``.
 
-The path must be added before vLLM creates its application, when the settings are not known yet. So the switch is looked
-at when somebody asks.
+The path must be added before vLLM creates its application, when the settings are not known yet. So the switch is
+checked when a request for the path comes.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def _check() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     expect(engine_client, takes=["request"], uses=["app", "state", "engine_client"])
-    expect(AsyncLLM.is_paused, takes=["self"], uses=["engine_core"])  # what it asks is answered by the core
+    expect(AsyncLLM.is_paused, takes=["self"], uses=["engine_core"])  # the core answers it
     expect(AsyncLLM.__init__, uses=["vllm_config"])
     if not asyncio.iscoroutinefunction(AsyncLLM.is_paused):
         raise Unexpected("AsyncLLM.is_paused is no coroutine")

@@ -1,8 +1,8 @@
 """Keeps a running request out of the step that begins.
 
-For a request whose first step must be processed before another one is launched: its outcome would be read a step later.
-vLLM has a field for it, ``Request.next_decode_eligible_step``. Without this hook such requests are launched again at
-once.
+Used for requests whose first step must be processed before another step is launched; its result would otherwise be
+read a step later. vLLM has a field for that, ``Request.next_decode_eligible_step``. Without this hook such requests are
+launched again at once.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def can_hold_back(scheduler: Scheduler, request: Request) -> bool:
 
 
 def hold_back(scheduler: Scheduler, request: Request) -> None:
-    """Let the step that begins do without this running request."""
+    """Keep this running request out of the step that begins."""
     request.next_decode_eligible_step = scheduler.current_step + 1

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class PatchStates:
     """The states of all hooks of one engine, as a worker's status shows them.
 
-    Hooks of other processes are shown as this worker finds them, until the scheduler's process says otherwise.
+    For hooks of other processes it is this worker's own finding, until the scheduler's process reports theirs.
     """
 
     def __init__(self, settings: Settings, config: VllmConfig) -> None:
@@ -43,7 +43,7 @@ class PatchStates:
         self._told: dict[str, PatchStatus] = {}
 
     def hear(self, told: list[PatchStatus]) -> None:
-        """Take in states of the scheduler's process."""
+        """Record states that the scheduler's process reported."""
         self._told.update((status["name"], status) for status in told)
 
     def all(self) -> list[PatchStatus]:

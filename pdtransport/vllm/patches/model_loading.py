@@ -1,9 +1,9 @@
-"""Runs in a worker's process before its model is loaded: begins the digest of the checkpoint.
+"""Begins the digest of the checkpoint in a worker's process before the model is loaded.
 
 vLLM creates the connector's worker half only after the model is loaded. Without this hook (on
-``WorkerWrapperBase.init_device``) the digest begins then, and the start waits for it; and weights that CPU kernels pack
-out of sight (:mod:`packed_weights`) are not seen. It is put in place before the settings are known, so its switch is
-looked at when a worker starts.
+``WorkerWrapperBase.init_device``) the digest begins only then, and the start waits for it; besides, the hook
+:mod:`packed_weights` would come too late. This hook is installed before the settings are known, so its switch is
+checked when a worker starts.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def watch_loading() -> None:
 
 
 def report_loading(settings: Settings, config: VllmConfig) -> None:
-    """Note what became of both hooks in this worker, whose model is loaded by now."""
+    """Record the state of both hooks in this worker, once its model is loaded."""
     for patch in (PATCH, packed_weights.PATCH):
         if not patch.noted and patch.allowed(settings, config):
-            patch.fail("nothing of pdtransport was called before the model was loaded")
+            patch.fail("the hook was not called before the model was loaded")
 
 
 def our_settings(config: VllmConfig | None) -> Settings | None:

@@ -1,9 +1,9 @@
-"""Sums weights before vLLM's CPU kernels pack them out of sight.
+"""Computes checksums of weights before vLLM's CPU kernels pack them into memory that Python can't read.
 
-oneDNN keeps its own copy of a layer's weights, which Python can't read, and vLLM drops the original. So each oneDNN
-handle is marked with the checksum of the weights that it is made from (hook on ``vllm._custom_ops.create_onednn_mm``
-and ``create_onednn_scaled_mm``). Without this hook such weights count as unseen (:mod:`weight_watch`): once something
-may have changed them they are nobody's equal, and KV is not exchanged.
+oneDNN keeps its own copy of a layer's weights, and vLLM drops the original. So each oneDNN handle is marked with the
+checksum of the weights that it is made from (hook on ``vllm._custom_ops.create_onednn_mm`` and
+``create_onednn_scaled_mm``). Without this hook such weights count as unseen (:mod:`weight_watch`): once something may
+have changed them, they match no peer's, and KV is not exchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PATCH = Patch(
     "packed_weights",
     _check,
     setting="patches.packed_weights",
-    costs="weights that CPU kernels pack are not taken for equal once something may have changed them",
+    costs="once something may have changed weights that CPU kernels pack, KV is not exchanged",
     unneeded=_unneeded,
 )
 

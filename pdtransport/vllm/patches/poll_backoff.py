@@ -1,8 +1,8 @@
 """Lets vLLM's processes sleep between messages on hosts where they share CPU cores with a model.
 
 A vLLM engine and its workers exchange messages through shared memory, and a reader spins for a second before it sleeps.
-On a GPU host that saves microseconds on cores that are idle anyway. On a CPU host the models need these cores: a decode
-server that only waits for its pages burns a core that prefill could use. Without this hook it does.
+On a GPU host that saves microseconds on cores that are idle anyway. On a CPU host the models need these cores: without
+this hook a decode server that only waits for its pages burns a core that prefill could use.
 """
 
 from __future__ import annotations

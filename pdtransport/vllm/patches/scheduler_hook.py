@@ -2,8 +2,8 @@
 
 In plain vLLM, the worker's report waits until a step was launched and its output read, and the request then waits for
 one more step: two empty steps with a sleep of a millisecond each on an idle engine, up to two model steps on a busy
-one. The workers' wakeup messages (:mod:`pdtransport.engine.wakeups`) arrive earlier. So what vLLM does on the report is
-done when the next step begins, and the report itself is dropped when it comes.
+one. The workers' wakeup messages (:mod:`pdtransport.engine.wakeups`) arrive earlier. So this hook does at the start of
+the next step what vLLM does on the report, and drops the report when it comes.
 
 vLLM has no hook for this; :class:`SchedulerHook` says what is patched. If vLLM is not as expected, requests wait for
 the report. The first step of a resumed request is kept short (:mod:`engine_loop`, :mod:`hold_back`,
@@ -59,7 +59,7 @@ PATCH = Patch(
     "step_ahead",
     _check,
     setting="step_ahead",
-    costs="a request goes on two steps after its pages arrived, not in the next one",
+    costs="a request resumes two steps after its pages arrived, not in the next one",
 )
 
 
@@ -76,7 +76,7 @@ class Arrivals:
         self._reports: set[str] = set()  # requests that resumed and whose report is still to come
 
     def hear(self, told: Collection[tuple[str, int]], awaited: Collection[str]) -> set[str]:
-        """Take in arrivals; return the requests in ``awaited`` whose pages are now on all ranks, each once.
+        """Record arrivals; return the requests in ``awaited`` whose pages are now on all ranks, each once.
 
         Args:
             told: request ids and ranks, from the workers' messages.
@@ -99,7 +99,7 @@ class Arrivals:
         self._reports.update(req_ids)
 
     def reported(self, req_ids: Collection[str]) -> set[str]:
-        """Take in vLLM's report; return the requests in it that have already resumed."""
+        """Process vLLM's report; return the requests in it that have already resumed."""
         for req_id in req_ids:
             self._there.pop(req_id, None)
         late = self._reports.intersection(req_ids)
@@ -130,7 +130,7 @@ class SchedulerHook:
         self._output, self._waiting = KVConnectorOutput, RequestStatus.WAITING_FOR_REMOTE_KVS
         self._loop: EngineLoop | None = None
         self._looked = False
-        self._first: set[str] = set()  # requests kept out of the next step, so that their first one is processed first
+        self._first: set[str] = set()  # requests kept out of the next step: their first step is processed before it
         self._caching: LateCaching | None = None
         engine_loop.PATCH.allowed(settings)
         holding_back.PATCH.allowed(settings)
@@ -201,9 +201,9 @@ class SchedulerHook:
             self._caching.forget()
 
     def _hold_back(self, first: set[str]) -> None:
-        """Keep requests out of this step whose first step must be processed before another one is launched.
+        """Keep requests ``first`` out of this step: their first step must be processed before another one is launched.
 
-        If launches are slow, the first token would wait until the next step is launched.
+        If launches are slow, the first token would otherwise wait until the next step is launched.
         """
         for request in self._scheduler.running if first else ():
             if request.request_id in first and can_hold_back(self._scheduler, request):
@@ -211,7 +211,7 @@ class SchedulerHook:
 
     @property
     def clients_wait(self) -> Callable[[], bool] | None:
-        """A function that says whether client messages are queued for the engine; None if that can't be seen."""
+        """A function that tells whether client messages are queued for the engine; None if there is no way to know."""
         return self._loop.clients_wait if self._loop is not None else None
 
     def _waiting_requests(self) -> list[Any]:

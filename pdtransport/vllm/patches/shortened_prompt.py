@@ -1,7 +1,8 @@
 """Reduces the prompt of a vLLM request to its first token, before it is scheduled.
 
-For a prefill request whose only purpose is a hand-over that is not possible (:mod:`pdtransport.vllm.beyond_window`).
-Without this hook prefill computes the whole prompt, too, and answers the same.
+Used for prefill requests whose only purpose is a hand-over that is not possible
+(:mod:`pdtransport.vllm.beyond_window`). Without this hook prefill, too, computes the whole prompt; decode's answer is
+the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _check() -> None:
-    """Beside what the requests must have, the change is tried on one."""
+    """Check what the hook relies on, and try the change on a request."""
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.request import Request
@@ -28,10 +29,10 @@ def _check() -> None:
         new = NewRequestData.from_request(request, ([],))
         works = request.prompt_token_ids == new.prompt_token_ids == list(request.all_token_ids) == [1]
         works = works and (request.num_tokens, request.num_prompt_tokens, request.num_output_tokens) == (1, 1, 0)
-    except Exception as error:  # whatever is missing: not a vLLM that this was made for
+    except Exception as error:  # whatever is missing: an unknown vLLM version
         raise Unexpected(f"a request whose prompt is changed fails: {error!r}") from error
     if not works:
-        raise Unexpected("a request does not become what one with the shorter prompt is")
+        raise Unexpected("a shortened request differs from one made with the shorter prompt")
 
 
 PATCH = Patch(

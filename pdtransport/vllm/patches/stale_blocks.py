@@ -2,12 +2,12 @@
 
 vLLM keeps both when its weights change. A later prompt would then build on KV of the old weights, and the result would
 be handed over and stored as KV of the new ones. So all blocks are evicted from the prefix cache at the change. A
-request that was computed before it (or that began on blocks of such a request) continues here, as vLLM does by itself,
-but it is neither handed over nor stored, and its blocks are evicted when it ends.
+request with KV of the old weights (computed before the change, or built on blocks of such a request) continues, as in
+plain vLLM, but is neither handed over nor stored, and its blocks are evicted when it ends.
 
 Answers depend on this hook, so it has no switch of its own (``watch_weights: false`` says that weights never change).
-If its scheduler can't recompute such requests, :mod:`weight_watch` refuses the start; if its prefix cache can't be
-emptied, prompts that are found there after a change are neither handed over nor stored.
+If vLLM's scheduler can't be told to recompute requests, :mod:`weight_watch` refuses the start. If vLLM's prefix cache
+can't be emptied, prompts that are found there after a change are neither handed over nor stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOIDED = "failed_recving_kv_req_ids"  # attribute of vLLM's scheduler: requests 
 
 
 def check_recompute() -> None:
-    """Whether vLLM's scheduler can be told to recompute requests whose pages arrived.
+    """Check that vLLM's scheduler can be told to recompute requests whose pages arrived.
 
     Raises:
         Unexpected, ImportError, AttributeError: it can't.
@@ -82,8 +82,8 @@ class StaleBlocks:
     def void_arrivals(self) -> set[str]:
         """Let vLLM recompute the requests whose remote pages have not been used yet, and return them.
 
-        Their pages are still in flight, or arrived and were not reported yet. Once they are reported, vLLM computes
-        these requests from their first token, whatever ``kv_load_failure_policy`` says, since nothing failed. Call
+        Their pages are still in flight, or have arrived and were not reported yet. Once they are reported, vLLM
+        computes these requests from their first token, whatever ``kv_load_failure_policy`` says: nothing failed. Call
         between steps.
         """
         if self._manager is None:
@@ -100,15 +100,15 @@ class StaleBlocks:
                     voided.add(req_id)
         except Exception as error:  # noqa: BLE001 - another vLLM
             logger.error(
-                "pdtransport: requests whose pages came before the weights changed can't be computed anew (%r): their "
-                "answers may be of the old weights",
+                "pdtransport: requests whose pages came before the weights changed can't be recomputed (%r): their "
+                "answers may come from the old weights",
                 error,
             )
             return set()
         return voided
 
     def begins_on(self, req_id: str, computed: int) -> bool:
-        """Whether a request with ``computed`` tokens from the prefix cache may have got KV of old weights."""
+        """Whether a request with ``computed`` tokens from the prefix cache may use KV of old weights."""
         if computed and (self._tainted or self._lasting):
             self._tainted.add(req_id)
             return True

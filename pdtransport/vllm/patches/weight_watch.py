@@ -8,8 +8,8 @@ lookup of the method's name.
 
 Not detected: changes made without the executor, by another thread or process.
 
-Without this hook KV of old weights could be taken for that of new ones. So if its check fails the start is refused; the
-switch ``watch_weights: false`` says that the weights never change.
+Without this hook KV of old weights could be mistaken for KV of new ones. So if its check fails, the start is refused;
+the switch ``watch_weights: false`` says that the weights never change.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class WeightWatch:
             self._look(rpc)
         self._suspect = name
         if name in TAKES_MEMORY:
-            self._each(rpc, take_pages_away, f"weights: {name} takes the memory of KV away")
+            self._each(rpc, take_pages_away, f"weights: {name} frees the memory of the KV cache")
             self._asleep = True
         try:
             return rpc(method, *args, **kwargs)
@@ -152,7 +152,7 @@ class WeightWatch:
         try:
             self._look(rpc)
         except Exception:
-            logger.exception("pdtransport: the weights could not be looked at after %s", self._suspect)
+            logger.exception("pdtransport: the weights could not be checked after %s", self._suspect)
 
     def _look(self, rpc: Callable[..., Any]) -> None:
         """Checksum all workers' weights, and announce a change."""
@@ -165,7 +165,7 @@ class WeightWatch:
         self._identity, self._suspect, self._asleep = identity, "", False
 
     def _tell(self, rpc: Callable[..., Any], identity: str, why: str, first: bool) -> None:
-        reason = f"weights: {why} changed them here" if why else "weights: known by the parameters as loaded"
+        reason = f"weights: {why} changed them here" if why else "weights: identified by the loaded parameters"
         (logger.info if first else logger.warning)("pdtransport: %s; their identity is %s", reason, identity)
         shards = {rank: shard for rank, shard in self._each(rpc, adopt_weights, identity, reason) if shard is not None}
         self._on_change(shards, reason)
@@ -173,9 +173,9 @@ class WeightWatch:
     def _judge(self, reports: Sequence[WeightReport], why: str) -> str:
         """Decide the weights' identity from the workers' reports.
 
-        The first time it is the checkpoint's identity, if there is one; later it stays so while the checksum is the
-        first one and all weights can be read. Otherwise it is ``loaded:`` and the checksum or, if some weights can't be
-        read, a random ``unknown:`` identity that matches no peer.
+        At first this is the checkpoint's identity, if there is one. It stays the checkpoint's while the checksum equals
+        the first one and all weights can be read. Otherwise the identity is ``loaded:`` and the checksum or, if some
+        weights can't be read, a random ``unknown:`` identity that matches no peer.
         """
         checksum = _combined(reports)
         unseen = next((report.unseen for report in reports if report.unseen), "")
@@ -192,7 +192,7 @@ class WeightWatch:
             if self._identity is not None and self._identity.startswith("unknown:") and not why:
                 return self._identity
             logger.warning(
-                "pdtransport: nobody can see whether %s holds the same weights: KV is not exchanged with others%s",
+                "pdtransport: the weights in %s can't be read: KV is not exchanged with other engines%s",
                 unseen,
                 f" after {why}; start again to do so" if why else "; set model_id to name these weights",
             )
@@ -246,8 +246,8 @@ def watch_executor(config: Any, on_change: OnChange) -> WeightWatch:
     except (ImportError, AttributeError, ValueError, Unexpected) as error:
         PATCH.fail(str(error))
         raise SettingsError(
-            f"whether weights change can't be watched in this vLLM ({error}): set watch_weights: false if they never "
-            "change while this engine runs, or use another version"
+            f"changes of weights can't be detected in this vLLM ({error}): set watch_weights: false if they never "
+            "occur while this engine runs, or use another version"
         ) from None
     watch = WeightWatch(config, on_change)
     _watches.add(watch)

@@ -5,8 +5,8 @@ instance and send it requests can provide any KV for any prompt. A request alway
 receive; but depending on ``share_received`` its blocks stay private: they never enter the prefix cache (the hook, on
 ``cache_blocks`` of the cache manager's coordinator), and none of its chunks is stored in the pool.
 
-The switch is ``share_received`` itself: ``all`` needs no hook. Without the hook what it asks for can't be kept, so if
-the check fails, the start is refused.
+The switch is ``share_received`` itself: ``all`` needs no hook. Every other value depends on the hook, so if the check
+fails, the start is refused.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Withheld:
         enter = getattr(coordinator, "cache_blocks", None)
         if not PATCH.active or not callable(enter):
             raise SettingsError(
-                f"share_received: {self._mode} can't be kept with this vLLM, whose prefix cache is another one: use a "
+                f"share_received: {self._mode} can't be kept with this vLLM, whose prefix cache is unknown: use a "
                 "version that pdtransport knows, or share_received: all"
             )
 
