@@ -1,4 +1,4 @@
-"""What transfers need of a control channel: :class:`pdtransport.control.channel.ControlChannel` is one."""
+"""What transfers need of a control channel; :class:`pdtransport.control.channel.ControlChannel` provides it."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class TransferEngine:
     def change_fingerprint(self, facts: Mapping[str, FingerprintValue], reason: str) -> set[str]:
         """Change ``facts`` of the fingerprint: end all transfers as refused and make every peer shake hands again.
 
-        Returns the transfers that still use pages.
+        Returns ids of transfers that still use pages.
         """
         self.cuda_events.run()
         ending = self.producer.cancel_all(Code.REFUSED, reason) | self.consumer.cancel_all(Code.REFUSED, reason)

@@ -16,7 +16,7 @@ from pdtransport.kv.geometry import HOST, Region
 from pdtransport.links.base import Channel, LinkBusy, Runs
 
 ROUNDS = 3  # the best one counts: the first pays for page faults and lane setup
-FIRST_KEY = 1 << 55  # link keys of KV batches count up from 1 and never get here
+FIRST_KEY = 1 << 55  # link keys of probes; those of KV batches count up from 1 and never get this far
 
 
 class Scratch:
@@ -61,7 +61,7 @@ class Asking:
         done: Callable[[float | None, str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``ask(nbytes)`` requests a round. The end is reported by ``done(bytes_per_s, "")`` or ``done(None, why)``."""
+        """``ask(nbytes)`` requests a round; ``done(bytes_per_s, "")`` or ``done(None, why)`` ends the measurement."""
         self._channel = channel
         self._scratch = scratch
         self._nbytes = min(scratch.nbytes, channel.max_batch_bytes)

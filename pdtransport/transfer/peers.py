@@ -1,7 +1,7 @@
 """The peers of one worker, and the link that carries pages to or from each of them.
 
 The receiver of pages chooses the link: it offers its links in order of preference, and the sender confirms or declines
-each. The receiver measures a confirmed link (:mod:`link_setup`) before it takes pages over it.
+each. The receiver measures a confirmed link (:mod:`link_setup`) before it receives pages over that link.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ OnPeer = Callable[["TransferPeer | None", "tuple[Code, str] | None"], None]
 
 MAX_WAITERS = 1 << 14  # transfers that wait for one peer to come up
 MAX_WHY = 400  # characters
-REFUSED_S = 2.0  # no link reached the peer: try its links again after this, the cause may have gone
-ANSWER_S = 5.0  # a sender that has not answered within this counts as unable to use the link
+REFUSED_S = 2.0  # if no link reached a peer, its links are tried again after this time: the cause may be gone
+ANSWER_S = 5.0  # a sender that does not answer within this time counts as unable to use the link
 
 
 class _Words(BaseModel):
@@ -42,7 +42,7 @@ class _Words(BaseModel):
 
     ``op`` of the receiver: ``use`` (can you use this link?), ``probe`` (offer me a scratch batch of ``nbytes``),
     ``probed`` (measurement over). ``op`` of the sender: ``ok`` or ``no`` in answer to ``use``, ``offer`` in answer to
-    ``probe``; ``why`` is set if it can't.
+    ``probe``; ``why`` is set if the answer is negative.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -65,7 +65,7 @@ class TransferPeer:
     inbound: Channel | None = None  # receives pages from the peer
     outbound: Channel | None = None  # sends pages to the peer
     excluded: dict[str, str] = field(default_factory=dict)  # links that failed with this peer -> why
-    offered: Channel | None = None  # chosen by us as the receiver, not confirmed or not measured yet
+    offered: Channel | None = None  # chosen by us as the receiver; not yet confirmed and measured
     answer_by: float = float("inf")
     asking: Asking | None = None  # measures `offered`
     answering: Answering | None = None  # the peer, as the receiver, measures `outbound`
@@ -169,8 +169,8 @@ class Peers:
         if peer is None:
             return
         channels = peer.channels()
-        # Clear these before closing the channels: closing ends a measurement, whose callback checks `offered`. And
-        # transfers that still wait for other peers hold this object: they must see that its channel is gone.
+        # Clear these before closing the channels: closing ends a measurement, whose callback checks `offered`. Besides,
+        # transfers that still wait for other peers hold this object and must see that its channels are gone.
         peer.inbound = peer.outbound = peer.offered = None
         for channel in channels:
             if ended:
@@ -185,7 +185,7 @@ class Peers:
         self._fail_waiters(endpoint, (Code.REFUSED if refused else Code.PEER_LOST, reason))
 
     def link_call(self, peer_id: PeerId, call: LinkCall) -> None:
-        """Handle a link setup message of the peer. Garbage is ignored."""
+        """Handle a link setup message of the peer. Invalid messages are ignored."""
         peer = self._peers.get(peer_id)
         try:
             words = _Words.model_validate(msgpack.unpackb(call.body, raw=False))
@@ -200,8 +200,8 @@ class Peers:
         elif words.op == "probed":
             self._end_answering(peer)
         elif peer.offered is None or peer.offered.link != call.link:
-            return  # about a link that is no longer offered
-        elif words.op == "ok" and peer.asking is None:  # else it is being measured already
+            return  # the message is about a link that is no longer offered
+        elif words.op == "ok" and peer.asking is None:  # otherwise the measurement is already running
             self._measure(peer, peer.offered)
         elif words.op == "no":
             self._exclude(peer, call.link, f"the sender can't use it: {words.why}")
@@ -269,7 +269,7 @@ class Peers:
             self._say(peer, name, "no", self._unavailable.get(name, "it is not in links.order here"))
             return
         existing = next((c for c in (peer.inbound, peer.offered) if c is not None and c.link == name), None)
-        self._end_answering(peer)  # a measurement of the link before this one
+        self._end_answering(peer)  # a measurement of the previous link
         try:
             peer.outbound = existing or link.connect(peer.exports.get(name, b""), peer.host)
         except LinkUnavailable as error:
@@ -301,7 +301,7 @@ class Peers:
         peer.asking.start()
 
     def _open(self, peer: TransferPeer, channel: Channel, rate: float | None, why: str) -> None:
-        """As the receiver: take pages over ``channel`` from now on, or exclude it if it is too slow."""
+        """As the receiver: receive pages over ``channel`` from now on, or exclude its link if it is too slow."""
         peer.asking = None
         floor = self._settings.min_bandwidth_bytes_s
         if floor and (rate is None or rate < floor):
@@ -355,7 +355,7 @@ class Peers:
     ) -> None:
         words = _Words(op=op, why=why[:MAX_WHY], nbytes=nbytes, key=key, offer=offer)
         body = msgpack.packb(words.model_dump(exclude_defaults=True))
-        self._control.send(peer.id, LinkCall(link=link, body=body))  # if it is lost, the wait ends after ANSWER_S
+        self._control.send(peer.id, LinkCall(link=link, body=body))  # if lost, the wait ends after ANSWER_S
 
     def _settle(self, peer: TransferPeer) -> None:
         for endpoint in [e for e, p in self._by_endpoint.items() if p == peer.id]:

@@ -69,7 +69,7 @@ class OutgoingTransfer:
 class ProducerDriver:
     """Runs the transfers that this worker sends. All methods are called in the I/O thread.
 
-    Calls for a transfer are ignored if it is over, or if the given ``owner`` is not its owner.
+    Calls for a transfer are ignored if the transfer is over, or if the given ``owner`` is not its owner.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ class ProducerDriver:
     def prepare(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
         """Plan the batches that :meth:`pages_ready` will send once ``event``, a raw ``cudaEvent_t``, has passed.
 
-        The plans and hints are made now, while the engine waits for its GPU: after the event the engine needs the GIL
-        and the consumer waits for the pages.
+        Plans and hints are made now, while the engine waits for its GPU. After the event the engine needs the GIL, and
+        the consumer waits for the pages.
         """
         source = self._owned(owner, transfer)
         if source is None:
@@ -216,7 +216,7 @@ class ProducerDriver:
             self.run(self.sending.cancel(transfer, Code.CANCELLED, reason))
 
     def _owned(self, owner: object, transfer: str) -> OutgoingTransfer | None:
-        """The transfer, or None if it is over or belongs to another owner (then this owner's offer was refused)."""
+        """The transfer; None if it is over or belongs to another owner (which means that this owner was refused)."""
         source = self._sources.get(transfer)
         return source if source is not None and source.owner is owner else None
 
@@ -249,7 +249,7 @@ class ProducerDriver:
         self.run(self.sending.tick(now))
 
     def end_all(self, code: Code, reason: str) -> None:
-        """Report all transfers as ended with ``code``: the transport closes, and the links are closed already."""
+        """Report all transfers as ended with ``code``; called when the transport closes, after its links."""
         sources, self._sources = self._sources, {}
         for transfer, source in sources.items():
             tell(source.on_end, Outcome(transfer, False, code.value, reason))
@@ -279,9 +279,9 @@ class ProducerDriver:
                 self._end(action)
 
     def push_some(self) -> bool:
-        """Offer up to ``MAX_PUSHES_A_TURN`` queued batches on their links; True if more can be offered at once.
+        """Offer up to ``MAX_PUSHES_A_TURN`` queued batches on their links; True if more can be offered right away.
 
-        A batch that finds no free staging slot stays queued, and does not hold up other peers' batches.
+        A batch that finds no free staging slot stays queued without holding up other peers' batches.
         """
         waiting: list[act.OfferBatch] = []
         busy: set[PeerId] = set()
@@ -317,7 +317,7 @@ class ProducerDriver:
         """
         source, peer = self._sources.get(push.id.transfer), self._peers.get(push.id.peer)
         if source is None or peer is None or peer.outbound is None:
-            raise LinkError("the decode worker agreed on no link")
+            raise LinkError("no link to the decode worker was agreed on")
         pages = source.pages[push.first_block : push.first_block + push.blocks]
         key, self._next_key = self._next_key, self._next_key + 1
         blocks = push.blocks if self._checksums else 0
