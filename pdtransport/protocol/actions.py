@@ -104,7 +104,7 @@ class OfferBatch:
 class WithdrawBatch:
     """Producer: the link may forget this batch: the consumer has received it, or never will.
 
-    If its :class:`OfferBatch` is not answered yet, it needs no answer any more.
+    An :class:`OfferBatch` of this batch that is still unanswered needs no answer any more.
     """
 
     id: BatchId

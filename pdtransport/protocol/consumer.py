@@ -1,7 +1,8 @@
 """The consumer's (decode) side of one grant: a pure state machine. Messages, link results and time in, actions out.
 
-Invariants: a grant is READY only if every batch of the commit is verified and together they cover the grant exactly;
-it is FAILED, and its pages free, only once this side's link, which alone writes them, can't any more.
+Invariants: a grant is READY only if every batch of the commit is verified and the batches together cover the grant
+exactly. A grant is FAILED, and its pages are free, only once this side's link can no longer write them; nothing else
+ever writes them.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class ConsumerMachine:
         return []
 
     def placed(self, seq: int, attempt: int, error: str | None, now: float) -> list[Action]:
-        """The link has placed and verified a batch, or failed with ``error``; ``damaged...`` is retried."""
+        """The link has placed and verified a batch, or failed: if ``error`` begins with "damaged", try again."""
         slot = self._slots.get(seq)
         if self.state not in (ConsumerState.RECEIVING, ConsumerState.VERIFYING):
             return []
@@ -113,7 +114,7 @@ class ConsumerMachine:
         return [Send(self.peer, self._nack(((seq, attempt + 1),), error))]
 
     def fenced(self) -> list[Action]:
-        """This side's link will not write for this grant any more."""
+        """This side's link will no longer write for this grant."""
         if self.state is not ConsumerState.FENCING:
             return []
         self._move(ConsumerState.FAILED)

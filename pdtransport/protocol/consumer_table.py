@@ -137,8 +137,8 @@ class ConsumerTable:
     def decline(self, transfer: TransferId, peer: Peer, code: Code, reason: str) -> list[Action]:
         """Tell ``peer`` that this transfer will not be granted, so that it need not hold the pages.
 
-        Sent once: if the message is lost, the producer's own deadline ends its wait. Ignored for a transfer that is
-        live here or was, since that one's own end tells the producer.
+        Sent once: if the message is lost, the producer's own deadline ends its wait. Ignored for a transfer that is or
+        was live here, since the end of that transfer tells the producer.
         """
         before = self._over.get(transfer)
         if transfer in self._live or (before is not None and peer in before):
@@ -217,9 +217,9 @@ class ConsumerTable:
         return actions
 
     def _run(self, machine: ConsumerMachine, actions: list[Action]) -> list[Action]:
-        """Note what ``machine`` did and return the actions to carry out.
+        """Record what ``machine`` did and return the actions to carry out.
 
-        The Ready and Failed of a part are held back; the transfer's own follows once all its parts have ended.
+        The Ready or Failed of a part is held back; that of the transfer follows once all its parts have ended.
         """
         transfer, peer = machine.grant.transfer, machine.peer
         self._timers.set((transfer, peer), machine.next_deadline())

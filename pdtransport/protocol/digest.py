@@ -23,5 +23,5 @@ def commit_digest(
         for number in batch:
             state.update(number.to_bytes(8, "little"))
     if first_token is not None:
-        state.update(first_token.to_bytes(4, "little"))  # 4 bytes: can't be taken for a batch, which has 32
+        state.update(first_token.to_bytes(4, "little"))  # 4 bytes: can't be mistaken for a batch, which has 32
     return state.digest()

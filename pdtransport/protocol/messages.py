@@ -89,7 +89,7 @@ class Claim(_Scoped):
 class Grant(_Granted):
     """Consumer: you may send me blocks ``first_block .. first_block + blocks``, ``window_bytes`` in flight at most.
 
-    ``prompt_digest`` covers tokens, salt and adapter: prefill aborts the transfer if its own request has another.
+    ``prompt_digest`` covers tokens, salt and adapter: prefill aborts the transfer if its own request's digest differs.
     ``head_lo .. head_hi`` are the KV heads wanted, numbered over all ranks. ``consumers`` is the number of consumer
     workers that will grant to this producer worker. ``first_token`` is a promise: if the commit names the
     first token that prefill sampled, decode continues from it or fails the request, and never samples another one.
@@ -108,8 +108,8 @@ class Grant(_Granted):
 
 
 class Accept(_Granted):
-    """Producer: I have the grant. ``known`` is false until its request has arrived; ``tokens_done`` counts the prompt
-    tokens computed so far."""
+    """Producer: I have the grant. ``known`` is false until the request has arrived here; ``tokens_done`` counts the
+    prompt tokens computed so far."""
 
     kind: Literal["accept"] = "accept"
     known: bool
@@ -151,8 +151,8 @@ class Received(_Granted):
 
 
 class Nack(_Granted):
-    """Consumer: send these ``(seq, attempt)`` again: with attempt 0 a batch whose announcement never came, with the
-    next attempt one whose bytes arrived damaged."""
+    """Consumer: send these ``(seq, attempt)`` again. Attempt 0 asks for a batch whose announcement never came, a higher
+    attempt for a batch whose bytes arrived damaged."""
 
     kind: Literal["nack"] = "nack"
     wants: Annotated[tuple[tuple[Seq, Attempt], ...], Field(min_length=1, max_length=MAX_SEQS)]
@@ -180,7 +180,7 @@ class Ack(_Granted):
 
 
 class Revoke(_Granted):
-    """Consumer: the grant is void, stop. With a generation that was never granted: there will be no grant, release the
+    """Consumer: the grant is void: stop. If this generation was never granted, there will be no grant: release the
     transfer."""
 
     kind: Literal["revoke"] = "revoke"
@@ -265,7 +265,8 @@ class LinkCall(Message):
 
 
 class StatusRequest(Message):
-    """Client: what is your status? ``transfer`` limits the timelines to one transfer. Any client that may connect."""
+    """Client: what is your status? ``transfer`` limits the timelines to one transfer. Any client that can connect may
+    ask."""
 
     kind: Literal["status?"] = "status?"
     transfer: Annotated[str, Field(max_length=128)] = ""
@@ -279,15 +280,15 @@ class StatusReply(Message):
 
 
 class Watch(Message):
-    """Client: report to me how the transfers end that this worker receives. Any client that may connect. The
-    subscription lapses unless the watcher repeats this message: it is its heartbeat."""
+    """Client: report to me the end of each transfer that this worker receives. Any client that can connect
+    may ask. The subscription lapses unless the client repeats this message, which is also its heartbeat."""
 
     kind: Literal["watch"] = "watch"
 
 
 class Watching(Message):
     """Worker: answer to Watch: an :class:`Ended` follows for each transfer that ends from now on. Names the worker;
-    ``incarnation`` tells two runs of it apart, but is not the secret one of its Hello."""
+    ``incarnation`` tells two runs of the worker apart, but is not the secret incarnation in its Hello."""
 
     kind: Literal["watching"] = "watching"
     engine: Annotated[str, Field(min_length=1, max_length=256)]
@@ -298,8 +299,8 @@ class Watching(Message):
 
 class Ended(_Scoped):
     """Worker: tells its watchers that this transfer has ended here. Without ``code`` it succeeded: ``blocks`` blocks
-    were received and verified (0 if the consumer held all of them already). Microseconds until the last page was
-    verified: ``exposed_us`` since the commit, ``taken_us`` since the first batch."""
+    were received and verified (0 if the consumer already held all of them). ``exposed_us`` and ``taken_us``: time until
+    the last page was verified, in microseconds, since the commit and since the first batch."""
 
     kind: Literal["ended"] = "ended"
     code: Code | None = None
@@ -355,7 +356,7 @@ def decode(frame: bytes, *, flat: bool = False) -> Message:
 
     Args:
         flat: the sender is a stranger: refuse what no stranger's message contains (lists, more than ``MAX_MAPS``
-            maps), before it is built, however long the frame is.
+            maps) before building it, however long the frame is.
 
     Raises:
         WireError: not msgpack, not a message, another protocol version, or a field out of bounds.

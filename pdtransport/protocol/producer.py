@@ -96,7 +96,7 @@ class ProducerMachine:
         return self._advance(now)
 
     def finish(self, first_token: int | None, now: float) -> list[Action]:
-        """The engine has finished the request. Sends the commit, if it waited for the first token."""
+        """The engine has finished the request. Sends the commit if the commit waited for the first token."""
         self._finished = True
         if self.grant.first_token:
             self._first_token = first_token

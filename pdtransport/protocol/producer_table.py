@@ -314,13 +314,13 @@ class ProducerTable:
         if grant.prompt_digest != request.prompt_digest:
             if grant.prompt_digest[:16] == request.prompt_digest[:16]:  # see kv.keys.with_adapter
                 if request.adapter:
-                    return f"prefill's {request.adapter} has not the content of decode's adapter, or decode has none"
+                    return f"prefill's {request.adapter} differs in content from decode's adapter, or decode has none"
                 return "prefill computes without an adapter, decode with one"
             return "prefill and decode have different prompts under this transfer id"
         if grant.first_block + grant.blocks != request.blocks:
             return f"decode granted up to block {grant.first_block + grant.blocks}, the prompt has {request.blocks}"
         if request.consumers not in (None, grant.consumers):
-            return f"one decode worker speaks of {request.consumers} consumers, another of {grant.consumers}"
+            return f"one decode worker states {request.consumers} consumers, another states {grant.consumers}"
         try:
             self._block_bytes(grant.head_lo, grant.head_hi)
         except ValueError as error:
@@ -332,7 +332,7 @@ class ProducerTable:
     ) -> list[Action]:
         """Handle a Revoke of a grant that is not being served.
 
-        The grant itself may arrive after its Revoke: it is not served then.
+        The grant may still arrive, after its Revoke; it must not be served then.
         """
         key = (message.transfer, peer)
         early = self._early.get(key)
@@ -396,7 +396,7 @@ class ProducerTable:
 
     @staticmethod
     def _outcome(request: _Request) -> tuple[Code | None, str]:
-        """Code and reason of the transfer's end, None if delivered: a cancel after the last ack does not count."""
+        """Code and reason of the transfer's end; no code if delivered: a cancel after the last ack does not count."""
         for machine in request.grants.values():
             if machine.state is not ProducerState.DONE:
                 return machine.code or Code.CANCELLED, machine.reason
@@ -412,7 +412,7 @@ class ProducerTable:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _is_foreign(self, peer: Peer, transfer: TransferId) -> bool:
-        """Whether all consumers of the transfer have granted and ``peer`` is none of them.
+        """Whether all consumers of the transfer have granted and ``peer`` is not one of them.
 
         Until all have granted, any peer that knows the id may be a consumer whose grant is in flight or was lost.
         """

@@ -17,7 +17,7 @@ class ConsumerState(str, Enum):
     RECEIVING = "receiving"  # batches are arriving
     VERIFYING = "verifying"  # committed; the last batches are being placed and verified
     READY = "ready"  # every page is here and verified: the pages belong to the engine
-    FENCING = "fencing"  # given up; waiting until this side's link writes the pages no more
+    FENCING = "fencing"  # given up; waiting until this side's link can no longer write the pages
     FAILED = "failed"  # given up; the pages are free
 
 
