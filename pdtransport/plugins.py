@@ -17,7 +17,7 @@ def load(point: EntryPoint, what: str) -> Any:
     """Load an entry point's object; ``what`` begins the text of an error.
 
     Raises:
-        SettingsError: it can't be loaded.
+        SettingsError: the object can't be loaded.
     """
     try:
         return point.load()
@@ -32,7 +32,7 @@ def make(what: str, group: str, name: str, *arguments: Any) -> Any:
         what: kind of object that it creates, for the text of an error.
 
     Raises:
-        SettingsError: no entry point has this name, it can't be loaded, or it refuses the arguments.
+        SettingsError: no entry point has this name, its object can't be loaded, or the object refuses the arguments.
     """
     points = installed(group)
     if name not in points:

@@ -46,7 +46,7 @@ LET_GO_POLL_S = 0.002  # poll interval while ended transfers still use pages
 class Handle:
     """A transfer in flight. ``await handle`` or ``handle.result(timeout)`` returns its :class:`Outcome`.
 
-    Giving up the wait does not end the transfer.
+    A wait that times out or is cancelled does not end the transfer.
 
     Attributes:
         blocks: number of blocks of the whole prompt.
@@ -120,8 +120,8 @@ class Offer(Handle):
 
         Args:
             pages: ``pages[i]`` is the page of block i.
-            after: on a GPU, an event (torch's or cupy's) recorded behind the kernels that compute the pages. They are
-                final once it has passed; later calls on this offer wait for it too.
+            after: on a GPU, an event (torch's or cupy's) recorded after the kernels that compute the pages. The pages
+                are final once the event has passed; later calls on this offer wait for it too.
 
         Raises:
             InvalidCall: more tokens or pages than the prompt has, or a page that the geometry does not have.
@@ -158,14 +158,14 @@ class Offer(Handle):
         self._transport._ask(taken_back, timeout_s)
 
     def finish(self, first_token: int | None = None) -> None:
-        """The engine has finished the request. Its pages must stay until this transfer ends.
+        """The engine has finished the request. Its pages must stay in place until this transfer ends.
 
         ``first_token`` is the token that prefill sampled, for a decode that promised to continue from it.
         """
         self._in_turn(None, lambda transfer_engine: transfer_engine.producer.finish(self, self.transfer, first_token))
 
     def let_go(self, reason: str) -> None:
-        """Give up, unless decode has granted already. For a prompt that decode can get elsewhere, such as the pool."""
+        """Give up unless decode has granted already; meant for a prompt that decode can also get from the pool."""
         self._in_turn(None, lambda transfer_engine: transfer_engine.producer.let_go(self, self.transfer, reason))
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
@@ -179,7 +179,7 @@ class Offer(Handle):
 
 
 class Receipt(Handle):
-    """Pages of one request that other workers prefill. The pages must not be used until this has ended."""
+    """Pages of one request that other workers prefill. The pages must not be used until the transfer has ended."""
 
     def cancel(self, reason: str = "cancelled", code: Code = Code.CANCELLED) -> None:
         """Give up; the outcome arrives once nothing writes the pages any more."""
@@ -193,8 +193,8 @@ class Transport:
 
     Args:
         geometry: where this worker's KV is. Its memory must stay valid until :meth:`close` (a geometry from
-            :meth:`KVGeometry.of_array` keeps it valid), and must not be written while this opens: the `shm` link
-            turns it into shared memory in place.
+            :meth:`KVGeometry.of_array` keeps it valid). It must not be written while the transport opens: the `shm`
+            link turns it into shared memory in place.
         settings: see :mod:`pdtransport.settings`.
         engine: name of the instance; its workers share it and differ in ``rank`` of ``world``.
         fingerprint: facts besides the geometry that must be equal on both ends (model, dtype, backend, ...).
@@ -316,14 +316,14 @@ class Transport:
 
         Args:
             prompt_digest: as in :meth:`offer`.
-            pages: pages to fill, in order of the blocks. Empty: decode holds everything already, and prefill need not
-                keep its pages.
+            pages: pages to fill, in order of the blocks. Empty if decode already holds everything; prefill then need
+                not keep its pages.
             host: host of the prefill workers, which listen at ``port``, ``port + 1``, ...
             ranks: number of the prefill workers.
             first_token: promise to continue from the outcome's first token, if it has one, and from no other.
             on_end: called in the I/O thread with the outcome. Must not block.
-            after: on a GPU, an event recorded behind kernels that still use the pages for their former owner. Nothing
-                is written before it has passed.
+            after: on a GPU, an event recorded after the kernels that still use the pages for another request. Nothing
+                is written before the event has passed.
 
         Raises:
             InvalidCall: more pages than the prompt has, a page that the geometry does not have, or another invalid
@@ -346,7 +346,7 @@ class Transport:
     def decline(self, transfer: str, code: Code, reason: str, *, host: str = "", port: int = 0, ranks: int = 1) -> None:
         """``transfer`` will not be received here: notify watchers and, with ``host``, prefill.
 
-        Prefill then need not keep its pages. Best effort; ignored for a transfer that is being received or was.
+        Prefill then need not keep its pages. Best effort; ignored for a transfer that is or was being received.
         """
         self._call(lambda transfer_engine: transfer_engine.consumer.decline(transfer, code, reason, host, port, ranks))
 
@@ -362,15 +362,15 @@ class Transport:
         return self._reactor.ask(lambda: self._engine.status(transfer), timeout_s)
 
     def show_patches(self, patches: Sequence[PatchStatus]) -> None:
-        """Show these hooks into the engine's code in the status from now on. For adapters of engines."""
+        """Show these hooks into the engine's code in the status from now on. Used by engines' adapters."""
         self._engine.patches = list(patches)
 
     def change_fingerprint(self, facts: dict[str, FingerprintValue], reason: str, timeout_s: float) -> None:
         """Change ``facts`` of the fingerprint, for example after a reload of the model's weights.
 
         Transfers in flight end as refused, with ``reason``, and every peer must shake hands again under the new facts.
-        Once this returns, nothing uses the pages of those transfers. With empty ``facts``, this only takes the pages
-        away from transfers.
+        Once this returns, nothing uses the pages of those transfers. With empty ``facts``, this only ends the
+        transfers in flight.
 
         Raises:
             SettingsError: a fact does not fit into a Hello.
