@@ -120,81 +120,87 @@ FREE = """# Faults
 Written by `{commands}` on {date} ({machine}); change the rig, not this page.
 
 {runs} runs over the links {links}: real processes (one or two prefill workers, one decode worker), real sockets and
-links, {ends} transfers. In {struck} of them the fault took effect; **{failed} broke a promise**. A run fails if
-a transfer that was reported ok has other bytes than its prompt's, a byte is written that nobody granted, a transfer has
-not ended by its deadlines, an error is raised in an I/O thread, a page, slot, ticket, descriptor or thread is not given
-back, the counters do not add up, or transfers do not go through again afterwards.
+links, {ends} transfers. In {struck} runs the fault took effect; **{failed} broke a promise**. A run fails if a transfer
+reported as ok delivered other bytes than its prompt's, a byte was written that nobody granted, a transfer did not end
+by its deadlines, an error was raised in an I/O thread, a page, slot, ticket, descriptor or thread was not released, the
+counters do not add up, or transfers do not succeed again afterwards.
 
-**When a process dies** (median / p99): a survivor is told, and its transfers with the dead end, {told} after the
-death, or after it asked for one where that came later (then it takes `control.connect_s`, 2 s; the next table has
-those that were in touch). A survivor's transfers, those that go well included, end {beyond} after the moment at which
-the engines had said all about them (a healthy one ends within 0.2 s of that; worst of {beyonds}: {worst}). Pages that
-nobody had asked for when decode died are kept for `deadlines.hold_s`, 3 s here: {held}. No request waits for these.
+**When a process dies** (median / p99): survivors are told, and their transfers with the dead process end, {told} after
+the death. If a survivor asks for a transfer only after the death, its time counts from then and is `control.connect_s`,
+2 s; the next table has only survivors that were connected. All transfers of a survivor, successful ones included, end
+{beyond} after the engines' last call for them (a healthy transfer ends within 0.2 s of that call; worst of {beyonds}:
+{worst}). Pages that nobody had asked for when decode died are kept for `deadlines.hold_s`, 3 s here: {held}. No request
+waits for these pages.
 
-**When the weights of an engine change** (a reload, an update, waking with others) transfers of the old ones end as
-`refused`, on both sides, for a reason that names the weights; decode recomputes or fails by its policy. A request that
-asked in that very moment may end as `peer_lost` instead. What decode has received and not begun fails likewise; what it
-computes already goes on. See [security.md](security.md#whose-weights-kv-is-of).
+**When the weights of an engine change** (by a reload, an update, or waking up with other weights), transfers of KV of
+the old weights end as `refused` on both sides, with a reason that names the weights; decode recomputes the prompt or
+fails the request, by its policy. A transfer that is requested at that very moment may end as `peer_lost` instead. Pages
+that decode has received but not used yet count as failed, too; requests that decode is already computing continue. See
+[security.md](security.md#whose-weights-kv-is-of).
 
-**When the pool ends under `pdlaunch`** no request fails: 30 of 30 beside a SIGKILL were answered by real vLLM servers
-(1P1D, 5 clients at once), its 256 MiB were given back within 0.3 s, and the servers found the next pool by themselves.
-See [pdlaunch.md](pdlaunch.md#what-up-does).
+**When the pool is killed under `pdlaunch`**, no request fails: real vLLM servers (1P1D, 5 clients at once) answered 30
+of 30 requests around a SIGKILL of the pool, its 256 MiB were freed within 0.3 s, and the servers found the next pool by
+themselves. See [pdlaunch.md](pdlaunch.md#what-up-does).
 """
-STEPS_HEAD = """## A process dies, or stands still, at a step of the protocol
+STEPS_HEAD = """## A process dies or is stopped at a step of the protocol
 
-The process strikes itself (SIGKILL, SIGSTOP) at exactly that step, in the middle of a transfer of five batches. A cell
-says how the handles ended that the surviving and the stopped workers held (`ok`, or the outcome's code), how long
-after the death a survivor was told and its transfer ended (*told after*: median / p99), how long it kept pages that
-nobody had asked for (*kept for*: `deadlines.hold_s`), and when a transfer went through again, the restart of what died
-included (*again after*; the rig begins to try once all of the run's handles have ended, kept ones too).
+The process sends itself SIGKILL or SIGSTOP at exactly that step, in the middle of a transfer of five batches. A cell
+says how the handles of the surviving and the stopped workers ended (`ok`, or the outcome's code), followed by times
+(median / p99). *told after*: from the death until a survivor was told and its transfer ended. *kept for*: how long a
+survivor kept pages that nobody had asked for (`deadlines.hold_s`). *again after*: until a transfer succeeded again,
+including the restart of what died; the rig begins to try once all of the run's handles have ended, kept ones too.
 """
 REST_HEAD = """## Messages, batches and processes
 
-One fault a run, unless it says otherwise, on two to five transfers at once; many strike only some of them, or none
-(*struck*: runs in which the fault took effect). *took*: from the last word that the engines said about a transfer until
-decode's handle ended; *again after*: until a transfer went through once the fault was over, or from a process' death
-(median / p99 each). Deadlines are shortened here (`tests/faults/plan.py`); heartbeats and liveness are the defaults.
+Each run has one fault, unless its row says otherwise, and two to five transfers at once. Many faults strike only some
+of the transfers, or none (*struck*: runs in which the fault took effect). *took*: from the engines' last call for a
+transfer until decode's handle ended. *again after*: from the end of the fault, or from a process's death, until a
+transfer succeeded (median / p99 each). Deadlines are shortened here (`tests/faults/plan.py`); heartbeats and liveness
+are the defaults.
 """
 VLLM_TITLE = "## Real vLLM\n"
 VLLM = f"""{VLLM_TITLE}
 Written by `{{commands}}` on {{date}} ({{machine}}).
 
-{{runs}} runs, {{ends}} requests: vLLM servers with `tiny-lm` (two that prefill, two that decode) behind `pdrouter`. A
-run is a round of two to seven requests, streamed or not, three of five through the router and the others straight to
-two servers, while one thing goes wrong; or, where it says so, one request. In {{struck}} the fault took effect;
-**{{failed}} broke a promise**. A run fails if status 200 comes with other tokens than a plain server's, a request has
-not ended by its deadline, the router (unless it is killed itself) breaks a stream off without an error event, no
-request is answered afterwards, or one fails without a fault. Every 25 rounds and in the end: all blocks free, no
-transfer, descriptors, threads and memory of workers and router as at the start; servers that died, started again, are
-used again, while nobody else was started; no stack trace in a log; no process left; the counters of servers none of
-which died agree with each other. After each round that strikes the router: all blocks and transfers of all servers
-free, and these the same processes as before. Now and then vLLM loses the word that wakes an idle process of its own
-and looks again after 5 s, with or without a KV connector; the rig shortens that, so as to measure the faults.
+{{runs}} runs, {{ends}} requests: vLLM servers with `tiny-lm` (two for prefill, two for decode) behind `pdrouter`. A run
+is a round of two to seven requests (or one, where the row says so), streamed or not, during which one thing goes wrong.
+Three requests in five go through the router, the others straight to two servers. In {{struck}} runs the fault took
+effect; **{{failed}} broke a promise**.
 
-**When a server dies** (median / p99): requests that were under way through the router had ended {{told}} after the
-death, which bounds what a death adds to any of them: without it, it would have gone on past that moment. For
-{{beyonds}} of them the same requests were sent right before, at the same moments, with nobody dying: these took
-{{healthy}}, and with the death {{beyond}} longer; worst {{worst}}.
+A run fails if a response with status 200 has other tokens than a plain server's, a request has not ended by its
+deadline, the router (unless it is killed itself) breaks a stream off without an error event, no request is answered
+afterwards, or a request fails without a fault. Every 25 rounds and at the end, the rig checks that all blocks are free
+and no transfer is left; that descriptors, threads and memory of workers and router are as at the start; that servers
+that died were started again and are used again, and that no other server was restarted; that no log has a stack trace
+and no process is left; and that the counters of servers agree with each other if none of them died. After each round
+that strikes the router, it checks that all blocks and transfers of all servers are free, and that the servers are the
+same processes as before. Now and then vLLM, with or without a KV connector, loses a notification that wakes an idle
+process of its own, which then looks again after 5 s; the rig shortens that time, so as to measure only the faults.
 
-*transfers ended*: `ok` (disaggregated), `ok from decode alone` (the end of the router's ladder), `left` (the client),
-or the error. *took*: the whole request. *again after*: until a new request was answered once the fault was over, or
-from a process' death.
+**When a server dies** (median / p99): requests that were in flight through the router ended {{told}} after the death. A
+death adds no more than that to any of them, since without it they would also have run past that moment. {{beyonds}} of
+them were also sent right before, at the same moments, without a death: they took {{healthy}} then, and {{beyond}}
+longer with the death; worst {{worst}}.
+
+*transfers ended*: `ok` (disaggregated), `ok from decode alone` (the router's last fallback), `left` (the client left),
+or the error. *took*: the whole request. *again after*: from the end of the fault, or from a process's death, until a
+new request was answered.
 """
 POOL_TITLE = "## The shared pool\n"
 POOL = f"""{POOL_TITLE}
 Written by `{{commands}}` on {{date}} ({{machine}}).
 
 {{runs}} runs: one pool (`pdtransport.pool.server.service`, as `pdpool` runs it) and two clients (`PoolClient`, as an
-engine's worker uses it), each in a process of its own, {{ends}} chunks asked to be stored or loaded. In {{struck}} of
-them the fault took effect; **{{failed}} broke a promise**. A run fails if what a load calls READ is not what was
-stored, byte for byte, or a byte is written beside it; a call has not ended by its deadline; a chunk that was reported
-stored is lost although the pool lived and nothing was damaged; a chunk can't be stored and loaded again within 10 s;
-the pool keeps a byte, chunk, reference, request, client, file or descriptor once all is dropped, or a pin beyond its
-time; the counters do not add up (each chunk asked for, each client that died); or an error is raised in a thread.
+engine's worker uses it), each in its own process, and {{ends}} chunks to store or load. In {{struck}} runs the fault
+took effect; **{{failed}} broke a promise**. A run fails if bytes that a load reports as READ differ from those stored,
+or a byte beside them is written; a call has not ended by its deadline; a chunk that was reported as stored is lost
+although the pool lived and nothing was damaged; a chunk can't be stored and loaded again within 10 s; the pool keeps a
+byte, chunk, reference, request, client, file or descriptor after everything is dropped, or a pin beyond its time; the
+counters do not add up (each chunk asked for, each client that died); or an error is raised in a thread.
 
-*mid-store*, *mid-load*: in the middle of a copy, some of its bytes written. *transfers ended*: verdicts, a chunk each
-([pool.md](pool.md#verdicts)). *took*: a call; deadlines are 0.5 to 3 s. *again after*: until both clients stored and
-loaded again, from the moment at which the fault began (median / p99).
+*mid-store*, *mid-load*: in the middle of a copy, with some of its bytes written. *transfers ended*: one verdict per
+chunk ([pool.md](pool.md#verdicts)). *took*: one call; deadlines are 0.5 to 3 s. *again after*: from the beginning of
+the fault until both clients stored and loaded again (median / p99).
 """
 FIFTY_TITLE = "## Fifty requests under way\n"  # written by hand, from tests.soak.kills
 TITLES = {"engine-free": "# Faults\n", "vllm": VLLM_TITLE, "pool": POOL_TITLE, "fifty": FIFTY_TITLE}
