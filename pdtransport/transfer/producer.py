@@ -62,7 +62,7 @@ class OutgoingTransfer:
     on_promise: OnPromise | None = None  # None once called
     nbytes: int = 0
     final: int = 0  # leading blocks that are final
-    foreseen: int = 0  # leading blocks that prepare() has seen
+    foreseen: int = 0  # leading blocks that prepare() has planned
     prepared: dict[tuple[PeerId, int, int], _PreparedBatch] = field(default_factory=dict)  # peer, first block, blocks
 
 
@@ -216,7 +216,7 @@ class ProducerDriver:
             self.run(self.sending.cancel(transfer, Code.CANCELLED, reason))
 
     def _owned(self, owner: object, transfer: str) -> OutgoingTransfer | None:
-        """The transfer; None if it is over or belongs to another owner (which means that this owner was refused)."""
+        """The transfer; None if it is over, or belongs to another owner because this owner's offer was refused."""
         source = self._sources.get(transfer)
         return source if source is not None and source.owner is owner else None
 

@@ -85,7 +85,7 @@ def refuse_caches(caches: KVCacheConfig) -> None:
 def window_of(caches: KVCacheConfig) -> int | None:
     """Number of tokens of the longest prompt that can be handed over; None: any.
 
-    If all layers use a sliding window, vLLM frees the blocks behind it while the prompt is still being computed, so the
+    If all layers use a sliding window, vLLM frees blocks that leave it while the prompt is still being computed, so the
     KV of a longer prompt is never complete.
     """
     sizes = [

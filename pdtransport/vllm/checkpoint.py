@@ -106,7 +106,7 @@ class CheckpointDigest:
         except NoFiles as why:
             logger.info("pdtransport: the weights are identified by checksums of the loaded parameters: %s", why)
             return
-        except Exception as error:  # noqa: BLE001 - told by whoever waits for the result
+        except Exception as error:  # noqa: BLE001 - raised again in result()
             self._error = error
             return
         self._thread = threading.Thread(target=self._compute, args=(kind,), name="pdtransport-weights", daemon=True)
@@ -122,7 +122,7 @@ class CheckpointDigest:
         compute = partial(digest, self._files, cancelled=lambda: not main.is_alive())
         try:
             self._identity = DigestCache().identity(kind, self._files, compute, self._wait_s)
-        except Exception as error:  # noqa: BLE001 - told by whoever waits for the result
+        except Exception as error:  # noqa: BLE001 - raised again in result()
             self._error = error
 
 

@@ -164,7 +164,7 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     geometry = described.geometry
     kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
     if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec):
-        # With a sliding window, blocks behind it leave the block table while the prompt is still being computed.
+        # Blocks that leave a sliding window also leave the block table while the prompt is still being computed.
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"only full attention in one group of layers can be stored, not {names}"
     speculation = config.speculative_config
