@@ -192,9 +192,9 @@ class WeightWatch:
             if self._identity is not None and self._identity.startswith("unknown:") and not why:
                 return self._identity
             logger.warning(
-                "pdtransport: the weights in %s can't be read: KV is not exchanged with other engines%s",
+                "pdtransport: not all weights can be read (%s): KV is not exchanged with other engines%s",
                 unseen,
-                f" after {why}; start again to do so" if why else "; set model_id to name these weights",
+                f" after {why}; restart this engine to exchange it" if why else "; set model_id to name these weights",
             )
             return f"unknown:{secrets.token_hex(16)}"
         return f"loaded:{checksum}"
