@@ -23,9 +23,9 @@ class Consuming:
     """A request whose pages come from prefill.
 
     Attributes:
-        params: what the request says of prefill; ``remote_host`` is an address as soon as ``found``.
+        params: the request's parameters about prefill; ``remote_host`` is an address once ``found`` is set.
         request: the engine's own object for it.
-        tokens: of the prompt.
+        tokens: number of prompt tokens.
         first_token: continue from prefill's first token; decode promises that when it starts loading.
         named: prefill's host as given in the request.
         found: ``params.remote_host`` now holds an address that this engine may connect to.
@@ -49,12 +49,12 @@ class ConsumingRequests:
     """Requests whose pages come from prefill, from their arrival until they finish. Used by the scheduler's thread.
 
     Args:
-        queue: where commands for the workers go, in order; they belong before the forward pass of the next step.
+        queue: commands for the workers are appended here; workers run them before the next step's forward pass.
         block_size: tokens per scheduler block.
         heads: attention heads of the model; a peer's tensor-parallel size must divide them. 0: unknown.
-        strict: requests come from others, so without ``control.peers`` only this machine may be connected to.
-        refused: called with a request that is not handed over, because its prefill must not be connected to, and with
-            the reason.
+        strict: hosts come from requests, so without ``control.peers`` only this machine may be connected to.
+        refused: called with a request and a reason if the request is not handed over because prefill's host must not be
+            connected to.
         clock: monotonic seconds.
     """
 
@@ -98,11 +98,11 @@ class ConsumingRequests:
         adapter: Adapter | None = None,
         first_token: bool = False,
     ) -> None:
-        """This request's pages come from where ``params`` say.
+        """Register a request whose pages come from the prefill instance in ``params``.
 
         Args:
             prompt_digest: workers add the content of ``adapter`` to it.
-            tokens: of the prompt.
+            tokens: number of prompt tokens.
         """
         self._requests[req_id] = Consuming(
             params, prompt_digest, tokens, request, adapter, first_token, params.remote_host, self._clock()
@@ -124,13 +124,15 @@ class ConsumingRequests:
         return entry.tokens - computed
 
     def allocated(self, req_id: str, blocks: Sequence[int], expected: int) -> Consuming | None:
-        """The request has its blocks. Its pages are asked for, and it must not run before the workers have reported it
-        as received; None: there is nothing to wait for.
+        """The request has its blocks: ask prefill for its pages. It must not run until the workers report it received.
 
         Args:
-            blocks: all of the request's, in order.
+            blocks: all of the request's blocks, in order.
             expected: the tokens that :meth:`lacking` returned. 0: all of the prompt's blocks are here already, and
-                prefill may free its own.
+                prefill may free its pages.
+
+        Returns:
+            The request; None if there is nothing to wait for.
         """
         entry = self._requests.get(req_id)
         if entry is None or entry.state != "waiting":
@@ -170,7 +172,7 @@ class ConsumingRequests:
     def finished(self, req_id: str) -> Consuming | None:
         """The request finished or was aborted; returns it if its pages came from prefill.
 
-        If it was loading, its blocks must stay until the workers have reported it as received.
+        If it was loading, the engine must keep its blocks until the workers report it as received.
         """
         entry = self._requests.pop(req_id, None)
         if entry is not None and entry.state == "loading":
@@ -180,7 +182,7 @@ class ConsumingRequests:
         return entry
 
     def decline(self, params: ConsumeParams, code: Code, reason: str) -> None:
-        """Decline the transfer of a request that is gone, so that prefill can free its pages.
+        """Decline the transfer of a request that has ended, so that prefill can free its pages.
 
         A transfer that was received or declined is not declined again.
         """
@@ -195,7 +197,7 @@ class ConsumingRequests:
         return bool(self._declining)
 
     def step(self) -> None:
-        """Once a step: claim what has no room yet, and tell prefill what was declined."""
+        """Send claims for requests that have no blocks yet, and waiting declines; called once a step."""
         now = self._clock()
         for req_id, entry in list(self._requests.items()):
             if entry.state == "waiting" and now >= entry.claim_at and self._find(req_id) and entry.found:

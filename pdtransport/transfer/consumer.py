@@ -1,4 +1,4 @@
-"""The consumer driver (decode side): connects to the producers, grants pages to them and reads their batches in.
+"""The consumer driver (decode side): connects to the producers, grants pages to them and reads their batches.
 
 Carries out the actions of the consumer state machines. A transfer's owner is called back exactly once: with success
 after every byte is in place and verified, with a failure once nothing can write the pages any more.
@@ -41,14 +41,14 @@ from pdtransport.transfer.timeline import Timeline, TransferRecord
 logger = logging.getLogger(__name__)
 
 NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})  # before the grant: no producer could be reached
-NOBODY_PAUSE_S = 10.0  # between two log lines about them
+NOBODY_PAUSE_S = 10.0  # between two log lines about such transfers
 
 
 @dataclass(frozen=True)
 class ReceiveRequest:
     """What to receive: blocks ``first_block ..`` of a request into ``pages``.
 
-    They come from ``ranks`` producer workers of ``host``, which listen at ``port``, ``port + 1``, ...
+    The blocks come from ``ranks`` producer workers on ``host``, which listen at ``port``, ``port + 1``, ...
     """
 
     transfer: str
@@ -74,7 +74,7 @@ class IncomingTransfer:
     heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)  # KV heads from each producer: [lo, hi)
     placing: dict[PeerId, set[int]] = field(default_factory=dict)  # keys of batches that the link may still write
     nbytes: int = 0
-    granted: bool = False  # a grant may have left
+    granted: bool = False  # a grant may have been sent
 
 
 class ConsumerDriver:
@@ -104,7 +104,7 @@ class ConsumerDriver:
         self._audit = audit
         self._clock = clock
         self._sinks: dict[str, IncomingTransfer] = {}
-        self.limiter = LogLimiter(logger, NOBODY_PAUSE_S, clock=clock)  # clients name the hosts to call
+        self.limiter = LogLimiter(logger, NOBODY_PAUSE_S, clock=clock)  # clients choose the hosts to connect to
 
     # -- calls of the engine -------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class ConsumerDriver:
     def decline(self, transfer: str, code: Code, reason: str, host: str, port: int, ranks: int) -> None:
         """Report that ``transfer`` will not be received: to watchers, and to the producers if ``host`` is not empty.
 
-        Best effort. Ignored for a transfer that is being received or was.
+        Best effort. Ignored for a transfer that is or was being received.
         """
         if transfer in self._sinks or self.receiving.knows(transfer):
             return
@@ -294,7 +294,7 @@ class ConsumerDriver:
         self.run(self.receiving.tick(now))
 
     def end_all(self, code: Code, reason: str) -> None:
-        """Report all transfers as ended with ``code``: the transport closes, and the links are closed already."""
+        """Report all transfers as ended with ``code``; called when the transport closes, after its links."""
         sinks, self._sinks = self._sinks, {}
         for transfer, sink in sinks.items():
             tell(sink.on_end, Outcome(transfer, False, code.value, reason, never_granted=not sink.granted))
@@ -390,7 +390,7 @@ class ConsumerDriver:
                 events=dict(record.events),
             ),
         )
-        if sink.wanted.pages:  # after the engine's callback: the engine waits for it to begin its step
+        if sink.wanted.pages:  # after the engine's callback, for which the engine's next step waits
             self.report(transfer, code, reason, sink)
 
     def _log_failure(self, sink: IncomingTransfer, code: Code, reason: str) -> None:

@@ -21,7 +21,7 @@ class Outcome:
     nbytes: int = 0
     link: str = ""
     first_token: int | None = None  # consumer: continue decoding from this token
-    never_granted: bool = False  # consumer: certainly no grant was sent, so nothing was promised
+    never_granted: bool = False  # consumer: it is certain that no grant was sent: nothing was promised
     cached_tokens: int | None = None  # consumer: prompt tokens that prefill found in its caches; None: not reported
     events: dict[str, float] = field(default_factory=dict, repr=False)  # step -> wall-clock second
 

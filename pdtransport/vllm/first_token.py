@@ -1,6 +1,6 @@
 """Decode continues from the first token that prefill sampled, where the result is exactly the same.
 
-The token is appended to the prompt of decode's request before it is scheduled. vLLM then sees a request with one more
+The token is appended to the prompt of decode's request before scheduling. vLLM then sees a request with one more
 prompt token, all but the last one computed, and its next step computes the second output token
 (:mod:`pdtransport.vllm.patches.appended_token`).
 """
@@ -54,7 +54,7 @@ class FirstTokens:
         self.unsupported = _why_unsupported(config, settings)  # reason code; empty if this engine supports it
 
     def why_not(self, request: Request) -> str:
-        """Reason code why continuing from another engine's first token would not be exact; empty if it is."""
+        """Reason code why continuing from another engine's first token would not be exact; empty if it would be."""
         if self.unsupported:
             return self.unsupported
         params = request.sampling_params

@@ -121,7 +121,7 @@ class SchedulerSide:
         self._pool = self._make_pool(events)
         # First tokens of requests that have not resumed yet, because not all workers have their pages.
         self._tokens: dict[str, int] = {}
-        # Workers that sent no grant for a request, until all have reported its end.
+        # By request, the workers that sent no grant; kept until all workers have reported the transfer's end.
         self._never_granted: Counter[str] = Counter()
         self._look_again = 0  # empty steps that must not sleep
         self._arrivals = Arrivals(ranks)
@@ -287,7 +287,7 @@ class SchedulerSide:
             if self._pool is not None:
                 self._pool.loaded(req_id, req_id not in failed)
             token = self._tokens.pop(req_id, None)
-            # What all workers kept to themselves, prefill did not hear: nothing was promised.
+            # If no worker sent a grant, prefill heard of no promise: nothing was promised.
             promised = self._never_granted.pop(req_id, 0) < self._ranks
             entry = self._consuming.received(req_id) if not from_pool else None
             if entry is None:
