@@ -289,10 +289,6 @@ class PatchSettings(_Checked):
         "most 4 ms.",
     )
     first_token: bool = Field(True, description="Let decode continue from the first token that prefill sampled.")
-    shortened_prompt: bool = Field(
-        True,
-        description="Reduce a prompt to its first token on prefill if decode must compute it anyway (beyond_window).",
-    )
     cached_usage: bool = Field(
         True,
         description="Report as cached the prompt tokens that prefill found in its caches, not all transferred tokens.",

@@ -27,19 +27,21 @@ from pdtransport.errors import InvalidCall, TimedOut, TransferFailed
 from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.io.reactor import Reactor
 from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.groups import GONE, CacheGroups
 from pdtransport.links.base import Region
 from pdtransport.links.negotiate import open_links
 from pdtransport.links.registry import check_links
 from pdtransport.observe.status import PatchStatus, TransportStatus
 from pdtransport.protocol.messages import PROTOCOL_VERSION, Code, Digest, FingerprintValue, TransferId
 from pdtransport.settings import Settings
-from pdtransport.transfer.consumer import ReceiveRequest
+from pdtransport.transfer.consumer import ReceiveRequest, WantedBlocks
 from pdtransport.transfer.engine import TransferEngine, limits_of
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.outcome import OnOutcome, OnPromise, Outcome
 
 _transfer_id: TypeAdapter[str] = TypeAdapter(TransferId)
 _digest: TypeAdapter[bytes] = TypeAdapter(Digest)
+Pages = Sequence[int] | Sequence[Sequence[int]]  # page ids in order of the blocks; with several cache groups, by group
 LET_GO_POLL_S = 0.002  # poll interval while ended transfers still use pages
 
 
@@ -49,10 +51,10 @@ class Handle:
     A wait that times out or is cancelled does not end the transfer.
 
     Attributes:
-        blocks: number of blocks of the whole prompt.
+        blocks: by cache group, number of blocks of the whole prompt.
     """
 
-    def __init__(self, transport: Transport, transfer: str, blocks: int, on_end: OnOutcome | None) -> None:
+    def __init__(self, transport: Transport, transfer: str, blocks: tuple[int, ...], on_end: OnOutcome | None) -> None:
         self.transfer = transfer
         self.blocks = blocks
         self.future: Future[Outcome] = Future()
@@ -96,7 +98,12 @@ class Offer(Handle):
     """
 
     def __init__(
-        self, transport: Transport, transfer: str, tokens: int, blocks: int, on_end: OnOutcome | None = None
+        self,
+        transport: Transport,
+        transfer: str,
+        tokens: int,
+        blocks: tuple[int, ...],
+        on_end: OnOutcome | None = None,
     ) -> None:
         super().__init__(transport, transfer, blocks, on_end)
         self.tokens = tokens
@@ -112,29 +119,30 @@ class Offer(Handle):
         self._check_tokens(tokens)
         self._transport._call(lambda transfer_engine: transfer_engine.producer.cached(self, self.transfer, tokens))
 
-    def ready(self, pages: Sequence[int], tokens: int, after: Any | None = None) -> None:
+    def ready(self, pages: Pages, tokens: int, after: Any | None = None) -> None:
         """The first ``tokens`` prompt tokens are computed.
 
         A block is final once all its tokens are computed, the last one once the whole prompt is. Fewer tokens than
         before mean that the engine took pages back (preemption).
 
         Args:
-            pages: ``pages[i]`` is the page of block i.
+            pages: ``pages[i]`` is the page of block i; with several cache groups, ``pages[group][i]``. -1: a block that
+                the engine has given back, because no later token attends to it.
             after: on a GPU, an event (torch's or cupy's) recorded after the kernels that compute the pages. The pages
                 are final once the event has passed; later calls on this offer wait for it too.
 
         Raises:
             InvalidCall: more tokens or pages than the prompt has, or a page that the geometry does not have.
         """
-        pages = self._transport._checked_pages(pages, self.blocks)
+        by_group = self._transport._checked_pages(pages, self.blocks, least=GONE)
         self._check_tokens(tokens)
 
         def said(transfer_engine: TransferEngine) -> None:
             producer = transfer_engine.producer
-            final = partial(producer.pages_ready, self, self.transfer, pages, tokens)
+            final = partial(producer.pages_ready, self, self.transfer, by_group, tokens)
             event = transfer_engine.cuda_events.call(self, after, final)
             if event:
-                producer.prepare(self, self.transfer, pages, tokens, event)
+                producer.prepare(self, self.transfer, by_group, tokens, event)
 
         self._transport._call(said)
 
@@ -192,9 +200,9 @@ class Transport:
     A context manager, also for ``async with``. Opening it blocks for milliseconds to seconds.
 
     Args:
-        geometry: where this worker's KV is. Its memory must stay valid until :meth:`close` (a geometry from
-            :meth:`KVGeometry.of_array` keeps it valid). It must not be written while the transport opens: the `shm`
-            link turns it into shared memory in place.
+        geometry: where this worker's KV is; one geometry for each cache group of the model, if it has several. Its
+            memory must stay valid until :meth:`close` (a geometry from :meth:`KVGeometry.of_array` keeps it valid). It
+            must not be written while the transport opens: the `shm` link turns it into shared memory in place.
         settings: see :mod:`pdtransport.settings`.
         engine: name of the instance; its workers share it and differ in ``rank`` of ``world``.
         fingerprint: facts besides the geometry that must be equal on both ends (model, dtype, backend, ...).
@@ -210,7 +218,7 @@ class Transport:
 
     def __init__(
         self,
-        geometry: KVGeometry,
+        geometry: KVGeometry | Sequence[KVGeometry],
         settings: Settings | None = None,
         *,
         engine: str = "",
@@ -221,35 +229,32 @@ class Transport:
         regions: Sequence[Region] | None = None,
         port: int | None = None,
     ) -> None:
-        if not isinstance(geometry, KVGeometry):
-            given = type(geometry).__name__
-            raise InvalidCall(f"geometry: expected a KVGeometry, such as KVGeometry.of_array(kv), not {given}")
+        self.groups = CacheGroups.of(geometry)
         if not 0 <= rank < world:
             raise InvalidCall(f"rank={rank} is not within 0..world-1 ({world - 1})")
         self.settings = settings or Settings()
         check_links(self.settings)
-        self.geometry = geometry
         self.engine = engine or f"pdt-{uuid.uuid4().hex[:12]}"
         self.rank = rank
-        memory = list(regions) if regions is not None else geometry.regions()
+        memory = list(regions) if regions is not None else self.groups.regions()
 
         def make(_reactor: Reactor) -> TransferEngine:
-            links, batch_bytes = self.settings.links, limits_of(self.settings, geometry.device).batch_bytes
-            scratch = Scratch(min(links.probe_bytes, batch_bytes), geometry.device)
+            links, batch_bytes = self.settings.links, limits_of(self.settings, self.groups.device).batch_bytes
+            scratch = Scratch(min(links.probe_bytes, batch_bytes), self.groups.device)
             opened = open_links(links, [*memory, *scratch.regions])
             me = Identity(
                 engine=self.engine,
                 rank=rank,
                 world=world,
                 incarnation=secrets.randbits(62) | 1,
-                fingerprint={**fingerprint_of(geometry, world), **(fingerprint or {})},
+                fingerprint={**fingerprint_of(self.groups, world), **(fingerprint or {})},
                 links={name: link.export() for name, link in opened.links.items()},
             )
-            cuda_events = CudaEventQueue(geometry.device)
+            cuda_events = CudaEventQueue(self.groups.device)
             control = ControlChannel(self.settings.control, me)
             self.port = int(control.bind(port).rsplit(":", 1)[1])
             self._engine = TransferEngine(
-                self.settings, me, geometry, control, opened.links, opened.unavailable, role, scratch, cuda_events
+                self.settings, me, self.groups, control, opened.links, opened.unavailable, role, scratch, cuda_events
             )
             return self._engine
 
@@ -300,19 +305,20 @@ class Transport:
         transfer: str,
         prompt_digest: bytes,
         tokens: int,
-        pages: Sequence[int],
+        pages: Pages,
         *,
         host: str,
         port: int,
         ranks: int = 1,
-        first_block: int = 0,
+        first_block: int | Sequence[int] = 0,
         first_token: bool = False,
         on_end: OnOutcome | None = None,
         after: Any | None = None,
     ) -> Receipt:
-        """Receive blocks ``first_block ..`` of ``transfer`` into ``pages``.
+        """Receive blocks ``first_block ..`` of ``transfer`` into ``pages``, up to the prompt's last one.
 
-        A transfer id that was used before ends at once, with the code ``reused``.
+        With several cache groups, both are by group. A transfer id that was used before ends at once, with the code
+        ``reused``.
 
         Args:
             prompt_digest: as in :meth:`offer`.
@@ -331,11 +337,15 @@ class Transport:
             TransportClosed: this transport is closed.
         """
         blocks = self._checked_prompt(transfer, prompt_digest, tokens)
-        if not 0 <= first_block <= blocks:
-            raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {blocks} blocks")
-        ids = self._checked_pages(pages, blocks - first_block)
+        firsts = (first_block,) * len(blocks) if isinstance(first_block, int) else tuple(first_block)
+        if len(firsts) != len(blocks) or not all(
+            0 <= first <= most for first, most in zip(firsts, blocks, strict=True)
+        ):
+            raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {_told(blocks)} blocks")
+        by_group = self._checked_pages(pages, [most - first for first, most in zip(firsts, blocks, strict=True)])
         receipt = Receipt(self, transfer, blocks, on_end)
-        wanted = ReceiveRequest(transfer, host, port, ranks, prompt_digest, tokens, first_block, ids, first_token)
+        groups = tuple(map(WantedBlocks, firsts, by_group))
+        wanted = ReceiveRequest(transfer, host, port, ranks, prompt_digest, tokens, groups, first_token)
         receipt._in_turn(after, lambda transfer_engine: transfer_engine.consumer.fetch(receipt, wanted, receipt._ended))
         return receipt
 
@@ -404,8 +414,8 @@ class Transport:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def _checked_prompt(self, transfer: str, prompt_digest: bytes, tokens: int) -> int:
-        """Check a prompt's arguments and return its number of blocks.
+    def _checked_prompt(self, transfer: str, prompt_digest: bytes, tokens: int) -> tuple[int, ...]:
+        """Check a prompt's arguments and return its number of blocks, by cache group.
 
         Raises:
             InvalidCall: an argument is invalid.
@@ -422,21 +432,28 @@ class Transport:
             ) from None
         if tokens < 1:
             raise InvalidCall(f"tokens={tokens}: a prompt has at least one token")
-        return -(-tokens // self.geometry.block_size)
+        return self.groups.blocks(tokens)
 
-    def _checked_pages(self, pages: Sequence[int], most: int) -> list[int]:
-        """
+    def _checked_pages(self, pages: Pages, most: Sequence[int], least: int = 0) -> tuple[list[int], ...]:
+        """Check pages and return them by cache group.
+
+        Args:
+            most: by group, the number of pages that the prompt has room for.
+            least: smallest page id.
+
         Raises:
-            InvalidCall: there are more than ``most`` pages, or one that the geometry does not have.
+            InvalidCall: pages for another number of groups, more pages than there is room for, or one that a geometry
+                does not have.
         """
-        ids = list(pages)
-        if len(ids) > most:
-            raise InvalidCall(
-                f"{len(ids)} pages: the prompt has room for {most} ({self.geometry.block_size} tokens each)"
-            )
-        if ids and not 0 <= min(ids) <= max(ids) < self.geometry.num_blocks:
-            raise InvalidCall(f"pages {min(ids)}..{max(ids)}: the geometry has 0..{self.geometry.num_blocks - 1}")
-        return ids
+        by_group = _by_group(pages, len(most))
+        for geometry, ids, room in zip(self.groups, by_group, most, strict=True):
+            if len(ids) > room:
+                raise InvalidCall(
+                    f"{len(ids)} pages: the prompt has room for {room} ({geometry.block_size} tokens each)"
+                )
+            if ids and not least <= min(ids) <= max(ids) < geometry.num_blocks:
+                raise InvalidCall(f"pages {min(ids)}..{max(ids)}: the geometry has 0..{geometry.num_blocks - 1}")
+        return by_group
 
     def _note_offer(self, transfer: str) -> None:
         """
@@ -459,17 +476,44 @@ class Transport:
         self._reactor.post(lambda: call(self._engine))
 
 
-def fingerprint_of(geometry: KVGeometry, world: int) -> dict[str, FingerprintValue]:
-    """Facts that two geometries must agree on (``tp_size`` may differ if the heads can be split)."""
+def fingerprint_of(groups: CacheGroups, world: int) -> dict[str, FingerprintValue]:
+    """Facts that two workers must agree on (``tp_size`` may differ if the heads can be split).
+
+    With several cache groups, a fact that differs between them is a text with each group's value, ``16/16/32``.
+    """
     return {
         "protocol_version": PROTOCOL_VERSION,
-        "block_size": geometry.block_size,
-        "layers": len(geometry.layers),
-        "kv_heads": geometry.total_heads,
-        "kv_slot_bytes": geometry.slot_bytes,
-        "kv_layout": "HNC" if geometry.heads_first else "NHC",
+        "cache_groups": len(groups),
+        "block_size": _of_all([group.block_size for group in groups]),
+        "layers": _of_all([len(group.layers) for group in groups]),
+        "kv_heads": _of_all([group.total_heads for group in groups]),
+        "kv_slot_bytes": _of_all([group.slot_bytes for group in groups]),
+        "kv_layout": _of_all(["HNC" if group.heads_first else "NHC" for group in groups]),
         "tp_size": world,
     }
+
+
+def _of_all(values: Sequence[FingerprintValue]) -> FingerprintValue:
+    return values[0] if len(set(values)) == 1 else "/".join(map(str, values))
+
+
+def _by_group(pages: Pages, groups: int) -> tuple[list[int], ...]:
+    """
+    Raises:
+        InvalidCall: ``pages`` is not for this number of cache groups.
+    """
+    given: list[Any] = list(pages)
+    if not given:
+        return ([],) * groups
+    if groups == 1 and not isinstance(given[0], Sequence):
+        return (given,)
+    if len(given) != groups or not all(isinstance(each, Sequence) for each in given):
+        raise InvalidCall(f"pages: expected {groups} lists of page ids, one per cache group")
+    return tuple(list(each) for each in given)
+
+
+def _told(blocks: Sequence[int]) -> str:
+    return "/".join(map(str, blocks))
 
 
 def _checked(outcome: Outcome) -> Outcome:

@@ -187,7 +187,8 @@ class Adapted:
         if pages.req_id not in self._offered:
             return ""
         adapter, digest = self._offered[pages.req_id]
-        blocks = pages.pages[: -(-pages.tokens // self._block_size)]
+        (ids,) = pages.pages  # requests with an adapter are handed over by engines with one block table only
+        blocks = ids[: -(-pages.tokens // self._block_size)]
         if self._origins.all_of(blocks, digest):
             return ""
         del self._offered[pages.req_id]
@@ -221,14 +222,15 @@ class Adapted:
             return command
         if isinstance(command, Open):
             self._offered[command.req_id] = command.adapter, digest
-        elif command.pages:
+        elif any(command.pages):
             self._take(command, digest)
         return replace(command, prompt_digest=with_adapter(command.prompt_digest, digest))
 
     def _take(self, command: StartReceive | LoadChunks, digest: str) -> None:
         assert command.adapter is not None
-        self._origins.wrote(command.pages, digest, anew=True)
-        self._taken[command.req_id] = _Taken(command.adapter, digest, list(command.pages))
+        (blocks,) = [command.pages] if isinstance(command, LoadChunks) else command.pages
+        self._origins.wrote(blocks, digest, anew=True)
+        self._taken[command.req_id] = _Taken(command.adapter, digest, list(blocks))
 
     def _end(self, command: Open | StartReceive | LoadChunks, why: str) -> None:
         assert command.adapter is not None

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pdtransport.engine.block_tables import Blocks
 from pdtransport.observe.status import PatchStatus
 from pdtransport.protocol.messages import Code
 
@@ -54,13 +55,13 @@ class Wrote:
 
 @dataclass(frozen=True)
 class Pages:
-    """Prefill: after this step, the KV of the first ``tokens`` prompt tokens is in ``pages``.
+    """Prefill: after this step, the KV of the first ``tokens`` prompt tokens is in ``pages``, by block table.
 
     ``cached``: prompt tokens found in the engine's caches; set in the request's first step only.
     """
 
     req_id: str
-    pages: list[int]
+    pages: Blocks
     tokens: int
     cached: int | None = None
 
@@ -108,7 +109,7 @@ class SendClaim:
 
 @dataclass(frozen=True)
 class StartReceive:
-    """Decode: receive blocks ``first_block ..`` of the prompt into ``pages``.
+    """Decode: receive blocks ``first_block ..`` of the prompt into ``pages``, both by block table.
 
     A worker adds the adapter's content to ``prompt_digest``, as on prefill. ``first_token``: promise to continue from
     the first token that prefill returns. If ``pages`` is empty (decode already has the prompt's blocks), the worker
@@ -119,8 +120,8 @@ class StartReceive:
     transfer: str
     prompt_digest: bytes
     tokens: int
-    first_block: int
-    pages: list[int]
+    first_block: tuple[int, ...]
+    pages: Blocks
     host: str
     port: int
     ranks: int

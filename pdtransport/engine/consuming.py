@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pdtransport.engine.block_tables import Blocks, BlockTables
 from pdtransport.engine.callees import Callees
 from pdtransport.engine.commands import Adapter, CancelLoad, Command, Decline, SendClaim, StartReceive
 from pdtransport.engine.params import ConsumeParams
@@ -50,7 +51,7 @@ class ConsumingRequests:
 
     Args:
         queue: commands for the workers are appended here; workers run them before the next step's forward pass.
-        block_size: tokens per scheduler block.
+        tables: the engine's block tables.
         heads: attention heads of the model; a peer's tensor-parallel size must divide them. 0: unknown.
         strict: hosts come from requests, so without ``control.peers`` only this machine may be connected to.
         refused: called with a request and a reason if the request is not handed over because prefill's host must not be
@@ -63,14 +64,14 @@ class ConsumingRequests:
         queue: list[Command],
         settings: Settings,
         *,
-        block_size: int,
+        tables: BlockTables,
         heads: int = 0,
         strict: bool = True,
         refused: Callable[[str, Consuming, str], None] = lambda req_id, entry, why: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue = queue
-        self._block_size = block_size
+        self._tables = tables
         self._tombstones = settings.tombstones
         self._refused, self._clock = refused, clock
         self._requests: dict[str, Consuming] = {}
@@ -121,13 +122,13 @@ class ConsumingRequests:
         # The last prompt token is always computed here: its logits give the first output token.
         if entry is None or entry.state != "waiting" or entry.tokens - computed <= 1:
             return 0
-        return entry.tokens - computed
+        return self._tables.handed(entry.tokens) - computed
 
-    def allocated(self, req_id: str, blocks: Sequence[int], expected: int) -> Consuming | None:
+    def allocated(self, req_id: str, blocks: Blocks, expected: int) -> Consuming | None:
         """The request has its blocks: ask prefill for its pages. It must not run until the workers report it received.
 
         Args:
-            blocks: all of the request's blocks, in order.
+            blocks: all of the request's blocks.
             expected: the tokens that :meth:`lacking` returned. 0: all of the prompt's blocks are here already, and
                 prefill may free its pages.
 
@@ -137,13 +138,16 @@ class ConsumingRequests:
         entry = self._requests.get(req_id)
         if entry is None or entry.state != "waiting":
             return None
-        end = -(-entry.tokens // self._block_size)
-        first = (entry.tokens - expected) // self._block_size if expected else end
+        handed = self._tables.handed(entry.tokens)
         entry.state = "loading" if expected else "done"
-        self._take(req_id, entry, first, list(blocks[first:end]))
+        if expected:
+            first, pages = self._tables.missing(blocks, handed - expected, handed)
+        else:
+            first, pages = self._tables.counts(handed), ([],) * len(self._tables)
+        self._take(req_id, entry, handed, first, pages)
         return entry if expected else None
 
-    def _take(self, req_id: str, entry: Consuming, first_block: int, pages: list[int]) -> None:
+    def _take(self, req_id: str, entry: Consuming, tokens: int, first_block: tuple[int, ...], pages: Blocks) -> None:
         p = entry.params
         self._note_taken(p.transfer_id)
         self._queue.append(
@@ -151,7 +155,7 @@ class ConsumingRequests:
                 req_id,
                 p.transfer_id,
                 entry.prompt_digest,
-                entry.tokens,
+                tokens,
                 first_block,
                 pages,
                 p.remote_host,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pdtransport.engine.block_tables import Blocks, BlockTables
 from pdtransport.engine.commands import Adapter, Command, Drop, Finish, Open, Pages, ReleaseIfPooled
 from pdtransport.engine.crowding import REASON, Crowding
 from pdtransport.engine.params import marked
@@ -22,7 +23,7 @@ class Producing:
 
     Attributes:
         request: the engine's own object for it.
-        tokens: number of prompt tokens.
+        tokens: number of prompt tokens that are handed over.
         first_token: the router asked prefill to return its first token.
         promised: decode promised to continue from that token.
         begun: its first step was scheduled.
@@ -41,7 +42,7 @@ class ProducingRequests:
 
     Args:
         queue: commands for the workers are appended here; workers run them before the next step's forward pass.
-        block_size: tokens per scheduler block.
+        tables: the engine's block tables.
         engine: name of the engine, for routers.
         port: control port of its rank-0 worker; decode connects to it at ``control.host``.
         ranks: number of its workers.
@@ -53,14 +54,14 @@ class ProducingRequests:
         queue: list[Command],
         settings: Settings,
         *,
-        block_size: int,
+        tables: BlockTables,
         engine: str,
         port: int,
         ranks: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._queue = queue
-        self._block_size = block_size
+        self._tables = tables
         self._engine, self._host, self._port, self._ranks = engine, settings.control.host, port, ranks
         self._requests: dict[str, Producing] = {}
         self._crowding = Crowding(clock, settings.pool.lookup_s if settings.pool is not None else 0.0)
@@ -94,6 +95,7 @@ class ProducingRequests:
             prompt_digest: workers add the content of ``adapter`` to it.
             tokens: number of prompt tokens.
         """
+        tokens = self._tables.handed(tokens)
         self._requests[req_id] = Producing(transfer, request, tokens, first_token)
         self._queue.append(Open(req_id, transfer, prompt_digest, tokens, adapter))
 
@@ -103,13 +105,11 @@ class ProducingRequests:
             if req_id in self._requests:
                 self._requests[req_id].promised = True
 
-    def progress(
-        self, req_id: str, blocks: Sequence[int], before: int, after: int, cached: int | None = None
-    ) -> Pages | None:
+    def progress(self, req_id: str, blocks: Blocks, before: int, after: int, cached: int | None = None) -> Pages | None:
         """The command to run after this step's forward pass; None if there is nothing to hand over.
 
         Args:
-            blocks: the request's blocks, in order.
+            blocks: the request's blocks.
             before: number of tokens computed before this step.
             after: number of tokens computed after this step.
             cached: prompt tokens found in the engine's caches; used in the request's first step only.
@@ -118,10 +118,10 @@ class ProducingRequests:
         if entry is None or before >= entry.tokens:
             return None
         cached, entry.begun = None if entry.begun else cached, True
-        held = list(blocks[: -(-entry.tokens // self._block_size)])
+        held = tuple(list(ids[:end]) for ids, end in zip(blocks, self._tables.counts(entry.tokens), strict=True))
         return Pages(req_id, held, min(after, entry.tokens), cached)
 
-    def finish(self, req_id: str, blocks: Sequence[int], first_token: int | None = None) -> dict[str, Any]:
+    def finish(self, req_id: str, blocks: Sequence[Sequence[int]], first_token: int | None = None) -> dict[str, Any]:
         """The request finished. The engine must keep its blocks until the workers report it as sent.
 
         Args:
@@ -139,7 +139,7 @@ class ProducingRequests:
             "transfer_id": entry.transfer,
             "remote_engine_id": self._engine,
             "remote_request_id": marked(entry.transfer),
-            "remote_block_ids": [list(blocks)],
+            "remote_block_ids": [list(ids) for ids in blocks],
             "remote_host": self._host,
             "remote_port": self._port,
             "tp_size": self._ranks,

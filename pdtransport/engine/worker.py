@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pdtransport.engine.adapted import Adapted, LoadedAdapters, named
+from pdtransport.engine.block_tables import Blocks
 from pdtransport.engine.commands import (
     CancelLoad,
     Command,
@@ -35,6 +37,7 @@ from pdtransport.engine.results import Results
 from pdtransport.engine.stats import TransferStats
 from pdtransport.errors import InvalidCall
 from pdtransport.kv.geometry import HOST
+from pdtransport.kv.groups import GONE
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import PoolUse, Settings
@@ -52,6 +55,25 @@ REWIND_S = 10.0  # the I/O thread must release pages within this time; otherwise
 CHANGE_S = 10.0  # on a change of weights, links must release the pages of the ended transfers within this time
 
 
+@dataclass(frozen=True)
+class GroupPages:
+    """Where a cache group's pages are in the engine's block tables.
+
+    Args:
+        table: number of the table.
+        ratio: pages per block; their ids lie next to one another.
+    """
+
+    table: int
+    ratio: int = 1
+
+    def pages(self, blocks: Blocks) -> list[int]:
+        ids = blocks[self.table]
+        if self.ratio == 1:
+            return list(ids)
+        return [GONE if block == GONE else block * self.ratio + i for block in ids for i in range(self.ratio)]
+
+
 class EngineWorker:
     """Worker's half, one per tensor-parallel rank. Call :meth:`open` before the first command.
 
@@ -66,7 +88,7 @@ class EngineWorker:
         self._settings = settings
         self._transport: Transport | None = None
         self._rank = 0
-        self._ratio = 1
+        self._pages: tuple[GroupPages, ...] = ()
         self._offers: dict[str, Offer] = {}
         self._finished: dict[str, Offer] = {}  # offers of finished requests, until decode has their pages
         self._receipts: dict[str, Receipt] = {}
@@ -76,13 +98,15 @@ class EngineWorker:
         self._adapters: LoadedAdapters | None = None
         self._adapted: Adapted | None = None
 
-    def open(self, transport: Transport, *, ratio: int = 1) -> None:
+    def open(self, transport: Transport, pages: Sequence[GroupPages] = ()) -> None:
         """Use ``transport`` for hand-offs from now on; :meth:`close` closes it.
 
         Args:
-            ratio: pages of the transport's geometry per scheduler block; the pages of a block have consecutive ids.
+            pages: for each of the transport's cache groups, where its pages are in the engine's block tables. Default:
+                group i has table i, and a page is a block.
         """
-        self._transport, self._ratio = transport, ratio
+        self._transport = transport
+        self._pages = tuple(pages) or tuple(GroupPages(table) for table in range(len(transport.groups)))
         self._rank = self._results.rank = transport.rank
 
     def open_pool(
@@ -110,9 +134,9 @@ class EngineWorker:
         assert self._transport is not None
         self._pool = PoolWorker(
             use,
-            self._transport.geometry,
+            self._transport.groups[0],
             parts=parts,
-            ratio=self._ratio,
+            ratio=self._pages[0].ratio,
             rank=self._rank,
             on_loaded=self._results.loaded,
             on_kept=self._results.kept,
@@ -193,12 +217,12 @@ class EngineWorker:
     def _mark(self) -> torch.cuda.Event | None:
         """Record an event after everything launched on this thread's stream; None if KV is in host memory."""
         assert self._transport is not None
-        if self._transport.geometry.device == HOST:
+        if self._transport.groups.device == HOST:
             return None
         import torch
 
         event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._transport.geometry.device))
+        event.record(torch.cuda.current_stream(self._transport.groups.device))
         return event
 
     def _do(self, command: Command, after: torch.cuda.Event | None) -> None:
@@ -219,7 +243,7 @@ class EngineWorker:
             elif offer is not None:
                 if command.cached is not None:
                     offer.cached(command.cached)
-                pages = self._kernel_pages(command.pages)[: offer.blocks]
+                pages = [of.pages(command.pages)[:most] for of, most in zip(self._pages, offer.blocks, strict=True)]
                 offer.ready(pages, command.tokens, after)
         elif isinstance(command, Rewind):
             offer = self._offers.get(command.req_id)
@@ -315,13 +339,17 @@ class EngineWorker:
         transport.decline(it.transfer, it.code, it.reason, host=it.host, port=it.port, ranks=it.ranks)
 
     def _take(self, transport: Transport, take: StartReceive, after: torch.cuda.Event | None) -> None:
-        kernel_blocks = -(-take.tokens // transport.geometry.block_size)
-        first = min(take.first_block * self._ratio, kernel_blocks)
-        pages = self._kernel_pages(take.pages)[: kernel_blocks - first]
+        counts = transport.groups.blocks(take.tokens)
+        firsts = [
+            min(take.first_block[of.table] * of.ratio, most) for of, most in zip(self._pages, counts, strict=True)
+        ]
+        pages = [
+            of.pages(take.pages)[: most - first] for of, first, most in zip(self._pages, firsts, counts, strict=True)
+        ]
 
         def ended(outcome: Outcome) -> None:
             self._receipts.pop(take.req_id, None)
-            if take.pages:
+            if any(take.pages):
                 self._results.receipt_ended(take.req_id, outcome)
 
         receipt = transport.receive(
@@ -332,7 +360,7 @@ class EngineWorker:
             host=take.host,
             port=take.port,
             ranks=take.ranks,
-            first_block=first,
+            first_block=firsts,
             first_token=take.first_token,
             on_end=ended,
             after=after,
@@ -340,12 +368,6 @@ class EngineWorker:
         self._receipts[take.req_id] = receipt
         if receipt.future.done():  # it ended in the I/O thread before this thread stored it
             self._receipts.pop(take.req_id, None)
-
-    def _kernel_pages(self, blocks: list[int]) -> list[int]:
-        """Split scheduler blocks into the attention kernel's blocks, ``ratio`` per scheduler block."""
-        if self._ratio == 1:
-            return blocks
-        return [block * self._ratio + i for block in blocks for i in range(self._ratio)]
 
     # -- results -------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ REMEDIES = {
     "dtype": "start both with the same --dtype",
     "kv_cache_dtype": "start both with the same --kv-cache-dtype and --kv-cache-dtype-skip-layers",
     "page_format": "run vLLM versions with the same KV page format on both",
+    "cache_groups": "start both with, or both without, --disable-hybrid-kv-cache-manager",
     "block_size": "start both with the same --block-size",
     "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT, or leave it unset on both",
     "attention_backend": "start both with the same --attention-backend, on CPUs of the same instruction set",
@@ -105,13 +106,18 @@ def _same(mine: FingerprintValue | None, theirs: FingerprintValue | None) -> boo
 
 def _bridged(mine: FingerprintValue | None, theirs: FingerprintValue | None, heads: FingerprintValue | None) -> bool:
     """Whether ``tp_size`` may differ: each rank must hold equally many whole heads, or a replica of one head."""
-    if not _count(heads):
+    counts = [_count(each) for each in str(heads).split("/")]  # by cache group, where they differ
+    sizes = [_count(size) for size in (mine, theirs)]
+    if 0 in (*counts, *sizes):
         return False
-    return all(_count(size) and (heads % size == 0 or size % heads == 0) for size in (mine, theirs))  # type: ignore[operator]
+    return all(count % size == 0 or size % count == 0 for count in counts for size in sizes)
 
 
-def _count(value: FingerprintValue | None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _count(value: FingerprintValue | None) -> int:
+    """``value`` if it is a number above 0, else 0."""
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else 0
+    return max(value, 0) if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def _shown(value: object) -> str:

@@ -94,6 +94,7 @@ class OfferBatch:
     """Producer: offer these blocks on the link; answer with ``pushed`` or ``push_failed``."""
 
     id: BatchId
+    group: int
     first_block: int
     blocks: int
     head_lo: int

@@ -8,6 +8,7 @@ ever writes them.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdtransport.protocol.actions import Action, BatchId, Failed, Fence, Limits, Peer, ReadBatch, Ready, Send
@@ -47,10 +48,10 @@ class ConsumerMachine:
     Args:
         grant: the grant; its generation identifies this machine.
         peer: the producer.
-        block_bytes: bytes of one block of this grant (all layers, the granted heads).
+        block_bytes: by cache group, bytes of one block of this grant (all layers, the granted heads).
     """
 
-    def __init__(self, grant: Grant, peer: Peer, block_bytes: int, limits: Limits) -> None:
+    def __init__(self, grant: Grant, peer: Peer, block_bytes: Sequence[int], limits: Limits) -> None:
         self.grant = grant
         self.peer = peer
         self.block_bytes = block_bytes
@@ -236,15 +237,21 @@ class ConsumerMachine:
         return [Send(self.peer, self._ack()), Ready(self.grant.transfer, commit.first_token, commit.cached_tokens)]
 
     def _problem_with(self, batch: Batch) -> str:
-        grant = self.grant
-        end = batch.first_block + batch.blocks
-        if batch.first_block < grant.first_block or end > grant.first_block + grant.blocks:
+        if batch.group >= len(self.grant.groups):
+            return f"batch {batch.seq} is of cache group {batch.group}, the grant has {len(self.grant.groups)}"
+        granted, end = self.grant.groups[batch.group], batch.first_block + batch.blocks
+        if batch.first_block < granted.first_block or end > granted.first_block + granted.blocks:
             return f"batch {batch.seq} holds blocks {batch.first_block}..{end}, outside the grant"
-        if batch.nbytes != batch.blocks * self.block_bytes:
-            return f"batch {batch.seq} holds {batch.nbytes} bytes, {batch.blocks * self.block_bytes} were expected"
+        expected = batch.blocks * self.block_bytes[batch.group]
+        if batch.nbytes != expected:
+            return f"batch {batch.seq} holds {batch.nbytes} bytes, {expected} were expected"
         for slot in self._slots.values():
             other = slot.batch
-            if batch.first_block < other.first_block + other.blocks and other.first_block < end:
+            if (
+                batch.group == other.group
+                and batch.first_block < other.first_block + other.blocks
+                and other.first_block < end
+            ):
                 return f"batches {other.seq} and {batch.seq} overlap"
         return self._problem_with_checksums(batch)
 
@@ -254,8 +261,8 @@ class ConsumerMachine:
         return ""
 
     @staticmethod
-    def _shape(batch: Batch) -> tuple[int, int, int]:
-        return batch.first_block, batch.blocks, batch.nbytes
+    def _shape(batch: Batch) -> tuple[int, int, int, int]:
+        return batch.group, batch.first_block, batch.blocks, batch.nbytes
 
     # -- giving up -----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from pdtransport.protocol.messages import (
     Commit,
     Generation,
     Grant,
+    GrantedGroup,
     ProducerMessage,
     Revoke,
     TransferId,
@@ -39,16 +40,15 @@ class TransferOver(Exception):
 
 @dataclass(frozen=True)
 class GrantedPart:
-    """The part of a transfer that is granted to one producer.
+    """The part of a transfer that is granted to one producer: one entry per cache group.
 
-    ``block_bytes``: bytes of one block, all layers, for heads ``head_lo..head_hi``.
+    ``block_bytes``: bytes of one block of each group, all its layers, for the heads that ``groups`` names.
     """
 
     peer: Peer
-    head_lo: int
-    head_hi: int
-    consumers: int
-    block_bytes: int
+    groups: tuple[GrantedGroup, ...]
+    block_bytes: tuple[int, ...]
+    consumers: int = 1
 
 
 @dataclass
@@ -84,13 +84,11 @@ class ConsumerTable:
         transfer: TransferId,
         prompt_digest: bytes,
         tokens: int,
-        first_block: int,
-        blocks: int,
         parts: Sequence[GrantedPart],
         now: float,
         first_token: bool = False,
     ) -> list[Action]:
-        """Grant blocks ``first_block .. first_block + blocks`` of ``transfer`` to each of ``parts``.
+        """Grant ``transfer``, a prompt of ``tokens`` tokens, to each of ``parts``.
 
         ``first_token`` promises to continue from the first token that prefill sampled, if the commit names it.
 
@@ -107,12 +105,9 @@ class ConsumerTable:
             grant = Grant(
                 transfer=transfer,
                 generation=next(self._generations),
-                first_block=first_block,
-                blocks=blocks,
+                groups=part.groups,
                 tokens=tokens,
                 prompt_digest=prompt_digest,
-                head_lo=part.head_lo,
-                head_hi=part.head_hi,
                 consumers=part.consumers,
                 window_bytes=self.limits.window_bytes,
                 first_token=first_token,

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 def commit_digest(
-    prompt_digest: bytes, batches: Iterable[tuple[int, int, int, int]], first_token: int | None = None
+    prompt_digest: bytes, batches: Iterable[tuple[int, int, int, int, int]], first_token: int | None = None
 ) -> bytes:
     """Digest of a commit, 16 bytes.
 
-    Covers the prompt's digest, ``(seq, first_block, blocks, nbytes)`` of each batch in order, and the first
+    Covers the prompt's digest, ``(seq, group, first_block, blocks, nbytes)`` of each batch in order, and the first
     token if the commit names it.
     """
     state = hashlib.blake2b(prompt_digest, digest_size=16, person=b"pdt-commit")
@@ -23,5 +23,5 @@ def commit_digest(
         for number in batch:
             state.update(number.to_bytes(8, "little"))
     if first_token is not None:
-        state.update(first_token.to_bytes(4, "little"))  # 4 bytes: can't be mistaken for a batch, which has 32
+        state.update(first_token.to_bytes(4, "little"))  # 4 bytes: can't be mistaken for a batch, which has 40
     return state.digest()

@@ -2,7 +2,8 @@
 
 A *transfer* is the hand-off of one request; the router mints a new transfer id for each dispatch. A *generation*
 identifies one grant of one consumer worker; a message with an old generation changes nothing. A *block* is numbered in
-the request's own order (block 0 holds its first ``block_size`` tokens); page ids never identify anything.
+the request's own order within its cache group (block 0 holds its first ``block_size`` tokens); page ids never identify
+anything. A *group* is the number of a cache group, the same on both sides.
 
 Each docstring begins with the sender.
 """
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 MAX_BLOCKS = 1 << 20  # 16 M tokens at 16 tokens a block: beyond any model's context
 MAX_SEQS = 1 << 16
+MAX_GROUPS = 64  # cache groups of a model
 MAX_REASON = 512
 MAX_FACTS = 64  # in a fingerprint
 MAX_MAPS = 3  # in one message: the message itself, the fingerprint, the links
@@ -32,6 +34,8 @@ Generation = Annotated[int, Field(ge=1, lt=1 << 63)]
 Seq = Annotated[int, Field(ge=0, lt=1 << 31)]
 Attempt = Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)]
 BlockIndex = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+Group = Annotated[int, Field(ge=0, lt=MAX_GROUPS)]
+Head = Annotated[int, Field(ge=0, le=1 << 16)]
 Reason = Annotated[str, Field(max_length=MAX_REASON)]
 Digest = Annotated[bytes, Field(min_length=16, max_length=32)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -86,25 +90,37 @@ class Claim(_Scoped):
     kind: Literal["claim"] = "claim"
 
 
-class Grant(_Granted):
-    """Consumer: you may send me blocks ``first_block .. first_block + blocks``, ``window_bytes`` in flight at most.
+class GrantedGroup(NamedTuple):
+    """What a grant wants of one cache group: blocks ``first_block .. first_block + blocks``, of the KV heads
+    ``head_lo .. head_hi``, numbered over all ranks. Without blocks, nothing of this group comes from this producer."""
 
-    ``prompt_digest`` covers tokens, salt and adapter: prefill aborts the transfer if its own request's digest differs.
-    ``head_lo .. head_hi`` are the KV heads wanted, numbered over all ranks. ``consumers`` is the number of consumer
-    workers that will grant to this producer worker. ``first_token`` is a promise: if the commit names the
-    first token that prefill sampled, decode continues from it or fails the request, and never samples another one.
+    first_block: BlockIndex
+    blocks: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+    head_lo: Head
+    head_hi: Head
+
+
+class Grant(_Granted):
+    """Consumer: you may send me the blocks that ``groups`` name, ``window_bytes`` in flight at most.
+
+    ``groups`` has one entry per cache group of the model. ``prompt_digest`` covers tokens, salt and adapter: prefill
+    aborts the transfer if its own request's digest differs. ``consumers`` is the number of consumer workers that will grant
+    to this producer worker. ``first_token`` is a promise: if the commit names the first token that prefill sampled,
+    decode continues from it or fails the request, and never samples another one.
     """
 
     kind: Literal["grant"] = "grant"
-    first_block: BlockIndex
-    blocks: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+    groups: Annotated[tuple[GrantedGroup, ...], Field(min_length=1, max_length=MAX_GROUPS)]
     tokens: Annotated[int, Field(ge=1, le=MAX_BLOCKS * 64)]
     prompt_digest: Digest
-    head_lo: Annotated[int, Field(ge=0, le=1 << 16)]
-    head_hi: Annotated[int, Field(ge=1, le=1 << 16)]
     consumers: Annotated[int, Field(ge=1, le=4096)] = 1
     window_bytes: Annotated[int, Field(ge=1)]
     first_token: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all groups."""
+        return sum(group.blocks for group in self.groups)
 
 
 class Accept(_Granted):
@@ -117,7 +133,7 @@ class Accept(_Granted):
 
 
 class Batch(_Granted):
-    """Producer: batch ``seq`` is ready: ``blocks`` blocks from ``first_block`` on.
+    """Producer: batch ``seq`` is ready: ``blocks`` blocks of ``group`` from ``first_block`` on.
 
     ``checksums`` holds one little-endian u64 per block (empty if checksums are off); ``offer`` is the link's
     description of where the bytes are.
@@ -126,6 +142,7 @@ class Batch(_Granted):
     kind: Literal["batch"] = "batch"
     seq: Seq
     attempt: Attempt = 0
+    group: Group = 0
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     nbytes: Annotated[int, Field(ge=1)]
@@ -138,6 +155,7 @@ class BatchHint(_Granted):
     No state depends on it, and nothing may be read before the Batch itself."""
 
     kind: Literal["hint"] = "hint"
+    group: Group = 0
     first_block: BlockIndex
     blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     offer: Annotated[bytes, Field(max_length=1 << 20)]

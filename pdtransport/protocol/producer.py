@@ -5,6 +5,7 @@ Invariant: never more bytes in flight than the window that both sides allow (one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdtransport.protocol.actions import Action, BatchId, Limits, OfferBatch, Peer, Send, WithdrawBatch
@@ -33,8 +34,10 @@ class _Out:
     """One batch and how far it has come."""
 
     seq: int
+    group: int
     first_block: int
     blocks: int
+    nbytes: int
     attempt: int = 0
     announced: Batch | None = None  # None while the link stages the batch, or until its pages are recomputed
     staging: bool = False
@@ -48,11 +51,11 @@ class ProducerMachine:
 
     Args:
         grant: the consumer's grant.
-        block_bytes: bytes of one block, all layers, for the granted heads.
+        block_bytes: by cache group, bytes of one block, all layers, for the granted heads.
         tokens: the request's prompt length.
     """
 
-    def __init__(self, grant: Grant, peer: Peer, block_bytes: int, tokens: int, limits: Limits) -> None:
+    def __init__(self, grant: Grant, peer: Peer, block_bytes: Sequence[int], tokens: int, limits: Limits) -> None:
         self.grant = grant
         self.peer = peer
         self.block_bytes = block_bytes
@@ -62,12 +65,14 @@ class ProducerMachine:
         self.code: Code | None = None
         self.reason = ""
         self.bytes_pushed = 0
-        self._batch_blocks = max(1, limits.batch_bytes // block_bytes)
+        self._batch_blocks = [max(1, limits.batch_bytes // nbytes) for nbytes in block_bytes]
         # One batch may always go: a window smaller than a batch would block forever.
-        self._window = max(min(limits.window_bytes, grant.window_bytes), self._batch_blocks * block_bytes)
-        self._end = grant.first_block + grant.blocks
-        self._next_block = grant.first_block
-        self._ready = 0  # leading blocks of the request whose KV is final
+        largest = max(blocks * nbytes for blocks, nbytes in zip(self._batch_blocks, block_bytes, strict=True))
+        self._window = max(min(limits.window_bytes, grant.window_bytes), largest)
+        # By cache group, as is `_ready`: leading blocks of the request whose KV is final.
+        self._end = [group.first_block + group.blocks for group in grant.groups]
+        self._next_block = [group.first_block for group in grant.groups]
+        self._ready: Sequence[int] = [0] * len(grant.groups)
         self._out: list[_Out] = []
         self._in_flight = 0
         self._commit: Commit | None = None
@@ -84,13 +89,13 @@ class ProducerMachine:
     def start(self, now: float) -> list[Action]:
         return [Send(self.peer, self._accept()), *self._advance(now)]
 
-    def pages_ready(self, blocks: int, tokens_done: int, now: float) -> list[Action]:
-        """The first ``blocks`` blocks of the request are final (fewer than before after a preemption)."""
-        self._tokens_done = tokens_done
-        rewound = blocks < self._ready
-        self._ready = blocks
+    def pages_ready(self, blocks: Sequence[int], tokens_done: int, now: float) -> list[Action]:
+        """The first ``blocks[group]`` blocks of the request are final (fewer than before after a preemption)."""
         if self.state in PRODUCER_ENDS:
             return []
+        self._tokens_done = tokens_done
+        rewound = any(final < before for final, before in zip(blocks, self._ready, strict=True))
+        self._ready = blocks
         if rewound:
             return self._rewind(now)
         return self._advance(now)
@@ -118,9 +123,10 @@ class ProducerMachine:
             generation=self.grant.generation,
             seq=seq,
             attempt=attempt,
+            group=out.group,
             first_block=out.first_block,
             blocks=out.blocks,
-            nbytes=out.blocks * self.block_bytes,
+            nbytes=out.nbytes,
             checksums=checksums,
             offer=offer,
         )
@@ -178,15 +184,18 @@ class ProducerMachine:
         soonest = min(self._deadline, self._resend_at)
         return None if soonest == float("inf") else soonest
 
-    def upcoming(self, since: int, blocks: int) -> list[tuple[int, int]]:
-        """Batches, as ``(first block, blocks)``, that :meth:`pages_ready` would push once ``blocks`` blocks are final.
+    def upcoming(self, since: Sequence[int], blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Batches, as ``(group, first block, blocks)``, that :meth:`pages_ready` would push for ``blocks``.
 
-        Blocks before ``since`` count as pushed already. Changes no state.
+        Blocks before ``since``, by group, count as pushed already. Changes no state.
         """
         if self.state is not ProducerState.STREAMING:
             return []
-        first, limit = max(self._next_block, since), min(blocks, self._end)
-        return [(at, min(self._batch_blocks, limit - at)) for at in range(first, limit, self._batch_blocks)]
+        found = []
+        for group, most in enumerate(self._batch_blocks):
+            first, limit = max(self._next_block[group], since[group]), min(blocks[group], self._end[group])
+            found += [(group, at, min(most, limit - at)) for at in range(first, limit, most)]
+        return found
 
     # -- pushing -------------------------------------------------------------------------------------------------
 
@@ -196,36 +205,44 @@ class ProducerMachine:
         for out in self._out:  # new attempts whose pages are recomputed by now
             if out.announced is None and not out.staging and not out.received and self._has_pages(out):
                 actions.append(self._push(out))
-        limit = min(self._ready, self._end)
-        while self._next_block < limit:
-            blocks = min(self._batch_blocks, limit - self._next_block)
-            if self._in_flight + blocks * self.block_bytes > self._window:
-                break
-            out = _Out(len(self._out), self._next_block, blocks)
-            self._out.append(out)
-            self._next_block += blocks
-            self._in_flight += blocks * self.block_bytes
-            actions.append(self._push(out))
+        while (new := self._next_batch()) is not None:
+            self._out.append(new)
+            self._next_block[new.group] += new.blocks
+            self._in_flight += new.nbytes
+            actions.append(self._push(new))
         return actions + self._maybe_commit(now)
+
+    def _next_batch(self) -> _Out | None:
+        """The next batch of final blocks; None if there is none, or it does not fit into the window."""
+        for group, first in enumerate(self._next_block):
+            limit = min(self._ready[group], self._end[group])
+            if first < limit:
+                blocks = min(self._batch_blocks[group], limit - first)
+                nbytes = blocks * self.block_bytes[group]
+                fits = self._in_flight + nbytes <= self._window
+                return _Out(len(self._out), group, first, blocks, nbytes) if fits else None
+        return None
 
     def _push(self, out: _Out) -> OfferBatch:
         out.staging = True
+        group = self.grant.groups[out.group]
         return OfferBatch(
             id=self._id(out),
+            group=out.group,
             first_block=out.first_block,
             blocks=out.blocks,
-            head_lo=self.grant.head_lo,
-            head_hi=self.grant.head_hi,
+            head_lo=group.head_lo,
+            head_hi=group.head_hi,
         )
 
     def _maybe_commit(self, now: float) -> list[Action]:
-        if self.state is not ProducerState.STREAMING or self._next_block < self._end:
+        if self.state is not ProducerState.STREAMING or self._next_block != self._end:
             return []
         if any(out.announced is None and not out.received for out in self._out):
             return []
         if self.grant.first_token and not self._finished:
             return []  # the commit may have to name the first token, which only finish() brings
-        places = [(out.seq, out.first_block, out.blocks, out.blocks * self.block_bytes) for out in self._out]
+        places = [(out.seq, out.group, out.first_block, out.blocks, out.nbytes) for out in self._out]
         self._commit = Commit(
             transfer=self.grant.transfer,
             generation=self.grant.generation,
@@ -275,7 +292,7 @@ class ProducerMachine:
             if out is None or out.received or not out.said:
                 continue  # never announced: the consumer can't have verified it
             out.received, out.staging = True, False
-            self._in_flight -= out.blocks * self.block_bytes
+            self._in_flight -= out.nbytes
             actions.append(self._unstage(out))
             self._extend(now)
         return actions + self._advance(now)
@@ -361,7 +378,7 @@ class ProducerMachine:
             self._resend_at = self._deadline = float("inf")
 
     def _has_pages(self, out: _Out) -> bool:
-        return out.first_block + out.blocks <= self._ready
+        return out.first_block + out.blocks <= self._ready[out.group]
 
     def _find(self, seq: int) -> _Out | None:
         return self._out[seq] if seq < len(self._out) else None

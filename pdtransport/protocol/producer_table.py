@@ -7,7 +7,7 @@ every grant on it has ended.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from pdtransport.protocol.messages import (
     Code,
     ConsumerMessage,
     Grant,
+    GrantedGroup,
     Nack,
     Received,
     Revoke,
@@ -44,8 +45,8 @@ class _Request:
 
     prompt_digest: bytes
     tokens: int
-    blocks: int
-    ready: int = 0
+    blocks: tuple[int, ...]  # by cache group
+    ready: tuple[int, ...]  # likewise: leading blocks that are final
     tokens_done: int = 0
     finished: bool = False
     first_token: int | None = None
@@ -62,15 +63,15 @@ class ProducerTable:
     """The producer's transfers. Pure: events and time in, actions out.
 
     Args:
-        block_bytes: ``(head_lo, head_hi)`` -> bytes of one block on this worker; raises ValueError for heads that it
-            does not hold.
+        block_bytes: ``(group, head_lo, head_hi)`` -> bytes of one block of a cache group on this worker; raises
+            ValueError for heads that it does not hold.
         batch_bytes: peer -> the largest batch that the link to it takes; caps ``limits.batch_bytes``.
     """
 
     def __init__(
         self,
         limits: Limits,
-        block_bytes: Callable[[int, int], int],
+        block_bytes: Callable[[int, int, int], int],
         batch_bytes: Callable[[Peer], int] | None = None,
     ) -> None:
         self.limits = limits
@@ -86,9 +87,15 @@ class ProducerTable:
     # -- calls of the engine -------------------------------------------------------------------------------------
 
     def open(
-        self, transfer: TransferId, prompt_digest: bytes, tokens: int, blocks: int, now: float, adapter: str = ""
+        self,
+        transfer: TransferId,
+        prompt_digest: bytes,
+        tokens: int,
+        blocks: Sequence[int],
+        now: float,
+        adapter: str = "",
     ) -> list[Action]:
-        """A request to hand over has arrived: ``tokens`` prompt tokens in ``blocks`` blocks.
+        """A request to hand over has arrived: ``tokens`` prompt tokens in ``blocks[group]`` blocks of each cache group.
 
         ``adapter`` is the display name, for error messages, of the adapter whose content ``prompt_digest`` covers.
 
@@ -103,7 +110,7 @@ class ProducerTable:
             raise TransferOver(code or Code.REUSED, reason or "this transfer id was used before; mint one per dispatch")
         if len(self._requests) >= self.limits.max_transfers:
             raise TransferOver(Code.OVERLOADED, f"{len(self._requests)} transfers are live (max_transfers)")
-        request = _Request(prompt_digest, tokens, blocks, adapter=adapter)
+        request = _Request(prompt_digest, tokens, tuple(blocks), (0,) * len(blocks), adapter=adapter)
         self._requests[transfer] = request
         actions: list[Action] = []
         for key in [key for key in self._early_claims if key[0] == transfer]:
@@ -123,18 +130,20 @@ class ProducerTable:
             for machine in request.grants.values():
                 machine.cached_tokens = tokens
 
-    def pages_ready(self, transfer: TransferId, blocks: int, tokens_done: int, now: float) -> list[Action]:
-        """The first ``blocks`` blocks are final; fewer than before after a preemption."""
+    def pages_ready(self, transfer: TransferId, blocks: Sequence[int], tokens_done: int, now: float) -> list[Action]:
+        """The first ``blocks[group]`` blocks are final; fewer than before after a preemption."""
         request = self._requests.get(transfer)
         if request is None:
             return []
-        request.ready, request.tokens_done = blocks, tokens_done
+        request.ready, request.tokens_done = tuple(blocks), tokens_done
         return self._each(transfer, request, lambda machine: machine.pages_ready(blocks, tokens_done, now))
 
-    def upcoming(self, transfer: TransferId, since: int, blocks: int) -> list[tuple[ProducerMachine, int, int]]:
-        """Batches, as ``(grant's machine, first block, blocks)``, that :meth:`pages_ready` would push.
+    def upcoming(
+        self, transfer: TransferId, since: Sequence[int], blocks: Sequence[int]
+    ) -> list[tuple[ProducerMachine, int, int, int]]:
+        """Batches, as ``(grant's machine, group, first block, blocks)``, that :meth:`pages_ready` would push.
 
-        Blocks before ``since`` count as pushed already. Changes no state.
+        Blocks before ``since``, by group, count as pushed already. Changes no state.
         """
         request = self._requests.get(transfer)
         machines = request.grants.values() if request else ()
@@ -289,7 +298,7 @@ class ProducerTable:
     def _serve(self, request: _Request, peer: Peer, grant: Grant, now: float) -> list[Action]:
         """Start serving ``grant`` from ``request``; abort a grant that does not match it."""
         problem = self._problem_with(request, grant)
-        block_bytes = 1 if problem else self._block_bytes(grant.head_lo, grant.head_hi)
+        block_bytes = [1 if problem else self._bytes_of(group, wanted) for group, wanted in enumerate(grant.groups)]
         limits = self.limits
         if self._batch_bytes is not None:
             limits = replace(limits, batch_bytes=min(limits.batch_bytes, self._batch_bytes(peer)))
@@ -317,15 +326,26 @@ class ProducerTable:
                     return f"prefill's {request.adapter} differs in content from decode's adapter, or decode has none"
                 return "prefill computes without an adapter, decode with one"
             return "prefill and decode have different prompts under this transfer id"
-        if grant.first_block + grant.blocks != request.blocks:
-            return f"decode granted up to block {grant.first_block + grant.blocks}, the prompt has {request.blocks}"
+        if len(grant.groups) != len(request.blocks):
+            return f"decode granted {len(grant.groups)} cache groups, prefill has {len(request.blocks)}"
+        for wanted, blocks in zip(grant.groups, request.blocks, strict=True):
+            if wanted.blocks and wanted.first_block + wanted.blocks != blocks:
+                return f"decode granted up to block {wanted.first_block + wanted.blocks}, the prompt has {blocks}"
         if request.consumers not in (None, grant.consumers):
             return f"one decode worker states {request.consumers} consumers, another states {grant.consumers}"
         try:
-            self._block_bytes(grant.head_lo, grant.head_hi)
+            for group, wanted in enumerate(grant.groups):
+                self._bytes_of(group, wanted)
         except ValueError as error:
             return str(error)
         return ""
+
+    def _bytes_of(self, group: int, wanted: GrantedGroup) -> int:
+        """
+        Raises:
+            ValueError: this worker does not hold the wanted heads.
+        """
+        return self._block_bytes(group, wanted.head_lo, wanted.head_hi) if wanted.blocks else 1
 
     def _on_revoke(
         self, request: _Request | None, machine: ProducerMachine | None, peer: Peer, message: Revoke
@@ -369,7 +389,7 @@ class ProducerTable:
 
     def _hold_ended(self, transfer: TransferId, request: _Request, now: float) -> list[Action]:
         if request.consumers is not None and len(request.grants) >= request.consumers:
-            if request.ready < request.blocks:
+            if any(ready < blocks for ready, blocks in zip(request.ready, request.blocks, strict=True)):
                 return self.cancel(transfer, Code.CANCELLED, "the engine finished without computing the whole prompt")
             return []  # every consumer has granted: the grants have their own deadlines
         self.counters["holds_expired"] += 1

@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from pdtransport.control.channel import Identity, PeerId
 from pdtransport.errors import LinkError
 from pdtransport.kv.fingerprint import plain
-from pdtransport.kv.geometry import HeadSource, KVGeometry, consumers_of, head_sources
+from pdtransport.kv.geometry import HeadSource, consumers_of, head_sources
+from pdtransport.kv.groups import CacheGroups
+from pdtransport.links.base import Runs
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
 from pdtransport.protocol.messages import (
@@ -29,6 +32,7 @@ from pdtransport.protocol.messages import (
     Code,
     Commit,
     Ended,
+    GrantedGroup,
     ProducerMessage,
 )
 from pdtransport.system.log_limits import LogLimiter
@@ -44,9 +48,16 @@ NOBODY_THERE = frozenset({Code.PEER_LOST, Code.REFUSED})  # before the grant: no
 NOBODY_PAUSE_S = 10.0  # between two log lines about such transfers
 
 
+class WantedBlocks(NamedTuple):
+    """What to receive of one cache group: ``pages[i]`` is for block ``first_block + i``."""
+
+    first_block: int
+    pages: list[int]
+
+
 @dataclass(frozen=True)
 class ReceiveRequest:
-    """What to receive: blocks ``first_block ..`` of a request into ``pages``.
+    """What to receive: blocks of a request, by cache group.
 
     The blocks come from ``ranks`` producer workers on ``host``, which listen at ``port``, ``port + 1``, ...
     """
@@ -57,21 +68,31 @@ class ReceiveRequest:
     ranks: int
     prompt_digest: bytes
     tokens: int
-    first_block: int
-    pages: Sequence[int]
+    groups: tuple[WantedBlocks, ...]
     first_token: bool = False  # promise to continue from the first token, if prefill names it
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(group.pages) for group in self.groups)
+
+
+class _Source(NamedTuple):
+    """A producer worker to ask, and the heads of each cache group that come from it, if any do."""
+
+    endpoint: Endpoint
+    rank: int
+    heads: tuple[HeadSource | None, ...]
 
 
 @dataclass
 class IncomingTransfer:
-    """A transfer that this worker receives. ``wanted.pages[i]`` is for block ``wanted.first_block + i``; only ``owner``
-    may cancel it."""
+    """A transfer that this worker receives. Only ``owner`` may cancel it."""
 
     owner: object
     wanted: ReceiveRequest
     on_end: OnOutcome
     record: TransferRecord
-    heads: dict[PeerId, tuple[int, int]] = field(default_factory=dict)  # KV heads from each producer: [lo, hi)
+    asked: dict[PeerId, tuple[GrantedGroup, ...]] = field(default_factory=dict)  # what was granted to each producer
     placing: dict[PeerId, set[int]] = field(default_factory=dict)  # keys of batches that the link may still write
     nbytes: int = 0
     granted: bool = False  # a grant may have been sent
@@ -83,7 +104,7 @@ class ConsumerDriver:
     def __init__(
         self,
         limits: act.Limits,
-        geometry: KVGeometry,
+        groups: CacheGroups,
         me: Identity,
         control: Control,
         peers: Peers,
@@ -94,7 +115,7 @@ class ConsumerDriver:
     ) -> None:
         # Incarnations never share a generation: 31 bits of the incarnation, then a 31-bit counter.
         self.receiving = ConsumerTable(limits, first_generation=((me.incarnation & 0x7FFFFFFF) << 31) | 1)
-        self._geometry = geometry
+        self._groups = groups
         self._checksums = limits.checksums
         self._me = me
         self._control = control
@@ -115,8 +136,8 @@ class ConsumerDriver:
             if peer is not None:
                 self._control.send(peer.id, Claim(transfer=transfer))
 
-        for endpoint, _ in self._producers(host, port, ranks):
-            self._peers.want(endpoint, say)
+        for source in self._producers(host, port, ranks):
+            self._peers.want(source.endpoint, say)
 
     def decline(self, transfer: str, code: Code, reason: str, host: str, port: int, ranks: int) -> None:
         """Report that ``transfer`` will not be received: to watchers, and to the producers if ``host`` is not empty.
@@ -136,8 +157,8 @@ class ConsumerDriver:
             if peer is not None:
                 self.run(self.receiving.decline(transfer, peer.id, code, reason))
 
-        for endpoint, _ in self._producers(host, port, ranks):
-            self._peers.want(endpoint, say)
+        for source in self._producers(host, port, ranks):
+            self._peers.want(source.endpoint, say)
 
     def fetch(self, owner: object, wanted: ReceiveRequest, on_end: OnOutcome) -> None:
         transfer = wanted.transfer
@@ -148,11 +169,11 @@ class ConsumerDriver:
             tell(on_end, Outcome(transfer, False, Code.REUSED.value, why))
             self.report(transfer, Code.REUSED, why)
             return
-        if not wanted.pages:  # no page will come and no engine waits: report the end to watchers at once
+        if not wanted.blocks:  # no page will come and no engine waits: report the end to watchers at once
             self.report(transfer)
         record = self._timeline.open(transfer, "consumer")
         record.mark("asked")
-        record.blocks, record.skipped_blocks = len(wanted.pages), wanted.first_block
+        record.blocks, record.skipped_blocks = wanted.blocks, sum(group.first_block for group in wanted.groups)
         sink = self._sinks[transfer] = IncomingTransfer(owner, wanted, on_end, record)
         producers = self._producers(wanted.host, wanted.port, wanted.ranks)
         found: dict[int, TransferPeer] = {}
@@ -168,10 +189,10 @@ class ConsumerDriver:
             else:
                 found[rank] = peer
                 if len(found) == len(producers):
-                    self._grant(sink, [(found[source.rank], source) for _, source in producers])
+                    self._grant(sink, [(found[source.rank], source) for source in producers])
 
-        for endpoint, source in producers:
-            self._peers.want(endpoint, partial(on_peer, source.rank))
+        for source in producers:
+            self._peers.want(source.endpoint, partial(on_peer, source.rank))
 
     def cancel(self, owner: object, transfer: str, code: Code, reason: str) -> None:
         sink = self._sinks.get(transfer)
@@ -207,7 +228,7 @@ class ConsumerDriver:
                 transfer=transfer,
                 code=code,
                 reason=plain(reason, MAX_REASON),
-                blocks=len(sink.wanted.pages) if sink is not None else 0,
+                blocks=sink.wanted.blocks if sink is not None else 0,
                 nbytes=sink.nbytes if sink is not None else 0,
                 link=sink.record.link if sink is not None else "",
                 exposed_us=_us(end - times.get("committed", end)),
@@ -215,30 +236,40 @@ class ConsumerDriver:
             )
         )
 
-    def _producers(self, host: str, port: int, ranks: int) -> list[tuple[Endpoint, HeadSource]]:
-        g = self._geometry
-        sources = head_sources(g.head_lo, g.head_hi, ranks, g.total_heads, self._me.rank)
-        return [((host, port + source.rank), source) for source in sources]
+    def _producers(self, host: str, port: int, ranks: int) -> list[_Source]:
+        by_group = [
+            {source.rank: source for source in head_sources(g.head_lo, g.head_hi, ranks, g.total_heads, self._me.rank)}
+            for g in self._groups
+        ]
+        return [
+            _Source((host, port + rank), rank, tuple(sources.get(rank) for sources in by_group))
+            for rank in sorted(set().union(*by_group))
+        ]
 
-    def _grant(self, sink: IncomingTransfer, producers: list[tuple[TransferPeer, HeadSource]]) -> None:
-        g, wanted = self._geometry, sink.wanted
+    def _grant(self, sink: IncomingTransfer, producers: list[tuple[TransferPeer, _Source]]) -> None:
+        wanted = sink.wanted
         parts = []
         for peer, source in producers:
             channel = peer.inbound
             if channel is None:  # this peer was lost while we waited for another one
                 self._end(wanted.transfer, Code.PEER_LOST, f"{peer.id} is gone")
                 return
-            takers = consumers_of(source.rank, wanted.ranks, self._me.world, g.total_heads)
-            parts.append(
-                GrantedPart(
-                    peer=peer.id,
-                    head_lo=source.head_lo,
-                    head_hi=source.head_hi,
-                    consumers=len(takers),
-                    block_bytes=g.block_bytes(source.head_lo, source.head_hi),
-                )
+            takers = {
+                taker
+                for g in self._groups
+                for taker in consumers_of(source.rank, wanted.ranks, self._me.world, g.total_heads)
+            }
+            asked = tuple(
+                GrantedGroup(blocks.first_block, len(blocks.pages), heads.head_lo, heads.head_hi)
+                if heads is not None
+                else GrantedGroup(blocks.first_block, 0, 0, 0)
+                for blocks, heads in zip(wanted.groups, source.heads, strict=True)
             )
-            sink.heads[peer.id] = (source.head_lo, source.head_hi)
+            block_bytes = tuple(
+                g.block_bytes(group.head_lo, group.head_hi) for g, group in zip(self._groups, asked, strict=True)
+            )
+            parts.append(GrantedPart(peer.id, asked, block_bytes, consumers=len(takers)))
+            sink.asked[peer.id] = asked
             sink.placing[peer.id] = set()
             sink.record.link, sink.record.peer = channel.link, peer.id.engine
         try:
@@ -246,8 +277,6 @@ class ConsumerDriver:
                 wanted.transfer,
                 wanted.prompt_digest,
                 wanted.tokens,
-                wanted.first_block,
-                len(wanted.pages),
                 parts,
                 self._clock(),
                 wanted.first_token,
@@ -276,13 +305,11 @@ class ConsumerDriver:
     def coming(self, peer_id: PeerId, message: BatchHint) -> None:
         """Plan the read of a batch that is not computed yet. Hints that don't fit the transfer are ignored."""
         sink, peer = self._sinks.get(message.transfer), self._peers.get(peer_id)
-        if sink is None or peer is None or peer.inbound is None or peer_id not in sink.heads:
+        if sink is None or peer is None or peer.inbound is None or peer_id not in sink.asked:
             return
-        first = message.first_block - sink.wanted.first_block
-        pages = sink.wanted.pages[first : first + message.blocks] if first >= 0 else ()
-        if len(pages) != message.blocks:
+        runs = self._runs(sink, peer_id, message)
+        if runs is None:
             return
-        runs = self._geometry.runs(pages, *sink.heads[peer_id])
         self._counters["batches_foreseen"] += 1
         peer.inbound.prepare_read(message.offer, runs, message.blocks if self._checksums else 0)
 
@@ -327,14 +354,25 @@ class ConsumerDriver:
         if len(batch.offer) < 8:
             done("link: the batch came without an offer")
             return
-        first = batch.first_block - sink.wanted.first_block
-        runs = self._geometry.runs(sink.wanted.pages[first : first + batch.blocks], *sink.heads[action.id.peer])
+        runs = self._runs(sink, action.id.peer, batch)
+        assert runs is not None, "the state machine checked the batch against the grant"
         key = _key(batch)
         sink.placing[action.id.peer].add(key)
         try:
             peer.inbound.receive(key, batch.offer[8:], runs, batch.checksums, batch.blocks, done)
         except LinkError as error:
             done(f"link: {error}")
+
+    def _runs(self, sink: IncomingTransfer, peer: PeerId, what: Batch | BatchHint) -> Runs | None:
+        """Byte runs of the pages for these blocks; None if they are not within what was granted to ``peer``."""
+        if what.group >= len(sink.wanted.groups):
+            return None
+        wanted, asked = sink.wanted.groups[what.group], sink.asked[peer][what.group]
+        first = what.first_block - wanted.first_block
+        pages = wanted.pages[first : first + what.blocks] if first >= 0 and asked.blocks else []
+        if len(pages) != what.blocks:
+            return None
+        return self._groups[what.group].runs(pages, asked.head_lo, asked.head_hi)
 
     def _placed(self, action: act.ReadBatch, error: str | None) -> None:
         batch, sink = action.batch, self._sinks.get(action.id.transfer)
@@ -381,7 +419,7 @@ class ConsumerDriver:
                 ok=code is None,
                 code=code.value if code else "",
                 reason=reason,
-                blocks=len(sink.wanted.pages),
+                blocks=sink.wanted.blocks,
                 nbytes=sink.nbytes,
                 link=record.link,
                 first_token=ready.first_token if ready else None,
@@ -390,7 +428,7 @@ class ConsumerDriver:
                 events=dict(record.events),
             ),
         )
-        if sink.wanted.pages:  # after the engine's callback, for which the engine's next step waits
+        if sink.wanted.blocks:  # after the engine's callback, for which the engine's next step waits
             self.report(transfer, code, reason, sink)
 
     def _log_failure(self, sink: IncomingTransfer, code: Code, reason: str) -> None:
@@ -402,9 +440,13 @@ class ConsumerDriver:
 
     @staticmethod
     def _audit_blocks(audit: Audit, sink: IncomingTransfer) -> None:
-        for peer, (lo, hi) in sink.heads.items():
-            for block, page in enumerate(sink.wanted.pages, sink.wanted.first_block):
-                audit.block(sink.wanted.transfer, "consumer", peer.engine, peer.rank, block, page, lo, hi)
+        for peer, asked in sink.asked.items():
+            for group, (wanted, heads) in enumerate(zip(sink.wanted.groups, asked, strict=True)):
+                for block, page in enumerate(wanted.pages if heads.blocks else (), wanted.first_block):
+                    who = peer.engine, peer.rank
+                    audit.block(
+                        sink.wanted.transfer, "consumer", *who, group, block, page, heads.head_lo, heads.head_hi
+                    )
 
 
 def _us(seconds: float) -> int:

@@ -26,7 +26,8 @@ from pdtransport.control.channel import (
 )
 from pdtransport.control.handshake import told_incarnation
 from pdtransport.io.cuda_events import CudaEventQueue
-from pdtransport.kv.geometry import HOST, KVGeometry
+from pdtransport.kv.geometry import HOST
+from pdtransport.kv.groups import CacheGroups
 from pdtransport.links.base import Link
 from pdtransport.observe.status import PatchStatus, TransportStatus
 from pdtransport.protocol.actions import Limits
@@ -73,7 +74,7 @@ class TransferEngine:
         self,
         settings: Settings,
         me: Identity,
-        geometry: KVGeometry,
+        groups: CacheGroups,
         control: Control,
         links: dict[str, Link],
         unavailable: dict[str, str],
@@ -95,11 +96,11 @@ class TransferEngine:
         self._control = control
         self._peers = Peers(control, links, unavailable, settings.links, scratch, clock)
         audit_dir = settings.observe.audit_dir
-        self._audit = Audit(audit_dir, me.engine, me.rank, geometry) if audit_dir else None
-        limits = limits_of(settings, geometry.device)
+        self._audit = Audit(audit_dir, me.engine, me.rank, groups) if audit_dir else None
+        limits = limits_of(settings, groups.device)
         common = (control, self._peers, self._timeline, self._counters, self._audit, clock)
-        self.producer = ProducerDriver(limits, geometry, *common)
-        self.consumer = ConsumerDriver(limits, geometry, me, *common)
+        self.producer = ProducerDriver(limits, groups, *common)
+        self.consumer = ConsumerDriver(limits, groups, me, *common)
 
     # -- reactor.Work --------------------------------------------------------------------------------------------
 

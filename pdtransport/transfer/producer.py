@@ -15,7 +15,7 @@ from functools import partial
 
 from pdtransport.control.channel import PeerId
 from pdtransport.errors import LinkError
-from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.groups import GONE, CacheGroups
 from pdtransport.links.base import Channel, LinkBusy, Prepared, Runs
 from pdtransport.protocol import actions as act
 from pdtransport.protocol.consumer_table import TransferOver
@@ -37,7 +37,12 @@ from pdtransport.transfer.timeline import Timeline, TransferRecord
 
 logger = logging.getLogger(__name__)
 
+Pages = Sequence[list[int]]  # of a request: page ids by cache group, in order of the blocks
 MAX_PUSHES_A_TURN = 8  # staging a batch takes about 1 ms: handle control messages in between
+
+
+class _GivenBack(Exception):
+    """A granted page does not exist any more; the text is for both sides."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,19 @@ class _PreparedBatch:
 
 @dataclass
 class OutgoingTransfer:
-    """A transfer that this worker sends. ``pages[i]`` holds block i of the request; only ``owner`` may change it."""
+    """A transfer that this worker sends. ``pages[group][i]`` holds block i of the request's cache group; only ``owner``
+    may change it. ``final`` and ``foreseen`` are by group, too."""
 
     owner: object
-    pages: list[int]
+    pages: Pages
     tokens: int
     on_end: OnOutcome
     record: TransferRecord
+    final: tuple[int, ...]  # leading blocks that are final
+    foreseen: tuple[int, ...]  # leading blocks that prepare() has planned
     on_promise: OnPromise | None = None  # None once called
     nbytes: int = 0
-    final: int = 0  # leading blocks that are final
-    foreseen: int = 0  # leading blocks that prepare() has planned
-    prepared: dict[tuple[PeerId, int, int], _PreparedBatch] = field(default_factory=dict)  # peer, first block, blocks
+    prepared: dict[tuple[PeerId, int, int, int], _PreparedBatch] = field(default_factory=dict)  # group, first, blocks
 
 
 class ProducerDriver:
@@ -75,7 +81,7 @@ class ProducerDriver:
     def __init__(
         self,
         limits: act.Limits,
-        geometry: KVGeometry,
+        groups: CacheGroups,
         control: Control,
         peers: Peers,
         timeline: Timeline,
@@ -83,15 +89,17 @@ class ProducerDriver:
         audit: Audit | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.sending = ProducerTable(limits, geometry.checked_block_bytes, self._batch_bytes)
+        self.sending = ProducerTable(limits, groups.checked_block_bytes, self._batch_bytes)
         self._checksums = limits.checksums
-        self._geometry = geometry
+        self._groups = groups
         self._control = control
         self._peers = peers
         self._timeline = timeline
         self._counters = counters
         self._audit = audit
         self._clock = clock
+        self._no_pages: Pages = ([],) * len(groups)
+        self._none = (0,) * len(groups)
         self._sources: dict[str, OutgoingTransfer] = {}
         self._staged: dict[act.BatchId, tuple[Channel, int]] = {}
         self._queue: deque[act.OfferBatch] = deque()
@@ -113,7 +121,7 @@ class ProducerDriver:
         on_promise: OnPromise | None = None,
         adapter: str = "",
     ) -> None:
-        blocks = -(-tokens // self._geometry.block_size)
+        blocks = self._groups.blocks(tokens)
         try:
             actions = self.sending.open(transfer, prompt_digest, tokens, blocks, self._clock(), adapter)
         except TransferOver as over:
@@ -122,27 +130,29 @@ class ProducerDriver:
             return
         record = self._timeline.open(transfer, "producer")
         record.mark("opened")
-        self._sources[transfer] = OutgoingTransfer(owner, [], tokens, on_end, record, on_promise)
+        self._sources[transfer] = OutgoingTransfer(
+            owner, self._no_pages, tokens, on_end, record, self._none, self._none, on_promise
+        )
         for machine in self.sending.machines(transfer):  # granted before the request arrived here
             record.mark("granted")
             record.peer = machine.peer.engine
         self._see_promise(transfer)
         self.run(actions)
 
-    def pages_ready(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int) -> None:
+    def pages_ready(self, owner: object, transfer: str, pages: Pages, tokens_done: int) -> None:
         """Send what is final: the first ``tokens_done`` tokens of ``pages``.
 
-        ``pages`` are the page ids of all the request's blocks so far. Fewer tokens than before, or no pages, mean that
-        the engine took pages back (preemption).
+        ``pages`` are, by cache group, the page ids of all the request's blocks so far; ``GONE`` is one that the engine
+        has given back. Fewer tokens than before, or no pages, mean that the engine took pages back (preemption).
         """
         source = self._owned(owner, transfer)
         if source is None:
             return
-        source.pages = list(pages)
+        source.pages = pages
         if tokens_done >= source.tokens:
             source.record.mark("computed", latest=True)
         blocks = self._final_blocks(source, pages, tokens_done)
-        if blocks < source.final or not pages:  # preempted
+        if any(now < before for now, before in zip(blocks, source.final, strict=True)) or not any(pages):  # preempted
             source.foreseen = blocks
             source.prepared.clear()
         source.final = blocks
@@ -153,7 +163,7 @@ class ProducerDriver:
         if self._owned(owner, transfer) is not None:
             self.sending.cached(transfer, tokens)
 
-    def prepare(self, owner: object, transfer: str, pages: Sequence[int], tokens_done: int, event: int) -> None:
+    def prepare(self, owner: object, transfer: str, pages: Pages, tokens_done: int, event: int) -> None:
         """Plan the batches that :meth:`pages_ready` will send once ``event``, a raw ``cudaEvent_t``, has passed.
 
         Plans and hints are made now, while the engine waits for its GPU. After the event the engine needs the GIL, and
@@ -163,31 +173,31 @@ class ProducerDriver:
         if source is None:
             return
         blocks = self._final_blocks(source, pages, tokens_done)
-        for machine, first, count in self.sending.upcoming(transfer, source.foreseen, blocks):
+        for machine, group, first, count in self.sending.upcoming(transfer, source.foreseen, blocks):
             peer = self._peers.get(machine.peer)
-            if peer is None or peer.outbound is None:
+            ids = pages[group][first : first + count]
+            if peer is None or peer.outbound is None or GONE in ids:
                 continue
-            ids = list(pages[first : first + count])
-            runs = self._geometry.runs(ids, machine.grant.head_lo, machine.grant.head_hi)
+            wanted = machine.grant.groups[group]
+            runs = self._groups[group].runs(ids, wanted.head_lo, wanted.head_hi)
             prepared = peer.outbound.prepare(runs, count if self._checksums else 0, event)
             if prepared is not None:
-                source.prepared[machine.peer, first, count] = _PreparedBatch(ids, peer.outbound, runs, prepared)
+                source.prepared[machine.peer, group, first, count] = _PreparedBatch(ids, peer.outbound, runs, prepared)
                 self._control.send(
                     peer.id,
                     BatchHint(
                         transfer=transfer,
                         generation=machine.grant.generation,
+                        group=group,
                         first_block=first,
                         blocks=count,
                         offer=prepared.offer,
                     ),
                 )
-        source.foreseen = max(source.foreseen, blocks)
+        source.foreseen = tuple(map(max, source.foreseen, blocks))
 
-    def _final_blocks(self, source: OutgoingTransfer, pages: Sequence[int], tokens_done: int) -> int:
-        block_size = self._geometry.block_size
-        whole = tokens_done >= source.tokens
-        return min(-(-source.tokens // block_size) if whole else tokens_done // block_size, len(pages))
+    def _final_blocks(self, source: OutgoingTransfer, pages: Pages, tokens_done: int) -> tuple[int, ...]:
+        return tuple(map(min, self._groups.final_blocks(tokens_done, source.tokens), map(len, pages)))
 
     def finish(self, owner: object, transfer: str, first_token: int | None = None) -> None:
         source = self._owned(owner, transfer)
@@ -293,6 +303,9 @@ class ProducerDriver:
                 continue
             try:
                 offer, checksums = self._push(push)
+            except _GivenBack as given_back:
+                cancelled = partial(self.sending.cancel, push.id.transfer, Code.MISMATCH, str(given_back))
+                answers.append(cancelled)
             except LinkBusy:
                 busy.add(push.id.peer)
                 waiting.append(push)
@@ -313,20 +326,26 @@ class ProducerDriver:
 
         Raises:
             LinkBusy: no staging slot is free.
+            _GivenBack: a page of it does not exist any more.
             LinkError: the peer has no link, or it is broken.
         """
         source, peer = self._sources.get(push.id.transfer), self._peers.get(push.id.peer)
         if source is None or peer is None or peer.outbound is None:
             raise LinkError("no link to the decode worker was agreed on")
-        pages = source.pages[push.first_block : push.first_block + push.blocks]
+        pages = source.pages[push.group][push.first_block : push.first_block + push.blocks]
+        if GONE in pages:
+            raise _GivenBack(
+                f"decode granted block {push.first_block + pages.index(GONE)} of cache group {push.group}, which "
+                "prefill has given back: it lies behind the attention window"
+            )
         key, self._next_key = self._next_key, self._next_key + 1
         blocks = push.blocks if self._checksums else 0
-        early = source.prepared.pop((push.id.peer, push.first_block, push.blocks), None)
+        early = source.prepared.pop((push.id.peer, push.group, push.first_block, push.blocks), None)
         if early is not None and early.pages == pages and early.channel is peer.outbound and not push.id.attempt:
             runs = early.runs
             offer, checksums = peer.outbound.send(key, runs, blocks, early.what)
         else:
-            runs = self._geometry.runs(pages, push.head_lo, push.head_hi)
+            runs = self._groups[push.group].runs(pages, push.head_lo, push.head_hi)
             offer, checksums = peer.outbound.send(key, runs, blocks)
         self._staged[push.id] = (peer.outbound, key)
         nbytes = int(runs[:, 1].sum())
@@ -339,7 +358,8 @@ class ProducerDriver:
         if self._audit is not None:
             for block, page in enumerate(pages, push.first_block):
                 who = peer.id.engine, peer.id.rank
-                self._audit.block(push.id.transfer, "producer", *who, block, page, push.head_lo, push.head_hi)
+                heads = push.head_lo, push.head_hi
+                self._audit.block(push.id.transfer, "producer", *who, push.group, block, page, *heads)
         return key.to_bytes(8, "little") + offer, checksums
 
     def _unstage(self, action: act.WithdrawBatch) -> None:
@@ -355,7 +375,7 @@ class ProducerDriver:
         if source is None:
             return
         code, record = action.code, source.record
-        record.bytes, record.blocks = source.nbytes, len(source.pages)
+        record.bytes, record.blocks = source.nbytes, sum(map(len, source.pages))
         record.state = "given up" if code else "delivered"
         if code is not None:
             record.code, record.reason = code.value, action.reason
@@ -370,7 +390,7 @@ class ProducerDriver:
                 ok=code is None,
                 code=code.value if code else "",
                 reason=action.reason,
-                blocks=len(source.pages),
+                blocks=sum(map(len, source.pages)),
                 nbytes=source.nbytes,
                 link=record.link,
                 events=dict(record.events),

@@ -6,15 +6,19 @@ with pages of one token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.engine.block_tables import BlockTables
 from pdtransport.errors import SettingsError
+from pdtransport.kv.groups import GONE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
+NULL_BLOCK = 0  # id of the block that vLLM puts where it has given one back
 _REMEDY = "start this server without --kv-transfer-config"
 
 # Spec classes by name, since not every vLLM version has them all. Kinds not listed here (state, cross attention,
@@ -64,35 +68,69 @@ def refuse_caches(caches: KVCacheConfig) -> None:
     """Refuse caches that can't be moved.
 
     Raises:
-        SettingsError: a layer keeps something other than attention's keys and values, or there are several groups.
+        SettingsError: a layer keeps something other than attention's keys and values.
     """
-    groups = caches.kv_cache_groups
-    strange = sorted({kind for group in groups for kind in _kinds(group.kv_cache_spec)} - {*_WHOLE, *_WINDOW})
+    strange = sorted({kind for group in caches.kv_cache_groups for kind in _kinds(group.kv_cache_spec)})
+    strange = [kind for kind in strange if kind not in _WHOLE and kind not in _WINDOW]
     if strange:
         raise SettingsError(
             f"pdtransport can't hand over this model's cache: it has layers of {', '.join(strange)}, and only "
             f"attention's keys and values can be moved yet ({', '.join([*sorted(_WHOLE), *_WINDOW])}); {_REMEDY}"
         )
-    if len(groups) > 1:
-        kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups)
-        raise SettingsError(
-            f"pdtransport can't hand over this model's cache: it has {len(groups)} groups of layers with blocks of "
-            f"their own ({kinds}), and only one can be moved yet; start this server with "
-            "--disable-hybrid-kv-cache-manager"
+
+
+@dataclass(frozen=True)
+class HandedGroups:
+    """vLLM's cache groups that are handed over, and the block tables of requests for them.
+
+    Args:
+        numbers: of the groups among all of vLLM's.
+        sparse: by group, whether vLLM gives blocks back while the request runs (window, chunk).
+        kinds: by group, the kind of attention, for the fingerprint.
+    """
+
+    tables: BlockTables
+    numbers: tuple[int, ...] = (0,)
+    sparse: tuple[bool, ...] = (False,)
+    kinds: tuple[str, ...] = ()
+
+    @classmethod
+    def one(cls, block_size: int) -> HandedGroups:
+        """A single group of full attention."""
+        return cls(BlockTables((block_size,)))
+
+    @classmethod
+    def of(cls, caches: KVCacheConfig) -> HandedGroups:
+        numbers = tuple(getattr(caches, "transfer_group_ids", range(len(caches.kv_cache_groups))))
+        specs = [caches.kv_cache_groups[number].kv_cache_spec for number in numbers]
+        windows = [_window_of(spec) for spec in specs]
+        return cls(
+            BlockTables(
+                tuple(spec.block_size for spec in specs),
+                min((window for window in windows if window is not None), default=None),
+            ),
+            numbers,
+            tuple(window is not None for window in windows),
+            tuple(
+                type(spec).__name__ + ("" if window is None else f":{window}")
+                for spec, window in zip(specs, windows, strict=True)
+            ),
+        )
+
+    def blocks(self, block_ids: Sequence[Sequence[int]]) -> tuple[list[int], ...]:
+        """A request's blocks by group, from vLLM's ids of all its groups."""
+        return tuple(
+            [GONE if block == NULL_BLOCK else block for block in block_ids[number]]
+            if sparse
+            else list(block_ids[number])
+            for number, sparse in zip(self.numbers, self.sparse, strict=True)
         )
 
 
-def window_of(caches: KVCacheConfig) -> int | None:
-    """Number of tokens of the longest prompt that can be handed over; None: any.
-
-    If all layers use a sliding window, vLLM frees blocks that leave it while the prompt is still being computed, so the
-    KV of a longer prompt is never complete.
-    """
+def _window_of(spec: KVCacheSpec) -> int | None:
+    """Tokens of the smallest window or chunk of a group's layers; None: they attend to the whole prompt."""
     sizes = [
-        int(getattr(spec, _WINDOW[type(spec).__name__]))
-        for group in caches.kv_cache_groups
-        for spec in _specs(group.kv_cache_spec)
-        if type(spec).__name__ in _WINDOW
+        int(getattr(each, _WINDOW[type(each).__name__])) for each in _specs(spec) if type(each).__name__ in _WINDOW
     ]
     return min(sizes, default=None)
 

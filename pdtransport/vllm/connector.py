@@ -15,14 +15,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from pdtransport.engine.commands import Commands, WorkerReport
 from pdtransport.engine.stats import TransferStats
 from pdtransport.links.registry import check_links
 from pdtransport.settings import Settings
-from pdtransport.vllm.beyond_window import WindowRule
-from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
+from pdtransport.vllm.cache_groups import HandedGroups, refuse_caches, refuse_context_parallel, refuse_model
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.geometry import attention_heads, control_port
 from pdtransport.vllm.logs import join_vllm_log
@@ -66,7 +66,7 @@ KVConnectorMetadata.register(Commands)
 KVConnectorWorkerMetadata.register(WorkerReport)
 
 
-class PDTransportConnector(KVConnectorBase_V1):
+class PDTransportConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM connector. ``kv_role``: kv_producer sends KV pages, kv_consumer receives them, kv_both does both.
 
     ``kv_connector_extra_config`` is parsed as :class:`pdtransport.settings.Settings`.
@@ -97,26 +97,17 @@ class PDTransportConnector(KVConnectorBase_V1):
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
             shorten_spins(settings)  # workers are running by now, so the engine's message readers exist
-            window = window_of(kv_cache_config)
-            if window is not None:
-                logger.warning(
-                    "prompts of more than %d tokens are not handed over but computed by decode alone (beyond_window): "
-                    "all layers of this model have a sliding window of that size, and vLLM frees the blocks that leave "
-                    "the window while it computes a prompt",
-                    window,
-                )
             self._scheduler = SchedulerSide(
                 settings,
                 producer=config.is_kv_producer,
                 consumer=config.is_kv_consumer,
-                block_size=vllm_config.cache_config.block_size,
+                groups=HandedGroups.of(kv_cache_config),
                 engine=str(config.engine_id),
                 port=control_port(settings, vllm_config),
                 ranks=parallel.tensor_parallel_size,
                 heads=attention_heads(vllm_config),
                 first_tokens=FirstTokens(vllm_config, settings),
                 events=events,
-                window=WindowRule(window, settings),
                 adapters=vllm_config.lora_config is not None,
             )
             if settings.watch_weights:
@@ -159,6 +150,11 @@ class PDTransportConnector(KVConnectorBase_V1):
         self.scheduler.update_output(connector_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.scheduler.finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return self.scheduler.finished(request, block_ids)
 
     def has_pending_push_work(self) -> bool:

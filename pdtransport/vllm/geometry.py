@@ -8,28 +8,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.engine.worker import GroupPages
 from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import HOST, KVGeometry, LayerPages, Region, head_range
 from pdtransport.protocol.messages import FingerprintValue
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.identity import model_identity
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 KVCaches = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class Described:
-    geometry: KVGeometry
+    """One worker's KV cache.
+
+    Attributes:
+        groups: its cache groups: layers of one of vLLM's groups whose pages are alike.
+        pages: for each of them, where its pages are in vLLM's block tables.
+        regions: the memory that holds them.
+        port: control port.
+    """
+
+    groups: tuple[KVGeometry, ...]
+    pages: tuple[GroupPages, ...]
     regions: list[Region]
     fingerprint: dict[str, FingerprintValue]
-    kernel_blocks_per_block: int
     rank: int
     ranks: int
     port: int
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """The only group, where there is one."""
+        (only,) = self.groups
+        return only
 
 
 def control_port(settings: Settings, config: VllmConfig) -> int:
@@ -52,11 +70,12 @@ def attention_heads(config: VllmConfig) -> int:
     return heads if isinstance(heads, int) else 0
 
 
-def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Described:
+def describe(kv_caches: KVCaches, layout: KVCacheConfig | None, config: VllmConfig, settings: Settings) -> Described:
     """Geometry, memory regions and fingerprint of this worker's KV cache.
 
     Args:
         kv_caches: layer name -> ``[blocks, heads, tokens, content]`` view, K and V of a head packed in ``content``.
+        layout: vLLM's cache groups; None: all layers are one.
 
     Raises:
         SettingsError: this version can't move such a cache; the message says what to do.
@@ -64,17 +83,33 @@ def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Des
     from vllm.distributed import get_tensor_model_parallel_rank
 
     rank, ranks = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-    caches = _distinct(kv_caches)
-    geometry = _geometry(caches, config, rank, ranks)
-    kernel_block = geometry.block_size
-    block_size = config.cache_config.block_size
-    if block_size % kernel_block:
-        raise SettingsError(f"--block-size {block_size} is not a multiple of the attention kernel's {kernel_block}")
+    handed = HandedGroups.of(layout) if layout is not None else HandedGroups.one(config.cache_config.block_size)
+    alike: list[tuple[int, KVCaches]] = []
+    for table, number in enumerate(handed.numbers):
+        names = layout.kv_cache_groups[number].layer_names if layout is not None else list(kv_caches)
+        caches = _distinct({name: kv_caches[name] for name in kv_caches if name in set(names)})
+        alike += [(table, each) for each in _alike(caches)]
+    if not alike:
+        raise SettingsError("this model has no KV cache to hand over")
+    groups = tuple(_geometry(caches, config, rank, ranks) for _, caches in alike)
+    pages = []
+    for (table, _), group in zip(alike, groups, strict=True):
+        block_size = handed.tables.block_sizes[table]
+        if block_size % group.block_size:
+            raise SettingsError(
+                f"--block-size {block_size} is not a multiple of the attention kernel's {group.block_size}"
+            )
+        pages.append(GroupPages(table, block_size // group.block_size))
+    caches = {name: cache for _, each in alike for name, cache in each.items()}
+    fingerprint = _fingerprint(caches, config, settings)
+    if len(groups) > 1:
+        fingerprint["layer_names"] = _digest([sorted(each) for _, each in alike])
+        fingerprint["attention_kinds"] = "/".join(handed.kinds[table] for table, _ in alike)
     return Described(
-        geometry=geometry,
+        groups=groups,
+        pages=tuple(pages),
         regions=_regions(caches),
-        fingerprint=_fingerprint(caches, config, settings),
-        kernel_blocks_per_block=block_size // kernel_block,
+        fingerprint=fingerprint,
         rank=rank,
         ranks=ranks,
         port=control_port(settings, config) + rank,
@@ -82,7 +117,7 @@ def describe(kv_caches: KVCaches, config: VllmConfig, settings: Settings) -> Des
 
 
 def _distinct(kv_caches: KVCaches) -> KVCaches:
-    """Keep each cache once: layers that share a cache appear under several names."""
+    """Keep each cache of a group once: layers that share a cache appear under several names."""
     seen: set[int] = set()
     caches: KVCaches = {}
     for name, cache in kv_caches.items():
@@ -96,34 +131,37 @@ def _distinct(kv_caches: KVCaches) -> KVCaches:
         if cache.data_ptr() not in seen:
             seen.add(cache.data_ptr())
             caches[name] = cache
-    if not caches:
-        raise SettingsError("this model has no KV cache to hand over")
     return caches
 
 
+def _alike(caches: KVCaches) -> list[KVCaches]:
+    """Split layers by the shape of their pages, in the order of the first layer of each shape."""
+    found: dict[tuple[tuple[int, ...], bool, torch.dtype], KVCaches] = {}
+    for name, cache in caches.items():
+        shape = tuple(cache.shape), cache.stride(1) > cache.stride(2), cache.dtype
+        found.setdefault(shape, {})[name] = cache
+    return list(found.values())
+
+
 def _geometry(caches: KVCaches, config: VllmConfig, rank: int, ranks: int) -> KVGeometry:
+    """Geometry of layers whose pages are alike."""
     first = next(iter(caches.values()))
     blocks, heads, tokens, content = first.shape
     item = first.element_size()
     heads_first = heads == 1 or first.stride(1) > first.stride(2)
+    inner = (tokens * content, content, 1) if heads_first else (content, heads * content, 1)
     for name, cache in caches.items():
-        inner = (tokens * content, content, 1) if heads_first else (content, heads * content, 1)
         # The stride of a dimension of size 1 is meaningless.
         dense = all(
             size == 1 or stride == wanted
             for size, stride, wanted in zip(cache.shape[1:], cache.stride()[1:], inner, strict=True)
         )
-        if tuple(cache.shape) != (blocks, heads, tokens, content) or not dense:
+        if not dense:
             raise SettingsError(
                 f"layer {name} has KV pages of shape {tuple(cache.shape)} and strides {tuple(cache.stride())}: "
-                "pages must be dense and alike in all layers; unset VLLM_KV_CACHE_LAYOUT"
+                "pages must be dense; unset VLLM_KV_CACHE_LAYOUT"
             )
-    total = heads if ranks == 1 else config.model_config.get_total_num_kv_heads()
-    if heads == 1 and total > 1 and ranks == 1:
-        total = 1
-    lo, hi = head_range(rank, ranks, total)
-    if hi - lo != heads:  # latent attention (MLA): every rank holds the whole cache
-        lo, total = 0, heads
+    lo, total = _heads(next(iter(caches)), heads, config, rank, ranks)
     return KVGeometry(
         layers=tuple(
             LayerPages(name, cache.data_ptr(), cache.stride(0) * cache.element_size()) for name, cache in caches.items()
@@ -136,6 +174,28 @@ def _geometry(caches: KVCaches, config: VllmConfig, rank: int, ranks: int) -> KV
         slot_bytes=content * item,
         heads_first=heads_first,
         device=_device(first),
+    )
+
+
+def _heads(layer: str, heads: int, config: VllmConfig, rank: int, ranks: int) -> tuple[int, int]:
+    """Number of this rank's first KV head over all ranks, and the number of heads over all ranks.
+
+    Raises:
+        SettingsError: it can't be told which heads this rank's layer has.
+    """
+    if ranks == 1:
+        return 0, heads
+    total = config.model_config.get_total_num_kv_heads()
+    lo, hi = head_range(rank, ranks, total)
+    if hi - lo == heads:
+        return lo, total
+    if config.model_config.use_mla:  # latent attention: every rank holds the whole cache
+        return 0, heads
+    if heads > 1:  # layers of another kind, split like the others
+        return rank * heads, ranks * heads
+    raise SettingsError(
+        f"layer {layer} has one KV head on each of {ranks} ranks, the model has {total}: whether the ranks hold the "
+        "same one can't be told; start this server with --tensor-parallel-size 1"
     )
 
 

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from pdtransport.errors import SettingsError
 from pdtransport.kernels.quant import DTYPES, DType, Grid
 from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.groups import CacheGroups
 from pdtransport.kv.keys import KeySpace
 from pdtransport.pool.core.key_spaces import Space, whole_salt
 from pdtransport.pool.remote.remote_wire import host_and_port
@@ -86,10 +87,10 @@ def key_spaces(described: Described, config: VllmConfig, use: PoolUse) -> list[K
     """
     geometry, facts = described.geometry, described.fingerprint
     layout = {
-        **fingerprint_of(geometry, described.ranks),
+        **fingerprint_of(CacheGroups.of(geometry), described.ranks),
         "attention_backend": facts["attention_backend"],
         "layer_names": facts["layer_names"],
-        "kernel_blocks": described.kernel_blocks_per_block,
+        "kernel_blocks": described.pages[0].ratio,
         "page_format": facts["page_format"],
     }
     # Chunks can be shared across tensor-parallel sizes, since `shard` says which heads they hold, and across protocol
@@ -163,7 +164,7 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
 
     geometry = described.geometry
     kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
-    if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec):
+    if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec) or len(described.groups) != 1:
         # Blocks that leave a sliding window also leave the block table while the prompt is still being computed.
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"only full attention in one group of layers can be stored, not {names}"
@@ -181,7 +182,7 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
         parts = head_parts(geometry, use.shards or described.ranks)
     except SettingsError as error:
         return str(error)
-    nbytes = use.chunk_blocks * described.kernel_blocks_per_block * geometry.block_bytes(*parts[0])
+    nbytes = use.chunk_blocks * described.pages[0].ratio * geometry.block_bytes(*parts[0])
     if nbytes > MAX_CHUNK_BYTES:
         return f"pool.chunk_blocks {use.chunk_blocks} makes chunks of {nbytes} bytes, above {MAX_CHUNK_BYTES}: lower it"
     if use.address is not None and nbytes > use.staging_bytes:

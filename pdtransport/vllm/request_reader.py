@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pdtransport.engine.block_tables import BlockTables
 from pdtransport.engine.commands import Command, Decline
 from pdtransport.engine.consuming import ConsumingRequests
 from pdtransport.engine.params import Wanted, asked_transfer, parse
@@ -15,7 +16,6 @@ from pdtransport.kv.fingerprint import plain
 from pdtransport.kv.keys import prompt_digest
 from pdtransport.protocol.messages import Code
 from pdtransport.system.log_limits import LogLimiter
-from pdtransport.vllm.beyond_window import CODE, WindowRule
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.patches.appended_token import give_up
 
@@ -35,7 +35,7 @@ class RequestReader:
         producing: requests that are handed over.
         consuming: requests whose pages come from prefill.
         roles: whether this engine sends KV pages, and whether it receives them.
-        window: decides which prompts are too long to be handed over.
+        tables: the engine's block tables.
         first_tokens: decides which requests may continue from prefill's first token; None: no request may.
         clock: monotonic seconds.
     """
@@ -46,14 +46,13 @@ class RequestReader:
         producing: ProducingRequests,
         consuming: ConsumingRequests,
         roles: tuple[bool, bool],
-        window: WindowRule,
+        tables: BlockTables,
         first_tokens: FirstTokens | None,
         clock: Callable[[], float],
     ) -> None:
         self._queue, self._producing, self._consuming = queue, producing, consuming
         self._sends, self._receives = roles
-        self._window, self._first_tokens = window, first_tokens
-        self._unneeded: set[str] = set()  # prefill requests longer than the model's window
+        self._tables, self._first_tokens = tables, first_tokens
         self._limiter = LogLimiter(logger, COMPLAIN_S, clock=clock)  # clients choose their parameters
         self._batches = Batches()
 
@@ -72,12 +71,9 @@ class RequestReader:
             transfer, without = self._batches.transfer(request.request_id, named.transfer_id, minted=minted)
             problem = without
         if not problem and wanted.consume is not None:
-            problem = self._window.why_not(request) or self._consuming.callees.why_not(wanted.consume)
+            problem = self._not_with_an_adapter(request) or self._consuming.callees.why_not(wanted.consume)
         elif not problem and wanted.produce is not None:
-            problem = self._window.why_not_held(request)
-            if problem:
-                self._unneeded.add(request.request_id)
-                self._window.shorten(request)
+            problem = self._not_with_an_adapter(request) or self._not_held(request)
         if problem:
             self.complain(request, problem)
             # A request without a transfer of its own must not decline the one in its body, which another request owns.
@@ -102,11 +98,22 @@ class RequestReader:
             self.go_on(request, wanted.continue_from if self._may_go_on(request) else None)
 
     def complain(self, request: Request, problem: str) -> None:
-        text = f"request {plain(request.request_id, 128)} is not handed over: {problem}"
-        if problem.startswith(CODE):  # the engine warned of it at start
-            logger.debug("%s", text)
-        else:
-            self._limiter.warn(text)
+        self._limiter.warn(f"request {plain(request.request_id, 128)} is not handed over: {problem}")
+
+    def _not_with_an_adapter(self, request: Request) -> str:
+        if request.lora_request is not None and len(self._tables) > 1:
+            return "LoRA adapters are not handed over yet by a model with several cache groups"
+        return ""
+
+    def _not_held(self, request: Request) -> str:
+        """Prefill: why it can't keep this prompt's pages until decode has them; empty if it can."""
+        window, tokens = self._tables.window, request.num_prompt_tokens + request.max_tokens - 1
+        if window is None or request.max_tokens == 1 or tokens <= window:
+            return ""
+        return (
+            f"vLLM gives back what lies behind the model's window of {window} tokens while prefill computes "
+            f"{request.max_tokens} tokens behind the prompt: ask it for one (max_tokens)"
+        )
 
     def _may_go_on(self, request: Request) -> bool:
         """Whether continuing from prefill's first token is exact and leaves at least one token to compute here."""
@@ -118,18 +125,6 @@ class RequestReader:
         if token is None or self._first_tokens is None or not self._first_tokens.append(request, token):
             logger.warning("request %s can't continue from the first token that prefill returned", request.request_id)
             give_up(request)
-
-    def not_handed_over(self, req_id: str) -> dict[str, Any] | None:
-        """Response parameters of a prefill request that is not handed over; None unless the window is the reason."""
-        if req_id not in self._unneeded:
-            return None
-        self._unneeded.remove(req_id)
-        return {
-            "do_remote_prefill": False,
-            "do_remote_decode": False,
-            "not_handed_over": CODE,
-            "first_token_declined": CODE,
-        }
 
     def first_token_of(self, entry: Producing, request: Request) -> tuple[int | None, str]:
         """The first token, if decode continues from it and the router may return it; else None and a reason code."""

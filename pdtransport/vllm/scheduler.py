@@ -27,7 +27,7 @@ from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
 from pdtransport.vllm.adapter_requests import AdapterRequests
-from pdtransport.vllm.beyond_window import WindowRule
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.patches.base import announce, take_news
 from pdtransport.vllm.patches.cached_usage import CachedUsage
@@ -59,14 +59,13 @@ class SchedulerSide:
     Args:
         producer: this engine sends KV pages (prefill).
         consumer: this engine receives KV pages (decode).
-        block_size: tokens per scheduler block.
+        groups: the cache groups that are handed over.
         engine: vLLM's engine id, returned to routers as ``remote_engine_id``.
         port: control port of this engine's rank-0 worker, returned to routers as ``remote_port``.
         ranks: tensor-parallel size of this engine.
         heads: attention heads of the model; a peer's tensor-parallel size must divide them. 0: unknown.
         first_tokens: decides which requests may continue from prefill's first token; None: no request may.
         events: publish the pool's chunks in vLLM's KV events.
-        window: decides which prompts are too long to be handed over; None: no prompt is.
         adapters: requests may use LoRA adapters.
         clock: monotonic seconds.
     """
@@ -77,30 +76,29 @@ class SchedulerSide:
         *,
         producer: bool,
         consumer: bool,
-        block_size: int,
+        groups: HandedGroups,
         engine: str,
         port: int,
         ranks: int,
         heads: int = 0,
         first_tokens: FirstTokens | None = None,
         events: bool = False,
-        window: WindowRule | None = None,
         adapters: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._adapters = AdapterRequests(block_size, settings) if adapters else None
-        self._block_size = block_size
+        self._groups, tables = groups, groups.tables
+        self._adapters = AdapterRequests(tables.block_sizes[0], settings) if adapters else None
         self._ranks = ranks
         self._clock = clock
         self._before: list[Command] = []
         self._producing = ProducingRequests(
-            self._before, settings, block_size=block_size, engine=engine, port=port, ranks=ranks, clock=clock
+            self._before, settings, tables=tables, engine=engine, port=port, ranks=ranks, clock=clock
         )
         self._consuming = ConsumingRequests(
             self._before,
             settings,
-            block_size=block_size,
+            tables=tables,
             heads=heads,
             strict=consumer,
             refused=self._not_fetched,
@@ -111,7 +109,7 @@ class SchedulerSide:
             self._producing,
             self._consuming,
             (producer, consumer),
-            window or WindowRule(None, settings),
+            tables,
             first_tokens,
             clock,
         )
@@ -140,7 +138,7 @@ class SchedulerSide:
 
         return PoolScheduler(
             self._settings.pool,
-            block_size=self._block_size,
+            block_size=self._groups.tables.block_sizes[0],
             ranks=self._ranks,
             clock=self._clock,
             ring=self._rope.pull,
@@ -235,9 +233,9 @@ class SchedulerSide:
         return lacking, lacking > 0
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
-        req_id, ids = request.request_id, blocks.get_block_ids()[0]
+        req_id, ids = request.request_id, self._groups.blocks(blocks.get_block_ids())
         if self._pool is not None and not self._consuming.ours(req_id):
-            fetch = self._pool.allocated(request, ids, external_tokens)
+            fetch = self._pool.allocated(request, ids[0], external_tokens)
             if fetch is not None:
                 self._before.append(fetch)
                 self._awaited.add(req_id)
@@ -383,7 +381,7 @@ class SchedulerSide:
                 continue
             cached = self._usage.of(entry.request, before)
             pages = self._producing.progress(
-                req_id, ids[0], before, before + output.num_scheduled_tokens[req_id], cached
+                req_id, self._groups.blocks(ids), before, before + output.num_scheduled_tokens[req_id], cached
             )
             if pages is not None:
                 progress.append(pages)
@@ -419,15 +417,18 @@ class SchedulerSide:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Request, block_ids: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         """Clean up after a finished or aborted request.
+
+        Args:
+            block_ids: its blocks, by vLLM's cache group.
 
         Returns:
             Whether vLLM must keep the blocks until ``finished_sending``, and the ``kv_transfer_params`` of the
             response (None if there are none).
         """
         req_id = request.request_id
-        self._stale.ended(req_id, block_ids)
+        self._stale.ended(req_id, {block for ids in block_ids for block in ids})
         consuming = self._consuming.finished(req_id)
         if self._adapters is not None and self._adapters.finished(req_id) and (consuming is not None or self._pool):
             self._before.append(CancelLoad(req_id))  # workers may still hold state for its first step
@@ -443,7 +444,7 @@ class SchedulerSide:
             if storing:
                 self._awaited.add(req_id)
                 self._before.append(FinishStores(req_id))
-            return storing, self._reader.not_handed_over(req_id)
+            return storing, None
         self._awaited.add(req_id)
         if not delivered:
             self._producing.drop(req_id)

@@ -58,7 +58,7 @@ class WorkerSide(EngineWorker):
         Args:
             kv_caches: layer name -> ``[blocks, heads, tokens, content]`` view of its cache.
         """
-        described = self._described = describe(kv_caches, self._config, self._settings)
+        described = self._described = describe(kv_caches, self._caches, self._config, self._settings)
         self.checkpoint = checkpoint_identity(self._config, self._settings)
         # Without weight files, the identity is computed from checksums over all workers' weights before the first
         # request. Until then the weights match no peer's.
@@ -68,7 +68,7 @@ class WorkerSide(EngineWorker):
         transfer_config = self._config.kv_transfer_config
         assert transfer_config is not None
         transport = Transport(
-            described.geometry,
+            described.groups,
             self._settings.calling_anyone(),  # the scheduler half has checked and resolved each address
             engine=str(transfer_config.engine_id),
             rank=described.rank,
@@ -78,7 +78,7 @@ class WorkerSide(EngineWorker):
             regions=described.regions,
             port=described.port,
         )
-        self.open(transport, ratio=described.kernel_blocks_per_block)
+        self.open(transport, described.pages)
         logger.info(
             "pdtransport: rank %d of %d listens on %s:%d",
             described.rank,

@@ -21,7 +21,6 @@ from pdtransport.vllm.patches import (  # noqa: F401
     packed_weights,
     poll_backoff,
     scheduler_hook,
-    shortened_prompt,
     stale_blocks,
     weight_watch,
     withheld,
