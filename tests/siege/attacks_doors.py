@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pdtransport import KVGeometry, Settings, Transport, prompt_digest
+from pdtransport.vllm.cache_groups import HandedGroups
 from tests.siege.bystander import Effect, idle, processor_s, resident, settled, watched
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _scheduler() -> Iterator[SchedulerSide]:
     from pdtransport.vllm.scheduler import SchedulerSide
 
     side = SchedulerSide(
-        Settings(), producer=False, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1, heads=8
+        Settings(), producer=False, consumer=True, groups=HandedGroups.one(BLOCK), engine="e", port=7, ranks=1, heads=8
     )
     try:
         yield side

@@ -16,6 +16,7 @@ from vllm.v1.request import RequestStatus
 from pdtransport.engine.commands import ReleaseIfPooled
 from pdtransport.engine.crowding import NEXT_S, STILL_S
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, PRODUCE, Clock, request, step
 
@@ -28,7 +29,14 @@ def clock() -> Clock:
 @pytest.fixture
 def side(clock: Clock) -> SchedulerSide:
     return SchedulerSide(
-        Settings(), producer=True, consumer=False, block_size=BLOCK, engine="e", port=7, ranks=1, clock=clock
+        Settings(),
+        producer=True,
+        consumer=False,
+        groups=HandedGroups.one(BLOCK),
+        engine="e",
+        port=7,
+        ranks=1,
+        clock=clock,
     )
 
 

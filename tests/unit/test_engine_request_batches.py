@@ -12,6 +12,7 @@ from pdtransport.engine import request_batches as batches
 from pdtransport.engine.commands import Open
 from pdtransport.engine.request_batches import Batches
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import CONSUME, PRODUCE, request
 
@@ -69,7 +70,7 @@ def test_prompts_of_a_batch_without_a_transfer_share_the_first_ones(monkeypatch:
 
 
 def side(**roles: Any) -> SchedulerSide:
-    return SchedulerSide(Settings(), block_size=32, engine="e", port=7, ranks=1, **roles)
+    return SchedulerSide(Settings(), groups=HandedGroups.one(32), engine="e", port=7, ranks=1, **roles)
 
 
 def test_both_sides_name_the_transfers_of_a_batch_alike() -> None:

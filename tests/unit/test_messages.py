@@ -39,12 +39,19 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
     m.Claim: {"transfer": names},
     m.Grant: {
         **granted,
-        "first_block": st.integers(0, m.MAX_BLOCKS),
-        "blocks": st.integers(0, m.MAX_BLOCKS),
+        "groups": st.lists(
+            st.builds(
+                m.GrantedGroup,
+                st.integers(0, m.MAX_BLOCKS),
+                st.integers(0, m.MAX_BLOCKS),
+                st.integers(0, 1 << 16),
+                st.integers(0, 1 << 16),
+            ),
+            min_size=1,
+            max_size=m.MAX_GROUPS,
+        ).map(tuple),
         "tokens": st.integers(1, m.MAX_BLOCKS * 64),
         "prompt_digest": digests,
-        "head_lo": st.integers(0, 1 << 16),
-        "head_hi": st.integers(1, 1 << 16),
         "consumers": st.integers(1, 4096),
         "window_bytes": st.integers(1, 1 << 62),
         "first_token": st.booleans(),
@@ -52,6 +59,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
     m.Accept: {**granted, "known": st.booleans(), "tokens_done": st.integers(0, 1 << 40)},
     m.BatchHint: {
         **granted,
+        "group": st.integers(0, m.MAX_GROUPS - 1),
         "first_block": st.integers(0, m.MAX_BLOCKS),
         "blocks": blocks,
         "offer": st.binary(max_size=99),

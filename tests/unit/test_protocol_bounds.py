@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pdtransport.protocol.actions import BatchId, Failed, Fence, OfferBatch, ReadBatch, Send
-from pdtransport.protocol.messages import Abort, Accept, Batch, Claim, Code, Grant, Nack
+from pdtransport.protocol.messages import Abort, Accept, Batch, Claim, Code, Grant, GrantedGroup, Nack
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.unit.test_protocol_rules import (
@@ -105,18 +105,18 @@ def test_prefill_sends_no_more_than_decodes_window() -> None:
     """Backpressure: what a slow decode does not take stays with prefill, however large prefill's own window is."""
     book = sending(granted=False)
     book.on_message(D, grant().model_copy(update={"window_bytes": 2 * BLOCK}), 0.0)
-    assert len(of(book.pages_ready(T, 4, 16, 0.0), OfferBatch)) == 2
+    assert len(of(book.pages_ready(T, (4,), 16, 0.0), OfferBatch)) == 2
     assert [pushed(book, seq) for seq in (0, 1)]
     own = sending(limits=replace(LIMITS, window_bytes=3 * BLOCK))
-    assert len(of(own.pages_ready(T, 4, 16, 0.0), OfferBatch)) == 3
+    assert len(of(own.pages_ready(T, (4,), 16, 0.0), OfferBatch)) == 3
 
 
 @pytest.mark.parametrize(("first", "blocks"), [(0, 3), (0, 5), (1, 2), (4, 1)])
 def test_a_grant_that_ends_elsewhere_than_the_prompt_is_refused(first: int, blocks: int) -> None:
     """Decode would get the first blocks of a prompt and take them for all, or wait for blocks that are none."""
     book = sending(granted=False)
-    book.pages_ready(T, 4, 16, 0.0)
-    wrong = grant().model_copy(update={"first_block": first, "blocks": blocks})
+    book.pages_ready(T, (4,), 16, 0.0)
+    wrong = grant().model_copy(update={"groups": (GrantedGroup(first, blocks, 0, 1),)})
     actions = book.on_message(D, wrong, 0.0)
     assert not of(actions, OfferBatch)
     (machine,) = book.machines(T)
@@ -128,7 +128,7 @@ def test_a_grant_that_ends_elsewhere_than_the_prompt_is_refused(first: int, bloc
 
 def test_claims_for_requests_that_never_come_are_bounded() -> None:
     """Whoever invents transfer ids costs prefill no more memory than max_transfers claims."""
-    book = ProducerTable(replace(LIMITS, max_transfers=3), lambda lo, hi: BLOCK)
+    book = ProducerTable(replace(LIMITS, max_transfers=3), lambda group, lo, hi: BLOCK)
     for number in range(100):
         book.on_message(D, Claim(transfer=f"t{number}"), 0.0)
     assert len(book._early_claims) == 3
@@ -138,10 +138,10 @@ def test_claims_for_requests_that_never_come_are_bounded() -> None:
 
 def test_prefill_with_a_claim_of_its_own_request_serves_the_grant_that_follows() -> None:
     """A bound on claims is none on grants."""
-    book = ProducerTable(replace(LIMITS, max_transfers=1), lambda lo, hi: BLOCK)
+    book = ProducerTable(replace(LIMITS, max_transfers=1), lambda group, lo, hi: BLOCK)
     book.on_message(D, Claim(transfer="other"), 0.0)
     book.on_message(D, Claim(transfer=T), 0.0)
-    book.open(T, DIGEST, 16, 4, 0.0)
+    book.open(T, DIGEST, 16, (4,), 0.0)
     assert words(book.on_message(D, grant(), 0.0), Accept)
-    assert of(book.pages_ready(T, 1, 4, 0.0), OfferBatch)
+    assert of(book.pages_ready(T, (1,), 4, 0.0), OfferBatch)
     assert words(pushed(book, 0), Batch)

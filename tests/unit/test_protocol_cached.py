@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Action, BatchId, Limits, Ready, Send
-from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
+from pdtransport.protocol.consumer_table import ConsumerTable
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Batch, Code, Commit, Grant
 from pdtransport.protocol.producer_table import ProducerTable
+from tests.unit.test_protocol_rules import part
 
 BLOCK, DIGEST = 64, bytes(16)
 LIMITS = Limits(batch_bytes=4 * BLOCK, window_bytes=4 * BLOCK)
@@ -17,7 +18,7 @@ D, P, T = "decode", "prefill", "t"
 
 def granted(peers: tuple[str, ...] = (P,)) -> tuple[ConsumerTable, list[Grant]]:
     book = ConsumerTable(LIMITS, first_generation=100)
-    actions = book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(p, 0, 1, 1, BLOCK) for p in peers], 0.0)
+    actions = book.begin(T, DIGEST, 16, [part(p) for p in peers], 0.0)
     return book, [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, Grant)]
 
 
@@ -30,13 +31,13 @@ def commits(actions: list[Action]) -> list[Commit]:
 def test_the_commit_says_what_prefill_found(cached: int | None, late: bool) -> None:
     """Whether decode granted before or after; None: the engine did not say."""
     _, (grant,) = granted()
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
-    book.open(T, DIGEST, 16, 4, 0.0)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
+    book.open(T, DIGEST, 16, (4,), 0.0)
     if not late:
         book.on_message(D, grant, 0.0)
     if cached is not None:
         book.cached(T, cached)
-    book.pages_ready(T, 4, 16, 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     if late:
         book.on_message(D, grant, 0.0)
     (commit,) = commits(book.pushed(BatchId(T, D, 100, 0), bytes(32), b"", 0.0))
@@ -49,7 +50,7 @@ def committed(book: ConsumerTable, cached: int | None, peer: str = P, generation
     )
     book.on_message(peer, batch, 0.0)
     book.placed(BatchId(T, peer, generation, 0), None, 0.0)
-    digest = commit_digest(DIGEST, [(0, 0, 4, 4 * BLOCK)], None)
+    digest = commit_digest(DIGEST, [(0, 0, 0, 4, 4 * BLOCK)], None)
     commit = Commit(transfer=T, generation=generation, batches=1, tokens=16, digest=digest, cached_tokens=cached)
     return book.on_message(peer, commit, 0.0)
 

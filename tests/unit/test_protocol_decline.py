@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Limits, Release, Send
-from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart, TransferOver
+from pdtransport.protocol.consumer_table import ConsumerTable, TransferOver
 from pdtransport.protocol.messages import Claim, Code, Grant, Revoke
 from pdtransport.protocol.producer_table import ProducerTable
+from tests.unit.test_protocol_rules import part
 
 BLOCK, DIGEST = 64, bytes(16)
 LIMITS = Limits(batch_bytes=BLOCK, window_bytes=4 * BLOCK)
@@ -23,10 +24,10 @@ def declined(code: Code = Code.REJECTED, book: ConsumerTable | None = None) -> R
 
 
 def sending(*, opened: bool = True, finished: bool = True) -> ProducerTable:
-    book = ProducerTable(LIMITS, lambda lo, hi: (hi - lo) * BLOCK)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: (hi - lo) * BLOCK)
     if opened:
-        book.open(T, DIGEST, 16, 4, 0.0)
-        book.pages_ready(T, 4, 16, 0.0)
+        book.open(T, DIGEST, 16, (4,), 0.0)
+        book.pages_ready(T, (4,), 16, 0.0)
     if finished:
         book.finish(T, 0.0)
     return book
@@ -56,7 +57,7 @@ def test_a_request_that_comes_later_is_not_held() -> None:
     book.on_message(D, declined(), 0.0)
     assert book.next_deadline() is None
     with pytest.raises(TransferOver) as over:
-        book.open(T, DIGEST, 16, 4, 1.0)
+        book.open(T, DIGEST, 16, (4,), 1.0)
     assert (over.value.code, over.value.reason) == (Code.REJECTED, WHY)
 
 
@@ -66,9 +67,9 @@ def test_a_transfer_is_declined_once_and_never_one_that_was_begun() -> None:
     declined(book=book)
     assert book.decline(T, P, Code.REJECTED, WHY) == []
     with pytest.raises(TransferOver):
-        book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0)
+        book.begin(T, DIGEST, 16, [part(P)], 0.0)
     begun = ConsumerTable(LIMITS, first_generation=100)
-    begun.begin(T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0)
+    begun.begin(T, DIGEST, 16, [part(P)], 0.0)
     assert begun.decline(T, P, Code.REJECTED, WHY) == []
 
 
@@ -82,9 +83,7 @@ def test_all_prefill_workers_are_told() -> None:
 def test_who_is_served_is_not_let_go_by_another() -> None:
     """All consumers granted: one that is none of them can't end the transfer."""
     book = sending(finished=False)
-    (said,) = ConsumerTable(LIMITS, first_generation=100).begin(
-        T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0
-    )
+    (said,) = ConsumerTable(LIMITS, first_generation=100).begin(T, DIGEST, 16, [part(P)], 0.0)
     assert isinstance(said, Send)
     assert isinstance(said.message, Grant)
     book.on_message(D, said.message, 0.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pdtransport.protocol.actions import Action, BatchId, Failed, Limits, ReadBatch, Ready, Send
-from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
+from pdtransport.protocol.consumer_table import ConsumerTable
 from pdtransport.protocol.digest import commit_digest
 from pdtransport.protocol.messages import Ack, Batch, Code, Commit, Grant
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState
+from tests.unit.test_protocol_rules import part
 
 BLOCK, TOKEN = 64, 1234
 LIMITS = Limits(batch_bytes=4 * BLOCK, window_bytes=4 * BLOCK)
@@ -19,13 +20,13 @@ D, P, T = "decode", "prefill", "t"
 
 def receiving(promised: bool, peers: tuple[str, ...] = (P,)) -> ConsumerTable:
     book = ConsumerTable(LIMITS, first_generation=100)
-    book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(p, 0, 1, 1, BLOCK) for p in peers], 0.0, first_token=promised)
+    book.begin(T, DIGEST, 16, [part(p) for p in peers], 0.0, first_token=promised)
     return book
 
 
 def grant_of(promised: bool) -> Grant:
     book = ConsumerTable(LIMITS, first_generation=100)
-    (said,) = book.begin(T, DIGEST, 16, 0, 4, [GrantedPart(P, 0, 1, 1, BLOCK)], 0.0, first_token=promised)
+    (said,) = book.begin(T, DIGEST, 16, [part(P)], 0.0, first_token=promised)
     assert isinstance(said, Send)
     assert isinstance(said.message, Grant)
     return said.message
@@ -36,15 +37,15 @@ def commits(actions: list[Action]) -> list[int | None]:
 
 
 def all_pushed(book: ProducerTable) -> list[Action]:
-    book.pages_ready(T, 4, 16, 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     return book.pushed(BatchId(T, D, 100, 0), bytes(32), b"", 0.0)
 
 
 @pytest.mark.parametrize(("promised", "told"), [(True, TOKEN), (True, None), (False, TOKEN), (False, None)])
 def test_the_commit_names_the_token_to_those_who_promised(promised: bool, told: int | None) -> None:
     """A promise holds the commit back until the engine is through; without one it leaves at once, and names nothing."""
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
-    book.open(T, DIGEST, 16, 4, 0.0)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
+    book.open(T, DIGEST, 16, (4,), 0.0)
     book.on_message(D, grant_of(promised), 0.0)
     assert book.promised(T) == promised
     early = commits(all_pushed(book))
@@ -54,9 +55,9 @@ def test_the_commit_names_the_token_to_those_who_promised(promised: bool, told: 
 
 def test_a_promise_that_comes_after_the_end_gets_what_the_router_got() -> None:
     """The engine finished before decode granted: the router was told nothing, and the commit names nothing."""
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
-    book.open(T, DIGEST, 16, 4, 0.0)
-    book.pages_ready(T, 4, 16, 0.0)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
+    book.open(T, DIGEST, 16, (4,), 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     assert not book.promised(T)
     book.finish(T, 0.0, None)
     book.on_message(D, grant_of(True), 1.0)
@@ -64,7 +65,7 @@ def test_a_promise_that_comes_after_the_end_gets_what_the_router_got() -> None:
 
 
 def commit(token: int | None, named: int | None) -> Commit:
-    digest = commit_digest(DIGEST, [(0, 0, 4, 4 * BLOCK)], token)
+    digest = commit_digest(DIGEST, [(0, 0, 0, 4, 4 * BLOCK)], token)
     return Commit(transfer=T, generation=100, batches=1, tokens=16, digest=digest, first_token=named)
 
 

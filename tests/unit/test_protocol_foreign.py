@@ -18,6 +18,7 @@ from pdtransport.protocol.messages import (
     Code,
     Commit,
     Grant,
+    GrantedGroup,
     Nack,
     Received,
     Revoke,
@@ -58,16 +59,16 @@ def consumer_words(generation: int) -> list[Any]:
 
 def grant_fields(generation: int) -> dict[str, Any]:
     return {
-        "transfer": TRANSFER, "generation": generation, "first_block": 0, "blocks": BLOCKS, "tokens": TOKENS,
-        "prompt_digest": DIGEST, "head_lo": 0, "head_hi": 4,
+        "transfer": TRANSFER, "generation": generation, "groups": (GrantedGroup(0, BLOCKS, 0, 4),), "tokens": TOKENS,
+        "prompt_digest": DIGEST,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("generation", [7, 8], ids=["right generation", "another"])
 def test_decode_takes_nothing_from_whom_it_did_not_grant_to(generation: int) -> None:
     receiving = ConsumerTable(Limits(), first_generation=7)
-    part = GrantedPart(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
-    receiving.begin(TRANSFER, DIGEST, TOKENS, 0, BLOCKS, [part], 0.0)
+    part = GrantedPart("p", (GrantedGroup(0, BLOCKS, 0, 4),), (BLOCK_BYTES,))
+    receiving.begin(TRANSFER, DIGEST, TOKENS, [part], 0.0)
     (machine,) = receiving.machines(TRANSFER)
     before = (machine.state, machine.code, machine.next_deadline())
     for number, word in enumerate(producer_words(generation), 1):
@@ -85,10 +86,10 @@ def test_decode_takes_nothing_from_whom_it_did_not_grant_to(generation: int) -> 
 @pytest.mark.parametrize("generation", [7, 8], ids=["right generation", "another"])
 def test_prefill_heeds_nobody_but_those_whose_grants_it_serves(generation: int, arrived: bool) -> None:
     """Once all decode workers that a transfer is for have granted, nobody else can end it, join it, or change it."""
-    sending = ProducerTable(Limits(), lambda low, high: BLOCK_BYTES)
+    sending = ProducerTable(Limits(), lambda group, low, high: BLOCK_BYTES)
 
     def opened() -> None:
-        sending.open(TRANSFER, DIGEST, TOKENS, BLOCKS, 0.0)
+        sending.open(TRANSFER, DIGEST, TOKENS, (BLOCKS,), 0.0)
 
     if arrived:
         opened()
@@ -101,7 +102,7 @@ def test_prefill_heeds_nobody_but_those_whose_grants_it_serves(generation: int, 
     if not arrived:
         opened()
     assert [machine.peer for machine in sending.machines(TRANSFER)] == ["d"]
-    actions = sending.pages_ready(TRANSFER, BLOCKS, TOKENS, 1.0)
+    actions = sending.pages_ready(TRANSFER, (BLOCKS,), TOKENS, 1.0)
     assert actions, "its pages go to whom they were granted by"
     assert not any(isinstance(action, Release) for action in actions)
     assert all(getattr(action, "peer", "d") == "d" for action in actions)
@@ -109,8 +110,8 @@ def test_prefill_heeds_nobody_but_those_whose_grants_it_serves(generation: int, 
 
 def test_a_worker_whose_grant_is_still_on_its_way_may_give_the_transfer_up() -> None:
     """Two decode workers share a prefill worker's pages; one's grant is here, the other one's was lost."""
-    sending = ProducerTable(Limits(), lambda low, high: BLOCK_BYTES)
-    sending.open(TRANSFER, DIGEST, TOKENS, BLOCKS, 0.0)
+    sending = ProducerTable(Limits(), lambda group, low, high: BLOCK_BYTES)
+    sending.open(TRANSFER, DIGEST, TOKENS, (BLOCKS,), 0.0)
     sending.on_message("d0", Grant(**grant_fields(7), consumers=2, window_bytes=1 << 20), 0.0)
     sending.on_message("d1", Revoke(transfer=TRANSFER, generation=8, code=Code.TIMEOUT), 0.0)
     assert sending.counters["foreign_messages"] == 0

@@ -30,6 +30,7 @@ from pdtransport.protocol.messages import (
     Code,
     Commit,
     Grant,
+    GrantedGroup,
     Message,
     Nack,
     Received,
@@ -52,10 +53,14 @@ def of(actions: list[Action], kind: type) -> list[Action]:
     return [a for a in actions if isinstance(a, kind)]
 
 
+def part(peer: str, blocks: int = 4) -> GrantedPart:
+    return GrantedPart(peer, (GrantedGroup(0, blocks, 0, 1),), (BLOCK,))
+
+
 def receiving(blocks: int = 4, *, limits: Limits = LIMITS, parts: int = 1) -> ConsumerTable:
     book = ConsumerTable(limits, first_generation=100)
     peers = [P, "prefill2"][:parts]
-    book.begin(T, DIGEST, 4 * blocks or 1, 0, blocks, [GrantedPart(p, 0, 1, 1, BLOCK) for p in peers], 0.0)
+    book.begin(T, DIGEST, 4 * blocks or 1, [part(p, blocks) for p in peers], 0.0)
     return book
 
 
@@ -63,19 +68,16 @@ def grant(blocks: int = 4, generation: int = 100) -> Grant:
     return Grant(
         transfer=T,
         generation=generation,
-        first_block=0,
-        blocks=blocks,
+        groups=(GrantedGroup(0, blocks, 0, 1),),
         tokens=4 * blocks or 1,
         prompt_digest=DIGEST,
-        head_lo=0,
-        head_hi=1,
         window_bytes=4 * BLOCK,
     )
 
 
 def sending(blocks: int = 4, *, granted: bool = True, limits: Limits = LIMITS) -> ProducerTable:
-    book = ProducerTable(limits, lambda lo, hi: (hi - lo) * BLOCK)
-    book.open(T, DIGEST, 4 * blocks or 1, blocks, 0.0)
+    book = ProducerTable(limits, lambda group, lo, hi: (hi - lo) * BLOCK)
+    book.open(T, DIGEST, 4 * blocks or 1, (blocks,), 0.0)
     if granted:
         book.on_message(D, grant(blocks), 0.0)
     return book
@@ -95,7 +97,7 @@ def batch(seq: int, attempt: int = 0, generation: int = 100) -> Batch:
 
 
 def commit(batches: int, tokens: int = 16) -> Commit:
-    digest = commit_digest(DIGEST, [(seq, seq, 1, BLOCK) for seq in range(min(batches, 1000))])
+    digest = commit_digest(DIGEST, [(seq, 0, seq, 1, BLOCK) for seq in range(min(batches, 1000))])
     return Commit(transfer=T, generation=100, batches=batches, tokens=tokens, digest=digest)
 
 
@@ -211,13 +213,13 @@ def test_a_failed_part_fails_all_parts_once_all_are_fenced() -> None:
 def test_a_transfer_id_is_used_once() -> None:
     """The same id again, live or over, is refused with a reason."""
     book = receiving()
-    parts = [GrantedPart(P, 0, 1, 1, BLOCK)]
+    parts = [part(P)]
     with pytest.raises(TransferOver, match="mint one per dispatch"):
-        book.begin(T, DIGEST, 16, 0, 4, parts, 0.0)
+        book.begin(T, DIGEST, 16, parts, 0.0)
     book.cancel(T, Code.CANCELLED, "gone")
     book.fenced(T, P, 100)
     with pytest.raises(TransferOver, match="mint one per dispatch") as error:
-        book.begin(T, DIGEST, 16, 0, 4, parts, 0.0)
+        book.begin(T, DIGEST, 16, parts, 0.0)
     assert error.value.code is Code.REUSED
 
 
@@ -240,9 +242,9 @@ def test_late_words_of_an_ended_grant_are_answered() -> None:
 
 def test_a_full_hit_is_committed_at_once() -> None:
     """Decode that holds every block need not wait for prefill to compute them."""
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
-    book.open(T, DIGEST, 16, 4, 0.0)
-    full = grant(4).model_copy(update={"first_block": 4, "blocks": 0})
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
+    book.open(T, DIGEST, 16, (4,), 0.0)
+    full = grant(4).model_copy(update={"groups": (GrantedGroup(4, 0, 0, 1),)})
     (said,) = words(book.on_message(D, full, 0.0), Commit)
     assert said.batches == 0  # type: ignore[attr-defined]
 
@@ -250,7 +252,7 @@ def test_a_full_hit_is_committed_at_once() -> None:
 def test_a_receipt_for_what_was_never_announced_is_not_believed() -> None:
     """Received for a batch that is still being staged gives no credit and does not mark it as delivered."""
     book = sending()
-    book.pages_ready(T, 4, 16, 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     assert book.on_message(D, received(0), 0.0) == []
     assert words(pushed(book, 0), Batch)
 
@@ -258,7 +260,7 @@ def test_a_receipt_for_what_was_never_announced_is_not_believed() -> None:
 def test_a_push_that_ends_after_the_ack_says_nothing() -> None:
     """Decode verified the first attempt while the second was being staged: after its Ack there is nothing to say."""
     book = sending(1)
-    book.pages_ready(T, 1, 4, 0.0)
+    book.pages_ready(T, (1,), 4, 0.0)
     pushed(book, 0)
     book.on_message(D, nack((0, 1)), 0.0)
     book.on_message(D, Ack(transfer=T, generation=100), 0.1)
@@ -270,10 +272,10 @@ def test_preemption_does_not_count_as_damage() -> None:
     """Attempts that prefill took back itself leave decode its resends."""
     book = sending(1, limits=replace(LIMITS, resends=1))
     for attempt in range(5):
-        book.pages_ready(T, 1, 4, 0.0)
+        book.pages_ready(T, (1,), 4, 0.0)
         assert words(pushed(book, 0, attempt), Batch)
-        book.pages_ready(T, 0, 0, 0.0)
-    book.pages_ready(T, 1, 4, 0.0)
+        book.pages_ready(T, (0,), 0, 0.0)
+    book.pages_ready(T, (1,), 4, 0.0)
     pushed(book, 0, 5)
     assert of(book.on_message(D, nack((0, 6)), 0.0), OfferBatch)
     pushed(book, 0, 6)
@@ -285,9 +287,9 @@ def test_endless_preemption_ends_the_transfer() -> None:
     """Attempts are bounded: the bound is an end with a reason, not an exception."""
     book = sending(1)
     for attempt in range(MAX_ATTEMPTS + 1):
-        book.pages_ready(T, 1, 4, 0.0)
+        book.pages_ready(T, (1,), 4, 0.0)
         pushed(book, 0, attempt)
-        book.pages_ready(T, 0, 0, 0.0)
+        book.pages_ready(T, (0,), 0, 0.0)
     assert book.machines(T)[0].state is ProducerState.ENDED
     assert book.machines(T)[0].code is Code.PREEMPTED
 
@@ -295,24 +297,24 @@ def test_endless_preemption_ends_the_transfer() -> None:
 def test_preemption_without_checksums_ends_the_transfer() -> None:
     """Nobody could tell the old bytes from new ones."""
     book = sending(limits=replace(LIMITS, checksums=False))
-    book.pages_ready(T, 4, 16, 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     pushed(book, 0)
-    book.pages_ready(T, 0, 0, 0.0)
+    book.pages_ready(T, (0,), 0, 0.0)
     assert book.machines(T)[0].code is Code.PREEMPTED
 
 
 def test_a_revoke_that_overtakes_its_grant_holds() -> None:
     """The Grant that comes in after its own Revoke is not served: decode gave the pages back long ago."""
     revoke = Revoke(transfer=T, generation=100, code=Code.CANCELLED)
-    waiting = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
+    waiting = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
     assert waiting.on_message(D, revoke, 0.0) == []
     assert words(waiting.on_message(D, grant(), 0.1), Abort)
     with pytest.raises(TransferOver) as error:
-        waiting.open(T, DIGEST, 16, 4, 0.2)
+        waiting.open(T, DIGEST, 16, (4,), 0.2)
     assert error.value.code is Code.PEER_CANCELLED
 
     open_one = sending(granted=False)
-    open_one.pages_ready(T, 4, 16, 0.0)
+    open_one.pages_ready(T, (4,), 16, 0.0)
     assert open_one.on_message(D, revoke, 0.0) == []
     late = open_one.on_message(D, grant(), 0.1)
     assert not of(late, OfferBatch)
@@ -331,7 +333,7 @@ def test_prefill_need_not_hold_pages_that_decode_gave_up() -> None:
 
 def test_a_refused_grant_stays_refused() -> None:
     """An early grant that found no place is void for good: decode took its pages back when it heard so."""
-    book = ProducerTable(replace(LIMITS, max_transfers=1), lambda lo, hi: BLOCK)
+    book = ProducerTable(replace(LIMITS, max_transfers=1), lambda group, lo, hi: BLOCK)
     book.on_message(D, grant().model_copy(update={"transfer": "other"}), 0.0)
     assert words(book.on_message(D, grant(), 0.0), Abort)
     book.peer_lost("nobody", "")
@@ -341,7 +343,7 @@ def test_a_refused_grant_stays_refused() -> None:
 
 def test_claims_without_a_request_are_forgotten() -> None:
     """Claims for requests that never come do not pile up until none is accepted any more."""
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
     book.on_message(D, Claim(transfer=T), 0.0)
     assert book.next_deadline() is not None
     book.tick(10 * LIMITS.arrival_s)
@@ -351,10 +353,10 @@ def test_claims_without_a_request_are_forgotten() -> None:
 
 def test_a_claim_before_the_request_holds_its_pages() -> None:
     """A decode worker that claimed early gets claim_s, not hold_s."""
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
     book.on_message(D, Claim(transfer=T), 0.0)
-    book.open(T, DIGEST, 16, 4, 1.0)
-    book.pages_ready(T, 4, 16, 1.0)
+    book.open(T, DIGEST, 16, (4,), 1.0)
+    book.pages_ready(T, (4,), 16, 1.0)
     book.finish(T, 1.0)
     assert not of(book.tick(1.0 + LIMITS.hold_s + 1), Release)
     assert of(book.tick(1.0 + LIMITS.claim_s + 1), Release)
@@ -362,9 +364,9 @@ def test_a_claim_before_the_request_holds_its_pages() -> None:
 
 def test_claims_hold_finished_pages_no_longer_than_the_first_one() -> None:
     """Decode claims every few seconds while it has no room: prefill's pages go back claim_s after its first claim."""
-    book = ProducerTable(LIMITS, lambda lo, hi: BLOCK)
-    book.open(T, DIGEST, 16, 4, 0.0)
-    book.pages_ready(T, 4, 16, 0.0)
+    book = ProducerTable(LIMITS, lambda group, lo, hi: BLOCK)
+    book.open(T, DIGEST, 16, (4,), 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     book.finish(T, 0.0)
     for now in range(0, int(LIMITS.claim_s), 2):
         book.on_message(D, Claim(transfer=T), float(now))
@@ -386,7 +388,7 @@ def test_a_claim_of_the_other_consumer_still_counts_after_one_granted() -> None:
 def test_an_engine_that_finishes_halfway_is_not_waited_for() -> None:
     """Every wait ends: pages that were never computed end the transfer after hold_s, with a reason."""
     book = sending()
-    book.pages_ready(T, 2, 8, 0.0)
+    book.pages_ready(T, (2,), 8, 0.0)
     for seq in range(2):
         pushed(book, seq)
     book.on_message(D, received(0, 1), 0.0)
@@ -414,7 +416,7 @@ def test_a_revoke_of_decode_is_not_booked_as_our_own_cancel() -> None:
 def test_the_window_bounds_what_is_under_way() -> None:
     """No more than the window is staged or announced without a receipt, and a receipt opens it again."""
     book = sending(8, limits=replace(LIMITS, window_bytes=2 * BLOCK))
-    assert len(of(book.pages_ready(T, 8, 32, 0.0), OfferBatch)) == 2
+    assert len(of(book.pages_ready(T, (8,), 32, 0.0), OfferBatch)) == 2
     pushed(book, 0)
     assert not of(pushed(book, 1), OfferBatch)
     assert len(of(book.on_message(D, received(0), 0.0), OfferBatch)) == 1
@@ -423,7 +425,7 @@ def test_the_window_bounds_what_is_under_way() -> None:
 def test_words_of_another_generation_change_nothing() -> None:
     """An Ack, receipt, Nack or Revoke of a generation that is not live leaves the transfer as it is."""
     book = sending()
-    book.pages_ready(T, 4, 16, 0.0)
+    book.pages_ready(T, (4,), 16, 0.0)
     for seq in range(4):
         pushed(book, seq)
     machine = book.machines(T)[0]
@@ -441,8 +443,10 @@ def test_words_of_another_generation_change_nothing() -> None:
 
 def test_a_batch_is_no_larger_than_its_link_takes() -> None:
     """A link with smaller slots than the largest batch still gets its pages, in more batches."""
-    book = ProducerTable(replace(LIMITS, batch_bytes=4 * BLOCK), lambda lo, hi: BLOCK, lambda peer: 2 * BLOCK + 1)
-    book.open(T, DIGEST, 16, 4, 0.0)
+    book = ProducerTable(
+        replace(LIMITS, batch_bytes=4 * BLOCK), lambda group, lo, hi: BLOCK, lambda peer: 2 * BLOCK + 1
+    )
+    book.open(T, DIGEST, 16, (4,), 0.0)
     book.on_message(D, grant(4), 0.0)
-    pushes = of(book.pages_ready(T, 4, 16, 0.0), OfferBatch)
+    pushes = of(book.pages_ready(T, (4,), 16, 0.0), OfferBatch)
     assert [push.blocks for push in pushes] == [2, 2]  # type: ignore[attr-defined]

@@ -13,13 +13,21 @@ from vllm.v1.request import RequestStatus
 
 from pdtransport.engine.commands import Drop, Finish, Open, StartReceive
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
 
 
 def side(**settings: Any) -> SchedulerSide:
     return SchedulerSide(
-        Settings(**settings), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1, clock=Clock()
+        Settings(**settings),
+        producer=True,
+        consumer=True,
+        groups=HandedGroups.one(BLOCK),
+        engine="e",
+        port=7,
+        ranks=1,
+        clock=Clock(),
     )
 
 
@@ -112,7 +120,7 @@ def test_a_request_of_one_token_computes_it_itself(max_tokens: int, goes_on: boo
         Settings(),
         producer=True,
         consumer=True,
-        block_size=BLOCK,
+        groups=HandedGroups.one(BLOCK),
         engine="e",
         port=7,
         ranks=1,

@@ -1,5 +1,5 @@
-"""What kind of cache a model has is read off vLLM's specs: what can't be moved is refused when the server starts, and
-what can be moved in part is known by its window."""
+"""What kind of cache a model has is read off vLLM's specs: what can't be moved is refused when the server starts; of what
+is behind a window, only the blocks that are still attended to are handed over."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1 import kv_cache_interface as specs
 from vllm.v1.request import Request
 
-from pdtransport.engine.commands import Open, StartReceive
+from pdtransport.engine.commands import Open, Pages, StartReceive
 from pdtransport.errors import SettingsError
+from pdtransport.kv.groups import GONE
 from pdtransport.settings import Settings
-from pdtransport.vllm.beyond_window import CODE, WindowRule
-from pdtransport.vllm.cache_groups import refuse_caches, refuse_context_parallel, refuse_model, window_of
+from pdtransport.vllm.cache_groups import NULL_BLOCK, HandedGroups, refuse_caches, refuse_context_parallel, refuse_model
 from pdtransport.vllm.connector import PDTransportConnector
 from pdtransport.vllm.scheduler import SchedulerSide
 
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 FULL = specs.FullAttentionSpec(**SHAPE)
 SLIDING = specs.SlidingWindowSpec(**SHAPE, sliding_window=64)
+CHUNKED = specs.ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=32)
 STATE = specs.MambaSpec(block_size=1, shapes=((4, 2, 8, 16),), dtypes=(torch.float32,))
 
 
@@ -57,10 +58,10 @@ def test_a_state_hidden_in_a_group_of_many_specs_is_refused() -> None:
         refuse_caches(caches(specs.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": STATE})))
 
 
-def test_groups_with_block_tables_of_their_own_are_refused() -> None:
-    """Only the first group's blocks would be handed over."""
-    with pytest.raises(SettingsError, match="2 groups"):
-        refuse_caches(caches(FULL, SLIDING))
+def test_groups_with_block_tables_of_their_own_are_handed_over_unless_one_is_a_state() -> None:
+    refuse_caches(caches(FULL, SLIDING))
+    with pytest.raises(SettingsError, match="MambaSpec"):
+        refuse_caches(caches(FULL, SLIDING, STATE))
 
 
 @pytest.mark.parametrize("facts", [{"is_hybrid": True}, {"is_attention_free": True}])
@@ -78,11 +79,21 @@ def test_context_parallel_shards_are_refused(kind: str) -> None:
         refuse_context_parallel(config)
 
 
-def test_a_window_is_found_only_where_all_layers_have_one() -> None:
-    assert window_of(caches(SLIDING)) == 64
-    assert window_of(caches(specs.ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=32))) == 32
-    assert window_of(caches(FULL)) is None
-    assert window_of(caches(specs.FullAttentionSpec(**SHAPE, sliding_window=64))) is None  # kept whole
+def test_a_group_has_a_window_only_where_vllm_gives_its_blocks_back() -> None:
+    def window(*groups: Any) -> int | None:
+        return HandedGroups.of(caches(*groups)).tables.window
+
+    assert window(SLIDING) == 64
+    assert window(FULL, CHUNKED, SLIDING) == 32  # the smallest
+    assert window(FULL) is None
+    assert window(specs.FullAttentionSpec(**SHAPE, sliding_window=64)) is None  # kept whole
+
+
+def test_only_blocks_of_a_group_with_a_window_can_be_given_back() -> None:
+    """Block 0 is vLLM's placeholder for those; elsewhere no id has a meaning of its own."""
+    groups = HandedGroups.of(caches(FULL, SLIDING))
+    assert groups.blocks([[NULL_BLOCK, 5], [NULL_BLOCK, 6]]) == ([0, 5], [GONE, 6])
+    assert groups.kinds == ("FullAttentionSpec", "SlidingWindowSpec:64")
 
 
 PRODUCE = {"do_remote_decode": True, "transfer_id": "t"}
@@ -94,18 +105,21 @@ def request(tokens: int, params: dict[str, Any], **sampling: Any) -> Request:
     return Request("r", list(range(tokens)), SamplingParams(**wanted), None)
 
 
-@pytest.fixture
-def side() -> SchedulerSide:
+def made(*groups: Any) -> SchedulerSide:
     return SchedulerSide(
         Settings(),
         producer=True,
         consumer=True,
-        block_size=16,
+        groups=HandedGroups.of(caches(*groups)),
         engine="e",
         port=7,
         ranks=1,
-        window=WindowRule(64, Settings()),
     )
+
+
+@pytest.fixture
+def side() -> SchedulerSide:
+    return made(FULL, SLIDING)
 
 
 def told(side: SchedulerSide) -> list[Any]:
@@ -121,54 +135,98 @@ def told(side: SchedulerSide) -> list[Any]:
     return list(side.build(output).before)  # type: ignore[arg-type]
 
 
-def test_a_prompt_within_the_window_is_handed_over(side: SchedulerSide) -> None:
-    side.on_new_request(request(64, PRODUCE))
-    assert any(isinstance(command, Open) for command in told(side))
-    there = request(64, CONSUME)
-    there.request_id = "d"
+def given(*ids: list[int]) -> Any:
+    return SimpleNamespace(get_block_ids=lambda: ids)
+
+
+def test_decode_asks_for_live_blocks_only(side: SchedulerSide) -> None:
+    """A prompt of 200 tokens, window 64: the last token, which decode computes, attends to tokens 136 and later: blocks
+    8 and later of 16 tokens each."""
+    there = request(200, CONSUME)
     side.on_new_request(there)
-    assert side.matched_tokens(there, 0) == (64, True)
+    assert side.matched_tokens(there, 0) == (199, True)
+    full, sliding = list(range(100, 113)), [NULL_BLOCK] * 8 + list(range(208, 213))
+    side.allocated(there, given(full, sliding), 199)
+    (command,) = [each for each in told(side) if isinstance(each, StartReceive)]
+    assert (command.tokens, command.first_block) == (199, (0, 8))
+    assert command.pages == (full, [208, 209, 210, 211, 212])
 
 
-def test_a_prompt_beyond_the_window_is_computed_by_decode_at_once(side: SchedulerSide) -> None:
-    there = request(65, CONSUME)
+def test_decode_asks_for_nothing_that_its_prefix_cache_holds(side: SchedulerSide) -> None:
+    there = request(200, CONSUME)
     side.on_new_request(there)
-    assert side.matched_tokens(there, 0) == (0, False)
-    assert there.num_prompt_tokens == 65
-    assert not any(isinstance(command, StartReceive) for command in told(side))
+    assert side.matched_tokens(there, 160) == (39, True)
+    side.allocated(there, given(list(range(100, 113)), [NULL_BLOCK] * 8 + list(range(208, 213))), 39)
+    (command,) = [each for each in told(side) if isinstance(each, StartReceive)]
+    assert (command.first_block, command.pages) == ((10, 10), ([110, 111, 112], [210, 211, 212]))
 
 
-def test_prefill_computes_next_to_nothing_of_it_and_says_why(side: SchedulerSide) -> None:
-    """The prompt is computed once, by decode; prefill's answer names the reason."""
-    here = request(1000, PRODUCE)
+@pytest.mark.parametrize("tokens", range(60, 100))
+@pytest.mark.parametrize(("window", "chunk"), [(64, 32), (17, 33), (48, 16)])
+def test_what_the_last_token_attends_to_is_handed_over(tokens: int, window: int, chunk: int) -> None:
+    """For every position of the window's and the chunk's edges in a block: what decode asks for holds all that the
+    last token of the prompt attends to, where decode has it allocated as vLLM does it."""
+    sliding = specs.SlidingWindowSpec(**SHAPE, sliding_window=window)
+    chunked = specs.ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=chunk)
+    side, there = made(FULL, sliding, chunked), request(tokens, CONSUME)
+    side.on_new_request(there)
+    matched, _ = side.matched_tokens(there, 0)
+    assert matched is not None
+    skipped = [0, max(0, matched - window + 1), matched // chunk * chunk]  # of `get_num_skipped_tokens` there
+    count = -(-matched // 16)
+    ids = [[NULL_BLOCK] * (skip // 16) + list(range(1 + skip // 16, 1 + count)) for skip in skipped]
+    side.allocated(there, given(*ids), matched)
+    (command,) = [each for each in told(side) if isinstance(each, StartReceive)]
+    last = tokens - 1
+    needed = [0, max(0, last - window + 1), last // chunk * chunk]
+    for first, pages, need in zip(command.first_block, command.pages, needed, strict=True):
+        assert first * 16 <= need or need >= matched
+        assert first + len(pages) == count
+        assert NULL_BLOCK not in pages
+
+
+def test_prefill_offers_what_decode_asks_for(side: SchedulerSide) -> None:
+    """Both count the same tokens, and what vLLM gave back on prefill is no page."""
+    here = request(200, PRODUCE)
     side.on_new_request(here)
-    assert not any(isinstance(command, Open) for command in told(side))
-    assert here.num_tokens == here.num_prompt_tokens == 1
-    keep, params = side.finished(here, [])
-    assert not keep
-    assert params is not None
-    assert (params["not_handed_over"], params["do_remote_prefill"]) == (CODE, False)
-    assert side.finished(here, []) == (False, None)  # once
-
-
-@pytest.mark.parametrize("sampling", [{"max_tokens": 5}, {"prompt_logprobs": 1}])
-def test_who_wants_more_of_prefill_gets_it(side: SchedulerSide, sampling: dict[str, Any]) -> None:
-    here = request(1000, PRODUCE, **sampling)
-    side.on_new_request(here)
-    assert here.num_prompt_tokens == 1000
+    (opened,) = [command for command in told(side) if isinstance(command, Open)]
+    assert opened.tokens == 199
+    full, sliding = list(range(100, 113)), [NULL_BLOCK] * 6 + list(range(206, 213))
+    step = SimpleNamespace(
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(req_ids=["r"], num_computed_tokens=[160]),
+        num_scheduled_tokens={"r": 40},
+        total_num_scheduled_tokens=40,
+        preempted_req_ids=(),
+        kv_connector_block_state=SimpleNamespace(get_block_ids=lambda req_id: (full, sliding)),
+    )
+    (pages,) = [each for each in side.build(step).after if isinstance(each, Pages)]  # type: ignore[arg-type]
+    assert (pages.pages, pages.tokens) == ((full, [GONE] * 6 + list(range(206, 213))), 199)
 
 
 def test_prefill_that_would_move_its_window_past_the_prompt_hands_nothing_over(side: SchedulerSide) -> None:
-    """Its first blocks could be given back while decode still reads them."""
+    """Blocks that decode asks for could be given back before it has them."""
     side.on_new_request(request(60, PRODUCE, max_tokens=6))
     assert not any(isinstance(command, Open) for command in told(side))
-    again = request(60, PRODUCE, max_tokens=5)
-    again.request_id = "again"
-    side.on_new_request(again)
-    assert any(isinstance(command, Open) for command in told(side))
+    for number, (tokens, most) in enumerate([(60, 5), (1000, 1)]):
+        again = request(tokens, PRODUCE, max_tokens=most)
+        again.request_id = f"again{number}"
+        side.on_new_request(again)
+        assert any(isinstance(command, Open) for command in told(side))
 
 
 def test_models_without_a_window_know_no_bound() -> None:
-    window = WindowRule(None, Settings())
-    long = request(100_000, PRODUCE)
-    assert window.why_not(long) == window.why_not_held(long) == ""
+    side = made(FULL)
+    side.on_new_request(request(1000, PRODUCE, max_tokens=100))
+    (opened,) = [command for command in told(side) if isinstance(command, Open)]
+    assert opened.tokens == 1000
+
+
+def test_with_an_adapter_several_groups_are_not_handed_over(side: SchedulerSide) -> None:
+    """Workers check which content wrote a block of one table only."""
+    for params in (PRODUCE, CONSUME):
+        adapted = request(100, params)
+        adapted.lora_request = SimpleNamespace(lora_name="a", lora_path="/a", lora_int_id=1)  # type: ignore[assignment]
+        adapted.request_id = str(params)
+        side.on_new_request(adapted)
+    assert not any(isinstance(command, (Open, StartReceive)) for command in told(side))

@@ -18,6 +18,7 @@ from pdtransport.engine.consuming import LEFT
 from pdtransport.errors import SettingsError
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import ControlSettings, Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.request_reader import COMPLAIN_S
 from pdtransport.vllm.scheduler import REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
@@ -31,7 +32,7 @@ def made(clock: Clock | None = None, heads: int = 0, **control: Any) -> Schedule
         Settings.parse({"control": {"allow_plaintext": True, **control}}),
         producer=True,
         consumer=True,
-        block_size=BLOCK,
+        groups=HandedGroups.one(BLOCK),
         engine="e",
         port=7,
         ranks=1,
@@ -223,7 +224,7 @@ def test_decode_beyond_loopback_starts_with_peers_only() -> None:
         Settings.parse({"control": {"host": "10.0.0.1", "allow_plaintext": True}}),
         producer=True,
         consumer=False,
-        block_size=BLOCK,
+        groups=HandedGroups.one(BLOCK),
         engine="e",
         port=7,
         ranks=1,

@@ -23,6 +23,7 @@ from pdtransport.engine.stats import TransferStats
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
 from pdtransport.transfer.outcome import Outcome
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.patches.appended_token import LOST, append, give_up
 from pdtransport.vllm.scheduler import SchedulerSide
@@ -153,7 +154,14 @@ def test_half_a_character_is_not_given_out(firsts: FirstTokens, text: str) -> No
 @pytest.fixture
 def side(firsts: FirstTokens) -> SchedulerSide:
     return SchedulerSide(
-        Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1, first_tokens=firsts
+        Settings(),
+        producer=True,
+        consumer=True,
+        groups=HandedGroups.one(BLOCK),
+        engine="e",
+        port=7,
+        ranks=1,
+        first_tokens=firsts,
     )
 
 

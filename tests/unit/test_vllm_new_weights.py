@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from pdtransport.engine.commands import Drop, Open, StartReceive, StoreChunks
 from pdtransport.kv.keys import KeySpace
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.pool_space import Shard
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_generation import Manager
@@ -27,7 +28,7 @@ NEW = KeySpace(model="m", revision="other", dtype="d", layout="l", shard="heads 
 @pytest.fixture
 def side() -> Iterator[SchedulerSide]:
     made = SchedulerSide(
-        Settings(step_ahead=False), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1,
+        Settings(step_ahead=False), producer=True, consumer=True, groups=HandedGroups.one(BLOCK), engine="e", port=7, ranks=1,
         clock=Clock(),
     )  # fmt: skip
     made.bind(None, Manager())

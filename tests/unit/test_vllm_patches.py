@@ -26,7 +26,6 @@ from pdtransport.launch.status import _rank_lines
 from pdtransport.settings import Settings
 from pdtransport.vllm.adapter_requests import AdapterRequests
 from pdtransport.vllm.adapters import Adapters, AdapterUnknown
-from pdtransport.vllm.beyond_window import WindowRule
 from pdtransport.vllm.first_token import FirstTokens
 from pdtransport.vllm.patches import base, connector_loader, decode_stream, engine_probe, model_loading, packed_weights
 from pdtransport.vllm.patches.base import PATCHES, Patch, Unexpected, announce, expect
@@ -57,7 +56,6 @@ HELD = {
     "packed_weights": "vllm._custom_ops:create_onednn_mm",
     "share_received": "vllm.v1.core.kv_cache_manager:KVCacheManager.cache_blocks",
     "short_priming": "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.__init__",
-    "shortened_prompt": "vllm.v1.request:Request.update_block_hashes",
     "spin_s": "vllm.distributed.device_communicators.shm_broadcast:SpinCondition.wait",
     "stale_blocks": "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
     "step_ahead": "vllm.v1.core.sched.scheduler:Scheduler._update_from_kv_xfer_finished",
@@ -412,19 +410,6 @@ def test_switched_off_first_token_is_declined() -> None:
     """With a reason of its own, that is not vLLM's fault."""
     settings = Settings.parse({"patches": {"first_token": False}})
     assert FirstTokens(engine_config(), settings).unsupported == "declined"
-
-
-def test_without_shortened_prompt_prefill_computes_it_whole(change: Change) -> None:
-    def shortened() -> int:
-        asked = Request("r", [1, 2, 3], SamplingParams(max_tokens=1), None)
-        rule = WindowRule(2, Settings())
-        assert rule.why_not_held(asked).startswith("beyond_window")
-        rule.shorten(asked)
-        return asked.num_prompt_tokens
-
-    assert shortened() == 1
-    change("shortened_prompt")
-    assert shortened() == 3
 
 
 def test_without_short_priming_the_whole_prompt_is_decoded(change: Change) -> None:

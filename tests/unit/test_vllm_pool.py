@@ -41,6 +41,7 @@ from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.pool_scheduler import PoolScheduler
 from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of
@@ -92,7 +93,14 @@ class Half:
         self.clock = Clock()
         settings = Settings(pool=PoolUse(chunk_blocks=2, **use))
         self.side = SchedulerSide(
-            settings, producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=ranks, clock=self.clock
+            settings,
+            producer=True,
+            consumer=True,
+            groups=HandedGroups.one(BLOCK),
+            engine="e",
+            port=7,
+            ranks=ranks,
+            clock=self.clock,
         )
         self.pool = Asked()
         assert isinstance(self.side._pool, PoolScheduler)
@@ -136,7 +144,9 @@ def told(**kept: int) -> Any:
 
 
 def test_without_a_pool_nothing_is_hashed_or_asked() -> None:
-    side = SchedulerSide(Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1)
+    side = SchedulerSide(
+        Settings(), producer=True, consumer=True, groups=HandedGroups.one(BLOCK), engine="e", port=7, ranks=1
+    )
     made = request(None, PROMPT)  # has none of the fields that the pool looks at
     side.on_new_request(made)
     assert side.matched_tokens(made, 0) == (0, False)

@@ -19,6 +19,7 @@ from pdtransport.engine.commands import LoadChunks, StoreChunks
 from pdtransport.engine.trusted_producers import Producers
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.patches.withheld import Withheld
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.engine_rig import PROMPT, TOKEN, Engine
@@ -247,5 +248,5 @@ def test_the_scheduler_is_a_side_with_the_setting() -> None:
     with pytest.raises(SettingsError, match="trusted_producers"):
         SchedulerSide(
             Settings.parse({"share_received": "trusted", "trusted_producers": ["a b"]}),
-            producer=True, consumer=True, block_size=32, engine="e", port=7, ranks=1,
+            producer=True, consumer=True, groups=HandedGroups.one(32), engine="e", port=7, ranks=1,
         )  # fmt: skip

@@ -29,6 +29,7 @@ from pdtransport.engine.params import parse
 from pdtransport.engine.wakeups import WakeupReceiver, WakeupSender
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import BLIND_WAIT_S, REJECTED, SchedulerSide
 
 BLOCK = 32
@@ -51,7 +52,14 @@ def clock() -> Clock:
 @pytest.fixture
 def side(clock: Clock) -> SchedulerSide:
     return SchedulerSide(
-        Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1, clock=clock
+        Settings(),
+        producer=True,
+        consumer=True,
+        groups=HandedGroups.one(BLOCK),
+        engine="e",
+        port=7,
+        ranks=1,
+        clock=clock,
     )
 
 
@@ -447,7 +455,14 @@ def test_a_request_that_asks_for_a_transfer_in_vain_has_it_declined(
 
 def test_decode_that_is_no_consumer_declines(clock: Clock) -> None:
     side = SchedulerSide(
-        Settings(), producer=True, consumer=False, block_size=BLOCK, engine="e", port=7, ranks=1, clock=clock
+        Settings(),
+        producer=True,
+        consumer=False,
+        groups=HandedGroups.one(BLOCK),
+        engine="e",
+        port=7,
+        ranks=1,
+        clock=clock,
     )
     side.on_new_request(request(CONSUME))
     (declined,) = step(side).before

@@ -16,6 +16,7 @@ from vllm.v1.request import RequestStatus
 from pdtransport.engine.commands import WorkerReport
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.patches.scheduler_hook import Arrivals, SchedulerHook
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, blocks, request, step
@@ -28,7 +29,13 @@ class Engine:
 
     def __init__(self, ranks: int = 1, **settings: Any) -> None:
         self.side = SchedulerSide(
-            Settings(**settings), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=ranks
+            Settings(**settings),
+            producer=True,
+            consumer=True,
+            groups=HandedGroups.one(BLOCK),
+            engine="e",
+            port=7,
+            ranks=ranks,
         )
         self.manager = SimpleNamespace(new_step_starts=lambda: "started")
         self.scheduler: Any = object.__new__(Scheduler)

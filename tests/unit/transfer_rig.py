@@ -14,6 +14,7 @@ from pdtransport.control.events import Identity, PeerId, PeerUp
 from pdtransport.control.handshake import facts
 from pdtransport.kernels.runs import Runs
 from pdtransport.kv.geometry import KVGeometry, head_range
+from pdtransport.kv.groups import CacheGroups
 from pdtransport.links.base import Link, Prepared
 from pdtransport.links.cma import CmaLink
 from pdtransport.links.memory import Regions
@@ -21,7 +22,7 @@ from pdtransport.links.reading import PullChannel
 from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import BatchHint, Ended, Grant, Hello, LinkCall, Message
 from pdtransport.settings import LinkSettings
-from pdtransport.transfer.consumer import ConsumerDriver, ReceiveRequest
+from pdtransport.transfer.consumer import ConsumerDriver, ReceiveRequest, WantedBlocks
 from pdtransport.transfer.link_setup import Scratch
 from pdtransport.transfer.outcome import Outcome
 from pdtransport.transfer.peers import Peers, TransferPeer
@@ -84,9 +85,10 @@ class Worker:
         self.now = 0.0  # of the peers
         self.counters: Counter[str] = Counter()
         self.peers = Peers(self.mail, {"cma": self.link}, {}, links or LinkSettings(order=("cma",)), probe, self.clock)
+        groups = CacheGroups.of(geometry)
         common = (self.mail, self.peers, Timeline(64), self.counters, None)
-        self.producer = ProducerDriver(limits, geometry, *common)
-        self.consumer = ConsumerDriver(limits, geometry, self.me, *common)
+        self.producer = ProducerDriver(limits, groups, *common)
+        self.consumer = ConsumerDriver(limits, groups, self.me, *common)
         self.outcomes: list[Outcome] = []
 
     def clock(self) -> float:
@@ -116,14 +118,15 @@ class Worker:
         self.producer.open(self, transfer, DIGEST, tokens, self.outcomes.append)
 
     def fetch(self, tokens: int, pages: Sequence[int], *, port: int = 1, transfer: str = TRANSFER, **more: Any) -> None:
-        facts = {"ranks": 1, "first_block": 0, **more}
+        blocks = WantedBlocks(more.pop("first_block", 0), list(pages))
+        facts = {"ranks": 1, **more}
         wanted = ReceiveRequest(
-            transfer, "127.0.0.1", port, prompt_digest=DIGEST, tokens=tokens, pages=list(pages), **facts
+            transfer, "127.0.0.1", port, prompt_digest=DIGEST, tokens=tokens, groups=(blocks,), **facts
         )
         self.consumer.fetch(self, wanted, self.outcomes.append)
 
     def ready(self, pages: Sequence[int], tokens: int, transfer: str = TRANSFER) -> None:
-        self.producer.pages_ready(self, transfer, pages, tokens)
+        self.producer.pages_ready(self, transfer, (list(pages),), tokens)
 
     def close(self) -> None:
         self.peers.close()
