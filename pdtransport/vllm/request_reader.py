@@ -107,8 +107,8 @@ class RequestReader:
 
     def _not_held(self, request: Request) -> str:
         """Prefill: why it can't keep this prompt's pages until decode has them; empty if it can."""
-        window, tokens = self._tables.window, request.num_prompt_tokens + request.max_tokens - 1
-        if window is None or request.max_tokens == 1 or tokens <= window:
+        window = self._tables.window
+        if window is None or request.max_tokens == 1 or request.num_prompt_tokens + request.max_tokens - 1 <= window:
             return ""
         return (
             f"vLLM gives back what lies behind the model's window of {window} tokens while prefill computes "

@@ -223,11 +223,11 @@ def opened(adapter: LoRARequest, req_id: str = "r") -> Open:
 
 
 def taken(adapter: LoRARequest, pages: list[int], req_id: str = "r") -> StartReceive:
-    return StartReceive(req_id, "t", prompt_digest([1]), 40, 0, pages, "h", 1, 1, adapter=adapter)
+    return StartReceive(req_id, "t", prompt_digest([1]), 40, (0,), (pages,), "h", 1, 1, adapter=adapter)
 
 
 def pages(*blocks: int, tokens: int = 40, req_id: str = "r") -> Pages:
-    return Pages(req_id, list(blocks), tokens)
+    return Pages(req_id, (list(blocks),), tokens)
 
 
 def test_keys_wait_for_the_adapter_and_are_of_its_content(worker: Worker, adapters: Adapters, tmp_path: Path) -> None:

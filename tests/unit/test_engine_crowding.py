@@ -52,7 +52,7 @@ def finish(side: SchedulerSide, name: str) -> None:
     made = prompt(side, name)
     step(side, {name: (0, 100)})
     made.num_computed_tokens = 100
-    assert side.finished(made, [1, 2, 3, 4])[0]
+    assert side.finished(made, ([1, 2, 3, 4],))[0]
     step(side, {"other": (0, 1)})
 
 

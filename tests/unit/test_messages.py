@@ -68,6 +68,7 @@ FIELDS: dict[type[m.Message], dict[str, st.SearchStrategy[Any]]] = {
         **granted,
         "seq": seqs,
         "attempt": attempts,
+        "group": st.integers(0, m.MAX_GROUPS - 1),
         "first_block": st.integers(0, m.MAX_BLOCKS),
         "blocks": blocks,
         "nbytes": st.integers(1, 1 << 40),

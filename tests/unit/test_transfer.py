@@ -109,7 +109,7 @@ def test_a_batch_that_was_prepared_is_used_only_for_the_pages_that_it_was_prepar
         d.fetch(2 * TOKENS, [0, 1])
         p.open(2 * TOKENS)
         carry(p, d)
-        p.producer.prepare(p, TRANSFER, [3, 4], 2 * TOKENS, event=1)
+        p.producer.prepare(p, TRANSFER, ([3, 4],), 2 * TOKENS, event=1)
         p.ready([3, 5], 2 * TOKENS)
         channel = p.peer(d).outbound
         assert isinstance(channel, PreparingChannel)

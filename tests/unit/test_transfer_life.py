@@ -44,7 +44,7 @@ def test_what_is_foreseen_is_told_to_decode_once_and_used_when_it_is_final() -> 
         d.fetch(3 * TOKENS, [5, 6, 7])
         p.open(3 * TOKENS)
         carry(p, d)
-        p.producer.prepare(p, TRANSFER, [0, 1, 2], 2 * TOKENS + 3, event=1)
+        p.producer.prepare(p, TRANSFER, ([0, 1, 2],), 2 * TOKENS + 3, event=1)
         said = carry(p, d)
         assert [(hint.first_block, hint.blocks, bool(hint.offer)) for hint in hints(said)] == [
             (0, 1, True),
@@ -55,7 +55,7 @@ def test_what_is_foreseen_is_told_to_decode_once_and_used_when_it_is_final() -> 
         assert isinstance(inbound, PreparingChannel)
         assert isinstance(outbound, PreparingChannel)
         assert [blocks for _, blocks in inbound.foreseen] == [1, 1]
-        p.producer.prepare(p, TRANSFER, [0, 1, 2], 3 * TOKENS, event=2)
+        p.producer.prepare(p, TRANSFER, ([0, 1, 2],), 3 * TOKENS, event=2)
         assert [hint.first_block for hint in hints(carry(p, d))] == [2]
         p.ready([0, 1, 2], 3 * TOKENS)
         assert [each is not None for each in outbound.used] == [True] * 3
@@ -70,13 +70,13 @@ def test_a_preemption_forgets_what_was_prepared() -> None:
         d.fetch(TOKENS, [0])
         p.open(TOKENS)
         carry(p, d)
-        p.producer.prepare(p, TRANSFER, [3], TOKENS, event=1)
+        p.producer.prepare(p, TRANSFER, ([3],), TOKENS, event=1)
         p.ready([], 0)
         p.ready([3], TOKENS)
         outbound = p.peer(d).outbound
         assert isinstance(outbound, PreparingChannel)
         assert outbound.used == [None]
-        p.producer.prepare(p, "unknown", [3], TOKENS, event=1)  # changes nothing
+        p.producer.prepare(p, "unknown", ([3],), TOKENS, event=1)  # changes nothing
 
 
 # -- the first token --------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_only_its_owner_says_more_of_a_transfer() -> None:
         p.producer.open(other, TRANSFER, DIGEST, TOKENS, second.append)
         assert [outcome.code for outcome in second] == [Code.REUSED.value]
         carry(p, d)
-        p.producer.pages_ready(other, TRANSFER, [1], TOKENS)
+        p.producer.pages_ready(other, TRANSFER, ([1],), TOKENS)
         p.producer.cancel(other, TRANSFER, Code.CANCELLED, "mine")
         p.producer.let_go(other, TRANSFER, "mine")
         p.producer.finish(other, TRANSFER)

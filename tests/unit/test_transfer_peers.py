@@ -279,7 +279,7 @@ def test_nothing_is_granted_before_all_prefill_workers_are_there(first: int) -> 
     assert [worker.producer.sending.machines(TRANSFER) for worker in ranks] == [[], []]
     meet(ranks[1 - first], d, ranks[first])
     grants = [machine.grant for worker in ranks for machine in worker.producer.sending.machines(TRANSFER)]
-    assert [(grant.head_lo, grant.head_hi) for grant in grants] == [(0, 1), (1, 2)]
+    assert [grant.groups[0][2:] for grant in grants] == [(0, 1), (1, 2)]
     for worker in ranks:
         worker.ready([3], TOKENS)
         worker.producer.finish(worker, TRANSFER)

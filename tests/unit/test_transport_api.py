@@ -13,6 +13,7 @@ from pdtransport import KVGeometry, Settings, TransferFailed, Transport, prompt_
 from pdtransport.io.cuda_events import CudaEventQueue
 from pdtransport.kv.fingerprint import compare
 from pdtransport.kv.geometry import LayerPages
+from pdtransport.kv.groups import CacheGroups
 from pdtransport.transport import Offer, fingerprint_of
 from tests.rig import twin_gpu
 from tests.rig.twin_gpu import TwinEvent
@@ -44,7 +45,9 @@ def geometry(**more: Any) -> KVGeometry:
 )
 def test_whatever_changes_the_stream_of_a_page_is_in_the_fingerprint(field: str, more: dict[str, Any]) -> None:
     """Peers whose pages hold the same bytes in another order refuse each other, by the field's name."""
-    mismatch = compare(fingerprint_of(geometry(), 1), fingerprint_of(geometry(**more), 1))
+    mismatch = compare(
+        fingerprint_of(CacheGroups.of(geometry()), 1), fingerprint_of(CacheGroups.of(geometry(**more)), 1)
+    )
     assert mismatch is not None
     assert mismatch.field == field
 
@@ -84,7 +87,7 @@ def test_pages_that_were_taken_back_are_not_announced_when_their_kernels_end(how
         transport: Any = SimpleNamespace(
             _call=lambda call: call(transfer_engine),
             _ask=lambda call, timeout_s: call(transfer_engine),
-            _checked_pages=lambda pages, blocks: list(pages),
+            _checked_pages=lambda pages, blocks, least: (list(pages),),
         )
         offer = Offer(transport, "t", tokens=32, blocks=2)
         event = TwinEvent()

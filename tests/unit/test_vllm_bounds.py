@@ -83,7 +83,7 @@ def test_only_a_prompt_that_was_computed_to_its_last_token_is_handed_over(left: 
     prefill = side()
     made = request(PRODUCE, status=RequestStatus.FINISHED_STOPPED, num_computed_tokens=100 - left)
     prefill.on_new_request(made)
-    keep, told = prefill.finished(made, [1, 2, 3, 4])
+    keep, told = prefill.finished(made, ([1, 2, 3, 4],))
     assert keep
     assert (told is not None) == (left == 0)
     _, end = step(prefill).before
@@ -97,7 +97,7 @@ def test_a_prompt_of_embeddings_is_not_handed_over() -> None:
         made = request(params, prompt_token_ids=None)
         one.on_new_request(made)
         assert one.matched_tokens(made, 0) == (0, False)
-        assert one.finished(made, []) == (False, None)
+        assert one.finished(made, ([],)) == (False, None)
         assert not any(isinstance(command, Open | StartReceive) for command in step(one).before)
 
 
@@ -108,7 +108,7 @@ def test_transfers_that_were_taken_are_remembered_within_a_bound() -> None:
         made = request({**CONSUME, "transfer_id": f"t{number}"}, name=f"r{number}")
         decode.on_new_request(made)
         take(decode, made, 0, 1, 2, 3, 4)
-        decode.finished(made, [])
+        decode.finished(made, ([],))
     assert list(decode._consuming._taken) == [f"t{number}" for number in range(34, 50)]
 
 

@@ -1,5 +1,5 @@
-"""What kind of cache a model has is read off vLLM's specs: what can't be moved is refused when the server starts; of what
-is behind a window, only the blocks that are still attended to are handed over."""
+"""What kind of cache a model has is read off vLLM's specs: what can't be moved is refused when the server starts; of a
+group with a window, only the blocks that are still attended to are handed over."""
 
 from __future__ import annotations
 

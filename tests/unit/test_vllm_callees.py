@@ -86,7 +86,7 @@ def test_an_address_elsewhere_is_declined_and_the_prompt_computed_here(host: str
     assert (declined.transfer, declined.code, declined.host) == ("t", Code.REFUSED, "")
     assert declined.reason.startswith("remote_host: ")
     assert "control.peers" in declined.reason
-    assert side.finished(r, []) == (False, None)
+    assert side.finished(r, ([],)) == (False, None)
     assert not step(side).before
 
 
@@ -98,7 +98,7 @@ def test_no_way_of_ending_calls_an_address_elsewhere(host: str) -> None:
     side.on_new_request(stub)
     gone = request({**CONSUME, "transfer_id": "u", "remote_host": host}, name="s")
     side.on_new_request(gone)
-    side.finished(gone, [])
+    side.finished(gone, ([],))
     told = step(side).before
     assert REJECTED in [each.reason for each in told if isinstance(each, Decline)]
     assert {each.transfer for each in told if isinstance(each, Decline)} == {"t", "u"}
@@ -156,7 +156,7 @@ def test_a_name_that_leads_elsewhere_is_declined_while_its_request_waits(resolve
     assert "evil is 169.254.169.254" in declined.reason
     assert "control.peers" in declined.reason
     assert side.matched_tokens(r, 0) == (0, False)
-    assert side.finished(r, []) == (False, None)
+    assert side.finished(r, ([],)) == (False, None)
 
 
 @pytest.mark.parametrize("address", ["10.1.2.3", "169.254.169.254", ""])
@@ -168,7 +168,7 @@ def test_prefill_that_is_named_hears_of_a_request_that_is_gone(resolver: dict[st
     side = made(peers=["10.1.0.0/16"])
     r = request({**CONSUME, "remote_host": "prefill"})
     side.on_new_request(r)
-    side.finished(r, [])
+    side.finished(r, ([],))
     if not side._before:
         assert side.has_pending_work(), "a step is owed"
     told = [each for each in steps(side, Decline) if isinstance(each, Decline)]

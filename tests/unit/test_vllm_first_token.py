@@ -189,7 +189,7 @@ def test_prefill_tells_decode_what_it_tells_the_router(
     r.num_computed_tokens = len(PROMPT)
     r.append_output_token_ids(TOKEN)
     r.status = status
-    kept, params = side.finished(r, [1, 2, 3, 4])
+    kept, params = side.finished(r, ([1, 2, 3, 4],))
     assert kept
     assert params is not None
     assert {key: value for key, value in params.items() if key.startswith("first_token")} == told
@@ -202,7 +202,7 @@ def test_who_does_not_ask_is_not_told(side: SchedulerSide) -> None:
     r.num_computed_tokens = len(PROMPT)
     r.append_output_token_ids(TOKEN)
     r.status = RequestStatus.FINISHED_LENGTH_CAPPED
-    _, params = side.finished(r, [])
+    _, params = side.finished(r, ([],))
     assert params is not None
     assert not any(key.startswith("first_token") for key in params)
 

@@ -28,8 +28,8 @@ NEW = KeySpace(model="m", revision="other", dtype="d", layout="l", shard="heads 
 @pytest.fixture
 def side() -> Iterator[SchedulerSide]:
     made = SchedulerSide(
-        Settings(step_ahead=False), producer=True, consumer=True, groups=HandedGroups.one(BLOCK), engine="e", port=7, ranks=1,
-        clock=Clock(),
+        Settings(step_ahead=False), producer=True, consumer=True, groups=HandedGroups.one(BLOCK),
+        engine="e", port=7, ranks=1, clock=Clock(),
     )  # fmt: skip
     made.bind(None, Manager())
     yield made

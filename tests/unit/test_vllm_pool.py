@@ -31,6 +31,7 @@ from pdtransport.engine.commands import (
     WorkerReport,
 )
 from pdtransport.engine.pool_worker import PoolWorker
+from pdtransport.engine.worker import GroupPages
 from pdtransport.errors import PoolUnavailable, SettingsError
 from pdtransport.kernels import quant
 from pdtransport.kernels.quant import Grid
@@ -329,7 +330,7 @@ def test_an_abort_while_decode_loads_from_the_pool(half: Half) -> None:
     half.side.update_output(ended(ok=False))
     half.admit(made, there=3)
     made.status = None
-    assert half.side.finished(made, []) == (False, None)
+    assert half.side.finished(made, ([],)) == (False, None)
     assert step(half.side).before == [CancelLoad("r")]
 
 
@@ -354,8 +355,8 @@ def test_pages_are_kept_until_their_stores_are_through(half: Half) -> None:
         half.admit(made, there=0)
     assert len(step(half.side, {"r": (0, 4 * BLOCK), "s": (0, 4 * BLOCK)}).after) == 2
     half.side.update_output(told(s=1))
-    assert half.side.finished(fast, []) == (False, None)
-    assert half.side.finished(slow, []) == (True, None)
+    assert half.side.finished(fast, ([],)) == (False, None)
+    assert half.side.finished(slow, ([],)) == (True, None)
     assert step(half.side).before == [FinishStores("r")]
 
 
@@ -364,7 +365,7 @@ def through(half: Half, made: Any) -> None:
     from vllm.v1.request import RequestStatus
 
     made.status, made.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, PROMPT
-    assert half.side.finished(made, [])[0]
+    assert half.side.finished(made, ([],))[0]
 
 
 @pytest.mark.parametrize(("there", "ends"), [(5, [ReleaseIfPooled("r")]), (4, []), (None, [])])
@@ -434,7 +435,7 @@ def test_each_rank_has_its_keys_and_its_reports() -> None:
     half.side.update_output(ended())
     step(half.side, {"r": (4 * BLOCK, 2 * BLOCK)})
     half.side.update_output(told(r=1))
-    assert half.side.finished(made, [])[0]
+    assert half.side.finished(made, ([],))[0]
     half.side.close()
 
 
@@ -469,7 +470,7 @@ def test_an_abort_while_loading_is_reported_once(half: Half) -> None:
     made = half.arrive(PRODUCE)
     half.admit(made, there=2)
     made.status = None
-    assert half.side.finished(made, []) == (False, None)
+    assert half.side.finished(made, ([],)) == (False, None)
     assert step(half.side).before == [CancelLoad("r"), Drop("r", report=False)]
 
 
@@ -521,10 +522,10 @@ def test_a_lossy_codec_is_one_that_is_there_and_gets_heads_apart() -> None:
         ("FLASH_ATTN", False, Grid("float32", 16, 4, 32)),
     ):
         described = Described(
-            geometry=replace(geometry, heads_first=heads_first),
+            groups=(replace(geometry, heads_first=heads_first),),
+            pages=(GroupPages(0),),
             regions=[],
             fingerprint={"kv_cache_dtype": "auto/float32", "attention_backend": backend},
-            kernel_blocks_per_block=1,
             rank=0,
             ranks=1,
             port=0,

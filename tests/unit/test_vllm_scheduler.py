@@ -112,7 +112,7 @@ def test_decode_asks_for_what_it_lacks(side: SchedulerSide) -> None:
     side.on_new_request(r)
     (command,) = take(side, r, 64, 5, 6, 7, 8)
     assert isinstance(command, StartReceive)
-    assert (command.first_block, command.pages, command.ranks) == (2, [7, 8], 2)
+    assert (command.first_block, command.pages, command.ranks) == ((2,), ([7, 8],), 2)
 
 
 @pytest.mark.parametrize(("tokens", "held"), [(1, 0), (33, 32), (97, 96)])
@@ -122,7 +122,7 @@ def test_decode_asks_for_nothing_if_it_computes_the_last_token_anyway(
     r = request(CONSUME, tokens)
     side.on_new_request(r)
     (command,) = take(side, r, held)
-    assert command.pages == [], "prefill must learn that it may free its pages"
+    assert command.pages == ([],), "prefill must learn that it may free its pages"
 
 
 def test_a_question_asked_again_changes_nothing(side: SchedulerSide) -> None:
@@ -147,10 +147,10 @@ def test_the_clean_up_after_a_failed_request_takes_nothing_again(side: Scheduler
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
     side.update_output(SimpleNamespace(finished_recving={"r"}, finished_sending=None))
-    side.finished(r, [])
+    side.finished(r, ([],))
     again = request(CONSUME, name="r2")
     side.on_new_request(again)
-    side.finished(again, [])
+    side.finished(again, ([],))
     assert step(side).before == []
 
 
@@ -158,7 +158,7 @@ def test_a_request_that_ends_before_it_got_room_frees_prefill(side: SchedulerSid
     """Its client left: there is no grant to say so with. vLLM's stub, which comes behind, says nothing new."""
     r = request(CONSUME)
     side.on_new_request(r)
-    assert side.finished(r, []) == (False, None)
+    assert side.finished(r, ([],)) == (False, None)
     assert step(side).before == [Decline("t", Code.CANCELLED, LEFT, "127.0.0.1", 1, 2)]
     reject(side, CONSUME)
     assert step(side).before == []
@@ -168,7 +168,7 @@ def reject(side: SchedulerSide, params: Any) -> None:
     """As vLLM's engine handles ``notify_kv_transfer_request_rejected``."""
     stub = request(params, tokens=1, name="stub", abort_immediately=True)
     side.on_new_request(stub)
-    assert side.finished(stub, []) == (False, None)
+    assert side.finished(stub, ([],)) == (False, None)
 
 
 def test_a_request_that_the_server_rejected_frees_prefill(side: SchedulerSide) -> None:
@@ -185,7 +185,7 @@ def test_a_stub_takes_nothing_away_from_a_request_that_was_taken(side: Scheduler
     r = request(CONSUME)
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
-    side.finished(r, [])
+    side.finished(r, ([],))
     reject(side, CONSUME)
     assert step(side).before == [CancelLoad("r")]
 
@@ -228,7 +228,7 @@ def test_an_abort_while_loading_is_passed_on(side: SchedulerSide) -> None:
     r = request(CONSUME)
     side.on_new_request(r)
     take(side, r, 0, 1, 2, 3, 4)
-    assert side.finished(r, []) == (False, None)
+    assert side.finished(r, ([],)) == (False, None)
     assert step(side).before == [CancelLoad("r")]
 
 
@@ -251,11 +251,11 @@ def test_prefill_names_pages_step_by_step_and_hands_over_at_the_end(side: Schedu
     side.on_new_request(r)
     first = step(side, {"r": (0, 64)})
     assert isinstance(first.before[0], Open)
-    assert first.after == [Pages("r", [10, 11, 12, 13], 64, cached=0)]
-    assert step(side, {"r": (64, 36)}).after == [Pages("r", [10, 11, 12, 13], 100)]
+    assert first.after == [Pages("r", ([10, 11, 12, 13],), 64, cached=0)]
+    assert step(side, {"r": (64, 36)}).after == [Pages("r", ([10, 11, 12, 13],), 100)]
     assert step(side, {"r": (100, 1)}).after == [], "the prompt is complete: decode steps are not announced"
     r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 100
-    keep, params = side.finished(r, [10, 11, 12, 13])
+    keep, params = side.finished(r, ([10, 11, 12, 13],))
     assert keep
     assert step(side).before == [Finish("r")]
     assert params is not None
@@ -268,7 +268,7 @@ def test_an_aborted_prefill_hands_nothing_over(side: SchedulerSide) -> None:
 
     r = request(PRODUCE, status=RequestStatus.FINISHED_ABORTED)
     side.on_new_request(r)
-    assert side.finished(r, []) == (True, None)
+    assert side.finished(r, ([],)) == (True, None)
     assert isinstance(step(side).before[1], Drop)
 
 
@@ -301,7 +301,7 @@ def test_malformed_parameters_are_served_without_a_hand_over(side: SchedulerSide
     r = request(params)
     side.on_new_request(r)
     assert side.matched_tokens(r, 0) == (0, False)
-    assert side.finished(r, []) == (False, None)
+    assert side.finished(r, ([],)) == (False, None)
     assert all(isinstance(each, Decline) for each in step(side).before)
 
 
@@ -422,7 +422,7 @@ def test_a_router_that_copies_only_nixl_keys_hands_over_the_very_transfer(side: 
     r = request({"do_remote_decode": True})
     side.on_new_request(r)
     r.status, r.num_computed_tokens = RequestStatus.FINISHED_LENGTH_CAPPED, 101
-    _, params = side.finished(r, [1, 2, 3, 4])
+    _, params = side.finished(r, ([1, 2, 3, 4],))
     assert params is not None
     kept = {key: params[key] for key in NIXL_KEYS}
     wanted = parse(kept, producer=False, consumer=True)
