@@ -53,8 +53,18 @@ def without_weights(folder: Path, config: dict[str, Any]) -> Path:
 
 def with_window(folder: Path, tokens: int) -> Path:
     """tiny-lm's weights in a model all of whose layers attend to the last ``tokens`` only, like Mistral-7B-v0.1."""
+    return _changed(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=tokens)
+
+
+def with_mixed_layers(folder: Path, tokens: int) -> Path:
+    """tiny-lm's weights in a model whose every fourth layer attends to everything, the others to the last ``tokens``
+    only, like Gemma 3 or gpt-oss."""
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    return _changed(folder, sliding_window=tokens, layer_types=kinds * 2)
+
+
+def _changed(folder: Path, **facts: Any) -> Path:
     shutil.copytree(TINY_LM, folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": tokens}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({**config, **facts}))
     return folder

@@ -1,5 +1,4 @@
-"""Models whose cache is not that of full attention: refused at start with our reason, or handed over as far as they can
-be, and computed once beyond."""
+"""Models whose cache is not that of full attention: refused at start with our reason, or handed over by cache group."""
 
 from __future__ import annotations
 
@@ -11,8 +10,9 @@ import pytest
 
 from tests.rig import watch
 from tests.rig.client import Client, hand_off
+from tests.rig.device import DTYPES, PLACE
 from tests.rig.fixtures import forget, pair_spec
-from tests.rig.odd_models import GRANITE_HYBRID, MAMBA2, with_window, without_weights
+from tests.rig.odd_models import GRANITE_HYBRID, MAMBA2, with_mixed_layers, with_window, without_weights
 from tests.rig.prompts import Prompts
 from tests.rig.proof import record_of
 from tests.rig.servers import Server, ServerFailed, fleet, start
@@ -46,53 +46,67 @@ def test_a_model_with_a_state_is_refused_at_start(architecture: str, logs: Path,
         assert "--kv-transfer-config" in line
 
 
-@pytest.fixture(scope="module")
-def windowed(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
-    """Prefill and decode of a model all of whose layers have a window."""
-    model = with_window(tmp_path_factory.mktemp("window") / "model", WINDOW)
+@pytest.fixture(scope="module", params=["window", "mixed"])
+def servers(
+    request: pytest.FixtureRequest, logs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Server]]:
+    """Prefill and decode of a model with a window: in all layers (one cache group), or in most of them (several)."""
+    make = {"window": with_window, "mixed": with_mixed_layers}[request.param]
+    model = make(tmp_path_factory.mktemp(request.param) / "model", WINDOW)
+    facts: dict[str, Any] = {"model": model, "kv_cache_bytes": 64 << 20}
     specs = [
-        pair_spec("window-prefill", "kv_producer", cores="0", model=model, kv_cache_bytes=64 << 20),
-        pair_spec(
-            "window-decode", "kv_consumer", cores="1", model=model, kv_cache_bytes=64 << 20, load_failure_policy="fail"
-        ),
+        pair_spec(f"{request.param}-prefill", "kv_producer", cores="0", **facts),
+        pair_spec(f"{request.param}-decode", "kv_consumer", cores="1", load_failure_policy="fail", **facts),
     ]
     with fleet(*specs, logs=logs) as (prefill, decode):
         yield prefill, decode
 
 
-def test_prompts_within_the_window_are_handed_over_and_longer_ones_computed_once(
-    windowed: tuple[Server, Server], with_client: Any
+# Around the edges of a block and of the window; then whole windows that are left behind, with and without a rest.
+LENGTHS = (20, PLACE.block_size + 1, *range(WINDOW - 1, WINDOW + 4), 2 * WINDOW + 1, 300, 353, 1000)
+
+
+def test_prompts_of_every_length_are_handed_over_with_what_is_still_attended_to(
+    servers: tuple[Server, Server], with_client: Any
 ) -> None:
-    """Within: the pages come from prefill. Beyond: decode computes alone without waiting, and without a failed transfer
-    (its policy would fail the request), prefill computes a token and says why. All answers are decode's own."""
-    prefill, decode = windowed
+    """Decode computes the last token alone, and its answer is the one that it gives without prefill. Its policy would
+    fail the request if the transfer failed."""
+    prefill, decode = servers
     prompts = Prompts(7)
-    lengths = (20, 33, WINDOW - 1, WINDOW, WINDOW + 1, 100, 300)
 
     async def scenario(client: Client) -> None:
-        for tokens in lengths:
+        for tokens in LENGTHS:
             prompt = prompts.one(tokens)
             alone = await client.complete(decode, prompt, 8, return_token_ids=True)
             await forget(client, decode)
             for order in ("concurrent", "serial"):
-                before = [await watch.engine_state(client, server) for server in windowed]
+                before = await watch.engine_state(client, decode)
                 handed = await hand_off(client, prefill, decode, prompt, 8, order)
-                after = [await watch.engine_state(client, server) for server in windowed]
+                after = await watch.engine_state(client, decode)
                 assert handed.tokens == alone.tokens, (tokens, order)
-                assert handed.prefill is not None
-                if tokens <= WINDOW:
-                    record = await record_of(decode, handed.transfer, "consumer")
-                    assert (record["state"], record["code"]) == ("ready", ""), record
-                    assert after[1].external_tokens - before[1].external_tokens >= tokens - 1
-                else:
-                    assert handed.prefill.kv_params["not_handed_over"] == "beyond_window"
-                    assert not await record_of(prefill, handed.transfer, "producer")
-                    assert [b.computed_tokens - a.computed_tokens for a, b in zip(before, after, strict=True)] == [
-                        1,
-                        tokens,
-                    ]
+                record = await record_of(decode, handed.transfer, "consumer")
+                assert (record["state"], record["code"]) == ("ready", ""), record
+                assert after.external_tokens - before.external_tokens == tokens - 1
                 await forget(client, prefill, decode)
 
     with_client(scenario)
-    assert f"prompts of more than {WINDOW} tokens are not handed over" in decode.log.read_text(errors="replace")
-    assert f"prompts of more than {WINDOW} tokens are not handed over" in prefill.log.read_text(errors="replace")
+
+
+def test_what_lies_behind_the_window_is_not_moved(servers: tuple[Server, Server], with_client: Any) -> None:
+    """A prompt of many windows costs its layers with a window no more bytes than one of two windows."""
+    prefill, decode = servers
+    prompts, moved = Prompts(8), []
+
+    async def scenario(client: Client) -> None:
+        for tokens in (4 * WINDOW + 1, 12 * WINDOW + 1):
+            handed = await hand_off(client, prefill, decode, prompts.one(tokens), 2, "concurrent")
+            record = await record_of(decode, handed.transfer, "consumer")
+            moved.append(record["bytes"])
+            await forget(client, prefill, decode)
+
+    with_client(scenario)
+    layers = 8
+    everywhere = 2 if "mixed" in decode.spec.name else 0  # layers that attend to the whole prompt
+    token_bytes = 4 * 32 * 2 * DTYPES[PLACE.dtype]  # of one layer: heads, head size, keys and values
+    assert moved[1] - moved[0] == 8 * WINDOW * everywhere * token_bytes
+    assert moved[0] <= (everywhere * 4 * WINDOW + (layers - everywhere) * (WINDOW + PLACE.block_size)) * token_bytes
