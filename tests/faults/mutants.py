@@ -7,6 +7,7 @@ mutant is patched into fresh worker processes, and the rig runs until it finds i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pdtransport.kernels.reference import memory
@@ -92,10 +93,11 @@ def wrong_place() -> None:
 
     def patched(self: ConsumerDriver, action: Any) -> None:
         sink = self._sinks[action.transfer]
-        if action.batch.first_block > sink.wanted.first_block:
-            shifted = list(sink.wanted.pages)
-            shifted = shifted[-1:] + shifted[:-1]
-            sink.wanted = consumer_module.ReceiveRequest(**{**vars(sink.wanted), "pages": shifted})
+        groups, batch = list(sink.wanted.groups), action.batch
+        first, pages = groups[batch.group]
+        if batch.first_block > first:
+            groups[batch.group] = consumer_module.WantedBlocks(first, pages[-1:] + pages[:-1])
+            sink.wanted = replace(sink.wanted, groups=tuple(groups))
         place(self, action)
 
     ConsumerDriver._place = patched  # type: ignore[method-assign]
@@ -122,8 +124,8 @@ def ignores_withdrawal() -> None:
     """Pages that the engine took back (preemption) are still sent."""
     ready = ProducerMachine.pages_ready
 
-    def patched(self: ProducerMachine, blocks: int, tokens_done: int, now: float) -> list[Action]:
-        return ready(self, max(blocks, self._ready), tokens_done, now)
+    def patched(self: ProducerMachine, blocks: Sequence[int], tokens_done: int, now: float) -> list[Action]:
+        return ready(self, tuple(map(max, blocks, self._ready)), tokens_done, now)
 
     ProducerMachine.pages_ready = patched  # type: ignore[method-assign]
     PullChannel.release = lambda self, key: None  # type: ignore[method-assign, assignment]

@@ -15,6 +15,7 @@ from pdtransport.protocol.messages import (
     Accept,
     Batch,
     Commit,
+    GrantedGroup,
     Message,
     TransferMessage,
     WireError,
@@ -25,7 +26,7 @@ from pdtransport.protocol.producer_table import ProducerTable
 from tests.fuzz.split import SEPARATOR
 
 TRANSFER, GENERATION, DIGEST = "t-1", 7, bytes(range(16))
-BLOCKS, BLOCK_BYTES, BLOCK_TOKENS, HEADS = 5, 64, 16, 4
+BLOCKS, BLOCK_BYTES, BLOCK_TOKENS, HEADS, GROUPS = 5, 64, 16, 4, 2
 MAX_FRAMES = 16  # of one input
 
 
@@ -33,11 +34,11 @@ def wire(data: bytes) -> None:
     """Frames from a peer: each decodes or is a WireError, survives the way back, and whatever the frames say together,
     no state machine breaks, and nothing counts as received that no link has verified."""
     receiving = ConsumerTable(Limits(), first_generation=GENERATION)
-    part = GrantedPart(peer="p", head_lo=0, head_hi=4, consumers=1, block_bytes=BLOCK_BYTES)
-    receiving.begin(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, 0, BLOCKS, [part], 0.0)
+    part = GrantedPart("p", (GrantedGroup(0, BLOCKS, 0, HEADS),) * GROUPS, (BLOCK_BYTES,) * GROUPS)
+    receiving.begin(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, [part], 0.0)
     sending = ProducerTable(Limits(), _block_bytes)
-    sending.open(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, BLOCKS, 0.0)
-    sending.pages_ready(TRANSFER, BLOCKS, BLOCKS * BLOCK_TOKENS, 0.0)
+    sending.open(TRANSFER, DIGEST, BLOCKS * BLOCK_TOKENS, (BLOCKS,) * GROUPS, 0.0)
+    sending.pages_ready(TRANSFER, (BLOCKS,) * GROUPS, BLOCKS * BLOCK_TOKENS, 0.0)
     for number, frame in enumerate(data.split(SEPARATOR)[:MAX_FRAMES]):
         try:
             message = decode(frame)
@@ -50,7 +51,7 @@ def wire(data: bytes) -> None:
             _offers(message.offer)
 
 
-def _block_bytes(head_lo: int, head_hi: int) -> int:
+def _block_bytes(group: int, head_lo: int, head_hi: int) -> int:
     if not 0 <= head_lo < head_hi <= HEADS:  # as KVGeometry.checked_block_bytes does
         raise ValueError("heads that are not held here")
     return BLOCK_BYTES * (head_hi - head_lo)

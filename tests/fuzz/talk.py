@@ -7,22 +7,25 @@ from typing import Any
 import msgpack
 
 from pdtransport.protocol.messages import PROTOCOL_VERSION, encode
-from tests.fuzz.peers import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, TRANSFER
+from tests.fuzz.peers import BLOCK_BYTES, BLOCK_TOKENS, BLOCKS, DIGEST, GENERATION, GROUPS, TRANSFER
 from tests.fuzz.split import SEPARATOR
 from tests.unit.test_protocol_messages import EXAMPLES
 
 __all__ = ["CONVERSATION", "FRAMES", "SEPARATOR"]
 
 _ABOUT = {"v": PROTOCOL_VERSION, "transfer": TRANSFER, "generation": GENERATION}
-_PLACE = {"head_lo": 0, "head_hi": 4, "window_bytes": 1 << 20, "consumers": 1}
 _TOKENS = BLOCKS * BLOCK_TOKENS
+_GROUPS = {"groups": [[0, BLOCKS, 0, 4]] * GROUPS}
 _WORDS: list[dict[str, Any]] = [
     {"kind": "accept", "known": True, "tokens_done": 16},
-    {"kind": "batch", "seq": 0, "attempt": 0, "first_block": 0, "blocks": BLOCKS}
-    | {"nbytes": BLOCKS * BLOCK_BYTES, "checksums": bytes(8 * BLOCKS), "offer": bytes(9)},
-    {"kind": "commit", "batches": 1, "tokens": _TOKENS, "digest": DIGEST},
+    *(
+        {"kind": "batch", "seq": group, "attempt": 0, "group": group, "first_block": 0, "blocks": BLOCKS}
+        | {"nbytes": BLOCKS * BLOCK_BYTES, "checksums": bytes(8 * BLOCKS), "offer": bytes(9)}
+        for group in range(GROUPS)
+    ),
+    {"kind": "commit", "batches": GROUPS, "tokens": _TOKENS, "digest": DIGEST},
     {"kind": "abort", "code": "timeout", "reason": ""},
-    {"kind": "grant", "first_block": 0, "blocks": BLOCKS, "tokens": _TOKENS, "prompt_digest": DIGEST} | _PLACE,
+    {"kind": "grant", **_GROUPS, "tokens": _TOKENS, "prompt_digest": DIGEST, "window_bytes": 1 << 20, "consumers": 1},
     {"kind": "received", "seqs": [0]},
     {"kind": "nack", "wants": [[0, 1]], "reason": ""},
     {"kind": "ack"},

@@ -8,22 +8,37 @@ from pdtransport.protocol.actions import Limits
 from pdtransport.protocol.messages import Message
 
 HEADS = 2
-HEAD_BYTES = 8  # of a block
+HEAD_BYTES = 8  # of a block; in group 1 twice as many
 
 
 class Broken(AssertionError):
     """A promise was broken."""
 
 
+def block_bytes(group: int, head_lo: int, head_hi: int) -> int:
+    if not 0 <= head_lo < head_hi <= HEADS:
+        raise ValueError("heads that are not held here")
+    return (head_hi - head_lo) * HEAD_BYTES * (group + 1)
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """A transfer: its blocks ``0 .. len(pages)`` into ``pages`` of the consumer, a share of the heads from each of
-    ``producers``. Granted up to ``times`` times, by whichever incarnation of the consumer."""
+    """A transfer: its blocks ``0 .. len(pages[group])`` of each cache group into ``pages`` of the consumer, a share of
+    the heads from each of ``producers``. Granted up to ``times`` times, by whichever incarnation of the consumer."""
 
     name: str
     producers: tuple[str, ...]
-    pages: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
     times: int = 1
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(map(len, self.pages))
+
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """Group, block and page of each part of it."""
+        return [(group, block, page) for group, ids in enumerate(self.pages) for block, page in enumerate(ids)]
 
     def heads(self, producer: str) -> tuple[int, int]:
         share = HEADS // len(self.producers)
@@ -55,15 +70,16 @@ class Case:
         return next(each for each in self.wanted if each.name == transfer)
 
     def limits(self, tombstones: int) -> Limits:
-        block_bytes = HEAD_BYTES * HEADS // len(self.wanted[0].producers)
+        one, groups = HEADS // len(self.wanted[0].producers), len(self.wanted[0].pages)
+        largest = max(block_bytes(group, 0, one) for group in range(groups))
         return Limits(
             retry_s=1.0,
             **{
                 f"{name}_s": 100.0 for name in ("answer", "arrival", "queue", "stall", "verify", "hold", "claim", "ack")
             },
             resends=self.resends,
-            batch_bytes=self.batch_blocks * block_bytes,
-            window_bytes=self.batch_blocks * block_bytes,
+            batch_bytes=self.batch_blocks * largest,
+            window_bytes=self.batch_blocks * largest,
             tombstones=tombstones,
         )
 
@@ -82,7 +98,7 @@ class Letter:
         return name_of(self.to)
 
     def __str__(self) -> str:
-        hidden = {"kind", "digest", "prompt_digest", "checksums", "offer", "head_lo", "head_hi", "reason", "code"}
+        hidden = {"kind", "digest", "prompt_digest", "checksums", "offer", "reason", "code"}
         fields = {k: v for k, v in self.message.model_dump().items() if k not in hidden and v is not None}
         words = " ".join(f"{name}={value}" for name, value in fields.items())
         return f"{self.sender} -> {self.to} {type(self.message).__name__}({words})"

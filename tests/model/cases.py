@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from tests.model.case import Case, Wanted
 
-ONE = (Wanted("t", ("p",), (0,)),)
-AGAIN = (Wanted("t", ("p",), (0,), times=2),)
-NEXT = (Wanted("t", ("p",), (0,)), Wanted("u", ("q",), (0,)))
-PARTS = (Wanted("t", ("p", "q"), (0,)),)
-BATCHES = (Wanted("t", ("p",), (0, 1)),)
+ONE = (Wanted("t", ("p",), ((0,),)),)
+AGAIN = (Wanted("t", ("p",), ((0,),), times=2),)
+NEXT = (Wanted("t", ("p",), ((0,),)), Wanted("u", ("q",), ((0,),)))
+PARTS = (Wanted("t", ("p", "q"), ((0,),)),)
+BATCHES = (Wanted("t", ("p",), ((0, 1),)),)
 FAULTS = {"consumer_cancels": 1, "producer_cancels": 1}
 
 ONE_NAME, AGAIN_NAME = "one transfer, damage, preemption", "an id granted twice"

@@ -8,8 +8,8 @@ from typing import Any
 
 from pdtransport.protocol.actions import Action, BatchId, Failed, Fence, ReadBatch, Ready, Send
 from pdtransport.protocol.consumer_table import ConsumerTable, GrantedPart
-from pdtransport.protocol.messages import Ack, Batch, Code, Message
-from tests.model.case import HEAD_BYTES, Broken, Case, Letter, born, name_of
+from pdtransport.protocol.messages import Ack, Batch, Code, GrantedGroup, Message
+from tests.model.case import Broken, Case, Letter, Wanted, block_bytes, born, name_of
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
 from tests.model.producer import JUNK, checksum, digest_of
 
@@ -19,7 +19,7 @@ class Lease:
     """Pages that are granted, or that the engine uses."""
 
     generations: dict[str, int] = field(default_factory=dict)  # peer -> of its grant
-    verified: dict[str, set[int]] = field(default_factory=dict)
+    verified: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # groups and blocks
     ended: str = ""
 
 
@@ -36,7 +36,7 @@ class Consumer:
         self.cancels = before.cancels if before else case.consumer_cancels
         self.used: set[int] = before.used if before else set()  # generations, of all incarnations
         self.leases: dict[str, Lease] = {}
-        self.content: dict[tuple[int, int], Any] = {}  # (page, first head) -> what lies there; absent: junk
+        self.content: dict[tuple[int, int, int], Any] = {}  # (group, page, first head) -> what is there; absent: junk
         self.placing: list[tuple[BatchId, Batch]] = []
         self.fences: list[tuple[str, str, int]] = []
         self.complete: set[tuple[str, int]] = set()  # (peer, generation) that may be acked
@@ -51,7 +51,7 @@ class Consumer:
     def events(self) -> Iterator[tuple[Any, ...]]:
         for wanted in self.case.wanted:
             lease = self.leases.get(wanted.name)
-            if lease is None and self.left[wanted.name] and self._may_begin(wanted.pages, wanted.producers):
+            if lease is None and self.left[wanted.name] and self._may_begin(wanted):
                 yield ("begin", wanted.name)
             elif lease is not None and lease.ended:
                 yield ("use", wanted.name)
@@ -66,9 +66,9 @@ class Consumer:
             yield ("retry", transfer, peer)
             yield ("deadline", transfer, peer)
 
-    def _may_begin(self, pages: tuple[int, ...], producers: tuple[str, ...]) -> bool:
-        taken = {page for name in self.leases for page in self.case.of(name).pages}
-        return not taken & set(pages) and {name_of(peer) for peer in self.up} >= set(producers)
+    def _may_begin(self, wanted: Wanted) -> bool:
+        taken = {at for name in self.leases for at in _places(self.case.of(name))}
+        return not taken & _places(wanted) and {name_of(peer) for peer in self.up} >= set(wanted.producers)
 
     def do(self, event: tuple[Any, ...]) -> None:
         getattr(self, f"_on_{event[0]}")(*event[1:])
@@ -80,10 +80,10 @@ class Consumer:
         for name in wanted.producers:
             peer = max(peer for peer in self.up if name_of(peer) == name)  # the newest process of that name
             lo, hi = wanted.heads(name)
-            parts.append(GrantedPart(peer, lo, hi, 1, (hi - lo) * HEAD_BYTES))
+            groups = tuple(GrantedGroup(0, blocks, lo, hi) for blocks in wanted.blocks)
+            parts.append(GrantedPart(peer, groups, tuple(block_bytes(group, lo, hi) for group in range(len(groups)))))
         lease = self.leases[transfer] = Lease(verified={part.peer: set() for part in parts})
-        blocks = len(wanted.pages)
-        actions = self.book.begin(transfer, digest_of(transfer), blocks, 0, blocks, parts, 0.0)
+        actions = self.book.begin(transfer, digest_of(transfer), wanted.blocks[0], parts, 0.0)
         for machine in self.book.machines(transfer):
             lease.generations[machine.peer] = machine.grant.generation
             if machine.grant.generation in self.used:
@@ -122,12 +122,12 @@ class Consumer:
         """A batch is placed and verified; ``tags``: what its sender's memory holds now."""
         batch_id, batch = self.placing.pop(at)
         transfer, peer, generation = batch_id[:3]
-        self._write(transfer, peer, generation, batch.first_block, batch.blocks, tags)
+        self._write(transfer, peer, batch, tags)
         error = None if b"".join(checksum(tag) for tag in tags) == batch.checksums else "damaged: wrong checksum"
         if error is None:
             lease = self.leases[transfer]
-            lease.verified[peer] |= set(range(batch.first_block, batch.first_block + batch.blocks))
-            if lease.verified[peer] >= set(range(len(self.case.of(transfer).pages))):
+            lease.verified[peer] |= _blocks(batch)
+            if lease.verified[peer] >= {(group, block) for group, block, _ in self.case.of(transfer).parts}:
                 self.complete.add((peer, generation))
         self._run(self.book.placed(batch_id, error, 0.0))
 
@@ -135,22 +135,23 @@ class Consumer:
         batch_id, _ = self.placing.pop(at)
         self._run(self.book.placed(batch_id, "link: the process is gone", 0.0))
 
-    def _write(self, transfer: str, peer: str, generation: int, first: int, blocks: int, tags: Sequence[Any]) -> None:
+    def _write(self, transfer: str, peer: str, batch: Batch, tags: Sequence[Any]) -> None:
         """Every write into our pages."""
-        lease = self.leases.get(transfer)
-        what = f"{peer} writes blocks {first}..{first + blocks} of {transfer} under generation {generation}"
+        lease, generation, first, blocks = self.leases.get(transfer), batch.generation, batch.first_block, batch.blocks
+        what = f"{peer} writes blocks {first}..{first + blocks} of group {batch.group} of {transfer}"
+        what += f" under generation {generation}"
         if lease is None or lease.ended:
             raise Broken(f"{what} into pages of {self.me} that were given back")
         if lease.generations.get(peer) != generation:
             raise Broken(f"{what}, granted was {lease.generations.get(peer)}")
         wanted = self.case.of(transfer)
-        if not 0 <= first < first + blocks <= len(wanted.pages):
+        if batch.group >= len(wanted.pages) or not 0 <= first < first + blocks <= wanted.blocks[batch.group]:
             raise Broken(f"{what}, which were not granted")
-        if lease.verified[peer] & set(range(first, first + blocks)):
+        if lease.verified[peer] & _blocks(batch):
             raise Broken(f"{what} after they were verified")
         lo, _ = wanted.heads(name_of(peer))
-        for page, tag in zip(wanted.pages[first : first + blocks], tags, strict=True):
-            self.content[page, lo] = tag
+        for page, tag in zip(wanted.pages[batch.group][first : first + blocks], tags, strict=True):
+            self.content[batch.group, page, lo] = tag
 
     def _on_fence(self, transfer: str, peer: str, generation: int) -> None:
         self.fences.remove((transfer, peer, generation))
@@ -204,7 +205,7 @@ class Consumer:
 
     def _give_back(self, transfer: str) -> None:
         del self.leases[transfer]
-        for at in [at for at in self.content if at[0] in self.case.of(transfer).pages]:
+        for at in [at for at in self.content if at[:2] in _places(self.case.of(transfer))]:
             del self.content[at]
 
     def _check_pages(self, transfer: str, lease: Lease) -> None:
@@ -212,9 +213,9 @@ class Consumer:
         wanted = self.case.of(transfer)
         for peer in lease.generations:
             lo, _ = wanted.heads(name_of(peer))
-            for block, page in enumerate(wanted.pages):
-                tag = self.content.get((page, lo), JUNK)
-                if block not in lease.verified[peer] or tag == JUNK or tag[:3] != (peer, transfer, block):
+            for group, block, page in wanted.parts:
+                tag = self.content.get((group, page, lo), JUNK)
+                if (group, block) not in lease.verified[peer] or tag[:4] != (peer, transfer, group, block):
                     raise Broken(f"{self.me} believes page {page} of {transfer}, which holds {tag}")
 
     def _check_said(self, peer: str, message: Message) -> None:
@@ -233,3 +234,12 @@ class Consumer:
         names = {"live transfers": self.book.live, "leases": len(self.leases), "copies": len(self.placing)}
         names |= {"fences": len(self.fences), "waits": len(self.book._timers._when)}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)
+
+
+def _places(wanted: Wanted) -> set[tuple[int, int]]:
+    """Groups and pages."""
+    return {(group, page) for group, _, page in wanted.parts}
+
+
+def _blocks(batch: Batch) -> set[tuple[int, int]]:
+    return {(batch.group, block) for block in range(batch.first_block, batch.first_block + batch.blocks)}

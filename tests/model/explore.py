@@ -53,7 +53,7 @@ class View:
     up: frozenset[str]
     events: list[Label]
     placing: list[Any] = field(default_factory=list)
-    blocks: dict[str, list[Any]] = field(default_factory=dict)
+    blocks: dict[str, list[list[Any]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -192,7 +192,8 @@ class Explorer:
                 yield ("c", "copy fails", *what), lambda index=index: self.after(state, 0, ("copy_failed", index))  # type: ignore[misc]
                 continue
             junk = (JUNK,) * batch.blocks
-            there = tuple(source.blocks.get(transfer, ())[batch.first_block : batch.first_block + batch.blocks])
+            held = source.blocks[transfer][batch.group] if transfer in source.blocks else ()
+            there = tuple(held[batch.first_block : batch.first_block + batch.blocks])
             tags = there if len(there) == batch.blocks else junk
             yield ("c", "copies", *what), lambda event=("copy", index, tags): self.after(state, 0, event)  # type: ignore[misc]
             if state.faults.damages:

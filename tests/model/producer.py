@@ -10,7 +10,7 @@ from pdtransport.protocol.actions import Action, OfferBatch, Release, Send, With
 from pdtransport.protocol.consumer_table import TransferOver
 from pdtransport.protocol.messages import Ack, Code, Revoke
 from pdtransport.protocol.producer_table import ProducerTable
-from tests.model.case import HEAD_BYTES, HEADS, Broken, Case, Letter, born
+from tests.model.case import Broken, Case, Letter, block_bytes, born
 from tests.model.frozen import DEADLINE, RETRY, freeze, plain, wake
 
 JUNK = ("junk",)
@@ -24,12 +24,6 @@ def checksum(tag: Any) -> bytes:
     return zlib.crc32(repr(tag).encode()).to_bytes(8, "little")
 
 
-def block_bytes(head_lo: int, head_hi: int) -> int:
-    if not 0 <= head_lo < head_hi <= HEADS:
-        raise ValueError("heads that are not held here")
-    return (head_hi - head_lo) * HEAD_BYTES
-
-
 class Producer:
     def __init__(self, case: Case, name: str, incarnation: int = 1) -> None:
         self.case = case
@@ -37,9 +31,9 @@ class Producer:
         self.incarnation = incarnation
         self.book = ProducerTable(case.limits(tombstones=64), block_bytes)
         self.up: set[str] = set()
-        # transfer -> computing | finished | released; what each computed block holds
+        # transfer -> computing | finished | released; by group, what each computed block holds
         self.engine = {each.name: "absent" for each in case.wanted if name in each.producers}
-        self.blocks: dict[str, list[Any]] = {transfer: [] for transfer in self.engine}
+        self.blocks: dict[str, list[list[Any]]] = {transfer: self._none(transfer) for transfer in self.engine}
         self.cancels = case.producer_cancels
         self.preemptions = case.preemptions
         self.queue: list[OfferBatch] = []
@@ -55,12 +49,12 @@ class Producer:
 
     def events(self) -> Iterator[tuple[Any, ...]]:
         for transfer, state in self.engine.items():
-            whole = len(self.blocks[transfer]) == len(self.case.of(transfer).pages)
+            whole = self._computed(transfer) == self.case.of(transfer).blocks
             if state == "absent":
                 yield ("open", transfer)
             elif state == "computing":
                 yield ("finish" if whole else "compute", transfer)
-                if self.preemptions and self.blocks[transfer]:
+                if self.preemptions and any(self.blocks[transfer]):
                     yield ("preempt", transfer)
             if state in ("computing", "finished") and self.cancels:
                 yield ("cancel", transfer)
@@ -73,14 +67,20 @@ class Producer:
             yield ("retry", *key)
             yield ("deadline", *key)
 
+    def _none(self, transfer: str) -> list[list[Any]]:
+        return [[] for _ in self.case.of(transfer).pages]
+
+    def _computed(self, transfer: str) -> tuple[int, ...]:
+        return tuple(map(len, self.blocks[transfer]))
+
     def do(self, event: tuple[Any, ...]) -> None:
         getattr(self, f"_on_{event[0]}")(*event[1:])
 
     def _on_open(self, transfer: str) -> None:
-        blocks = len(self.case.of(transfer).pages)
+        blocks = self.case.of(transfer).blocks
         self.engine[transfer] = "computing"
         try:
-            actions = self.book.open(transfer, digest_of(transfer), blocks, blocks, 0.0)
+            actions = self.book.open(transfer, digest_of(transfer), blocks[0], blocks, 0.0)
         except TransferOver as over:
             if not over.reason:
                 raise Broken("refused without a reason") from over
@@ -89,16 +89,19 @@ class Producer:
         self._run(actions)
 
     def _on_compute(self, transfer: str) -> None:
-        blocks = self.blocks[transfer]
+        """One block more of one group: the blocks of the last group are the largest, and final last."""
         run = self.case.preemptions - self.preemptions  # what is computed anew may differ in its last bits
-        blocks.append((self.me, transfer, len(blocks), run))
-        self._run(self.book.pages_ready(transfer, len(blocks), 0, 0.0))
+        for group, (blocks, most) in enumerate(zip(self.blocks[transfer], self.case.of(transfer).blocks, strict=True)):
+            if len(blocks) < most:
+                blocks.append((self.me, transfer, group, len(blocks), run))
+                break
+        self._run(self.book.pages_ready(transfer, self._computed(transfer), 0, 0.0))
 
     def _on_preempt(self, transfer: str) -> None:
         """Its pages are somebody else's at once; the machines were told before."""
         self.preemptions -= 1
-        self._run(self.book.pages_ready(transfer, 0, 0, 0.0))
-        self.blocks[transfer] = []
+        self.blocks[transfer] = self._none(transfer)
+        self._run(self.book.pages_ready(transfer, self._computed(transfer), 0, 0.0))
 
     def _on_finish(self, transfer: str) -> None:
         self.engine[transfer] = "finished"
@@ -111,7 +114,8 @@ class Producer:
 
     def _on_stage(self, at: int) -> None:
         push = self.queue.pop(at)
-        tags = tuple(self.blocks[push.id.transfer][push.first_block : push.first_block + push.blocks])
+        blocks = self.blocks[push.id.transfer][push.group]
+        tags = tuple(blocks[push.first_block : push.first_block + push.blocks])
         if len(tags) != push.blocks:
             raise Broken(f"{self.me} reads pages for {push}, which it does not hold")
         sums = b"".join(checksum(tag) for tag in tags)
@@ -185,7 +189,7 @@ class Producer:
         if release.code is not None and not release.reason:
             raise Broken(f"{self.me}: Release of {transfer} does not say why")
         self.engine[transfer] = "released"
-        self.blocks[transfer] = []
+        self.blocks[transfer] = self._none(transfer)
 
     def drain(self) -> bool:
         """One step on the way to rest, with all peers silent from now on; False: there is none."""
@@ -198,5 +202,5 @@ class Producer:
         book = self.book
         names = {"live transfers": book.live, "early grants": book.early, "claims": len(book._early_claims)}
         names |= {"pushes": len(self.queue)}
-        names |= {"waits": len(book._timers._when), "pages": sum(map(len, self.blocks.values()))}
+        names |= {"waits": len(book._timers._when), "pages": sum(sum(self._computed(each)) for each in self.blocks)}
         return ", ".join(f"{count} {name}" for name, count in names.items() if count)

@@ -12,7 +12,7 @@ import pytest
 from pdtransport import Settings, prompt_digest
 from pdtransport.control.events import Identity, MessageReceived, PeerUp
 from pdtransport.protocol.digest import commit_digest
-from pdtransport.protocol.messages import Abort, Batch, Code, Commit, Grant, Revoke
+from pdtransport.protocol.messages import Abort, Batch, Code, Commit, Grant, GrantedGroup, Revoke
 from pdtransport.transport import fingerprint_of
 from tests.processes.control_rig import HOST, Bench, Node
 from tests.processes.test_transport import BLOCK_SIZE, WAIT_S, Cluster, fill_pages, gathered, receive_all, worker
@@ -64,7 +64,7 @@ def test_a_known_peer_changes_nothing_of_anothers_transfer(pair: Cluster, right:
     generation += not right
 
     bench = Bench()
-    facts = fingerprint_of(d._engine.producer._geometry, 1)
+    facts = fingerprint_of(d.groups, 1)
     mallory: Node = bench.node("mallory", me=Identity("mallory", 0, 1, secrets.randbits(60) | 1, facts, {}))
     try:
         for port in (d.port, p.port):
@@ -72,14 +72,14 @@ def test_a_known_peer_changes_nothing_of_anothers_transfer(pair: Cluster, right:
         bench.until(lambda: len(mallory.of(PeerUp)) == 2)
         peers = {up.peer.engine: up.peer for up in mallory.of(PeerUp)}
         about = {"transfer": transfer, "generation": generation}
-        places = [(0, 0, len(PAGES), 1 << 16)]
+        places = [(0, 0, 0, len(PAGES), 1 << 16)]
         said = {
             "decode": [word.model_copy(update={"transfer": transfer}) for word in producer_words(generation)]
             + [Commit(**about, batches=1, tokens=TOKENS, digest=commit_digest(digest, places))]
             + [Batch(**about, seq=SENT, first_block=SENT, blocks=1, nbytes=64, checksums=bytes(8), offer=b"")],
             "prefill": [word.model_copy(update={"transfer": transfer}) for word in consumer_words(generation)]
-            + [Grant(**about, first_block=0, blocks=len(PAGES), tokens=TOKENS, prompt_digest=digest, head_lo=0,
-                     head_hi=4, window_bytes=1 << 30)],
+            + [Grant(**about, groups=(GrantedGroup(0, len(PAGES), 0, 4),), tokens=TOKENS, prompt_digest=digest,
+                     window_bytes=1 << 30)],
         }  # fmt: skip
         before = counted(pair)
         for engine, words in said.items():

@@ -11,11 +11,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads of one block on their way from one worker to another. ``block`` counts within the request."""
+    """Some heads of one block on their way from one worker to another. ``block`` counts within the request's cache
+    group."""
 
     transfer: str
     producer_rank: int
     consumer_rank: int
+    group: int
     block: int
     head_lo: int
     head_hi: int
@@ -23,11 +25,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Expected:
-    """Blocks ``first_block .. blocks`` of a transfer must have crossed, all heads of each exactly once."""
+    """Blocks ``first_block .. blocks`` of a cache group of a transfer must have crossed, all heads of each exactly
+    once."""
 
     first_block: int
     blocks: int
     heads: int = 4
+    group: int = 0
 
 
 Hashes = dict[Part, list[str]]
@@ -45,7 +49,7 @@ def read(directory: Path, transfers: Iterable[str]) -> tuple[Hashes, Hashes]:
                 continue
             producing = line["role"] == "producer"
             ranks = (line["rank"], line["peer_rank"]) if producing else (line["peer_rank"], line["rank"])
-            part = Part(line["transfer"], *ranks, line["block"], line["head_lo"], line["head_hi"])
+            part = Part(line["transfer"], *ranks, line["group"], line["block"], line["head_lo"], line["head_hi"])
             (sent if producing else verified)[part].append(line["sha256"])
     return sent, verified
 
@@ -55,7 +59,7 @@ def problems(directory: Path, expected: Mapping[str, Expected]) -> list[str]:
     or crossed twice. Empty if all is well."""
     sent, verified = read(directory, expected)
     found = []
-    covered: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    covered: dict[str, dict[tuple[int, int], list[int]]] = defaultdict(lambda: defaultdict(list))
     for part, hashes in verified.items():
         # A resent part has several hashes on the producer's side: what was verified is what was sent last.
         if part not in sent:
@@ -65,11 +69,11 @@ def problems(directory: Path, expected: Mapping[str, Expected]) -> list[str]:
         elif hashes[0] != sent[part][-1]:
             attempts = ", ".join(each[:12] for each in sent[part])
             found.append(f"{part}: the bytes differ, sent (in this order): {attempts}; verified: {hashes[0][:12]}")
-        covered[part.transfer][part.block] += range(part.head_lo, part.head_hi)
+        covered[part.transfer][part.group, part.block] += range(part.head_lo, part.head_hi)
     for transfer, want in expected.items():
         blocks = covered[transfer]
-        missing = set(range(want.first_block, want.blocks)) - set(blocks)
-        extra = set(blocks) - set(range(want.first_block, want.blocks))
+        wanted = {(want.group, block) for block in range(want.first_block, want.blocks)}
+        missing, extra = wanted - set(blocks), set(blocks) - wanted
         if missing or extra:
             found.append(f"{transfer}: blocks {sorted(missing)} missing, {sorted(extra)} not asked for, of {want}")
         for block, heads in blocks.items():

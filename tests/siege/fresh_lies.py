@@ -20,6 +20,19 @@ DEEP = b"\x91" * 100_000 + b"\x90"
 WIDE = b"\xdd\xff\xff\xff\xff"  # an array of 4 billion, says its head
 
 
+# First block, blocks and heads of a cache group, none of them what was agreed on.
+_GROUPS = (
+    (0, 16, 0, 65536),
+    (0, 0, 0, 2),
+    (0, 1 << 20, 0, 2),
+    (1 << 20, 16, 0, 2),
+    (1, 16, 0, 2),
+    (0, 16, 65536, 65536),
+    (0, 16, 1, 1),
+    (0, 16, 0, 1),
+)
+
+
 def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
     """Name: (the kind of message that is changed, what is said instead)."""
 
@@ -33,6 +46,7 @@ def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
     odd: dict[str, dict[str, list[Any]]] = {
         "batch": {
             "nbytes": [U64, I64, 1],
+            "group": [63, 1, -1],
             "first_block": [1 << 20, 15, 1],
             "blocks": [1 << 20, 15, 1],
             "seq": [(1 << 31) - 1, 7],
@@ -48,12 +62,17 @@ def lies() -> dict[str, tuple[str, Callable[[dict[str, Any]], list[Any]]]]:
             "cached_tokens": [U64],
         },
         "accept": {"tokens_done": [U64], "known": [False], "generation": [1, I64]},
-        "hint": {"blocks": [1 << 20], "first_block": [1 << 20], "offer": [DEEP, WIDE, b"x"]},
+        "hint": {"blocks": [1 << 20], "first_block": [1 << 20], "group": [63, 1], "offer": [DEEP, WIDE, b"x"]},
         "grant": {
-            "blocks": [0, 1 << 20],
-            "first_block": [1 << 20, 1],
-            "head_lo": [65536, 1],
-            "head_hi": [65536, 1],
+            "groups": [
+                [],
+                *([list(group)] for group in _GROUPS),
+                [list(_GROUPS[0])] * 2,
+                [list(_GROUPS[0])] * 64,
+                [list(_GROUPS[0])] * 65536,
+                [[0, 16, 0]],
+                DEEP,
+            ],
             "window_bytes": [1, U64],
             "consumers": [4096, 2],
             "tokens": [1 << 26, 1],
@@ -159,12 +178,9 @@ def _commit(said: dict[str, Any]) -> dict[str, Any]:
 
 def made_up_grant(transfer: str, generation: int, **more: Any) -> messages.Grant:
     how: dict[str, Any] = {
-        "first_block": 0,
-        "blocks": 16,
+        "groups": (messages.GrantedGroup(0, 16, 0, 2),),
         "tokens": 256,
         "prompt_digest": b"\0" * 32,
-        "head_lo": 0,
-        "head_hi": 2,
         "window_bytes": 1 << 20,
     }
     return messages.Grant(transfer=transfer, generation=generation, **{**how, **more})

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.kv.groups import GONE
 from pdtransport.protocol.messages import Code
-from pdtransport.transfer.consumer import ReceiveRequest
+from pdtransport.transfer.consumer import ReceiveRequest, WantedBlocks
 from pdtransport.transfer.engine import TransferEngine
 from pdtransport.transfer.outcome import Outcome
-from tests.sim.memory import Lease, Violation
+from tests.sim.memory import Lease, Lent, Violation
 from tests.sim.network import FIRST_PORT
 from tests.sim.plan import Request
 from tests.sim.prefill import STRANGER, digest_of
@@ -58,26 +59,50 @@ class DecodeEngine(Instance):
         if request.declines:
             self._decline(request, where)
             return
-        if any(len(worker.free) < request.blocks - request.held for worker in self.workers):
+        wanted = self._wanted(request)
+        short = [
+            len(free) < len(blocks) for worker in self.workers for free, blocks in zip(worker.free, wanted, strict=True)
+        ]
+        if any(short):
             for worker in self.workers:
                 worker.call(lambda engine: engine.consumer.claim(transfer, *where))
             self._later(ASK_AGAIN_S, self.submit, request)
             return
         attempt = Attempt(request)
         self.attempts.append(attempt)
-        attempt.leases = [self._lend(worker, request) for worker in self.workers]
+        attempt.leases = [self._lend(worker, request, wanted) for worker in self.workers]
         for worker, lease in zip(self.workers, attempt.leases, strict=True):
             worker.call(partial(self._fetch, attempt, worker, lease, where))
         if request.consumer_abort_at is not None:
             self._later(request.consumer_abort_at, self.abort, attempt)
 
-    def _lend(self, worker: Worker, request: Request) -> Lease:
-        pages = [worker.free.pop() for _ in range(request.blocks - request.held)]
-        lease = Lease(request.transfer, request.prompt, request.tokens, request.held, pages)
-        lease.first_token, lease.cached_tokens = request.first_token, request.cached_tokens
-        for page in pages:
-            worker.memory.scribble(page)
-            worker.lent[page] = lease
+    def _wanted(self, request: Request) -> list[range]:
+        """By cache group, the blocks to receive: those that the first token computed here attends to, which are not
+        held already. As pdtransport.engine does, which is checked against the windows themselves."""
+        tables, groups = self.world.plan.tables, self.world.plan.groups
+        handed, held = tables.handed(request.tokens), request.held_tokens
+        ends = tables.counts(handed)
+        if held >= handed:
+            return [range(end, end) for end in ends]
+        live = [group.first_live(handed) for group in groups]
+        blocks = [[GONE] * first + [0] * (end - first) for first, end in zip(live, ends, strict=True)]
+        firsts, found = tables.missing(blocks, held, handed)
+        for group, first, ids in zip(groups, firsts, found, strict=True):
+            attended = range(max(held, handed - group.window + 1) if group.window else held, handed)
+            if {token // group.block_size for token in attended} != set(range(first, first + len(ids))):
+                raise Violation(f"{self.name} asks for {len(ids)} blocks from {first} on, and attends to {attended}")
+        return [range(first, end) for first, end in zip(firsts, ends, strict=True)]
+
+    def _lend(self, worker: Worker, request: Request, wanted: list[range]) -> Lease:
+        groups = tuple(
+            Lent(blocks.start, [free.pop() for _ in blocks]) for free, blocks in zip(worker.free, wanted, strict=True)
+        )
+        lease = Lease(request.transfer, request.prompt, self.world.plan.tables.handed(request.tokens), groups)
+        lease.first_token, lease.cached_tokens = request.first_token and lease.anything, request.cached_tokens
+        for number, lent in enumerate(groups):
+            for page in lent.pages:
+                worker.memory.groups[number].scribble(page)
+                worker.lent[number, page] = lease
         return lease
 
     def _fetch(
@@ -93,15 +118,14 @@ class DecodeEngine(Instance):
                 raise Violation(f"{worker}: {outcome}, though its id was {'' if known else 'not '}used before")
             self._on_end(attempt, worker, lease, outcome)
 
-        if not known and not lease.pages:
+        if not known and not lease.anything:
             worker.owed.append((lease.transfer, None))
         wanted = ReceiveRequest(
             lease.transfer,
             *where,
             digest_of(request.prompt),
             lease.tokens,
-            lease.first_block,
-            lease.pages,
+            tuple(WantedBlocks(lent.first, lent.pages) for lent in lease.groups),
             lease.first_token,
         )
         engine.consumer.fetch(lease, wanted, worker.hears(ended))
@@ -148,7 +172,7 @@ class DecodeEngine(Instance):
         else:
             self.world.counters[f"failed {outcome.code}"] += 1
             worker.give_back(lease)
-        if lease.pages or outcome.code == Code.REUSED.value:
+        if lease.anything or outcome.code == Code.REUSED.value:
             worker.owed.append((transfer, Code(outcome.code) if outcome.code else None))
         self.world.at(0.0, worker, self._ended, attempt, worker, outcome.ok)
 
@@ -156,7 +180,7 @@ class DecodeEngine(Instance):
         told = self.world.told.get(lease.transfer) if lease.first_token else None
         if outcome.first_token != told:
             raise Violation(f"{outcome} goes on from {outcome.first_token}, prefill gave out {told}")
-        if lease.pages and outcome.cached_tokens != lease.cached_tokens:
+        if lease.anything and outcome.cached_tokens != lease.cached_tokens:
             raise Violation(f"{outcome} names other cached tokens than prefill found: {lease.cached_tokens}")
 
     def _ended(self, attempt: Attempt, worker: Worker, good: bool) -> None:

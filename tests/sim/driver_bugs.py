@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pdtransport.kv.groups import CacheGroups
 from pdtransport.transfer.consumer import ConsumerDriver
 from pdtransport.transfer.engine import TransferEngine
 from pdtransport.transfer.peers import Peers
@@ -37,18 +38,18 @@ def _rewritten(owner: Any, name: str, old: str, new: str) -> Callable[[Patch], N
 _BUGS: list[tuple[str, type, str, str, str]] = [
     (
         "half_computed_block_is_final",
-        ProducerDriver,
-        "_final_blocks",
-        "tokens_done // block_size",
-        "-(-tokens_done // block_size)",
+        CacheGroups,
+        "final_blocks",
+        "tokens // group.block_size for",
+        "-(-tokens // group.block_size) for",
     ),
     ("prepared_for_other_pages", ProducerDriver, "_push", "early.pages == pages", "True"),
     (
         "pages_of_before_a_preemption",
         ProducerDriver,
         "pages_ready",
-        "source.pages = list(pages)",
-        "source.pages += pages[len(source.pages) :]",
+        "source.pages = pages\n",
+        "source.pages = [old + new[len(old) :] for old, new in zip(source.pages, pages)]\n",
     ),
     ("withdrawn_batch_stays_in_the_queue", ProducerDriver, "_unstage", "push.id != action.id", "True"),
     (
@@ -66,16 +67,16 @@ _BUGS: list[tuple[str, type, str, str, str]] = [
     (
         "pages_are_counted_from_block_0",
         ConsumerDriver,
-        "_place",
-        "batch.first_block - sink.wanted.first_block",
-        "batch.first_block",
+        "_runs",
+        "what.first_block - wanted.first_block",
+        "what.first_block",
     ),
     (
         "heads_of_all_prefill_workers",
         ConsumerDriver,
-        "_place",
-        "*sink.heads[action.id.peer]",
-        "self._geometry.head_lo, self._geometry.head_hi",
+        "_runs",
+        "asked.head_lo, asked.head_hi",
+        "self._groups[what.group].head_lo, self._groups[what.group].head_hi",
     ),
     ("token_stays_in_the_driver", ConsumerDriver, "_end", "ready.first_token if ready else None", "None"),
     ("granted_before_all_are_there", ConsumerDriver, "fetch", "len(found) == len(producers)", "True"),
@@ -91,7 +92,7 @@ _BUGS: list[tuple[str, type, str, str, str]] = [
         "self.producer.cancel_all(Code.REFUSED, reason) | ",
         "",
     ),
-    ("end_of_a_request_is_not_reported", ConsumerDriver, "_end", "if sink.wanted.pages:", "if False:"),
+    ("end_of_a_request_is_not_reported", ConsumerDriver, "_end", "if sink.wanted.blocks:", "if False:"),
     (
         "loss_is_kept_from_decode",
         TransferEngine,

@@ -239,7 +239,7 @@ def ignore_window(patch: Patch) -> None:
 
 def credit_is_given_twice(patch: Patch) -> None:
     def change(self: ProducerMachine, actions: list[Action], message: Any, *_: Any) -> list[Action]:
-        self._in_flight -= self.block_bytes * len(message.seqs)
+        self._in_flight -= self.block_bytes[0] * len(message.seqs)
         return actions
 
     _after(patch, ProducerMachine, "_on_received", change)
@@ -347,7 +347,7 @@ def rogue_outside(patch: Patch) -> None:
 
 def _outside(grant: Grant, batch: Batch) -> int:
     before = batch.first_block - batch.blocks - 1
-    return before if before >= 0 else batch.first_block + grant.blocks
+    return before if before >= 0 else batch.first_block + grant.groups[batch.group].blocks
 
 
 def skip_grant_check(patch: Patch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
+from pdtransport.engine.block_tables import BlockTables
 from pdtransport.protocol.actions import Limits
 
 TOTAL_HEADS = 4
@@ -100,6 +101,7 @@ class Request:
     lazy_finish_s: float = 0.0
     producer_abort_at: float | None = None  # seconds after open
     consumer_abort_at: float | None = None  # seconds after begin
+    gives_back_early: bool = False  # prefill gives back a block that decode still attends to, once it is computed
     let_go_at: float | None = None  # seconds after open: prefill ends the transfer if nobody has granted room for it
     open_twice: bool = False
     begin_twice: bool = False
@@ -118,8 +120,34 @@ class Request:
 
     @property
     def first_token(self) -> bool:
-        """Decode promises to go on from the token that prefill samples."""
-        return self.prompt % 2 == 1 and self.blocks > self.held
+        """Decode promises to go on from the token that prefill samples, if it receives anything."""
+        return self.prompt % 2 == 1
+
+    @property
+    def held_tokens(self) -> int:
+        return min(self.tokens, self.held * BLOCK_SIZE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A cache group of the model. With ``heads`` fewer than ranks, each rank holds a whole copy."""
+
+    block_size: int = BLOCK_SIZE
+    heads: int = TOTAL_HEADS
+    window: int | None = None  # tokens that one attends to, itself included
+
+    @property
+    def head_bytes(self) -> int:
+        """Of one head of one block, all layers."""
+        return self.block_size * SLOT_BYTES
+
+    @property
+    def block_bytes(self) -> int:
+        return self.heads * self.head_bytes
+
+    def first_live(self, tokens: int) -> int:
+        """The first block that the token behind ``tokens`` tokens still attends to."""
+        return 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_size
 
 
 @dataclass(frozen=True)
@@ -140,6 +168,16 @@ class Plan:
     drop_call: int = -1  # this message about a link is lost
     probe_bytes: int = BLOCK_BYTES  # 0: links are not measured
     floor_bytes_s: float = 0.0  # links that are slower are not used
+    groups: tuple[Group, ...] = (Group(),)
+
+    @property
+    def tables(self) -> BlockTables:
+        windows = [group.window for group in self.groups if group.window is not None]
+        return BlockTables(tuple(group.block_size for group in self.groups), min(windows, default=None))
+
+    def pages_of(self, group: Group) -> int:
+        """Each group has room for as many tokens."""
+        return -(-self.pages * BLOCK_SIZE // group.block_size)
 
     @property
     def calm(self) -> bool:

@@ -4,15 +4,17 @@ together."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pdtransport.kv.groups import GONE
 from pdtransport.protocol.messages import Code
 from pdtransport.transfer.engine import TransferEngine
 from pdtransport.transfer.outcome import Outcome
-from tests.sim.memory import Violation, cell
-from tests.sim.plan import BLOCK_SIZE, Request
+from tests.sim.memory import Cell, Violation, cell
+from tests.sim.plan import Group, Request
 from tests.sim.worker import Worker
 from tests.sim.world import Instance
 
@@ -30,20 +32,18 @@ class Job:
 
     request: Request
     owing: set[int] = field(default_factory=set)  # ranks whose Release is owed
-    pages: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)  # by cache group; GONE: given back
     tokens: int = 0  # computed
     steps: int = 0  # how often a step was begun or undone
     resumes_at: float = 0.0
     promised: bool = False
     let_go: bool = False  # unless decode waits for it
+    gave_early: bool = False  # a block that decode still attends to
     over: bool = False  # finished or aborted
 
     @property
     def prompt(self) -> int:
         return self.request.prompt if self.request.producer_prompt is None else self.request.producer_prompt
-
-    def pages_for(self, tokens: int) -> list[int]:
-        return self.pages[: -(-tokens // BLOCK_SIZE)]
 
 
 class PrefillEngine(Instance):
@@ -51,12 +51,16 @@ class PrefillEngine(Instance):
 
     def __init__(self, world: SimWorld, name: str, tp: int) -> None:
         self.jobs: dict[str, Job] = {}
-        self.free = list(range(world.plan.pages))
+        self.groups, self.tables = world.plan.groups, world.plan.tables
+        self.free = self._all_pages(world.plan.pages_of)
         self._computations = itertools.count(1)
         super().__init__(world, name, tp, lambda _world, instance, rank: Worker(world, instance, rank))
 
+    def _all_pages(self, count: Callable[[Group], int]) -> list[list[int]]:
+        return [list(range(count(group))) for group in self.groups]
+
     def restart(self) -> None:
-        self.jobs, self.free = {}, list(range(self.world.plan.pages))
+        self.jobs, self.free = {}, self._all_pages(self.world.plan.pages_of)
         super().restart()
 
     def _later(self, delay: float, event: Any, *args: Any) -> None:
@@ -73,13 +77,15 @@ class PrefillEngine(Instance):
             return
         if self.world.tracing:
             self.world.say(f"{self.name} gets {request.transfer}")
-        job = Job(request, set(range(self.tp)))
+        job = Job(request, set(range(self.tp)), [[] for _ in self.groups])
         for worker in self.workers:
             worker.call(partial(self._open, job, worker))
         accepted = sorted(job.owing)
         if not accepted:
             if request.open_twice:  # whoever was refused may not speak of the other one's transfer
-                self._each(lambda engine: engine.producer.pages_ready(job, request.transfer, [], 0))
+                self._each(
+                    lambda engine: engine.producer.pages_ready(job, request.transfer, [[]] * len(self.groups), 0)
+                )
                 self._each(lambda engine: engine.producer.cancel(job, request.transfer, Code.CANCELLED, STRANGER))
             return
         self.jobs[request.transfer] = job
@@ -100,7 +106,7 @@ class PrefillEngine(Instance):
 
         transfer, request = job.request.transfer, job.request
         on_end = worker.hears(partial(self._on_end, job, worker))
-        engine.producer.open(job, transfer, digest_of(job.prompt), request.tokens, on_end, promised)
+        engine.producer.open(job, transfer, digest_of(job.prompt), self._handed(job), on_end, promised)
         if request.cached_tokens is not None:
             engine.producer.cached(job, transfer, request.cached_tokens)
 
@@ -120,11 +126,12 @@ class PrefillEngine(Instance):
         granted = worker.grants.keys() - worker.lost_grants
         if outcome.reason == LET_GO and any(name == transfer for name, _ in granted):
             raise Violation(f"{worker} lets go of {transfer}, for which decode has granted room")
-        if not job.over and not job.let_go:
+        refused = job.gave_early and outcome.code == Code.MISMATCH.value
+        if not job.over and not job.let_go and not refused:
             raise Violation(f"{worker}: Release of {transfer} while the engine still computes it")
         if outcome.ok:
             worker.check_delivered(transfer)
-        worker.check_unread(job.pages)
+        worker.check_unread(_held(job.pages))
         worker.released[transfer] = outcome
         self.world.counters[f"released {outcome.code or 'delivered'}"] += 1
         if not job.owing:
@@ -134,65 +141,121 @@ class PrefillEngine(Instance):
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
+    def _handed(self, job: Job) -> int:
+        """The tokens of the prompt that are handed over."""
+        return self.tables.handed(job.request.tokens)
+
+    def _told(self, job: Job, tokens: int) -> tuple[list[list[int]], int]:
+        """What the workers are told once ``tokens`` tokens are computed."""
+        tokens = min(tokens, self._handed(job))
+        return [ids[:end] for ids, end in zip(job.pages, self.tables.counts(tokens), strict=True)], tokens
+
     def _begin_step(self, job: Job) -> None:
         if job.over:
             return
         request = job.request
-        if self.world.now < job.resumes_at or len(self.free) < request.blocks - len(job.pages):
+        self._give_back_what_nobody_attends_to(job)
+        lacking = [end - len(ids) for ids, end in zip(job.pages, self.tables.counts(request.tokens), strict=True)]
+        short = any(len(free) < count for free, count in zip(self.free, lacking, strict=True))
+        if self.world.now < job.resumes_at or short:
             self._later(AGAIN_S, self._begin_step, job)
             return
-        while len(job.pages) < request.blocks:
-            job.pages.append(self.free.pop())
+        for ids, free, count in zip(job.pages, self.free, lacking, strict=True):
+            ids += [free.pop() for _ in range(count)]
         tokens = min(request.tokens, job.tokens + request.step_tokens)
         job.steps += 1
-        if request.foretold:
+        if request.foretold and job.tokens < self._handed(job):
             transfer = request.transfer
-            pages = job.pages_for(tokens)
-            self._each(lambda engine: engine.producer.prepare(job, transfer, pages, tokens, event=1))
+            pages, told = self._told(job, tokens)
+            self._each(lambda engine: engine.producer.prepare(job, transfer, pages, told, event=1))
         self._later(request.step_s, self._end_step, job, job.steps, tokens)
+
+    def _give_back_what_nobody_attends_to(self, job: Job) -> None:
+        for number, group in enumerate(self.groups):
+            for block in range(min(len(job.pages[number]), group.first_live(job.tokens))):
+                self._give_back_block(job, number, block)
+
+    def _give_back_block(self, job: Job, number: int, block: int) -> None:
+        page = job.pages[number][block]
+        if page == GONE:
+            return
+        job.pages[number][block] = GONE
+        for worker in self.workers:
+            worker.check_unread({(number, page)})
+        self._give_back([[page] if each == number else [] for each in range(len(self.groups))])
 
     def _end_step(self, job: Job, step: int, tokens: int) -> None:
         if job.over or step != job.steps:
             return
-        computation = next(self._computations)
-        for block in range(job.tokens // BLOCK_SIZE, -(-tokens // BLOCK_SIZE)):
-            filled = min(BLOCK_SIZE, tokens - block * BLOCK_SIZE)
-            for worker in self.workers:
-                lo = worker.memory.head_lo
-                heads = range(lo, lo + worker.memory.heads)
-                cells = [cell(job.prompt, block, head, filled, computation) for head in heads]
-                self.world.computed[worker.id].update(cells)
-                worker.memory.compute(job.pages[block], cells)
+        before, computation = job.tokens, next(self._computations)
+        for number in range(len(self.groups)):
+            self._compute(job, number, tokens, computation)
         job.tokens = tokens
-        self._say_ready(job)
+        if before < self._handed(job):
+            if job.request.gives_back_early and tokens >= self._handed(job):
+                self._give_back_early(job)
+            self._say_ready(job)
+        if job.over:
+            return
         if tokens < job.request.tokens:
             self._begin_step(job)
         else:
             self._later(job.request.lazy_finish_s, self._finish, job)
 
+    def _compute(self, job: Job, number: int, tokens: int, computation: int) -> None:
+        size = self.groups[number].block_size
+        for block in range(job.tokens // size, -(-tokens // size)):
+            filled = min(size, tokens - block * size)
+            for worker in self.workers:
+                memory = worker.memory.groups[number]
+                what = [Cell(job.prompt, number, block, filled, head) for head in range(memory.head_lo, memory.head_hi)]
+                cells = [cell(each, computation) for each in what]
+                self.world.computed[worker.id].update(cells)
+                memory.compute(job.pages[number][block], cells)
+
+    def _give_back_early(self, job: Job) -> None:
+        """The last block of a group with a window is gone before anybody has heard of it."""
+        for number, group in enumerate(self.groups):
+            if group.window is not None:
+                job.gave_early = True
+                self.world.counters["gave back early"] += 1
+                self._give_back_block(job, number, self.tables.counts(self._handed(job))[number] - 1)
+                return
+
     def _say_ready(self, job: Job) -> None:
-        transfer, tokens = job.request.transfer, job.tokens
-        pages = job.pages_for(tokens)
+        transfer = job.request.transfer
+        pages, tokens = self._told(job, job.tokens)
         self._each(lambda engine: engine.producer.pages_ready(job, transfer, pages, tokens))
 
     def _preempt(self, job: Job) -> None:
         """Pages go to somebody else at once; the workers were told before."""
-        if job.over or not job.pages:
+        if job.over or not any(job.pages):
             return
-        whole = job.tokens // BLOCK_SIZE
-        keep = self.world.rng.randint(0, whole)
-        keep = keep if self.world.rng.random() < 0.5 else 0
-        gone, job.pages = job.pages[keep:], job.pages[:keep]
-        job.tokens = min(job.tokens, keep * BLOCK_SIZE)
+        keep = self._kept(job)
+        ends = self.tables.counts(keep)
+        gone = [ids[end:] for ids, end in zip(job.pages, ends, strict=True)]
+        job.pages = [ids[:end] for ids, end in zip(job.pages, ends, strict=True)]
+        job.tokens = keep
         job.steps += 1
         if self.world.tracing:
-            self.world.say(f"{self.name} preempts {job.request.transfer}, keeps {keep} blocks")
+            self.world.say(f"{self.name} preempts {job.request.transfer}, keeps {keep} tokens")
         self._say_ready(job)
         for worker in self.workers:
-            worker.check_unread(gone)
+            worker.check_unread(_held(gone))
         self._give_back(gone)
         job.resumes_at = self.world.now + job.request.resume_s
         self._later(job.request.resume_s, self._begin_step, job)
+
+    def _kept(self, job: Job) -> int:
+        """How many tokens a preempted request still has: whole blocks of all groups, and what the next token attends
+        to."""
+        unit = max(self.tables.block_sizes)
+        keep = self.world.rng.randint(0, job.tokens // unit) * unit
+        keep = keep if self.world.rng.random() < 0.5 else 0
+        for group, ids, end in zip(self.groups, job.pages, self.tables.counts(keep), strict=True):
+            if GONE in ids[group.first_live(keep) : end]:
+                return 0
+        return keep
 
     def _finish(self, job: Job) -> None:
         if job.over or job.tokens < job.request.tokens:
@@ -231,17 +294,21 @@ class PrefillEngine(Instance):
         for job in self.jobs.values():
             job.over = True
 
-    def _give_back(self, pages: list[int]) -> None:
-        for page in pages:
-            self.free.insert(0, page)
+    def _give_back(self, pages: list[list[int]]) -> None:
+        for number, page in sorted(_held(pages)):
+            self.free[number].insert(0, page)
             for worker in self.workers:
-                worker.memory.scribble(page)
+                worker.memory.groups[number].scribble(page)
 
     def leftovers(self) -> list[str]:
         found = [text for worker in self.workers for text in worker.leftovers()]
-        if self.jobs or len(self.free) != self.world.plan.pages:
-            found.append(f"{self.name}: {self.world.plan.pages - len(self.free)} pages leaked, jobs {list(self.jobs)}")
+        if self.jobs or [sorted(free) for free in self.free] != self._all_pages(self.world.plan.pages_of):
+            found.append(f"{self.name}: pages leaked, free are {self.free}, jobs {list(self.jobs)}")
         return found
+
+
+def _held(pages: list[list[int]]) -> set[tuple[int, int]]:
+    return {(number, page) for number, ids in enumerate(pages) for page in ids if page != GONE}
 
 
 def digest_of(prompt: int) -> bytes:

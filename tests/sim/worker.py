@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from pdtransport.control.channel import Event, Identity, MessageReceived, PeerDown, PeerId
 from pdtransport.io.cuda_events import CudaEventQueue
-from pdtransport.kv.geometry import HOST, head_range
+from pdtransport.kv.geometry import HOST
 from pdtransport.protocol import actions as act
-from pdtransport.protocol.messages import Ack, Batch, Code, Ended, Grant, Message, Received, Revoke
+from pdtransport.protocol.messages import Ack, Batch, Code, Ended, Grant, GrantedGroup, Message, Received, Revoke
 from pdtransport.protocol.states import CONSUMER_ENDS, PRODUCER_ENDS, ConsumerState
 from pdtransport.settings import Settings
 from pdtransport.transfer.engine import TransferEngine
@@ -21,8 +21,8 @@ from pdtransport.transfer.outcome import OnOutcome, Outcome
 from pdtransport.transport import fingerprint_of
 from tests.sim.control import SimControl
 from tests.sim.link import SimLink
-from tests.sim.memory import Lease, Memory, Violation, cell
-from tests.sim.plan import BLOCK_SIZE, HEAD_BYTES, LINK_KINDS, TOTAL_HEADS, Plan
+from tests.sim.memory import Lease, Memory, Violation, read_cell
+from tests.sim.plan import LINK_KINDS, Plan
 from tests.sim.world import Process
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Worker(Process):
         self.instance = instance
         self.id = PeerId(instance.name, rank, instance.incarnation)
         self.alive = True
-        lo, hi = head_range(rank, instance.tp, TOTAL_HEADS)
-        self.memory = Memory(world.processes, lo, hi, world.plan.pages)
+        self.memory = Memory(world.processes, rank, instance.tp, world.plan)
         world.processes += 1
         self.links = {name: SimLink(name, self) for name in LINK_KINDS}
         fingerprint = fingerprint_of(self.memory.geometry, instance.tp)
@@ -97,8 +96,8 @@ class Worker(Process):
         self._in_flight: dict[tuple[str, PeerId, int], dict[int, int]] = defaultdict(dict)  # seq -> bytes
         # The consumer's:
         self.leases: dict[str, Lease] = {}
-        self.lent: dict[int, Lease] = {}  # page -> its lease
-        self.free = list(range(world.plan.pages))
+        self.lent: dict[tuple[int, int], Lease] = {}  # group, page -> its lease
+        self.free = [list(range(world.plan.pages_of(group))) for group in world.plan.groups]
         self.complete: dict[str, set[tuple[PeerId, int]]] = defaultdict(set)  # transfer -> verified generations
         self.owed: list[tuple[str, Code | None]] = []  # reports to watchers
         self._announced: dict[tuple[PeerId, int], Batch] = {}  # sender, key
@@ -242,19 +241,23 @@ class Worker(Process):
         lease = self.leases.get(grant.transfer)
         if lease is None or lease.ended:
             raise Violation(f"{self} grants pages of {grant.transfer}, which has none")
-        if (grant.first_block, grant.blocks, grant.tokens) != (lease.first_block, len(lease.pages), lease.tokens):
+        granted = {number: group for number, group in enumerate(grant.groups) if group.blocks}
+        for number, group in granted.items():
+            if range(group.first_block, group.first_block + group.blocks) != lease.groups[number].blocks:
+                raise Violation(f"{self} grants {grant}, lent was {lease}")
+        if grant.tokens != lease.tokens:
             raise Violation(f"{self} grants {grant}, lent was {lease}")
         if lease.generations.setdefault(peer, grant.generation) != grant.generation:
             raise Violation(f"{self} grants {grant.transfer} to {peer} twice")
-        lease.heads[peer] = grant.head_lo, grant.head_hi
+        lease.heads[peer] = {number: (group.head_lo, group.head_hi) for number, group in granted.items()}
         lease.verified.setdefault(peer, set())
 
     def _says_ack(self, peer: PeerId, ack: Ack) -> None:
         lease = self.leases.get(ack.transfer)
         part = peer, ack.generation
         if lease is not None and lease.generations.get(peer) == ack.generation:
-            if lease.verified[peer] != lease.blocks:
-                raise Violation(f"{self} acks {ack.transfer} with blocks {lease.verified[peer]} of {lease.blocks}")
+            if lease.verified[peer] != lease.asked(peer):
+                raise Violation(f"{self} acks {ack.transfer} with {lease.verified[peer]} of {lease.asked(peer)}")
             self.complete[ack.transfer].add(part)
         elif part not in self.complete[ack.transfer]:
             raise Violation(f"{self} acks {ack.transfer} to {peer}, which never was complete")
@@ -284,15 +287,18 @@ class Worker(Process):
     def _pushes(self, push: act.OfferBatch) -> None:
         key = push.id.transfer, push.id.peer
         grant = self.grants[key]
-        if (grant.generation, grant.head_lo, grant.head_hi) != (push.id.generation, push.head_lo, push.head_hi):
+        group = grant.groups[push.group]
+        if (grant.generation, group.head_lo, group.head_hi) != (push.id.generation, push.head_lo, push.head_hi):
             raise Violation(f"{push} was not granted")
         if (*key, push.id.generation) in self._revoked:
             raise Violation(f"{push} comes after its grant was revoked")
-        end = grant.first_block + grant.blocks
-        if not grant.first_block <= push.first_block < push.first_block + push.blocks <= end:
+        end = group.first_block + group.blocks
+        if not group.first_block <= push.first_block < push.first_block + push.blocks <= end:
             raise Violation(f"{push} lies outside its grant")
-        nbytes = push.blocks * (push.head_hi - push.head_lo) * HEAD_BYTES
-        self._in_flight[(*key, push.id.generation)][push.id.seq] = nbytes
+        self._in_flight[(*key, push.id.generation)][push.id.seq] = push.blocks * self._block_bytes(push.group, group)
+
+    def _block_bytes(self, number: int, group: GrantedGroup) -> int:
+        return (group.head_hi - group.head_lo) * self.world.plan.groups[number].head_bytes
 
     # -- what the links show -------------------------------------------------------------------------------------
 
@@ -314,12 +320,12 @@ class Worker(Process):
         if batch is not None and self.memory.where(runs[0]) is not None:
             self.leases[batch.transfer].verified[peer].update(self._block_of(peer, batch, run) for run in runs)
 
-    def _block_of(self, peer: PeerId, batch: Batch, run: tuple[int, int]) -> int:
+    def _block_of(self, peer: PeerId, batch: Batch, run: tuple[int, int]) -> tuple[int, int]:
         found = self.memory.where(run)
-        lease = self.lent.get(found[0]) if found is not None else None
+        lease = self.lent.get(found[:2]) if found is not None else None
         if found is None or lease is None or lease.transfer != batch.transfer:
             raise Violation(f"{self} writes for {batch.transfer} into a page that was not lent to it: {found}, {lease}")
-        return lease.may_write(peer, batch, found[0], found[1:])
+        return lease.may_write(peer, batch, found)
 
     # -- how transfers end ---------------------------------------------------------------------------------------
 
@@ -348,35 +354,44 @@ class Worker(Process):
             if name == transfer and target is not None and (self.id, grant.generation) not in target.complete[name]:
                 raise Violation(f"{self}: {transfer} is over as delivered, but {peer} has not verified it")
 
-    def check_unread(self, pages: list[int]) -> None:
-        """Nothing that is offered lies in pages that go to somebody else now."""
-        gone = set(pages)
+    def check_unread(self, gone: set[tuple[int, int]]) -> None:
+        """Nothing that is offered lies in pages, by group, that go to somebody else now."""
         for link in self.links.values():
             for channel in link.channels:
                 for offered in channel.offered.values():
-                    found = {place[0] for run in offered.runs if (place := self.memory.where(run)) is not None}
+                    found = {place[:2] for run in offered.runs if (place := self.memory.where(run)) is not None}
                     if found & gone:
                         raise Violation(f"{self} gives away pages {found & gone}, which {channel.peer} may still read")
 
     def check_pages(self, lease: Lease) -> None:
-        """Every page is what that producer computed for that prompt, whole, and was verified here."""
-        for peer, (lo, hi) in lease.heads.items():
-            made = self.world.computed[peer]
-            for block, page in enumerate(lease.pages, lease.first_block):
-                if block not in lease.verified[peer]:
-                    raise Violation(f"{self}: block {block} of {lease.transfer} is used but was never verified")
-                tokens = min(BLOCK_SIZE, lease.tokens - block * BLOCK_SIZE)
-                for head, value in enumerate(self.memory.page(page, lo, hi), lo):
-                    if value >> 20 != cell(lease.prompt, block, head, tokens, 0) >> 20 or value not in made:
-                        raise Violation(f"{self}: block {block} of {lease.transfer}, head {head} holds {value:x}")
-        if lease.pages and sum(hi - lo for lo, hi in lease.heads.values()) != self.memory.heads:
-            raise Violation(f"{self}: {lease.transfer} was granted heads {lease.heads} only")
+        """Every page of every group is what one producer computed for that prompt, up to the token that decode goes on
+        from, and was verified here; and nothing that it attends to is missing."""
+        for number, (group, lent) in enumerate(zip(self.memory.groups, lease.groups, strict=True)):
+            parts = [(peer, *heads[number]) for peer, heads in lease.heads.items() if number in heads]
+            if lent.pages and sum(hi - lo for _, lo, hi in parts) != group.heads:
+                raise Violation(f"{self}: {lease.transfer} was granted heads {lease.heads} only")
+            for block, page in zip(lent.blocks, lent.pages, strict=True):
+                for peer, lo, hi in parts:
+                    self._check_page(lease, peer, (number, block), group.page(page, lo, hi), lo)
+
+    def _check_page(self, lease: Lease, peer: PeerId, where: tuple[int, int], cells: list[int], head_lo: int) -> None:
+        number, block = where
+        if where not in lease.verified[peer]:
+            raise Violation(f"{self}: block {where} of {lease.transfer} is used but was never verified")
+        size, made = self.world.plan.groups[number].block_size, self.world.computed[peer]
+        for head, value in enumerate(cells, head_lo):
+            found = read_cell(value)
+            right = (found.prompt, found.group, found.block, found.head) == (lease.prompt, number, block, head)
+            # Prefill may be through with the token that decode computes itself, and have it in the last block.
+            if not right or found.tokens < min(size, lease.tokens - block * size) or value not in made:
+                raise Violation(f"{self}: block {where} of {lease.transfer}, head {head} holds {value:x}: {found}")
 
     def give_back(self, lease: Lease) -> None:
-        for page in lease.pages:
-            del self.lent[page]
-            self.memory.scribble(page)
-            self.free.append(page)
+        for number, lent in enumerate(lease.groups):
+            for page in lent.pages:
+                del self.lent[number, page]
+                self.memory.groups[number].scribble(page)
+                self.free[number].append(page)
         if self.leases.get(lease.transfer) is lease:
             del self.leases[lease.transfer]
 
@@ -384,15 +399,16 @@ class Worker(Process):
 
     def check(self) -> None:
         """No page has two owners, none is lost, and bytes in flight, as the wire saw them, stay within the window."""
-        if len(self.free) + len(self.lent) != self.world.plan.pages:
-            raise Violation(f"{self}: {len(self.free)} free pages and {len(self.lent)} lent ones")
+        pages = sum(group.geometry.num_blocks for group in self.memory.groups)
+        if sum(map(len, self.free)) + len(self.lent) != pages:
+            raise Violation(f"{self}: {self.free} are free, and {len(self.lent)} of {pages} pages are lent")
         limits = self.world.plan.limits
         for (transfer, peer, generation), seqs in self._in_flight.items():
             grant = self.grants.get((transfer, peer))
             if not seqs or grant is None or grant.generation != generation:
                 continue
-            block = (grant.head_hi - grant.head_lo) * HEAD_BYTES
-            batch = max(1, limits.batch_bytes // block) * block
+            sizes = [self._block_bytes(number, group) for number, group in enumerate(grant.groups) if group.blocks]
+            batch = max(max(1, limits.batch_bytes // size) * size for size in sizes)
             if sum(seqs.values()) > max(batch, min(limits.window_bytes, grant.window_bytes)):
                 raise Violation(f"{self}: {sum(seqs.values())} bytes of {transfer} in flight, window exceeded")
 

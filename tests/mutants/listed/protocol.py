@@ -32,7 +32,7 @@ BUGS: list[Mutant] = [
         (
             "batch_of_other_length_is_placed",
             "ConsumerMachine._problem_with",
-            "batch.nbytes != batch.blocks * self.block_bytes",
+            "batch.nbytes != expected",
             "False",
             "a_batch_of_another_length_is_never_placed",
         ),
@@ -68,7 +68,7 @@ BUGS: list[Mutant] = [
         (
             "grant_of_fewer_blocks_is_served",
             "ProducerTable._problem_with",
-            "grant.first_block + grant.blocks != request.blocks",
+            "wanted.first_block + wanted.blocks != blocks",
             "False",
             "a_grant_that_ends_elsewhere_than_the_prompt_is_refused",
         ),

@@ -6,15 +6,19 @@ from tests.mutants.place import Mutant, bugs
 
 BUGS: list[Mutant] = [
     *bugs(
-        "pdtransport.transfer.producer",
+        "pdtransport.kv.groups",
         "transfer",
         (
             "half_computed_last_block_is_final",
-            "ProducerDriver._final_blocks",
-            "tokens_done // block_size",
-            "-(-tokens_done // block_size)",
+            "CacheGroups.final_blocks",
+            "tokens // group.block_size for",
+            "-(-tokens // group.block_size) for",
             "the_last_partial_block_is_final_only_with_the_whole_prompt",
         ),
+    ),
+    *bugs(
+        "pdtransport.transfer.producer",
+        "transfer",
         (
             "withdrawn_batch_stays_in_the_queue",
             "ProducerDriver._unstage",
@@ -42,8 +46,8 @@ BUGS: list[Mutant] = [
         ),
         (
             "hint_of_other_length_is_foreseen",
-            "ConsumerDriver.coming",
-            "len(pages) != message.blocks",
+            "ConsumerDriver._runs",
+            "len(pages) != what.blocks",
             "False",
             "a_hint_about_blocks_that_were_not_granted_prepares_nothing",
         ),
@@ -79,7 +83,7 @@ BUGS: list[Mutant] = [
         (
             "layout_is_not_in_the_fingerprint",
             "fingerprint_of",
-            '"HNC" if geometry.heads_first else "NHC"',
+            '"HNC" if group.heads_first else "NHC"',
             '"HNC"',
             "whatever_changes_the_stream_of_a_page_is_in_the_fingerprint",
         ),
