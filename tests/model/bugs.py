@@ -13,6 +13,7 @@ import pytest
 from pdtransport.protocol.actions import Action
 from pdtransport.protocol.consumer import ConsumerMachine
 from pdtransport.protocol.consumer_table import ConsumerTable
+from pdtransport.protocol.producer import ProducerMachine
 from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState
 from tests.model import cases
@@ -74,6 +75,11 @@ def a_grant_is_served_after_its_end(patch: Patch) -> None:
     patch.setattr(ProducerTable, "_add_tombstone", lambda self, transfer, code, reason: None)
 
 
+def another_groups_blocks_are_final(patch: Patch) -> None:
+    """After a preemption a batch goes out again once so many blocks of any group are computed."""
+    patch.setattr(ProducerMachine, "_has_pages", lambda self, out: out.first_block + out.blocks <= max(self._ready))
+
+
 def _case(name: str) -> Case:
     return next(case for case in cases.FULL if case.name == name)
 
@@ -91,6 +97,7 @@ BUGS = [
     Bug(rules.producer_believes_any_generation, _AGAIN, _NOT_LIVE),
     Bug(rules.skip_checksum, _ONE, "believes page 0"),
     Bug(rules.ready_with_one_part_of_two, _case(cases.PARTS_NAME), "believes page 0"),
+    Bug(another_groups_blocks_are_final, _case(cases.GROUPS_NAME), "which it does not hold"),
     Bug(rules.release_twice, _ONE, "Release of t"),
     Bug(rules.early_grants_are_kept_for_ever, _ONE, _FOR_EVER),
     Bug(rules.holds_never_end, _ONE, _FOR_EVER),

@@ -14,9 +14,11 @@ from tests.sim.plan import (
     SIM_LIMITS,
     Bytes,
     Fault,
+    Group,
     Net,
     Plan,
     Request,
+    with_groups,
 )
 
 DELIVERY_KINDS = ("grant", "accept", "batch", "received", "commit", "ack")
@@ -105,6 +107,46 @@ def foretold() -> Iterator[tuple[str, Plan]]:
                 at = 0.01 + 0.02 * seed
                 told = plain(link, foretold=True, step_tokens=tokens, preempt_at=(at, at + 0.3))
                 yield f"foretold, {link}, {tokens} a step, preempted after {at:.2f}", replace(told, seed=seed)
+
+
+WINDOW = 9  # tokens
+MODELS = {
+    "twins": (Group(), Group()),
+    "window behind full attention": (Group(), Group(window=WINDOW)),
+    "window before full attention": (Group(window=WINDOW), Group()),
+    "small blocks, large blocks": (Group(2, window=WINDOW), Group(8)),
+    "large blocks, small blocks": (Group(8, window=WINDOW), Group(2)),
+    "two windows": (Group(4), Group(2, window=5), Group(8, window=14)),
+    "windows alone": (Group(4, window=6), Group(2, window=11)),
+    "whole cache beside a split one": (Group(heads=1), Group()),
+    "split cache beside a whole one": (Group(), Group(heads=1, window=WINDOW)),
+}
+
+
+def of_groups() -> Iterator[tuple[str, Plan]]:
+    """Models of several cache groups: prefill gives back what lies behind a window, decode asks for the rest. In steps
+    of a few tokens and in one, with what decode holds, and with preemptions."""
+    for name, groups in MODELS.items():
+        for link in LINK_KINDS:
+            for tp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+                for tokens in (3, 2 * BLOCK_SIZE, 8 * BLOCK_SIZE):
+                    plan = with_groups(plain(link, tp=tp, step_tokens=tokens, within_s=8.0), groups)
+                    yield f"{name}, {link}, tp {tp}, {tokens} a step", plan
+            for held in (1, 3, 6):
+                yield f"{name}, {link}, held {held}", with_groups(plain(link, held=held), groups)
+            for at in (0.06, 0.11, 0.3):
+                again = plain(link, preempt_at=(at,), step_tokens=5, foretold=True, lazy_finish_s=0.3, within_s=8.0)
+                yield f"{name}, {link}, preempted after {at}", with_groups(again, groups)
+
+
+def given_back_early() -> Iterator[tuple[str, Plan]]:
+    """Prefill gives back a block that decode attends to, and says so."""
+    for name, groups in MODELS.items():
+        for link in LINK_KINDS:
+            for tp in ((1, 1), (2, 1), (1, 2)):
+                if any(group.window is not None for group in groups):
+                    early = plain(link, tp=tp, must_be_ready=False, gives_back_early=True)
+                    yield f"{name}, {link}, tp {tp}", with_groups(early, groups)
 
 
 def set_up() -> Iterator[tuple[str, Plan]]:

@@ -19,7 +19,7 @@ from pdtransport.transfer.producer import ProducerDriver
 Patch = pytest.MonkeyPatch
 
 
-def _rewritten(owner: Any, name: str, old: str, new: str) -> Callable[[Patch], None]:
+def rewritten(owner: Any, name: str, old: str, new: str) -> Callable[[Patch], None]:
     """Let ``new`` stand where ``old`` stands in a method's source."""
 
     def apply(patch: Patch) -> None:
@@ -114,4 +114,4 @@ _BUGS: list[tuple[str, type, str, str, str]] = [
     ("waiters_of_a_lost_peer_wait_on", Peers, "down", "self._fail_waiters(endpoint, (Code.PEER_LOST, reason))", "pass"),
 ]
 
-DRIVER_BUGS = {name: _rewritten(*where) for name, *where in _BUGS}
+DRIVER_BUGS = {name: rewritten(*where) for name, *where in _BUGS}

@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 
+from pdtransport.protocol import consumer as consumer_module
 from pdtransport.protocol import consumer_table, producer_table
 from pdtransport.protocol import producer as producer_module
 from pdtransport.protocol.actions import Action, Failed, Fence, Ready, Release, Send
@@ -24,6 +26,7 @@ from pdtransport.protocol.producer_table import ProducerTable
 from pdtransport.protocol.states import ConsumerState, ProducerState
 from tests.sim import cases
 from tests.sim.driver_bugs import DRIVER_BUGS
+from tests.sim.group_bugs import GROUP_BUGS
 from tests.sim.plan import Plan, plan_of
 
 Patch = pytest.MonkeyPatch
@@ -49,6 +52,8 @@ def plans() -> Iterator[Plan]:
         cases.gone,
         cases.copied,
         cases.overtaken,
+        cases.of_groups,
+        cases.given_back_early,
     ):
         for _, plan in group():
             yield plan
@@ -380,6 +385,56 @@ def rogue_swap(patch: Patch) -> None:
     patch.setattr(ProducerMachine, "_maybe_commit", maybe_commit)
 
 
+def rogue_other_group(patch: Patch) -> None:
+    """Prefill says of what it sends that it is of the next cache group, or of one that does not exist."""
+
+    def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
+        return [
+            Send(a.peer, a.message.model_copy(update={"group": a.message.group + 1}))
+            if isinstance(a, Send) and isinstance(a.message, Batch)
+            else a
+            for a in actions
+        ]
+
+    _after(patch, ProducerMachine, "pushed", change)
+
+
+def take_batches_of_any_group(patch: Patch) -> None:
+    """Decode checks each batch as one of the group that has what the batch names."""
+    original = ConsumerMachine._problem_with
+
+    def problem_with(self: ConsumerMachine, batch: Batch) -> str:
+        each = [batch.model_copy(update={"group": group}) for group in range(len(self.grant.groups))]
+        problems = [original(self, one) for one in each]
+        return "" if "" in problems else problems[0]
+
+    patch.setattr(ConsumerMachine, "_problem_with", problem_with)
+
+
+def rogue_twins(patch: Patch) -> None:
+    """Prefill takes one cache group for the other where they are alike: it says so of both, and of all batches."""
+
+    def change(self: ProducerMachine, actions: list[Action], *_: Any) -> list[Action]:
+        alike = len(self.grant.groups) == 2 and len({*self.grant.groups, *self.block_bytes}) == 2
+        return [
+            Send(a.peer, a.message.model_copy(update={"group": 1 - a.message.group}))
+            if alike and isinstance(a, Send) and isinstance(a.message, Batch)
+            else a
+            for a in actions
+        ]
+
+    _after(patch, ProducerMachine, "pushed", change)
+
+
+def digest_without_the_group(patch: Patch) -> None:
+    for module in (consumer_module, producer_module):
+        patch.setattr(module, "commit_digest", partial(_digest_without_the_group, module.commit_digest))
+
+
+def _digest_without_the_group(digest: Callable[..., bytes], prompt_digest: bytes, places: Any, token: Any) -> bytes:
+    return digest(prompt_digest, [(seq, 0, *rest) for seq, _, *rest in places], token)
+
+
 def skip_completeness_check(patch: Patch) -> None:
     patch.setattr(consumer_table.ConsumerMachine, "_check_complete", _naive_complete)
 
@@ -431,5 +486,8 @@ MUTANTS = [
     Mutant("skip_overlap_check", skip_overlap_check, rogue_overlap),
     Mutant("skip_grant_check", skip_grant_check, rogue_outside),
     Mutant("skip_completeness_check", skip_completeness_check, rogue_swap),
+    Mutant("take_batches_of_any_group", take_batches_of_any_group, rogue_other_group),
+    Mutant("digest_without_the_group", digest_without_the_group, rogue_twins),
+    *(Mutant(name, apply) for name, apply in GROUP_BUGS.items()),
     *(Mutant(name, apply) for name, apply in DRIVER_BUGS.items()),
 ]

@@ -186,7 +186,41 @@ class Plan:
 
 
 def plan_of(seed: int) -> Plan:
-    """The plan of a seed; a fifth of the seeds are calm."""
+    """The plan of a seed; a fifth of the seeds are calm, and in half of them the model has several cache groups."""
+    plan = _of_one_group(seed)
+    rng = random.Random(seed * 104_729 + 5)
+    return with_groups(plan, _groups(rng), rng) if rng.random() < 0.5 else plan
+
+
+def _groups(rng: random.Random) -> tuple[Group, ...]:
+    """One group that is split over the ranks, so that each of them is asked, and others: with windows or without, in
+    larger or smaller blocks, split or whole on each rank; in any order."""
+    first = Group(rng.choice((2, 4, 8)), window=rng.choice((None, None, None, rng.randint(1, 20))))
+    others = [
+        Group(
+            rng.choice((first.block_size, 2, 4, 8)),
+            rng.choice((TOTAL_HEADS, TOTAL_HEADS, 2, 1)),
+            rng.choice((None, rng.randint(1, 20), rng.randint(1, 20))),
+        )
+        for _ in range(rng.choice((1, 1, 2)))
+    ]
+    groups = [first, *others]
+    rng.shuffle(groups)
+    return tuple(groups)
+
+
+def with_groups(plan: Plan, groups: tuple[Group, ...], rng: random.Random | None = None) -> Plan:
+    """The same plan for a model of these groups; with ``rng`` some prefill gives back what decode attends to."""
+    slot_bytes = max(plan.bytes.slot_bytes, *(group.block_bytes for group in groups))
+    longer = sum(max(1.0, BLOCK_SIZE / group.block_size) for group in groups)  # by so many batches
+    requests = tuple(replace(request, within_s=request.within_s * longer) for request in plan.requests)
+    if rng is not None:
+        early = [not request.must_be_ready and rng.random() < 0.15 for request in requests]
+        requests = tuple(replace(r, gives_back_early=each) for r, each in zip(requests, early, strict=True))
+    return replace(plan, groups=groups, bytes=replace(plan.bytes, slot_bytes=slot_bytes), requests=requests)
+
+
+def _of_one_group(seed: int) -> Plan:
     rng = random.Random(seed * 7919 + 17)
     calm = rng.random() < 0.2
     checksums = rng.random() < 0.93

@@ -173,6 +173,7 @@ class PrefillEngine(Instance):
     def _give_back_what_nobody_attends_to(self, job: Job) -> None:
         for number, group in enumerate(self.groups):
             for block in range(min(len(job.pages[number]), group.first_live(job.tokens))):
+                self.world.counters["given back"] += job.pages[number][block] != GONE
                 self._give_back_block(job, number, block)
 
     def _give_back_block(self, job: Job, number: int, block: int) -> None:

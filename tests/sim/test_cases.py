@@ -13,7 +13,19 @@ from tests.sim.run import run
 
 
 @pytest.mark.parametrize(
-    "group", ["lost_once", "lost_anywhere", "copied", "windows", "shapes", "foretold", "set_up", "claimed", "overtaken"]
+    "group",
+    [
+        "lost_once",
+        "lost_anywhere",
+        "copied",
+        "windows",
+        "shapes",
+        "foretold",
+        "set_up",
+        "claimed",
+        "overtaken",
+        "of_groups",
+    ],
 )
 def test_every_transfer_arrives_though_one_thing_goes_wrong(group: str) -> None:
     """One lost message of any kind at any place, copies, small windows, held prefixes, preemptions: still Ready, in
@@ -64,6 +76,26 @@ def test_a_dead_prefill_server_is_not_waited_for() -> None:
         result = run(replace(slow, faults=(Fault(0.8, "crash", "p0", seconds=2.0),)))
         assert not result.violation
         assert result.counters["failed peer_lost"] == 1
+
+
+def test_a_block_that_prefill_gave_back_too_early_is_a_mismatch() -> None:
+    """Decode is granted no page for a block that is gone: both sides say mismatch, and no page is used."""
+    bad = {}
+    for name, plan in cases.given_back_early():
+        result = run(plan)
+        said = {key: count for key, count in result.counters.items() if key.startswith("failed")}
+        if result.violation or result.outcomes != {"t": "failed"} or not said.get("failed mismatch"):
+            bad[name] = (result.violation, result.outcomes, said)
+    assert not bad
+
+
+def test_prefill_gives_back_what_lies_behind_a_window() -> None:
+    """The cases of several groups are what they say: with 20 tokens to hand over and a window of 9, two blocks of 4 are
+    gone before the prompt is computed, and decode receives the last two of that group, beside all five of the other."""
+    groups = cases.MODELS["window behind full attention"]
+    result = run(cases.with_groups(cases.plain(step_tokens=3), groups))
+    assert (result.violation, result.counters["given back"]) == ("", 2)
+    assert result.counters["batch"] == 5 + 2
 
 
 def test_a_prompt_that_differs_never_arrives() -> None:

@@ -31,6 +31,8 @@ def test_no_seed_breaks_a_promise() -> None:
         "nack",
         "abort",
         "revoke",
+        "given back",
+        "gave back early",
     ):
         assert counters[name] > 0, name
     assert counters["outcome ready"] > SEEDS
