@@ -113,7 +113,10 @@ _UNITS = (
 _SIZES = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
 _PLAIN = {"integer": "integer", "number": "number", "boolean": "boolean", "string": "text"}
 _FORMATS = {"path": "path", "password": "secret", "binary": "bytes", "base64url": "bytes"}
-_ELSEWHERE = {"Code": "[`Code`](../protocol.md#why-a-transfer-failed)"}
+_ELSEWHERE = {
+    "Code": "[`Code`](../protocol.md#why-a-transfer-failed)",
+    "GrantedGroup": "(`first_block`, `blocks`, `head_lo`, `head_hi`)",
+}
 
 
 def unit_of(name: str) -> str:

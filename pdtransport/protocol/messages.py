@@ -104,9 +104,9 @@ class Grant(_Granted):
     """Consumer: you may send me the blocks that ``groups`` name, ``window_bytes`` in flight at most.
 
     ``groups`` has one entry per cache group of the model. ``prompt_digest`` covers tokens, salt and adapter: prefill
-    aborts the transfer if its own request's digest differs. ``consumers`` is the number of consumer workers that will grant
-    to this producer worker. ``first_token`` is a promise: if the commit names the first token that prefill sampled,
-    decode continues from it or fails the request, and never samples another one.
+    aborts the transfer if its own request's digest differs. ``consumers`` is the number of consumer workers that will
+    grant to this producer worker. ``first_token`` is a promise: if the commit names the first token that prefill
+    sampled, decode continues from it or fails the request, and never samples another one.
     """
 
     kind: Literal["grant"] = "grant"
