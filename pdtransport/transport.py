@@ -161,7 +161,7 @@ class Offer(Handle):
 
         def taken_back(transfer_engine: TransferEngine) -> None:
             transfer_engine.cuda_events.drop(self)
-            transfer_engine.producer.pages_ready(self, self.transfer, [], 0)
+            transfer_engine.producer.pages_ready(self, self.transfer, ([],) * len(self.blocks), 0)
 
         self._transport._ask(taken_back, timeout_s)
 

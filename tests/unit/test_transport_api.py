@@ -76,7 +76,7 @@ def test_pages_that_were_taken_back_are_not_announced_when_their_kernels_end(how
     said: list[str] = []
 
     def note(name: str) -> Any:
-        return lambda *args: said.append(f"{name} {args[3]}" if name == "pages_ready" else name)
+        return lambda *args: said.append(f"{name} {args[2:]}" if name == "pages_ready" else name)
 
     with twin_gpu.installed():
         cuda_events = CudaEventQueue(0)
@@ -89,7 +89,7 @@ def test_pages_that_were_taken_back_are_not_announced_when_their_kernels_end(how
             _ask=lambda call, timeout_s: call(transfer_engine),
             _checked_pages=lambda pages, blocks, least: (list(pages),),
         )
-        offer = Offer(transport, "t", tokens=32, blocks=2)
+        offer = Offer(transport, "t", tokens=32, blocks=(2,))
         event = TwinEvent()
         offer.ready([1, 2], 32, after=event)
         offer.finish()
@@ -97,6 +97,6 @@ def test_pages_that_were_taken_back_are_not_announced_when_their_kernels_end(how
         offer.cancel() if how == "cancel" else offer.withdraw(1.0)
         event.happen()
         cuda_events.run()
-        assert said == ["prepare", "cancel" if how == "cancel" else "pages_ready 0"]
+        assert said == ["prepare", "cancel" if how == "cancel" else "pages_ready (([],), 0)"]
         assert cuda_events.waiting == 0
         cuda_events.close()
