@@ -25,6 +25,7 @@ from pdtransport.router.first_token import Unusable, read
 from pdtransport.router.settings import EndpointSettings
 from pdtransport.router.upstream import UpstreamError, _handover
 from pdtransport.settings import Settings
+from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.fuzz.faults import Faults
 
@@ -63,7 +64,9 @@ def faults() -> Faults:
 @functools.cache
 def side() -> SchedulerSide:
     """For all inputs of a process: what they leave behind shows."""
-    return SchedulerSide(Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=1)
+    return SchedulerSide(
+        Settings(), producer=True, consumer=True, groups=HandedGroups.one(BLOCK), engine="e", port=7, ranks=1
+    )
 
 
 def _request(number: int, given: Any) -> Request | None:
@@ -95,7 +98,7 @@ def _in_requests(conversation: list[Any]) -> None:
             here.allocated(request, blocks, external)
     _check(_step(here, requests))
     for request in requests:
-        kept, told = here.finished(request, [1, 2, 3, 4])
+        kept, told = here.finished(request, ([1, 2, 3, 4],))
         assert isinstance(kept, bool)
         assert told is None or set(told) <= ANSWER_KEYS
         json.dumps(told)

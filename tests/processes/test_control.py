@@ -216,7 +216,9 @@ def test_a_server_of_another_protocol_version_fails_the_connection_by_name(rig: 
         node.channel.connect(HOST, port)
         rig.until(lambda: server.poll(1))
         sender, _ = server.recv_multipart()
-        server.send_multipart([sender, msgpack.packb({"v": 7, "kind": "refused", "why": "who are you"})])
+        server.send_multipart(
+            [sender, msgpack.packb({"v": PROTOCOL_VERSION + 1, "kind": "refused", "why": "who are you"})]
+        )
         rig.until(lambda: node.of(ConnectFailed))
     (failed,) = node.of(ConnectFailed)
     assert (failed.field, failed.refused) == ("protocol_version", True)

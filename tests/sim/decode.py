@@ -77,8 +77,8 @@ class DecodeEngine(Instance):
             self._later(request.consumer_abort_at, self.abort, attempt)
 
     def _wanted(self, request: Request) -> list[range]:
-        """By cache group, the blocks to receive: those that the first token computed here attends to or lies in, and
-        that are not held already. As pdtransport.engine does, which is checked against the windows themselves."""
+        """By cache group, the blocks to receive, as pdtransport.engine finds them. Checked against the windows
+        themselves: those that the prompt's last token, which is computed here, attends to, and that are not held."""
         tables, groups = self.world.plan.tables, self.world.plan.groups
         handed, held = tables.handed(request.tokens), request.held_tokens
         ends = tables.counts(handed)
@@ -88,9 +88,10 @@ class DecodeEngine(Instance):
         blocks = [[GONE] * first + [0] * (end - first) for first, end in zip(live, ends, strict=True)]
         firsts, found = tables.missing(blocks, held, handed)
         for group, first, ids, end in zip(groups, firsts, found, ends, strict=True):
-            attended = range(max(held, handed - group.window + 1) if group.window else held, handed + 1)
-            blocks_of = {token // group.block_size for token in attended}
-            if blocks_of - {end} != set(range(first, first + len(ids))):
+            since = request.tokens - group.window if group.window is not None else 0
+            attended = range(max(held, since), request.tokens)
+            behind = {token // group.block_size for token in attended if token < end * group.block_size}
+            if behind != set(range(first, first + len(ids))):
                 raise Violation(f"{self.name} asks for {len(ids)} blocks from {first} on, and attends to {attended}")
         return [range(first, end) for first, end in zip(firsts, ends, strict=True)]
 
