@@ -304,6 +304,8 @@ class _Run:
             for ended in worker.ended:
                 self._on_end(name, ended)
             worker.ended.clear()
+            self.result.problems += [f"{name} ended with {text}" for text in worker.broken]
+            worker.broken.clear()
 
     def _on_death(self, name: str) -> None:
         self.died.add(name)

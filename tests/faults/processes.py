@@ -56,6 +56,7 @@ class Process:
         self.starts = 0
         self.pipe: Connection | None = None
         self.ended: list[Ended] = []
+        self.broken: list[str] = []  # what it died of, if nobody killed it
         self.said: list[tuple[Any, ...]] = []  # anything else
         self.pid = self.port = 0
         self._process: Any = None
@@ -104,6 +105,8 @@ class Process:
     def _note(self, kind: str, rest: list[Any]) -> None:
         if kind == "ended":
             self.ended.append(Ended(*rest))
+        elif kind == "broken":
+            self.broken += rest
         else:
             self.said.append((kind, *rest))
 

@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -115,7 +116,11 @@ def main(pipe: Connection, start: Start) -> None:
         pipe.send(("failed", repr(error)))
         return
     pipe.send(("up", os.getpid(), worker.transport.port))
-    worker.serve()
+    try:
+        worker.serve()
+    except Exception:
+        pipe.send(("broken", traceback.format_exc()))
+        raise
     worker.transport.close()
 
 
