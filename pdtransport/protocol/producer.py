@@ -67,7 +67,8 @@ class ProducerMachine:
         self.bytes_pushed = 0
         self._batch_blocks = [max(1, limits.batch_bytes // nbytes) for nbytes in block_bytes]
         # One batch may always go: a window smaller than a batch would block forever.
-        largest = max(blocks * nbytes for blocks, nbytes in zip(self._batch_blocks, block_bytes, strict=True))
+        sizes = zip(self._batch_blocks, block_bytes, grant.groups, strict=True)
+        largest = max((blocks * nbytes for blocks, nbytes, group in sizes if group.blocks), default=0)
         self._window = max(min(limits.window_bytes, grant.window_bytes), largest)
         # By cache group, as is `_ready`: leading blocks of the request whose KV is final.
         self._end = [group.first_block + group.blocks for group in grant.groups]

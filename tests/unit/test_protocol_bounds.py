@@ -111,6 +111,19 @@ def test_prefill_sends_no_more_than_decodes_window() -> None:
     assert len(of(own.pages_ready(T, (4,), 16, 0.0), OfferBatch)) == 3
 
 
+def test_a_group_that_is_not_asked_for_widens_no_window() -> None:
+    """One batch may go beyond the window, the largest of those that were granted: 4 blocks of 24 bytes here, so 2 of 40
+    and one of 24 are too many, whatever a batch of the third group could hold."""
+    limits = replace(LIMITS, batch_bytes=104, window_bytes=8)
+    groups = (GrantedGroup(0, 2, 0, 1), GrantedGroup(0, 1, 0, 1), GrantedGroup(0, 0, 0, 0))
+    book = ProducerTable(limits, lambda group, lo, hi: (40, 24, 1)[group])
+    book.open(T, DIGEST, 16, (2, 1, 4), 0.0)
+    wanted = Grant(transfer=T, generation=100, groups=groups, tokens=16, prompt_digest=DIGEST, window_bytes=8)
+    book.on_message(D, wanted, 0.0)
+    offered = of(book.pages_ready(T, (2, 1, 4), 16, 0.0), OfferBatch)
+    assert [(each.group, each.blocks) for each in offered] == [(0, 2)]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("first", "blocks"), [(0, 3), (0, 5), (1, 2), (4, 1)])
 def test_a_grant_that_ends_elsewhere_than_the_prompt_is_refused(first: int, blocks: int) -> None:
     """Decode would get the first blocks of a prompt and take them for all, or wait for blocks that are none."""
