@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from paged_transformers.pages import Pages
 from pdtransport import Settings, Transport, prompt_digest
+from pdtransport.engine.block_tables import BlockTables
 from pdtransport.engine.commands import Command, Commands
 from pdtransport.engine.consuming import ConsumingRequests
 from pdtransport.engine.params import parse
@@ -71,11 +72,11 @@ class Engine:
         )
         self.worker = EngineWorker(settings)
         self.worker.open(self.transport)
-        size, port = self.pages.block_size, self.transport.port
+        tables, port = BlockTables((self.pages.block_size,)), self.transport.port
         self.bell = WakeupReceiver()
         self.queue: list[Command] = []
-        self.producing = ProducingRequests(self.queue, settings, block_size=size, engine=name, port=port)
-        self.consuming = ConsumingRequests(self.queue, settings, block_size=size)
+        self.producing = ProducingRequests(self.queue, settings, tables=tables, engine=name, port=port)
+        self.consuming = ConsumingRequests(self.queue, settings, tables=tables)
 
     def add(self, req_id: str, prompt: list[int], max_tokens: int, kv_transfer_params: Any = None) -> None:
         self.waiting.append(Request(req_id, list(prompt), len(prompt), len(prompt) + max_tokens))
@@ -93,7 +94,7 @@ class Engine:
         request, after, end = self.running[0] if self.running else None, [], 0
         if request is not None:
             end = min(request.computed + self.chunk, len(request.tokens))
-            pages = self.producing.progress(request.req_id, request.blocks, request.computed, end, request.computed)
+            pages = self.producing.progress(request.req_id, [request.blocks], request.computed, end, request.computed)
             after = [pages] if pages is not None else []
         elif not self.queue:
             self.bell.wait(0.05)  # nothing to compute: a transfer that ends rings
@@ -117,7 +118,7 @@ class Engine:
                 return
             self.waiting.popleft()
             request.blocks, request.computed = blocks, held
-            if self.consuming.allocated(request.req_id, blocks, lacking) is not None:
+            if self.consuming.allocated(request.req_id, [blocks], lacking) is not None:
                 self.loading[request.req_id] = request
             else:
                 self.running.append(request)
@@ -143,7 +144,7 @@ class Engine:
         self.consuming.finished(request.req_id)
         params = None
         if request.req_id in self.producing:
-            params = self.producing.finish(request.req_id, request.blocks)
+            params = self.producing.finish(request.req_id, [request.blocks])
             self.sending[request.req_id] = request  # its blocks stay until decode has them
         else:
             self.pages.give_back(request.blocks)
