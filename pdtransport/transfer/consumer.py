@@ -82,6 +82,7 @@ class _Source(NamedTuple):
     endpoint: Endpoint
     rank: int
     heads: tuple[HeadSource | None, ...]
+    consumers: int  # that grant to it
 
 
 @dataclass
@@ -242,9 +243,19 @@ class ConsumerDriver:
             for g in self._groups
         ]
         return [
-            _Source((host, port + rank), rank, tuple(sources.get(rank) for sources in by_group))
-            for rank in sorted(set().union(*by_group))
+            _Source((host, port + rank), rank, tuple(sources.get(rank) for sources in by_group), len(takers))
+            for rank in range(ranks)
+            if self._me.rank in (takers := self._takers(rank, ranks))
         ]
+
+    def _takers(self, rank: int, ranks: int) -> set[int]:
+        """Consumer workers that grant to the producer worker ``rank``.
+
+        If another one sends all its heads, one consumer grants it nothing, so that it need not hold its pages.
+        """
+        world = self._me.world
+        takers = {taker for g in self._groups for taker in consumers_of(rank, ranks, world, g.total_heads)}
+        return takers or {rank % world}
 
     def _grant(self, sink: IncomingTransfer, producers: list[tuple[TransferPeer, _Source]]) -> None:
         wanted = sink.wanted
@@ -254,11 +265,6 @@ class ConsumerDriver:
             if channel is None:  # this peer was lost while we waited for another one
                 self._end(wanted.transfer, Code.PEER_LOST, f"{peer.id} is gone")
                 return
-            takers = {
-                taker
-                for g in self._groups
-                for taker in consumers_of(source.rank, wanted.ranks, self._me.world, g.total_heads)
-            }
             asked = tuple(
                 GrantedGroup(blocks.first_block, len(blocks.pages), heads.head_lo, heads.head_hi)
                 if heads is not None
@@ -268,7 +274,7 @@ class ConsumerDriver:
             block_bytes = tuple(
                 g.block_bytes(group.head_lo, group.head_hi) for g, group in zip(self._groups, asked, strict=True)
             )
-            parts.append(GrantedPart(peer.id, asked, block_bytes, consumers=len(takers)))
+            parts.append(GrantedPart(peer.id, asked, block_bytes, source.consumers))
             sink.asked[peer.id] = asked
             sink.placing[peer.id] = set()
             sink.record.link, sink.record.peer = channel.link, peer.id.engine

@@ -290,6 +290,29 @@ def test_nothing_is_granted_before_all_prefill_workers_are_there(first: int) -> 
     assert not np.delete(d.kv, 7, axis=1).any()
 
 
+@pytest.mark.parametrize("decoders", [1, 2])
+def test_a_prefill_worker_whose_heads_another_one_sends_may_free_its_pages_too(decoders: int) -> None:
+    """Each head is on two of four prefill workers, and decode reads it from one. The other one is told as soon: else it
+    would hold the request's pages until its deadline, and the engine frees them only when all workers say so."""
+    ranks = [Worker("p", rank=rank, world=4, port=1 + rank) for rank in range(4)]
+    decode = [Worker("d", rank=rank, world=decoders, port=9 + rank) for rank in range(decoders)]
+    for rank, worker in enumerate(ranks):
+        worker.kv[:, 3] = 10 + rank // 2
+        worker.open(TOKENS)
+    for worker in decode:
+        worker.fetch(TOKENS, [7], ranks=4)
+        for rank in ranks:
+            meet(rank, worker, *ranks, *decode)
+    for worker in ranks:
+        worker.ready([3], TOKENS)
+        worker.producer.finish(worker, TRANSFER)
+    carry(*ranks, *decode)
+    assert [outcome.ok for worker in (*ranks, *decode) for outcome in worker.outcomes] == [True] * (4 + decoders)
+    for worker in decode:
+        heads = range(worker.kv.shape[2])
+        assert [int(worker.kv[0, 7, head].max()) for head in heads] == [10 + head + worker.me.rank for head in heads]
+
+
 def test_a_worker_that_goes_while_another_is_waited_for_ends_the_request() -> None:
     """At once, and by that name: nothing is granted to who is gone, and nobody waits for its answer."""
     ranks = [Worker("p", rank=rank, world=2, port=1 + rank) for rank in range(2)]
