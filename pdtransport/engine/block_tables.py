@@ -47,6 +47,7 @@ class BlockTables:
         """
         firsts, found = [], []
         for size, ids, end in zip(self.block_sizes, blocks, self.counts(tokens), strict=True):
+            end = min(end, len(ids))
             first = min(held // size, end)
             while first < end and ids[first] == GONE:
                 first += 1

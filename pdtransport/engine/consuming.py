@@ -130,7 +130,8 @@ class ConsumingRequests:
         Args:
             blocks: all of the request's blocks.
             expected: the tokens that :meth:`lacking` returned. 0: all of the prompt's blocks are here already, and
-                prefill may free its pages.
+                prefill may free its pages. Fewer: what is asked for does not reach the prompt's end, so prefill
+                refuses it and the engine computes the request itself.
 
         Returns:
             The request; None if there is nothing to wait for.
@@ -141,7 +142,8 @@ class ConsumingRequests:
         handed = self._tables.handed(entry.tokens)
         entry.state = "loading" if expected else "done"
         if expected:
-            first, pages = self._tables.missing(blocks, handed - expected, handed)
+            whole = all(len(ids) >= end for ids, end in zip(blocks, self._tables.counts(handed), strict=True))
+            first, pages = self._tables.missing(blocks, handed - expected if whole else 0, handed)
         else:
             first, pages = self._tables.counts(handed), ([],) * len(self._tables)
         self._take(req_id, entry, handed, first, pages)

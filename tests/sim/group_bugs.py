@@ -70,16 +70,16 @@ _BUGS: list[tuple[str, type, str, str, str]] = [
     (
         "takers_of_the_first_group_alone",
         ConsumerDriver,
-        "_grant",
-        "for g in self._groups\n            for taker",
-        "for g in self._groups.groups[:1]\n            for taker",
+        "_takers",
+        "for g in self._groups for taker",
+        "for g in self._groups.groups[:1] for taker",
     ),
     (
-        "only_the_first_groups_workers_are_asked",
+        "heads_of_the_first_group_alone",
         ConsumerDriver,
         "_producers",
-        "set().union(*by_group)",
-        "by_group[0]",
+        "for sources in by_group)",
+        "for sources in by_group[:1] * len(by_group))",
     ),
     (
         "final_by_the_first_groups_block_size",

@@ -125,6 +125,20 @@ def test_decode_asks_for_nothing_if_it_computes_the_last_token_anyway(
     assert command.pages == ([],), "prefill must learn that it may free its pages"
 
 
+@pytest.mark.parametrize("held", [0, 32])
+def test_fewer_tokens_than_offered_end_neither_the_engine_nor_in_a_gap(side: SchedulerSide, held: int) -> None:
+    """vLLM may take fewer tokens than a connector offered: what is asked for then stops short of the prompt's end, which
+    prefill refuses, so that vLLM computes the request itself."""
+    r = request(CONSUME, 4 * BLOCK)
+    side.on_new_request(r)
+    side.matched_tokens(r, held)
+    side.allocated(r, blocks(*range(5, 5 + held // BLOCK + 1)), BLOCK)
+    (command,) = step(side).before
+    (first,), (pages,) = command.first_block, command.pages
+    assert pages, "the workers must report the end of what vLLM waits for"
+    assert first + len(pages) < 4, "prefill refuses blocks that do not reach the prompt's end"
+
+
 def test_a_question_asked_again_changes_nothing(side: SchedulerSide) -> None:
     r = request(CONSUME)
     side.on_new_request(r)
