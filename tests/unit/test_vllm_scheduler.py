@@ -127,8 +127,8 @@ def test_decode_asks_for_nothing_if_it_computes_the_last_token_anyway(
 
 @pytest.mark.parametrize("held", [0, 32])
 def test_fewer_tokens_than_offered_end_neither_the_engine_nor_in_a_gap(side: SchedulerSide, held: int) -> None:
-    """vLLM may take fewer tokens than a connector offered: what is asked for then stops short of the prompt's end, which
-    prefill refuses, so that vLLM computes the request itself."""
+    """vLLM may take fewer tokens than a connector offered: what is asked for then stops short of the prompt's end.
+    Prefill refuses that, so that vLLM computes the request itself."""
     r = request(CONSUME, 4 * BLOCK)
     side.on_new_request(r)
     side.matched_tokens(r, held)
