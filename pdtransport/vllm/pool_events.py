@@ -120,11 +120,7 @@ class PoolEvents:
 
     def _describe(self, request: Request, number: int, keys: tuple[bytes, ...], since: int) -> _Chunk | None:
         from vllm.distributed.kv_events import MEDIUM_CPU, BlockStored
-        from vllm.v1.core.kv_cache_utils import (
-            generate_block_hash_extra_keys,
-            maybe_convert_block_hash,
-            to_event_extra_keys,
-        )
+        from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
 
         first, end, size = number * self._per, (number + 1) * self._per, self._block_size
         if len(request.block_hashes) < end:  # prefix caching is off: vLLM has no hashes
@@ -143,7 +139,7 @@ class PoolEvents:
             lora_id=adapter.lora_int_id if adapter is not None else None,
             medium=MEDIUM_CPU,
             lora_name=adapter.lora_name if adapter is not None else None,
-            extra_keys=to_event_extra_keys(extra),
+            extra_keys=_published(extra),
             group_idx=0,
             locality="LOCAL",
             ownership=OWNER,
@@ -219,3 +215,12 @@ def _joined(events: list[Any]) -> list[Any]:
         else:
             found.append(event)
     return found
+
+
+def _published(keys: list[Any]) -> list[Any] | None:
+    """What events say of blocks' extra keys."""
+    try:
+        from vllm.v1.core.kv_cache_utils import to_event_extra_keys
+    except ImportError:  # vLLM 0.30 publishes them as it hashes them
+        return keys
+    return to_event_extra_keys(keys)
