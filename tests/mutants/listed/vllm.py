@@ -120,6 +120,17 @@ BUGS: list[Mutant] = [
         ),
     ),
     *bugs(
+        "pdtransport.engine.consuming",
+        "vllm_scheduler",
+        (
+            "fewer_tokens_than_offered_are_the_last_ones",
+            "ConsumingRequests.allocated",
+            "handed - expected if whole else 0",
+            "handed - expected",
+            "fewer_tokens_than_offered_end_neither_the_engine_nor_in_a_gap",
+        ),
+    ),
+    *bugs(
         "pdtransport.engine.callees",
         "vllm_callees",
         (
