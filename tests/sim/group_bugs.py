@@ -68,13 +68,6 @@ _BUGS: list[tuple[str, type, str, str, str]] = [
         "sink.wanted.groups[0]",
     ),
     (
-        "takers_of_the_first_group_alone",
-        ConsumerDriver,
-        "_takers",
-        "for g in self._groups for taker",
-        "for g in self._groups.groups[:1] for taker",
-    ),
-    (
         "heads_of_the_first_group_alone",
         ConsumerDriver,
         "_producers",

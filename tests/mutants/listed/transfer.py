@@ -177,6 +177,13 @@ BUGS: list[Mutant] = [
         "pdtransport.transfer.consumer",
         "transfer_peers",
         (
+            "idle_workers_are_not_told",
+            "ConsumerDriver._takers",
+            "takers or {rank % world}",
+            "takers",
+            "a_prefill_worker_whose_heads_another_one_sends_may_free_its_pages_too",
+        ),
+        (
             "granted_before_all_workers_are_there",
             "ConsumerDriver.fetch.on_peer",
             "len(found) == len(producers)",
