@@ -45,10 +45,11 @@ from pdtransport.settings import PoolUse, Settings
 from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.pool_scheduler import PoolScheduler
-from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of
+from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of, why_no_pool
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.rig import twin_gpu
 from tests.rig.ports import Ports
+from tests.unit.test_vllm_cache_groups import FULL, SLIDING, caches
 from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, blocks, request, step
 
 SPACE = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
@@ -533,6 +534,22 @@ def test_a_lossy_codec_is_one_that_is_there_and_gets_heads_apart() -> None:
         assert loss_of(described, PoolUse()) is None
         assert loss_of(described, PoolUse(codec="int4", shards=2)) == Lossy("int4", grid)
         assert grid.outer(2 * geometry.block_bytes(0, 2))
+
+
+def test_a_model_with_several_cache_groups_says_why_it_uses_no_pool() -> None:
+    """It starts without the pool, and the log names the kinds of its groups."""
+    geometry = KVGeometry.of_array(np.zeros((3, 8, 4, 16, 64), dtype=np.float32))
+    described = Described(
+        groups=(geometry, geometry),
+        pages=(GroupPages(0), GroupPages(1)),
+        regions=[],
+        fingerprint={},
+        rank=0,
+        ranks=1,
+        port=0,
+    )
+    said = why_no_pool(described, SimpleNamespace(), caches(FULL, SLIDING), PoolUse())  # type: ignore[arg-type]
+    assert said == "only full attention in one group of layers can be stored, not FullAttentionSpec, SlidingWindowSpec"
 
 
 def test_pages_are_reported_free_once_whoever_is_last() -> None:
