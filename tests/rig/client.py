@@ -38,8 +38,8 @@ class RequestFailed(Exception):
 @dataclass
 class Answer:
     """What a server said. Times are ``time.time`` seconds; ``margins`` holds, for each token, how far its log
-    probability lies above the runner-up's (only where log probabilities were asked for). ``arrivals``: when each event
-    of a stream that brought a token was here."""
+    probability lies above the runner-up's, and ``logprobs`` that log probability (only where they were asked for).
+    ``arrivals``: when each event of a stream that brought a token was here."""
 
     tokens: list[int]
     finish: str | None
@@ -48,6 +48,7 @@ class Answer:
     first_token: float
     done: float
     margins: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     headers: Mapping[str, str] = field(default_factory=dict)
     arrivals: list[float] = field(default_factory=list)
 
@@ -207,6 +208,7 @@ class Client:
             first_token=done,
             done=done,
             margins=margins_of(choice.get("logprobs")),
+            logprobs=(choice.get("logprobs") or {}).get("token_logprobs", []),
             headers=answered,
         )
 
@@ -275,6 +277,7 @@ async def hand_off(
     *,
     transfer: str | None = None,
     echo: bool = True,
+    model: str = MODEL_NAME,
     **more: Any,
 ) -> Handed:
     """One disaggregated completion. ``more`` goes into decode's request; without ``echo`` the answers name no token
@@ -284,7 +287,7 @@ async def hand_off(
         RequestFailed: decode answered with an error, or (serial) prefill did or said nothing to hand over.
     """
     transfer = transfer or new_transfer()
-    both = {"return_token_ids": echo}
+    both: dict[str, Any] = {"return_token_ids": echo, "model": model}
     if order == "serial":
         first = await client.complete(prefill, prompt, 1, to_prefill(prefill, transfer), **both)
         if not first.kv_params:
