@@ -87,6 +87,7 @@ def _whisper(folder: Path) -> Path:
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GEMMA = {"tie_word_embeddings": True, "sliding_window": WINDOW, "query_pre_attn_scalar": 32}
+GEMMA4 = {**GEMMA, "global_head_dim": 64, "hidden_size_per_layer_input": 0}
 LLAMA4 = {
     **MOE,
     "num_experts_per_tok": 1,
@@ -141,9 +142,15 @@ FAMILIES = (
         env={"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "0"},
     ),
     Family("DeepSeek V3", _of("DeepseekV3Config", **DEEPSEEK)),
+    Family("Gemma 4", _of("Gemma4TextConfig", **GEMMA4, layer_types=MIXED), (WINDOW,)),
     Family(
-        "Gemma 4",
-        _of("Gemma4TextConfig", **GEMMA, global_head_dim=64, layer_types=MIXED, hidden_size_per_layer_input=0),
+        "Gemma 4, shared layers",
+        _of(
+            "Gemma4TextConfig",
+            **{**GEMMA4, "num_hidden_layers": 6},
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=3,
+        ),
         (WINDOW,),
     ),
     Family("Mixtral", _of("MixtralConfig", **MOE)),

@@ -30,7 +30,8 @@ from tests.rig.servers import Server, ServerSpec, fleet
 # Cheap and basic first; what harms or crowds servers last.
 ORDER = (
     "idle", "hand_offs", "equality", "early", "prefixes", "requests", "router", "usage", "rejected", "first_token",
-    "aborts", "faults", "mismatch", "weights", "preemption", "cache_kinds", "layouts", "adapters", "pool", "received", "parallel",
+    "aborts", "faults", "mismatch", "weights", "preemption", "cache_kinds", "layouts", "adapters", "pool", "received",
+    "parallel",
 )  # fmt: skip
 MODULE_S = 2400
 
