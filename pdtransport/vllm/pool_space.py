@@ -165,8 +165,8 @@ def why_no_pool(described: Described, config: VllmConfig, caches: KVCacheConfig,
     kinds = [type(group.kv_cache_spec) for group in caches.kv_cache_groups]
     if len(kinds) != 1 or kinds[0] not in (FullAttentionSpec, MLAAttentionSpec) or len(described.groups) != 1:
         # Blocks that leave a sliding window also leave the block table while the prompt is still being computed.
-        names = ", ".join(kind.__name__ for kind in kinds)
-        return f"only full attention in one group of layers can be stored, not {names}"
+        names = ", ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+        return f"only full attention in one group of layers can be stored, not {len(described.groups)} of {names}"
     geometry = described.geometry
     speculation = config.speculative_config
     if speculation is not None and speculation.use_eagle():

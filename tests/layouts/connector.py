@@ -1,8 +1,8 @@
 """The connector with a page broken after its receipt: what vLLM loads in decode, for the negative control.
 
-``kv_connector_module_path`` names this module. Each receipt reads ``BROKEN``: where that file holds the number of a
-cache group, the last whole page of that group is zeroed before the engine learns that the pages are there, as if it
-had never been written. ``FACTS`` is told what the cache groups are. KV in host memory only.
+``kv_connector_module_path`` names this module. Each receipt looks at the file that ``BROKEN`` names: where it holds the
+number of a cache group, the last whole page of that group is zeroed before the engine learns that the pages are there,
+as if it had never been written. ``FACTS`` names a file that is told what the cache groups are. KV in host memory only.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from pdtransport.kv.groups import GONE, CacheGroups
 from pdtransport.transfer.outcome import Outcome
 from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.connector import PDTransportConnector as Installed
-
-BROKEN = "LAYOUTS_BROKEN"  # variables that hold a file's path
-FACTS = "LAYOUTS_FACTS"
+from tests.layouts import BROKEN, FACTS
 
 
 class PDTransportConnector(Installed):

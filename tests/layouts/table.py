@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,13 +101,13 @@ def _gap(worst: str) -> str:
 
 def _groups(row: Row) -> str:
     pages: Sequence[int | None] = row["pages"] or [None] * len(row["groups"])
-    said = []
+    said: Counter[str] = Counter()
     for group, count in zip(row["groups"], pages, strict=True):
         kind, _, window = group["kind"].partition(":")
         what = " ".join(filter(None, [_KINDS.get(kind, kind), window]))
-        crossed = "" if count is None else f": {count}"
-        said.append(f"{what} ({group['layers']} layers, {group['block_size']}){crossed}")
-    return "; ".join(said)
+        layers = f"{group['layers']} layer{'s' if group['layers'] > 1 else ''}"
+        said[f"{what} ({layers}, {group['block_size']})" + ("" if count is None else f": {count}")] += 1
+    return "; ".join(f"{times} x {what}" if times > 1 else what for what, times in said.items())
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.layouts.connector import BROKEN, FACTS
+from tests.layouts import BROKEN, FACTS
 from tests.layouts.families import Family
 from tests.rig import audit, watch
 from tests.rig.client import Answer, Client, Handed, Order, RequestFailed, hand_off, in_parallel

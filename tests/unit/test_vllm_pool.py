@@ -549,7 +549,10 @@ def test_a_model_with_several_cache_groups_says_why_it_uses_no_pool() -> None:
         port=0,
     )
     said = why_no_pool(described, SimpleNamespace(), caches(FULL, SLIDING), PoolUse())  # type: ignore[arg-type]
-    assert said == "only full attention in one group of layers can be stored, not FullAttentionSpec, SlidingWindowSpec"
+    assert (
+        said
+        == "only full attention in one group of layers can be stored, not 2 of FullAttentionSpec, SlidingWindowSpec"
+    )
 
 
 def test_pages_are_reported_free_once_whoever_is_last() -> None:
