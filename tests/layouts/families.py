@@ -132,7 +132,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4,
 
 FAMILIES = (
     Family("Llama", _tiny_lm),
-    Family("Gemma 3", _of("Gemma3TextConfig", **GEMMA, layer_types=MIXED), (WINDOW,)),
+    Family("Gemma 3", _of("Gemma3TextConfig", **GEMMA, layer_types=MIXED), (WINDOW,), blocks=56),
     Family("gpt-oss", _of("GptOssConfig", **MOE, sliding_window=WINDOW, layer_types=MIXED[2:] * 2), (WINDOW,)),
     Family("Llama 4", _of("Llama4TextConfig", **LLAMA4), (WINDOW,)),
     Family(
@@ -142,7 +142,7 @@ FAMILIES = (
         env={"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "0"},
     ),
     Family("DeepSeek V3", _of("DeepseekV3Config", **DEEPSEEK)),
-    Family("Gemma 4", _of("Gemma4TextConfig", **GEMMA4, layer_types=MIXED), (WINDOW,)),
+    Family("Gemma 4", _of("Gemma4TextConfig", **GEMMA4, layer_types=MIXED), (WINDOW,), blocks=48),
     Family(
         "Gemma 4, shared layers",
         _of(
@@ -152,6 +152,7 @@ FAMILIES = (
             num_kv_shared_layers=3,
         ),
         (WINDOW,),
+        blocks=44,
     ),
     Family("Mixtral", _of("MixtralConfig", **MOE)),
     Family("Qwen3", _of("Qwen3Config")),
@@ -165,12 +166,13 @@ FAMILIES = (
     Family("Phi", _of("PhiConfig", head_dim=..., num_key_value_heads=4)),
     Family("GLM 4", _of("Glm4Config")),
     Family("OLMo 2", _of("Olmo2Config", head_dim=...)),
-    Family("OLMo 3", _of("Olmo3Config", head_dim=..., sliding_window=WINDOW, layer_types=MIXED), (WINDOW,)),
+    Family("OLMo 3", _of("Olmo3Config", head_dim=..., sliding_window=WINDOW, layer_types=MIXED), (WINDOW,), blocks=56),
     Family("Cohere", _of("CohereConfig", head_dim=..., tie_word_embeddings=True, logit_scale=1.0)),
     Family(
         "Cohere 2",
         _of("Cohere2Config", tie_word_embeddings=True, logit_scale=1.0, sliding_window=WINDOW, layer_types=MIXED),
         (WINDOW,),
+        blocks=56,
     ),
     Family(
         "MiniMax-M2",
