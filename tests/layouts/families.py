@@ -176,7 +176,7 @@ FAMILIES = (
     ),
     Family(
         "MiniMax-M2",
-        _of("MiniMaxM2Config", **MOE),
+        _of("MiniMaxM2Config", **MOE, rotary_dim=16),
     ),
     Family("fp8 KV", _tiny_lm, flags=lambda _folder: ("--kv-cache-dtype", "fp8")),
     Family(
