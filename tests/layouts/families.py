@@ -28,6 +28,7 @@ class Family:
         env: as ``flags``.
         blocks: decode's; few enough that its requests preempt one another.
         model: what the requests ask for; "": the served model's name.
+        answers: with tokens; False: it embeds.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     env: Mapping[str, str] = field(default_factory=dict)
     blocks: int = 64
     model: str = ""
+    answers: bool = True
 
 
 def _of(kind: str, **facts: Any) -> Callable[[Path], Path]:
@@ -101,10 +103,10 @@ DEEPSEEK = {
     "head_dim": ...,
     "num_key_value_heads": 4,
     "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 32,
+    "kv_lora_rank": 512,  # vLLM's kernels take no other sizes of a latent vector
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
@@ -124,7 +126,7 @@ SPEECH: dict[str, Any] = {
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 128,
     "decoder_ffn_dim": 128,
-    "max_target_positions": 448,
+    "max_target_positions": 512,
 }
 ADAPTER = "adapted"
 LORA = ("--enable-lora", "--max-lora-rank", "16", "--lora-modules")
@@ -189,7 +191,7 @@ FAMILIES = (
     Family("EAGLE", _tiny_lm, flags=_eagle),
     Family("Qwen2-VL", _qwen2_vl, flags=lambda _folder: ("--limit-mm-per-prompt", '{"image": 0, "video": 0}')),
     Family("Whisper", _whisper, flags=lambda _folder: ("--load-format", "dummy")),
-    Family("embedding model", _of("Qwen3Config"), flags=lambda _folder: ("--runner", "pooling")),
+    Family("embedding model", _of("Qwen3Config"), flags=lambda _folder: ("--runner", "pooling"), answers=False),
 )
 
 

@@ -23,7 +23,7 @@ from tests.rig.fixtures import forget, pair_spec, plain_spec
 from tests.rig.pooled import Service
 from tests.rig.prompts import Prompts
 from tests.rig.proof import record_of
-from tests.rig.servers import REPOSITORY, START_S, Server, ServerFailed, ServerSpec, stop_all
+from tests.rig.servers import MODEL_NAME, REPOSITORY, START_S, Server, ServerFailed, ServerSpec, stop_all
 
 TOLERANCE = 1e-3  # nats between the log probabilities of a chosen token
 MARGIN = 2 * TOLERANCE  # a token that is this far ahead of the next one must be the same
@@ -37,8 +37,8 @@ CONTROLS = 10
 ENOUGH = 0.9  # of a group's answers must change
 CROWD = 12
 ORDERS: tuple[Order, ...] = ("concurrent", "serial")
-_FAULT = re.compile(r"\b\w*(Error|Exception)\b: .+")
-_WRAPPERS = ("Engine core init", "WorkerProc initialization failed", "See root cause above")
+_FAULT = re.compile(r"\b\w*(Error|Exception)\b: .+|\bValue error, .+")
+_WRAPPERS = (" WARNING ", "Engine core init", "WorkerProc init", "See root cause above", "1 validation error for")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Row:
     @property
     def void(self) -> bool:
         """The answers would not tell a broken page."""
-        return bool(self.groups) and (not self.control or min(self.control) < ENOUGH)
+        return bool(self.pages) and (not self.control or min(self.control) < ENOUGH)
 
 
 def try_family(family: Family, work: Path, *, quick: bool = False) -> Row:
@@ -165,13 +165,13 @@ def _came_up(servers: Sequence[Server], row: Row, column: str) -> bool:
 
 
 def why_not(server: Server) -> str:
-    """Our words of a refusal, else the last error of the log."""
+    """Our words of a refusal, else the first error of the log, which the others follow from."""
     lines = server.log.read_text(errors="replace").splitlines()
     ours = [line.partition("SettingsError: ")[2] for line in lines if "SettingsError: " in line]
     if ours:
         return ours[-1].strip()
     faults = [found[0] for line in lines if (found := _FAULT.search(line)) and not any(w in line for w in _WRAPPERS)]
-    return faults[-1].strip() if faults else f"no error in its log; {server.tail(1)}"
+    return faults[0].strip() if faults else f"no error in its log; {server.tail(1)}"
 
 
 def _short(error: Exception) -> str:
@@ -192,11 +192,23 @@ class _Trial:
         self.row.groups = json.loads((self.work / "facts.json").read_text())
         async with Client() as client:
             checks = [self.lengths, self.prefix_hit, self.control, self.preemption, self.pool]
-            for check in [self.lengths, self.control] if quick else checks:
+            if not self.family.answers:
+                checks = [self.embeddings]
+            elif quick:
+                checks = [self.lengths, self.control]
+            for check in checks:
                 try:
                     await check(client)
                 except (RequestFailed, AssertionError, OSError, asyncio.TimeoutError) as error:
                     self.row.failed.append(f"{check.__name__}: {_short(error)}")
+                    ended = [
+                        each for each in (self.plain, self.prefill, self.decode) if each.process.poll() is not None
+                    ]
+                    if ended:
+                        self.row.failed.append(f"{ended[0].spec.name} ended: {why_not(ended[0])}")
+                        break
+        if self.plain.process.poll() is not None:
+            self.row.plain = why_not(self.plain)
         if self.compared:
             self.row.logprobs = f"{self.worst:.1e}"
 
@@ -263,6 +275,17 @@ class _Trial:
         if not self.compared:
             wrong.append("the plain server is sure of no token")
         self.row.tokens = f"{total} of {total}" if not wrong else "no: " + "; ".join(wrong[:6])
+
+    async def embeddings(self, client: Client) -> None:
+        """A model that answers with no tokens is served by each server alone."""
+        said = []
+        for server in (self.plain, self.prefill, self.decode):
+            body = {"model": MODEL_NAME, "input": Prompts(12).one(TURN)}
+            async with client.post(f"{server.url}/v1/embeddings", body) as response:
+                said.append((await response.json())["data"][0]["embedding"])
+        worst = max(abs(a - b) for other in said[1:] for a, b in zip(said[0], other, strict=True))
+        same = "its embeddings are equal" if worst <= TOLERANCE else f"its embeddings differ by {worst:.1e}"
+        self.row.tokens = f"nothing to hand over: {same}"
 
     async def prefix_hit(self, client: Client) -> None:
         """A second turn: decode has the first one's pages, and only the rest is handed over."""
