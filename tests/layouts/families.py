@@ -29,6 +29,7 @@ class Family:
         blocks: decode's; few enough that its requests preempt one another.
         model: what the requests ask for; "": the served model's name.
         answers: with tokens; False: it embeds.
+        chunk: tokens that prefill computes in a step.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     blocks: int = 64
     model: str = ""
     answers: bool = True
+    chunk: int = 128
 
 
 def _of(kind: str, **facts: Any) -> Callable[[Path], Path]:
@@ -190,7 +192,7 @@ FAMILIES = (
     Family("n-gram", _tiny_lm, flags=lambda _folder: ("--speculative-config", json.dumps(NGRAM))),
     Family("EAGLE", _tiny_lm, flags=_eagle),
     Family("Qwen2-VL", _qwen2_vl, flags=lambda _folder: ("--limit-mm-per-prompt", '{"image": 0, "video": 0}')),
-    Family("Whisper", _whisper, flags=lambda _folder: ("--load-format", "dummy")),
+    Family("Whisper", _whisper, flags=lambda _folder: ("--load-format", "dummy"), chunk=512),
     Family("embedding model", _of("Qwen3Config"), flags=lambda _folder: ("--runner", "pooling"), answers=False),
 )
 

@@ -77,6 +77,8 @@ def _cells(name: str, row: Row | None) -> list[str]:
     rest = len(COLUMNS) - 2
     if row is None:
         return [name, NOT_RUN, *[""] * rest]
+    if row["plain"].startswith("yes, but"):
+        return [f"{name} (**void**)", row["plain"], _groups(row), *[""] * (rest - 1)]
     if row["plain"] != "yes":
         return [name, f"plain server does not run here: {row['plain']}", *[""] * rest]
     if row["refused"]:

@@ -117,10 +117,12 @@ def specs(family: Family, model: Path, work: Path) -> list[ServerSpec]:
         "block_size": BLOCK,
     }
     plain = replace(plain_spec(), env=dict(family.env), **facts)
-    prefill = pair_spec("prefill", "kv_both", work / "audit", max_batched_tokens=128, cores="0", **facts)
-    decode = pair_spec("decode", "kv_consumer", work / "audit", cores="1", load_failure_policy="fail", **facts)
+    prefill = pair_spec("prefill", "kv_both", work / "audit", max_batched_tokens=family.chunk, cores="0", **facts)
+    decode = pair_spec("decode", "kv_consumer", work / "audit", max_batched_tokens=2 * family.chunk, cores="1", **facts)
     inside = {"PYTHONPATH": str(work), BROKEN: str(work / "broken"), FACTS: str(work / "facts.json")}
-    decode = replace(decode, blocks=family.blocks, connector_module="tests.layouts.connector")
+    decode = replace(
+        decode, blocks=family.blocks, load_failure_policy="fail", connector_module="tests.layouts.connector"
+    )
     return [
         plain,
         replace(prefill, env={**prefill.env, **family.env}),
@@ -191,6 +193,8 @@ class _Trial:
     async def run(self, quick: bool) -> None:
         self.row.groups = json.loads((self.work / "facts.json").read_text())
         async with Client() as client:
+            if self.family.answers and not await self.plain_agrees(client):
+                return
             checks = [self.lengths, self.prefix_hit, self.control, self.preemption, self.pool]
             if not self.family.answers:
                 checks = [self.embeddings]
@@ -275,6 +279,26 @@ class _Trial:
         if not self.compared:
             wrong.append("the plain server is sure of no token")
         self.row.tokens = f"{total} of {total}" if not wrong else "no: " + "; ".join(wrong[:6])
+
+    async def plain_agrees(self, client: Client) -> bool:
+        """Whether the plain server goes on from its own first token as it did: otherwise nothing can be compared."""
+        prompts = self.prompts.many([CONTROL] * CONTROLS)
+        known = await self.known(client, prompts)
+        longer = await self.known(
+            client, [[*prompt, each.tokens[0]] for prompt, each in zip(prompts, known, strict=True)]
+        )
+        rest = [
+            replace(each, tokens=each.tokens[1:], margins=each.margins[1:], logprobs=each.logprobs[1:])
+            for each in known
+        ]
+        differ = self.differing(rest, [replace(each, tokens=each.tokens[:-1]) for each in longer])
+        self.worst, self.compared = 0.0, 0
+        if differ:
+            self.row.plain = (
+                f"yes, but it contradicts itself: {len(differ)} of {CONTROLS} answers go on otherwise where their "
+                "first token is part of the prompt"
+            )
+        return not differ
 
     async def embeddings(self, client: Client) -> None:
         """A model that answers with no tokens is served by each server alone."""
