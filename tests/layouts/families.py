@@ -192,7 +192,7 @@ FAMILIES = (
     Family("n-gram", _tiny_lm, flags=lambda _folder: ("--speculative-config", json.dumps(NGRAM))),
     Family("EAGLE", _tiny_lm, flags=_eagle),
     Family("Qwen2-VL", _qwen2_vl, flags=lambda _folder: ("--limit-mm-per-prompt", '{"image": 0, "video": 0}')),
-    Family("Whisper", _whisper, flags=lambda _folder: ("--load-format", "dummy"), chunk=512),
+    Family("Whisper", _whisper, flags=lambda _folder: ("--load-format", "dummy"), chunk=2048),
     Family("embedding model", _of("Qwen3Config"), flags=lambda _folder: ("--runner", "pooling"), answers=False),
 )
 

@@ -37,8 +37,10 @@ _TEXT = f"""\
 Each row is a tiny model of that architecture with random weights, in float32 on a CPU: a plain vLLM server, and a
 prefill and a decode server whose answers must be the plain one's. The layout of the cache is that of the large models:
 kinds of attention, windows and chunks by layer, latent attention. Sizes are not, nor are the attention kernels those of
-a GPU.
+a GPU; layouts that only GPUs have were not run.
 
+- **plain server runs here**: and goes on from its own first token as it did before; a server that does not can't be
+  compared with, and its row is void. Otherwise the first error of its log.
 - **pages by group**: the cache groups of the decode server (kind of attention and its window, layers, tokens a page),
   and the pages of each that crossed for a prompt of {TURN} tokens. Where vLLM turns its hybrid cache manager off, all
   layers are in one group of full attention.
@@ -47,7 +49,7 @@ a GPU.
   Decode must have computed the last token of each prompt alone.
 - **log-probabilities**: the largest difference of a compared token's log-probability.
 - **prefix hit**: prompt tokens of a second turn that decode had from the first one.
-- **preemption**: how often requests preempted one another on decode, where their answers are right all the same.
+- **preemption**: answers to more requests than decode has blocks for, and how many preemptions there were.
 - **pool**: tokens that prefill loaded from the pool after it had forgotten a prompt of {TURN}.
 - **answers changed by one broken page**: the negative control. The last whole page of one group is zeroed on decode
   after its receipt; of {CONTROLS} prompts of {CONTROL} tokens {ENOUGH:.0%} or more must be answered otherwise, in each

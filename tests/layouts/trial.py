@@ -354,7 +354,7 @@ class _Trial:
         if differ:
             self.row.preemption = f"no: {len(differ)} of {len(prompts)} answers differ after {times} preemptions"
         else:
-            self.row.preemption = f"{times} times" if times else "none happened"
+            self.row.preemption = f"equal after {times}" if times else "none happened"
 
     async def pool(self, client: Client) -> None:
         """Prefill stores a prompt, forgets it, and loads it again."""

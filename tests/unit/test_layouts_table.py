@@ -18,7 +18,7 @@ ROW: dict[str, Any] = {
     "tokens": "30 of 30",
     "logprobs": "2.0e-06",
     "prefix": "288 of 300",
-    "preemption": "2 times",
+    "preemption": "equal after 2",
     "pool": "no: a | reason",
     "control": [0.8],
     "failed": [],
