@@ -156,7 +156,7 @@ FAMILIES = (
             num_kv_shared_layers=3,
         ),
         (WINDOW,),
-        blocks=44,
+        blocks=36,
     ),
     Family("Mixtral", _of("MixtralConfig", **MOE)),
     Family("Qwen3", _of("Qwen3Config")),
@@ -180,7 +180,7 @@ FAMILIES = (
     ),
     Family(
         "MiniMax-M2",
-        _of("MiniMaxM2Config", **MOE, rotary_dim=16),
+        _of("MiniMaxM2Config", **MOE, rotary_dim=16, scoring_func="sigmoid"),
     ),
     Family("fp8 KV", _tiny_lm, flags=lambda _folder: ("--kv-cache-dtype", "fp8")),
     Family(
