@@ -180,7 +180,7 @@ FAMILIES = (
     ),
     Family(
         "MiniMax-M2",
-        _of("MiniMaxM2Config", **MOE, rotary_dim=16, scoring_func="sigmoid"),
+        _of("MiniMaxM2Config", **MOE, rotary_dim=16, scoring_func="sigmoid", use_routing_bias=True),
     ),
     Family("fp8 KV", _tiny_lm, flags=lambda _folder: ("--kv-cache-dtype", "fp8")),
     Family(
