@@ -98,8 +98,10 @@ LLAMA4 = {
     "intermediate_size_mlp": 256,
     "interleave_moe_layer_step": 2,
     "attention_chunk_size": WINDOW,
-    "no_rope_layers": [1, 1, 1, 0],
-    "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+    "num_hidden_layers": 8,
+    "use_qk_norm": False,  # as Maverick; with it random queries attend to all tokens alike, and no broken page shows
+    "no_rope_layers": [1, 1, 1, 0] * 2,
+    "layer_types": (["chunked_attention"] * 3 + ["full_attention"]) * 2,
 }
 DEEPSEEK = {
     "head_dim": ...,

@@ -34,6 +34,7 @@ MAX_LEN = 512
 TURN = 300  # tokens of a first turn; the second one goes on from it
 CONTROL = 100  # tokens of a prompt of the negative control: three whole pages, and a rest
 CONTROLS = 10
+CONTROL_ANSWER = 16
 ENOUGH = 0.9  # of a group's answers must change
 CROWD = 12
 ORDERS: tuple[Order, ...] = ("concurrent", "serial")
@@ -193,7 +194,11 @@ class _Trial:
     async def run(self, quick: bool) -> None:
         self.row.groups = json.loads((self.work / "facts.json").read_text())
         async with Client() as client:
-            if self.family.answers and not await self.plain_agrees(client):
+            try:
+                if self.family.answers and not await self.plain_agrees(client):
+                    return
+            except (RequestFailed, OSError):
+                self.row.plain = why_not(self.plain)
                 return
             checks = [self.lengths, self.prefix_hit, self.control, self.preemption, self.pool]
             if not self.family.answers:
@@ -329,11 +334,11 @@ class _Trial:
         """Break one page of each group in turn."""
         for group in range(len(self.row.groups)):
             prompts = self.prompts.many([CONTROL] * CONTROLS)
-            known = await self.known(client, prompts)
+            known = await self.known(client, prompts, CONTROL_ANSWER)
             broken = self.work / "broken"
             broken.write_text(str(group))
             try:
-                handed = await self.handed(client, prompts, "concurrent")
+                handed = await self.handed(client, prompts, "concurrent", CONTROL_ANSWER)
             finally:
                 broken.unlink()
             worst, compared = self.worst, self.compared
