@@ -49,6 +49,7 @@ class Scale:
     max_num_seqs: int
     idle_s: float
     start_s: float
+    window: int = 0  # three of four layers attend to so many tokens only; 0: all layers attend to all
 
     @property
     def kv_token_bytes(self) -> int:
@@ -84,6 +85,9 @@ class Scale:
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
+        if self.window:
+            kinds = ["sliding_attention"] * 3 + ["full_attention"]
+            config |= {"sliding_window": self.window, "layer_types": kinds * (self.layers // 4)}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -60,6 +60,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     gpu = parser.add_argument_group("on one or two GPUs")
     gpu.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU; see the module's help")
     gpu.add_argument("--cards", type=cards, default=(), help="GPUs of prefill and of decode, such as 0,1")
+    gpu.add_argument("--window", type=int, default=0, help="three of four layers attend to so many tokens only")
     gpu.add_argument("--rehearse", action="store_true", help="--gpu with a small model on CPU cores")
     gpu.add_argument("--modes", type=names, help="eager, graphs (CUDA graphs), or both by comma; default eager")
     gpu.add_argument("--graphs", action="store_true", help="short for --modes graphs")
@@ -190,7 +192,7 @@ def run_gpu(options: argparse.Namespace) -> int:
     before = {**machine(), "card": card(), "cards": all_cards()}
     say(where(options.cards))
     plan = _gpu_handoff.Plan(
-        scale=REHEARSAL if options.rehearse else FULL,
+        scale=replace(REHEARSAL if options.rehearse else FULL, window=options.window),
         modes=options.modes,
         systems=chosen(options),
         lengths=options.lens,

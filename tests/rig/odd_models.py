@@ -52,8 +52,8 @@ def without_weights(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def with_window(folder: Path, tokens: int) -> Path:
-    """tiny-lm's weights in a model all of whose layers attend to the last ``tokens`` only, like Mistral-7B-v0.1."""
-    return _changed(folder, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=tokens)
+    """tiny-lm's weights in a model all of whose layers attend to the last ``tokens`` only, as in Mistral-7B-v0.1."""
+    return _changed(folder, sliding_window=tokens, layer_types=["sliding_attention"] * 8)
 
 
 def with_mixed_layers(folder: Path, tokens: int) -> Path:
