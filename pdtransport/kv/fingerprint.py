@@ -106,7 +106,7 @@ def _same(mine: FingerprintValue | None, theirs: FingerprintValue | None) -> boo
 
 def _bridged(mine: FingerprintValue | None, theirs: FingerprintValue | None, heads: FingerprintValue | None) -> bool:
     """Whether ``tp_size`` may differ: each rank must hold equally many whole heads, or a replica of one head."""
-    counts = [_count(each) for each in str(heads).split("/")]  # by cache group, where they differ
+    counts = [_number(each) for each in heads.split("/")] if isinstance(heads, str) else [_count(heads)]
     sizes = [_count(size) for size in (mine, theirs)]
     if 0 in (*counts, *sizes):
         return False
@@ -115,9 +115,12 @@ def _bridged(mine: FingerprintValue | None, theirs: FingerprintValue | None, hea
 
 def _count(value: FingerprintValue | None) -> int:
     """``value`` if it is a number above 0, else 0."""
-    if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else 0
     return max(value, 0) if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _number(text: str) -> int:
+    """The number that a peer wrote for one of several cache groups; 0 if it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
 
 
 def _shown(value: object) -> str:

@@ -62,7 +62,7 @@ WRONG: dict[str, tuple[Callable[[Transport, Offer], Any], str]] = {
     "more tokens ready": (lambda t, o: o.ready(PAGES, TOKENS + 1), "a prompt of 10 tokens"),
     "negative tokens": (lambda t, o: o.ready(PAGES, -1), "tokens=-1"),
     "page that is not there": (lambda t, o: o.ready([1, 2, 8], TOKENS), "the geometry has 0..7"),
-    "negative page": (lambda t, o: o.ready([-1, 2], TOKENS), "the geometry has 0..7"),
+    "negative page": (lambda t, o: o.ready([-2, 2], TOKENS), "the geometry has 0..7"),
     "more pages received": (
         lambda t, o: t.receive("u", DIGEST, TOKENS, [1, 2, 3, 4], host="127.0.0.1", port=1),
         "4 pages: the prompt has room for 3",
@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[Callable[[Transport, Offer], Any], str]] = {
         "the geometry has 0..7",
     ),
     "no geometry": (lambda t, o: Transport(np.zeros(SHAPE)), "not ndarray"),  # type: ignore[arg-type]
-    "rank": (lambda t, o: Transport(t.geometry, rank=1, world=1, port=0), "rank=1"),
+    "rank": (lambda t, o: Transport(t.groups.groups, rank=1, world=1, port=0), "rank=1"),
 }
 
 

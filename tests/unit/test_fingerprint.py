@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -101,12 +103,17 @@ def test_true_is_not_one() -> None:
         (0, 1, 2, False),
         (True, 1, 2, False),
         (None, 1, 2, False),
+        ("8/1", 2, 4, True),  # of two cache groups, the second is whole on every rank
+        ("8/4", 1, 8, True),
+        ("8/3", 1, 2, False),
+        ("8/", 1, 2, False),
+        ("8/x", 1, 2, False),
     ],
 )
 def test_another_tp_size_is_bridged_where_heads_split_evenly(
-    heads: int | None, ours: int, yours: int, bridged: bool
+    heads: int | str | None, ours: int, yours: int, bridged: bool
 ) -> None:
-    shared: dict[str, int] = {} if heads is None else {"kv_heads": heads}
+    shared: dict[str, Any] = {} if heads is None else {"kv_heads": heads}
     for mine, theirs in ((ours, yours), (yours, ours)):
         assert differing({**shared, "tp_size": mine}, {**shared, "tp_size": theirs}) == ("" if bridged else "tp_size")
 

@@ -14,6 +14,7 @@ import pytest
 from pdtransport.control.curve import make_keys
 from pdtransport.errors import SettingsError
 from pdtransport.kv.geometry import KVGeometry
+from pdtransport.kv.groups import CacheGroups
 from pdtransport.launch.rundir import LOCK, POOL_KEY, RECORD, RunError, RunFolder, read_record
 from pdtransport.pool.server.key_space_file import SpaceFile
 from pdtransport.system.private_files import make_private_folder, open_private, open_regular
@@ -107,8 +108,8 @@ def test_a_link_of_somebody_elses_making_removes_nothing(tmp_path: Path) -> None
 def test_the_audits_records_are_private(tmp_path: Path) -> None:
     """They tell which prompts' blocks are equal."""
     kv = np.zeros((1, 4, 1, 4, 8), dtype=np.uint8)
-    audit = Audit(tmp_path / "audit" / "deep", "prefill", 0, KVGeometry.of_array(kv))
-    audit.block("t", "producer", "decode", 0, 1, 1, 0, 1)
+    audit = Audit(tmp_path / "audit" / "deep", "prefill", 0, CacheGroups.of(KVGeometry.of_array(kv)))
+    audit.block("t", "producer", "decode", 0, 0, 1, 1, 0, 1)
     audit.close()
     assert open_to_others(tmp_path / "audit") == {}
     [file] = (tmp_path / "audit" / "deep").iterdir()

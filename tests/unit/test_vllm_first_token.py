@@ -420,7 +420,14 @@ def test_a_promise_counts_if_one_worker_may_have_sent_it(
 ) -> None:
     """Of two workers one granted: prefill may have heard. Whether their reports come in one step or in two."""
     side = SchedulerSide(
-        Settings(), producer=True, consumer=True, block_size=BLOCK, engine="e", port=7, ranks=2, first_tokens=firsts
+        Settings(),
+        producer=True,
+        consumer=True,
+        groups=HandedGroups.one(BLOCK),
+        engine="e",
+        port=7,
+        ranks=2,
+        first_tokens=firsts,
     )
     given_up: list[str] = []
     monkeypatch.setattr(side._reader, "go_on", lambda request, token: given_up.append(request.request_id))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(PLACE.gpu, reason="breaks pages in host memory")
 
 
 def _in_ci(family: Family) -> object:
-    return pytest.param(family, marks=() if family.name in CI else pytest.mark.long, id=family.name)
+    return pytest.param(family, marks=pytest.mark.more if family.name in CI else pytest.mark.long, id=family.name)
 
 
 @pytest.mark.parametrize("family", map(_in_ci, SUPPORTED))
