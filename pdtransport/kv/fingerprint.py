@@ -36,6 +36,7 @@ REMEDIES = {
     "kv_cache_dtype": "start both with the same --kv-cache-dtype and --kv-cache-dtype-skip-layers",
     "page_format": "run vLLM versions with the same KV page format on both",
     "cache_groups": "start both with, or both without, --disable-hybrid-kv-cache-manager",
+    "attention_kinds": "start both with, or both without, --disable-hybrid-kv-cache-manager",
     "block_size": "start both with the same --block-size",
     "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT, or leave it unset on both",
     "attention_backend": "start both with the same --attention-backend, on CPUs of the same instruction set",

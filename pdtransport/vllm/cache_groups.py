@@ -92,7 +92,7 @@ class HandedGroups:
     tables: BlockTables
     numbers: tuple[int, ...] = (0,)
     sparse: tuple[bool, ...] = (False,)
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("FullAttentionSpec",)
 
     @classmethod
     def one(cls, block_size: int) -> HandedGroups:

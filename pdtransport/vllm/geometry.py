@@ -102,9 +102,10 @@ def describe(kv_caches: KVCaches, layout: KVCacheConfig | None, config: VllmConf
         pages.append(GroupPages(table, block_size // group.block_size))
     caches = {name: cache for _, each in alike for name, cache in each.items()}
     fingerprint = _fingerprint(caches, config, settings)
+    # Windows say how many tokens are handed over: a window that vLLM keeps whole on one side counts as none there.
+    fingerprint["attention_kinds"] = "/".join(handed.kinds[table] for table, _ in alike)
     if len(groups) > 1:
         fingerprint["layer_names"] = _digest([sorted(each) for _, each in alike])
-        fingerprint["attention_kinds"] = "/".join(handed.kinds[table] for table, _ in alike)
     return Described(
         groups=groups,
         pages=tuple(pages),

@@ -28,6 +28,7 @@ FACTS: dict[str, str | int | bool] = {
     "kv_heads": 4,
     "kv_slot_bytes": 256,
     "layer_names": "ef56",
+    "attention_kinds": "FullAttentionSpec/SlidingWindowSpec:64",
     "tp_size": 1,
 }
 values = st.one_of(st.text(max_size=5), st.integers(-2, 40), st.booleans())
