@@ -341,7 +341,9 @@ class Transport:
         if len(firsts) != len(blocks) or not all(
             0 <= first <= most for first, most in zip(firsts, blocks, strict=True)
         ):
-            raise InvalidCall(f"first_block={first_block}: a prompt of {tokens} tokens has {_told(blocks)} blocks")
+            raise InvalidCall(
+                f"first_block={first_block}: a prompt of {tokens} tokens has {'/'.join(map(str, blocks))} blocks"
+            )
         by_group = self._checked_pages(pages, [most - first for first, most in zip(firsts, blocks, strict=True)])
         receipt = Receipt(self, transfer, blocks, on_end)
         groups = tuple(map(WantedBlocks, firsts, by_group))
@@ -510,10 +512,6 @@ def _by_group(pages: Pages, groups: int) -> tuple[list[int], ...]:
     if len(given) != groups or not all(isinstance(each, Sequence) for each in given):
         raise InvalidCall(f"pages: expected {groups} lists of page ids, one per cache group")
     return tuple(list(each) for each in given)
-
-
-def _told(blocks: Sequence[int]) -> str:
-    return "/".join(map(str, blocks))
 
 
 def _checked(outcome: Outcome) -> Outcome:

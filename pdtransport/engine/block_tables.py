@@ -52,5 +52,5 @@ class BlockTables:
             while first < end and ids[first] == GONE:
                 first += 1
             firsts.append(first)
-            found.append(list(ids[first:end]))
+            found.append(ids[first:end])
         return tuple(firsts), tuple(found)

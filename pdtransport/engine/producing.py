@@ -118,7 +118,7 @@ class ProducingRequests:
         if entry is None or before >= entry.tokens:
             return None
         cached, entry.begun = None if entry.begun else cached, True
-        held = tuple(list(ids[:end]) for ids, end in zip(blocks, self._tables.counts(entry.tokens), strict=True))
+        held = tuple(ids[:end] for ids, end in zip(blocks, self._tables.counts(entry.tokens), strict=True))
         return Pages(req_id, held, min(after, entry.tokens), cached)
 
     def finish(self, req_id: str, blocks: Sequence[Sequence[int]], first_token: int | None = None) -> dict[str, Any]:

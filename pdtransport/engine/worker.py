@@ -70,7 +70,7 @@ class GroupPages:
     def pages(self, blocks: Blocks) -> list[int]:
         ids = blocks[self.table]
         if self.ratio == 1:
-            return list(ids)
+            return ids
         return [GONE if block == GONE else block * self.ratio + i for block in ids for i in range(self.ratio)]
 
 

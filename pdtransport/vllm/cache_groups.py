@@ -117,12 +117,10 @@ class HandedGroups:
             ),
         )
 
-    def blocks(self, block_ids: Sequence[Sequence[int]]) -> tuple[list[int], ...]:
+    def blocks(self, block_ids: Sequence[list[int]]) -> tuple[list[int], ...]:
         """A request's blocks by group, from vLLM's ids of all its groups."""
         return tuple(
-            [GONE if block == NULL_BLOCK else block for block in block_ids[number]]
-            if sparse
-            else list(block_ids[number])
+            [GONE if block == NULL_BLOCK else block for block in block_ids[number]] if sparse else block_ids[number]
             for number, sparse in zip(self.numbers, self.sparse, strict=True)
         )
 

@@ -86,8 +86,8 @@ def describe(kv_caches: KVCaches, layout: KVCacheConfig | None, config: VllmConf
     handed = HandedGroups.of(layout) if layout is not None else HandedGroups.one(config.cache_config.block_size)
     alike: list[tuple[int, KVCaches]] = []
     for table, number in enumerate(handed.numbers):
-        names = layout.kv_cache_groups[number].layer_names if layout is not None else list(kv_caches)
-        caches = _distinct({name: kv_caches[name] for name in kv_caches if name in set(names)})
+        names = set(layout.kv_cache_groups[number].layer_names if layout is not None else kv_caches)
+        caches = _distinct({name: cache for name, cache in kv_caches.items() if name in names})
         alike += [(table, each) for each in _alike(caches)]
     if not alike:
         raise SettingsError("this model has no KV cache to hand over")
