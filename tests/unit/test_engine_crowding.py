@@ -15,10 +15,8 @@ from vllm.v1.request import RequestStatus
 
 from pdtransport.engine.commands import ReleaseIfPooled
 from pdtransport.engine.crowding import NEXT_S, STILL_S
-from pdtransport.settings import Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_scheduler import BLOCK, PRODUCE, Clock, request, step
+from tests.unit.test_vllm_scheduler import PRODUCE, Clock, request, scheduler_half, step
 
 
 @pytest.fixture
@@ -28,16 +26,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def side(clock: Clock) -> SchedulerSide:
-    return SchedulerSide(
-        Settings(),
-        producer=True,
-        consumer=False,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        clock=clock,
-    )
+    return scheduler_half(consumer=False, clock=clock)
 
 
 def prompt(side: SchedulerSide, name: str) -> Any:

@@ -11,10 +11,8 @@ pytest.importorskip("vllm")
 from pdtransport.engine import request_batches as batches
 from pdtransport.engine.commands import Open
 from pdtransport.engine.request_batches import Batches
-from pdtransport.settings import Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_scheduler import CONSUME, PRODUCE, request
+from tests.unit.test_vllm_scheduler import CONSUME, PRODUCE, request, scheduler_half
 
 BODY = "cmpl-0123456789abcdef0123456789abcdef"
 
@@ -70,7 +68,7 @@ def test_prompts_of_a_batch_without_a_transfer_share_the_first_ones(monkeypatch:
 
 
 def side(**roles: Any) -> SchedulerSide:
-    return SchedulerSide(Settings(), groups=HandedGroups.one(32), engine="e", port=7, ranks=1, **roles)
+    return scheduler_half(**roles)
 
 
 def test_both_sides_name_the_transfers_of_a_batch_alike() -> None:

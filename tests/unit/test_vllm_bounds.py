@@ -13,22 +13,12 @@ from vllm.v1.request import RequestStatus
 
 from pdtransport.engine.commands import Drop, Finish, Open, StartReceive
 from pdtransport.settings import Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
+from tests.unit.test_vllm_scheduler import CONSUME, PRODUCE, Clock, request, scheduler_half, step, take
 
 
 def side(**settings: Any) -> SchedulerSide:
-    return SchedulerSide(
-        Settings(**settings),
-        producer=True,
-        consumer=True,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        clock=Clock(),
-    )
+    return scheduler_half(Settings(**settings), clock=Clock())
 
 
 def key_of(**facts: Any) -> bytes:
@@ -116,17 +106,7 @@ def test_transfers_that_were_taken_are_remembered_within_a_bound() -> None:
 def test_a_request_of_one_token_computes_it_itself(max_tokens: int, goes_on: bool) -> None:
     """Decode that went on from prefill's token would have nothing left to compute, and vLLM no step to end it in."""
     firsts: Any = SimpleNamespace(why_not=lambda made: "")
-    decode = SchedulerSide(
-        Settings(),
-        producer=True,
-        consumer=True,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        first_tokens=firsts,
-        clock=Clock(),
-    )
+    decode = scheduler_half(first_tokens=firsts, clock=Clock())
     made = request({**CONSUME, "first_token": True}, max_tokens=max_tokens)
     decode.on_new_request(made)
     (taken,) = take(decode, made, 0, 1, 2, 3, 4)

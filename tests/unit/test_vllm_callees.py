@@ -18,26 +18,17 @@ from pdtransport.engine.consuming import LEFT
 from pdtransport.errors import SettingsError
 from pdtransport.protocol.messages import Code
 from pdtransport.settings import ControlSettings, Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.request_reader import COMPLAIN_S
 from pdtransport.vllm.scheduler import REJECTED, SchedulerSide
 from tests.unit.test_vllm_pool import Half, half  # noqa: F401 - a fixture
-from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, Clock, blocks, request, step
+from tests.unit.test_vllm_scheduler import CONSUME, Clock, blocks, request, scheduler_half, step
 
 ELSEWHERE = ["10.1.2.3", "169.254.169.254", "0.0.0.0", "evil.example.org", "::ffff:8.8.8.8"]
 
 
 def made(clock: Clock | None = None, heads: int = 0, **control: Any) -> SchedulerSide:
-    return SchedulerSide(
-        Settings.parse({"control": {"allow_plaintext": True, **control}}),
-        producer=True,
-        consumer=True,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        heads=heads,
-        clock=clock or Clock(),
+    return scheduler_half(
+        Settings.parse({"control": {"allow_plaintext": True, **control}}), heads=heads, clock=clock or Clock()
     )
 
 
@@ -220,15 +211,8 @@ def test_decode_beyond_loopback_starts_with_peers_only() -> None:
     with pytest.raises(SettingsError, match=r"control\.peers is not set"):
         made(host="10.0.0.1")
     made(host="10.0.0.1", peers=["10.0.0.0/24"])
-    SchedulerSide(
-        Settings.parse({"control": {"host": "10.0.0.1", "allow_plaintext": True}}),
-        producer=True,
-        consumer=False,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        clock=Clock(),
+    scheduler_half(
+        Settings.parse({"control": {"host": "10.0.0.1", "allow_plaintext": True}}), consumer=False, clock=Clock()
     )
 
 

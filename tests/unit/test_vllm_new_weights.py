@@ -13,12 +13,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from pdtransport.engine.commands import Drop, Open, StartReceive, StoreChunks
 from pdtransport.kv.keys import KeySpace
 from pdtransport.settings import Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.pool_space import Shard
 from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.test_vllm_generation import Manager
 from tests.unit.test_vllm_pool import PROMPT, Half
-from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, step, take
+from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, request, scheduler_half, step, take
 from tests.unit.test_vllm_scheduler_hook import WAITING, Engine
 
 REASON = "weights: reload_weights changed them here"
@@ -27,10 +26,7 @@ NEW = KeySpace(model="m", revision="other", dtype="d", layout="l", shard="heads 
 
 @pytest.fixture
 def side() -> Iterator[SchedulerSide]:
-    made = SchedulerSide(
-        Settings(step_ahead=False), producer=True, consumer=True, groups=HandedGroups.one(BLOCK),
-        engine="e", port=7, ranks=1, clock=Clock(),
-    )  # fmt: skip
+    made = scheduler_half(Settings(step_ahead=False), clock=Clock())  # fmt: skip
     made.bind(None, Manager())
     yield made
     made.close()

@@ -42,15 +42,13 @@ from pdtransport.pool.server.service import Pool
 from pdtransport.pool.settings import PoolSettings, RemoteSettings
 from pdtransport.pool.tiers.codecs import Lossy
 from pdtransport.settings import PoolUse, Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.geometry import Described
 from pdtransport.vllm.pool_scheduler import PoolScheduler
 from pdtransport.vllm.pool_space import Shard, check_use, head_parts, loss_of, salt_of, why_no_pool
-from pdtransport.vllm.scheduler import SchedulerSide
 from tests.rig import twin_gpu
 from tests.rig.ports import Ports
 from tests.unit.test_vllm_cache_groups import FULL, SLIDING, caches
-from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, blocks, request, step
+from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, PRODUCE, Clock, blocks, request, scheduler_half, step
 
 SPACE = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 0-2 of 4", chunk_tokens=2 * BLOCK)
 OTHER_HALF = KeySpace(model="m", revision="r", dtype="d", layout="l", shard="heads 2-4 of 4", chunk_tokens=2 * BLOCK)
@@ -94,16 +92,7 @@ class Half:
     def __init__(self, ranks: int = 1, **use: Any) -> None:
         self.clock = Clock()
         settings = Settings(pool=PoolUse(chunk_blocks=2, **use))
-        self.side = SchedulerSide(
-            settings,
-            producer=True,
-            consumer=True,
-            groups=HandedGroups.one(BLOCK),
-            engine="e",
-            port=7,
-            ranks=ranks,
-            clock=self.clock,
-        )
+        self.side = scheduler_half(settings, ranks=ranks, clock=self.clock)
         self.pool = Asked()
         assert isinstance(self.side._pool, PoolScheduler)
         self.side._pool._client = self.pool  # type: ignore[assignment]
@@ -146,9 +135,7 @@ def told(**kept: int) -> Any:
 
 
 def test_without_a_pool_nothing_is_hashed_or_asked() -> None:
-    side = SchedulerSide(
-        Settings(), producer=True, consumer=True, groups=HandedGroups.one(BLOCK), engine="e", port=7, ranks=1
-    )
+    side = scheduler_half()
     made = request(None, PROMPT)  # has none of the fields that the pool looks at
     side.on_new_request(made)
     assert side.matched_tokens(made, 0) == (0, False)

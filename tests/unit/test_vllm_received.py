@@ -19,12 +19,10 @@ from pdtransport.engine.commands import LoadChunks, StoreChunks
 from pdtransport.engine.trusted_producers import Producers
 from pdtransport.errors import SettingsError
 from pdtransport.settings import Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.patches.withheld import Withheld
-from pdtransport.vllm.scheduler import SchedulerSide
 from tests.unit.engine_rig import PROMPT, TOKEN, Engine
 from tests.unit.test_vllm_pool import Half, ended, speak
-from tests.unit.test_vllm_scheduler import CONSUME, step
+from tests.unit.test_vllm_scheduler import CONSUME, scheduler_half, step
 
 TRUSTED = {"share_received": "trusted", "trusted_producers": ["127.0.0.1:1"]}  # where Engine's requests get their pages
 OTHERS = {"share_received": "trusted", "trusted_producers": ["127.0.0.1:2", "10.0.0.0/8"]}
@@ -246,7 +244,4 @@ def test_a_failed_transfer_may_be_loaded_from_the_pool(apart: Half) -> None:
 def test_the_scheduler_is_a_side_with_the_setting() -> None:
     """An entry that can't be used ends the engine's start."""
     with pytest.raises(SettingsError, match="trusted_producers"):
-        SchedulerSide(
-            Settings.parse({"share_received": "trusted", "trusted_producers": ["a b"]}),
-            producer=True, consumer=True, groups=HandedGroups.one(32), engine="e", port=7, ranks=1,
-        )  # fmt: skip
+        scheduler_half(Settings.parse({"share_received": "trusted", "trusted_producers": ["a b"]}))

@@ -49,18 +49,22 @@ def clock() -> Clock:
     return Clock()
 
 
+def scheduler_half(settings: Settings | None = None, **more: Any) -> SchedulerSide:
+    """A scheduler's half of both roles and one cache group, but for what ``more`` says."""
+    usual = {
+        "producer": True,
+        "consumer": True,
+        "groups": HandedGroups.one(BLOCK),
+        "engine": "e",
+        "port": 7,
+        "ranks": 1,
+    }
+    return SchedulerSide(settings or Settings(), **{**usual, **more})
+
+
 @pytest.fixture
 def side(clock: Clock) -> SchedulerSide:
-    return SchedulerSide(
-        Settings(),
-        producer=True,
-        consumer=True,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        clock=clock,
-    )
+    return scheduler_half(clock=clock)
 
 
 def request(params: Any, tokens: int = 100, name: str = "r", **more: Any) -> Any:
@@ -468,16 +472,7 @@ def test_a_request_that_asks_for_a_transfer_in_vain_has_it_declined(
 
 
 def test_decode_that_is_no_consumer_declines(clock: Clock) -> None:
-    side = SchedulerSide(
-        Settings(),
-        producer=True,
-        consumer=False,
-        groups=HandedGroups.one(BLOCK),
-        engine="e",
-        port=7,
-        ranks=1,
-        clock=clock,
-    )
+    side = scheduler_half(consumer=False, clock=clock)
     side.on_new_request(request(CONSUME))
     (declined,) = step(side).before
     assert declined.transfer == "t"

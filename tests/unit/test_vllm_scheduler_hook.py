@@ -16,10 +16,8 @@ from vllm.v1.request import RequestStatus
 from pdtransport.engine.commands import WorkerReport
 from pdtransport.engine.wakeups import WakeupSender
 from pdtransport.settings import Settings
-from pdtransport.vllm.cache_groups import HandedGroups
 from pdtransport.vllm.patches.scheduler_hook import Arrivals, SchedulerHook
-from pdtransport.vllm.scheduler import SchedulerSide
-from tests.unit.test_vllm_scheduler import BLOCK, CONSUME, blocks, request, step
+from tests.unit.test_vllm_scheduler import CONSUME, blocks, request, scheduler_half, step
 
 WAITING = RequestStatus.WAITING_FOR_REMOTE_KVS
 
@@ -28,15 +26,7 @@ class Engine:
     """vLLM's own scheduler class with what the report of an arrival touches, and our half of the connector."""
 
     def __init__(self, ranks: int = 1, **settings: Any) -> None:
-        self.side = SchedulerSide(
-            Settings(**settings),
-            producer=True,
-            consumer=True,
-            groups=HandedGroups.one(BLOCK),
-            engine="e",
-            port=7,
-            ranks=ranks,
-        )
+        self.side = scheduler_half(Settings(**settings), ranks=ranks)
         self.manager = SimpleNamespace(new_step_starts=lambda: "started")
         self.scheduler: Any = object.__new__(Scheduler)
         self.connector = SimpleNamespace(update_connector_output=self.side.update_output)
